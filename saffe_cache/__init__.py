@@ -1,0 +1,19 @@
+"""saffe_cache: run each frozen encoder once, then train and judge fusions from the cache.
+
+The layers of the package; an import may only point downwards, and packages of one layer do not import
+each other (tests/test_architecture.py holds this):
+
+    cli                                                   the commands
+    extract   train   evaluate                            three verbs: a config in, the path written out
+    runs   baselines                                      what train and evaluate share
+    store   sources   encoders   fusion   objectives   retrieval
+    features                                              the nouns that they exchange
+
+Each stage is a function of one frozen dataclass:
+
+    from saffe_cache.extract import ExtractConfig, extract
+    from saffe_cache.train import TrainConfig, train
+    from saffe_cache.evaluate import EvaluateConfig, evaluate
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,98 @@
+"""The commands. Thin: read a config, set logging up, call the verb, end with the path that it wrote."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from saffe_cache.features import CacheError
+
+
+def extract_command(arguments: Sequence[str] | None = None) -> int:
+    from saffe_cache.extract import ExtractConfig, extract
+
+    return _run_stage("saffe-extract", ExtractConfig, extract, arguments)
+
+
+def train_command(arguments: Sequence[str] | None = None) -> int:
+    from saffe_cache.train import TrainConfig, train
+
+    return _run_stage("saffe-train-fam", TrainConfig, train, arguments)
+
+
+def evaluate_command(arguments: Sequence[str] | None = None) -> int:
+    from saffe_cache.evaluate import EvaluateConfig, evaluate
+
+    return _run_stage("saffe-index-eval", EvaluateConfig, evaluate, arguments)
+
+
+def cache_command(arguments: Sequence[str] | None = None) -> int:
+    """`saffe-cache inspect | verify | export | import`."""
+    parser = argparse.ArgumentParser(prog="saffe-cache", description="Look into a cache, check it, exchange it.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help_text in (
+        ("inspect", "show encoders, layers, shapes, splits, sizes, ranges and a few items"),
+        ("verify", "read every shard and compare it with its checksum"),
+    ):
+        commands.add_parser(name, help=help_text).add_argument("cache", help="the cache")
+    exporting = commands.add_parser("export", help="write a cache as one HDF5 file")
+    exporting.add_argument("cache", help="the cache")
+    exporting.add_argument("file", help="the HDF5 file to write")
+    importing = commands.add_parser("import", help="make a cache from an HDF5 file that export wrote")
+    importing.add_argument("file", help="the HDF5 file")
+    importing.add_argument("cache", help="the cache to write")
+    options = parser.parse_args(arguments)
+    return _guarded("saffe-cache", lambda: _cache_action(options))
+
+
+def _cache_action(options: argparse.Namespace) -> int:
+    from saffe_cache.store.exchange import export_hdf5, import_hdf5
+    from saffe_cache.store.inspect import describe_cache
+    from saffe_cache.store.reader import verify_cache
+
+    if options.command == "inspect":
+        print(describe_cache(options.cache))
+    elif options.command == "export":
+        print(export_hdf5(options.cache, options.file))
+    elif options.command == "import":
+        print(import_hdf5(options.file, options.cache))
+    else:
+        count, problems = verify_cache(options.cache)
+        print("\n".join([*problems, f"{count} shards read, {len(problems)} damaged"]))
+        return 1 if problems else 0
+    return 0
+
+
+def _run_stage(
+    prog: str, config_class: type[Any], stage: Callable[[Any], str], arguments: Sequence[str] | None
+) -> int:
+    from saffe_cache.options import parse_config
+
+    config = parse_config(config_class, arguments, prog)
+
+    def run() -> int:
+        print(stage(config))
+        return 0
+
+    return _guarded(prog, run)
+
+
+def _guarded(prog: str, action: Callable[[], int]) -> int:
+    """Run with logging to standard error; what a user can act on becomes one line and status 1."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpcore", "fsspec", "faiss", "faiss.loader"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        return action()
+    except (CacheError, ValueError, ImportError, OSError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{prog}: stopped; the same command goes on from here.", file=sys.stderr)
+        return 130

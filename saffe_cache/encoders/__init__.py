@@ -1,0 +1,1 @@
+"""Frozen encoders: loading, the truncated forward pass, and the weights of their blocks."""

@@ -1,0 +1,268 @@
+"""Where each family keeps its layers, its block's weights and its own vector. One entry a family.
+
+Names are those of transformers 5. A test rebuilds a block of every family from what is read here, and
+compares it with the model's own next hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from saffe_cache.features import BlockSpec, BlockWeights, Modality
+
+Pool = Callable[[Any, torch.Tensor | None], torch.Tensor]
+"""(model output, mask of real tokens) -> [batch, d]."""
+
+_VIT_BLOCK = {
+    "query": "attention.q_proj",
+    "key": "attention.k_proj",
+    "value": "attention.v_proj",
+    "output": "attention.o_proj",
+    "attention_norm": "layernorm_before",
+    "mlp_norm": "layernorm_after",
+    "mlp_in": "mlp.fc1",
+    "mlp_out": "mlp.fc2",
+}
+_DINOV2_BLOCK = _VIT_BLOCK | {
+    "attention_norm": "norm1",
+    "mlp_norm": "norm2",
+    "attention_layer_scale": "layer_scale1.lambda1",
+    "mlp_layer_scale": "layer_scale2.lambda1",
+}
+_DINOV2_SWIGLU_BLOCK = _DINOV2_BLOCK | {
+    "mlp_gate": "mlp.gate_proj",
+    "mlp_in": "mlp.up_proj",
+    "mlp_out": "mlp.down_proj",
+}
+_CLIP_BLOCK = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.out_proj",
+    "attention_norm": "layer_norm1",
+    "mlp_norm": "layer_norm2",
+    "mlp_in": "mlp.fc1",
+    "mlp_out": "mlp.fc2",
+}
+_BERT_BLOCK = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "mlp_norm": "output.LayerNorm",
+    "mlp_in": "intermediate.dense",
+    "mlp_out": "output.dense",
+}
+_MPNET_BLOCK = _BERT_BLOCK | {
+    "query": "attention.attn.q",
+    "key": "attention.attn.k",
+    "value": "attention.attn.v",
+    "output": "attention.attn.o",
+    "attention_norm": "attention.LayerNorm",
+}
+_WHISPER_BLOCK = _CLIP_BLOCK | {
+    "attention_norm": "self_attn_layer_norm",
+    "mlp_norm": "final_layer_norm",
+    "mlp_in": "fc1",
+    "mlp_out": "fc2",
+}
+
+
+def first_token(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
+    """The class token behind the final norm."""
+    return output.last_hidden_state[:, 0]
+
+
+def model_pooler(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
+    """What the model itself pools, where that is part of its training: CLIP, AST."""
+    return output.pooler_output
+
+
+def masked_mean(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over real tokens, as sentence-transformers pools by default."""
+    tokens = output.last_hidden_state
+    if mask is None:
+        return tokens.mean(dim=1)
+    weights = mask.to(tokens.dtype).unsqueeze(-1)
+    return (tokens * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How to find one's way in a family of models."""
+
+    modality: Modality
+    model_class: str
+    """Class in transformers; loads the tower alone from a checkpoint of the whole model."""
+    load_options: Mapping[str, Any]
+    """For from_pretrained: no pooler, which many checkpoints lack and transformers would fill at random."""
+    layers: str
+    """Path of the list of layers below the loaded model."""
+    core: str
+    """Path of the model that yields last_hidden_state; empty where it is the loaded one."""
+    block: Mapping[str, str]
+    pool: Pool
+    pooling: str
+    """Name of the pooling, for the fingerprint."""
+    norm_first: bool
+    projection: str | None = None
+    """Linear layer from the pooled vector into a space that two towers share."""
+    is_causal: bool = False
+    interpolates: bool = False
+    """Takes `interpolate_pos_encoding` for picture sizes other than its own."""
+    config_changes: Mapping[str, Any] | None = None
+
+
+_VIT = Family(
+    modality="image",
+    model_class="ViTModel",
+    load_options={"add_pooling_layer": False},
+    layers="layers",
+    core="",
+    block=_VIT_BLOCK,
+    pool=first_token,
+    pooling="class token behind the final norm",
+    norm_first=True,
+    interpolates=True,
+)
+_BERT = Family(
+    modality="text",
+    model_class="BertModel",
+    load_options={"add_pooling_layer": False},
+    layers="encoder.layer",
+    core="",
+    block=_BERT_BLOCK,
+    pool=masked_mean,
+    pooling="mean of tokens",
+    norm_first=False,
+)
+
+
+_CLIP_VISION = Family(
+    modality="image",
+    model_class="CLIPVisionModelWithProjection",
+    load_options={},
+    layers="vision_model.encoder.layers",
+    core="vision_model",
+    block=_CLIP_BLOCK,
+    pool=model_pooler,
+    pooling="class token behind the final norm",
+    norm_first=True,
+    projection="visual_projection",
+    interpolates=True,
+)
+FAMILIES: Mapping[tuple[str, Modality], Family] = {
+    ("vit", "image"): _VIT,
+    ("vit_mae", "image"): replace(
+        _VIT, model_class="ViTMAEModel", load_options={}, config_changes={"mask_ratio": 0.0}
+    ),
+    ("dinov2", "image"): replace(
+        _VIT,
+        model_class="Dinov2Model",
+        load_options={},
+        layers="encoder.layer",
+        block=_DINOV2_BLOCK,
+        interpolates=False,
+    ),
+    ("clip", "image"): _CLIP_VISION,
+    ("clip_vision_model", "image"): _CLIP_VISION,
+    **{
+        (model_type, "text"): replace(
+            _CLIP_VISION,
+            modality="text",
+            model_class="CLIPTextModelWithProjection",
+            layers="text_model.encoder.layers",
+            core="text_model",
+            pooling="end-of-text token behind the final norm",
+            projection="text_projection",
+            is_causal=True,
+            interpolates=False,
+        )
+        for model_type in ("clip", "clip_text_model")
+    },
+    ("bert", "text"): _BERT,
+    ("roberta", "text"): replace(_BERT, model_class="RobertaModel"),
+    ("xlm-roberta", "text"): replace(_BERT, model_class="XLMRobertaModel"),
+    ("mpnet", "text"): replace(_BERT, model_class="MPNetModel", block=_MPNET_BLOCK),
+    ("whisper", "audio"): Family(
+        modality="audio",
+        model_class="WhisperModel",
+        load_options={},
+        layers="encoder.layers",
+        core="encoder",
+        block=_WHISPER_BLOCK,
+        pool=masked_mean,
+        pooling="mean of frames behind the final norm",
+        norm_first=True,
+    ),
+    ("audio-spectrogram-transformer", "audio"): replace(
+        _VIT,
+        modality="audio",
+        model_class="ASTModel",
+        load_options={},
+        pool=model_pooler,
+        pooling="mean of the class and distillation tokens behind the final norm",
+        interpolates=False,
+    ),
+}
+
+
+def find_family(model_type: str, modality: Modality) -> Family:
+    """
+    Raises:
+        ValueError: no adapter knows the family.
+    """
+    if (model_type, modality) not in FAMILIES:
+        known = sorted(name for name, kind in FAMILIES if kind == modality)
+        raise ValueError(
+            f"{modality} encoder: models of type {model_type!r} have no adapter; supported are {', '.join(known)}. "
+            "Choose one of these, or add an entry to saffe_cache/encoders/families.py."
+        )
+    return FAMILIES[model_type, modality]
+
+
+def read_block(family: Family, model: nn.Module, config: Any, layer: nn.Module) -> BlockWeights:
+    """All weights of one layer, as float32."""
+    names = family.block
+    if "attention_layer_scale" in names and getattr(config, "use_swiglu_ffn", False):
+        names = _DINOV2_SWIGLU_BLOCK
+    tensors: dict[str, np.ndarray] = {}
+    for role, path in names.items():
+        if role.endswith("layer_scale"):
+            tensors[role] = _to_numpy(layer.get_parameter(path))
+            continue
+        for part, parameter in layer.get_submodule(path).named_parameters(recurse=False):
+            tensors[f"{role}_{part}"] = _to_numpy(parameter)
+    buckets = 0
+    if "encoder.relative_attention_bias.weight" in dict(model.named_parameters()):
+        table = model.get_parameter("encoder.relative_attention_bias.weight")
+        tensors["relative_position_bias"] = _to_numpy(table)
+        buckets = len(table)
+    norm = layer.get_submodule(names["attention_norm"])
+    spec = BlockSpec(
+        num_attention_heads=_first(config, "num_attention_heads", "encoder_attention_heads"),
+        norm_first=family.norm_first,
+        activation="silu" if "mlp_gate" in names else _first(config, "hidden_act", "activation_function"),
+        layer_norm_eps=float(norm.eps),  # type: ignore[arg-type]
+        is_causal=family.is_causal,
+        relative_attention_num_buckets=buckets,
+    )
+    return BlockWeights(spec, tensors)
+
+
+def _first(config: Any, *names: str) -> Any:
+    """The first of these fields that the config has: `encoder_attention_heads` before a decoder's."""
+    if getattr(config, "is_encoder_decoder", False):
+        names = names[::-1]
+    return next(getattr(config, name) for name in names if hasattr(config, name))
+
+
+def _to_numpy(parameter: torch.Tensor) -> np.ndarray:
+    return parameter.detach().to("cpu", torch.float32).numpy()

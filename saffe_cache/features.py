@@ -1,0 +1,174 @@
+"""The nouns that the stages exchange. Numpy only: no I/O, no torch, no Zarr.
+
+One index convention holds everywhere: `hidden_states[i]` is the **input** of encoder layer i, as in
+Hugging Face's `output_hidden_states=True`. So `hidden_states[0]` is the embedding output,
+`hidden_states[num_layers]` the output of the last layer, and *block i* is the layer that consumes
+`hidden_states[i]`. The SAFFE paper's layer l is block l, whose output is `hidden_states[l + 1]`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+Modality = Literal["image", "text", "audio"]
+MODALITIES: tuple[Modality, ...] = ("image", "text", "audio")
+
+
+class CacheError(Exception):
+    """The cache, or what is asked of it, is not as it must be. Says where, what was found and what to do."""
+
+
+def canonical_json(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, ASCII. Two equal values give equal texts.
+
+    Raises:
+        ValueError: the value holds NaN or an infinity, which JSON cannot say.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Everything that changes an encoder's output, as plain JSON values.
+
+    `fields` holds at least `modality` and `model_id`. Two runs with equal fields write into the same group.
+    """
+
+    fields: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Readable name plus hash: `image-dinov2-small-1f3a9c0b7e52`."""
+        name = re.sub(r"[^A-Za-z0-9._]+", "-", str(self.fields["model_id"]).rstrip("/").split("/")[-1])
+        digest = hashlib.sha256(canonical_json(self.fields).encode()).hexdigest()
+        return f"{self.fields['modality']}-{name}-{digest[:12]}"
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """One line for each field that differs: `field: mine != theirs`."""
+        names = sorted({*self.fields, *other.fields})
+        return [
+            f"{name}: {self.fields.get(name)!r} != {other.fields.get(name)!r}"
+            for name in names
+            if self.fields.get(name) != other.fields.get(name)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSpec:
+    """How the weights of a transformer block are put together."""
+
+    num_attention_heads: int
+    norm_first: bool
+    """True for pre-LN (ViT, CLIP): x + f(LN(x)). False for post-LN (BERT, MPNet): LN(x + f(x))."""
+    activation: str
+    """Hugging Face's name: gelu, quick_gelu, relu, silu, gelu_new."""
+    layer_norm_eps: float
+    is_causal: bool = False
+    relative_attention_num_buckets: int = 0
+    """Buckets of a T5/MPNet relative position bias; 0 where the block has none."""
+    relative_attention_max_distance: int = 128
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """One whole encoder layer, enough to rebuild it without the model.
+
+    Names of `tensors`, all in torch's (out, in) order: `{query,key,value,output}_{weight,bias}`,
+    `{attention_norm,mlp_norm}_{weight,bias}`, `{mlp_in,mlp_out}_{weight,bias}`, and where the family has
+    them `mlp_gate_{weight,bias}` (SwiGLU), `{attention,mlp}_layer_scale`, `relative_position_bias`
+    [buckets, heads]. A bias that is absent (Whisper's keys) is absent here too.
+    """
+
+    spec: BlockSpec
+    tensors: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths: row i is `values[offsets[i]:offsets[i + 1]]`."""
+
+    offsets: np.ndarray
+    values: np.ndarray
+
+    @staticmethod
+    def from_rows(rows: Iterable[Sequence[int]]) -> Ragged:
+        """Int64 rows, in order."""
+        listed = [np.asarray(row, dtype=np.int64) for row in rows]
+        lengths = np.array([len(row) for row in listed], dtype=np.int64)
+        values = np.concatenate(listed) if listed else np.zeros(0, np.int64)
+        return Ragged(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), values.astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[row] for row in range(len(self)))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The distinct inputs of one modality; an encoder's row i is the encoding of input i."""
+
+    content_hash: np.ndarray
+    """uint8 [n, 32]: SHA-256 of the file's bytes, or of the text's UTF-8."""
+    texts: tuple[str, ...] | None = None
+    """The texts themselves; None for photos and sounds."""
+
+    def __len__(self) -> int:
+        return len(self.content_hash)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemTable:
+    """Who is paired with what, by id: items, and the rows of the distinct inputs that they point to."""
+
+    ids: tuple[str, ...]
+    splits: tuple[str, ...]
+    """The split of each item."""
+    rows: Mapping[Modality, np.ndarray]
+    """int64 [items] for "image" and "audio": the input of each item, -1 where it has none."""
+    captions: Ragged
+    """Text rows of each item's captions."""
+    labels: Ragged
+    """Class indices of each item."""
+    class_names: tuple[str, ...]
+    class_texts: Ragged
+    """Text rows of each class: its name put into every class prompt."""
+    problems: tuple[str, ...]
+    """Why an item cannot be used; empty for a usable one."""
+    inputs: Mapping[Modality, Inputs] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def in_split(self, split: str) -> np.ndarray:
+        """Indices of the items of a split, in order.
+
+        Raises:
+            ValueError: no item belongs to the split.
+        """
+        found = np.array([i for i, name in enumerate(self.splits) if name == split], dtype=np.int64)
+        if not len(found):
+            raise ValueError(f"split {split!r} has no items; the cache has {sorted(set(self.splits))}.")
+        return found
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Hidden states of a batch of inputs: `states[p]` is [batch, tokens, hidden_size] of the p-th layer.
+
+    `mask` is bool [batch, tokens], True on real tokens; None where no row is padded.
+    """
+
+    states: tuple[np.ndarray, ...]
+    mask: np.ndarray | None = None

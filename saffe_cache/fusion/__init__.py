@@ -1,0 +1,1 @@
+"""Fusions of cached hidden states. Pure torch, no I/O."""

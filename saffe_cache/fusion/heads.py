@@ -1,0 +1,121 @@
+"""From token states of P layers to one vector. Every head maps ([batch, tokens, d] x P, mask) to [batch, out]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+def summarize(states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
+    """First token and mean of the other tokens of each layer, each token normed: [batch, 2 P d].
+
+    What the linear baselines see, and what the attention head's linear path sees.
+    """
+    parts = []
+    for state in states:
+        normed = functional.layer_norm(state, state.shape[-1:])
+        parts += [normed[:, 0], masked_mean(normed[:, 1:], None if mask is None else mask[:, 1:])]
+    return torch.cat(parts, dim=-1)
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over tokens that the mask keeps; zero where it keeps none."""
+    if mask is None:
+        return values.mean(dim=1)
+    weights = mask.to(values.dtype).unsqueeze(-1)
+    return (values * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+class AttentionHead(nn.Module):
+    """Learned queries pool the tokens of each layer; an MLP on the pooled vectors corrects a linear map.
+
+    A learned query q needs no key projection: (K x) . q = x . (K^T q), so K is folded into it. Values are
+    projected after pooling, which is the same by linearity. Both save a d x d product for every token, and
+    the head then costs little more than reading the tokens.
+
+        z = linear(summary) + mlp(norm([pooled; summary]))
+
+    `linear` may be started from the ridge regression (`start_linear`); the MLP then has to earn its keep.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_layers: int,
+        output_size: int,
+        *,
+        num_heads: int = 8,
+        head_size: int = 48,
+        mlp_size: int = 1024,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.pool_queries = nn.Parameter(torch.randn(num_layers, hidden_size, num_heads) * 0.02)
+        self.pool_values = nn.Parameter(
+            torch.randn(num_layers, num_heads, hidden_size, head_size) * hidden_size**-0.5
+        )
+        summary_size = 2 * num_layers * hidden_size
+        feature_size = num_layers * num_heads * head_size + summary_size
+        self.norm = nn.LayerNorm(feature_size)
+        self.mlp = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(feature_size, mlp_size),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(mlp_size, output_size),
+        )
+        self.linear = nn.Linear(summary_size, output_size)
+        self.dropout = nn.Dropout(dropout)
+        with torch.no_grad():
+            self.mlp[-1].weight.mul_(0.1)
+            self.mlp[-1].bias.zero_()
+
+    def forward(self, states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
+        summary = summarize(states, mask)
+        pooled = [self._pool(layer, state, mask) for layer, state in enumerate(states)]
+        corrected = self.mlp(self.norm(torch.cat([*pooled, summary], dim=-1)))
+        return self.linear(self.dropout(summary)) + corrected  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def start_linear(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """Start the linear path from a fitted map, weight [out, 2 P d] and bias [out]."""
+        self.linear.weight.copy_(weight)
+        self.linear.bias.copy_(bias)
+
+    def _pool(self, layer: int, state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """[batch, heads * head_size]."""
+        normed = functional.layer_norm(state, state.shape[-1:])
+        scores = normed @ self.pool_queries[layer]
+        if mask is not None:
+            scores = scores.masked_fill(~mask.unsqueeze(-1), torch.finfo(scores.dtype).min)
+        pooled = scores.softmax(dim=1).transpose(1, 2) @ normed
+        return torch.einsum("bhd,hdv->bhv", pooled, self.pool_values[layer]).flatten(1)
+
+
+class MeanHead(nn.Module):
+    """Mean of the tokens of each layer, then one linear map."""
+
+    def __init__(self, hidden_size: int, num_layers: int, output_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(num_layers * hidden_size, output_size)
+
+    def forward(self, states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
+        return self.linear(torch.cat([masked_mean(state, mask) for state in states], dim=-1))  # type: ignore[no-any-return]
+
+
+class FlattenHead(nn.Module):
+    """All tokens of all layers, one after the other, into one linear map: the SAFFE paper's head.
+
+    For reproduction: on Flickr8k it over-fits at once and loses to a ridge regression on two pooled vectors.
+    """
+
+    def __init__(self, hidden_size: int, num_layers: int, num_tokens: int, output_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(num_layers * num_tokens * hidden_size, output_size)
+
+    def forward(self, states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
+        assert mask is None, "a flattened layer needs a fixed number of tokens"
+        return self.linear(torch.cat(list(states), dim=1).flatten(1))  # type: ignore[no-any-return]

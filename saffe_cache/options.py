@@ -1,0 +1,123 @@
+"""Command-line options made from a config's dataclass, so that a default and its help are written once.
+
+A field `batch_size: int = 32` with a docstring below it becomes `--batch-size N`, its help the docstring.
+`tuple[X, ...]` may be given several times or with commas; `Mapping[str, X]` is given as KEY=VALUE, several
+times; a bool becomes a pair `--flag/--no-flag`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+Config = TypeVar("Config")
+
+
+def parse_config(config_class: type[Config], arguments: Sequence[str] | None, prog: str) -> Config:
+    """Read a config from the command line; exits with a message on a wrong option, as argparse does."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=inspect.getdoc(config_class), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    hints = typing.get_type_hints(config_class)
+    helps = attribute_docstrings(config_class)
+    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        _add_option(parser, field, hints[field.name], helps.get(field.name, ""))
+    values = vars(parser.parse_args(arguments))
+    for name, value in values.items():
+        if typing.get_origin(hints[name]) is tuple and value is not None:
+            values[name] = tuple(part for parts in value for part in parts)
+        if _is_mapping(hints[name]) and value is not None:
+            if len(dict(value)) < len(value):
+                parser.error(f"--{name.replace('_', '-')}: a key is given twice; give each once")
+            values[name] = dict(value)
+    given = {name: value for name, value in values.items() if value is not None}
+    try:
+        return config_class(**given)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def attribute_docstrings(config_class: type) -> dict[str, str]:
+    """The string below each field of a dataclass."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for field, below in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+            if isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
+                found[field.target.id] = inspect.cleandoc(below.value.value).replace("\n", " ")
+    return found
+
+
+def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any, help_text: str) -> None:
+    flag = "--" + field.name.replace("_", "-")
+    required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    shown = "" if required or default in (None, (), {}) else f" (default: {_show(default)})"
+    options: dict[str, Any] = {"help": (help_text + shown).replace("%", "%%"), "required": required, "dest": field.name}
+    kind = _without_none(hint)
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, **options)
+    elif typing.get_origin(kind) is Literal:
+        parser.add_argument(flag, choices=typing.get_args(kind), default=None, **options)
+    elif typing.get_origin(kind) is tuple:
+        one = typing.get_args(kind)[0]
+        options["metavar"] = _metavar(one) + "[,…]"
+        parser.add_argument(flag, action="append", type=_list_of(one), default=None, **options)
+    elif _is_mapping(kind):
+        one = typing.get_args(kind)[1]
+        options["metavar"] = "KEY=" + _metavar(one)
+        parser.add_argument(flag, action="append", type=_pair_of(one), default=None, **options)
+    else:
+        parser.add_argument(flag, type=kind, metavar=_metavar(kind), default=None, **options)
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(one for one in typing.get_args(hint) if one is not type(None))
+    return hint
+
+
+def _is_mapping(hint: Any) -> bool:
+    return typing.get_origin(_without_none(hint)) is Mapping
+
+
+def _metavar(kind: Any) -> str:
+    if typing.get_origin(kind) is tuple:
+        return _metavar(typing.get_args(kind)[0]) + ",…"
+    return {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
+
+
+def _list_of(kind: Any) -> Any:
+    def parse(text: str) -> list[Any]:
+        if kind is str:
+            return [text]  # a prompt may hold commas
+        return [kind(part) for part in text.split(",")]
+
+    return parse
+
+
+def _pair_of(kind: Any) -> Any:
+    def parse(text: str) -> tuple[str, Any]:
+        key, separator, value = text.partition("=")
+        if not separator or not key or not value:
+            raise argparse.ArgumentTypeError(f"expected KEY=VALUE, found {text!r}")
+        if typing.get_origin(kind) is tuple:
+            return key, tuple(typing.get_args(kind)[0](part) for part in value.split(","))
+        return key, kind(value)
+
+    return parse
+
+
+def _show(default: Any) -> str:
+    if isinstance(default, tuple):
+        return ", ".join(map(str, default))
+    return {True: "yes", False: "no"}.get(default, str(default)) if isinstance(default, bool) else str(default)

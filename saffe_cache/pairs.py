@@ -1,0 +1,163 @@
+"""Which items are trained on and judged, which texts describe them, and their cached features as tensors.
+
+Whatever is split is split by photo: items that share a photo (by content hash) stay together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from saffe_cache.features import ItemTable, Modality, Ragged
+from saffe_cache.fusion.heads import summarize
+from saffe_cache.store.reader import Cache, EncoderCache
+
+PairKind = Literal["captions", "classes"]
+VALIDATION_SPLITS = ("dev", "val", "valid", "validation")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Gallery inputs, one row each, and the texts that describe them."""
+
+    kind: PairKind
+    ids: tuple[str, ...]
+    rows: np.ndarray
+    """int64 [n]: the photo's (or sound's) row in its encoder's arrays; no two are equal."""
+    texts: Ragged
+    """Text rows of each: its captions, or the prompts of its classes."""
+    labels: Ragged
+    """Class indices of each."""
+    num_unusable: int = 0
+    """Items left out because an input is unreadable or absent."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, chosen: np.ndarray) -> Pairs:
+        """Some of them, in the given order."""
+        return Pairs(
+            self.kind,
+            tuple(self.ids[i] for i in chosen),
+            self.rows[chosen],
+            Ragged.from_rows(self.texts[int(i)] for i in chosen),
+            Ragged.from_rows(self.labels[int(i)] for i in chosen),
+            self.num_unusable,
+        )
+
+
+def pair_kind(table: ItemTable) -> PairKind:
+    """Captions where the items have any, else classes.
+
+    Raises:
+        ValueError: the items have neither.
+    """
+    if len(table.captions.values):
+        return "captions"
+    if len(table.labels.values):
+        return "classes"
+    raise ValueError("the cache's items have neither captions nor labels: there is nothing to align. Extract some.")
+
+
+def gallery_modality(cache: Cache) -> Modality:
+    """ "image", or "audio" in a cache of sounds alone."""
+    kinds = {encoder.manifest.modality for encoder in cache.encoders.values()}
+    return "audio" if "audio" in kinds and "image" not in kinds else "image"
+
+
+def select_pairs(
+    table: ItemTable, gallery: EncoderCache, text: EncoderCache, split: str, kind: PairKind
+) -> Pairs:
+    """All usable pairs of a split; items with the same photo become one, with the texts of all.
+
+    Raises:
+        ValueError: the split has no usable pair.
+    """
+    rows = table.rows[gallery.manifest.modality]
+    merged: dict[int, tuple[str, dict[int, None], dict[int, None]]] = {}
+    unusable = 0
+    for item in table.in_split(split):
+        texts = _texts_of(table, int(item), kind)
+        if table.problems[item] or not gallery.usable(rows[[item]])[0] or not len(texts) or not text.usable(texts).all():
+            unusable += 1
+            continue
+        _, seen_texts, seen_labels = merged.setdefault(int(rows[item]), (table.ids[item], {}, {}))
+        seen_texts.update(dict.fromkeys(texts.tolist()))
+        seen_labels.update(dict.fromkeys(table.labels[int(item)].tolist()))
+    if not merged:
+        raise ValueError(f"split {split!r}: none of its {unusable} items has a readable input and {kind}. See inspect.")
+    return Pairs(
+        kind,
+        tuple(item_id for item_id, _, _ in merged.values()),
+        np.array(list(merged), np.int64),
+        Ragged.from_rows(list(texts) for _, texts, _ in merged.values()),
+        Ragged.from_rows(list(labels) for _, _, labels in merged.values()),
+        unusable,
+    )
+
+
+def _texts_of(table: ItemTable, item: int, kind: PairKind) -> np.ndarray:
+    if kind == "captions":
+        return table.captions[item]
+    classes = [table.class_texts[int(label)] for label in table.labels[item]]
+    return np.concatenate(classes) if classes else np.zeros(0, np.int64)
+
+
+def hold_out(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray) -> tuple[Pairs, Pairs]:
+    """Split by photo into a training and a validation part.
+
+    A photo's side depends on its content and the seed alone, so that it stays there as the data grow.
+    """
+    draws = np.array(
+        [
+            int.from_bytes(hashlib.sha256(content_hash[row].tobytes() + seed.to_bytes(8, "big")).digest()[:8], "big")
+            for row in pairs.rows
+        ]
+    )
+    order = np.argsort(draws, kind="stable")
+    count = max(1, round(fraction * len(pairs)))
+    if count >= len(pairs):
+        raise ValueError(f"{len(pairs)} pairs are too few to hold {fraction:.0%} out for validation. Use more data.")
+    return pairs.take(np.sort(order[count:])), pairs.take(np.sort(order[:count]))
+
+
+def token_tensors(
+    encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int], device: str = "cpu"
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Hidden states as float32 tensors, one [n, tokens, d] for each layer, and their mask."""
+    tokens = encoder.tokens(rows, tuple(layers))
+    states = [torch.from_numpy(state).to(device).float() for state in tokens.states]
+    return states, None if tokens.mask is None else torch.from_numpy(tokens.mask).to(device)
+
+
+def summaries(encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int], batch: int = 256) -> np.ndarray:
+    """First token and mean of the others, of each layer: float32 [n, 2 P d]. What linear baselines see."""
+    parts = []
+    for start in range(0, len(rows), batch):
+        states, mask = token_tensors(encoder, rows[start : start + batch], layers)
+        parts.append(summarize(states, mask).numpy())
+    return np.concatenate(parts)
+
+
+def mean_text_vectors(pairs: Pairs, text: EncoderCache) -> np.ndarray:
+    """Mean of the unit vectors of each pair's texts, float32 [n, d]: what a ridge regression aims at."""
+    distinct, position = np.unique(pairs.texts.values, return_inverse=True)
+    vectors = unit_rows(text.vectors(distinct))[position]
+    sums = np.add.reduceat(vectors, pairs.texts.offsets[:-1], axis=0)
+    return (sums / np.diff(pairs.texts.offsets)[:, None]).astype(np.float32)
+
+
+def class_vectors(table: ItemTable, text: EncoderCache) -> np.ndarray:
+    """Mean of the unit vectors of each class's prompts, float32 [classes, d]."""
+    return np.stack([unit_rows(text.vectors(rows)).mean(axis=0) for rows in table.class_texts]).astype(np.float32)
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Rows of unit length; a zero row stays zero."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.maximum(norms, 1e-12)).astype(np.float32)

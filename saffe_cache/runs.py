@@ -1,0 +1,167 @@
+"""A run's folder: what was trained, on what, and the weights. safetensors and JSON; nothing is unpickled.
+
+    config.json           the stage's config, the resolved run (encoders' keys, layers, shape), versions
+    model.safetensors     the best weights by validation
+    log.jsonl             one line a validation
+    result.json           the outcome; written last, so its presence means that the run is complete
+    state.safetensors     what a killed run resumes from
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+import zarr
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from saffe_cache import __version__
+from saffe_cache.fusion.fam import FamShape, FusionAlignModule
+from saffe_cache.pairs import PairKind, token_tensors
+from saffe_cache.store.reader import Cache, EncoderCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """Everything that evaluation needs to know of a run."""
+
+    gallery_key: str
+    text_key: str
+    gallery_layers: tuple[int, ...]
+    text_layers: tuple[int, ...]
+    """Empty where text does not enter the fusion."""
+    pairs: PairKind
+    train_split: str
+    validation: str
+    """The split that the best epoch was chosen on, or "heldout" for a part of the train split."""
+    validation_fraction: float
+    seed: int
+    shape: FamShape
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> RunSpec:
+        values = dict(content)
+        values["gallery_layers"] = tuple(values["gallery_layers"])
+        values["text_layers"] = tuple(values["text_layers"])
+        return RunSpec(**(values | {"shape": FamShape(**values["shape"])}))
+
+
+def build_fam(spec: RunSpec, cache: Cache) -> FusionAlignModule:
+    """A FAM with its starting weights: decoders begin as the cached blocks of both encoders."""
+    blocks = []
+    if spec.shape.fusion == "decoder":
+        gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
+        blocks = [
+            (gallery.block(mine), text.block(other))
+            for mine, other in zip(spec.gallery_layers, spec.text_layers, strict=True)
+        ]
+    return FusionAlignModule(spec.shape, blocks)
+
+
+def load_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, FusionAlignModule, dict[str, Any]]:
+    """A finished run: its spec, its best model in evaluation mode, and its result.
+
+    Raises:
+        ValueError: the run is absent or unfinished, or was trained on another cache.
+    """
+    folder = Path(run_dir)
+    if not (folder / "result.json").exists():
+        raise ValueError(f"--run {run_dir}: no finished run there (result.json is missing). Run saffe-train-fam --out {run_dir}.")
+    spec = RunSpec.from_json(read_json(folder / "config.json")["run"])
+    missing = [key for key in (spec.gallery_key, spec.text_key) if key not in cache.encoders]
+    if missing:
+        raise ValueError(
+            f"--run {run_dir}: it was trained on {missing[0]}, which {cache.storage.root} does not hold "
+            f"({', '.join(cache.encoders) or 'no encoder'}). Give the cache that it was trained on."
+        )
+    model = build_fam(spec, cache)
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise ValueError(f"{folder / 'model.safetensors'}: not this run's weights ({error}). Train again.") from None
+    return spec, model.eval(), read_json(folder / "result.json")
+
+
+@torch.inference_mode()
+def encode_gallery(
+    model: FusionAlignModule, encoder: EncoderCache, rows: np.ndarray, layers: tuple[int, ...], device: str = "cpu", batch: int = 256
+) -> np.ndarray:
+    """f(x, null) of gallery inputs: unit vectors, float32 [n, d]."""
+    parts = []
+    for start in range(0, len(rows), batch):
+        states, mask = token_tensors(encoder, rows[start : start + batch], layers, device)
+        parts.append(model(states, mask).float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+@torch.inference_mode()
+def encode_queries(model: FusionAlignModule, vectors: np.ndarray, device: str = "cpu") -> np.ndarray:
+    """g(text) of the text encoder's own vectors: unit vectors, float32 [n, d]."""
+    return model.encode_queries(torch.from_numpy(vectors).to(device)).float().cpu().numpy()
+
+
+def choose_device(device: str) -> str:
+    """"auto" takes a GPU where there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def provenance(config: Any) -> dict[str, Any]:
+    """The config as given and what it ran with."""
+    return {
+        "config": json.loads(json.dumps(asdict(config), default=str)),
+        "versions": {
+            "saffe_cache": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+            "zarr": zarr.__version__,
+        },
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=True) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file, whole or not at all."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(contiguous, dict(metadata) if metadata else None))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}). Run the stage that writes it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object. Run the stage that writes it again.")
+    return content

@@ -1,0 +1,190 @@
+"""What the cache says of itself: attributes of the root group, and of each encoder's group.
+
+An encoder's attributes are its manifest. They are replaced in one atomic write, after the shards that
+they promise are durable, and so are the only truth on what is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from saffe_cache.features import CacheError, Fingerprint, Modality
+from saffe_cache.store.layout import ArraySpec, ShardEntry
+from saffe_cache.store.storage import Storage
+from saffe_cache.store.zarr_files import group_metadata
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class ArrayManifest:
+    """One growing array: how it is stored, and its shards so far."""
+
+    spec: ArraySpec
+    shards: list[ShardEntry] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """Rows that are committed."""
+        return sum(entry.rows for entry in self.shards)
+
+
+@dataclass
+class EncoderManifest:
+    """One encoder's group."""
+
+    fingerprint: Fingerprint
+    modality: Modality
+    num_layers: int
+    hidden_size: int
+    vector: str
+    """The array that stands for the input as one vector: "projected" where there is one, else "pooled"."""
+    arrays: dict[str, ArrayManifest] = field(default_factory=dict)
+    finished_rows: int = 0
+    """Inputs whose rows are in every array; a later extraction starts behind them."""
+    invalid: dict[int, str] = field(default_factory=dict)
+    """Inputs that could not be encoded, by row, with the reason."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """One entry for each extraction that added something: its config, versions and seconds."""
+
+    @property
+    def key(self) -> str:
+        return self.fingerprint.key
+
+    @property
+    def layers(self) -> list[int]:
+        """Cached indices i of `hidden_states[i]`, ascending."""
+        return layers_among(self.arrays)
+
+    @property
+    def is_ragged(self) -> bool:
+        return "offsets" in self.arrays
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "encoding-type": "saffe-encoder",
+            "encoding-version": FORMAT_VERSION,
+            "fingerprint": dict(self.fingerprint.fields),
+            "modality": self.modality,
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "vector": self.vector,
+            "finished_rows": self.finished_rows,
+            "invalid": {str(row): reason for row, reason in sorted(self.invalid.items())},
+            "history": self.history,
+            "arrays": {
+                name: {
+                    "row_shape": list(array.spec.row_shape),
+                    "dtype": array.spec.dtype,
+                    "chunk_rows": array.spec.chunk_rows,
+                    "shard_rows": array.spec.shard_rows,
+                    "dimension_names": list(array.spec.dimension_names),
+                    "shards": [entry.to_json() for entry in array.shards],
+                }
+                for name, array in sorted(self.arrays.items())
+            },
+        }
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any], where: str) -> EncoderManifest:
+        """
+        Raises:
+            CacheError: a field is missing or of another kind.
+        """
+        try:
+            arrays = {}
+            for name, array in content["arrays"].items():
+                spec = ArraySpec(
+                    row_shape=tuple(int(length) for length in array["row_shape"]),
+                    dtype=str(array["dtype"]),
+                    chunk_rows=int(array["chunk_rows"]),
+                    shard_rows=int(array["shard_rows"]),
+                    dimension_names=tuple(array["dimension_names"]),
+                )
+                arrays[str(name)] = ArrayManifest(spec, [ShardEntry(**entry) for entry in array["shards"]])
+            return EncoderManifest(
+                fingerprint=Fingerprint(dict(content["fingerprint"])),
+                modality=content["modality"],
+                num_layers=int(content["num_layers"]),
+                hidden_size=int(content["hidden_size"]),
+                vector=str(content["vector"]),
+                arrays=arrays,
+                finished_rows=int(content["finished_rows"]),
+                history=list(content["history"]),
+                invalid={int(row): str(reason) for row, reason in content["invalid"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CacheError(
+                f"{where}: its manifest lacks or misstates {error}. Restore zarr.json from a copy."
+            ) from None
+
+
+def layers_among(names: Iterable[str]) -> list[int]:
+    """The indices i of the arrays called `hidden_states/i`, ascending."""
+    prefix = "hidden_states/"
+    return sorted(int(name.removeprefix(prefix)) for name in names if name.startswith(prefix))
+
+
+def encoder_group(key: str) -> str:
+    """Where an encoder's group lies below the root."""
+    return f"encoders/{key}"
+
+
+def read_encoder(storage: Storage, key: str) -> EncoderManifest:
+    """
+    Raises:
+        CacheError: the group is missing or its manifest is damaged.
+    """
+    name = f"{encoder_group(key)}/zarr.json"
+    attributes = storage.read_json(name).get("attributes", {})
+    return EncoderManifest.from_json(attributes.get("saffe_cache", {}), f"{storage.root}: {name}")
+
+
+def write_encoder(storage: Storage, manifest: EncoderManifest) -> None:
+    """The commit: all shards that the manifest promises must be durable before."""
+    data = group_metadata({"saffe_cache": manifest.to_json()})
+    storage.write(f"{encoder_group(manifest.key)}/zarr.json", data)
+
+
+@dataclass(frozen=True)
+class RootManifest:
+    """The root group: which table is current, and which encoders there are."""
+
+    table: int
+    """Generation of the item table."""
+    encoders: tuple[str, ...]
+    """Keys, oldest first."""
+
+
+def read_root(storage: Storage) -> RootManifest | None:
+    """None where there is no cache yet.
+
+    Raises:
+        CacheError: something else lies there, or a cache of another format version.
+    """
+    if not storage.exists("zarr.json"):
+        return None
+    content = storage.read_json("zarr.json").get("attributes", {}).get("saffe_cache")
+    if not isinstance(content, dict) or "format_version" not in content:
+        raise CacheError(f"{storage.root}: a Zarr group, but no feature cache. Choose another --cache.")
+    if content["format_version"] != FORMAT_VERSION:
+        raise CacheError(
+            f"{storage.root}: format version {content['format_version']}, this release reads {FORMAT_VERSION}. "
+            "Use the release that wrote it, or extract into a new cache."
+        )
+    try:
+        return RootManifest(int(content["table"]), tuple(str(key) for key in content["encoders"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CacheError(f"{storage.root}: zarr.json lacks or misstates {error}. Restore it from a copy.") from None
+
+
+def write_root(storage: Storage, root: RootManifest) -> None:
+    content = {
+        "encoding-type": "saffe-cache",
+        "format_version": FORMAT_VERSION,
+        "table": root.table,
+        "encoders": list(root.encoders),
+    }
+    storage.write("zarr.json", group_metadata({"saffe_cache": content}))

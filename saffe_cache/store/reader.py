@@ -1,0 +1,243 @@
+"""Reading a cache: rows by number, from memory-mapped shards or through zarr-python behind a URL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from saffe_cache.features import (
+    BlockSpec,
+    BlockWeights,
+    CacheError,
+    ItemTable,
+    Modality,
+
+    Tokens,
+)
+from saffe_cache.store.layout import Statistics, check_shard, combine_statistics, from_storage
+from saffe_cache.store.manifest import (
+    ArrayManifest,
+    EncoderManifest,
+    RootManifest,
+    encoder_group,
+    read_encoder,
+    read_root,
+)
+from saffe_cache.store.storage import Storage
+from saffe_cache.store.table import read_table
+from saffe_cache.store.zarr_files import read_group, shard_name
+
+
+class RowReader:
+    """Rows of one array by number. Random rows of a local cache cost what a memory map costs."""
+
+    def __init__(self, storage: Storage, folder: str, array: ArrayManifest) -> None:
+        self._storage, self._folder, self._array = storage, folder, array
+        self._maps: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self._array.rows
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return self._array.spec.row_shape
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """`rows` is int64 [n], in any order; returns [n, *row_shape], bfloat16 as float32.
+
+        Raises:
+            CacheError: as `read_stored`.
+        """
+        return from_storage(self.read_stored(rows), self._array.spec.dtype)
+
+    def read_stored(self, rows: np.ndarray) -> np.ndarray:
+        """The same in the stored type: bfloat16 is uint16.
+
+        Raises:
+            CacheError: a row is beyond the array, or a shard is missing or truncated.
+        """
+        spec = self._array.spec
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise CacheError(
+                f"{self._storage.root}: {self._folder} has {len(self)} rows, row {rows.max()} was asked for. "
+                "Run saffe-extract again to complete it."
+            )
+        result = np.empty((len(rows), *spec.row_shape), spec.numpy_dtype)
+        shards = rows // spec.shard_rows
+        for shard in np.unique(shards):
+            here = np.flatnonzero(shards == shard)
+            result[here] = self._shard(int(shard))[rows[here] - shard * spec.shard_rows]
+        return result
+
+    def read_range(self, start: int, stop: int) -> np.ndarray:
+        """Consecutive rows."""
+        return self.read(np.arange(start, stop))
+
+    def _shard(self, index: int) -> np.ndarray:
+        if index not in self._maps:
+            self._maps[index] = self._open_shard(index)
+        return self._maps[index]
+
+    def _open_shard(self, index: int) -> np.ndarray:
+        spec, num_rows = self._array.spec, self._array.shards[index].rows
+        name = f"{self._folder}/{shard_name(index, spec)}"
+        path = self._storage.local_path(name)
+        if path is None:
+            array = zarr.open_array(self._storage.zarr_location, path=self._folder, mode="r")
+            start = index * spec.shard_rows
+            return np.asarray(array[start : start + num_rows])
+        if not path.exists() or path.stat().st_size < spec.shard_file_bytes(num_rows):
+            raise CacheError(
+                f"{self._storage.root}: {name} is missing or truncated. "
+                "Run `saffe-cache verify` to see what else is, then extract again."
+            )
+        return np.memmap(path, spec.numpy_dtype, mode="r", shape=(num_rows, *spec.row_shape))
+
+
+class EncoderCache:
+    """What the cache holds of one encoder. `manifest` describes it."""
+
+    def __init__(self, storage: Storage, manifest: EncoderManifest) -> None:
+        self._storage, self.manifest = storage, manifest
+        self._readers: dict[str, RowReader] = {}
+
+    @property
+    def key(self) -> str:
+        return self.manifest.key
+
+    def array(self, name: str) -> RowReader:
+        """
+        Raises:
+            CacheError: the encoder has no such array.
+        """
+        if name not in self.manifest.arrays:
+            raise CacheError(
+                f"{self._storage.root}: {self.key} has no {name}; it has {', '.join(sorted(self.manifest.arrays))}. "
+                "Add it with saffe-extract."
+            )
+        if name not in self._readers:
+            folder = f"{encoder_group(self.key)}/{name}"
+            self._readers[name] = RowReader(self._storage, folder, self.manifest.arrays[name])
+        return self._readers[name]
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """The encoder's own vector of each input, float32 [n, d]: projected where the model projects."""
+        return self.array(self.manifest.vector).read(rows).astype(np.float32)
+
+    def tokens(self, rows: np.ndarray, layers: tuple[int, ...]) -> Tokens:
+        """Hidden states of some inputs; texts are padded with zeros to the longest among them."""
+        if not self.manifest.is_ragged:
+            return Tokens(tuple(self.array(f"hidden_states/{layer}").read(rows) for layer in layers))
+        lengths = (self.offsets[rows + 1] - self.offsets[rows]).astype(np.int64)
+        mask = np.arange(lengths.max(initial=1)) < lengths[:, None]
+        flat = np.concatenate([np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows])
+        states = []
+        for layer in layers:
+            values = self.array(f"hidden_states/{layer}").read(flat)
+            padded = np.zeros((*mask.shape, *values.shape[1:]), values.dtype)
+            padded[mask] = values
+            states.append(padded)
+        return Tokens(tuple(states), mask)
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """int64 [inputs + 1]: where each text's tokens begin in the flat arrays."""
+        array = self.array("offsets")
+        return array.read_range(0, len(array))
+
+    @property
+    def block_layers(self) -> list[int]:
+        """Cached layers whose consuming block is cached too: all but the output of the last layer."""
+        return [layer for layer in self.manifest.layers if layer < self.manifest.num_layers]
+
+    def block(self, layer: int) -> BlockWeights:
+        """The block that consumes `hidden_states[layer]`.
+
+        Raises:
+            CacheError: the layer is the last one's output, which no block consumes, or is not cached.
+        """
+        if layer not in self.block_layers:
+            raise CacheError(
+                f"{self._storage.root}: {self.key} has no block {layer}; blocks are cached for {self.block_layers} "
+                f"(hidden_states[{self.manifest.num_layers}] is the last layer's output, which no block consumes)."
+            )
+        name = f"{encoder_group(self.key)}/blocks/{layer}"
+        attributes = self._storage.read_json(f"{name}/zarr.json")["attributes"]
+        attributes.pop("encoding-type")
+        return BlockWeights(BlockSpec(**attributes), read_group(self._storage, name))
+
+    def statistics(self, name: str) -> Statistics:
+        """Mean, standard deviation and largest magnitude over all finite numbers of an array."""
+        return combine_statistics(self.manifest.arrays[name].shards)
+
+    def usable(self, rows: np.ndarray) -> np.ndarray:
+        """bool [n]: which inputs were encoded. Row -1 (no such input) is not."""
+        broken = np.array(sorted(self.manifest.invalid), dtype=np.int64)
+        return (rows >= 0) & (rows < self.manifest.finished_rows) & ~np.isin(rows, broken)
+
+
+class Cache:
+    """An open cache: its item table and its encoders."""
+
+    def __init__(self, storage: Storage, root: RootManifest) -> None:
+        self.storage = storage
+        self.table: ItemTable = read_table(storage, f"tables/{root.table}")
+        self.encoders: Mapping[str, EncoderCache] = {
+            key: EncoderCache(storage, read_encoder(storage, key)) for key in root.encoders
+        }
+
+    def encoder(self, modality: Modality, name: str | None = None) -> EncoderCache:
+        """The encoder of a modality; with several, the one whose key holds `name`.
+
+        Raises:
+            CacheError: there is none, there are several to choose from, or its extraction is unfinished.
+        """
+        keys = [key for key, encoder in self.encoders.items() if encoder.manifest.modality == modality]
+        chosen = [key for key in keys if name is None or name in key]
+        if len(chosen) != 1:
+            asked = f" named {name!r}" if name else ""
+            raise CacheError(
+                f"{self.storage.root}: {len(chosen)} {modality} encoders{asked}; it holds {keys or 'none'}. "
+                f"Choose one with --encoder {modality}=PART-OF-ITS-KEY."
+            )
+        encoder = self.encoders[chosen[0]]
+        if not encoder.manifest.finished_rows:
+            raise CacheError(
+                f"{self.storage.root}: the extraction of {encoder.key} is unfinished. Run saffe-extract again."
+            )
+        return encoder
+
+
+def open_cache(path: str | Path) -> Cache:
+    """
+    Raises:
+        CacheError: there is no cache, or one of another format version.
+    """
+    storage = Storage(path)
+    root = read_root(storage)
+    if root is None:
+        raise CacheError(f"{path}: there is no feature cache. Make one with saffe-extract.")
+    return Cache(storage, root)
+
+
+def verify_cache(path: str | Path) -> tuple[int, list[str]]:
+    """Read every shard and compare it with the manifest: number of shards read, and what is wrong."""
+    storage = Storage(path)
+    cache = open_cache(path)
+    count, problems = 0, []
+    for key, encoder in cache.encoders.items():
+        for array_name, array in encoder.manifest.arrays.items():
+            for index, entry in enumerate(array.shards):
+                name = f"{encoder_group(key)}/{array_name}/{shard_name(index, array.spec)}"
+                count += 1
+                try:
+                    check_shard(array.spec, entry, storage.read(name), f"{path}: {name}")
+                except CacheError as error:
+                    problems.append(str(error))
+    return count, problems
+
+

@@ -1,0 +1,138 @@
+"""Files under a cache's root, on a local disk or behind a URL.
+
+Locally a write is: temporary name, fsync, rename, fsync of the folder, so that after a crash a file is
+the old one or the new one, whole. Behind a URL one PUT of an object store has that property by itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from saffe_cache.features import CacheError
+
+_LOCK_NAME = ".saffe-lock"
+
+
+class Storage:
+    """Named byte strings under a root. Names use `/` and never start with it."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = str(root)
+        self._local = None if "://" in self.root else Path(self.root).expanduser().absolute()
+        if self._local is None:
+            self._filesystem, self._prefix = fsspec.core.url_to_fs(self.root)
+
+    def local_path(self, name: str) -> Path | None:
+        """Where a name lies on the local disk; None behind a URL."""
+        return self._local / name if self._local is not None else None
+
+    @property
+    def zarr_location(self) -> str:
+        """What zarr-python opens."""
+        return str(self._local) if self._local is not None else self.root
+
+    def exists(self, name: str) -> bool:
+        if self._local is not None:
+            return (self._local / name).exists()
+        return bool(self._filesystem.exists(f"{self._prefix}/{name}"))
+
+    def read(self, name: str) -> bytes:
+        """
+        Raises:
+            CacheError: there is no such file.
+        """
+        try:
+            if self._local is not None:
+                return (self._local / name).read_bytes()
+            return bytes(self._filesystem.cat_file(f"{self._prefix}/{name}"))
+        except FileNotFoundError:
+            raise CacheError(f"{self.root}: {name} is missing. Extract it again.") from None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Durable and whole when this returns."""
+        if self._local is None:
+            self._filesystem.pipe_file(f"{self._prefix}/{name}", data)
+            return
+        path = self._local / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _fsync_folder(path.parent)
+
+    def remove_folder(self, name: str) -> None:
+        """Remove a folder and all in it; nothing happens where it does not exist."""
+        if self._local is not None:
+            shutil.rmtree(self._local / name, ignore_errors=True)
+        elif self.exists(name):
+            self._filesystem.rm(f"{self._prefix}/{name}", recursive=True)
+
+    def remove_partial_files(self) -> None:
+        """Remove what a killed writer left under temporary names. Only the writer may call this."""
+        if self._local is not None:
+            for path in self._local.rglob(".*.partial"):
+                path.unlink(missing_ok=True)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """
+        Raises:
+            CacheError: the file is missing, or is not a JSON object.
+        """
+        try:
+            value = json.loads(self.read(name))
+        except ValueError as error:
+            raise CacheError(f"{self.root}: {name} is not JSON ({error}). Restore it from a copy.") from None
+        if not isinstance(value, dict):
+            raise CacheError(f"{self.root}: {name} is not a JSON object. Restore it from a copy.")
+        return value
+
+    @contextmanager
+    def writer_lock(self) -> Iterator[None]:
+        """Hold the cache for one writer. The lock goes with its process, however that ends.
+
+        Raises:
+            CacheError: another process writes to this cache.
+        """
+        if self._local is None:  # object stores have no lock that every one of them honours
+            yield
+            return
+        self._local.mkdir(parents=True, exist_ok=True)
+        with (self._local / _LOCK_NAME).open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise CacheError(
+                    f"{self.root}: another process is writing to it ({file.read().strip()}). "
+                    "Wait for it to end, or stop it, and run this again."
+                ) from None
+            file.truncate(0)
+            file.write(f"host {socket.gethostname()}, process {os.getpid()}")
+            file.flush()
+            yield
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,172 @@
+"""Growing an encoder's arrays, a shard at a time.
+
+Rows may come in any portions, in order. A full shard is written at once; `commit` then records it in the
+manifest. The rows of the unfinished shard stay in memory until `finish`, and so are what a kill costs.
+A tail shard that new rows fill up is read back, checked, and written again as a whole.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from saffe_cache.features import BlockWeights
+from saffe_cache.store.layout import ArraySpec, check_shard, describe_shard, encode_shard
+from saffe_cache.store.manifest import ArrayManifest, EncoderManifest, encoder_group, write_encoder
+from saffe_cache.store.storage import Storage
+from saffe_cache.store.zarr_files import array_metadata, shard_name, write_group
+
+
+class _ArrayWriter:
+    """One array: `position` rows are on disk or waiting in memory."""
+
+    def __init__(self, storage: Storage, folder: str, array: ArrayManifest, target_rows: int) -> None:
+        self._storage, self._folder, self._spec = storage, folder, array.spec
+        self.entries = list(array.shards)
+        self.position = array.rows
+        self._waiting: list[np.ndarray] = []
+        self._tail_is_open = bool(array.shards) and array.shards[-1].rows < array.spec.shard_rows
+        if self._tail_is_open:
+            self._waiting.append(self._read_tail(array))
+        storage.write(f"{folder}/zarr.json", array_metadata(array.spec, max(target_rows, array.rows)))
+
+    def append(self, first_row: int, rows: np.ndarray) -> None:
+        """Rows in the stored type; those that are there already are passed over."""
+        assert first_row <= self.position, f"rows {self.position}…{first_row} of {self._folder} are missing"
+        fresh = rows[self.position - first_row :]
+        if len(fresh):
+            self._waiting.append(fresh)
+            self.position += len(fresh)
+        while self._num_waiting >= self._spec.shard_rows:
+            self._write_shard(self._spec.shard_rows)
+
+    def flush(self) -> None:
+        if self.position > sum(entry.rows for entry in self.entries):
+            self._write_shard(self._num_waiting)
+
+    @property
+    def _num_waiting(self) -> int:
+        return sum(len(rows) for rows in self._waiting)
+
+    def _write_shard(self, num_rows: int) -> None:
+        rows = np.concatenate(self._waiting)
+        shard, rest = np.ascontiguousarray(rows[:num_rows]), rows[num_rows:]
+        if self._tail_is_open:  # its old entry stays valid until this very file replaces it
+            self.entries.pop()
+        name = f"{self._folder}/{shard_name(len(self.entries), self._spec)}"
+        self._storage.write(name, encode_shard(self._spec, shard))
+        self.entries.append(describe_shard(self._spec, shard))
+        self._tail_is_open = False
+        self._waiting = [rest] if len(rest) else []
+
+    def _read_tail(self, array: ArrayManifest) -> np.ndarray:
+        entry = array.shards[-1]
+        name = f"{self._folder}/{shard_name(len(array.shards) - 1, array.spec)}"
+        data = self._storage.read(name)
+        check_shard(array.spec, entry, data, f"{self._storage.root}: {name}")
+        rows = np.frombuffer(data[: entry.rows * array.spec.row_bytes], array.spec.numpy_dtype)
+        return rows.reshape(entry.rows, *array.spec.row_shape)
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Consecutive rows of several arrays, made together: name -> (first row, rows in the stored type)."""
+
+    rows: Mapping[str, tuple[int, np.ndarray]]
+    invalid: Mapping[int, str] = field(default_factory=dict)
+    """Inputs of this portion that could not be encoded."""
+
+
+class EncoderWriter:
+    """Writes one encoder's group. `put` hands portions to a thread of its own, at most two ahead.
+
+    Use as a context manager; leaving it without an error does not finish the extraction, `finish` does.
+    """
+
+    def __init__(
+        self, storage: Storage, manifest: EncoderManifest, targets: Mapping[str, tuple[ArraySpec, int]]
+    ) -> None:
+        """`targets`: for each array that grows, how it is stored and its rows in the end."""
+        self._storage, self.manifest = storage, manifest
+        self.seconds = 0.0
+        """Time spent writing."""
+        group = encoder_group(manifest.key)
+        self._arrays: dict[str, _ArrayWriter] = {}
+        for name, (spec, target_rows) in targets.items():
+            array = manifest.arrays.setdefault(name, ArrayManifest(spec))
+            self._arrays[name] = _ArrayWriter(storage, f"{group}/{name}", array, target_rows)
+        write_encoder(storage, manifest)
+        self._portions: queue.Queue[Portion | None] = queue.Queue(maxsize=2)
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="shard-writer", daemon=True)
+
+    def __enter__(self) -> EncoderWriter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def put(self, portion: Portion) -> None:
+        """Hand over a portion; waits while two are ahead.
+
+        Raises:
+            OSError: an earlier portion could not be written, for instance because the disk is full.
+        """
+        self._raise_failure()
+        self._portions.put(portion)
+
+    def finish(self, num_inputs: int) -> None:
+        """Write what waits, and record that `num_inputs` inputs are complete in every array."""
+        self._stop()
+        self._raise_failure()
+        for array in self._arrays.values():
+            array.flush()
+        self.manifest.finished_rows = num_inputs
+        self._commit()
+
+    def _stop(self) -> None:
+        if self._thread.is_alive():
+            self._portions.put(None)
+            self._thread.join()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        while (portion := self._portions.get()) is not None:
+            if self._failure is None:
+                started = time.perf_counter()
+                try:
+                    self._write(portion)
+                except BaseException as error:
+                    self._failure = error
+                self.seconds += time.perf_counter() - started
+
+    def _write(self, portion: Portion) -> None:
+        before = {name: array.entries[-1:] for name, array in self._arrays.items()}
+        for name, (first_row, rows) in portion.rows.items():
+            self._arrays[name].append(first_row, rows)
+        self.manifest.invalid.update(portion.invalid)
+        if any(array.entries[-1:] != before[name] for name, array in self._arrays.items()):
+            self._commit()
+
+    def _commit(self) -> None:
+        for name, array in self._arrays.items():
+            self.manifest.arrays[name].shards = list(array.entries)
+        write_encoder(self._storage, self.manifest)
+
+
+def write_blocks(storage: Storage, key: str, blocks: Mapping[int, BlockWeights]) -> None:
+    """Store the blocks that consume the cached layers, as float32 beside a specification in the attributes."""
+    for index, block in blocks.items():
+        name = f"{encoder_group(key)}/blocks/{index}"
+        if not storage.exists(f"{name}/zarr.json"):
+            write_group(storage, name, block.tensors, {"encoding-type": "saffe-block", **vars(block.spec)})
+
