@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,9 +25,17 @@ from saffe_cache.pairs import (
 from saffe_cache.retrieval.baselines import LinearMap, fit_linear_probe, fit_ridge
 from saffe_cache.retrieval.index import build_index, save_index
 from saffe_cache.retrieval.protocols import Scores, caption_scores, class_scores
-from saffe_cache.runs import RunSpec, choose_device, encode_gallery, encode_queries, load_run, provenance, write_json
+from saffe_cache.runs import (
+    RunSpec,
+    choose_device,
+    encode_gallery,
+    encode_queries,
+    load_run,
+    provenance,
+    training_pairs,
+    write_json,
+)
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
-from saffe_cache.train import training_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +101,8 @@ def evaluate(config: EvaluateConfig) -> str:
     device = choose_device(config.device)
     model.to(device)
     gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
-    kind: PairKind = {"auto": spec.pairs, "caption": "captions", "class": "classes"}[config.protocol]  # type: ignore[assignment]
+    kinds: dict[str, PairKind] = {"auto": spec.pairs, "caption": "captions", "class": "classes"}
+    kind = kinds[config.protocol]
     pairs = select_pairs(cache.table, gallery, text, config.split, kind)
     queries = _queries(cache, text, pairs)
     logger.info("%s: %d photos, %d queries of split %s", kind, len(pairs), len(queries.vectors), config.split)
@@ -151,8 +160,10 @@ def _baselines(
     gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
     layers = gallery.manifest.layers
     train_pairs, validation, _ = training_pairs(spec, cache)
-    features = {part: summaries(gallery, p.rows, layers) for part, p in
-                (("train", train_pairs), ("validation", validation), ("test", pairs))}
+    features = {
+        part: summaries(gallery, p.rows, layers)
+        for part, p in (("train", train_pairs), ("validation", validation), ("test", pairs))
+    }
     on_validation = _queries(cache, text, validation)
 
     def judge_ridge(fit: LinearMap) -> float:
@@ -177,7 +188,12 @@ def _baselines(
 
 
 def _linear_probe(
-    train_pairs: Pairs, validation: Pairs, queries: _Queries, features: Mapping[str, np.ndarray], num_classes: int, absent: dict[str, str]
+    train_pairs: Pairs,
+    validation: Pairs,
+    queries: _Queries,
+    features: Mapping[str, np.ndarray],
+    num_classes: int,
+    absent: dict[str, str],
 ) -> dict[str, Scores]:
     """Logistic regression; its logits rank the photos of each class."""
     if any(len(of_one) != 1 for pairs in (train_pairs, validation) for of_one in pairs.labels):
@@ -186,7 +202,9 @@ def _linear_probe(
 
     def score(fit: LinearMap, photos: np.ndarray, labels: Ragged, intervals: bool) -> Scores:
         probabilities = _softmax(fit(photos))
-        return class_scores(unit_rows(probabilities), np.eye(num_classes, dtype=np.float32), labels, intervals=intervals)
+        return class_scores(
+            unit_rows(probabilities), np.eye(num_classes, dtype=np.float32), labels, intervals=intervals
+        )
 
     fit = fit_linear_probe(
         features["train"],
@@ -236,7 +254,8 @@ def format_report(report: Mapping[str, Any]) -> str:
     """The report as a table for a terminal: percent, 95 % intervals in brackets."""
     lines = [f"WARNING: {warning}" for warning in report["warnings"]]
     lines += [
-        f"{report['protocol']} protocol, split {report['split']}: {report['num_photos']} photos, {report['num_queries']} queries",
+        f"{report['protocol']} protocol, split {report['split']}: {report['num_photos']} photos, "
+        f"{report['num_queries']} queries",
         f"({report['definition']})",
         "",
     ]
@@ -254,8 +273,8 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines += [f"{name}: not applicable, {reason}" for name, reason in report["absent"].items()]
     cost = report["cost"]
     lines.append(
-        f"{cost['trainable_parameters'] / 1e6:.2f} M trainable parameters, {cost['training_seconds']:.0f} s of training at "
-        f"{cost['training_peak_memory_mb']} MB, gallery encoded in {cost['gallery_seconds']:.1f} s, "
+        f"{cost['trainable_parameters'] / 1e6:.2f} M trainable parameters, {cost['training_seconds']:.0f} s of training "
+        f"at {cost['training_peak_memory_mb']} MB, gallery encoded in {cost['gallery_seconds']:.1f} s, "
         f"evaluation {cost['evaluation_seconds']:.0f} s"
     )
     return "\n".join(lines)

@@ -98,7 +98,7 @@ class Ragged:
     values: np.ndarray
 
     @staticmethod
-    def from_rows(rows: Iterable[Sequence[int]]) -> Ragged:
+    def from_rows(rows: Iterable[Sequence[int] | np.ndarray]) -> Ragged:
         """Int64 rows, in order."""
         listed = [np.asarray(row, dtype=np.int64) for row in rows]
         lengths = np.array([len(row) for row in listed], dtype=np.int64)

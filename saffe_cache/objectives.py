@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -28,7 +30,7 @@ def info_nce(
 
 
 def _one_direction(scores: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
-    weights = positives / positives.sum(dim=1, keepdim=True)
+    weights = positives.to(scores.dtype) / positives.sum(dim=1, keepdim=True)
     return -(weights * scores.log_softmax(dim=1)).sum(dim=1).mean()
 
 
@@ -40,4 +42,8 @@ class Temperature(nn.Module):
         self.log = nn.Parameter(torch.tensor(start).log())
 
     def forward(self) -> torch.Tensor:
-        return self.log.exp().clamp(0.01, 0.5)
+        # The parameter itself is kept in range, as in CLIP: clamping its value has no gradient outside, from
+        # where it would never come back.
+        with torch.no_grad():
+            self.log.clamp_(math.log(0.01), math.log(0.5))
+        return self.log.exp()

@@ -1,8 +1,8 @@
 """Command-line options made from a config's dataclass, so that a default and its help are written once.
 
 A field `batch_size: int = 32` with a docstring below it becomes `--batch-size N`, its help the docstring.
-`tuple[X, ...]` may be given several times or with commas; `Mapping[str, X]` is given as KEY=VALUE, several
-times; a bool becomes a pair `--flag/--no-flag`.
+`tuple[X, ...]` may be given several times or with commas (texts, which may hold commas, only several times);
+`Mapping[str, X]` is given as KEY=VALUE, several times; a bool becomes a pair `--flag/--no-flag`.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def parse_config(config_class: type[Config], arguments: Sequence[str] | None, pr
     helps = attribute_docstrings(config_class)
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
         _add_option(parser, field, hints[field.name], helps.get(field.name, ""))
-    values = vars(parser.parse_args(arguments))
-    for name, value in values.items():
-        if typing.get_origin(hints[name]) is tuple and value is not None:
-            values[name] = tuple(part for parts in value for part in parts)
-        if _is_mapping(hints[name]) and value is not None:
-            if len(dict(value)) < len(value):
-                parser.error(f"--{name.replace('_', '-')}: a key is given twice; give each once")
-            values[name] = dict(value)
-    given = {name: value for name, value in values.items() if value is not None}
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    for name, value in given.items():
+        kind = _without_none(hints[name])
+        if typing.get_origin(kind) is tuple:
+            given[name] = tuple(part for parts in value for part in parts)
+        elif _is_mapping(kind):
+            given[name] = dict(value)
+            if len(given[name]) < len(value):
+                parser.error(f"{_flag(name)}: a key is given twice; give each once")
     try:
         return config_class(**given)
     except ValueError as error:
@@ -51,14 +51,14 @@ def attribute_docstrings(config_class: type) -> dict[str, str]:
     assert isinstance(body, ast.ClassDef)
     found = {}
     for field, below in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-            if isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
-                found[field.target.id] = inspect.cleandoc(below.value.value).replace("\n", " ")
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = inspect.cleandoc(text).replace("\n", " ")
     return found
 
 
 def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any, help_text: str) -> None:
-    flag = "--" + field.name.replace("_", "-")
+    flag = _flag(field.name)
     required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     default = field.default_factory() if callable(field.default_factory) else field.default
     shown = "" if required or default in (None, (), {}) else f" (default: {_show(default)})"
@@ -70,7 +70,7 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], 
         parser.add_argument(flag, choices=typing.get_args(kind), default=None, **options)
     elif typing.get_origin(kind) is tuple:
         one = typing.get_args(kind)[0]
-        options["metavar"] = _metavar(one) + "[,…]"
+        options["metavar"] = _metavar(one) if one is str else _metavar(one) + "[,…]"
         parser.add_argument(flag, action="append", type=_list_of(one), default=None, **options)
     elif _is_mapping(kind):
         one = typing.get_args(kind)[1]
@@ -80,14 +80,18 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], 
         parser.add_argument(flag, type=kind, metavar=_metavar(kind), default=None, **options)
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _without_none(hint: Any) -> Any:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return next(one for one in typing.get_args(hint) if one is not type(None))
     return hint
 
 
-def _is_mapping(hint: Any) -> bool:
-    return typing.get_origin(_without_none(hint)) is Mapping
+def _is_mapping(kind: Any) -> bool:
+    return typing.get_origin(kind) is Mapping
 
 
 def _metavar(kind: Any) -> str:
@@ -98,9 +102,7 @@ def _metavar(kind: Any) -> str:
 
 def _list_of(kind: Any) -> Any:
     def parse(text: str) -> list[Any]:
-        if kind is str:
-            return [text]  # a prompt may hold commas
-        return [kind(part) for part in text.split(",")]
+        return [text] if kind is str else [_convert(kind, part) for part in text.split(",")]
 
     return parse
 
@@ -111,10 +113,17 @@ def _pair_of(kind: Any) -> Any:
         if not separator or not key or not value:
             raise argparse.ArgumentTypeError(f"expected KEY=VALUE, found {text!r}")
         if typing.get_origin(kind) is tuple:
-            return key, tuple(typing.get_args(kind)[0](part) for part in value.split(","))
-        return key, kind(value)
+            return key, tuple(_convert(typing.get_args(kind)[0], part) for part in value.split(","))
+        return key, _convert(kind, value)
 
     return parse
+
+
+def _convert(kind: Any, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from None
 
 
 def _show(default: Any) -> str:

@@ -70,9 +70,7 @@ def gallery_modality(cache: Cache) -> Modality:
     return "audio" if "audio" in kinds and "image" not in kinds else "image"
 
 
-def select_pairs(
-    table: ItemTable, gallery: EncoderCache, text: EncoderCache, split: str, kind: PairKind
-) -> Pairs:
+def select_pairs(table: ItemTable, gallery: EncoderCache, text: EncoderCache, split: str, kind: PairKind) -> Pairs:
     """All usable pairs of a split; items with the same photo become one, with the texts of all.
 
     Raises:
@@ -83,7 +81,12 @@ def select_pairs(
     unusable = 0
     for item in table.in_split(split):
         texts = _texts_of(table, int(item), kind)
-        if table.problems[item] or not gallery.usable(rows[[item]])[0] or not len(texts) or not text.usable(texts).all():
+        if (
+            table.problems[item]
+            or not gallery.usable(rows[[item]])[0]
+            or not len(texts)
+            or not text.usable(texts).all()
+        ):
             unusable += 1
             continue
         _, seen_texts, seen_labels = merged.setdefault(int(rows[item]), (table.ids[item], {}, {}))
@@ -160,4 +163,4 @@ def class_vectors(table: ItemTable, text: EncoderCache) -> np.ndarray:
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
     """Rows of unit length; a zero row stays zero."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
+    return np.asarray(vectors / np.maximum(norms, 1e-12), np.float32)

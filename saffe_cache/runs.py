@@ -1,10 +1,10 @@
 """A run's folder: what was trained, on what, and the weights. safetensors and JSON; nothing is unpickled.
 
-    config.json           the stage's config, the resolved run (encoders' keys, layers, shape), versions
-    model.safetensors     the best weights by validation
-    log.jsonl             one line a validation
-    result.json           the outcome; written last, so its presence means that the run is complete
-    state.safetensors     what a killed run resumes from
+config.json           the stage's config, the resolved run (encoders' keys, layers, shape), versions
+model.safetensors     the best weights by validation
+log.jsonl             one line a validation
+result.json           the outcome; written last, so its presence means that the run is complete
+state.safetensors     what a killed run resumes from
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save
 
 from saffe_cache import __version__
 from saffe_cache.fusion.fam import FamShape, FusionAlignModule
-from saffe_cache.pairs import PairKind, token_tensors
+from saffe_cache.pairs import PairKind, Pairs, hold_out, select_pairs, token_tensors
 from saffe_cache.store.reader import Cache, EncoderCache
 
 
@@ -75,7 +75,9 @@ def load_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, FusionAlignMod
     """
     folder = Path(run_dir)
     if not (folder / "result.json").exists():
-        raise ValueError(f"--run {run_dir}: no finished run there (result.json is missing). Run saffe-train-fam --out {run_dir}.")
+        raise ValueError(
+            f"--run {run_dir}: no finished run there (result.json is missing). Run saffe-train-fam --out {run_dir}."
+        )
     spec = RunSpec.from_json(read_json(folder / "config.json")["run"])
     missing = [key for key in (spec.gallery_key, spec.text_key) if key not in cache.encoders]
     if missing:
@@ -91,9 +93,31 @@ def load_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, FusionAlignMod
     return spec, model.eval(), read_json(folder / "result.json")
 
 
+def training_pairs(spec: RunSpec, cache: Cache) -> tuple[Pairs, Pairs, int]:
+    """The pairs that a run trains on, those that it is validated on, and the number of photos shared by splits.
+
+    A photo that stands in another split too, by content, is not trained on.
+    """
+    gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
+    pairs = select_pairs(cache.table, gallery, text, spec.train_split, spec.pairs)
+    rows = cache.table.rows[gallery.manifest.modality]
+    elsewhere = rows[np.array(cache.table.splits) != spec.train_split]
+    shared = np.isin(pairs.rows, elsewhere)
+    pairs = pairs.take(np.flatnonzero(~shared))
+    if spec.validation == "heldout":
+        hashes = cache.table.inputs[gallery.manifest.modality].content_hash
+        return *hold_out(pairs, spec.validation_fraction, spec.seed, hashes), int(shared.sum())
+    return pairs, select_pairs(cache.table, gallery, text, spec.validation, spec.pairs), int(shared.sum())
+
+
 @torch.inference_mode()
 def encode_gallery(
-    model: FusionAlignModule, encoder: EncoderCache, rows: np.ndarray, layers: tuple[int, ...], device: str = "cpu", batch: int = 256
+    model: FusionAlignModule,
+    encoder: EncoderCache,
+    rows: np.ndarray,
+    layers: tuple[int, ...],
+    device: str = "cpu",
+    batch: int = 256,
 ) -> np.ndarray:
     """f(x, null) of gallery inputs: unit vectors, float32 [n, d]."""
     parts = []
@@ -110,7 +134,7 @@ def encode_queries(model: FusionAlignModule, vectors: np.ndarray, device: str = 
 
 
 def choose_device(device: str) -> str:
-    """"auto" takes a GPU where there is one."""
+    """ "auto" takes a GPU where there is one."""
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from saffe_cache.features import BlockSpec, BlockWeights, Modality
 
@@ -77,17 +76,19 @@ _WHISPER_BLOCK = _CLIP_BLOCK | {
 
 def first_token(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
     """The class token behind the final norm."""
-    return output.last_hidden_state[:, 0]
+    tokens: torch.Tensor = output.last_hidden_state
+    return tokens[:, 0]
 
 
 def model_pooler(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
     """What the model itself pools, where that is part of its training: CLIP, AST."""
-    return output.pooler_output
+    pooled: torch.Tensor = output.pooler_output
+    return pooled
 
 
 def masked_mean(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
     """Mean over real tokens, as sentence-transformers pools by default."""
-    tokens = output.last_hidden_state
+    tokens: torch.Tensor = output.last_hidden_state
     if mask is None:
         return tokens.mean(dim=1)
     weights = mask.to(tokens.dtype).unsqueeze(-1)
@@ -102,7 +103,8 @@ class Family:
     model_class: str
     """Class in transformers; loads the tower alone from a checkpoint of the whole model."""
     load_options: Mapping[str, Any]
-    """For from_pretrained: no pooler, which many checkpoints lack and transformers would fill at random."""
+    """For from_pretrained: no pooler, which many checkpoints lack and transformers would fill at random; no
+    masking."""
     layers: str
     """Path of the list of layers below the loaded model."""
     core: str
@@ -117,7 +119,8 @@ class Family:
     is_causal: bool = False
     interpolates: bool = False
     """Takes `interpolate_pos_encoding` for picture sizes other than its own."""
-    config_changes: Mapping[str, Any] | None = None
+    shuffles: bool = False
+    """Sorts its patches by the input `noise`, which is random unless given; ascending noise keeps their order."""
 
 
 _VIT = Family(
@@ -160,9 +163,7 @@ _CLIP_VISION = Family(
 )
 FAMILIES: Mapping[tuple[str, Modality], Family] = {
     ("vit", "image"): _VIT,
-    ("vit_mae", "image"): replace(
-        _VIT, model_class="ViTMAEModel", load_options={}, config_changes={"mask_ratio": 0.0}
-    ),
+    ("vit_mae", "image"): replace(_VIT, model_class="ViTMAEModel", load_options={"mask_ratio": 0.0}, shuffles=True),
     ("dinov2", "image"): replace(
         _VIT,
         model_class="Dinov2Model",
@@ -228,7 +229,7 @@ def find_family(model_type: str, modality: Modality) -> Family:
     return FAMILIES[model_type, modality]
 
 
-def read_block(family: Family, model: nn.Module, config: Any, layer: nn.Module) -> BlockWeights:
+def read_block(family: Family, model: Any, config: Any, layer: Any) -> BlockWeights:
     """All weights of one layer, as float32."""
     names = family.block
     if "attention_layer_scale" in names and getattr(config, "use_swiglu_ffn", False):
@@ -250,7 +251,7 @@ def read_block(family: Family, model: nn.Module, config: Any, layer: nn.Module) 
         num_attention_heads=_first(config, "num_attention_heads", "encoder_attention_heads"),
         norm_first=family.norm_first,
         activation="silu" if "mlp_gate" in names else _first(config, "hidden_act", "activation_function"),
-        layer_norm_eps=float(norm.eps),  # type: ignore[arg-type]
+        layer_norm_eps=float(norm.eps),
         is_causal=family.is_causal,
         relative_attention_num_buckets=buckets,
     )

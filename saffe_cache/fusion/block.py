@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -58,7 +59,7 @@ class EncoderBlock(nn.Module):
     def project(self, entering: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values, each [batch, heads, tokens, d / heads], of what enters the attention."""
         queries, keys, values = (
-            self._linear(role, entering).unflatten(-1, (self.spec.num_attention_heads, -1)).transpose(1, 2)
+            _split_heads(self._linear(role, entering), self.spec.num_attention_heads)
             for role in ("query", "key", "value")
         )
         return queries, keys, values
@@ -68,8 +69,7 @@ class EncoderBlock(nn.Module):
         return "mlp_gate_weight" in self.weights
 
     def _linear(self, role: str, values: torch.Tensor) -> torch.Tensor:
-        bias = self.weights[f"{role}_bias"] if f"{role}_bias" in self.weights else None
-        return functional.linear(values, self.weights[f"{role}_weight"], bias)
+        return functional.linear(values, self.weights[f"{role}_weight"], self.weights.get(f"{role}_bias"))
 
     def _norm(self, role: str, values: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weights[f"{role}_weight"], self.weights[f"{role}_bias"]
@@ -80,7 +80,7 @@ class EncoderBlock(nn.Module):
             return None
         positions = torch.arange(length)
         buckets = relative_position_buckets(positions[None, :] - positions[:, None], self.spec)
-        table = self.weights["relative_position_bias"]
+        table: torch.Tensor = self.weights["relative_position_bias"]
         return table[buckets.to(table.device)].permute(2, 0, 1).unsqueeze(0)
 
 
@@ -111,7 +111,13 @@ def relative_position_buckets(relative: torch.Tensor, spec: BlockSpec) -> torch.
     return torch.where(relative > 0, half, 0) + torch.where(distance < exact, distance, far.clamp(max=half - 1))
 
 
-_ACTIVATIONS = {
+def _split_heads(projected: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """[batch, heads, tokens, d / heads] of [batch, tokens, d]."""
+    batch, tokens, _ = projected.shape
+    return projected.reshape(batch, tokens, num_heads, -1).transpose(1, 2)
+
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": functional.gelu,
     "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
@@ -146,7 +152,7 @@ class CrossAttention(nn.Module):
         """[batch, tokens, d] for `hidden` [batch, tokens, d] and `context` [batch, keys, d of the context]."""
         entering = self.context_projection(self.context_norm(context))
         queries, keys, values = (
-            projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            _split_heads(projected, self.num_heads)
             for projected in (self.query(self.query_norm(hidden)), self.key(entering), self.value(entering))
         )
         allowed = None if mask is None else mask[:, None, None, :]

@@ -41,12 +41,11 @@ class QueryMap(nn.Module):
     def __init__(self, size: int, dropout: float, inner_size: int = 512) -> None:
         super().__init__()
         self.linear = nn.Linear(size, size)
-        self.mlp = nn.Sequential(
-            nn.Linear(size, inner_size), nn.GELU(), nn.Dropout(dropout), nn.Linear(inner_size, size)
-        )
+        inner, last = nn.Linear(size, inner_size), nn.Linear(inner_size, size)
+        self.mlp = nn.Sequential(inner, nn.GELU(), nn.Dropout(dropout), last)
         with torch.no_grad():
             self.linear.weight.copy_(torch.eye(size))
-            for zeroed in (self.linear.bias, self.mlp[-1].weight, self.mlp[-1].bias):
+            for zeroed in (self.linear.bias, last.weight, last.bias):
                 zeroed.zero_()
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:

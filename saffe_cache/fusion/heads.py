@@ -54,24 +54,17 @@ class AttentionHead(nn.Module):
     ) -> None:
         super().__init__()
         self.pool_queries = nn.Parameter(torch.randn(num_layers, hidden_size, num_heads) * 0.02)
-        self.pool_values = nn.Parameter(
-            torch.randn(num_layers, num_heads, hidden_size, head_size) * hidden_size**-0.5
-        )
+        self.pool_values = nn.Parameter(torch.randn(num_layers, num_heads, hidden_size, head_size) * hidden_size**-0.5)
         summary_size = 2 * num_layers * hidden_size
         feature_size = num_layers * num_heads * head_size + summary_size
         self.norm = nn.LayerNorm(feature_size)
-        self.mlp = nn.Sequential(
-            nn.Dropout(dropout),
-            nn.Linear(feature_size, mlp_size),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(mlp_size, output_size),
-        )
+        inner, last = nn.Linear(feature_size, mlp_size), nn.Linear(mlp_size, output_size)
+        self.mlp = nn.Sequential(nn.Dropout(dropout), inner, nn.GELU(), nn.Dropout(dropout), last)
         self.linear = nn.Linear(summary_size, output_size)
         self.dropout = nn.Dropout(dropout)
         with torch.no_grad():
-            self.mlp[-1].weight.mul_(0.1)
-            self.mlp[-1].bias.zero_()
+            last.weight.mul_(0.1)
+            last.bias.zero_()
 
     def forward(self, states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
         summary = summarize(states, mask)

@@ -25,11 +25,14 @@ class LinearMap:
     """Of the penalty that was chosen."""
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        return (features @ self.weight.T + self.bias).astype(np.float32)
+        return np.asarray(features @ self.weight.T + self.bias, np.float32)
 
 
 def fit_ridge(
-    features: np.ndarray, targets: np.ndarray, judge: Callable[[LinearMap], float], strengths: Sequence[float] = RIDGE_STRENGTHS
+    features: np.ndarray,
+    targets: np.ndarray,
+    judge: Callable[[LinearMap], float],
+    strengths: Sequence[float] = RIDGE_STRENGTHS,
 ) -> LinearMap:
     """Ridge regression with intercept, W = (X'X + lambda n I)^-1 X'Y; `judge` (higher is better) picks lambda.
 
@@ -47,7 +50,8 @@ def fit_ridge(
     fits = []
     for strength in strengths:
         weight = (vectors @ (projected / (np.maximum(eigenvalues, 0) + strength * len(features))[:, None])).T
-        fits.append(LinearMap(weight.astype(np.float32), (target_center - weight @ center).astype(np.float32), strength))
+        bias = target_center - weight @ center
+        fits.append(LinearMap(weight.astype(np.float32), bias.astype(np.float32), strength))
     return max(fits, key=judge)
 
 
@@ -62,16 +66,17 @@ def fit_linear_probe(
         num_classes: number of outputs.
         judge: a validation score; picks the penalty.
     """
-    center, scale = features.mean(axis=0), features.std(axis=0) + 1e-6
-    inputs = torch.from_numpy((features - center) / scale)
-    targets = torch.from_numpy(labels)
+    center, scale = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64) + 1e-6
+    inputs = torch.from_numpy(((features - center) / scale).astype(np.float32))
+    targets = torch.from_numpy(labels.astype(np.int64))
     fits = []
     weight = torch.zeros(num_classes, features.shape[1], requires_grad=True)
     bias = torch.zeros(num_classes, requires_grad=True)
     for strength in sorted(PROBE_STRENGTHS, reverse=True):  # each fit starts from the stronger one before it
         _minimize_cross_entropy(weight, bias, inputs, targets, strength)
         scaled = weight.detach().numpy() / scale
-        fits.append(LinearMap(scaled.astype(np.float32), (bias.detach().numpy() - scaled @ center).astype(np.float32), strength))
+        shifted = bias.detach().numpy() - scaled @ center
+        fits.append(LinearMap(scaled.astype(np.float32), shifted.astype(np.float32), strength))
     return max(fits, key=judge)
 
 

@@ -6,7 +6,9 @@ to nobody in particular. (With a collapsed model all scores tie, and any fixed o
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +30,25 @@ class RetrievalIndex:
     def rank(self, queries: np.ndarray, k: int | None = None, block: int = 256) -> Iterator[np.ndarray]:
         """Positions of the k best vectors (all by default) in the order in which they were given.
 
-        Yields int64 [at most `block`, k] for consecutive blocks of queries, so that memory stays bounded.
+        Returns int64 [at most `block`, k] for consecutive blocks of queries, so that memory stays bounded.
 
         Raises:
-            ValueError: k exceeds the gallery.
+            ValueError: k exceeds the gallery, or the queries are not finite or of another width.
         """
-        size = self.index.ntotal
-        if k is not None and k > size:
-            raise ValueError(f"k={k} exceeds the gallery ({size} items). Use {size} or less.")
+        size, width = self.index.ntotal, self.index.d
+        k = size if k is None else k
+        if not 1 <= k <= size:
+            raise ValueError(f"k={k} exceeds the gallery ({size} items). Use 1 to {size}.")
+        if queries.ndim != 2 or queries.shape[1] != width:
+            raise ValueError(f"queries: shape {queries.shape}, the index has vectors of width {width}. Give those.")
+        finite = np.isfinite(queries).all(axis=1)
+        if not finite.all():
+            raise ValueError(f"queries: row {int(finite.argmin())} is not finite. Leave it out, or mend the model.")
+        return self._rank_blocks(queries, k, block)
+
+    def _rank_blocks(self, queries: np.ndarray, k: int, block: int) -> Iterator[np.ndarray]:
         for start in range(0, len(queries), block):
-            _, found = self.index.search(np.ascontiguousarray(queries[start : start + block], np.float32), k or size)
+            _, found = self.index.search(np.ascontiguousarray(queries[start : start + block], np.float32), k)
             yield self.order[found]
 
 
@@ -50,8 +61,9 @@ def build_index(vectors: np.ndarray, ids: tuple[str, ...], seed: int = 0) -> Ret
     if len(ids) != len(vectors):
         raise ValueError(f"index: {len(vectors)} vectors, {len(ids)} ids. Give one id for each vector.")
     norms = np.linalg.norm(vectors, axis=1)
-    if not np.allclose(norms, 1, atol=1e-3):
-        worst = int(np.nan_to_num(np.abs(norms - 1), nan=np.inf).argmax())
+    errors = np.nan_to_num(np.abs(norms - 1), nan=np.inf)
+    if (errors > 1e-3).any():
+        worst = int(errors.argmax())
         raise ValueError(f"index: the vector of {ids[worst]} has length {norms[worst]:.4g}, expected 1. Normalise it.")
     order = np.random.default_rng(seed).permutation(len(vectors))
     index = faiss.IndexFlatIP(vectors.shape[1])
@@ -60,10 +72,21 @@ def build_index(vectors: np.ndarray, ids: tuple[str, ...], seed: int = 0) -> Ret
 
 
 def save_index(index: RetrievalIndex, folder: Path) -> None:
-    """Write `index.faiss` and `index_ids.json` (the item of each row)."""
-    faiss.write_index(index.index, str(folder / "index.faiss"))
-    content = {"ids": list(index.ids), "order": index.order.tolist()}
-    (folder / "index_ids.json").write_text(json.dumps(content, ensure_ascii=True))
+    """Write `index.faiss`, and `index_ids.json` with the item of each row and the SHA-256 of the other file."""
+    data = faiss.serialize_index(index.index).tobytes()
+    content = {"sha256": hashlib.sha256(data).hexdigest(), "ids": list(index.ids), "order": index.order.tolist()}
+    _write_whole(folder / "index.faiss", data)
+    _write_whole(folder / "index_ids.json", json.dumps(content, ensure_ascii=True).encode())
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """The file is there whole or not at all."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def load_index(folder: Path) -> RetrievalIndex:
@@ -72,8 +95,9 @@ def load_index(folder: Path) -> RetrievalIndex:
     Raises:
         ValueError: the two files do not belong together.
     """
-    index = faiss.read_index(str(folder / "index.faiss"))
+    data = (folder / "index.faiss").read_bytes()
     content = json.loads((folder / "index_ids.json").read_text())
-    if index.ntotal != len(content["ids"]):
-        raise ValueError(f"{folder}: the index has {index.ntotal} rows, index_ids.json {len(content['ids'])}. Evaluate again.")
+    if hashlib.sha256(data).hexdigest() != content["sha256"]:
+        raise ValueError(f"{folder}: index.faiss is not the file that index_ids.json describes. Evaluate again.")
+    index = faiss.deserialize_index(np.frombuffer(data, np.uint8))
     return RetrievalIndex(index, tuple(content["ids"]), np.array(content["order"], np.int64))

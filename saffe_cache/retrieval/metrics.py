@@ -27,18 +27,18 @@ def average_precision(is_relevant: np.ndarray, num_relevant: np.ndarray) -> np.n
     if (num_relevant < 1).any():
         raise ValueError("average precision: a query has no relevant item. Drop such queries and report their number.")
     precision = np.cumsum(is_relevant, axis=1) / np.arange(1, is_relevant.shape[1] + 1)
-    return (precision * is_relevant).sum(axis=1) / num_relevant
+    return np.asarray((precision * is_relevant).sum(axis=1) / num_relevant)
 
 
 def first_relevant_rank(is_relevant: np.ndarray) -> np.ndarray:
     """Rank of the first relevant item, from 1; one more than the list's length where it holds none."""
     found = is_relevant.any(axis=1)
-    return np.where(found, is_relevant.argmax(axis=1) + 1, is_relevant.shape[1] + 1)
+    return np.asarray(np.where(found, is_relevant.argmax(axis=1) + 1, is_relevant.shape[1] + 1))
 
 
 def recall_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
     """1.0 where a relevant item is among the first k, as cross-modal retrieval defines R@k."""
-    return (ranks <= k).astype(np.float64)
+    return np.asarray(ranks <= k, np.float64)
 
 
 def chance_average_precision(num_gallery: int, num_relevant: int) -> float:

@@ -11,6 +11,7 @@ from saffe_cache.features import ItemTable
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 
 _NUM_EXAMPLES = 3
+_NUM_CLASSES = 10
 
 
 def describe_cache(path: str | Path) -> str:
@@ -22,7 +23,8 @@ def describe_cache(path: str | Path) -> str:
         unusable = sum(bool(table.problems[i]) for i in table.in_split(split))
         lines.append(f"  split {split}: {count} items, {unusable} unreadable")
     if table.class_names:
-        lines.append(f"  {len(table.class_names)} classes: {', '.join(table.class_names[:10])}{' …' if len(table.class_names) > 10 else ''}")
+        shown = [*table.class_names[:_NUM_CLASSES], *(["…"] if len(table.class_names) > _NUM_CLASSES else [])]
+        lines.append(f"  {len(table.class_names)} classes: {', '.join(shown)}")
     for modality, inputs in table.inputs.items():
         lines.append(f"  {len(inputs)} distinct {modality} inputs")
     for encoder in cache.encoders.values():
@@ -35,15 +37,18 @@ def _describe_encoder(encoder: EncoderCache) -> list[str]:
     fields = manifest.fingerprint.fields
     state = f"{manifest.finished_rows} inputs" if manifest.finished_rows else "UNFINISHED"
     lines = [
-        f"{manifest.key}: {manifest.num_layers} layers of width {manifest.hidden_size}, {state}, {len(manifest.invalid)} unreadable",
+        f"{manifest.key}: {manifest.num_layers} layers of width {manifest.hidden_size}, {state}, "
+        f"{len(manifest.invalid)} unreadable",
         f"  model {fields.get('model_id')}, revision {fields.get('revision')}, {fields.get('dtype')}",
     ]
     for name, array in sorted(manifest.arrays.items()):
-        found = encoder.statistics(name)
-        megabytes = array.rows * array.spec.row_bytes / 1e6
-        ranges = f", mean {found.mean:.4g}, std {found.std:.4g}, max |x| {found.max_magnitude:.4g}" if name != "offsets" else ""
         shape = " x ".join(map(str, (array.rows, *array.spec.row_shape)))
-        lines.append(f"  {name}: {shape} {array.spec.dtype}, {len(array.shards)} shards, {megabytes:.1f} MB{ranges}")
+        megabytes = array.rows * array.spec.row_bytes / 1e6
+        line = f"  {name}: {shape} {array.spec.dtype}, {len(array.shards)} shards, {megabytes:.1f} MB"
+        if array.spec.dtype != "int64":
+            found = encoder.statistics(name)
+            line += f", mean {found.mean:.4g}, std {found.std:.4g}, max |x| {found.max_magnitude:.4g}"
+        lines.append(line)
     for row, reason in list(manifest.invalid.items())[:_NUM_EXAMPLES]:
         lines.append(f"  unreadable input {row}: {reason}")
     return lines
@@ -54,7 +59,8 @@ def _describe_items(cache: Cache) -> list[str]:
     texts = table.inputs["text"].texts if "text" in table.inputs else ()
     lines = []
     for item in np.linspace(0, len(table) - 1, min(_NUM_EXAMPLES, len(table)), dtype=int):
-        lines.append(f"item {table.ids[item]!r} ({table.splits[item]}){': ' + table.problems[item] if table.problems[item] else ''}")
+        problem = f": {table.problems[item]}" if table.problems[item] else ""
+        lines.append(f"item {table.ids[item]!r} ({table.splits[item]}){problem}")
         lines += [f"  class {table.class_names[int(label)]!r}" for label in table.labels[int(item)]]
         lines += [f"  caption {texts[int(row)]!r}" for row in table.captions[int(item)]] if texts else []
     return lines

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +24,10 @@ import numpy as np
 from saffe_cache.features import CacheError
 
 STORAGE_DTYPES = ("float32", "float16", "bfloat16")
+_LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
 _MISSING_CHUNK = 2**64 - 1
+_STATISTICS_NUMBERS = 2**18
+"""Numbers whose moments are taken at once, in float64: what fits into a processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +43,12 @@ class ArraySpec:
     dimension_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        assert self.shard_rows % self.chunk_rows == 0, "a shard is whole chunks"
-        assert len(self.dimension_names) == 1 + len(self.row_shape)
+        if self.dtype not in (*STORAGE_DTYPES, "int64"):
+            raise ValueError(f"dtype {self.dtype!r}: expected int64 or one of {', '.join(STORAGE_DTYPES)}")
+        if not 1 <= self.chunk_rows <= self.shard_rows or self.shard_rows % self.chunk_rows:
+            raise ValueError(f"shard_rows {self.shard_rows}: expected a multiple of chunk_rows {self.chunk_rows}")
+        if len(self.dimension_names) != 1 + len(self.row_shape):
+            raise ValueError(f"dimension_names {self.dimension_names}: expected one for each axis")
 
     @property
     def numpy_dtype(self) -> np.dtype:
@@ -50,6 +58,10 @@ class ArraySpec:
     @property
     def row_bytes(self) -> int:
         return math.prod(self.row_shape) * self.numpy_dtype.itemsize
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.chunk_rows * self.row_bytes
 
     @property
     def chunks_per_shard(self) -> int:
@@ -62,8 +74,7 @@ class ArraySpec:
 
     def shard_file_bytes(self, num_rows: int) -> int:
         """Size of a shard's file that holds `num_rows` rows."""
-        chunks = math.ceil(num_rows / self.chunk_rows)
-        return chunks * self.chunk_rows * self.row_bytes + self.index_bytes
+        return math.ceil(num_rows / self.chunk_rows) * self.chunk_bytes + self.index_bytes
 
     @property
     def index_bytes(self) -> int:
@@ -78,18 +89,23 @@ def choose_rows(row_bytes: int, shard_bytes: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardEntry:
-    """What the manifest promises of a shard."""
+class Moments:
+    """Of finite numbers; all 0 where there are none."""
+
+    mean: float = 0.0
+    m2: float = 0.0
+    """Sum of squared differences from the mean."""
+    count: int = 0
+    max_magnitude: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry(Moments):
+    """What the manifest promises of a shard, and the moments of its finite numbers."""
 
     rows: int
     crc32c: int
     """Of the rows' bytes as stored."""
-    mean: float = 0.0
-    m2: float = 0.0
-    """Sum of squared differences from the mean, over the finite numbers."""
-    count: int = 0
-    """Finite numbers."""
-    max_magnitude: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,19 +114,29 @@ class ShardEntry:
 def to_storage(values: np.ndarray, dtype: str) -> np.ndarray:
     """Cast float32 numbers to a storage type; bfloat16 rounds to nearest even, as torch does.
 
+    NaN and infinities are kept.
+
     Raises:
         OverflowError: a finite number becomes infinite in the storage type.
     """
     if dtype == "bfloat16":
         bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return np.where(np.isnan(values), np.uint16(0x7FC0), rounded.astype("<u2")).astype("<u2")
-    if dtype == "float16" and np.issubdtype(values.dtype, np.floating):
-        limit = float(np.finfo(np.float16).max)
-        largest = np.nanmax(np.abs(values), initial=0.0)
-        if largest > limit and np.isfinite(largest):
-            raise OverflowError(f"magnitude {largest:.6g} exceeds float16's {limit:.6g}")
-    return np.ascontiguousarray(values, dtype=np.dtype(dtype).newbyteorder("<"))
+        rounded = bits >> 16
+        rounded &= 1
+        rounded += 0x7FFF
+        rounded += bits  # in place: a block of hidden states is hundreds of megabytes
+        stored = (rounded >> 16).astype("<u2")
+        stored[np.isnan(values)] = 0x7FC0
+        is_infinite = (stored & 0x7FFF) == 0x7F80
+    else:
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(values, dtype=np.dtype(dtype).newbyteorder("<"))
+        if dtype != "float16":
+            return stored
+        is_infinite = np.isinf(stored)
+    if is_infinite.any() and (lost := np.abs(values[is_infinite & np.isfinite(values)])).size:
+        raise OverflowError(f"magnitude {lost.max():.6g} exceeds {dtype}'s {_LARGEST[dtype]:.6g}")
+    return stored
 
 
 def from_storage(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -122,20 +148,19 @@ def from_storage(values: np.ndarray, dtype: str) -> np.ndarray:
 
 def encode_shard(spec: ArraySpec, rows: np.ndarray) -> bytes:
     """The file of one shard. `rows` is [1…shard_rows, *row_shape] in the stored type."""
-    assert 1 <= len(rows) <= spec.shard_rows and rows.shape[1:] == spec.row_shape
+    assert 1 <= len(rows) <= spec.shard_rows
+    assert rows.shape[1:] == spec.row_shape
     assert rows.dtype == spec.numpy_dtype
     num_chunks = math.ceil(len(rows) / spec.chunk_rows)
     padding = np.full((num_chunks * spec.chunk_rows - len(rows), *spec.row_shape), spec.fill_value, spec.numpy_dtype)
-    return b"".join([rows.tobytes(), padding.tobytes(), _shard_index(spec, spec.shard_file_bytes(len(rows)))])
+    return b"".join([rows.tobytes(), padding.tobytes(), _shard_index(spec, num_chunks)])
 
 
-def _shard_index(spec: ArraySpec, file_bytes: int) -> bytes:
-    """The index that ends a shard's file of this size: every chunk whole, one after the other."""
-    chunk_bytes = spec.chunk_rows * spec.row_bytes
-    num_chunks = (file_bytes - spec.index_bytes) // chunk_bytes
+def _shard_index(spec: ArraySpec, num_chunks: int) -> bytes:
+    """The index of a shard whose first `num_chunks` chunks are there, whole, one after the other."""
     index = np.full((spec.chunks_per_shard, 2), _MISSING_CHUNK, "<u8")
-    index[:num_chunks, 0] = np.arange(num_chunks, dtype=np.uint64) * np.uint64(chunk_bytes)
-    index[:num_chunks, 1] = chunk_bytes
+    index[:num_chunks, 0] = np.arange(num_chunks, dtype=np.uint64) * np.uint64(spec.chunk_bytes)
+    index[:num_chunks, 1] = spec.chunk_bytes
     table = index.tobytes()
     return table + struct.pack("<I", google_crc32c.value(table))
 
@@ -145,15 +170,26 @@ def describe_shard(spec: ArraySpec, rows: np.ndarray) -> ShardEntry:
     crc = google_crc32c.value(rows.tobytes())
     if spec.dtype == "int64":
         return ShardEntry(rows=len(rows), crc32c=crc)
-    values = from_storage(rows, spec.dtype).astype(np.float32).reshape(-1)
-    if not np.isfinite(values.sum(dtype=np.float64)):
-        values = values[np.isfinite(values)]
+    flat = rows.reshape(-1)
+    parts = [
+        _moments(from_storage(flat[start : start + _STATISTICS_NUMBERS], spec.dtype))
+        for start in range(0, len(flat), _STATISTICS_NUMBERS)
+    ]
+    return ShardEntry(rows=len(rows), crc32c=crc, **asdict(_merge(parts)))
+
+
+def _moments(numbers: np.ndarray) -> Moments:
+    """Of the finite ones among some floating-point numbers. In float64: a float32's square may overflow."""
+    values = numbers.astype(np.float64)
+    is_finite = np.isfinite(values)
+    if not is_finite.all():
+        values = values[is_finite]
     if not len(values):
-        return ShardEntry(rows=len(rows), crc32c=crc)
-    mean = float(values.mean(dtype=np.float64))
-    m2 = float(np.square(values - np.float32(mean)).sum(dtype=np.float64))
-    largest = float(np.abs(values).max())
-    return ShardEntry(rows=len(rows), crc32c=crc, mean=mean, m2=m2, count=len(values), max_magnitude=largest)
+        return Moments()
+    mean = float(values.mean())
+    largest = float(max(values.max(), -values.min()))
+    values -= mean
+    return Moments(mean=mean, m2=float(values @ values), count=len(values), max_magnitude=largest)
 
 
 @dataclass(frozen=True)
@@ -165,17 +201,22 @@ class Statistics:
     max_magnitude: float
 
 
-def combine_statistics(entries: list[ShardEntry]) -> Statistics:
-    """Merge per-shard moments. Source: Chan, Golub, LeVeque 1979, eq. 2.1."""
-    count, mean, m2 = 0, 0.0, 0.0
-    for entry in entries:
-        if entry.count:
-            total, delta = count + entry.count, entry.mean - mean
-            mean += delta * entry.count / total
-            m2 += entry.m2 + delta**2 * count * entry.count / total
-            count = total
-    largest = max((entry.max_magnitude for entry in entries), default=0.0)
-    return Statistics(mean, math.sqrt(m2 / count) if count else 0.0, largest)
+def combine_statistics(entries: Sequence[ShardEntry]) -> Statistics:
+    """Over all shards of an array."""
+    whole = _merge(entries)
+    return Statistics(whole.mean, math.sqrt(whole.m2 / whole.count) if whole.count else 0.0, whole.max_magnitude)
+
+
+def _merge(parts: Iterable[Moments]) -> Moments:
+    """The moments of all parts together. Source: Chan, Golub, LeVeque 1979, eq. 2.1."""
+    count, mean, m2, largest = 0, 0.0, 0.0, 0.0
+    for part in parts:
+        if part.count:
+            total, delta = count + part.count, part.mean - mean
+            mean += delta * part.count / total
+            m2 += part.m2 + delta * delta * count * part.count / total
+            count, largest = total, max(largest, part.max_magnitude)
+    return Moments(mean=mean, m2=m2, count=count, max_magnitude=largest)
 
 
 def check_shard(spec: ArraySpec, entry: ShardEntry, data: bytes, where: str) -> None:
@@ -186,12 +227,14 @@ def check_shard(spec: ArraySpec, entry: ShardEntry, data: bytes, where: str) -> 
     Raises:
         CacheError: the file is shorter than promised, or a byte differs.
     """
+    advice = "Restore it from a copy, or extract into a new cache."
     if len(data) < spec.shard_file_bytes(entry.rows):
         raise CacheError(
-            f"{where}: {len(data)} bytes, the manifest implies {spec.shard_file_bytes(entry.rows)}. "
-            "The file is truncated; delete it and extract again."
+            f"{where}: {len(data)} bytes, the manifest implies {spec.shard_file_bytes(entry.rows)}: it is truncated. "
+            f"{advice}"
         )
     if google_crc32c.value(data[: entry.rows * spec.row_bytes]) != entry.crc32c:
-        raise CacheError(f"{where}: its rows differ from the manifest's checksum. Delete it and extract again.")
-    if not data.endswith(_shard_index(spec, len(data))):
-        raise CacheError(f"{where}: its chunk index is damaged. Delete it and extract again.")
+        raise CacheError(f"{where}: its rows differ from the manifest's checksum. {advice}")
+    num_chunks = (len(data) - spec.index_bytes) // spec.chunk_bytes
+    if num_chunks > spec.chunks_per_shard or data[num_chunks * spec.chunk_bytes :] != _shard_index(spec, num_chunks):
+        raise CacheError(f"{where}: its chunk index is damaged. {advice}")

@@ -10,12 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from saffe_cache.features import CacheError, Fingerprint, Modality
+from saffe_cache.features import MODALITIES, CacheError, Fingerprint, Modality
 from saffe_cache.store.layout import ArraySpec, ShardEntry
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.zarr_files import group_metadata
-
-FORMAT_VERSION = 1
+from saffe_cache.store.zarr_files import FORMAT_VERSION, check_encoding, group_metadata, read_attributes
 
 
 @dataclass
@@ -29,6 +27,35 @@ class ArrayManifest:
     def rows(self) -> int:
         """Rows that are committed."""
         return sum(entry.rows for entry in self.shards)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "row_shape": list(self.spec.row_shape),
+            "dtype": self.spec.dtype,
+            "chunk_rows": self.spec.chunk_rows,
+            "shard_rows": self.spec.shard_rows,
+            "dimension_names": list(self.spec.dimension_names),
+            "shards": [entry.to_json() for entry in self.shards],
+        }
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> ArrayManifest:
+        """
+        Raises:
+            KeyError, TypeError, ValueError: a field is missing or of another kind.
+        """
+        spec = ArraySpec(
+            row_shape=tuple(int(length) for length in content["row_shape"]),
+            dtype=str(content["dtype"]),
+            chunk_rows=int(content["chunk_rows"]),
+            shard_rows=int(content["shard_rows"]),
+            dimension_names=tuple(content["dimension_names"]),
+        )
+        shards = [ShardEntry(**entry) for entry in content["shards"]]
+        full, last = shards[:-1], shards[-1:]
+        if any(entry.rows != spec.shard_rows for entry in full) or any(not 0 < e.rows <= spec.shard_rows for e in last):
+            raise ValueError(f"the rows of the shards: {[entry.rows for entry in shards]}")
+        return ArrayManifest(spec, shards)
 
 
 @dataclass
@@ -74,43 +101,26 @@ class EncoderManifest:
             "finished_rows": self.finished_rows,
             "invalid": {str(row): reason for row, reason in sorted(self.invalid.items())},
             "history": self.history,
-            "arrays": {
-                name: {
-                    "row_shape": list(array.spec.row_shape),
-                    "dtype": array.spec.dtype,
-                    "chunk_rows": array.spec.chunk_rows,
-                    "shard_rows": array.spec.shard_rows,
-                    "dimension_names": list(array.spec.dimension_names),
-                    "shards": [entry.to_json() for entry in array.shards],
-                }
-                for name, array in sorted(self.arrays.items())
-            },
+            "arrays": {name: array.to_json() for name, array in sorted(self.arrays.items())},
         }
 
     @staticmethod
     def from_json(content: Mapping[str, Any], where: str) -> EncoderManifest:
         """
         Raises:
-            CacheError: a field is missing or of another kind.
+            CacheError: a field is missing or of another kind, or the format version is another.
         """
+        check_encoding(content, "saffe-encoder", where)
         try:
-            arrays = {}
-            for name, array in content["arrays"].items():
-                spec = ArraySpec(
-                    row_shape=tuple(int(length) for length in array["row_shape"]),
-                    dtype=str(array["dtype"]),
-                    chunk_rows=int(array["chunk_rows"]),
-                    shard_rows=int(array["shard_rows"]),
-                    dimension_names=tuple(array["dimension_names"]),
-                )
-                arrays[str(name)] = ArrayManifest(spec, [ShardEntry(**entry) for entry in array["shards"]])
+            if content["modality"] not in MODALITIES:
+                raise ValueError(f"modality: {content['modality']!r}")
             return EncoderManifest(
                 fingerprint=Fingerprint(dict(content["fingerprint"])),
                 modality=content["modality"],
                 num_layers=int(content["num_layers"]),
                 hidden_size=int(content["hidden_size"]),
                 vector=str(content["vector"]),
-                arrays=arrays,
+                arrays={name: ArrayManifest.from_json(array) for name, array in content["arrays"].items()},
                 finished_rows=int(content["finished_rows"]),
                 history=list(content["history"]),
                 invalid={int(row): str(reason) for row, reason in content["invalid"].items()},
@@ -137,9 +147,14 @@ def read_encoder(storage: Storage, key: str) -> EncoderManifest:
     Raises:
         CacheError: the group is missing or its manifest is damaged.
     """
-    name = f"{encoder_group(key)}/zarr.json"
-    attributes = storage.read_json(name).get("attributes", {})
-    return EncoderManifest.from_json(attributes.get("saffe_cache", {}), f"{storage.root}: {name}")
+    name = encoder_group(key)
+    manifest = EncoderManifest.from_json(read_attributes(storage, name), f"{storage.root}: {name}")
+    if manifest.key != key:
+        raise CacheError(
+            f"{storage.root}: {name} holds the fingerprint of {manifest.key}: the folder was renamed, or its "
+            "zarr.json edited. Restore it from a copy."
+        )
+    return manifest
 
 
 def write_encoder(storage: Storage, manifest: EncoderManifest) -> None:
@@ -166,8 +181,8 @@ def read_root(storage: Storage) -> RootManifest | None:
     """
     if not storage.exists("zarr.json"):
         return None
-    content = storage.read_json("zarr.json").get("attributes", {}).get("saffe_cache")
-    if not isinstance(content, dict) or "format_version" not in content:
+    content = read_attributes(storage, "")
+    if "format_version" not in content:
         raise CacheError(f"{storage.root}: a Zarr group, but no feature cache. Choose another --cache.")
     if content["format_version"] != FORMAT_VERSION:
         raise CacheError(

@@ -1,13 +1,19 @@
-"""Reading a cache: rows by number, from memory-mapped shards or through zarr-python behind a URL."""
+"""Reading a cache: rows by number.
+
+Local shards are memory-mapped. Behind a URL a shard is fetched whole, compared with its checksum and kept;
+a cache that does not fit into memory is better copied to a local disk before a training.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
+import math
+import threading
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import zarr
 
 from saffe_cache.features import (
     BlockSpec,
@@ -15,7 +21,6 @@ from saffe_cache.features import (
     CacheError,
     ItemTable,
     Modality,
-
     Tokens,
 )
 from saffe_cache.store.layout import Statistics, check_shard, combine_statistics, from_storage
@@ -29,15 +34,19 @@ from saffe_cache.store.manifest import (
 )
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import read_table
-from saffe_cache.store.zarr_files import read_group, shard_name
+from saffe_cache.store.zarr_files import check_array_metadata, read_group, shard_name
+
+_MAX_OPEN_SHARDS = 64
+"""Of one array. A memory map holds a file open, of which a process may have 1024."""
 
 
 class RowReader:
-    """Rows of one array by number. Random rows of a local cache cost what a memory map costs."""
+    """Rows of one array by number, for any thread. Random rows of a local cache cost what a memory map costs."""
 
     def __init__(self, storage: Storage, folder: str, array: ArrayManifest) -> None:
         self._storage, self._folder, self._array = storage, folder, array
-        self._maps: dict[int, np.ndarray] = {}
+        self._open: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._array.rows
@@ -61,9 +70,10 @@ class RowReader:
             CacheError: a row is beyond the array, or a shard is missing or truncated.
         """
         spec = self._array.spec
-        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+        beyond = rows[(rows < 0) | (rows >= len(self))]
+        if len(beyond):
             raise CacheError(
-                f"{self._storage.root}: {self._folder} has {len(self)} rows, row {rows.max()} was asked for. "
+                f"{self._storage.root}: {self._folder} has {len(self)} rows, row {beyond[0]} was asked for. "
                 "Run saffe-extract again to complete it."
             )
         result = np.empty((len(rows), *spec.row_shape), spec.numpy_dtype)
@@ -78,24 +88,29 @@ class RowReader:
         return self.read(np.arange(start, stop))
 
     def _shard(self, index: int) -> np.ndarray:
-        if index not in self._maps:
-            self._maps[index] = self._open_shard(index)
-        return self._maps[index]
+        """The rows of a shard; the one opened first is closed where too many are open."""
+        with self._lock:
+            if index not in self._open:
+                while len(self._open) >= _MAX_OPEN_SHARDS:
+                    del self._open[next(iter(self._open))]
+                self._open[index] = self._open_shard(index)
+            return self._open[index]
 
     def _open_shard(self, index: int) -> np.ndarray:
-        spec, num_rows = self._array.spec, self._array.shards[index].rows
+        spec, entry = self._array.spec, self._array.shards[index]
         name = f"{self._folder}/{shard_name(index, spec)}"
+        shape = (entry.rows, *spec.row_shape)
         path = self._storage.local_path(name)
         if path is None:
-            array = zarr.open_array(self._storage.zarr_location, path=self._folder, mode="r")
-            start = index * spec.shard_rows
-            return np.asarray(array[start : start + num_rows])
-        if not path.exists() or path.stat().st_size < spec.shard_file_bytes(num_rows):
+            data = self._storage.read(name)
+            check_shard(spec, entry, data, f"{self._storage.root}: {name}")
+            return np.frombuffer(data, spec.numpy_dtype, count=math.prod(shape)).reshape(shape)
+        if not path.exists() or path.stat().st_size < spec.shard_file_bytes(entry.rows):
             raise CacheError(
-                f"{self._storage.root}: {name} is missing or truncated. "
-                "Run `saffe-cache verify` to see what else is, then extract again."
+                f"{self._storage.root}: {name} is missing or truncated. Run `saffe-cache verify` to see what else is, "
+                "then restore it from a copy, or extract into a new cache."
             )
-        return np.memmap(path, spec.numpy_dtype, mode="r", shape=(num_rows, *spec.row_shape))
+        return np.memmap(path, spec.numpy_dtype, mode="r", shape=shape)
 
 
 class EncoderCache:
@@ -129,7 +144,7 @@ class EncoderCache:
         return self.array(self.manifest.vector).read(rows).astype(np.float32)
 
     def tokens(self, rows: np.ndarray, layers: tuple[int, ...]) -> Tokens:
-        """Hidden states of some inputs; texts are padded with zeros to the longest among them."""
+        """Hidden states of some inputs, at least one; texts are padded with zeros to the longest among them."""
         if not self.manifest.is_ragged:
             return Tokens(tuple(self.array(f"hidden_states/{layer}").read(rows) for layer in layers))
         lengths = (self.offsets[rows + 1] - self.offsets[rows]).astype(np.int64)
@@ -158,7 +173,8 @@ class EncoderCache:
         """The block that consumes `hidden_states[layer]`.
 
         Raises:
-            CacheError: the layer is the last one's output, which no block consumes, or is not cached.
+            CacheError: the layer is the last one's output, which no block consumes, or the block is not cached or
+                damaged.
         """
         if layer not in self.block_layers:
             raise CacheError(
@@ -166,9 +182,8 @@ class EncoderCache:
                 f"(hidden_states[{self.manifest.num_layers}] is the last layer's output, which no block consumes)."
             )
         name = f"{encoder_group(self.key)}/blocks/{layer}"
-        attributes = self._storage.read_json(f"{name}/zarr.json")["attributes"]
-        attributes.pop("encoding-type")
-        return BlockWeights(BlockSpec(**attributes), read_group(self._storage, name))
+        attributes, tensors = read_group(self._storage, name, "saffe-block")
+        return BlockWeights(block_spec(attributes, f"{self._storage.root}: {name}"), tensors)
 
     def statistics(self, name: str) -> Statistics:
         """Mean, standard deviation and largest magnitude over all finite numbers of an array."""
@@ -178,6 +193,17 @@ class EncoderCache:
         """bool [n]: which inputs were encoded. Row -1 (no such input) is not."""
         broken = np.array(sorted(self.manifest.invalid), dtype=np.int64)
         return (rows >= 0) & (rows < self.manifest.finished_rows) & ~np.isin(rows, broken)
+
+
+def block_spec(attributes: Mapping[str, Any], where: str) -> BlockSpec:
+    """
+    Raises:
+        CacheError: a field is missing, or there is one that this release does not know.
+    """
+    try:
+        return BlockSpec(**attributes["spec"])
+    except (KeyError, TypeError) as error:
+        raise CacheError(f"{where}: its spec lacks or misstates {error}. Restore zarr.json from a copy.") from None
 
 
 class Cache:
@@ -221,23 +247,48 @@ def open_cache(path: str | Path) -> Cache:
     root = read_root(storage)
     if root is None:
         raise CacheError(f"{path}: there is no feature cache. Make one with saffe-extract.")
-    return Cache(storage, root)
+    try:
+        return Cache(storage, root)
+    except CacheError:
+        newer = read_root(storage)
+        if newer is None or newer == root:
+            raise
+        return Cache(storage, newer)  # a writer replaced the table meanwhile
 
 
 def verify_cache(path: str | Path) -> tuple[int, list[str]]:
-    """Read every shard and compare it with the manifest: number of shards read, and what is wrong."""
+    """Read everything that counts and compare it with its checksum: number of shards read, and what is wrong.
+
+    Raises:
+        CacheError: there is no cache, or one of another format version.
+    """
     storage = Storage(path)
-    cache = open_cache(path)
-    count, problems = 0, []
-    for key, encoder in cache.encoders.items():
-        for array_name, array in encoder.manifest.arrays.items():
-            for index, entry in enumerate(array.shards):
-                name = f"{encoder_group(key)}/{array_name}/{shard_name(index, array.spec)}"
-                count += 1
-                try:
-                    check_shard(array.spec, entry, storage.read(name), f"{path}: {name}")
-                except CacheError as error:
-                    problems.append(str(error))
-    return count, problems
+    root = read_root(storage)
+    if root is None:
+        raise CacheError(f"{path}: there is no feature cache. Make one with saffe-extract.")
+    checks: list[Callable[[], object]] = [partial(read_table, storage, f"tables/{root.table}")]
+    problems: list[str] = []
+    num_shards = 0
+    for key in root.encoders:
+        try:
+            encoder = EncoderCache(storage, read_encoder(storage, key))
+        except (CacheError, OSError) as error:
+            problems.append(str(error))
+            continue
+        checks += [partial(encoder.block, layer) for layer in encoder.block_layers]
+        for name, array in encoder.manifest.arrays.items():
+            folder = f"{encoder_group(key)}/{name}"
+            checks.append(partial(check_array_metadata, storage, folder, array.spec, array.rows))
+            checks += [partial(_check_shard, storage, folder, array, index) for index in range(len(array.shards))]
+            num_shards += len(array.shards)
+    for check in checks:
+        try:
+            check()
+        except (CacheError, OSError) as error:
+            problems.append(str(error))
+    return num_shards, problems
 
 
+def _check_shard(storage: Storage, folder: str, array: ArrayManifest, index: int) -> None:
+    name = f"{folder}/{shard_name(index, array.spec)}"
+    check_shard(array.spec, array.shards[index], storage.read(name), f"{storage.root}: {name}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from saffe_cache.features import CacheError
 
@@ -32,40 +33,45 @@ class Storage:
         self._local = None if "://" in self.root else Path(self.root).expanduser().absolute()
         if self._local is None:
             self._filesystem, self._prefix = fsspec.core.url_to_fs(self.root)
+            if isinstance(self._filesystem, LocalFileSystem):  # file:///folder
+                self._local = Path(self._prefix)
 
     def local_path(self, name: str) -> Path | None:
-        """Where a name lies on the local disk; None behind a URL."""
+        """Where a name lies on the local disk; None behind a URL.
+
+        Raises:
+            CacheError: the name leads out of the cache.
+        """
+        if any(part in ("", ".", "..") for part in name.split("/")):
+            raise CacheError(f"{self.root}: {name!r} is no name inside a cache.")
         return self._local / name if self._local is not None else None
 
-    @property
-    def zarr_location(self) -> str:
-        """What zarr-python opens."""
-        return str(self._local) if self._local is not None else self.root
-
     def exists(self, name: str) -> bool:
-        if self._local is not None:
-            return (self._local / name).exists()
-        return bool(self._filesystem.exists(f"{self._prefix}/{name}"))
+        path = self.local_path(name)
+        return path.exists() if path is not None else bool(self._filesystem.exists(f"{self._prefix}/{name}"))
 
     def read(self, name: str) -> bytes:
         """
         Raises:
             CacheError: there is no such file.
         """
+        path = self.local_path(name)
         try:
-            if self._local is not None:
-                return (self._local / name).read_bytes()
+            if path is not None:
+                return path.read_bytes()
             return bytes(self._filesystem.cat_file(f"{self._prefix}/{name}"))
         except FileNotFoundError:
-            raise CacheError(f"{self.root}: {name} is missing. Extract it again.") from None
+            raise CacheError(
+                f"{self.root}: {name} is missing. Restore it from a copy, or extract into a new cache."
+            ) from None
 
     def write(self, name: str, data: bytes) -> None:
         """Durable and whole when this returns."""
-        if self._local is None:
+        path = self.local_path(name)
+        if path is None:
             self._filesystem.pipe_file(f"{self._prefix}/{name}", data)
             return
-        path = self._local / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         try:
             with temporary.open("wb") as file:
@@ -80,8 +86,9 @@ class Storage:
 
     def remove_folder(self, name: str) -> None:
         """Remove a folder and all in it; nothing happens where it does not exist."""
-        if self._local is not None:
-            shutil.rmtree(self._local / name, ignore_errors=True)
+        path = self.local_path(name)
+        if path is not None:
+            shutil.rmtree(path, ignore_errors=True)
         elif self.exists(name):
             self._filesystem.rm(f"{self._prefix}/{name}", recursive=True)
 
@@ -114,7 +121,7 @@ class Storage:
         if self._local is None:  # object stores have no lock that every one of them honours
             yield
             return
-        self._local.mkdir(parents=True, exist_ok=True)
+        _make_folder(self._local)
         with (self._local / _LOCK_NAME).open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,6 +135,14 @@ class Storage:
             file.write(f"host {socket.gethostname()}, process {os.getpid()}")
             file.flush()
             yield
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and its parents, each durable: else a crash may lose the folder of a durable file."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _fsync_folder(folder.parent)
 
 
 def _fsync_folder(folder: Path) -> None:

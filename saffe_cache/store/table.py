@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from saffe_cache.features import MODALITIES, CacheError, Inputs, ItemTable, Modality, Ragged
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.zarr_files import read_group, write_group
+from saffe_cache.store.zarr_files import describe_group, mark_group, read_group, write_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,29 +39,29 @@ def text_hash(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """An item in the table: its fields as row and class numbers."""
+
+    split: str
+    problem: str
+    files: dict[Modality, int]
+    captions: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
 class TableBuilder:
     """Grows a table: distinct inputs get the next free row, known ones keep theirs."""
 
     def __init__(self, table: ItemTable | None, class_prompts: Sequence[str]) -> None:
-        self._ids = list(table.ids) if table else []
-        self._splits = list(table.splits) if table else []
-        self._problems = list(table.problems) if table else []
-        self._captions = list(table.captions) if table else []
-        self._labels = list(table.labels) if table else []
-        self._rows: dict[Modality, list[int]] = {
-            name: list(table.rows[name]) if table else [] for name in ("image", "audio")
-        }
-        self._class_names = list(table.class_names) if table else []
-        self._class_texts = list(table.class_texts) if table else []
-        self._hashes: dict[Modality, list[bytes]] = {name: [] for name in MODALITIES}
-        self._texts: list[str] = []
-        for name, inputs in table.inputs.items() if table else ():
-            self._hashes[name] = [row.tobytes() for row in inputs.content_hash]
-            if inputs.texts is not None:
-                self._texts = list(inputs.texts)
-        self._row_of = {name: {h: row for row, h in enumerate(self._hashes[name])} for name in MODALITIES}
-        self._position_of = {item_id: index for index, item_id in enumerate(self._ids)}
         self._class_prompts = tuple(class_prompts)
+        self._entries: dict[str, _Entry] = {}
+        self._row_of: dict[Modality, dict[bytes, int]] = {name: {} for name in MODALITIES}
+        self._texts: list[str] = []
+        self._class_texts: dict[str, tuple[int, ...]] = {}
+        self._class_index_of: dict[str, int] = {}
+        if table is not None:
+            self._take(table)
 
     def add(self, item: NewItem) -> bool:
         """Add an item; one that the table has already changes nothing, unless it was unusable. True if it did.
@@ -68,52 +69,67 @@ class TableBuilder:
         Raises:
             CacheError: the table has the id with other content.
         """
-        usable = not item.problem
-        rows = {name: self._row(name, h) for name, h in item.hashes.items() if usable}
-        captions = [self._text_row(text) for text in item.captions if usable]
-        labels = [self._class_index(name) for name in item.labels if usable]
-        index = self._position_of.setdefault(item.id, len(self._ids))
-        if index == len(self._ids):
-            self._ids.append(item.id)
-            for column in (self._splits, self._problems, self._captions, self._labels, *self._rows.values()):
-                column.append(None)  # type: ignore[arg-type]  # filled in below
-        elif item.problem or not self._problems[index]:
-            self._check_unchanged(index, item, rows, captions, labels)
+        entry = _Entry(split=item.split, problem=item.problem, files={}, captions=(), labels=())
+        if not item.problem:
+            entry = replace(
+                entry,
+                files={name: self._row(name, content_hash) for name, content_hash in item.hashes.items()},
+                captions=tuple(self._text_row(text) for text in item.captions),
+                labels=tuple(self._class_index(name) for name in item.labels),
+            )
+        known = self._entries.get(item.id)
+        if known is not None and (item.problem or not known.problem):
+            if entry != known and not item.problem:
+                raise CacheError(
+                    f"item {item.id!r}: its file, captions, labels or split are not those in the cache. "
+                    "Extract changed data into a new cache."
+                )
             return False
-        self._splits[index] = item.split
-        self._problems[index] = item.problem
-        self._captions[index] = np.array(captions, np.int64)
-        self._labels[index] = np.array(labels, np.int64)
-        for name, column in self._rows.items():
-            column[index] = rows.get(name, -1)
+        self._entries[item.id] = entry
         return True
 
     def build(self) -> ItemTable:
+        """The table with all that was added."""
+        entries = list(self._entries.values())
         inputs = {
             name: Inputs(
-                np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32),
+                np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 32),
                 tuple(self._texts) if name == "text" else None,
             )
-            for name, hashes in self._hashes.items()
-            if hashes
+            for name, rows in self._row_of.items()
+            if rows
         }
         return ItemTable(
-            ids=tuple(self._ids),
-            splits=tuple(self._splits),
-            rows={name: np.array(column, np.int64) for name, column in self._rows.items()},
-            captions=Ragged.from_rows(self._captions),
-            labels=Ragged.from_rows(self._labels),
-            class_names=tuple(self._class_names),
-            class_texts=Ragged.from_rows(self._class_texts),
-            problems=tuple(self._problems),
+            ids=tuple(self._entries),
+            splits=tuple(entry.split for entry in entries),
+            rows={name: np.array([entry.files.get(name, -1) for entry in entries], np.int64) for name in _FILE_KINDS},
+            captions=Ragged.from_rows([entry.captions for entry in entries]),
+            labels=Ragged.from_rows([entry.labels for entry in entries]),
+            class_names=tuple(self._class_texts),
+            class_texts=Ragged.from_rows(self._class_texts.values()),
+            problems=tuple(entry.problem for entry in entries),
             inputs=inputs,
         )
 
+    def _take(self, table: ItemTable) -> None:
+        for name, inputs in table.inputs.items():
+            self._row_of[name] = {row.tobytes(): index for index, row in enumerate(inputs.content_hash)}
+            if inputs.texts is not None:
+                self._texts = list(inputs.texts)
+        texts_of = (tuple(row.tolist()) for row in table.class_texts)
+        self._class_texts = dict(zip(table.class_names, texts_of, strict=True))
+        for index, item_id in enumerate(table.ids):
+            self._entries[item_id] = _Entry(
+                split=table.splits[index],
+                problem=table.problems[index],
+                files={name: int(rows[index]) for name, rows in table.rows.items() if rows[index] >= 0},
+                captions=tuple(table.captions[index].tolist()),
+                labels=tuple(table.labels[index].tolist()),
+            )
+        self._class_index_of = {name: index for index, name in enumerate(table.class_names)}
+
     def _row(self, modality: Modality, content_hash: bytes) -> int:
-        row = self._row_of[modality].setdefault(content_hash, len(self._hashes[modality]))
-        if row == len(self._hashes[modality]):
-            self._hashes[modality].append(content_hash)
-        return row
+        return self._row_of[modality].setdefault(content_hash, len(self._row_of[modality]))
 
     def _text_row(self, text: str) -> int:
         row = self._row("text", text_hash(text))
@@ -122,43 +138,33 @@ class TableBuilder:
         return row
 
     def _class_index(self, name: str) -> int:
-        if name not in self._class_names:
-            self._class_names.append(name)
-            texts = [self._text_row(prompt.format(name.replace("_", " "))) for prompt in self._class_prompts]
-            self._class_texts.append(np.array(texts, np.int64))
-        return self._class_names.index(name)
-
-    def _check_unchanged(
-        self, known: int, item: NewItem, rows: dict[Modality, int], captions: list[int], labels: list[int]
-    ) -> None:
-        same = (
-            all(self._rows[name][known] == row for name, row in rows.items())
-            and self._splits[known] == item.split
-            and list(self._captions[known]) == captions
-            and list(self._labels[known]) == labels
-        )
-        if not same and not item.problem:
-            raise CacheError(
-                f"item {item.id!r}: its file, captions, labels or split are not those in the cache. "
-                "Extract changed data into a new cache."
-            )
+        if name not in self._class_index_of:
+            self._class_index_of[name] = len(self._class_index_of)
+            texts = (prompt.format(name.replace("_", " ")) for prompt in self._class_prompts)
+            self._class_texts[name] = tuple(self._text_row(text) for text in texts)
+        return self._class_index_of[name]
 
 
+ENCODING_TYPE = "saffe-items"
+_FILE_KINDS: tuple[Modality, ...] = ("image", "audio")
 _TEXT_COLUMNS = ("ids", "splits", "problems", "class_names")
 _RAGGED_COLUMNS = ("captions", "labels", "class_texts")
 
 
 def write_table(storage: Storage, name: str, table: ItemTable) -> None:
     """Write a generation of the table as group `name`."""
-    write_group(storage, name, table_to_arrays(table), {"encoding-type": "saffe-items", "encoding-version": 1})
+    mark_group(storage, "tables")
+    arrays = table_to_arrays(table)
+    write_group(storage, name, describe_group(ENCODING_TYPE, arrays, {}), arrays)
 
 
 def read_table(storage: Storage, name: str) -> ItemTable:
     """
     Raises:
-        CacheError: a column is missing.
+        CacheError: a column is missing or damaged.
     """
-    return table_from_arrays(read_group(storage, name), f"{storage.root}: {name}")
+    _, arrays = read_group(storage, name, ENCODING_TYPE)
+    return table_from_arrays(arrays, f"{storage.root}: {name}")
 
 
 def table_to_arrays(table: ItemTable) -> dict[str, np.ndarray]:
@@ -187,7 +193,7 @@ def table_from_arrays(arrays: Mapping[str, np.ndarray], where: str) -> ItemTable
         columns: dict[str, Any] = {column: _unpack_texts(arrays, column) for column in _TEXT_COLUMNS}
         for column in _RAGGED_COLUMNS:
             columns[column] = Ragged(arrays[f"{column}/offsets"], arrays[f"{column}/values"])
-        rows: dict[Modality, np.ndarray] = {"image": arrays["rows/image"], "audio": arrays["rows/audio"]}
+        rows = {name: arrays[f"rows/{name}"] for name in _FILE_KINDS}
         inputs: dict[Modality, Inputs] = {}
         for modality in MODALITIES:
             if f"inputs/{modality}/content_hash" in arrays:
@@ -207,6 +213,4 @@ def _pack_texts(arrays: dict[str, np.ndarray], column: str, texts: Iterable[str]
 
 def _unpack_texts(arrays: Mapping[str, np.ndarray], column: str) -> tuple[str, ...]:
     offsets, data = arrays[f"{column}/offsets"], arrays[f"{column}/utf8"].tobytes()
-    return tuple(
-        data[start:end].decode("utf-8", "surrogatepass") for start, end in zip(offsets[:-1], offsets[1:], strict=True)
-    )
+    return tuple(data[start:end].decode("utf-8", "surrogatepass") for start, end in pairwise(offsets))

@@ -17,9 +17,9 @@ import numpy as np
 
 from saffe_cache.features import BlockWeights
 from saffe_cache.store.layout import ArraySpec, check_shard, describe_shard, encode_shard
-from saffe_cache.store.manifest import ArrayManifest, EncoderManifest, encoder_group, write_encoder
+from saffe_cache.store.manifest import ArrayManifest, EncoderManifest, encoder_group, layers_among, write_encoder
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.zarr_files import array_metadata, shard_name, write_group
+from saffe_cache.store.zarr_files import array_metadata, describe_group, mark_group, shard_name, write_group
 
 
 class _ArrayWriter:
@@ -29,21 +29,24 @@ class _ArrayWriter:
         self._storage, self._folder, self._spec = storage, folder, array.spec
         self.entries = list(array.shards)
         self.position = array.rows
+        self.target_rows = target_rows
         self._waiting: list[np.ndarray] = []
         self._tail_is_open = bool(array.shards) and array.shards[-1].rows < array.spec.shard_rows
         if self._tail_is_open:
             self._waiting.append(self._read_tail(array))
         storage.write(f"{folder}/zarr.json", array_metadata(array.spec, max(target_rows, array.rows)))
 
-    def append(self, first_row: int, rows: np.ndarray) -> None:
-        """Rows in the stored type; those that are there already are passed over."""
+    def append(self, first_row: int, rows: np.ndarray) -> bool:
+        """Rows in the stored type; those that are there already are passed over. True if a shard was written."""
         assert first_row <= self.position, f"rows {self.position}…{first_row} of {self._folder} are missing"
         fresh = rows[self.position - first_row :]
         if len(fresh):
             self._waiting.append(fresh)
             self.position += len(fresh)
+        is_full = self._num_waiting >= self._spec.shard_rows
         while self._num_waiting >= self._spec.shard_rows:
             self._write_shard(self._spec.shard_rows)
+        return is_full
 
     def flush(self) -> None:
         if self.position > sum(entry.rows for entry in self.entries):
@@ -54,13 +57,11 @@ class _ArrayWriter:
         return sum(len(rows) for rows in self._waiting)
 
     def _write_shard(self, num_rows: int) -> None:
-        rows = np.concatenate(self._waiting)
+        rows = np.concatenate(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
         shard, rest = np.ascontiguousarray(rows[:num_rows]), rows[num_rows:]
-        if self._tail_is_open:  # its old entry stays valid until this very file replaces it
-            self.entries.pop()
-        name = f"{self._folder}/{shard_name(len(self.entries), self._spec)}"
-        self._storage.write(name, encode_shard(self._spec, shard))
-        self.entries.append(describe_shard(self._spec, shard))
+        index = len(self.entries) - self._tail_is_open
+        self._storage.write(f"{self._folder}/{shard_name(index, self._spec)}", encode_shard(self._spec, shard))
+        self.entries[index:] = [describe_shard(self._spec, shard)]
         self._tail_is_open = False
         self._waiting = [rest] if len(rest) else []
 
@@ -96,6 +97,9 @@ class EncoderWriter:
         self.seconds = 0.0
         """Time spent writing."""
         group = encoder_group(manifest.key)
+        mark_group(storage, "encoders")
+        if layers_among(targets):
+            mark_group(storage, f"{group}/hidden_states")
         self._arrays: dict[str, _ArrayWriter] = {}
         for name, (spec, target_rows) in targets.items():
             array = manifest.arrays.setdefault(name, ArrayManifest(spec))
@@ -125,7 +129,8 @@ class EncoderWriter:
         """Write what waits, and record that `num_inputs` inputs are complete in every array."""
         self._stop()
         self._raise_failure()
-        for array in self._arrays.values():
+        for name, array in self._arrays.items():
+            assert array.position >= array.target_rows, f"{name} ends at row {array.position} of {array.target_rows}"
             array.flush()
         self.manifest.finished_rows = num_inputs
         self._commit()
@@ -150,11 +155,9 @@ class EncoderWriter:
                 self.seconds += time.perf_counter() - started
 
     def _write(self, portion: Portion) -> None:
-        before = {name: array.entries[-1:] for name, array in self._arrays.items()}
-        for name, (first_row, rows) in portion.rows.items():
-            self._arrays[name].append(first_row, rows)
+        written = [self._arrays[name].append(first_row, rows) for name, (first_row, rows) in portion.rows.items()]
         self.manifest.invalid.update(portion.invalid)
-        if any(array.entries[-1:] != before[name] for name, array in self._arrays.items()):
+        if any(written):
             self._commit()
 
     def _commit(self) -> None:
@@ -164,9 +167,11 @@ class EncoderWriter:
 
 
 def write_blocks(storage: Storage, key: str, blocks: Mapping[int, BlockWeights]) -> None:
-    """Store the blocks that consume the cached layers, as float32 beside a specification in the attributes."""
+    """Store the blocks that consume the cached layers, as float32; those that are there already are left alone."""
+    mark_group(storage, f"{encoder_group(key)}/blocks")
     for index, block in blocks.items():
         name = f"{encoder_group(key)}/blocks/{index}"
         if not storage.exists(f"{name}/zarr.json"):
-            write_group(storage, name, block.tensors, {"encoding-type": "saffe-block", **vars(block.spec)})
-
+            tensors = {tensor: np.asarray(values, np.float32) for tensor, values in sorted(block.tensors.items())}
+            attributes = describe_group("saffe-block", tensors, {"spec": vars(block.spec)})
+            write_group(storage, name, attributes, tensors)

@@ -1,17 +1,29 @@
-"""Zarr's own files made in memory, so that each goes to disk by one atomic write."""
+"""Zarr's own files made in memory, so that each goes to disk by one atomic write.
+
+Arrays that do not grow (columns of the item table, tensors of blocks) lie in groups of their own, one chunk
+each. The group's attributes are written last and list every array with its checksum: Zarr itself takes a
+missing chunk for zeros and notices no flipped bit.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import zarr
 from zarr.storage import MemoryStore
 
+from saffe_cache.features import CacheError
 from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.storage import Storage
+
+FORMAT_VERSION = 1
+_ADVICE = "Restore it from a copy, or extract into a new cache."
+_PLAIN_DTYPES = ("float32", "int64", "uint8")
 
 
 def group_metadata(attributes: Mapping[str, Any]) -> bytes:
@@ -34,9 +46,32 @@ def array_metadata(spec: ArraySpec, num_rows: int) -> bytes:
         filters=None,
         fill_value=spec.fill_value,
         dimension_names=spec.dimension_names,
-        attributes={"encoding-type": "saffe-array", "encoding-version": 1, "dtype": spec.dtype},
+        attributes={
+            "saffe_cache": {
+                "encoding-type": "saffe-array",
+                "encoding-version": FORMAT_VERSION,
+                "dtype": spec.dtype,
+            }
+        },
     )
     return bytes(files["zarr.json"].to_bytes())
+
+
+def check_array_metadata(storage: Storage, name: str, spec: ArraySpec, num_rows: int) -> None:
+    """Do other programs find the rows that the manifest counts? We ourselves need the manifest alone.
+
+    Raises:
+        CacheError: the array's `zarr.json` is missing or damaged, or tells of another layout or of fewer rows.
+    """
+    found = storage.read_json(f"{name}/zarr.json")
+    expected = json.loads(array_metadata(spec, num_rows))
+    shape = found.get("shape")
+    if isinstance(shape, list) and shape and isinstance(shape[0], int) and shape[0] > num_rows:
+        expected["shape"][0] = shape[0]  # made for rows that are still to come
+    fields = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
+    wrong = [field for field in fields if found.get(field) != expected[field]]
+    if wrong:
+        raise CacheError(f"{storage.root}: {name}/zarr.json misstates {' and '.join(wrong)}. {_ADVICE}")
 
 
 def shard_name(index: int, spec: ArraySpec) -> str:
@@ -44,32 +79,103 @@ def shard_name(index: int, spec: ArraySpec) -> str:
     return "/".join(["c", str(index), *["0"] * len(spec.row_shape)])
 
 
-def write_group(
-    storage: Storage, name: str, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]
-) -> None:
-    """Write a small group of plain arrays, its metadata last. Array names may hold `/`."""
+def read_attributes(storage: Storage, name: str) -> dict[str, Any]:
+    """What a node says of itself under "saffe_cache"; empty where it says nothing. `name` "" is the root.
+
+    Raises:
+        CacheError: its `zarr.json` is missing or not a JSON object.
+    """
+    attributes = storage.read_json(f"{name}/zarr.json".lstrip("/")).get("attributes")
+    own = attributes.get("saffe_cache") if isinstance(attributes, dict) else None
+    return own if isinstance(own, dict) else {}
+
+
+def check_encoding(attributes: Mapping[str, Any], encoding_type: str, where: str) -> None:
+    """
+    Raises:
+        CacheError: the attributes are those of another kind of node, or of another version.
+    """
+    found = attributes.get("encoding-type"), attributes.get("encoding-version")
+    if found != (encoding_type, FORMAT_VERSION):
+        raise CacheError(
+            f"{where}: its attributes say {found[0]} version {found[1]}, expected {encoding_type} version "
+            f"{FORMAT_VERSION}. Restore zarr.json from a copy, or use the release that wrote it."
+        )
+
+
+def mark_group(storage: Storage, name: str) -> None:
+    """Make a bare group unless there is one: without it, other programs do not see what lies below."""
+    if not storage.exists(f"{name}/zarr.json"):
+        storage.write(f"{name}/zarr.json", group_metadata({}))
+
+
+def describe_group(encoding_type: str, arrays: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes of a group of plain arrays: `fields`, and each array's shape, type and checksum."""
+    listed = {
+        name: {"shape": list(values.shape), "dtype": values.dtype.name, "crc32c": google_crc32c.value(values.tobytes())}
+        for name, values in arrays.items()
+    }
+    return {"encoding-type": encoding_type, "encoding-version": FORMAT_VERSION, **fields, "arrays": listed}
+
+
+def write_group(storage: Storage, name: str, attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a group of plain arrays, its attributes (by `describe_group`) last. Array names may hold `/`."""
     files: dict[str, Any] = {}
     group = zarr.open_group(MemoryStore(files), mode="w", zarr_format=3)
     for array_name, values in arrays.items():
+        assert values.dtype.name in _PLAIN_DTYPES, f"{array_name} is {values.dtype}"
         group.create_array(
             array_name,
             shape=values.shape,
             dtype=values.dtype,
             chunks=tuple(max(1, length) for length in values.shape),
             compressors=None,
+            filters=None,
             dimension_names=[f"{array_name}.{axis}" for axis in range(values.ndim)],
-        )[...] = values
+        )
+        if values.size:
+            storage.write(f"{name}/{array_name}/{_only_chunk(values.ndim)}", values.tobytes())
     for key, value in files.items():
         if key != "zarr.json":
             storage.write(f"{name}/{key}", bytes(value.to_bytes()))
-    storage.write(f"{name}/zarr.json", group_metadata(attributes))
+    storage.write(f"{name}/zarr.json", group_metadata({"saffe_cache": dict(attributes)}))
 
 
-def read_group(storage: Storage, name: str) -> dict[str, np.ndarray]:
-    """All arrays of a small group, by their names below it."""
-    group = zarr.open_group(storage.zarr_location, path=name, mode="r")
-    found = {}
-    for array_name, member in group.members(max_depth=None):
-        if isinstance(member, zarr.Array):
-            found[array_name] = np.asarray(member[...])
-    return found
+def read_group(storage: Storage, name: str, encoding_type: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The attributes of a group of plain arrays, and the arrays by their names below it.
+
+    Raises:
+        CacheError: something is missing, or an array differs from its checksum.
+    """
+    where = f"{storage.root}: {name}"
+    attributes = read_attributes(storage, name)
+    check_encoding(attributes, encoding_type, where)
+    try:
+        shapes = {key: tuple(int(length) for length in one["shape"]) for key, one in attributes["arrays"].items()}
+        dtypes = {key: str(one["dtype"]) for key, one in attributes["arrays"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CacheError(f"{where}: zarr.json lacks or misstates {error}. Restore it from a copy.") from None
+    arrays = {}
+    for key, shape in shapes.items():
+        data = storage.read(f"{name}/{key}/{_only_chunk(len(shape))}") if math.prod(shape) else b""
+        if dtypes[key] not in _PLAIN_DTYPES or len(data) != math.prod(shape) * np.dtype(dtypes[key]).itemsize:
+            raise CacheError(f"{where}/{key}: {len(data)} bytes, expected {shape} {dtypes[key]}. {_ADVICE}")
+        arrays[key] = np.frombuffer(data, dtypes[key]).reshape(shape).copy()
+    check_arrays(attributes, arrays, where)
+    return attributes, arrays
+
+
+def check_arrays(attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray], where: str) -> None:
+    """Compare a group's arrays with what its attributes promise.
+
+    Raises:
+        CacheError: an array differs in shape, type or checksum, or there are others.
+    """
+    promised, found = attributes.get("arrays"), describe_group("", arrays, {})["arrays"]
+    if promised != found:
+        names = [name for name in {**(promised or {}), **found} if (promised or {}).get(name) != found.get(name)]
+        raise CacheError(f"{where}: {', '.join(sorted(names))} differ from the checksums. {_ADVICE}")
+
+
+def _only_chunk(num_axes: int) -> str:
+    return "/".join(["c", *["0"] * num_axes])

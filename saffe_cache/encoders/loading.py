@@ -1,0 +1,166 @@
+"""From a request to a model and its processor: what must be there, and what the repository prescribes.
+
+A checkpoint that lacks a weight of the forward pass is refused, since transformers would fill it at random.
+A text repository that says how it pools (sentence-transformers) is obeyed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from saffe_cache.encoders.families import Family, find_family, first_token, masked_mean
+from saffe_cache.features import Modality
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderRequest:
+    """Which encoder, and what of it. None takes what the model itself prescribes."""
+
+    modality: Modality
+    model_id: str
+    """A hub id or a local folder."""
+    revision: str | None = None
+    layers: tuple[int, ...] | None = None
+    """Indices i of `hidden_states[i]`; None takes the last two."""
+    image_size: int | None = None
+    """Pixels of a side."""
+    max_length: int | None = None
+    """Tokens of a text."""
+    prompt: str = "{}"
+    """Every text is put into this."""
+    dtype: str = "float32"
+    """Of the forward pass."""
+    attention: str | None = None
+    """sdpa, eager or flash_attention_2."""
+    pooled: bool = True
+    """Also keep the encoder's own vector, which needs all layers."""
+    device: str = "cpu"
+
+
+def load_model(request: EncoderRequest) -> tuple[Family, Any]:
+    """The frozen model, and how to find one's way in it.
+
+    Raises:
+        ValueError: the model cannot be had, its family has no adapter, or weights that the forward pass needs
+            are missing.
+    """
+    where = f"{request.modality} encoder {request.model_id}"
+    options = {"revision": request.revision}
+    try:
+        config = transformers.AutoConfig.from_pretrained(request.model_id, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{where}: no model there ({str(error).splitlines()[0]}). Give a hub id or a folder with config.json."
+        ) from error
+    family = find_family(config.model_type, request.modality)
+    if request.attention:
+        options["attn_implementation"] = request.attention
+    model, info = getattr(transformers, family.model_class).from_pretrained(
+        request.model_id,
+        dtype=getattr(torch, request.dtype),
+        output_loading_info=True,
+        **family.load_options,
+        **options,
+    )
+    missing = sorted(name for name in info["missing_keys"] if "position_ids" not in name)
+    if family.projection and missing == [f"{family.projection}.weight"]:
+        # a tower that was saved without its projection; the one that transformers made up would enter the fingerprint
+        model.set_submodule(family.projection, torch.nn.Identity())
+        family = replace(family, projection=None)
+    elif missing:
+        raise ValueError(f"{where}: its checkpoint lacks {', '.join(missing[:3])}. Use a checkpoint of this model.")
+    return (_with_repository_pooling(request, family) if request.modality == "text" else family), model
+
+
+def load_processor(request: EncoderRequest) -> Any:
+    """The processor, feature extractor or tokenizer."""
+    if request.modality == "text":
+        return transformers.AutoTokenizer.from_pretrained(request.model_id, revision=request.revision)
+    if request.modality == "audio":
+        return transformers.AutoFeatureExtractor.from_pretrained(request.model_id, revision=request.revision)
+    processor = transformers.AutoImageProcessor.from_pretrained(request.model_id, revision=request.revision)
+    if request.image_size:
+        _resize(processor, request.image_size)
+    return processor
+
+
+def _resize(processor: Any, pixels: int) -> None:
+    """Make the processor's pictures `pixels` a side, keeping the ratio of its resize to its crop."""
+    crop = dict(processor.crop_size or {}) if getattr(processor, "do_center_crop", False) else {}
+    size = dict(processor.size)
+    scale = pixels / (crop.get("height") or size.get("height") or size["shortest_edge"])
+    processor.size = type(processor.size)(**{name: round(value * scale) for name, value in size.items() if value})
+    if crop:
+        processor.crop_size = type(processor.crop_size)(height=pixels, width=pixels)
+
+
+_SENTENCE_TRANSFORMER_POOLS = {
+    "pooling_mode_mean_tokens": ("mean of tokens", masked_mean),
+    "pooling_mode_cls_token": ("first token", first_token),
+}
+
+
+def _with_repository_pooling(request: EncoderRequest, family: Family) -> Family:
+    """The family, pooling as its sentence-transformers repository says, where it is one.
+
+    Raises:
+        ValueError: the repository pools, or goes on after pooling, in a way that is not supported.
+    """
+    modules = _repository_file(request, "modules.json")
+    if modules is None:
+        return family
+    kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in json.loads(modules)]
+    text = _repository_file(request, "1_Pooling/config.json") or "{}"
+    modes = [name for name, value in json.loads(text).items() if name.startswith("pooling_mode_") and value is True]
+    if (
+        set(kinds) - {"Transformer", "Pooling", "Normalize"}
+        or len(modes) != 1
+        or modes[0] not in _SENTENCE_TRANSFORMER_POOLS
+    ):
+        raise ValueError(
+            f"text encoder {request.model_id}: its modules {kinds} with {modes} are not supported; expected a "
+            f"Transformer and a Pooling by one of {list(_SENTENCE_TRANSFORMER_POOLS)}. Choose another encoder."
+        )
+    pooling, pool = _SENTENCE_TRANSFORMER_POOLS[modes[0]]
+    return replace(family, pool=pool, pooling=pooling)
+
+
+def _repository_file(request: EncoderRequest, name: str) -> str | None:
+    """A file beside the model, local or on the hub; None where it has none."""
+    folder = Path(request.model_id).expanduser()
+    if folder.is_dir():
+        return (folder / name).read_text() if (folder / name).exists() else None
+    try:
+        return Path(hf_hub_download(request.model_id, name, revision=request.revision)).read_text()
+    except LocalEntryNotFoundError:
+        if try_to_load_from_cache(request.model_id, name, revision=request.revision) is not _CACHED_NO_EXIST:
+            logger.warning(
+                "text encoder %s: the hub cannot be asked whether it has %s; taken as if it had none. If it pools "
+                "its vectors in a way of its own, load it once with the hub in reach.",
+                request.model_id,
+                name,
+            )
+        return None
+    except EntryNotFoundError:
+        return None
+
+
+def longest_text(request: EncoderRequest, tokenizer: Any, config: Any) -> int:
+    """Tokens: the smallest of what was asked, what the repository says, and the positions there are."""
+    said = _repository_file(request, "sentence_bert_config.json")
+    limits = [request.max_length, tokenizer.model_max_length, json.loads(said).get("max_seq_length") if said else None]
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions:
+        limits.append(positions - (2 if config.model_type in ("roberta", "xlm-roberta", "mpnet") else 0))
+    return min(int(limit) for limit in limits if limit)

@@ -1,0 +1,221 @@
+"""What is left to encode for one encoder: the arrays that its group has or shall have, against their rows.
+
+Inputs are encoded in blocks that are cut at fixed row numbers and batched by a fixed rule, so that a resumed
+extraction repeats the very batches of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from saffe_cache.encoders.encoder import EncoderRequest, FrozenEncoder, load_encoder
+from saffe_cache.features import CacheError, Inputs
+from saffe_cache.store.layout import ArraySpec, choose_rows
+from saffe_cache.store.manifest import EncoderManifest, layers_among, read_encoder, read_root
+from saffe_cache.store.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+TEXT_BLOCK_ROWS = 2048
+"""Texts that are sorted by length together; padding is then a few percent of the tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions:
+    """How to encode and store; the fields are described in ExtractConfig."""
+
+    storage: str
+    pooled: bool
+    batch_size: int
+    batch_tokens: int
+    workers: int
+    shard_mb: int
+    max_invalid: float
+
+
+@dataclass(kw_only=True)
+class Job:
+    """What is left to do for one encoder."""
+
+    encoder: FrozenEncoder
+    manifest: EncoderManifest
+    options: EncodeOptions
+    inputs: Inputs
+    token_ids: list[list[int]] = field(default_factory=list)
+    """Of all texts; empty for photos and sounds."""
+    offsets: np.ndarray | None = None
+    """int64 [texts + 1]: where each text's tokens begin; None for photos and sounds."""
+    arrays: dict[str, tuple[ArraySpec, int]] = field(default_factory=dict)
+    """All arrays of the group, and their rows when done."""
+    start: int = 0
+    """First input to encode; `num_inputs` where nothing is left."""
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def missing(self) -> dict[str, tuple[ArraySpec, int]]:
+        """The arrays that lack rows."""
+        return {name: array for name, array in self.arrays.items() if self.rows_of(name) < array[1]}
+
+    @property
+    def is_done(self) -> bool:
+        return not self.missing and self.manifest.finished_rows == self.num_inputs
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays when done."""
+        return sum(spec.row_bytes * rows for spec, rows in self.arrays.values())
+
+    @property
+    def num_files(self) -> int:
+        return sum(2 + rows // spec.shard_rows for spec, rows in self.arrays.values())
+
+    @property
+    def block_rows(self) -> int:
+        """Inputs that are encoded and handed to the writer together."""
+        return self.options.batch_size if self.offsets is None else TEXT_BLOCK_ROWS
+
+    def rows_of(self, name: str) -> int:
+        """Committed rows of an array."""
+        return self.manifest.arrays[name].rows if name in self.manifest.arrays else 0
+
+    def is_flat(self, name: str) -> bool:
+        """Is a row of the array a token, rather than an input?"""
+        return self.offsets is not None and name.startswith("hidden_states/")
+
+    def first_row(self, name: str, number: int) -> int:
+        """Where the rows of input `number` begin in an array."""
+        return int(self.offsets[number]) if self.offsets is not None and self.is_flat(name) else number
+
+    def blocks(self) -> Iterator[range]:
+        """The inputs that are left; all blocks but the first begin at multiples of `block_rows`."""
+        start = self.start
+        while start < self.num_inputs:
+            stop = min((start // self.block_rows + 1) * self.block_rows, self.num_inputs)
+            yield range(start, stop)
+            start = stop
+
+
+def plan_job(storage: Storage, request: EncoderRequest, inputs: Inputs, options: EncodeOptions) -> Job:
+    """Load the encoder and find out what the cache lacks of it.
+
+    Raises:
+        ValueError: the encoder cannot be had.
+        CacheError: the cache stores its arrays in another type.
+    """
+    encoder = load_encoder(request)
+    job = Job(encoder=encoder, manifest=_manifest(storage, encoder), options=options, inputs=inputs)
+    if request.modality == "text":
+        job.token_ids = encoder.tokenize(inputs.texts or ())
+        job.offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in job.token_ids])]).astype(np.int64)
+    job.arrays = _arrays(job)
+    job.start = _first_input(job)
+    if job.missing:
+        vectors = any(name in encoder.vector_widths for name in job.missing)
+        encoder.select(layers_among(job.missing), vectors=vectors)
+    return job
+
+
+def seconds_per_input(job: Job) -> float:
+    """Measured on one batch of blanks, or of texts of middling length."""
+    if job.offsets is None:
+        count = job.options.batch_size
+        one = job.encoder.prepare(_blank(job.encoder))
+        batch = {name: torch.cat([value] * count) for name, value in one.items()}
+    else:
+        middling = sorted(job.token_ids, key=len)[len(job.token_ids) // 2]
+        count = max(1, min(64, job.options.batch_tokens // len(middling)))
+        batch = job.encoder.pad([middling] * count)
+    job.encoder.encode(batch)
+    started = time.perf_counter()
+    job.encoder.encode(batch)
+    return (time.perf_counter() - started) / count
+
+
+def _manifest(storage: Storage, encoder: FrozenEncoder) -> EncoderManifest:
+    """The encoder's manifest, or a new one; says so where the same model is cached under another key."""
+    root = read_root(storage)
+    if root and encoder.fingerprint.key in root.encoders:
+        return read_encoder(storage, encoder.fingerprint.key)
+    for key in root.encoders if root else ():
+        other = read_encoder(storage, key)
+        if other.fingerprint.fields["model_id"] == encoder.fingerprint.fields["model_id"]:
+            differences = "; ".join(encoder.fingerprint.differences(other.fingerprint))
+            logger.warning("%s is cached already, but made otherwise (%s): a second group.", key, differences)
+    return EncoderManifest(
+        fingerprint=encoder.fingerprint,
+        modality=encoder.request.modality,
+        num_layers=encoder.num_layers,
+        hidden_size=encoder.hidden_size,
+        vector="projected" if encoder.family.projection else "pooled",
+    )
+
+
+def _arrays(job: Job) -> dict[str, tuple[ArraySpec, int]]:
+    """All arrays of the encoder's group, those asked for and those there already, and their rows when done."""
+    wanted = {f"hidden_states/{i}": _state_spec(job) for i in job.encoder.layers}
+    states = next(iter(wanted.values()))
+    if job.options.pooled:
+        rows = states.shard_rows if job.offsets is None else TEXT_BLOCK_ROWS
+        for name, width in job.encoder.vector_widths.items():
+            names = (job.encoder.request.modality, f"{name}_dimension")
+            wanted[name] = ArraySpec(
+                row_shape=(width,), dtype="float32", chunk_rows=rows, shard_rows=rows, dimension_names=names
+            )
+    if job.offsets is not None:
+        wanted["offsets"] = ArraySpec(
+            row_shape=(), dtype="int64", chunk_rows=2**17, shard_rows=2**17, dimension_names=("text_offset",)
+        )
+    for name, array in job.manifest.arrays.items():
+        if name in wanted and array.spec.dtype != wanted[name].dtype:
+            raise CacheError(
+                f"{job.manifest.key}: {name} is stored as {array.spec.dtype}, asked for {wanted[name].dtype}. "
+                f"Use --storage {array.spec.dtype}, or another --cache."
+            )
+        wanted[name] = array.spec
+    return {
+        name: (spec, job.first_row(name, job.num_inputs) + (1 if name == "offsets" else 0))
+        for name, spec in wanted.items()
+    }
+
+
+def _state_spec(job: Job) -> ArraySpec:
+    """How hidden states are stored: [tokens, d] an input where their number is fixed, [d] a token elsewhere."""
+    shape: tuple[int, ...] = (job.encoder.hidden_size,)
+    names: tuple[str, ...] = ("text_token", "hidden")
+    if job.offsets is None:
+        blank = job.encoder.encode(job.encoder.prepare(_blank(job.encoder)))
+        shape = next(iter(blank.states.values())).shape[1:]
+        names = (job.encoder.request.modality, "token", "hidden")
+    one = ArraySpec(row_shape=shape, dtype=job.options.storage, chunk_rows=1, shard_rows=1, dimension_names=names)
+    chunk_rows, shard_rows = choose_rows(one.row_bytes, job.options.shard_mb * 2**20)
+    return replace(one, chunk_rows=chunk_rows, shard_rows=shard_rows)
+
+
+def _blank(encoder: FrozenEncoder) -> Any:
+    """A picture or sound of nothing, to learn the number of tokens."""
+    if encoder.request.modality == "audio":
+        return np.zeros(encoder.sampling_rate or 16_000, np.float32)
+    return np.zeros((64, 64, 3), np.uint8)
+
+
+def _first_input(job: Job) -> int:
+    """The first input that some array lacks, moved back to where its batch begins."""
+    counts = [job.num_inputs]
+    for name in job.missing.keys() - {"offsets"}:  # offsets are known before anything is encoded
+        rows = job.rows_of(name)
+        if job.offsets is not None and job.is_flat(name):
+            rows = int(np.searchsorted(job.offsets, rows, side="right")) - 1
+        counts.append(rows)
+    first, finished = min(counts), job.manifest.finished_rows
+    begin_of_batch = first // job.block_rows * job.block_rows
+    return max(begin_of_batch, finished) if finished <= first else begin_of_batch

@@ -1,0 +1,61 @@
+"""Files into pictures and sounds. The only importer of PIL and soundfile."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+
+from saffe_cache.features import Modality
+
+
+def decode(modality: Modality, data: bytes, sampling_rate: int | None = None) -> Any:
+    """An RGB picture, upright; or a mono float32 waveform at the sampling rate (Hz).
+
+    Transparency is dropped, as transformers does. 16-bit grey is scaled to 8 bits.
+
+    Raises:
+        OSError, ValueError: the bytes are no readable picture or sound.
+    """
+    return _decode_image(data) if modality == "image" else _decode_audio(data, sampling_rate or 16_000)
+
+
+def _decode_image(data: bytes) -> Any:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode == "F" or upright.mode.startswith("I"):
+                upright = Image.fromarray(_to_eight_bits(np.asarray(upright)))
+            elif "transparency" in upright.info:  # without this step PIL warns
+                upright = upright.convert("RGBA")
+            return upright.convert("RGB")
+    except OSError:
+        raise
+    except Exception as error:  # on broken files PIL's parsers raise SyntaxError, struct.error, TypeError, …
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def _to_eight_bits(pixels: np.ndarray) -> np.ndarray:
+    """16-bit grey to 8 bits; PIL's own conversion would clip instead of scaling."""
+    if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f"{pixels.dtype} pixels from {pixels.min()} to {pixels.max()} have no known scale")
+    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _decode_audio(data: bytes, sampling_rate: int) -> np.ndarray:
+    try:
+        import soundfile
+        import soxr
+    except ImportError as error:
+        raise ImportError(f"Sounds need the package {error.name}: pip install 'saffe-cache[audio]'.") from None
+    try:
+        waveform, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, MemoryError) as error:  # a broken header may claim any length
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    resampled = np.asarray(soxr.resample(waveform.mean(axis=1), rate, sampling_rate), dtype=np.float32)
+    if not len(resampled):
+        raise ValueError("the sound has no samples")
+    return resampled

@@ -1,0 +1,99 @@
+"""Folders of splits: class folders, or files that metadata.jsonl lists."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from saffe_cache.features import Modality
+from saffe_cache.sources.items import Media, SourceItem, texts_of
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".mp3"})
+
+
+def folder_items(folder: Path) -> Iterator[SourceItem]:
+    """The items of all splits, in the order of their names.
+
+    Raises:
+        ValueError: a metadata.jsonl is not as it must be.
+    """
+    for split_dir in sorted(path for path in folder.iterdir() if path.is_dir()):
+        metadata = split_dir / "metadata.jsonl"
+        yield from _listed_items(metadata) if metadata.exists() else _class_folder_items(split_dir)
+
+
+def _class_folder_items(split_dir: Path) -> Iterator[SourceItem]:
+    left_out = [path for path in sorted(split_dir.iterdir()) if not path.is_dir()]
+    for class_dir in sorted(path for path in split_dir.iterdir() if path.is_dir()):
+        for path in sorted(class_dir.rglob("*")):
+            modality = _modality_of(path)
+            if modality is not None:
+                yield SourceItem(
+                    id=path.relative_to(split_dir.parent).as_posix(),
+                    split=split_dir.name,
+                    media={modality: Media(path)},
+                    labels=(class_dir.name,),
+                )
+            elif not path.is_dir():
+                left_out.append(path)
+    if left_out:
+        logger.warning(
+            "%s: %d files are left out, for instance %s: no photo or sound in a class folder.",
+            split_dir,
+            len(left_out),
+            left_out[0].relative_to(split_dir),
+        )
+
+
+def _listed_items(metadata: Path) -> Iterator[SourceItem]:
+    seen: set[str] = set()
+    with metadata.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                item = _listed_item(metadata, number, line)
+                if item.id in seen:
+                    raise ValueError(f"{metadata}:{number}: {item.id} is listed twice. Give each file one line.")
+                seen.add(item.id)
+                yield item
+
+
+def _listed_item(metadata: Path, number: int, line: str) -> SourceItem:
+    where = f"{metadata}:{number}"
+    try:
+        entry = json.loads(line)
+        name = str(entry["file_name"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{where}: expected a JSON object with file_name, found {error!r}. Mend the line.") from None
+    split_dir = metadata.parent
+    if not _is_inside(name, split_dir):
+        raise ValueError(f"{where}: file_name {name!r} leaves its folder. Move the file into {split_dir}.")
+    path = split_dir / name
+    modality = _modality_of(path)
+    captions, caption_problem = texts_of(entry.get("captions", entry.get("caption", entry.get("text"))))
+    labels, label_problem = texts_of(entry.get("labels", entry.get("label")))
+    return SourceItem(
+        id=f"{split_dir.name}/{Path(name).as_posix()}",
+        split=split_dir.name,
+        media={modality: Media(path)} if modality else {},
+        captions=captions,
+        labels=labels,
+        problem=caption_problem or label_problem or ("" if modality else f"unknown kind of file {path.suffix!r}"),
+    )
+
+
+def _is_inside(name: str, folder: Path) -> bool:
+    """Whether the file, once all links are followed, lies in the folder."""
+    try:
+        return not Path(name).is_absolute() and (folder / name).resolve().is_relative_to(folder.resolve())
+    except (ValueError, RuntimeError, OSError):  # a NUL in the name, a loop of links
+        return False
+
+
+def _modality_of(path: Path) -> Modality | None:
+    suffix = path.suffix.lower()
+    return "image" if suffix in IMAGE_SUFFIXES else "audio" if suffix in AUDIO_SUFFIXES else None

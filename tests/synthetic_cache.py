@@ -1,0 +1,121 @@
+"""A small cache without any encoder: photos' tokens and texts' vectors drawn so that one tells of the other."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from saffe_cache.features import BlockSpec, BlockWeights, Fingerprint, Modality
+from saffe_cache.store.layout import ArraySpec, to_storage
+from saffe_cache.store.manifest import EncoderManifest, RootManifest, write_root
+from saffe_cache.store.storage import Storage
+from saffe_cache.store.table import NewItem, TableBuilder, write_table
+from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks
+
+TOKENS, WIDTH, TEXT_WIDTH, LAYERS = 5, 16, 12, 3
+
+
+def make_cache(
+    path: Path,
+    splits: dict[str, int],
+    *,
+    classes: int = 0,
+    captions: int = 2,
+    signal: float = 1.0,
+    seed: int = 0,
+    shared: int = 0,
+    text_width: int = TEXT_WIDTH,
+) -> str:
+    """Write a cache, finished, with layers 2 and 3 of a photo encoder and of a text encoder.
+
+    Args:
+        splits: number of items of each.
+        classes: > 0 gives each item one class instead of captions.
+        captions: texts of each item.
+        signal: how much of the tokens' second one tells of the text; 0 for none.
+        shared: so many photos of the first split stand in the last one too.
+    """
+    generator = np.random.default_rng(seed)
+    builder = TableBuilder(None, ("a {}",))
+    meanings = []
+    for split, count in splits.items():
+        for number in range(count):
+            name = f"{split}/{number}"
+            is_copy = split == list(splits)[-1] and number < shared
+            photo = f"{next(iter(splits))}/{number}" if is_copy else name
+            label = number % classes if classes else 0
+            builder.add(
+                NewItem(
+                    id=name,
+                    split=split,
+                    hashes={"image": hashlib.sha256(photo.encode()).digest()},
+                    captions=() if classes else tuple(f"caption {i} of {name}" for i in range(captions)),
+                    labels=(f"class{label}",) if classes else (),
+                )
+            )
+    table = builder.build()
+    hidden = generator.normal(size=(text_width, WIDTH))
+    num_texts = len(table.inputs["text"])
+    texts = generator.normal(size=(num_texts, text_width))
+    of_photo = np.zeros(len(table.inputs["image"]), int)
+    for item in range(len(table)):
+        rows = table.captions[item] if not classes else table.class_texts[int(table.labels[item][0])]
+        of_photo[table.rows["image"][item]] = rows[0]
+        texts[rows[1:]] = texts[rows[0]] + 0.1 * generator.normal(size=(len(rows) - 1, text_width))
+    meanings = texts[of_photo] @ hidden
+    tokens = generator.normal(size=(len(of_photo), TOKENS, WIDTH))
+    tokens[:, 1] += signal * 2 * meanings
+    storage = Storage(path)
+    images = {"hidden_states/2": tokens, "hidden_states/3": tokens * 1.1, "pooled": tokens.mean(axis=1)}
+    lengths = 2 + np.arange(num_texts) % 3
+    flat = np.repeat(texts, lengths, axis=0) + 0.1 * generator.normal(size=(lengths.sum(), text_width))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    words = {"hidden_states/2": flat, "hidden_states/3": flat, "pooled": texts, "offsets": offsets}
+    keys = [
+        _write_encoder(storage, "image", images, len(of_photo), WIDTH, generator),
+        _write_encoder(storage, "text", words, num_texts, text_width, generator),
+    ]
+    write_table(storage, "tables/1", table)
+    write_root(storage, RootManifest(1, tuple(keys)))
+    return str(path)
+
+
+def _write_encoder(
+    storage: Storage, modality: Modality, arrays: dict[str, np.ndarray], count: int, width: int, generator: np.random.Generator
+) -> str:
+    manifest = EncoderManifest(
+        fingerprint=Fingerprint({"modality": modality, "model_id": f"synthetic-{modality}"}),
+        modality=modality,
+        num_layers=LAYERS,
+        hidden_size=width,
+        vector="pooled",
+    )
+    targets, portion = {}, {}
+    for name, values in arrays.items():
+        dtype = "int64" if name == "offsets" else "float32"
+        names = tuple(f"axis{axis}" for axis in range(values.ndim))
+        spec = ArraySpec(row_shape=values.shape[1:], dtype=dtype, chunk_rows=4, shard_rows=32, dimension_names=names)
+        targets[name] = (spec, len(values))
+        portion[name] = (0, to_storage(values.astype(np.float32) if dtype == "float32" else values, dtype))
+    with EncoderWriter(storage, manifest, targets) as writer:
+        writer.put(Portion(portion))
+        writer.finish(count)
+    write_blocks(storage, manifest.key, {2: _block(width, generator)})
+    return manifest.key
+
+
+def _block(width: int, generator: np.random.Generator) -> BlockWeights:
+    def draw(*shape: int) -> np.ndarray:
+        return (generator.normal(size=shape) / np.sqrt(width)).astype(np.float32)
+
+    tensors = {}
+    for role in ("query", "key", "value", "output"):
+        tensors[f"{role}_weight"], tensors[f"{role}_bias"] = draw(width, width), draw(width)
+    tensors["mlp_in_weight"], tensors["mlp_in_bias"] = draw(2 * width, width), draw(2 * width)
+    tensors["mlp_out_weight"], tensors["mlp_out_bias"] = draw(width, 2 * width), draw(width)
+    for norm in ("attention_norm", "mlp_norm"):
+        tensors[f"{norm}_weight"], tensors[f"{norm}_bias"] = np.ones(width, np.float32), np.zeros(width, np.float32)
+    spec = BlockSpec(num_attention_heads=4, norm_first=True, activation="gelu", layer_norm_eps=1e-6)
+    return BlockWeights(spec, tensors)

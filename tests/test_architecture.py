@@ -1,0 +1,101 @@
+"""The layer order of saffe_cache/__init__.py, read from the imports, those inside functions included."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "saffe_cache"
+
+LAYERS = [
+    {"features"},
+    {"store", "sources", "encoders", "fusion", "objectives", "retrieval", "options"},
+    {"planning", "pairs"},
+    {"encoding", "runs"},
+    {"fitting"},
+    {"extract", "train", "evaluate"},
+    {"cli"},
+]
+OWNERS = {
+    "zarr": {"store", "runs"},  # runs records its version
+    "h5py": {"store"},
+    "fsspec": {"store"},
+    "datasets": {"sources"},
+    "PIL": {"sources"},
+    "soundfile": {"sources"},
+    "transformers": {"encoders", "runs"},  # runs records its version
+    "huggingface_hub": {"encoders"},
+    "faiss": {"retrieval"},
+    "safetensors": {"runs", "fitting"},
+}
+FORBIDDEN = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    """The layer's name of a module: its file, or its folder below the package."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the layers"
+            yield node.module or ""
+
+
+def level_of(part: str) -> int:
+    return next(number for number, parts in enumerate(LAYERS) if part in parts)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downwards(path: Path) -> None:
+    part = part_of(path)
+    if part == "__init__":
+        assert list(imports(path)) == []
+        return
+    for name in imports(path):
+        if name.startswith("saffe_cache."):
+            other = name.split(".")[1]
+            assert other == part or level_of(other) < level_of(part), f"{part} imports {other}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_heavy_imports_have_one_owner(path: Path) -> None:
+    for name in imports(path):
+        top = name.split(".")[0]
+        assert top not in FORBIDDEN, f"{path}: {top} unpickles"
+        assert part_of(path) in OWNERS.get(top, {part_of(path)}), f"{path} imports {top}"
+
+
+def test_fusions_and_metrics_do_no_io() -> None:
+    for path in [*(PACKAGE / "fusion").glob("*.py"), PACKAGE / "objectives.py", PACKAGE / "retrieval" / "metrics.py"]:
+        names = {name.split(".")[0] for name in imports(path)}
+        assert not names & {"pathlib", "os", "io", "json", "zarr", "faiss"}, path
+
+
+def test_pipelines_use_the_library_and_never_the_reverse() -> None:
+    for path in modules():
+        assert not {name.split(".")[0] for name in imports(path)} & {"pipelines", "data", "tests"}
+
+
+def test_no_drawer_for_odds_and_ends() -> None:
+    assert not [path for path in modules() if path.stem in {"utils", "helpers", "misc", "common"}]
+
+
+def test_file_tree_of_the_readme_is_true() -> None:
+    """Every file that the README's tree names exists, and every module of the package is named."""
+    tree = (ROOT / "README.md").read_text().split("<!-- tree -->")[1].split("```")[1]
+    named = [line.split()[0] for line in tree.strip().splitlines() if line.strip()]
+    for name in named:
+        assert (ROOT / name).exists(), f"README names {name}, which does not exist"
+    for path in [*modules(), *(ROOT / "pipelines").glob("*.py"), *(ROOT / "data").glob("*.py")]:
+        name = path.relative_to(ROOT).as_posix()
+        assert name in named or path.name == "__init__.py", f"README's tree lacks {name}"

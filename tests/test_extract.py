@@ -1,0 +1,360 @@
+"""Extraction with tiny real models: right numbers, nothing twice, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tiny_models import WORDS
+
+from saffe_cache import encoding
+from saffe_cache.cli import cache_command, extract_command
+from saffe_cache.encoders.encoder import Encoded, FrozenEncoder
+from saffe_cache.extract import ExtractConfig, extract
+from saffe_cache.features import CacheError
+from saffe_cache.store.reader import open_cache, verify_cache
+
+
+def draw(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def make_captioned(folder: Path, splits: dict[str, int]) -> Path:
+    for split, count in splits.items():
+        lines = []
+        for number in range(count):
+            draw(folder / split / f"{number:03}.png", number + 1000 * len(split))
+            words = [WORDS[(number * 3 + i) % 40] for i in range(2 + number % 4)]
+            captions = [" ".join(words), f"{split} {number}", "the same for all"]
+            lines.append(json.dumps({"file_name": f"{number:03}.png", "captions": captions}))
+        (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return make_captioned(tmp_path / "data", {"train": 20, "dev": 6})
+
+
+@pytest.fixture
+def config(data: Path, tmp_path: Path, tiny_model: Callable[[str], Path]) -> ExtractConfig:
+    return ExtractConfig(
+        data=str(data),
+        cache=str(tmp_path / "cache.zarr"),
+        encoder={"image": str(tiny_model("dinov2")), "text": str(tiny_model("bert"))},
+        layers={"image": (2, 3), "text": (1, 3)},
+        storage="float32",
+        batch_size=4,
+        device="cpu",
+    )
+
+
+def files_of(cache: str, below: str = "") -> dict[str, bytes]:
+    """All shards and array metadata; manifests hold times and are left out."""
+    root = Path(cache)
+    return {
+        name: path.read_bytes()
+        for path in sorted((root / below).rglob("*"))
+        if path.is_file()
+        and (name := path.relative_to(root).as_posix()) != "zarr.json"
+        and not (name.startswith("encoders/") and name.count("/") == 2)
+        and not path.name.startswith(".")
+    }
+
+
+def test_cached_states_are_the_models_own(config: ExtractConfig, data: Path) -> None:
+    cache = open_cache(extract(config))
+    image, text = cache.encoder("image"), cache.encoder("text")
+    item = cache.table.ids.index("train/007.png")
+    model = transformers.Dinov2Model.from_pretrained(config.encoder["image"]).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(config.encoder["image"])
+    with torch.inference_mode(), Image.open(data / "train" / "007.png") as photo:
+        output = model(**processor(photo, return_tensors="pt"), output_hidden_states=True)
+    row = cache.table.rows["image"][[item]]
+    for layer in (2, 3):
+        np.testing.assert_allclose(image.tokens(row, (layer,)).states[0], output.hidden_states[layer], atol=1e-5)
+    np.testing.assert_allclose(image.vectors(row), output.last_hidden_state[:, 0], atol=1e-5)
+    rows = cache.table.captions[item]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.encoder["text"])
+    bert = transformers.BertModel.from_pretrained(config.encoder["text"], add_pooling_layer=False).eval()
+    tokens = text.tokens(rows, (1,))
+    assert tokens.mask is not None
+    for position, row in enumerate(rows):
+        caption = cache.table.inputs["text"].texts[row]  # type: ignore[index]
+        with torch.inference_mode():
+            states = bert(**tokenizer(caption, return_tensors="pt"), output_hidden_states=True).hidden_states[1][0]
+        np.testing.assert_allclose(tokens.states[0][position][tokens.mask[position]], states, atol=1e-5)
+
+
+def test_distinct_inputs_are_encoded_once(config: ExtractConfig, data: Path) -> None:
+    (data / "train" / "copy.png").write_bytes((data / "train" / "000.png").read_bytes())
+    with (data / "train" / "metadata.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"file_name": "copy.png", "captions": ["the same for all"]}))
+    table = open_cache(extract(config)).table
+    assert len(table.inputs["image"]) == 26
+    assert table.inputs["text"].texts.count("the same for all") == 1  # type: ignore[union-attr]
+    rows = dict(zip(table.ids, table.rows["image"], strict=True))
+    assert rows["train/copy.png"] == rows["train/000.png"]
+
+
+def test_running_again_writes_nothing_and_says_so(config: ExtractConfig, caplog: pytest.LogCaptureFixture) -> None:
+    extract(config)
+    before = {path: path.stat().st_mtime_ns for path in Path(config.cache).rglob("zarr.json")}
+    caplog.set_level("INFO")
+    extract(config)
+    assert before == {path: path.stat().st_mtime_ns for path in Path(config.cache).rglob("zarr.json")}
+    assert caplog.text.count("nothing to do") == 2
+
+
+def test_new_layer_writes_only_itself(config: ExtractConfig) -> None:
+    extract(config)
+    old = files_of(config.cache)
+    extract(replace(config, layers={"image": (0, 2), "text": (1, 3)}))
+    new = files_of(config.cache)
+    assert {name: new[name] for name in old} == old
+    added = {name.split("/")[2] + "/" + name.split("/")[3] for name in new.keys() - old.keys()}
+    assert added == {"hidden_states/0", "blocks/0"}
+    cache = open_cache(config.cache)
+    assert cache.encoder("image").manifest.layers == [0, 2, 3]
+    assert cache.encoder("image").block(0).spec.norm_first
+
+
+def test_new_layer_runs_no_deeper_than_it_needs(config: ExtractConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    extract(config)
+    chosen = []
+    select = FrozenEncoder.select
+
+    def spy(self: FrozenEncoder, layers: list[int], *, vectors: bool) -> None:
+        chosen.append((list(layers), vectors))
+        select(self, layers, vectors=vectors)
+
+    monkeypatch.setattr(FrozenEncoder, "select", spy)
+    extract(replace(config, layers={"image": (1,), "text": (1, 3)}))
+    assert chosen == [([1], False)]
+
+
+def test_new_items_extend_every_cached_layer(config: ExtractConfig, data: Path) -> None:
+    """Also over a shard that is not full, and also layers that this call does not name."""
+    extract(replace(config, splits=("train",)))
+    extract(replace(config, layers={"image": (0,), "text": (1,)}))
+    cache = open_cache(config.cache)
+    fresh = open_cache(extract(replace(config, cache=config.cache + ".fresh", layers={"image": (0, 2, 3), "text": (1, 3)})))
+    assert verify_cache(config.cache)[1] == []
+    for item_id in ("train/003.png", "dev/004.png"):
+        states = []
+        for one in (cache, fresh):
+            row = one.table.rows["image"][[one.table.ids.index(item_id)]]
+            states.append(one.encoder("image").tokens(row, (0, 2, 3)).states)
+        np.testing.assert_allclose(states[0], states[1], atol=1e-5)
+
+
+def test_second_encoder_stands_beside_the_first(config: ExtractConfig, tiny_model: Callable[[str], Path]) -> None:
+    extract(config)
+    old = files_of(config.cache)
+    extract(replace(config, encoder={"image": str(tiny_model("vit"))}, layers={}))
+    new = files_of(config.cache)
+    assert {name: new[name] for name in old} == old
+    cache = open_cache(config.cache)
+    with pytest.raises(CacheError, match="2 image encoders"):
+        cache.encoder("image")
+    assert cache.encoder("image", "tiny-vit").manifest.layers == [2, 3]
+
+
+@pytest.mark.parametrize("dies_at", [0, 1, 3, 6])
+def test_interrupted_extraction_resumes_to_the_same_bytes(
+    config: ExtractConfig, monkeypatch: pytest.MonkeyPatch, dies_at: int
+) -> None:
+    small = replace(config, shard_mb=0)
+    whole = extract(replace(small, cache=config.cache + ".whole"))
+    encode, calls = FrozenEncoder.encode, []
+
+    def dying(self: FrozenEncoder, inputs: dict[str, torch.Tensor]) -> Encoded:
+        calls.append(1)
+        if len(calls) > dies_at + 1:  # the first one learns the number of tokens
+            raise KeyboardInterrupt
+        return encode(self, inputs)
+
+    monkeypatch.setattr(FrozenEncoder, "encode", dying)
+    with pytest.raises(KeyboardInterrupt):
+        extract(small)
+    monkeypatch.setattr(FrozenEncoder, "encode", encode)
+    assert files_of(extract(small)) == files_of(whole)
+
+
+def test_kill_dash_nine_costs_at_most_the_open_shard(config: ExtractConfig, tmp_path: Path) -> None:
+    """A real process, killed as soon as something is committed; one batch a shard."""
+    data = make_captioned(tmp_path / "many", {"train": 200})
+    small = replace(config, data=str(data), shard_mb=0)
+    arguments = [
+        *("--data", str(data), "--cache", small.cache, "--storage", "float32", "--batch-size", "4", "--shard-mb", "0"),
+        *(part for m, model in small.encoder.items() for part in ("--encoder", f"{m}={model}")),
+        *("--layers", "image=2,3", "--layers", "text=1,3", "--device", "cpu"),
+    ]
+    code = "import sys, torch; torch.set_num_threads(1); from saffe_cache.cli import extract_command as c; sys.exit(c())"
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        before = len(list(Path(small.cache).rglob("c/*")))
+        while process.poll() is None and len(list(Path(small.cache).rglob("c/*"))) < before + 10:
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it ended before it could be killed: give it more photos"
+    torch.set_num_threads(1)
+    resumed = files_of(extract(small))
+    assert resumed == files_of(extract(replace(small, cache=small.cache + ".whole")))
+    assert not list(Path(small.cache).rglob("*.partial"))
+
+
+def test_unreadable_items_are_recorded_counted_and_limited(config: ExtractConfig, data: Path) -> None:
+    whole = (data / "train" / "003.png").read_bytes()
+    (data / "train" / "003.png").write_bytes(whole[: len(whole) // 2])
+    (data / "train" / "004.png").unlink()
+    with pytest.raises(CacheError, match=r"1 of 26 items are unreadable.*train/004\.png: unreadable image"):
+        extract(config)
+    with pytest.raises(CacheError, match=r"1 of 25 inputs are unreadable.*--max-invalid 0\.039"):
+        extract(replace(config, max_invalid=0.039))
+    cache = open_cache(extract(replace(config, max_invalid=0.1)))
+    image = cache.encoder("image")
+    assert "unreadable image: No such file" in cache.table.problems[cache.table.ids.index("train/004.png")]
+    row = cache.table.rows["image"][[cache.table.ids.index("train/003.png")]]
+    assert list(image.manifest.invalid) == row.tolist()
+    assert not image.usable(row)[0]
+    assert np.isnan(image.vectors(row)).all()
+    assert image.usable(cache.table.rows["image"]).sum() == 24
+
+
+def test_repaired_item_is_taken_up(config: ExtractConfig, data: Path) -> None:
+    photo = data / "dev" / "002.png"
+    content = photo.read_bytes()
+    photo.unlink()
+    extract(replace(config, max_invalid=0.1))
+    photo.write_bytes(content)
+    cache = open_cache(extract(config))
+    item = cache.table.ids.index("dev/002.png")
+    assert cache.table.problems[item] == ""
+    assert cache.encoder("image").usable(cache.table.rows["image"][[item]])[0]
+
+
+def test_changed_content_is_refused(config: ExtractConfig, data: Path) -> None:
+    extract(config)
+    draw(data / "train" / "005.png", 999)
+    with pytest.raises(CacheError, match=r"item 'train/005\.png': its file, captions, labels or split"):
+        extract(config)
+
+
+def test_overflow_names_layer_and_input(config: ExtractConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = FrozenEncoder.encode
+
+    def loud(self: FrozenEncoder, inputs: dict[str, torch.Tensor]) -> Encoded:
+        encoded = encode(self, inputs)
+        if self.request.modality == "image" and len(encoded.lengths) > 2:
+            encoded.states[3][2] *= 1e6
+        return encoded
+
+    monkeypatch.setattr(FrozenEncoder, "encode", loud)
+    with pytest.raises(CacheError, match=r"hidden_states/3 of input 2: magnitude .* exceeds float16's 65504"):
+        extract(replace(config, storage="float16"))
+    loudest = open_cache(extract(replace(config, storage="bfloat16", cache=config.cache + ".bf16")))
+    assert loudest.encoder("image").statistics("hidden_states/3").max_magnitude > 65504
+
+
+def test_non_finite_states_make_the_input_invalid(config: ExtractConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = FrozenEncoder.encode
+
+    def broken(self: FrozenEncoder, inputs: dict[str, torch.Tensor]) -> Encoded:
+        encoded = encode(self, inputs)
+        if self.request.modality == "text":
+            encoded.states[1][0, 0, 0] = np.inf
+        return encoded
+
+    monkeypatch.setattr(FrozenEncoder, "encode", broken)
+    cache = open_cache(extract(replace(config, max_invalid=0.5)))
+    assert list(cache.encoder("text").manifest.invalid.values()) == ["hidden_states/1 is not finite"]
+
+
+def test_storage_of_an_array_is_fixed(config: ExtractConfig) -> None:
+    extract(config)
+    with pytest.raises(CacheError, match=r"stored as float32, asked for float16\. Use --storage float32"):
+        extract(replace(config, storage="float16"))
+
+
+def test_data_that_the_cache_has_beyond_this_source_are_asked_for(config: ExtractConfig, tmp_path: Path) -> None:
+    extract(config)
+    other = make_captioned(tmp_path / "other", {"another": 3})
+    with pytest.raises(CacheError, match=r"26 of the cache's image inputs are not in --data"):
+        extract(replace(config, data=str(other), layers={"image": (1,), "text": (1,)}))
+
+
+def test_plan_writes_nothing(config: ExtractConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    extract(replace(config, plan=True))
+    assert not Path(config.cache).exists()
+    printed = capsys.readouterr().out
+    assert "26 items" in printed
+    assert "26 of 26 distinct inputs" in printed
+    assert re.search(r"hidden_states/2: 26 x \d+ x 32 float32, \d", printed)
+
+
+def test_class_folders_and_a_fixed_choice_of_items(tmp_path: Path, config: ExtractConfig) -> None:
+    for number in range(30):
+        draw(tmp_path / "classes" / "train" / f"class_{number % 3}" / f"{number}.png", number)
+    chosen = replace(config, data=str(tmp_path / "classes"), max_items={"train": 12}, class_prompt=("a {}", "one {}"))
+    table = open_cache(extract(chosen)).table
+    assert len(table) == 12
+    assert set(table.class_names) == {"class_0", "class_1", "class_2"}
+    texts = table.inputs["text"].texts
+    assert texts is not None
+    assert {texts[row] for row in table.class_texts[0]} == {
+        f"{article} {table.class_names[0].replace('_', ' ')}" for article in ("a", "one")
+    }
+    again = open_cache(extract(replace(chosen, cache=config.cache + ".2", max_items={"train": 20}))).table
+    assert set(table.ids) < set(again.ids)
+
+
+def test_sounds_with_classes(tmp_path: Path, config: ExtractConfig, tiny_model: Callable[[str], Path]) -> None:
+    import soundfile
+
+    for number in range(6):
+        path = tmp_path / "sounds" / "train" / f"class{number % 2}" / f"{number}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, np.sin(np.arange(4000) * (0.1 + number / 10)), 8000)
+    encoders = {"audio": str(tiny_model("whisper")), "text": str(tiny_model("bert"))}
+    cache = open_cache(extract(replace(config, data=str(tmp_path / "sounds"), encoder=encoders, layers={})))
+    assert cache.encoder("audio").manifest.layers == [2, 3]
+    assert cache.encoder("audio").usable(cache.table.rows["audio"]).all()
+
+
+def test_texts_are_batched_by_length_within_the_budget() -> None:
+    token_ids = [[0] * length for length in (1, 2, 2, 5, 9, 30)]
+    batches = list(encoding._token_batches(range(6), token_ids, 10))
+    assert batches == [[0, 1, 2], [3], [4], [5]]
+
+
+def test_commands_end_with_the_path_and_explain_errors(
+    config: ExtractConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["--data", config.data, "--cache", config.cache, "--encoder", f"image={config.encoder['image']}"]
+    assert extract_command([*arguments, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == config.cache
+    assert cache_command(["verify", config.cache]) == 0
+    assert "0 damaged" in capsys.readouterr().out
+    assert cache_command(["inspect", config.cache]) == 0
+    assert re.search(r"hidden_states/3: 26 x \d+ x 32 float16, 1 shards", capsys.readouterr().out)
+    shard = next(path for path in Path(config.cache).rglob("c/0/0/0"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert cache_command(["verify", config.cache]) == 1
+    assert "truncated" in capsys.readouterr().out
+    assert extract_command(["--data", str(tmp_path / "none"), "--cache", "x", "--encoder", "image=y"]) == 1
+    assert "not a folder" in capsys.readouterr().err

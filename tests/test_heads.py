@@ -1,0 +1,99 @@
+"""The heads against loops in plain numpy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import rand
+
+from saffe_cache.fusion.heads import AttentionHead, FlattenHead, MeanHead, summarize
+
+Tensors = Sequence[torch.Tensor]
+MASK = torch.tensor([[True] * 6, [True] * 3 + [False] * 3, [True] + [False] * 5])
+
+
+def numpy_layer_norm(values: np.ndarray) -> np.ndarray:
+    centred = values - values.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+
+
+def numpy_summary(states: Tensors, row: int, length: int) -> np.ndarray:
+    parts = []
+    for state in states:
+        tokens = [numpy_layer_norm(state[row, t].double().numpy()) for t in range(length)]
+        parts += [tokens[0], sum(tokens[1:]) / max(1, length - 1) if length > 1 else 0 * tokens[0]]
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
+@torch.no_grad()
+def test_attention_head_is_attention_with_its_key_projection_folded(mask: torch.Tensor | None) -> None:
+    """Loops over an explicit key projection (its bias too) and values projected before pooling."""
+    d, heads, size, out, layers = 12, 3, 4, 5, 2
+    torch.manual_seed(1)
+    head = AttentionHead(d, layers, out, num_heads=heads, head_size=size, mlp_size=16).eval()
+    key_weight, key_bias, queries = (
+        rand(layers, heads, 7, d),
+        rand(layers, heads, 7, seed=1),
+        rand(layers, heads, 7, seed=2),
+    )
+    head.pool_queries.copy_(torch.einsum("lhkd,lhk->ldh", key_weight, queries))
+    states = [rand(3, 6, d, seed=3 + layer) for layer in range(layers)]
+    weights = {name: value.double().numpy() for name, value in head.state_dict().items()}
+    actual = head(states, mask)
+    for row in range(3):
+        length = 6 if mask is None else int(mask[row].sum())
+        features = []
+        for layer, state in enumerate(states):
+            tokens = [numpy_layer_norm(state[row, t].double().numpy()) for t in range(length)]
+            for h in range(heads):
+                keys = [key_weight[layer, h].double().numpy() @ x + key_bias[layer, h].double().numpy() for x in tokens]
+                scores = np.exp([key @ queries[layer, h].double().numpy() for key in keys])
+                values = [x @ weights["pool_values"][layer, h] for x in tokens]
+                features.append(sum(s * v for s, v in zip(scores / scores.sum(), values, strict=True)))
+        summary = numpy_summary(states, row, length)
+        entering = numpy_layer_norm(np.concatenate([*features, summary]))
+        inner = weights["mlp.1.weight"] @ entering + weights["mlp.1.bias"]
+        inner = np.array([x * (1 + math.erf(x / math.sqrt(2))) / 2 for x in inner])
+        expected = weights["mlp.4.weight"] @ inner + weights["mlp.4.bias"]
+        expected = expected + weights["linear.weight"] @ summary + weights["linear.bias"]
+        np.testing.assert_allclose(actual[row], expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_head_starts_from_a_fitted_map() -> None:
+    head = AttentionHead(12, 2, 5, mlp_size=16).eval()
+    states = [rand(3, 6, 12, seed=seed) for seed in range(2)]
+    correction = head(states, MASK) - head.linear(summarize(states, MASK))
+    weight, bias = rand(5, 48), rand(5, seed=1)
+    head.start_linear(weight, bias)
+    fitted = (
+        np.stack([weight.numpy() @ numpy_summary(states, row, n) for row, n in enumerate((6, 3, 1))]) + bias.numpy()
+    )
+    torch.testing.assert_close(head(states, MASK), torch.tensor(fitted).float() + correction, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_mean_head_means_real_tokens() -> None:
+    head = MeanHead(4, 2, 5)
+    states = [rand(3, 6, 4, seed=seed) for seed in range(2)]
+    for row, length in enumerate((6, 3, 1)):
+        means = torch.cat([state[row, :length].mean(0) for state in states])
+        torch.testing.assert_close(head(states, MASK)[row], head.linear(means))
+        torch.testing.assert_close(head(states, None)[row], head.linear(torch.cat([s[row].mean(0) for s in states])))
+
+
+def test_flatten_head_is_the_papers() -> None:
+    """Two layers of 50 tokens, 768 wide, into 768: (2 x 50 x 768) x 768 weights and 768 biases."""
+    with torch.device("meta"):
+        head = FlattenHead(768, 2, 50, 768)
+    assert sum(parameter.numel() for parameter in head.parameters()) == 58_983_168
+    small, states = FlattenHead(4, 2, 6, 5), [rand(3, 6, 4, seed=seed) for seed in range(2)]
+    flat = torch.tensor([[float(x) for state in states for token in state[row] for x in token] for row in range(3)])
+    torch.testing.assert_close(small(states, None), small.linear(flat))
+    with pytest.raises(AssertionError, match="fixed number of tokens"):
+        small(states, MASK)

@@ -1,0 +1,133 @@
+"""The index against brute force, its ties, its refusals, and its two files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from saffe_cache.retrieval.index import build_index, load_index, save_index
+
+
+def unit_vectors(count: int, width: int, seed: int) -> np.ndarray:
+    vectors = np.random.default_rng(seed).normal(size=(count, width))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def names(count: int) -> tuple[str, ...]:
+    return tuple(f"item{i}" for i in range(count))
+
+
+def ranking(vectors: np.ndarray, queries: np.ndarray, k: int | None = None, seed: int = 0) -> np.ndarray:
+    return np.concatenate(list(build_index(vectors, names(len(vectors)), seed).rank(queries, k)))
+
+
+@pytest.mark.parametrize("k", [None, 1, 7, 90])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ranking_equals_brute_force(k: int | None, seed: int) -> None:
+    gallery, queries = unit_vectors(90, 16, seed=1), unit_vectors(30, 16, seed=2) * 3
+    expected = np.argsort(-(queries.astype(np.float64) @ gallery.astype(np.float64).T), axis=1)[:, :k]
+    np.testing.assert_array_equal(ranking(gallery, queries, k, seed), expected)
+
+
+def test_blocks_of_queries_come_in_order() -> None:
+    gallery, queries = unit_vectors(20, 8, seed=1), unit_vectors(11, 8, seed=2)
+    index = build_index(gallery, names(20))
+    blocks = list(index.rank(queries, 3, block=4))
+    assert [block.shape for block in blocks] == [(4, 3), (4, 3), (3, 3)]
+    np.testing.assert_array_equal(np.concatenate(blocks), ranking(gallery, queries, 3))
+
+
+def test_ids_belong_to_rows() -> None:
+    gallery = unit_vectors(50, 8, seed=3)
+    index = build_index(gallery, names(50), seed=5)
+    _, rows = index.index.search(gallery, 1)
+    assert [index.ids[row] for row in rows[:, 0]] == list(names(50))
+    assert [index.ids[row] for row in range(50)] == [f"item{i}" for i in index.order]
+    assert sorted(index.order) == list(range(50))
+
+
+@pytest.mark.parametrize("width", [4, 96])
+def test_ties_favour_no_position(width: int) -> None:
+    """All vectors equal: over seeds, each input position has the mean rank (n + 1) / 2."""
+    count, seeds = 41, 600
+    constant = np.tile(unit_vectors(1, width, seed=0), (count, 1))
+    ranks = np.zeros(count)
+    for seed in range(seeds):
+        ranks[ranking(constant, constant[:1], seed=seed)[0]] += np.arange(1, count + 1)
+    error = np.sqrt((count**2 - 1) / 12 / seeds)
+    assert np.abs(ranks / seeds - (count + 1) / 2).max() < 4.5 * error
+    assert abs(np.corrcoef(ranks, np.arange(count))[0, 1]) < 0.5
+
+
+def test_ties_among_two_groups_keep_the_better_group_first() -> None:
+    better, worse = np.array([[1, 0]] * 5, np.float32), np.array([[0, 1]] * 9, np.float32)
+    found = ranking(np.concatenate([worse, better]), better[:1])[0]
+    assert set(found[:5]) == set(range(9, 14))
+    assert list(found[5:]) != sorted(found[5:])
+
+
+@pytest.mark.parametrize("k", [0, -1, 6])
+def test_k_outside_the_gallery_is_refused_at_once(k: int) -> None:
+    index = build_index(unit_vectors(5, 4, seed=0), names(5))
+    with pytest.raises(ValueError, match=rf"k={k} exceeds the gallery \(5 items\)\. Use 1 to 5"):
+        index.rank(unit_vectors(2, 4, seed=1), k)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_queries_that_are_not_finite_are_refused(value: float) -> None:
+    """FAISS would answer them with row -1, which is the last item."""
+    queries = unit_vectors(3, 4, seed=1)
+    queries[1, 2] = value
+    with pytest.raises(ValueError, match="queries: row 1 is not finite"):
+        build_index(unit_vectors(5, 4, seed=0), names(5)).rank(queries)
+
+
+def test_queries_of_another_width_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"queries: shape \(2, 3\), the index has vectors of width 4"):
+        build_index(unit_vectors(5, 4, seed=0), names(5)).rank(unit_vectors(2, 3, seed=1))
+
+
+@pytest.mark.parametrize(("scale", "length"), [(1.5, "1.5"), (0.0, "0"), (np.nan, "nan"), (np.inf, "inf")])
+def test_vectors_not_of_unit_length_are_refused(scale: float, length: str) -> None:
+    vectors = unit_vectors(5, 4, seed=0)
+    vectors[3] *= scale
+    with pytest.raises(ValueError, match=rf"the vector of item3 has length {length}, expected 1\. Normalise"):
+        build_index(vectors, names(5))
+
+
+def test_wrong_number_of_ids_is_refused() -> None:
+    with pytest.raises(ValueError, match="5 vectors, 4 ids"):
+        build_index(unit_vectors(5, 4, seed=0), names(4))
+
+
+def test_saved_index_reads_back(tmp_path: Path) -> None:
+    gallery, queries = unit_vectors(30, 8, seed=0), unit_vectors(9, 8, seed=1)
+    ids = (*names(28), "train/Größe \udcff.jpg", "b\nc")  # a file name that is no UTF-8 has such a surrogate
+    index = build_index(gallery, ids, seed=4)
+    save_index(index, tmp_path)
+    read = load_index(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.faiss", "index_ids.json"]
+    assert read.ids == index.ids
+    np.testing.assert_array_equal(read.order, index.order)
+    np.testing.assert_array_equal(next(read.rank(queries)), next(index.rank(queries)))
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    for name, seed in (("one", 0), ("other", 1)):
+        (tmp_path / name).mkdir()
+        save_index(build_index(unit_vectors(30, 8, seed), names(30)), tmp_path / name)
+    (tmp_path / "one" / "index.faiss").replace(tmp_path / "other" / "index.faiss")
+    with pytest.raises(ValueError, match=r"other: index\.faiss is not the file that index_ids\.json describes"):
+        load_index(tmp_path / "other")
+
+
+def test_damaged_index_is_refused(tmp_path: Path) -> None:
+    save_index(build_index(unit_vectors(30, 8, 0), names(30)), tmp_path)
+    path = tmp_path / "index.faiss"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="Evaluate again"):
+        load_index(tmp_path)
+    assert len(json.loads((tmp_path / "index_ids.json").read_text())["ids"]) == 30

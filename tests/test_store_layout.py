@@ -1,0 +1,171 @@
+"""Bytes of shards against zarr-python, numbers against numpy and torch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from store_cases import make_spec, random_rows
+
+from saffe_cache.features import CacheError
+from saffe_cache.store.layout import (
+    ArraySpec,
+    check_shard,
+    choose_rows,
+    combine_statistics,
+    describe_shard,
+    encode_shard,
+    from_storage,
+    to_storage,
+)
+from saffe_cache.store.zarr_files import shard_name
+
+pytestmark = pytest.mark.filterwarnings("error")
+quick = settings(deadline=None, max_examples=60, derandomize=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int64"])
+@pytest.mark.parametrize(
+    ("row_shape", "chunk_rows", "chunks", "num_rows"),
+    [
+        ((3,), 1, 1, 1),
+        ((3,), 2, 3, 6),  # one full shard
+        ((3,), 2, 3, 5),  # its last chunk is not full
+        ((3,), 2, 3, 3),  # and there are chunks that no row needs
+        ((2, 3), 4, 2, 29),  # full shards and a tail
+        ((), 8, 4, 70),
+        ((1, 2, 2), 3, 1, 4),
+    ],
+)
+def test_shards_are_those_of_zarr_python(
+    tmp_path: Path, dtype: str, row_shape: tuple[int, ...], chunk_rows: int, chunks: int, num_rows: int
+) -> None:
+    spec = make_spec(dtype, row_shape, chunk_rows, chunks)
+    rows = random_rows(spec, num_rows, 0)
+    array = zarr.create_array(
+        tmp_path,
+        shape=rows.shape,
+        chunks=(chunk_rows, *row_shape),
+        shards=(spec.shard_rows, *row_shape),
+        dtype=spec.numpy_dtype,
+        compressors=None,
+        filters=None,
+        fill_value=spec.fill_value,
+    )
+    array[...] = rows
+    for index in range(math.ceil(num_rows / spec.shard_rows)):
+        part = rows[index * spec.shard_rows : (index + 1) * spec.shard_rows]
+        data = encode_shard(spec, part)
+        assert data == (tmp_path / shard_name(index, spec)).read_bytes()
+        assert len(data) == spec.shard_file_bytes(len(part))
+
+
+@quick
+@given(hnp.arrays(np.float32, hnp.array_shapes(max_dims=2, max_side=40), elements=st.floats(width=32)))
+def test_bfloat16_is_rounded_as_torch_does(values: np.ndarray) -> None:
+    expected = torch.from_numpy(values).to(torch.bfloat16).float().numpy()
+    if (np.isinf(expected) & np.isfinite(values)).any():
+        with pytest.raises(OverflowError, match="exceeds bfloat16's"):
+            to_storage(values, "bfloat16")
+        return
+    found = from_storage(to_storage(values, "bfloat16"), "bfloat16")
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected)  # NaN equals NaN
+    np.testing.assert_array_equal(np.signbit(found[~np.isnan(found)]), np.signbit(values[~np.isnan(values)]))
+
+
+def test_bfloat16_ties_go_to_even() -> None:
+    bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0xBF818000], np.uint32)
+    expected = np.array([0x3F80, 0x3F82, 0x3F81, 0x3F80, 0xBF82], np.uint16)
+    np.testing.assert_array_equal(to_storage(bits.view(np.float32), "bfloat16"), expected)
+
+
+@pytest.mark.parametrize("others", [[1.0], [np.inf], [np.nan, -np.inf]])
+@pytest.mark.parametrize(("dtype", "number"), [("float16", 65520.0), ("float16", -1e6), ("bfloat16", 3.4e38)])
+def test_overflow_is_refused_whatever_stands_beside_it(dtype: str, number: float, others: list[float]) -> None:
+    with pytest.raises(OverflowError, match=f"magnitude .* exceeds {dtype}'s"):
+        to_storage(np.array([*others, number], np.float32), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_nan_and_infinities_are_kept(dtype: str) -> None:
+    values = np.array([np.nan, np.inf, -np.inf, 65519.0, 0.0], np.float32)
+    found = from_storage(to_storage(values, dtype), dtype).astype(np.float32)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(values))
+    np.testing.assert_array_equal(found[1:3], values[1:3])
+    assert np.isfinite(found[3:]).all()
+
+
+@quick
+@given(
+    st.sampled_from(["float32", "float16", "bfloat16"]),
+    hnp.arrays(np.float32, st.integers(1, 60), elements=st.floats(-6e4, 6e4, width=32) | st.just(np.nan)),
+    st.integers(1, 7),
+)
+def test_statistics_are_those_of_numpy(dtype: str, values: np.ndarray, shard_rows: int) -> None:
+    spec = make_spec(dtype, (), 1, shard_rows)
+    rows = to_storage(values, dtype)
+    shards = [rows[start : start + shard_rows] for start in range(0, len(rows), shard_rows)]
+    found = combine_statistics([describe_shard(spec, shard) for shard in shards])
+    numbers = from_storage(rows, dtype).astype(np.float64)
+    numbers = numbers[np.isfinite(numbers)]
+    if not len(numbers):
+        assert (found.mean, found.std, found.max_magnitude) == (0, 0, 0)
+        return
+    scale = max(1.0, np.abs(numbers).max())
+    assert found.mean == pytest.approx(numbers.mean(), abs=1e-12 * scale)
+    assert found.std == pytest.approx(numbers.std(), abs=1e-7 * scale)
+    assert found.max_magnitude == np.abs(numbers).max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_statistics_of_many_and_of_huge_numbers(dtype: str) -> None:
+    values = np.random.default_rng(0).normal(1000, 1e-1, size=2**18 + 5).astype(np.float32)
+    spec = make_spec(dtype, (), 1, len(values))
+    rows = to_storage(values, dtype)
+    found = combine_statistics([describe_shard(spec, rows)])
+    assert found.std == pytest.approx(from_storage(rows, dtype).astype(np.float64).std(), rel=1e-9)
+    huge = combine_statistics([describe_shard(spec, to_storage(np.array([3e38, -3e38, np.inf], np.float32), dtype))])
+    assert huge.std == pytest.approx(3e38, rel=0.01)  # the square of a float32 would be infinite
+
+
+def test_a_shard_longer_than_promised_passes_unless_it_is_garbage() -> None:
+    spec = make_spec("float32", (2,), 2, 3)
+    rows = random_rows(spec, 6, 0)
+    grown, entry = encode_shard(spec, rows), describe_shard(spec, rows[:3])
+    check_shard(spec, entry, grown, "x")
+    for data in (grown + b"\0", grown + bytes(spec.chunk_bytes), grown[:-1], encode_shard(spec, rows[:2])):
+        with pytest.raises(CacheError, match=r"^x: "):
+            check_shard(spec, entry, data, "x")
+
+
+@quick
+@given(st.integers(1, 2**26), st.integers(1, 2**28))
+def test_shards_are_whole_chunks_of_about_the_size_asked_for(row_bytes: int, shard_bytes: int) -> None:
+    chunk_rows, shard_rows = choose_rows(row_bytes, shard_bytes)
+    assert 1 <= chunk_rows <= 64
+    assert shard_rows % chunk_rows == 0
+    assert shard_rows * row_bytes <= max(shard_bytes, chunk_rows * row_bytes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "float64"},
+        {"chunk_rows": 0},
+        {"chunk_rows": 4},
+        {"shard_rows": 0},
+        {"dimension_names": ("row",)},
+    ],
+)
+def test_impossible_layouts_are_refused(change: dict[str, object]) -> None:
+    good = {"row_shape": (2,), "dtype": "float32", "chunk_rows": 3, "shard_rows": 6, "dimension_names": ("row", "x")}
+    with pytest.raises(ValueError, match="expected"):
+        ArraySpec(**{**good, **change})  # type: ignore[arg-type]
