@@ -5,9 +5,11 @@ each other (tests/test_architecture.py holds this):
 
     cli                                                   the commands
     extract   train   evaluate                            three verbs: a config in, the path written out
-    runs   baselines                                      what train and evaluate share
-    store   sources   encoders   fusion   objectives   retrieval
-    features                                              the nouns that they exchange
+    encoding   fitting                                    their loops
+    planning   runs                                       a job on a cache; a run's folder
+    pairs                                                 which items are trained on and judged
+    store   sources   encoders   fusion   objectives   retrieval   options
+    features   durable                                    the nouns that they exchange; whole files
 
 Each stage is a function of one frozen dataclass:
 

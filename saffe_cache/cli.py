@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -67,9 +66,7 @@ def _cache_action(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run_stage(
-    prog: str, config_class: type[Any], stage: Callable[[Any], str], arguments: Sequence[str] | None
-) -> int:
+def _run_stage(prog: str, config_class: type[Any], stage: Callable[[Any], str], arguments: Sequence[str] | None) -> int:
     from saffe_cache.options import parse_config
 
     config = parse_config(config_class, arguments, prog)
@@ -86,8 +83,6 @@ def _guarded(prog: str, action: Callable[[], int]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "httpcore", "fsspec", "faiss", "faiss.loader"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         return action()
     except (CacheError, ValueError, ImportError, OSError) as error:

@@ -63,7 +63,7 @@ class EvaluateConfig:
     protocol: Literal["auto", "caption", "class"] = "auto"
     """caption: captions search photos, and back. class: class names search photos. auto: as the run was trained."""
     seed: int = 0
-    """Of the shuffled control and the bootstrap."""
+    """Of the shuffled control, the breaking of ties and the bootstrap."""
     device: str = "auto"
     """auto takes a GPU where there is one; or cpu, cuda."""
 
@@ -78,11 +78,12 @@ class _Queries:
     owners: np.ndarray
     """Captions: the photo that each describes. Classes: empty."""
     labels: Ragged
+    seed: int
 
     def score(self, photos: np.ndarray, queries: np.ndarray, *, intervals: bool = True) -> Scores:
         if self.kind == "captions":
-            return caption_scores(photos, queries, self.owners, intervals=intervals)
-        return class_scores(photos, queries, self.labels, intervals=intervals)
+            return caption_scores(photos, queries, self.owners, intervals=intervals, seed=self.seed)
+        return class_scores(photos, queries, self.labels, intervals=intervals, seed=self.seed)
 
     @property
     def main_metric(self) -> str:
@@ -104,7 +105,7 @@ def evaluate(config: EvaluateConfig) -> str:
     kinds: dict[str, PairKind] = {"auto": spec.pairs, "caption": "captions", "class": "classes"}
     kind = kinds[config.protocol]
     pairs = select_pairs(cache.table, gallery, text, config.split, kind)
-    queries = _queries(cache, text, pairs)
+    queries = _queries(cache, text, pairs, config.seed)
     logger.info("%s: %d photos, %d queries of split %s", kind, len(pairs), len(queries.vectors), config.split)
     encoding = time.perf_counter()
     photos = encode_gallery(model, gallery, pairs.rows, spec.gallery_layers, device)
@@ -146,11 +147,11 @@ def evaluate(config: EvaluateConfig) -> str:
     return config.out
 
 
-def _queries(cache: Cache, text: EncoderCache, pairs: Pairs) -> _Queries:
+def _queries(cache: Cache, text: EncoderCache, pairs: Pairs, seed: int) -> _Queries:
     if pairs.kind == "classes":
-        return _Queries("classes", class_vectors(cache.table, text), np.zeros(0, np.int64), pairs.labels)
+        return _Queries("classes", class_vectors(cache.table, text), np.zeros(0, np.int64), pairs.labels, seed)
     owners = np.repeat(np.arange(len(pairs)), np.diff(pairs.texts.offsets))
-    return _Queries("captions", text.vectors(pairs.texts.values), owners, pairs.labels)
+    return _Queries("captions", text.vectors(pairs.texts.values), owners, pairs.labels, seed)
 
 
 def _baselines(
@@ -164,7 +165,7 @@ def _baselines(
         part: summaries(gallery, p.rows, layers)
         for part, p in (("train", train_pairs), ("validation", validation), ("test", pairs))
     }
-    on_validation = _queries(cache, text, validation)
+    on_validation = _queries(cache, text, validation, queries.seed)
 
     def judge_ridge(fit: LinearMap) -> float:
         photos = unit_rows(fit(features["validation"]))
@@ -273,8 +274,8 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines += [f"{name}: not applicable, {reason}" for name, reason in report["absent"].items()]
     cost = report["cost"]
     lines.append(
-        f"{cost['trainable_parameters'] / 1e6:.2f} M trainable parameters, {cost['training_seconds']:.0f} s of training "
-        f"at {cost['training_peak_memory_mb']} MB, gallery encoded in {cost['gallery_seconds']:.1f} s, "
+        f"{cost['trainable_parameters'] / 1e6:.2f} M trainable parameters, {cost['training_seconds']:.0f} s of "
+        f"training at {cost['training_peak_memory_mb']} MB, gallery encoded in {cost['gallery_seconds']:.1f} s, "
         f"evaluation {cost['evaluation_seconds']:.0f} s"
     )
     return "\n".join(lines)

@@ -54,7 +54,7 @@ class ExtractConfig:
     class_prompt: tuple[str, ...] = ("a photo of a {}.",)
     """Sentence for a class name; repeat it for several, whose vectors are averaged."""
     splits: tuple[str, ...] = ()
-    """Only these splits. Default: all."""
+    """Only this split; repeat it for several. Default: all."""
     max_items: Mapping[str, int] = field(default_factory=dict)
     """Most items of a split, as train=5000: a fixed random choice by the items' ids."""
     column: Mapping[str, str] = field(default_factory=dict)

@@ -198,7 +198,7 @@ def _step(options: FitOptions, state: TrainingState, batch: Batch, total: int) -
         queries = state.model.encode_queries(batch.vectors)
     loss = info_nce(photos.float(), queries.float(), batch.positives, state.temperature())
     state.optimizer.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), options.clip)
     state.optimizer.step()
     return float(loss.detach())
@@ -244,7 +244,7 @@ class _Log:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 return
-            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step)  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step)
 
     def write(self, values: dict[str, Any]) -> None:
         with self._path.open("a") as file:

@@ -10,7 +10,6 @@ state.safetensors     what a killed run resumes from
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from saffe_cache import __version__
+from saffe_cache.durable import write_whole
 from saffe_cache.fusion.fam import FamShape, FusionAlignModule
 from saffe_cache.pairs import PairKind, Pairs, hold_out, select_pairs, token_tensors
 from saffe_cache.store.reader import Cache, EncoderCache
@@ -158,23 +158,13 @@ def provenance(config: Any) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Whole or not at all."""
-    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=True) + "\n").encode())
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=True) + "\n").encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file, whole or not at all."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(contiguous, dict(metadata) if metadata else None))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(path, save(contiguous, dict(metadata) if metadata else None))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,8 +39,15 @@ def without_fsync() -> Iterator[None]:
         yield
 
 
-def make_spec(dtype: str, row_shape: tuple[int, ...], chunk_rows: int, chunks: int) -> ArraySpec:
-    names = ("row", *(f"axis{axis}" for axis in range(len(row_shape))))
+@contextmanager
+def memory_folder() -> Iterator[Path]:
+    """A folder in memory where there is one, for tests in which thousands of files come and go."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        yield Path(folder)
+
+
+def make_spec(dtype: str, row_shape: tuple[int, ...], chunk_rows: int, chunks: int, row: str = "row") -> ArraySpec:
+    names = (row, *(f"axis{axis}" for axis in range(len(row_shape))))
     return ArraySpec(
         row_shape=row_shape, dtype=dtype, chunk_rows=chunk_rows, shard_rows=chunk_rows * chunks, dimension_names=names
     )
@@ -92,12 +100,12 @@ def image_contents(num_inputs: int, dtype: str = "float16") -> Contents:
 def text_contents(num_inputs: int) -> Contents:
     """One layer as flat bfloat16 tokens with offsets, and two vectors."""
     offsets = np.concatenate([[0], np.cumsum(1 + np.arange(num_inputs) % 3)]).astype(np.int64)
-    states, vectors = make_spec("bfloat16", (WIDTH,), 3, 2), make_spec("float32", (3,), 6, 1)
+    states, vectors = make_spec("bfloat16", (WIDTH,), 3, 2, "text_token"), make_spec("float32", (3,), 6, 1, "text")
     arrays = {
         "hidden_states/2": (states, random_rows(states, 200, 4)[: offsets[-1]]),
         "pooled": (vectors, random_rows(vectors, 64, 5)[:num_inputs]),
         "projected": (vectors, random_rows(vectors, 64, 6)[:num_inputs]),
-        "offsets": (make_spec("int64", (), 8, 1), offsets),
+        "offsets": (make_spec("int64", (), 8, 1, "text_offset"), offsets),
     }
     return Contents("text", num_inputs, arrays, offsets)
 
@@ -149,8 +157,10 @@ def _write_encoder(storage: Storage, contents: Contents, portion: int) -> None:
         return
     layers = [int(name.split("/")[1]) for name in missing if name.startswith("hidden_states/")]
     write_blocks(storage, contents.key, {layer: block_weights(layer) for layer in layers if layer < NUM_LAYERS})
-    start = min(_committed_inputs(manifest, contents, name) for name in missing) // portion * portion
-    with EncoderWriter(storage, manifest, {name: (spec, len(rows)) for name, (spec, rows) in missing.items()}) as writer:
+    counts = [_committed_inputs(manifest, contents, name) for name in missing]
+    start = min([contents.num_inputs, *counts]) // portion * portion
+    targets = {name: (spec, len(rows)) for name, (spec, rows) in missing.items()}
+    with EncoderWriter(storage, manifest, targets) as writer:
         if "offsets" in missing:
             writer.put(Portion({"offsets": (0, missing["offsets"][1])}))
         for begin in range(start, contents.num_inputs, portion):

@@ -83,7 +83,12 @@ def make_cache(
 
 
 def _write_encoder(
-    storage: Storage, modality: Modality, arrays: dict[str, np.ndarray], count: int, width: int, generator: np.random.Generator
+    storage: Storage,
+    modality: Modality,
+    arrays: dict[str, np.ndarray],
+    count: int,
+    width: int,
+    generator: np.random.Generator,
 ) -> str:
     manifest = EncoderManifest(
         fingerprint=Fingerprint({"modality": modality, "model_id": f"synthetic-{modality}"}),

@@ -10,11 +10,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "saffe_cache"
 
 LAYERS = [
-    {"features"},
+    {"features", "durable"},
     {"store", "sources", "encoders", "fusion", "objectives", "retrieval", "options"},
-    {"planning", "pairs"},
-    {"encoding", "runs"},
-    {"fitting"},
+    {"pairs"},
+    {"planning", "runs"},
+    {"encoding", "fitting"},
     {"extract", "train", "evaluate"},
     {"cli"},
 ]

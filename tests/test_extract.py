@@ -152,7 +152,9 @@ def test_new_items_extend_every_cached_layer(config: ExtractConfig, data: Path) 
     extract(replace(config, splits=("train",)))
     extract(replace(config, layers={"image": (0,), "text": (1,)}))
     cache = open_cache(config.cache)
-    fresh = open_cache(extract(replace(config, cache=config.cache + ".fresh", layers={"image": (0, 2, 3), "text": (1, 3)})))
+    fresh = open_cache(
+        extract(replace(config, cache=config.cache + ".fresh", layers={"image": (0, 2, 3), "text": (1, 3)}))
+    )
     assert verify_cache(config.cache)[1] == []
     for item_id in ("train/003.png", "dev/004.png"):
         states = []
@@ -204,9 +206,13 @@ def test_kill_dash_nine_costs_at_most_the_open_shard(config: ExtractConfig, tmp_
         *(part for m, model in small.encoder.items() for part in ("--encoder", f"{m}={model}")),
         *("--layers", "image=2,3", "--layers", "text=1,3", "--device", "cpu"),
     ]
-    code = "import sys, torch; torch.set_num_threads(1); from saffe_cache.cli import extract_command as c; sys.exit(c())"
+    code = (
+        "import sys, torch; torch.set_num_threads(1); from saffe_cache.cli import extract_command as c; sys.exit(c())"
+    )
     for _ in range(2):
-        process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         before = len(list(Path(small.cache).rglob("c/*")))
         while process.poll() is None and len(list(Path(small.cache).rglob("c/*"))) < before + 10:
             time.sleep(0.01)

@@ -149,6 +149,13 @@ def test_collapsed_vectors_score_chance(collapsed: str) -> None:
     assert_chance(class_runs)
 
 
+def test_chance_of_map_at_k_with_more_relevant_photos_than_k() -> None:
+    constant, classes = np.tile(unit_rows(np.ones((1, 8))), (220, 1)), unit_rows(np.eye(2, 8))
+    labels = Ragged.from_rows([[0]] * 150 + [[1]] * 70)
+    runs = [class_scores(constant, classes, labels, intervals=False, seed=seed) for seed in range(300)]
+    assert_chance([{"map_at_100": run["map_at_100"]} for run in runs])
+
+
 def test_collapsed_photos_score_chance_in_a_single_run() -> None:
     constant = np.tile(unit_rows(np.ones((1, 64))), (900, 1))
     labels = Ragged.from_rows([[0]] * 800 + [[1]] * 100)

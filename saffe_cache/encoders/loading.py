@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,13 +68,14 @@ def load_model(request: EncoderRequest) -> tuple[Family, Any]:
     family = find_family(config.model_type, request.modality)
     if request.attention:
         options["attn_implementation"] = request.attention
-    model, info = getattr(transformers, family.model_class).from_pretrained(
-        request.model_id,
-        dtype=getattr(torch, request.dtype),
-        output_loading_info=True,
-        **family.load_options,
-        **options,
-    )
+    with _quietly():
+        model, info = getattr(transformers, family.model_class).from_pretrained(
+            request.model_id,
+            dtype=getattr(torch, request.dtype),
+            output_loading_info=True,
+            **family.load_options,
+            **options,
+        )
     missing = sorted(name for name in info["missing_keys"] if "position_ids" not in name)
     if family.projection and missing == [f"{family.projection}.weight"]:
         # a tower that was saved without its projection; the one that transformers made up would enter the fingerprint
@@ -81,6 +84,21 @@ def load_model(request: EncoderRequest) -> tuple[Family, Any]:
     elif missing:
         raise ValueError(f"{where}: its checkpoint lacks {', '.join(missing[:3])}. Use a checkpoint of this model.")
     return (_with_repository_pooling(request, family) if request.modality == "text" else family), model
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No list of weights left out, no bar for weights being read: what matters of it is checked above."""
+    logs = transformers.utils.logging
+    verbosity, had_bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(verbosity)
+        if had_bars:
+            logs.enable_progress_bar()
 
 
 def load_processor(request: EncoderRequest) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,11 @@ from typing import Any
 
 import faiss
 import numpy as np
+
+from saffe_cache.durable import write_whole
+
+_GPU_MOST_RANKS = 2048
+"""The longest ranking that faiss returns from a GPU."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,11 @@ class RetrievalIndex:
         return self._rank_blocks(queries, k, block)
 
     def _rank_blocks(self, queries: np.ndarray, k: int, block: int) -> Iterator[np.ndarray]:
+        index = self.index
+        if k <= _GPU_MOST_RANKS and faiss.get_num_gpus():
+            index = faiss.index_cpu_to_all_gpus(index)
         for start in range(0, len(queries), block):
-            _, found = self.index.search(np.ascontiguousarray(queries[start : start + block], np.float32), k)
+            _, found = index.search(np.ascontiguousarray(queries[start : start + block], np.float32), k)
             yield self.order[found]
 
 
@@ -75,18 +82,8 @@ def save_index(index: RetrievalIndex, folder: Path) -> None:
     """Write `index.faiss`, and `index_ids.json` with the item of each row and the SHA-256 of the other file."""
     data = faiss.serialize_index(index.index).tobytes()
     content = {"sha256": hashlib.sha256(data).hexdigest(), "ids": list(index.ids), "order": index.order.tolist()}
-    _write_whole(folder / "index.faiss", data)
-    _write_whole(folder / "index_ids.json", json.dumps(content, ensure_ascii=True).encode())
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """The file is there whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(folder / "index.faiss", data)
+    write_whole(folder / "index_ids.json", json.dumps(content, ensure_ascii=True).encode())
 
 
 def load_index(folder: Path) -> RetrievalIndex:

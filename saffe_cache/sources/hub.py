@@ -115,7 +115,7 @@ def _media(dataset: Any, split: str, chosen: Mapping[str, str | None]) -> dict[M
             "string",
             "binary",
         ):
-            raise ValueError(f"split {split}: column {name} has {kind}, expected {modality}s, bytes or paths.")
+            raise ValueError(f"split {split}: column {name} has {kind}, expected {modality}, bytes or paths.")
         undecoded = dataset.select_columns([name]).cast_column(name, feature(decode=False))
         media[modality] = Media(dataset=undecoded, column=name)
     return media

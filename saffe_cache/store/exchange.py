@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,18 +74,18 @@ def import_hdf5(file_path: str | Path, cache_path: str | Path) -> str:
     storage = Storage(cache_path)
     if read_root(storage) is not None:
         raise CacheError(f"{cache_path}: there is a cache already. Import into a new one.")
-    with _open_hdf5(Path(file_path)) as file, storage.writer_lock():
-        root = _attributes(file, str(file_path))
-        if root.get("format_version") != FORMAT_VERSION or not isinstance(root.get("encoders"), list):
+    with _explained(file_path), h5py.File(file_path, "r") as file, storage.writer_lock():
+        root = json.loads(file.attrs["saffe_cache"])
+        if root["format_version"] != FORMAT_VERSION:
             raise CacheError(
-                f"{file_path}: format version {root.get('format_version')}, this release reads {FORMAT_VERSION}. "
+                f"{file_path}: format version {root['format_version']}, this release reads {FORMAT_VERSION}. "
                 "Use the release that wrote it."
             )
         for key in root["encoders"]:
-            _import_encoder(storage, _group(file, encoder_group(key), str(file_path)), f"{file_path}: {key}")
+            _import_encoder(storage, file[encoder_group(key)], f"{file_path}: {key}")
         mark_group(storage, "tables")
-        items = _group(file, "items", str(file_path))
-        table_from_arrays(_import_group(storage, "tables/1", ITEMS, items, f"{file_path}: items"), str(file_path))
+        arrays, _ = _import_group(storage, "tables/1", ITEMS, file["items"], f"{file_path}: items")
+        table_from_arrays(arrays, f"{file_path}: items")
         write_root(storage, RootManifest(1, tuple(root["encoders"])))
     return str(cache_path)
 
@@ -109,19 +110,19 @@ def _export_encoder(storage: Storage, encoder: EncoderCache, group: Any) -> None
 
 def _import_encoder(storage: Storage, group: Any, where: str) -> None:
     """Write an encoder's group, and compare what was written with what its manifest promises."""
-    promised = EncoderManifest.from_json(_attributes(group, where), where)
+    promised = EncoderManifest.from_json(json.loads(group.attrs["saffe_cache"]), where)
     manifest = replace(promised, arrays={}, finished_rows=0)
     if encoder_group(manifest.key) != group.name.lstrip("/"):
         raise CacheError(f"{where}: holds the fingerprint of {manifest.key}. Export it again.")
     targets = {name: (array.spec, array.rows) for name, array in promised.arrays.items()}
     with EncoderWriter(storage, manifest, targets) as writer:
         for name, array in promised.arrays.items():
-            dataset = _dataset(group, name, where)
+            dataset = group[name]
             if (dataset.shape, dataset.dtype) != ((array.rows, *array.spec.row_shape), array.spec.numpy_dtype):
                 raise CacheError(f"{where}: {name} is {dataset.shape} {dataset.dtype}. {_DAMAGED}")
             for start in range(0, array.rows, array.spec.shard_rows):
                 stop = min(start + array.spec.shard_rows, array.rows)
-                writer.put(Portion({name: (start, _rows(dataset, slice(start, stop), where))}))
+                writer.put(Portion({name: (start, np.asarray(dataset[start:stop]))}))
         writer.finish(promised.finished_rows)
     for name, array in promised.arrays.items():
         found = [(entry.rows, entry.crc32c) for entry in manifest.arrays[name].shards]
@@ -129,9 +130,9 @@ def _import_encoder(storage: Storage, group: Any, where: str) -> None:
             raise CacheError(f"{where}: {name} differs from its checksums. {_DAMAGED}")
     mark_group(storage, f"{encoder_group(manifest.key)}/blocks")
     for layer in EncoderCache(storage, promised).block_layers:
-        of_block, name = _group(group, f"blocks/{layer}", where), f"{encoder_group(manifest.key)}/blocks/{layer}"
-        _import_group(storage, name, "saffe-block", of_block, f"{where}: block {layer}")
-        block_spec(_attributes(of_block, where), where)
+        name, of_block = f"{encoder_group(manifest.key)}/blocks/{layer}", f"{where}: block {layer}"
+        _, attributes = _import_group(storage, name, "saffe-block", group[f"blocks/{layer}"], of_block)
+        block_spec(attributes, of_block)
 
 
 def _export_group(storage: Storage, name: str, encoding_type: str, group: Any) -> None:
@@ -141,65 +142,34 @@ def _export_group(storage: Storage, name: str, encoding_type: str, group: Any) -
         group[array_name] = values
 
 
-def _import_group(storage: Storage, name: str, encoding_type: str, group: Any, where: str) -> Mapping[str, np.ndarray]:
-    """A group of plain arrays; it counts only once it is compared with its checksums."""
-    attributes = _attributes(group, where)
+def _import_group(
+    storage: Storage, name: str, encoding_type: str, group: Any, where: str
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A group of plain arrays, compared with its checksums, and its attributes."""
+    attributes = json.loads(group.attrs["saffe_cache"])
     check_encoding(attributes, encoding_type, where)
     names: list[str] = []
     group.visititems(lambda array_name, node: names.append(array_name) if isinstance(node, h5py.Dataset) else None)
-    arrays = {array_name: _rows(group[array_name], slice(None), where) for array_name in names}
+    arrays = {array_name: np.asarray(group[array_name][()]) for array_name in names}
     check_arrays(attributes, arrays, where)
     write_group(storage, name, attributes, arrays)
-    return arrays
+    return arrays, attributes
 
 
 _DAMAGED = "The file is damaged; export it again."
 
 
-def _open_hdf5(path: Path) -> Any:
-    """
+@contextmanager
+def _explained(file_path: str | Path) -> Iterator[None]:
+    """Turn what h5py raises for damaged files, which may be almost anything, into one kind of error.
+
     Raises:
-        FileNotFoundError: there is no such file.
-        CacheError: it is no HDF5 file, or is cut short.
+        CacheError: the file is no HDF5 file, is cut short or damaged, or lacks what an exported cache has.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such file.")
     try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise CacheError(f"{path}: not a whole HDF5 file ({error}). {_DAMAGED}") from None
-
-
-def _attributes(group: Any, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(group.attrs["saffe_cache"])
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        raise CacheError(f"{where}: no attributes of a feature cache ({error}). Give a file made by export.") from None
-    if not isinstance(value, dict):
-        raise CacheError(f"{where}: its attributes are not a JSON object. {_DAMAGED}")
-    return value
-
-
-def _group(parent: Any, name: str, where: str) -> Any:
-    return _member(parent, name, h5py.Group, where)
-
-
-def _dataset(parent: Any, name: str, where: str) -> Any:
-    return _member(parent, name, h5py.Dataset, where)
-
-
-def _member(parent: Any, name: str, kind: type, where: str) -> Any:
-    try:
-        found = parent[name]
-    except (KeyError, OSError, RuntimeError) as error:
-        raise CacheError(f"{where}: {name} cannot be read ({error}). {_DAMAGED}") from None
-    if not isinstance(found, kind):
-        raise CacheError(f"{where}: {name} is no {kind.__name__.lower()}. {_DAMAGED}")
-    return found
-
-
-def _rows(dataset: Any, rows: slice, where: str) -> np.ndarray:
-    try:
-        return np.asarray(dataset[rows])
-    except (OSError, RuntimeError) as error:
-        raise CacheError(f"{where}: {dataset.name} cannot be read ({error}). {_DAMAGED}") from None
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not HDF5's
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise CacheError(f"{file_path}: not a whole file made by export ({reason}). {_DAMAGED}") from error

@@ -114,8 +114,11 @@ class EncoderManifest:
         try:
             if content["modality"] not in MODALITIES:
                 raise ValueError(f"modality: {content['modality']!r}")
+            fingerprint = Fingerprint(dict(content["fingerprint"]))
+            if not {"model_id", "modality"} <= set(fingerprint.fields):
+                raise ValueError(f"fingerprint: {fingerprint.fields}")
             return EncoderManifest(
-                fingerprint=Fingerprint(dict(content["fingerprint"])),
+                fingerprint=fingerprint,
                 modality=content["modality"],
                 num_layers=int(content["num_layers"]),
                 hidden_size=int(content["hidden_size"]),

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -60,7 +60,7 @@ class Storage:
             if path is not None:
                 return path.read_bytes()
             return bytes(self._filesystem.cat_file(f"{self._prefix}/{name}"))
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise CacheError(
                 f"{self.root}: {name} is missing. Restore it from a copy, or extract into a new cache."
             ) from None
@@ -122,19 +122,41 @@ class Storage:
             yield
             return
         _make_folder(self._local)
-        with (self._local / _LOCK_NAME).open("a+") as file:
+        with _locked(self._local / _LOCK_NAME) as file:
+            file.truncate(0)
+            file.write(f"host {socket.gethostname()}, process {os.getpid()}")
+            file.flush()
+            yield
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[IO[str]]:
+    """A lock file, which is removed at the end: other programs take it for a foreign body in a Zarr group."""
+    is_ours = False
+    while not is_ours:
+        with path.open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
                 raise CacheError(
-                    f"{self.root}: another process is writing to it ({file.read().strip()}). "
+                    f"{path.parent}: another process is writing to it ({file.read().strip()}). "
                     "Wait for it to end, or stop it, and run this again."
                 ) from None
-            file.truncate(0)
-            file.write(f"host {socket.gethostname()}, process {os.getpid()}")
-            file.flush()
-            yield
+            is_ours = _is_at(path, file)
+            if is_ours:  # else its last holder removed it after we had opened it
+                try:
+                    yield file
+                finally:
+                    path.unlink(missing_ok=True)
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    """Is this open file still the one of that name?"""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _make_folder(folder: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import google_crc32c
@@ -33,27 +34,36 @@ def group_metadata(attributes: Mapping[str, Any]) -> bytes:
     ).encode()
 
 
+@lru_cache(maxsize=256)
 def array_metadata(spec: ArraySpec, num_rows: int) -> bytes:
     """The `zarr.json` of a growing array with `num_rows` rows, sharded and uncompressed."""
-    files: dict[str, Any] = {}
-    zarr.create_array(
-        MemoryStore(files),
+    attributes = {"encoding-type": "saffe-array", "encoding-version": FORMAT_VERSION, "dtype": spec.dtype}
+    return _zarr_json(
         shape=(num_rows, *spec.row_shape),
         chunks=(spec.chunk_rows, *spec.row_shape),
         shards=(spec.shard_rows, *spec.row_shape),
         dtype=spec.numpy_dtype,
-        compressors=None,
-        filters=None,
         fill_value=spec.fill_value,
         dimension_names=spec.dimension_names,
-        attributes={
-            "saffe_cache": {
-                "encoding-type": "saffe-array",
-                "encoding-version": FORMAT_VERSION,
-                "dtype": spec.dtype,
-            }
-        },
+        attributes={"saffe_cache": attributes},
     )
+
+
+@lru_cache(maxsize=256)
+def _plain_metadata(name: str, shape: tuple[int, ...], dtype: str) -> bytes:
+    """The `zarr.json` of an array that does not grow: one chunk."""
+    return _zarr_json(
+        shape=shape,
+        chunks=tuple(max(1, length) for length in shape),
+        dtype=dtype,
+        dimension_names=[f"{name}.{axis}" for axis in range(len(shape))],
+    )
+
+
+def _zarr_json(**options: Any) -> bytes:
+    """What zarr-python writes for an array; it takes milliseconds for that."""
+    files: dict[str, Any] = {}
+    zarr.create_array(MemoryStore(files), compressors=None, filters=None, **options)
     return bytes(files["zarr.json"].to_bytes())
 
 
@@ -120,24 +130,14 @@ def describe_group(encoding_type: str, arrays: Mapping[str, np.ndarray], fields:
 
 def write_group(storage: Storage, name: str, attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """Write a group of plain arrays, its attributes (by `describe_group`) last. Array names may hold `/`."""
-    files: dict[str, Any] = {}
-    group = zarr.open_group(MemoryStore(files), mode="w", zarr_format=3)
     for array_name, values in arrays.items():
         assert values.dtype.name in _PLAIN_DTYPES, f"{array_name} is {values.dtype}"
-        group.create_array(
-            array_name,
-            shape=values.shape,
-            dtype=values.dtype,
-            chunks=tuple(max(1, length) for length in values.shape),
-            compressors=None,
-            filters=None,
-            dimension_names=[f"{array_name}.{axis}" for axis in range(values.ndim)],
-        )
+        parts = array_name.split("/")
+        for depth in range(1, len(parts)):
+            mark_group(storage, "/".join([name, *parts[:depth]]))
+        storage.write(f"{name}/{array_name}/zarr.json", _plain_metadata(array_name, values.shape, values.dtype.name))
         if values.size:
             storage.write(f"{name}/{array_name}/{_only_chunk(values.ndim)}", values.tobytes())
-    for key, value in files.items():
-        if key != "zarr.json":
-            storage.write(f"{name}/{key}", bytes(value.to_bytes()))
     storage.write(f"{name}/zarr.json", group_metadata({"saffe_cache": dict(attributes)}))
 
 

@@ -1,6 +1,6 @@
 """Kill an extraction at random moments, resume it each time, and compare with an uninterrupted one.
 
-    python tests/benchmarks/kill_extraction.py --kills 20 -- --data PATH --encoder image=… --encoder text=… --image-size 112
+    python tests/benchmarks/kill_extraction.py --kills 20 -- --data PATH --encoder image=… --shard-mb 4
 
 Everything behind `--` goes to saffe-extract. Moments are drawn from the whole life of the process, start-up
 included. Compared are all files of all arrays, byte for byte; the manifest differs in its times alone.

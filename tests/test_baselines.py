@@ -1,0 +1,101 @@
+"""Ridge regression and the linear probe against scikit-learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression, Ridge
+
+from saffe_cache.retrieval import baselines
+from saffe_cache.retrieval.baselines import LinearMap, fit_linear_probe, fit_ridge
+
+
+def regression(num_samples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Features of very different scales and means, and three targets."""
+    generator = np.random.default_rng(seed)
+    features = generator.normal(size=(num_samples, 20)) * np.logspace(-1, 1, 20) + generator.normal(size=20) * 5
+    targets = features @ generator.normal(size=(20, 3)) + generator.normal(size=(num_samples, 3)) + 7
+    return features.astype(np.float32), targets.astype(np.float32)
+
+
+@pytest.mark.parametrize("num_samples", [200, 12])  # more samples than features, and fewer
+@pytest.mark.parametrize("strength", [1e-3, 0.1, 10.0])
+def test_ridge_equals_scikit_learn(num_samples: int, strength: float) -> None:
+    features, targets = regression(num_samples)
+    fit = fit_ridge(features, targets, judge=lambda fit: 0.0, strengths=(strength,))
+    expected = Ridge(alpha=strength * num_samples).fit(features.astype(np.float64), targets.astype(np.float64))
+    np.testing.assert_allclose(fit.weight, expected.coef_, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(fit.bias, expected.intercept_, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(fit(features), expected.predict(features), rtol=1e-4, atol=1e-3)
+    assert fit(features).dtype == np.float32
+
+
+def test_ridge_takes_the_strength_that_the_judge_likes_best() -> None:
+    features, targets = regression(40)
+    seen: list[float] = []
+
+    def judge(fit: LinearMap) -> float:
+        seen.append(fit.strength)
+        return -abs(np.log10(fit.strength) - np.log10(0.02))
+
+    assert fit_ridge(features, targets, judge).strength == 1e-2
+    assert seen == list(baselines.RIDGE_STRENGTHS)
+
+
+def test_ridge_strength_is_chosen_on_validation_data() -> None:
+    features, targets = regression(30)
+    noisy = targets + np.random.default_rng(1).normal(size=targets.shape).astype(np.float32) * 400
+    more, answers = regression(500)
+
+    def judge(fit: LinearMap) -> float:
+        return -float(np.square(fit(more) - answers).mean())
+
+    errors = {
+        alpha: np.square(Ridge(alpha=alpha * 30).fit(features, noisy).predict(more) - answers).mean()
+        for alpha in baselines.RIDGE_STRENGTHS
+    }
+    assert fit_ridge(features, noisy, judge).strength == min(errors, key=lambda alpha: errors[alpha])
+
+
+def classification(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(5, size=300)
+    centers = generator.normal(size=(5, 12))
+    features = (centers[labels] + 1.3 * generator.normal(size=(300, 12))) * np.logspace(-1, 2, 12) + 30
+    return features.astype(np.float32), labels
+
+
+def loss_of(logits: np.ndarray, labels: np.ndarray, weight: np.ndarray, strength: float) -> float:
+    logits = logits.astype(np.float64)
+    normal = np.log(np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)) + logits.max(axis=1)
+    return float((normal - logits[np.arange(len(labels)), labels]).mean() + strength / 2 * np.square(weight).sum())
+
+
+@pytest.mark.parametrize("strength", [1e-4, 1e-2])
+def test_linear_probe_equals_scikit_learn(strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "PROBE_STRENGTHS", (strength,))
+    features, labels = classification()
+    fit = fit_linear_probe(features, labels, 5, judge=lambda fit: 0.0)
+    center, scale = features.astype(np.float64).mean(axis=0), features.astype(np.float64).std(axis=0)
+    standard = (features - center) / scale
+    # scikit-learn minimises the sum of losses + |W|^2 / (2 C)
+    expected = LogisticRegression(C=1 / (strength * 300), max_iter=5000, tol=1e-8).fit(standard, labels)
+    assert (fit(features).argmax(axis=1) == expected.predict(standard)).mean() > 0.99
+    own = loss_of(fit(features), labels, fit.weight * scale, strength)
+    best = loss_of(expected.decision_function(standard), labels, expected.coef_, strength)
+    assert own == pytest.approx(best, rel=1e-3)
+    assert own >= best * (1 - 1e-6)
+
+
+def test_linear_probe_takes_the_penalty_that_the_judge_likes_best() -> None:
+    features, labels = classification()
+    fit = fit_linear_probe(features, labels, 5, judge=lambda fit: -abs(np.log10(fit.strength) + 4.1))
+    assert fit.strength == 1e-4
+
+
+def test_linear_probe_stands_constant_features_and_absent_classes() -> None:
+    features, labels = classification()
+    features[:, 3] = 1000.1
+    fit = fit_linear_probe(features, labels.astype(np.int32), 7, judge=lambda fit: fit.strength)
+    assert np.isfinite(fit(features)).all()
+    assert (fit(features).argmax(axis=1) == labels).mean() > 0.6

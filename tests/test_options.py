@@ -1,0 +1,197 @@
+"""Command-line options made from a dataclass with every kind of field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from saffe_cache.options import attribute_docstrings, parse_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Do something with 100 % care.
+
+    A second paragraph.
+    """
+
+    data: str
+    """Where the data lie."""
+    models: Mapping[str, str]
+    """Models, as image=ID."""
+    batch_size: int = 32
+    """Photos in a batch, of which 5 %
+    may be broken."""
+    learning_rate: float = 5e-4
+    """Highest learning rate."""
+    out: Path = Path("runs")
+    """Folder to write."""
+    device: str | None = None
+    """Default: whatever is there."""
+    max_length: int | None = None
+    """Longest text."""
+    storage: Literal["float32", "float16"] = "float16"
+    """Type on disk."""
+    choice: Literal["a", "b"] | None = None
+    """One of two."""
+    resume: bool = False
+    """Go on."""
+    pooled: bool = True
+    """Keep vectors."""
+    prompts: tuple[str, ...] = ("a photo of a {}.",)
+    """Sentences."""
+    splits: tuple[str, ...] = ()
+    """Splits."""
+    heads: tuple[int, ...] | None = None
+    """Heads."""
+    weights: tuple[float, ...] = (1.0, 0.5)
+    """Weights."""
+    layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Layers, as image=11,12."""
+    max_items: Mapping[str, int] | None = None
+    """Most items."""
+    undocumented: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError("--batch-size: 0 photos make no batch. Use 1 or more.")
+
+
+REQUIRED = ["--data", "d", "--models", "image=m"]
+
+
+def parse(*arguments: str) -> Config:
+    return parse_config(Config, [*REQUIRED, *arguments], "prog")
+
+
+def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        parse_config(Config, arguments, "prog")
+    assert caught.value.code == 2
+    output = capsys.readouterr()
+    assert not output.out
+    return output.err
+
+
+def help_text(capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        parse_config(Config, ["--help"], "prog")
+    assert caught.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_defaults_are_those_of_the_dataclass() -> None:
+    assert parse() == Config(data="d", models={"image": "m"})
+
+
+def test_every_kind_of_option() -> None:
+    config = parse(
+        *("--batch-size", "8", "--learning-rate", "1e-3", "--out", "a/b", "--device", "cpu", "--max-length", "77"),
+        *("--storage", "float32", "--choice", "b", "--resume", "--no-pooled"),
+        *("--prompts", "a {}, painted", "--prompts", "{}", "--splits", "train"),
+        *("--heads", "1,2", "--heads", "3", "--weights", "0.25"),
+        *("--layers", "image=11,12", "--layers", "text=-1", "--max-items", "train=5", "--models", "text=a=b,c"),
+    )
+    assert config == Config(
+        data="d",
+        models={"image": "m", "text": "a=b,c"},
+        batch_size=8,
+        learning_rate=1e-3,
+        out=Path("a/b"),
+        device="cpu",
+        max_length=77,
+        storage="float32",
+        choice="b",
+        resume=True,
+        pooled=False,
+        prompts=("a {}, painted", "{}"),
+        splits=("train",),
+        heads=(1, 2, 3),
+        weights=(0.25,),
+        layers={"image": (11, 12), "text": (-1,)},
+        max_items={"train": 5},
+    )
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--resume", True), ("--no-resume", False)])
+def test_a_bool_is_a_pair_of_options(flag: str, value: bool) -> None:
+    assert parse(flag).resume is value
+    assert parse("--no-pooled", "--pooled").pooled is True
+
+
+def test_help_holds_docstrings_and_defaults(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "9999")
+    shown = help_text(capsys)
+    assert "Do something with 100 % care. A second paragraph." in shown
+    for expected in (
+        "--data TEXT Where the data lie.",
+        "--models KEY=TEXT Models, as image=ID.",
+        "--batch-size N Photos in a batch, of which 5 % may be broken. (default: 32)",
+        "--learning-rate X Highest learning rate. (default: 0.0005)",
+        "--out PATH Folder to write. (default: runs)",
+        "--device TEXT Default: whatever is there. --",  # a default of None is the docstring's to tell
+        "--storage {float32,float16} Type on disk. (default: float16)",
+        "--resume, --no-resume Go on. (default: no)",
+        "--pooled, --no-pooled Keep vectors. (default: yes)",
+        "--prompts TEXT Sentences. (default: a photo of a {}.)",
+        "--splits TEXT Splits. --",
+        "--heads N[,…] Heads. --",
+        "--weights X[,…] Weights. (default: 1.0, 0.5)",
+        "--layers KEY=N,… Layers, as image=11,12. --",
+        "--max-items KEY=N Most items. --",
+        "--undocumented N (default: 1)",
+    ):
+        assert expected in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "d"], "the following arguments are required: --models"),
+        ([*REQUIRED, "--models", "image=n"], "--models: a key is given twice"),
+        ([*REQUIRED, "--layers", "image=1", "--layers", "image=2"], "--layers: a key is given twice"),
+        ([*REQUIRED, "--layers", "11,12"], "expected KEY=VALUE, found '11,12'"),
+        ([*REQUIRED, "--layers", "=11"], "expected KEY=VALUE"),
+        ([*REQUIRED, "--layers", "image="], "expected KEY=VALUE"),
+        ([*REQUIRED, "--layers", "image=1,x"], "--layers: invalid int value: 'x'"),
+        ([*REQUIRED, "--max-items", "train=1,2"], "--max-items: invalid int value: '1,2'"),
+        ([*REQUIRED, "--weights", "1,,2"], "--weights: invalid float value: ''"),
+        ([*REQUIRED, "--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
+        ([*REQUIRED, "--storage", "int8"], "invalid choice: 'int8'"),
+        ([*REQUIRED, "--batch-size", "0"], "0 photos make no batch"),
+        ([*REQUIRED, "--nonsense", "0"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_wrong_options_are_usage_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in error_of(arguments, capsys)
+
+
+def test_attribute_docstrings() -> None:
+    found = attribute_docstrings(Config)
+    assert found["batch_size"] == "Photos in a batch, of which 5 % may be broken."
+    assert "undocumented" not in found
+    assert len(found) == 17
+
+
+def test_options_of_the_stages_show_their_help(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dataclasses that the commands use have no field that cannot be an option."""
+    from saffe_cache.evaluate import EvaluateConfig
+    from saffe_cache.extract import ExtractConfig
+    from saffe_cache.train import TrainConfig
+
+    monkeypatch.setenv("COLUMNS", "9999")  # argparse breaks lines at hyphens too
+    for config_class in (ExtractConfig, TrainConfig, EvaluateConfig):
+        with pytest.raises(SystemExit) as caught:
+            parse_config(config_class, ["--help"], "prog")
+        assert caught.value.code == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        for text in attribute_docstrings(config_class).values():
+            assert text in shown

@@ -1,0 +1,255 @@
+"""Damaged caches are found by `verify_cache`, and refused by readers, in words that name the place."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from store_cases import group_path, image_contents, memory_folder, text_contents, without_fsync, write_contents
+
+from saffe_cache.features import CacheError
+from saffe_cache.store.manifest import encoder_group, read_encoder, read_root
+from saffe_cache.store.reader import open_cache, verify_cache
+from saffe_cache.store.storage import Storage
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+IMAGES, TEXTS = image_contents(13), text_contents(13)
+SHARDS = sum(math.ceil(len(rows) / spec.shard_rows) for one in (IMAGES, TEXTS) for spec, rows in one.arrays.values())
+
+
+@pytest.fixture(scope="module")
+def sound_cache() -> Iterator[Path]:
+    with memory_folder() as folder, without_fsync():
+        write_contents(folder, IMAGES, TEXTS)
+        yield folder
+
+
+@pytest.fixture
+def cache(sound_cache: Path) -> Iterator[Path]:
+    """A copy to be damaged."""
+    with memory_folder() as folder:
+        yield shutil.copytree(sound_cache, folder / "cache")
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_sound_cache_has_no_problems(sound_cache: Path) -> None:
+    assert verify_cache(sound_cache) == (SHARDS, [])
+
+
+@pytest.mark.parametrize("contents", [IMAGES, TEXTS], ids=lambda contents: contents.modality)
+def test_every_flipped_bit_of_counted_rows_and_index_is_found(cache: Path, contents) -> None:
+    """In the tail shard of each array: the rows that count, and the index behind the padding."""
+    for name, (spec, rows) in contents.arrays.items():
+        last = (len(rows) - 1) // spec.shard_rows
+        counted = (len(rows) - last * spec.shard_rows) * spec.row_bytes
+        shard = group_path(cache, contents) / name / "c" / str(last) / "/".join("0" * len(spec.row_shape))
+        size = shard.stat().st_size
+        for position in [*range(0, counted, 7), counted - 1, *range(size - spec.index_bytes, size)]:
+            flip(shard, position)
+            part = "its rows differ" if position < counted else "its chunk index is damaged"
+            _, [problem] = verify_cache(cache)
+            assert str(shard.relative_to(cache)) in problem
+            assert part in problem
+            flip(shard, position)
+    assert verify_cache(cache)[1] == []
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(("damage", "words"), [(remove, "missing"), (cut, "truncated"), (empty, "truncated")])
+def test_missing_and_truncated_shards_are_found_and_refused(
+    cache: Path, damage: Callable[[Path], None], words: str
+) -> None:
+    name = f"{encoder_group(IMAGES.key)}/hidden_states/3/c/1/0/0"
+    damage(cache / name)
+    assert verify_cache(cache)[0] == SHARDS
+    [problem] = verify_cache(cache)[1]
+    assert name in problem
+    assert words in problem
+    array = open_cache(cache).encoder("image").array("hidden_states/3")
+    np.testing.assert_array_equal(array.read(np.arange(4)), IMAGES.arrays["hidden_states/3"][1][:4])
+    with pytest.raises(CacheError, match=rf"{re.escape(name)} is missing or truncated"):
+        array.read(np.array([0, 4]))
+
+
+def test_swapped_shards_are_found(cache: Path) -> None:
+    folder = group_path(cache, IMAGES) / "hidden_states/1/c"
+    (folder / "0").rename(folder / "x")
+    (folder / "1").rename(folder / "0")
+    (folder / "x").rename(folder / "1")
+    problems = verify_cache(cache)[1]
+    assert len(problems) == 2
+    assert all(f"hidden_states/1/c/{index}/0/0: its rows differ" in problems[index] for index in (0, 1))
+
+
+@pytest.mark.parametrize("name", ["tables/1/ids/utf8/c/0", "encoders/{key}/blocks/1/query_weight/c/0/0"])
+@pytest.mark.parametrize("damage", [remove, cut, lambda path: flip(path, 0)])
+def test_tables_and_blocks_are_verified(cache: Path, name: str, damage: Callable[[Path], None]) -> None:
+    damage(cache / name.format(key=IMAGES.key))
+    count, [problem] = verify_cache(cache)
+    assert count == SHARDS
+    assert name.format(key=IMAGES.key).rsplit("/c/")[0].rsplit("/", 1)[1] in problem
+    with pytest.raises(CacheError):
+        open_cache(cache).encoder("image").block(1)
+
+
+@pytest.mark.parametrize("change", [{"shape": [3, 3]}, {"data_type": "float64"}, {"codecs": []}, {"shape": None}])
+def test_metadata_for_other_programs_is_verified(cache: Path, change: dict[str, object]) -> None:
+    path = group_path(cache, IMAGES) / "pooled" / "zarr.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **change}))
+    assert f"pooled/zarr.json misstates {next(iter(change))}" in verify_cache(cache)[1][0]
+    path.write_text("{")
+    assert "pooled/zarr.json is not JSON" in verify_cache(cache)[1][0]
+
+
+def test_unreadable_files_are_problems_and_not_the_end(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Storage.read
+
+    def read(self: Storage, name: str) -> bytes:
+        if name.endswith("pooled/c/0/0"):
+            raise OSError(5, "Input/output error", name)
+        return real(self, name)
+
+    monkeypatch.setattr(Storage, "read", read)
+    assert [problem.startswith("[Errno 5]") for problem in verify_cache(cache)[1]] == [True, True]
+
+
+def test_no_cache_is_refused(tmp_path: Path) -> None:
+    assert read_root(Storage(tmp_path)) is None
+    for action in (open_cache, verify_cache):
+        with pytest.raises(CacheError, match=r"there is no feature cache\. Make one with saffe-extract"):
+            action(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"zarr_format": 3, "node_type": "group", "attributes": {}}', "a Zarr group, but no feature cache"),
+        ('{"zarr_format": 3, "node_type": "group"}', "a Zarr group, but no feature cache"),
+        ('{"attributes": {"saffe_cache": 1}}', "a Zarr group, but no feature cache"),
+        ('{"attributes": {"saffe_cache": {"format_version": 2}}}', "format version 2, this release reads 1"),
+        ('{"attributes": {"saffe_cache": {"format_version": 1}}}', "lacks or misstates 'table'"),
+        ('{"attributes": {"saffe_cache": {"format_version": 1, "table": "x", "encoders": []}}}', "misstates"),
+        ('{"attributes": {"saffe_cache": {"format_version": 1, "table": 1, "encoders": 5}}}', "misstates"),
+        ("{", "zarr.json is not JSON"),
+        ("\xff", "zarr.json is not JSON"),
+        ("[]", "zarr.json is not a JSON object"),
+    ],
+)
+def test_other_roots_are_refused(cache: Path, text: str, words: str) -> None:
+    (cache / "zarr.json").write_bytes(text.encode("latin-1"))
+    for action in (open_cache, verify_cache):
+        with pytest.raises(CacheError, match=words):
+            action(cache)
+
+
+FIELDS = ["fingerprint", "modality", "num_layers", "hidden_size", "vector", "finished_rows", "invalid", "history"]
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "arrays"])
+def test_a_manifest_that_lacks_a_field_is_refused(cache: Path, field: str) -> None:
+    path = group_path(cache, IMAGES) / "zarr.json"
+    content = json.loads(path.read_bytes())
+    del content["attributes"]["saffe_cache"][field]
+    path.write_text(json.dumps(content))
+    words = rf"{encoder_group(IMAGES.key)}: its manifest lacks or misstates '{field}'"
+    with pytest.raises(CacheError, match=words):
+        open_cache(cache)
+    count, [problem] = verify_cache(cache)  # the other encoder is verified all the same
+    assert 0 < count < SHARDS
+    assert re.search(words, problem)
+
+
+@pytest.mark.parametrize("field", ["row_shape", "dtype", "chunk_rows", "shard_rows", "dimension_names", "shards"])
+def test_a_manifest_whose_array_lacks_a_field_is_refused(cache: Path, field: str) -> None:
+    path = group_path(cache, IMAGES) / "zarr.json"
+    content = json.loads(path.read_bytes())
+    del content["attributes"]["saffe_cache"]["arrays"]["pooled"][field]
+    path.write_text(json.dumps(content))
+    with pytest.raises(CacheError, match=f"lacks or misstates '{field}'"):
+        open_cache(cache)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m.update({"encoding-version": 2}), "saffe-encoder version 2, expected saffe-encoder version 1"),
+        (lambda m: m.update({"encoding-type": "x"}), "x version 1, expected saffe-encoder"),
+        (lambda m: m.update({"modality": "../../smell"}), "modality"),
+        (lambda m: m.update({"arrays": []}), "misstates"),
+        (lambda m: m["fingerprint"].pop("model_id"), "fingerprint: "),
+        (lambda m: m.update({"invalid": {"first": "x"}}), "misstates"),
+        (lambda m: m["fingerprint"].update({"revision": "1"}), "holds the fingerprint of image-tiny-image-"),
+        (lambda m: m["arrays"]["pooled"].update({"dtype": "float64"}), "dtype 'float64'"),
+        (lambda m: m["arrays"]["pooled"].update({"chunk_rows": 0}), "chunk_rows 0"),
+        (lambda m: m["arrays"]["pooled"]["shards"][0].update({"rows": 5}), r"rows of the shards: \[5, 6, 1\]"),
+        (lambda m: m["arrays"]["pooled"]["shards"][2].update({"rows": 7}), r"rows of the shards: \[6, 6, 7\]"),
+        (lambda m: m["arrays"]["pooled"]["shards"][0].update({"crc": 5}), "crc"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_refused(cache: Path, change: Callable[[dict], None], words: str) -> None:
+    path = group_path(cache, IMAGES) / "zarr.json"
+    content = json.loads(path.read_bytes())
+    change(content["attributes"]["saffe_cache"])
+    path.write_text(json.dumps(content))
+    with pytest.raises(CacheError, match=words):
+        read_encoder(Storage(cache), IMAGES.key)
+
+
+@pytest.mark.parametrize(
+    "text", ["not JSON", "[]", "{}", '{"attributes": null}', '{"attributes": {"saffe_cache": []}}']
+)
+def test_a_manifest_of_another_kind_is_refused(cache: Path, text: str) -> None:
+    (group_path(cache, IMAGES) / "zarr.json").write_text(text)
+    with pytest.raises(CacheError, match=rf"{encoder_group(IMAGES.key)}"):
+        read_encoder(Storage(cache), IMAGES.key)
+
+
+def test_a_missing_encoder_is_refused(cache: Path) -> None:
+    shutil.rmtree(group_path(cache, IMAGES))
+    with pytest.raises(CacheError, match=rf"{encoder_group(IMAGES.key)}/zarr.json is missing"):
+        open_cache(cache)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m["spec"].update({"rotary": True}), "rotary"),
+        (lambda m: m["spec"].pop("norm_first"), "norm_first"),
+        (lambda m: m.pop("spec"), "spec"),
+        (lambda m: m.pop("arrays"), "arrays"),
+        (lambda m: m["arrays"].pop("query_bias") and m["arrays"]["query_weight"].update({"crc32c": 1}), "query_weight"),
+        (lambda m: m["arrays"]["query_weight"].update({"dtype": "object"}), "object"),
+        (lambda m: m["arrays"]["query_weight"].update({"shape": [4]}), "query_weight"),
+        (lambda m: m["arrays"].update({"../../../../x": {"shape": [1], "dtype": "uint8"}}), "no name inside a cache"),
+    ],
+)
+def test_damaged_block_attributes_are_refused(cache: Path, change: Callable[[dict], None], words: str) -> None:
+    path = group_path(cache, IMAGES) / "blocks" / "1" / "zarr.json"
+    content = json.loads(path.read_bytes())
+    change(content["attributes"]["saffe_cache"])
+    path.write_text(json.dumps(content))
+    with pytest.raises(CacheError, match=words):
+        open_cache(cache).encoder("image").block(1)

@@ -1,0 +1,227 @@
+"""The item table on disk, and its growth."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from store_cases import memory_folder, without_fsync
+
+from saffe_cache.features import CacheError, Inputs, ItemTable, Ragged
+from saffe_cache.store.storage import Storage
+from saffe_cache.store.table import NewItem, TableBuilder, read_table, text_hash, write_table
+
+pytestmark = pytest.mark.filterwarnings("error")
+PROMPTS = ("a photo of a {}.", "{}")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_fsync() -> Iterator[None]:
+    with without_fsync():
+        yield
+
+
+def digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def photo(number: int, **fields: object) -> NewItem:
+    item = NewItem(id=f"photo {number}", split="train", hashes={"image": digest(f"photo {number}")})
+    return replace(item, **fields)  # type: ignore[arg-type]
+
+
+def build(*items: NewItem, table: ItemTable | None = None) -> ItemTable:
+    builder = TableBuilder(table, PROMPTS)
+    for item in items:
+        builder.add(item)
+    return builder.build()
+
+
+def check_equal(found: ItemTable, expected: ItemTable) -> None:
+    for name in ("ids", "splits", "problems", "class_names"):
+        assert getattr(found, name) == getattr(expected, name)
+    for name in ("captions", "labels", "class_texts"):
+        for part in ("offsets", "values"):
+            mine, theirs = getattr(getattr(found, name), part), getattr(getattr(expected, name), part)
+            assert mine.dtype == theirs.dtype == np.int64
+            np.testing.assert_array_equal(mine, theirs)
+    assert found.rows.keys() == expected.rows.keys()
+    for modality, rows in expected.rows.items():
+        np.testing.assert_array_equal(found.rows[modality], rows)
+    assert found.inputs.keys() == expected.inputs.keys()
+    for modality, inputs in expected.inputs.items():
+        np.testing.assert_array_equal(found.inputs[modality].content_hash, inputs.content_hash)
+        assert found.inputs[modality].texts == inputs.texts
+
+
+any_text = st.text(st.characters(codec=None), max_size=12)
+"""With lone surrogates, NUL, combining marks and what else Python's strings can hold."""
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> ItemTable:
+    def texts(size: int) -> tuple[str, ...]:
+        return tuple(draw(st.lists(any_text, min_size=size, max_size=size)))
+
+    def ragged(size: int) -> Ragged:
+        numbers = st.lists(st.integers(0, 2**40), max_size=3)
+        return Ragged.from_rows(draw(st.lists(numbers, min_size=size, max_size=size)))
+
+    def column(size: int) -> np.ndarray:
+        return np.array(draw(st.lists(st.integers(-1, 9), min_size=size, max_size=size)), np.int64)
+
+    def hashes(size: int) -> np.ndarray:
+        return np.frombuffer(draw(st.binary(min_size=32 * size, max_size=32 * size)), np.uint8).reshape(size, 32)
+
+    count, classes, num_texts = draw(st.integers(0, 3)), draw(st.integers(0, 2)), draw(st.integers(0, 3))
+    inputs = {"text": Inputs(hashes(num_texts), texts(num_texts)), "image": Inputs(hashes(2))}
+    return ItemTable(
+        ids=texts(count),
+        splits=texts(count),
+        problems=texts(count),
+        rows={"image": column(count), "audio": column(count)},
+        captions=ragged(count),
+        labels=ragged(count),
+        class_names=texts(classes),
+        class_texts=ragged(classes),
+        inputs={name: inputs[name] for name in draw(st.sets(st.sampled_from(["text", "image"])))},
+    )
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(tables())
+def test_a_table_comes_back_equal(table: ItemTable) -> None:
+    with memory_folder() as folder:
+        write_table(Storage(folder), "tables/1", table)
+        check_equal(read_table(Storage(folder), "tables/1"), table)
+
+
+def test_strange_texts_come_back_equal(tmp_path: Path) -> None:
+    strange = ("", "\0", "\ud800 alone", "\ud83d\ude00 as two halves", "😀", "e\u0301", "\u202eright to left", "\r\n")
+    table = build(photo(0, captions=strange, labels=strange[2:5]))
+    write_table(Storage(tmp_path), "tables/1", table)
+    found = read_table(Storage(tmp_path), "tables/1")
+    check_equal(found, table)
+    assert found.inputs["text"].texts is not None
+    assert found.inputs["text"].texts[: len(strange)] == strange
+
+
+def test_equal_inputs_are_one_row() -> None:
+    table = build(
+        photo(0, captions=("a", "b", "a"), labels=("x_y",)),
+        photo(1, hashes={"image": digest("photo 0"), "audio": digest("sound")}, captions=("b",), labels=("x_y", "z")),
+    )
+    assert table.rows["image"].tolist() == [0, 0]
+    assert table.rows["audio"].tolist() == [-1, 0]
+    assert [row.tolist() for row in table.captions] == [[0, 1, 0], [1]]
+    assert table.class_names == ("x_y", "z")
+    assert [row.tolist() for row in table.labels] == [[0], [0, 1]]
+    texts = table.inputs["text"].texts
+    assert texts == ("a", "b", "a photo of a x y.", "x y", "a photo of a z.", "z")
+    assert [row.tolist() for row in table.class_texts] == [[2, 3], [4, 5]]
+    assert table.inputs["text"].content_hash.tobytes() == b"".join(map(text_hash, texts))
+    assert table.inputs["image"].content_hash.tobytes() == digest("photo 0")
+
+
+names = st.sampled_from("abcdef")
+new_items = st.builds(
+    lambda number, image, captions, labels, problem: NewItem(
+        id=f"item {number}",
+        split="train",
+        hashes={"image": digest(image)},
+        captions=tuple(captions),
+        labels=tuple(labels),
+        problem=problem,
+    ),
+    st.integers(0, 30),
+    names,
+    st.lists(names, max_size=3),
+    st.lists(names, max_size=2),
+    st.sampled_from(["", "", "broken"]),
+)
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.lists(new_items, max_size=12, unique_by=lambda item: item.id), st.integers(0, 12))
+def test_rows_never_move_and_adding_again_changes_nothing(items: list[NewItem], cut: int) -> None:
+    """Grown in two sessions, by way of the disk's form or not, the table is that of one session."""
+    old, new = build(*items[:cut]), build(*items)
+    check_equal(build(*items[cut:], table=old), new)
+    for modality, inputs in old.inputs.items():
+        count = len(inputs)
+        np.testing.assert_array_equal(new.inputs[modality].content_hash[:count], inputs.content_hash)
+    again = TableBuilder(new, PROMPTS)
+    assert not any(again.add(item) for item in items)
+    check_equal(again.build(), new)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"split": "test"},
+        {"hashes": {"image": digest("another")}},
+        {"hashes": {}},
+        {"hashes": {"image": digest("photo 1"), "audio": digest("sound")}},
+        {"captions": ("one",)},
+        {"captions": ("two", "one")},
+        {"labels": ("x",)},
+        {"labels": ()},
+    ],
+)
+def test_changed_content_is_refused(change: dict[str, object]) -> None:
+    item = photo(1, captions=("one", "two"), labels=("x", "y"))
+    with pytest.raises(CacheError, match=r"item 'photo 1': its file, captions, labels or split are not those"):
+        build(replace(item, **change), table=build(photo(0), item))  # type: ignore[arg-type]
+
+
+def test_an_item_that_was_mended_takes_its_old_place() -> None:
+    broken = photo(1, hashes={}, problem="no such file")
+    old = build(photo(0), broken, photo(2, labels=("x",)))
+    assert old.problems == ("", "no such file", "")
+    assert old.rows["image"].tolist() == [0, -1, 1]
+    builder = TableBuilder(old, PROMPTS)
+    assert not builder.add(replace(broken, problem="still none"))
+    assert builder.add(photo(1, captions=("now it is there",)))
+    assert not builder.add(photo(2, problem="gone"))  # a usable item's rows are there, whatever became of its file
+    table = builder.build()
+    assert table.ids == old.ids
+    assert table.problems == ("", "", "")
+    assert table.rows["image"].tolist() == [0, 2, 1]
+    assert table.captions[1].tolist() == [2]
+
+
+def test_inputs_of_unusable_items_are_not_extracted() -> None:
+    table = build(photo(0, problem="broken", captions=("c",), labels=("x",)))
+    assert not table.inputs
+    assert table.class_names == ()
+    assert table.in_split("train").tolist() == [0]
+
+
+def test_a_table_that_lacks_a_column_is_refused(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    write_table(storage, "tables/1", build(photo(0)))
+    text = storage.read("tables/1/zarr.json").decode()
+    storage.write("tables/1/zarr.json", text.replace('"rows/image"', '"rows/other"').encode())
+    with pytest.raises(CacheError, match=r"tables/1.*rows/other"):
+        read_table(storage, "tables/1")
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped", "short"])
+@pytest.mark.parametrize("column", ["ids/utf8", "rows/image", "inputs/image/content_hash", "captions/offsets"])
+def test_damaged_columns_are_refused(tmp_path: Path, column: str, damage: str) -> None:
+    """Zarr alone would take a missing chunk for zeros: a table of wrong pairs."""
+    storage = Storage(tmp_path)
+    write_table(storage, "tables/1", build(photo(0), photo(1)))
+    [chunk] = [path for path in (tmp_path / "tables/1" / column / "c").rglob("0") if path.is_file()]
+    data = chunk.read_bytes()
+    chunk.unlink()
+    if damage != "missing":
+        chunk.write_bytes(data[:-1] if damage == "short" else bytes([data[0] ^ 1]) + data[1:])
+    with pytest.raises(CacheError, match=rf"tables/1.*{column}"):
+        read_table(storage, "tables/1")
