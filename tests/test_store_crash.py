@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -248,26 +250,25 @@ def test_a_second_writer_is_refused_until_the_first_is_dead(tmp_path: Path, hold
     assert not list(tmp_path.iterdir())
 
 
-def test_the_lock_holds_after_another_was_removed(tmp_path: Path) -> None:
-    """Each of many threads finds it held or holds it alone, though each removes the file at its end."""
-    storage, inside, seen = Storage(tmp_path), [], []
+def test_a_lock_file_that_its_last_holder_removed_is_not_taken_for_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """We open the file, the holder ends and removes it, we lock what has no name any more: another could too."""
+    storage, real = Storage(tmp_path), fcntl.flock
+    calls = []
 
-    def work() -> None:
-        for _ in range(50):
-            try:
-                with storage.writer_lock():
-                    inside.append(1)
-                    seen.append(len(inside))
-                    inside.pop()
-            except CacheError:
-                pass
+    def flock(file: IO[str], operation: int) -> None:
+        if not calls:
+            (tmp_path / ".saffe-lock").unlink()
+        calls.append(operation)
+        real(file, operation)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert set(seen) == {1}
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with storage.writer_lock():
+        assert len(calls) == 2
+        with pytest.raises(CacheError, match="another process"), storage.writer_lock():
+            pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_committed_rows_do_not_depend_on_the_portions(tmp_path: Path) -> None:
