@@ -23,7 +23,7 @@ from saffe_cache.store.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-TEXT_BLOCK_ROWS = 2048
+TEXT_BLOCK_ROWS = 1024
 """Texts that are sorted by length together; padding is then a few percent of the tokens."""
 
 

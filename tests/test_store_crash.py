@@ -51,11 +51,11 @@ def write_until(path: Path, contents: tuple[Contents, ...], num_writes: int) -> 
     done = 0
     real = Storage.write
 
-    def write(self: Storage, name: str, data: bytes) -> None:
+    def write(self: Storage, name: str, *parts: bytes) -> None:
         nonlocal done
         if done == num_writes:
             raise Died
-        real(self, name, data)
+        real(self, name, *parts)
         done += 1
 
     with pytest.MonkeyPatch.context() as patch:
@@ -141,10 +141,10 @@ def test_an_error_reaches_the_caller_and_nothing_more_is_committed(tmp_path: Pat
     contents = image_contents(13)
     real = Storage.write
 
-    def full(self: Storage, name: str, data: bytes) -> None:
+    def full(self: Storage, name: str, *parts: bytes) -> None:
         if name.endswith("hidden_states/3/c/1/0/0"):
             raise OSError(28, "No space left on device")
-        real(self, name, data)
+        real(self, name, *parts)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Storage, "write", full)

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import socket
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import IO, Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from saffe_cache.durable import Buffer, make_folder, write_whole
 from saffe_cache.features import CacheError
 
 _LOCK_NAME = ".saffe-lock"
@@ -65,24 +65,13 @@ class Storage:
                 f"{self.root}: {name} is missing. Restore it from a copy, or extract into a new cache."
             ) from None
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, *parts: Buffer) -> None:
         """Durable and whole when this returns."""
         path = self.local_path(name)
         if path is None:
-            self._filesystem.pipe_file(f"{self._prefix}/{name}", data)
-            return
-        _make_folder(path.parent)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _fsync_folder(path.parent)
+            self._filesystem.pipe_file(f"{self._prefix}/{name}", b"".join(parts))
+        else:
+            write_whole(path, *parts)
 
     def remove_folder(self, name: str) -> None:
         """Remove a folder and all in it; nothing happens where it does not exist."""
@@ -121,7 +110,7 @@ class Storage:
         if self._local is None:  # object stores have no lock that every one of them honours
             yield
             return
-        _make_folder(self._local)
+        make_folder(self._local)
         with _locked(self._local / _LOCK_NAME) as file:
             file.truncate(0)
             file.write(f"host {socket.gethostname()}, process {os.getpid()}")
@@ -157,19 +146,3 @@ def _is_at(path: Path, file: IO[str]) -> bool:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder and its parents, each durable: else a crash may lose the folder of a durable file."""
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _fsync_folder(folder.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

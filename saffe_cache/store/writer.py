@@ -23,47 +23,57 @@ from saffe_cache.store.zarr_files import array_metadata, describe_group, mark_gr
 
 
 class _ArrayWriter:
-    """One array: `position` rows are on disk or waiting in memory."""
+    """One array: `position` rows are on disk or in the open shard, which is filled in place."""
 
     def __init__(self, storage: Storage, folder: str, array: ArrayManifest, target_rows: int) -> None:
         self._storage, self._folder, self._spec = storage, folder, array.spec
         self.entries = list(array.shards)
         self.position = array.rows
-        self.target_rows = target_rows
-        self._waiting: list[np.ndarray] = []
-        self._tail_is_open = bool(array.shards) and array.shards[-1].rows < array.spec.shard_rows
-        if self._tail_is_open:
-            self._waiting.append(self._read_tail(array))
-        storage.write(f"{folder}/zarr.json", array_metadata(array.spec, max(target_rows, array.rows)))
+        self.target_rows = max(target_rows, array.rows)
+        self._written = self.position
+        self._shard: np.ndarray | None = None
+        if self.position % self._spec.shard_rows:
+            tail = self._read_tail(array)
+            self._open_shard()[: len(tail)] = tail
+        storage.write(f"{folder}/zarr.json", array_metadata(array.spec, self.target_rows))
 
     def append(self, first_row: int, rows: np.ndarray) -> bool:
         """Rows in the stored type; those that are there already are passed over. True if a shard was written."""
         assert first_row <= self.position, f"rows {self.position}…{first_row} of {self._folder} are missing"
-        fresh = rows[self.position - first_row :]
-        if len(fresh):
-            self._waiting.append(fresh)
-            self.position += len(fresh)
-        is_full = self._num_waiting >= self._spec.shard_rows
-        while self._num_waiting >= self._spec.shard_rows:
-            self._write_shard(self._spec.shard_rows)
-        return is_full
+        fresh, wrote = rows[self.position - first_row :], False
+        while len(fresh):
+            filled = self.position % self._spec.shard_rows
+            taken = min(self._spec.shard_rows - filled, len(fresh))
+            self._open_shard()[filled : filled + taken] = fresh[:taken]
+            fresh = fresh[taken:]
+            self.position += taken
+            if filled + taken == self._spec.shard_rows:
+                self._write_shard()
+                wrote = True
+        return wrote
 
     def flush(self) -> None:
-        if self.position > sum(entry.rows for entry in self.entries):
-            self._write_shard(self._num_waiting)
+        """Write the open shard, if it holds rows that are not on disk."""
+        if self.position > self._written:
+            self._write_shard()
 
-    @property
-    def _num_waiting(self) -> int:
-        return sum(len(rows) for rows in self._waiting)
+    def _open_shard(self) -> np.ndarray:
+        """Room for the rows of the shard that `position` lies in."""
+        if self._shard is None:
+            first = self.position // self._spec.shard_rows * self._spec.shard_rows
+            room = min(self._spec.shard_rows, self.target_rows - first)
+            self._shard = np.empty((room, *self._spec.row_shape), self._spec.numpy_dtype)
+        return self._shard
 
-    def _write_shard(self, num_rows: int) -> None:
-        rows = np.concatenate(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
-        shard, rest = np.ascontiguousarray(rows[:num_rows]), rows[num_rows:]
-        index = len(self.entries) - self._tail_is_open
-        self._storage.write(f"{self._folder}/{shard_name(index, self._spec)}", encode_shard(self._spec, shard))
-        self.entries[index:] = [describe_shard(self._spec, shard)]
-        self._tail_is_open = False
-        self._waiting = [rest] if len(rest) else []
+    def _write_shard(self) -> None:
+        assert self._shard is not None
+        index = (self.position - 1) // self._spec.shard_rows
+        rows = self._shard[: self.position - index * self._spec.shard_rows]
+        self._storage.write(f"{self._folder}/{shard_name(index, self._spec)}", *encode_shard(self._spec, rows))
+        self.entries[index:] = [describe_shard(self._spec, rows)]
+        self._written = self.position
+        if len(rows) == self._spec.shard_rows:
+            self._shard = None
 
     def _read_tail(self, array: ArrayManifest) -> np.ndarray:
         entry = array.shards[-1]
@@ -84,7 +94,7 @@ class Portion:
 
 
 class EncoderWriter:
-    """Writes one encoder's group. `put` hands portions to a thread of its own, at most two ahead.
+    """Writes one encoder's group. `put` hands portions to a thread of its own, at most one ahead.
 
     Use as a context manager; leaving it without an error does not finish the extraction, `finish` does.
     """
@@ -105,7 +115,7 @@ class EncoderWriter:
             array = manifest.arrays.setdefault(name, ArrayManifest(spec))
             self._arrays[name] = _ArrayWriter(storage, f"{group}/{name}", array, target_rows)
         write_encoder(storage, manifest)
-        self._portions: queue.Queue[Portion | None] = queue.Queue(maxsize=2)
+        self._portions: queue.Queue[Portion | None] = queue.Queue(maxsize=1)
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="shard-writer", daemon=True)
 
@@ -117,7 +127,7 @@ class EncoderWriter:
         self._stop()
 
     def put(self, portion: Portion) -> None:
-        """Hand over a portion; waits while two are ahead.
+        """Hand over a portion; waits while one is ahead.
 
         Raises:
             OSError: an earlier portion could not be written, for instance because the disk is full.
@@ -130,7 +140,7 @@ class EncoderWriter:
         self._stop()
         self._raise_failure()
         for name, array in self._arrays.items():
-            assert array.position >= array.target_rows, f"{name} ends at row {array.position} of {array.target_rows}"
+            assert array.position == array.target_rows, f"{name} ends at row {array.position} of {array.target_rows}"
             array.flush()
         self.manifest.finished_rows = num_inputs
         self._commit()
