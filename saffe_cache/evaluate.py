@@ -56,10 +56,10 @@ class EvaluateConfig:
     """The cache that the run was trained on."""
     run: str
     """The run's folder, as saffe-train-fam wrote it."""
-    out: str
-    """Folder for metrics.json, the table and the index."""
     split: str = "test"
     """Split to report on; its photos are the gallery."""
+    out: str | None = None
+    """Folder for metrics.json, the table and the index. Default: a folder in the run's, named like the split."""
     protocol: Literal["auto", "caption", "class"] = "auto"
     """caption: captions search photos, and back. class: class names search photos. auto: as the run was trained."""
     seed: int = 0
@@ -137,14 +137,14 @@ def evaluate(config: EvaluateConfig) -> str:
         "run": asdict(spec),
         **provenance(config),
     }
-    out = Path(config.out)
+    out = Path(config.out or Path(config.run) / config.split)
     out.mkdir(parents=True, exist_ok=True)
     save_index(build_index(photos, pairs.ids, config.seed), out)
     table = format_report(report)
     (out / "report.txt").write_text(table + "\n")
     write_json(out / "metrics.json", report)
     print(table)
-    return config.out
+    return str(out)
 
 
 def _queries(cache: Cache, text: EncoderCache, pairs: Pairs, seed: int) -> _Queries:

@@ -114,7 +114,7 @@ def _texts_of(table: ItemTable, item: int, kind: PairKind) -> np.ndarray:
 def hold_out(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray) -> tuple[Pairs, Pairs]:
     """Split by photo into a training and a validation part.
 
-    A photo's side depends on its content and the seed alone, so that it stays there as the data grow.
+    Photos are ordered by a hash of their content and the seed, so the sides change little as the data grow.
     """
     draws = np.array(
         [

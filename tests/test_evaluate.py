@@ -91,7 +91,8 @@ def test_class_protocol_reports_map_and_linear_probe(classified: dict[str, Any])
 
 def test_split_that_chose_the_epoch_is_flagged_first(captioned: tuple[str, Path, dict[str, Any]]) -> None:
     path, folder, _ = captioned
-    out = evaluate(EvaluateConfig(cache=path, run=str(folder / "run"), split="dev", out=str(folder / "dev")))
+    out = evaluate(EvaluateConfig(cache=path, run=str(folder / "run"), split="dev"))
+    assert out == str(folder / "run" / "dev")
     assert (Path(out) / "report.txt").read_text().startswith("WARNING: the best epoch was chosen on split 'dev' itself")
     out = evaluate(EvaluateConfig(cache=path, run=str(folder / "run"), split="train", out=str(folder / "train")))
     assert "was trained on split 'train'" in (Path(out) / "report.txt").read_text().splitlines()[0]
