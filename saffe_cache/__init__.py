@@ -5,7 +5,7 @@ each other (tests/test_architecture.py holds this):
 
     cli                                                   the commands
     extract   train   evaluate                            three verbs: a config in, the path written out
-    encoding   fitting                                    their loops
+    encoding   fitting   checkpoints                      their loops, and what a training resumes from
     planning   runs                                       a job on a cache; a run's folder
     pairs                                                 which items are trained on and judged
     store   sources   encoders   fusion   objectives   retrieval   options

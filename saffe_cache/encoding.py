@@ -28,14 +28,14 @@ def run_job(storage: Storage, job: Job, media: Mapping[bytes, Media], record: Ma
     """Encode and store what is left of a job; `record` goes into the manifest's history with its times.
 
     Raises:
-        CacheError: an input's source is not among `media`, too many are unreadable, or a number overflows.
+        CacheError: too many inputs are unreadable, or a number overflows.
         OSError: the disk is full or gone; the job can be resumed.
     """
     if job.is_done:
         return
     write_blocks(storage, job.manifest.key, job.encoder.blocks)
     started, encoding = time.perf_counter(), 0.0
-    invalid = dict(job.manifest.invalid)
+    invalid = {row: reason for row, reason in job.manifest.invalid.items() if job.is_wanted[row]}
     modality = job.encoder.request.modality
     with EncoderWriter(storage, job.manifest, job.missing) as writer:
         if job.offsets is not None and "offsets" in job.missing:
@@ -45,7 +45,7 @@ def run_job(storage: Storage, job: Job, media: Mapping[bytes, Media], record: Ma
             writer.put(portion)
             encoding += seconds
             progress.update(len(block))
-            invalid |= portion.invalid
+            invalid |= {row: reason for row, reason in portion.invalid.items() if job.is_wanted[row]}
             _check_invalid(job, invalid)
         progress.close()
         total = time.perf_counter() - started
@@ -58,6 +58,21 @@ def run_job(storage: Storage, job: Job, media: Mapping[bytes, Media], record: Ma
     )
 
 
+def check_sources(job: Job, media: Mapping[bytes, Media]) -> None:
+    """
+    Raises:
+        CacheError: more photos or sounds than --max-invalid allows are in the cache, but not among `media`.
+    """
+    hashes = [row.tobytes() for row in job.inputs.content_hash]
+    wanted = [row for row in range(job.start, job.num_inputs) if job.is_wanted[row]]
+    absent = [row for row in wanted if hashes[row] not in media]
+    if job.offsets is None and len(absent) > job.options.max_invalid * job.num_inputs:
+        raise CacheError(
+            f"{job.manifest.key}: {len(absent)} of its {job.encoder.request.modality} inputs are not in --data, "
+            f"the first is row {absent[0]}. Give the data that they came from, or raise --max-invalid to go without."
+        )
+
+
 Encoding = Iterator[tuple[range, Portion, float]]
 """Inputs, their rows, and the seconds that the encoder took."""
 
@@ -66,14 +81,10 @@ def _encode_media(job: Job, media: Mapping[bytes, Media]) -> Encoding:
     """Photos or sounds: threads stay two batches ahead of the encoder."""
     encoder, modality = job.encoder, job.encoder.request.modality
     hashes = [row.tobytes() for row in job.inputs.content_hash]
-    absent = [row for row in range(job.start, job.num_inputs) if hashes[row] not in media]
-    if absent:
-        raise CacheError(
-            f"{job.manifest.key}: {len(absent)} of the cache's {modality} inputs are not in --data, the first is "
-            f"row {absent[0]}. Give the data that they came from."
-        )
 
     def load(row: int) -> dict[str, torch.Tensor] | str:
+        if hashes[row] not in media:
+            return "not among --data"
         data = media[hashes[row]].read()  # it could be read for its hash: a failure now ends the run
         try:
             return encoder.prepare(decode(modality, data, encoder.sampling_rate))

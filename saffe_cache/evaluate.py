@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import textwrap
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -32,7 +33,7 @@ from saffe_cache.runs import (
     encode_queries,
     load_run,
     provenance,
-    training_pairs,
+    same_training_pairs,
     write_json,
 )
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
@@ -99,6 +100,7 @@ def evaluate(config: EvaluateConfig) -> str:
     started = time.perf_counter()
     cache = open_cache(config.cache)
     spec, model, result = load_run(config.run, cache)
+    training = same_training_pairs(spec, cache, config.run)
     device = choose_device(config.device)
     model.to(device)
     gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
@@ -113,7 +115,7 @@ def evaluate(config: EvaluateConfig) -> str:
     systems: dict[str, Scores] = {"fam": queries.score(photos, encode_queries(model, queries.vectors, device))}
     shuffled = photos[np.random.default_rng(config.seed).permutation(len(photos))]
     control = queries.score(shuffled, encode_queries(model, queries.vectors, device))
-    baselines, absent = _baselines(cache, spec, pairs, queries)
+    baselines, absent = _baselines(cache, spec, pairs, queries, training)
     systems |= baselines
     report = {
         "protocol": "caption" if kind == "captions" else "class",
@@ -155,12 +157,12 @@ def _queries(cache: Cache, text: EncoderCache, pairs: Pairs, seed: int) -> _Quer
 
 
 def _baselines(
-    cache: Cache, spec: RunSpec, pairs: Pairs, queries: _Queries
+    cache: Cache, spec: RunSpec, pairs: Pairs, queries: _Queries, training: tuple[Pairs, Pairs]
 ) -> tuple[dict[str, Scores], dict[str, str]]:
     """Scores of the baselines, and why one is absent. They see all cached layers of the same encoder."""
     gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
     layers = gallery.manifest.layers
-    train_pairs, validation, _ = training_pairs(spec, cache)
+    train_pairs, validation = training
     features = {
         part: summaries(gallery, p.rows, layers)
         for part, p in (("train", train_pairs), ("validation", validation), ("test", pairs))
@@ -257,19 +259,19 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines += [
         f"{report['protocol']} protocol, split {report['split']}: {report['num_photos']} photos, "
         f"{report['num_queries']} queries",
-        f"({report['definition']})",
+        *textwrap.wrap(f"{report['definition']}; percent, 95 % intervals over photos in brackets", 100),
         "",
     ]
     rows = {name: report["systems"][name] for name in report["systems"]}
     rows["photos shuffled"] = report["controls"]["photos_shuffled"]
     metrics = list(report["systems"]["fam"])
-    blocks = [metrics[start : start + 4] for start in range(0, len(metrics), 4)]
+    blocks = [metrics[start : start + 3] for start in range(0, len(metrics), 3)]
     for block in blocks:
-        lines.append(f"{'':16}" + "".join(f"{name:>28}" for name in block))
+        lines.append(f"{'':16}" + "".join(f"{name:>27}" for name in block))
         for name, scores in rows.items():
-            lines.append(f"{name:16}" + "".join(f"{_cell(metric, scores[metric]):>28}" for metric in block))
+            lines.append(f"{name:16}" + "".join(f"{_cell(metric, scores[metric]):>27}" for metric in block))
         chances = {metric: {"value": report["systems"]["fam"][metric]["chance"]} for metric in block}
-        lines.append(f"{'chance':16}" + "".join(f"{_cell(metric, chances[metric]):>28}" for metric in block))
+        lines.append(f"{'chance':16}" + "".join(f"{_cell(metric, chances[metric]):>27}" for metric in block))
         lines.append("")
     lines += [f"{name}: not applicable, {reason}" for name, reason in report["absent"].items()]
     cost = report["cost"]

@@ -6,22 +6,23 @@ cache lacks of it) -> encoding, which hands rows to the store's writer.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
-import torch
+import numpy as np
 
 from saffe_cache import __version__
 from saffe_cache.encoders.encoder import EncoderRequest
-from saffe_cache.encoding import run_job
-from saffe_cache.features import MODALITIES, CacheError, ItemTable
+from saffe_cache.encoding import check_sources, run_job
+from saffe_cache.features import MODALITIES, CacheError, ItemTable, Modality
+from saffe_cache.options import require, require_keys
 from saffe_cache.planning import EncodeOptions, Job, plan_job, seconds_per_input
+from saffe_cache.runs import choose_device
 from saffe_cache.sources import Columns, SourceItem, read_items
-from saffe_cache.store.manifest import RootManifest, layers_among, read_root, write_root
+from saffe_cache.store.manifest import RootManifest, layers_among, read_encoder, read_root, write_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import NewItem, TableBuilder, read_table, write_table
 from saffe_cache.store.writer import EncoderWriter
@@ -86,14 +87,20 @@ class ExtractConfig:
     """Print items, bytes, files and an estimated time, and write nothing."""
 
     def __post_init__(self) -> None:
-        for name in (*self.encoder, *self.layers, *self.revision):
-            if name not in MODALITIES:
-                raise ValueError(f"{name}=…: no such modality; expected one of {', '.join(MODALITIES)}.")
-        if not self.encoder:
-            raise ValueError("--encoder: none given. Give at least one, such as image=facebook/dinov2-small.")
-        unknown = set(self.column) - {"image", "audio", "caption", "label", "id"}
-        if unknown:
-            raise ValueError(f"--column {unknown.pop()}=…: expected image, audio, caption, label or id.")
+        for option, mapping in (("encoder", self.encoder), ("layers", self.layers), ("revision", self.revision)):
+            require_keys(option, mapping, MODALITIES)
+        require_keys("column", self.column, [one.name for one in fields(Columns)])
+        require(bool(self.encoder), "encoder", "none", "at least one, such as image=facebook/dinov2-small")
+        idle = [name for name in self.layers if name not in self.encoder]
+        require(not idle, "layers", f"{idle}=…", "modalities that --encoder names")
+        for prompt in (self.prompt, *self.class_prompt):
+            require(prompt.count("{}") == 1, "prompt or --class-prompt", repr(prompt), "one {} where the text goes")
+        for option in ("image_size", "max_length", "batch_size", "batch_tokens", "workers"):
+            value = getattr(self, option)
+            require(value is None or value > 0, option, value, "a number above 0")
+        require(self.shard_mb >= 0, "shard_mb", self.shard_mb, "0 (the smallest) or more")
+        require(0 <= self.max_invalid <= 1, "max_invalid", self.max_invalid, "a fraction from 0 to 1")
+        require(min(self.max_items.values(), default=1) > 0, "max_items", dict(self.max_items), "numbers above 0")
 
 
 def extract(config: ExtractConfig) -> str:
@@ -104,20 +111,22 @@ def extract(config: ExtractConfig) -> str:
         CacheError: the cache cannot take this, too many items are unreadable, or a number overflows.
         OSError: the disk is full or gone; the extraction can be resumed.
     """
-    items = _limit(read_items(config.data, Columns(**config.column), config.splits), config.max_items)
+    items = read_items(config.data, Columns(**config.column), config.splits, config.max_items)
     _check_unreadable(items, config)
     storage = Storage(config.cache)
     if config.plan:
         table, _ = _grow_table(storage, items, config)
         _print_plan(list(_plan_jobs(storage, table, config)), items, config)
-        return config.cache
+        return f"nothing was written to {config.cache}"
     with storage.writer_lock():
         storage.remove_partial_files()
         table, changed = _grow_table(storage, items, config)
+        media = {h: item.media[m] for item in items if not item.problem for m, h in item.hashes.items()}
         jobs = list(_plan_jobs(storage, table, config))
+        for job in jobs:
+            check_sources(job, media)
         _say_what_happens(jobs, table, items)
         _write_root(storage, table if changed else None, jobs)
-        media = {h: item.media[m] for item in items if not item.problem for m, h in item.hashes.items()}
         record = {"config": json.loads(json.dumps(asdict(config), default=str)), "saffe_cache": __version__}
         for job in jobs:
             run_job(storage, job, media, record)
@@ -131,13 +140,15 @@ def _plan_jobs(storage: Storage, table: ItemTable, config: ExtractConfig) -> Ite
             raise ValueError(
                 f"--encoder {request.modality}=…: the data has no {request.modality} inputs. Leave it out."
             )
-        yield plan_job(storage, request, table.inputs[request.modality], options)
+        inputs = table.inputs[request.modality]
+        is_wanted = np.ones(len(inputs), bool)
+        if request.modality != "text":
+            is_wanted = np.isin(np.arange(len(inputs)), table.rows[request.modality])
+        yield plan_job(storage, request, inputs, is_wanted, options)
 
 
 def _requests(config: ExtractConfig) -> Iterator[EncoderRequest]:
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(config.device)
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
@@ -158,20 +169,11 @@ def _requests(config: ExtractConfig) -> Iterator[EncoderRequest]:
             )
 
 
-def _limit(items: list[SourceItem], most: Mapping[str, int]) -> list[SourceItem]:
-    """At most so many items of a split: those whose hashed ids come first, in the dataset's order."""
-    chosen = {item.id for item in items if item.split not in most}
-    for split, count in most.items():
-        ids = [item.id for item in items if item.split == split]
-        chosen.update(sorted(ids, key=lambda name: hashlib.sha256(name.encode("utf-8", "replace")).digest())[:count])
-    return [item for item in items if item.id in chosen]
-
-
 def _grow_table(storage: Storage, items: Sequence[SourceItem], config: ExtractConfig) -> tuple[ItemTable, bool]:
     """The cache's table with the items added, and whether that changed it."""
     root = read_root(storage)
     old = read_table(storage, f"tables/{root.table}") if root else None
-    builder = TableBuilder(old, config.class_prompt)
+    builder = TableBuilder(old, config.class_prompt, _unencoded(storage, root, old))
     added = [
         builder.add(
             NewItem(
@@ -186,6 +188,18 @@ def _grow_table(storage: Storage, items: Sequence[SourceItem], config: ExtractCo
         for item in items
     ]
     return builder.build(), any(added)
+
+
+def _unencoded(storage: Storage, root: RootManifest | None, table: ItemTable | None) -> dict[Modality, set[int]]:
+    """Photos and sounds that no encoder holds: broken ones, and those that an interrupted run did not reach."""
+    found: dict[Modality, set[int]] = {}
+    for modality, inputs in table.inputs.items() if table else ():
+        found[modality] = set(range(len(inputs)))
+        for key in root.encoders if root else ():
+            manifest = read_encoder(storage, key)
+            if manifest.modality == modality:
+                found[modality] -= set(range(manifest.finished_rows)) - manifest.invalid.keys()
+    return found
 
 
 def _write_root(storage: Storage, table: ItemTable | None, jobs: Sequence[Job]) -> None:

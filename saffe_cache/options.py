@@ -45,6 +45,24 @@ def parse_config(config_class: type[Config], arguments: Sequence[str] | None, pr
         parser.error(str(error))
 
 
+def require(holds: bool, option: str, found: Any, expected: str) -> None:
+    """
+    Raises:
+        ValueError: it does not hold; names the option, what was found and what is expected.
+    """
+    if not holds:
+        raise ValueError(f"--{option.replace('_', '-')}: found {found}, expected {expected}.")
+
+
+def require_keys(option: str, mapping: Mapping[str, Any], known: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: a key is not among the known ones.
+    """
+    for key in mapping:
+        require(key in known, option, f"{key}=…", " or ".join(f"{name}=…" for name in known))
+
+
 def attribute_docstrings(config_class: type) -> dict[str, str]:
     """The string below each field of a dataclass."""
     body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0]

@@ -48,6 +48,8 @@ class Job:
     manifest: EncoderManifest
     options: EncodeOptions
     inputs: Inputs
+    is_wanted: np.ndarray
+    """bool [inputs]: does an item point to it? A broken photo that was mended is no longer wanted."""
     token_ids: list[list[int]] = field(default_factory=list)
     """Of all texts; empty for photos and sounds."""
     offsets: np.ndarray | None = None
@@ -72,12 +74,15 @@ class Job:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all arrays when done."""
-        return sum(spec.row_bytes * rows for spec, rows in self.arrays.values())
+        """Bytes of the encoder's group when done: shards, padded to whole chunks, and blocks."""
+        weights = sum(values.nbytes for block in self.encoder.blocks.values() for values in block.tensors.values())
+        return weights + sum(_array_bytes(spec, rows) for spec, rows in self.arrays.values())
 
     @property
     def num_files(self) -> int:
-        return sum(2 + rows // spec.shard_rows for spec, rows in self.arrays.values())
+        """Files of the encoder's group when done; each array has one for its metadata."""
+        weights = sum(2 * len(block.tensors) + 1 for block in self.encoder.blocks.values())
+        return weights + sum(1 + -(-rows // spec.shard_rows) for spec, rows in self.arrays.values())
 
     @property
     def block_rows(self) -> int:
@@ -105,7 +110,9 @@ class Job:
             start = stop
 
 
-def plan_job(storage: Storage, request: EncoderRequest, inputs: Inputs, options: EncodeOptions) -> Job:
+def plan_job(
+    storage: Storage, request: EncoderRequest, inputs: Inputs, is_wanted: np.ndarray, options: EncodeOptions
+) -> Job:
     """Load the encoder and find out what the cache lacks of it.
 
     Raises:
@@ -113,7 +120,9 @@ def plan_job(storage: Storage, request: EncoderRequest, inputs: Inputs, options:
         CacheError: the cache stores its arrays in another type.
     """
     encoder = load_encoder(request)
-    job = Job(encoder=encoder, manifest=_manifest(storage, encoder), options=options, inputs=inputs)
+    job = Job(
+        encoder=encoder, manifest=_manifest(storage, encoder), options=options, inputs=inputs, is_wanted=is_wanted
+    )
     if request.modality == "text":
         job.token_ids = encoder.tokenize(inputs.texts or ())
         job.offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in job.token_ids])]).astype(np.int64)
@@ -123,6 +132,11 @@ def plan_job(storage: Storage, request: EncoderRequest, inputs: Inputs, options:
         vectors = any(name in encoder.vector_widths for name in job.missing)
         encoder.select(layers_among(job.missing), vectors=vectors)
     return job
+
+
+def _array_bytes(spec: ArraySpec, rows: int) -> int:
+    full, rest = divmod(rows, spec.shard_rows)
+    return full * spec.shard_file_bytes(spec.shard_rows) + (spec.shard_file_bytes(rest) if rest else 0)
 
 
 def seconds_per_input(job: Job) -> float:

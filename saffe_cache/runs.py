@@ -9,6 +9,7 @@ state.safetensors     what a killed run resumes from
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -46,6 +47,8 @@ class RunSpec:
     validation_fraction: float
     seed: int
     shape: FamShape
+    data: str = ""
+    """Hash over the photos and texts that the run trains on and is validated on."""
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> RunSpec:
@@ -103,11 +106,43 @@ def training_pairs(spec: RunSpec, cache: Cache) -> tuple[Pairs, Pairs, int]:
     rows = cache.table.rows[gallery.manifest.modality]
     elsewhere = rows[np.array(cache.table.splits) != spec.train_split]
     shared = np.isin(pairs.rows, elsewhere)
+    if shared.all():
+        raise ValueError(
+            f"--train-split {spec.train_split}: all of its {len(pairs)} photos stand in other splits too. "
+            "Keep a photo in one split."
+        )
     pairs = pairs.take(np.flatnonzero(~shared))
     if spec.validation == "heldout":
         hashes = cache.table.inputs[gallery.manifest.modality].content_hash
         return *hold_out(pairs, spec.validation_fraction, spec.seed, hashes), int(shared.sum())
     return pairs, select_pairs(cache.table, gallery, text, spec.validation, spec.pairs), int(shared.sum())
+
+
+def data_fingerprint(cache: Cache, spec: RunSpec, *parts: Pairs) -> str:
+    """Hash over the content of some pairs: photos by their bytes, texts by their characters, in order."""
+    modality = cache.encoders[spec.gallery_key].manifest.modality
+    photo_hash, text_hash = (cache.table.inputs[name].content_hash for name in (modality, "text"))
+    digest = hashlib.sha256()
+    for pairs in parts:
+        digest.update(photo_hash[pairs.rows].tobytes())
+        digest.update(text_hash[pairs.texts.values].tobytes())
+        digest.update(np.diff(pairs.texts.offsets).astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def same_training_pairs(spec: RunSpec, cache: Cache, run_dir: str | Path) -> tuple[Pairs, Pairs]:
+    """The pairs that a run was trained on and validated on, from the cache that it was trained on.
+
+    Raises:
+        ValueError: the cache holds other data than the run has seen: it is another one, or has grown.
+    """
+    training, validation, _ = training_pairs(spec, cache)
+    if data_fingerprint(cache, spec, training, validation) != spec.data:
+        raise ValueError(
+            f"--run {run_dir}: it was trained on other photos or texts than {cache.storage.root} holds now for "
+            f"split {spec.train_split!r}: what it has seen is unknown. Give the cache of its training, or train again."
+        )
+    return training, validation
 
 
 @torch.inference_mode()
@@ -135,9 +170,13 @@ def encode_queries(model: FusionAlignModule, vectors: np.ndarray, device: str = 
 
 def choose_device(device: str) -> str:
     """ "auto" takes a GPU where there is one."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: torch cannot use it ({str(error).splitlines()[0]}). Try auto.") from None
+    return device
 
 
 def provenance(config: Any) -> dict[str, Any]:

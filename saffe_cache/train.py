@@ -6,15 +6,17 @@ import json
 import logging
 import resource
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from saffe_cache.features import CacheError, Modality
-from saffe_cache.fitting import FitOptions, TrainingData, fit, resume, start
+from saffe_cache.checkpoints import resume
+from saffe_cache.features import MODALITIES, CacheError, Modality
+from saffe_cache.fitting import FitOptions, TrainingData, fit, start
 from saffe_cache.fusion.fam import FamShape, FusionAlignModule, FusionName, HeadName
+from saffe_cache.options import require, require_keys
 from saffe_cache.pairs import VALIDATION_SPLITS, PairKind, gallery_modality, pair_kind
-from saffe_cache.runs import RunSpec, choose_device, provenance, read_json, training_pairs, write_json
+from saffe_cache.runs import RunSpec, choose_device, data_fingerprint, provenance, read_json, training_pairs, write_json
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 
 logger = logging.getLogger(__name__)
@@ -32,11 +34,13 @@ class TrainConfig:
     out: str
     """Folder of the run."""
     fusion: FusionName = "linear"
-    """linear: pool the cached states. decoder: the encoder's next block with a gated cross-attention, then pool."""
+    """linear: pool the cached states. decoder: send them through the encoder's next block first, with a gated
+    cross-attention; in this release it is trained with null text alone."""
     head: HeadName = "attention"
-    """How tokens become a vector. attention: learned queries. mean. flatten: the paper's, for reproduction."""
+    """How tokens become a vector. attention: pooled by learned queries. mean: their mean. flatten: all tokens into one
+    linear map, as in the paper, for reproduction."""
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Layers to train on, as image=11,12. Default: all cached ones that the fusion can use."""
+    """Layers to train on, as image=11,12 (and text=5 for the decoder). Default: all that the fusion can use."""
     encoder: Mapping[str, str] = field(default_factory=dict)
     """Which encoder, as image=PART-OF-KEY, where the cache has several of a modality."""
     pairs: Literal["auto", "captions", "classes"] = "auto"
@@ -51,7 +55,7 @@ class TrainConfig:
     epochs: int = 20
     """Passes over the photos."""
     batch_size: int = 512
-    """Photos in a batch, each with all its texts."""
+    """Photos in a batch, each with all its texts; smaller where there are fewer than 8 such batches."""
     learning_rate: float = 2e-3
     """Peak of AdamW's learning rate."""
     weight_decay: float = 0.05
@@ -65,13 +69,27 @@ class TrainConfig:
     patience: int = 8
     """Stop after so many epochs without a better validation score."""
     seed: int = 0
-    """Of everything random."""
+    """Seed of the starting weights, the order of photos, dropout and what is held out."""
     device: str = "auto"
     """auto takes a GPU where there is one; or cpu, cuda."""
     checkpoint_seconds: float = 60.0
     """Time between states that a killed run resumes from."""
     tensorboard: bool = True
     """Also log to TensorBoard, where it is installed."""
+
+    def __post_init__(self) -> None:
+        require_keys("layers", self.layers, MODALITIES)
+        require_keys("encoder", self.encoder, MODALITIES)
+        require(self.fusion == "decoder" or "text" not in self.layers, "layers", "text=…", "no text: linear takes none")
+        for name, layers in self.layers.items():
+            require(len(set(layers)) == len(layers), "layers", f"{name}={layers}", "each layer once")
+        require(self.validation != self.train_split, "validation", self.validation, "another split, or heldout")
+        for option in ("epochs", "batch_size", "learning_rate", "clip", "patience"):
+            require(getattr(self, option) > 0, option, getattr(self, option), "a number above 0")
+        for option in ("validation_fraction", "warmup", "dropout"):
+            require(0 <= getattr(self, option) < 1, option, getattr(self, option), "a fraction from 0 to below 1")
+        for option in ("weight_decay", "seed", "checkpoint_seconds"):
+            require(getattr(self, option) >= 0, option, getattr(self, option), "0 or more")
 
 
 def train(config: TrainConfig) -> str:
@@ -84,31 +102,30 @@ def train(config: TrainConfig) -> str:
     out = Path(config.out)
     cache = open_cache(config.cache)
     spec = resolve_run(config, cache)
+    train_pairs, validation_pairs, num_shared = training_pairs(spec, cache)
+    spec = replace(spec, data=data_fingerprint(cache, spec, train_pairs, validation_pairs))
     _check_folder(out, config, spec)
     if (out / "result.json").exists():
         logger.info("%s is finished already, nothing to do.", out)
         return config.out
-    train_pairs, validation_pairs, num_shared = training_pairs(spec, cache)
     options = FitOptions(
         **{one.name: getattr(config, one.name) for one in fields(FitOptions) if one.name != "device"},
         device=choose_device(config.device),
     )
-    state = start(options, spec, cache, train_pairs)
     logger.info(
-        "%s on %s: %d photos to train on, %d to validate on (%s); left out %d unusable ones and %d that are in other "
-        "splits too; %.2f M trainable parameters.",
-        spec.shape.fusion,
-        options.device,
-        len(train_pairs),
-        len(validation_pairs),
-        spec.validation,
-        train_pairs.num_unusable,
-        num_shared,
-        _num_trainable(state.model) / 1e6,
+        "%s fusion, %s head, on %s: %s of %s%s, described by %s (%s).",
+        *(spec.shape.fusion, spec.shape.head, options.device, _names(spec.gallery_layers), spec.gallery_key),
+        *(f" and {_names(spec.text_layers)} of the text" if spec.text_layers else "", spec.pairs, spec.text_key),
     )
+    logger.info(
+        "%d items to train on, %d to validate on (%s); left out %d unusable ones and %d that are in other splits too.",
+        *(len(train_pairs), len(validation_pairs), spec.validation, train_pairs.num_unusable, num_shared),
+    )
+    data = TrainingData(spec, cache, train_pairs, validation_pairs, options)
+    state = start(options, spec, cache, data)
     write_json(out / "config.json", {"stage": "train", "run": asdict(spec), **provenance(config)})
     resume(out, state)
-    fit(options, state, TrainingData(spec, cache, train_pairs, validation_pairs, options), out)
+    fit(options, state, data, out)
     write_json(
         out / "result.json",
         {
@@ -126,7 +143,12 @@ def train(config: TrainConfig) -> str:
         },
     )
     (out / "state.safetensors").unlink(missing_ok=True)
-    logger.info("best validation score %.4f in epoch %d", state.best_score, state.best_epoch)
+    logger.info(
+        "best validation %s %.2f %% after epoch %d of %d; %.2f M trainable parameters.",
+        "MRR" if spec.pairs == "captions" else "mAP",
+        100 * state.best_score,
+        *(state.best_epoch, config.epochs, _num_trainable(state.model) / 1e6),
+    )
     return config.out
 
 
@@ -200,6 +222,10 @@ def _check_folder(out: Path, config: TrainConfig, spec: RunSpec) -> None:
     ]
     if different:
         raise ValueError(f"--out {out} holds another run ({'; '.join(different)}). Choose another --out, or delete it.")
+
+
+def _names(layers: tuple[int, ...]) -> str:
+    return "hidden_states " + ", ".join(map(str, layers))
 
 
 def _num_trainable(model: FusionAlignModule) -> int:

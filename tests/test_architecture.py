@@ -14,7 +14,8 @@ LAYERS = [
     {"store", "sources", "encoders", "fusion", "objectives", "retrieval", "options"},
     {"pairs"},
     {"planning", "runs"},
-    {"encoding", "fitting"},
+    {"encoding", "checkpoints"},
+    {"fitting"},
     {"extract", "train", "evaluate"},
     {"cli"},
 ]
@@ -28,7 +29,7 @@ OWNERS = {
     "transformers": {"encoders", "runs"},  # runs records its version
     "huggingface_hub": {"encoders"},
     "faiss": {"retrieval"},
-    "safetensors": {"runs", "fitting"},
+    "safetensors": {"runs", "checkpoints"},
 }
 FORBIDDEN = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 

@@ -254,6 +254,69 @@ def test_repaired_item_is_taken_up(config: ExtractConfig, data: Path) -> None:
     assert cache.encoder("image").usable(cache.table.rows["image"][[item]])[0]
 
 
+def test_broken_photo_can_be_mended_or_left_out(config: ExtractConfig, data: Path) -> None:
+    """After a run that stopped over --max-invalid, and after one that went through."""
+    photo = data / "train" / "003.png"
+    content = photo.read_bytes()
+    photo.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CacheError, match="1 of 26 inputs are unreadable"):
+        extract(config)
+    extract(replace(config, max_invalid=0.1))
+    photo.write_bytes(content)
+    cache = open_cache(extract(config))
+    image = cache.encoder("image")
+    row = cache.table.rows["image"][[cache.table.ids.index("train/003.png")]]
+    assert row.tolist() == [26]
+    assert image.usable(row)[0]
+    assert np.isfinite(image.vectors(row)).all()
+
+
+def test_deleted_photo_is_noted_when_a_layer_is_added(config: ExtractConfig, data: Path) -> None:
+    extract(config)
+    (data / "train" / "003.png").unlink()
+    lines = (data / "train" / "metadata.jsonl").read_text().splitlines()
+    (data / "train" / "metadata.jsonl").write_text("\n".join(line for line in lines if "003.png" not in line))
+    more = replace(config, layers={"image": (1,), "text": (1, 3)})
+    with pytest.raises(CacheError, match="1 of its image inputs are not in --data"):
+        extract(more)
+    cache = open_cache(extract(replace(more, max_invalid=0.1)))
+    assert list(cache.encoder("image").manifest.invalid.values()) == ["not among --data"]
+
+
+def test_refused_extraction_leaves_no_encoder_behind(config: ExtractConfig, tmp_path: Path) -> None:
+    extract(config)
+    other = make_captioned(tmp_path / "other", {"another": 3})
+    with pytest.raises(CacheError, match="are not in --data"):
+        extract(replace(config, data=str(other), image_size=28))
+    assert len(open_cache(config.cache).encoders) == 2
+
+
+def test_class_prompt_of_a_cache_is_fixed(config: ExtractConfig, tmp_path: Path) -> None:
+    for number in range(4):
+        draw(tmp_path / "classes" / "train" / f"class{number % 2}" / f"{number}.png", number)
+    classes = replace(config, data=str(tmp_path / "classes"))
+    extract(classes)
+    with pytest.raises(CacheError, match=r"is in the cache as \['a photo of a class0.'\], asked for \['one class0'\]"):
+        extract(replace(classes, class_prompt=("one {}",)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_prompt": ("a photo",)}, "expected one {} where the text goes"),
+        ({"prompt": "{x}"}, "expected one {} where the text goes"),
+        ({"batch_size": 0}, "--batch-size: found 0, expected a number above 0"),
+        ({"max_invalid": 7.0}, "expected a fraction from 0 to 1"),
+        ({"layers": {"audio": (1,)}}, "expected modalities that --encoder names"),
+        ({"max_items": {"tran": 5}}, "no items in split tran; its splits are dev, train"),
+        ({"device": "gpu"}, "--device gpu: torch cannot use it"),
+    ],
+)
+def test_wrong_options_are_named(config: ExtractConfig, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        extract(replace(config, **changes))  # type: ignore[arg-type]
+
+
 def test_changed_content_is_refused(config: ExtractConfig, data: Path) -> None:
     extract(config)
     draw(data / "train" / "005.png", 999)
@@ -300,7 +363,7 @@ def test_storage_of_an_array_is_fixed(config: ExtractConfig) -> None:
 def test_data_that_the_cache_has_beyond_this_source_are_asked_for(config: ExtractConfig, tmp_path: Path) -> None:
     extract(config)
     other = make_captioned(tmp_path / "other", {"another": 3})
-    with pytest.raises(CacheError, match=r"26 of the cache's image inputs are not in --data"):
+    with pytest.raises(CacheError, match=r"26 of its image inputs are not in --data"):
         extract(replace(config, data=str(other), layers={"image": (1,), "text": (1,)}))
 
 

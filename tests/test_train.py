@@ -12,9 +12,12 @@ import torch
 from synthetic_cache import LAYERS, make_cache
 
 from saffe_cache import fitting
+from saffe_cache.checkpoints import TrainingState
 from saffe_cache.features import CacheError
-from saffe_cache.pairs import hold_out, select_pairs
-from saffe_cache.runs import load_run, training_pairs
+from saffe_cache.pairs import hold_out, mean_text_vectors, select_pairs, summaries, unit_rows
+from saffe_cache.retrieval.baselines import LinearMap, fit_ridge
+from saffe_cache.retrieval.protocols import caption_scores
+from saffe_cache.runs import load_run, same_training_pairs, training_pairs
 from saffe_cache.store.reader import open_cache
 from saffe_cache.train import TrainConfig, resolve_run, train
 
@@ -58,7 +61,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     step = fitting._step
     for last in (1, 5, 10):
 
-        def dying_step(options: object, state: fitting.TrainingState, *rest: object, last: int = last) -> float:
+        def dying_step(options: object, state: TrainingState, *rest: object, last: int = last) -> float:
             if state.step == last:
                 raise KeyboardInterrupt
             return step(options, state, *rest)  # type: ignore[arg-type]
@@ -71,8 +74,9 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     train(config)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
-    scores = [[json.loads(line)["validation_score"] for line in (run / "log.jsonl").open()] for run in (whole, killed)]
-    assert scores[0] == scores[1]
+    logs = [[json.loads(line) for line in (run / "log.jsonl").open()] for run in (whole, killed)]
+    for name in ("step", "epoch", "loss", "validation_score", "temperature"):
+        assert [line[name] for line in logs[0]] == [line[name] for line in logs[1]]
     assert not (killed / "state.safetensors").exists()
 
 
@@ -148,6 +152,72 @@ def test_differing_widths_are_projected(tmp_path: Path) -> None:
     train(config_for(path, tmp_path / "run", fusion="decoder", epochs=1))
     _, model, _ = load_run(tmp_path / "run", open_cache(path))
     assert isinstance(model.decoders[0].cross_attention.context_projection, torch.nn.Linear)
+
+
+def test_the_attention_head_starts_as_the_ridge_and_is_never_worse_on_validation(tmp_path: Path) -> None:
+    path = make_cache(tmp_path / "cache.zarr", {"train": 60, "dev": 40})
+    train(config_for(path, tmp_path / "run", learning_rate=1.0))  # it diverges
+    cache = open_cache(path)
+    gallery, text = cache.encoder("image"), cache.encoder("text")
+    pairs = {split: select_pairs(cache.table, gallery, text, split, "captions") for split in ("train", "dev")}
+    features = {split: summaries(gallery, of_split.rows, (2, 3)) for split, of_split in pairs.items()}
+    owners = np.repeat(np.arange(40), 2)
+    queries = unit_rows(text.vectors(pairs["dev"].texts.values))
+
+    def judge(fit: LinearMap) -> float:
+        return caption_scores(unit_rows(fit(features["dev"])), queries, owners, intervals=False)["mrr"].value
+
+    ridge = judge(fit_ridge(features["train"], mean_text_vectors(pairs["train"], text), judge))
+    first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert first["epoch"] == 0
+    assert first["validation_score"] == pytest.approx(ridge, abs=1e-6)
+    assert result_of(tmp_path / "run")["best_validation_score"] >= first["validation_score"]
+
+
+def test_only_what_null_text_reaches_counts_as_trainable(cache_path: str, tmp_path: Path) -> None:
+    train(config_for(cache_path, tmp_path, fusion="decoder", epochs=1))
+    _, model, _ = load_run(tmp_path, open_cache(cache_path))
+    model.freeze_text_path()
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert result_of(tmp_path)["trainable_parameters"] == trainable
+    photos = model([torch.randn(4, 5, 16)])
+    (photos.sum() + model.encode_queries(torch.randn(4, 12)).sum()).backward()
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert idle == []
+
+
+def test_cache_that_grew_or_is_another_one_is_refused(cache_path: str, tmp_path: Path) -> None:
+    config = config_for(cache_path, tmp_path / "run", epochs=1)
+    train(config)
+    spec, _, _ = load_run(tmp_path / "run", open_cache(cache_path))
+    same_training_pairs(spec, open_cache(cache_path), "run")
+    other = make_cache(tmp_path / "other.zarr", {"train": 130, "test": 30})
+    with pytest.raises(ValueError, match="trained on other photos or texts"):
+        same_training_pairs(spec, open_cache(other), "run")
+    with pytest.raises(ValueError, match="holds another run"):
+        train(replace(config, cache=other))
+
+
+def test_all_photos_in_another_split_too(tmp_path: Path) -> None:
+    path = make_cache(tmp_path / "cache.zarr", {"train": 20, "test": 30}, shared=20)
+    with pytest.raises(ValueError, match="all of its 20 photos stand in other splits too"):
+        train(config_for(path, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "--epochs: found 0, expected a number above 0"),
+        ({"validation": "train"}, "--validation: found train, expected another split"),
+        ({"layers": {"img": (3,)}}, "--layers: found img=…, expected image=… or"),
+        ({"layers": {"image": (3, 3)}}, "each layer once"),
+        ({"warmup": 2.0}, "--warmup: found 2.0, expected a fraction"),
+        ({"device": "gpu"}, "--device gpu: torch cannot use it"),
+    ],
+)
+def test_wrong_options_are_named(cache_path: str, tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(config_for(cache_path, tmp_path, **changes))
 
 
 def test_run_of_another_cache_is_refused(cache_path: str, tmp_path: Path) -> None:

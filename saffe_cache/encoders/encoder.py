@@ -96,7 +96,7 @@ class FrozenEncoder:
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, its prompt and special tokens included, cut at `max_length`."""
-        prompted = [self.request.prompt.format(text) for text in texts]
+        prompted = [self.request.prompt.replace("{}", text) for text in texts]
         return list(self._processor(prompted, truncation=True, max_length=self.max_length)["input_ids"])
 
     def pad(self, token_ids: Sequence[list[int]]) -> dict[str, torch.Tensor]:

@@ -108,6 +108,13 @@ class FusionAlignModule(nn.Module):
         """Unit vectors [batch, text_size] of the text encoder's own vectors."""
         return functional.normalize(self.query_map(vectors), dim=-1)
 
+    def freeze_text_path(self) -> None:
+        """For training with null text alone: softmax over one key is 1, so queries and keys would get no gradient."""
+        for decoder in self.decoders:
+            attention = decoder.get_submodule("cross_attention")
+            for part in ("query_norm", "query", "key"):
+                attention.get_submodule(part).requires_grad_(False)
+
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, object]]:
         """Groups for AdamW: matrices decay, all else does not; pooling queries learn faster, the text side slower."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}

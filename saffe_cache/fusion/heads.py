@@ -38,7 +38,8 @@ class AttentionHead(nn.Module):
 
         z = linear(summary) + mlp(norm([pooled; summary]))
 
-    `linear` may be started from the ridge regression (`start_linear`); the MLP then has to earn its keep.
+    The MLP starts at zero, and `linear` may be started from the ridge regression (`start_linear`): the head then
+    is that regression before it is trained.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class AttentionHead(nn.Module):
         self.linear = nn.Linear(summary_size, output_size)
         self.dropout = nn.Dropout(dropout)
         with torch.no_grad():
-            last.weight.mul_(0.1)
+            last.weight.zero_()
             last.bias.zero_()
 
     def forward(self, states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:

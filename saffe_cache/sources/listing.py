@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+
+from tqdm import tqdm
 
 from saffe_cache.sources.folders import folder_items
 from saffe_cache.sources.hub import hub_items, saved_items
 from saffe_cache.sources.items import Columns, SourceItem
 
 
-def read_items(data: str, columns: Columns, splits: tuple[str, ...]) -> list[SourceItem]:
-    """All items of a dataset, with the hash of their content; unreadable ones carry a problem.
+def read_items(
+    data: str, columns: Columns, splits: tuple[str, ...], most: Mapping[str, int] | None = None
+) -> list[SourceItem]:
+    """The items of a dataset, with the hash of their content; unreadable ones carry a problem.
 
-    `splits` narrows to some; empty takes all.
+    `splits` narrows to some, empty takes all; `most` limits the items of a split. Only what is left is read.
 
     Raises:
         ValueError: nothing usable lies there, or a split has no items.
@@ -27,11 +32,22 @@ def read_items(data: str, columns: Columns, splits: tuple[str, ...]) -> list[Sou
             "a folder saved by datasets.save_to_disk, or a hub id."
         )
     there = dict.fromkeys(item.split for item in items)
-    absent = [split for split in splits if split not in there]
+    absent = [split for split in (*splits, *(most or ())) if split not in there]
     if absent:
         raise ValueError(f"--data {data}: no items in split {absent[0]}; its splits are {', '.join(there)}.")
+    chosen = _limit([item for item in items if not splits or item.split in splits], most or {})
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(_hash_item, (item for item in items if not splits or item.split in splits)))
+        hashed = pool.map(_hash_item, chosen)
+        return list(tqdm(hashed, total=len(chosen), unit=" items", desc=f"reading {data}", leave=False))
+
+
+def _limit(items: Sequence[SourceItem], most: Mapping[str, int]) -> list[SourceItem]:
+    """At most so many items of a split: those whose hashed ids come first, in the dataset's order."""
+    chosen = {item.id for item in items if item.split not in most}
+    for split, count in most.items():
+        ids = [item.id for item in items if item.split == split]
+        chosen.update(sorted(ids, key=lambda name: hashlib.sha256(name.encode("utf-8", "replace")).digest())[:count])
+    return [item for item in items if item.id in chosen]
 
 
 def _all_items(data: str, columns: Columns) -> list[SourceItem]:

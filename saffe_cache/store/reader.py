@@ -222,12 +222,17 @@ class Cache:
         Raises:
             CacheError: there is none, there are several to choose from, or its extraction is unfinished.
         """
-        keys = [key for key, encoder in self.encoders.items() if encoder.manifest.modality == modality]
-        chosen = [key for key in keys if name is None or name in key]
+        of_modality = {key: one for key, one in self.encoders.items() if one.manifest.modality == modality}
+        if not of_modality:
+            raise CacheError(
+                f"{self.storage.root}: it holds no {modality} encoder. Add one: saffe-extract --encoder {modality}=…"
+            )
+        named = [key for key in of_modality if name is None or name in key]
+        chosen = [key for key in named if of_modality[key].manifest.finished_rows] or named
         if len(chosen) != 1:
             asked = f" named {name!r}" if name else ""
             raise CacheError(
-                f"{self.storage.root}: {len(chosen)} {modality} encoders{asked}; it holds {keys or 'none'}. "
+                f"{self.storage.root}: {len(chosen)} {modality} encoders{asked}; it holds {', '.join(of_modality)}. "
                 f"Choose one with --encoder {modality}=PART-OF-ITS-KEY."
             )
         encoder = self.encoders[chosen[0]]

@@ -8,7 +8,7 @@ by them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -53,8 +53,15 @@ class _Entry:
 class TableBuilder:
     """Grows a table: distinct inputs get the next free row, known ones keep theirs."""
 
-    def __init__(self, table: ItemTable | None, class_prompts: Sequence[str]) -> None:
+    def __init__(
+        self,
+        table: ItemTable | None,
+        class_prompts: Sequence[str],
+        replaceable: Mapping[Modality, Collection[int]] | None = None,
+    ) -> None:
+        """`replaceable`: inputs that no encoder holds, by row; an item of theirs may change its content."""
         self._class_prompts = tuple(class_prompts)
+        self._replaceable = replaceable or {}
         self._entries: dict[str, _Entry] = {}
         self._row_of: dict[Modality, dict[bytes, int]] = {name: {} for name in MODALITIES}
         self._texts: list[str] = []
@@ -78,15 +85,19 @@ class TableBuilder:
                 labels=tuple(self._class_index(name) for name in item.labels),
             )
         known = self._entries.get(item.id)
-        if known is not None and (item.problem or not known.problem):
-            if entry != known and not item.problem:
-                raise CacheError(
-                    f"item {item.id!r}: its file, captions, labels or split are not those in the cache. "
-                    "Extract changed data into a new cache."
-                )
+        if known is not None and (item.problem or entry == known):
             return False
+        if known is not None and not (known.problem or self._may_be_replaced(known)):
+            raise CacheError(
+                f"item {item.id!r}: its file, captions, labels or split are not those in the cache. "
+                "Extract changed data into a new cache."
+            )
         self._entries[item.id] = entry
         return True
+
+    def _may_be_replaced(self, known: _Entry) -> bool:
+        """No encoder holds the item's file: it was broken, or never reached."""
+        return any(row in self._replaceable.get(name, ()) for name, row in known.files.items())
 
     def build(self) -> ItemTable:
         """The table with all that was added."""
@@ -140,9 +151,16 @@ class TableBuilder:
     def _class_index(self, name: str) -> int:
         if name not in self._class_index_of:
             self._class_index_of[name] = len(self._class_index_of)
-            texts = (prompt.format(name.replace("_", " ")) for prompt in self._class_prompts)
-            self._class_texts[name] = tuple(self._text_row(text) for text in texts)
+            self._class_texts[name] = tuple(self._text_row(text) for text in self._prompted(name))
+        elif (cached := [self._texts[row] for row in self._class_texts[name]]) != self._prompted(name):
+            raise CacheError(
+                f"class {name!r} is in the cache as {cached}, asked for {self._prompted(name)}. "
+                "Give the cache's --class-prompt, or extract into a new cache."
+            )
         return self._class_index_of[name]
+
+    def _prompted(self, name: str) -> list[str]:
+        return [prompt.replace("{}", name.replace("_", " ")) for prompt in self._class_prompts]
 
 
 ENCODING_TYPE = "saffe-items"

@@ -1,0 +1,99 @@
+"""What a killed run resumes from, and its log."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.objectives import Temperature
+from saffe_cache.runs import write_tensors
+
+logger = logging.getLogger(__name__)
+
+_NUMBERS = ("step", "best_score", "best_epoch", "loss_sum", "seconds")
+
+
+@dataclass(kw_only=True)
+class TrainingState:
+    """What a resumed run needs."""
+
+    model: FusionAlignModule
+    temperature: Temperature
+    optimizer: torch.optim.AdamW
+    step: int = 0
+    best_score: float = -1.0
+    best_epoch: int = -1
+    """0 stands for the weights before the first step."""
+    loss_sum: float = 0.0
+    """Over the steps of the running epoch."""
+    seconds: float = 0.0
+
+
+def save_state(out: Path, state: TrainingState) -> None:
+    """All that `resume` needs, in one file."""
+    tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
+    tensors |= {f"temperature.{name}": value for name, value in state.temperature.state_dict().items()}
+    for number, moments in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+    numbers = {name: getattr(state, name) for name in _NUMBERS}
+    write_tensors(out / "state.safetensors", tensors, {"state": json.dumps(numbers)})
+
+
+def resume(out: Path, state: TrainingState) -> None:
+    """Continue from the last saved state, if there is one."""
+    path = out / "state.safetensors"
+    if not path.exists():
+        return
+    with safe_open(path, framework="pt") as file:
+        numbers = json.loads(file.metadata()["state"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — not a dict
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    state.model.load_state_dict(part("model."))
+    state.temperature.load_state_dict(part("temperature."))
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in part("optimizer.").items():
+        number, moment = name.split(".", 1)
+        moments.setdefault(int(number), {})[moment] = value
+    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
+    for name, value in numbers.items():
+        setattr(state, name, value)
+    logger.info("resuming from step %d", state.step)
+
+
+class Log:
+    """log.jsonl, and TensorBoard where it is installed. Lines behind a resumed step are dropped."""
+
+    def __init__(self, out: Path, step: int, tensorboard: bool) -> None:
+        self._path = out / "log.jsonl"
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        self._path.write_text("".join(line + "\n" for line in kept))
+        self._board: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                return
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step)
+
+    def write(self, values: dict[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        if self._board is not None:
+            for name in ("loss", "validation_score", "temperature", "learning_rate"):
+                if values[name] is not None:
+                    self._board.add_scalar(name, values[name], values["step"])
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
