@@ -44,7 +44,7 @@ def main() -> None:
             image_size=112,
         )
     )
-    run = train(TrainConfig(cache=cache, out=str(work / "linear"), batch_size=256))
+    run = train(TrainConfig(cache=cache, out=str(work / "linear")))
     out = evaluate(EvaluateConfig(cache=cache, run=run, split="test", out=f"{run}/test"))
     print(f"{time.perf_counter() - started:.0f} s after the downloads; the report is in {out}")
 

@@ -44,7 +44,8 @@ DEFINITIONS = {
     "caption": "each caption searches the photos, one of which is relevant; each photo searches the captions; "
     "the gallery is f(photo, null text)",
     "class": "each class's text searches the photos; map is the mean over classes of non-interpolated average "
-    "precision over the whole ranking; top1 is the share of photos whose nearest class text is theirs; "
+    "precision over the whole ranking, map_at_100 the same over its first 100, divided by min(relevant, 100); "
+    "top1 is the share of photos whose nearest class text is theirs; "
     "the gallery is f(photo, null text)",
 }
 

@@ -6,21 +6,19 @@ cache lacks of it) -> encoding, which hands rows to the store's writer.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import numpy as np
 
-from saffe_cache import __version__
 from saffe_cache.encoders.encoder import EncoderRequest
 from saffe_cache.encoding import check_sources, run_job
 from saffe_cache.features import MODALITIES, CacheError, ItemTable, Modality
 from saffe_cache.options import require, require_keys
 from saffe_cache.planning import EncodeOptions, Job, plan_job, seconds_per_input
-from saffe_cache.runs import choose_device
+from saffe_cache.runs import choose_device, provenance
 from saffe_cache.sources import Columns, SourceItem, read_items
 from saffe_cache.store.manifest import RootManifest, layers_among, read_encoder, read_root, write_root
 from saffe_cache.store.storage import Storage
@@ -127,7 +125,7 @@ def extract(config: ExtractConfig) -> str:
             check_sources(job, media)
         _say_what_happens(jobs, table, items)
         _write_root(storage, table if changed else None, jobs)
-        record = {"config": json.loads(json.dumps(asdict(config), default=str)), "saffe_cache": __version__}
+        record = provenance(config)
         for job in jobs:
             run_job(storage, job, media, record)
     return config.cache

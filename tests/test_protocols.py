@@ -87,7 +87,7 @@ def test_class_scores_equal_brute_force(several: bool, num_photos: int) -> None:
         for k, of_depth in values.items():
             of_depth.append(plain_average_precision(order, relevant[number], k))
     top1 = np.mean([ranked(photo, classes)[0] in labels[i] for i, photo in enumerate(photos)])
-    expected = {"map": np.mean(values[num_photos]), f"map_at_{depth}": np.mean(values[depth]), "top1": float(top1)}
+    expected = {"map": np.mean(values[num_photos]), "map_at_100": np.mean(values[depth]), "top1": float(top1)}
     assert_values(class_scores(photos, classes, labels), expected)
 
 
@@ -105,7 +105,7 @@ def test_perfect_models_score_one() -> None:
     scores = caption_scores(photos, photos[owners], owners)
     assert all(score.value == 1 for score in scores.values())
     photos, classes, labels = classed(60, 5, 0, seed=0)
-    assert_values(class_scores(photos, classes, labels), {"map": 1, "map_at_60": 1, "top1": 1})
+    assert_values(class_scores(photos, classes, labels), {"map": 1, "map_at_100": 1, "top1": 1})
 
 
 def over_seeds(scores: list[Scores]) -> dict[str, tuple[float, float, float]]:

@@ -73,6 +73,7 @@ def load_model(request: EncoderRequest) -> tuple[Family, Any]:
             request.model_id,
             dtype=getattr(torch, request.dtype),
             output_loading_info=True,
+            use_safetensors=True,  # other checkpoints would be unpickled
             **family.load_options,
             **options,
         )

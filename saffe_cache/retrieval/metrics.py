@@ -14,7 +14,8 @@ def average_precision(is_relevant: np.ndarray, num_relevant: np.ndarray) -> np.n
 
         AP@k = (1 / R) * sum over ranks r <= k of precision@r * is_relevant[r]
 
-    R also counts relevant items below rank k, so AP@k < 1 when R > k.
+    R also counts relevant items below rank k, so AP@k < 1 when R > k; the class protocol therefore gives
+    min(R, k) for R where it cuts the ranking.
     Source: Manning et al., Introduction to Information Retrieval, sec. 8.4.
 
     Args:

@@ -153,7 +153,7 @@ def class_scores(
             chance,
             _map_interval(order, ranked, seed) if intervals else None,
         ),
-        f"map_at_{depth}": Score(float(at_depth.mean()), _chance_at_depth(len(photos), num_relevant, depth)),
+        f"map_at_{MAP_K}": Score(float(at_depth.mean()), _chance_at_depth(len(photos), num_relevant, depth)),
         "top1": _top1(photos, classes, relevance, intervals, seed),
     }
 
