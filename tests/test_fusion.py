@@ -198,6 +198,7 @@ def test_gradient_reaches_all_that_trains_and_nothing_frozen(text: str, tiny_mod
         for decoder in fam.decoders:
             decoder.gate.fill_(0.5)  # type: ignore[operator, union-attr]
         fam.query_map.mlp[-1].weight.normal_()
+        fam.head.get_submodule("mlp")[-1].weight.normal_()  # type: ignore[index, operator]
     states = [rand(3, 6, 32, seed=seed) for seed in range(2)]
     texts = [rand(3, 4, width_of(pairs[0][1]), seed=seed) for seed in (2, 3)]
     target = rand(3, 10, seed=4)
