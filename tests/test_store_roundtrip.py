@@ -221,7 +221,7 @@ def test_an_encoder_is_chosen_by_modality_and_name(tmp_path: Path) -> None:
     write_contents(tmp_path, image_contents(5))
     cache = open_cache(tmp_path)
     assert cache.encoder("image", "tiny").key == fingerprint("image").key
-    with pytest.raises(CacheError, match="it holds no text encoder. Add one: saffe-extract --encoder text="):
+    with pytest.raises(CacheError, match="it holds no text encoder"):
         cache.encoder("text")
     with pytest.raises(CacheError, match="0 image encoders named 'other'; it holds image-tiny"):
         cache.encoder("image", "other")
