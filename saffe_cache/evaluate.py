@@ -113,9 +113,10 @@ def evaluate(config: EvaluateConfig) -> str:
     encoding = time.perf_counter()
     photos = encode_gallery(model, gallery, pairs.rows, spec.gallery_layers, device)
     encoding = time.perf_counter() - encoding
-    systems: dict[str, Scores] = {"fam": queries.score(photos, encode_queries(model, queries.vectors, device))}
+    searching = encode_queries(model, queries.vectors, device)
+    systems: dict[str, Scores] = {"fam": queries.score(photos, searching)}
     shuffled = photos[np.random.default_rng(config.seed).permutation(len(photos))]
-    control = queries.score(shuffled, encode_queries(model, queries.vectors, device))
+    control = queries.score(shuffled, searching)
     baselines, absent = _baselines(cache, spec, pairs, queries, training)
     systems |= baselines
     report = {
