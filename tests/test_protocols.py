@@ -1,14 +1,12 @@
-"""Both protocols against brute-force loops over all pairs, and what they say of models that know nothing."""
+"""The protocols over vectors against loops over all pairs, and what they say of models that know nothing."""
 
 from __future__ import annotations
-
-from dataclasses import astuple
 
 import numpy as np
 import pytest
 
 from saffe_cache.features import Ragged
-from saffe_cache.retrieval.protocols import Scores, caption_scores, class_scores
+from saffe_cache.retrieval.protocols import Scores, caption_scores, class_scores, image_scores, text_scores
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
@@ -220,7 +218,7 @@ def test_interval_of_map_is_centred_and_covers_the_truth() -> None:
 def test_seed_settles_everything() -> None:
     inputs = classed(60, 5, 0.5, seed=4)
     first, again, other = (class_scores(*inputs, seed=seed)["map"] for seed in (1, 1, 2))
-    assert astuple(first) == astuple(again)
+    assert first == again
     assert first.value == other.value
     assert first.interval != other.interval
 
@@ -229,3 +227,123 @@ def test_classes_without_any_photo_are_refused() -> None:
     vectors = unit_rows(np.random.default_rng(0).normal(size=(5, 4)))
     with pytest.raises(ValueError, match="no photo"):
         class_scores(vectors, vectors, Ragged.from_rows([[]] * 5))
+
+
+def described(num_items: int, num_texts: int, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray, Ragged]:
+    """A gallery, texts near the mean of the one to five items that they describe, and which those are."""
+    generator = np.random.default_rng(seed)
+    gallery = unit_rows(generator.normal(size=(num_items, 12)))
+    relevant = [generator.choice(num_items, generator.integers(1, 6), replace=False) for _ in range(num_texts)]
+    centers = np.stack([gallery[items].mean(axis=0) for items in relevant])
+    return gallery, unit_rows(centers + noise * generator.normal(size=centers.shape)), Ragged.from_rows(relevant)
+
+
+@pytest.mark.parametrize("noise", [0.1, 1.0])
+def test_text_scores_equal_brute_force(noise: float) -> None:
+    gallery, texts, relevant = described(60, 45, noise, seed=1)
+    orders = [ranked(text, gallery) for text in texts]
+    precisions = [plain_average_precision(o, set(r.tolist()), 60) for o, r in zip(orders, relevant, strict=True)]
+    ranks = [min(o.index(item) for item in r) + 1 for o, r in zip(orders, relevant, strict=True)]
+    scores = text_scores(gallery, texts, relevant, np.arange(45) // 3)
+    assert_values(scores, plain_rank_metrics(ranks) | {"map": float(np.mean(precisions))})
+    np.testing.assert_allclose(scores["map"].values, precisions)
+    np.testing.assert_allclose(scores["mrr"].values, 1 / np.array(ranks))
+
+
+def test_text_scores_of_one_relevant_item_are_those_of_captions() -> None:
+    photos, captions, owners = captioned(50, 0.8, seed=2)
+    scores = text_scores(photos, captions, Ragged.from_rows(owners[:, None]), owners)
+    expected = caption_scores(photos, captions, owners)
+    assert scores["map"].value == pytest.approx(scores["mrr"].value)
+    assert scores["map"].chance == pytest.approx(scores["mrr"].chance)
+    assert scores["map"].interval == pytest.approx(scores["mrr"].interval)
+    assert {name: expected[name] for name in scores if name != "map"} == {n: s for n, s in scores.items() if n != "map"}
+
+
+def test_text_queries_without_a_relevant_item_are_refused() -> None:
+    vectors = unit_rows(np.random.default_rng(0).normal(size=(5, 4)))
+    with pytest.raises(ValueError, match="no relevant item"):
+        text_scores(vectors, vectors[:2], Ragged.from_rows([[1], []]), np.arange(2))
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("num_photos", [40, 160])
+def test_image_scores_equal_brute_force(several: bool, num_photos: int) -> None:
+    photos, _, labels = classed(num_photos, 9, 0.4, seed=num_photos, several=several)
+    labels = Ragged.from_rows([*list(labels)[:-2], [8], []])  # one that is alone in its class, and one without
+    values: dict[str, list[float]] = {"map": [], "map_at_100": [], "recall_at_1": []}
+    for photo in range(num_photos):
+        others = [other for other in ranked(photos[photo], photos) if other != photo]
+        relevant = {other for other in others if set(labels[other]) & set(labels[photo])}
+        if not relevant:
+            assert photo >= num_photos - 2
+            continue
+        values["map"].append(plain_average_precision(others, relevant, num_photos))
+        values["map_at_100"].append(plain_average_precision(others, relevant, 100))
+        values["recall_at_1"].append(float(others[0] in relevant))
+    scores = image_scores(photos, labels)
+    for name, expected in values.items():
+        np.testing.assert_allclose(scores[name].values, expected)
+        interval = scores[name].interval
+        assert interval
+        assert interval[0] <= scores[name].value <= interval[1]
+
+
+def test_photos_that_share_no_class_are_refused() -> None:
+    vectors = unit_rows(np.random.default_rng(0).normal(size=(3, 4)))
+    for labels in ([[0], [1], [2]], [[], [], []]):
+        with pytest.raises(ValueError, match="no two photos share a class"):
+            image_scores(vectors, Ragged.from_rows(labels))
+
+
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_noise_scores_chance_in_texts_and_images(collapsed: bool) -> None:
+    _, _, relevant = described(60, 40, 0, seed=3)
+    _, _, labels = classed(120, 6, 0, seed=3, several=True)
+    text_runs, image_runs = [], []
+    for seed in range(150):
+        generator = np.random.default_rng(seed)
+        gallery, texts, photos = (unit_rows(generator.normal(size=(n, 12))) for n in (60, 40, 120))
+        if collapsed:
+            gallery, photos = np.tile(gallery[:1], (60, 1)), np.tile(photos[:1], (120, 1))
+        text_runs.append(text_scores(gallery, texts, relevant, np.arange(40), intervals=False, seed=seed))
+        image_runs.append(image_scores(photos, labels, intervals=False, seed=seed))
+    assert_chance(text_runs)
+    assert_chance(image_runs)
+
+
+def test_interval_of_noise_holds_chance_as_often_as_it_says() -> None:
+    """The queries of the text protocol are independent here, and so 95 in 100 intervals hold chance."""
+    held = {"map": 0, "recall_at_5": 0, "mrr": 0}
+    for seed in range(60):
+        generator = np.random.default_rng(seed)
+        gallery, texts = unit_rows(generator.normal(size=(80, 24))), unit_rows(generator.normal(size=(200, 24)))
+        relevant = Ragged.from_rows(generator.choice(80, 3, replace=False) for _ in range(200))
+        scores = text_scores(gallery, texts, relevant, np.arange(200), seed=seed)
+        for name in held:
+            low, high = scores[name].interval or (1, 0)
+            held[name] += low <= scores[name].chance <= high
+    assert min(held.values()) >= 50  # 57 expected, 1.7 the standard deviation
+
+
+def test_values_are_those_of_each_query() -> None:
+    photos, classes, labels = classed(90, 7, 0.4, seed=1, several=True)
+    scores = class_scores(photos, classes, labels) | caption_scores(*captioned(30, 0.5, seed=1))
+    for name, score in scores.items():
+        if name.endswith("median_rank"):
+            assert score.values is None
+        else:
+            assert score.value == pytest.approx(np.mean(score.values))
+    assert len(scores["map"].values) == 6  # the last class has no photo
+    assert len(scores["top1"].values) == 90
+    assert "values" not in repr(scores["map"])
+
+
+def test_interval_of_map_is_left_out_where_whole_rankings_are_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = classed(60, 5, 0.5, seed=4)
+    whole = class_scores(*inputs)
+    monkeypatch.setattr("saffe_cache.retrieval.protocols._MOST_ORDERED", 299)
+    without = class_scores(*inputs)
+    assert without["map"].interval is None
+    assert without["map"].value == whole["map"].value
+    assert without["top1"] == whole["top1"]
