@@ -1,4 +1,4 @@
-"""Ridge regression and the linear probe against scikit-learn."""
+"""Ridge regression and the linear probe against scikit-learn, class means against a loop, late fusion."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ import pytest
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from saffe_cache.retrieval import baselines
-from saffe_cache.retrieval.baselines import LinearMap, fit_linear_probe, fit_ridge
+from saffe_cache.retrieval.baselines import (
+    LinearMap,
+    fit_class_means,
+    fit_linear_probe,
+    fit_ridge,
+    fuse_late,
+    tune_late_fusion,
+)
 
 
 def regression(num_samples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -99,3 +106,62 @@ def test_linear_probe_stands_constant_features_and_absent_classes() -> None:
     fit = fit_linear_probe(features, labels.astype(np.int32), 7, judge=lambda fit: fit.strength)
     assert np.isfinite(fit(features)).all()
     assert (fit(features).argmax(axis=1) == labels).mean() > 0.6
+
+
+def test_class_means_equal_a_loop() -> None:
+    features, labels = classification()
+    fit = fit_class_means(features, labels, 5)
+    center = features.astype(np.float64).mean(axis=0)
+    by_class: dict[int, list[np.ndarray]] = {}
+    for row, label in zip(features.astype(np.float64), labels, strict=True):
+        by_class.setdefault(int(label), []).append((row - center) / np.linalg.norm(row - center))
+    expected = np.zeros((len(features), 5))
+    for i, row in enumerate(features.astype(np.float64)):
+        for label, members in by_class.items():
+            mean = np.mean(members, axis=0)
+            cosine = (row - center) @ mean / np.linalg.norm(row - center) / np.linalg.norm(mean)
+            expected[i, label] = cosine
+    np.testing.assert_allclose(fit(features), expected, atol=1e-5)
+    np.testing.assert_allclose(fit.gallery(features) @ fit.means.T, expected, atol=1e-5)
+    assert fit(features).dtype == np.float32
+
+
+def test_class_means_stand_absent_classes() -> None:
+    features, labels = classification()
+    fit = fit_class_means(features, labels, 7)
+    assert (fit(features)[:, 5:] == 0).all()
+    assert fit(features).argmax(axis=1).max() < 5
+    np.testing.assert_allclose(np.linalg.norm(fit.gallery(features), axis=1), 1, rtol=1e-5)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("image_noise", "text_noise", "low", "high"), [(1, 50, 0.85, 1), (50, 1, 0, 0.15), (2, 2, 0.3, 0.7)]
+)
+def test_late_fusion_takes_the_informative_side(image_noise: float, text_noise: float, low: float, high: float) -> None:
+    generator = np.random.default_rng(0)
+    queries = unit(generator.normal(size=(200, 16)))
+    noise = unit(generator.normal(size=(200, 16))), unit(generator.normal(size=(200, 16)))
+    image, text = unit(queries + image_noise * noise[0]), unit(queries + text_noise * noise[1])
+    seen: list[float] = []
+
+    def judge(gallery: np.ndarray) -> float:
+        cosines = queries @ gallery.T
+        seen.append(float((1 / (1 + (cosines > np.diag(cosines)[:, None]).sum(axis=1))).mean()))
+        return seen[-1]
+
+    weight = tune_late_fusion(image, text, judge)
+    assert low <= weight <= high
+    assert judge(fuse_late(image, text, weight)) == max(seen)
+    assert seen[0] == judge(text)
+    assert seen[len(baselines.LATE_WEIGHTS) - 1] == judge(image)
+
+
+def test_late_fusion_orders_one_gallery_as_the_average_score_of_equal_norms() -> None:
+    image, text = np.array([[1, 0], [0, 1]], np.float32), np.array([[0, 1], [-1, 0]], np.float32)
+    fused = fuse_late(image, text, 0.6)
+    np.testing.assert_allclose(fused, np.array([[0.6, 0.4], [-0.4, 0.6]]) / np.sqrt(0.52), rtol=1e-5)
+    assert fused.dtype == np.float32

@@ -1,4 +1,8 @@
-"""Fits that any fusion has to beat. Numpy, and torch's L-BFGS for the linear probe."""
+"""Fits that any fusion has to beat: class means, ridge, linear probe, late fusion. Numpy, and torch's L-BFGS.
+
+The MLP is in `mlp`, label propagation in `propagation`. What is tuned is tuned by a `judge`, a validation score of
+which higher is better.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ from torch.nn import functional
 RIDGE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Multiples of the number of samples."""
 PROBE_STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+LATE_WEIGHTS = tuple(step / 20 for step in range(21))
+"""Of the photo's vector; the text's has the rest."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,69 @@ class LinearMap:
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         return np.asarray(features @ self.weight.T + self.bias, np.float32)
+
+
+@dataclass(frozen=True)
+class ClassMeans:
+    """Nearest class mean by cosine."""
+
+    center: np.ndarray
+    """[in], of the training features."""
+    means: np.ndarray
+    """Unit vectors [c, in]; zero for a class without samples."""
+
+    def gallery(self, features: np.ndarray) -> np.ndarray:
+        """Centred features as unit vectors, float32 [n, in]; `means` are the queries that go with them."""
+        return _unit_rows(features - self.center)
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Cosines to the class means, float32 [n, c]."""
+        return np.asarray(self.gallery(features) @ self.means.T, np.float32)
+
+
+def fit_class_means(features: np.ndarray, labels: np.ndarray, num_classes: int) -> ClassMeans:
+    """Mean of each class's centred unit features. Nothing is tuned.
+
+    Source: SimpleShot's "CL2N" (Wang et al., 2019, sec. 3.2), but with means of unit length: with cosines, the
+    photos of a class can be ranked by the same scores that classify them.
+
+    Args:
+        features: [n, in].
+        labels: int [n].
+        num_classes: number of classes.
+    """
+    center = features.mean(axis=0, dtype=np.float64).astype(np.float32)
+    sums = np.zeros((num_classes, features.shape[1]))
+    np.add.at(sums, labels, _unit_rows(features - center))
+    return ClassMeans(center, _unit_rows(sums))
+
+
+def fuse_late(image: np.ndarray, text: np.ndarray, weight: float) -> np.ndarray:
+    """unit(weight image + (1 - weight) text), float32 [n, d]: the average of two scores, up to its norm.
+
+    Args:
+        image: unit vectors [n, d], in the space of the queries.
+        text: unit vectors [n, d] of the text beside each photo.
+        weight: of the photos, 0 to 1.
+    """
+    return _unit_rows(weight * image + (1 - weight) * text)
+
+
+def tune_late_fusion(image: np.ndarray, text: np.ndarray, judge: Callable[[np.ndarray], float]) -> float:
+    """The weight of `fuse_late` whose gallery `judge` likes best; of several, the least.
+
+    Args:
+        image: unit vectors of validation photos, [n, d].
+        text: unit vectors of the texts beside them, [n, d].
+        judge: a validation score of a gallery, float32 [n, d].
+    """
+    return max(LATE_WEIGHTS, key=lambda weight: judge(fuse_late(image, text, weight)))
+
+
+def _unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Rows of unit length, float32; a zero row stays zero."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.maximum(norms, 1e-12), np.float32)
 
 
 def fit_ridge(

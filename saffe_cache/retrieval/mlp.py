@@ -1,0 +1,203 @@
+"""The baseline that a fusion of tokens has to beat: two layers on pooled features, trained as the fusion is.
+
+With a text beside each photo it is the concatenation baseline: the MLP sees both and corrects the text's vector.
+Numpy in and out, torch inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from saffe_cache.features import Ragged
+from saffe_cache.objectives import Temperature, info_nce
+
+INNER_SIZE = 1024
+DROPOUTS = (0.2, 0.5)
+"""Tried in turn; `judge` picks one."""
+LEARNING_RATE = 1e-3
+"""Peak of a one-cycle schedule."""
+WEIGHT_DECAY = 0.05
+BATCH_SIZE = 512
+"""Photos in a batch, each with all its texts; at least 8 batches an epoch where there are 256 photos or more."""
+PATIENCE = 4
+"""Stop after so many epochs without a better score."""
+
+
+class _Mlp(nn.Module):
+    """Gallery side and query side, before they are made unit vectors."""
+
+    center: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, features: torch.Tensor, size: int, dropout: float, takes_text: bool) -> None:
+        """`features` [n, in], of which mean and scale are kept; `size` of the text vectors."""
+        super().__init__()
+        self.register_buffer("center", features.mean(dim=0))
+        self.register_buffer("scale", features.std(dim=0, correction=0) + 1e-6)
+        inner = nn.Linear(features.shape[1] + size * takes_text, INNER_SIZE)
+        last = nn.Linear(INNER_SIZE, size)
+        self.mlp = nn.Sequential(nn.Dropout(dropout), inner, nn.GELU(), nn.Dropout(dropout), last)
+        self.text_map = _identity(size)
+        self.beside_map = _identity(size) if takes_text else None
+        if takes_text:
+            with torch.no_grad():
+                last.weight.zero_()
+                last.bias.zero_()
+
+    def forward(self, features: torch.Tensor, beside: torch.Tensor | None) -> torch.Tensor:
+        inputs = (features - self.center) / self.scale
+        if self.beside_map is None or beside is None:
+            return self.mlp(inputs)  # type: ignore[no-any-return]
+        scaled = beside * beside.shape[1] ** 0.5  # as large as the standardised features
+        return self.beside_map(beside) + self.mlp(torch.cat([inputs, scaled], dim=1))  # type: ignore[no-any-return]
+
+
+def _identity(size: int) -> nn.Linear:
+    linear = nn.Linear(size, size)
+    with torch.no_grad():
+        linear.weight.copy_(torch.eye(size))
+        linear.bias.zero_()
+    return linear
+
+
+@dataclass(frozen=True)
+class MlpFit:
+    """A trained MLP; while it is being trained, `judge` sees it as it is after each epoch."""
+
+    model: _Mlp
+    dropout: float
+    epoch: int
+    """After which these weights were, 0 for before the first step."""
+
+    def gallery(self, features: np.ndarray, beside: np.ndarray | None = None) -> np.ndarray:
+        """Unit vectors, float32 [n, d], of features [n, in] and, where fitted with it, unit text vectors [n, d].
+
+        Raises:
+            ValueError: a text beside is absent or superfluous.
+        """
+        if (beside is None) != (self.model.beside_map is None):
+            given, expected = ("no", "one") if beside is None else ("a", "none")
+            raise ValueError(f"MLP: {given} text beside the photos, it was fitted with {expected}. Give the same.")
+        return self._run(lambda: self.model(_tensor(features), None if beside is None else _tensor(beside)))
+
+    def queries(self, vectors: np.ndarray) -> np.ndarray:
+        """Unit vectors, float32 [m, d], of unit text vectors [m, d]."""
+        return self._run(lambda: self.model.text_map(_tensor(vectors)))
+
+    @torch.inference_mode()
+    def _run(self, compute: Callable[[], torch.Tensor]) -> np.ndarray:
+        self.model.eval()
+        return np.asarray(functional.normalize(compute(), dim=1).numpy())
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(values, np.float32))
+
+
+def fit_mlp(
+    features: np.ndarray,
+    texts: np.ndarray,
+    positives: Ragged,
+    judge: Callable[[MlpFit], float],
+    *,
+    beside: np.ndarray | None = None,
+    epochs: int = 15,
+    dropouts: Sequence[float] = DROPOUTS,
+    seed: int = 0,
+) -> MlpFit:
+    """Train with InfoNCE over photos and all their texts; `judge` (higher is better) picks dropout and epoch.
+
+    The query side is a linear map that starts as the identity. With `beside` the gallery's vector is
+
+        unit(B t + mlp([standardised x; sqrt(d) t])),  B = I and mlp = 0 at the start,
+
+    so that epoch 0, which is judged too, is the text alone.
+
+    Args:
+        features: [n, in].
+        texts: unit vectors of the distinct texts, [m, d].
+        positives: for each photo, rows of `texts`; at least one.
+        judge: a validation score.
+        beside: unit vectors of a text that lies beside each photo in the gallery, [n, d]; it should not be among
+            the photo's own positives.
+        epochs: passes over the photos.
+        dropouts: of inputs and inner layer, tried in turn.
+        seed: of starting weights, order and dropout.
+    """
+    data = _Data(_tensor(features), _tensor(texts), positives, None if beside is None else _tensor(beside))
+    fits = [_train(data, judge, dropout, epochs, seed) for dropout in dropouts]
+    return max(fits, key=lambda scored: scored[0])[1]
+
+
+@dataclass(frozen=True)
+class _Data:
+    features: torch.Tensor
+    texts: torch.Tensor
+    positives: Ragged
+    beside: torch.Tensor | None
+
+    @property
+    def batch_size(self) -> int:
+        return min(BATCH_SIZE, max(32, len(self.features) // 8), len(self.features))
+
+    def batches(self, generator: np.random.Generator) -> list[np.ndarray]:
+        """Photos of whole batches, in random order; a short last batch has its turn in another epoch."""
+        order, size = generator.permutation(len(self.features)), self.batch_size
+        return [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+
+    def loss(self, model: _Mlp, temperature: Temperature, chosen: np.ndarray) -> torch.Tensor:
+        rows = [self.positives[int(photo)] for photo in chosen]
+        distinct, columns = np.unique(np.concatenate(rows), return_inverse=True)
+        relevant = torch.zeros(len(chosen), len(distinct), dtype=torch.bool)
+        relevant[np.repeat(np.arange(len(chosen)), [len(row) for row in rows]), columns] = True
+        gallery = model(self.features[chosen], None if self.beside is None else self.beside[chosen])
+        queries = model.text_map(self.texts[distinct])
+        gallery, queries = functional.normalize(gallery, dim=1), functional.normalize(queries, dim=1)
+        return info_nce(gallery, queries, relevant, temperature())
+
+
+def _train(
+    data: _Data, judge: Callable[[MlpFit], float], dropout: float, epochs: int, seed: int
+) -> tuple[float, MlpFit]:
+    """The best score and its fit."""
+    generator = np.random.default_rng(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _Mlp(data.features, data.texts.shape[1], dropout, data.beside is not None)
+        temperature = Temperature()
+        optimizer = torch.optim.AdamW(_groups(model, temperature), lr=LEARNING_RATE, betas=(0.9, 0.98))
+        steps = epochs * len(data.batches(np.random.default_rng(seed)))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, LEARNING_RATE, steps, pct_start=0.1, cycle_momentum=False
+        )
+        best_epoch, best_score, best_weights = 0, -np.inf, model.state_dict()
+        for epoch in range(epochs + 1):
+            for chosen in data.batches(generator) if epoch else []:
+                model.train()
+                loss = data.loss(model, temperature, chosen)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+            score = judge(MlpFit(model, dropout, epoch))
+            if score > best_score:
+                best_epoch, best_score = epoch, score
+                best_weights = {name: value.clone() for name, value in model.state_dict().items()}
+            if epoch - best_epoch >= PATIENCE:
+                break
+    model.load_state_dict(best_weights)
+    return best_score, MlpFit(model.eval(), dropout, best_epoch)
+
+
+def _groups(model: _Mlp, temperature: Temperature) -> list[dict[str, object]]:
+    """Weight decay on the MLP's matrices; not on what starts as the identity, nor on biases and temperature."""
+    decayed = [value for value in model.mlp.parameters() if value.ndim > 1]
+    kept = {id(value) for value in decayed}
+    others = [value for value in (*model.parameters(), *temperature.parameters()) if id(value) not in kept]
+    return [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
