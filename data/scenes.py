@@ -20,21 +20,25 @@ never repeats one, and a hash of the composition says which split may have it, s
 
 from __future__ import annotations
 
-import argparse
 import cmath
 import hashlib
 import itertools
 import json
 import math
 import random
-import tempfile
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import PIL
 from PIL import Image, ImageDraw
+
+if not __package__:  # run as a script: the path then holds data/, not its parent
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from data.drawn import draw_once, run_command
 
 VERSION = 1
 """Counts up when the same settings would draw other pictures or captions."""
@@ -253,46 +257,31 @@ def plan_scenes(split: str, num_scenes: int, *, splits: Iterable[str], seed: int
 
 def draw_scenes(out_dir: Path, splits: dict[str, int], seed: int, size: int = SIZE) -> Path:
     """Draw `splits[name]` captioned pictures of `size` pixels per split into `out_dir`, and return it."""
-    settings = {"version": VERSION, "seed": seed, "size": size, "splits": splits}
-    if out_dir.exists():
-        marker = out_dir / "scenes.json"
-        found = json.loads(marker.read_text())["settings"] if marker.exists() else "no scenes.json"
-        if found != settings:
-            remedy = "Choose another --out, or remove the folder."
-            raise ValueError(f"{out_dir}: found {found}, expected {settings}. {remedy}")
-        return out_dir
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as scratch:
-        drawing = Path(scratch) / out_dir.name
+
+    def draw(drawing: Path) -> dict[str, Any]:
         for split, num_scenes in splits.items():
             scenes = plan_scenes(split, num_scenes, splits=splits, seed=seed)
-            _draw_split(drawing / split, scenes, seed=seed, size=size)
-        content = {"settings": settings, "made_with": {"pillow": PIL.__version__, "numpy": np.__version__}}
-        (drawing / "scenes.json").write_text(json.dumps(content, indent=2) + "\n")
-        drawing.rename(out_dir)
-    return out_dir
+            draw_split(drawing / split, scenes, captions, seed=seed, size=size)
+        return {}
+
+    settings = {"version": VERSION, "seed": seed, "size": size, "splits": splits}
+    return draw_once(out_dir, "scenes.json", settings, draw)
 
 
-def _draw_split(split_dir: Path, scenes: list[Scene], *, seed: int, size: int) -> None:
+Caption = Callable[[Any, random.Random], list[str]]
+"""The captions of a scene."""
+
+
+def draw_split(split_dir: Path, scenes: Sequence[Scene], caption: Caption, *, seed: int, size: int) -> None:
+    """Draw the pictures of one split and write its metadata.jsonl."""
     split_dir.mkdir(parents=True)
     with (split_dir / "metadata.jsonl").open("w") as metadata:
         for index, scene in enumerate(scenes):
             name = f"{split_dir.name}-{index:05d}"
             render(scene, random.Random(f"{seed}/{name}/render"), size).save(split_dir / f"{name}.png")
-            texts = captions(scene, random.Random(f"{seed}/{name}/captions"))
+            texts = caption(scene, random.Random(f"{seed}/{name}/captions"))
             metadata.write(json.dumps({"file_name": f"{name}.png", "captions": texts}) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw a captioned photo set of coloured shapes.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    for split, num_scenes in SPLITS.items():
-        parser.add_argument(f"--{split}", type=int, default=num_scenes, help=f"pictures in it ({num_scenes})")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    splits = {split: getattr(arguments, split) for split in SPLITS}
-    print(draw_scenes(arguments.out, splits, arguments.seed))
-
-
 if __name__ == "__main__":
-    main()
+    run_command(draw_scenes, "Draw a captioned photo set of coloured shapes.", SPLITS)
