@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 
 from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.objectives import Temperature
 from saffe_cache.runs import write_tensors
+from saffe_cache.terms import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class TrainingState:
     """What a resumed run needs."""
 
     model: FusionAlignModule
-    temperature: Temperature
+    objective: Objective
     optimizer: torch.optim.AdamW
     step: int = 0
     best_score: float = -1.0
@@ -39,7 +39,7 @@ class TrainingState:
 def save_state(out: Path, state: TrainingState) -> None:
     """All that `resume` needs, in one file."""
     tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
-    tensors |= {f"temperature.{name}": value for name, value in state.temperature.state_dict().items()}
+    tensors |= {f"objective.{name}": value for name, value in state.objective.state_dict().items()}
     for number, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
     numbers = {name: getattr(state, name) for name in _NUMBERS}
@@ -59,7 +59,7 @@ def resume(out: Path, state: TrainingState) -> None:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
     state.model.load_state_dict(part("model."))
-    state.temperature.load_state_dict(part("temperature."))
+    state.objective.load_state_dict(part("objective."))
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in part("optimizer.").items():
         number, moment = name.split(".", 1)
@@ -90,7 +90,7 @@ class Log:
         with self._path.open("a") as file:
             file.write(json.dumps(values) + "\n")
         if self._board is not None:
-            for name in ("loss", "validation_score", "temperature", "learning_rate"):
+            for name in values.keys() - {"step", "epoch", "seconds"}:
                 if values[name] is not None:
                     self._board.add_scalar(name, values[name], values["step"])
 

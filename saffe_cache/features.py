@@ -3,7 +3,7 @@
 One index convention holds everywhere: `hidden_states[i]` is the **input** of encoder layer i, as in
 Hugging Face's `output_hidden_states=True`. So `hidden_states[0]` is the embedding output,
 `hidden_states[num_layers]` the output of the last layer, and *block i* is the layer that consumes
-`hidden_states[i]`. The SAFFE paper's layer l is block l, whose output is `hidden_states[l + 1]`.
+`hidden_states[i]`. `hidden_states_index` translates the SAFFE paper's and its release's numbers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,18 @@ import numpy as np
 
 Modality = Literal["image", "text", "audio"]
 MODALITIES: tuple[Modality, ...] = ("image", "text", "audio")
+
+
+IndexConvention = Literal["hidden_states", "paper", "reference"]
+
+
+def hidden_states_index(layer: int, convention: IndexConvention) -> int:
+    """Which of the `hidden_states` a layer's number means.
+
+    "hidden_states" and "reference" (the SAFFE release, `hidden_states[i]` with `layers[i]`) count as here. The
+    paper counts layers by their output: its l is `hidden_states[l + 1]`, whose next layer is block l + 1.
+    """
+    return layer + 1 if convention == "paper" else layer
 
 
 class CacheError(Exception):

@@ -9,28 +9,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
+from saffe_cache.batches import Batch, TrainingData
 from saffe_cache.checkpoints import Log, TrainingState, save_state
 from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.fusion.heads import AttentionHead, summarize
-from saffe_cache.objectives import Temperature, info_nce
-from saffe_cache.pairs import Pairs, class_vectors, mean_text_vectors, token_tensors
+from saffe_cache.fusion.heads import AttentionHead
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge
-from saffe_cache.retrieval.protocols import caption_scores, class_scores
-from saffe_cache.runs import RunSpec, build_fam, encode_gallery, encode_queries, write_tensors
+from saffe_cache.runs import RunSpec, build_fam, write_tensors
 from saffe_cache.store.reader import Cache
+from saffe_cache.terms import OVER_PAIRS, Objective, TermOptions
 
-_LEAST_BATCH, _LEAST_STEPS = 32, 8
-"""Small data: batches are cut so that an epoch has at least 8 steps, but not below 32 photos."""
+_TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
+"""Of the text beside a photo against the ridge's vector of the photo, to start from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,102 +45,45 @@ class FitOptions:
     tensorboard: bool
 
 
-class Batch(NamedTuple):
-    """What one step needs."""
-
-    states: list[torch.Tensor]
-    """P times [photos, tokens, d]."""
-    mask: torch.Tensor | None
-    vectors: torch.Tensor
-    """The text encoder's own vectors of the batch's distinct texts, [texts, d]."""
-    positives: torch.Tensor
-    """bool [photos, texts]."""
-
-
-class TrainingData:
-    """Batches of the training pairs, and the validation score."""
-
-    def __init__(self, spec: RunSpec, cache: Cache, pairs: Pairs, validation: Pairs, options: FitOptions) -> None:
-        self._spec, self._pairs, self._validation = spec, pairs, validation
-        self._gallery, self._text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
-        self._table = cache.table
-        self._device = options.device
-        self._batch_size = min(options.batch_size, max(_LEAST_BATCH, len(pairs) // _LEAST_STEPS), len(pairs))
-        self._seed = options.seed
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole batches; the photos of a short last one have their turn in another epoch."""
-        return len(self._pairs) // self._batch_size
-
-    def batches(self, step: int, stop: int) -> Iterator[Batch]:
-        """The batches of steps `step` to `stop`, read one ahead."""
-        with ThreadPoolExecutor(1) as pool:
-            ahead: Future[Batch] | None = None
-            for number in range(step, stop):
-                batch = ahead.result() if ahead else self._read(number)
-                ahead = pool.submit(self._read, number + 1) if number + 1 < stop else None
-                yield batch
-
-    def _read(self, step: int) -> Batch:
-        epoch, within = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng((self._seed, epoch)).permutation(len(self._pairs))
-        chosen = np.sort(order[within * self._batch_size : (within + 1) * self._batch_size])
-        states, mask = token_tensors(self._gallery, self._pairs.rows[chosen], self._spec.gallery_layers, self._device)
-        texts = [self._pairs.texts[int(i)] for i in chosen]
-        distinct, columns = np.unique(np.concatenate(texts), return_inverse=True)
-        positives = np.zeros((len(chosen), len(distinct)), bool)
-        positives[np.repeat(np.arange(len(chosen)), [len(of_one) for of_one in texts]), columns] = True
-        vectors = torch.from_numpy(self._text.vectors(distinct)).to(self._device)
-        return Batch(states, mask, vectors, torch.from_numpy(positives).to(self._device))
-
-    @torch.inference_mode()
-    def summaries(self, model: FusionAlignModule) -> np.ndarray:
-        """What the linear path of the model's head sees of the training photos before any training."""
-        parts = []
-        for start in range(0, len(self._pairs), 256):
-            rows = self._pairs.rows[start : start + 256]
-            states, mask = token_tensors(self._gallery, rows, self._spec.gallery_layers, self._device)
-            parts.append(summarize(model.decode(states, mask), mask).cpu().numpy())
-        return np.concatenate(parts)
-
-    def text_means(self) -> np.ndarray:
-        """Mean of the unit vectors of each training photo's texts."""
-        return mean_text_vectors(self._pairs, self._text)
-
-    def validate(self, model: FusionAlignModule) -> float:
-        """MRR of captions searching photos, or mAP of classes searching photos, with null text."""
-        pairs = self._validation
-        photos = encode_gallery(model, self._gallery, pairs.rows, self._spec.gallery_layers, self._device)
-        if pairs.kind == "classes":
-            queries = encode_queries(model, class_vectors(self._table, self._text), self._device)
-            return class_scores(photos, queries, pairs.labels, intervals=False)["map"].value
-        owners = np.repeat(np.arange(len(pairs)), np.diff(pairs.texts.offsets))
-        queries = encode_queries(model, self._text.vectors(pairs.texts.values), self._device)
-        return caption_scores(photos, queries, owners, intervals=False)["mrr"].value
-
-
-def start(options: FitOptions, spec: RunSpec, cache: Cache, data: TrainingData) -> TrainingState:
-    """The model before the first step; with the attention head it is the ridge regression, as validation likes it."""
+def start(options: FitOptions, terms: TermOptions, spec: RunSpec, cache: Cache, data: TrainingData) -> TrainingState:
+    """The model before the first step; with the attention head it is a late fusion, as validation likes it best."""
     torch.manual_seed(options.seed)
     model = build_fam(spec, cache).to(options.device)
-    model.freeze_text_path()
-    head = model.head
-    if isinstance(head, AttentionHead):
-
-        def judge(fit: LinearMap) -> float:
-            head.start_linear(torch.from_numpy(fit.weight), torch.from_numpy(fit.bias))
-            return data.validate(model.eval())
-
-        best = fit_ridge(data.summaries(model), data.text_means(), judge)
-        head.start_linear(torch.from_numpy(best.weight), torch.from_numpy(best.bias))
-    temperature = Temperature().to(options.device)
+    sees_text = spec.gallery_text != "null" or any(name in terms.objective for name in OVER_PAIRS)
+    model.freeze_unused(null_only=not sees_text)
+    if isinstance(model.head, AttentionHead):
+        _start_as_late_fusion(model, model.head, data)
+    objective = Objective(terms, data.texts).to(options.device)
     groups = model.parameter_groups(options.learning_rate, options.weight_decay)
-    groups.append({"params": list(temperature.parameters()), "lr": 1.5 * options.learning_rate, "weight_decay": 0.0})
+    scalars = list(objective.parameters())
+    if scalars:
+        groups.append({"params": scalars, "lr": 1.5 * options.learning_rate, "weight_decay": 0.0})
     for group in groups:
         group["peak"] = group["lr"]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    return TrainingState(model=model, temperature=temperature, optimizer=optimizer)
+    return TrainingState(model=model, objective=objective, optimizer=optimizer)
+
+
+def _start_as_late_fusion(model: FusionAlignModule, head: AttentionHead, data: TrainingData) -> None:
+    """The ridge regression of the photo, and the weight of the text beside it, both as validation likes them."""
+
+    def judge(fit: LinearMap) -> float:
+        head.start_linear(torch.from_numpy(fit.weight), torch.from_numpy(fit.bias))
+        return data.validate(model.eval())
+
+    def judge_weight(weight: float) -> float:
+        with torch.no_grad():
+            model.text_weight.fill_(weight)
+        return data.validate(model.eval())
+
+    tunes_weight = model.shape.adds_text and data.has_texts_beside
+    if tunes_weight:
+        with torch.no_grad():
+            model.text_weight.zero_()
+    best = fit_ridge(data.summaries(model), data.text_means(), judge)
+    head.start_linear(torch.from_numpy(best.weight), torch.from_numpy(best.bias))
+    if tunes_weight:
+        judge_weight(max(_TEXT_WEIGHTS, key=judge_weight))
 
 
 def fit(options: FitOptions, state: TrainingState, data: TrainingData, out: Path) -> None:
@@ -188,11 +126,9 @@ def _step(options: FitOptions, state: TrainingState, batch: Batch, total: int) -
     state.model.train()
     device = batch.vectors.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        photos = state.model(batch.states, batch.mask)
-        queries = state.model.encode_queries(batch.vectors)
-    loss = info_nce(photos.float(), queries.float(), batch.positives, state.temperature())
+        loss = state.objective(state.model, batch)
     state.optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), options.clip)
     state.optimizer.step()
     return float(loss.detach())
@@ -216,7 +152,7 @@ def _finish_epoch(state: TrainingState, data: TrainingData, log: Log, out: Path,
     values = {
         "loss": loss,
         "validation_score": score,
-        "temperature": float(state.temperature().detach()),
+        **state.objective.scalars(),
         "learning_rate": state.optimizer.param_groups[0]["lr"],
         "seconds": round(state.seconds, 2),
     }

@@ -1,4 +1,13 @@
-"""Losses. Pure torch."""
+"""Losses. Pure torch.
+
+Which of them may be trusted with what, by how they fail (tests/test_failure_modes.py shows each):
+
+    info_nce        with the null text in the gallery: honest. With matched texts: copies the text.
+    siglip          needs its learned bias: with a wrong one all pairs stay negative for long.
+    soft_target     the SAFFE release's: no negatives; matched texts are copied, photos ignored.
+    pair_info_nce   cannot be won by copying; each candidate keeps a prior of its own, to be subtracted.
+    matching        a constant answer is right two times in three: judge it by ranking, not by accuracy.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +15,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 
 def info_nce(
@@ -32,6 +42,96 @@ def info_nce(
 def _one_direction(scores: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     weights = positives.to(scores.dtype) / positives.sum(dim=1, keepdim=True)
     return -(weights * scores.log_softmax(dim=1)).sum(dim=1).mean()
+
+
+def siglip(
+    gallery: torch.Tensor, queries: torch.Tensor, positives: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """Every pair is a yes-or-no question (Zhai et al. 2023, algorithm 1).
+
+        L = -1/n sum_ij log sigmoid(y_ij (scale z_i . u_j + bias)),   y_ij = 1 for positives, else -1
+
+    Args:
+        gallery: unit vectors [n, d].
+        queries: unit vectors [m, d].
+        positives: bool [n, m].
+        scale: positive scalar, the inverse of a temperature.
+        bias: scalar.
+    """
+    logits = scale * (gallery @ queries.T) + bias
+    signs = 2 * positives.to(logits.dtype) - 1
+    return -functional.logsigmoid(signs * logits).sum() / len(gallery)
+
+
+def soft_target(vectors: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.1) -> torch.Tensor:
+    """The SAFFE release's loss: a cross-entropy whose "classes" are the d coordinates.
+
+        L = -mean_i sum_j ((1 - smoothing) t_ij + smoothing / d) log softmax(z_i)_j
+
+    For unit vectors it is (1 - smoothing) sum_j t_j + smoothing times ln d, less 0.9 cos(z, t), up to O(1/d): a pull
+    on the cosine, without negatives. The value itself says nothing.
+
+    Args:
+        vectors: z, [n, d].
+        targets: t, the texts' own vectors [n, d].
+        smoothing: 0 to 1.
+    """
+    soft = (1 - smoothing) * targets + smoothing / targets.shape[1]
+    return -(soft * vectors.log_softmax(dim=1)).sum(dim=1).mean()
+
+
+def pair_info_nce(scores: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """Which of the candidates that a photo was fused with is its own? Cross-entropy; the first one is.
+
+        s_ij = cos(f(x_i, t_j), u_j),   L = -mean_i log softmax(s_i / temperature)_0
+
+    Args:
+        scores: [n, candidates]; -inf where there is no candidate.
+        temperature: positive scalar.
+    """
+    return -(scores / temperature).log_softmax(dim=1)[:, 0].mean()
+
+
+def matching(logits: torch.Tensor, is_match: torch.Tensor) -> torch.Tensor:
+    """Image-text matching: binary cross-entropy (ALBEF, Li et al. 2021, eq. 4).
+
+    Args:
+        logits: [pairs].
+        is_match: bool [pairs].
+    """
+    return functional.binary_cross_entropy_with_logits(logits, is_match.to(logits.dtype))
+
+
+def draw_negatives(scores: torch.Tensor, positives: torch.Tensor, num_hard: int, num_random: int) -> torch.Tensor:
+    """Wrong columns for each row, int64 [rows, num_hard + num_random]: the best scored ones, and others at random.
+
+    A column may come twice where a row has few wrong ones.
+
+    Args:
+        scores: how much column j looks like a match of row i, [rows, columns].
+        positives: bool [rows, columns], which never come; each row has a wrong column.
+        num_hard: at most this many are the best scored.
+        num_random: drawn with torch's generator.
+    """
+    wrong = ~positives
+    assert wrong.any(dim=1).all(), "a row has no wrong column"
+    hard = scores.masked_fill(positives, -math.inf).topk(min(num_hard, scores.shape[1]), dim=1).indices
+    is_wrong = wrong.gather(1, hard)
+    best = hard[:, :1].expand_as(hard)  # where a row has too few, its hardest comes again
+    drawn = torch.multinomial(wrong.float(), num_random, replacement=True) if num_random else hard[:, :0]
+    return torch.cat([torch.where(is_wrong, hard, best), drawn], dim=1)
+
+
+class SigmoidScale(nn.Module):
+    """SigLIP's learned scale and bias, started at 10 and -10 (Zhai et al. 2023, sec. 3.2)."""
+
+    def __init__(self, scale: float = 10.0, bias: float = -10.0) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(scale).log())
+        self.bias = nn.Parameter(torch.tensor(bias))
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.log_scale.exp(), self.bias
 
 
 class Temperature(nn.Module):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 
 from saffe_cache.features import ItemTable, Modality, Ragged
+from saffe_cache.fusion.fam import Texts
 from saffe_cache.fusion.heads import summarize
 from saffe_cache.store.reader import Cache, EncoderCache
 
@@ -33,6 +34,8 @@ class Pairs:
     """Text rows of each: its captions, or the prompts of its classes."""
     labels: Ragged
     """Class indices of each."""
+    beside: np.ndarray | None = None
+    """int64 [n]: the text row that lies beside each photo in the gallery; None where none does."""
     num_unusable: int = 0
     """Items left out because an input is unreadable or absent."""
 
@@ -47,8 +50,18 @@ class Pairs:
             self.rows[chosen],
             Ragged.from_rows(self.texts[int(i)] for i in chosen),
             Ragged.from_rows(self.labels[int(i)] for i in chosen),
+            None if self.beside is None else self.beside[chosen],
             self.num_unusable,
         )
+
+    def permuted(self, seed: int) -> Pairs:
+        """The same photos, each with what belongs to another: what a control is trained on."""
+        return replace(self, rows=self.rows[np.random.default_rng(seed).permutation(len(self))])
+
+    @property
+    def owners(self) -> np.ndarray:
+        """int64: which of the pairs each of `texts.values` belongs to."""
+        return np.repeat(np.arange(len(self)), np.diff(self.texts.offsets))
 
 
 def pair_kind(table: ItemTable) -> PairKind:
@@ -70,36 +83,54 @@ def gallery_modality(cache: Cache) -> Modality:
     return "audio" if "audio" in kinds and "image" not in kinds else "image"
 
 
-def select_pairs(table: ItemTable, gallery: EncoderCache, text: EncoderCache, split: str, kind: PairKind) -> Pairs:
+def select_pairs(
+    table: ItemTable,
+    gallery: EncoderCache,
+    text: EncoderCache,
+    split: str,
+    kind: PairKind,
+    *,
+    first_beside: bool = False,
+) -> Pairs:
     """All usable pairs of a split; items with the same photo become one, with the texts of all.
+
+    Args:
+        table: the cache's items.
+        gallery: of photos or sounds.
+        text: of their texts.
+        split: its name.
+        kind: which texts.
+        first_beside: whether the first caption lies beside the photo, and only the others describe it.
 
     Raises:
         ValueError: the split has no usable pair.
     """
     rows = table.rows[gallery.manifest.modality]
+    least = 2 if first_beside else 1
     merged: dict[int, tuple[str, dict[int, None], dict[int, None]]] = {}
     unusable = 0
     for item in table.in_split(split):
         texts = _texts_of(table, int(item), kind)
-        if (
-            table.problems[item]
-            or not gallery.usable(rows[[item]])[0]
-            or not len(texts)
-            or not text.usable(texts).all()
-        ):
+        usable = not table.problems[item] and gallery.usable(rows[[item]])[0] and text.usable(texts).all()
+        if not usable or len(set(texts.tolist())) < least:
             unusable += 1
             continue
         _, seen_texts, seen_labels = merged.setdefault(int(rows[item]), (table.ids[item], {}, {}))
         seen_texts.update(dict.fromkeys(texts.tolist()))
         seen_labels.update(dict.fromkeys(table.labels[int(item)].tolist()))
     if not merged:
-        raise ValueError(f"split {split!r}: none of its {unusable} items has a readable input and {kind}. See inspect.")
+        needed = f"at least {least} captions" if first_beside else kind
+        raise ValueError(
+            f"split {split!r}: none of its {unusable} items has a readable input and {needed}. See inspect."
+        )
+    texts_of = [list(texts) for _, texts, _ in merged.values()]
     return Pairs(
         kind,
         tuple(item_id for item_id, _, _ in merged.values()),
         np.array(list(merged), np.int64),
-        Ragged.from_rows(list(texts) for _, texts, _ in merged.values()),
+        Ragged.from_rows(texts[least - 1 :] for texts in texts_of),
         Ragged.from_rows(list(labels) for _, _, labels in merged.values()),
+        np.array([texts[0] for texts in texts_of], np.int64) if first_beside else None,
         unusable,
     )
 
@@ -136,6 +167,16 @@ def token_tensors(
     tokens = encoder.tokens(rows, tuple(layers))
     states = [torch.from_numpy(state).to(device).float() for state in tokens.states]
     return states, None if tokens.mask is None else torch.from_numpy(tokens.mask).to(device)
+
+
+def read_texts(encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int], device: str = "cpu") -> Texts:
+    """Texts to lie beside gallery inputs; without `layers` their own vectors alone."""
+    vectors = torch.from_numpy(encoder.vectors(rows)).to(device)
+    if not layers:
+        return Texts((), torch.ones(len(rows), 1, dtype=torch.bool, device=device), vectors)
+    states, mask = token_tensors(encoder, rows, layers, device)
+    assert mask is not None
+    return Texts(tuple(states), mask, vectors)
 
 
 def summaries(encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int], batch: int = 256) -> np.ndarray:

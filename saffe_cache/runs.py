@@ -2,6 +2,7 @@
 
 config.json           the stage's config, the resolved run (encoders' keys, layers, shape), versions
 model.safetensors     the best weights by validation
+permuted/             the control that was trained on permuted pairs: its weights and log
 log.jsonl             one line a validation
 result.json           the outcome; written last, so its presence means that the run is complete
 state.safetensors     what a killed run resumes from
@@ -15,7 +16,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,9 +27,12 @@ from safetensors.torch import load_file, save
 
 from saffe_cache import __version__
 from saffe_cache.durable import write_whole
-from saffe_cache.fusion.fam import FamShape, FusionAlignModule
-from saffe_cache.pairs import PairKind, Pairs, hold_out, select_pairs, token_tensors
-from saffe_cache.store.reader import Cache, EncoderCache
+from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.fusion.shape import FamShape
+from saffe_cache.pairs import PairKind, Pairs, hold_out, read_texts, select_pairs, token_tensors
+from saffe_cache.store.reader import Cache
+
+GalleryText = Literal["null", "first_caption", "matched"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,8 @@ class RunSpec:
     validation_fraction: float
     seed: int
     shape: FamShape
+    gallery_text: GalleryText
+    """What lies beside a photo in training."""
     data: str = ""
     """Hash over the photos and texts that the run trains on and is validated on."""
 
@@ -61,7 +67,7 @@ class RunSpec:
 def build_fam(spec: RunSpec, cache: Cache) -> FusionAlignModule:
     """A FAM with its starting weights: decoders begin as the cached blocks of both encoders."""
     blocks = []
-    if spec.shape.fusion == "decoder":
+    if spec.shape.has_decoder:
         gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
         blocks = [
             (gallery.block(mine), text.block(other))
@@ -81,19 +87,32 @@ def load_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, FusionAlignMod
         raise ValueError(
             f"--run {run_dir}: no finished run there (result.json is missing). Run saffe-train-fam --out {run_dir}."
         )
-    spec = RunSpec.from_json(read_json(folder / "config.json")["run"])
+    try:
+        spec = RunSpec.from_json(read_json(folder / "config.json")["run"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"--run {run_dir}: config.json is of another version ({error}). Train again.") from None
     missing = [key for key in (spec.gallery_key, spec.text_key) if key not in cache.encoders]
     if missing:
         raise ValueError(
             f"--run {run_dir}: it was trained on {missing[0]}, which {cache.storage.root} does not hold "
             f"({', '.join(cache.encoders) or 'no encoder'}). Give the cache that it was trained on."
         )
+    return spec, _load_model(folder / "model.safetensors", spec, cache), read_json(folder / "result.json")
+
+
+def load_permuted(run_dir: str | Path, spec: RunSpec, cache: Cache) -> FusionAlignModule | None:
+    """The run's control, trained on permuted pairs; None where it was trained without one."""
+    path = Path(run_dir) / "permuted" / "model.safetensors"
+    return _load_model(path, spec, cache) if path.exists() else None
+
+
+def _load_model(path: Path, spec: RunSpec, cache: Cache) -> FusionAlignModule:
     model = build_fam(spec, cache)
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise ValueError(f"{folder / 'model.safetensors'}: not this run's weights ({error}). Train again.") from None
-    return spec, model.eval(), read_json(folder / "result.json")
+        raise ValueError(f"{path}: not this run's weights ({error}). Train again.") from None
+    return model.eval()
 
 
 def training_pairs(spec: RunSpec, cache: Cache) -> tuple[Pairs, Pairs, int]:
@@ -102,7 +121,8 @@ def training_pairs(spec: RunSpec, cache: Cache) -> tuple[Pairs, Pairs, int]:
     A photo that stands in another split too, by content, is not trained on.
     """
     gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
-    pairs = select_pairs(cache.table, gallery, text, spec.train_split, spec.pairs)
+    beside = spec.gallery_text == "first_caption"
+    pairs = select_pairs(cache.table, gallery, text, spec.train_split, spec.pairs, first_beside=beside)
     rows = cache.table.rows[gallery.manifest.modality]
     elsewhere = rows[np.array(cache.table.splits) != spec.train_split]
     shared = np.isin(pairs.rows, elsewhere)
@@ -115,7 +135,8 @@ def training_pairs(spec: RunSpec, cache: Cache) -> tuple[Pairs, Pairs, int]:
     if spec.validation == "heldout":
         hashes = cache.table.inputs[gallery.manifest.modality].content_hash
         return *hold_out(pairs, spec.validation_fraction, spec.seed, hashes), int(shared.sum())
-    return pairs, select_pairs(cache.table, gallery, text, spec.validation, spec.pairs), int(shared.sum())
+    validation = select_pairs(cache.table, gallery, text, spec.validation, spec.pairs, first_beside=beside)
+    return pairs, validation, int(shared.sum())
 
 
 def data_fingerprint(cache: Cache, spec: RunSpec, *parts: Pairs) -> str:
@@ -127,6 +148,8 @@ def data_fingerprint(cache: Cache, spec: RunSpec, *parts: Pairs) -> str:
         digest.update(photo_hash[pairs.rows].tobytes())
         digest.update(text_hash[pairs.texts.values].tobytes())
         digest.update(np.diff(pairs.texts.offsets).astype("<i8").tobytes())
+        if pairs.beside is not None:
+            digest.update(text_hash[pairs.beside].tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -148,17 +171,21 @@ def same_training_pairs(spec: RunSpec, cache: Cache, run_dir: str | Path) -> tup
 @torch.inference_mode()
 def encode_gallery(
     model: FusionAlignModule,
-    encoder: EncoderCache,
+    spec: RunSpec,
+    cache: Cache,
     rows: np.ndarray,
-    layers: tuple[int, ...],
+    beside: np.ndarray | None = None,
     device: str = "cpu",
     batch: int = 256,
 ) -> np.ndarray:
-    """f(x, null) of gallery inputs: unit vectors, float32 [n, d]."""
+    """f(x, text) of gallery inputs and the text rows beside them, or f(x, null): unit vectors, float32 [n, d]."""
+    gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
     parts = []
     for start in range(0, len(rows), batch):
-        states, mask = token_tensors(encoder, rows[start : start + batch], layers, device)
-        parts.append(model(states, mask).float().cpu().numpy())
+        these = slice(start, start + batch)
+        states, mask = token_tensors(gallery, rows[these], spec.gallery_layers, device)
+        texts = None if beside is None else read_texts(text, beside[these], spec.text_layers, device)
+        parts.append(model(states, mask, texts).float().cpu().numpy())
     return np.concatenate(parts)
 
 

@@ -27,6 +27,8 @@ def make_cache(
     seed: int = 0,
     shared: int = 0,
     text_width: int = TEXT_WIDTH,
+    joint: bool = False,
+    width: int = WIDTH,
 ) -> str:
     """Write a cache, finished, with layers 2 and 3 of a photo encoder and of a text encoder.
 
@@ -36,10 +38,12 @@ def make_cache(
         captions: texts of each item.
         signal: how much of the tokens' second one tells of the text; 0 for none.
         shared: so many photos of the first split stand in the last one too.
+        joint: the captions after the first tell of it and of the photo, half each, and the photo nothing of the first:
+            beside its first caption a photo is found by both together.
+        width: of the photos' tokens.
     """
     generator = np.random.default_rng(seed)
     builder = TableBuilder(None, ("a {}",))
-    meanings = []
     for split, count in splits.items():
         for number in range(count):
             name = f"{split}/{number}"
@@ -56,17 +60,19 @@ def make_cache(
                 )
             )
     table = builder.build()
-    hidden = generator.normal(size=(text_width, WIDTH))
+    hidden = generator.normal(size=(text_width, width))
     num_texts = len(table.inputs["text"])
     texts = generator.normal(size=(num_texts, text_width))
-    of_photo = np.zeros(len(table.inputs["image"]), int)
+    of_photo = np.zeros((len(table.inputs["image"]), text_width))
     for item in range(len(table)):
         rows = table.captions[item] if not classes else table.class_texts[int(table.labels[item][0])]
-        of_photo[table.rows["image"][item]] = rows[0]
-        texts[rows[1:]] = texts[rows[0]] + 0.1 * generator.normal(size=(len(rows) - 1, text_width))
-    meanings = texts[of_photo] @ hidden
-    tokens = generator.normal(size=(len(of_photo), TOKENS, WIDTH))
-    tokens[:, 1] += signal * 2 * meanings
+        first = texts[rows[0]]
+        told = generator.normal(size=text_width) if joint else first
+        of_photo[table.rows["image"][item]] = told
+        shown = (first + told) / np.sqrt(2) if joint else first
+        texts[rows[1:]] = shown + 0.1 * generator.normal(size=(len(rows) - 1, text_width))
+    tokens = generator.normal(size=(len(of_photo), TOKENS, width))
+    tokens[:, 1] += signal * 2 * of_photo @ hidden
     storage = Storage(path)
     images = {"hidden_states/2": tokens, "hidden_states/3": tokens * 1.1, "pooled": tokens.mean(axis=1)}
     lengths = 2 + np.arange(num_texts) % 3
@@ -74,7 +80,7 @@ def make_cache(
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     words = {"hidden_states/2": flat, "hidden_states/3": flat, "pooled": texts, "offsets": offsets}
     keys = [
-        _write_encoder(storage, "image", images, len(of_photo), WIDTH, generator),
+        _write_encoder(storage, "image", images, len(of_photo), width, generator),
         _write_encoder(storage, "text", words, num_texts, text_width, generator),
     ]
     write_table(storage, "tables/1", table)

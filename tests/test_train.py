@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from synthetic_cache import LAYERS, make_cache
+from synthetic_cache import LAYERS, WIDTH, make_cache
 
-from saffe_cache import fitting
+from saffe_cache import batches, fitting
 from saffe_cache.checkpoints import TrainingState
 from saffe_cache.features import CacheError
+from saffe_cache.judging import make_search, own_protocol
 from saffe_cache.pairs import hold_out, mean_text_vectors, select_pairs, summaries, unit_rows
+from saffe_cache.resolving import TrainConfig, resolve_run
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge
 from saffe_cache.retrieval.protocols import caption_scores
-from saffe_cache.runs import load_run, same_training_pairs, training_pairs
+from saffe_cache.runs import load_permuted, load_run, read_json, same_training_pairs, training_pairs
 from saffe_cache.store.reader import open_cache
-from saffe_cache.train import TrainConfig, resolve_run, train
+from saffe_cache.train import train
 
 
 @pytest.fixture(scope="module")
@@ -27,57 +30,234 @@ def cache_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_cache(tmp_path_factory.mktemp("train") / "cache.zarr", {"train": 120, "test": 30})
 
 
+@pytest.fixture(scope="module")
+def notes_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Captions that tell of the photo and of a note, which is the first caption; encoders of equal width."""
+    path = tmp_path_factory.mktemp("train") / "notes.zarr"
+    return make_cache(path, {"train": 120, "dev": 40}, captions=3, text_width=WIDTH, joint=True)
+
+
+@pytest.fixture(scope="module")
+def classes_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_cache(tmp_path_factory.mktemp("train") / "classes.zarr", {"train": 90, "test": 30}, classes=3)
+
+
 def config_for(cache: str, out: Path, **changes: object) -> TrainConfig:
-    quick = TrainConfig(cache=cache, out=str(out), epochs=6, batch_size=32, tensorboard=False, device="cpu")
-    return replace(quick, **changes)  # type: ignore[arg-type]
+    """A quick run, without its control."""
+    given: dict[str, Any] = {"epochs": 6, "batch_size": 32, "tensorboard": False, "device": "cpu", "control_epochs": 0}
+    return TrainConfig(cache=cache, out=str(out), **(given | changes))
+
+
+def mrr_by_chance(num: int) -> float:
+    return float((1 / np.arange(1, num + 1)).sum() / num)
+
+
+def logged_scores(out: Path) -> list[float]:
+    """Of each epoch; the first one is before any step."""
+    return [json.loads(line)["validation_score"] for line in (out / "log.jsonl").open()]
 
 
 def result_of(out: Path) -> dict[str, float]:
     return json.loads((out / "result.json").read_text())  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("fusion", ["linear", "decoder"])
-@pytest.mark.parametrize("head", ["attention", "mean", "flatten"])
-def test_every_fusion_and_head_learns(cache_path: str, tmp_path: Path, fusion: str, head: str) -> None:
-    train(config_for(cache_path, tmp_path, fusion=fusion, head=head, epochs=15))
-    chance = (1 / np.arange(1, 13)).sum() / 12
-    assert result_of(tmp_path)["best_validation_score"] > 1.5 * chance
+LEARNING = [
+    {"fusion": "linear", "head": "attention"},
+    {"fusion": "linear", "head": "mean"},
+    {"fusion": "linear", "head": "flatten"},
+    {"fusion": "concat"},
+    {"fusion": "reuse", "head": "attention"},
+    {"fusion": "reuse", "head": "mean"},
+    {"fusion": "reuse", "head": "flatten"},
+    {"fusion": "reuse", "query_side": "text"},
+    {"fusion": "paper", "head": "attention"},
+    {"fusion": "paper", "head": "mean", "share_decoder": True},
+    {"fusion": "paper", "head": "flatten", "freeze_decoder": True},
+    {"fusion": "paper", "query_side": "text"},
+    {"fusion": "reuse", "objective": {"siglip": 1.0}},
+]
+
+
+def name_of(changes: dict[str, Any]) -> str:
+    return "-".join(str(value) if isinstance(value, str) else name for name, value in changes.items())
+
+
+@pytest.mark.parametrize("changes", LEARNING, ids=name_of)
+def test_every_fusion_and_head_learns(cache_path: str, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """To find a photo by its caption, with nothing beside it."""
+    train(config_for(cache_path, tmp_path, epochs=15, **changes))
+    assert result_of(tmp_path)["best_validation_score"] > 1.5 * mrr_by_chance(12)
+
+
+RUNNING: list[dict[str, Any]] = [
+    *({"fusion": fusion, "gallery_text": "first_caption"} for fusion in ("linear", "concat", "reuse", "paper")),
+    *({"fusion": fusion, "gallery_text": "matched"} for fusion in ("linear", "concat", "reuse", "paper")),
+    *(
+        {"fusion": fusion, "query_side": "text", "gallery_text": beside}
+        for fusion in ("reuse", "paper", "reference")
+        for beside in ("null", "first_caption", "matched")
+        if (fusion, beside) != ("paper", "null")
+    ),
+    {"fusion": "reference", "gallery_text": "null"},
+    {"fusion": "reference", "gallery_text": "first_caption", "share_decoder": False},
+    {"fusion": "linear", "head": "flatten", "gallery_text": "first_caption"},
+    {"fusion": "reuse", "head": "mean", "gallery_text": "first_caption", "text_dropout": 0.5},
+    {"fusion": "reuse", "head": "mean", "query_side": "text", "gallery_text": "first_caption"},
+    {"fusion": "reuse", "gallery_text": "first_caption", "pooled_text": False},
+    {"fusion": "paper", "gallery_text": "first_caption", "pooled_text": True, "share_decoder": True},
+    {"fusion": "reuse", "freeze_decoder": True, "gallery_text": "first_caption"},
+    {"fusion": "reuse", "objective": {"pair": 1.0, "matching": 0.5}},
+    {"fusion": "reuse", "query_side": "text", "objective": {"info_nce": 1.0, "pair": 1.0, "matching": 1.0}},
+    {"fusion": "paper", "head": "mean", "objective": {"soft_target": 1.0, "pair": 1.0}},
+    {"fusion": "concat", "objective": {"matching": 1.0}},
+    {"fusion": "linear", "pooled_text": True, "objective": {"info_nce": 1.0, "pair": 1.0}},
+]
+
+
+@pytest.mark.parametrize("changes", RUNNING, ids=name_of)
+def test_every_combination_runs(notes_path: str, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """One epoch; its loss is finite, and the best weights load and are as good as they were."""
+    if changes["fusion"] == "reference" and changes.get("query_side") == "text":
+        changes = {"head": "attention", **changes}
+    train(config_for(notes_path, tmp_path, epochs=1, **changes))
+    cache = open_cache(notes_path)
+    spec, model, result = load_run(tmp_path, cache)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert np.isfinite(lines[1]["loss"])
+    _, validation, _ = training_pairs(spec, cache)
+    data = batches.TrainingData(spec, cache, validation, validation, 32, 0, "cpu")
+    if spec.shape.fusion != "reference":  # which scores something else each time
+        assert data.validate(model) == pytest.approx(result["best_validation_score"], abs=1e-6)
+
+
+@pytest.mark.parametrize("fusion", ["linear", "concat", "reuse", "paper"])
+def test_text_beside_photos_helps_to_find_them(notes_path: str, tmp_path: Path, fusion: str) -> None:
+    """Captions tell of both: the photo alone finds less, and, where the text is added as it is, the note alone."""
+    scores = {}
+    for beside in ("null", "first_caption"):
+        out = tmp_path / beside
+        train(config_for(notes_path, out, fusion=fusion, gallery_text=beside, epochs=10))
+        scores[beside] = result_of(out)["best_validation_score"]
+    assert scores["first_caption"] > scores["null"] + 0.1
+    if fusion != "paper":
+        assert scores["first_caption"] > text_only_score(notes_path, tmp_path)
+
+
+def text_only_score(path: str, out: Path) -> float:
+    """What the notes' own vectors find, without photos."""
+    cache = open_cache(path)
+    spec = resolve_run(config_for(path, out, gallery_text="first_caption"), cache)
+    search = make_search(cache, spec, training_pairs(spec, cache)[1], own_protocol(spec))
+    assert search.main_metric == "map"
+    notes = unit_rows(cache.encoder("text").vectors(search.pairs.beside))
+    return search.score(notes, unit_rows(search.vectors), intervals=False)["map"].value
+
+
+@pytest.mark.parametrize("signal", [0.1, 1.0], ids=["dim", "clear"])
+def test_text_beside_photos_starts_as_late_fusion(tmp_path: Path, signal: float) -> None:
+    """Before the first step no worse than the text alone, whether the photos tell much or little."""
+    path = make_cache(tmp_path / "cache.zarr", {"train": 120, "dev": 40}, captions=3, joint=True, signal=signal)
+    alone = text_only_score(path, tmp_path)
+    for fusion in ("linear", "concat", "reuse"):
+        train(config_for(path, tmp_path / fusion, fusion=fusion, gallery_text="first_caption", epochs=1))
+        assert logged_scores(tmp_path / fusion)[0] >= alone
 
 
 def test_nothing_is_learned_without_a_signal(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path / "cache.zarr", {"train": 400, "dev": 200}, signal=0.0)
-    train(config_for(cache, tmp_path / "run"))
-    chance = (1 / np.arange(1, 201)).sum() / 200
-    assert result_of(tmp_path / "run")["best_validation_score"] < chance + 0.02
+    cache = make_cache(tmp_path / "cache.zarr", {"train": 120, "dev": 100}, signal=0.0)
+    train(config_for(cache, tmp_path / "run", fusion="linear", epochs=4))
+    assert result_of(tmp_path / "run")["best_validation_score"] < mrr_by_chance(100) + 0.04
 
 
-@pytest.mark.parametrize("fusion", ["linear", "decoder"])
+# The control
+
+
+def test_control_on_permuted_pairs_learns_nothing(tmp_path: Path) -> None:
+    """The same model on photos that belong to other texts: near chance, where the run itself is far above it."""
+    path = make_cache(tmp_path / "cache.zarr", {"train": 120, "dev": 100})
+    train(config_for(path, tmp_path / "run", fusion="linear", epochs=2, control_epochs=3))
+    assert result_of(tmp_path / "run")["best_validation_score"] > 3 * mrr_by_chance(100)
+    control = tmp_path / "run" / "permuted"
+    assert len(logged_scores(control)) == 4
+    assert max(logged_scores(control)) < mrr_by_chance(100) + 0.04
+    assert sorted(file.name for file in control.iterdir()) == ["log.jsonl", "model.safetensors"]
+    spec, model, _ = load_run(tmp_path / "run", open_cache(path))
+    other = load_permuted(tmp_path / "run", spec, open_cache(path))
+    assert other is not None
+    assert not torch.equal(model.head.get_parameter("linear.weight"), other.head.get_parameter("linear.weight"))
+
+
+def test_no_control_where_none_is_asked_for(cache_path: str, tmp_path: Path) -> None:
+    train(config_for(cache_path, tmp_path, fusion="linear", epochs=1, control_epochs=0))
+    assert not (tmp_path / "permuted").exists()
+    cache = open_cache(cache_path)
+    assert load_permuted(tmp_path, load_run(tmp_path, cache)[0], cache) is None
+    assert TrainConfig(cache="", out="").control_epochs > 0
+
+
+def test_permuted_pairs_differ_in_their_photos_alone(notes_path: str) -> None:
+    cache = open_cache(notes_path)
+    encoders = cache.encoder("image"), cache.encoder("text")
+    pairs = select_pairs(cache.table, *encoders, "train", "captions", first_beside=True)
+    permuted = pairs.permuted(3)
+    assert sorted(permuted.rows) == sorted(pairs.rows)
+    assert (permuted.rows != pairs.rows).mean() > 0.9
+    np.testing.assert_array_equal(permuted.rows, pairs.permuted(3).rows)
+    assert not np.array_equal(permuted.rows, pairs.permuted(4).rows)
+    for one in fields(pairs):
+        if one.name != "rows":
+            assert getattr(permuted, one.name) is getattr(pairs, one.name)
+
+
+# Resuming
+
+ALL_TERMS = {"info_nce": 1.0, "pair": 1.0, "matching": 1.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fusion": "linear"},
+        {"fusion": "reuse"},
+        {"fusion": "reuse", "objective": ALL_TERMS, "gallery_text": "first_caption", "text_dropout": 0.5},
+        {"fusion": "concat", "objective": {"siglip": 1.0, "pair": 0.5}, "gallery_text": "first_caption"},
+        {"fusion": "reference"},
+    ],
+    ids=["linear", "reuse", "reuse-all-terms", "concat-siglip-pair", "reference"],
+)
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    cache_path: str, tmp_path: Path, fusion: str, monkeypatch: pytest.MonkeyPatch
+    notes_path: str, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the middle of an epoch, three times."""
-    train(config_for(cache_path, tmp_path / "whole", fusion=fusion))
-    config = config_for(cache_path, tmp_path / "killed", fusion=fusion, checkpoint_seconds=0.0)
-    step = fitting._step
-    for last in (1, 5, 10):
+    """Killed in the middle of an epoch, twice, and once in its control."""
+    given: dict[str, Any] = {"epochs": 3, "control_epochs": 2, "text_dropout": 0.0, **changes}
+    train(config_for(notes_path, tmp_path / "whole", **given))
+    config = config_for(notes_path, tmp_path / "killed", checkpoint_seconds=0.0, **given)
+    step, count = fitting._step, 0
+    for last in (1, 5, 4):
 
         def dying_step(options: object, state: TrainingState, *rest: object, last: int = last) -> float:
-            if state.step == last:
+            nonlocal count
+            count += 1
+            if count > last:
                 raise KeyboardInterrupt
             return step(options, state, *rest)  # type: ignore[arg-type]
 
+        count = 0
         monkeypatch.setattr(fitting, "_step", dying_step)
         with pytest.raises(KeyboardInterrupt):
             train(config)
         assert (tmp_path / "killed" / "state.safetensors").exists()
     monkeypatch.setattr(fitting, "_step", step)
+    assert (tmp_path / "killed" / "permuted" / "state.safetensors").exists()
     train(config)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
-    logs = [[json.loads(line) for line in (run / "log.jsonl").open()] for run in (whole, killed)]
-    for name in ("step", "epoch", "loss", "validation_score", "temperature"):
-        assert [line[name] for line in logs[0]] == [line[name] for line in logs[1]]
-    assert not (killed / "state.safetensors").exists()
+    for part in (".", "permuted"):
+        whole, killed = tmp_path / "whole" / part, tmp_path / "killed" / part
+        assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
+        logs = [[json.loads(line) for line in (run / "log.jsonl").open()] for run in (whole, killed)]
+        timeless = [[{k: v for k, v in line.items() if k != "seconds"} for line in log] for log in logs]
+        assert timeless[0] == timeless[1]
+        assert not (killed / "state.safetensors").exists()
 
 
 def test_finished_run_is_left_alone_and_another_config_is_refused(cache_path: str, tmp_path: Path) -> None:
@@ -131,32 +311,85 @@ def test_photos_that_other_splits_share_are_not_trained_on(tmp_path: Path) -> No
     assert not {*training.rows, *validation.rows} & set(tested.rows)
 
 
-def test_classes_train_with_several_photos_for_a_text(tmp_path: Path) -> None:
-    path = make_cache(tmp_path / "cache.zarr", {"train": 90, "test": 30}, classes=3)
-    train(config_for(path, tmp_path / "run"))
-    assert result_of(tmp_path / "run")["validation_score"] == "map"
-    assert result_of(tmp_path / "run")["best_validation_score"] > 0.8
+@pytest.mark.parametrize("objective", [{"info_nce": 1.0}, ALL_TERMS], ids=["info_nce", "all terms"])
+def test_classes_train_with_several_photos_for_a_text(
+    classes_path: str, tmp_path: Path, objective: dict[str, float]
+) -> None:
+    train(config_for(classes_path, tmp_path, objective=objective, epochs=3))
+    assert result_of(tmp_path)["validation_score"] == "map"
+    assert result_of(tmp_path)["best_validation_score"] > 0.8
 
 
-def test_decoder_takes_only_layers_with_a_block(cache_path: str, tmp_path: Path) -> None:
-    spec = resolve_run(config_for(cache_path, tmp_path, fusion="decoder"), open_cache(cache_path))
-    assert spec.gallery_layers == (2,)
+# Layers
+
+
+@pytest.mark.parametrize("fusion", ["reuse", "paper"])
+def test_decoder_takes_only_layers_with_a_block(cache_path: str, tmp_path: Path, fusion: str) -> None:
+    spec = resolve_run(config_for(cache_path, tmp_path, fusion=fusion), open_cache(cache_path))
+    assert spec.gallery_layers == spec.text_layers == (2,)
     with pytest.raises(CacheError, match=r"can use layers \[2\] \(a decoder needs the block"):
         resolve_run(
-            config_for(cache_path, tmp_path, fusion="decoder", layers={"image": (LAYERS,)}), open_cache(cache_path)
+            config_for(cache_path, tmp_path, fusion=fusion, layers={"image": (LAYERS,)}), open_cache(cache_path)
         )
 
 
-def test_differing_widths_are_projected(tmp_path: Path) -> None:
-    path = make_cache(tmp_path / "cache.zarr", {"train": 40}, text_width=8)
-    train(config_for(path, tmp_path / "run", fusion="decoder", epochs=1))
-    _, model, _ = load_run(tmp_path / "run", open_cache(path))
-    assert isinstance(model.decoders[0].cross_attention.context_projection, torch.nn.Linear)
+@pytest.mark.parametrize(("convention", "given"), [("hidden_states", 2), ("reference", 2), ("paper", 1)])
+def test_layers_are_counted_as_asked(cache_path: str, tmp_path: Path, convention: str, given: int) -> None:
+    """The paper's 1 and 2 are the inputs of blocks 2 and 3; of the text too."""
+    cache = open_cache(cache_path)
+    asked: dict[str, Any] = {"index_convention": convention}
+    decoder = config_for(cache_path, tmp_path, layers={"image": (given,), "text": (given,)}, **asked)
+    assert resolve_run(decoder, cache).gallery_layers == resolve_run(decoder, cache).text_layers == (2,)
+    linear = config_for(cache_path, tmp_path, fusion="linear", layers={"image": (given, given + 1)}, **asked)
+    assert resolve_run(linear, cache).gallery_layers == (2, 3)
+    with pytest.raises(CacheError, match=r"asked for \[4\]"):
+        resolve_run(replace(linear, layers={"image": (given + 2,)}), cache)
+
+
+@pytest.mark.parametrize("side", ["gallery", "text"])
+@pytest.mark.parametrize("fusion", ["reuse", "paper"])
+def test_differing_widths_are_projected(cache_path: str, tmp_path: Path, fusion: str, side: str) -> None:
+    """Photos 16 wide, texts 12."""
+    train(config_for(cache_path, tmp_path, fusion=fusion, query_side=side, epochs=1))
+    _, model, _ = load_run(tmp_path, open_cache(cache_path))
+    projection = model.decoders[0].get_submodule("cross_attention.context_projection")
+    assert projection.weight.shape == ((16, 12) if side == "gallery" else (12, 16))
+
+
+def test_reference_refuses_differing_widths(cache_path: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--fusion reference: the encoders are 16 and 12 wide"):
+        train(config_for(cache_path, tmp_path, fusion="reference"))
+
+
+def test_reference_resolves_to_what_was_released(notes_path: str, tmp_path: Path) -> None:
+    """Matched texts, its own loss, the flattened tokens, one decoder for all layers, queries as they are."""
+    spec = resolve_run(config_for(notes_path, tmp_path, fusion="reference"), open_cache(notes_path))
+    assert spec.gallery_text == "matched"
+    shape = spec.shape
+    assert (shape.head, shape.shares_decoder, shape.adds_text, shape.maps_queries) == ("flatten", True, False, False)
+    train(config_for(notes_path, tmp_path / "run", fusion="reference", epochs=2))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
+    assert not any("temperature" in name for name in lines[0])
+    train(config_for(notes_path, tmp_path / "same", fusion="reference", epochs=2, objective={"soft_target": 1.0}))
+    assert read_json(tmp_path / "run" / "config.json")["run"] == read_json(tmp_path / "same" / "config.json")["run"]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "same")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("fusion", "adds"), [("linear", True), ("concat", True), ("reuse", True), ("paper", False), ("reference", False)]
+)
+def test_text_is_added_by_default_where_there_is_one(notes_path: str, tmp_path: Path, fusion: str, adds: bool) -> None:
+    cache = open_cache(notes_path)
+    beside = config_for(notes_path, tmp_path, fusion=fusion, gallery_text="first_caption")
+    assert resolve_run(beside, cache).shape.adds_text == adds
+    assert resolve_run(replace(beside, pooled_text=not adds), cache).shape.adds_text == (not adds)
+    assert not resolve_run(replace(beside, gallery_text="null"), cache).shape.adds_text
 
 
 def test_the_attention_head_starts_as_the_ridge_and_is_never_worse_on_validation(tmp_path: Path) -> None:
     path = make_cache(tmp_path / "cache.zarr", {"train": 60, "dev": 40})
-    train(config_for(path, tmp_path / "run", learning_rate=1.0))  # it diverges
+    train(config_for(path, tmp_path / "run", fusion="linear", learning_rate=1.0))  # it diverges
     cache = open_cache(path)
     gallery, text = cache.encoder("image"), cache.encoder("text")
     pairs = {split: select_pairs(cache.table, gallery, text, split, "captions") for split in ("train", "dev")}
@@ -174,10 +407,11 @@ def test_the_attention_head_starts_as_the_ridge_and_is_never_worse_on_validation
     assert result_of(tmp_path / "run")["best_validation_score"] >= first["validation_score"]
 
 
-def test_only_what_null_text_reaches_counts_as_trainable(cache_path: str, tmp_path: Path) -> None:
-    train(config_for(cache_path, tmp_path, fusion="decoder", epochs=1))
+@pytest.mark.parametrize("fusion", ["reuse", "paper"])
+def test_only_what_null_text_reaches_counts_as_trainable(cache_path: str, tmp_path: Path, fusion: str) -> None:
+    train(config_for(cache_path, tmp_path, fusion=fusion, epochs=1))
     _, model, _ = load_run(tmp_path, open_cache(cache_path))
-    model.freeze_text_path()
+    model.freeze_unused(null_only=True)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert result_of(tmp_path)["trainable_parameters"] == trainable
     photos = model([torch.randn(4, 5, 16)])
@@ -213,11 +447,27 @@ def test_all_photos_in_another_split_too(tmp_path: Path) -> None:
         ({"layers": {"image": (3, 3)}}, "each layer once"),
         ({"warmup": 2.0}, "--warmup: found 2.0, expected a fraction"),
         ({"device": "gpu"}, "--device gpu: torch cannot use it"),
+        ({"objective": {"triplet": 1.0}}, "--objective: found triplet=…, expected info_nce=…"),
+        ({"objective": {"pair": 0.0}}, "--objective: found pair=0.0, expected a weight above 0"),
+        ({"objective": {"pair": 1.0}, "fusion": "linear"}, "--objective: found pair, expected no term over pairs"),
+        ({"objective": {"matching": 1.0}, "fusion": "linear"}, "linear takes no text"),
+        ({"fusion": "concat", "layers": {"text": (2,)}}, "--layers: found text=…, expected no text: concat takes no"),
+        ({"head": "flatten", "query_side": "text"}, "--head: found flatten, expected attention or mean"),
+        ({"fusion": "concat", "head": "mean"}, "--head: found mean, expected attention"),
+        ({"text_dropout": 0.5}, "--text-dropout: found 0.5, expected 0: there is no text beside"),
+        ({"text_dropout": 1.0, "gallery_text": "matched"}, "--text-dropout: found 1.0, expected a fraction"),
+        ({"negatives": 0}, "--negatives: found 0"),
+        ({"control_epochs": -1}, "--control-epochs: found -1"),
     ],
 )
 def test_wrong_options_are_named(cache_path: str, tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(config_for(cache_path, tmp_path, **changes))
+
+
+def test_a_class_does_not_lie_beside_what_it_is_searched_with(classes_path: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--gallery-text: found first_caption with classes, expected null"):
+        train(config_for(classes_path, tmp_path, gallery_text="first_caption"))
 
 
 def test_run_of_another_cache_is_refused(cache_path: str, tmp_path: Path) -> None:

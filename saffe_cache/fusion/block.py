@@ -1,4 +1,4 @@
-"""An encoder's own block, rebuilt from cached weights, and the decoder that grows out of it."""
+"""An encoder's own block, rebuilt from cached weights."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class EncoderBlock(nn.Module):
     def project(self, entering: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values, each [batch, heads, tokens, d / heads], of what enters the attention."""
         queries, keys, values = (
-            _split_heads(self._linear(role, entering), self.spec.num_attention_heads)
+            split_heads(self._linear(role, entering), self.spec.num_attention_heads)
             for role in ("query", "key", "value")
         )
         return queries, keys, values
@@ -111,7 +111,7 @@ def relative_position_buckets(relative: torch.Tensor, spec: BlockSpec) -> torch.
     return torch.where(relative > 0, half, 0) + torch.where(distance < exact, distance, far.clamp(max=half - 1))
 
 
-def _split_heads(projected: torch.Tensor, num_heads: int) -> torch.Tensor:
+def split_heads(projected: torch.Tensor, num_heads: int) -> torch.Tensor:
     """[batch, heads, tokens, d / heads] of [batch, tokens, d]."""
     batch, tokens, _ = projected.shape
     return projected.reshape(batch, tokens, num_heads, -1).transpose(1, 2)
@@ -125,93 +125,3 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": functional.relu,
     "silu": functional.silu,
 }
-
-
-class CrossAttention(nn.Module):
-    """Attention from one modality's tokens to the other's, started from both encoders' own projections.
-
-    Queries start as the querying block's, keys and values as the context block's where the widths agree;
-    where they differ the context is projected first and the querying block's projections serve for all.
-    The queries and keys come from models that never met, so all four projections train.
-    """
-
-    def __init__(self, query_block: BlockWeights, context_block: BlockWeights) -> None:
-        super().__init__()
-        width, context_width = (len(block.tensors["output_weight"]) for block in (query_block, context_block))
-        self.num_heads = query_block.spec.num_attention_heads
-        self.query_norm = _norm_from(query_block)
-        self.context_norm = _norm_from(context_block)
-        same = width == context_width
-        self.context_projection = nn.Identity() if same else nn.Linear(context_width, width)
-        self.query = _linear_from(query_block, "query")
-        self.key = _linear_from(context_block if same else query_block, "key")
-        self.value = _linear_from(context_block if same else query_block, "value")
-        self.output = _linear_from(query_block, "output")
-
-    def forward(self, hidden: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """[batch, tokens, d] for `hidden` [batch, tokens, d] and `context` [batch, keys, d of the context]."""
-        entering = self.context_projection(self.context_norm(context))
-        queries, keys, values = (
-            _split_heads(projected, self.num_heads)
-            for projected in (self.query(self.query_norm(hidden)), self.key(entering), self.value(entering))
-        )
-        allowed = None if mask is None else mask[:, None, None, :]
-        attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed)
-        return self.output(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
-
-    def to_one_key(self, token: torch.Tensor) -> torch.Tensor:
-        """What `forward` gives for a context of one token [batch, 1, d]: softmax over one key is 1."""
-        return self.output(self.value(self.context_projection(self.context_norm(token))))  # type: ignore[no-any-return]
-
-
-class DecoderBlock(nn.Module):
-    """An encoder's next layer with a gated cross-attention between its halves.
-
-        a = the block's self-attention half of h          frozen
-        y = the block's MLP half of  a + tanh(g) CrossAttention(a, context)
-
-    With g = 0, where it starts, y is the encoder's own next hidden state. Deviates from the SAFFE paper's
-    eq. 2-4, which has no gate and no MLP; the gate is Flamingo's (Alayrac et al. 2022, eq. 1).
-    """
-
-    def __init__(self, query_block: BlockWeights, context_block: BlockWeights) -> None:
-        super().__init__()
-        self.block = EncoderBlock(query_block)
-        self.cross_attention = CrossAttention(query_block, context_block)
-        self.null_token = nn.Parameter(torch.randn(1, 1, len(context_block.tensors["output_weight"])) * 0.02)
-        self.gate = nn.Parameter(torch.zeros(()))
-
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        mask: torch.Tensor | None,
-        context: torch.Tensor | None,
-        context_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """`context` None stands for no text: the learned null token is its only key."""
-        attended = self.block.attend(hidden, mask)
-        if context is None:
-            crossed = self.cross_attention.to_one_key(self.null_token)
-        else:
-            crossed = self.cross_attention(attended, context, context_mask)
-        return self.block.feed_forward(attended + torch.tanh(self.gate) * crossed)
-
-
-def _linear_from(block: BlockWeights, role: str) -> nn.Linear:
-    weight = torch.tensor(block.tensors[f"{role}_weight"])
-    linear = nn.Linear(weight.shape[1], weight.shape[0])
-    with torch.no_grad():
-        linear.weight.copy_(weight)
-        bias = block.tensors.get(f"{role}_bias")
-        linear.bias.zero_() if bias is None else linear.bias.copy_(torch.tensor(bias))
-    return linear
-
-
-def _norm_from(block: BlockWeights) -> nn.LayerNorm:
-    """The norm in front of the block's attention; a plain one for post-LN blocks, whose input is normed."""
-    norm = nn.LayerNorm(len(block.tensors["output_weight"]), eps=block.spec.layer_norm_eps)
-    if block.spec.norm_first:
-        with torch.no_grad():
-            norm.weight.copy_(torch.tensor(block.tensors["attention_norm_weight"]))
-            norm.bias.copy_(torch.tensor(block.tensors["attention_norm_bias"]))
-    return norm

@@ -36,7 +36,7 @@ class AttentionHead(nn.Module):
     projected after pooling, which is the same by linearity. Both save a d x d product for every token, and
     the head then costs little more than reading the tokens.
 
-        z = linear(summary) + mlp(norm([pooled; summary]))
+        z = linear(summary) + mlp(norm([pooled; summary; beside]))
 
     The MLP starts at zero, and `linear` may be started from the ridge regression (`start_linear`): the head then
     is that regression before it is trained.
@@ -48,16 +48,29 @@ class AttentionHead(nn.Module):
         num_layers: int,
         output_size: int,
         *,
+        summary_size: int,
+        beside_size: int = 0,
         num_heads: int = 8,
         head_size: int = 48,
         mlp_size: int = 1024,
         dropout: float = 0.5,
     ) -> None:
+        """
+        Args:
+            hidden_size: width of the tokens that are pooled.
+            num_layers: P.
+            output_size: width of the result.
+            summary_size: width of the summary, 2 P d for `summarize`.
+            beside_size: width of a vector that the MLP sees beside the tokens; 0 for none.
+            num_heads: learned queries a layer.
+            head_size: width of what each of them pools.
+            mlp_size: of the MLP's inner layer.
+            dropout: of the summary and in the MLP.
+        """
         super().__init__()
         self.pool_queries = nn.Parameter(torch.randn(num_layers, hidden_size, num_heads) * 0.02)
         self.pool_values = nn.Parameter(torch.randn(num_layers, num_heads, hidden_size, head_size) * hidden_size**-0.5)
-        summary_size = 2 * num_layers * hidden_size
-        feature_size = num_layers * num_heads * head_size + summary_size
+        feature_size = num_layers * num_heads * head_size + summary_size + beside_size
         self.norm = nn.LayerNorm(feature_size)
         inner, last = nn.Linear(feature_size, mlp_size), nn.Linear(mlp_size, output_size)
         self.mlp = nn.Sequential(nn.Dropout(dropout), inner, nn.GELU(), nn.Dropout(dropout), last)
@@ -67,11 +80,18 @@ class AttentionHead(nn.Module):
             last.weight.zero_()
             last.bias.zero_()
 
-    def forward(self, states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
-        summary = summarize(states, mask)
+    def forward(
+        self,
+        states: Sequence[torch.Tensor],
+        mask: torch.Tensor | None,
+        summary: torch.Tensor | None = None,
+        beside: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`summary` [batch, summary_size] of other tokens than those that are pooled; `beside` [batch, beside_size]."""
+        summary = summarize(states, mask) if summary is None else summary
         pooled = [self._pool(layer, state, mask) for layer, state in enumerate(states)]
-        corrected = self.mlp(self.norm(torch.cat([*pooled, summary], dim=-1)))
-        return self.linear(self.dropout(summary)) + corrected  # type: ignore[no-any-return]
+        seen = [*pooled, summary] if beside is None else [*pooled, summary, beside]
+        return self.linear(self.dropout(summary)) + self.mlp(self.norm(torch.cat(seen, dim=-1)))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def start_linear(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
@@ -106,10 +126,36 @@ class FlattenHead(nn.Module):
     For reproduction: on Flickr8k it over-fits at once and loses to a ridge regression on two pooled vectors.
     """
 
-    def __init__(self, hidden_size: int, num_layers: int, num_tokens: int, output_size: int) -> None:
+    def __init__(
+        self, hidden_size: int, num_layers: int, num_tokens: int, output_size: int, *, has_relu: bool = False
+    ) -> None:
+        """`has_relu`: as the release has it; no cosine to a target of both signs can then exceed about 0.7."""
         super().__init__()
         self.linear = nn.Linear(num_layers * num_tokens * hidden_size, output_size)
+        self.has_relu = has_relu
 
     def forward(self, states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
         assert mask is None, "a flattened layer needs a fixed number of tokens"
-        return self.linear(torch.cat(list(states), dim=1).flatten(1))  # type: ignore[no-any-return]
+        vectors: torch.Tensor = self.linear(torch.cat(list(states), dim=1).flatten(1))
+        return functional.relu(vectors) if self.has_relu else vectors
+
+
+class MatchHead(nn.Module):
+    """Do this photo and this text belong together? One logit, from the fused tokens and how far the two vectors agree.
+
+    Separate from the head that retrieval uses, as in ALBEF (Li et al. 2021), so that matching does not set retrieval
+    back; what it sees of the two vectors passes no gradient.
+    """
+
+    def __init__(self, hidden_size: int, num_layers: int, output_size: int, inner_size: int = 512) -> None:
+        super().__init__()
+        inner = nn.Linear(num_layers * hidden_size + output_size, inner_size)
+        self.mlp = nn.Sequential(inner, nn.GELU(), nn.Linear(inner_size, 1))
+
+    def forward(
+        self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, vectors: torch.Tensor, queries: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [batch] of fused `states`, their unit vectors and the unit vectors of the texts as queries."""
+        pooled = [masked_mean(functional.layer_norm(state, state.shape[-1:]), mask) for state in states]
+        agreement = (vectors * queries).detach() * queries.shape[-1] ** 0.5
+        return self.mlp(torch.cat([*pooled, agreement], dim=-1)).squeeze(-1)  # type: ignore[no-any-return]

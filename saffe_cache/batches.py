@@ -1,0 +1,127 @@
+"""Batches of a run's training pairs, straight from the cache, and its validation score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from saffe_cache.fusion.fam import FusionAlignModule, Texts
+from saffe_cache.fusion.heads import summarize
+from saffe_cache.judging import make_search, own_protocol
+from saffe_cache.pairs import Pairs, mean_text_vectors, read_texts, token_tensors
+from saffe_cache.runs import RunSpec, encode_gallery, encode_queries
+from saffe_cache.store.reader import Cache
+
+_LEAST_BATCH, _LEAST_STEPS = 32, 8
+"""Small data: batches are cut so that an epoch has at least 8 steps, but not below 32 photos."""
+
+
+class Batch(NamedTuple):
+    """What one step needs."""
+
+    states: list[torch.Tensor]
+    """P times [photos, tokens, d]."""
+    mask: torch.Tensor | None
+    beside: Texts | None
+    """The texts that lie beside the photos; None for null text."""
+    text_rows: np.ndarray
+    """int64 [texts]: the batch's distinct texts."""
+    vectors: torch.Tensor
+    """The text encoder's own vectors of them, [texts, d]."""
+    positives: torch.Tensor
+    """bool [photos, texts]."""
+    own: torch.Tensor
+    """int64 [photos]: one text of each photo, drawn at random; the one beside it where texts are matched."""
+
+
+class TrainingData:
+    """Batches of the training pairs, and the validation score."""
+
+    def __init__(
+        self, spec: RunSpec, cache: Cache, pairs: Pairs, validation: Pairs, batch_size: int, seed: int, device: str
+    ) -> None:
+        self._spec, self._cache, self._pairs, self._validation = spec, cache, pairs, validation
+        self._gallery, self._text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
+        self._device, self._seed = device, seed
+        self._batch_size = min(batch_size, max(_LEAST_BATCH, len(pairs) // _LEAST_STEPS), len(pairs))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches; the photos of a short last one have their turn in another epoch."""
+        return len(self._pairs) // self._batch_size
+
+    @property
+    def has_texts_beside(self) -> bool:
+        """Whether each photo has a text of its own beside it, in validation too."""
+        return self._pairs.beside is not None
+
+    def batches(self, step: int, stop: int) -> Iterator[Batch]:
+        """The batches of steps `step` to `stop`, read one ahead."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead: Future[Batch] | None = None
+            for number in range(step, stop):
+                batch = ahead.result() if ahead else self._read(number)
+                ahead = pool.submit(self._read, number + 1) if number + 1 < stop else None
+                yield batch
+
+    def texts(self, rows: np.ndarray) -> Texts:
+        """Texts by row, to be fused with photos."""
+        return read_texts(self._text, rows, self._spec.text_layers, self._device)
+
+    def _read(self, step: int) -> Batch:
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng((self._seed, epoch)).permutation(len(self._pairs))
+        chosen = np.sort(order[within * self._batch_size : (within + 1) * self._batch_size])
+        states, mask = token_tensors(self._gallery, self._pairs.rows[chosen], self._spec.gallery_layers, self._device)
+        texts = [self._pairs.texts[int(i)] for i in chosen]
+        lengths = np.array([len(of_one) for of_one in texts])
+        distinct, columns = np.unique(np.concatenate(texts), return_inverse=True)
+        positives = np.zeros((len(chosen), len(distinct)), bool)
+        positives[np.repeat(np.arange(len(chosen)), lengths), columns] = True
+        draws = np.random.default_rng((self._seed, epoch, within)).random(len(chosen))
+        own = columns[np.cumsum(lengths) - lengths + (draws * lengths).astype(np.int64)]
+        return Batch(
+            states,
+            mask,
+            self._beside(chosen, distinct[own]),
+            distinct,
+            torch.from_numpy(self._text.vectors(distinct)).to(self._device),
+            torch.from_numpy(positives).to(self._device),
+            torch.from_numpy(own).to(self._device),
+        )
+
+    def _beside(self, chosen: np.ndarray, own: np.ndarray) -> Texts | None:
+        if self._spec.gallery_text == "null":
+            return None
+        return self.texts(own if self._pairs.beside is None else self._pairs.beside[chosen])
+
+    @torch.inference_mode()
+    def summaries(self, model: FusionAlignModule) -> np.ndarray:
+        """What the linear path of the model's head sees of the training photos before any training."""
+        model.eval()
+        parts = []
+        for start in range(0, len(self._pairs), 256):
+            these = slice(start, start + 256)
+            states, mask = token_tensors(
+                self._gallery, self._pairs.rows[these], self._spec.gallery_layers, self._device
+            )
+            if model.shape.query_side == "gallery":
+                beside = None if self._pairs.beside is None else self.texts(self._pairs.beside[these])
+                states, mask = model.decode(states, mask, beside)
+            parts.append(summarize(states, mask).cpu().numpy())
+        return np.concatenate(parts)
+
+    def text_means(self) -> np.ndarray:
+        """Mean of the unit vectors of each training photo's texts."""
+        return mean_text_vectors(self._pairs, self._text)
+
+    def validate(self, model: FusionAlignModule) -> float:
+        """The main metric of the run's own protocol on the validation pairs."""
+        search = make_search(self._cache, self._spec, self._validation, own_protocol(self._spec))
+        photos = encode_gallery(model, self._spec, self._cache, search.pairs.rows, search.pairs.beside, self._device)
+        queries = encode_queries(model, search.vectors, self._device)
+        return search.score(photos, queries, intervals=False)[search.main_metric].value

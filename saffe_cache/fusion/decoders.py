@@ -1,0 +1,162 @@
+"""Decoders that are worth training: an encoder's next layer, with attention to the other modality.
+
+A decoder works in three steps, so that what needs one modality alone is computed once for each of its inputs,
+however many partners it is fused with:
+
+    entered     = decoder.enter(layer, hidden, mask)         the querying modality, one row each input
+    keys_values = decoder.keys_values(layer, context)        the other modality, one row each input
+    fused       = decoder(layer, hidden, entered, keys_values, context_mask)      one row each pair
+
+`layer` is what belongs to one layer and does not train; the decoder itself is what trains, and may serve several
+layers. The SAFFE paper's eq. 1-4 are `PaperDecoder`; what its authors released is in reference.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from saffe_cache.features import BlockWeights
+from saffe_cache.fusion.block import EncoderBlock, split_heads
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+"""Each [batch, heads, keys, d / heads]."""
+
+
+class CrossAttention(nn.Module):
+    """Attention from one modality's tokens to the other's, started from both encoders' own projections.
+
+    Queries start as the querying block's, keys and values as the context block's where the widths agree;
+    where they differ the context is projected first and the querying block's projections serve for all.
+    The queries and keys come from models that never met, so all four projections train.
+    """
+
+    def __init__(self, query_block: BlockWeights, context_block: BlockWeights, *, has_norms: bool) -> None:
+        """`has_norms`: whether both sides pass the norm in front of their block's attention first."""
+        super().__init__()
+        width, context_width = (len(block.tensors["output_weight"]) for block in (query_block, context_block))
+        self.num_heads = query_block.spec.num_attention_heads
+        self.query_norm = norm_of(query_block) if has_norms else nn.Identity()
+        self.context_norm = norm_of(context_block) if has_norms else nn.Identity()
+        same = width == context_width
+        self.context_projection = nn.Identity() if same else nn.Linear(context_width, width)
+        self.query = _linear_from(query_block, "query")
+        self.key = _linear_from(context_block if same else query_block, "key")
+        self.value = _linear_from(context_block if same else query_block, "value")
+        self.output = _linear_from(query_block, "output")
+
+    def keys_values(self, context: torch.Tensor) -> KeysValues:
+        """Of `context` [batch, keys, d of the context]."""
+        entering = self.context_projection(self.context_norm(context))
+        keys, values = (split_heads(part(entering), self.num_heads) for part in (self.key, self.value))
+        return keys, values
+
+    def forward(self, hidden: torch.Tensor, keys_values: KeysValues, mask: torch.Tensor | None) -> torch.Tensor:
+        """[batch, tokens, d] for `hidden` [batch, tokens, d]; one token for all where there is a single key."""
+        keys, values = keys_values
+        if keys.shape[2] == 1:  # softmax over one key is 1
+            attended = values
+        else:
+            queries = split_heads(self.query(self.query_norm(hidden)), self.num_heads)
+            allowed = None if mask is None else mask[:, None, None, :]
+            attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed)
+        return self.output(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class ReuseDecoder(nn.Module):
+    """An encoder's next layer, frozen, with a gated cross-attention between its halves.
+
+        a = the block's self-attention half of h
+        y = the block's MLP half of  a + tanh(g) CrossAttention(a, context)
+
+    With g = 0, where it starts, y is the encoder's own next hidden state. Deviates from the SAFFE paper's
+    eq. 2-4, which has no gate and no MLP; the gate is Flamingo's (Alayrac et al. 2022, eq. 1).
+    """
+
+    def __init__(self, query_block: BlockWeights, context_block: BlockWeights) -> None:
+        super().__init__()
+        self.cross_attention = CrossAttention(query_block, context_block, has_norms=True)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    @staticmethod
+    def layer_of(query_block: BlockWeights, context_block: BlockWeights) -> nn.Module:
+        """The querying encoder's whole block."""
+        return EncoderBlock(query_block)
+
+    def enter(self, layer: EncoderBlock, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return layer.attend(hidden, mask)
+
+    def keys_values(self, layer: EncoderBlock, context: torch.Tensor) -> KeysValues:
+        return self.cross_attention.keys_values(context)
+
+    def forward(
+        self,
+        layer: EncoderBlock,
+        hidden: torch.Tensor,
+        entered: torch.Tensor,
+        keys_values: KeysValues,
+        context_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        crossed = self.cross_attention(entered, keys_values, context_mask)
+        return layer.feed_forward(entered + torch.tanh(self.gate) * crossed)
+
+
+class PaperDecoder(nn.Module):
+    """The SAFFE paper's decoder, eq. 1-4, all of it trainable, from the weights of the next layer.
+
+        u' = MSA(LN(h_A)) + h_A,   Z' = MCA(h_A, h_B) + u',   D = LN(Z')
+        MCA(A, B) = Attention(W^Q A, W^K B, W^V B)
+
+    MCA takes the raw hidden states of both modalities, as written there; heads and output projection, of which
+    the paper says nothing, are the querying block's. There is no MLP. A post-LN encoder's self-attention keeps its
+    own order of norm and residual.
+    """
+
+    def __init__(self, query_block: BlockWeights, context_block: BlockWeights) -> None:
+        super().__init__()
+        own = {name: value for name, value in query_block.tensors.items() if not name.startswith("mlp_")}
+        self.self_attention = EncoderBlock(BlockWeights(query_block.spec, own)).requires_grad_(True)
+        self.cross_attention = CrossAttention(query_block, context_block, has_norms=False)
+        self.norm = nn.LayerNorm(len(own["output_weight"]), eps=query_block.spec.layer_norm_eps)
+
+    @staticmethod
+    def layer_of(query_block: BlockWeights, context_block: BlockWeights) -> nn.Module:
+        """Nothing: all trains."""
+        return nn.Identity()
+
+    def enter(self, layer: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return self.self_attention.attend(hidden, mask)
+
+    def keys_values(self, layer: nn.Module, context: torch.Tensor) -> KeysValues:
+        return self.cross_attention.keys_values(context)
+
+    def forward(
+        self,
+        layer: nn.Module,
+        hidden: torch.Tensor,
+        entered: torch.Tensor,
+        keys_values: KeysValues,
+        context_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return self.norm(self.cross_attention(hidden, keys_values, context_mask) + entered)  # type: ignore[no-any-return]
+
+
+def _linear_from(block: BlockWeights, role: str) -> nn.Linear:
+    weight = torch.tensor(block.tensors[f"{role}_weight"])
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        bias = block.tensors.get(f"{role}_bias")
+        linear.bias.zero_() if bias is None else linear.bias.copy_(torch.tensor(bias))
+    return linear
+
+
+def norm_of(block: BlockWeights) -> nn.LayerNorm:
+    """The norm in front of the block's attention; a plain one for post-LN blocks, whose input is normed."""
+    norm = nn.LayerNorm(len(block.tensors["output_weight"]), eps=block.spec.layer_norm_eps)
+    if block.spec.norm_first:
+        with torch.no_grad():
+            norm.weight.copy_(torch.tensor(block.tensors["attention_norm_weight"]))
+            norm.bias.copy_(torch.tensor(block.tensors["attention_norm_bias"]))
+    return norm

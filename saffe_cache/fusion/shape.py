@@ -1,0 +1,57 @@
+"""What decides a FAM's parameters, as plain values that a run's folder can hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FusionName = Literal["reuse", "paper", "reference", "linear", "concat"]
+HeadName = Literal["attention", "mean", "flatten"]
+QuerySide = Literal["gallery", "text"]
+DECODERS: tuple[FusionName, ...] = ("reuse", "paper", "reference")
+"""The fusions in which one modality's tokens attend to the other's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamShape:
+    """All that decides a FAM's parameters, as plain values."""
+
+    fusion: FusionName
+    head: HeadName
+    num_layers: int
+    """P: layers of each modality."""
+    hidden_size: int
+    """Width of the gallery's tokens."""
+    num_tokens: int
+    """Tokens of a gallery input."""
+    text_hidden_size: int
+    """Width of the text's tokens."""
+    text_size: int
+    """Width of the text encoder's own vector, which is also the width of the output."""
+    query_side: QuerySide = "gallery"
+    """Whose tokens are the queries of a decoder's cross-attention."""
+    shares_decoder: bool = False
+    """One decoder for all layers, instead of one each."""
+    freezes_decoder: bool = False
+    """Train the head alone: the decoder stays as the encoders' blocks made it."""
+    adds_text: bool = False
+    """Add the text's own vector, mapped, to the output: the residual path of a text in the gallery."""
+    maps_queries: bool = True
+    """Whether queries pass a learned map; else they are the text encoder's own vectors."""
+    matches: bool = False
+    """Whether there is a head for image-text matching."""
+    dropout: float = 0.5
+
+    @property
+    def has_decoder(self) -> bool:
+        return self.fusion in DECODERS
+
+    @property
+    def head_sees_text(self) -> bool:
+        """Whether the head's MLP sees the text's own vector."""
+        return self.fusion == "concat" or (self.fusion == "reuse" and self.adds_text and self.head == "attention")
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of the tokens that the head pools: those of the modality that asks."""
+        return self.text_hidden_size if self.has_decoder and self.query_side == "text" else self.hidden_size

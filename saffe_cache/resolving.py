@@ -1,0 +1,243 @@
+"""What a training is asked for, and what that means for the cache at hand: encoders, layers, shape, defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
+
+from saffe_cache.features import MODALITIES, CacheError, IndexConvention, Modality, hidden_states_index
+from saffe_cache.fitting import FitOptions
+from saffe_cache.fusion.shape import DECODERS, FamShape, FusionName, HeadName, QuerySide
+from saffe_cache.options import require, require_keys
+from saffe_cache.pairs import VALIDATION_SPLITS, PairKind, gallery_modality, pair_kind
+from saffe_cache.runs import GalleryText, RunSpec, choose_device
+from saffe_cache.store.reader import Cache, EncoderCache
+from saffe_cache.terms import OVER_PAIRS, TermName, TermOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a FusionAlign Module from a cache.
+
+    The same command resumes a killed run where it was, and does nothing for a finished one.
+    """
+
+    cache: str
+    """The cache, as saffe-extract wrote it."""
+    out: str
+    """Folder of the run."""
+    fusion: FusionName = "reuse"
+    """reuse: the encoder's next block with a gated cross-attention to the other modality. paper: the SAFFE paper's eq.
+    1-4. reference: what its released code computes, to be looked at. linear: no attention; a text beside the photo
+    enters as its own vector. concat: the same, and the head's MLP sees that vector too."""
+    head: HeadName | None = None
+    """How tokens become a vector. attention: pooled by learned queries. mean: their mean. flatten: all tokens into one
+    linear map, as in the paper. Default: attention; flatten for reference."""
+    query_side: QuerySide = "gallery"
+    """Whose tokens ask in a decoder's cross-attention: the gallery's (photos) or the text's."""
+    share_decoder: bool | None = None
+    """One decoder for all layers instead of one each. Default: no; yes for reference."""
+    freeze_decoder: bool = False
+    """Train the head alone, the decoder stays as the encoders' blocks made it (the paper's partially aligned case)."""
+    pooled_text: bool | None = None
+    """Add the vector of a text beside the photo, mapped, to the output. Default: yes where there are such texts, but
+    no for paper and reference."""
+    gallery_text: GalleryText | None = None
+    """What lies beside a photo in training and in the gallery. null: nothing. first_caption: the item's first caption;
+    the others are what is searched with. matched: one of the texts that are searched with, as the SAFFE release
+    trains; such a model learns to copy the text, and its gallery is indexed with null text. Default: null; matched
+    for reference."""
+    text_dropout: float = 0.0
+    """Part of the texts beside photos that are replaced by the null text, 0 to 1."""
+    objective: Mapping[str, float] = field(default_factory=dict)
+    """Weighted sum of losses, as info_nce=1 and pair=0.5: info_nce, siglip, soft_target (the SAFFE release's), pair
+    (own text against wrong ones, each fused with the photo), matching (image-text matching on a head of its own).
+    Default: info_nce=1; soft_target=1 for reference."""
+    negatives: int = 9
+    """Wrong texts of a photo in pair, half of them the most alike."""
+    pair_photos: int = 64
+    """Photos of a batch that pair and matching look at."""
+    control_epochs: int = 2
+    """Epochs of the control, which is trained on permuted pairs; 0 for none, and the report will say so."""
+    layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Layers to train on, as image=11,12 (and text=5 for a decoder). Default: all that the fusion can use."""
+    index_convention: IndexConvention = "hidden_states"
+    """How --layers counts. hidden_states, and the same in the SAFFE release (reference): i is the input of block i.
+    paper: l is the output of its layer l, which is hidden_states l + 1."""
+    encoder: Mapping[str, str] = field(default_factory=dict)
+    """Which encoder, as image=PART-OF-KEY, where the cache has several of a modality."""
+    pairs: Literal["auto", "captions", "classes"] = "auto"
+    """What describes an item: its captions, or its classes' names. auto: captions where there are any."""
+    train_split: str = "train"
+    """Split to train on."""
+    validation: str = "auto"
+    """Where the best epoch is chosen: a split's name, or heldout for a part of the train split by photo.
+    auto: dev, val, valid or validation where there is one, else heldout."""
+    validation_fraction: float = 0.1
+    """Part of the train split that heldout takes, 0 to 1."""
+    epochs: int = 20
+    """Passes over the photos."""
+    batch_size: int = 512
+    """Photos in a batch, each with all its texts; smaller where there are fewer than 8 such batches."""
+    learning_rate: float = 2e-3
+    """Peak of AdamW's learning rate."""
+    weight_decay: float = 0.05
+    """AdamW's, on matrices."""
+    warmup: float = 0.1
+    """Part of the steps with a rising learning rate; a cosine to 2 % follows."""
+    dropout: float = 0.5
+    """In the head and the query map, 0 to 1."""
+    clip: float = 5.0
+    """Largest norm of the gradient."""
+    patience: int = 8
+    """Stop after so many epochs without a better validation score."""
+    seed: int = 0
+    """Seed of the starting weights, the order of photos, dropout and what is held out."""
+    device: str = "auto"
+    """auto takes a GPU where there is one; or cpu, cuda."""
+    checkpoint_seconds: float = 60.0
+    """Time between states that a killed run resumes from."""
+    tensorboard: bool = True
+    """Also log to TensorBoard, where it is installed."""
+
+    def __post_init__(self) -> None:
+        require_keys("layers", self.layers, MODALITIES)
+        require_keys("encoder", self.encoder, MODALITIES)
+        require_keys("objective", self.objective, get_args(TermName))
+        has_tokens = self.fusion in DECODERS
+        require(has_tokens or "text" not in self.layers, "layers", "text=…", f"no text: {self.fusion} takes no tokens")
+        for name, layers in self.layers.items():
+            require(len(set(layers)) == len(layers), "layers", f"{name}={layers}", "each layer once")
+        require(self.validation != self.train_split, "validation", self.validation, "another split, or heldout")
+        for name, weight in self.objective.items():
+            require(weight > 0, "objective", f"{name}={weight}", "a weight above 0")
+        for option in ("epochs", "batch_size", "learning_rate", "clip", "patience", "negatives", "pair_photos"):
+            require(getattr(self, option) > 0, option, getattr(self, option), "a number above 0")
+        for option in ("validation_fraction", "warmup", "dropout", "text_dropout"):
+            require(0 <= getattr(self, option) < 1, option, getattr(self, option), "a fraction from 0 to below 1")
+        for option in ("weight_decay", "seed", "checkpoint_seconds", "control_epochs"):
+            require(getattr(self, option) >= 0, option, getattr(self, option), "0 or more")
+
+
+def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
+    """Fill in what the config leaves to the cache: encoders, layers, kind of pairs, validation.
+
+    Raises:
+        CacheError, ValueError: the cache lacks what is asked for.
+    """
+    modality = gallery_modality(cache)
+    gallery = cache.encoder(modality, config.encoder.get(modality))
+    text = cache.encoder("text", config.encoder.get("text"))
+    layers = _choose_layers(config, gallery, modality)
+    text_layers: tuple[int, ...] = ()
+    if config.fusion in DECODERS:
+        text_layers = _choose_layers(config, text, "text")[-len(layers) :]
+        layers = layers[-len(text_layers) :]
+    validation = config.validation
+    if validation == "auto":
+        present = set(cache.table.splits)
+        validation = next((name for name in VALIDATION_SPLITS if name in present), "heldout")
+    kind: PairKind = pair_kind(cache.table) if config.pairs == "auto" else config.pairs
+    gallery_text = config.gallery_text or ("matched" if config.fusion == "reference" else "null")
+    spec = RunSpec(
+        gallery_key=gallery.key,
+        text_key=text.key,
+        gallery_layers=layers,
+        text_layers=text_layers,
+        pairs=kind,
+        train_split=config.train_split,
+        validation=validation,
+        validation_fraction=config.validation_fraction,
+        seed=config.seed,
+        shape=_shape(config, gallery, text, layers, gallery_text),
+        gallery_text=gallery_text,
+    )
+    _check_together(config, spec)
+    return spec
+
+
+def _shape(
+    config: TrainConfig, gallery: EncoderCache, text: EncoderCache, layers: tuple[int, ...], gallery_text: GalleryText
+) -> FamShape:
+    tokens, hidden_size = gallery.array(f"hidden_states/{layers[0]}").row_shape
+    is_reference = config.fusion == "reference"
+    adds_text = gallery_text != "null" and config.fusion not in ("reference", "paper")
+    return FamShape(
+        fusion=config.fusion,
+        head=config.head or ("flatten" if is_reference else "attention"),
+        num_layers=len(layers),
+        hidden_size=hidden_size,
+        num_tokens=tokens,
+        text_hidden_size=text.manifest.hidden_size,
+        text_size=text.array(text.manifest.vector).row_shape[0],
+        query_side=config.query_side,
+        shares_decoder=is_reference if config.share_decoder is None else config.share_decoder,
+        freezes_decoder=config.freeze_decoder,
+        adds_text=adds_text if config.pooled_text is None else config.pooled_text,
+        maps_queries=not is_reference,
+        matches="matching" in config.objective,
+        dropout=config.dropout,
+    )
+
+
+def _check_together(config: TrainConfig, spec: RunSpec) -> None:
+    """
+    Raises:
+        ValueError: two options exclude each other.
+    """
+    shape, objective = spec.shape, _objective(config)
+    over_pairs = ", ".join(name for name in OVER_PAIRS if name in objective)
+    takes_text = shape.has_decoder or shape.fusion == "concat" or shape.adds_text
+    require(takes_text or not over_pairs, "objective", over_pairs, f"no term over pairs: {shape.fusion} takes no text")
+    require(
+        spec.pairs == "captions" or spec.gallery_text != "first_caption",
+        *("gallery_text", "first_caption with classes", "null: a class beside the photo is the answer itself"),
+    )
+    trains_text = spec.gallery_text != "null" or over_pairs
+    require(not shape.adds_text or bool(trains_text), "pooled_text", "yes", "no: no text is fused in training")
+    for option, given in (
+        ("query_side", config.query_side != "gallery"),
+        ("share_decoder", bool(config.share_decoder)),
+        ("freeze_decoder", config.freeze_decoder),
+    ):
+        require(shape.has_decoder or not given, option, getattr(config, option), f"nothing: {shape.fusion} has none")
+    varies = shape.has_decoder and shape.query_side == "text"
+    require(shape.head != "flatten" or not varies, "head", "flatten", "attention or mean: texts differ in length")
+    require(shape.fusion != "concat" or shape.head == "attention", "head", shape.head, "attention: concat is its MLP's")
+    require(
+        spec.gallery_text != "null" or config.text_dropout == 0,
+        *("text_dropout", config.text_dropout, "0: there is no text beside the photos"),
+    )
+
+
+def _choose_layers(config: TrainConfig, encoder: EncoderCache, modality: Modality) -> tuple[int, ...]:
+    usable = encoder.block_layers if config.fusion in DECODERS else encoder.manifest.layers
+    given = config.layers.get(modality)
+    chosen = (
+        tuple(usable)
+        if given is None
+        else tuple(hidden_states_index(layer, config.index_convention) for layer in given)
+    )
+    wrong = [layer for layer in chosen if layer not in usable]
+    if wrong or not chosen:
+        why = "" if encoder.manifest.layers == usable else " (a decoder needs the block behind a layer)"
+        raise CacheError(
+            f"{encoder.key}: --fusion {config.fusion} can use layers {usable}{why}, asked for {list(chosen)}. "
+            f"Add layers with saffe-extract --layers {modality}=…."
+        )
+    return chosen
+
+
+def fit_options(config: TrainConfig) -> FitOptions:
+    values = {one.name: getattr(config, one.name) for one in fields(FitOptions) if one.name != "device"}
+    return FitOptions(**values, device=choose_device(config.device))
+
+
+def term_options(config: TrainConfig) -> TermOptions:
+    values = {one.name: getattr(config, one.name) for one in fields(TermOptions) if one.name != "objective"}
+    return TermOptions(**values, objective=_objective(config))
+
+
+def _objective(config: TrainConfig) -> Mapping[str, float]:
+    return config.objective or ({"soft_target": 1.0} if config.fusion == "reference" else {"info_nce": 1.0})
