@@ -24,9 +24,9 @@ def train_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def evaluate_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.evaluate import EvaluateConfig, evaluate
+    from saffe_cache.evaluate import EvaluateConfig, evaluate, exit_status
 
-    return _run_stage("saffe-index-eval", EvaluateConfig, evaluate, arguments)
+    return _run_stage("saffe-index-eval", EvaluateConfig, evaluate, arguments, exit_status)
 
 
 def cache_command(arguments: Sequence[str] | None = None) -> int:
@@ -66,14 +66,22 @@ def _cache_action(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run_stage(prog: str, config_class: type[Any], stage: Callable[[Any], str], arguments: Sequence[str] | None) -> int:
+def _run_stage(
+    prog: str,
+    config_class: type[Any],
+    stage: Callable[[Any], str],
+    arguments: Sequence[str] | None,
+    status: Callable[[str], int] = lambda _: 0,
+) -> int:
+    """`status` gives the exit status from the path that the stage wrote."""
     from saffe_cache.options import parse_config
 
     config = parse_config(config_class, arguments, prog)
 
     def run() -> int:
-        print(stage(config))
-        return 0
+        path = stage(config)
+        print(path)
+        return status(path)
 
     return _guarded(prog, run)
 

@@ -4,55 +4,55 @@ from __future__ import annotations
 
 import logging
 import resource
-import textwrap
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
+import torch
 
-from saffe_cache.features import Ragged
-from saffe_cache.pairs import (
-    PairKind,
-    Pairs,
-    class_vectors,
-    mean_text_vectors,
-    select_pairs,
-    summaries,
-    unit_rows,
+from saffe_cache.controls import duplicates, failures, run_controls, sensitivity
+from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.judging import SearchName, own_protocol
+from saffe_cache.measuring import (
+    DEFINITIONS,
+    Protocol,
+    ProtocolName,
+    Setting,
+    candidate_protocol,
+    image_protocol,
+    rerank_protocol,
+    search_protocol,
+    with_true_texts,
 )
-from saffe_cache.retrieval.baselines import LinearMap, fit_linear_probe, fit_ridge
+from saffe_cache.options import require
+from saffe_cache.pairs import PairKind, Pairs, select_pairs
+from saffe_cache.report import control_to_json, format_report, scores_to_json
 from saffe_cache.retrieval.index import build_index, save_index
-from saffe_cache.retrieval.protocols import Scores, caption_scores, class_scores
+from saffe_cache.retrieval.metrics import paired_bootstrap
+from saffe_cache.retrieval.protocols import Scores
 from saffe_cache.runs import (
     RunSpec,
     choose_device,
-    encode_gallery,
-    encode_queries,
+    load_permuted,
     load_run,
     provenance,
+    read_json,
     same_training_pairs,
     write_json,
 )
-from saffe_cache.store.reader import Cache, EncoderCache, open_cache
+from saffe_cache.store.reader import Cache, open_cache
+from saffe_cache.systems import Material, baselines
 
 logger = logging.getLogger(__name__)
-
-DEFINITIONS = {
-    "caption": "each caption searches the photos, one of which is relevant; each photo searches the captions; "
-    "the gallery is f(photo, null text)",
-    "class": "each class's text searches the photos; map is the mean over classes of non-interpolated average "
-    "precision over the whole ranking, map_at_100 the same over its first 100, divided by min(relevant, 100); "
-    "top1 is the share of photos whose nearest class text is theirs; "
-    "the gallery is f(photo, null text)",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Index a run's vectors and measure retrieval, with baselines, controls and chance beside it."""
+    """Index a run's vectors and measure retrieval, with baselines, controls and chance beside it.
+
+    Exits with status 3 where a control is not where it must be.
+    """
 
     cache: str
     """The cache that the run was trained on."""
@@ -61,35 +61,33 @@ class EvaluateConfig:
     split: str = "test"
     """Split to report on; its photos are the gallery."""
     out: str | None = None
-    """Folder for metrics.json, the table and the index. Default: a folder in the run's, named like the split."""
-    protocol: Literal["auto", "caption", "class"] = "auto"
-    """caption: captions search photos, and back. class: class names search photos. auto: as the run was trained."""
+    """Folder for metrics.json, the table and the index. Default: SPLIT-PROTOCOL in the run's folder."""
+    protocol: Literal["auto", "caption", "class", "metadata", "candidate", "rerank", "image"] = "auto"
+    """caption: captions search photos, and back. class: class names search photos. metadata: captions search photos
+    that lie beside their first caption. candidate: every photo is fused with every class. rerank: the first results of
+    caption or class, scored again as fused pairs. image: photos search photos of their class. auto: as the run was
+    trained."""
+    rerank_k: int = 16
+    """Results that rerank scores again, for each query."""
+    rerank_queries: int = 500
+    """Queries that rerank asks at most, drawn at random: each costs rerank_k fusions."""
+    baselines: bool = True
+    """Fit the baselines too; without them only what the controls need."""
+    leak_true_text: bool = False
+    """Put into the gallery, beside each photo, a text that it is searched with. THIS LEAKS THE ANSWER: noise in the
+    place of photos scores as well. To show what such numbers are worth."""
     seed: int = 0
-    """Of the shuffled control, the breaking of ties and the bootstrap."""
+    """Of the controls, the breaking of ties and the bootstrap."""
     device: str = "auto"
     """auto takes a GPU where there is one; or cpu, cuda."""
 
-
-@dataclass(frozen=True)
-class _Queries:
-    """How the photos of some pairs are searched, given what makes a query vector from a text vector."""
-
-    kind: PairKind
-    vectors: np.ndarray
-    """The text encoder's own vectors: of each caption, or of each class."""
-    owners: np.ndarray
-    """Captions: the photo that each describes. Classes: empty."""
-    labels: Ragged
-    seed: int
-
-    def score(self, photos: np.ndarray, queries: np.ndarray, *, intervals: bool = True) -> Scores:
-        if self.kind == "captions":
-            return caption_scores(photos, queries, self.owners, intervals=intervals, seed=self.seed)
-        return class_scores(photos, queries, self.labels, intervals=intervals, seed=self.seed)
-
-    @property
-    def main_metric(self) -> str:
-        return "mrr" if self.kind == "captions" else "map"
+    def __post_init__(self) -> None:
+        for option in ("rerank_k", "rerank_queries"):
+            require(getattr(self, option) > 0, option, getattr(self, option), "a number above 0")
+        require(
+            not self.leak_true_text or self.protocol in ("auto", "caption", "class"),
+            *("leak_true_text", f"--protocol {self.protocol}", "--protocol caption or class"),
+        )
 
 
 def evaluate(config: EvaluateConfig) -> str:
@@ -99,135 +97,131 @@ def evaluate(config: EvaluateConfig) -> str:
         CacheError, ValueError: cache, run, split or protocol do not go together.
     """
     started = time.perf_counter()
+    torch.manual_seed(config.seed)
     cache = open_cache(config.cache)
     spec, model, result = load_run(config.run, cache)
     training = same_training_pairs(spec, cache, config.run)
     device = choose_device(config.device)
-    model.to(device)
-    gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
-    kinds: dict[str, PairKind] = {"auto": spec.pairs, "caption": "captions", "class": "classes"}
-    kind = kinds[config.protocol]
-    pairs = select_pairs(cache.table, gallery, text, config.split, kind)
-    queries = _queries(cache, text, pairs, config.seed)
-    logger.info("%s: %d photos, %d queries of split %s", kind, len(pairs), len(queries.vectors), config.split)
-    encoding = time.perf_counter()
-    photos = encode_gallery(model, gallery, pairs.rows, spec.gallery_layers, device)
-    encoding = time.perf_counter() - encoding
-    searching = encode_queries(model, queries.vectors, device)
-    systems: dict[str, Scores] = {"fam": queries.score(photos, searching)}
-    shuffled = photos[np.random.default_rng(config.seed).permutation(len(photos))]
-    control = queries.score(shuffled, searching)
-    baselines, absent = _baselines(cache, spec, pairs, queries, training)
-    systems |= baselines
+    permuted = load_permuted(config.run, spec, cache)
+    for one in (model, permuted):
+        if one is not None:
+            one.to(device)
+    name = own_protocol(spec) if config.protocol == "auto" else config.protocol
+    setting = _setting(config, cache, spec, name, training[0], device)
+    protocol = _protocol(config, setting, name)
+    logger.info("%s protocol: %d photos of split %s.", name, len(setting.pairs), config.split)
     report = {
-        "protocol": "caption" if kind == "captions" else "class",
-        "definition": DEFINITIONS["caption" if kind == "captions" else "class"],
+        "protocol": name,
+        "definition": _definition(config, name),
         "split": config.split,
-        "warnings": _warnings(spec, config, control[queries.main_metric], pairs),
-        "num_photos": len(pairs),
-        "num_queries": len(queries.vectors),
-        "num_unusable_items": pairs.num_unusable,
-        "systems": {name: _to_json(scores) for name, scores in systems.items()},
-        "absent": absent,
-        "controls": {"photos_shuffled": _to_json(control)},
+        "warnings": _warnings(spec, config, setting.pairs),
+        "num_photos": len(setting.pairs),
+        "num_queries": protocol.num_queries,
+        "num_unusable_items": setting.pairs.num_unusable,
+        **_measure(config, protocol, setting, (model, permuted), training),
         "cost": {
             "trainable_parameters": result["trainable_parameters"],
             "training_seconds": result["seconds"],
             "training_peak_memory_mb": result["peak_memory_mb"],
-            "gallery_seconds": round(encoding, 2),
             "evaluation_seconds": round(time.perf_counter() - started, 1),
             "evaluation_peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         },
         "run": asdict(spec),
         **provenance(config),
     }
-    out = Path(config.out or Path(config.run) / config.split)
-    out.mkdir(parents=True, exist_ok=True)
-    save_index(build_index(photos, pairs.ids, config.seed), out)
-    table = format_report(report)
-    (out / "report.txt").write_text(table + "\n")
-    write_json(out / "metrics.json", report)
-    print(table)
+    out = Path(config.out or Path(config.run) / f"{config.split}-{name}")
+    _write(out, report, setting, model)
     return str(out)
 
 
-def _queries(cache: Cache, text: EncoderCache, pairs: Pairs, seed: int) -> _Queries:
-    if pairs.kind == "classes":
-        return _Queries("classes", class_vectors(cache.table, text), np.zeros(0, np.int64), pairs.labels, seed)
-    owners = np.repeat(np.arange(len(pairs)), np.diff(pairs.texts.offsets))
-    return _Queries("captions", text.vectors(pairs.texts.values), owners, pairs.labels, seed)
-
-
-def _baselines(
-    cache: Cache, spec: RunSpec, pairs: Pairs, queries: _Queries, training: tuple[Pairs, Pairs]
-) -> tuple[dict[str, Scores], dict[str, str]]:
-    """Scores of the baselines, and why one is absent. They see all cached layers of the same encoder."""
-    gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
-    layers = gallery.manifest.layers
-    train_pairs, validation = training
-    features = {
-        part: summaries(gallery, p.rows, layers)
-        for part, p in (("train", train_pairs), ("validation", validation), ("test", pairs))
+def _measure(
+    config: EvaluateConfig,
+    protocol: Protocol,
+    setting: Setting,
+    models: tuple[FusionAlignModule, FusionAlignModule | None],
+    training: tuple[Pairs, Pairs],
+) -> dict[str, Any]:
+    """The FAM, the baselines and the controls; `models` are the run's own and that of permuted pairs."""
+    model, permuted = models
+    fam = protocol.measure(model, setting.honest())
+    material = Material(setting, *training, protocol)
+    fitted, absent = baselines(material) if config.baselines else ({}, {})
+    controls = run_controls(protocol, setting, model, permuted, fitted or material.levels)
+    moves, shared = sensitivity(setting, model), duplicates(setting, training)
+    return {
+        "failures": failures(controls, moves, shared, permuted is not None),
+        "systems": {system: scores_to_json(scores) for system, scores in ({"fam": fam} | fitted).items()},
+        "absent": absent,
+        "differences": _differences(fam, fitted, protocol),
+        "controls": {name: control_to_json(control) for name, control in controls.items()},
+        "sensitivity": moves,
+        "duplicates": shared,
     }
-    on_validation = _queries(cache, text, validation, queries.seed)
-
-    def judge_ridge(fit: LinearMap) -> float:
-        photos = unit_rows(fit(features["validation"]))
-        scores = on_validation.score(photos, unit_rows(on_validation.vectors), intervals=False)
-        return scores[on_validation.main_metric].value
-
-    systems: dict[str, Scores] = {}
-    absent: dict[str, str] = {}
-    query_vectors = unit_rows(queries.vectors)
-    ridge = fit_ridge(features["train"], mean_text_vectors(train_pairs, text), judge_ridge)
-    systems["ridge"] = queries.score(unit_rows(ridge(features["test"])), query_vectors)
-    if queries.kind == "classes":
-        systems |= _linear_probe(train_pairs, validation, queries, features, len(cache.table.class_names), absent)
-    own = gallery.vectors(pairs.rows) if gallery.manifest.vector in gallery.manifest.arrays else None
-    if own is not None and own.shape[1] == queries.vectors.shape[1]:
-        systems["pooled_cosine"] = queries.score(unit_rows(own), query_vectors)
-    else:
-        widths = "no vector is cached" if own is None else f"widths {own.shape[1]} and {queries.vectors.shape[1]}"
-        absent["pooled_cosine"] = f"the encoders' own vectors cannot be compared: {widths}"
-    return systems, absent
 
 
-def _linear_probe(
-    train_pairs: Pairs,
-    validation: Pairs,
-    queries: _Queries,
-    features: Mapping[str, np.ndarray],
-    num_classes: int,
-    absent: dict[str, str],
-) -> dict[str, Scores]:
-    """Logistic regression; its logits rank the photos of each class."""
-    if any(len(of_one) != 1 for pairs in (train_pairs, validation) for of_one in pairs.labels):
-        absent["linear_probe"] = "some photos have several classes"
-        return {}
+def _definition(config: EvaluateConfig, name: ProtocolName) -> str:
+    if config.leak_true_text:
+        return DEFINITIONS[name].replace("f(photo, null text)", "f(photo, a text that it is searched with)")
+    return DEFINITIONS[name]
 
-    def score(fit: LinearMap, photos: np.ndarray, labels: Ragged, intervals: bool) -> Scores:
-        probabilities = _softmax(fit(photos))
-        return class_scores(
-            unit_rows(probabilities), np.eye(num_classes, dtype=np.float32), labels, intervals=intervals
+
+def exit_status(out: str) -> int:
+    """0, or 3 where a control of the report is not where it must be."""
+    return 3 if read_json(Path(out) / "metrics.json")["failures"] else 0
+
+
+def _setting(
+    config: EvaluateConfig, cache: Cache, spec: RunSpec, name: ProtocolName, training: Pairs, device: str
+) -> Setting:
+    """The pairs of the split, as the protocol needs them."""
+    gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
+    beside = name == "metadata"
+    if beside and spec.gallery_text != "first_caption":
+        raise ValueError(
+            f"--protocol metadata: the run was trained with --gallery-text {spec.gallery_text}, it has not learned to "
+            "fuse. Train with --gallery-text first_caption."
         )
-
-    fit = fit_linear_probe(
-        features["train"],
-        train_pairs.labels.values,
-        num_classes,
-        lambda fit: score(fit, features["validation"], validation.labels, False)["top1"].value,
-    )
-    return {"linear_probe": score(fit, features["test"], queries.labels, True)}
+    by_class = name in ("class", "candidate", "image") or (name == "rerank" and spec.pairs == "classes")
+    kind: PairKind = "classes" if by_class else "captions"
+    pairs = select_pairs(cache.table, gallery, text, config.split, kind, first_beside=beside)
+    setting = Setting(cache, spec, pairs, training.rows, device, config.seed)
+    return with_true_texts(setting) if config.leak_true_text else setting
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float32)
+def _protocol(config: EvaluateConfig, setting: Setting, name: ProtocolName) -> Protocol:
+    if name == "candidate":
+        return candidate_protocol(setting)
+    if name == "image":
+        return image_protocol(setting)
+    if name == "rerank":
+        first: SearchName = "class" if setting.pairs.kind == "classes" else "caption"
+        return rerank_protocol(setting, first, config.rerank_k, config.rerank_queries)
+    return search_protocol(setting, name)
 
 
-def _warnings(spec: RunSpec, config: EvaluateConfig, control: Any, pairs: Pairs) -> list[str]:
+def _differences(fam: Scores, fitted: dict[str, Scores], protocol: Protocol) -> dict[str, Any]:
+    """The FAM less the baseline that the main metric of the reported split likes best, where both are means."""
+    if not fitted:
+        return {}
+    best = max(fitted, key=lambda name: fitted[name][protocol.main_metric].value)
+    found: dict[str, Any] = {}
+    for metric, score in fam.items():
+        other = fitted[best].get(metric)
+        if score.values is None or other is None or other.values is None or metric.startswith("image_to_text"):
+            continue
+        units = protocol.units if len(protocol.units) == len(score.values) else torch.arange(len(score.values)).numpy()
+        mean, low, high = paired_bootstrap(score.values - other.values, units)
+        found[metric] = {"mean": mean, "low": low, "high": high}
+    return {best: found}
+
+
+def _warnings(spec: RunSpec, config: EvaluateConfig, pairs: Pairs) -> list[str]:
     """What a reader must know before the numbers."""
     warnings = []
+    if config.leak_true_text:
+        warnings.append(
+            "LEAK, as asked for: the gallery holds the texts that it is searched with. These numbers say nothing."
+        )
     if config.split == spec.validation:
         warnings.append(
             f"the best epoch was chosen on split {config.split!r} itself: these numbers are optimistic. "
@@ -235,58 +229,19 @@ def _warnings(spec: RunSpec, config: EvaluateConfig, control: Any, pairs: Pairs)
         )
     if config.split == spec.train_split:
         warnings.append(f"the run was trained on split {config.split!r}: these numbers do not tell how it generalises.")
-    low, high = control.interval
-    slack = high - low
-    if not low - slack <= control.chance <= high + slack:
-        warnings.append(
-            f"the shuffled control is at {100 * control.value:.2f}, chance is {100 * control.chance:.2f}: "
-            "something other than the photos is being retrieved. Do not use these numbers."
-        )
+    if spec.shape.fusion == "reference":
+        warnings.append("fusion reference draws its attention anew in every forward: other runs give other numbers.")
     if pairs.num_unusable:
         warnings.append(f"{pairs.num_unusable} items of the split are left out: see saffe-cache inspect.")
     return warnings
 
 
-def _to_json(scores: Scores) -> dict[str, Any]:
-    return {
-        name: {"value": score.value, "chance": score.chance}
-        | ({"low": score.interval[0], "high": score.interval[1]} if score.interval else {})
-        for name, score in scores.items()
-    }
-
-
-def format_report(report: Mapping[str, Any]) -> str:
-    """The report as a table for a terminal: percent, 95 % intervals in brackets."""
-    lines = [f"WARNING: {warning}" for warning in report["warnings"]]
-    lines += [
-        f"{report['protocol']} protocol, split {report['split']}: {report['num_photos']} photos, "
-        f"{report['num_queries']} queries",
-        *textwrap.wrap(f"{report['definition']}; percent, 95 % intervals over photos in brackets", 100),
-        "",
-    ]
-    rows = {name: report["systems"][name] for name in report["systems"]}
-    rows["photos shuffled"] = report["controls"]["photos_shuffled"]
-    metrics = list(report["systems"]["fam"])
-    blocks = [metrics[start : start + 3] for start in range(0, len(metrics), 3)]
-    for block in blocks:
-        lines.append(f"{'':16}" + "".join(f"{name:>27}" for name in block))
-        for name, scores in rows.items():
-            lines.append(f"{name:16}" + "".join(f"{_cell(metric, scores[metric]):>27}" for metric in block))
-        chances = {metric: {"value": report["systems"]["fam"][metric]["chance"]} for metric in block}
-        lines.append(f"{'chance':16}" + "".join(f"{_cell(metric, chances[metric]):>27}" for metric in block))
-        lines.append("")
-    lines += [f"{name}: not applicable, {reason}" for name, reason in report["absent"].items()]
-    cost = report["cost"]
-    lines.append(
-        f"{cost['trainable_parameters'] / 1e6:.2f} M trainable parameters, {cost['training_seconds']:.0f} s of "
-        f"training at {cost['training_peak_memory_mb']} MB, gallery encoded in {cost['gallery_seconds']:.1f} s, "
-        f"evaluation {cost['evaluation_seconds']:.0f} s"
-    )
-    return "\n".join(lines)
-
-
-def _cell(metric: str, score: Mapping[str, float]) -> str:
-    if metric.endswith("median_rank"):
-        return f"{score['value']:.0f}"
-    interval = f" [{100 * score['low']:.1f}, {100 * score['high']:.1f}]" if "low" in score else ""
-    return f"{100 * score['value']:.2f}{interval}"
+def _write(out: Path, report: dict[str, Any], setting: Setting, model: FusionAlignModule) -> None:
+    """metrics.json, report.txt and the index."""
+    out.mkdir(parents=True, exist_ok=True)
+    vectors = setting.gallery(model, setting.honest())
+    save_index(build_index(vectors, setting.pairs.ids, setting.seed), out)
+    table = format_report(report)
+    (out / "report.txt").write_text(table + "\n")
+    write_json(out / "metrics.json", report)
+    print(table)

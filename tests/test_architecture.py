@@ -11,11 +11,16 @@ PACKAGE = ROOT / "saffe_cache"
 
 LAYERS = [
     {"features", "durable"},
-    {"store", "sources", "encoders", "fusion", "objectives", "retrieval", "options"},
+    {"store", "sources", "encoders", "fusion", "objectives", "options"},
+    {"retrieval"},
     {"pairs"},
     {"planning", "runs"},
-    {"encoding", "checkpoints"},
+    {"encoding", "judging"},
+    {"batches", "measuring"},
+    {"terms", "controls", "systems"},
+    {"checkpoints", "report"},
     {"fitting"},
+    {"resolving"},
     {"extract", "train", "evaluate"},
     {"cli"},
 ]

@@ -1,0 +1,247 @@
+"""The protocols over a run: from a model and an arrangement of the gallery to scores.
+
+An *arrangement* says which photo and which text stand at each place of the gallery. The honest one is the
+identity; the controls are others (photos shuffled, one photo everywhere, texts shuffled), measured by the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from saffe_cache.fusion.fam import FusionAlignModule, Pairing
+from saffe_cache.judging import Search, SearchName, make_search
+from saffe_cache.pairs import Pairs, read_texts, token_tensors
+from saffe_cache.retrieval.candidates import candidate_scores, dealt_map, reranked_scores
+from saffe_cache.retrieval.protocols import Score, Scores, image_scores
+from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks, top_k
+from saffe_cache.runs import RunSpec, encode_gallery, encode_queries
+from saffe_cache.store.reader import Cache
+
+ProtocolName = Literal["caption", "class", "metadata", "candidate", "rerank", "image"]
+DEFINITIONS: dict[ProtocolName, str] = {
+    "caption": "each caption searches the photos, one of which is relevant, so that mean average precision is mrr "
+    "(M2); each photo searches the captions; the gallery is f(photo, null text)",
+    "class": "each class's text searches the photos (M1); map is the mean over classes of non-interpolated average "
+    "precision over the whole ranking, map_at_100 the same over its first 100, divided by min(relevant, 100); "
+    "top1 is the share of photos whose nearest class text is theirs (M5); the gallery is f(photo, null text)",
+    "metadata": "each text searches photos that lie beside their first caption; relevant are the photos that it "
+    "describes; map is the mean over texts of non-interpolated average precision; the gallery is f(photo, caption)",
+    "candidate": "every photo is fused with every class's text and scored by the cosine of the two (re-ranking, one "
+    "forward pass a pair): map over each class's ranking of the photos, top1 and top5 over the classes of each photo; "
+    "prior_removed subtracts each class's mean score over training photos; matching scores by the matching head",
+    "rerank": "the first k of the search with null text are re-ordered by the score of the fused pair, or by the "
+    "matching logit plus the cosine; what is below keeps its place",
+    "image": "each photo searches the other photos of its class (M4); the gallery is f(photo, null text)",
+}
+_PAIRS_AT_ONCE = 1024
+_PRIOR_PHOTOS = 500
+
+
+class Arrangement(NamedTuple):
+    """Positions in the pairs, int64 [n] each."""
+
+    photos: np.ndarray
+    texts: np.ndarray
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A run, and the pairs that it is measured on."""
+
+    cache: Cache
+    spec: RunSpec
+    pairs: Pairs
+    training_rows: np.ndarray
+    """Photos of the training pairs."""
+    device: str
+    seed: int
+    _vectors: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def honest(self) -> Arrangement:
+        places = np.arange(len(self.pairs))
+        return Arrangement(places, places)
+
+    def gallery(self, model: FusionAlignModule, arrangement: Arrangement) -> np.ndarray:
+        """f(photo, what lies beside it) at each place: unit vectors [n, d]. With null text a photo is encoded once."""
+        if self.pairs.beside is not None:
+            rows, beside = self.pairs.rows[arrangement.photos], self.pairs.beside[arrangement.texts]
+            return encode_gallery(model, self.spec, self.cache, rows, beside, self.device)
+        if id(model) not in self._vectors:
+            self._vectors[id(model)] = encode_gallery(model, self.spec, self.cache, self.pairs.rows, None, self.device)
+        return np.asarray(self._vectors[id(model)][arrangement.photos])
+
+    def queries(self, model: FusionAlignModule, search: Search) -> np.ndarray:
+        return encode_queries(model, search.vectors, self.device)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is measured, and how."""
+
+    name: ProtocolName
+    main_metric: str
+    num_queries: int
+    units: np.ndarray
+    """int64 [queries]: the photo that each query is drawn with in a bootstrap."""
+    measure: Callable[[FusionAlignModule, Arrangement], Scores]
+    search: Search | None = None
+    """The search by texts that it is, or begins with."""
+    dealt: Callable[[FusionAlignModule], tuple[float, float]] | None = None
+    """Where classes search: mean and standard deviation of mAP when the class names are dealt at random."""
+
+
+def search_protocol(setting: Setting, name: SearchName) -> Protocol:
+    """Texts search a gallery of vectors."""
+    search = make_search(setting.cache, setting.spec, setting.pairs, name, setting.seed)
+
+    def measure(model: FusionAlignModule, arrangement: Arrangement) -> Scores:
+        return search.score(setting.gallery(model, arrangement), setting.queries(model, search))
+
+    def dealt(model: FusionAlignModule) -> tuple[float, float]:
+        gallery = setting.gallery(model, setting.honest())
+        return dealt_map(gallery @ setting.queries(model, search).T, setting.pairs.labels, seed=setting.seed)
+
+    by_class = dealt if name == "class" else None
+    return Protocol(name, search.main_metric, len(search.vectors), search.units, measure, search, by_class)
+
+
+def image_protocol(setting: Setting) -> Protocol:
+    """Photos search photos."""
+    labels, seed = setting.pairs.labels, setting.seed
+
+    def measure(model: FusionAlignModule, arrangement: Arrangement) -> Scores:
+        return image_scores(setting.gallery(model, arrangement), labels, seed=seed)
+
+    return Protocol("image", "map", len(labels), np.arange(len(labels)), measure)
+
+
+def candidate_protocol(setting: Setting) -> Protocol:
+    """Every photo with every class."""
+    search = make_search(setting.cache, setting.spec, setting.pairs, "class", setting.seed)
+    labels, seed = setting.pairs.labels, setting.seed
+    known: dict[int, tuple[PairScores, np.ndarray]] = {}
+
+    def of(model: FusionAlignModule) -> tuple[PairScores, np.ndarray]:
+        if id(model) not in known:
+            some = np.random.default_rng(seed).permutation(setting.training_rows)[:_PRIOR_PHOTOS]
+            own = score_all_pairs(setting, model, setting.pairs.rows, search)
+            known[id(model)] = own, score_all_pairs(setting, model, some, search).cosine.mean(axis=0)
+        return known[id(model)]
+
+    def measure(model: FusionAlignModule, arrangement: Arrangement) -> Scores:
+        pairs, prior = of(model)
+        scores = candidate_scores(pairs.cosine[arrangement.photos], labels, seed=seed)
+        removed = candidate_scores(pairs.cosine[arrangement.photos], labels, prior=prior, seed=seed)
+        scores["top1_prior_removed"] = removed["top1"]
+        if pairs.matching is not None:
+            matched = candidate_scores(pairs.matching[arrangement.photos], labels, seed=seed)
+            scores |= {"map_matching": matched["map"], "top1_matching": matched["top1"]}
+        return scores
+
+    def dealt(model: FusionAlignModule) -> tuple[float, float]:
+        return dealt_map(of(model)[0].cosine, labels, seed=seed)
+
+    return Protocol("candidate", "map", len(search.vectors), search.units, measure, search, dealt)
+
+
+def rerank_protocol(setting: Setting, name: SearchName, k: int, most_queries: int) -> Protocol:
+    """A search whose first k are scored again as pairs."""
+    search = make_search(setting.cache, setting.spec, setting.pairs, name, setting.seed).asked(most_queries)
+    k = min(k, len(setting.pairs))
+
+    def measure(model: FusionAlignModule, arrangement: Arrangement) -> Scores:
+        gallery, queries = setting.gallery(model, arrangement), setting.queries(model, search)
+        ranks = relevant_ranks(gallery, queries, search.relevant, seed=setting.seed)
+        first = top_k(InnerProducts(gallery, queries), k, seed=setting.seed)
+        rows = setting.pairs.rows[arrangement.photos]
+        second = score_chosen_pairs(setting, model, rows[first], search)
+        scores = second.cosine
+        if second.matching is not None:
+            scores = second.matching + np.take_along_axis(queries @ gallery.T, first, axis=1)
+        return reranked_scores(ranks, search.relevant, first, scores, search.units, len(gallery), seed=setting.seed)
+
+    return Protocol("rerank", "map", len(search.vectors), search.units, measure, search)
+
+
+class PairScores(NamedTuple):
+    """Scores of photos fused with texts."""
+
+    cosine: np.ndarray
+    """cos(f(x, t), g(t))"""
+    matching: np.ndarray | None
+    """The matching head's logits, where there is one."""
+
+
+def score_all_pairs(setting: Setting, model: FusionAlignModule, rows: np.ndarray, search: Search) -> PairScores:
+    """Each photo with the text of each query: [photos, queries]. What needs one side alone is computed once for it."""
+    num_texts = len(search.text_rows)
+    block = max(1, _PAIRS_AT_ONCE // num_texts)
+    parts = []
+    for start in range(0, len(rows), block):
+        these = rows[start : start + block]
+        pairing = np.divmod(np.arange(len(these) * num_texts), num_texts)
+        parts.append(_score_pairs(setting, model, these, search, np.arange(num_texts), pairing))
+    return _stack(parts, num_texts)
+
+
+def score_chosen_pairs(setting: Setting, model: FusionAlignModule, rows: np.ndarray, search: Search) -> PairScores:
+    """The photos `rows` [queries, k] with the text of their query: [queries, k]."""
+    k = rows.shape[1]
+    block = max(1, _PAIRS_AT_ONCE // k)
+    parts = []
+    for start in range(0, len(rows), block):
+        distinct, position = np.unique(rows[start : start + block], return_inverse=True)
+        texts = np.arange(start, min(start + block, len(rows)))
+        pairing = position.ravel(), np.arange(len(texts)).repeat(k)
+        parts.append(_score_pairs(setting, model, distinct, search, texts, pairing))
+    return _stack(parts, k)
+
+
+@torch.inference_mode()
+def _score_pairs(
+    setting: Setting,
+    model: FusionAlignModule,
+    rows: np.ndarray,
+    search: Search,
+    queries: np.ndarray,
+    pairing: tuple[np.ndarray, np.ndarray],
+) -> PairScores:
+    """Scores [pairs] of photos and queries, paired by position."""
+    spec, cache = setting.spec, setting.cache
+    states, mask = token_tensors(cache.encoders[spec.gallery_key], rows, spec.gallery_layers, setting.device)
+    texts = read_texts(cache.encoders[spec.text_key], search.text_rows[queries], spec.text_layers, setting.device)
+    index = Pairing(*(torch.from_numpy(side).to(setting.device) for side in pairing))
+    fused = model.fuse(states, mask, texts, index)
+    vectors = model.encode_queries(torch.from_numpy(search.vectors[queries]).to(setting.device))[index.text]
+    matching = model.match(fused, vectors).float().cpu().numpy() if model.shape.matches else None
+    return PairScores((fused.vectors * vectors).sum(dim=-1).float().cpu().numpy(), matching)
+
+
+def _stack(parts: list[PairScores], width: int) -> PairScores:
+    cosine = np.concatenate([part.cosine for part in parts]).reshape(-1, width)
+    if parts[0].matching is None:
+        return PairScores(cosine, None)
+    return PairScores(
+        cosine, np.concatenate([part.matching for part in parts if part.matching is not None]).reshape(-1, width)
+    )
+
+
+def with_true_texts(setting: Setting) -> Setting:
+    """The leak: each photo beside a text that it is searched with, or its own class's name."""
+    pairs, table = setting.pairs, setting.cache.table
+    if pairs.kind == "captions":
+        beside = pairs.texts.values[pairs.texts.offsets[:-1]]
+    else:
+        beside = np.array([table.class_texts[int(of_photo[0])][0] for of_photo in pairs.labels], np.int64)
+    return replace(setting, pairs=replace(pairs, beside=beside))
+
+
+def best_value(systems: dict[str, Scores], names: list[str], metric: str) -> Score | None:
+    """The best of some systems in a metric; None where none is there."""
+    found = [systems[name][metric] for name in names if name in systems]
+    return max(found, key=lambda score: score.value, default=None)

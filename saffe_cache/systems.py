@@ -1,0 +1,267 @@
+"""The systems that stand beside a FAM in its report: baselines over the same cache, tuned on validation alone.
+
+All see the same: of the photos the first token and the mean of the others, of every cached layer, or the encoder's
+own vector; of the texts the encoder's own vector. They know the run's training pairs and its validation pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from saffe_cache.features import Ragged
+from saffe_cache.judging import Search, make_search, own_protocol
+from saffe_cache.measuring import Protocol, Setting
+from saffe_cache.pairs import Pairs, mean_text_vectors, summaries, unit_rows
+from saffe_cache.retrieval.baselines import (
+    LinearMap,
+    fit_class_means,
+    fit_linear_probe,
+    fit_ridge,
+    fuse_late,
+    tune_late_fusion,
+)
+from saffe_cache.retrieval.candidates import candidate_scores
+from saffe_cache.retrieval.mlp import MlpFit, fit_mlp
+from saffe_cache.retrieval.propagation import LabelPropagation, fit_zlap
+from saffe_cache.retrieval.protocols import Scores, image_scores
+from saffe_cache.store.reader import EncoderCache
+
+
+@dataclass(frozen=True)
+class Material:
+    """What baselines are made of and judged by."""
+
+    setting: Setting
+    training: Pairs
+    validation: Pairs
+    protocol: Protocol
+
+    @property
+    def gallery(self) -> EncoderCache:
+        return self.setting.cache.encoders[self.setting.spec.gallery_key]
+
+    @property
+    def text(self) -> EncoderCache:
+        return self.setting.cache.encoders[self.setting.spec.text_key]
+
+    @cached_property
+    def features(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Summaries of the training, validation and reported photos, [photos, 2 P d] each."""
+        layers = self.gallery.manifest.layers
+        training, validation, reported = (
+            summaries(self.gallery, pairs.rows, layers)
+            for pairs in (self.training, self.validation, self.setting.pairs)
+        )
+        return training, validation, reported
+
+    @cached_property
+    def judging(self) -> Search:
+        """The search over the validation pairs."""
+        spec = self.setting.spec
+        name = self.protocol.search.protocol if self.protocol.search else own_protocol(spec)
+        return make_search(self.setting.cache, spec, self.validation, name)
+
+    def judge(self, gallery: np.ndarray, queries: np.ndarray) -> float:
+        """The validation score of unit vectors."""
+        return self.judging.score(gallery, queries, intervals=False)[self.judging.main_metric].value
+
+    def texts_of(self, pairs: Pairs) -> np.ndarray:
+        """Unit vectors of the texts beside the photos."""
+        assert pairs.beside is not None
+        return unit_rows(self.text.vectors(pairs.beside))
+
+    @cached_property
+    def ridge(self) -> LinearMap:
+        queries = unit_rows(self.judging.vectors)
+        return fit_ridge(
+            self.features[0],
+            mean_text_vectors(self.training, self.text),
+            lambda fit: self.judge(unit_rows(fit(self.features[1])), queries),
+        )
+
+    def fit_mlp(self, *, beside: bool) -> MlpFit:
+        """On photos alone, or on photos and the texts beside them (the concatenation MLP)."""
+        distinct, position = np.unique(self.training.texts.values, return_inverse=True)
+        queries, texts = unit_rows(self.judging.vectors), self.texts_of(self.validation) if beside else None
+        return fit_mlp(
+            self.features[0],
+            unit_rows(self.text.vectors(distinct)),
+            Ragged(self.training.texts.offsets, position),
+            lambda fit: self.judge(fit.gallery(self.features[1], texts), fit.queries(queries)),
+            beside=self.texts_of(self.training) if beside else None,
+        )
+
+    @property
+    def levels(self) -> dict[str, Scores]:
+        """What a metadata protocol's controls are held against: texts alone, and photos alone."""
+        if self.protocol.name != "metadata":
+            return {}
+        search = self.protocol.search
+        assert search is not None
+        queries = unit_rows(search.vectors)
+        return {
+            "text_only": search.score(self.texts_of(self.setting.pairs), queries),
+            "image_only_ridge": search.score(unit_rows(self.ridge(self.features[2])), queries),
+        }
+
+
+Systems = tuple[dict[str, Scores], dict[str, str]]
+"""The scores of each baseline, and why one is absent."""
+
+
+def baselines(material: Material) -> Systems:
+    """All baselines that a protocol can have."""
+    if material.protocol.name == "metadata":
+        return _metadata_baselines(material), {}
+    if material.protocol.name == "image":
+        return _image_baselines(material), {}
+    return _search_baselines(material)
+
+
+def _search_baselines(material: Material) -> Systems:
+    """Photos alone, searched by text, as vectors; with classes, classifiers too."""
+    search, reported = material.protocol.search, material.features[2]
+    assert search is not None
+    queries = unit_rows(search.vectors)
+    measure = _measure_vectors(material, search)
+    mlp = material.fit_mlp(beside=False)
+    systems = {
+        "ridge": measure(unit_rows(material.ridge(reported)), queries),
+        "mlp": measure(mlp.gallery(reported), mlp.queries(queries)),
+    }
+    absent: dict[str, str] = {}
+    own = _own_vectors(material, material.setting.pairs)
+    if own is not None and own.shape[1] == queries.shape[1]:
+        systems["pooled_cosine"] = measure(own, queries)
+    else:
+        widths = "no vector is cached" if own is None else f"widths {own.shape[1]} and {queries.shape[1]}"
+        absent["pooled_cosine"] = f"the encoders' own vectors cannot be compared: {widths}"
+    if search.protocol == "class" and material.protocol.name != "rerank":
+        classifiers, without = _classifiers(material)
+        systems |= {name: _shared_metrics(scores, systems["ridge"]) for name, scores in classifiers.items()}
+        absent |= without
+    return systems, absent
+
+
+def _measure_vectors(material: Material, search: Search) -> Callable[[np.ndarray, np.ndarray], Scores]:
+    """The protocol's scores of a gallery and queries, as vectors; for rerank those of the first stage."""
+    seed = material.setting.seed
+
+    def measure(gallery: np.ndarray, queries: np.ndarray) -> Scores:
+        if material.protocol.name == "candidate":
+            return candidate_scores(gallery @ queries.T, material.setting.pairs.labels, seed=seed)
+        if material.protocol.name == "rerank":
+            return search.score_texts(gallery, queries)
+        return search.score(gallery, queries)
+
+    return measure
+
+
+def _classifiers(material: Material) -> Systems:
+    """Scores [photos, classes] of linear probe, nearest class mean and label propagation."""
+    num_classes = len(material.setting.cache.table.class_names)
+    labels, seed = material.setting.pairs.labels, material.setting.seed
+    if any(len(of_one) != 1 for pairs in (material.training, material.validation) for of_one in pairs.labels):
+        reason = "some photos have several classes"
+        return {}, {"linear_probe": reason, "class_means": reason, "zlap": reason}
+    training, validation, reported = material.features
+    known = material.training.labels.values
+
+    def top1(scores: np.ndarray) -> float:
+        return candidate_scores(scores, material.validation.labels, intervals=False)["top1"].value
+
+    probe = fit_linear_probe(training, known, num_classes, lambda fit: top1(_log_odds(fit(validation))))
+    means = fit_class_means(training, known, num_classes)
+    found = {"linear_probe": _log_odds(probe(reported)), "class_means": means(reported)}
+    absent = {}
+    if len(training) > 100:
+        found["zlap"] = _zlap(material, top1)
+    else:
+        absent["zlap"] = "fewer than 100 photos to propagate over"
+    return {name: candidate_scores(scores, labels, seed=seed) for name, scores in found.items()}, absent
+
+
+def _zlap(material: Material, top1: Callable[[np.ndarray], float]) -> np.ndarray:
+    """Label propagation over the training photos, from texts that the ridge regression maps photos to."""
+    search = material.protocol.search
+    assert search is not None
+    classes = unit_rows(search.vectors).T
+    parts = (material.training, material.validation, material.setting.pairs)
+    own = [_own_vectors(material, pairs) for pairs in parts]
+    images = [
+        unit_rows(features) if vectors is None else vectors
+        for features, vectors in zip(material.features, own, strict=True)
+    ]
+    similar = [unit_rows(material.ridge(features)) @ classes for features in material.features]
+
+    def judge(fit: LabelPropagation) -> float:
+        return top1(fit.scores(images[1], similar[1]))
+
+    return fit_zlap(images[0], similar[0], judge).scores(images[2], similar[2])
+
+
+def _metadata_baselines(material: Material) -> dict[str, Scores]:
+    """Text alone, photo alone, their late fusion, and an MLP on both."""
+    search = material.protocol.search
+    assert search is not None
+    queries, judging = unit_rows(search.vectors), unit_rows(material.judging.vectors)
+    texts = [material.texts_of(pairs) for pairs in (material.training, material.validation, material.setting.pairs)]
+    _, validation, reported = material.features
+    linear = fit_ridge(
+        texts[0],
+        mean_text_vectors(material.training, material.text),
+        lambda fit: material.judge(unit_rows(fit(texts[1])), judging),
+    )
+    mlp, concat = material.fit_mlp(beside=False), material.fit_mlp(beside=True)
+    systems = material.levels | {
+        "text_only_linear": search.score(unit_rows(linear(texts[2])), queries),
+        "image_only_mlp": search.score(mlp.gallery(reported), mlp.queries(queries)),
+        "concat_mlp": search.score(concat.gallery(reported, texts[2]), concat.queries(queries)),
+    }
+    ridge = [unit_rows(material.ridge(features)) for features in (validation, reported)]
+    weight = tune_late_fusion(ridge[0], texts[1], lambda gallery: material.judge(gallery, judging))
+    systems["late_fusion_ridge"] = search.score(fuse_late(ridge[1], texts[2], weight), queries)
+    photos = [mlp.gallery(features) for features in (validation, reported)]
+    mapped = [mlp.queries(vectors) for vectors in texts[1:]]
+    weight = tune_late_fusion(photos[0], mapped[0], lambda gallery: material.judge(gallery, mlp.queries(judging)))
+    systems["late_fusion_mlp"] = search.score(fuse_late(photos[1], mapped[1], weight), mlp.queries(queries))
+    return systems
+
+
+def _image_baselines(material: Material) -> dict[str, Scores]:
+    """Photos by the encoder's own vectors, by centred summaries, and by the ridge regression's vectors."""
+    labels, seed = material.setting.pairs.labels, material.setting.seed
+    training, _, reported = material.features
+    systems = {
+        "summary_cosine": image_scores(unit_rows(reported - training.mean(axis=0)), labels, seed=seed),
+        "ridge": image_scores(unit_rows(material.ridge(reported)), labels, seed=seed),
+    }
+    own = _own_vectors(material, material.setting.pairs)
+    if own is not None:
+        systems["pooled_cosine"] = image_scores(own, labels, seed=seed)
+    return systems
+
+
+def _own_vectors(material: Material, pairs: Pairs) -> np.ndarray | None:
+    """The photo encoder's own vectors, of unit length; None where none are cached."""
+    if material.gallery.manifest.vector not in material.gallery.manifest.arrays:
+        return None
+    return unit_rows(material.gallery.vectors(pairs.rows))
+
+
+def _shared_metrics(scores: Scores, like: Scores) -> Scores:
+    return {metric: score for metric, score in scores.items() if metric in like}
+
+
+def _log_odds(logits: np.ndarray) -> np.ndarray:
+    """Of each class against all others, [n, c]: ranks the photos of a class where its probability is all but 1."""
+    odds = np.empty_like(logits)
+    for column in range(logits.shape[1]):
+        others = np.delete(logits, column, axis=1)
+        most = others.max(axis=1)
+        odds[:, column] = logits[:, column] - most - np.log(np.exp(others - most[:, None]).sum(axis=1))
+    return odds
