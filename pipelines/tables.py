@@ -1,0 +1,129 @@
+"""Train and evaluate named variants over several seeds, and set them into one table.
+
+A recipe gives the rows; what is finished already is not done again. The baselines depend on the data and on what is
+held out, not on the variant: they are fitted once, in the first report.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from saffe_cache.evaluate import EvaluateConfig, evaluate
+from saffe_cache.measuring import ProtocolName
+from saffe_cache.train import TrainConfig, train
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant: what is changed in TrainConfig, and the protocols that it is reported under."""
+
+    name: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    protocols: tuple[ProtocolName, ...] | None = None
+    """None for those of the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Several variants of one cache."""
+
+    cache: str
+    work: Path
+    rows: Sequence[Row]
+    protocols: tuple[ProtocolName, ...]
+    split: str
+    seeds: Sequence[int] = (0,)
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    """What all rows change in TrainConfig."""
+
+    def run(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
+        """The reports of each protocol, by row, one for each seed."""
+        reports: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for row in self.rows:
+            for seed in self.seeds:
+                run = train(
+                    TrainConfig(
+                        cache=self.cache,
+                        out=str(self.work / f"{row.name}-seed{seed}"),
+                        seed=seed,
+                        **{**self.shared, **row.changes},
+                    )
+                )
+                for protocol in row.protocols or self.protocols:
+                    of_protocol = reports.setdefault(protocol, {})
+                    report = self._report(run, protocol, baselines=not of_protocol)
+                    of_protocol.setdefault(row.name, []).append(report)
+        return reports
+
+    def _report(self, run: str, protocol: ProtocolName, *, baselines: bool) -> dict[str, Any]:
+        out = Path(run) / f"{self.split}-{protocol}"
+        if not (out / "metrics.json").exists():
+            evaluate(
+                EvaluateConfig(
+                    cache=self.cache, run=run, split=self.split, protocol=protocol, out=str(out), baselines=baselines
+                )
+            )
+        return cast(dict[str, Any], json.loads((out / "metrics.json").read_text()))
+
+
+def markdown(reports: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str], control: str) -> str:
+    """Percent, mean ± standard deviation over seeds; baselines below; one control's main metric beside it.
+
+    Args:
+        reports: of each row, one for each seed.
+        metrics: columns; the control is shown in the first.
+        control: its name.
+    """
+    lines = [
+        "| variant | " + " | ".join(metrics) + f" | {control}: {metrics[0]} | controls | parameters | seconds | MB |",
+        "|---" * (len(metrics) + 6) + "|",
+    ]
+    for name, of_row in reports.items():
+        cells = [_spread([_percent(report["systems"]["fam"], metric) for report in of_row]) for metric in metrics]
+        failed = sum(bool(report["failures"]) for report in of_row)
+        costs = [report["cost"] for report in of_row]
+        cells += [
+            _spread([_percent(report["controls"][control]["scores"], metrics[0]) for report in of_row]),
+            f"{failed} of {len(of_row)} fail" if failed else "hold",
+            f"{costs[0]['trainable_parameters'] / 1e6:.2f} M",
+            f"{statistics.mean(cost['training_seconds'] for cost in costs):.0f}",
+            f"{max(cost['training_peak_memory_mb'] for cost in costs)}",
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    first = next(iter(next(iter(reports.values()))))
+    for name, scores in first["systems"].items():
+        if name != "fam":
+            lines.append(f"| *{name}* | " + " | ".join(_one(scores, metric) for metric in metrics) + " | | | | | |")
+    chances = (f"{100 * first['systems']['fam'][metric]['chance']:.1f}" for metric in metrics)
+    lines.append("| *chance* | " + " | ".join(chances) + " | | | | | |")
+    return "\n".join(lines)
+
+
+def failures(reports: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Iterable[str]:
+    """Every failed control, with its row and seed."""
+    for protocol, of_protocol in reports.items():
+        for name, of_row in of_protocol.items():
+            for report in of_row:
+                for failure in report["failures"]:
+                    yield f"{protocol}, {name}, seed {report['run']['seed']}: {failure}"
+
+
+def _percent(scores: Mapping[str, Any], metric: str) -> float | None:
+    return 100 * scores[metric]["value"] if metric in scores else None
+
+
+def _one(scores: Mapping[str, Any], metric: str) -> str:
+    value = _percent(scores, metric)
+    return "" if value is None else f"{value:.1f}"
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    return f"{statistics.mean(known):.1f}" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")
