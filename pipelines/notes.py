@@ -27,7 +27,8 @@ GALLERY_ASKS = {"layers": {"image": (9,), "text": (5,)}}
 ROWS = [
     Row("reuse", GALLERY_ASKS),
     Row("reuse, text asks", GALLERY_ASKS | {"query_side": "text", "epochs": 12}),
-    Row("paper", GALLERY_ASKS | {"fusion": "paper"}),
+    Row("reuse, frozen", GALLERY_ASKS | {"freeze_decoder": True}),
+    Row("paper", GALLERY_ASKS | {"fusion": "paper", "epochs": 12}),
     Row("paper, text asks", GALLERY_ASKS | {"fusion": "paper", "query_side": "text", "epochs": 12}),
     Row("linear (late fusion)", {"fusion": "linear", "layers": {"image": (9, 12)}, "epochs": 12}),
     Row("concat", {"fusion": "concat", "layers": {"image": (9, 12)}, "epochs": 12}),

@@ -17,6 +17,7 @@ when the class names are dealt at random. For the same reason such a model is no
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +45,16 @@ class Control:
     limit: float
     """The largest value that passes: the level, and three standard errors of the control."""
     passed: bool
+
+
+class Level(NamedTuple):
+    """What a control's score may come to by chance."""
+
+    value: float
+    spread: float
+    """Its standard deviation."""
+    expected: str
+    """In words."""
 
 
 def run_controls(
@@ -81,26 +92,41 @@ def run_controls(
         search = replace(protocol.search, vectors=same)
         gallery = setting.gallery(model, honest)
         measured["queries_constant"] = search.score(gallery, setting.queries(model, search))
-    dealt = protocol.dealt(permuted) if permuted is not None and protocol.dealt else None
-    return {name: _judge(name, scores, protocol, levels, dealt) for name, scores in measured.items()}
+    known: dict[str, Level] = {}
+    if protocol.num_shuffles:
+        spread = _spread_of_shuffles(protocol, setting, model, generator)
+        known = {
+            name: Level(scores[protocol.main_metric].chance, spread, "chance") for name, scores in measured.items()
+        }
+    if permuted is not None and protocol.dealt:
+        known["pairs_permuted"] = Level(*protocol.dealt(permuted), "class names dealt at random")
+    return {name: _judge(name, scores, protocol, levels, known.get(name)) for name, scores in measured.items()}
 
 
-def _judge(
-    name: str, scores: Scores, protocol: Protocol, levels: dict[str, Scores], dealt: tuple[float, float] | None
-) -> Control:
+def _spread_of_shuffles(
+    protocol: Protocol, setting: Setting, model: FusionAlignModule, generator: np.random.Generator
+) -> float:
+    """Standard deviation of the main metric over shuffles of the photos."""
+    texts = setting.honest().texts
+    arrangements = [Arrangement(generator.permutation(texts), texts) for _ in range(protocol.num_shuffles)]
+    values = [protocol.measure(model, arrangement)[protocol.main_metric].value for arrangement in arrangements]
+    return float(np.std(values, ddof=1))
+
+
+def _judge(name: str, scores: Scores, protocol: Protocol, levels: dict[str, Scores], level: Level | None) -> Control:
+    """`level` where it is not chance, or no more than a baseline."""
     # one query for all classes ranks the photos of some class first, and AP sees that; which class is nearest is open
     metric = "top1" if name == "queries_constant" and "top1" in scores else protocol.main_metric
     score = scores[metric]
-    level, spread, expected = score.chance, standard_error(score), "chance"
-    if name == "pairs_permuted" and dealt is not None:
-        (level, spread), expected = dealt, "class names dealt at random"
-    elif protocol.name == "metadata":
+    if level is None and protocol.name == "metadata":
         kind = "image_only" if name == "texts_shuffled" else "text_only"
-        known = {of: found[metric].value for of, found in levels.items() if of.startswith(kind)}
-        best = max(known, key=lambda of: known[of])
-        level, expected = known[best], f"no more than {best}"
-    limit = level + STANDARD_ERRORS * spread
-    return Control(scores, metric, expected, limit, score.value <= limit)
+        values = {of: found[metric].value for of, found in levels.items() if of.startswith(kind)}
+        best = max(values, key=lambda of: values[of])
+        level = Level(values[best], standard_error(score), f"no more than {best}")
+    elif level is None:
+        level = Level(score.chance, standard_error(score), "chance")
+    limit = level.value + STANDARD_ERRORS * level.spread
+    return Control(scores, metric, level.expected, limit, score.value <= limit)
 
 
 def standard_error(score: Score) -> float:
@@ -137,14 +163,12 @@ def sensitivity(setting: Setting, model: FusionAlignModule) -> dict[str, float]:
     return found
 
 
-def duplicates(setting: Setting, training: tuple[Pairs, Pairs]) -> dict[str, int]:
-    """Photos and texts, by content, that the reported pairs share with the run's training and validation pairs."""
-    seen_rows = np.concatenate([pairs.rows for pairs in training])
-    seen_texts = np.concatenate([pairs.texts.values for pairs in training])
+def duplicates(setting: Setting, training: Pairs) -> dict[str, int]:
+    """Photos and texts, by content, that the reported pairs share with those that the run was trained on."""
     pairs = setting.pairs
     return {
-        "photos": int(np.isin(pairs.rows, seen_rows).sum()),
-        "texts": int(np.isin(np.unique(pairs.texts.values), seen_texts).sum()),
+        "photos": int(np.isin(pairs.rows, training.rows).sum()),
+        "texts": int(np.isin(np.unique(pairs.texts.values), training.texts.values).sum()),
     }
 
 
@@ -165,5 +189,5 @@ def failures(
         if moved is not None and moved < least:
             found.append(f"another {part} moves the fused vector by {moved:.3f}, below {least}: it is not looked at")
     if shared["photos"]:
-        found.append(f"{shared['photos']} photos were trained or validated on")
+        found.append(f"{shared['photos']} photos were trained on")
     return found

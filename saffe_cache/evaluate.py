@@ -61,7 +61,7 @@ class EvaluateConfig:
     split: str = "test"
     """Split to report on; its photos are the gallery."""
     out: str | None = None
-    """Folder for metrics.json, the table and the index. Default: SPLIT-PROTOCOL in the run's folder."""
+    """Folder for metrics.json, the table and the index. Default: SPLIT-PROTOCOL in the run's folder, and -leak."""
     protocol: Literal["auto", "caption", "class", "metadata", "candidate", "rerank", "image"] = "auto"
     """caption: captions search photos, and back. class: class names search photos. metadata: captions search photos
     that lie beside their first caption. candidate: every photo is fused with every class. rerank: the first results of
@@ -72,7 +72,7 @@ class EvaluateConfig:
     rerank_queries: int = 500
     """Queries that rerank asks at most, drawn at random: each costs rerank_k fusions."""
     baselines: bool = True
-    """Fit the baselines too; without them only what the controls need."""
+    """Fit all baselines; without them only those that the controls are held against."""
     leak_true_text: bool = False
     """Put into the gallery, beside each photo, a text that it is searched with. THIS LEAKS THE ANSWER: noise in the
     place of photos scores as well. To show what such numbers are worth."""
@@ -129,7 +129,8 @@ def evaluate(config: EvaluateConfig) -> str:
         "run": asdict(spec),
         **provenance(config),
     }
-    out = Path(config.out or Path(config.run) / f"{config.split}-{name}")
+    leak = "-leak" if config.leak_true_text else ""
+    out = Path(config.out or Path(config.run) / f"{config.split}-{name}{leak}")
     _write(out, report, setting, model)
     return str(out)
 
@@ -145,9 +146,9 @@ def _measure(
     model, permuted = models
     fam = protocol.measure(model, setting.honest())
     material = Material(setting, *training, protocol)
-    fitted, absent = baselines(material) if config.baselines else ({}, {})
-    controls = run_controls(protocol, setting, model, permuted, fitted or material.levels)
-    moves, shared = sensitivity(setting, model), duplicates(setting, training)
+    fitted, absent = baselines(material) if config.baselines else (material.levels, {})
+    controls = run_controls(protocol, setting, model, permuted, fitted)
+    moves, shared = sensitivity(setting, model), duplicates(setting, training[0])
     return {
         "failures": failures(controls, moves, shared, permuted is not None),
         "systems": {system: scores_to_json(scores) for system, scores in ({"fam": fam} | fitted).items()},

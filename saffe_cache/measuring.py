@@ -17,7 +17,7 @@ from saffe_cache.fusion.fam import FusionAlignModule, Pairing
 from saffe_cache.judging import Search, SearchName, make_search
 from saffe_cache.pairs import Pairs, read_texts, token_tensors
 from saffe_cache.retrieval.candidates import candidate_scores, dealt_map, reranked_scores
-from saffe_cache.retrieval.protocols import Score, Scores, image_scores
+from saffe_cache.retrieval.protocols import Scores, image_scores
 from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks, top_k
 from saffe_cache.runs import RunSpec, encode_gallery, encode_queries
 from saffe_cache.store.reader import Cache
@@ -40,6 +40,7 @@ DEFINITIONS: dict[ProtocolName, str] = {
 }
 _PAIRS_AT_ONCE = 1024
 _PRIOR_PHOTOS = 500
+NUM_SHUFFLES = 20
 
 
 class Arrangement(NamedTuple):
@@ -91,6 +92,9 @@ class Protocol:
     measure: Callable[[FusionAlignModule, Arrangement], Scores]
     search: Search | None = None
     """The search by texts that it is, or begins with."""
+    num_shuffles: int = 0
+    """Shuffles of the photos that tell how far chance spreads, where a bootstrap over the queries does not: the
+    photos that search are the gallery too, or the queries are a few classes. 0 where it does."""
     dealt: Callable[[FusionAlignModule], tuple[float, float]] | None = None
     """Where classes search: mean and standard deviation of mAP when the class names are dealt at random."""
 
@@ -107,7 +111,7 @@ def search_protocol(setting: Setting, name: SearchName) -> Protocol:
         return dealt_map(gallery @ setting.queries(model, search).T, setting.pairs.labels, seed=setting.seed)
 
     by_class = dealt if name == "class" else None
-    return Protocol(name, search.main_metric, len(search.vectors), search.units, measure, search, by_class)
+    return Protocol(name, search.main_metric, len(search.vectors), search.units, measure, search, dealt=by_class)
 
 
 def image_protocol(setting: Setting) -> Protocol:
@@ -117,7 +121,8 @@ def image_protocol(setting: Setting) -> Protocol:
     def measure(model: FusionAlignModule, arrangement: Arrangement) -> Scores:
         return image_scores(setting.gallery(model, arrangement), labels, seed=seed)
 
-    return Protocol("image", "map", len(labels), np.arange(len(labels)), measure)
+    units = np.arange(len(labels))
+    return Protocol("image", "map", len(labels), units, measure, num_shuffles=NUM_SHUFFLES)
 
 
 def candidate_protocol(setting: Setting) -> Protocol:
@@ -146,7 +151,7 @@ def candidate_protocol(setting: Setting) -> Protocol:
     def dealt(model: FusionAlignModule) -> tuple[float, float]:
         return dealt_map(of(model)[0].cosine, labels, seed=seed)
 
-    return Protocol("candidate", "map", len(search.vectors), search.units, measure, search, dealt)
+    return Protocol("candidate", "map", len(search.vectors), search.units, measure, search, dealt=dealt)
 
 
 def rerank_protocol(setting: Setting, name: SearchName, k: int, most_queries: int) -> Protocol:
@@ -165,7 +170,10 @@ def rerank_protocol(setting: Setting, name: SearchName, k: int, most_queries: in
             scores = second.matching + np.take_along_axis(queries @ gallery.T, first, axis=1)
         return reranked_scores(ranks, search.relevant, first, scores, search.units, len(gallery), seed=setting.seed)
 
-    return Protocol("rerank", "map", len(search.vectors), search.units, measure, search)
+    protocol = Protocol("rerank", "map", len(search.vectors), search.units, measure, search)
+    if name == "caption":
+        return protocol
+    return replace(protocol, num_shuffles=NUM_SHUFFLES, dealt=search_protocol(setting, "class").dealt)
 
 
 class PairScores(NamedTuple):
@@ -232,16 +240,17 @@ def _stack(parts: list[PairScores], width: int) -> PairScores:
 
 
 def with_true_texts(setting: Setting) -> Setting:
-    """The leak: each photo beside a text that it is searched with, or its own class's name."""
+    """The leak: each photo beside a text that it is searched with, or its own class's name.
+
+    Raises:
+        ValueError: no text enters the run's fusion.
+    """
+    shape = setting.spec.shape
+    if not (shape.has_decoder or shape.adds_text or shape.head_sees_text):
+        raise ValueError(f"--leak-true-text: no text enters fusion {shape.fusion}, so nothing can leak. Leave it out.")
     pairs, table = setting.pairs, setting.cache.table
     if pairs.kind == "captions":
         beside = pairs.texts.values[pairs.texts.offsets[:-1]]
     else:
         beside = np.array([table.class_texts[int(of_photo[0])][0] for of_photo in pairs.labels], np.int64)
     return replace(setting, pairs=replace(pairs, beside=beside))
-
-
-def best_value(systems: dict[str, Scores], names: list[str], metric: str) -> Score | None:
-    """The best of some systems in a metric; None where none is there."""
-    found = [systems[name][metric] for name in names if name in systems]
-    return max(found, key=lambda score: score.value, default=None)

@@ -103,9 +103,10 @@ def matching(logits: torch.Tensor, is_match: torch.Tensor) -> torch.Tensor:
 
 
 def draw_negatives(scores: torch.Tensor, positives: torch.Tensor, num_hard: int, num_random: int) -> torch.Tensor:
-    """Wrong columns for each row, int64 [rows, num_hard + num_random]: the best scored ones, and others at random.
+    """Wrong columns for each row, int64 [rows, negatives]: the best scored ones, and others at random.
 
-    A column may come twice where a row has few wrong ones.
+    There are num_random and at most num_hard of them, fewer where there are fewer columns. A column may come twice
+    where a row has few wrong ones.
 
     Args:
         scores: how much column j looks like a match of row i, [rows, columns].

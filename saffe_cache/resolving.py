@@ -46,8 +46,8 @@ class TrainConfig:
     gallery_text: GalleryText | None = None
     """What lies beside a photo in training and in the gallery. null: nothing. first_caption: the item's first caption;
     the others are what is searched with. matched: one of the texts that are searched with, as the SAFFE release
-    trains; such a model learns to copy the text, and its gallery is indexed with null text. Default: null; matched
-    for reference."""
+    trains; such a model learns to copy the text. It is validated and indexed with null text, so that the weights that
+    are kept are often those from before it learned that. Default: null; matched for reference."""
     text_dropout: float = 0.0
     """Part of the texts beside photos that are replaced by the null text, 0 to 1."""
     objective: Mapping[str, float] = field(default_factory=dict)

@@ -102,9 +102,18 @@ class Material:
             return {}
         search = self.protocol.search
         assert search is not None
-        queries = unit_rows(search.vectors)
+        queries, judging = unit_rows(search.vectors), unit_rows(self.judging.vectors)
+        known, validation, reported = (
+            self.texts_of(pairs) for pairs in (self.training, self.validation, self.setting.pairs)
+        )
+        linear = fit_ridge(
+            known,
+            mean_text_vectors(self.training, self.text),
+            lambda fit: self.judge(unit_rows(fit(validation)), judging),
+        )
         return {
-            "text_only": search.score(self.texts_of(self.setting.pairs), queries),
+            "text_only": search.score(reported, queries),
+            "text_only_linear": search.score(unit_rows(linear(reported)), queries),
             "image_only_ridge": search.score(unit_rows(self.ridge(self.features[2])), queries),
         }
 
@@ -136,7 +145,7 @@ def _search_baselines(material: Material) -> Systems:
     absent: dict[str, str] = {}
     own = _own_vectors(material, material.setting.pairs)
     if own is not None and own.shape[1] == queries.shape[1]:
-        systems["pooled_cosine"] = measure(own, queries)
+        systems["zero_shot" if _is_aligned(material) else "pooled_cosine"] = measure(own, queries)
     else:
         widths = "no vector is cached" if own is None else f"widths {own.shape[1]} and {queries.shape[1]}"
         absent["pooled_cosine"] = f"the encoders' own vectors cannot be compared: {widths}"
@@ -209,24 +218,18 @@ def _metadata_baselines(material: Material) -> dict[str, Scores]:
     search = material.protocol.search
     assert search is not None
     queries, judging = unit_rows(search.vectors), unit_rows(material.judging.vectors)
-    texts = [material.texts_of(pairs) for pairs in (material.training, material.validation, material.setting.pairs)]
+    texts = [material.texts_of(pairs) for pairs in (material.validation, material.setting.pairs)]
     _, validation, reported = material.features
-    linear = fit_ridge(
-        texts[0],
-        mean_text_vectors(material.training, material.text),
-        lambda fit: material.judge(unit_rows(fit(texts[1])), judging),
-    )
     mlp, concat = material.fit_mlp(beside=False), material.fit_mlp(beside=True)
     systems = material.levels | {
-        "text_only_linear": search.score(unit_rows(linear(texts[2])), queries),
         "image_only_mlp": search.score(mlp.gallery(reported), mlp.queries(queries)),
-        "concat_mlp": search.score(concat.gallery(reported, texts[2]), concat.queries(queries)),
+        "concat_mlp": search.score(concat.gallery(reported, texts[1]), concat.queries(queries)),
     }
     ridge = [unit_rows(material.ridge(features)) for features in (validation, reported)]
-    weight = tune_late_fusion(ridge[0], texts[1], lambda gallery: material.judge(gallery, judging))
-    systems["late_fusion_ridge"] = search.score(fuse_late(ridge[1], texts[2], weight), queries)
+    weight = tune_late_fusion(ridge[0], texts[0], lambda gallery: material.judge(gallery, judging))
+    systems["late_fusion_ridge"] = search.score(fuse_late(ridge[1], texts[1], weight), queries)
     photos = [mlp.gallery(features) for features in (validation, reported)]
-    mapped = [mlp.queries(vectors) for vectors in texts[1:]]
+    mapped = [mlp.queries(vectors) for vectors in texts]
     weight = tune_late_fusion(photos[0], mapped[0], lambda gallery: material.judge(gallery, mlp.queries(judging)))
     systems["late_fusion_mlp"] = search.score(fuse_late(photos[1], mapped[1], weight), mlp.queries(queries))
     return systems
@@ -244,6 +247,13 @@ def _image_baselines(material: Material) -> dict[str, Scores]:
     if own is not None:
         systems["pooled_cosine"] = image_scores(own, labels, seed=seed)
     return systems
+
+
+def _is_aligned(material: Material) -> bool:
+    """Whether both encoders are halves of one model that project into one space."""
+    manifests = material.gallery.manifest, material.text.manifest
+    models = {manifest.fingerprint.fields["model_id"] for manifest in manifests}
+    return len(models) == 1 and all(manifest.vector == "projected" for manifest in manifests)
 
 
 def _own_vectors(material: Material, pairs: Pairs) -> np.ndarray | None:

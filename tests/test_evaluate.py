@@ -1,114 +1,275 @@
-"""The report on a synthetic cache: numbers, baselines, controls, warnings, and the saved index."""
+"""The report on a synthetic cache: numbers, baselines, controls, warnings, exit status, and the saved index."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from quick_runs import Report, quick_train, report_of, value
 from synthetic_cache import make_cache
 
-from saffe_cache.evaluate import EvaluateConfig, evaluate
+from saffe_cache.cli import evaluate_command
+from saffe_cache.evaluate import EvaluateConfig, _differences, evaluate, exit_status
+from saffe_cache.measuring import Protocol
 from saffe_cache.retrieval.index import load_index
+from saffe_cache.retrieval.protocols import Score
 from saffe_cache.runs import encode_gallery, encode_queries, load_run
 from saffe_cache.store.reader import open_cache
-from saffe_cache.train import TrainConfig, train
+
+KEYS = {
+    "protocol", "definition", "split", "failures", "warnings", "num_photos", "num_queries", "num_unusable_items",
+    "systems", "absent", "differences", "controls", "sensitivity", "duplicates", "cost", "run", "config", "versions",
+    "threads",
+}  # fmt: skip
 
 
-def run_on(cache: str, folder: Path, **options: Any) -> dict[str, Any]:
-    """Train briefly and evaluate; the report."""
-    train(TrainConfig(cache=cache, out=str(folder / "run"), epochs=12, batch_size=32, tensorboard=False, device="cpu"))
-    out = evaluate(EvaluateConfig(cache=cache, run=str(folder / "run"), out=str(folder / "out"), **options))
-    return json.loads((Path(out) / "metrics.json").read_text())  # type: ignore[no-any-return]
+@dataclass(frozen=True)
+class Reported:
+    """A run and its report, baselines included."""
+
+    cache: str
+    run: str
+    report: Report
+
+
+def reported(folder: Path, sizes: dict[str, int], cache_options: dict[str, Any], **options: Any) -> Reported:
+    cache = make_cache(folder / "cache.zarr", sizes, **cache_options)
+    run = quick_train(cache, folder / "run", fusion="linear", **options)
+    return Reported(cache, run, report_of(cache, run, baselines=True))
 
 
 @pytest.fixture(scope="module")
-def captioned(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("captions")
-    cache = make_cache(folder / "cache.zarr", {"train": 200, "dev": 20, "test": 50})
-    return cache, folder, run_on(cache, folder)
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Reported:
+    return reported(tmp_path_factory.mktemp("captions"), {"train": 250, "dev": 30, "test": 60}, {})
 
 
 @pytest.fixture(scope="module")
-def classified(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("classes")
-    cache = make_cache(folder / "cache.zarr", {"train": 120, "test": 60}, classes=3)
-    return run_on(cache, folder)
+def classified(tmp_path_factory: pytest.TempPathFactory) -> Reported:
+    sizes = {"train": 240, "test": 90}
+    return reported(tmp_path_factory.mktemp("classes"), sizes, {"classes": 6, "signal": 0.5})
 
 
-def test_recall_equals_a_count_by_hand(captioned: tuple[str, Path, dict[str, Any]]) -> None:
-    path, folder, report = captioned
-    cache = open_cache(path)
-    spec, model, _ = load_run(folder / "run", cache)
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> Reported:
+    sizes, options = {"train": 300, "dev": 40, "test": 100}, {"captions": 3, "joint": True, "width": 64}
+    return reported(tmp_path_factory.mktemp("beside"), sizes, options, gallery_text="first_caption")
+
+
+def test_recall_equals_a_count_by_hand(captioned: Reported) -> None:
+    cache = open_cache(captioned.cache)
+    spec, model, _ = load_run(captioned.run, cache)
     items = cache.table.in_split("test")
-    gallery, text = cache.encoder("image"), cache.encoder("text")
-    photos = encode_gallery(model, gallery, cache.table.rows["image"][items], spec.gallery_layers)
+    photos = encode_gallery(model, spec, cache, cache.table.rows["image"][items])
     hits = []
     for position, item in enumerate(items):
         for caption in cache.table.captions[int(item)]:
-            query = encode_queries(model, text.vectors(np.array([caption])))[0]
+            query = encode_queries(model, cache.encoder("text").vectors(np.array([caption])))[0]
             hits.append(int((photos @ query).argmax()) == position)
-    assert report["systems"]["fam"]["recall_at_1"]["value"] == pytest.approx(np.mean(hits))
+    assert value(captioned.report, "recall_at_1") == pytest.approx(np.mean(hits))
 
 
-def test_report_holds_baselines_chance_controls_and_costs(captioned: tuple[str, Path, dict[str, Any]]) -> None:
-    report = captioned[2]
-    assert report["warnings"] == []
-    assert report["systems"]["fam"]["recall_at_1"]["chance"] == pytest.approx(1 / 50)
-    for system in ("fam", "ridge"):
-        score = report["systems"][system]["mrr"]
-        assert score["low"] <= score["value"] <= score["high"]
-        assert score["value"] > 3 * score["chance"]
-    assert "widths 16 and 12" in report["absent"]["pooled_cosine"]
-    shuffled = report["controls"]["photos_shuffled"]["mrr"]
-    assert shuffled["low"] - 0.03 < shuffled["chance"] < shuffled["high"] + 0.03
-    assert report["cost"]["trainable_parameters"] > 0
+@pytest.mark.parametrize("kind", ["captioned", "classified", "beside"])
+def test_report_holds_what_the_readme_says(kind: str, request: pytest.FixtureRequest) -> None:
+    report = request.getfixturevalue(kind).report
+    assert set(report) == KEYS | {"out", "text", "status"}
+    assert report["failures"] == report["warnings"] == []
+    assert report["status"] == 0
+    assert report["split"] == "test"
+    for system in report["systems"].values():
+        for metric, score in system.items():
+            assert set(score) <= {"value", "chance", "low", "high"}
+            if "low" in score:
+                assert score["low"] <= score["value"] <= score["high"]
+            if not metric.endswith("median_rank"):
+                assert 0 <= score["value"] <= 1
+    for control in report["controls"].values():
+        assert set(control) == {"scores", "metric", "expected", "limit", "passed"}
+        assert control["passed"] == (control["scores"][control["metric"]]["value"] <= control["limit"])
+    assert set(report["cost"]) == {
+        "trainable_parameters", "training_seconds", "training_peak_memory_mb", "evaluation_seconds",
+        "evaluation_peak_memory_mb",
+    }  # fmt: skip
+    assert all(cost > 0 for cost in report["cost"].values())
     assert report["versions"]["torch"]
+    assert report["config"]["protocol"] == "auto"
+    assert report["run"]["gallery_text"] == ("first_caption" if kind == "beside" else "null")
+    assert set(report["sensitivity"]) == ({"to_image", "to_text"} if kind == "beside" else {"to_image"})
 
 
-def test_saved_index_finds_what_the_model_finds(captioned: tuple[str, Path, dict[str, Any]]) -> None:
-    path, folder, _ = captioned
-    index = load_index(folder / "out")
-    cache = open_cache(path)
-    spec, model, _ = load_run(folder / "run", cache)
+def test_caption_protocol_reports_baselines_and_chance(captioned: Reported) -> None:
+    report = captioned.report
+    assert report["protocol"] == "caption"
+    assert (report["num_photos"], report["num_queries"]) == (60, 120)
+    assert report["systems"]["fam"]["recall_at_1"]["chance"] == pytest.approx(1 / 60)
+    assert set(report["systems"]) == {"fam", "ridge", "mlp"}
+    for system in report["systems"].values():
+        assert system["mrr"]["value"] > 3 * system["mrr"]["chance"]
+    assert "widths 16 and 12" in report["absent"]["pooled_cosine"]
+
+
+def test_class_protocol_reports_map_and_classifiers(classified: Reported) -> None:
+    report = classified.report
+    assert report["protocol"] == "class"
+    systems = set(report["systems"])
+    assert systems == {"fam", "ridge", "mlp", "linear_probe", "class_means", "zlap"}
+    for system in report["systems"].values():
+        assert system["map"]["value"] > 0.35
+        assert system["top1"]["chance"] == pytest.approx(1 / 6)
+
+
+def test_metadata_protocol_reports_each_side_and_late_fusion(beside: Reported) -> None:
+    systems = beside.report["systems"]
+    assert beside.report["protocol"] == "metadata"
+    assert (beside.report["num_photos"], beside.report["num_queries"]) == (100, 200)
+    assert set(systems) == {
+        "fam", "text_only", "image_only_ridge", "text_only_linear", "image_only_mlp", "concat_mlp",
+        "late_fusion_ridge", "late_fusion_mlp",
+    }  # fmt: skip
+    alone = max(systems[name]["map"]["value"] for name in systems if name.startswith(("text_only", "image_only")))
+    assert systems["fam"]["map"]["value"] > alone
+    assert systems["late_fusion_ridge"]["map"]["value"] > alone
+
+
+def test_rerank_and_candidate_are_compared_with_the_same_baselines(classified: Reported) -> None:
+    for protocol, metrics in (("candidate", {"map", "top1", "top1_prior_removed"}), ("rerank", {"map", "mrr"})):
+        report = report_of(classified.cache, classified.run, protocol=protocol, baselines=True, rerank_k=200)
+        assert metrics <= set(report["systems"]["fam"])
+        assert {"ridge", "mlp"} <= set(report["systems"])
+        assert report["failures"] == []
+    image = report_of(classified.cache, classified.run, protocol="image", baselines=True)
+    assert set(image["systems"]) == {"fam", "summary_cosine", "ridge", "pooled_cosine"}
+    assert image["num_queries"] == 90
+
+
+def test_text_says_what_is_in_the_report(captioned: Reported) -> None:
+    text = captioned.report["text"]
+    assert text.startswith("caption protocol, split test: 60 photos, 120 queries\n")
+    for name in ("fam", "ridge", "mlp", "(photos_shuffled)", "(pairs_permuted)", "(queries_constant)", "chance"):
+        assert f"\n{name} " in text
+    score = captioned.report["systems"]["fam"]["recall_at_1"]
+    assert f"{100 * score['value']:.2f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]" in text
+    assert "by paired bootstrap" in text
+    assert "pooled_cosine: not applicable" in text
+    assert "how far the fused vector moves with another: image" in text
+    assert max(map(len, text.splitlines())) <= 130
+
+
+@pytest.mark.parametrize("kind", ["captioned", "classified", "beside"])
+def test_differences_are_those_to_the_best_baseline(kind: str, request: pytest.FixtureRequest) -> None:
+    report = request.getfixturevalue(kind).report
+    systems, main = report["systems"], "mrr" if kind == "captioned" else "map"
+    others = {name: scores[main]["value"] for name, scores in systems.items() if name != "fam"}
+    ((best, found),) = report["differences"].items()
+    assert others[best] == max(others.values())
+    assert main in found
+    assert not any(metric.startswith("image_to_text") or metric.endswith("median_rank") for metric in found)
+    for metric, difference in found.items():
+        expected = systems["fam"][metric]["value"] - systems[best][metric]["value"]
+        assert difference["mean"] == pytest.approx(expected, abs=1e-9)
+        assert difference["low"] <= difference["mean"] <= difference["high"]
+
+
+def test_differences_equal_a_direct_paired_bootstrap_over_photos() -> None:
+    generator = np.random.default_rng(0)
+    units = np.repeat(np.arange(40), 3)
+    values = {name: generator.random(120) for name in ("fam", "worse", "better")}
+    values["better"] += 0.5
+    scores = {name: {"mrr": Score(float(of.mean()), 0.1, None, of)} for name, of in values.items()}
+    protocol = Protocol("caption", "mrr", 120, units, lambda model, arrangement: {})
+    found = _differences(scores["fam"], {name: scores[name] for name in ("worse", "better")}, protocol)
+    difference = (values["fam"] - values["better"]).reshape(40, 3)
+    drawn = [difference[generator.integers(40, size=40)].mean() for _ in range(4000)]
+    assert set(found) == {"better"}
+    of_mrr = found["better"]["mrr"]
+    assert of_mrr["mean"] == pytest.approx(difference.mean())
+    assert [of_mrr["low"], of_mrr["high"]] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.01)
+    assert _differences(scores["fam"], {}, protocol) == {}
+
+
+def test_saved_index_finds_what_the_model_finds(captioned: Reported) -> None:
+    index = load_index(Path(captioned.report["out"]))
+    cache = open_cache(captioned.cache)
+    spec, model, _ = load_run(captioned.run, cache)
     item = cache.table.ids.index("test/7")
-    vector = encode_gallery(model, cache.encoder("image"), cache.table.rows["image"][[item]], spec.gallery_layers)
+    vector = encode_gallery(model, spec, cache, cache.table.rows["image"][[item]])
     _, found = index.index.search(vector, 1)
     assert index.ids[found[0, 0]] == "test/7"
 
 
-def test_class_protocol_reports_map_and_linear_probe(classified: dict[str, Any]) -> None:
-    systems = classified["systems"]
-    assert classified["protocol"] == "class"
-    assert set(systems) >= {"fam", "ridge", "linear_probe"}
-    for system in ("fam", "ridge", "linear_probe"):
-        assert systems[system]["map"]["value"] > 0.8
-        assert systems[system]["top1"]["chance"] == pytest.approx(1 / 3)
-    assert abs(classified["controls"]["photos_shuffled"]["map"]["value"] - systems["fam"]["map"]["chance"]) < 0.15
+def test_split_that_chose_the_epoch_is_flagged(captioned: Reported, tmp_path: Path) -> None:
+    report = report_of(captioned.cache, captioned.run, split="dev")
+    assert report["warnings"][0].startswith("the best epoch was chosen on split 'dev' itself")
+    assert "WARNING: the best epoch was chosen on split 'dev' itself" in report["text"]
+    report = report_of(captioned.cache, captioned.run, split="train", out=str(tmp_path))
+    assert "was trained on split 'train'" in report["warnings"][0]
+    assert report["text"].startswith("CONTROL FAILED: 250 photos were trained on.")
 
 
-def test_split_that_chose_the_epoch_is_flagged_first(captioned: tuple[str, Path, dict[str, Any]]) -> None:
-    path, folder, _ = captioned
-    out = evaluate(EvaluateConfig(cache=path, run=str(folder / "run"), split="dev"))
-    assert out == str(folder / "run" / "dev")
-    assert (Path(out) / "report.txt").read_text().startswith("WARNING: the best epoch was chosen on split 'dev' itself")
-    out = evaluate(EvaluateConfig(cache=path, run=str(folder / "run"), split="train", out=str(folder / "train")))
-    assert "was trained on split 'train'" in (Path(out) / "report.txt").read_text().splitlines()[0]
+def test_reports_without_a_folder_lie_side_by_side(captioned: Reported) -> None:
+    """SPLIT-PROTOCOL in the run's folder."""
+    assert captioned.report["out"] == str(Path(captioned.run) / "test-caption")
+    assert report_of(captioned.cache, captioned.run, protocol="rerank")["out"].endswith("test-rerank")
+    assert report_of(captioned.cache, captioned.run, split="dev")["out"].endswith("dev-caption")
+    files = {path.name for path in Path(captioned.report["out"]).iterdir()}
+    assert files == {"metrics.json", "report.txt", "index.faiss", "index_ids.json"}
+
+
+def test_same_seed_gives_the_same_report(classified: Reported, tmp_path: Path) -> None:
+    found = [
+        report_of(classified.cache, classified.run, seed=seed, out=str(tmp_path / name))
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    for part in ("systems", "controls", "sensitivity"):
+        assert found[0][part] == found[1][part]
+    assert found[0]["controls"] != found[2]["controls"]
+    assert value(found[0], "map") == pytest.approx(value(found[2], "map"), abs=1e-3)
 
 
 def test_same_widths_are_compared_without_training(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache.zarr", {"train": 60, "test": 20}, text_width=16)
-    assert "pooled_cosine" in run_on(cache, tmp_path)["systems"]
+    report = report_of(cache, quick_train(cache, tmp_path / "run", epochs=1), baselines=True)
+    assert "pooled_cosine" in report["systems"]
+    assert report["absent"] == {}
 
 
-def test_errors_say_what_to_do(captioned: tuple[str, Path, dict[str, Any]], tmp_path: Path) -> None:
-    path, folder, _ = captioned
-    run = str(folder / "run")
+def test_command_exits_with_3_where_a_control_failed(
+    captioned: Reported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--cache", captioned.cache, "--run", captioned.run, "--no-baselines"]
+    assert evaluate_command([*arguments, "--out", str(tmp_path / "fine")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("caption protocol, split test")
+    assert printed.splitlines()[-1] == str(tmp_path / "fine")
+    assert evaluate_command([*arguments, "--split", "train", "--out", str(tmp_path / "seen")]) == 3
+    assert capsys.readouterr().out.startswith("CONTROL FAILED: 250 photos")
+    assert evaluate_command([*arguments, "--split", "nope"]) == 1
+    metrics = tmp_path / "fine" / "metrics.json"
+    assert exit_status(str(metrics.parent)) == 0
+    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"failures": ["one"]}))
+    assert exit_status(str(metrics.parent)) == 3
+
+
+def test_errors_say_what_to_do(captioned: Reported, classified: Reported, beside: Reported, tmp_path: Path) -> None:
+    path, run, out = captioned.cache, captioned.run, str(tmp_path)
     with pytest.raises(ValueError, match=r"split 'nope' has no items; the cache has \['dev', 'test', 'train'\]"):
-        evaluate(EvaluateConfig(cache=path, run=run, split="nope", out=str(tmp_path)))
+        evaluate(EvaluateConfig(cache=path, run=run, split="nope", out=out))
     with pytest.raises(ValueError, match="no finished run"):
-        evaluate(EvaluateConfig(cache=path, run=str(tmp_path / "none"), out=str(tmp_path)))
-    with pytest.raises(ValueError, match="none of its 50 items"):
-        evaluate(EvaluateConfig(cache=path, run=run, protocol="class", out=str(tmp_path)))
+        evaluate(EvaluateConfig(cache=path, run=str(tmp_path / "none"), out=out))
+    for protocol in ("class", "candidate", "image"):
+        with pytest.raises(ValueError, match="none of its 60 items"):
+            evaluate(EvaluateConfig(cache=path, run=run, protocol=protocol, out=out))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="none of its 90 items"):
+        evaluate(EvaluateConfig(cache=classified.cache, run=classified.run, protocol="caption", out=out))
+    with pytest.raises(ValueError, match=r"--gallery-text null, it has not learned to fuse.*first_caption"):
+        evaluate(EvaluateConfig(cache=path, run=run, protocol="metadata", out=out))
+    for protocol in ("metadata", "candidate", "rerank", "image"):
+        with pytest.raises(ValueError, match=f"--leak-true-text.* --protocol {protocol}, expected --protocol caption"):
+            EvaluateConfig(cache=path, run=run, protocol=protocol, leak_true_text=True)  # type: ignore[arg-type]
+    for option in ("rerank_k", "rerank_queries"):
+        with pytest.raises(ValueError, match=r"found 0, expected a number above 0"):
+            EvaluateConfig(cache=path, run=run, **{option: 0})
+    assert list(tmp_path.iterdir()) == []

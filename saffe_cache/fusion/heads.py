@@ -137,7 +137,7 @@ class FlattenHead(nn.Module):
     def forward(self, states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
         assert mask is None, "a flattened layer needs a fixed number of tokens"
         vectors: torch.Tensor = self.linear(torch.cat(list(states), dim=1).flatten(1))
-        return functional.relu(vectors) if self.has_relu else vectors
+        return functional.relu(vectors) + 1e-9 if self.has_relu else vectors  # a dead row keeps a direction
 
 
 class MatchHead(nn.Module):

@@ -1,0 +1,63 @@
+"""Short trainings and reports on synthetic caches, for tests that look at what a report says."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saffe_cache.evaluate import EvaluateConfig, evaluate, exit_status
+from saffe_cache.features import Ragged
+from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.measuring import Setting
+from saffe_cache.pairs import select_pairs
+from saffe_cache.runs import load_run, same_training_pairs
+from saffe_cache.store.reader import open_cache
+from saffe_cache.train import TrainConfig, train
+
+Report = dict[str, Any]
+
+
+def quick_train(cache: str, out: Path, **options: Any) -> str:
+    quick = {"epochs": 6, "batch_size": 64, "control_epochs": 1, "tensorboard": False, "device": "cpu"}
+    return train(TrainConfig(cache=cache, out=str(out), **(quick | options)))
+
+
+def report_of(cache: str, run: str, **options: Any) -> Report:
+    """Evaluate without baselines, unless told otherwise: metrics.json, report.txt as `text`, the exit status."""
+    quick = {"baselines": False, "device": "cpu"}
+    with contextlib.redirect_stdout(io.StringIO()):
+        out = Path(evaluate(EvaluateConfig(cache=cache, run=run, **(quick | options))))
+    written = {"out": str(out), "text": (out / "report.txt").read_text(), "status": exit_status(str(out))}
+    return json.loads((out / "metrics.json").read_text()) | written
+
+
+def value(report: Report, metric: str, control: str | None = None) -> float:
+    """Of the FAM, or of one of its controls."""
+    scores = report["controls"][control]["scores"] if control else report["systems"]["fam"]
+    return float(scores[metric]["value"])
+
+
+def error_of(score: dict[str, float]) -> float:
+    """Standard error, from the 95 % interval."""
+    return (score["high"] - score["low"]) / (2 * 1.96)
+
+
+def setting_of(
+    cache_path: str, run: str, kind: Any, *, beside: bool = False, split: str = "test"
+) -> tuple[Setting, FusionAlignModule]:
+    """What a report of a run is measured on, and its model."""
+    cache = open_cache(cache_path)
+    spec, model, _ = load_run(run, cache)
+    gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
+    pairs = select_pairs(cache.table, gallery, text, split, kind, first_beside=beside)
+    return Setting(cache, spec, pairs, same_training_pairs(spec, cache, run)[0].rows, "cpu", 0), model
+
+
+def first_labels(labels: Ragged) -> np.ndarray:
+    """The class of each photo that has one."""
+    return labels.values[labels.offsets[:-1]]

@@ -1,0 +1,350 @@
+"""Every control catches what it is for, and a healthy run passes all."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from quick_runs import Report, error_of, first_labels, quick_train, report_of, setting_of, value
+from synthetic_cache import make_cache
+
+from saffe_cache.controls import Control, duplicates, failures, run_controls, sensitivity, standard_error
+from saffe_cache.features import Ragged
+from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.judging import make_search
+from saffe_cache.measuring import (
+    Arrangement,
+    Protocol,
+    Setting,
+    candidate_protocol,
+    image_protocol,
+    rerank_protocol,
+    search_protocol,
+    with_true_texts,
+)
+from saffe_cache.retrieval.candidates import dealt_map
+from saffe_cache.retrieval.protocols import Score
+from saffe_cache.runs import encode_queries, load_permuted, same_training_pairs
+from saffe_cache.systems import Material
+
+CONTROLS = {"photos_shuffled", "photos_constant", "pairs_permuted"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A healthy run and what its report is measured on."""
+
+    cache: str
+    run: str
+    setting: Setting
+    model: FusionAlignModule
+    permuted: FusionAlignModule
+
+    def controls(self, protocol: Protocol, **changes: Any) -> dict[str, Control]:
+        given = {"permuted": self.permuted, "levels": {}} | changes
+        setting, model = given.pop("setting", self.setting), given.pop("model", self.model)
+        return run_controls(protocol, setting, model, **given)
+
+
+def trained(folder: Path, kind: str, splits: dict[str, int], cache_options: dict[str, Any], **options: Any) -> Trained:
+    cache = make_cache(folder / "cache.zarr", splits, **cache_options)
+    run = quick_train(cache, folder / "run", **options)
+    setting, model = setting_of(cache, run, kind, beside=options.get("gallery_text") == "first_caption")
+    permuted = load_permuted(run, setting.spec, setting.cache)
+    assert permuted is not None
+    return Trained(cache, run, setting, model, permuted)
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    sizes = {"train": 400, "dev": 80, "test": 200}
+    return trained(tmp_path_factory.mktemp("c"), "classes", sizes, {"classes": 8, "signal": 0.3}, fusion="linear")
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    sizes = {"train": 300, "dev": 40, "test": 100}
+    return trained(tmp_path_factory.mktemp("t"), "captions", sizes, {}, fusion="linear")
+
+
+@pytest.fixture(scope="module")
+def metadata(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    sizes = {"train": 400, "dev": 60, "test": 200}
+    options = {"captions": 3, "joint": True, "width": 64}
+    training = {"fusion": "linear", "gallery_text": "first_caption", "epochs": 8}
+    return trained(tmp_path_factory.mktemp("m"), "captions", sizes, options, **training)
+
+
+def levels_of(metadata: Trained, protocol: Protocol) -> Any:
+    training = same_training_pairs(metadata.setting.spec, metadata.setting.cache, metadata.run)
+    return Material(metadata.setting, *training, protocol).levels
+
+
+def failed(controls: dict[str, Control]) -> set[str]:
+    return {name for name, control in controls.items() if not control.passed}
+
+
+@pytest.mark.parametrize("name", ["class", "candidate", "rerank", "image", "caption", "caption-rerank", "metadata"])
+def test_healthy_run_passes_every_control(name: str, request: pytest.FixtureRequest) -> None:
+    if name == "metadata":
+        of: Trained = request.getfixturevalue("metadata")
+        options, expected = {"protocol": "metadata"}, CONTROLS | {"texts_shuffled"}
+    elif name.startswith("caption"):
+        of, expected = request.getfixturevalue("captions"), CONTROLS | {"queries_constant"}
+        options = {"protocol": name.removeprefix("caption-"), "rerank_queries": 60}
+    else:
+        of, expected = request.getfixturevalue("classes"), CONTROLS | {"queries_constant"}
+        options = {"protocol": name}
+    if "rerank" in name or name == "candidate":
+        expected = CONTROLS
+    if name == "image":
+        expected = CONTROLS - {"pairs_permuted"}
+    report = report_of(of.cache, of.run, **options)
+    assert report["failures"] == report["warnings"] == []
+    assert report["status"] == 0
+    assert set(report["controls"]) == expected
+    assert all(control["passed"] for control in report["controls"].values())
+    metric = report["controls"]["photos_shuffled"]["metric"]
+    assert value(report, metric) > report["controls"]["photos_shuffled"]["limit"]
+
+
+def labels_in_the_gallery(setting: Setting) -> Any:
+    """A gallery that holds at each place the text that belongs there, whatever the photo."""
+    cache, spec, pairs = setting.cache, setting.spec, setting.pairs
+    texts = cache.encoders[spec.text_key].vectors(pairs.texts.values[pairs.texts.offsets[:-1]])
+
+    def gallery(self: Setting, model: FusionAlignModule, arrangement: Arrangement) -> np.ndarray:
+        return encode_queries(model, texts)
+
+    return gallery
+
+
+@pytest.mark.parametrize("kind", ["classes", "captions"])
+def test_gallery_that_holds_its_labels_by_place(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of: Trained = request.getfixturevalue(kind)
+    protocol = search_protocol(of.setting, "class" if kind == "classes" else "caption")
+    monkeypatch.setattr(Setting, "gallery", labels_in_the_gallery(of.setting))
+    controls = of.controls(protocol)
+    assert {"photos_shuffled", "photos_constant"} <= failed(controls)
+    assert controls["photos_shuffled"].scores[protocol.main_metric].value > 0.95
+    lines = failures(controls, {"to_image": 1.0}, {"photos": 0}, has_permuted=True)
+    assert lines[0].startswith(f"photos_shuffled is at {protocol.main_metric} ")
+    assert lines[0].endswith("may come of it (chance)")
+
+
+@pytest.mark.parametrize("protocol", ["candidate", "rerank", "image"])
+def test_other_protocols_whose_photos_stay_where_they_are(
+    protocol: str, classes: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A measure that ignores the arrangement scores the same with the photos shuffled."""
+    made = {
+        "candidate": candidate_protocol,
+        "rerank": lambda setting: rerank_protocol(setting, "class", 16, 100),
+        "image": image_protocol,
+    }[protocol](classes.setting)
+    honest = classes.setting.honest()
+    deaf = replace(made, measure=lambda model, arrangement: made.measure(model, honest))
+    assert {"photos_shuffled", "photos_constant"} <= failed(classes.controls(deaf))
+    assert failed(classes.controls(made)) == set()
+
+
+def test_permuted_run_that_learned_the_true_pairs(classes: Trained, captions: Trained) -> None:
+    """Something other than the pairs tells: the control finds as much as the run."""
+    for of, name in ((classes, "class"), (captions, "caption")):
+        protocol = search_protocol(of.setting, name)  # type: ignore[arg-type]
+        assert failed(of.controls(protocol, permuted=of.model)) == {"pairs_permuted"}
+    assert failed(classes.controls(candidate_protocol(classes.setting), permuted=classes.model)) == {"pairs_permuted"}
+
+
+def test_level_of_a_permuted_run_is_that_of_dealt_names(classes: Trained) -> None:
+    protocol = search_protocol(classes.setting, "class")
+    control = classes.controls(protocol)["pairs_permuted"]
+    assert protocol.dealt is not None
+    level, spread = protocol.dealt(classes.permuted)
+    assert control.expected == "class names dealt at random"
+    assert control.limit == pytest.approx(level + 3 * spread)
+    assert level > 0.9 * control.scores["map"].chance
+
+
+def test_queries_that_know_their_answers(captions: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries that find their photo whatever their text says."""
+    gallery = captions.setting.gallery(captions.model, captions.setting.honest())
+    monkeypatch.setattr(Setting, "queries", lambda self, model, search: gallery[search.units])
+    assert "queries_constant" in failed(captions.controls(search_protocol(captions.setting, "caption")))
+
+
+def test_texts_beside_photos_that_photos_alone_find(metadata: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gallery that follows the photo and knows its answers: shuffled texts do not set it back."""
+    protocol = search_protocol(metadata.setting, "metadata")
+    cache, spec, pairs = metadata.setting.cache, metadata.setting.spec, metadata.setting.pairs
+    answers = cache.encoders[spec.text_key].vectors(pairs.texts.values[pairs.texts.offsets[:-1]])
+
+    def gallery(self: Setting, model: FusionAlignModule, arrangement: Arrangement) -> np.ndarray:
+        return encode_queries(model, answers[arrangement.photos])
+
+    levels = levels_of(metadata, protocol)
+    monkeypatch.setattr(Setting, "gallery", gallery)
+    controls = metadata.controls(protocol, levels=levels)
+    assert failed(controls) == {"texts_shuffled", "pairs_permuted"}
+    assert controls["texts_shuffled"].expected == "no more than image_only_ridge"
+
+
+def test_texts_beside_photos_that_hold_the_answers(metadata: Trained) -> None:
+    """Beside each photo lies a text that it is searched with: photos shuffled, it is found as before."""
+    protocol = search_protocol(metadata.setting, "metadata")
+    levels = levels_of(metadata, protocol)
+    assert failed(metadata.controls(protocol, levels=levels)) == set()
+    leaky = with_true_texts(metadata.setting)
+    controls = metadata.controls(search_protocol(leaky, "metadata"), setting=leaky, levels=levels)
+    assert {"photos_constant", "pairs_permuted"} <= failed(controls)
+    assert controls["photos_constant"].expected == "no more than text_only"
+    limit = levels["text_only"]["map"].value + 3 * standard_error(controls["photos_constant"].scores["map"])
+    assert controls["photos_constant"].limit == pytest.approx(limit)
+
+
+def test_score_at_the_limit_passes_and_above_it_fails(classes: Trained) -> None:
+    protocol = search_protocol(classes.setting, "class")
+    for shift, passes in ((3 - 1e-3, True), (3 + 1e-3, False)):
+        score = Score(0.2 + shift * 0.05, 0.2, (0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05))
+        fixed = replace(protocol, measure=lambda model, arrangement, score=score: {"map": score, "top1": score})
+        control = classes.controls(fixed)["photos_shuffled"]
+        assert control.limit == pytest.approx(0.2 + 3 * 0.05)
+        assert control.passed is passes
+    assert standard_error(Score(1.0, 0.5)) == 0.0
+
+
+def test_sensitivity_is_the_mean_distance_of_fused_vectors(metadata: Trained) -> None:
+    setting, model = metadata.setting, metadata.model
+    moves = sensitivity(setting, model)
+    order = np.random.default_rng(setting.seed).permutation(len(setting.pairs))
+    rolled = np.roll(order, 1)
+    arrangements = {"own": (order, order), "image": (rolled, order), "text": (order, rolled)}
+    vectors = {name: setting.gallery(model, Arrangement(*places)) for name, places in arrangements.items()}
+    for part in ("image", "text"):
+        moved = np.linalg.norm(vectors["own"] - vectors[part], axis=1).mean()
+        assert moves[f"to_{part}"] == pytest.approx(moved, abs=1e-5)
+        assert 0 < moves[f"to_{part}"] < 2
+
+
+def test_model_that_ignores_the_photo(classes: Trained, tmp_path: Path) -> None:
+    _, model = setting_of(classes.cache, classes.run, "classes")
+    with torch.no_grad():
+        for parameter in (model.head.linear.weight, model.head.mlp[-1].weight):
+            parameter.zero_()
+    moves = sensitivity(classes.setting, model)
+    assert moves["to_image"] == pytest.approx(0, abs=1e-6)
+    (line,) = failures({}, moves, {"photos": 0}, has_permuted=True)
+    assert line == "another image moves the fused vector by 0.000, below 0.2: it is not looked at"
+    assert failures({}, sensitivity(classes.setting, classes.model), {"photos": 0}, has_permuted=True) == []
+
+
+def test_model_that_ignores_the_text_beside(metadata: Trained, tmp_path: Path) -> None:
+    options = {"fusion": "linear", "gallery_text": "first_caption", "pooled_text": False, "epochs": 1}
+    report = report_of(metadata.cache, quick_train(metadata.cache, tmp_path / "run", **options), protocol="metadata")
+    assert report["sensitivity"]["to_text"] == pytest.approx(0, abs=1e-6)
+    assert "another text moves the fused vector by 0.000, below 0.05: it is not looked at" in report["failures"]
+    assert report["status"] == 3
+
+
+def test_photos_that_were_trained_on(classes: Trained) -> None:
+    report = report_of(classes.cache, classes.run, split="train")
+    assert report["duplicates"]["photos"] == 400
+    assert "400 photos were trained on" in report["failures"]
+    assert report["status"] == 3
+    tested = report_of(classes.cache, classes.run)["duplicates"]
+    assert tested == {"photos": 0, "texts": 8}  # classes have the same names everywhere
+
+
+def test_duplicates_are_counted_by_content(tmp_path: Path) -> None:
+    """Photos that stand in both splits were taken out of training; their captions are other ones."""
+    cache = make_cache(tmp_path / "cache.zarr", {"train": 60, "test": 20}, shared=7)
+    setting, _ = setting_of(cache, quick_train(cache, tmp_path / "run", epochs=1, control_epochs=0), "captions")
+    training, _ = same_training_pairs(setting.spec, setting.cache, "run")
+    assert duplicates(setting, training) == {"photos": 0, "texts": 0}
+    seen = replace(training, rows=np.concatenate([training.rows, setting.pairs.rows[:5]]), texts=setting.pairs.texts)
+    assert duplicates(setting, seen) == {"photos": 5, "texts": 40}
+
+
+def test_missing_control_of_permuted_pairs(captions: Trained, tmp_path: Path) -> None:
+    report = report_of(captions.cache, quick_train(captions.cache, tmp_path / "run", epochs=1, control_epochs=0))
+    missing = "no control was trained on permuted pairs (train with --control-epochs above 0)"
+    assert missing in report["failures"]
+    assert f"CONTROL FAILED: {missing}. Do not use these numbers." in report["text"]
+    assert "pairs_permuted" not in report["controls"]
+    assert report["status"] == 3
+
+
+def average_precision(order: np.ndarray, relevant: np.ndarray) -> float:
+    ranks = [rank for rank, photo in enumerate(order, start=1) if relevant[photo]]
+    return sum(count / rank for count, rank in enumerate(ranks, start=1)) / len(ranks)
+
+
+@pytest.mark.parametrize(("num_classes", "num_present"), [(3, 3), (4, 4), (4, 3)])
+def test_dealt_map_is_the_mean_over_all_ways_to_deal_the_names(num_classes: int, num_present: int) -> None:
+    """The last class may be without photos; some photos have two classes."""
+    generator = np.random.default_rng(num_classes)
+    labels = [[int(photo % num_present)] + [0] * (photo % 5 == 1) for photo in range(30)]
+    scores = (
+        generator.normal(size=(30, num_classes))
+        + 2 * generator.normal(size=(num_present, num_classes))[np.arange(30) % num_present]
+    )
+    is_member = np.array([[number in of_photo for number in range(num_present)] for of_photo in labels])
+    orders = np.argsort(-scores, axis=0).T
+    found = [
+        np.mean([average_precision(orders[ranking], is_member[:, number]) for number, ranking in enumerate(deal)])
+        for deal in itertools.permutations(range(num_classes), num_present)
+    ]
+    level, spread = dealt_map(scores, Ragged.from_rows([sorted(set(of_photo)) for of_photo in labels]), deals=20_000)
+    assert level == pytest.approx(np.mean(found), abs=4 * np.std(found) / 20_000**0.5)
+    assert spread == pytest.approx(np.std(found), rel=0.05)
+
+
+def test_dealt_map_of_one_class_and_of_a_seed() -> None:
+    scores = np.random.default_rng(0).normal(size=(20, 5))
+    labels = Ragged.from_rows([[int(photo % 5)] for photo in range(20)])
+    assert dealt_map(scores, labels, seed=1) == dealt_map(scores, labels, seed=1)
+    assert dealt_map(scores, labels, seed=1) != dealt_map(scores, labels, seed=2)
+    level, spread = dealt_map(scores[:, :1], Ragged.from_rows([[0]] * 20))
+    assert (level, spread) == pytest.approx((1.0, 0.0))
+
+
+def test_dealt_level_lies_above_chance_where_photos_of_a_class_lie_together() -> None:
+    """Rankings that hold whole classes in one run, of which none is right: a random order would be no fair level."""
+    labels = np.arange(200) % 4
+    center = np.eye(4)
+    scores = (center[labels] @ np.roll(center, 1, axis=0).T) + 0.01 * np.random.default_rng(0).normal(size=(200, 4))
+    level, spread = dealt_map(scores, Ragged.from_rows([[int(label)] for label in labels]))
+    assert level > 0.35
+    wrong = np.mean([average_precision(np.argsort(-scores[:, number]), labels == number) for number in range(4)])
+    assert wrong <= level + 3 * spread
+
+
+def test_shuffled_photos_are_at_chance_over_many_shuffles(classes: Trained) -> None:
+    """The level itself: the mean over shuffles is chance, and the spread is what the interval says."""
+    protocol = search_protocol(classes.setting, "class")
+    honest = classes.setting.honest()
+    found, errors = [], []
+    for seed in range(20):
+        shuffled = np.random.default_rng(seed).permutation(len(classes.setting.pairs))
+        score = protocol.measure(classes.model, Arrangement(shuffled, honest.texts))["map"]
+        found.append(score.value - score.chance)
+        errors.append(standard_error(score))
+    assert abs(np.mean(found)) < 3 * np.std(found) / 20**0.5 + 0.005
+    assert np.std(found) < 2 * np.mean(errors)
+
+
+def test_classes_are_searched_with_their_own_labels(classes: Trained) -> None:
+    """The synthetic classes, by hand: the score of the report is that of the photos' own classes."""
+    report: Report = report_of(classes.cache, classes.run)
+    setting, model = classes.setting, classes.model
+    search = make_search(setting.cache, setting.spec, setting.pairs, "class")
+    scores = setting.gallery(model, setting.honest()) @ setting.queries(model, search).T
+    assert value(report, "top1") == pytest.approx((scores.argmax(axis=1) == first_labels(setting.pairs.labels)).mean())
+    assert error_of(report["systems"]["fam"]["top1"]) > 0
