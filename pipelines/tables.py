@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from saffe_cache.evaluate import EvaluateConfig, evaluate
-from saffe_cache.measuring import ProtocolName
+from saffe_cache.evaluation.measuring import ProtocolName
 from saffe_cache.train import TrainConfig, train
 
 

@@ -3,19 +3,15 @@
 The layers of the package; an import may only point downwards, and packages of one layer do not import
 each other (tests/test_architecture.py holds this):
 
-    cli                                                   the commands
-    extract   train   evaluate                            three verbs: a config in, the path written out
-    resolving                                             what a training is asked for
-    fitting                                               the training loop
-    checkpoints   report                                  what a training resumes from; what a reader sees
-    terms   controls   systems                            objectives; controls and baselines of a run
-    batches   measuring                                   training pairs in batches; protocols over a run
-    encoding   judging                                    the extraction loop; how pairs are searched
-    planning   runs                                       a job on a cache; a run's folder
-    pairs                                                 which items are trained on and judged
-    retrieval                                             ranks, metrics, protocols, baselines, index
+    cli                                                        the commands
+    extract   train   evaluate                                 three verbs: a config in, the path written out
+    extraction   training   evaluation                         what they are made of
+    judging                                                    how pairs are searched
+    runs                                                       a run's folder
+    pairs                                                      which items are trained on and judged
+    retrieval                                                  ranks, metrics, protocols, baselines, index
     store   sources   encoders   fusion   objectives   options
-    features   durable                                    the nouns that they exchange; whole files
+    features   durable                                         the nouns that they exchange; whole files
 
 Each stage is a function of one frozen dataclass:
 

@@ -11,10 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from saffe_cache.controls import duplicates, failures, run_controls, sensitivity
-from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.judging import SearchName, own_protocol
-from saffe_cache.measuring import (
+from saffe_cache.evaluation.controls import duplicates, failures, run_controls, sensitivity
+from saffe_cache.evaluation.measuring import (
     DEFINITIONS,
     Protocol,
     ProtocolName,
@@ -25,9 +23,12 @@ from saffe_cache.measuring import (
     search_protocol,
     with_true_texts,
 )
+from saffe_cache.evaluation.report import control_to_json, format_report, scores_to_json
+from saffe_cache.evaluation.systems import Material, baselines
+from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.judging import SearchName, own_protocol
 from saffe_cache.options import require
 from saffe_cache.pairs import PairKind, Pairs, select_pairs
-from saffe_cache.report import control_to_json, format_report, scores_to_json
 from saffe_cache.retrieval.index import build_index, save_index
 from saffe_cache.retrieval.metrics import paired_bootstrap
 from saffe_cache.retrieval.protocols import Scores
@@ -42,7 +43,6 @@ from saffe_cache.runs import (
     write_json,
 )
 from saffe_cache.store.reader import Cache, open_cache
-from saffe_cache.systems import Material, baselines
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from typing import Literal
 import numpy as np
 
 from saffe_cache.encoders.encoder import EncoderRequest
-from saffe_cache.encoding import check_sources, run_job
+from saffe_cache.extraction.encoding import check_sources, run_job
+from saffe_cache.extraction.planning import EncodeOptions, Job, plan_job, seconds_per_input
 from saffe_cache.features import MODALITIES, CacheError, ItemTable, Modality
 from saffe_cache.options import require, require_keys
-from saffe_cache.planning import EncodeOptions, Job, plan_job, seconds_per_input
 from saffe_cache.runs import choose_device, provenance
 from saffe_cache.sources import Columns, SourceItem, read_items
 from saffe_cache.store.manifest import RootManifest, layers_among, read_encoder, read_root, write_root

@@ -8,16 +8,16 @@ import resource
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from saffe_cache.batches import TrainingData
-from saffe_cache.checkpoints import TrainingState, resume
-from saffe_cache.fitting import FitOptions, fit, start
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.judging import own_protocol
 from saffe_cache.pairs import Pairs
-from saffe_cache.resolving import TrainConfig, fit_options, resolve_run, term_options
 from saffe_cache.runs import RunSpec, data_fingerprint, provenance, read_json, training_pairs, write_json
 from saffe_cache.store.reader import Cache, open_cache
-from saffe_cache.terms import TermOptions
+from saffe_cache.training.batches import TrainingData
+from saffe_cache.training.checkpoints import TrainingState, resume
+from saffe_cache.training.fitting import FitOptions, fit, start
+from saffe_cache.training.resolving import TrainConfig, fit_options, resolve_run, term_options
+from saffe_cache.training.terms import TermOptions
 
 __all__ = ["TrainConfig", "train"]
 

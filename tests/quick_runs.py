@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from saffe_cache.evaluate import EvaluateConfig, evaluate, exit_status
+from saffe_cache.evaluation.measuring import Setting
 from saffe_cache.features import Ragged
 from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.measuring import Setting
 from saffe_cache.pairs import select_pairs
 from saffe_cache.runs import load_run, same_training_pairs
 from saffe_cache.store.reader import open_cache

@@ -14,13 +14,9 @@ LAYERS = [
     {"store", "sources", "encoders", "fusion", "objectives", "options"},
     {"retrieval"},
     {"pairs"},
-    {"planning", "runs"},
-    {"encoding", "judging"},
-    {"batches", "measuring"},
-    {"terms", "controls", "systems"},
-    {"checkpoints", "report"},
-    {"fitting"},
-    {"resolving"},
+    {"runs"},
+    {"judging"},
+    {"extraction", "training", "evaluation"},
     {"extract", "train", "evaluate"},
     {"cli"},
 ]
@@ -34,7 +30,7 @@ OWNERS = {
     "transformers": {"encoders", "runs"},  # runs records its version
     "huggingface_hub": {"encoders"},
     "faiss": {"retrieval"},
-    "safetensors": {"runs", "checkpoints"},
+    "safetensors": {"runs", "training"},
 }
 FORBIDDEN = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 

@@ -13,11 +13,8 @@ import torch
 from quick_runs import Report, error_of, first_labels, quick_train, report_of, setting_of, value
 from synthetic_cache import make_cache
 
-from saffe_cache.controls import Control, duplicates, failures, run_controls, sensitivity, standard_error
-from saffe_cache.features import Ragged
-from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.judging import make_search
-from saffe_cache.measuring import (
+from saffe_cache.evaluation.controls import Control, duplicates, failures, run_controls, sensitivity, standard_error
+from saffe_cache.evaluation.measuring import (
     Arrangement,
     Protocol,
     Setting,
@@ -27,10 +24,13 @@ from saffe_cache.measuring import (
     search_protocol,
     with_true_texts,
 )
+from saffe_cache.evaluation.systems import Material
+from saffe_cache.features import Ragged
+from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.judging import make_search
 from saffe_cache.retrieval.candidates import dealt_map
 from saffe_cache.retrieval.protocols import Score
 from saffe_cache.runs import encode_queries, load_permuted, same_training_pairs
-from saffe_cache.systems import Material
 
 CONTROLS = {"photos_shuffled", "photos_constant", "pairs_permuted"}
 

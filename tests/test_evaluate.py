@@ -14,7 +14,7 @@ from synthetic_cache import make_cache
 
 from saffe_cache.cli import evaluate_command
 from saffe_cache.evaluate import EvaluateConfig, _differences, evaluate, exit_status
-from saffe_cache.measuring import Protocol
+from saffe_cache.evaluation.measuring import Protocol
 from saffe_cache.retrieval.index import load_index
 from saffe_cache.retrieval.protocols import Score
 from saffe_cache.runs import encode_gallery, encode_queries, load_run

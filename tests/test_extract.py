@@ -19,10 +19,10 @@ import transformers
 from PIL import Image
 from tiny_models import WORDS
 
-from saffe_cache import encoding
 from saffe_cache.cli import cache_command, extract_command
 from saffe_cache.encoders.encoder import Encoded, FrozenEncoder
 from saffe_cache.extract import ExtractConfig, extract
+from saffe_cache.extraction import encoding
 from saffe_cache.features import CacheError
 from saffe_cache.store.reader import open_cache, verify_cache
 

@@ -18,14 +18,14 @@ from quick_runs import Report, error_of, first_labels, quick_train, report_of, s
 from sklearn.metrics import roc_auc_score
 from synthetic_cache import make_cache
 
-from saffe_cache import fitting
+from saffe_cache.evaluation.measuring import score_all_pairs
 from saffe_cache.features import Ragged
 from saffe_cache.judging import make_search
-from saffe_cache.measuring import score_all_pairs
 from saffe_cache.pairs import class_vectors
 from saffe_cache.retrieval.candidates import candidate_scores
 from saffe_cache.retrieval.protocols import class_scores
 from saffe_cache.runs import encode_gallery, encode_queries
+from saffe_cache.training import fitting
 
 SEED = 0
 CLASSES, SPLITS = 10, {"train": 600, "dev": 120, "test": 300}

@@ -12,7 +12,6 @@ from sklearn.metrics import roc_auc_score
 from synthetic_cache import make_cache
 from torch.nn import functional
 
-from saffe_cache.batches import Batch, TrainingData
 from saffe_cache.fusion.fam import Fused, FusionAlignModule
 from saffe_cache.objectives import (
     SigmoidScale,
@@ -26,8 +25,9 @@ from saffe_cache.objectives import (
 )
 from saffe_cache.runs import build_fam, training_pairs
 from saffe_cache.store.reader import open_cache
-from saffe_cache.terms import Objective, TermOptions
 from saffe_cache.train import TrainConfig, resolve_run
+from saffe_cache.training.batches import Batch, TrainingData
+from saffe_cache.training.terms import Objective, TermOptions
 
 
 def unit_vectors(count: int, seed: int, width: int = 6) -> torch.Tensor:

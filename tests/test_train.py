@@ -12,17 +12,17 @@ import pytest
 import torch
 from synthetic_cache import LAYERS, WIDTH, make_cache
 
-from saffe_cache import batches, fitting
-from saffe_cache.checkpoints import TrainingState
 from saffe_cache.features import CacheError
 from saffe_cache.judging import make_search, own_protocol
 from saffe_cache.pairs import hold_out, mean_text_vectors, select_pairs, summaries, unit_rows
-from saffe_cache.resolving import TrainConfig, resolve_run
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge
 from saffe_cache.retrieval.protocols import caption_scores
 from saffe_cache.runs import load_permuted, load_run, read_json, same_training_pairs, training_pairs
 from saffe_cache.store.reader import open_cache
 from saffe_cache.train import train
+from saffe_cache.training import batches, fitting
+from saffe_cache.training.checkpoints import TrainingState
+from saffe_cache.training.resolving import TrainConfig, resolve_run
 
 
 @pytest.fixture(scope="module")

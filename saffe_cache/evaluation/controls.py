@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from saffe_cache.evaluation.measuring import Arrangement, Protocol, Setting
 from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.measuring import Arrangement, Protocol, Setting
 from saffe_cache.pairs import Pairs, read_texts, token_tensors
 from saffe_cache.retrieval.protocols import Score, Scores
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from saffe_cache.batches import Batch, TrainingData
-from saffe_cache.checkpoints import Log, TrainingState, save_state
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.heads import AttentionHead
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge
 from saffe_cache.runs import RunSpec, build_fam, write_tensors
 from saffe_cache.store.reader import Cache
-from saffe_cache.terms import OVER_PAIRS, Objective, TermOptions
+from saffe_cache.training.batches import Batch, TrainingData
+from saffe_cache.training.checkpoints import Log, TrainingState, save_state
+from saffe_cache.training.terms import OVER_PAIRS, Objective, TermOptions
 
 _TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
 """Of the text beside a photo against the ridge's vector of the photo, to start from."""

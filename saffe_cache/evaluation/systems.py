@@ -12,9 +12,9 @@ from functools import cached_property
 
 import numpy as np
 
+from saffe_cache.evaluation.measuring import Protocol, Setting
 from saffe_cache.features import Ragged
 from saffe_cache.judging import Search, make_search, own_protocol
-from saffe_cache.measuring import Protocol, Setting
 from saffe_cache.pairs import Pairs, mean_text_vectors, summaries, unit_rows
 from saffe_cache.retrieval.baselines import (
     LinearMap,

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from saffe_cache.features import MODALITIES, CacheError, IndexConvention, Modality, hidden_states_index
-from saffe_cache.fitting import FitOptions
 from saffe_cache.fusion.shape import DECODERS, FamShape, FusionName, HeadName, QuerySide
 from saffe_cache.options import require, require_keys
 from saffe_cache.pairs import VALIDATION_SPLITS, PairKind, gallery_modality, pair_kind
 from saffe_cache.runs import GalleryText, RunSpec, choose_device
 from saffe_cache.store.reader import Cache, EncoderCache
-from saffe_cache.terms import OVER_PAIRS, TermName, TermOptions
+from saffe_cache.training.fitting import FitOptions
+from saffe_cache.training.terms import OVER_PAIRS, TermName, TermOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from saffe_cache.controls import Control
+from saffe_cache.evaluation.controls import Control
 from saffe_cache.retrieval.protocols import Scores
 
 _NAME_WIDTH, _CELL_WIDTH = 19, 27

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from saffe_cache.batches import Batch
 from saffe_cache.fusion.fam import Fused, FusionAlignModule, Pairing, Texts
 from saffe_cache.objectives import (
     SigmoidScale,
@@ -27,6 +26,7 @@ from saffe_cache.objectives import (
     siglip,
     soft_target,
 )
+from saffe_cache.training.batches import Batch
 
 TermName = Literal["info_nce", "siglip", "soft_target", "pair", "matching"]
 OVER_PAIRS = ("pair", "matching")

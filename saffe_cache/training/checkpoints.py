@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.runs import write_tensors
-from saffe_cache.terms import Objective
+from saffe_cache.training.terms import Objective
 
 logger = logging.getLogger(__name__)
 

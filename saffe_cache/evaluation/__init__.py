@@ -1,0 +1,1 @@
+"""What saffe-index-eval does: protocols over a run, and the baselines and controls beside them."""
