@@ -28,10 +28,10 @@ ROWS = [
     Row("reuse", GALLERY_ASKS),
     Row("reuse, text asks", GALLERY_ASKS | {"query_side": "text", "epochs": 12}),
     Row("reuse, frozen", GALLERY_ASKS | {"freeze_decoder": True}),
-    Row("paper", GALLERY_ASKS | {"fusion": "paper", "epochs": 12}),
+    Row("paper", GALLERY_ASKS | {"fusion": "paper", "epochs": 16}),
     Row("paper, text asks", GALLERY_ASKS | {"fusion": "paper", "query_side": "text", "epochs": 12}),
-    Row("linear (late fusion)", {"fusion": "linear", "layers": {"image": (9, 12)}, "epochs": 12}),
-    Row("concat", {"fusion": "concat", "layers": {"image": (9, 12)}, "epochs": 12}),
+    Row("linear (late fusion)", {"fusion": "linear", "layers": {"image": (9, 12)}, "epochs": 30}),
+    Row("concat", {"fusion": "concat", "layers": {"image": (9, 12)}, "epochs": 30}),
     Row("reference", GALLERY_ASKS | {"fusion": "reference", "gallery_text": "first_caption"}),
 ]
 METRICS = ("map", "recall_at_1", "recall_at_5")
