@@ -80,7 +80,7 @@ def _differences(report: Mapping[str, Any]) -> list[str]:
             f"{metric} {100 * of['mean']:+.2f} [{100 * of['low']:+.2f}, {100 * of['high']:+.2f}]"
             for metric, of in metrics.items()
         )
-        lines += textwrap.wrap(f"fam less {name}, the best baseline, by paired bootstrap: {told}", 100)
+        lines += textwrap.wrap(f"fam less {name}, the best of these, by paired bootstrap: {told}", 100)
     return lines
 
 

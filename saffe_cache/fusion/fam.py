@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from saffe_cache.features import BlockWeights
 from saffe_cache.fusion.decoders import PaperDecoder, ReuseDecoder
-from saffe_cache.fusion.heads import AttentionHead, FlattenHead, MatchHead, MeanHead, summarize
+from saffe_cache.fusion.heads import AttentionHead, FlattenHead, MatchHead, MeanHead, TextMap, summarize
 from saffe_cache.fusion.reference import ReferenceDecoder
 from saffe_cache.fusion.shape import FamShape
 
@@ -54,25 +54,6 @@ class Fused(NamedTuple):
     states: Sequence[torch.Tensor]
     """What the head pooled: P times [pairs, tokens, width]."""
     mask: torch.Tensor | None
-
-
-class TextMap(nn.Module):
-    """The text encoder's vector into the shared space: starts as the identity, learns a small correction."""
-
-    def __init__(self, size: int, dropout: float, inner_size: int = 512) -> None:
-        super().__init__()
-        self.linear = nn.Linear(size, size)
-        inner, last = nn.Linear(size, inner_size), nn.Linear(inner_size, size)
-        self.mlp = nn.Sequential(inner, nn.GELU(), nn.Dropout(dropout), last)
-        with torch.no_grad():
-            self.linear.weight.copy_(torch.eye(size))
-            for zeroed in (self.linear.bias, last.weight, last.bias):
-                zeroed.zero_()
-
-    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        """`vectors` [batch, size] of any length; their direction alone counts."""
-        unit = functional.normalize(vectors, dim=-1)
-        return self.linear(unit) + self.mlp(unit * unit.shape[-1] ** 0.5)  # type: ignore[no-any-return]
 
 
 class FusionAlignModule(nn.Module):

@@ -1,4 +1,7 @@
-"""From token states of P layers to one vector. Every head maps ([batch, tokens, d] x P, mask) to [batch, out]."""
+"""From token states of P layers to one vector: every head maps ([batch, tokens, d] x P, mask) to [batch, out].
+
+And the map of a text's own vector into the same space.
+"""
 
 from __future__ import annotations
 
@@ -159,3 +162,22 @@ class MatchHead(nn.Module):
         pooled = [masked_mean(functional.layer_norm(state, state.shape[-1:]), mask) for state in states]
         agreement = (vectors * queries).detach() * queries.shape[-1] ** 0.5
         return self.mlp(torch.cat([*pooled, agreement], dim=-1)).squeeze(-1)  # type: ignore[no-any-return]
+
+
+class TextMap(nn.Module):
+    """The text encoder's vector into the shared space: starts as the identity, learns a small correction."""
+
+    def __init__(self, size: int, dropout: float, inner_size: int = 512) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, size)
+        inner, last = nn.Linear(size, inner_size), nn.Linear(inner_size, size)
+        self.mlp = nn.Sequential(inner, nn.GELU(), nn.Dropout(dropout), last)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.eye(size))
+            for zeroed in (self.linear.bias, last.weight, last.bias):
+                zeroed.zero_()
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """`vectors` [batch, size] of any length; their direction alone counts."""
+        unit = functional.normalize(vectors, dim=-1)
+        return self.linear(unit) + self.mlp(unit * unit.shape[-1] ** 0.5)  # type: ignore[no-any-return]
