@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--image-encoder", default="facebook/dinov2-small")
     parser.add_argument("--text-encoder", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--rows", nargs="+", default=[row.name for row in ROWS], help="names of variants")
+    parser.add_argument("--rows", nargs="+", default=[row.name for row in ROWS], choices=[row.name for row in ROWS])
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     scenes = draw_notes(options.work / "scenes", SPLITS, seed=0)

@@ -62,13 +62,14 @@ class Table:
 
     def _report(self, run: str, protocol: ProtocolName, *, baselines: bool) -> dict[str, Any]:
         out = Path(run) / f"{self.split}-{protocol}"
-        if not (out / "metrics.json").exists():
+        path = out / "metrics.json"
+        if not path.exists() or (baselines and not json.loads(path.read_text())["config"]["baselines"]):
             evaluate(
                 EvaluateConfig(
                     cache=self.cache, run=run, split=self.split, protocol=protocol, out=str(out), baselines=baselines
                 )
             )
-        return cast(dict[str, Any], json.loads((out / "metrics.json").read_text()))
+        return cast(dict[str, Any], json.loads(path.read_text()))
 
 
 def markdown(reports: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str], control: str) -> str:

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
-from saffe_cache.evaluation.controls import duplicates, failures, run_controls, sensitivity
+from saffe_cache.evaluation.controls import duplicates, failures, run_controls, sensitivity, why_no_permuted
 from saffe_cache.evaluation.measuring import (
     DEFINITIONS,
     Protocol,
@@ -114,7 +115,7 @@ def evaluate(config: EvaluateConfig) -> str:
         "protocol": name,
         "definition": _definition(config, name),
         "split": config.split,
-        "warnings": _warnings(spec, config, setting.pairs),
+        "warnings": _warnings(spec, config, setting.pairs, name),
         "num_photos": len(setting.pairs),
         "num_queries": protocol.num_queries,
         "num_unusable_items": setting.pairs.num_unusable,
@@ -148,12 +149,15 @@ def _measure(
     material = Material(setting, *training, protocol)
     fitted, absent = baselines(material) if config.baselines else (material.levels, {})
     controls = run_controls(protocol, setting, model, permuted, fitted)
+    reason = why_no_permuted(protocol, setting)
+    if reason:
+        absent = absent | {"pairs_permuted": reason}
     moves, shared = sensitivity(setting, model), duplicates(setting, training[0])
     return {
         "failures": failures(controls, moves, shared, permuted is not None),
         "systems": {system: scores_to_json(scores) for system, scores in ({"fam": fam} | fitted).items()},
         "absent": absent,
-        "differences": _differences(fam, fitted, protocol),
+        "differences": _differences(fam, fitted, setting, protocol) if config.baselines else {},
         "controls": {name: control_to_json(control) for name, control in controls.items()},
         "sensitivity": moves,
         "duplicates": shared,
@@ -200,23 +204,29 @@ def _protocol(config: EvaluateConfig, setting: Setting, name: ProtocolName) -> P
     return search_protocol(setting, name)
 
 
-def _differences(fam: Scores, fitted: dict[str, Scores], protocol: Protocol) -> dict[str, Any]:
-    """The FAM less the baseline that the main metric of the reported split likes best, where both are means."""
-    if not fitted:
-        return {}
-    best = max(fitted, key=lambda name: fitted[name][protocol.main_metric].value)
+def _differences(fam: Scores, fitted: dict[str, Scores], setting: Setting, protocol: Protocol) -> dict[str, Any]:
+    """The FAM less the baseline that the reported split likes best, metric by metric, by paired bootstrap over photos.
+
+    For means over photos, or over queries that belong to photos; a mean over a few classes has too few units.
+    """
+    by_class = protocol.search is not None and protocol.search.protocol == "class"
     found: dict[str, Any] = {}
     for metric, score in fam.items():
-        other = fitted[best].get(metric)
-        if score.values is None or other is None or other.values is None or metric.startswith("image_to_text"):
+        rivals = {name: of[metric] for name, of in fitted.items() if metric in of and of[metric].values is not None}
+        if score.values is None or not rivals or metric.startswith("image_to_text"):
             continue
-        units = protocol.units if len(protocol.units) == len(score.values) else torch.arange(len(score.values)).numpy()
-        mean, low, high = paired_bootstrap(score.values - other.values, units)
-        found[metric] = {"mean": mean, "low": low, "high": high}
-    return {best: found}
+        if by_class and not metric.startswith("top"):
+            continue
+        units = np.arange(len(setting.pairs)) if by_class else protocol.units
+        best = max(rivals, key=lambda name: rivals[name].value)
+        other = rivals[best].values
+        assert other is not None
+        mean, low, high = paired_bootstrap(score.values - other, units[: len(other)])
+        found.setdefault(best, {})[metric] = {"mean": mean, "low": low, "high": high}
+    return found
 
 
-def _warnings(spec: RunSpec, config: EvaluateConfig, pairs: Pairs) -> list[str]:
+def _warnings(spec: RunSpec, config: EvaluateConfig, pairs: Pairs, name: ProtocolName) -> list[str]:
     """What a reader must know before the numbers."""
     warnings = []
     if config.leak_true_text:
@@ -230,6 +240,12 @@ def _warnings(spec: RunSpec, config: EvaluateConfig, pairs: Pairs) -> list[str]:
         )
     if config.split == spec.train_split:
         warnings.append(f"the run was trained on split {config.split!r}: these numbers do not tell how it generalises.")
+    if name in ("candidate", "rerank") and not spec.shape.takes_text:
+        warnings.append(f"no text enters fusion {spec.shape.fusion}: a pair's score is that of the photo alone.")
+    elif name in ("candidate", "rerank") and spec.gallery_text == "null" and not spec.trains_pairs:
+        warnings.append("the run was trained with null text alone: what it makes of a pair is untrained.")
+    if name not in ("metadata", "candidate") and spec.gallery_text == "first_caption" and not spec.sees_null:
+        warnings.append("the run was trained without null text: what it makes of a photo alone is untrained.")
     if spec.shape.fusion == "reference":
         warnings.append("fusion reference draws its attention anew in every forward: other runs give other numbers.")
     if pairs.num_unusable:

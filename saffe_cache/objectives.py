@@ -35,8 +35,14 @@ def info_nce(
         positives: bool [n, m], at least one True in each row and column.
         temperature: positive scalar.
     """
-    scores = gallery @ queries.T / temperature
+    scores = _cosines(gallery, queries) / temperature
     return (_one_direction(scores, positives) + _one_direction(scores.T, positives.T)) / 2
+
+
+def _cosines(gallery: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """In full precision under autocast too: at a temperature of 0.01, bfloat16 products would be off by 0.4."""
+    with torch.autocast(gallery.device.type, enabled=False):
+        return gallery @ queries.T
 
 
 def _one_direction(scores: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
@@ -58,7 +64,7 @@ def siglip(
         scale: positive scalar, the inverse of a temperature.
         bias: scalar.
     """
-    logits = scale * (gallery @ queries.T) + bias
+    logits = scale * _cosines(gallery, queries) + bias
     signs = 2 * positives.to(logits.dtype) - 1
     return -functional.logsigmoid(signs * logits).sum() / len(gallery)
 

@@ -53,6 +53,10 @@ class RunSpec:
     shape: FamShape
     gallery_text: GalleryText
     """What lies beside a photo in training."""
+    trains_pairs: bool = False
+    """Whether photos are fused with several texts in training."""
+    sees_null: bool = True
+    """Whether the null text lies beside photos in training."""
     data: str = ""
     """Hash over the photos and texts that the run trains on and is validated on."""
 

@@ -90,7 +90,7 @@ def _fit(
     """Train on some pairs and choose the epoch on others; resumes what the folder holds."""
     out.mkdir(parents=True, exist_ok=True)
     data = TrainingData(spec, cache, *pairs, options.batch_size, options.seed, options.device)
-    state = start(options, terms, spec, cache, data)
+    state = start(options, terms, spec, cache, data, resumes=(out / "state.safetensors").exists())
     resume(out, state)
     fit(options, state, data, out)
     return state

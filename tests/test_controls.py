@@ -105,7 +105,9 @@ def test_healthy_run_passes_every_control(name: str, request: pytest.FixtureRequ
     if name == "image":
         expected = CONTROLS - {"pairs_permuted"}
     report = report_of(of.cache, of.run, **options)
-    assert report["failures"] == report["warnings"] == []
+    assert report["failures"] == []
+    takes_no_text = "no text enters fusion linear: a pair's score is that of the photo alone."
+    assert report["warnings"] == ([takes_no_text] if "rerank" in name or name == "candidate" else [])
     assert report["status"] == 0
     assert set(report["controls"]) == expected
     assert all(control["passed"] for control in report["controls"].values())
@@ -197,16 +199,17 @@ def test_texts_beside_photos_that_photos_alone_find(metadata: Trained, monkeypat
 
 
 def test_texts_beside_photos_that_hold_the_answers(metadata: Trained) -> None:
-    """Beside each photo lies a text that it is searched with: photos shuffled, it is found as before."""
+    """Beside each photo lies a text that it is searched with: found as well with one photo everywhere, as is told."""
     protocol = search_protocol(metadata.setting, "metadata")
     levels = levels_of(metadata, protocol)
     assert failed(metadata.controls(protocol, levels=levels)) == set()
     leaky = with_true_texts(metadata.setting)
     controls = metadata.controls(search_protocol(leaky, "metadata"), setting=leaky, levels=levels)
-    assert {"photos_constant", "pairs_permuted"} <= failed(controls)
-    assert controls["photos_constant"].expected == "no more than text_only"
-    limit = levels["text_only"]["map"].value + 3 * standard_error(controls["photos_constant"].scores["map"])
-    assert controls["photos_constant"].limit == pytest.approx(limit)
+    assert controls["photos_shuffled"].scores["map"].value > 0.7
+    assert controls["photos_shuffled"].expected == "no more than photos_constant"
+    constant = controls["photos_constant"].scores["map"]
+    assert controls["photos_shuffled"].limit == pytest.approx(constant.value + 3 * standard_error(constant))
+    assert levels["text_only"]["map"].value < constant.value
 
 
 def test_score_at_the_limit_passes_and_above_it_fails(classes: Trained) -> None:
@@ -217,7 +220,8 @@ def test_score_at_the_limit_passes_and_above_it_fails(classes: Trained) -> None:
         control = classes.controls(fixed)["photos_shuffled"]
         assert control.limit == pytest.approx(0.2 + 3 * 0.05)
         assert control.passed is passes
-    assert standard_error(Score(1.0, 0.5)) == 0.0
+    with pytest.raises(AssertionError, match="interval"):
+        standard_error(Score(1.0, 0.5))
 
 
 def test_sensitivity_is_the_mean_distance_of_fused_vectors(metadata: Trained) -> None:

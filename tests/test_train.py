@@ -65,7 +65,6 @@ LEARNING = [
     {"fusion": "linear", "head": "attention"},
     {"fusion": "linear", "head": "mean"},
     {"fusion": "linear", "head": "flatten"},
-    {"fusion": "concat"},
     {"fusion": "reuse", "head": "attention"},
     {"fusion": "reuse", "head": "mean"},
     {"fusion": "reuse", "head": "flatten"},
@@ -135,9 +134,10 @@ def test_every_combination_runs(notes_path: str, tmp_path: Path, changes: dict[s
 def test_text_beside_photos_helps_to_find_them(notes_path: str, tmp_path: Path, fusion: str) -> None:
     """Captions tell of both: the photo alone finds less, and, where the text is added as it is, the note alone."""
     scores = {}
-    for beside in ("null", "first_caption"):
+    alone = "linear" if fusion == "concat" else fusion  # concat without a text is linear, and refused
+    for beside, name in (("null", alone), ("first_caption", fusion)):
         out = tmp_path / beside
-        train(config_for(notes_path, out, fusion=fusion, gallery_text=beside, epochs=10))
+        train(config_for(notes_path, out, fusion=name, gallery_text=beside, epochs=10))
         scores[beside] = result_of(out)["best_validation_score"]
     assert scores["first_caption"] > scores["null"] + 0.1
     if fusion != "paper":
@@ -384,7 +384,8 @@ def test_text_is_added_by_default_where_there_is_one(notes_path: str, tmp_path: 
     beside = config_for(notes_path, tmp_path, fusion=fusion, gallery_text="first_caption")
     assert resolve_run(beside, cache).shape.adds_text == adds
     assert resolve_run(replace(beside, pooled_text=not adds), cache).shape.adds_text == (not adds)
-    assert not resolve_run(replace(beside, gallery_text="null"), cache).shape.adds_text
+    if fusion != "concat":
+        assert not resolve_run(replace(beside, gallery_text="null"), cache).shape.adds_text
 
 
 def test_the_attention_head_starts_as_the_ridge_and_is_never_worse_on_validation(tmp_path: Path) -> None:
@@ -453,7 +454,11 @@ def test_all_photos_in_another_split_too(tmp_path: Path) -> None:
         ({"objective": {"matching": 1.0}, "fusion": "linear"}, "linear takes no text"),
         ({"fusion": "concat", "layers": {"text": (2,)}}, "--layers: found text=…, expected no text: concat takes no"),
         ({"head": "flatten", "query_side": "text"}, "--head: found flatten, expected attention or mean"),
-        ({"fusion": "concat", "head": "mean"}, "--head: found mean, expected attention"),
+        ({"fusion": "concat"}, "--fusion: found concat with null text, expected --gallery-text first_caption"),
+        (
+            {"fusion": "concat", "head": "mean", "gallery_text": "matched"},
+            "--head: found mean, expected attention",
+        ),
         ({"text_dropout": 0.5}, "--text-dropout: found 0.5, expected 0: there is no text beside"),
         ({"text_dropout": 1.0, "gallery_text": "matched"}, "--text-dropout: found 1.0, expected a fraction"),
         ({"negatives": 0}, "--negatives: found 0"),

@@ -1,13 +1,14 @@
 """Controls: the same measurement where nothing can be found. A number whose controls are not at their level is void.
 
-    pairs_permuted     a model trained on permuted pairs
     photos_shuffled    each place of the gallery has another's photo; texts beside stay
+    pairs_permuted     a model trained, for a few epochs, on permuted pairs
     photos_constant    the same photo at every place; texts beside stay
     queries_constant   every text that searches is the same
     texts_shuffled     (metadata) each place has another's text; photos stay
 
-With null text in the gallery each must be at chance. Beside texts, the first three must find no more than the texts
-alone do, and the last no more than the photos alone.
+With null text in the gallery each must be at chance. Beside texts, the first two must find no more than the texts alone
+do: baselines on the texts, and the run itself with one photo everywhere, which is then no test but a level. The last
+must find no more than the photos alone.
 
 Chance of a model trained on permuted classes is not that of a random order: photos of one class still lie together,
 so that a ranking that knows nothing holds them in one run, early or late. There chance is what the same rankings score
@@ -28,6 +29,9 @@ from saffe_cache.pairs import Pairs, read_texts, token_tensors
 from saffe_cache.retrieval.protocols import Score, Scores
 
 STANDARD_ERRORS = 3.0
+LEAST_CLASSES = 6
+"""With fewer, a run trained on permuted classes cannot be told from one that was not."""
+FEWEST_SHUFFLES = 5
 LEAST_IMAGE_SENSITIVITY, LEAST_TEXT_SENSITIVITY = 0.2, 0.05
 """Mean distances of unit vectors below which a fusion does not look at its photo, or at its text."""
 _SENSITIVITY_PHOTOS = 256
@@ -73,16 +77,23 @@ def run_controls(
         permuted: the model that was trained on permuted pairs; None where there is none.
         levels: beside texts, the baselines that tell what texts alone and photos alone find.
     """
+    measured = _measure(protocol, setting, model, permuted)
+    known = _levels(protocol, setting, model, permuted, measured, levels)
+    return {name: _judge(name, scores, protocol, known.get(name)) for name, scores in measured.items()}
+
+
+def _measure(
+    protocol: Protocol, setting: Setting, model: FusionAlignModule, permuted: FusionAlignModule | None
+) -> dict[str, Scores]:
     generator = np.random.default_rng(setting.seed)
     honest = setting.honest()
     shuffled = generator.permutation(len(setting.pairs))
     constant = np.full(len(setting.pairs), generator.integers(len(setting.pairs)))
-    arrangements = {
-        "photos_shuffled": Arrangement(shuffled, honest.texts),
-        "photos_constant": Arrangement(constant, honest.texts),
+    measured = {
+        "photos_shuffled": protocol.measure(model, Arrangement(shuffled, honest.texts)),
+        "photos_constant": protocol.measure(model, Arrangement(constant, honest.texts)),
     }
-    measured = {name: protocol.measure(model, arrangement) for name, arrangement in arrangements.items()}
-    if permuted is not None and protocol.name != "image":
+    if permuted is not None and not why_no_permuted(protocol, setting):
         measured["pairs_permuted"] = protocol.measure(permuted, honest)
     if protocol.name == "metadata":
         measured["texts_shuffled"] = protocol.measure(model, Arrangement(honest.texts, shuffled))
@@ -90,48 +101,76 @@ def run_controls(
         assert protocol.search is not None
         same = np.tile(protocol.search.vectors[:1], (len(protocol.search.vectors), 1))
         search = replace(protocol.search, vectors=same)
-        gallery = setting.gallery(model, honest)
-        measured["queries_constant"] = search.score(gallery, setting.queries(model, search))
+        measured["queries_constant"] = search.score(setting.gallery(model, honest), setting.queries(model, search))
+    return measured
+
+
+def why_no_permuted(protocol: Protocol, setting: Setting) -> str | None:
+    """Why a run trained on permuted pairs tells nothing here; None where it does."""
+    if protocol.name == "image":
+        return "photos of one class lie together whatever the run was trained on"
+    if protocol.dealt and len(np.unique(setting.pairs.labels.values)) < LEAST_CLASSES:
+        return f"with fewer than {LEAST_CLASSES} classes, names dealt at random are often right"
+    return None
+
+
+def _levels(
+    protocol: Protocol,
+    setting: Setting,
+    model: FusionAlignModule,
+    permuted: FusionAlignModule | None,
+    measured: dict[str, Scores],
+    baselines: dict[str, Scores],
+) -> dict[str, Level]:
+    """Where it is not chance with the spread of its bootstrap: what each control may come to."""
+    metric = protocol.main_metric
     known: dict[str, Level] = {}
-    if protocol.num_shuffles:
-        spread = _spread_of_shuffles(protocol, setting, model, generator)
-        known = {
-            name: Level(scores[protocol.main_metric].chance, spread, "chance") for name, scores in measured.items()
-        }
+    if protocol.name == "metadata":
+        # what the run's own text path finds is seen where all photos are the same: a level as well as a control
+        known = {name: _best(baselines, "text_only", metric, measured) for name in measured}
+        known["texts_shuffled"] = _best(baselines, "image_only", metric, {})
+        known["photos_constant"] = _best({}, "photos_constant", metric, measured)
+    elif protocol.num_shuffles or measured["photos_shuffled"][metric].interval is None:
+        spread = _spread_of_shuffles(protocol, setting, model)
+        known = {name: Level(scores[metric].chance, spread, "chance") for name, scores in measured.items()}
     if permuted is not None and protocol.dealt:
         known["pairs_permuted"] = Level(*protocol.dealt(permuted), "class names dealt at random")
-    return {name: _judge(name, scores, protocol, levels, known.get(name)) for name, scores in measured.items()}
+    return known
 
 
-def _spread_of_shuffles(
-    protocol: Protocol, setting: Setting, model: FusionAlignModule, generator: np.random.Generator
-) -> float:
+def _best(baselines: dict[str, Scores], kind: str, metric: str, measured: dict[str, Scores]) -> Level:
+    """The best of the baselines of a kind, and of the run with one photo everywhere."""
+    values = {name: scores[metric] for name, scores in baselines.items() if name.startswith(kind)}
+    if "photos_constant" in measured:
+        values["photos_constant"] = measured["photos_constant"][metric]
+    best = max(values, key=lambda name: values[name].value)
+    return Level(values[best].value, standard_error(values[best]), f"no more than {best}")
+
+
+def _spread_of_shuffles(protocol: Protocol, setting: Setting, model: FusionAlignModule) -> float:
     """Standard deviation of the main metric over shuffles of the photos."""
+    generator = np.random.default_rng((setting.seed, 1))
     texts = setting.honest().texts
-    arrangements = [Arrangement(generator.permutation(texts), texts) for _ in range(protocol.num_shuffles)]
-    values = [protocol.measure(model, arrangement)[protocol.main_metric].value for arrangement in arrangements]
+    values = [
+        protocol.measure(model, Arrangement(generator.permutation(texts), texts))[protocol.main_metric].value
+        for _ in range(protocol.num_shuffles or FEWEST_SHUFFLES)
+    ]
     return float(np.std(values, ddof=1))
 
 
-def _judge(name: str, scores: Scores, protocol: Protocol, levels: dict[str, Scores], level: Level | None) -> Control:
-    """`level` where it is not chance, or no more than a baseline."""
+def _judge(name: str, scores: Scores, protocol: Protocol, level: Level | None) -> Control:
     # one query for all classes ranks the photos of some class first, and AP sees that; which class is nearest is open
     metric = "top1" if name == "queries_constant" and "top1" in scores else protocol.main_metric
     score = scores[metric]
-    if level is None and protocol.name == "metadata":
-        kind = "image_only" if name == "texts_shuffled" else "text_only"
-        values = {of: found[metric].value for of, found in levels.items() if of.startswith(kind)}
-        best = max(values, key=lambda of: values[of])
-        level = Level(values[best], standard_error(score), f"no more than {best}")
-    elif level is None:
-        level = Level(score.chance, standard_error(score), "chance")
+    level = level or Level(score.chance, standard_error(score), "chance")
     limit = level.value + STANDARD_ERRORS * level.spread
     return Control(scores, metric, level.expected, limit, score.value <= limit)
 
 
 def standard_error(score: Score) -> float:
-    """From the 95 % interval; 0 where there is none."""
-    return (score.interval[1] - score.interval[0]) / (2 * 1.96) if score.interval else 0.0
+    """From the 95 % interval."""
+    assert score.interval is not None, "a control needs an interval"
+    return (score.interval[1] - score.interval[0]) / (2 * 1.96)
 
 
 @torch.inference_mode()

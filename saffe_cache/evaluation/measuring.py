@@ -40,7 +40,7 @@ DEFINITIONS: dict[ProtocolName, str] = {
 }
 _PAIRS_AT_ONCE = 1024
 _PRIOR_PHOTOS = 500
-NUM_SHUFFLES = 20
+NUM_SHUFFLES = 10
 
 
 class Arrangement(NamedTuple):
@@ -61,7 +61,7 @@ class Setting:
     """Photos of the training pairs."""
     device: str
     seed: int
-    _vectors: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    _vectors: dict[FusionAlignModule, np.ndarray] = field(default_factory=dict, repr=False)
 
     def honest(self) -> Arrangement:
         places = np.arange(len(self.pairs))
@@ -72,9 +72,9 @@ class Setting:
         if self.pairs.beside is not None:
             rows, beside = self.pairs.rows[arrangement.photos], self.pairs.beside[arrangement.texts]
             return encode_gallery(model, self.spec, self.cache, rows, beside, self.device)
-        if id(model) not in self._vectors:
-            self._vectors[id(model)] = encode_gallery(model, self.spec, self.cache, self.pairs.rows, None, self.device)
-        return np.asarray(self._vectors[id(model)][arrangement.photos])
+        if model not in self._vectors:
+            self._vectors[model] = encode_gallery(model, self.spec, self.cache, self.pairs.rows, None, self.device)
+        return np.asarray(self._vectors[model][arrangement.photos])
 
     def queries(self, model: FusionAlignModule, search: Search) -> np.ndarray:
         return encode_queries(model, search.vectors, self.device)
@@ -129,14 +129,14 @@ def candidate_protocol(setting: Setting) -> Protocol:
     """Every photo with every class."""
     search = make_search(setting.cache, setting.spec, setting.pairs, "class", setting.seed)
     labels, seed = setting.pairs.labels, setting.seed
-    known: dict[int, tuple[PairScores, np.ndarray]] = {}
+    known: dict[FusionAlignModule, tuple[PairScores, np.ndarray]] = {}
 
     def of(model: FusionAlignModule) -> tuple[PairScores, np.ndarray]:
-        if id(model) not in known:
+        if model not in known:
             some = np.random.default_rng(seed).permutation(setting.training_rows)[:_PRIOR_PHOTOS]
             own = score_all_pairs(setting, model, setting.pairs.rows, search)
-            known[id(model)] = own, score_all_pairs(setting, model, some, search).cosine.mean(axis=0)
-        return known[id(model)]
+            known[model] = own, score_all_pairs(setting, model, some, search).cosine.mean(axis=0)
+        return known[model]
 
     def measure(model: FusionAlignModule, arrangement: Arrangement) -> Scores:
         pairs, prior = of(model)
@@ -245,9 +245,9 @@ def with_true_texts(setting: Setting) -> Setting:
     Raises:
         ValueError: no text enters the run's fusion.
     """
-    shape = setting.spec.shape
-    if not (shape.has_decoder or shape.adds_text or shape.head_sees_text):
-        raise ValueError(f"--leak-true-text: no text enters fusion {shape.fusion}, so nothing can leak. Leave it out.")
+    if not setting.spec.shape.takes_text:
+        fusion = setting.spec.shape.fusion
+        raise ValueError(f"--leak-true-text: no text enters fusion {fusion}, so nothing can leak. Leave it out.")
     pairs, table = setting.pairs, setting.cache.table
     if pairs.kind == "captions":
         beside = pairs.texts.values[pairs.texts.offsets[:-1]]

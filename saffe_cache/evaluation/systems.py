@@ -174,27 +174,29 @@ def _classifiers(material: Material) -> Systems:
     """Scores [photos, classes] of linear probe, nearest class mean and label propagation."""
     num_classes = len(material.setting.cache.table.class_names)
     labels, seed = material.setting.pairs.labels, material.setting.seed
-    if any(len(of_one) != 1 for pairs in (material.training, material.validation) for of_one in pairs.labels):
-        reason = "some photos have several classes"
+    several = any(len(of_one) != 1 for pairs in (material.training, material.validation) for of_one in pairs.labels)
+    if several or num_classes < 2:
+        reason = "some photos have several classes, or there is one class alone"
         return {}, {"linear_probe": reason, "class_means": reason, "zlap": reason}
     training, validation, reported = material.features
     known = material.training.labels.values
 
-    def top1(scores: np.ndarray) -> float:
-        return candidate_scores(scores, material.validation.labels, intervals=False)["top1"].value
+    def judge(scores: np.ndarray) -> float:
+        scored = candidate_scores(scores, material.validation.labels, intervals=False)
+        return scored[material.protocol.main_metric].value
 
-    probe = fit_linear_probe(training, known, num_classes, lambda fit: top1(_log_odds(fit(validation))))
+    probe = fit_linear_probe(training, known, num_classes, lambda fit: judge(_log_odds(fit(validation))))
     means = fit_class_means(training, known, num_classes)
     found = {"linear_probe": _log_odds(probe(reported)), "class_means": means(reported)}
     absent = {}
     if len(training) > 100:
-        found["zlap"] = _zlap(material, top1)
+        found["zlap"] = _zlap(material, judge)
     else:
         absent["zlap"] = "fewer than 100 photos to propagate over"
     return {name: candidate_scores(scores, labels, seed=seed) for name, scores in found.items()}, absent
 
 
-def _zlap(material: Material, top1: Callable[[np.ndarray], float]) -> np.ndarray:
+def _zlap(material: Material, score: Callable[[np.ndarray], float]) -> np.ndarray:
     """Label propagation over the training photos, from texts that the ridge regression maps photos to."""
     search = material.protocol.search
     assert search is not None
@@ -208,7 +210,7 @@ def _zlap(material: Material, top1: Callable[[np.ndarray], float]) -> np.ndarray
     similar = [unit_rows(material.ridge(features)) @ classes for features in material.features]
 
     def judge(fit: LabelPropagation) -> float:
-        return top1(fit.scores(images[1], similar[1]))
+        return score(fit.scores(images[1], similar[1]))
 
     return fit_zlap(images[0], similar[0], judge).scores(images[2], similar[2])
 
@@ -269,9 +271,16 @@ def _shared_metrics(scores: Scores, like: Scores) -> Scores:
 
 def _log_odds(logits: np.ndarray) -> np.ndarray:
     """Of each class against all others, [n, c]: ranks the photos of a class where its probability is all but 1."""
-    odds = np.empty_like(logits)
-    for column in range(logits.shape[1]):
-        others = np.delete(logits, column, axis=1)
-        most = others.max(axis=1)
-        odds[:, column] = logits[:, column] - most - np.log(np.exp(others - most[:, None]).sum(axis=1))
+    rows, top = np.arange(len(logits)), logits.argmax(axis=1)
+    highest, rest = logits[rows, top].astype(np.float64), logits.astype(np.float64)
+    rest[rows, top] = -np.inf
+    others = _log_sum(rest)
+    chances = logits - np.logaddexp(highest, others)[:, None]
+    odds = np.asarray(chances - np.log1p(-np.exp(chances).clip(max=0.5)))  # but the highest, none has more than a half
+    odds[rows, top] = highest - others
     return odds
+
+
+def _log_sum(values: np.ndarray) -> np.ndarray:
+    most = values.max(axis=1, keepdims=True)
+    return np.asarray(most[:, 0] + np.log(np.exp(values - most).sum(axis=1)))

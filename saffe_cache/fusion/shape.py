@@ -47,6 +47,11 @@ class FamShape:
         return self.fusion in DECODERS
 
     @property
+    def takes_text(self) -> bool:
+        """Whether a text beside a gallery input changes its vector."""
+        return self.has_decoder or self.adds_text or self.head_sees_text
+
+    @property
     def head_sees_text(self) -> bool:
         """Whether the head's MLP sees the text's own vector."""
         return self.fusion == "concat" or (self.fusion == "reuse" and self.adds_text and self.head == "attention")

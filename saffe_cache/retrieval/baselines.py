@@ -15,7 +15,7 @@ from torch.nn import functional
 
 RIDGE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Multiples of the number of samples."""
-PROBE_STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+PROBE_STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 LATE_WEIGHTS = tuple(step / 20 for step in range(21))
 """Of the photo's vector; the text's has the rest."""
 
@@ -113,7 +113,7 @@ def fit_ridge(
         judge: a validation score.
     """
     center, target_center = features.mean(axis=0, dtype=np.float64), targets.mean(axis=0, dtype=np.float64)
-    centered = (features - center).astype(np.float64)
+    centered = np.subtract(features, center, dtype=np.float64)
     eigenvalues, vectors = np.linalg.eigh(centered.T @ centered)
     projected = vectors.T @ (centered.T @ (targets - target_center))
     fits = []

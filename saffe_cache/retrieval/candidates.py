@@ -11,7 +11,7 @@ import numpy as np
 
 from saffe_cache.features import Ragged
 from saffe_cache.retrieval.protocols import Scores, class_map_scores, rank_scores, top_scores
-from saffe_cache.retrieval.ranking import ROUNDING, queries_of, top_k
+from saffe_cache.retrieval.ranking import ROUNDING, members, queries_of, top_k
 
 
 def candidate_scores(
@@ -134,16 +134,19 @@ def dealt_map(scores: np.ndarray, labels: Ragged, *, deals: int = 200, seed: int
         seed: of the draws.
     """
     num_photos, num_classes = scores.shape
-    is_member = np.zeros((num_photos, num_classes), bool)
-    is_member[queries_of(labels), labels.values] = True
-    present = np.flatnonzero(is_member.any(axis=0))
-    orders = top_k(scores.T, num_photos, seed=seed)
-    places = np.arange(1, num_photos + 1)[:, None]
+    of_classes = members(labels, num_classes)
+    present = np.flatnonzero(np.diff(of_classes.offsets))
+    sizes = np.diff(of_classes.offsets)[present]
+    owners, starts = np.repeat(present, sizes), np.cumsum(sizes) - sizes
+    counts = 1 + np.arange(len(owners)) - np.repeat(starts, sizes)
+    ranks_of = np.empty(num_photos, np.int64)
     precision = np.empty((num_classes, len(present)))  # of each ranking, for each class that it may stand for
     for ranking in range(num_classes):
-        found = is_member[orders[ranking]][:, present]
-        precision[ranking] = (np.cumsum(found, axis=0) / places * found).sum(axis=0) / found.sum(axis=0)
+        ranks_of[top_k(scores[:, ranking][None], num_photos, seed=seed)[0]] = np.arange(1, num_photos + 1)
+        ranks = ranks_of[of_classes.values]
+        ranks = ranks[np.lexsort((ranks, owners))]
+        precision[ranking] = np.add.reduceat(counts / ranks, starts) / sizes
     generator = np.random.default_rng(seed)
-    of_classes = np.arange(len(present))
-    drawn = [precision[generator.permutation(num_classes)[: len(present)], of_classes].mean() for _ in range(deals)]
+    columns = np.arange(len(present))
+    drawn = [precision[generator.permutation(num_classes)[: len(present)], columns].mean() for _ in range(deals)]
     return float(np.mean(drawn)), float(np.std(drawn))

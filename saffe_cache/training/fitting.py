@@ -45,13 +45,18 @@ class FitOptions:
     tensorboard: bool
 
 
-def start(options: FitOptions, terms: TermOptions, spec: RunSpec, cache: Cache, data: TrainingData) -> TrainingState:
-    """The model before the first step; with the attention head it is a late fusion, as validation likes it best."""
+def start(
+    options: FitOptions, terms: TermOptions, spec: RunSpec, cache: Cache, data: TrainingData, *, resumes: bool = False
+) -> TrainingState:
+    """The model before the first step; with the attention head it is a late fusion, as validation likes it best.
+
+    `resumes`: leave that out, since other weights follow.
+    """
     torch.manual_seed(options.seed)
     model = build_fam(spec, cache).to(options.device)
     sees_text = spec.gallery_text != "null" or any(name in terms.objective for name in OVER_PAIRS)
     model.freeze_unused(null_only=not sees_text)
-    if isinstance(model.head, AttentionHead):
+    if isinstance(model.head, AttentionHead) and not resumes:
         _start_as_late_fusion(model, model.head, data)
     objective = Objective(terms, data.texts).to(options.device)
     groups = model.parameter_groups(options.learning_rate, options.weight_decay)
@@ -108,6 +113,7 @@ def fit(options: FitOptions, state: TrainingState, data: TrainingData, out: Path
         if time.perf_counter() - saved > options.checkpoint_seconds:
             save_state(out, state)
             saved = time.perf_counter()
+    save_state(out, state)
     progress.close()
     log.close()
 

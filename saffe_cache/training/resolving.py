@@ -152,6 +152,8 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
         seed=config.seed,
         shape=_shape(config, gallery, text, layers, gallery_text),
         gallery_text=gallery_text,
+        trains_pairs=any(name in OVER_PAIRS for name in _objective(config)),
+        sees_null=gallery_text == "null" or config.text_dropout > 0,
     )
     _check_together(config, spec)
     return spec
@@ -188,14 +190,19 @@ def _check_together(config: TrainConfig, spec: RunSpec) -> None:
     """
     shape, objective = spec.shape, _objective(config)
     over_pairs = ", ".join(name for name in OVER_PAIRS if name in objective)
-    takes_text = shape.has_decoder or shape.fusion == "concat" or shape.adds_text
-    require(takes_text or not over_pairs, "objective", over_pairs, f"no term over pairs: {shape.fusion} takes no text")
+    require(
+        shape.takes_text or not over_pairs, "objective", over_pairs, f"no term over pairs: {shape.fusion} takes no text"
+    )
     require(
         spec.pairs == "captions" or spec.gallery_text != "first_caption",
         *("gallery_text", "first_caption with classes", "null: a class beside the photo is the answer itself"),
     )
     trains_text = spec.gallery_text != "null" or over_pairs
     require(not shape.adds_text or bool(trains_text), "pooled_text", "yes", "no: no text is fused in training")
+    require(
+        shape.fusion != "concat" or bool(trains_text),
+        *("fusion", "concat with null text", "--gallery-text first_caption, or --fusion linear"),
+    )
     for option, given in (
         ("query_side", config.query_side != "gallery"),
         ("share_decoder", bool(config.share_decoder)),

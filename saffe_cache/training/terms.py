@@ -67,17 +67,26 @@ class Objective(nn.Module):
         if beside is not None and self._options.text_dropout:
             dropped = torch.rand(len(beside.mask), device=beside.mask.device) < self._options.text_dropout
             beside = beside.without(dropped)
-        if any(name in OVER_PAIRS for name in self._options.objective) and batch.positives.all(dim=1).any():
-            raise ValueError(
-                "--objective pair, matching: a photo of the batch has no wrong text in it. Give several classes, or a "
-                "larger --batch-size."
-            )
+        self._check(batch.positives)
         photos = model(batch.states, batch.mask, beside).float()
         queries = model.encode_queries(batch.vectors).float()
         losses = [
             weight * self._term(name, model, batch, photos, queries) for name, weight in self._options.objective.items()
         ]
         return torch.stack(losses).sum()
+
+    def _check(self, positives: torch.Tensor) -> None:
+        """
+        Raises:
+            ValueError: pair or matching find no wrong partner for some photo or text.
+        """
+        terms = self._options.objective
+        no_text = any(name in OVER_PAIRS for name in terms) and bool(positives.all(dim=1).any())
+        if no_text or ("matching" in terms and bool(positives.all(dim=0).any())):
+            raise ValueError(
+                "--objective pair, matching: a photo of the batch has no wrong text in it, or a text no wrong photo. "
+                "Give several classes, or a larger --batch-size."
+            )
 
     def _term(
         self, name: str, model: FusionAlignModule, batch: Batch, photos: torch.Tensor, queries: torch.Tensor
