@@ -32,6 +32,7 @@ ROWS = [
     Row("paper, text asks", GALLERY_ASKS | {"fusion": "paper", "query_side": "text", "epochs": 12}),
     Row("linear (late fusion)", {"fusion": "linear", "layers": {"image": (9, 12)}, "epochs": 30}),
     Row("concat", {"fusion": "concat", "layers": {"image": (9, 12)}, "epochs": 30}),
+    Row("concat, dropout 0.1", {"fusion": "concat", "layers": {"image": (9, 12)}, "epochs": 30, "dropout": 0.1}),
     Row("reference", GALLERY_ASKS | {"fusion": "reference", "gallery_text": "first_caption"}),
 ]
 METRICS = ("map", "recall_at_1", "recall_at_5")

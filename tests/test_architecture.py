@@ -1,6 +1,7 @@
 """The layer order of saffe_cache/__init__.py, read from the imports, those inside functions included."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,3 +102,10 @@ def test_file_tree_of_the_readme_is_true() -> None:
     for path in [*modules(), *(ROOT / "pipelines").glob("*.py"), *(ROOT / "data").glob("*.py")]:
         name = path.relative_to(ROOT).as_posix()
         assert name in named or path.name == "__init__.py", f"README's tree lacks {name}"
+
+
+def test_pages_are_finished() -> None:
+    """No place that was to be filled is left open; the README's mark of the tree is not one."""
+    for path in [ROOT / "README.md", *(ROOT / "pipelines").glob("*.md")]:
+        text = path.read_text().replace("<!-- tree -->", "")
+        assert not re.search(r"<!--|\b[A-Z]+_TABLE\b|\bTODO\b", text), path
