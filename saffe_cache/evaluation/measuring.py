@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from saffe_cache.fusion.fam import FusionAlignModule, Pairing
+from saffe_cache.fusion.fam import FusionAlignModule, Pairing, Texts
 from saffe_cache.judging import Search, SearchName, make_search
 from saffe_cache.pairs import Pairs, read_texts, token_tensors
 from saffe_cache.retrieval.candidates import candidate_scores, dealt_map, reranked_scores
@@ -185,18 +185,21 @@ class PairScores(NamedTuple):
     """The matching head's logits, where there is one."""
 
 
+@torch.inference_mode()
 def score_all_pairs(setting: Setting, model: FusionAlignModule, rows: np.ndarray, search: Search) -> PairScores:
-    """Each photo with the text of each query: [photos, queries]. What needs one side alone is computed once for it."""
+    """Each photo with the text of each query: [photos, queries]. What needs a photo alone is computed once for it."""
     num_texts = len(search.text_rows)
     block = max(1, _PAIRS_AT_ONCE // num_texts)
+    texts, vectors = _texts_of(setting, model, search, np.arange(num_texts))
     parts = []
     for start in range(0, len(rows), block):
         these = rows[start : start + block]
         pairing = np.divmod(np.arange(len(these) * num_texts), num_texts)
-        parts.append(_score_pairs(setting, model, these, search, np.arange(num_texts), pairing))
+        parts.append(_score_pairs(setting, model, these, texts, vectors, pairing))
     return _stack(parts, num_texts)
 
 
+@torch.inference_mode()
 def score_chosen_pairs(setting: Setting, model: FusionAlignModule, rows: np.ndarray, search: Search) -> PairScores:
     """The photos `rows` [queries, k] with the text of their query: [queries, k]."""
     k = rows.shape[1]
@@ -204,30 +207,37 @@ def score_chosen_pairs(setting: Setting, model: FusionAlignModule, rows: np.ndar
     parts = []
     for start in range(0, len(rows), block):
         distinct, position = np.unique(rows[start : start + block], return_inverse=True)
-        texts = np.arange(start, min(start + block, len(rows)))
-        pairing = position.ravel(), np.arange(len(texts)).repeat(k)
-        parts.append(_score_pairs(setting, model, distinct, search, texts, pairing))
+        queries = np.arange(start, min(start + block, len(rows)))
+        texts, vectors = _texts_of(setting, model, search, queries)
+        pairing = position.ravel(), np.arange(len(queries)).repeat(k)
+        parts.append(_score_pairs(setting, model, distinct, texts, vectors, pairing))
     return _stack(parts, k)
 
 
-@torch.inference_mode()
+def _texts_of(
+    setting: Setting, model: FusionAlignModule, search: Search, queries: np.ndarray
+) -> tuple[Texts, torch.Tensor]:
+    """Texts of some queries, to be fused, and their unit vectors."""
+    text = setting.cache.encoders[setting.spec.text_key]
+    texts = read_texts(text, search.text_rows[queries], setting.spec.text_layers, setting.device)
+    return texts, model.encode_queries(torch.from_numpy(search.vectors[queries]).to(setting.device))
+
+
 def _score_pairs(
     setting: Setting,
     model: FusionAlignModule,
     rows: np.ndarray,
-    search: Search,
-    queries: np.ndarray,
+    texts: Texts,
+    vectors: torch.Tensor,
     pairing: tuple[np.ndarray, np.ndarray],
 ) -> PairScores:
-    """Scores [pairs] of photos and queries, paired by position."""
-    spec, cache = setting.spec, setting.cache
-    states, mask = token_tensors(cache.encoders[spec.gallery_key], rows, spec.gallery_layers, setting.device)
-    texts = read_texts(cache.encoders[spec.text_key], search.text_rows[queries], spec.text_layers, setting.device)
+    """Scores [pairs] of photos by row and texts, paired by position; `vectors` are the texts' as queries."""
+    gallery = setting.cache.encoders[setting.spec.gallery_key]
+    states, mask = token_tensors(gallery, rows, setting.spec.gallery_layers, setting.device)
     index = Pairing(*(torch.from_numpy(side).to(setting.device) for side in pairing))
-    fused = model.fuse(states, mask, texts, index)
-    vectors = model.encode_queries(torch.from_numpy(search.vectors[queries]).to(setting.device))[index.text]
-    matching = model.match(fused, vectors).float().cpu().numpy() if model.shape.matches else None
-    return PairScores((fused.vectors * vectors).sum(dim=-1).float().cpu().numpy(), matching)
+    fused, queries = model.fuse(states, mask, texts, index), vectors[index.text]
+    matching = model.match(fused, queries).float().cpu().numpy() if model.shape.matches else None
+    return PairScores((fused.vectors * queries).sum(dim=-1).float().cpu().numpy(), matching)
 
 
 def _stack(parts: list[PairScores], width: int) -> PairScores:
