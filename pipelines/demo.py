@@ -69,7 +69,7 @@ def search_notes(work: Path, encoders: Mapping[str, str]) -> None:
         rows=ROWS,
         protocols=("metadata",),
         split="test",
-        shared={"gallery_text": "first_caption", "validation": "dev", "epochs": 12, "control_epochs": 1},
+        shared={"gallery_text": "first_caption", "validation": "dev", "epochs": 9, "control_epochs": 1},
     )
     reports = table.run()
     print("\nGrounded notes: pictures with a note about one object by its place, searched by what it is", end="\n\n")
