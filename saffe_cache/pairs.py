@@ -16,6 +16,7 @@ import torch
 from saffe_cache.features import ItemTable, Modality, Ragged
 from saffe_cache.fusion.fam import Texts
 from saffe_cache.fusion.heads import summarize
+from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.store.reader import Cache, EncoderCache
 
 PairKind = Literal["captions", "classes"]
@@ -199,9 +200,3 @@ def mean_text_vectors(pairs: Pairs, text: EncoderCache) -> np.ndarray:
 def class_vectors(table: ItemTable, text: EncoderCache) -> np.ndarray:
     """Mean of the unit vectors of each class's prompts, float32 [classes, d]."""
     return np.stack([unit_rows(text.vectors(rows)).mean(axis=0) for rows in table.class_texts]).astype(np.float32)
-
-
-def unit_rows(vectors: np.ndarray) -> np.ndarray:
-    """Rows of unit length; a zero row stays zero."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.maximum(norms, 1e-12), np.float32)

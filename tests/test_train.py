@@ -14,8 +14,8 @@ from synthetic_cache import LAYERS, WIDTH, make_cache
 
 from saffe_cache.features import CacheError
 from saffe_cache.judging import make_search, own_protocol
-from saffe_cache.pairs import hold_out, mean_text_vectors, select_pairs, summaries, unit_rows
-from saffe_cache.retrieval.baselines import LinearMap, fit_ridge
+from saffe_cache.pairs import hold_out, mean_text_vectors, select_pairs, summaries
+from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
 from saffe_cache.retrieval.protocols import caption_scores
 from saffe_cache.runs import load_permuted, load_run, read_json, same_training_pairs, training_pairs
 from saffe_cache.store.reader import open_cache

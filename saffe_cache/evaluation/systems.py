@@ -15,7 +15,7 @@ import numpy as np
 from saffe_cache.evaluation.measuring import Protocol, Setting
 from saffe_cache.features import Ragged
 from saffe_cache.judging import Search, make_search, own_protocol
-from saffe_cache.pairs import Pairs, mean_text_vectors, summaries, unit_rows
+from saffe_cache.pairs import Pairs, mean_text_vectors, summaries
 from saffe_cache.retrieval.baselines import (
     LinearMap,
     fit_class_means,
@@ -23,6 +23,7 @@ from saffe_cache.retrieval.baselines import (
     fit_ridge,
     fuse_late,
     tune_late_fusion,
+    unit_rows,
 )
 from saffe_cache.retrieval.candidates import candidate_scores
 from saffe_cache.retrieval.mlp import MlpFit, fit_mlp

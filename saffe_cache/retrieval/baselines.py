@@ -45,7 +45,7 @@ class ClassMeans:
 
     def gallery(self, features: np.ndarray) -> np.ndarray:
         """Centred features as unit vectors, float32 [n, in]; `means` are the queries that go with them."""
-        return _unit_rows(features - self.center)
+        return unit_rows(features - self.center)
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Cosines to the class means, float32 [n, c]."""
@@ -65,8 +65,8 @@ def fit_class_means(features: np.ndarray, labels: np.ndarray, num_classes: int) 
     """
     center = features.mean(axis=0, dtype=np.float64).astype(np.float32)
     sums = np.zeros((num_classes, features.shape[1]))
-    np.add.at(sums, labels, _unit_rows(features - center))
-    return ClassMeans(center, _unit_rows(sums))
+    np.add.at(sums, labels, unit_rows(features - center))
+    return ClassMeans(center, unit_rows(sums))
 
 
 def fuse_late(image: np.ndarray, text: np.ndarray, weight: float) -> np.ndarray:
@@ -77,7 +77,7 @@ def fuse_late(image: np.ndarray, text: np.ndarray, weight: float) -> np.ndarray:
         text: unit vectors [n, d] of the text beside each photo.
         weight: of the photos, 0 to 1.
     """
-    return _unit_rows(weight * image + (1 - weight) * text)
+    return unit_rows(weight * image + (1 - weight) * text)
 
 
 def tune_late_fusion(image: np.ndarray, text: np.ndarray, judge: Callable[[np.ndarray], float]) -> float:
@@ -91,7 +91,7 @@ def tune_late_fusion(image: np.ndarray, text: np.ndarray, judge: Callable[[np.nd
     return max(LATE_WEIGHTS, key=lambda weight: judge(fuse_late(image, text, weight)))
 
 
-def _unit_rows(vectors: np.ndarray) -> np.ndarray:
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
     """Rows of unit length, float32; a zero row stays zero."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(vectors / np.maximum(norms, 1e-12), np.float32)
