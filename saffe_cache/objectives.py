@@ -12,7 +12,9 @@ Which of them may be trusted with what, by how they fail (tests/test_failure_mod
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -106,6 +108,21 @@ def matching(logits: torch.Tensor, is_match: torch.Tensor) -> torch.Tensor:
         is_match: bool [pairs].
     """
     return functional.binary_cross_entropy_with_logits(logits, is_match.to(logits.dtype))
+
+
+def distinct_positives(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct texts of some photos, and which are whose.
+
+    Args:
+        rows: for each photo, the numbers of its texts.
+
+    Returns:
+        The distinct numbers [m], ascending; the column of each given number, in order; bool [photos, m].
+    """
+    distinct, columns = np.unique(np.concatenate(rows), return_inverse=True)
+    positives = np.zeros((len(rows), len(distinct)), bool)
+    positives[np.repeat(np.arange(len(rows)), [len(of_one) for of_one in rows]), columns] = True
+    return distinct, columns, positives
 
 
 def draw_negatives(scores: torch.Tensor, positives: torch.Tensor, num_hard: int, num_random: int) -> torch.Tensor:

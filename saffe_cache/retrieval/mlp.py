@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from saffe_cache.features import Ragged
-from saffe_cache.objectives import Temperature, info_nce
+from saffe_cache.objectives import Temperature, distinct_positives, info_nce
 
 INNER_SIZE = 1024
 DROPOUTS = (0.2, 0.5)
@@ -153,13 +153,11 @@ class _Data:
 
     def loss(self, model: _Mlp, temperature: Temperature, chosen: np.ndarray) -> torch.Tensor:
         rows = [self.positives[int(photo)] for photo in chosen]
-        distinct, columns = np.unique(np.concatenate(rows), return_inverse=True)
-        relevant = torch.zeros(len(chosen), len(distinct), dtype=torch.bool)
-        relevant[np.repeat(np.arange(len(chosen)), [len(row) for row in rows]), columns] = True
+        distinct, _, positives = distinct_positives(rows)
         gallery = model(self.features[chosen], None if self.beside is None else self.beside[chosen])
         queries = model.text_map(self.texts[distinct])
         gallery, queries = functional.normalize(gallery, dim=1), functional.normalize(queries, dim=1)
-        return info_nce(gallery, queries, relevant, temperature())
+        return info_nce(gallery, queries, torch.from_numpy(positives), temperature())
 
 
 def _train(

@@ -12,6 +12,7 @@ import torch
 from saffe_cache.fusion.fam import FusionAlignModule, Texts
 from saffe_cache.fusion.heads import summarize
 from saffe_cache.judging import make_search, own_protocol
+from saffe_cache.objectives import distinct_positives
 from saffe_cache.pairs import Pairs, mean_text_vectors, read_texts, token_tensors
 from saffe_cache.runs import RunSpec, encode_gallery, encode_queries
 from saffe_cache.store.reader import Cache
@@ -79,9 +80,7 @@ class TrainingData:
         states, mask = token_tensors(self._gallery, self._pairs.rows[chosen], self._spec.gallery_layers, self._device)
         texts = [self._pairs.texts[int(i)] for i in chosen]
         lengths = np.array([len(of_one) for of_one in texts])
-        distinct, columns = np.unique(np.concatenate(texts), return_inverse=True)
-        positives = np.zeros((len(chosen), len(distinct)), bool)
-        positives[np.repeat(np.arange(len(chosen)), lengths), columns] = True
+        distinct, columns, positives = distinct_positives(texts)
         draws = np.random.default_rng((self._seed, epoch, within)).random(len(chosen))
         own = columns[np.cumsum(lengths) - lengths + (draws * lengths).astype(np.int64)]
         return Batch(
