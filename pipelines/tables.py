@@ -1,15 +1,20 @@
 """Train and evaluate named variants over several seeds, and set them into one table.
 
 A recipe gives the rows; what is finished already is not done again. The baselines depend on the data and on what is
-held out, not on the variant: they are fitted once, in the first report.
+held out, not on the variant: they are fitted once, in the first report. Each training has a process of its own, or its
+peak memory would be that of the largest before it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import multiprocessing
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,7 +51,7 @@ class Table:
         reports: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for row in self.rows:
             for seed in self.seeds:
-                run = train(
+                run = _train(
                     TrainConfig(
                         cache=self.cache,
                         out=str(self.work / f"{row.name}-seed{seed}"),
@@ -70,6 +75,16 @@ class Table:
                 )
             )
         return cast(dict[str, Any], json.loads(path.read_text()))
+
+
+def _train(config: TrainConfig) -> str:
+    if (Path(config.out) / "result.json").exists():
+        return train(config)  # which sees that it is finished, and by the same config
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    log = partial(logging.basicConfig, level=logging.getLogger().level, format="%(message)s")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=log) as pool:
+        return pool.submit(train, config).result()
 
 
 def markdown(reports: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str], control: str) -> str:

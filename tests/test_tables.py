@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import resource
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from synthetic_cache import make_cache
 
@@ -62,3 +65,11 @@ def test_failed_controls_are_told_with_row_and_seed(table: Table, tmp_path: Path
     reports = without.run()
     assert [line.split(":")[0] for line in failures(reports)] == ["caption, mean, seed 3"]
     assert "1 of 1 fail" in markdown(reports["caption"], COLUMNS, "photos_shuffled")
+
+
+def test_peak_memory_is_the_trainings_own(table: Table, tmp_path: Path) -> None:
+    ballast = np.ones(2**27)  # 1 GiB in this process
+    alone = replace(table, work=tmp_path, rows=table.rows[:1], seeds=(0,))
+    cost = alone.run()["caption"]["attention"][0]["cost"]
+    here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    assert 0 < cost["training_peak_memory_mb"] < here - ballast.nbytes / 2**20 / 2
