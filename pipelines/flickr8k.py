@@ -86,7 +86,7 @@ def main() -> None:
         rows, protocol, metrics = TABLES[name]
         table = Table(
             cache=cache,
-            work=options.work / name,
+            work=options.work / protocol,  # both tables of captions hold the same `reuse`
             rows=[row for row in rows if options.rows is None or row.name in options.rows],
             protocols=(protocol,),
             split=options.split,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from saffe_cache.fusion.fam import FusionAlignModule, Texts
-from saffe_cache.judging import make_search
+from saffe_cache.judging.search import make_search
 from saffe_cache.pairs import Pairs, read_texts, select_pairs, token_tensors
 from saffe_cache.runs import RunSpec, load_run
 from saffe_cache.store.reader import Cache, open_cache

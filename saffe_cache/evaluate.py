@@ -27,7 +27,7 @@ from saffe_cache.evaluation.measuring import (
 from saffe_cache.evaluation.report import control_to_json, format_report, scores_to_json
 from saffe_cache.evaluation.systems import Material, baselines
 from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.judging import SearchName, own_protocol
+from saffe_cache.judging.search import SearchName, own_protocol
 from saffe_cache.options import require
 from saffe_cache.pairs import PairKind, Pairs, select_pairs
 from saffe_cache.retrieval.index import build_index, save_index
@@ -244,7 +244,8 @@ def _warnings(spec: RunSpec, config: EvaluateConfig, pairs: Pairs, name: Protoco
         warnings.append(f"no text enters fusion {spec.shape.fusion}: a pair's score is that of the photo alone.")
     elif name in ("candidate", "rerank") and spec.gallery_text == "null" and not spec.trains_pairs:
         warnings.append("the run was trained with null text alone: what it makes of a pair is untrained.")
-    if name not in ("metadata", "candidate") and spec.gallery_text == "first_caption" and not spec.sees_null:
+    always_text = spec.pairs_alone or (spec.gallery_text == "first_caption" and not spec.sees_null)
+    if name not in ("metadata", "candidate") and always_text:
         warnings.append("the run was trained without null text: what it makes of a photo alone is untrained.")
     if spec.shape.fusion == "reference":
         warnings.append("fusion reference draws its attention anew in every forward: other runs give other numbers.")

@@ -55,6 +55,8 @@ class RunSpec:
     """What lies beside a photo in training."""
     trains_pairs: bool = False
     """Whether photos are fused with several texts in training."""
+    pairs_alone: bool = False
+    """Whether that is all that is trained, so that a gallery with null text means nothing."""
     sees_null: bool = True
     """Whether the null text lies beside photos in training."""
     data: str = ""

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.judging import own_protocol
+from saffe_cache.judging.search import own_protocol
 from saffe_cache.pairs import Pairs
 from saffe_cache.runs import RunSpec, data_fingerprint, provenance, read_json, training_pairs, write_json
 from saffe_cache.store.reader import Cache, open_cache

@@ -27,7 +27,7 @@ from saffe_cache.evaluation.measuring import (
 from saffe_cache.evaluation.systems import Material
 from saffe_cache.features import Ragged
 from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.judging import make_search
+from saffe_cache.judging.search import make_search
 from saffe_cache.retrieval.candidates import dealt_map
 from saffe_cache.retrieval.protocols import Score
 from saffe_cache.runs import encode_queries, load_permuted, same_training_pairs

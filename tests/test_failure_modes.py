@@ -18,9 +18,9 @@ from quick_runs import Report, error_of, first_labels, quick_train, report_of, s
 from sklearn.metrics import roc_auc_score
 from synthetic_cache import make_cache
 
-from saffe_cache.evaluation.measuring import score_all_pairs
 from saffe_cache.features import Ragged
-from saffe_cache.judging import make_search
+from saffe_cache.judging.pair_scores import score_all_pairs
+from saffe_cache.judging.search import make_search
 from saffe_cache.pairs import class_vectors
 from saffe_cache.retrieval.candidates import candidate_scores
 from saffe_cache.retrieval.protocols import class_scores
@@ -181,7 +181,7 @@ def matching_logits(cache: str, run: str) -> tuple[np.ndarray, np.ndarray]:
     """Logits of each photo's own class and of two wrong ones drawn at random, and which are the own."""
     setting, model = setting_of(cache, run, "classes")
     search = make_search(setting.cache, setting.spec, setting.pairs, "class")
-    scores = score_all_pairs(setting, model, setting.pairs.rows, search).matching
+    scores = score_all_pairs(setting.scored(model), setting.pairs.rows, search).matching
     assert scores is not None
     labels, generator = first_labels(setting.pairs.labels), np.random.default_rng(SEED)
     wrong = np.stack([generator.permutation(np.delete(np.arange(CLASSES), label))[:2] for label in labels])

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from quick_runs import report_of, value
 from synthetic_cache import LAYERS, WIDTH, make_cache
 
 from saffe_cache.features import CacheError
-from saffe_cache.judging import make_search, own_protocol
+from saffe_cache.judging.search import make_search, own_protocol
 from saffe_cache.pairs import hold_out, mean_text_vectors, select_pairs, summaries
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
 from saffe_cache.retrieval.protocols import caption_scores
@@ -318,6 +319,20 @@ def test_classes_train_with_several_photos_for_a_text(
     train(config_for(classes_path, tmp_path, objective=objective, epochs=3))
     assert result_of(tmp_path)["validation_score"] == "map"
     assert result_of(tmp_path)["best_validation_score"] > 0.8
+
+
+def test_pairs_alone_are_validated_as_pairs(cache_path: str, tmp_path: Path) -> None:
+    """The score of the weights that are kept is that of the report's candidate protocol; null text means nothing."""
+    cache = make_cache(tmp_path / "cache.zarr", {"train": 90, "dev": 30}, classes=3)
+    run = train(config_for(cache, tmp_path / "run", fusion="paper", objective={"pair": 1.0}))
+    report = report_of(cache, run, split="dev")
+    assert report["protocol"] == "candidate"
+    assert value(report, "map") == pytest.approx(result_of(tmp_path / "run")["best_validation_score"], abs=1e-6)
+    assert any(
+        "without null text" in warning for warning in report_of(cache, run, split="dev", protocol="class")["warnings"]
+    )
+    with pytest.raises(ValueError, match="--objective: found pair alone, expected info_nce=1 beside it"):
+        train(config_for(cache_path, tmp_path / "captions", objective={"pair": 1.0}))
 
 
 # Layers

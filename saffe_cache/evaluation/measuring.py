@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 
-from saffe_cache.fusion.fam import FusionAlignModule, Pairing, Texts
-from saffe_cache.judging import Search, SearchName, make_search
-from saffe_cache.pairs import Pairs, read_texts, token_tensors
+from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.judging.pair_scores import PairScores, Scored, score_all_pairs, score_chosen_pairs
+from saffe_cache.judging.search import Search, SearchName, make_search
+from saffe_cache.pairs import Pairs
 from saffe_cache.retrieval.candidates import candidate_scores, dealt_map, reranked_scores
 from saffe_cache.retrieval.protocols import Scores, image_scores
 from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks, top_k
@@ -38,7 +38,6 @@ DEFINITIONS: dict[ProtocolName, str] = {
     "matching logit plus the cosine; what is below keeps its place",
     "image": "each photo searches the other photos of its class (M4); the gallery is f(photo, null text)",
 }
-_PAIRS_AT_ONCE = 1024
 _PRIOR_PHOTOS = 500
 NUM_SHUFFLES = 10
 
@@ -75,6 +74,10 @@ class Setting:
         if model not in self._vectors:
             self._vectors[model] = encode_gallery(model, self.spec, self.cache, self.pairs.rows, None, self.device)
         return np.asarray(self._vectors[model][arrangement.photos])
+
+    def scored(self, model: FusionAlignModule) -> Scored:
+        """What pairs are scored with."""
+        return Scored(model, self.spec, self.cache, self.device)
 
     def queries(self, model: FusionAlignModule, search: Search) -> np.ndarray:
         return encode_queries(model, search.vectors, self.device)
@@ -134,8 +137,8 @@ def candidate_protocol(setting: Setting) -> Protocol:
     def of(model: FusionAlignModule) -> tuple[PairScores, np.ndarray]:
         if model not in known:
             some = np.random.default_rng(seed).permutation(setting.training_rows)[:_PRIOR_PHOTOS]
-            own = score_all_pairs(setting, model, setting.pairs.rows, search)
-            known[model] = own, score_all_pairs(setting, model, some, search).cosine.mean(axis=0)
+            own = score_all_pairs(setting.scored(model), setting.pairs.rows, search)
+            known[model] = own, score_all_pairs(setting.scored(model), some, search).cosine.mean(axis=0)
         return known[model]
 
     def measure(model: FusionAlignModule, arrangement: Arrangement) -> Scores:
@@ -164,7 +167,7 @@ def rerank_protocol(setting: Setting, name: SearchName, k: int, most_queries: in
         ranks = relevant_ranks(gallery, queries, search.relevant, seed=setting.seed)
         first = top_k(InnerProducts(gallery, queries), k, seed=setting.seed)
         rows = setting.pairs.rows[arrangement.photos]
-        second = score_chosen_pairs(setting, model, rows[first], search)
+        second = score_chosen_pairs(setting.scored(model), rows[first], search)
         scores = second.cosine
         if second.matching is not None:
             scores = second.matching + np.take_along_axis(queries @ gallery.T, first, axis=1)
@@ -174,79 +177,6 @@ def rerank_protocol(setting: Setting, name: SearchName, k: int, most_queries: in
     if name == "caption":
         return protocol
     return replace(protocol, num_shuffles=NUM_SHUFFLES, dealt=search_protocol(setting, "class").dealt)
-
-
-class PairScores(NamedTuple):
-    """Scores of photos fused with texts."""
-
-    cosine: np.ndarray
-    """cos(f(x, t), g(t))"""
-    matching: np.ndarray | None
-    """The matching head's logits, where there is one."""
-
-
-@torch.inference_mode()
-def score_all_pairs(setting: Setting, model: FusionAlignModule, rows: np.ndarray, search: Search) -> PairScores:
-    """Each photo with the text of each query: [photos, queries]. What needs a photo alone is computed once for it."""
-    num_texts = len(search.text_rows)
-    block = max(1, _PAIRS_AT_ONCE // num_texts)
-    texts, vectors = _texts_of(setting, model, search, np.arange(num_texts))
-    parts = []
-    for start in range(0, len(rows), block):
-        these = rows[start : start + block]
-        pairing = np.divmod(np.arange(len(these) * num_texts), num_texts)
-        parts.append(_score_pairs(setting, model, these, texts, vectors, pairing))
-    return _stack(parts, num_texts)
-
-
-@torch.inference_mode()
-def score_chosen_pairs(setting: Setting, model: FusionAlignModule, rows: np.ndarray, search: Search) -> PairScores:
-    """The photos `rows` [queries, k] with the text of their query: [queries, k]."""
-    k = rows.shape[1]
-    block = max(1, _PAIRS_AT_ONCE // k)
-    parts = []
-    for start in range(0, len(rows), block):
-        distinct, position = np.unique(rows[start : start + block], return_inverse=True)
-        queries = np.arange(start, min(start + block, len(rows)))
-        texts, vectors = _texts_of(setting, model, search, queries)
-        pairing = position.ravel(), np.arange(len(queries)).repeat(k)
-        parts.append(_score_pairs(setting, model, distinct, texts, vectors, pairing))
-    return _stack(parts, k)
-
-
-def _texts_of(
-    setting: Setting, model: FusionAlignModule, search: Search, queries: np.ndarray
-) -> tuple[Texts, torch.Tensor]:
-    """Texts of some queries, to be fused, and their unit vectors."""
-    text = setting.cache.encoders[setting.spec.text_key]
-    texts = read_texts(text, search.text_rows[queries], setting.spec.text_layers, setting.device)
-    return texts, model.encode_queries(torch.from_numpy(search.vectors[queries]).to(setting.device))
-
-
-def _score_pairs(
-    setting: Setting,
-    model: FusionAlignModule,
-    rows: np.ndarray,
-    texts: Texts,
-    vectors: torch.Tensor,
-    pairing: tuple[np.ndarray, np.ndarray],
-) -> PairScores:
-    """Scores [pairs] of photos by row and texts, paired by position; `vectors` are the texts' as queries."""
-    gallery = setting.cache.encoders[setting.spec.gallery_key]
-    states, mask = token_tensors(gallery, rows, setting.spec.gallery_layers, setting.device)
-    index = Pairing(*(torch.from_numpy(side).to(setting.device) for side in pairing))
-    fused, queries = model.fuse(states, mask, texts, index), vectors[index.text]
-    matching = model.match(fused, queries).float().cpu().numpy() if model.shape.matches else None
-    return PairScores((fused.vectors * queries).sum(dim=-1).float().cpu().numpy(), matching)
-
-
-def _stack(parts: list[PairScores], width: int) -> PairScores:
-    cosine = np.concatenate([part.cosine for part in parts]).reshape(-1, width)
-    if parts[0].matching is None:
-        return PairScores(cosine, None)
-    return PairScores(
-        cosine, np.concatenate([part.matching for part in parts if part.matching is not None]).reshape(-1, width)
-    )
 
 
 def with_true_texts(setting: Setting) -> Setting:

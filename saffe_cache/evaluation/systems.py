@@ -14,7 +14,7 @@ import numpy as np
 
 from saffe_cache.evaluation.measuring import Protocol, Setting
 from saffe_cache.features import Ragged
-from saffe_cache.judging import Search, make_search, own_protocol
+from saffe_cache.judging.search import Search, make_search, own_search
 from saffe_cache.pairs import Pairs, mean_text_vectors, summaries
 from saffe_cache.retrieval.baselines import (
     LinearMap,
@@ -63,7 +63,7 @@ class Material:
     def judging(self) -> Search:
         """The search over the validation pairs."""
         spec = self.setting.spec
-        name = self.protocol.search.protocol if self.protocol.search else own_protocol(spec)
+        name = self.protocol.search.protocol if self.protocol.search else own_search(spec)
         return make_search(self.setting.cache, spec, self.validation, name)
 
     def judge(self, gallery: np.ndarray, queries: np.ndarray) -> float:

@@ -11,9 +11,11 @@ import torch
 
 from saffe_cache.fusion.fam import FusionAlignModule, Texts
 from saffe_cache.fusion.heads import summarize
-from saffe_cache.judging import make_search, own_protocol
+from saffe_cache.judging.pair_scores import Scored, score_all_pairs
+from saffe_cache.judging.search import make_search, own_protocol, own_search
 from saffe_cache.objectives import distinct_positives
 from saffe_cache.pairs import Pairs, mean_text_vectors, read_texts, token_tensors
+from saffe_cache.retrieval.candidates import candidate_scores
 from saffe_cache.runs import RunSpec, encode_gallery, encode_queries
 from saffe_cache.store.reader import Cache
 
@@ -120,7 +122,16 @@ class TrainingData:
 
     def validate(self, model: FusionAlignModule) -> float:
         """The main metric of the run's own protocol on the validation pairs."""
-        search = make_search(self._cache, self._spec, self._validation, own_protocol(self._spec))
+        if own_protocol(self._spec) != "candidate":
+            return self.search(model)
+        search = make_search(self._cache, self._spec, self._validation, "class")
+        scored = Scored(model, self._spec, self._cache, self._device)
+        scores = score_all_pairs(scored, self._validation.rows, search).cosine
+        return candidate_scores(scores, self._validation.labels, intervals=False)["map"].value
+
+    def search(self, model: FusionAlignModule) -> float:
+        """The main metric of a search over vectors of the validation pairs."""
+        search = make_search(self._cache, self._spec, self._validation, own_search(self._spec))
         photos = encode_gallery(model, self._spec, self._cache, search.pairs.rows, search.pairs.beside, self._device)
         queries = encode_queries(model, search.vectors, self._device)
         return search.score(photos, queries, intervals=False)[search.main_metric].value

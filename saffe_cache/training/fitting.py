@@ -74,12 +74,12 @@ def _start_as_late_fusion(model: FusionAlignModule, head: AttentionHead, data: T
 
     def judge(fit: LinearMap) -> float:
         head.start_linear(torch.from_numpy(fit.weight), torch.from_numpy(fit.bias))
-        return data.validate(model.eval())
+        return data.search(model.eval())
 
     def judge_weight(weight: float) -> float:
         with torch.no_grad():
             model.text_weight.fill_(weight)
-        return data.validate(model.eval())
+        return data.search(model.eval())
 
     tunes_weight = model.shape.adds_text and data.has_texts_beside
     if tunes_weight:

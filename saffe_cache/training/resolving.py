@@ -153,6 +153,7 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
         shape=_shape(config, gallery, text, layers, gallery_text),
         gallery_text=gallery_text,
         trains_pairs=any(name in OVER_PAIRS for name in _objective(config)),
+        pairs_alone=set(_objective(config)) == {"pair"},
         sees_null=gallery_text == "null" or config.text_dropout > 0,
     )
     _check_together(config, spec)
@@ -192,6 +193,10 @@ def _check_together(config: TrainConfig, spec: RunSpec) -> None:
     over_pairs = ", ".join(name for name in OVER_PAIRS if name in objective)
     require(
         shape.takes_text or not over_pairs, "objective", over_pairs, f"no term over pairs: {shape.fusion} takes no text"
+    )
+    require(
+        spec.pairs == "classes" or not spec.pairs_alone,
+        *("objective", "pair alone", "info_nce=1 beside it: captions search with null text before pairs are scored"),
     )
     require(
         spec.pairs == "captions" or spec.gallery_text != "first_caption",

@@ -1,7 +1,4 @@
-"""How some pairs are searched: the queries, what is relevant to them, and the scores of a gallery.
-
-One home for what validation and the report share, so that both measure the same.
-"""
+"""How some pairs are searched: the queries, what is relevant to them, and the scores of a gallery."""
 
 from __future__ import annotations
 
@@ -84,8 +81,13 @@ def make_search(cache: Cache, spec: RunSpec, pairs: Pairs, protocol: SearchName,
     return Search(protocol, pairs, rows, text.vectors(rows), relevant, units, seed)
 
 
-def own_protocol(spec: RunSpec) -> SearchName:
-    """The protocol that a run is validated with."""
+def own_search(spec: RunSpec) -> SearchName:
+    """How texts search the gallery that a run was made for."""
     if spec.gallery_text == "first_caption":
         return "metadata"
     return "caption" if spec.pairs == "captions" else "class"
+
+
+def own_protocol(spec: RunSpec) -> SearchName | Literal["candidate"]:
+    """The protocol that a run is validated with."""
+    return "candidate" if spec.pairs_alone else own_search(spec)
