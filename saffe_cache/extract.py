@@ -61,8 +61,8 @@ class ExtractConfig:
     and usual names."""
     revision: Mapping[str, str] = field(default_factory=dict)
     """Revision of a hub model, as image=COMMIT."""
-    storage: Literal["float32", "float16", "bfloat16"] = "float16"
-    """Type that hidden states are stored in; vectors are always float32."""
+    storage: Literal["float32", "float16", "bfloat16", "int8", "float8"] = "float16"
+    """Type of hidden states on disk; int8 and float8 have a scale for each token. Vectors are always float32."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the forward pass. auto: float32 on a CPU, bfloat16 on a GPU."""
     attention: str | None = None

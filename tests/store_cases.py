@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from saffe_cache.features import BlockSpec, BlockWeights, Fingerprint, Modality
-from saffe_cache.store.layout import ArraySpec, to_storage
+from saffe_cache.store.dtypes import to_storage
+from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.manifest import (
     EncoderManifest,
     RootManifest,

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from saffe_cache.features import BlockSpec, BlockWeights, Fingerprint, Modality
-from saffe_cache.store.layout import ArraySpec, to_storage
+from saffe_cache.store.dtypes import to_storage
+from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.manifest import EncoderManifest, RootManifest, write_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import NewItem, TableBuilder, write_table

@@ -354,6 +354,24 @@ def test_non_finite_states_make_the_input_invalid(config: ExtractConfig, monkeyp
     assert list(cache.encoder("text").manifest.invalid.values()) == ["hidden_states/1 is not finite"]
 
 
+@pytest.mark.parametrize(
+    ("storage", "error"), [("float16", 2**-11), ("bfloat16", 2**-8), ("int8", 1 / 254), ("float8", 2**-4)]
+)
+def test_every_storage_type_holds_the_hidden_states(
+    config: ExtractConfig, storage: str, error: float
+) -> None:
+    """Photos and texts, against float32; errors are relative to the token's largest number."""
+    exact = open_cache(extract(config))
+    rough = open_cache(extract(replace(config, storage=storage, cache=f"{config.cache}.{storage}")))
+    for modality, layer in (("image", 3), ("text", 1)):
+        rows = np.array([3, 0, 2])
+        expected = exact.encoder(modality).tokens(rows, (layer,))
+        found = rough.encoder(modality).tokens(rows, (layer,))
+        largest = np.abs(expected.states[0]).max(axis=-1, keepdims=True)
+        assert (np.abs(found.states[0].astype(np.float32) - expected.states[0]) <= 1.01 * error * largest).all()
+        np.testing.assert_array_equal(found.mask, expected.mask)
+
+
 def test_storage_of_an_array_is_fixed(config: ExtractConfig) -> None:
     extract(config)
     with pytest.raises(CacheError, match=r"stored as float32, asked for float16\. Use --storage float32"):

@@ -32,8 +32,9 @@ from store_cases import (
 
 from saffe_cache.features import BlockSpec, BlockWeights, CacheError
 from saffe_cache.store import reader
+from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage, is_scaled
 from saffe_cache.store.inspect import describe_cache
-from saffe_cache.store.layout import ArraySpec, from_storage
+from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.manifest import EncoderManifest, RootManifest, encoder_group, read_encoder, write_root
 from saffe_cache.store.reader import EncoderCache, open_cache, verify_cache
 from saffe_cache.store.storage import Storage
@@ -82,9 +83,10 @@ def writings(draw: st.DrawFn) -> list[tuple[ArraySpec, np.ndarray, list[list[tup
     drawn = []
     num_sessions = draw(st.integers(1, 3))
     for seed in range(draw(st.integers(1, 3))):
+        dtype = draw(st.sampled_from([*STORAGE_DTYPES, "int64"]))
         spec = make_spec(
-            draw(st.sampled_from(["float32", "float16", "bfloat16", "int64"])),
-            draw(st.sampled_from([(), (3,), (2, 2)])),
+            dtype,
+            draw(st.sampled_from([(3,), (2, 2)] if is_scaled(dtype) else [(), (3,), (2, 2)])),
             draw(st.integers(1, 4)),
             draw(st.integers(1, 4)),
         )

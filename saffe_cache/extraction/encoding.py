@@ -17,7 +17,7 @@ from saffe_cache.encoders.encoder import Encoded
 from saffe_cache.extraction.planning import Job
 from saffe_cache.features import CacheError
 from saffe_cache.sources import Media, decode
-from saffe_cache.store.layout import to_storage
+from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks
 

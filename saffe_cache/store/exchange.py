@@ -95,14 +95,14 @@ def _export_encoder(storage: Storage, encoder: EncoderCache, group: Any) -> None
     group.attrs["saffe_cache"] = json.dumps(encoder.manifest.to_json())
     for name, array in encoder.manifest.arrays.items():
         spec = array.spec
-        dataset = group.create_dataset(name, shape=(array.rows, *spec.row_shape), dtype=spec.numpy_dtype)
+        dataset = group.create_dataset(name, shape=(array.rows, *spec.stored_shape), dtype=spec.numpy_dtype)
         for index, entry in enumerate(array.shards):
             shard = f"{encoder_group(encoder.key)}/{name}/{shard_name(index, spec)}"
             data = storage.read(shard)
             check_shard(spec, entry, data, f"{storage.root}: {shard}")
             rows = np.frombuffer(data[: entry.rows * spec.row_bytes], spec.numpy_dtype)
             start = index * spec.shard_rows
-            dataset[start : start + entry.rows] = rows.reshape(entry.rows, *spec.row_shape)
+            dataset[start : start + entry.rows] = rows.reshape(entry.rows, *spec.stored_shape)
     for layer in encoder.block_layers:
         name = f"blocks/{layer}"
         _export_group(storage, f"{encoder_group(encoder.key)}/{name}", "saffe-block", group.create_group(name))
@@ -118,7 +118,7 @@ def _import_encoder(storage: Storage, group: Any, where: str) -> None:
     with EncoderWriter(storage, manifest, targets) as writer:
         for name, array in promised.arrays.items():
             dataset = group[name]
-            if (dataset.shape, dataset.dtype) != ((array.rows, *array.spec.row_shape), array.spec.numpy_dtype):
+            if (dataset.shape, dataset.dtype) != ((array.rows, *array.spec.stored_shape), array.spec.numpy_dtype):
                 raise CacheError(f"{where}: {name} is {dataset.shape} {dataset.dtype}. {_DAMAGED}")
             for start in range(0, array.rows, array.spec.shard_rows):
                 stop = min(start + array.spec.shard_rows, array.rows)

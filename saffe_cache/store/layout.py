@@ -22,9 +22,8 @@ import google_crc32c
 import numpy as np
 
 from saffe_cache.features import CacheError
+from saffe_cache.store.dtypes import STORAGE_DTYPES, fill_value, from_storage, is_scaled, stored_shape, stored_type
 
-STORAGE_DTYPES = ("float32", "float16", "bfloat16")
-_LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
 _MISSING_CHUNK = 2**64 - 1
 _CRC_BYTES = 2**22
 _STATISTICS_NUMBERS = 2**18
@@ -36,8 +35,9 @@ class ArraySpec:
     """One array that grows along axis 0."""
 
     row_shape: tuple[int, ...]
+    """Of the numbers of one row."""
     dtype: str
-    """float32, float16, bfloat16 (kept as the upper 16 bits of a float32, in uint16) or int64."""
+    """int64, or a storage type of dtypes.py."""
     chunk_rows: int
     shard_rows: int
     """A multiple of `chunk_rows`."""
@@ -46,6 +46,8 @@ class ArraySpec:
     def __post_init__(self) -> None:
         if self.dtype not in (*STORAGE_DTYPES, "int64"):
             raise ValueError(f"dtype {self.dtype!r}: expected int64 or one of {', '.join(STORAGE_DTYPES)}")
+        if is_scaled(self.dtype) and not self.row_shape:
+            raise ValueError(f"row_shape (): expected at least one axis, as {self.dtype} has a scale for each token")
         if not 1 <= self.chunk_rows <= self.shard_rows or self.shard_rows % self.chunk_rows:
             raise ValueError(f"shard_rows {self.shard_rows}: expected a multiple of chunk_rows {self.chunk_rows}")
         if len(self.dimension_names) != 1 + len(self.row_shape):
@@ -53,12 +55,17 @@ class ArraySpec:
 
     @property
     def numpy_dtype(self) -> np.dtype:
-        """The type of the stored numbers, little-endian."""
-        return np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype).newbyteorder("<")
+        """The type of what is stored, little-endian."""
+        return stored_type(self.dtype)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of what is stored for one row: longer than `row_shape` where scales lie between the numbers."""
+        return stored_shape(self.row_shape, self.dtype)
 
     @property
     def row_bytes(self) -> int:
-        return math.prod(self.row_shape) * self.numpy_dtype.itemsize
+        return math.prod(self.stored_shape) * self.numpy_dtype.itemsize
 
     @property
     def chunk_bytes(self) -> int:
@@ -70,8 +77,8 @@ class ArraySpec:
 
     @property
     def fill_value(self) -> Any:
-        """What rows hold that were not written: NaN, in uint16 for bfloat16; -1 for integers."""
-        return {"bfloat16": 0x7FC0, "int64": -1}.get(self.dtype, float("nan"))
+        """What rows hold that were not written."""
+        return fill_value(self.dtype)
 
     def shard_file_bytes(self, num_rows: int) -> int:
         """Size of a shard's file that holds `num_rows` rows."""
@@ -112,51 +119,16 @@ class ShardEntry(Moments):
         return asdict(self)
 
 
-def to_storage(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Cast float32 numbers to a storage type; bfloat16 rounds to nearest even, as torch does.
-
-    NaN and infinities are kept.
-
-    Raises:
-        OverflowError: a finite number becomes infinite in the storage type.
-    """
-    if dtype == "bfloat16":
-        bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
-        rounded = bits >> 16
-        rounded &= 1
-        rounded += 0x7FFF
-        rounded += bits  # in place: a block of hidden states is hundreds of megabytes
-        stored = (rounded >> 16).astype("<u2")
-        stored[np.isnan(values)] = 0x7FC0
-        is_infinite = (stored & 0x7FFF) == 0x7F80
-    else:
-        with np.errstate(over="ignore"):
-            stored = np.ascontiguousarray(values, dtype=np.dtype(dtype).newbyteorder("<"))
-        if dtype != "float16":
-            return stored
-        is_infinite = np.isinf(stored)
-    if is_infinite.any() and (lost := np.abs(values[is_infinite & np.isfinite(values)])).size:
-        raise OverflowError(f"magnitude {lost.max():.6g} exceeds {dtype}'s {_LARGEST[dtype]:.6g}")
-    return stored
-
-
-def from_storage(values: np.ndarray, dtype: str) -> np.ndarray:
-    """The numbers of stored rows: bfloat16 becomes float32, all else stays as it is."""
-    if dtype == "bfloat16":
-        return (values.astype("<u4") << 16).view("<f4")
-    return values
-
-
 def encode_shard(spec: ArraySpec, rows: np.ndarray) -> tuple[memoryview | bytes, ...]:
     """The file of one shard, in parts: the rows themselves are not copied.
 
-    `rows` is [1…shard_rows, *row_shape], contiguous, in the stored type.
+    `rows` is [1…shard_rows, *stored_shape], contiguous, in the stored type.
     """
     assert 1 <= len(rows) <= spec.shard_rows
-    assert rows.shape[1:] == spec.row_shape
+    assert rows.shape[1:] == spec.stored_shape
     assert rows.dtype == spec.numpy_dtype
     num_chunks = math.ceil(len(rows) / spec.chunk_rows)
-    padding = np.full((num_chunks * spec.chunk_rows - len(rows), *spec.row_shape), spec.fill_value, spec.numpy_dtype)
+    padding = np.full((num_chunks * spec.chunk_rows - len(rows), *spec.stored_shape), spec.fill_value, spec.numpy_dtype)
     return _bytes_of(rows), padding.tobytes(), _shard_index(spec, num_chunks)
 
 
@@ -187,10 +159,11 @@ def describe_shard(spec: ArraySpec, rows: np.ndarray) -> ShardEntry:
     crc = _crc32c(_bytes_of(rows))
     if spec.dtype == "int64":
         return ShardEntry(rows=len(rows), crc32c=crc)
-    flat = rows.reshape(-1)
+    tokens = rows.reshape(-1, math.prod(spec.stored_shape[-1:]))
+    step = max(1, _STATISTICS_NUMBERS // tokens.shape[1])
     parts = [
-        _moments(from_storage(flat[start : start + _STATISTICS_NUMBERS], spec.dtype))
-        for start in range(0, len(flat), _STATISTICS_NUMBERS)
+        _moments(from_storage(tokens[start : start + step], spec.dtype).reshape(-1))
+        for start in range(0, len(tokens), step)
     ]
     return ShardEntry(rows=len(rows), crc32c=crc, **asdict(_merge(parts)))
 

@@ -23,7 +23,8 @@ from saffe_cache.features import (
     Modality,
     Tokens,
 )
-from saffe_cache.store.layout import Statistics, check_shard, combine_statistics, from_storage
+from saffe_cache.store.dtypes import from_storage
+from saffe_cache.store.layout import Statistics, check_shard, combine_statistics
 from saffe_cache.store.manifest import (
     ArrayManifest,
     EncoderManifest,
@@ -56,7 +57,7 @@ class RowReader:
         return self._array.spec.row_shape
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """`rows` is int64 [n], in any order; returns [n, *row_shape], bfloat16 as float32.
+        """`rows` is int64 [n], in any order; returns [n, *row_shape], of bfloat16 and scaled types float32.
 
         Raises:
             CacheError: as `read_stored`.
@@ -64,7 +65,7 @@ class RowReader:
         return from_storage(self.read_stored(rows), self._array.spec.dtype)
 
     def read_stored(self, rows: np.ndarray) -> np.ndarray:
-        """The same in the stored type: bfloat16 is uint16.
+        """The same as it is stored: [n, *stored_shape].
 
         Raises:
             CacheError: a row is beyond the array, or a shard is missing or truncated.
@@ -76,11 +77,17 @@ class RowReader:
                 f"{self._storage.root}: {self._folder} has {len(self)} rows, row {beyond[0]} was asked for. "
                 "Run saffe-extract again to complete it."
             )
-        result = np.empty((len(rows), *spec.row_shape), spec.numpy_dtype)
-        shards = rows // spec.shard_rows
-        for shard in np.unique(shards):
-            here = np.flatnonzero(shards == shard)
-            result[here] = self._shard(int(shard))[rows[here] - shard * spec.shard_rows]
+        result = np.empty((len(rows), *spec.stored_shape), spec.numpy_dtype)
+        shards, within = np.divmod(rows, spec.shard_rows)
+        if (shards[1:] < shards[:-1]).any():
+            for shard in np.unique(shards):
+                here = np.flatnonzero(shards == shard)
+                result[here] = self._shard(int(shard))[within[here]]
+            return result
+        ends = [*(np.flatnonzero(shards[1:] != shards[:-1]) + 1).tolist(), len(rows)] if len(rows) else []
+        for start, stop in zip([0, *ends], ends, strict=False):
+            # "clip" spares numpy a second copy; beyond the shard lies nothing
+            np.take(self._shard(int(shards[start])), within[start:stop], 0, result[start:stop], mode="clip")
         return result
 
     def read_range(self, start: int, stop: int) -> np.ndarray:
@@ -99,7 +106,7 @@ class RowReader:
     def _open_shard(self, index: int) -> np.ndarray:
         spec, entry = self._array.spec, self._array.shards[index]
         name = f"{self._folder}/{shard_name(index, spec)}"
-        shape = (entry.rows, *spec.row_shape)
+        shape = (entry.rows, *spec.stored_shape)
         path = self._storage.local_path(name)
         if path is None:
             data = self._storage.read(name)
@@ -110,7 +117,7 @@ class RowReader:
                 f"{self._storage.root}: {name} is missing or truncated. Run `saffe-cache verify` to see what else is, "
                 "then restore it from a copy, or extract into a new cache."
             )
-        return np.memmap(path, spec.numpy_dtype, mode="r", shape=shape)
+        return np.asarray(np.memmap(path, spec.numpy_dtype, mode="r", shape=shape))
 
 
 class EncoderCache:

@@ -62,7 +62,7 @@ class _ArrayWriter:
         if self._shard is None:
             first = self.position // self._spec.shard_rows * self._spec.shard_rows
             room = min(self._spec.shard_rows, self.target_rows - first)
-            self._shard = np.empty((room, *self._spec.row_shape), self._spec.numpy_dtype)
+            self._shard = np.empty((room, *self._spec.stored_shape), self._spec.numpy_dtype)
         return self._shard
 
     def _write_shard(self) -> None:
@@ -81,7 +81,7 @@ class _ArrayWriter:
         data = self._storage.read(name)
         check_shard(array.spec, entry, data, f"{self._storage.root}: {name}")
         rows = np.frombuffer(data[: entry.rows * array.spec.row_bytes], array.spec.numpy_dtype)
-        return rows.reshape(entry.rows, *array.spec.row_shape)
+        return rows.reshape(entry.rows, *array.spec.stored_shape)
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,9 @@ def array_metadata(spec: ArraySpec, num_rows: int) -> bytes:
     """The `zarr.json` of a growing array with `num_rows` rows, sharded and uncompressed."""
     attributes = {"encoding-type": "saffe-array", "encoding-version": FORMAT_VERSION, "dtype": spec.dtype}
     return _zarr_json(
-        shape=(num_rows, *spec.row_shape),
-        chunks=(spec.chunk_rows, *spec.row_shape),
-        shards=(spec.shard_rows, *spec.row_shape),
+        shape=(num_rows, *spec.stored_shape),
+        chunks=(spec.chunk_rows, *spec.stored_shape),
+        shards=(spec.shard_rows, *spec.stored_shape),
         dtype=spec.numpy_dtype,
         fill_value=spec.fill_value,
         dimension_names=spec.dimension_names,
@@ -86,7 +86,7 @@ def check_array_metadata(storage: Storage, name: str, spec: ArraySpec, num_rows:
 
 def shard_name(index: int, spec: ArraySpec) -> str:
     """Zarr's default chunk key."""
-    return "/".join(["c", str(index), *["0"] * len(spec.row_shape)])
+    return "/".join(["c", str(index), *["0"] * len(spec.stored_shape)])
 
 
 def read_attributes(storage: Storage, name: str) -> dict[str, Any]:

@@ -1,0 +1,109 @@
+"""Numbers as they are stored, and back. Pure: no file is touched here.
+
+| type | a number takes | error |
+|---|---|---|
+| `float32` | 4 bytes | none |
+| `float16` | 2 bytes | 2⁻¹¹ of its magnitude; at most 65,504 |
+| `bfloat16` | 2 bytes, the upper half of a float32, as uint16 | 2⁻⁸ of its magnitude |
+| `int8` | 1 byte, and 4 for each token | 1/254 of the token's largest magnitude |
+| `float8` | 1 byte (e4m3), and 4 for each token | 2⁻⁴ of its magnitude |
+
+The scaled types, int8 and float8, divide each token (the last axis) by a scale of its own, so that nothing overflows:
+largest magnitude / 127, and / 448. The scale, a float32, follows the token's codes, in the same row: who reads the row
+has both. Sources: Dettmers et al. 2022 (vector-wise int8); Micikevicius et al. 2022 (e4m3).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+
+STORAGE_DTYPES = ("float32", "float16", "bfloat16", "int8", "float8")
+_LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
+_LARGEST_CODE = {"int8": 127.0, "float8": 448.0}
+_SCALE_BYTES = 4
+
+
+def stored_type(dtype: str) -> np.dtype:
+    """The little-endian type of what is stored: uint16 for bfloat16, uint8 for scaled types."""
+    return np.dtype({"bfloat16": "uint16", "int8": "uint8", "float8": "uint8"}.get(dtype, dtype)).newbyteorder("<")
+
+
+def is_scaled(dtype: str) -> bool:
+    """Whether each token has a scale of its own."""
+    return dtype in _LARGEST_CODE
+
+
+def stored_shape(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+    """The shape of what is stored for numbers of a shape: a scaled token is followed by its scale."""
+    return (*shape[:-1], shape[-1] + _SCALE_BYTES) if is_scaled(dtype) else shape
+
+
+def fill_value(dtype: str) -> int | float:
+    """What rows hold that were not written: NaN as it is stored; -1 for integers."""
+    return {"bfloat16": 0x7FC0, "int8": 0xFF, "float8": 0xFF, "int64": -1}.get(dtype, float("nan"))
+
+
+def to_storage(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Cast float32 numbers to a storage type; bfloat16 and float8 round to nearest even, as torch does.
+
+    NaN and infinities are kept; in the scaled types they make a NaN of their whole token.
+
+    Raises:
+        OverflowError: a finite number becomes infinite in the storage type.
+    """
+    if is_scaled(dtype):
+        return _scaled(np.ascontiguousarray(values, dtype=np.float32), dtype)
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
+        rounded = bits >> 16
+        rounded &= 1
+        rounded += 0x7FFF
+        rounded += bits  # in place: a block of hidden states is hundreds of megabytes
+        stored = (rounded >> 16).astype("<u2")
+        stored[np.isnan(values)] = 0x7FC0
+        is_infinite = (stored & 0x7FFF) == 0x7F80
+    else:
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(values, dtype=np.dtype(dtype).newbyteorder("<"))
+        if dtype != "float16":
+            return stored
+        is_infinite = np.isinf(stored)
+    if is_infinite.any() and (lost := np.abs(values[is_infinite & np.isfinite(values)])).size:
+        raise OverflowError(f"magnitude {lost.max():.6g} exceeds {dtype}'s {_LARGEST[dtype]:.6g}")
+    return stored
+
+
+def from_storage(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """The numbers of stored rows: float32 for bfloat16 and the scaled types, else as they are stored."""
+    if dtype == "bfloat16":
+        return (stored.astype("<u4") << 16).view("<f4")
+    if not is_scaled(dtype):
+        return stored
+    codes = stored[..., :-_SCALE_BYTES]
+    scales = np.ascontiguousarray(stored[..., -_SCALE_BYTES:]).view("<f4")
+    numbers: np.ndarray = codes.view(np.int8).astype(np.float32) if dtype == "int8" else _float8_numbers()[codes]
+    numbers *= scales
+    return numbers
+
+
+def _scaled(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Codes of each token, and the bytes of its scale behind them."""
+    scales = np.abs(values).max(axis=-1, keepdims=True) / np.float32(_LARGEST_CODE[dtype])
+    scales[~np.isfinite(scales)] = np.nan
+    codes = values / np.where(scales > 0, scales, np.float32(1))
+    stored = np.empty(stored_shape(values.shape, dtype), np.uint8)
+    if dtype == "int8":
+        stored[..., :-_SCALE_BYTES] = np.nan_to_num(np.rint(codes), posinf=0, neginf=0).astype(np.int8).view(np.uint8)
+    else:
+        stored[..., :-_SCALE_BYTES] = torch.from_numpy(codes).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    stored[..., -_SCALE_BYTES:] = scales.astype("<f4").view(np.uint8)
+    return stored
+
+
+@cache
+def _float8_numbers() -> np.ndarray:
+    """float32 [256]: what each code stands for."""
+    return np.asarray(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float())

@@ -1,0 +1,107 @@
+"""Stored numbers against torch's own casts and quantisation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage, stored_shape, stored_type, to_storage
+
+pytestmark = pytest.mark.filterwarnings("error")
+quick = settings(deadline=None, max_examples=60, derandomize=True)
+tokens = hnp.arrays(
+    np.float32, st.tuples(st.integers(1, 8), st.integers(1, 40)), elements=st.floats(-(2.0**100), 2.0**100, width=32)
+)
+
+
+@quick
+@given(hnp.arrays(np.float32, hnp.array_shapes(max_dims=2, max_side=40), elements=st.floats(width=32)))
+def test_bfloat16_is_rounded_as_torch_does(values: np.ndarray) -> None:
+    expected = torch.from_numpy(values).to(torch.bfloat16).float().numpy()
+    if (np.isinf(expected) & np.isfinite(values)).any():
+        with pytest.raises(OverflowError, match="exceeds bfloat16's"):
+            to_storage(values, "bfloat16")
+        return
+    found = from_storage(to_storage(values, "bfloat16"), "bfloat16")
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected)  # NaN equals NaN
+    np.testing.assert_array_equal(np.signbit(found[~np.isnan(found)]), np.signbit(values[~np.isnan(values)]))
+
+
+def test_bfloat16_ties_go_to_even() -> None:
+    bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0xBF818000], np.uint32)
+    expected = np.array([0x3F80, 0x3F82, 0x3F81, 0x3F80, 0xBF82], np.uint16)
+    np.testing.assert_array_equal(to_storage(bits.view(np.float32), "bfloat16"), expected)
+
+
+@pytest.mark.parametrize("others", [[1.0], [np.inf], [np.nan, -np.inf]])
+@pytest.mark.parametrize(("dtype", "number"), [("float16", 65520.0), ("float16", -1e6), ("bfloat16", 3.4e38)])
+def test_overflow_is_refused_whatever_stands_beside_it(dtype: str, number: float, others: list[float]) -> None:
+    with pytest.raises(OverflowError, match=f"magnitude .* exceeds {dtype}'s"):
+        to_storage(np.array([*others, number], np.float32), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_nan_and_infinities_are_kept(dtype: str) -> None:
+    values = np.array([np.nan, np.inf, -np.inf, 65519.0, 0.0], np.float32)
+    found = from_storage(to_storage(values, dtype), dtype).astype(np.float32)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(values))
+    np.testing.assert_array_equal(found[1:3], values[1:3])
+    assert np.isfinite(found[3:]).all()
+
+
+# Scaled types: each token has a scale of its own
+
+
+@quick
+@given(tokens)
+def test_int8_is_torchs_quantisation_with_a_scale_for_each_token(values: np.ndarray) -> None:
+    values[np.abs(values).max(axis=1) < 1e-30] = 1  # torch multiplies by 1 / scale, which must be finite
+    scales = torch.from_numpy(np.abs(values).max(axis=1) / np.float32(127))
+    zeros = torch.zeros(len(values), dtype=torch.int32)
+    expected = torch.fake_quantize_per_channel_affine(torch.from_numpy(values), scales, zeros, 0, -127, 127).numpy()
+    found = from_storage(to_storage(values, "int8"), "int8")
+    # a quotient that lies between two codes may be rounded either way
+    assert (np.abs(found - expected) <= 1.001 * scales.numpy()[:, None]).all()
+    assert (np.abs(found - values) <= 0.5001 * scales.numpy()[:, None]).all()
+
+
+@quick
+@given(tokens)
+def test_float8_is_torchs_cast_of_the_token_over_its_scale(values: np.ndarray) -> None:
+    scales = np.abs(values).max(axis=1, keepdims=True) / np.float32(448)
+    divided = torch.from_numpy(values / np.where(scales > 0, scales, 1).astype(np.float32))
+    expected = divided.to(torch.float8_e4m3fn).float().numpy() * scales
+    np.testing.assert_array_equal(from_storage(to_storage(values, "float8"), "float8"), expected)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8"])
+def test_a_large_token_does_not_coarsen_the_others(dtype: str) -> None:
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=(3, 5, 64)).astype(np.float32)
+    values[:, 0] *= 1e6
+    found = from_storage(to_storage(values, dtype), dtype)
+    error = np.abs(found - values).max(axis=(0, 2)) / np.abs(values).max(axis=(0, 2))
+    assert error.max() < 0.04
+    assert error.max() / error.min() < 3
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8"])
+def test_a_token_that_is_not_finite_becomes_nan_alone(dtype: str) -> None:
+    values = np.ones((5, 4), np.float32)
+    values[0, 2], values[1, 0], values[2, 1], values[3] = np.nan, np.inf, -np.inf, 0.0
+    found = from_storage(to_storage(values, dtype), dtype)
+    assert np.isnan(found[:3]).all()
+    np.testing.assert_array_equal(found[3:], values[3:])
+
+
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+def test_shape_and_type_are_those_foretold(dtype: str) -> None:
+    stored = to_storage(np.ones((2, 3, 5), np.float32), dtype)
+    assert stored.shape == stored_shape((2, 3, 5), dtype)
+    assert stored.dtype == stored_type(dtype)
+    np.testing.assert_array_equal(from_storage(stored, dtype), np.ones((2, 3, 5)))
