@@ -50,6 +50,7 @@ class RunSpec:
     """The split that the best epoch was chosen on, or "heldout" for a part of the train split."""
     validation_fraction: float
     seed: int
+    """Of the order of photos and of what is held out."""
     shape: FamShape
     gallery_text: GalleryText
     """What lies beside a photo in training."""

@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import resource
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.judging.search import own_protocol
+from saffe_cache.options import require
 from saffe_cache.pairs import Pairs
 from saffe_cache.runs import RunSpec, data_fingerprint, provenance, read_json, training_pairs, write_json
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.training.batches import TrainingData
-from saffe_cache.training.checkpoints import TrainingState, resume
-from saffe_cache.training.fitting import FitOptions, fit, start
+from saffe_cache.training.checkpoints import TrainingState
+from saffe_cache.training.fitting import FitOptions, Training, fit
 from saffe_cache.training.resolving import TrainConfig, fit_options, resolve_run, term_options
-from saffe_cache.training.terms import TermOptions
 
-__all__ = ["TrainConfig", "train"]
+__all__ = ["TrainConfig", "train", "train_many"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,73 +32,141 @@ def train(config: TrainConfig) -> str:
         CacheError: the cache lacks what the fusion needs.
         ValueError: the options do not fit the cache, or the folder holds another run.
     """
-    out = Path(config.out)
-    cache = open_cache(config.cache)
+    return train_many([config])[0]
+
+
+def train_many(configs: Sequence[TrainConfig]) -> list[str]:
+    """Train several, and return their folders. Those that see the same batches take them side by side.
+
+    The same batches: of one cache, with equal layers, data, batch size and `data_seed`. The batches are then read, and
+    prepared, once for all of them; each run is what it would be alone.
+
+    Raises:
+        CacheError, ValueError: as `train`; two runs have the same folder.
+    """
+    folders = [config.out for config in configs]
+    twice = sorted({folder for folder in folders if folders.count(folder) > 1})
+    require(not twice, "out", twice, "a folder of its own for each run")
+    caches = {config.cache: open_cache(config.cache) for config in configs}
+    groups: dict[object, list[_Plan]] = {}
+    for config in configs:
+        plan = _plan(config, caches[config.cache])
+        if (plan.out / "result.json").exists():
+            logger.info("%s is finished already, nothing to do.", plan.out)
+        else:
+            groups.setdefault(plan.batches, []).append(plan)
+    for group in groups.values():
+        _train_group(group)
+    return folders
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """One run that is to be trained."""
+
+    config: TrainConfig
+    cache: Cache
+    spec: RunSpec
+    options: FitOptions
+    training: Pairs
+    validation: Pairs
+    num_shared: int
+    """Photos of the training split that stand in other splits too."""
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+    @property
+    def batches(self) -> tuple[object, ...]:
+        """What decides the batches, and how a run is validated: equal for runs that train side by side."""
+        spec = self.spec
+        data = (self.config.cache, spec.gallery_key, spec.text_key, spec.gallery_layers, spec.text_layers, spec.data)
+        return (*data, spec.gallery_text, own_protocol(spec), self.options.batch_size, spec.seed, self.options.device)
+
+
+def _plan(config: TrainConfig, cache: Cache) -> _Plan:
     spec = resolve_run(config, cache)
-    train_pairs, validation_pairs, num_shared = training_pairs(spec, cache)
-    spec = replace(spec, data=data_fingerprint(cache, spec, train_pairs, validation_pairs))
-    _check_folder(out, config, spec)
-    if (out / "result.json").exists():
-        logger.info("%s is finished already, nothing to do.", out)
-        return config.out
-    options, terms = fit_options(config), term_options(config)
-    _tell(spec, options, train_pairs, validation_pairs, num_shared)
-    write_json(out / "config.json", {"stage": "train", "run": asdict(spec), **provenance(config)})
-    state = _fit(options, terms, spec, cache, (train_pairs, validation_pairs), out)
-    if config.control_epochs:
-        permuted = train_pairs.permuted(config.seed), validation_pairs.permuted(config.seed)
-        shorter = replace(options, epochs=config.control_epochs, tensorboard=False)
-        _fit(shorter, terms, spec, cache, permuted, out / "permuted")
+    training, validation, num_shared = training_pairs(spec, cache)
+    spec = replace(spec, data=data_fingerprint(cache, spec, training, validation))
+    _check_folder(Path(config.out), config, spec)
+    return _Plan(
+        config=config,
+        cache=cache,
+        spec=spec,
+        options=fit_options(config),
+        training=training,
+        validation=validation,
+        num_shared=num_shared,
+    )
+
+
+def _train_group(plans: Sequence[_Plan]) -> None:
+    """The runs, then their controls on permuted pairs, each side by side."""
+    training, validation, seed = plans[0].training, plans[0].validation, plans[0].spec.seed
+    for plan in plans:
+        _tell(plan)
+        write_json(plan.out / "config.json", {"stage": "train", "run": asdict(plan.spec), **provenance(plan.config)})
+    states = _fit([(plan, plan.options, plan.out) for plan in plans], training, validation)
+    controls = [
+        (plan, replace(plan.options, epochs=plan.config.control_epochs, tensorboard=False), plan.out / "permuted")
+        for plan in plans
+        if plan.config.control_epochs
+    ]
+    if controls:
+        _fit(controls, training.permuted(seed), validation.permuted(seed))
+    for plan, state in zip(plans, states, strict=True):
+        _finish(plan, state)
+
+
+def _fit(runs: Sequence[tuple[_Plan, FitOptions, Path]], training: Pairs, validation: Pairs) -> list[TrainingState]:
+    """Train on some pairs and choose the epoch on others; resumes what the folders hold."""
+    plan, options, out = runs[0]
+    data = TrainingData(plan.spec, plan.cache, training, validation, options.batch_size, plan.spec.seed, options.device)
+    trainings = [
+        Training(options, term_options(plan.config), plan.spec, plan.cache, data, out) for plan, options, out in runs
+    ]
+    fit(trainings, data, str(out) if len(runs) == 1 else f"{len(runs)} runs")
+    return [one.state for one in trainings]
+
+
+def _finish(plan: _Plan, state: TrainingState) -> None:
+    """The result, which makes the run a finished one."""
+    score_name = "mrr" if own_protocol(plan.spec) == "caption" else "map"
     result = {
         "best_epoch": state.best_epoch,
         "best_validation_score": state.best_score,
-        "validation_score": _score_name(spec),
+        "validation_score": score_name,
         "trainable_parameters": _num_trainable(state.model),
-        "train_photos": len(train_pairs),
-        "validation_photos": len(validation_pairs),
-        "unusable_items": train_pairs.num_unusable,
-        "photos_shared_with_other_splits": num_shared,
+        "train_photos": len(plan.training),
+        "validation_photos": len(plan.validation),
+        "unusable_items": plan.training.num_unusable,
+        "photos_shared_with_other_splits": plan.num_shared,
         "steps": state.step,
         "seconds": round(state.seconds, 1),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
-    write_json(out / "result.json", result)
-    for path in out.rglob("state.safetensors"):
+    write_json(plan.out / "result.json", result)
+    for path in plan.out.rglob("state.safetensors"):
         path.unlink()
     logger.info(
-        "best validation %s %.2f %% after epoch %d of %d; %.2f M trainable parameters.",
-        *(_score_name(spec), 100 * state.best_score, state.best_epoch, config.epochs),
+        "%s: best validation %s %.2f %% after epoch %d of %d; %.2f M trainable parameters.",
+        *(plan.out, score_name, 100 * state.best_score, state.best_epoch, plan.config.epochs),
         _num_trainable(state.model) / 1e6,
     )
-    return config.out
 
 
-def _tell(spec: RunSpec, options: FitOptions, training: Pairs, validation: Pairs, num_shared: int) -> None:
+def _tell(plan: _Plan) -> None:
+    spec = plan.spec
     logger.info(
         "%s fusion, %s head, on %s: %s of %s%s, described by %s (%s).",
-        *(spec.shape.fusion, spec.shape.head, options.device, _names(spec.gallery_layers), spec.gallery_key),
+        *(spec.shape.fusion, spec.shape.head, plan.options.device, _names(spec.gallery_layers), spec.gallery_key),
         *(f" and {_names(spec.text_layers)} of the text" if spec.text_layers else "", spec.pairs, spec.text_key),
     )
     logger.info(
         "%d items to train on, %d to validate on (%s); left out %d unusable ones and %d that are in other splits too.",
-        *(len(training), len(validation), spec.validation, training.num_unusable, num_shared),
+        *(len(plan.training), len(plan.validation), spec.validation, plan.training.num_unusable, plan.num_shared),
     )
-
-
-def _fit(
-    options: FitOptions, terms: TermOptions, spec: RunSpec, cache: Cache, pairs: tuple[Pairs, Pairs], out: Path
-) -> TrainingState:
-    """Train on some pairs and choose the epoch on others; resumes what the folder holds."""
-    out.mkdir(parents=True, exist_ok=True)
-    data = TrainingData(spec, cache, *pairs, options.batch_size, options.seed, options.device)
-    state = start(options, terms, spec, cache, data, resumes=(out / "state.safetensors").exists())
-    resume(out, state)
-    fit(options, state, data, out)
-    return state
-
-
-def _score_name(spec: RunSpec) -> str:
-    return "mrr" if own_protocol(spec) == "caption" else "map"
 
 
 def _check_folder(out: Path, config: TrainConfig, spec: RunSpec) -> None:

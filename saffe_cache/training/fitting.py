@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from saffe_cache.retrieval.baselines import LinearMap, fit_ridge
 from saffe_cache.runs import RunSpec, build_fam, write_tensors
 from saffe_cache.store.reader import Cache
 from saffe_cache.training.batches import Batch, TrainingData
-from saffe_cache.training.checkpoints import Log, TrainingState, save_state
+from saffe_cache.training.checkpoints import Log, TrainingState, resume, save_state
 from saffe_cache.training.terms import OVER_PAIRS, Objective, TermOptions
 
 _TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
@@ -91,36 +92,66 @@ def _start_as_late_fusion(model: FusionAlignModule, head: AttentionHead, data: T
         judge_weight(max(_TEXT_WEIGHTS, key=judge_weight))
 
 
-def fit(options: FitOptions, state: TrainingState, data: TrainingData, out: Path) -> None:
-    """Steps, validation at the end of each epoch, and states to resume from on the way."""
-    total = options.epochs * data.steps_per_epoch
-    log = Log(out, state.step, options.tensorboard)
-    progress = tqdm(total=total, initial=state.step, unit=" steps", desc=str(out))
-    before, started = state.seconds, time.perf_counter()
-    saved = started
-    if state.best_epoch < 0:
-        _finish_epoch(state, data, log, out, None)
-    for batch in data.batches(state.step, total):
-        if _has_stopped(options, state, data):
-            break
-        state.loss_sum += _step(options, state, batch, total)
+class Training:
+    """One training under way, in its folder; a killed one goes on where it was."""
+
+    def __init__(
+        self, options: FitOptions, terms: TermOptions, spec: RunSpec, cache: Cache, data: TrainingData, out: Path
+    ) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self._options, self._data, self._out = options, data, out
+        self.num_steps = options.epochs * data.steps_per_epoch
+        self.state = start(options, terms, spec, cache, data, resumes=(out / "state.safetensors").exists())
+        resume(out, self.state)
+        self._log = Log(out, self.state.step, options.tensorboard)
+        self._saved = time.perf_counter()
+        if self.state.best_epoch < 0:
+            _finish_epoch(self.state, data, self._log, out, None)
+
+    @property
+    def is_over(self) -> bool:
+        """All steps are taken, or validation has not become better for `patience` epochs."""
+        epoch = self.state.step // self._data.steps_per_epoch
+        return self.state.step >= self.num_steps or epoch - self.state.best_epoch >= self._options.patience
+
+    def take(self, batch: Batch, waited: float) -> None:
+        """One step, and validation at the end of an epoch. `waited`: seconds for the batch."""
+        state, per_epoch, started = self.state, self._data.steps_per_epoch, time.perf_counter()
+        state.loss_sum += _step(self._options, state, batch, self.num_steps)
         state.step += 1
-        progress.update()
-        state.seconds = before + time.perf_counter() - started
-        if state.step % data.steps_per_epoch == 0:
-            _finish_epoch(state, data, log, out, state.loss_sum / data.steps_per_epoch)
+        state.seconds += waited + time.perf_counter() - started
+        if state.step % per_epoch == 0:
+            started = time.perf_counter()
+            _finish_epoch(state, self._data, self._log, self._out, state.loss_sum / per_epoch)
             state.loss_sum = 0.0
-        if time.perf_counter() - saved > options.checkpoint_seconds:
-            save_state(out, state)
-            saved = time.perf_counter()
-    save_state(out, state)
+            state.seconds += time.perf_counter() - started
+        if time.perf_counter() - self._saved > self._options.checkpoint_seconds:
+            save_state(self._out, state)
+            self._saved = time.perf_counter()
+
+    def close(self) -> None:
+        save_state(self._out, self.state)
+        self._log.close()
+
+
+def fit(trainings: Sequence[Training], data: TrainingData, name: str) -> None:
+    """Train side by side on the same batches: each is read once. A resumed one that is ahead waits for the others."""
+    first = min((training.state.step for training in trainings if not training.is_over), default=0)
+    total = max((training.num_steps for training in trainings if not training.is_over), default=0)
+    progress = tqdm(total=total, initial=first, unit=" steps", desc=name)
+    asked = time.perf_counter()
+    for step, batch in enumerate(data.batches(first, total), first):
+        able = [training for training in trainings if training.state.step == step and not training.is_over]
+        waited = time.perf_counter() - asked
+        for training in able:
+            training.take(batch, waited / len(able))
+        progress.update()
+        if all(training.is_over for training in trainings):
+            break
+        asked = time.perf_counter()
+    for training in trainings:
+        training.close()
     progress.close()
-    log.close()
-
-
-def _has_stopped(options: FitOptions, state: TrainingState, data: TrainingData) -> bool:
-    """Early stopping: no better validation score for `patience` epochs."""
-    return state.step // data.steps_per_epoch - state.best_epoch >= options.patience
 
 
 def _step(options: FitOptions, state: TrainingState, batch: Batch, total: int) -> float:

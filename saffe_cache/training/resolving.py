@@ -93,7 +93,10 @@ class TrainConfig:
     patience: int = 8
     """Stop after so many epochs without a better validation score."""
     seed: int = 0
-    """Seed of the starting weights, the order of photos, dropout and what is held out."""
+    """Seed of the starting weights and of dropout."""
+    data_seed: int | None = None
+    """Seed of the order of photos and of what is held out; runs that share it can be trained side by side from the
+    same batches. Default: the same as --seed."""
     device: str = "auto"
     """auto takes a GPU where there is one; or cpu, cuda."""
     checkpoint_seconds: float = 60.0
@@ -149,7 +152,7 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
         train_split=config.train_split,
         validation=validation,
         validation_fraction=config.validation_fraction,
-        seed=config.seed,
+        seed=config.seed if config.data_seed is None else config.data_seed,
         shape=_shape(config, gallery, text, layers, gallery_text),
         gallery_text=gallery_text,
         trains_pairs=any(name in OVER_PAIRS for name in _objective(config)),
