@@ -14,11 +14,12 @@ import argparse
 import numpy as np
 import torch
 
-from saffe_cache.fusion.fam import FusionAlignModule, Texts
+from saffe_cache.fam_inputs import FamInputs
+from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.judging.search import make_search
-from saffe_cache.pairs import Pairs, read_texts, select_pairs, token_tensors
-from saffe_cache.runs import RunSpec, load_run
-from saffe_cache.store.reader import Cache, open_cache
+from saffe_cache.pairs import Pairs, select_pairs
+from saffe_cache.runs import load_run
+from saffe_cache.store.reader import open_cache
 
 
 def main() -> None:
@@ -29,29 +30,27 @@ def main() -> None:
     options = parser.parse_args()
     cache = open_cache(options.cache)
     spec, model, _ = load_run(options.run, cache)
-    gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
-    pairs = select_pairs(cache.table, gallery, text, options.split, "classes")
+    inputs = FamInputs(cache, spec)
+    pairs = select_pairs(cache.table, inputs.gallery, inputs.text, options.split, "classes")
     torch.manual_seed(0)
-    for name, value in measure(cache, spec, model, pairs).items():
+    for name, value in measure(inputs, model, pairs).items():
         print(f"{name}: {value:.3f}")
 
 
 @torch.inference_mode()
-def measure(cache: Cache, spec: RunSpec, model: FusionAlignModule, pairs: Pairs) -> dict[str, float]:
+def measure(inputs: FamInputs, model: FusionAlignModule, pairs: Pairs) -> dict[str, float]:
     """Mean distances of unit vectors, and accuracies as fractions."""
-    search = make_search(cache, spec, pairs, "class")
-    gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
+    search = make_search(inputs.cache, inputs.spec, pairs, "class")
     queries = model.encode_queries(torch.from_numpy(search.vectors))
     num_classes = len(queries)
     distances: dict[str, list[torch.Tensor]] = {"nothing changed": [], "another text": [], "another photo": []}
     scores: dict[str, list[torch.Tensor]] = {"right text": [], "wrong text": []}
 
     def fuse(states: list[torch.Tensor], mask: torch.Tensor | None, classes: np.ndarray) -> torch.Tensor:
-        texts: Texts = read_texts(text, search.text_rows[classes], spec.text_layers)
-        return model(states, mask, texts)  # type: ignore[no-any-return]
+        return model(states, mask, inputs.texts(search.text_rows[classes]))  # type: ignore[no-any-return]
 
     for start in range(0, len(pairs), 256):
-        states, mask = token_tensors(gallery, pairs.rows[start : start + 256], spec.gallery_layers)
+        states, mask = inputs.photos(pairs.rows[start : start + 256])
         count = len(states[0])
         own = np.array([pairs.labels[start + i][0] for i in range(count)])
         other = (own + 1) % num_classes

@@ -26,6 +26,7 @@ from saffe_cache.evaluation.measuring import (
 )
 from saffe_cache.evaluation.report import control_to_json, format_report, scores_to_json
 from saffe_cache.evaluation.systems import Material, baselines
+from saffe_cache.fam_inputs import FamInputs
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.judging.search import SearchName, own_protocol
 from saffe_cache.options import require
@@ -189,7 +190,7 @@ def _setting(
     by_class = name in ("class", "candidate", "image") or (name == "rerank" and spec.pairs == "classes")
     kind: PairKind = "classes" if by_class else "captions"
     pairs = select_pairs(cache.table, gallery, text, config.split, kind, first_beside=beside)
-    setting = Setting(cache, spec, pairs, training.rows, device, config.seed)
+    setting = Setting(FamInputs(cache, spec, device), pairs, training.rows, config.seed)
     return with_true_texts(setting) if config.leak_true_text else setting
 
 

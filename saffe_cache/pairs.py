@@ -1,4 +1,4 @@
-"""Which items are trained on and judged, which texts describe them, and their cached features as tensors.
+"""Which items are trained on and judged, and which texts describe them.
 
 Whatever is split is split by photo: items that share a photo (by content hash) stay together.
 """
@@ -6,16 +6,12 @@ Whatever is split is split by photo: items that share a photo (by content hash) 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import torch
 
 from saffe_cache.features import ItemTable, Modality, Ragged
-from saffe_cache.fusion.fam import Texts
-from saffe_cache.fusion.heads import summarize
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.store.reader import Cache, EncoderCache
 
@@ -159,34 +155,6 @@ def hold_out(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray)
     if count >= len(pairs):
         raise ValueError(f"{len(pairs)} pairs are too few to hold {fraction:.0%} out for validation. Use more data.")
     return pairs.take(np.sort(order[count:])), pairs.take(np.sort(order[:count]))
-
-
-def token_tensors(
-    encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int], device: str = "cpu"
-) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """Hidden states as float32 tensors, one [n, tokens, d] for each layer, and their mask."""
-    tokens = encoder.tokens(rows, tuple(layers))
-    states = [torch.from_numpy(state).to(device).float() for state in tokens.states]
-    return states, None if tokens.mask is None else torch.from_numpy(tokens.mask).to(device)
-
-
-def read_texts(encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int], device: str = "cpu") -> Texts:
-    """Texts to lie beside gallery inputs; without `layers` their own vectors alone."""
-    vectors = torch.from_numpy(encoder.vectors(rows)).to(device)
-    if not layers:
-        return Texts((), torch.ones(len(rows), 1, dtype=torch.bool, device=device), vectors)
-    states, mask = token_tensors(encoder, rows, layers, device)
-    assert mask is not None
-    return Texts(tuple(states), mask, vectors)
-
-
-def summaries(encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int], batch: int = 256) -> np.ndarray:
-    """First token and mean of the others, of each layer: float32 [n, 2 P d]. What linear baselines see."""
-    parts = []
-    for start in range(0, len(rows), batch):
-        states, mask = token_tensors(encoder, rows[start : start + batch], layers)
-        parts.append(summarize(states, mask).numpy())
-    return np.concatenate(parts)
 
 
 def mean_text_vectors(pairs: Pairs, text: EncoderCache) -> np.ndarray:

@@ -29,7 +29,7 @@ from saffe_cache import __version__
 from saffe_cache.durable import write_whole
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.shape import FamShape
-from saffe_cache.pairs import PairKind, Pairs, hold_out, read_texts, select_pairs, token_tensors
+from saffe_cache.pairs import PairKind, Pairs, hold_out, select_pairs
 from saffe_cache.store.reader import Cache
 
 GalleryText = Literal["null", "first_caption", "matched"]
@@ -173,33 +173,6 @@ def same_training_pairs(spec: RunSpec, cache: Cache, run_dir: str | Path) -> tup
             f"split {spec.train_split!r}: what it has seen is unknown. Give the cache of its training, or train again."
         )
     return training, validation
-
-
-@torch.inference_mode()
-def encode_gallery(
-    model: FusionAlignModule,
-    spec: RunSpec,
-    cache: Cache,
-    rows: np.ndarray,
-    beside: np.ndarray | None = None,
-    device: str = "cpu",
-    batch: int = 256,
-) -> np.ndarray:
-    """f(x, text) of gallery inputs and the text rows beside them, or f(x, null): unit vectors, float32 [n, d]."""
-    gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
-    parts = []
-    for start in range(0, len(rows), batch):
-        these = slice(start, start + batch)
-        states, mask = token_tensors(gallery, rows[these], spec.gallery_layers, device)
-        texts = None if beside is None else read_texts(text, beside[these], spec.text_layers, device)
-        parts.append(model(states, mask, texts).float().cpu().numpy())
-    return np.concatenate(parts)
-
-
-@torch.inference_mode()
-def encode_queries(model: FusionAlignModule, vectors: np.ndarray, device: str = "cpu") -> np.ndarray:
-    """g(text) of the text encoder's own vectors: unit vectors, float32 [n, d]."""
-    return model.encode_queries(torch.from_numpy(vectors).to(device)).float().cpu().numpy()
 
 
 def choose_device(device: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from saffe_cache.fam_inputs import FamInputs, Residency, choose_residency
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.judging.search import own_protocol
 from saffe_cache.options import require
@@ -23,6 +24,8 @@ from saffe_cache.training.resolving import TrainConfig, fit_options, resolve_run
 __all__ = ["TrainConfig", "train", "train_many"]
 
 logger = logging.getLogger(__name__)
+
+_PLACES = {"device": "in its memory", "memory": "in main memory", "mapped": "memory-mapped"}
 
 
 def train(config: TrainConfig) -> str:
@@ -82,7 +85,8 @@ class _Plan:
         """What decides the batches, and how a run is validated: equal for runs that train side by side."""
         spec = self.spec
         data = (self.config.cache, spec.gallery_key, spec.text_key, spec.gallery_layers, spec.text_layers, spec.data)
-        return (*data, spec.gallery_text, own_protocol(spec), self.options.batch_size, spec.seed, self.options.device)
+        where = (self.options.device, self.config.residency)
+        return (*data, spec.gallery_text, own_protocol(spec), self.options.batch_size, spec.seed, *where)
 
 
 def _plan(config: TrainConfig, cache: Cache) -> _Plan:
@@ -103,34 +107,36 @@ def _plan(config: TrainConfig, cache: Cache) -> _Plan:
 
 def _train_group(plans: Sequence[_Plan]) -> None:
     """The runs, then their controls on permuted pairs, each side by side."""
-    training, validation, seed = plans[0].training, plans[0].validation, plans[0].spec.seed
+    first, seed = plans[0], plans[0].spec.seed
+    training, validation = first.training, first.validation
+    residency = choose_residency(first.config.residency, first.cache, first.spec, first.options.device)
     for plan in plans:
-        _tell(plan)
+        _tell(plan, residency)
         write_json(plan.out / "config.json", {"stage": "train", "run": asdict(plan.spec), **provenance(plan.config)})
-    states = _fit([(plan, plan.options, plan.out) for plan in plans], training, validation)
+    inputs = FamInputs(first.cache, first.spec, first.options.device, residency)
+    states = _fit([(plan, plan.options, plan.out) for plan in plans], inputs, training, validation)
     controls = [
         (plan, replace(plan.options, epochs=plan.config.control_epochs, tensorboard=False), plan.out / "permuted")
         for plan in plans
         if plan.config.control_epochs
     ]
     if controls:
-        _fit(controls, training.permuted(seed), validation.permuted(seed))
+        _fit(controls, inputs, training.permuted(seed), validation.permuted(seed))
     for plan, state in zip(plans, states, strict=True):
-        _finish(plan, state)
+        _finish(plan, state, residency)
 
 
-def _fit(runs: Sequence[tuple[_Plan, FitOptions, Path]], training: Pairs, validation: Pairs) -> list[TrainingState]:
+def _fit(
+    runs: Sequence[tuple[_Plan, FitOptions, Path]], inputs: FamInputs, training: Pairs, validation: Pairs
+) -> list[TrainingState]:
     """Train on some pairs and choose the epoch on others; resumes what the folders hold."""
-    plan, options, out = runs[0]
-    data = TrainingData(plan.spec, plan.cache, training, validation, options.batch_size, plan.spec.seed, options.device)
-    trainings = [
-        Training(options, term_options(plan.config), plan.spec, plan.cache, data, out) for plan, options, out in runs
-    ]
-    fit(trainings, data, str(out) if len(runs) == 1 else f"{len(runs)} runs")
+    data = TrainingData(inputs, training, validation, runs[0][1].batch_size, inputs.spec.seed)
+    trainings = [Training(options, term_options(plan.config), plan.spec, data, out) for plan, options, out in runs]
+    fit(trainings, data, str(runs[0][2]) if len(runs) == 1 else f"{len(runs)} runs")
     return [one.state for one in trainings]
 
 
-def _finish(plan: _Plan, state: TrainingState) -> None:
+def _finish(plan: _Plan, state: TrainingState, residency: Residency) -> None:
     """The result, which makes the run a finished one."""
     score_name = "mrr" if own_protocol(plan.spec) == "caption" else "map"
     result = {
@@ -143,6 +149,7 @@ def _finish(plan: _Plan, state: TrainingState) -> None:
         "unusable_items": plan.training.num_unusable,
         "photos_shared_with_other_splits": plan.num_shared,
         "steps": state.step,
+        "residency": residency,
         "seconds": round(state.seconds, 1),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
@@ -156,11 +163,11 @@ def _finish(plan: _Plan, state: TrainingState) -> None:
     )
 
 
-def _tell(plan: _Plan) -> None:
-    spec = plan.spec
+def _tell(plan: _Plan, residency: Residency) -> None:
+    spec, place = plan.spec, f"{plan.options.device} with hidden states {_PLACES[residency]}"
     logger.info(
         "%s fusion, %s head, on %s: %s of %s%s, described by %s (%s).",
-        *(spec.shape.fusion, spec.shape.head, plan.options.device, _names(spec.gallery_layers), spec.gallery_key),
+        *(spec.shape.fusion, spec.shape.head, place, _names(spec.gallery_layers), spec.gallery_key),
         *(f" and {_names(spec.text_layers)} of the text" if spec.text_layers else "", spec.pairs, spec.text_key),
     )
     logger.info(
@@ -175,7 +182,7 @@ def _check_folder(out: Path, config: TrainConfig, spec: RunSpec) -> None:
         return
     old = read_json(out / "config.json")
     new = json.loads(json.dumps({"run": asdict(spec), "config": asdict(config)}))
-    ignored = {"device", "checkpoint_seconds", "tensorboard", "cache", "out"}
+    ignored = {"device", "residency", "checkpoint_seconds", "tensorboard", "cache", "out"}
     different = [
         f"{name}: {old.get(part, {}).get(name)!r} there, {value!r} now"
         for part in ("run", "config")

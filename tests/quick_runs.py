@@ -12,6 +12,7 @@ import numpy as np
 
 from saffe_cache.evaluate import EvaluateConfig, evaluate, exit_status
 from saffe_cache.evaluation.measuring import Setting
+from saffe_cache.fam_inputs import FamInputs
 from saffe_cache.features import Ragged
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.pairs import select_pairs
@@ -55,7 +56,7 @@ def setting_of(
     spec, model, _ = load_run(run, cache)
     gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
     pairs = select_pairs(cache.table, gallery, text, split, kind, first_beside=beside)
-    return Setting(cache, spec, pairs, same_training_pairs(spec, cache, run)[0].rows, "cpu", 0), model
+    return Setting(FamInputs(cache, spec), pairs, same_training_pairs(spec, cache, run)[0].rows, 0), model
 
 
 def first_labels(labels: Ragged) -> np.ndarray:

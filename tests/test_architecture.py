@@ -16,6 +16,7 @@ LAYERS = [
     {"retrieval"},
     {"pairs"},
     {"runs"},
+    {"fam_inputs"},
     {"judging"},
     {"extraction", "training", "evaluation"},
     {"extract", "train", "evaluate"},

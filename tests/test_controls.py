@@ -25,12 +25,13 @@ from saffe_cache.evaluation.measuring import (
     with_true_texts,
 )
 from saffe_cache.evaluation.systems import Material
+from saffe_cache.fam_inputs import encode_queries
 from saffe_cache.features import Ragged
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.judging.search import make_search
 from saffe_cache.retrieval.candidates import dealt_map
 from saffe_cache.retrieval.protocols import Score
-from saffe_cache.runs import encode_queries, load_permuted, same_training_pairs
+from saffe_cache.runs import load_permuted, same_training_pairs
 
 CONTROLS = {"photos_shuffled", "photos_constant", "pairs_permuted"}
 

@@ -15,9 +15,10 @@ from synthetic_cache import make_cache
 from saffe_cache.cli import evaluate_command
 from saffe_cache.evaluate import EvaluateConfig, _differences, evaluate, exit_status
 from saffe_cache.evaluation.measuring import Protocol
+from saffe_cache.fam_inputs import FamInputs, encode_gallery, encode_queries
 from saffe_cache.retrieval.index import load_index
 from saffe_cache.retrieval.protocols import Score
-from saffe_cache.runs import encode_gallery, encode_queries, load_run
+from saffe_cache.runs import load_run
 from saffe_cache.store.reader import open_cache
 
 KEYS = {
@@ -63,7 +64,7 @@ def test_recall_equals_a_count_by_hand(captioned: Reported) -> None:
     cache = open_cache(captioned.cache)
     spec, model, _ = load_run(captioned.run, cache)
     items = cache.table.in_split("test")
-    photos = encode_gallery(model, spec, cache, cache.table.rows["image"][items])
+    photos = encode_gallery(model, FamInputs(cache, spec), cache.table.rows["image"][items])
     hits = []
     for position, item in enumerate(items):
         for caption in cache.table.captions[int(item)]:
@@ -195,7 +196,7 @@ def test_saved_index_finds_what_the_model_finds(captioned: Reported) -> None:
     cache = open_cache(captioned.cache)
     spec, model, _ = load_run(captioned.run, cache)
     item = cache.table.ids.index("test/7")
-    vector = encode_gallery(model, spec, cache, cache.table.rows["image"][[item]])
+    vector = encode_gallery(model, FamInputs(cache, spec), cache.table.rows["image"][[item]])
     _, found = index.index.search(vector, 1)
     assert index.ids[found[0, 0]] == "test/7"
 

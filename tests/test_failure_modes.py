@@ -18,13 +18,13 @@ from quick_runs import Report, error_of, first_labels, quick_train, report_of, s
 from sklearn.metrics import roc_auc_score
 from synthetic_cache import make_cache
 
+from saffe_cache.fam_inputs import encode_gallery, encode_queries
 from saffe_cache.features import Ragged
 from saffe_cache.judging.pair_scores import score_all_pairs
 from saffe_cache.judging.search import make_search
 from saffe_cache.pairs import class_vectors
 from saffe_cache.retrieval.candidates import candidate_scores
 from saffe_cache.retrieval.protocols import class_scores
-from saffe_cache.runs import encode_gallery, encode_queries
 from saffe_cache.training import fitting
 
 SEED = 0
@@ -181,7 +181,7 @@ def matching_logits(cache: str, run: str) -> tuple[np.ndarray, np.ndarray]:
     """Logits of each photo's own class and of two wrong ones drawn at random, and which are the own."""
     setting, model = setting_of(cache, run, "classes")
     search = make_search(setting.cache, setting.spec, setting.pairs, "class")
-    scores = score_all_pairs(setting.scored(model), setting.pairs.rows, search).matching
+    scores = score_all_pairs(model, setting.inputs, setting.pairs.rows, search).matching
     assert scores is not None
     labels, generator = first_labels(setting.pairs.labels), np.random.default_rng(SEED)
     wrong = np.stack([generator.permutation(np.delete(np.arange(CLASSES), label))[:2] for label in labels])
@@ -218,7 +218,7 @@ def test_reference_loses_to_a_ridge_regression_and_ignores_its_text(tmp_path: Pa
 
     def mean_map(beside: np.ndarray) -> float:
         """Over ten draws of its random matrices."""
-        galleries = [encode_gallery(model, spec, setting.cache, pairs.rows, beside) for _ in range(10)]
+        galleries = [encode_gallery(model, setting.inputs, pairs.rows, beside) for _ in range(10)]
         found = [class_scores(gallery, queries, pairs.labels, intervals=False)["map"].value for gallery in galleries]
         return float(np.mean(found))
 

@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 from synthetic_cache import make_cache
 from torch.nn import functional
 
+from saffe_cache.fam_inputs import FamInputs
 from saffe_cache.fusion.fam import Fused, FusionAlignModule
 from saffe_cache.objectives import (
     SigmoidScale,
@@ -345,7 +346,7 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             decoder.gate.fill_(0.7)  # at 0 no text passes
         for linear in (model.head.mlp[-1], model.query_map.mlp[-1]):
             torch.nn.init.normal_(linear.weight, std=0.1)  # at 0 there is no MLP
-    data = TrainingData(spec, cache, training, validation, 32, 0, "cpu")
+    data = TrainingData(FamInputs(cache, spec), training, validation, 32, 0)
     return Prepared(model, next(data.batches(0, 1)), data)
 
 

@@ -13,9 +13,10 @@ import torch
 from quick_runs import report_of, value
 from synthetic_cache import LAYERS, WIDTH, make_cache
 
+from saffe_cache.fam_inputs import FamInputs, summaries
 from saffe_cache.features import CacheError
 from saffe_cache.judging.search import make_search, own_protocol
-from saffe_cache.pairs import hold_out, mean_text_vectors, select_pairs, summaries
+from saffe_cache.pairs import hold_out, mean_text_vectors, select_pairs
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
 from saffe_cache.retrieval.protocols import caption_scores
 from saffe_cache.runs import load_permuted, load_run, read_json, same_training_pairs, training_pairs
@@ -126,7 +127,7 @@ def test_every_combination_runs(notes_path: str, tmp_path: Path, changes: dict[s
     assert [line["epoch"] for line in lines] == [0, 1]
     assert np.isfinite(lines[1]["loss"])
     _, validation, _ = training_pairs(spec, cache)
-    data = batches.TrainingData(spec, cache, validation, validation, 32, 0, "cpu")
+    data = batches.TrainingData(FamInputs(cache, spec), validation, validation, 32, 0)
     if spec.shape.fusion != "reference":  # which scores something else each time
         assert data.validate(model) == pytest.approx(result["best_validation_score"], abs=1e-6)
 

@@ -25,7 +25,7 @@ import torch
 
 from saffe_cache.evaluation.measuring import Arrangement, Protocol, Setting
 from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.pairs import Pairs, read_texts, token_tensors
+from saffe_cache.pairs import Pairs
 from saffe_cache.retrieval.protocols import Score, Scores
 
 STANDARD_ERRORS = 3.0
@@ -179,17 +179,14 @@ def sensitivity(setting: Setting, model: FusionAlignModule) -> dict[str, float]:
 
     `to_image` = E |f(x, t) - f(x', t)|, and beside texts `to_text` = E |f(x, t) - f(x, t')|.
     """
-    spec, cache, pairs = setting.spec, setting.cache, setting.pairs
+    pairs, inputs = setting.pairs, setting.inputs
     chosen = np.random.default_rng(setting.seed).permutation(len(pairs))[:_SENSITIVITY_PHOTOS]
     rolled = np.roll(chosen, 1)
 
     def vectors(photos: np.ndarray, texts: np.ndarray) -> torch.Tensor:
-        gallery = cache.encoders[spec.gallery_key]
-        states, mask = token_tensors(gallery, pairs.rows[photos], spec.gallery_layers, setting.device)
-        if pairs.beside is None:
-            return model(states, mask)  # type: ignore[no-any-return]
-        text = cache.encoders[spec.text_key]
-        return model(states, mask, read_texts(text, pairs.beside[texts], spec.text_layers, setting.device))  # type: ignore[no-any-return]
+        states, mask = inputs.photos(pairs.rows[photos])
+        beside = None if pairs.beside is None else inputs.texts(pairs.beside[texts])
+        return model(states, mask, beside)  # type: ignore[no-any-return]
 
     own = vectors(chosen, chosen)
 

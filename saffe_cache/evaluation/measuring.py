@@ -12,14 +12,15 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from saffe_cache.fam_inputs import FamInputs, encode_gallery, encode_queries
 from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.judging.pair_scores import PairScores, Scored, score_all_pairs, score_chosen_pairs
+from saffe_cache.judging.pair_scores import PairScores, score_all_pairs, score_chosen_pairs
 from saffe_cache.judging.search import Search, SearchName, make_search
 from saffe_cache.pairs import Pairs
 from saffe_cache.retrieval.candidates import candidate_scores, dealt_map, reranked_scores
 from saffe_cache.retrieval.protocols import Scores, image_scores
 from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks, top_k
-from saffe_cache.runs import RunSpec, encode_gallery, encode_queries
+from saffe_cache.runs import RunSpec
 from saffe_cache.store.reader import Cache
 
 ProtocolName = Literal["caption", "class", "metadata", "candidate", "rerank", "image"]
@@ -53,14 +54,20 @@ class Arrangement(NamedTuple):
 class Setting:
     """A run, and the pairs that it is measured on."""
 
-    cache: Cache
-    spec: RunSpec
+    inputs: FamInputs
     pairs: Pairs
     training_rows: np.ndarray
     """Photos of the training pairs."""
-    device: str
     seed: int
     _vectors: dict[FusionAlignModule, np.ndarray] = field(default_factory=dict, repr=False)
+
+    @property
+    def cache(self) -> Cache:
+        return self.inputs.cache
+
+    @property
+    def spec(self) -> RunSpec:
+        return self.inputs.spec
 
     def honest(self) -> Arrangement:
         places = np.arange(len(self.pairs))
@@ -70,17 +77,13 @@ class Setting:
         """f(photo, what lies beside it) at each place: unit vectors [n, d]. With null text a photo is encoded once."""
         if self.pairs.beside is not None:
             rows, beside = self.pairs.rows[arrangement.photos], self.pairs.beside[arrangement.texts]
-            return encode_gallery(model, self.spec, self.cache, rows, beside, self.device)
+            return encode_gallery(model, self.inputs, rows, beside)
         if model not in self._vectors:
-            self._vectors[model] = encode_gallery(model, self.spec, self.cache, self.pairs.rows, None, self.device)
+            self._vectors[model] = encode_gallery(model, self.inputs, self.pairs.rows)
         return np.asarray(self._vectors[model][arrangement.photos])
 
-    def scored(self, model: FusionAlignModule) -> Scored:
-        """What pairs are scored with."""
-        return Scored(model, self.spec, self.cache, self.device)
-
     def queries(self, model: FusionAlignModule, search: Search) -> np.ndarray:
-        return encode_queries(model, search.vectors, self.device)
+        return encode_queries(model, search.vectors, self.inputs.device)
 
 
 @dataclass(frozen=True)
@@ -137,8 +140,8 @@ def candidate_protocol(setting: Setting) -> Protocol:
     def of(model: FusionAlignModule) -> tuple[PairScores, np.ndarray]:
         if model not in known:
             some = np.random.default_rng(seed).permutation(setting.training_rows)[:_PRIOR_PHOTOS]
-            own = score_all_pairs(setting.scored(model), setting.pairs.rows, search)
-            known[model] = own, score_all_pairs(setting.scored(model), some, search).cosine.mean(axis=0)
+            own = score_all_pairs(model, setting.inputs, setting.pairs.rows, search)
+            known[model] = own, score_all_pairs(model, setting.inputs, some, search).cosine.mean(axis=0)
         return known[model]
 
     def measure(model: FusionAlignModule, arrangement: Arrangement) -> Scores:
@@ -167,7 +170,7 @@ def rerank_protocol(setting: Setting, name: SearchName, k: int, most_queries: in
         ranks = relevant_ranks(gallery, queries, search.relevant, seed=setting.seed)
         first = top_k(InnerProducts(gallery, queries), k, seed=setting.seed)
         rows = setting.pairs.rows[arrangement.photos]
-        second = score_chosen_pairs(setting.scored(model), rows[first], search)
+        second = score_chosen_pairs(model, setting.inputs, rows[first], search)
         scores = second.cosine
         if second.matching is not None:
             scores = second.matching + np.take_along_axis(queries @ gallery.T, first, axis=1)

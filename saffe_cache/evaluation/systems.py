@@ -13,9 +13,10 @@ from functools import cached_property
 import numpy as np
 
 from saffe_cache.evaluation.measuring import Protocol, Setting
+from saffe_cache.fam_inputs import summaries
 from saffe_cache.features import Ragged
 from saffe_cache.judging.search import Search, make_search, own_search
-from saffe_cache.pairs import Pairs, mean_text_vectors, summaries
+from saffe_cache.pairs import Pairs, mean_text_vectors
 from saffe_cache.retrieval.baselines import (
     LinearMap,
     fit_class_means,
@@ -43,11 +44,11 @@ class Material:
 
     @property
     def gallery(self) -> EncoderCache:
-        return self.setting.cache.encoders[self.setting.spec.gallery_key]
+        return self.setting.inputs.gallery
 
     @property
     def text(self) -> EncoderCache:
-        return self.setting.cache.encoders[self.setting.spec.text_key]
+        return self.setting.inputs.text
 
     @cached_property
     def features(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

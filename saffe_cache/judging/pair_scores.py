@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from saffe_cache.fam_inputs import FamInputs
 from saffe_cache.fusion.fam import FusionAlignModule, Pairing, Texts
 from saffe_cache.judging.search import Search
-from saffe_cache.pairs import read_texts, token_tensors
-from saffe_cache.runs import RunSpec
-from saffe_cache.store.reader import Cache
 
 _PAIRS_AT_ONCE = 1024
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What scores the pairs."""
-
-    model: FusionAlignModule
-    spec: RunSpec
-    cache: Cache
-    device: str
 
 
 class PairScores(NamedTuple):
@@ -37,21 +24,21 @@ class PairScores(NamedTuple):
 
 
 @torch.inference_mode()
-def score_all_pairs(scored: Scored, rows: np.ndarray, search: Search) -> PairScores:
+def score_all_pairs(model: FusionAlignModule, inputs: FamInputs, rows: np.ndarray, search: Search) -> PairScores:
     """Each photo with the text of each query: [photos, queries]. What needs a photo alone is computed once for it."""
     num_texts = len(search.text_rows)
     block = max(1, _PAIRS_AT_ONCE // num_texts)
-    texts, vectors = _texts_of(scored, search, np.arange(num_texts))
+    texts, vectors = _texts_of(model, inputs, search, np.arange(num_texts))
     parts = []
     for start in range(0, len(rows), block):
         these = rows[start : start + block]
         pairing = np.divmod(np.arange(len(these) * num_texts), num_texts)
-        parts.append(_score_pairs(scored, these, texts, vectors, pairing))
+        parts.append(_score_pairs(model, inputs, these, texts, vectors, pairing))
     return _stack(parts, num_texts)
 
 
 @torch.inference_mode()
-def score_chosen_pairs(scored: Scored, rows: np.ndarray, search: Search) -> PairScores:
+def score_chosen_pairs(model: FusionAlignModule, inputs: FamInputs, rows: np.ndarray, search: Search) -> PairScores:
     """The photos `rows` [queries, k] with the text of their query: [queries, k]."""
     k = rows.shape[1]
     block = max(1, _PAIRS_AT_ONCE // k)
@@ -59,32 +46,33 @@ def score_chosen_pairs(scored: Scored, rows: np.ndarray, search: Search) -> Pair
     for start in range(0, len(rows), block):
         distinct, position = np.unique(rows[start : start + block], return_inverse=True)
         queries = np.arange(start, min(start + block, len(rows)))
-        texts, vectors = _texts_of(scored, search, queries)
+        texts, vectors = _texts_of(model, inputs, search, queries)
         pairing = position.ravel(), np.arange(len(queries)).repeat(k)
-        parts.append(_score_pairs(scored, distinct, texts, vectors, pairing))
+        parts.append(_score_pairs(model, inputs, distinct, texts, vectors, pairing))
     return _stack(parts, k)
 
 
-def _texts_of(scored: Scored, search: Search, queries: np.ndarray) -> tuple[Texts, torch.Tensor]:
+def _texts_of(
+    model: FusionAlignModule, inputs: FamInputs, search: Search, queries: np.ndarray
+) -> tuple[Texts, torch.Tensor]:
     """Texts of some queries, to be fused, and their unit vectors."""
-    text = scored.cache.encoders[scored.spec.text_key]
-    texts = read_texts(text, search.text_rows[queries], scored.spec.text_layers, scored.device)
-    return texts, scored.model.encode_queries(torch.from_numpy(search.vectors[queries]).to(scored.device))
+    texts = inputs.texts(search.text_rows[queries])
+    return texts, model.encode_queries(torch.from_numpy(search.vectors[queries]).to(inputs.device))
 
 
 def _score_pairs(
-    scored: Scored,
+    model: FusionAlignModule,
+    inputs: FamInputs,
     rows: np.ndarray,
     texts: Texts,
     vectors: torch.Tensor,
     pairing: tuple[np.ndarray, np.ndarray],
 ) -> PairScores:
     """Scores [pairs] of photos by row and texts, paired by position; `vectors` are the texts' as queries."""
-    gallery = scored.cache.encoders[scored.spec.gallery_key]
-    states, mask = token_tensors(gallery, rows, scored.spec.gallery_layers, scored.device)
-    index = Pairing(*(torch.from_numpy(side).to(scored.device) for side in pairing))
-    fused, queries = scored.model.fuse(states, mask, texts, index), vectors[index.text]
-    matching = scored.model.match(fused, queries).float().cpu().numpy() if scored.model.shape.matches else None
+    states, mask = inputs.photos(rows)
+    index = Pairing(*(torch.from_numpy(side).to(inputs.device) for side in pairing))
+    fused, queries = model.fuse(states, mask, texts, index), vectors[index.text]
+    matching = model.match(fused, queries).float().cpu().numpy() if model.shape.matches else None
     return PairScores((fused.vectors * queries).sum(dim=-1).float().cpu().numpy(), matching)
 
 

@@ -89,6 +89,16 @@ def from_storage(stored: np.ndarray, dtype: str) -> np.ndarray:
     return numbers
 
 
+def numbers_of(stored: torch.Tensor, dtype: str) -> torch.Tensor:
+    """float32 of stored rows, on their device; uint16 is to be given as int16, of which torch knows more."""
+    if dtype == "bfloat16":
+        return stored.view(torch.bfloat16).float()
+    if not is_scaled(dtype):
+        return stored.float()
+    codes = stored[..., :-_SCALE_BYTES].view(torch.int8 if dtype == "int8" else torch.float8_e4m3fn)
+    return codes.float() * stored[..., -_SCALE_BYTES:].contiguous().view(torch.float32)
+
+
 def _scaled(values: np.ndarray, dtype: str) -> np.ndarray:
     """Codes of each token, and the bytes of its scale behind them."""
     scales = np.abs(values).max(axis=-1, keepdims=True) / np.float32(_LARGEST_CODE[dtype])

@@ -56,6 +56,16 @@ class RowReader:
     def row_shape(self) -> tuple[int, ...]:
         return self._array.spec.row_shape
 
+    @property
+    def dtype(self) -> str:
+        """The storage type."""
+        return self._array.spec.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row as it is stored."""
+        return self._array.spec.row_bytes
+
     def read(self, rows: np.ndarray) -> np.ndarray:
         """`rows` is int64 [n], in any order; returns [n, *row_shape], of bfloat16 and scaled types float32.
 
@@ -154,9 +164,8 @@ class EncoderCache:
         """Hidden states of some inputs, at least one; texts are padded with zeros to the longest among them."""
         if not self.manifest.is_ragged:
             return Tokens(tuple(self.array(f"hidden_states/{layer}").read(rows) for layer in layers))
-        lengths = (self.offsets[rows + 1] - self.offsets[rows]).astype(np.int64)
-        mask = np.arange(lengths.max(initial=1)) < lengths[:, None]
-        flat = np.concatenate([np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows])
+        flat, mask = self.token_rows(rows)
+        assert mask is not None
         states = []
         for layer in layers:
             values = self.array(f"hidden_states/{layer}").read(flat)
@@ -164,6 +173,18 @@ class EncoderCache:
             padded[mask] = values
             states.append(padded)
         return Tokens(tuple(states), mask)
+
+    def token_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Where the tokens of some inputs stand in the arrays of hidden states.
+
+        Rows of those arrays, int64: one an input and no mask, or one for each real token, and bool [inputs, longest]
+        where these belong.
+        """
+        if not self.manifest.is_ragged:
+            return rows, None
+        lengths = (self.offsets[rows + 1] - self.offsets[rows]).astype(np.int64)
+        mask = np.arange(lengths.max(initial=1)) < lengths[:, None]
+        return np.concatenate([np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows]), mask
 
     @cached_property
     def offsets(self) -> np.ndarray:

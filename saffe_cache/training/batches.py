@@ -9,15 +9,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from saffe_cache.fam_inputs import FamInputs, encode_gallery, encode_queries
 from saffe_cache.fusion.fam import FusionAlignModule, Texts
 from saffe_cache.fusion.heads import summarize
-from saffe_cache.judging.pair_scores import Scored, score_all_pairs
+from saffe_cache.judging.pair_scores import score_all_pairs
 from saffe_cache.judging.search import make_search, own_protocol, own_search
 from saffe_cache.objectives import distinct_positives
-from saffe_cache.pairs import Pairs, mean_text_vectors, read_texts, token_tensors
+from saffe_cache.pairs import Pairs, mean_text_vectors
 from saffe_cache.retrieval.candidates import candidate_scores
-from saffe_cache.runs import RunSpec, encode_gallery, encode_queries
-from saffe_cache.store.reader import Cache
 
 _LEAST_BATCH, _LEAST_STEPS = 32, 8
 """Small data: batches are cut so that an epoch has at least 8 steps, but not below 32 photos."""
@@ -44,12 +43,8 @@ class Batch(NamedTuple):
 class TrainingData:
     """Batches of the training pairs, and the validation score."""
 
-    def __init__(
-        self, spec: RunSpec, cache: Cache, pairs: Pairs, validation: Pairs, batch_size: int, seed: int, device: str
-    ) -> None:
-        self._spec, self._cache, self._pairs, self._validation = spec, cache, pairs, validation
-        self._gallery, self._text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
-        self._device, self._seed = device, seed
+    def __init__(self, inputs: FamInputs, pairs: Pairs, validation: Pairs, batch_size: int, seed: int) -> None:
+        self.inputs, self._pairs, self._validation, self._seed = inputs, pairs, validation, seed
         self._batch_size = min(batch_size, max(_LEAST_BATCH, len(pairs) // _LEAST_STEPS), len(pairs))
 
     @property
@@ -73,13 +68,14 @@ class TrainingData:
 
     def texts(self, rows: np.ndarray) -> Texts:
         """Texts by row, to be fused with photos."""
-        return read_texts(self._text, rows, self._spec.text_layers, self._device)
+        return self.inputs.texts(rows)
 
     def _read(self, step: int) -> Batch:
         epoch, within = divmod(step, self.steps_per_epoch)
         order = np.random.default_rng((self._seed, epoch)).permutation(len(self._pairs))
         chosen = np.sort(order[within * self._batch_size : (within + 1) * self._batch_size])
-        states, mask = token_tensors(self._gallery, self._pairs.rows[chosen], self._spec.gallery_layers, self._device)
+        states, mask = self.inputs.photos(self._pairs.rows[chosen])
+        device = self.inputs.device
         texts = [self._pairs.texts[int(i)] for i in chosen]
         lengths = np.array([len(of_one) for of_one in texts])
         distinct, columns, positives = distinct_positives(texts)
@@ -90,13 +86,13 @@ class TrainingData:
             mask,
             self._beside(chosen, distinct[own]),
             distinct,
-            torch.from_numpy(self._text.vectors(distinct)).to(self._device),
-            torch.from_numpy(positives).to(self._device),
-            torch.from_numpy(own).to(self._device),
+            self.inputs.vectors(distinct),
+            torch.from_numpy(positives).to(device),
+            torch.from_numpy(own).to(device),
         )
 
     def _beside(self, chosen: np.ndarray, own: np.ndarray) -> Texts | None:
-        if self._spec.gallery_text == "null":
+        if self.inputs.spec.gallery_text == "null":
             return None
         return self.texts(own if self._pairs.beside is None else self._pairs.beside[chosen])
 
@@ -107,9 +103,7 @@ class TrainingData:
         parts = []
         for start in range(0, len(self._pairs), 256):
             these = slice(start, start + 256)
-            states, mask = token_tensors(
-                self._gallery, self._pairs.rows[these], self._spec.gallery_layers, self._device
-            )
+            states, mask = self.inputs.photos(self._pairs.rows[these])
             if model.shape.query_side == "gallery":
                 beside = None if self._pairs.beside is None else self.texts(self._pairs.beside[these])
                 states, mask = model.decode(states, mask, beside)
@@ -118,20 +112,21 @@ class TrainingData:
 
     def text_means(self) -> np.ndarray:
         """Mean of the unit vectors of each training photo's texts."""
-        return mean_text_vectors(self._pairs, self._text)
+        return mean_text_vectors(self._pairs, self.inputs.text)
 
     def validate(self, model: FusionAlignModule) -> float:
         """The main metric of the run's own protocol on the validation pairs."""
-        if own_protocol(self._spec) != "candidate":
+        inputs = self.inputs
+        if own_protocol(inputs.spec) != "candidate":
             return self.search(model)
-        search = make_search(self._cache, self._spec, self._validation, "class")
-        scored = Scored(model, self._spec, self._cache, self._device)
-        scores = score_all_pairs(scored, self._validation.rows, search).cosine
+        search = make_search(inputs.cache, inputs.spec, self._validation, "class")
+        scores = score_all_pairs(model, inputs, self._validation.rows, search).cosine
         return candidate_scores(scores, self._validation.labels, intervals=False)["map"].value
 
     def search(self, model: FusionAlignModule) -> float:
         """The main metric of a search over vectors of the validation pairs."""
-        search = make_search(self._cache, self._spec, self._validation, own_search(self._spec))
-        photos = encode_gallery(model, self._spec, self._cache, search.pairs.rows, search.pairs.beside, self._device)
-        queries = encode_queries(model, search.vectors, self._device)
+        inputs = self.inputs
+        search = make_search(inputs.cache, inputs.spec, self._validation, own_search(inputs.spec))
+        photos = encode_gallery(model, inputs, search.pairs.rows, search.pairs.beside)
+        queries = encode_queries(model, search.vectors, inputs.device)
         return search.score(photos, queries, intervals=False)[search.main_metric].value

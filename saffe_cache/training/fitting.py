@@ -20,7 +20,6 @@ from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.heads import AttentionHead
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge
 from saffe_cache.runs import RunSpec, build_fam, write_tensors
-from saffe_cache.store.reader import Cache
 from saffe_cache.training.batches import Batch, TrainingData
 from saffe_cache.training.checkpoints import Log, TrainingState, resume, save_state
 from saffe_cache.training.terms import OVER_PAIRS, Objective, TermOptions
@@ -47,14 +46,14 @@ class FitOptions:
 
 
 def start(
-    options: FitOptions, terms: TermOptions, spec: RunSpec, cache: Cache, data: TrainingData, *, resumes: bool = False
+    options: FitOptions, terms: TermOptions, spec: RunSpec, data: TrainingData, *, resumes: bool = False
 ) -> TrainingState:
     """The model before the first step; with the attention head it is a late fusion, as validation likes it best.
 
     `resumes`: leave that out, since other weights follow.
     """
     torch.manual_seed(options.seed)
-    model = build_fam(spec, cache).to(options.device)
+    model = build_fam(spec, data.inputs.cache).to(options.device)
     sees_text = spec.gallery_text != "null" or any(name in terms.objective for name in OVER_PAIRS)
     model.freeze_unused(null_only=not sees_text)
     if isinstance(model.head, AttentionHead) and not resumes:
@@ -95,13 +94,11 @@ def _start_as_late_fusion(model: FusionAlignModule, head: AttentionHead, data: T
 class Training:
     """One training under way, in its folder; a killed one goes on where it was."""
 
-    def __init__(
-        self, options: FitOptions, terms: TermOptions, spec: RunSpec, cache: Cache, data: TrainingData, out: Path
-    ) -> None:
+    def __init__(self, options: FitOptions, terms: TermOptions, spec: RunSpec, data: TrainingData, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self._options, self._data, self._out = options, data, out
         self.num_steps = options.epochs * data.steps_per_epoch
-        self.state = start(options, terms, spec, cache, data, resumes=(out / "state.safetensors").exists())
+        self.state = start(options, terms, spec, data, resumes=(out / "state.safetensors").exists())
         resume(out, self.state)
         self._log = Log(out, self.state.step, options.tensorboard)
         self._saved = time.perf_counter()

@@ -99,6 +99,9 @@ class TrainConfig:
     same batches. Default: the same as --seed."""
     device: str = "auto"
     """auto takes a GPU where there is one; or cpu, cuda."""
+    residency: Literal["auto", "device", "memory", "mapped"] = "auto"
+    """Where hidden states lie while training. device: in the accelerator's memory. memory: in main memory. mapped: in
+    the cache's files. auto: the first of these that has room; on a CPU mapped, which is as fast."""
     checkpoint_seconds: float = 60.0
     """Time between states that a killed run resumes from."""
     tensorboard: bool = True
