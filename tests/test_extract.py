@@ -357,9 +357,7 @@ def test_non_finite_states_make_the_input_invalid(config: ExtractConfig, monkeyp
 @pytest.mark.parametrize(
     ("storage", "error"), [("float16", 2**-11), ("bfloat16", 2**-8), ("int8", 1 / 254), ("float8", 2**-4)]
 )
-def test_every_storage_type_holds_the_hidden_states(
-    config: ExtractConfig, storage: str, error: float
-) -> None:
+def test_every_storage_type_holds_the_hidden_states(config: ExtractConfig, storage: str, error: float) -> None:
     """Photos and texts, against float32; errors are relative to the token's largest number."""
     exact = open_cache(extract(config))
     rough = open_cache(extract(replace(config, storage=storage, cache=f"{config.cache}.{storage}")))
