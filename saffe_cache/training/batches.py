@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from saffe_cache.fam_inputs import FamInputs, encode_gallery, encode_queries
 from saffe_cache.fusion.fam import FusionAlignModule, Texts
 from saffe_cache.fusion.heads import summarize
 from saffe_cache.judging.pair_scores import score_all_pairs
-from saffe_cache.judging.search import make_search, own_protocol, own_search
+from saffe_cache.judging.search import Search, make_search, own_protocol, own_search
 from saffe_cache.objectives import distinct_positives
 from saffe_cache.pairs import Pairs, mean_text_vectors
 from saffe_cache.retrieval.candidates import candidate_scores
@@ -96,37 +97,53 @@ class TrainingData:
             return None
         return self.texts(own if self._pairs.beside is None else self._pairs.beside[chosen])
 
+    def summaries(self, model: FusionAlignModule) -> tuple[np.ndarray, np.ndarray]:
+        """What the linear path of a new model's head sees of the training and of the validation photos, [n, 2 P d]."""
+        if model.shape.has_decoder and model.shape.query_side == "gallery":
+            return self._summaries(self._pairs, model), self._summaries(self._validation, model)
+        return self._plain_summaries
+
+    @cached_property
+    def _plain_summaries(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the photos themselves: the same for every model."""
+        return self._summaries(self._pairs), self._summaries(self._validation)
+
     @torch.inference_mode()
-    def summaries(self, model: FusionAlignModule) -> np.ndarray:
-        """What the linear path of the model's head sees of the training photos before any training."""
-        model.eval()
+    def _summaries(self, pairs: Pairs, model: FusionAlignModule | None = None, batch: int = 256) -> np.ndarray:
+        """Behind a model's decoder, where one is given."""
         parts = []
-        for start in range(0, len(self._pairs), 256):
-            these = slice(start, start + 256)
-            states, mask = self.inputs.photos(self._pairs.rows[these])
-            if model.shape.query_side == "gallery":
-                beside = None if self._pairs.beside is None else self.texts(self._pairs.beside[these])
-                states, mask = model.decode(states, mask, beside)
+        for start in range(0, len(pairs), batch):
+            states, mask = self.inputs.photos(pairs.rows[start : start + batch])
+            if model is not None:
+                beside = None if pairs.beside is None else self.texts(pairs.beside[start : start + batch])
+                states, mask = model.eval().decode(states, mask, beside)
             parts.append(summarize(states, mask).cpu().numpy())
         return np.concatenate(parts)
 
+    @cached_property
     def text_means(self) -> np.ndarray:
         """Mean of the unit vectors of each training photo's texts."""
         return mean_text_vectors(self._pairs, self.inputs.text)
 
+    def texts_beside(self, model: FusionAlignModule) -> np.ndarray:
+        """What a model adds to the validation photos for the texts beside them, [n, d]."""
+        assert self._validation.beside is not None
+        with torch.inference_mode():
+            return np.asarray(model.eval().text_map(self.inputs.vectors(self._validation.beside)).cpu())
+
     def validate(self, model: FusionAlignModule) -> float:
         """The main metric of the run's own protocol on the validation pairs."""
-        inputs = self.inputs
-        if own_protocol(inputs.spec) != "candidate":
-            return self.search(model)
-        search = make_search(inputs.cache, inputs.spec, self._validation, "class")
-        scores = score_all_pairs(model, inputs, self._validation.rows, search).cosine
-        return candidate_scores(scores, self._validation.labels, intervals=False)["map"].value
+        pairs = self._validation
+        if own_protocol(self.inputs.spec) == "candidate":
+            scores = score_all_pairs(model, self.inputs, pairs.rows, self._search).cosine
+            return candidate_scores(scores, pairs.labels, intervals=False)["map"].value
+        return self.search(encode_gallery(model, self.inputs, pairs.rows, pairs.beside), model)
 
-    def search(self, model: FusionAlignModule) -> float:
-        """The main metric of a search over vectors of the validation pairs."""
-        inputs = self.inputs
-        search = make_search(inputs.cache, inputs.spec, self._validation, own_search(inputs.spec))
-        photos = encode_gallery(model, inputs, search.pairs.rows, search.pairs.beside)
-        queries = encode_queries(model, search.vectors, inputs.device)
-        return search.score(photos, queries, intervals=False)[search.main_metric].value
+    def search(self, photos: np.ndarray, model: FusionAlignModule) -> float:
+        """The main metric of a search over unit vectors of the validation photos."""
+        queries = encode_queries(model, self._search.vectors, self.inputs.device)
+        return self._search.score(photos, queries, intervals=False)[self._search.main_metric].value
+
+    @cached_property
+    def _search(self) -> Search:
+        return make_search(self.inputs.cache, self.inputs.spec, self._validation, own_search(self.inputs.spec))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.heads import AttentionHead
-from saffe_cache.retrieval.baselines import LinearMap, fit_ridge
+from saffe_cache.retrieval.baselines import fit_ridge, unit_rows
 from saffe_cache.runs import RunSpec, build_fam, write_tensors
 from saffe_cache.training.batches import Batch, TrainingData
 from saffe_cache.training.checkpoints import Log, TrainingState, resume, save_state
@@ -70,25 +70,18 @@ def start(
 
 
 def _start_as_late_fusion(model: FusionAlignModule, head: AttentionHead, data: TrainingData) -> None:
-    """The ridge regression of the photo, and the weight of the text beside it, both as validation likes them."""
+    """The ridge regression of the photo, and the weight of the text beside it, both as validation likes them.
 
-    def judge(fit: LinearMap) -> float:
-        head.start_linear(torch.from_numpy(fit.weight), torch.from_numpy(fit.bias))
-        return data.search(model.eval())
-
-    def judge_weight(weight: float) -> float:
+    The head's MLP starts at zero, so that what it will make of a photo is known without running the model.
+    """
+    training, validation = data.summaries(model)
+    best = fit_ridge(training, data.text_means, lambda fit: data.search(unit_rows(fit(validation)), model.eval()))
+    head.start_linear(torch.from_numpy(best.weight), torch.from_numpy(best.bias))
+    if model.shape.adds_text and data.has_texts_beside:
+        photos, texts = unit_rows(best(validation)), data.texts_beside(model)
+        weight = max(_TEXT_WEIGHTS, key=lambda weight: data.search(unit_rows(photos + weight * texts), model))
         with torch.no_grad():
             model.text_weight.fill_(weight)
-        return data.search(model.eval())
-
-    tunes_weight = model.shape.adds_text and data.has_texts_beside
-    if tunes_weight:
-        with torch.no_grad():
-            model.text_weight.zero_()
-    best = fit_ridge(data.summaries(model), data.text_means(), judge)
-    head.start_linear(torch.from_numpy(best.weight), torch.from_numpy(best.bias))
-    if tunes_weight:
-        judge_weight(max(_TEXT_WEIGHTS, key=judge_weight))
 
 
 class Training:

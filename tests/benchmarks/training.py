@@ -1,0 +1,185 @@
+"""Training from a cache against steps on tensors in memory, against separate runs, against encoders in the loop.
+
+Photos are drawn, the encoders are those of `make demo`. See bench.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timing import Figure, take_turns
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from data.encoders import fetch_encoders
+from data.scenes import draw_scenes
+from saffe_cache.extract import ExtractConfig, extract
+from saffe_cache.fam_inputs import FamInputs
+from saffe_cache.fusion.fam import Texts
+from saffe_cache.objectives import soft_target
+from saffe_cache.runs import build_fam, training_pairs
+from saffe_cache.store.reader import open_cache
+from saffe_cache.train import TrainConfig, train, train_many
+from saffe_cache.training.batches import Batch, TrainingData
+from saffe_cache.training.fitting import _step, start
+from saffe_cache.training.resolving import fit_options, resolve_run, term_options
+
+PHOTOS = {"train": 800, "dev": 100}
+LAYERS = {"image": (11, 12), "text": (5, 6)}
+RELEASED_BATCH, RELEASED_STEPS = 20, 3
+ROUNDS = 5
+
+
+def measure(work: Path) -> list[Figure]:
+    encoders = fetch_encoders(work.parent / "encoders")
+    scenes = draw_scenes(work / "scenes", PHOTOS, seed=0)
+    named = {"image": str(encoders["dinov2-small"]), "text": str(encoders["all-MiniLM-L6-v2"])}
+    cache = extract(
+        ExtractConfig(data=str(scenes), cache=str(work / "cache.zarr"), encoder=named, layers=LAYERS, image_size=112)
+    )
+    found = [figure for fusion in ("linear", "reuse") for figure in against_memory(cache, fusion)]
+    return [*found, *many_at_once(cache, work), *encoders_in_the_loop(cache, scenes, named)]
+
+
+def against_memory(cache: str, fusion: str) -> list[Figure]:
+    """Steps per second: batches read from the cache, read with cold files, and ready in memory."""
+    config = config_of(cache, "unused", fusion=fusion)
+    opened = open_cache(cache)
+    spec = resolve_run(config, opened)
+    training, validation, _ = training_pairs(spec, opened)
+    options = fit_options(config)
+
+    def batches() -> Iterator[Batch]:
+        data = TrainingData(FamInputs(open_cache(cache), spec, options.device), training, validation, 256, 0)
+        return data.batches(0, data.steps_per_epoch)
+
+    ready = list(batches())
+    data = TrainingData(FamInputs(opened, spec, options.device), training, validation, 256, 0)
+    state = start(options, term_options(config), spec, data, resumes=True)
+
+    def steps(source: Callable[[], Iterable[Batch]]) -> int:
+        for batch in source():
+            _step(options, state, batch, 100)
+        return len(ready)
+
+    warm = {"cache": partial(steps, batches), "memory": partial(steps, lambda: ready)}
+    rounds = take_turns(warm, ROUNDS)
+    cold = take_turns(warm, ROUNDS, before=partial(forget_files, cache))
+    note = "files dropped from the page cache before every pass, as in a cache larger than memory"
+    return [
+        rounds.rate("cache", f"{fusion}: from the cache", "steps/s"),
+        rounds.ratio("cache", "memory", f"{fusion}: from the cache / from memory", at_least=0.95),
+        cold.ratio("cache", "memory", f"{fusion}: from cold files / from memory", at_least=0.95, note=note),
+    ]
+
+
+def many_at_once(cache: str, work: Path) -> list[Figure]:
+    """Eight runs of the attention head in one pass over the cache, against one after the other."""
+    folder = count()
+
+    def configs() -> list[TrainConfig]:
+        out = work / f"many{next(folder)}"
+        return [config_of(cache, str(out / str(seed)), seed=seed, data_seed=0, epochs=3) for seed in range(8)]
+
+    def one_by_one() -> int:
+        return len([train(config) for config in configs()])
+
+    def together() -> int:
+        return len(train_many(configs()))
+
+    rounds = take_turns({"together": together, "one by one": one_by_one}, 2)
+    same = {(path.parent.name, path.read_bytes()) for path in work.glob("many*/*/model.safetensors")}
+    if len(same) != 8:
+        raise AssertionError("runs that were trained side by side differ from those alone")
+    return [rounds.ratio("together", "one by one", "8 runs together / one by one", note="weights equal byte for byte")]
+
+
+def encoders_in_the_loop(cache: str, scenes: Path, encoders: Mapping[str, str]) -> list[Figure]:
+    """Photos per second of one epoch of the SAFFE release's loop, and of the same FAM from the cache."""
+    config = config_of(cache, "unused", fusion="reference")
+    opened = open_cache(cache)
+    spec = resolve_run(config, opened)
+    inputs = FamInputs(opened, spec, fit_options(config).device)
+    pairs, _, _ = training_pairs(spec, opened)
+    rows = np.arange(RELEASED_BATCH * RELEASED_STEPS).reshape(RELEASED_STEPS, RELEASED_BATCH)
+    model = build_fam(spec, opened).to(inputs.device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    live = LiveEncoders(encoders, inputs, scenes)
+
+    def epoch(read: Callable[[np.ndarray, np.ndarray], tuple[list[torch.Tensor], Texts]]) -> int:
+        for batch in rows:
+            states, texts = read(pairs.rows[batch], np.array([pairs.texts[int(i)][0] for i in batch]))
+            loss = soft_target(model(states, None, texts), torch.nn.functional.normalize(texts.vectors, dim=-1))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return rows.size
+
+    def cached(photos: np.ndarray, captions: np.ndarray) -> tuple[list[torch.Tensor], Texts]:
+        return inputs.photos(photos)[0], inputs.texts(captions)
+
+    for from_cache, from_encoders in zip(cached(rows[0], rows[0])[0], live(rows[0], rows[0])[0], strict=True):
+        torch.testing.assert_close(from_cache, from_encoders.detach(), atol=0.02, rtol=0.01)
+    candidates = {
+        "cache": partial(epoch, cached),
+        "released": partial(epoch, live),
+        "frozen": partial(epoch, torch.no_grad()(live.__call__)),
+    }
+    rounds = take_turns(candidates, ROUNDS)
+    note = f"the release's FAM, batches of {RELEASED_BATCH}, DINOv2-small at 112 px and MiniLM; without the extraction"
+    return [
+        rounds.rate("released", "the release's loop, encoders in it", "photos/s"),
+        rounds.ratio("cache", "released", "epoch from the cache / the release's, autograd through encoders", note=note),
+        rounds.ratio("cache", "frozen", "epoch from the cache / encoders in the loop, without autograd", note=note),
+    ]
+
+
+class LiveEncoders:
+    """Decodes, prepares and encodes a batch, as the release does in every step."""
+
+    def __init__(self, encoders: Mapping[str, str], inputs: FamInputs, scenes: Path) -> None:
+        self._inputs = inputs
+        self._image = AutoModel.from_pretrained(encoders["image"]).to(inputs.device).eval()
+        self._text = AutoModel.from_pretrained(encoders["text"]).to(inputs.device).eval()
+        size = {"height": 112, "width": 112}
+        self._processor = AutoImageProcessor.from_pretrained(
+            encoders["image"], use_fast=False, size={"shortest_edge": 112}, crop_size=size
+        )
+        self._tokenizer = AutoTokenizer.from_pretrained(encoders["text"])
+        table = inputs.cache.table
+        self._files = {int(row): scenes / name for row, name in zip(table.rows["image"], table.ids, strict=True)}
+        self._captions = table.inputs["text"].texts or ()
+
+    def __call__(self, photos: np.ndarray, captions: np.ndarray) -> tuple[list[torch.Tensor], Texts]:
+        device, spec = self._inputs.device, self._inputs.spec
+        images = [Image.open(self._files[int(row)]).convert("RGB") for row in photos]
+        pixels = self._processor(images=images, return_tensors="pt").to(device)
+        seen: Any = self._image(**pixels, output_hidden_states=True)
+        words = self._tokenizer([self._captions[row] for row in captions], padding=True, return_tensors="pt").to(device)
+        read: Any = self._text(**words, output_hidden_states=True)
+        mask = words["attention_mask"].bool()
+        mean = (read.last_hidden_state * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        text_states = [read.hidden_states[layer] for layer in spec.text_layers]
+        return [seen.hidden_states[layer] for layer in spec.gallery_layers], Texts(text_states, mask, mean)
+
+
+def config_of(cache: str, out: str, **options: Any) -> TrainConfig:
+    given = {"fusion": "linear", "validation": "dev", "control_epochs": 0, "tensorboard": False}
+    return TrainConfig(cache=cache, out=out, **{**given, **options})
+
+
+def forget_files(folder: str) -> None:
+    """Drop a folder's files from the page cache."""
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
