@@ -21,6 +21,9 @@ from saffe_cache.pairs import Pairs, select_pairs
 from saffe_cache.runs import load_run
 from saffe_cache.store.reader import open_cache
 
+BATCH = 32
+"""Photos that share one drawing of the random matrices: few, so that many drawings enter the means."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,8 +52,8 @@ def measure(inputs: FamInputs, model: FusionAlignModule, pairs: Pairs) -> dict[s
     def fuse(states: list[torch.Tensor], mask: torch.Tensor | None, classes: np.ndarray) -> torch.Tensor:
         return model(states, mask, inputs.texts(search.text_rows[classes]))  # type: ignore[no-any-return]
 
-    for start in range(0, len(pairs), 256):
-        states, mask = inputs.photos(pairs.rows[start : start + 256])
+    for start in range(0, len(pairs), BATCH):
+        states, mask = inputs.photos(pairs.rows[start : start + BATCH])
         count = len(states[0])
         own = np.array([pairs.labels[start + i][0] for i in range(count)])
         other = (own + 1) % num_classes
