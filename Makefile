@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 
 demo: .venv/demo
 	$(BIN)/python pipelines/demo.py --work demo
@@ -14,6 +14,9 @@ check: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: .venv/bench
+	$(BIN)/python tests/benchmarks/bench.py --work runs/bench
 
 # torch first and pinned: a range would let pip fetch gigabytes of CUDA packages where a CPU build is at hand
 .venv/base: pyproject.toml constraints.txt
@@ -27,6 +30,13 @@ check: .venv/test
 
 .venv/test: .venv/base
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,audio,logging,test]'
+	touch $@
+
+# LitData without what it asks for: with torchvision, transformers would take other image processors, and boto3 asks for
+# an older dateutil than the tests have
+.venv/bench: .venv/base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps litdata boto3 botocore jmespath s3transfer
 	touch $@
 
 clean:

@@ -84,7 +84,10 @@ def from_storage(stored: np.ndarray, dtype: str) -> np.ndarray:
         return stored
     codes = stored[..., :-_SCALE_BYTES]
     scales = np.ascontiguousarray(stored[..., -_SCALE_BYTES:]).view("<f4")
-    numbers: np.ndarray = codes.view(np.int8).astype(np.float32) if dtype == "int8" else _float8_numbers()[codes]
+    if dtype == "int8":
+        numbers: np.ndarray = codes.view(np.int8).astype(np.float32)
+    else:
+        numbers = np.take(_float8_numbers(), codes, mode="clip")
     numbers *= scales
     return numbers
 

@@ -39,6 +39,8 @@ from saffe_cache.store.zarr_files import check_array_metadata, read_group, shard
 
 _MAX_OPEN_SHARDS = 64
 """Of one array. A memory map holds a file open, of which a process may have 1024."""
+_LONG_RUN_BYTES = 2**13
+"""Consecutive rows of so many bytes are quicker copied on their own than looked up together with others."""
 
 
 class RowReader:
@@ -87,25 +89,44 @@ class RowReader:
                 f"{self._storage.root}: {self._folder} has {len(self)} rows, row {beyond[0]} was asked for. "
                 "Run saffe-extract again to complete it."
             )
-        result = np.empty((len(rows), *spec.stored_shape), spec.numpy_dtype)
+        if not len(rows):
+            return np.empty((0, *spec.stored_shape), spec.numpy_dtype)
+        result = np.empty((len(rows), math.prod(spec.stored_shape)), spec.numpy_dtype)
         shards, within = np.divmod(rows, spec.shard_rows)
-        if (shards[1:] < shards[:-1]).any():
-            for shard in np.unique(shards):
-                here = np.flatnonzero(shards == shard)
-                result[here] = self._shard(int(shard))[within[here]]
-            return result
-        ends = [*(np.flatnonzero(shards[1:] != shards[:-1]) + 1).tolist(), len(rows)] if len(rows) else []
-        for start, stop in zip([0, *ends], ends, strict=False):
-            # "clip" spares numpy a second copy; beyond the shard lies nothing
-            np.take(self._shard(int(shards[start])), within[start:stop], 0, result[start:stop], mode="clip")
-        return result
+        changes = shards[1:] != shards[:-1]
+        if (shards[1:] >= shards[:-1]).all():
+            for start, stop in _stretches(changes).tolist():
+                # "clip" spares numpy a second copy; beyond the shard lies nothing
+                np.take(self._shard(int(shards[start])), within[start:stop], 0, result[start:stop], mode="clip")
+            return result.reshape(len(rows), *spec.stored_shape)
+        runs = _stretches(changes | (rows[1:] != rows[:-1] + 1))
+        if result.nbytes >= _LONG_RUN_BYTES * len(runs):
+            self._copy_runs(runs, shards, within, result)
+        else:
+            for number in np.unique(shards).tolist():
+                here = np.flatnonzero(shards == number)
+                result[here] = self._shard(number)[within[here]]
+        return result.reshape(len(rows), *spec.stored_shape)
+
+    def _copy_runs(self, runs: np.ndarray, shards: np.ndarray, within: np.ndarray, result: np.ndarray) -> None:
+        """Consecutive rows at a time, shard by shard: with random rows of large arrays all of them are needed."""
+        runs = runs[np.argsort(shards[runs[:, 0]], kind="stable")]
+        numbers, firsts = shards[runs[:, 0]].tolist(), within[runs[:, 0]].tolist()
+        opened, shard = -1, result
+        for (start, stop), number, first in zip(runs.tolist(), numbers, firsts, strict=True):
+            if number != opened:
+                opened, shard = number, self._shard(number)
+            if stop - start == 1:
+                result[start] = shard[first]  # takes less than a slice of one row
+            else:
+                result[start:stop] = shard[first : first + stop - start]
 
     def read_range(self, start: int, stop: int) -> np.ndarray:
         """Consecutive rows."""
         return self.read(np.arange(start, stop))
 
     def _shard(self, index: int) -> np.ndarray:
-        """The rows of a shard; the one opened first is closed where too many are open."""
+        """The rows of a shard, [rows, numbers of a row]; the one opened first is closed where too many are open."""
         with self._lock:
             if index not in self._open:
                 while len(self._open) >= _MAX_OPEN_SHARDS:
@@ -116,7 +137,7 @@ class RowReader:
     def _open_shard(self, index: int) -> np.ndarray:
         spec, entry = self._array.spec, self._array.shards[index]
         name = f"{self._folder}/{shard_name(index, spec)}"
-        shape = (entry.rows, *spec.stored_shape)
+        shape = (entry.rows, math.prod(spec.stored_shape))
         path = self._storage.local_path(name)
         if path is None:
             data = self._storage.read(name)
@@ -128,6 +149,12 @@ class RowReader:
                 "then restore it from a copy, or extract into a new cache."
             )
         return np.asarray(np.memmap(path, spec.numpy_dtype, mode="r", shape=shape))
+
+
+def _stretches(breaks: np.ndarray) -> np.ndarray:
+    """int64 [n, 2]: starts and stops of stretches of `len(breaks) + 1` places; a break begins one at the next place."""
+    starts = np.flatnonzero(np.append(True, breaks))
+    return np.stack([starts, np.append(starts[1:], len(breaks) + 1)], axis=1)
 
 
 class EncoderCache:

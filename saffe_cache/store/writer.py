@@ -2,6 +2,7 @@
 
 Rows may come in any portions, in order. A full shard is written at once; `commit` then records it in the
 manifest. The rows of the unfinished shard stay in memory until `finish`, and so are what a kill costs.
+While a shard goes to the disk, its checksum and statistics are taken, all from the portions as they came.
 A tail shard that new rows fill up is read back, checked, and written again as a whole.
 """
 
@@ -11,30 +12,35 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from saffe_cache.durable import make_folder
 from saffe_cache.features import BlockWeights
 from saffe_cache.store.layout import ArraySpec, check_shard, describe_shard, encode_shard
 from saffe_cache.store.manifest import ArrayManifest, EncoderManifest, encoder_group, layers_among, write_encoder
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.zarr_files import array_metadata, describe_group, mark_group, shard_name, write_group
 
+_HELPERS = 2
+"""Threads that write a shard, and make the folder of the next one."""
+
 
 class _ArrayWriter:
-    """One array: `position` rows are on disk or in the open shard, which is filled in place."""
+    """One array: `position` rows are on disk or in the open shard, which is kept in the portions that it came in."""
 
-    def __init__(self, storage: Storage, folder: str, array: ArrayManifest, target_rows: int) -> None:
-        self._storage, self._folder, self._spec = storage, folder, array.spec
+    def __init__(
+        self, storage: Storage, folder: str, array: ArrayManifest, target_rows: int, helpers: Executor
+    ) -> None:
+        self._storage, self._folder, self._spec, self._helpers = storage, folder, array.spec, helpers
         self.entries = list(array.shards)
         self.position = array.rows
         self.target_rows = max(target_rows, array.rows)
         self._written = self.position
-        self._shard: np.ndarray | None = None
-        if self.position % self._spec.shard_rows:
-            tail = self._read_tail(array)
-            self._open_shard()[: len(tail)] = tail
+        self._open = [self._read_tail(array)] if self.position % self._spec.shard_rows else []
+        self._next_folder = helpers.submit(self._make_folder, self.position // self._spec.shard_rows)
         storage.write(f"{folder}/zarr.json", array_metadata(array.spec, self.target_rows))
 
     def append(self, first_row: int, rows: np.ndarray) -> bool:
@@ -44,7 +50,7 @@ class _ArrayWriter:
         while len(fresh):
             filled = self.position % self._spec.shard_rows
             taken = min(self._spec.shard_rows - filled, len(fresh))
-            self._open_shard()[filled : filled + taken] = fresh[:taken]
+            self._open.append(fresh[:taken])
             fresh = fresh[taken:]
             self.position += taken
             if filled + taken == self._spec.shard_rows:
@@ -57,27 +63,30 @@ class _ArrayWriter:
         if self.position > self._written:
             self._write_shard()
 
-    def _open_shard(self) -> np.ndarray:
-        """Room for the rows of the shard that `position` lies in."""
-        if self._shard is None:
-            first = self.position // self._spec.shard_rows * self._spec.shard_rows
-            room = min(self._spec.shard_rows, self.target_rows - first)
-            self._shard = np.empty((room, *self._spec.stored_shape), self._spec.numpy_dtype)
-        return self._shard
-
     def _write_shard(self) -> None:
-        assert self._shard is not None
         index = (self.position - 1) // self._spec.shard_rows
-        rows = self._shard[: self.position - index * self._spec.shard_rows]
-        self._storage.write(f"{self._folder}/{shard_name(index, self._spec)}", *encode_shard(self._spec, rows))
-        self.entries[index:] = [describe_shard(self._spec, rows)]
+        self._next_folder.result()
+        writing = self._helpers.submit(self._storage.write, self._name(index), *encode_shard(self._spec, *self._open))
+        self._next_folder = self._helpers.submit(self._make_folder, index + 1)
+        entry = describe_shard(self._spec, *self._open)
+        writing.result()
+        self.entries[index:] = [entry]
         self._written = self.position
-        if len(rows) == self._spec.shard_rows:
-            self._shard = None
+        if self.position % self._spec.shard_rows == 0:
+            self._open = []
+
+    def _make_folder(self, index: int) -> None:
+        """Ahead of its shard, if there will be one: a durable folder costs as much waiting as a small durable file."""
+        path = self._storage.local_path(self._name(index))
+        if path is not None and index * self._spec.shard_rows < self.target_rows:
+            make_folder(path.parent)
+
+    def _name(self, index: int) -> str:
+        return f"{self._folder}/{shard_name(index, self._spec)}"
 
     def _read_tail(self, array: ArrayManifest) -> np.ndarray:
         entry = array.shards[-1]
-        name = f"{self._folder}/{shard_name(len(array.shards) - 1, array.spec)}"
+        name = self._name(len(array.shards) - 1)
         data = self._storage.read(name)
         check_shard(array.spec, entry, data, f"{self._storage.root}: {name}")
         rows = np.frombuffer(data[: entry.rows * array.spec.row_bytes], array.spec.numpy_dtype)
@@ -86,9 +95,10 @@ class _ArrayWriter:
 
 @dataclass(frozen=True)
 class Portion:
-    """Consecutive rows of several arrays, made together: name -> (first row, rows in the stored type)."""
+    """Consecutive rows of several arrays, made together."""
 
     rows: Mapping[str, tuple[int, np.ndarray]]
+    """name -> (first row, rows in the stored type). They are not copied: nobody may change them from now on."""
     invalid: Mapping[int, str] = field(default_factory=dict)
     """Inputs of this portion that could not be encoded."""
 
@@ -110,10 +120,11 @@ class EncoderWriter:
         mark_group(storage, "encoders")
         if layers_among(targets):
             mark_group(storage, f"{group}/hidden_states")
+        self._helpers = ThreadPoolExecutor(_HELPERS, "shard-helper")
         self._arrays: dict[str, _ArrayWriter] = {}
         for name, (spec, target_rows) in targets.items():
             array = manifest.arrays.setdefault(name, ArrayManifest(spec))
-            self._arrays[name] = _ArrayWriter(storage, f"{group}/{name}", array, target_rows)
+            self._arrays[name] = _ArrayWriter(storage, f"{group}/{name}", array, target_rows, self._helpers)
         write_encoder(storage, manifest)
         self._portions: queue.Queue[Portion | None] = queue.Queue(maxsize=1)
         self._failure: BaseException | None = None
@@ -125,6 +136,7 @@ class EncoderWriter:
 
     def __exit__(self, *_: object) -> None:
         self._stop()
+        self._helpers.shutdown()
 
     def put(self, portion: Portion) -> None:
         """Hand over a portion; waits while one is ahead.

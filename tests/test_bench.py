@@ -1,0 +1,181 @@
+"""What a benchmark could get wrong silently: ratios, verdicts, missing competitors, unequal rows. Nothing is timed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
+
+import bench
+import reading
+import writing
+from timing import Figure, Rounds, not_installed, take_turns
+
+from saffe_cache.store import layout, reader
+from saffe_cache.store.layout import describe_shard
+from saffe_cache.store.storage import Storage
+
+
+class Clock:
+    """A machine on which work takes `slowness` times the seconds that it should."""
+
+    def __init__(self) -> None:
+        self.now, self.slowness = 0.0, 1.0
+        self.turns: list[str] = []
+
+    def work(self, name: str, seconds: float, amount: int) -> Callable[[], int]:
+        def turn() -> int:
+            self.turns.append(name)
+            self.now += seconds * self.slowness
+            return amount
+
+        return turn
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_ratio_is_of_amounts_by_time_in_the_same_round() -> None:
+    """Twice the rows in half the time is four times the rate, whatever else the machine does from round to round."""
+    clock = Clock()
+    generator = np.random.default_rng(0)
+    candidates = {"ours": clock.work("ours", 0.5, 20), "theirs": clock.work("theirs", 1.0, 10)}
+
+    def before() -> None:
+        clock.now += 1000  # not timed
+        if len(clock.turns) % 2 == 0:
+            clock.slowness = float(generator.uniform(1, 50))
+
+    rounds = take_turns(candidates, 9, before=before, clock=clock)
+    figure = rounds.ratio("ours", "theirs", "x", at_least=4.0)
+    assert figure.value == pytest.approx(4)
+    assert figure.interval == pytest.approx((4, 4))
+    assert rounds.ratio("theirs", "ours", "x").value == pytest.approx(0.25)
+    assert np.ptp(rounds.rates["ours"]) > 1
+
+
+def test_every_round_has_every_candidate_once_in_an_order_that_changes() -> None:
+    clock = Clock()
+    candidates = {name: clock.work(name, 1.0, 1) for name in "abc"}
+    rounds = take_turns(candidates, 20, clock=clock)
+    assert [len(rates) for rates in rounds.rates.values()] == [20, 20, 20]
+    orders = [tuple(clock.turns[start : start + 3]) for start in range(0, 63, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders)  # the first of them did not count
+    assert len(set(orders)) > 3
+
+
+def test_the_figure_is_the_median_of_ratios_not_the_ratio_of_medians() -> None:
+    rounds = Rounds({"a": np.array([1.0, 4.0, 9.0]), "b": np.array([1.0, 2.0, 30.0])})
+    figure = rounds.ratio("a", "b", "x")
+    assert figure.value == 1
+    assert figure.interval is not None
+    assert figure.interval[0] >= 0.3
+    assert figure.interval[1] <= 2
+    assert rounds.rate("a", "x", "MB/s", 1e-6).value == pytest.approx(4e-6)
+
+
+@pytest.mark.parametrize(
+    ("value", "at_least", "at_most", "expected"),
+    [
+        (0.8, 0.8, None, True),
+        (0.79, 0.8, None, False),
+        (1.0, None, 1.0, True),
+        (1.1, None, 1.0, False),
+        (1.1, 0.9, 1.0, False),
+        (float("nan"), 0.8, None, False),
+        (5.0, None, None, None),
+        (None, 0.8, None, None),
+    ],
+)
+def test_verdicts(value: float | None, at_least: float | None, at_most: float | None, expected: bool | None) -> None:
+    assert Figure(name="x", unit="ratio", value=value, at_least=at_least, at_most=at_most).is_met is expected
+
+
+def test_the_table_shows_misses_and_who_is_missing() -> None:
+    figures = [
+        Figure(name="reading", unit="ratio", value=0.5, interval=(0.4, 0.6), at_least=0.8, note="cached"),
+        Figure(name="memory", unit="MB", value=12345.6, at_most=20000.0, note="cached"),
+        not_installed("rate over LitData's"),
+    ]
+    report = bench.Report({"cores": 2}, {"one": figures}, {"one": 3.0})
+    lines = report.to_text().splitlines()
+    (reading_line,) = [line.split() for line in lines if "reading" in line]
+    assert reading_line == ["reading", "0.500", "0.400–0.600", "≥", "0.8", "MISSED", "[1]"]
+    (memory_line,) = [line.split() for line in lines if "memory" in line]
+    assert memory_line == ["memory", "12346", "MB", "≤", "20000", "met", "[1]"]
+    (missing_line,) = [line for line in lines if "LitData" in line]
+    assert missing_line.endswith("not installed")
+    found = json.loads(json.dumps(report.to_json()))["figures"]
+    assert [figure["is_met"] for figure in found] == [False, True, None]
+    assert [figure["section"] for figure in found] == ["one"] * 3
+
+
+def test_what_is_measured_is_kept_when_a_later_section_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fine(work: Path) -> list[Figure]:
+        assert list(work.iterdir()) == []
+        (work / "left").write_text("")
+        return [Figure(name="a", unit="ratio", value=1.0)]
+
+    def broken(work: Path) -> list[Figure]:
+        raise AssertionError("other numbers than were written")
+
+    monkeypatch.setitem(sys.modules, "fine", SimpleNamespace(measure=fine))
+    monkeypatch.setitem(sys.modules, "broken", SimpleNamespace(measure=broken))
+    with pytest.raises(AssertionError, match="other numbers"):
+        bench.run(tmp_path / "work", ["fine", "broken"])
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["bench.json", "bench.txt"]
+    assert [one["name"] for one in json.loads((tmp_path / "work" / "bench.json").read_text())["figures"]] == ["a"]
+
+
+def test_readers_that_err_are_not_timed() -> None:
+    states = writing.draw_states(4).astype(np.float16)
+    everything = [(np.array([2, 0]), states[[2, 0]]), (np.array([1, 3]), states[[1, 3]])]
+    reading.check("x", everything, states)
+    wrong = states[[1, 3]].copy()
+    wrong[0, 0, 0] = -wrong[0, 0, 0]
+    for batches, message in [
+        ([everything[0], (np.array([1, 3]), wrong)], "other numbers"),
+        (everything[:1], "0 to 1 times each row"),
+        ([*everything, everything[0]], "1 to 2 times each row"),
+    ]:
+        with pytest.raises(AssertionError, match=message):
+            reading.check("x", batches, states)
+
+
+@pytest.mark.parametrize("long_run_bytes", [1, reader._LONG_RUN_BYTES, 10**12])
+def test_every_way_of_reading_gives_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_run_bytes: int
+) -> None:
+    """Rows in any order, once or often, from several shards: copied run by run, or looked up together."""
+    monkeypatch.setattr(reader, "_LONG_RUN_BYTES", long_run_bytes)
+    monkeypatch.setattr(writing, "SHARD_BYTES", 2**20)
+    states = writing.draw_states(60).astype(np.float16)
+    ours = reading.write_ours(tmp_path, states)
+    generator = np.random.default_rng(0)
+    for rows in (generator.permutation(60), generator.integers(0, 60, 90), np.arange(60), np.arange(59, -1, -1)):
+        np.testing.assert_array_equal(ours.rows(rows), states[rows])
+    np.testing.assert_array_equal(ours.block(7, 58), states[7:58])
+    assert ours.block(7, 7).shape == (0, 50, 768)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_portions_are_described_as_the_shard_that_they_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Portions end within blocks of the statistics, and within shards."""
+    monkeypatch.setattr(writing, "SHARD_BYTES", 2**20)
+    monkeypatch.setattr(writing, "PORTION_ROWS", 7)
+    monkeypatch.setattr(layout, "_BLOCK_NUMBERS", 2**14)
+    spec = writing.array_spec(dtype)
+    rows = writing.to_storage(writing.draw_states(60), dtype)
+    manifest = writing.write_array(Storage(tmp_path), spec, rows)
+    whole = [describe_shard(spec, rows[start : start + spec.shard_rows]) for start in range(0, 60, spec.shard_rows)]
+    assert len(whole) > 1
+    assert manifest.arrays[writing.LAYER].shards == whole
