@@ -7,6 +7,7 @@ cache lacks of it) -> encoding, which hands rows to the store's writer.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -14,7 +15,8 @@ from typing import Literal
 import numpy as np
 
 from saffe_cache.encoders.encoder import EncoderRequest
-from saffe_cache.extraction.encoding import check_sources, run_job
+from saffe_cache.extraction.encoding import run_job
+from saffe_cache.extraction.loading import check_sources
 from saffe_cache.extraction.planning import EncodeOptions, Job, plan_job, seconds_per_input
 from saffe_cache.features import MODALITIES, CacheError, ItemTable, Modality
 from saffe_cache.options import require, require_keys
@@ -71,12 +73,15 @@ class ExtractConfig:
     """Also keep each encoder's own vector; without it the forward pass stops at the deepest layer kept."""
     device: str = "auto"
     """auto takes a GPU where there is one; or cpu, cuda, cuda:1."""
-    batch_size: int = 32
-    """Photos or sounds in a batch."""
-    batch_tokens: int = 4096
-    """Tokens in a batch of texts, padding included."""
-    workers: int = 4
-    """Threads that read, decode and prepare photos and sounds."""
+    batch_tokens: int | None = None
+    """Tokens in a batch, padding included; one that does not fit into memory is halved. Default: 2048 on a CPU, which
+    its caches hold, 32768 on a GPU."""
+    batch_size: int | None = None
+    """Photos or sounds in a batch. Default: as many as have --batch-tokens."""
+    workers: int | None = None
+    """How many read, decode and prepare photos and sounds at once. Default: one a processor core, at least 4."""
+    decode_in: Literal["auto", "threads", "processes"] = "auto"
+    """What the workers are. auto: threads on a CPU; forked processes beside a GPU, which threads would slow down."""
     shard_mb: int = 64
     """Size of a shard in MB: the unit of writing and resuming."""
     max_invalid: float = 0.01
@@ -132,7 +137,7 @@ def extract(config: ExtractConfig) -> str:
 
 
 def _plan_jobs(storage: Storage, table: ItemTable, config: ExtractConfig) -> Iterator[Job]:
-    options = EncodeOptions(**{one.name: getattr(config, one.name) for one in fields(EncodeOptions)})
+    options = _encode_options(config)
     for request in _requests(config):
         if request.modality not in table.inputs:
             raise ValueError(
@@ -143,6 +148,22 @@ def _plan_jobs(storage: Storage, table: ItemTable, config: ExtractConfig) -> Ite
         if request.modality != "text":
             is_wanted = np.isin(np.arange(len(inputs)), table.rows[request.modality])
         yield plan_job(storage, request, inputs, is_wanted, options)
+
+
+def _encode_options(config: ExtractConfig) -> EncodeOptions:
+    """The config's, with what it leaves to the machine."""
+    on_gpu = choose_device(config.device) != "cpu"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return EncodeOptions(
+        storage=config.storage,
+        pooled=config.pooled,
+        batch_tokens=config.batch_tokens or (32768 if on_gpu else 2048),
+        batch_size=config.batch_size,
+        workers=config.workers or max(4, cores),
+        decode_in=config.decode_in,
+        shard_mb=config.shard_mb,
+        max_invalid=config.max_invalid,
+    )
 
 
 def _requests(config: ExtractConfig) -> Iterator[EncoderRequest]:

@@ -151,3 +151,22 @@ def test_a_text_may_use_all_positions_and_no_more(name: str, positions: int, tin
     assert encoder.max_length == positions
     long = inputs_of(name, encoder, [" ".join(["word5"] * 300)])
     assert encoder.encode(long).lengths.tolist() == [positions]
+
+
+@pytest.mark.parametrize("name", ["dinov2", "bert", "clip-vision"])
+def test_a_launched_batch_is_its_own(name: str, tiny_model: Models) -> None:
+    """Converted after others were launched, in the type of the pass; a selection that changes meanwhile is not its."""
+    encoder = load_tiny(name, tiny_model(name), dtype="bfloat16")
+    inputs = inputs_of(name, encoder)
+    alone = {key: value[:1] for key, value in inputs.items()}
+    expected, launched = encoder.encode(inputs), encoder.launch(inputs)
+    encoder.select((1,), vectors=False)
+    encoder.launch(alone).wait()
+    encoded = launched.encoded()
+    assert encoded.states.keys() == expected.states.keys()
+    for index, states in expected.states.items():
+        np.testing.assert_array_equal(encoded.states[index], states)
+    for key, values in expected.vectors.items():
+        np.testing.assert_array_equal(encoded.vectors[key], values)
+    numbers = sum(states.size for states in encoded.states.values()) + sum(v.size for v in encoded.vectors.values())
+    assert launched.num_bytes == 2 * numbers

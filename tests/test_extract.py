@@ -16,64 +16,24 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from extraction_cases import draw, files_of, make_captioned, tiny_config
 from PIL import Image
-from tiny_models import WORDS
 
 from saffe_cache.cli import cache_command, extract_command
-from saffe_cache.encoders.encoder import Encoded, FrozenEncoder
+from saffe_cache.encoders.encoder import Encoded, FrozenEncoder, Launched
 from saffe_cache.extract import ExtractConfig, extract
-from saffe_cache.extraction import encoding
 from saffe_cache.features import CacheError
 from saffe_cache.store.reader import open_cache, verify_cache
 
 
-def draw(path: Path, seed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (40, 30, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
-def make_captioned(folder: Path, splits: dict[str, int]) -> Path:
-    for split, count in splits.items():
-        lines = []
-        for number in range(count):
-            draw(folder / split / f"{number:03}.png", number + 1000 * len(split))
-            words = [WORDS[(number * 3 + i) % 40] for i in range(2 + number % 4)]
-            captions = [" ".join(words), f"{split} {number}", "the same for all"]
-            lines.append(json.dumps({"file_name": f"{number:03}.png", "captions": captions}))
-        (folder / split / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+@pytest.fixture
+def config(tmp_path: Path, tiny_model: Callable[[str], Path]) -> ExtractConfig:
+    return tiny_config(tmp_path, tiny_model)
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return make_captioned(tmp_path / "data", {"train": 20, "dev": 6})
-
-
-@pytest.fixture
-def config(data: Path, tmp_path: Path, tiny_model: Callable[[str], Path]) -> ExtractConfig:
-    return ExtractConfig(
-        data=str(data),
-        cache=str(tmp_path / "cache.zarr"),
-        encoder={"image": str(tiny_model("dinov2")), "text": str(tiny_model("bert"))},
-        layers={"image": (2, 3), "text": (1, 3)},
-        storage="float32",
-        batch_size=4,
-        device="cpu",
-    )
-
-
-def files_of(cache: str, below: str = "") -> dict[str, bytes]:
-    """All shards and array metadata; manifests hold times and are left out."""
-    root = Path(cache)
-    return {
-        name: path.read_bytes()
-        for path in sorted((root / below).rglob("*"))
-        if path.is_file()
-        and (name := path.relative_to(root).as_posix()) != "zarr.json"
-        and not (name.startswith("encoders/") and name.count("/") == 2)
-        and not path.name.startswith(".")
-    }
+def data(config: ExtractConfig) -> Path:
+    return Path(config.data)
 
 
 def test_cached_states_are_the_models_own(config: ExtractConfig, data: Path) -> None:
@@ -182,18 +142,18 @@ def test_interrupted_extraction_resumes_to_the_same_bytes(
 ) -> None:
     small = replace(config, shard_mb=0)
     whole = extract(replace(small, cache=config.cache + ".whole"))
-    encode, calls = FrozenEncoder.encode, []
+    launch, calls = FrozenEncoder.launch, []
 
-    def dying(self: FrozenEncoder, inputs: dict[str, torch.Tensor]) -> Encoded:
+    def dying(self: FrozenEncoder, inputs: dict[str, torch.Tensor]) -> Launched:
         calls.append(1)
         if len(calls) > dies_at + 1:  # the first one learns the number of tokens
             raise KeyboardInterrupt
-        return encode(self, inputs)
+        return launch(self, inputs)
 
-    monkeypatch.setattr(FrozenEncoder, "encode", dying)
+    monkeypatch.setattr(FrozenEncoder, "launch", dying)
     with pytest.raises(KeyboardInterrupt):
         extract(small)
-    monkeypatch.setattr(FrozenEncoder, "encode", encode)
+    monkeypatch.setattr(FrozenEncoder, "launch", launch)
     assert files_of(extract(small)) == files_of(whole)
 
 
@@ -209,12 +169,13 @@ def test_kill_dash_nine_costs_at_most_the_open_shard(config: ExtractConfig, tmp_
     code = (
         "import sys, torch; torch.set_num_threads(1); from saffe_cache.cli import extract_command as c; sys.exit(c())"
     )
+    arrays = Path(small.cache) / "encoders"
     for _ in range(2):
         process = subprocess.Popen(
             [sys.executable, "-c", code, *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )
-        before = len(list(Path(small.cache).rglob("c/*")))
-        while process.poll() is None and len(list(Path(small.cache).rglob("c/*"))) < before + 10:
+        before = len(list(arrays.rglob("c/*")))
+        while process.poll() is None and len(list(arrays.rglob("c/*"))) < before + 10:
             time.sleep(0.01)
         process.kill()
         assert process.wait() == -signal.SIGKILL, "it ended before it could be killed: give it more photos"
@@ -324,16 +285,26 @@ def test_changed_content_is_refused(config: ExtractConfig, data: Path) -> None:
         extract(config)
 
 
+def alter(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, Encoded], None]) -> None:
+    """Let `change` write to what an encoder of a modality gives for each batch."""
+    launch = FrozenEncoder.launch
+
+    def altered(self: FrozenEncoder, inputs: dict[str, torch.Tensor]) -> Launched:
+        encoded = launch(self, inputs).encoded()
+        change(self.request.modality, encoded)
+        states = {i: torch.from_numpy(values) for i, values in encoded.states.items()}
+        vectors = {name: torch.from_numpy(values) for name, values in encoded.vectors.items()}
+        return Launched(states, vectors, encoded.lengths, None)
+
+    monkeypatch.setattr(FrozenEncoder, "launch", altered)
+
+
 def test_overflow_names_layer_and_input(config: ExtractConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = FrozenEncoder.encode
-
-    def loud(self: FrozenEncoder, inputs: dict[str, torch.Tensor]) -> Encoded:
-        encoded = encode(self, inputs)
-        if self.request.modality == "image" and len(encoded.lengths) > 2:
+    def loud(modality: str, encoded: Encoded) -> None:
+        if modality == "image" and len(encoded.lengths) > 2:
             encoded.states[3][2] *= 1e6
-        return encoded
 
-    monkeypatch.setattr(FrozenEncoder, "encode", loud)
+    alter(monkeypatch, loud)
     with pytest.raises(CacheError, match=r"hidden_states/3 of input 2: magnitude .* exceeds float16's 65504"):
         extract(replace(config, storage="float16"))
     loudest = open_cache(extract(replace(config, storage="bfloat16", cache=config.cache + ".bf16")))
@@ -341,15 +312,11 @@ def test_overflow_names_layer_and_input(config: ExtractConfig, monkeypatch: pyte
 
 
 def test_non_finite_states_make_the_input_invalid(config: ExtractConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = FrozenEncoder.encode
-
-    def broken(self: FrozenEncoder, inputs: dict[str, torch.Tensor]) -> Encoded:
-        encoded = encode(self, inputs)
-        if self.request.modality == "text":
+    def broken(modality: str, encoded: Encoded) -> None:
+        if modality == "text":
             encoded.states[1][0, 0, 0] = np.inf
-        return encoded
 
-    monkeypatch.setattr(FrozenEncoder, "encode", broken)
+    alter(monkeypatch, broken)
     cache = open_cache(extract(replace(config, max_invalid=0.5)))
     assert list(cache.encoder("text").manifest.invalid.values()) == ["hidden_states/1 is not finite"]
 
@@ -368,6 +335,19 @@ def test_every_storage_type_holds_the_hidden_states(config: ExtractConfig, stora
         largest = np.abs(expected.states[0]).max(axis=-1, keepdims=True)
         assert (np.abs(found.states[0].astype(np.float32) - expected.states[0]) <= 1.01 * error * largest).all()
         np.testing.assert_array_equal(found.mask, expected.mask)
+
+
+def test_bfloat16_pass_stores_what_float32_does_but_for_rounding(config: ExtractConfig) -> None:
+    """As on a GPU, where it is the default; errors are relative to the token's length."""
+    exact = open_cache(extract(config))
+    rough = open_cache(extract(replace(config, dtype="bfloat16", cache=config.cache + ".bfloat16")))
+    for modality, layer in (("image", 3), ("text", 3)):
+        rows = np.arange(20)
+        expected, found = (cache.encoder(modality).tokens(rows, (layer,)).states[0] for cache in (exact, rough))
+        error = np.linalg.norm(found - expected, axis=-1) / np.maximum(np.linalg.norm(expected, axis=-1), 1e-9)
+        assert 0 < error.max() < 0.1
+        vectors = [cache.encoder(modality).vectors(rows) for cache in (exact, rough)]
+        assert (np.linalg.norm(vectors[1] - vectors[0], axis=-1) < 0.1 * np.linalg.norm(vectors[0], axis=-1)).all()
 
 
 def test_storage_of_an_array_is_fixed(config: ExtractConfig) -> None:
@@ -419,12 +399,6 @@ def test_sounds_with_classes(tmp_path: Path, config: ExtractConfig, tiny_model: 
     cache = open_cache(extract(replace(config, data=str(tmp_path / "sounds"), encoder=encoders, layers={})))
     assert cache.encoder("audio").manifest.layers == [2, 3]
     assert cache.encoder("audio").usable(cache.table.rows["audio"]).all()
-
-
-def test_texts_are_batched_by_length_within_the_budget() -> None:
-    token_ids = [[0] * length for length in (1, 2, 2, 5, 9, 30)]
-    batches = list(encoding._token_batches(range(6), token_ids, 10))
-    assert batches == [[0, 1, 2], [3], [4], [5]]
 
 
 def test_commands_end_with_the_path_and_explain_errors(

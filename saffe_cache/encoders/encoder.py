@@ -2,6 +2,9 @@
 
 The forward pass runs no layer behind the deepest one that is asked for. Hidden states are taken by hooks
 on the layers themselves, so that `hidden_states[i]` is what layer i really receives.
+
+`launch` starts a batch, and on a GPU returns at once; what it returns is waited for, and converted, where and when the
+caller likes. `encode` does all three.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from torch import nn
 from saffe_cache.encoders.families import Family, read_block
 from saffe_cache.encoders.fingerprint import fingerprint_of
 from saffe_cache.encoders.loading import EncoderRequest, load_model, load_processor, longest_text
+from saffe_cache.encoders.pictures import quick_pictures
+from saffe_cache.encoders.transfers import Transfers
 from saffe_cache.features import BlockWeights
 
-__all__ = ["Encoded", "EncoderRequest", "FrozenEncoder", "load_encoder"]
+__all__ = ["Encoded", "EncoderRequest", "FrozenEncoder", "Launched", "load_encoder"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,30 @@ class Encoded:
     """"pooled" and, where the model projects, "projected", each [batch, d]."""
     lengths: np.ndarray
     """int64 [batch]: real tokens."""
+
+
+class Launched:
+    """A batch that the device has been given, in the type of the forward pass."""
+
+    def __init__(
+        self, states: Mapping[int, torch.Tensor], vectors: Mapping[str, torch.Tensor], lengths: np.ndarray, event: Any
+    ) -> None:
+        self._states, self._vectors, self._lengths, self._event = states, vectors, lengths, event
+        self.num_bytes = sum(tensor.nbytes for tensor in (*states.values(), *vectors.values()))
+
+    def wait(self) -> None:
+        """Until the device is through with it, and its inputs may be overwritten."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def encoded(self) -> Encoded:
+        """Waits, and converts. A float32 pass on a CPU is not copied."""
+        self.wait()
+        return Encoded(
+            {i: values.float().numpy() for i, values in self._states.items()},
+            {name: values.float().numpy() for name, values in self._vectors.items()},
+            self._lengths,
+        )
 
 
 class _ForwardDone(Exception):  # noqa: N818 — a way out, not an error
@@ -55,7 +84,15 @@ class FrozenEncoder:
         self.max_length = longest_text(request, processor, self._config) if request.modality == "text" else None
         self.fingerprint = fingerprint_of(request, model, processor, pooling=family.pooling, max_length=self.max_length)
         self._with_vectors = request.pooled
+        self._quick = quick_pictures(processor) if request.modality == "image" else None
+        self.transfers = Transfers(request.device)
         model.requires_grad_(False).eval().to(request.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the forward pass."""
+        dtype: torch.dtype = self._model.dtype
+        return dtype
 
     @property
     def sampling_rate(self) -> int | None:
@@ -94,6 +131,19 @@ class FrozenEncoder:
             return dict(self._processor(images=[raw], return_tensors="pt"))
         return dict(self._processor([raw], sampling_rate=self.sampling_rate, return_tensors="pt"))
 
+    def prepare_into(self, raw: Any, out: Mapping[str, torch.Tensor]) -> None:
+        """The same numbers, written to the input's row of a batch, in its types. Threads and forks may call this.
+
+        Raises:
+            ValueError: the input comes out in another shape than the batch's.
+        """
+        if self._quick is not None and self._quick.fill(raw, out["pixel_values"]):
+            return
+        for name, value in self.prepare(raw).items():
+            if value.shape[1:] != out[name].shape:
+                raise ValueError(f"prepared, its {name} is {tuple(value.shape[1:])}, expected {tuple(out[name].shape)}")
+            out[name].copy_(value[0])
+
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, its prompt and special tokens included, cut at `max_length`."""
         prompted = [self.request.prompt.replace("{}", text) for text in texts]
@@ -108,27 +158,30 @@ class FrozenEncoder:
         padded[mask] = torch.tensor([token for ids in token_ids for token in ids])
         return {"input_ids": padded, "attention_mask": mask.long()}
 
-    @torch.inference_mode()
     def encode(self, inputs: Mapping[str, torch.Tensor]) -> Encoded:
         """Run the encoder on one batch."""
+        return self.launch(inputs).encoded()
+
+    @torch.inference_mode()
+    def launch(self, inputs: Mapping[str, torch.Tensor]) -> Launched:
+        """Start the encoder on one batch; `inputs` must stay as they are until it has been waited for."""
         mask = inputs.get("attention_mask") if self.request.modality == "text" else None
         moved = self._arguments(inputs)
         states: dict[int, torch.Tensor] = {}
-        vectors: dict[str, np.ndarray] = {}
+        vectors: dict[str, torch.Tensor] = {}
         with self._captured(states):
             output = self._core(**moved)
             if self._with_vectors:
                 vectors = self._vectors(output, moved.get("attention_mask") if mask is not None else None)
         batch, tokens = next(iter(states.values())).shape[:2] if states else (len(next(iter(inputs.values()))), 0)
         lengths = mask.sum(dim=1).numpy() if mask is not None else np.full(batch, tokens)
-        return Encoded({i: _to_numpy(states[i]) for i in self.layers}, vectors, lengths.astype(np.int64))
+        hosted, event = self.transfers.to_host([*(states[i] for i in self.layers), *vectors.values()])
+        vectors = dict(zip(vectors, hosted[len(self.layers) :], strict=True))
+        return Launched(dict(zip(self.layers, hosted, strict=False)), vectors, lengths.astype(np.int64), event)
 
     def _arguments(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Of the model's forward: the inputs on its device and in its type, and what the family wants besides."""
-        arguments: dict[str, Any] = {
-            name: value.to(self.request.device, self._model.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
-        }
+        arguments: dict[str, Any] = self.transfers.to_device(inputs, self.dtype)
         if self.family.interpolates:
             arguments["interpolate_pos_encoding"] = True
         if self.family.shuffles:
@@ -167,11 +220,10 @@ class FrozenEncoder:
             for handle in handles:
                 handle.remove()
 
-    def _vectors(self, output: Any, mask: torch.Tensor | None) -> dict[str, np.ndarray]:
-        pooled = self.family.pool(output, mask)
-        vectors = {"pooled": _to_numpy(pooled)}
+    def _vectors(self, output: Any, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        vectors = {"pooled": self.family.pool(output, mask)}
         if self.family.projection:
-            vectors["projected"] = _to_numpy(self._model.get_submodule(self.family.projection)(pooled))
+            vectors["projected"] = self._model.get_submodule(self.family.projection)(vectors["pooled"])
         return vectors
 
     def _check_layers(self, asked: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -195,7 +247,3 @@ def load_encoder(request: EncoderRequest) -> FrozenEncoder:
     """
     family, model = load_model(request)
     return FrozenEncoder(request, family, model, load_processor(request))
-
-
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.to("cpu", torch.float32).numpy()

@@ -1,4 +1,9 @@
-"""Doing a job: threads decode and prepare ahead, the encoder runs, a writer thread stores."""
+"""Doing a job: workers prepare batches ahead, the encoder runs, one thread converts, the writer's thread stores.
+
+The thread that launches batches does nothing else, so that a GPU always has one batch at work and one waiting: it takes
+a prepared batch, launches it, waits for the batch before, and hands that on as it came from the device. What it waits
+for is counted, and so tells what the extraction was limited by.
+"""
 
 from __future__ import annotations
 
@@ -7,194 +12,197 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
-from saffe_cache.encoders.encoder import Encoded
+from saffe_cache.encoders.encoder import Launched
+from saffe_cache.extraction.halving import HalvingEncoder
+from saffe_cache.extraction.loading import Batch, load_batches
 from saffe_cache.extraction.planning import Job
+from saffe_cache.extraction.rows import BlockRows
 from saffe_cache.features import CacheError
-from saffe_cache.sources import Media, decode
+from saffe_cache.sources import Media
 from saffe_cache.store.dtypes import to_storage
+from saffe_cache.store.manifest import write_encoder
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks
 
 logger = logging.getLogger(__name__)
+
+_ADVICE = {
+    "data": "Reading and decoding was the limit: more --workers, smaller files or a quicker disk would help.",
+    "encoding": "The encoder was the limit, as it should be.",
+    "writer": "Writing was the limit: a quicker disk, fewer --layers or --storage int8 would help.",
+}
+
+
+@dataclass(kw_only=True)
+class Seconds:
+    """Where the time of an extraction went. The writer works beside the rest; its last shards are waited for."""
+
+    waiting_for_data: float = 0.0
+    encoding: float = 0.0
+    waiting_for_writer: float = 0.0
+    writing: float = 0.0
+    total: float = 0.0
+
+    @contextmanager
+    def spent_on(self, name: str) -> Iterator[None]:
+        """Add what the block takes to a field."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, name, getattr(self, name) + time.perf_counter() - started)
+
+    @property
+    def limit(self) -> str:
+        """What took most of the time: "data", "encoding" or "writer"."""
+        waits = {"data": self.waiting_for_data, "encoding": self.encoding, "writer": self.waiting_for_writer}
+        return max(waits, key=waits.__getitem__)
+
+    def to_json(self) -> dict[str, float]:
+        return {name: round(value, 3) for name, value in vars(self).items()}
 
 
 def run_job(storage: Storage, job: Job, media: Mapping[bytes, Media], record: Mapping[str, Any]) -> None:
     """Encode and store what is left of a job; `record` goes into the manifest's history with its times.
 
     Raises:
-        CacheError: too many inputs are unreadable, or a number overflows.
+        CacheError: too many inputs are unreadable, a number overflows, or a single input does not fit into memory.
         OSError: the disk is full or gone; the job can be resumed.
     """
     if job.is_done:
         return
-    write_blocks(storage, job.manifest.key, job.encoder.blocks)
-    started, encoding = time.perf_counter(), 0.0
-    invalid = {row: reason for row, reason in job.manifest.invalid.items() if job.is_wanted[row]}
-    modality = job.encoder.request.modality
-    with EncoderWriter(storage, job.manifest, job.missing) as writer:
+    seconds, started, encoder = Seconds(), time.perf_counter(), HalvingEncoder(job.encoder)
+    entry: dict[str, Any] = {**record, "inputs": [job.start, job.num_inputs]}
+    with load_batches(job, media) as batches, EncoderWriter(storage, job.manifest, job.missing) as writer:
         if job.offsets is not None and "offsets" in job.missing:
             writer.put(Portion({"offsets": (0, to_storage(job.offsets, "int64"))}))
-        progress = tqdm(total=job.num_inputs, initial=job.start, unit=f" {modality}s", desc=job.manifest.key)
-        for block, portion, seconds in _encode_texts(job) if job.offsets is not None else _encode_media(job, media):
-            writer.put(portion)
-            encoding += seconds
-            progress.update(len(block))
-            invalid |= {row: reason for row, reason in portion.invalid.items() if job.is_wanted[row]}
-            _check_invalid(job, invalid)
-        progress.close()
-        total = time.perf_counter() - started
-        spent = {"total": round(total, 2), "encoding": round(encoding, 2), "writing": round(writer.seconds, 2)}
-        job.manifest.history.append({**record, "inputs": [job.start, job.num_inputs], "seconds": spent})
-        writer.finish(job.num_inputs)
-    logger.info(
-        "%s: %.0f s, of which encoding %.0f s, writing (beside it) %.0f s; %d inputs unreadable.",
-        *(job.manifest.key, total, encoding, writer.seconds, len(job.manifest.invalid)),
-    )
+        with _Storing(storage, job, writer) as storing:
+            _encode(job, batches, encoder, storing, seconds)
+        job.manifest.history.append(entry)
+        with seconds.spent_on("waiting_for_writer"), seconds.spent_on("writing"):
+            writer.finish(job.num_inputs)
+    seconds.writing += writer.seconds
+    seconds.total = time.perf_counter() - started
+    entry |= {"seconds": seconds.to_json(), "limit": seconds.limit}
+    if encoder.too_large:
+        entry["halved"] = [list(shape) for shape in encoder.too_large]
+    write_encoder(storage, job.manifest)
+    _say_what_took_time(job, seconds)
 
 
-def check_sources(job: Job, media: Mapping[bytes, Media]) -> None:
+def _encode(job: Job, batches: Iterator[Batch], encoder: HalvingEncoder, storing: _Storing, seconds: Seconds) -> None:
+    """Launch batch after batch, one ahead of the one that is waited for."""
+    unit = f" {job.encoder.request.modality}s"
+    before: tuple[Batch, list[Launched]] | None = None
+    with tqdm(total=job.num_inputs, initial=job.start, unit=unit, desc=job.manifest.key) as progress:
+        while True:
+            with seconds.spent_on("waiting_for_data"):
+                batch = next(batches, None)
+            with seconds.spent_on("encoding"):
+                launched = encoder.launch(batch.tensors) if batch and batch.tensors else []
+                for part in before[1] if before else ():
+                    part.wait()
+            if before:
+                with seconds.spent_on("waiting_for_writer"):
+                    storing.put(*before)
+                progress.update(len(before[0].inputs) + len(before[0].unreadable))
+            if batch is None:
+                break
+            before = batch, launched
+        with seconds.spent_on("waiting_for_writer"):
+            storing.finish()
+
+
+class _Storing:
+    """Stores the blocks, then converts what was encoded and hands it to the writer, in order, in a thread of its own.
+
+    It may lag behind by as many bytes as the writer's open shards hold, so that the encoder goes on while they are
+    written.
     """
-    Raises:
-        CacheError: more photos or sounds than --max-invalid allows are in the cache, but not among `media`.
-    """
-    hashes = [row.tobytes() for row in job.inputs.content_hash]
-    wanted = [row for row in range(job.start, job.num_inputs) if job.is_wanted[row]]
-    absent = [row for row in wanted if hashes[row] not in media]
-    if job.offsets is None and len(absent) > job.options.max_invalid * job.num_inputs:
-        raise CacheError(
-            f"{job.manifest.key}: {len(absent)} of its {job.encoder.request.modality} inputs are not in --data, "
-            f"the first is row {absent[0]}. Give the data that they came from, or raise --max-invalid to go without."
-        )
 
+    def __init__(self, storage: Storage, job: Job, writer: EncoderWriter) -> None:
+        self._storage, self._job, self._writer = storage, job, writer
+        self._specs = {name: spec for name, (spec, _) in job.missing.items() if name != "offsets"}
+        self._most_bytes = job.options.shard_mb * 2**20 * len(self._specs)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="converting")
+        self._tasks: deque[tuple[Future[Mapping[int, str]], int]] = deque()
+        self._rows: BlockRows | None = None
+        self._invalid = {row: reason for row, reason in job.manifest.invalid.items() if job.is_wanted[row]}
 
-Encoding = Iterator[tuple[range, Portion, float]]
-"""Inputs, their rows, and the seconds that the encoder took."""
+    def __enter__(self) -> _Storing:
+        self._tasks.append((self._pool.submit(self._store_blocks), 0))
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
-def _encode_media(job: Job, media: Mapping[bytes, Media]) -> Encoding:
-    """Photos or sounds: threads stay two batches ahead of the encoder."""
-    encoder, modality = job.encoder, job.encoder.request.modality
-    hashes = [row.tobytes() for row in job.inputs.content_hash]
-
-    def load(row: int) -> dict[str, torch.Tensor] | str:
-        if hashes[row] not in media:
-            return "not among --data"
-        data = media[hashes[row]].read()  # it could be read for its hash: a failure now ends the run
-        try:
-            return encoder.prepare(decode(modality, data, encoder.sampling_rate))
-        except (OSError, ValueError) as error:
-            return f"{type(error).__name__}: {error}"
-
-    with ThreadPoolExecutor(job.options.workers) as pool:
-        ahead: deque[tuple[range, list[Future[Any]]]] = deque()
-        for block in job.blocks():
-            ahead.append((block, [pool.submit(load, row) for row in block]))
-            if len(ahead) > 2:
-                yield _encode_loaded(job, *ahead.popleft())
-        while ahead:
-            yield _encode_loaded(job, *ahead.popleft())
-
-
-def _encode_loaded(job: Job, block: range, loading: Sequence[Future[Any]]) -> tuple[range, Portion, float]:
-    """One batch of photos or sounds; those that could not be read become rows of NaN."""
-    loaded = dict(zip(block, (future.result() for future in loading), strict=True))
-    started = time.perf_counter()
-    rows = _Rows(job, block)
-    rows.invalid.update({row: value for row, value in loaded.items() if isinstance(value, str)})
-    good = [row for row in block if row not in rows.invalid]
-    if good:
-        batch = {name: torch.cat([loaded[row][name] for row in good]) for name in loaded[good[0]]}
-        rows.put(good, job.encoder.encode(batch))
-    return block, rows.to_portion(), time.perf_counter() - started
-
-
-def _encode_texts(job: Job) -> Encoding:
-    """Texts: sorted by length within a block, in batches whose padded size is about `batch_tokens`."""
-    for block in job.blocks():
-        started = time.perf_counter()
-        rows = _Rows(job, block)
-        order = sorted(block, key=lambda row: len(job.token_ids[row]))
-        for batch in _token_batches(order, job.token_ids, job.options.batch_tokens):
-            rows.put(batch, job.encoder.encode(job.encoder.pad([job.token_ids[row] for row in batch])))
-        yield block, rows.to_portion(), time.perf_counter() - started
-
-
-def _token_batches(order: Sequence[int], token_ids: list[list[int]], budget: int) -> Iterator[list[int]]:
-    """Rows, already sorted by length, in batches whose padded size stays within the budget."""
-    batch: list[int] = []
-    for row in order:
-        if batch and (len(batch) + 1) * len(token_ids[row]) > budget:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-class _Rows:
-    """The rows of one block in every array that lacks them, as they come from the encoder."""
-
-    def __init__(self, job: Job, block: range) -> None:
-        self._job, self._block = job, block
-        self._first = {name: job.first_row(name, block.start) for name in job.missing if name != "offsets"}
-        self._values = {
-            name: np.full((job.first_row(name, block.stop) - first, *job.arrays[name][0].row_shape), np.nan, np.float32)
-            for name, first in self._first.items()
-        }
-        self.invalid: dict[int, str] = {}
-
-    def put(self, inputs: Sequence[int], encoded: Encoded) -> None:
-        """Place a batch: one row of `encoded` for each input."""
-        found = {f"hidden_states/{i}": states for i, states in encoded.states.items()} | dict(encoded.vectors)
-        for name, first in self._first.items():
-            for number, value, length in zip(inputs, found[name], encoded.lengths, strict=True):
-                at = self._job.first_row(name, number) - first
-                if self._job.is_flat(name):
-                    self._values[name][at : at + length] = value[:length]
-                else:
-                    self._values[name][at] = value
-
-    def to_portion(self) -> Portion:
-        """The rows in their storage types; inputs with non-finite numbers are noted as invalid.
+    def put(self, batch: Batch, parts: Sequence[Launched]) -> None:
+        """Hand over a batch; waits while too much is ahead.
 
         Raises:
-            CacheError: a finite number does not fit into the storage type.
+            CacheError: a number overflows, or too many inputs are unreadable.
+            OSError: an earlier portion could not be written.
         """
-        return Portion({name: (self._first[name], self._stored(name)) for name in self._values}, self.invalid)
+        num_bytes = sum(part.num_bytes for part in parts)
+        self._tasks.append((self._pool.submit(self._store, batch, parts), num_bytes))
+        while self._tasks[0][0].done() or (len(self._tasks) > 2 and self._bytes_ahead() > self._most_bytes):
+            self._take_oldest()
+            if not self._tasks:
+                break
 
-    def _stored(self, name: str) -> np.ndarray:
-        values = self._values[name].reshape(len(self._values[name]), -1)
-        for row in np.flatnonzero(~np.isfinite(values).all(axis=1)):
-            self.invalid.setdefault(self._input_of(name, int(row)), f"{name} is not finite")
-        try:
-            return to_storage(self._values[name], self._job.arrays[name][0].dtype)
-        except OverflowError as error:
-            largest = np.nanmax(np.abs(values), axis=1, initial=0.0)
+    def finish(self) -> None:
+        """Wait for all that was handed over; raises as `put` does."""
+        while self._tasks:
+            self._take_oldest()
+
+    def _bytes_ahead(self) -> int:
+        return sum(num_bytes for _, num_bytes in self._tasks)
+
+    def _take_oldest(self) -> None:
+        found = self._tasks.popleft()[0].result()
+        self._invalid |= {row: reason for row, reason in found.items() if self._job.is_wanted[row]}
+        allowed = self._job.options.max_invalid
+        if len(self._invalid) > allowed * self._job.num_inputs:
+            row, reason = max(self._invalid.items())
             raise CacheError(
-                f"{self._job.manifest.key}: {name} of input {self._input_of(name, int(largest.argmax()))}: {error}. "
-                "Extract into a new cache with --storage bfloat16 or float32."
-            ) from None
+                f"{self._job.manifest.key}: {len(self._invalid)} of {self._job.num_inputs} inputs are unreadable, more "
+                f"than --max-invalid {allowed:g} allows; for instance row {row}: {reason}. Mend the data, or raise "
+                "--max-invalid; what was encoded is kept."
+            )
 
-    def _input_of(self, name: str, row: int) -> int:
-        """The input that a row of this block belongs to."""
-        if not self._job.is_flat(name):
-            return self._block.start + row
-        assert self._job.offsets is not None
-        return int(np.searchsorted(self._job.offsets, self._first[name] + row, side="right")) - 1
+    def _store_blocks(self) -> Mapping[int, str]:
+        write_blocks(self._storage, self._job.manifest.key, self._job.encoder.blocks)
+        return {}
+
+    def _store(self, batch: Batch, parts: Sequence[Launched]) -> Mapping[int, str]:
+        """In the thread: convert a batch; at the end of its block write that. Returns what of the block is invalid."""
+        if self._rows is None:
+            self._rows = BlockRows(self._job, batch.block, self._specs)
+        self._rows.invalid.update(batch.unreadable)
+        done = 0
+        for part in parts:
+            encoded = part.encoded()
+            self._rows.put(batch.inputs[done : done + len(encoded.lengths)], encoded)
+            done += len(encoded.lengths)
+        if not batch.ends_block:
+            return {}
+        portion, self._rows = self._rows.to_portion(), None
+        self._writer.put(portion)
+        return portion.invalid
 
 
-def _check_invalid(job: Job, invalid: Mapping[int, str]) -> None:
-    allowed = job.options.max_invalid
-    if len(invalid) > allowed * job.num_inputs:
-        row, reason = max(invalid.items())
-        raise CacheError(
-            f"{job.manifest.key}: {len(invalid)} of {job.num_inputs} inputs are unreadable, more than --max-invalid "
-            f"{allowed:g} allows; for instance row {row}: {reason}. Mend the data, or raise --max-invalid; what was "
-            "encoded is kept."
-        )
+def _say_what_took_time(job: Job, seconds: Seconds) -> None:
+    done = job.num_inputs - job.start
+    logger.info(
+        "%s: %d %ss in %.1f s, %.1f a second: %.1f s waiting for data, %.1f s encoding, %.1f s waiting for the writer, "
+        "which wrote for %.1f s. %s %d inputs unreadable.",
+        *(job.manifest.key, done, job.encoder.request.modality, seconds.total, done / seconds.total),
+        *(seconds.waiting_for_data, seconds.encoding, seconds.waiting_for_writer, seconds.writing),
+        *(_ADVICE[seconds.limit], len(job.manifest.invalid)),
+    )

@@ -1,7 +1,8 @@
 """What is left to encode for one encoder: the arrays that its group has or shall have, against their rows.
 
 Inputs are encoded in blocks that are cut at fixed row numbers and batched by a fixed rule, so that a resumed
-extraction repeats the very batches of an uninterrupted one.
+extraction repeats the very batches of an uninterrupted one. Where a batch does not fit into memory, halving.py keeps to
+that: how it is split follows from the batch and the memory alone.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ class EncodeOptions:
 
     storage: str
     pooled: bool
-    batch_size: int
     batch_tokens: int
+    batch_size: int | None
     workers: int
+    decode_in: str
     shard_mb: int
     max_invalid: float
 
@@ -87,7 +89,10 @@ class Job:
     @property
     def block_rows(self) -> int:
         """Inputs that are encoded and handed to the writer together."""
-        return self.options.batch_size if self.offsets is None else TEXT_BLOCK_ROWS
+        if self.offsets is not None:
+            return TEXT_BLOCK_ROWS
+        num_tokens = next(spec.row_shape[0] for name, (spec, _) in self.arrays.items() if name.startswith("hidden_"))
+        return self.options.batch_size or max(1, self.options.batch_tokens // num_tokens)
 
     def rows_of(self, name: str) -> int:
         """Committed rows of an array."""
@@ -142,8 +147,8 @@ def _array_bytes(spec: ArraySpec, rows: int) -> int:
 def seconds_per_input(job: Job) -> float:
     """Measured on one batch of blanks, or of texts of middling length."""
     if job.offsets is None:
-        count = job.options.batch_size
-        one = job.encoder.prepare(_blank(job.encoder))
+        count = job.block_rows
+        one = job.encoder.prepare(blank_input(job.encoder))
         batch = {name: torch.cat([value] * count) for name, value in one.items()}
     else:
         middling = sorted(job.token_ids, key=len)[len(job.token_ids) // 2]
@@ -176,8 +181,8 @@ def _manifest(storage: Storage, encoder: FrozenEncoder) -> EncoderManifest:
 
 def _arrays(job: Job) -> dict[str, tuple[ArraySpec, int]]:
     """All arrays of the encoder's group, those asked for and those there already, and their rows when done."""
-    wanted = {f"hidden_states/{i}": _state_spec(job) for i in job.encoder.layers}
-    states = next(iter(wanted.values()))
+    states = _state_spec(job)
+    wanted = {f"hidden_states/{i}": states for i in job.encoder.layers}
     if job.options.pooled:
         rows = states.shard_rows if job.offsets is None else TEXT_BLOCK_ROWS
         for name, width in job.encoder.vector_widths.items():
@@ -207,7 +212,7 @@ def _state_spec(job: Job) -> ArraySpec:
     shape: tuple[int, ...] = (job.encoder.hidden_size,)
     names: tuple[str, ...] = ("text_token", "hidden")
     if job.offsets is None:
-        blank = job.encoder.encode(job.encoder.prepare(_blank(job.encoder)))
+        blank = job.encoder.encode(job.encoder.prepare(blank_input(job.encoder)))
         shape = next(iter(blank.states.values())).shape[1:]
         names = (job.encoder.request.modality, "token", "hidden")
     one = ArraySpec(row_shape=shape, dtype=job.options.storage, chunk_rows=1, shard_rows=1, dimension_names=names)
@@ -215,7 +220,7 @@ def _state_spec(job: Job) -> ArraySpec:
     return replace(one, chunk_rows=chunk_rows, shard_rows=shard_rows)
 
 
-def _blank(encoder: FrozenEncoder) -> Any:
+def blank_input(encoder: FrozenEncoder) -> Any:
     """A picture or sound of nothing, to learn the number of tokens."""
     if encoder.request.modality == "audio":
         return np.zeros(encoder.sampling_rate or 16_000, np.float32)

@@ -1,0 +1,97 @@
+"""What the encoder made of one block of inputs, as rows of the arrays that lack them, in their storage types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from saffe_cache.encoders.encoder import Encoded
+from saffe_cache.extraction.planning import Job
+from saffe_cache.features import CacheError
+from saffe_cache.store.dtypes import to_storage
+from saffe_cache.store.layout import ArraySpec
+from saffe_cache.store.writer import Portion
+
+
+class BlockRows:
+    """Batches of a block are put here in any order; what no batch brings becomes rows of NaN."""
+
+    def __init__(self, job: Job, block: range, specs: Mapping[str, ArraySpec]) -> None:
+        """`specs`: the arrays that lack rows."""
+        self._job, self._block, self._specs = job, block, specs
+        self._first = {name: job.first_row(name, block.start) for name in specs}
+        self._stored: dict[str, np.ndarray] = {}
+        self._lacking = set(block)
+        self.invalid: dict[int, str] = {}
+
+    def put(self, inputs: Sequence[int], encoded: Encoded) -> None:
+        """Place a batch: one row of `encoded` for each input. Inputs with non-finite numbers are noted as invalid.
+
+        Raises:
+            CacheError: a finite number does not fit into the storage type.
+        """
+        found = {f"hidden_states/{i}": states for i, states in encoded.states.items()} | dict(encoded.vectors)
+        owners = np.asarray(inputs)
+        for name in self._specs:
+            if self._job.is_flat(name):
+                is_real = np.arange(found[name].shape[1]) < encoded.lengths[:, None]
+                self._put(name, found[name][is_real], np.repeat(owners, encoded.lengths), _counted(encoded.lengths))
+            else:
+                self._put(name, found[name], owners)
+        self._lacking -= set(inputs)
+
+    def to_portion(self) -> Portion:
+        """All rows of the block."""
+        if self._lacking:
+            assert self._job.offsets is None, "a text can always be read"
+            lacking = np.array(sorted(self._lacking))
+            for name, spec in self._specs.items():
+                nothing = to_storage(np.full((1, *spec.row_shape), np.nan, np.float32), spec.dtype)
+                self._room(name)[self._places(name, lacking)] = nothing
+        return Portion({name: (self._first[name], self._stored[name]) for name in self._specs}, self.invalid)
+
+    def _put(self, name: str, values: np.ndarray, owners: np.ndarray, within: np.ndarray | int = 0) -> None:
+        """Rows of one array: the input that each belongs to, and its place among the rows of that input."""
+        is_finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        for owner in np.unique(owners[~is_finite]):
+            self.invalid.setdefault(int(owner), f"{name} is not finite")
+        stored = self._cast(name, values, owners)
+        if not self._job.is_flat(name) and np.array_equal(owners, self._block):
+            # the whole block, in order; copied only where it is a part of something larger, which would be kept with it
+            self._stored[name] = np.ascontiguousarray(stored)
+        else:
+            self._room(name)[self._places(name, owners, within)] = stored
+
+    def _cast(self, name: str, values: np.ndarray, owners: np.ndarray) -> np.ndarray:
+        try:
+            return to_storage(values, self._specs[name].dtype)
+        except OverflowError as error:
+            largest = np.nanmax(np.abs(values).reshape(len(values), -1), axis=1, initial=0.0)
+            raise CacheError(
+                f"{self._job.manifest.key}: {name} of input {owners[largest.argmax()]}: {error}. "
+                "Extract into a new cache with --storage bfloat16 or float32."
+            ) from None
+
+    def _room(self, name: str) -> np.ndarray:
+        if name not in self._stored:
+            spec = self._specs[name]
+            self._stored[name] = np.empty((self._num_rows(name), *spec.stored_shape), spec.numpy_dtype)
+        return self._stored[name]
+
+    def _num_rows(self, name: str) -> int:
+        return self._job.first_row(name, self._block.stop) - self._first[name]
+
+    def _places(self, name: str, owners: np.ndarray, within: np.ndarray | int = 0) -> np.ndarray:
+        """Where rows of inputs stand in the block's rows of an array."""
+        firsts = owners
+        if self._job.is_flat(name):
+            assert self._job.offsets is not None
+            firsts = self._job.offsets[owners]
+        return np.asarray(firsts - self._first[name] + within)
+
+
+def _counted(lengths: np.ndarray) -> np.ndarray:
+    """0 … n - 1 for each length n, one after the other."""
+    counted: np.ndarray = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return counted

@@ -1,0 +1,109 @@
+"""What an extraction says of where its time went."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from extraction_cases import tiny_config
+
+from saffe_cache.encoders.encoder import FrozenEncoder, Launched
+from saffe_cache.extract import ExtractConfig, extract
+from saffe_cache.extraction.encoding import Seconds
+from saffe_cache.sources import Media
+from saffe_cache.store.reader import open_cache
+from saffe_cache.store.writer import EncoderWriter, Portion
+
+PAUSE = 0.1
+"""Seconds, many times what a batch of tiny models takes."""
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model: Callable[[str], Path]) -> ExtractConfig:
+    config = tiny_config(tmp_path, tiny_model)
+    return replace(config, encoder={"image": config.encoder["image"]}, layers={}, workers=1)
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+    """Let each call of a method take a while longer."""
+    method = getattr(owner, name)
+
+    def slowly(self: Any, *arguments: Any) -> Any:
+        time.sleep(PAUSE)
+        return method(self, *arguments)
+
+    monkeypatch.setattr(owner, name, slowly)
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "limit", "words"),
+    [
+        (Media, "read", "data", "Reading and decoding was the limit: more --workers"),
+        (FrozenEncoder, "launch", "encoding", "The encoder was the limit"),
+        (Launched, "wait", "encoding", "The encoder was the limit"),
+        (EncoderWriter, "_write", "writer", "Writing was the limit: a quicker disk"),
+    ],
+)
+def test_the_limit_is_found_and_named(
+    config: ExtractConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    owner: type,
+    method: str,
+    limit: str,
+    words: str,
+) -> None:
+    slow_down(monkeypatch, owner, method)
+    caplog.set_level("INFO")
+    extract(replace(config, shard_mb=0))
+    assert words in caplog.text
+    (entry,) = open_cache(config.cache).encoder("image").manifest.history
+    assert entry["limit"] == limit
+    seconds = entry["seconds"]
+    waited = [seconds[name] for name in ("waiting_for_data", "encoding", "waiting_for_writer")]
+    assert PAUSE < max(waited) <= sum(waited) <= seconds["total"]
+    assert seconds["writing"] >= (PAUSE if limit == "writer" else 0)
+
+
+def test_seconds_add_up_also_when_something_fails() -> None:
+    seconds = Seconds()
+
+    def fail() -> None:
+        with seconds.spent_on("encoding"):
+            time.sleep(0.001)
+            raise KeyError
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            fail()
+    assert seconds.encoding >= 0.002
+    assert seconds.limit == "encoding"
+    assert json.loads(json.dumps(seconds.to_json())).keys() == vars(seconds).keys()
+    assert Seconds(waiting_for_data=2, encoding=1, writing=9).limit == "data"
+    assert Seconds(waiting_for_writer=2, encoding=1, total=9).limit == "writer"
+
+
+def test_a_resumed_extraction_tells_of_its_own_part(
+    tmp_path: Path, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path / "more", tiny_model, train=80)
+    small = replace(config, encoder={"image": config.encoder["image"]}, layers={}, shard_mb=0)
+    write = EncoderWriter._write
+
+    def stopping(self: EncoderWriter, portion: Portion) -> None:
+        if any(first >= 72 for first, _ in portion.rows.values()):
+            raise OSError(28, "No space left on device")
+        write(self, portion)
+
+    monkeypatch.setattr(EncoderWriter, "_write", stopping)
+    with pytest.raises(OSError, match="No space"):
+        extract(small)
+    monkeypatch.setattr(EncoderWriter, "_write", write)
+    extract(small)
+    (entry,) = open_cache(config.cache).encoder("image").manifest.history
+    assert entry["inputs"] == [64, 86]
