@@ -18,7 +18,8 @@ import reading
 import writing
 from timing import Figure, Rounds, not_installed, take_turns
 
-from saffe_cache.store import layout, reader
+from saffe_cache.store import layout
+from saffe_cache.store import rows as store_rows
 from saffe_cache.store.layout import describe_shard
 from saffe_cache.store.storage import Storage
 
@@ -149,12 +150,12 @@ def test_readers_that_err_are_not_timed() -> None:
             reading.check("x", batches, states)
 
 
-@pytest.mark.parametrize("long_run_bytes", [1, reader._LONG_RUN_BYTES, 10**12])
+@pytest.mark.parametrize("long_run_bytes", [1, store_rows._LONG_RUN_BYTES, 10**12])
 def test_every_way_of_reading_gives_what_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_run_bytes: int
 ) -> None:
     """Rows in any order, once or often, from several shards: copied run by run, or looked up together."""
-    monkeypatch.setattr(reader, "_LONG_RUN_BYTES", long_run_bytes)
+    monkeypatch.setattr(store_rows, "_LONG_RUN_BYTES", long_run_bytes)
     monkeypatch.setattr(writing, "SHARD_BYTES", 2**20)
     states = writing.draw_states(60).astype(np.float16)
     ours = reading.write_ours(tmp_path, states)

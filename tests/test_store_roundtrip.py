@@ -32,6 +32,7 @@ from store_cases import (
 
 from saffe_cache.features import BlockSpec, BlockWeights, CacheError
 from saffe_cache.store import reader
+from saffe_cache.store import rows as store_rows
 from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage, is_scaled
 from saffe_cache.store.inspect import describe_cache
 from saffe_cache.store.layout import ArraySpec
@@ -160,7 +161,7 @@ def test_equal_shards_are_committed_one_by_one(tmp_path: Path) -> None:
 
 def test_rows_are_read_from_many_shards_by_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file stays open with its memory map, so only so many do; results do not depend on it."""
-    monkeypatch.setattr(reader, "_MAX_OPEN_SHARDS", 3)
+    monkeypatch.setattr(store_rows, "_MAX_OPEN_SHARDS", 3)
     contents = image_contents(60)
     write_contents(tmp_path, contents)
     array = open_cache(tmp_path).encoder("image").array("hidden_states/1")
