@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
@@ -99,7 +100,7 @@ def plan(data: Path, models: Mapping[str, str]) -> list[Job]:
 
 def first_inputs(job: Job, most: int) -> Job:
     """The same job for fewer inputs."""
-    texts, offsets = job.inputs.texts, job.offsets
+    texts, offsets, most = job.inputs.texts, job.offsets, min(most, job.num_inputs)
     return replace(
         job,
         inputs=replace(job.inputs, content_hash=job.inputs.content_hash[:most], texts=texts and texts[:most]),
@@ -125,6 +126,7 @@ def measure_photos(work: Path, job: Job, media: MediaByHash, model_path: str) ->
             "loop": loop.run,
         },
         ROUNDS,
+        before=os.sync,
     )
     in_processes = f"decoding in {job.options.workers} processes over as many threads"
     return [
@@ -154,7 +156,7 @@ def measure_texts(work: Path, job: Job, model_path: str) -> list[Figure]:
 
         sentences = SentenceTransformer(model_path, device=DEVICE, model_kwargs={"dtype": DTYPE})
         candidates["peer"] = lambda: len(sentences.encode(texts, show_progress_bar=False))
-    rounds = take_turns(candidates, ROUNDS)
+    rounds = take_turns(candidates, ROUNDS, before=os.sync)
     note = "it gives one vector a text, the extraction stores two hidden states a token as well; both tokenize"
     return [
         *against_limit(rounds, "texts", ("forward", "padding", "writing")),
