@@ -8,7 +8,7 @@
 `metadata`: each photo lies beside its first caption, the others search. `--data` is a folder of splits (train, and dev
 or test) with metadata.jsonl (file_name, captions). The best epoch is chosen on a tenth of train, by photo. (The recipe
 of `linear` was found with dev in sight: see the log.) Time on two CPU cores: 7 min to extract 7,000 photos and 35,000
-captions, 1 to 4 min a training. Disk: 2.2 GB. Results with dates: LOG.md.
+captions, 1 to 10 min a training. Disk: 2.2 GB. Results with dates: LOG.md.
 """
 
 from __future__ import annotations

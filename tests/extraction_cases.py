@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 from tiny_models import WORDS
 
+from saffe_cache.encoders.encoder import FrozenEncoder, Launched
 from saffe_cache.extract import ExtractConfig
+from saffe_cache.store.writer import EncoderWriter, Portion
 
 
 def draw(path: Path, seed: int) -> None:
@@ -58,3 +63,36 @@ def files_of(cache: str, below: str = "") -> dict[str, bytes]:
         and not (name.startswith("encoders/") and name.count("/") == 2)
         and not path.name.startswith(".")
     }
+
+
+@contextmanager
+def dying_behind(launches: int) -> Iterator[None]:
+    """What is done within dies as by Ctrl-C, when a batch more than these is launched."""
+    launch, calls = FrozenEncoder.launch, []
+
+    def dying(self: FrozenEncoder, inputs: Mapping[str, torch.Tensor]) -> Launched:
+        calls.append(1)
+        if len(calls) > launches:
+            raise KeyboardInterrupt
+        return launch(self, inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FrozenEncoder, "launch", dying)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+@contextmanager
+def full_disk_from(row: int) -> Iterator[None]:
+    """What is done within ends with an error of the disk, when a portion from this row on is written."""
+    write = EncoderWriter._write
+
+    def full(self: EncoderWriter, portion: Portion) -> None:
+        if any(first >= row for first, _ in portion.rows.values()):
+            raise OSError(28, "No space left on device")
+        write(self, portion)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EncoderWriter, "_write", full)
+        with pytest.raises(OSError, match="No space left"):
+            yield

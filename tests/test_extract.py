@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from extraction_cases import draw, files_of, make_captioned, tiny_config
+from extraction_cases import draw, dying_behind, files_of, make_captioned, tiny_config
 from PIL import Image
 
 from saffe_cache.cli import cache_command, extract_command
@@ -137,23 +137,11 @@ def test_second_encoder_stands_beside_the_first(config: ExtractConfig, tiny_mode
 
 
 @pytest.mark.parametrize("dies_at", [0, 1, 3, 6])
-def test_interrupted_extraction_resumes_to_the_same_bytes(
-    config: ExtractConfig, monkeypatch: pytest.MonkeyPatch, dies_at: int
-) -> None:
+def test_interrupted_extraction_resumes_to_the_same_bytes(config: ExtractConfig, dies_at: int) -> None:
     small = replace(config, shard_mb=0)
     whole = extract(replace(small, cache=config.cache + ".whole"))
-    launch, calls = FrozenEncoder.launch, []
-
-    def dying(self: FrozenEncoder, inputs: dict[str, torch.Tensor]) -> Launched:
-        calls.append(1)
-        if len(calls) > dies_at + 1:  # the first one learns the number of tokens
-            raise KeyboardInterrupt
-        return launch(self, inputs)
-
-    monkeypatch.setattr(FrozenEncoder, "launch", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with dying_behind(dies_at + 1):  # the first one learns the number of tokens
         extract(small)
-    monkeypatch.setattr(FrozenEncoder, "launch", launch)
     assert files_of(extract(small)) == files_of(whole)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from extraction_cases import files_of, tiny_config
+from extraction_cases import dying_behind, files_of, tiny_config
 from tiny_models import load_tiny
 
 from saffe_cache.encoders.encoder import FrozenEncoder, Launched
@@ -90,18 +90,8 @@ def test_halved_extraction_resumes_to_the_same_bytes(
     shapes = limit_memory(monkeypatch, photos=3, tokens=20)
     whole = extract(replace(small, cache=config.cache + ".whole"))
     assert dies_at < len(shapes)
-    limited, calls = FrozenEncoder.launch, []
-
-    def dying(self: FrozenEncoder, inputs: Inputs) -> Launched:
-        calls.append(1)
-        if len(calls) > dies_at:
-            raise KeyboardInterrupt
-        return limited(self, inputs)
-
-    monkeypatch.setattr(FrozenEncoder, "launch", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with dying_behind(dies_at):
         extract(small)
-    monkeypatch.setattr(FrozenEncoder, "launch", limited)
     resumed = extract(small)
     encoders = open_cache(resumed).encoders.values()
     starts = {one.manifest.modality: one.manifest.history[-1]["inputs"][0] for one in encoders}

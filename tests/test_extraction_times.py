@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from extraction_cases import tiny_config
+from extraction_cases import full_disk_from, tiny_config
 
 from saffe_cache.encoders.encoder import FrozenEncoder, Launched
 from saffe_cache.extract import ExtractConfig, extract
 from saffe_cache.extraction.encoding import Seconds
 from saffe_cache.sources import Media
 from saffe_cache.store.reader import open_cache
-from saffe_cache.store.writer import EncoderWriter, Portion
+from saffe_cache.store.writer import EncoderWriter
 
 PAUSE = 0.1
 """Seconds, many times what a batch of tiny models takes."""
@@ -88,22 +88,11 @@ def test_seconds_add_up_also_when_something_fails() -> None:
     assert Seconds(waiting_for_writer=2, encoding=1, total=9).limit == "writer"
 
 
-def test_a_resumed_extraction_tells_of_its_own_part(
-    tmp_path: Path, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_extraction_tells_of_its_own_part(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
     config = tiny_config(tmp_path / "more", tiny_model, train=80)
     small = replace(config, encoder={"image": config.encoder["image"]}, layers={}, shard_mb=0)
-    write = EncoderWriter._write
-
-    def stopping(self: EncoderWriter, portion: Portion) -> None:
-        if any(first >= 72 for first, _ in portion.rows.values()):
-            raise OSError(28, "No space left on device")
-        write(self, portion)
-
-    monkeypatch.setattr(EncoderWriter, "_write", stopping)
-    with pytest.raises(OSError, match="No space"):
+    with full_disk_from(72):
         extract(small)
-    monkeypatch.setattr(EncoderWriter, "_write", write)
     extract(small)
     (entry,) = open_cache(config.cache).encoder("image").manifest.history
     assert entry["inputs"] == [64, 86]

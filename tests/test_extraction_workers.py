@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from extraction_cases import files_of, make_captioned, tiny_config
+from extraction_cases import files_of, full_disk_from, make_captioned, tiny_config
 
 from saffe_cache.encoders.encoder import Encoded, FrozenEncoder, Launched
 from saffe_cache.extract import ExtractConfig, extract
@@ -22,7 +22,6 @@ from saffe_cache.extraction import loading
 from saffe_cache.features import CacheError
 from saffe_cache.sources import Media
 from saffe_cache.store.reader import open_cache
-from saffe_cache.store.writer import EncoderWriter, Portion
 
 launch_for_real = FrozenEncoder.launch
 
@@ -162,20 +161,11 @@ def test_a_file_that_cannot_be_read_any_more_ends_the_run(
     assert open_cache(extract(config)).encoder("image").manifest.invalid == {}
 
 
-def test_a_disk_that_fills_up_ends_the_run(config: ExtractConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_ends_the_run(config: ExtractConfig) -> None:
     small = replace(config, shard_mb=0)
     whole = extract(replace(small, cache=config.cache + ".whole"))
-    write = EncoderWriter._write
-
-    def full(self: EncoderWriter, portion: Portion) -> None:
-        if any(first > 10 for first, _ in portion.rows.values()):
-            raise OSError(28, "No space left on device")
-        write(self, portion)
-
-    monkeypatch.setattr(EncoderWriter, "_write", full)
-    with pytest.raises(OSError, match="No space left"):
+    with full_disk_from(11):
         extract(small)
-    monkeypatch.setattr(EncoderWriter, "_write", write)
     assert files_of(extract(small)) == files_of(whole)
 
 

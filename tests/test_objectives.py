@@ -323,7 +323,7 @@ class Prepared:
 
     def objective(self, terms: dict[str, float], **options: Any) -> Objective:
         usual = {"negatives": 5, "pair_photos": 12, "text_dropout": 0.0}
-        return Objective(TermOptions(objective=terms, **(usual | options)), self.data.texts)
+        return Objective(TermOptions(objective=terms, **(usual | options)), self.data.inputs.texts)
 
     def loss(self, terms: dict[str, float], *, seed: int = 0, **options: Any) -> float:
         torch.manual_seed(seed)
@@ -376,7 +376,7 @@ def fused_one_by_one(prepared: Prepared, photos: torch.Tensor, columns: torch.Te
     model, batch = prepared.model, prepared.batch
     found = []
     for photo, column in zip(photos.tolist(), columns.tolist(), strict=True):
-        texts = prepared.data.texts(batch.text_rows[[column]])
+        texts = prepared.data.inputs.texts(batch.text_rows[[column]])
         found.append(model.fuse([state[[photo]] for state in batch.states], None, texts))
     states = [torch.cat([one.states[layer] for one in found]) for layer in range(len(found[0].states))]
     return Fused(torch.cat([one.vectors for one in found]), states, None)

@@ -67,10 +67,6 @@ class TrainingData:
                 ahead = pool.submit(self._read, number + 1) if number + 1 < stop else None
                 yield batch
 
-    def texts(self, rows: np.ndarray) -> Texts:
-        """Texts by row, to be fused with photos."""
-        return self.inputs.texts(rows)
-
     def _read(self, step: int) -> Batch:
         epoch, within = divmod(step, self.steps_per_epoch)
         order = np.random.default_rng((self._seed, epoch)).permutation(len(self._pairs))
@@ -95,7 +91,7 @@ class TrainingData:
     def _beside(self, chosen: np.ndarray, own: np.ndarray) -> Texts | None:
         if self.inputs.spec.gallery_text == "null":
             return None
-        return self.texts(own if self._pairs.beside is None else self._pairs.beside[chosen])
+        return self.inputs.texts(own if self._pairs.beside is None else self._pairs.beside[chosen])
 
     def summaries(self, model: FusionAlignModule) -> tuple[np.ndarray, np.ndarray]:
         """What the linear path of a new model's head sees of the training and of the validation photos, [n, 2 P d]."""
@@ -115,7 +111,7 @@ class TrainingData:
         for start in range(0, len(pairs), batch):
             states, mask = self.inputs.photos(pairs.rows[start : start + batch])
             if model is not None:
-                beside = None if pairs.beside is None else self.texts(pairs.beside[start : start + batch])
+                beside = None if pairs.beside is None else self.inputs.texts(pairs.beside[start : start + batch])
                 states, mask = model.eval().decode(states, mask, beside)
             parts.append(summarize(states, mask).cpu().numpy())
         return np.concatenate(parts)

@@ -58,7 +58,7 @@ def start(
     model.freeze_unused(null_only=not sees_text)
     if isinstance(model.head, AttentionHead) and not resumes:
         _start_as_late_fusion(model, model.head, data)
-    objective = Objective(terms, data.texts).to(options.device)
+    objective = Objective(terms, data.inputs.texts).to(options.device)
     groups = model.parameter_groups(options.learning_rate, options.weight_decay)
     scalars = list(objective.parameters())
     if scalars:
