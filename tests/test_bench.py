@@ -18,10 +18,7 @@ import reading
 import writing
 from timing import Figure, Rounds, not_installed, take_turns
 
-from saffe_cache.store import layout
 from saffe_cache.store import rows as store_rows
-from saffe_cache.store.layout import describe_shard
-from saffe_cache.store.storage import Storage
 
 
 class Clock:
@@ -164,19 +161,3 @@ def test_every_way_of_reading_gives_what_was_written(
         np.testing.assert_array_equal(ours.rows(rows), states[rows])
     np.testing.assert_array_equal(ours.block(7, 58), states[7:58])
     assert ours.block(7, 7).shape == (0, 50, 768)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_portions_are_described_as_the_shard_that_they_make(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
-) -> None:
-    """Portions end within blocks of the statistics, and within shards."""
-    monkeypatch.setattr(writing, "SHARD_BYTES", 2**20)
-    monkeypatch.setattr(writing, "PORTION_ROWS", 7)
-    monkeypatch.setattr(layout, "_BLOCK_NUMBERS", 2**14)
-    spec = writing.array_spec(dtype)
-    rows = writing.to_storage(writing.draw_states(60), dtype)
-    manifest = writing.write_array(Storage(tmp_path), spec, rows)
-    whole = [describe_shard(spec, rows[start : start + spec.shard_rows]) for start in range(0, 60, spec.shard_rows)]
-    assert len(whole) > 1
-    assert manifest.arrays[writing.LAYER].shards == whole

@@ -1,6 +1,8 @@
-"""Stored numbers against torch's own casts and quantisation."""
+"""Stored numbers against numpy's casts and torch's quantisation."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,18 +20,36 @@ tokens = hnp.arrays(
 )
 
 
+def upper_half(values: np.ndarray) -> np.ndarray:
+    """float32 rounded to the nearest number whose lower 16 bits are zero, ties to even; of finite numbers."""
+    bits = values.view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return np.where(np.isfinite(values), rounded.astype(np.uint32).view(np.float32), values)
+
+
+def numpy_half(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16).astype(np.float32)
+
+
 @quick
-@given(hnp.arrays(np.float32, hnp.array_shapes(max_dims=2, max_side=40), elements=st.floats(width=32)))
-def test_bfloat16_is_rounded_as_torch_does(values: np.ndarray) -> None:
-    expected = torch.from_numpy(values).to(torch.bfloat16).float().numpy()
+@pytest.mark.parametrize(("dtype", "rounded"), [("bfloat16", upper_half), ("float16", numpy_half)])
+@given(values=hnp.arrays(np.float32, hnp.array_shapes(max_dims=2, max_side=40), elements=st.floats(width=32)))
+def test_numbers_are_rounded_to_nearest_even(dtype: str, rounded: Any, values: np.ndarray) -> None:
+    expected = rounded(values)
     if (np.isinf(expected) & np.isfinite(values)).any():
-        with pytest.raises(OverflowError, match="exceeds bfloat16's"):
-            to_storage(values, "bfloat16")
+        with pytest.raises(OverflowError, match=f"exceeds {dtype}'s"):
+            to_storage(values, dtype)
         return
-    found = from_storage(to_storage(values, "bfloat16"), "bfloat16")
-    assert found.dtype == np.float32
+    found = from_storage(to_storage(values, dtype), dtype).astype(np.float32)
     np.testing.assert_array_equal(found, expected)  # NaN equals NaN
     np.testing.assert_array_equal(np.signbit(found[~np.isnan(found)]), np.signbit(values[~np.isnan(values)]))
+
+
+def test_many_numbers_are_rounded_block_by_block() -> None:
+    values = np.random.default_rng(0).normal(scale=1e-6, size=(5, 2**14 + 3)).astype(np.float32)
+    values.setflags(write=False)
+    np.testing.assert_array_equal(to_storage(values, "float16"), values.astype(np.float16))
 
 
 def test_bfloat16_ties_go_to_even() -> None:

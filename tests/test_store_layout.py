@@ -1,25 +1,21 @@
-"""Bytes of shards against zarr-python, statistics against numpy."""
+"""Bytes of shards against zarr-python."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from store_cases import make_spec, random_rows
 
 from saffe_cache.features import CacheError
-from saffe_cache.store.dtypes import from_storage, to_storage
 from saffe_cache.store.layout import (
     ArraySpec,
     check_shard,
     choose_rows,
-    combine_statistics,
     describe_shard,
     encode_shard,
 )
@@ -65,46 +61,6 @@ def test_shards_are_those_of_zarr_python(
         data = b"".join(encode_shard(spec, part))
         assert data == (tmp_path / shard_name(index, spec)).read_bytes()
         assert len(data) == spec.shard_file_bytes(len(part))
-
-
-@quick
-@given(
-    st.sampled_from(["float32", "float16", "bfloat16", "int8", "float8"]),
-    hnp.arrays(
-        np.float32,
-        st.tuples(st.integers(1, 60), st.integers(1, 3)),
-        elements=st.floats(-6e4, 6e4, width=32) | st.just(np.nan),
-    ),
-    st.integers(1, 7),
-)
-def test_statistics_are_those_of_numpy(dtype: str, values: np.ndarray, shard_rows: int) -> None:
-    spec = make_spec(dtype, values.shape[1:], 1, shard_rows)
-    rows = to_storage(values, dtype)
-    shards = [rows[start : start + shard_rows] for start in range(0, len(rows), shard_rows)]
-    found = combine_statistics([describe_shard(spec, shard) for shard in shards])
-    numbers = from_storage(rows, dtype).astype(np.float64)
-    numbers = numbers[np.isfinite(numbers)]
-    if not len(numbers):
-        assert (found.mean, found.std, found.max_magnitude) == (0, 0, 0)
-        return
-    scale = max(1.0, np.abs(numbers).max())
-    assert found.mean == pytest.approx(numbers.mean(), abs=1e-12 * scale)
-    assert found.std == pytest.approx(numbers.std(), abs=1e-7 * scale)
-    assert found.max_magnitude == np.abs(numbers).max()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_statistics_of_many_and_of_huge_numbers(dtype: str) -> None:
-    values = np.random.default_rng(0).normal(1000, 1e-1, size=2**18 + 5).astype(np.float32)
-    values = values[:, None]
-    spec = make_spec(dtype, (1,), 1, len(values))
-    rows = to_storage(values, dtype)
-    found = combine_statistics([describe_shard(spec, rows)])
-    assert found.std == pytest.approx(from_storage(rows, dtype).astype(np.float64).std(), rel=1e-9)
-    huge = combine_statistics(
-        [describe_shard(spec, to_storage(np.array([[3e38], [-3e38], [np.inf]], np.float32), dtype))]
-    )
-    assert huge.std == pytest.approx(3e38, rel=0.01)  # the square of a float32 would be infinite
 
 
 def test_a_shard_longer_than_promised_passes_unless_it_is_garbage() -> None:

@@ -14,21 +14,19 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import google_crc32c
 import numpy as np
-import torch
 
 from saffe_cache.features import CacheError
-from saffe_cache.store.dtypes import STORAGE_DTYPES, fill_value, from_storage, is_scaled, stored_shape, stored_type
+from saffe_cache.store.dtypes import STORAGE_DTYPES, fill_value, is_scaled, stored_shape, stored_type
+from saffe_cache.store.moments import Moments, sampled_moments
 
 _MISSING_CHUNK = 2**64 - 1
 _CRC_BYTES = 2**18
-_BLOCK_NUMBERS = 2**15
-"""Numbers whose moments are taken at once: they stay in a processor's cache, and torch takes no threads for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,19 +96,8 @@ def choose_rows(row_bytes: int, shard_bytes: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moments:
-    """Of finite numbers; all 0 where there are none."""
-
-    mean: float = 0.0
-    m2: float = 0.0
-    """Sum of squared differences from the mean."""
-    count: int = 0
-    max_magnitude: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
 class ShardEntry(Moments):
-    """What the manifest promises of a shard, and the moments of its finite numbers."""
+    """What the manifest promises of a shard, and the moments of a sample of its finite numbers."""
 
     rows: int
     crc32c: int
@@ -157,85 +144,15 @@ def _shard_index(spec: ArraySpec, num_chunks: int) -> bytes:
 
 
 def describe_shard(spec: ArraySpec, *portions: np.ndarray) -> ShardEntry:
-    """The manifest's entry for stored rows: checksum, and statistics over finite numbers.
+    """The manifest's entry for stored rows: checksum, and statistics over a sample of their finite numbers.
 
     It does not depend on how the rows are cut into portions.
     """
     crc, num_rows = _crc32c(portions), sum(map(len, portions))
     if spec.dtype == "int64":
         return ShardEntry(rows=num_rows, crc32c=crc)
-    moments = _merge(_moments(from_storage(tokens, spec.dtype)) for tokens in _blocks(spec, portions))
+    moments = sampled_moments(portions, spec.dtype, spec.shard_rows * math.prod(spec.row_shape))
     return ShardEntry(rows=num_rows, crc32c=crc, **asdict(moments))
-
-
-def _blocks(spec: ArraySpec, portions: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Stored tokens, [tokens, last axis], equally many at a time, wherever one portion ends and the next begins."""
-    width = math.prod(spec.stored_shape[-1:])
-    room = size = max(1, _BLOCK_NUMBERS // width)
-    waiting: list[np.ndarray] = []
-    for rows in portions:
-        tokens = rows.reshape(-1, width)
-        while len(tokens):
-            waiting.append(tokens[:room])
-            tokens, room = tokens[room:], room - len(waiting[-1])
-            if not room:
-                yield np.concatenate(waiting) if len(waiting) > 1 else waiting[0]
-                waiting, room = [], size
-    if waiting:
-        yield np.concatenate(waiting)
-
-
-def _moments(numbers: np.ndarray) -> Moments:
-    """Of the finite ones among floating-point numbers [tokens, d]. In float64: a float32's square may overflow."""
-    if numbers.dtype == np.float16:  # numpy takes eight times as long as torch, which warns of what is read-only
-        numbers = torch.from_numpy(numbers if numbers.flags.writeable else numbers.copy()).float().numpy()
-    values = numbers.astype(np.float64)
-    total = float(np.einsum("ij->", values))  # half the time of a sum, and silent on infinities
-    if not math.isfinite(total):
-        is_finite = np.isfinite(numbers)
-        numbers, values = numbers[is_finite][None], values[is_finite][None]
-        total = float(np.einsum("ij->", values))
-    if not values.size:
-        return Moments()
-    mean = total / values.size
-    squares = _sum_of_squares(values)
-    m2 = squares - mean * total
-    if m2 < squares / 1000:  # too many of its digits cancelled
-        values -= mean
-        m2 = _sum_of_squares(values)
-    return Moments(mean=mean, m2=m2, count=values.size, max_magnitude=float(max(numbers.max(), -numbers.min())))
-
-
-def _sum_of_squares(values: np.ndarray) -> float:
-    """Token by token: for longer ones the linear algebra behind numpy would take every core, and gain nothing."""
-    return float((values[:, None, :] @ values[:, :, None]).sum())
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Over all finite numbers of an array."""
-
-    mean: float
-    std: float
-    max_magnitude: float
-
-
-def combine_statistics(entries: Sequence[ShardEntry]) -> Statistics:
-    """Over all shards of an array."""
-    whole = _merge(entries)
-    return Statistics(whole.mean, math.sqrt(whole.m2 / whole.count) if whole.count else 0.0, whole.max_magnitude)
-
-
-def _merge(parts: Iterable[Moments]) -> Moments:
-    """The moments of all parts together. Source: Chan, Golub, LeVeque 1979, eq. 2.1."""
-    count, mean, m2, largest = 0, 0.0, 0.0, 0.0
-    for part in parts:
-        if part.count:
-            total, delta = count + part.count, part.mean - mean
-            mean += delta * part.count / total
-            m2 += part.m2 + delta * delta * count * part.count / total
-            count, largest = total, max(largest, part.max_magnitude)
-    return Moments(mean=mean, m2=m2, count=count, max_magnitude=largest)
 
 
 def check_shard(spec: ArraySpec, entry: ShardEntry, data: bytes, where: str) -> None:

@@ -17,7 +17,7 @@ from saffe_cache.features import (
     Modality,
     Tokens,
 )
-from saffe_cache.store.layout import Statistics, check_shard, combine_statistics
+from saffe_cache.store.layout import check_shard
 from saffe_cache.store.manifest import (
     ArrayManifest,
     EncoderManifest,
@@ -26,6 +26,7 @@ from saffe_cache.store.manifest import (
     read_encoder,
     read_root,
 )
+from saffe_cache.store.moments import Statistics, combine_statistics
 from saffe_cache.store.rows import RowReader
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import read_table
@@ -116,7 +117,7 @@ class EncoderCache:
         return BlockWeights(block_spec(attributes, f"{self._storage.root}: {name}"), tensors)
 
     def statistics(self, name: str) -> Statistics:
-        """Mean, standard deviation and largest magnitude over all finite numbers of an array."""
+        """Mean, standard deviation and largest magnitude of an array; of a large one by a sample of its rows."""
         return combine_statistics(self.manifest.arrays[name].shards)
 
     def usable(self, rows: np.ndarray) -> np.ndarray:
