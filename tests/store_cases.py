@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from saffe_cache.features import BlockSpec, BlockWeights, Fingerprint, Modality
+from saffe_cache.store.compression import CompressionName
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.manifest import (
@@ -47,10 +48,21 @@ def memory_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def make_spec(dtype: str, row_shape: tuple[int, ...], chunk_rows: int, chunks: int, row: str = "row") -> ArraySpec:
-    names = (row, *(f"axis{axis}" for axis in range(len(row_shape))))
+def make_spec(
+    dtype: str,
+    row_shape: tuple[int, ...],
+    chunk_rows: int,
+    chunks: int,
+    row: str = "row",
+    compression: CompressionName = "none",
+) -> ArraySpec:
     return ArraySpec(
-        row_shape=row_shape, dtype=dtype, chunk_rows=chunk_rows, shard_rows=chunk_rows * chunks, dimension_names=names
+        row_shape=row_shape,
+        dtype=dtype,
+        chunk_rows=chunk_rows,
+        shard_rows=chunk_rows * chunks,
+        dimension_names=(row, *(f"axis{axis}" for axis in range(len(row_shape)))),
+        compression=compression,
     )
 
 
@@ -90,9 +102,9 @@ def fingerprint(modality: Modality) -> Fingerprint:
     return Fingerprint({"modality": modality, "model_id": f"tests/tiny {modality}", "revision": "0" * 40})
 
 
-def image_contents(num_inputs: int, dtype: str = "float16") -> Contents:
+def image_contents(num_inputs: int, dtype: str = "float16", compression: CompressionName = "none") -> Contents:
     """Two layers and a vector; shards of 4, 4 and 6 rows."""
-    states = make_spec(dtype, (2, WIDTH), 2, 2)
+    states = make_spec(dtype, (2, WIDTH), 2, 2, compression=compression)
     vectors = make_spec("float32", (3,), 6, 1)
     arrays = {f"hidden_states/{i}": (states, random_rows(states, 64, i)[:num_inputs]) for i in (1, 3)}
     return Contents("image", num_inputs, arrays | {"pooled": (vectors, random_rows(vectors, 64, 9)[:num_inputs])})

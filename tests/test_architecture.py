@@ -25,6 +25,7 @@ LAYERS = [
 OWNERS = {
     "zarr": {"store", "runs"},  # runs records its version
     "h5py": {"store"},
+    "numcodecs": {"store"},
     "fsspec": {"store"},
     "datasets": {"sources"},
     "PIL": {"sources"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zarr
 from hypothesis import given, settings
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 from store_cases import make_spec, random_rows
 
 from saffe_cache.features import CacheError
+from saffe_cache.store.compression import COMPRESSIONS, CompressionName, zarr_codec
 from saffe_cache.store.layout import (
     ArraySpec,
-    check_shard,
     choose_rows,
+    decode_shard,
     describe_shard,
     encode_shard,
 )
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 quick = settings(deadline=None, max_examples=60, derandomize=True)
 
 
+@pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "float8", "int64"])
 @pytest.mark.parametrize(
     ("row_shape", "chunk_rows", "chunks", "num_rows"),
@@ -39,11 +42,17 @@ quick = settings(deadline=None, max_examples=60, derandomize=True)
     ],
 )
 def test_shards_are_those_of_zarr_python(
-    tmp_path: Path, dtype: str, row_shape: tuple[int, ...], chunk_rows: int, chunks: int, num_rows: int
+    tmp_path: Path,
+    dtype: str,
+    row_shape: tuple[int, ...],
+    chunk_rows: int,
+    chunks: int,
+    num_rows: int,
+    compression: CompressionName,
 ) -> None:
     if dtype in ("int8", "float8") and not row_shape:
         pytest.skip("a token has numbers")
-    spec = make_spec(dtype, row_shape, chunk_rows, chunks)
+    spec = make_spec(dtype, row_shape, chunk_rows, chunks, compression=compression)
     rows = random_rows(spec, num_rows, 0)
     array = zarr.create_array(
         tmp_path,
@@ -51,7 +60,7 @@ def test_shards_are_those_of_zarr_python(
         chunks=(chunk_rows, *rows.shape[1:]),
         shards=(spec.shard_rows, *rows.shape[1:]),
         dtype=spec.numpy_dtype,
-        compressors=None,
+        compressors=None if compression == "none" else zarr_codec(spec.numpy_dtype),
         filters=None,
         fill_value=spec.fill_value,
     )
@@ -60,17 +69,19 @@ def test_shards_are_those_of_zarr_python(
         part = rows[index * spec.shard_rows : (index + 1) * spec.shard_rows]
         data = b"".join(encode_shard(spec, part))
         assert data == (tmp_path / shard_name(index, spec)).read_bytes()
-        assert len(data) == spec.shard_file_bytes(len(part))
+        assert compression != "none" or len(data) == spec.shard_file_bytes(len(part))
+        np.testing.assert_array_equal(decode_shard(spec, describe_shard(spec, part), data, "x"), part)
 
 
-def test_a_shard_longer_than_promised_passes_unless_it_is_garbage() -> None:
-    spec = make_spec("float32", (2,), 2, 3)
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_a_shard_longer_than_promised_passes_unless_it_is_garbage(compression: CompressionName) -> None:
+    spec = make_spec("float32", (2,), 2, 3, compression=compression)
     rows = random_rows(spec, 6, 0)
     grown, entry = b"".join(encode_shard(spec, rows)), describe_shard(spec, rows[:3])
-    check_shard(spec, entry, grown, "x")
+    np.testing.assert_array_equal(decode_shard(spec, entry, grown, "x"), rows[:3])
     for data in (grown + b"\0", grown + bytes(spec.chunk_bytes), grown[:-1], b"".join(encode_shard(spec, rows[:2]))):
         with pytest.raises(CacheError, match=r"^x: "):
-            check_shard(spec, entry, data, "x")
+            decode_shard(spec, entry, data, "x")
 
 
 @quick

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 
 from saffe_cache.features import CacheError
-from saffe_cache.store.layout import check_shard
+from saffe_cache.store.layout import decode_shard
 from saffe_cache.store.manifest import EncoderManifest, RootManifest, encoder_group, read_root, write_root
 from saffe_cache.store.reader import EncoderCache, block_spec, open_cache
 from saffe_cache.store.storage import Storage
@@ -98,11 +98,9 @@ def _export_encoder(storage: Storage, encoder: EncoderCache, group: Any) -> None
         dataset = group.create_dataset(name, shape=(array.rows, *spec.stored_shape), dtype=spec.numpy_dtype)
         for index, entry in enumerate(array.shards):
             shard = f"{encoder_group(encoder.key)}/{name}/{shard_name(index, spec)}"
-            data = storage.read(shard)
-            check_shard(spec, entry, data, f"{storage.root}: {shard}")
-            rows = np.frombuffer(data[: entry.rows * spec.row_bytes], spec.numpy_dtype)
             start = index * spec.shard_rows
-            dataset[start : start + entry.rows] = rows.reshape(entry.rows, *spec.stored_shape)
+            rows = decode_shard(spec, entry, storage.read(shard), f"{storage.root}: {shard}")
+            dataset[start : start + entry.rows] = rows
     for layer in encoder.block_layers:
         name = f"blocks/{layer}"
         _export_group(storage, f"{encoder_group(encoder.key)}/{name}", "saffe-block", group.create_group(name))

@@ -15,6 +15,9 @@ from saffe_cache.store.layout import ArraySpec, ShardEntry
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.zarr_files import FORMAT_VERSION, check_encoding, group_metadata, read_attributes
 
+_COMPRESSED = 2
+"""Version of an encoder's manifest with a compressed array: one that knows nothing of these would misread it."""
+
 
 @dataclass
 class ArrayManifest:
@@ -35,6 +38,7 @@ class ArrayManifest:
             "chunk_rows": self.spec.chunk_rows,
             "shard_rows": self.spec.shard_rows,
             "dimension_names": list(self.spec.dimension_names),
+            **({} if self.spec.compression == "none" else {"compression": self.spec.compression}),
             "shards": [entry.to_json() for entry in self.shards],
         }
 
@@ -50,6 +54,7 @@ class ArrayManifest:
             chunk_rows=int(content["chunk_rows"]),
             shard_rows=int(content["shard_rows"]),
             dimension_names=tuple(content["dimension_names"]),
+            compression=content.get("compression", "none"),
         )
         shards = [ShardEntry(**entry) for entry in content["shards"]]
         full, last = shards[:-1], shards[-1:]
@@ -90,9 +95,10 @@ class EncoderManifest:
         return "offsets" in self.arrays
 
     def to_json(self) -> dict[str, Any]:
+        is_compressed = any(array.spec.compression != "none" for array in self.arrays.values())
         return {
             "encoding-type": "saffe-encoder",
-            "encoding-version": FORMAT_VERSION,
+            "encoding-version": _COMPRESSED if is_compressed else FORMAT_VERSION,
             "fingerprint": dict(self.fingerprint.fields),
             "modality": self.modality,
             "num_layers": self.num_layers,
@@ -110,7 +116,7 @@ class EncoderManifest:
         Raises:
             CacheError: a field is missing or of another kind, or the format version is another.
         """
-        check_encoding(content, "saffe-encoder", where)
+        check_encoding(content, "saffe-encoder", where, (FORMAT_VERSION, _COMPRESSED))
         try:
             if content["modality"] not in MODALITIES:
                 raise ValueError(f"modality: {content['modality']!r}")

@@ -17,7 +17,7 @@ from saffe_cache.features import (
     Modality,
     Tokens,
 )
-from saffe_cache.store.layout import check_shard
+from saffe_cache.store.layout import decode_shard
 from saffe_cache.store.manifest import (
     ArrayManifest,
     EncoderManifest,
@@ -227,4 +227,4 @@ def verify_cache(path: str | Path) -> tuple[int, list[str]]:
 
 def _check_shard(storage: Storage, folder: str, array: ArrayManifest, index: int) -> None:
     name = f"{folder}/{shard_name(index, array.spec)}"
-    check_shard(array.spec, array.shards[index], storage.read(name), f"{storage.root}: {name}")
+    decode_shard(array.spec, array.shards[index], storage.read(name), f"{storage.root}: {name}")

@@ -1,25 +1,17 @@
-"""Rows of one array by number.
-
-Local shards are memory-mapped. Behind a URL a shard is fetched whole, compared with its checksum and kept;
-a cache that does not fit into memory is better copied to a local disk before a training.
-"""
+"""Rows of one array by number."""
 
 from __future__ import annotations
 
 import math
-import threading
 
 import numpy as np
 
 from saffe_cache.features import CacheError
 from saffe_cache.store.dtypes import from_storage
-from saffe_cache.store.layout import check_shard
 from saffe_cache.store.manifest import ArrayManifest
+from saffe_cache.store.shards import OpenShards
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.zarr_files import shard_name
 
-_MAX_OPEN_SHARDS = 64
-"""Of one array. A memory map holds a file open, of which a process may have 1024."""
 _LONG_RUN_BYTES = 2**13
 """Consecutive rows of so many bytes are quicker copied on their own than looked up together with others."""
 
@@ -28,9 +20,8 @@ class RowReader:
     """Rows of one array by number, for any thread. Random rows of a local cache cost what a memory map costs."""
 
     def __init__(self, storage: Storage, folder: str, array: ArrayManifest) -> None:
-        self._storage, self._folder, self._array = storage, folder, array
-        self._open: dict[int, np.ndarray] = {}
-        self._lock = threading.Lock()
+        self._where, self._array = f"{storage.root}: {folder}", array
+        self._shards = OpenShards(storage, folder, array)
 
     def __len__(self) -> int:
         return self._array.rows
@@ -49,6 +40,20 @@ class RowReader:
         """Of one row as it is stored."""
         return self._array.spec.row_bytes
 
+    @property
+    def shard_rows(self) -> int:
+        """Of a full shard."""
+        return self._array.spec.shard_rows
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether a row costs no more than itself; else its whole shard is loaded."""
+        return self._shards.are_mapped
+
+    def hold(self, rows: np.ndarray) -> None:
+        """Load the shards of these rows ahead and keep them until the next call; let go of all others."""
+        self._shards.hold(np.unique(rows // self.shard_rows).tolist())
+
     def read(self, rows: np.ndarray) -> np.ndarray:
         """`rows` is int64 [n], in any order; returns [n, *row_shape], of bfloat16 and scaled types float32.
 
@@ -61,13 +66,13 @@ class RowReader:
         """The same as it is stored: [n, *stored_shape].
 
         Raises:
-            CacheError: a row is beyond the array, or a shard is missing or truncated.
+            CacheError: a row is beyond the array, or a shard is missing, truncated or, where it is loaded, damaged.
         """
         spec = self._array.spec
         beyond = rows[(rows < 0) | (rows >= len(self))]
         if len(beyond):
             raise CacheError(
-                f"{self._storage.root}: {self._folder} has {len(self)} rows, row {beyond[0]} was asked for. "
+                f"{self._where} has {len(self)} rows, row {beyond[0]} was asked for. "
                 "Run saffe-extract again to complete it."
             )
         if not len(rows):
@@ -78,7 +83,7 @@ class RowReader:
         if (shards[1:] >= shards[:-1]).all():
             for start, stop in _stretches(changes).tolist():
                 # "clip" spares numpy a second copy; beyond the shard lies nothing
-                np.take(self._shard(int(shards[start])), within[start:stop], 0, result[start:stop], mode="clip")
+                np.take(self._shards[int(shards[start])], within[start:stop], 0, result[start:stop], mode="clip")
             return result.reshape(len(rows), *spec.stored_shape)
         runs = _stretches(changes | (rows[1:] != rows[:-1] + 1))
         if result.nbytes >= _LONG_RUN_BYTES * len(runs):
@@ -86,7 +91,7 @@ class RowReader:
         else:
             for number in np.unique(shards).tolist():
                 here = np.flatnonzero(shards == number)
-                result[here] = self._shard(number)[within[here]]
+                result[here] = self._shards[number][within[here]]
         return result.reshape(len(rows), *spec.stored_shape)
 
     def _copy_runs(self, runs: np.ndarray, shards: np.ndarray, within: np.ndarray, result: np.ndarray) -> None:
@@ -96,7 +101,7 @@ class RowReader:
         opened, shard = -1, result
         for (start, stop), number, first in zip(runs.tolist(), numbers, firsts, strict=True):
             if number != opened:
-                opened, shard = number, self._shard(number)
+                opened, shard = number, self._shards[number]
             if stop - start == 1:
                 result[start] = shard[first]  # takes less than a slice of one row
             else:
@@ -105,31 +110,6 @@ class RowReader:
     def read_range(self, start: int, stop: int) -> np.ndarray:
         """Consecutive rows."""
         return self.read(np.arange(start, stop))
-
-    def _shard(self, index: int) -> np.ndarray:
-        """The rows of a shard, [rows, numbers of a row]; the one opened first is closed where too many are open."""
-        with self._lock:
-            if index not in self._open:
-                while len(self._open) >= _MAX_OPEN_SHARDS:
-                    del self._open[next(iter(self._open))]
-                self._open[index] = self._open_shard(index)
-            return self._open[index]
-
-    def _open_shard(self, index: int) -> np.ndarray:
-        spec, entry = self._array.spec, self._array.shards[index]
-        name = f"{self._folder}/{shard_name(index, spec)}"
-        shape = (entry.rows, math.prod(spec.stored_shape))
-        path = self._storage.local_path(name)
-        if path is None:
-            data = self._storage.read(name)
-            check_shard(spec, entry, data, f"{self._storage.root}: {name}")
-            return np.frombuffer(data, spec.numpy_dtype, count=math.prod(shape)).reshape(shape)
-        if not path.exists() or path.stat().st_size < spec.shard_file_bytes(entry.rows):
-            raise CacheError(
-                f"{self._storage.root}: {name} is missing or truncated. Run `saffe-cache verify` to see what else is, "
-                "then restore it from a copy, or extract into a new cache."
-            )
-        return np.asarray(np.memmap(path, spec.numpy_dtype, mode="r", shape=shape))
 
 
 def _stretches(breaks: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 
 from saffe_cache.durable import make_folder
 from saffe_cache.features import BlockWeights
-from saffe_cache.store.layout import ArraySpec, check_shard, describe_shard, encode_shard
+from saffe_cache.store.layout import ArraySpec, decode_shard, describe_shard, encode_shard
 from saffe_cache.store.manifest import ArrayManifest, EncoderManifest, encoder_group, layers_among, write_encoder
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.zarr_files import array_metadata, describe_group, mark_group, shard_name, write_group
@@ -87,10 +87,7 @@ class _ArrayWriter:
     def _read_tail(self, array: ArrayManifest) -> np.ndarray:
         entry = array.shards[-1]
         name = self._name(len(array.shards) - 1)
-        data = self._storage.read(name)
-        check_shard(array.spec, entry, data, f"{self._storage.root}: {name}")
-        rows = np.frombuffer(data[: entry.rows * array.spec.row_bytes], array.spec.numpy_dtype)
-        return rows.reshape(entry.rows, *array.spec.stored_shape)
+        return decode_shard(array.spec, entry, self._storage.read(name), f"{self._storage.root}: {name}")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +19,7 @@ import zarr
 from zarr.storage import MemoryStore
 
 from saffe_cache.features import CacheError
+from saffe_cache.store.compression import zarr_codec
 from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.storage import Storage
 
@@ -36,7 +37,7 @@ def group_metadata(attributes: Mapping[str, Any]) -> bytes:
 
 @lru_cache(maxsize=256)
 def array_metadata(spec: ArraySpec, num_rows: int) -> bytes:
-    """The `zarr.json` of a growing array with `num_rows` rows, sharded and uncompressed."""
+    """The `zarr.json` of a growing array with `num_rows` rows, sharded."""
     attributes = {"encoding-type": "saffe-array", "encoding-version": FORMAT_VERSION, "dtype": spec.dtype}
     return _zarr_json(
         shape=(num_rows, *spec.stored_shape),
@@ -46,6 +47,7 @@ def array_metadata(spec: ArraySpec, num_rows: int) -> bytes:
         fill_value=spec.fill_value,
         dimension_names=spec.dimension_names,
         attributes={"saffe_cache": attributes},
+        compressors=None if spec.compression == "none" else zarr_codec(spec.numpy_dtype),
     )
 
 
@@ -60,10 +62,10 @@ def _plain_metadata(name: str, shape: tuple[int, ...], dtype: str) -> bytes:
     )
 
 
-def _zarr_json(**options: Any) -> bytes:
+def _zarr_json(*, compressors: Any = None, **options: Any) -> bytes:
     """What zarr-python writes for an array; it takes milliseconds for that."""
     files: dict[str, Any] = {}
-    zarr.create_array(MemoryStore(files), compressors=None, filters=None, **options)
+    zarr.create_array(MemoryStore(files), compressors=compressors, filters=None, **options)
     return bytes(files["zarr.json"].to_bytes())
 
 
@@ -100,16 +102,18 @@ def read_attributes(storage: Storage, name: str) -> dict[str, Any]:
     return own if isinstance(own, dict) else {}
 
 
-def check_encoding(attributes: Mapping[str, Any], encoding_type: str, where: str) -> None:
+def check_encoding(
+    attributes: Mapping[str, Any], encoding_type: str, where: str, versions: Sequence[int] = (FORMAT_VERSION,)
+) -> None:
     """
     Raises:
         CacheError: the attributes are those of another kind of node, or of another version.
     """
     found = attributes.get("encoding-type"), attributes.get("encoding-version")
-    if found != (encoding_type, FORMAT_VERSION):
+    if found[0] != encoding_type or found[1] not in versions:
         raise CacheError(
             f"{where}: its attributes say {found[0]} version {found[1]}, expected {encoding_type} version "
-            f"{FORMAT_VERSION}. Restore zarr.json from a copy, or use the release that wrote it."
+            f"{' or '.join(map(str, versions))}. Restore zarr.json from a copy, or use the release that wrote it."
         )
 
 

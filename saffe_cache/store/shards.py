@@ -1,0 +1,116 @@
+"""The shards of one array, open for reading.
+
+A local uncompressed shard is memory-mapped. One that is compressed, or lies behind a URL, is fetched whole,
+decompressed, compared with its checksum and kept in memory, by threads of this module: who reads shard after shard
+finds the next one ready, and who knows what is needed soon holds it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+
+from saffe_cache.features import CacheError
+from saffe_cache.store.layout import decode_shard
+from saffe_cache.store.manifest import ArrayManifest
+from saffe_cache.store.storage import Storage
+from saffe_cache.store.zarr_files import shard_name
+
+_MAX_MAPPED = 64
+"""Of one array. A memory map holds a file open, of which a process may have 1024."""
+_MAX_SPARE = 4
+"""Loaded shards of one array that are kept although nobody holds them."""
+
+
+class OpenShards:
+    """Shards by number, for any thread: [rows, numbers of a row]."""
+
+    def __init__(self, storage: Storage, folder: str, array: ArrayManifest) -> None:
+        self._storage, self._folder, self._array = storage, folder, array
+        self._mapped: dict[int, np.ndarray] = {}
+        self._loaded: OrderedDict[int, Future[np.ndarray]] = OrderedDict()
+        self._held: set[int] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def are_mapped(self) -> bool:
+        return self._array.spec.compression == "none" and self._storage.local_path("zarr.json") is not None
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """
+        Raises:
+            CacheError: the shard is missing or truncated; one that is loaded: a byte differs.
+        """
+        return self._map(index) if self.are_mapped else self._load(index).result()
+
+    def hold(self, indices: Iterable[int]) -> None:
+        """Load these ahead and keep them until the next call; let go of all others. Mapped shards need no such care."""
+        if self.are_mapped:
+            return
+        with self._lock:
+            self._held = set(indices)
+            for index in self._loaded.keys() - self._held:
+                del self._loaded[index]
+            for index in sorted(self._held):
+                self._start(index)
+
+    def _map(self, index: int) -> np.ndarray:
+        """The one opened first is closed where too many are open."""
+        with self._lock:
+            if index not in self._mapped:
+                while len(self._mapped) >= _MAX_MAPPED:
+                    del self._mapped[next(iter(self._mapped))]
+                self._mapped[index] = self._open(index)
+            return self._mapped[index]
+
+    def _open(self, index: int) -> np.ndarray:
+        spec, entry, name = self._array.spec, self._array.shards[index], self._name(index)
+        path = self._storage.local_path(name)
+        assert path is not None
+        if not path.exists() or path.stat().st_size < spec.shard_file_bytes(entry.rows):
+            raise CacheError(
+                f"{self._storage.root}: {name} is missing or truncated. Run `saffe-cache verify` to see what else is, "
+                "then restore it from a copy, or extract into a new cache."
+            )
+        shape = (entry.rows, math.prod(spec.stored_shape))
+        return np.asarray(np.memmap(path, spec.numpy_dtype, mode="r", shape=shape))
+
+    def _load(self, index: int) -> Future[np.ndarray]:
+        """And the next one, where this one follows another and nobody said what is needed."""
+        with self._lock:
+            if not self._held and index - 1 in self._loaded and index + 1 < len(self._array.shards):
+                self._start(index + 1)
+            future = self._start(index)
+            self._loaded.move_to_end(index)
+            spare = [one for one in self._loaded if one not in self._held]
+            for one in spare[:-_MAX_SPARE]:
+                del self._loaded[one]
+            return future
+
+    def _start(self, index: int) -> Future[np.ndarray]:
+        """Load a shard unless that is done or under way; one that failed has another try."""
+        future = self._loaded.get(index)
+        if future is None or (future.done() and future.exception() is not None):
+            future = self._loaded[index] = _loaders().submit(self._fetch, index)
+        return future
+
+    def _fetch(self, index: int) -> np.ndarray:
+        entry, name = self._array.shards[index], self._name(index)
+        rows = decode_shard(self._array.spec, entry, self._storage.read(name), f"{self._storage.root}: {name}")
+        return rows.reshape(entry.rows, -1)
+
+    def _name(self, index: int) -> str:
+        return f"{self._folder}/{shard_name(index, self._array.spec)}"
+
+
+@cache
+def _loaders() -> ThreadPoolExecutor:
+    """Of the whole process. None of their work waits for other work of theirs."""
+    return ThreadPoolExecutor(max(4, os.cpu_count() or 1), "shard-loader")

@@ -1,0 +1,124 @@
+"""Shards open for reading: mapped, or loaded ahead and let go of."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from store_cases import image_contents, shard_files, without_fsync, write_contents
+
+from saffe_cache.features import CacheError
+from saffe_cache.store import shards
+from saffe_cache.store.compression import COMPRESSIONS, CompressionName
+from saffe_cache.store.manifest import encoder_group, read_encoder
+from saffe_cache.store.shards import OpenShards
+from saffe_cache.store.storage import Storage
+
+pytestmark = pytest.mark.filterwarnings("error")
+NAME = "hidden_states/1"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_fsync() -> Iterator[None]:
+    with without_fsync():
+        yield
+
+
+class CountingStorage(Storage):
+    """Which shards were fetched."""
+
+    def __init__(self, root: str | Path) -> None:
+        super().__init__(root)
+        self.fetched: list[int] = []
+
+    def read(self, name: str) -> bytes:
+        if "/c/" in name:
+            self.fetched.append(int(name.split("/c/")[1].split("/")[0]))
+        return super().read(name)
+
+
+def open_shards(root: Path, compression: CompressionName = "zstd") -> tuple[CountingStorage, OpenShards]:
+    contents = image_contents(60, compression=compression)
+    write_contents(root, contents)
+    storage = CountingStorage(root)
+    array = read_encoder(storage, contents.key).arrays[NAME]
+    storage.fetched.clear()
+    return storage, OpenShards(storage, f"{encoder_group(contents.key)}/{NAME}", array)
+
+
+def expected(index: int) -> np.ndarray:
+    return image_contents(60).arrays[NAME][1][4 * index : 4 * index + 4].reshape(4, -1)
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_many_threads_read_many_shards_of_which_few_stay_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: CompressionName
+) -> None:
+    monkeypatch.setattr(shards, "_MAX_MAPPED", 3)
+    monkeypatch.setattr(shards, "_MAX_SPARE", 3)
+    _, opened = open_shards(tmp_path, compression)
+    failures: list[int] = []
+
+    def read(seed: int) -> None:
+        drawn = np.random.default_rng(seed).integers(0, 15, 60).tolist()
+        failures.extend(index for index in drawn if not np.array_equal(opened[index], expected(index)))
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(opened._mapped) + len(opened._loaded) == 3
+
+
+def test_shard_after_shard_each_is_fetched_once_and_the_next_one_ahead(tmp_path: Path) -> None:
+    storage, opened = open_shards(tmp_path)
+    for index in range(15):
+        opened[index]
+        if 0 < index < 14:
+            assert index + 1 in opened._loaded
+    assert sorted(storage.fetched) == list(range(15))
+
+
+def test_random_shards_fetch_nothing_that_was_not_asked_for(tmp_path: Path) -> None:
+    storage, opened = open_shards(tmp_path)
+    for index in (0, 7, 3, 12):
+        opened[index]
+    assert storage.fetched == [0, 7, 3, 12]
+
+
+def test_what_is_held_is_fetched_ahead_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_MAX_SPARE", 1)
+    storage, opened = open_shards(tmp_path)
+    opened.hold([2, 9, 4])
+    for _ in range(3):
+        for index in (9, 2, 0, 4, 14):
+            np.testing.assert_array_equal(opened[index], expected(index))
+    assert [storage.fetched.count(index) for index in (2, 4, 9)] == [1, 1, 1]
+    opened.hold([4, 5])
+    opened[5]
+    assert set(opened._loaded) == {4, 5}
+    assert storage.fetched.count(4) == 1
+
+
+def test_a_shard_that_was_mended_is_read_again(tmp_path: Path) -> None:
+    _, opened = open_shards(tmp_path)
+    name = next(name for name in shard_files(tmp_path) if f"{NAME}/c/3/" in name)
+    sound = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(sound[:-9])
+    for _ in range(2):
+        with pytest.raises(CacheError, match=f"{NAME}/c/3/0/0: its chunk index is damaged"):
+            opened[3]
+    (tmp_path / name).write_bytes(sound)
+    np.testing.assert_array_equal(opened[3], expected(3))
+
+
+def test_mapped_shards_are_not_fetched(tmp_path: Path) -> None:
+    storage, opened = open_shards(tmp_path, "none")
+    opened.hold(range(15))
+    assert opened[3][0, 0] == expected(3)[0, 0]
+    assert storage.fetched == []
