@@ -30,7 +30,10 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def cache_command(arguments: Sequence[str] | None = None) -> int:
-    """`saffe-cache inspect | verify | export | import`."""
+    """`saffe-cache inspect | verify | convert | export | import`."""
+    from saffe_cache.store.compression import COMPRESSIONS
+    from saffe_cache.store.dtypes import STORAGE_DTYPES
+
     parser = argparse.ArgumentParser(prog="saffe-cache", description="Look into a cache, check it, exchange it.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help_text in (
@@ -38,6 +41,12 @@ def cache_command(arguments: Sequence[str] | None = None) -> int:
         ("verify", "read every shard and compare it with its checksum"),
     ):
         commands.add_parser(name, help=help_text).add_argument("cache", help="the cache")
+    converting = commands.add_parser("convert", help="write a cache anew, its hidden states stored otherwise")
+    converting.add_argument("cache", help="the cache")
+    converting.add_argument("new", help="the cache to write")
+    converting.add_argument("--storage", choices=STORAGE_DTYPES, help="type of hidden states; default: as it is")
+    converting.add_argument("--compression", choices=COMPRESSIONS, help="of hidden states; default: as it is")
+    converting.add_argument("--shard-mb", type=int, default=64, help="size of a shard; default: 64")
     exporting = commands.add_parser("export", help="write a cache as one HDF5 file")
     exporting.add_argument("cache", help="the cache")
     exporting.add_argument("file", help="the HDF5 file to write")
@@ -49,12 +58,16 @@ def cache_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def _cache_action(options: argparse.Namespace) -> int:
+    from saffe_cache.store.convert import convert_cache
     from saffe_cache.store.exchange import export_hdf5, import_hdf5
     from saffe_cache.store.inspect import describe_cache
     from saffe_cache.store.reader import verify_cache
 
     if options.command == "inspect":
         print(describe_cache(options.cache))
+    elif options.command == "convert":
+        stored = {"storage_type": options.storage, "compression": options.compression, "shard_mb": options.shard_mb}
+        print(convert_cache(options.cache, options.new, **stored))
     elif options.command == "export":
         print(export_hdf5(options.cache, options.file))
     elif options.command == "import":

@@ -22,6 +22,7 @@ from saffe_cache.features import MODALITIES, CacheError, ItemTable, Modality
 from saffe_cache.options import require, require_keys
 from saffe_cache.runs import choose_device, provenance
 from saffe_cache.sources import Columns, SourceItem, read_items
+from saffe_cache.store.compression import CompressionName
 from saffe_cache.store.manifest import RootManifest, layers_among, read_encoder, read_root, write_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import NewItem, TableBuilder, read_table, write_table
@@ -65,6 +66,9 @@ class ExtractConfig:
     """Revision of a hub model, as image=COMMIT."""
     storage: Literal["float32", "float16", "bfloat16", "int8", "float8"] = "float16"
     """Type of hidden states on disk; int8 and float8 have a scale for each token. Vectors are always float32."""
+    compression: CompressionName = "none"
+    """Of hidden states on disk. zstd takes 5 to 25 % off, for slow networks and full disks; but such shards cannot be
+    memory-mapped, and are decompressed into memory instead."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the forward pass. auto: float32 on a CPU, bfloat16 on a GPU."""
     attention: str | None = None
@@ -156,6 +160,7 @@ def _encode_options(config: ExtractConfig) -> EncodeOptions:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return EncodeOptions(
         storage=config.storage,
+        compression=config.compression,
         pooled=config.pooled,
         batch_tokens=config.batch_tokens or (32768 if on_gpu else 2048),
         batch_size=config.batch_size,
@@ -270,6 +275,6 @@ def _print_plan(jobs: Sequence[Job], items: Sequence[SourceItem], config: Extrac
         print(f"{job.manifest.key}: {left} of {job.num_inputs} distinct inputs to encode, about {seconds:.0f} s")
         for name, (spec, rows) in sorted(job.arrays.items()):
             shape = " x ".join(map(str, (rows, *spec.row_shape)))
-            print(f"  {name}: {shape} {spec.dtype}, {rows * spec.row_bytes / 1e6:.1f} MB")
+            print(f"  {name}: {shape} {spec.described}, {rows * spec.row_bytes / 1e6:.1f} MB")
         print(f"  {job.num_bytes / 1e6:.1f} MB in about {job.num_files} files")
     print(f"in all {sum(job.num_bytes for job in jobs) / 1e6:.1f} MB and about {total:.0f} s on this machine")

@@ -3,8 +3,12 @@
 | residency | where the hidden states lie | good |
 |---|---|---|
 | `device` | all in the accelerator's memory | where they fit: no batch is copied again |
-| `memory` | all in main memory, pinned for an accelerator | where that is too small; for shards behind a URL |
-| `mapped` | in their files, memory-mapped; the system keeps in memory what fits | on a CPU, and in all other cases |
+| `memory` | all in main memory, pinned for an accelerator | where that is too small; for shards that cannot be mapped |
+| `mapped` | in their files, memory-mapped; the system keeps in memory what fits | on a CPU, and for larger caches |
+| `streamed` | compressed or behind a URL; the shards of two windows of photos are in memory | where all is too large |
+
+A window is what a streamed training shuffles at a time: a few shards of photos, drawn at random. While one is trained
+on, the next one is fetched and decompressed.
 
 They lie and travel in their storage type, half or a quarter of a float32's bytes, and become float32 on the device.
 """
@@ -25,9 +29,11 @@ from saffe_cache.runs import RunSpec
 from saffe_cache.store.dtypes import numbers_of
 from saffe_cache.store.reader import Cache, EncoderCache
 
-Residency = Literal["device", "memory", "mapped"]
+Residency = Literal["device", "memory", "mapped", "streamed"]
 _DEVICE_PART, _MEMORY_PART = 0.6, 0.5
 """Of the memory that is free: what hidden states may take of it."""
+_WINDOW_BYTES = 2**29
+"""Hidden states of one window of a streamed training, about."""
 
 
 class FamInputs:
@@ -37,7 +43,7 @@ class FamInputs:
         self.cache, self.spec, self.device, self.residency = cache, spec, device, residency
         self.gallery, self.text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
         self._held: dict[tuple[str, str], torch.Tensor] = {}
-        if residency != "mapped":
+        if residency in ("device", "memory"):
             for encoder, name in _arrays(cache, spec):
                 self._held[encoder.key, name] = self._load(encoder, name)
 
@@ -53,6 +59,12 @@ class FamInputs:
         states, mask = self._tokens(self.text, rows, self.spec.text_layers)
         assert mask is not None
         return Texts(tuple(states), mask, vectors)
+
+    def hold(self, photos: np.ndarray, texts: np.ndarray) -> None:
+        """Have these inputs, which are needed next, read ahead, and let go of all others."""
+        for encoder, name in _arrays(self.cache, self.spec):
+            encoder.array(name).hold(encoder.token_rows(photos if encoder is self.gallery else texts)[0])
+        self.text.array(self.text.manifest.vector).hold(texts)
 
     def vectors(self, rows: np.ndarray) -> torch.Tensor:
         """The text encoder's own vectors, float32 [n, d]."""
@@ -90,17 +102,32 @@ def choose_residency(asked: Residency | Literal["auto"], cache: Cache, spec: Run
     """Where the hidden states of a training shall lie; "auto" takes the fastest place that has room for them.
 
     Raises:
-        ValueError: the memory of an accelerator is asked for, and there is none.
+        ValueError: the memory of an accelerator is asked for, and there is none; or memory maps, and shards are
+            compressed or behind a URL.
     """
+    can_map = all(encoder.array(name).is_mapped for encoder, name in _arrays(cache, spec))
     require(asked != "device" or device != "cpu", "residency", "device on a CPU", "memory or mapped")
+    require(
+        asked != "mapped" or can_map,
+        *("residency", "mapped, of shards that are compressed or behind a URL", "memory or streamed"),
+    )
     if asked != "auto":
         return asked
     needed = sum(len(encoder.array(name)) * encoder.array(name).row_bytes for encoder, name in _arrays(cache, spec))
     if device != "cpu" and needed < _DEVICE_PART * torch.cuda.mem_get_info()[0]:
         return "device"
-    is_remote = cache.storage.local_path("zarr.json") is None
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return "memory" if (device != "cpu" or is_remote) and needed < _MEMORY_PART * free else "mapped"
+    if (device != "cpu" or not can_map) and needed < _MEMORY_PART * free:
+        return "memory"
+    return "mapped" if can_map else "streamed"
+
+
+def window_shards(cache: Cache, spec: RunSpec) -> int:
+    """Shards of photos in a window of a streamed training; it depends on the cache alone."""
+    arrays = [encoder.array(name) for encoder, name in _arrays(cache, spec)]
+    photos = cache.encoders[spec.gallery_key].array(f"hidden_states/{spec.gallery_layers[0]}")
+    of_photo = sum(len(array) * array.row_bytes for array in arrays) / max(1, len(photos))
+    return max(1, round(_WINDOW_BYTES / of_photo / photos.shard_rows))
 
 
 def summaries(encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int], batch: int = 256) -> np.ndarray:

@@ -60,6 +60,8 @@ class RunSpec:
     """Whether that is all that is trained, so that a gallery with null text means nothing."""
     sees_null: bool = True
     """Whether the null text lies beside photos in training."""
+    shuffled_shards: int | None = None
+    """Photos of so many shards are shuffled together in a streamed training; None for all photos."""
     data: str = ""
     """Hash over the photos and texts that the run trains on and is validated on."""
 

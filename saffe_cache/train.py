@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from saffe_cache.fam_inputs import FamInputs, Residency, choose_residency
+from saffe_cache.fam_inputs import FamInputs, Residency, choose_residency, window_shards
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.judging.search import own_protocol
 from saffe_cache.options import require
@@ -25,7 +25,7 @@ __all__ = ["TrainConfig", "train", "train_many"]
 
 logger = logging.getLogger(__name__)
 
-_PLACES = {"device": "in its memory", "memory": "in main memory", "mapped": "memory-mapped"}
+_PLACES = {"device": "in its memory", "memory": "in main memory", "mapped": "memory-mapped", "streamed": "streamed"}
 
 
 def train(config: TrainConfig) -> str:
@@ -71,6 +71,7 @@ class _Plan:
     cache: Cache
     spec: RunSpec
     options: FitOptions
+    residency: Residency
     training: Pairs
     validation: Pairs
     num_shared: int
@@ -85,20 +86,24 @@ class _Plan:
         """What decides the batches, and how a run is validated: equal for runs that train side by side."""
         spec = self.spec
         data = (self.config.cache, spec.gallery_key, spec.text_key, spec.gallery_layers, spec.text_layers, spec.data)
-        where = (self.options.device, self.config.residency)
+        where = (self.options.device, self.residency)
         return (*data, spec.gallery_text, own_protocol(spec), self.options.batch_size, spec.seed, *where)
 
 
 def _plan(config: TrainConfig, cache: Cache) -> _Plan:
     spec = resolve_run(config, cache)
     training, validation, num_shared = training_pairs(spec, cache)
-    spec = replace(spec, data=data_fingerprint(cache, spec, training, validation))
+    options = fit_options(config)
+    residency = choose_residency(config.residency, cache, spec, options.device)
+    window = window_shards(cache, spec) if residency == "streamed" else None
+    spec = replace(spec, shuffled_shards=window, data=data_fingerprint(cache, spec, training, validation))
     _check_folder(Path(config.out), config, spec)
     return _Plan(
         config=config,
         cache=cache,
         spec=spec,
-        options=fit_options(config),
+        options=options,
+        residency=residency,
         training=training,
         validation=validation,
         num_shared=num_shared,
@@ -109,11 +114,10 @@ def _train_group(plans: Sequence[_Plan]) -> None:
     """The runs, then their controls on permuted pairs, each side by side."""
     first, seed = plans[0], plans[0].spec.seed
     training, validation = first.training, first.validation
-    residency = choose_residency(first.config.residency, first.cache, first.spec, first.options.device)
     for plan in plans:
-        _tell(plan, residency)
+        _tell(plan)
         write_json(plan.out / "config.json", {"stage": "train", "run": asdict(plan.spec), **provenance(plan.config)})
-    inputs = FamInputs(first.cache, first.spec, first.options.device, residency)
+    inputs = FamInputs(first.cache, first.spec, first.options.device, first.residency)
     states = _fit([(plan, plan.options, plan.out) for plan in plans], inputs, training, validation)
     controls = [
         (plan, replace(plan.options, epochs=plan.config.control_epochs, tensorboard=False), plan.out / "permuted")
@@ -123,7 +127,7 @@ def _train_group(plans: Sequence[_Plan]) -> None:
     if controls:
         _fit(controls, inputs, training.permuted(seed), validation.permuted(seed))
     for plan, state in zip(plans, states, strict=True):
-        _finish(plan, state, residency)
+        _finish(plan, state)
 
 
 def _fit(
@@ -136,7 +140,7 @@ def _fit(
     return [one.state for one in trainings]
 
 
-def _finish(plan: _Plan, state: TrainingState, residency: Residency) -> None:
+def _finish(plan: _Plan, state: TrainingState) -> None:
     """The result, which makes the run a finished one."""
     score_name = "mrr" if own_protocol(plan.spec) == "caption" else "map"
     result = {
@@ -149,7 +153,7 @@ def _finish(plan: _Plan, state: TrainingState, residency: Residency) -> None:
         "unusable_items": plan.training.num_unusable,
         "photos_shared_with_other_splits": plan.num_shared,
         "steps": state.step,
-        "residency": residency,
+        "residency": plan.residency,
         "seconds": round(state.seconds, 1),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
@@ -163,8 +167,8 @@ def _finish(plan: _Plan, state: TrainingState, residency: Residency) -> None:
     )
 
 
-def _tell(plan: _Plan, residency: Residency) -> None:
-    spec, place = plan.spec, f"{plan.options.device} with hidden states {_PLACES[residency]}"
+def _tell(plan: _Plan) -> None:
+    spec, place = plan.spec, f"{plan.options.device} with hidden states {_PLACES[plan.residency]}"
     logger.info(
         "%s fusion, %s head, on %s: %s of %s%s, described by %s (%s).",
         *(spec.shape.fusion, spec.shape.head, place, _names(spec.gallery_layers), spec.gallery_key),

@@ -58,7 +58,8 @@ def test_many_threads_read_many_shards_of_which_few_stay_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: CompressionName
 ) -> None:
     monkeypatch.setattr(shards, "_MAX_MAPPED", 3)
-    monkeypatch.setattr(shards, "_MAX_SPARE", 3)
+    monkeypatch.setattr(shards, "_SPARE_BYTES", 3 * 4 * 16)
+    monkeypatch.setattr(shards, "_LEAST_SPARE", 1)
     _, opened = open_shards(tmp_path, compression)
     failures: list[int] = []
 
@@ -92,7 +93,8 @@ def test_random_shards_fetch_nothing_that_was_not_asked_for(tmp_path: Path) -> N
 
 
 def test_what_is_held_is_fetched_ahead_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_MAX_SPARE", 1)
+    monkeypatch.setattr(shards, "_SPARE_BYTES", 1)
+    monkeypatch.setattr(shards, "_LEAST_SPARE", 1)
     storage, opened = open_shards(tmp_path)
     opened.hold([2, 9, 4])
     for _ in range(3):

@@ -18,6 +18,7 @@ import torch
 
 from saffe_cache.encoders.encoder import EncoderRequest, FrozenEncoder, load_encoder
 from saffe_cache.features import CacheError, Inputs
+from saffe_cache.store.compression import CompressionName
 from saffe_cache.store.layout import ArraySpec, choose_rows
 from saffe_cache.store.manifest import EncoderManifest, layers_among, read_encoder, read_root
 from saffe_cache.store.storage import Storage
@@ -33,6 +34,7 @@ class EncodeOptions:
     """How to encode and store; the fields are described in ExtractConfig."""
 
     storage: str
+    compression: CompressionName
     pooled: bool
     batch_tokens: int
     batch_size: int | None
@@ -217,7 +219,7 @@ def _state_spec(job: Job) -> ArraySpec:
         names = (job.encoder.request.modality, "token", "hidden")
     one = ArraySpec(row_shape=shape, dtype=job.options.storage, chunk_rows=1, shard_rows=1, dimension_names=names)
     chunk_rows, shard_rows = choose_rows(one.row_bytes, job.options.shard_mb * 2**20)
-    return replace(one, chunk_rows=chunk_rows, shard_rows=shard_rows)
+    return replace(one, chunk_rows=chunk_rows, shard_rows=shard_rows, compression=job.options.compression)
 
 
 def blank_input(encoder: FrozenEncoder) -> Any:

@@ -44,7 +44,7 @@ def _describe_encoder(encoder: EncoderCache) -> list[str]:
     for name, array in sorted(manifest.arrays.items()):
         shape = " x ".join(map(str, (array.rows, *array.spec.row_shape)))
         megabytes = array.rows * array.spec.row_bytes / 1e6
-        line = f"  {name}: {shape} {array.spec.dtype}, {len(array.shards)} shards, {megabytes:.1f} MB"
+        line = f"  {name}: {shape} {array.spec.described}, {len(array.shards)} shards, {megabytes:.1f} MB"
         if array.spec.dtype != "int64":
             found = encoder.statistics(name)
             line += f", mean {found.mean:.4g}, std {found.std:.4g}, max |x| {found.max_magnitude:.4g}"

@@ -71,7 +71,13 @@ class ArraySpec:
         return stored_shape(self.row_shape, self.dtype)
 
     @property
+    def described(self) -> str:
+        """Type and compression, for people."""
+        return self.dtype if self.compression == "none" else f"{self.dtype} with {self.compression}"
+
+    @property
     def row_bytes(self) -> int:
+        """Before compression."""
         return math.prod(self.stored_shape) * self.numpy_dtype.itemsize
 
     @property

@@ -25,8 +25,8 @@ from saffe_cache.store.zarr_files import shard_name
 
 _MAX_MAPPED = 64
 """Of one array. A memory map holds a file open, of which a process may have 1024."""
-_MAX_SPARE = 4
-"""Loaded shards of one array that are kept although nobody holds them."""
+_SPARE_BYTES, _LEAST_SPARE = 2**28, 4
+"""Loaded shards of one array that are kept although nobody holds them: so many bytes, but at least so many shards."""
 
 
 class OpenShards:
@@ -38,6 +38,7 @@ class OpenShards:
         self._loaded: OrderedDict[int, Future[np.ndarray]] = OrderedDict()
         self._held: set[int] = set()
         self._lock = threading.Lock()
+        self._max_spare = max(_LEAST_SPARE, _SPARE_BYTES // max(1, array.spec.shard_rows * array.spec.row_bytes))
 
     @property
     def are_mapped(self) -> bool:
@@ -90,7 +91,7 @@ class OpenShards:
             future = self._start(index)
             self._loaded.move_to_end(index)
             spare = [one for one in self._loaded if one not in self._held]
-            for one in spare[:-_MAX_SPARE]:
+            for one in spare[: -self._max_spare]:
                 del self._loaded[one]
             return future
 

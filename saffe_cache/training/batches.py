@@ -18,6 +18,7 @@ from saffe_cache.judging.search import Search, make_search, own_protocol, own_se
 from saffe_cache.objectives import distinct_positives
 from saffe_cache.pairs import Pairs, mean_text_vectors
 from saffe_cache.retrieval.candidates import candidate_scores
+from saffe_cache.training.order import EpochOrder, draw_order
 
 _LEAST_BATCH, _LEAST_STEPS = 32, 8
 """Small data: batches are cut so that an epoch has at least 8 steps, but not below 32 photos."""
@@ -46,6 +47,8 @@ class TrainingData:
 
     def __init__(self, inputs: FamInputs, pairs: Pairs, validation: Pairs, batch_size: int, seed: int) -> None:
         self.inputs, self._pairs, self._validation, self._seed = inputs, pairs, validation, seed
+        self._order: EpochOrder | None = None
+        self._held: tuple[int, ...] = ()
         self._batch_size = min(batch_size, max(_LEAST_BATCH, len(pairs) // _LEAST_STEPS), len(pairs))
 
     @property
@@ -69,8 +72,10 @@ class TrainingData:
 
     def _read(self, step: int) -> Batch:
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng((self._seed, epoch)).permutation(len(self._pairs))
-        chosen = np.sort(order[within * self._batch_size : (within + 1) * self._batch_size])
+        here = slice(within * self._batch_size, (within + 1) * self._batch_size)
+        order = self._order_of(epoch)
+        self._hold(order, here)
+        chosen = np.sort(order.pairs[here])
         states, mask = self.inputs.photos(self._pairs.rows[chosen])
         device = self.inputs.device
         texts = [self._pairs.texts[int(i)] for i in chosen]
@@ -87,6 +92,26 @@ class TrainingData:
             torch.from_numpy(positives).to(device),
             torch.from_numpy(own).to(device),
         )
+
+    def _order_of(self, epoch: int) -> EpochOrder:
+        if self._order is None or self._order.epoch != epoch:
+            spec = self.inputs.spec
+            shard_rows = self.inputs.gallery.array(f"hidden_states/{spec.gallery_layers[0]}").shard_rows
+            shards = self._pairs.rows // shard_rows
+            self._order = draw_order(shards, spec.shuffled_shards, self._seed, epoch)
+        return self._order
+
+    def _hold(self, order: EpochOrder, here: slice) -> None:
+        """Where photos are streamed: have the windows of a batch, and the next one, ahead."""
+        if order.windows is None:
+            return
+        first, last = int(order.windows[here][0]), int(order.windows[here][-1]) + 1
+        if self._held != (order.epoch, first, last):
+            self._held = (order.epoch, first, last)
+            pairs = order.pairs[(order.windows >= first) & (order.windows <= last)]
+            beside = [] if self._pairs.beside is None else [self._pairs.beside[pairs]]
+            texts = [self._pairs.texts[int(i)] for i in pairs]
+            self.inputs.hold(self._pairs.rows[pairs], np.unique(np.concatenate([*texts, *beside])))
 
     def _beside(self, chosen: np.ndarray, own: np.ndarray) -> Texts | None:
         if self.inputs.spec.gallery_text == "null":

@@ -99,9 +99,10 @@ class TrainConfig:
     same batches. Default: the same as --seed."""
     device: str = "auto"
     """auto takes a GPU where there is one; or cpu, cuda."""
-    residency: Literal["auto", "device", "memory", "mapped"] = "auto"
+    residency: Literal["auto", "device", "memory", "mapped", "streamed"] = "auto"
     """Where hidden states lie while training. device: in the accelerator's memory. memory: in main memory. mapped: in
-    the cache's files. auto: the first of these that has room; on a CPU mapped, which is as fast."""
+    the cache's files. streamed: window after window of shards, for caches that are compressed or behind a URL; photos
+    are then shuffled within a window. auto: the first of these that has room; on a CPU mapped, which is as fast."""
     checkpoint_seconds: float = 60.0
     """Time between states that a killed run resumes from."""
     tensorboard: bool = True

@@ -1,0 +1,102 @@
+"""A cache with its hidden states stored otherwise: another type, compressed or not, shards of another size.
+
+Nothing is encoded again. What an encoder is known by stays the same, so that a run trained on one of the two caches can
+be judged on the other. A new root is written last: a conversion that was killed is no cache, and begins anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from saffe_cache.features import CacheError
+from saffe_cache.store.compression import CompressionName
+from saffe_cache.store.dtypes import to_storage
+from saffe_cache.store.layout import ArraySpec, choose_rows
+from saffe_cache.store.manifest import RootManifest, layers_among, read_root, write_root
+from saffe_cache.store.reader import EncoderCache, open_cache
+from saffe_cache.store.rows import RowReader
+from saffe_cache.store.storage import Storage
+from saffe_cache.store.table import ENCODING_TYPE as ITEMS
+from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks
+from saffe_cache.store.zarr_files import mark_group, read_group, write_group
+
+
+def convert_cache(
+    cache_path: str | Path,
+    new_path: str | Path,
+    *,
+    storage_type: str | None = None,
+    compression: CompressionName | None = None,
+    shard_mb: int = 64,
+) -> str:
+    """Write the new cache, and return its path.
+
+    Args:
+        storage_type: of hidden states; None leaves it as it is.
+        compression: of hidden states; None leaves it as it is.
+
+    Raises:
+        CacheError: the new cache exists, the old one is damaged or unfinished, or a number does not fit into the type.
+    """
+    source, storage = open_cache(cache_path), Storage(new_path)
+    if read_root(storage) is not None:
+        raise CacheError(f"{new_path}: there is a cache already. Convert into a new one.")
+    unfinished = [key for key, encoder in source.encoders.items() if not encoder.manifest.finished_rows]
+    if unfinished:
+        raise CacheError(f"{cache_path}: {unfinished[0]} is unfinished. Run saffe-extract again, then convert.")
+    root = read_root(source.storage)
+    assert root is not None
+    with storage.writer_lock():
+        mark_group(storage, "tables")
+        attributes, columns = read_group(source.storage, f"tables/{root.table}", ITEMS)
+        write_group(storage, "tables/1", attributes, columns)
+        for encoder in source.encoders.values():
+            specs = {
+                name: _new_spec(array.spec, storage_type, compression, shard_mb) if layers_among([name]) else array.spec
+                for name, array in encoder.manifest.arrays.items()
+            }
+            _convert_encoder(storage, encoder, specs, f"{cache_path}: {encoder.key}")
+        write_root(storage, RootManifest(1, tuple(source.encoders)))
+    return str(new_path)
+
+
+def _new_spec(
+    spec: ArraySpec, storage_type: str | None, compression: CompressionName | None, shard_mb: int
+) -> ArraySpec:
+    one = replace(
+        spec, dtype=storage_type or spec.dtype, compression=compression or spec.compression, chunk_rows=1, shard_rows=1
+    )
+    chunk_rows, shard_rows = choose_rows(one.row_bytes, shard_mb * 2**20)
+    return replace(one, chunk_rows=chunk_rows, shard_rows=shard_rows)
+
+
+def _convert_encoder(storage: Storage, encoder: EncoderCache, specs: dict[str, ArraySpec], where: str) -> None:
+    old = encoder.manifest
+    changed = {"converted": {name: spec.described for name, spec in specs.items()}}
+    manifest = replace(old, arrays={}, finished_rows=0, history=[*old.history, changed])
+    write_blocks(storage, old.key, {layer: encoder.block(layer) for layer in encoder.block_layers})
+    targets = {name: (spec, old.arrays[name].rows) for name, spec in specs.items()}
+    with EncoderWriter(storage, manifest, targets) as writer:
+        for name, spec in specs.items():
+            try:
+                for portion in _portions(name, encoder.array(name), spec):
+                    writer.put(portion)
+            except OverflowError as error:
+                raise CacheError(f"{where}: {name}: {error}. Use --storage bfloat16 or float32.") from None
+        writer.finish(old.finished_rows)
+
+
+def _portions(name: str, array: RowReader, spec: ArraySpec) -> Iterator[Portion]:
+    """An array's rows in the new type, a quarter of a shard at a time."""
+    step = max(1, spec.shard_rows // 4)
+    for start in range(0, len(array), step):
+        rows = np.arange(start, min(start + step, len(array)))
+        if spec.dtype == array.dtype:
+            stored = array.read_stored(rows)
+        else:
+            stored = to_storage(array.read(rows).astype(np.float32), spec.dtype)
+        yield Portion({name: (start, stored)})
