@@ -55,7 +55,7 @@ def main() -> None:
         )
     )
     caches = {dtype: convert(exact, options.work / f"{dtype}.zarr", dtype) for dtype in STORAGE_DTYPES}
-    packed = {dtype: convert_and_weigh(cache, options.work / f"{dtype}-zstd.zarr") for dtype, cache in caches.items()}
+    packed = {dtype: weigh_compressed(cache, options.work) for dtype, cache in caches.items()}
     speeds = reading_speeds(caches)
     reports = {
         dtype: Table(
