@@ -47,16 +47,17 @@ class Died(BaseException):
 
 
 def write_until(path: Path, contents: tuple[Contents, ...], num_writes: int) -> int:
-    """Write, and die at the write number `num_writes`. Returns how many were done."""
+    """Write, and die at the write number `num_writes`. Returns how many were begun; others may still be under way."""
     done = 0
-    real = Storage.write
+    real, counting = Storage.write, threading.Lock()
 
     def write(self: Storage, name: str, *parts: bytes) -> None:
         nonlocal done
-        if done == num_writes:
-            raise Died
+        with counting:
+            if done == num_writes:
+                raise Died
+            done += 1
         real(self, name, *parts)
-        done += 1
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Storage, "write", write)

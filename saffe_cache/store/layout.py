@@ -168,7 +168,7 @@ def describe_shard(spec: ArraySpec, *portions: np.ndarray) -> ShardEntry:
     crc, num_rows = _crc32c(portions), sum(map(len, portions))
     if spec.dtype == "int64":
         return ShardEntry(rows=num_rows, crc32c=crc)
-    moments = sampled_moments(portions, spec.dtype, spec.shard_rows * math.prod(spec.row_shape))
+    moments = sampled_moments(portions, spec.dtype)
     return ShardEntry(rows=num_rows, crc32c=crc, **asdict(moments))
 
 

@@ -1,7 +1,7 @@
 """Mean, spread and largest magnitude of stored numbers, shard by shard. Pure: no file is touched here.
 
 They are for people, who look at the range of an array. So a large shard is judged by a sample: every n-th row, with n
-such that a full shard gives about two million numbers. All of them would cost more than writing the bytes does.
+such that it gives about two million numbers. All of them would cost more than writing the bytes does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from saffe_cache.store.dtypes import from_storage
 
 _SAMPLE_NUMBERS = 2**21
-"""Of a full shard."""
 _BLOCK_NUMBERS = 2**15
 """Numbers whose moments are taken at once: they stay in a processor's cache, and torch takes no threads for them."""
 
@@ -41,15 +40,10 @@ class Statistics:
     max_magnitude: float
 
 
-def sampled_moments(portions: Sequence[np.ndarray], dtype: str, shard_numbers: int) -> Moments:
-    """Of every n-th row of a shard, whose stored rows come in portions; the same however they are cut.
-
-    Args:
-        dtype: a storage type.
-        shard_numbers: of a full shard; it gives n.
-    """
-    tokens = _blocks(_every_nth(portions, max(1, shard_numbers // _SAMPLE_NUMBERS)))
-    return _merge(_moments(from_storage(block, dtype)) for block in tokens)
+def sampled_moments(portions: Sequence[np.ndarray], dtype: str) -> Moments:
+    """Of every n-th row of a shard, whose stored rows come in portions; the same however they are cut."""
+    n = max(1, sum(rows.size for rows in portions) // _SAMPLE_NUMBERS)
+    return _merge(_moments(from_storage(block, dtype)) for block in _blocks(_every_nth(portions, n)))
 
 
 def combine_statistics(parts: Sequence[Moments]) -> Statistics:

@@ -1,8 +1,8 @@
 """Growing an encoder's arrays, a shard at a time.
 
-Rows may come in any portions, in order. A full shard is written at once; `commit` then records it in the
-manifest. The rows of the unfinished shard stay in memory until `finish`, and so are what a kill costs.
-While a shard goes to the disk, its checksum and statistics are taken, all from the portions as they came.
+Rows may come in any portions, in order. A full shard goes to the disk at once, while its checksum and statistics are
+taken and the next one fills; when that is full too, the first is durable and is recorded in the manifest. So a kill
+costs at most two shards of each array, and as many are in memory.
 A tail shard that new rows fill up is read back, checked, and written again as a whole.
 """
 
@@ -11,25 +11,35 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from saffe_cache.durable import make_folder
 from saffe_cache.features import BlockWeights
-from saffe_cache.store.layout import ArraySpec, decode_shard, describe_shard, encode_shard
+from saffe_cache.store.layout import ArraySpec, ShardEntry, decode_shard, describe_shard, encode_shard
 from saffe_cache.store.manifest import ArrayManifest, EncoderManifest, encoder_group, layers_among, write_encoder
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.zarr_files import array_metadata, describe_group, mark_group, shard_name, write_group
 
-_HELPERS = 2
-"""Threads that write a shard, and make the folder of the next one."""
+_HELPERS = 4
+"""Threads that write shards, describe them, and make the folders of the next ones. None waits for another."""
+
+
+class _Writing(NamedTuple):
+    """A shard on its way to the disk."""
+
+    number: int
+    written: Future[None]
+    entry: Future[ShardEntry]
 
 
 class _ArrayWriter:
-    """One array: `position` rows are on disk or in the open shard, which is kept in the portions that it came in."""
+    """One array: `position` rows are on disk, on their way, or in the open shard, kept in the portions they came in."""
 
     def __init__(
         self, storage: Storage, folder: str, array: ArrayManifest, target_rows: int, helpers: Executor
@@ -40,13 +50,14 @@ class _ArrayWriter:
         self.target_rows = max(target_rows, array.rows)
         self._written = self.position
         self._open = [self._read_tail(array)] if self.position % self._spec.shard_rows else []
+        self._under_way: _Writing | None = None
         self._next_folder = helpers.submit(self._make_folder, self.position // self._spec.shard_rows)
         storage.write(f"{folder}/zarr.json", array_metadata(array.spec, self.target_rows))
 
     def append(self, first_row: int, rows: np.ndarray) -> bool:
-        """Rows in the stored type; those that are there already are passed over. True if a shard was written."""
+        """Rows in the stored type; those that are there already are passed over. True if a shard became durable."""
         assert first_row <= self.position, f"rows {self.position}…{first_row} of {self._folder} are missing"
-        fresh, wrote = rows[self.position - first_row :], False
+        fresh, settled = rows[self.position - first_row :], False
         while len(fresh):
             filled = self.position % self._spec.shard_rows
             taken = min(self._spec.shard_rows - filled, len(fresh))
@@ -54,26 +65,38 @@ class _ArrayWriter:
             fresh = fresh[taken:]
             self.position += taken
             if filled + taken == self._spec.shard_rows:
-                self._write_shard()
-                wrote = True
-        return wrote
+                settled |= self.settle()
+                self._begin()
+        return settled
 
     def flush(self) -> None:
-        """Write the open shard, if it holds rows that are not on disk."""
+        """Begin to write the open shard, if it holds rows that are not on disk."""
         if self.position > self._written:
-            self._write_shard()
+            self.settle()
+            self._begin()
 
-    def _write_shard(self) -> None:
+    def settle(self) -> bool:
+        """Wait until the shard that is under way is durable; False where none is."""
+        if self._under_way is None:
+            return False
+        number, written, entry = self._under_way
+        written.result()
+        self.entries[number:] = [entry.result()]
+        self._under_way = None
+        return True
+
+    def _begin(self) -> None:
         index = (self.position - 1) // self._spec.shard_rows
         self._next_folder.result()
-        writing = self._helpers.submit(self._storage.write, self._name(index), *encode_shard(self._spec, *self._open))
+        written = self._helpers.submit(self._store, index, self._open)
+        self._under_way = _Writing(index, written, self._helpers.submit(describe_shard, self._spec, *self._open))
         self._next_folder = self._helpers.submit(self._make_folder, index + 1)
-        entry = describe_shard(self._spec, *self._open)
-        writing.result()
-        self.entries[index:] = [entry]
         self._written = self.position
         if self.position % self._spec.shard_rows == 0:
             self._open = []
+
+    def _store(self, index: int, portions: Sequence[np.ndarray]) -> None:
+        self._storage.write(self._name(index), *encode_shard(self._spec, *portions))
 
     def _make_folder(self, index: int) -> None:
         """Ahead of its shard, if there will be one: a durable folder costs as much waiting as a small durable file."""
@@ -151,6 +174,8 @@ class EncoderWriter:
         for name, array in self._arrays.items():
             assert array.position == array.target_rows, f"{name} ends at row {array.position} of {array.target_rows}"
             array.flush()
+        for array in self._arrays.values():
+            array.settle()
         self.manifest.finished_rows = num_inputs
         self._commit()
 
@@ -166,17 +191,27 @@ class EncoderWriter:
     def _run(self) -> None:
         while (portion := self._portions.get()) is not None:
             if self._failure is None:
-                started = time.perf_counter()
-                try:
-                    self._write(portion)
-                except BaseException as error:
-                    self._failure = error
-                self.seconds += time.perf_counter() - started
+                self._try(partial(self._write, portion))
+        self._try(self._settle)  # after a failure too: what is durable shall count
+
+    def _try(self, step: Callable[[], None]) -> None:
+        started = time.perf_counter()
+        try:
+            step()
+        except BaseException as error:
+            self._failure = self._failure or error
+        self.seconds += time.perf_counter() - started
 
     def _write(self, portion: Portion) -> None:
-        written = [self._arrays[name].append(first_row, rows) for name, (first_row, rows) in portion.rows.items()]
+        settled = [self._arrays[name].append(first_row, rows) for name, (first_row, rows) in portion.rows.items()]
         self.manifest.invalid.update(portion.invalid)
-        if any(written):
+        if any(settled):
+            self._commit()
+
+    def _settle(self) -> None:
+        """Wait for all that is under way, and record it."""
+        settled = [array.settle() for array in self._arrays.values()]
+        if any(settled):
             self._commit()
 
     def _commit(self) -> None:
