@@ -83,7 +83,7 @@ def test_attention_head_starts_from_a_fitted_map() -> None:
     """Which it then is, as the MLP starts at zero; later the MLP corrects it."""
     head = AttentionHead(12, 2, 5, summary_size=48, mlp_size=16).eval()
     states = [rand(3, 6, 12, seed=seed) for seed in range(2)]
-    assert torch.equal(head(states, MASK), head.linear(summarize(states, MASK)))
+    torch.testing.assert_close(head(states, MASK), head.linear(summarize(states, MASK)), atol=1e-6, rtol=1e-6)
     head.mlp[-1].weight.normal_()
     correction = head(states, MASK) - head.linear(summarize(states, MASK))
     assert correction.abs().max() > 0.1

@@ -12,6 +12,7 @@ import pytest
 import torch
 from quick_runs import report_of, value
 from synthetic_cache import LAYERS, WIDTH, make_cache
+from torch.nn import functional
 
 from saffe_cache.fam_inputs import FamInputs, summaries
 from saffe_cache.features import CacheError
@@ -260,6 +261,20 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
         timeless = [[{k: v for k, v in line.items() if k != "seconds"} for line in log] for log in logs]
         assert timeless[0] == timeless[1]
         assert not (killed / "state.safetensors").exists()
+
+
+@pytest.mark.parametrize("length", [0.5, 4.9, 80.0, float("nan")])
+def test_gradients_are_clipped_as_torch_does(length: float) -> None:
+    """To the bit where they are short enough; a parameter without a gradient is left alone."""
+    ours, torchs = ([torch.nn.Parameter(torch.ones(3, 4)) for _ in range(3)] for _ in range(2))
+    for parameters in (ours, torchs):
+        torch.manual_seed(0)
+        for one in parameters[:2]:
+            one.grad = length * functional.normalize(torch.randn(12), dim=0).view(3, 4) / 2**0.5
+    fitting._clip(ours, 5.0)
+    torch.nn.utils.clip_grad_norm_(torchs, 5.0)
+    for mine, plain in zip(ours[:2], torchs[:2], strict=True):
+        torch.testing.assert_close(mine.grad, plain.grad, rtol=0, atol=0, equal_nan=True)
 
 
 def test_finished_run_is_left_alone_and_another_config_is_refused(cache_path: str, tmp_path: Path) -> None:

@@ -11,25 +11,23 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from saffe_cache.fusion.dropout import Dropout
+from saffe_cache.fusion.pooling import NormedTokens, mean_weights, summary_weights
+
 
 def summarize(states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
     """First token and mean of the other tokens of each layer, each token normed: [batch, 2 P d].
 
     What the linear baselines see, and what the attention head's linear path sees.
     """
-    parts = []
-    for state in states:
-        normed = functional.layer_norm(state, state.shape[-1:])
-        parts += [normed[:, 0], masked_mean(normed[:, 1:], None if mask is None else mask[:, 1:])]
-    return torch.cat(parts, dim=-1)
+    return torch.cat([NormedTokens(state).sums(summary_weights(state, mask)).flatten(1) for state in states], dim=-1)
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Mean over tokens that the mask keeps; zero where it keeps none."""
     if mask is None:
         return values.mean(dim=1)
-    weights = mask.to(values.dtype).unsqueeze(-1)
-    return (values * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+    return (values * mean_weights(values, mask).transpose(1, 2)).sum(dim=1)
 
 
 class AttentionHead(nn.Module):
@@ -37,7 +35,7 @@ class AttentionHead(nn.Module):
 
     A learned query q needs no key projection: (K x) . q = x . (K^T q), so K is folded into it. Values are
     projected after pooling, which is the same by linearity. Both save a d x d product for every token, and
-    the head then costs little more than reading the tokens.
+    the head then costs little more than reading the tokens: three times, normed nowhere (pooling.py).
 
         z = linear(summary) + mlp(norm([pooled; summary; beside]))
 
@@ -76,9 +74,9 @@ class AttentionHead(nn.Module):
         feature_size = num_layers * num_heads * head_size + summary_size + beside_size
         self.norm = nn.LayerNorm(feature_size)
         inner, last = nn.Linear(feature_size, mlp_size), nn.Linear(mlp_size, output_size)
-        self.mlp = nn.Sequential(nn.Dropout(dropout), inner, nn.GELU(), nn.Dropout(dropout), last)
+        self.mlp = nn.Sequential(Dropout(dropout), inner, nn.GELU(), Dropout(dropout), last)
         self.linear = nn.Linear(summary_size, output_size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         with torch.no_grad():
             last.weight.zero_()
             last.bias.zero_()
@@ -91,8 +89,12 @@ class AttentionHead(nn.Module):
         beside: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`summary` [batch, summary_size] of other tokens than those that are pooled; `beside` [batch, beside_size]."""
-        summary = summarize(states, mask) if summary is None else summary
-        pooled = [self._pool(layer, state, mask) for layer, state in enumerate(states)]
+        pooled, summaries = [], []
+        for state, queries, values in zip(states, self.pool_queries.unbind(), self.pool_values.unbind(), strict=True):
+            sums = _pool(state, mask, queries, has_summary=summary is None)
+            pooled.append(torch.einsum("bhd,hdv->bhv", sums[:, : len(values)], values).flatten(1))
+            summaries.append(sums[:, len(values) :].flatten(1))
+        summary = torch.cat(summaries, dim=-1) if summary is None else summary
         seen = [*pooled, summary] if beside is None else [*pooled, summary, beside]
         return self.linear(self.dropout(summary)) + self.mlp(self.norm(torch.cat(seen, dim=-1)))  # type: ignore[no-any-return]
 
@@ -102,14 +104,18 @@ class AttentionHead(nn.Module):
         self.linear.weight.copy_(weight)
         self.linear.bias.copy_(bias)
 
-    def _pool(self, layer: int, state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """[batch, heads * head_size]."""
-        normed = functional.layer_norm(state, state.shape[-1:])
-        scores = normed @ self.pool_queries[layer]
-        if mask is not None:
-            scores = scores.masked_fill(~mask.unsqueeze(-1), torch.finfo(scores.dtype).min)
-        pooled = scores.softmax(dim=1).transpose(1, 2) @ normed
-        return torch.einsum("bhd,hdv->bhv", pooled, self.pool_values[layer]).flatten(1)
+
+def _pool(state: torch.Tensor, mask: torch.Tensor | None, queries: torch.Tensor, *, has_summary: bool) -> torch.Tensor:
+    """What each of `queries` [d, heads] pools of a layer, and behind it the layer's part of the summary.
+
+    [batch, heads, d] or, with a summary, [batch, heads + 2, d].
+    """
+    tokens = NormedTokens(state)
+    scores = tokens.products(queries)
+    if mask is not None:
+        scores = scores.masked_fill(~mask.unsqueeze(1), torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1)
+    return tokens.sums(torch.cat([weights, summary_weights(state, mask)], dim=1) if has_summary else weights)
 
 
 class MeanHead(nn.Module):
@@ -159,7 +165,7 @@ class MatchHead(nn.Module):
         self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, vectors: torch.Tensor, queries: torch.Tensor
     ) -> torch.Tensor:
         """Logits [batch] of fused `states`, their unit vectors and the unit vectors of the texts as queries."""
-        pooled = [masked_mean(functional.layer_norm(state, state.shape[-1:]), mask) for state in states]
+        pooled = [NormedTokens(state).sums(mean_weights(state, mask)).flatten(1) for state in states]
         agreement = (vectors * queries).detach() * queries.shape[-1] ** 0.5
         return self.mlp(torch.cat([*pooled, agreement], dim=-1)).squeeze(-1)  # type: ignore[no-any-return]
 
@@ -171,7 +177,7 @@ class TextMap(nn.Module):
         super().__init__()
         self.linear = nn.Linear(size, size)
         inner, last = nn.Linear(size, inner_size), nn.Linear(inner_size, size)
-        self.mlp = nn.Sequential(inner, nn.GELU(), nn.Dropout(dropout), last)
+        self.mlp = nn.Sequential(inner, nn.GELU(), Dropout(dropout), last)
         with torch.no_grad():
             self.linear.weight.copy_(torch.eye(size))
             for zeroed in (self.linear.bias, last.weight, last.bias):
