@@ -17,6 +17,7 @@ from tiny_models import (
     inputs_of,
     load_reference,
     load_tiny,
+    rand,
     run_reference,
 )
 from torch import nn
@@ -57,6 +58,24 @@ def test_block_gives_the_next_hidden_state_of_padded_texts(name: str, tiny_model
     mask = inputs["attention_mask"].bool()
     assert not mask.all()
     assert_blocks_lead_on(encoder, inputs, mask)
+
+
+@pytest.mark.parametrize("name", ["dinov2-swiglu", "bert", "mpnet", "clip-text"])
+def test_a_batch_in_portions_is_the_whole_batch(name: str, tiny_model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its numbers, and its gradients, with masks and positions; the last portion is a short one."""
+    encoder = load_tiny(name, tiny_model(name))
+    block, hidden = EncoderBlock(encoder.blocks[1]), rand(5, 6, len(encoder.blocks[1].tensors["output_weight"]))
+    mask = torch.arange(6) < torch.tensor([[6], [3], [1], [5], [2]])
+    found = []
+    for tokens in (10**6, 12):
+        monkeypatch.setattr("saffe_cache.fusion.block._PORTION_TOKENS", tokens)
+        given = hidden.clone().requires_grad_()
+        put_out = block(given, mask)
+        (put_out * rand(*put_out.shape, seed=1)).sum().backward()
+        assert given.grad is not None
+        found.append((put_out.detach(), given.grad))
+    for whole, portions in zip(*found, strict=True):
+        torch.testing.assert_close(portions, whole, atol=1e-5, rtol=1e-5)
 
 
 def test_mpnet_positions_reach_far(tiny_model: Models) -> None:

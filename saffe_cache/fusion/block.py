@@ -11,6 +11,9 @@ from torch.nn import functional
 
 from saffe_cache.features import BlockSpec, BlockWeights
 
+_PORTION_TOKENS = 1024
+"""That pass a block together on a CPU."""
+
 
 class EncoderBlock(nn.Module):
     """One frozen transformer layer. `forward(hidden_states[i])` equals the model's `hidden_states[i + 1]`.
@@ -34,6 +37,15 @@ class EncoderBlock(nn.Module):
 
     def attend(self, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """The first half: self-attention with its residual and norm."""
+        if self.weights["output_weight"].requires_grad:  # portions' gradients of weights would have to be added up
+            return self._attend(hidden, mask)
+        return _in_portions(self._attend, hidden) if mask is None else _in_portions(self._attend, hidden, mask)
+
+    def feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The second half: the MLP with its residual and norm."""
+        return _in_portions(self._feed_forward, hidden)
+
+    def _attend(self, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         entering = self._norm("attention_norm", hidden) if self.spec.norm_first else hidden
         queries, keys, values = self.project(entering)
         bias = attention_bias(mask, self.spec, self._position_bias(hidden.shape[1]), hidden.shape[1], hidden)
@@ -44,8 +56,7 @@ class EncoderBlock(nn.Module):
         attended = attended + hidden
         return attended if self.spec.norm_first else self._norm("attention_norm", attended)
 
-    def feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The second half: the MLP with its residual and norm."""
+    def _feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
         entering = self._norm("mlp_norm", hidden) if self.spec.norm_first else hidden
         inner = _ACTIVATIONS[self.spec.activation](self._linear("mlp_gate" if self._is_gated else "mlp_in", entering))
         if self._is_gated:
@@ -82,6 +93,20 @@ class EncoderBlock(nn.Module):
         buckets = relative_position_buckets(positions[None, :] - positions[:, None], self.spec)
         table: torch.Tensor = self.weights["relative_position_bias"]
         return table[buckets.to(table.device)].permute(2, 0, 1).unsqueeze(0)
+
+
+def _in_portions(half: Callable[..., torch.Tensor], hidden: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """One half of a block over the rows of a batch, on a CPU some at a time.
+
+    What lies between is then small enough to stay in the processor's caches, and for the C library to hand out the
+    same memory again: above 32 MB it asks the system anew for every array, and each page is cleared and faulted in.
+    """
+    rows = max(1, _PORTION_TOKENS // hidden.shape[1])
+    if hidden.device.type != "cpu" or len(hidden) <= rows:
+        return half(hidden, *others)
+    return torch.cat(
+        [half(*parts) for parts in zip(*(torch.split(one, rows) for one in (hidden, *others)), strict=True)]
+    )
 
 
 def attention_bias(
