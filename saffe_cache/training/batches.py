@@ -63,7 +63,8 @@ class TrainingData:
 
     def batches(self, step: int, stop: int) -> Iterator[Batch]:
         """The batches of steps `step` to `stop`, read one ahead."""
-        with ThreadPoolExecutor(1) as pool:
+        # Threads of its own that the reader's conversions would start are more than there are cores, and wait for them.
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             ahead: Future[Batch] | None = None
             for number in range(step, stop):
                 batch = ahead.result() if ahead else self._read(number)

@@ -22,6 +22,7 @@ from saffe_cache.retrieval.baselines import fit_ridge, unit_rows
 from saffe_cache.runs import RunSpec, build_fam, write_tensors
 from saffe_cache.training.batches import Batch, TrainingData
 from saffe_cache.training.checkpoints import Log, TrainingState, resume, save_state
+from saffe_cache.training.memory import kept_memory
 from saffe_cache.training.terms import OVER_PAIRS, Objective, TermOptions
 
 _TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
@@ -124,6 +125,7 @@ class Training:
         self._log.close()
 
 
+@kept_memory()
 def fit(trainings: Sequence[Training], data: TrainingData, name: str) -> None:
     """Train side by side on the same batches: each is read once. A resumed one that is ahead waits for the others."""
     first = min((training.state.step for training in trainings if not training.is_over), default=0)
