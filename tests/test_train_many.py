@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from synthetic_cache import WIDTH, make_cache
 
+from saffe_cache.retrieval.baselines import LinearMap, fit_ridge
 from saffe_cache.train import TrainConfig, train, train_many
-from saffe_cache.training import fitting
+from saffe_cache.training import batches, fitting
 from saffe_cache.training.batches import Batch, TrainingData
 
 VARIANTS: list[dict[str, Any]] = [
@@ -58,19 +59,25 @@ def alone(cache: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
 def test_runs_side_by_side_are_those_alone_and_batches_are_read_once(
     cache: str, alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, steps = TrainingData._read, []
+    read, steps, fits = TrainingData._read, [], []
 
     def counting(self: TrainingData, step: int) -> Batch:
         steps.append(step)
         return read(self, step)
 
+    def counting_fits(*arguments: Any) -> LinearMap:
+        fits.append(arguments)
+        return fit_ridge(*arguments)
+
     monkeypatch.setattr(TrainingData, "_read", counting)
+    monkeypatch.setattr(batches, "fit_ridge", counting_fits)
     assert train_many(configs(cache, tmp_path)) == [str(tmp_path / str(number)) for number in range(len(VARIANTS))]
     assert files(tmp_path) == alone
     per_epoch = json.loads((tmp_path / "0" / "result.json").read_text())["steps"] // 3
     longest = 5 * per_epoch
     assert sorted(steps[:longest]) == list(range(longest))
     assert sorted(steps[longest:]) == list(range(per_epoch))  # of the controls
+    assert len(fits) == 2, "the regression to start from serves all runs, another one all controls"
 
 
 def test_killed_runs_that_stand_at_different_steps_go_on(

@@ -17,6 +17,7 @@ from saffe_cache.judging.pair_scores import score_all_pairs
 from saffe_cache.judging.search import Search, make_search, own_protocol, own_search
 from saffe_cache.objectives import distinct_positives
 from saffe_cache.pairs import Pairs, mean_text_vectors
+from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
 from saffe_cache.retrieval.candidates import candidate_scores
 from saffe_cache.training.order import EpochOrder, draw_order
 
@@ -50,6 +51,7 @@ class TrainingData:
         self._order: EpochOrder | None = None
         self._held: tuple[int, ...] = ()
         self._batch_size = min(batch_size, max(_LEAST_BATCH, len(pairs) // _LEAST_STEPS), len(pairs))
+        self._ridges: dict[bool, tuple[LinearMap, np.ndarray]] = {}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -119,16 +121,25 @@ class TrainingData:
             return None
         return self.inputs.texts(own if self._pairs.beside is None else self._pairs.beside[chosen])
 
-    def summaries(self, model: FusionAlignModule) -> tuple[np.ndarray, np.ndarray]:
-        """What the linear path of a new model's head sees of the training and of the validation photos, [n, 2 P d]."""
-        if model.shape.has_decoder and model.shape.query_side == "gallery":
-            return self._summaries(self._pairs, model), self._summaries(self._validation, model)
-        return self._plain_summaries
+    def ridge(self, model: FusionAlignModule) -> tuple[LinearMap, np.ndarray]:
+        """What the linear path of a new model's head is to start as, and what it then makes of the validation photos.
 
-    @cached_property
-    def _plain_summaries(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of the photos themselves: the same for every model."""
-        return self._summaries(self._pairs), self._summaries(self._validation)
+        The regression from what that path sees to the photos' texts; validation picks its strength.
+        """
+        if model.shape.has_decoder and model.shape.query_side == "gallery":
+            return self._fit(model, self._summaries(self._pairs, model), self._summaries(self._validation, model))
+        maps_queries = model.shape.maps_queries
+        if maps_queries not in self._ridges:  # without a decoder, new models differ in this alone
+            self._ridges[maps_queries] = self._fit(
+                model, self._summaries(self._pairs), self._summaries(self._validation)
+            )
+        return self._ridges[maps_queries]
+
+    def _fit(
+        self, model: FusionAlignModule, training: np.ndarray, validation: np.ndarray
+    ) -> tuple[LinearMap, np.ndarray]:
+        best = fit_ridge(training, self.text_means, lambda fit: self.search(unit_rows(fit(validation)), model.eval()))
+        return best, best(validation)
 
     @torch.inference_mode()
     def _summaries(self, pairs: Pairs, model: FusionAlignModule | None = None, batch: int = 256) -> np.ndarray:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.heads import AttentionHead
-from saffe_cache.retrieval.baselines import fit_ridge, unit_rows
+from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.runs import RunSpec, build_fam, write_tensors
 from saffe_cache.training.batches import Batch, TrainingData
 from saffe_cache.training.checkpoints import Log, TrainingState, resume, save_state
@@ -75,11 +75,10 @@ def _start_as_late_fusion(model: FusionAlignModule, head: AttentionHead, data: T
 
     The head's MLP starts at zero, so that what it will make of a photo is known without running the model.
     """
-    training, validation = data.summaries(model)
-    best = fit_ridge(training, data.text_means, lambda fit: data.search(unit_rows(fit(validation)), model.eval()))
+    best, mapped = data.ridge(model)
     head.start_linear(torch.from_numpy(best.weight), torch.from_numpy(best.bias))
     if model.shape.adds_text and data.has_texts_beside:
-        photos, texts = unit_rows(best(validation)), data.texts_beside(model)
+        photos, texts = unit_rows(mapped), data.texts_beside(model)
         weight = max(_TEXT_WEIGHTS, key=lambda weight: data.search(unit_rows(photos + weight * texts), model))
         with torch.no_grad():
             model.text_weight.fill_(weight)
