@@ -155,9 +155,13 @@ def encode_gallery(
 
 
 @torch.inference_mode()
-def encode_queries(model: FusionAlignModule, vectors: np.ndarray, device: str = "cpu") -> np.ndarray:
+def encode_queries(model: FusionAlignModule, vectors: np.ndarray, device: str = "cpu", batch: int = 1024) -> np.ndarray:
     """g(text) of the text encoder's own vectors: unit vectors, float32 [n, d]."""
-    return model.encode_queries(torch.from_numpy(vectors).to(device)).float().cpu().numpy()
+    parts = []
+    for start in range(0, len(vectors), batch):
+        these = torch.from_numpy(vectors[start : start + batch]).to(device)
+        parts.append(model.encode_queries(these).float().cpu().numpy())
+    return np.concatenate(parts)
 
 
 def _arrays(cache: Cache, spec: RunSpec) -> list[tuple[EncoderCache, str]]:

@@ -25,6 +25,14 @@ def regression(num_samples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]
     return features.astype(np.float32), targets.astype(np.float32)
 
 
+@pytest.fixture
+def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few numbers at once that small data take several turns."""
+    monkeypatch.setattr(baselines, "_ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(baselines, "_COLUMNS_AT_ONCE", 5)
+
+
+@pytest.mark.usefixtures("many_blocks")
 @pytest.mark.parametrize("num_samples", [200, 12])  # more samples than features, and fewer
 @pytest.mark.parametrize("strength", [1e-3, 0.1, 10.0])
 def test_ridge_equals_scikit_learn(num_samples: int, strength: float) -> None:
@@ -78,6 +86,7 @@ def loss_of(logits: np.ndarray, labels: np.ndarray, weight: np.ndarray, strength
     return float((normal - logits[np.arange(len(labels)), labels]).mean() + strength / 2 * np.square(weight).sum())
 
 
+@pytest.mark.usefixtures("many_blocks")
 @pytest.mark.parametrize("strength", [1e-4, 1e-2])
 def test_linear_probe_equals_scikit_learn(strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "PROBE_STRENGTHS", (strength,))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from saffe_cache.features import Ragged
+from saffe_cache.retrieval import mlp
 from saffe_cache.retrieval.baselines import fit_ridge
 from saffe_cache.retrieval.mlp import MlpFit, fit_mlp
 
@@ -58,6 +59,19 @@ def test_mlp_gives_unit_vectors_in_float32() -> None:
     for vectors in (fit.gallery(products(9, seed=4)[0]), fit.queries(CLASSES * 3)):
         assert vectors.dtype == np.float32
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+
+
+def test_a_fit_is_applied_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inner activations are bounded, and each row has its own vector, the last block's too."""
+    fit, features = fit_products(epochs=1), products(10, seed=4)[0]
+    texts = unit(np.random.default_rng(1).normal(size=(10, SIZE)))
+    photos, queries = fit.gallery(features), fit.queries(texts)
+    seen: list[int] = []
+    fit.model.mlp[1].register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    monkeypatch.setattr(mlp, "ROWS_AT_ONCE", 4)
+    np.testing.assert_allclose(fit.gallery(features), photos, atol=1e-6)
+    np.testing.assert_allclose(fit.queries(texts), queries, atol=1e-6)
+    assert seen == [4, 4, 2]
 
 
 def test_mlp_follows_from_its_seed_alone() -> None:

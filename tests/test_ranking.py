@@ -94,6 +94,16 @@ def test_memory_mapped_gallery_gives_the_same_and_stays_out_of_memory(tmp_path: 
     np.testing.assert_array_equal(found.values, relevant_ranks(gallery, queries, relevant).values)
 
 
+def test_memory_is_bounded_where_queries_and_items_are_many() -> None:
+    gallery, queries = unit_vectors(6000, 16, seed=1), unit_vectors(4000, 16, seed=2)
+    relevant = Ragged(np.arange(4001), np.arange(4000))
+    tracemalloc.start()
+    relevant_ranks(gallery, queries, relevant)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30e6  # all scores would be 192 MB
+
+
 @pytest.mark.parametrize("width", [4, 96])
 def test_ties_favour_no_position(width: int) -> None:
     """All vectors equal: over seeds each item has the mean rank (n + 1) / 2, and AP is that of chance."""

@@ -18,6 +18,8 @@ RIDGE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 PROBE_STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 LATE_WEIGHTS = tuple(step / 20 for step in range(21))
 """Of the photo's vector; the text's has the rest."""
+_ROWS_AT_ONCE, _COLUMNS_AT_ONCE = 16384, 64
+"""Of features in float64."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,14 @@ def fit_ridge(
         judge: a validation score.
     """
     center, target_center = features.mean(axis=0, dtype=np.float64), targets.mean(axis=0, dtype=np.float64)
-    centered = np.subtract(features, center, dtype=np.float64)
-    eigenvalues, vectors = np.linalg.eigh(centered.T @ centered)
-    projected = vectors.T @ (centered.T @ (targets - target_center))
+    own, shared = np.zeros((len(center), len(center))), np.zeros((len(center), len(target_center)))
+    for start in range(0, len(features), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        centered = np.subtract(features[rows], center, dtype=np.float64)
+        own += centered.T @ centered
+        shared += centered.T @ (targets[rows] - target_center)
+    eigenvalues, vectors = np.linalg.eigh(own)
+    projected = vectors.T @ shared
     fits = []
     for strength in strengths:
         weight = (vectors @ (projected / (np.maximum(eigenvalues, 0) + strength * len(features))[:, None])).T
@@ -135,8 +142,8 @@ def fit_linear_probe(
         num_classes: number of outputs.
         judge: a validation score; picks the penalty.
     """
-    center, scale = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64) + 1e-6
-    inputs = torch.from_numpy(((features - center) / scale).astype(np.float32))
+    standardised, center, scale = _standardise(features)
+    inputs = torch.from_numpy(standardised)
     targets = torch.from_numpy(labels.astype(np.int64))
     fits = []
     weight = torch.zeros(num_classes, features.shape[1], requires_grad=True)
@@ -147,6 +154,18 @@ def fit_linear_probe(
         shifted = bias.detach().numpy() - scaled @ center
         fits.append(LinearMap(scaled.astype(np.float32), shifted.astype(np.float32), strength))
     return max(fits, key=judge)
+
+
+def _standardise(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features of mean 0 and deviation 1, float32 [n, in], and the mean and deviation that they had."""
+    center, scale = np.empty((2, features.shape[1]))
+    standardised = np.empty(features.shape, np.float32)
+    for start in range(0, features.shape[1], _COLUMNS_AT_ONCE):
+        columns = slice(start, start + _COLUMNS_AT_ONCE)
+        some = features[:, columns]
+        center[columns], scale[columns] = some.mean(axis=0, dtype=np.float64), some.std(axis=0, dtype=np.float64) + 1e-6
+        standardised[:, columns] = (some - center[columns]) / scale[columns]
+    return standardised, center, scale
 
 
 def _minimize_cross_entropy(

@@ -25,6 +25,8 @@ LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.05
 BATCH_SIZE = 512
 """Photos in a batch, each with all its texts; at least 8 batches an epoch where there are 256 photos or more."""
+ROWS_AT_ONCE = 1024
+"""Where a fit is applied: 4 MB of inner activations."""
 PATIENCE = 4
 """Stop after so many epochs without a better score."""
 
@@ -84,16 +86,20 @@ class MlpFit:
         if (beside is None) != (self.model.beside_map is None):
             given, expected = ("no", "one") if beside is None else ("a", "none")
             raise ValueError(f"MLP: {given} text beside the photos, it was fitted with {expected}. Give the same.")
-        return self._run(lambda: self.model(_tensor(features), None if beside is None else _tensor(beside)))
+        return self._run(self.model, features, beside)
 
     def queries(self, vectors: np.ndarray) -> np.ndarray:
         """Unit vectors, float32 [m, d], of unit text vectors [m, d]."""
-        return self._run(lambda: self.model.text_map(_tensor(vectors)))
+        return self._run(self.model.text_map, vectors)
 
     @torch.inference_mode()
-    def _run(self, compute: Callable[[], torch.Tensor]) -> np.ndarray:
+    def _run(self, part: nn.Module, *inputs: np.ndarray | None) -> np.ndarray:
+        """Unit vectors of a part of the model, a block of rows at a time."""
         self.model.eval()
-        return np.asarray(functional.normalize(compute(), dim=1).numpy())
+        assert inputs[0] is not None
+        blocks = [slice(start, start + ROWS_AT_ONCE) for start in range(0, len(inputs[0]), ROWS_AT_ONCE)]
+        found = [part(*(None if of is None else _tensor(of[block]) for of in inputs)) for block in blocks]
+        return np.concatenate([functional.normalize(vectors, dim=1).numpy() for vectors in found])
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:

@@ -48,6 +48,8 @@ RECALL_KS = (1, 5, 10)
 MAP_K = 100
 _MOST_ORDERED = 2e7
 """Classes times photos up to which the interval of a class's mAP is computed: 0.7 GB, and a minute."""
+_SCORES_AT_ONCE = 2**19
+"""4 MB, where the classes of a photo are ranked."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,7 @@ def _first_class_ranks(scores: ScoreMatrix, labels: Ragged, seed: int) -> np.nda
     generator = np.random.default_rng(seed)
     num_classes, num_photos = scores.shape
     ranks = np.empty(num_photos, np.int64)
-    block = max(1, 2**22 // num_classes)
+    block = max(1, _SCORES_AT_ONCE // num_classes)
     for start in range(0, num_photos, block):
         photos = slice(start, min(start + block, num_photos))
         of_photos = np.asarray(scores[slice(0, num_classes), photos], np.float64).T

@@ -26,10 +26,10 @@ from saffe_cache.features import Ragged
 ROUNDING = 1e-6
 """Scores that round to the same multiple of it are equal: float32 leaves noise of about 1e-7."""
 
-BLOCK = 8192
+BLOCK = 4096
 """Gallery items at a time."""
-_QUERIES = 512
-"""Queries at a time: 64 MB of scores and keys with a full block of items."""
+_QUERIES = 128
+"""Queries at a time: 4 MB of scores with a full block of items, and as much for each of their four forms."""
 _SCALE = 2.0**26
 _LAST = np.iinfo(np.int64).max
 
@@ -73,9 +73,7 @@ class InnerProducts:
         if not finite.all():
             raise ValueError(f"queries: row {int(finite.argmin())} is not finite. Leave it out, or mend the model.")
         self.shape = (len(queries), gallery.shape[0])
-        self._gallery = gallery
-        lengths = np.linalg.norm(np.asarray(queries, np.float64), axis=1, keepdims=True)
-        self._queries = np.rint(queries / np.where(lengths > 0, lengths, 1) * _SCALE)
+        self._gallery, self._queries = gallery, queries
         self._items: slice | None = None
         self._columns = np.zeros((width, 0))
 
@@ -84,9 +82,15 @@ class InnerProducts:
         rows, items = block
         if items != self._items:
             self._items, self._columns = items, self._read(items)
-        scores: np.ndarray = self._queries[rows] @ self._columns
+        scores: np.ndarray = self._directions(rows) @ self._columns
         scores *= _SCALE**-2
         return scores
+
+    def _directions(self, rows: slice) -> np.ndarray:
+        """Queries of unit length in multiples of 2^-26, [queries, d]."""
+        queries = np.asarray(self._queries[rows], np.float64)
+        lengths = np.linalg.norm(queries, axis=1, keepdims=True)
+        return np.rint(queries / np.where(lengths > 0, lengths, 1) * _SCALE)
 
     def _read(self, items: slice) -> np.ndarray:
         """Vectors in multiples of 2^-26, [d, items]."""
