@@ -31,7 +31,7 @@ from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.judging.search import SearchName, own_protocol
 from saffe_cache.options import require
 from saffe_cache.pairs import PairKind, Pairs, select_pairs
-from saffe_cache.retrieval.index import build_index, save_index
+from saffe_cache.retrieval.index import IndexKind, build_index, recall_of_index, require_size, save_index
 from saffe_cache.retrieval.metrics import paired_bootstrap
 from saffe_cache.retrieval.protocols import Scores
 from saffe_cache.runs import (
@@ -47,6 +47,9 @@ from saffe_cache.runs import (
 from saffe_cache.store.reader import Cache, open_cache
 
 logger = logging.getLogger(__name__)
+
+INDEX_KS = (10, 100)
+"""At which an approximate index is held against a flat one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,10 @@ class EvaluateConfig:
     """Results that rerank scores again, for each query."""
     rerank_queries: int = 500
     """Queries that rerank asks at most, drawn at random: each costs rerank_k fusions."""
+    index: IndexKind = "flat"
+    """What is written to search with later. flat compares with every photo; ivf with those of the nearest clusters;
+    ivf_pq does so with codes of a sixteenth of the size; hnsw follows a graph. The metrics are exact with each; the
+    report tells how much of flat's results the others find."""
     baselines: bool = True
     """Fit all baselines; without them only those that the controls are held against."""
     leak_true_text: bool = False
@@ -112,6 +119,8 @@ def evaluate(config: EvaluateConfig) -> str:
     setting = _setting(config, cache, spec, name, training[0], device)
     protocol = _protocol(config, setting, name)
     logger.info("%s protocol: %d photos of split %s.", name, len(setting.pairs), config.split)
+    leak = "-leak" if config.leak_true_text else ""
+    out = Path(config.out or Path(config.run) / f"{config.split}-{name}{leak}")
     report = {
         "protocol": name,
         "definition": _definition(config, name),
@@ -121,6 +130,7 @@ def evaluate(config: EvaluateConfig) -> str:
         "num_queries": protocol.num_queries,
         "num_unusable_items": setting.pairs.num_unusable,
         **_measure(config, protocol, setting, (model, permuted), training),
+        "index": _write_index(config, protocol, setting, model, out),
         "cost": {
             "trainable_parameters": result["trainable_parameters"],
             "training_seconds": result["seconds"],
@@ -131,9 +141,7 @@ def evaluate(config: EvaluateConfig) -> str:
         "run": asdict(spec),
         **provenance(config),
     }
-    leak = "-leak" if config.leak_true_text else ""
-    out = Path(config.out or Path(config.run) / f"{config.split}-{name}{leak}")
-    _write(out, report, setting, model)
+    _write(out, report)
     return str(out)
 
 
@@ -190,6 +198,7 @@ def _setting(
     by_class = name in ("class", "candidate", "image") or (name == "rerank" and spec.pairs == "classes")
     kind: PairKind = "classes" if by_class else "captions"
     pairs = select_pairs(cache.table, gallery, text, config.split, kind, first_beside=beside)
+    require_size(config.index, len(pairs))
     setting = Setting(FamInputs(cache, spec, device), pairs, training.rows, config.seed)
     return with_true_texts(setting) if config.leak_true_text else setting
 
@@ -255,11 +264,25 @@ def _warnings(spec: RunSpec, config: EvaluateConfig, pairs: Pairs, name: Protoco
     return warnings
 
 
-def _write(out: Path, report: dict[str, Any], setting: Setting, model: FusionAlignModule) -> None:
-    """metrics.json, report.txt and the index."""
+def _write_index(
+    config: EvaluateConfig, protocol: Protocol, setting: Setting, model: FusionAlignModule, out: Path
+) -> dict[str, Any]:
+    """The index, and what the report says of it: against a flat one, what it finds of the split's own searches."""
     out.mkdir(parents=True, exist_ok=True)
-    vectors = setting.gallery(model, setting.honest())
-    save_index(build_index(vectors, setting.pairs.ids, setting.seed), out)
+    vectors, ids = setting.gallery(model, setting.honest()), setting.pairs.ids
+    index = build_index(vectors, ids, setting.seed, config.index)
+    size = save_index(index, out)
+    found = {"kind": config.index, "bytes_per_vector": round(size / len(vectors)), **index.parameters}
+    if config.index == "flat":
+        return found
+    queries = setting.queries(model, protocol.search) if protocol.search else vectors
+    flat = build_index(vectors, ids, setting.seed)
+    ks = [k for k in INDEX_KS if k <= len(vectors)]
+    return found | {f"recall_at_{k}": recall_of_index(index, flat, queries, k) for k in ks}
+
+
+def _write(out: Path, report: dict[str, Any]) -> None:
+    """metrics.json and report.txt."""
     table = format_report(report)
     (out / "report.txt").write_text(table + "\n")
     write_json(out / "metrics.json", report)

@@ -23,8 +23,8 @@ from saffe_cache.store.reader import open_cache
 
 KEYS = {
     "protocol", "definition", "split", "failures", "warnings", "num_photos", "num_queries", "num_unusable_items",
-    "systems", "absent", "differences", "controls", "sensitivity", "duplicates", "cost", "run", "config", "versions",
-    "threads",
+    "systems", "absent", "differences", "controls", "sensitivity", "duplicates", "index", "cost", "run", "config",
+    "versions", "threads",
 }  # fmt: skip
 
 
@@ -199,6 +199,25 @@ def test_saved_index_finds_what_the_model_finds(captioned: Reported) -> None:
     vector = encode_gallery(model, FamInputs(cache, spec), cache.table.rows["image"][[item]])
     _, found = index.index.search(vector, 1)
     assert index.ids[found[0, 0]] == "test/7"
+
+
+def test_an_approximate_index_changes_no_number_and_tells_what_it_finds(captioned: Reported, tmp_path: Path) -> None:
+    report = report_of(captioned.cache, captioned.run, index="hnsw", out=str(tmp_path))
+    assert report["controls"] == captioned.report["controls"]
+    assert report["systems"]["fam"] == captioned.report["systems"]["fam"]
+    assert set(report["index"]) == {"kind", "bytes_per_vector", "neighbours", "kept_in_search", "recall_at_10"}
+    assert report["index"]["recall_at_10"] > 0.9
+    assert "index hnsw finds" in report["text"]
+    assert captioned.report["index"] == {"kind": "flat", "bytes_per_vector": 49}  # 12 float32, and a header
+    assert "index flat" not in captioned.report["text"]
+    assert "HNSW" in type(load_index(tmp_path).index).__name__
+
+
+def test_an_index_that_the_gallery_is_too_small_for_is_refused_at_once(captioned: Reported, tmp_path: Path) -> None:
+    config = EvaluateConfig(cache=captioned.cache, run=captioned.run, index="ivf", out=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"index ivf: 60 vectors, .* from 624 or more\. Use flat or hnsw"):
+        evaluate(config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_split_that_chose_the_epoch_is_flagged(captioned: Reported, tmp_path: Path) -> None:

@@ -1,14 +1,24 @@
-"""The index against brute force, its ties, its refusals, and its two files."""
+"""The index against brute force, its kinds, its ties, its refusals, and its two files."""
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from saffe_cache.retrieval.index import build_index, load_index, save_index
+from saffe_cache.retrieval.index import (
+    IndexKind,
+    RetrievalIndex,
+    _empty_index,
+    build_index,
+    load_index,
+    recall_of_index,
+    require_size,
+    save_index,
+)
 
 
 def unit_vectors(count: int, width: int, seed: int) -> np.ndarray:
@@ -18,6 +28,22 @@ def unit_vectors(count: int, width: int, seed: int) -> np.ndarray:
 
 def names(count: int) -> tuple[str, ...]:
     return tuple(f"item{i}" for i in range(count))
+
+
+def clustered(count: int, width: int, seed: int) -> np.ndarray:
+    """Unit vectors around 40 centers, which depend on the width alone."""
+    generator = np.random.default_rng(seed)
+    centers = 2 * np.random.default_rng(0).normal(size=(40, width))
+    vectors = centers[generator.integers(40, size=count)] + generator.normal(size=(count, width))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@functools.cache
+def built(kind: IndexKind, seed: int = 0) -> RetrievalIndex:
+    return build_index(clustered(10_000, 16, seed=1), names(10_000), seed, kind)
+
+
+APPROXIMATE: tuple[IndexKind, ...] = ("ivf", "ivf_pq", "hnsw")
 
 
 def ranking(vectors: np.ndarray, queries: np.ndarray, k: int | None = None, seed: int = 0) -> np.ndarray:
@@ -131,3 +157,65 @@ def test_damaged_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Evaluate again"):
         load_index(tmp_path)
     assert len(json.loads((tmp_path / "index_ids.json").read_text())["ids"]) == 30
+
+
+@pytest.mark.parametrize(("kind", "least"), [("flat", 1), ("ivf", 0.95), ("ivf_pq", 0.4), ("hnsw", 0.95)])
+def test_each_kind_finds_what_brute_force_finds(kind: IndexKind, least: float) -> None:
+    gallery, queries = clustered(10_000, 16, seed=1), clustered(50, 16, seed=2)
+    expected = np.argsort(-(queries.astype(np.float64) @ gallery.astype(np.float64).T), axis=1)[:, :10]
+    found = np.concatenate(list(built(kind).rank(queries, 10, block=7)))
+    share = np.mean([len(set(of_query) & set(best)) / 10 for of_query, best in zip(found, expected, strict=True)])
+    assert share >= least
+    assert recall_of_index(built(kind), built("flat"), queries, 10) == pytest.approx(share)
+
+
+def test_an_index_that_finds_too_few_says_so() -> None:
+    """FAISS fills up with -1, which must not become the last item."""
+    index = build_index(clustered(700, 8, seed=1), names(700), kind="ivf")
+    found = next(index.rank(clustered(5, 8, seed=2)))
+    for of_query in found:
+        count = int((of_query >= 0).sum())
+        assert 0 < count < 700
+        assert (of_query[count:] == -1).all()
+        assert len(set(of_query[:count])) == count
+    recall = recall_of_index(index, build_index(clustered(700, 8, seed=1), names(700)), clustered(5, 8, seed=2), 700)
+    assert recall == pytest.approx((found >= 0).mean())
+
+
+@pytest.mark.parametrize("kind", ["ivf", "ivf_pq"])
+def test_clusters_follow_from_the_seed_alone(kind: IndexKind, tmp_path: Path) -> None:
+    indices = {"first": built(kind), "again": built.__wrapped__(kind), "other": built(kind, seed=1)}
+    for name, index in indices.items():
+        (tmp_path / name).mkdir()
+        save_index(index, tmp_path / name)
+    first, again, other = ((tmp_path / name / "index.faiss").read_bytes() for name in indices)
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize(("kind", "least"), [("ivf", 624), ("ivf_pq", 9984)])
+def test_a_gallery_too_small_for_the_kind_is_refused(
+    kind: IndexKind, least: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=rf"index {kind}: {least - 1} vectors, .* from {least} or more\. Use flat"):
+        build_index(unit_vectors(least - 1, 4, seed=0), names(least - 1), kind=kind)
+    build_index(unit_vectors(least, 4, seed=0), names(least), kind=kind)
+    assert "WARNING" not in "".join(capfd.readouterr())  # of FAISS, where clusters have too few vectors
+    require_size("hnsw", 1)
+    assert list(next(build_index(unit_vectors(1, 4, seed=0), names(1), kind="hnsw").rank(np.ones((1, 4))))) == [0]
+
+
+@pytest.mark.parametrize(("width", "num_codes"), [(384, 96), (512, 128), (30, 6), (13, 1), (3, 1)])
+def test_codes_divide_the_width(width: int, num_codes: int) -> None:
+    parameters = RetrievalIndex(_empty_index("ivf_pq", 100_000, width, seed=0), (), np.zeros(0)).parameters
+    assert parameters == {"nlist": 632, "nprobe": 39, "num_codes": num_codes}
+
+
+@pytest.mark.parametrize("kind", APPROXIMATE)
+def test_saved_index_of_any_kind_reads_back(kind: IndexKind, tmp_path: Path) -> None:
+    """What decides how much is found is in the file."""
+    queries, index = clustered(9, 16, seed=2), built(kind)
+    assert save_index(index, tmp_path) == (tmp_path / "index.faiss").stat().st_size
+    read = load_index(tmp_path)
+    assert read.parameters == index.parameters != {}
+    np.testing.assert_array_equal(next(read.rank(queries, 20)), next(index.rank(queries, 20)))

@@ -44,7 +44,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     metrics = list(report["systems"]["fam"])
     for start in range(0, len(metrics), 3):
         lines += [*_block(rows, metrics[start : start + 3]), ""]
-    lines += [*_differences(report), *_sensitivity(report)]
+    lines += [*_differences(report), *_sensitivity(report), *_index(report["index"])]
     lines += [f"{name}: not applicable, {reason}" for name, reason in report["absent"].items()]
     cost = report["cost"]
     lines.append(
@@ -91,3 +91,11 @@ def _sensitivity(report: Mapping[str, Any]) -> list[str]:
         f"how far the fused vector moves with another: {moves}; shared with training: {shared['photos']} photos, "
         f"{shared['texts']} texts"
     ]
+
+
+def _index(index: Mapping[str, Any]) -> list[str]:
+    """How much an approximate index finds of what there is."""
+    if index["kind"] == "flat":
+        return []
+    shares = [f"{100 * index[key]:.1f} of the first {k}" for k in (10, 100) if (key := f"recall_at_{k}") in index]
+    return [f"index {index['kind']} finds {' and '.join(shares)} that a flat index does; the numbers above are exact"]

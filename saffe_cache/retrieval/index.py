@@ -2,29 +2,45 @@
 
 Items are added in a random order that is saved with the index: where scores tie, the better rank then goes
 to nobody in particular. (With a collapsed model all scores tie, and any fixed order would show a pattern.)
+
+| kind | what is searched | a vector takes |
+|---|---|---|
+| `flat` | all vectors: exact | 4 d bytes |
+| `ivf` | those of the `nprobe` nearest of `nlist` k-means clusters | 4 d + 8 |
+| `ivf_pq` | the same, in codes of `num_codes` bytes (Jégou et al. 2011, product quantization) | about d / 4 + 8 |
+| `hnsw` | a graph of near neighbours (Malkov and Yashunin 2018) | 4 d + 270 |
+
+`ivf` and `ivf_pq` follow from the seed. The graph also depends on which of several threads comes first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import faiss
 import numpy as np
 
 from saffe_cache.durable import write_whole
 
+IndexKind = Literal["flat", "ivf", "ivf_pq", "hnsw"]
 _GPU_MOST_RANKS = 2048
 """The longest ranking that faiss returns from a GPU."""
+_LEAST_PER_CLUSTER, _MOST_PER_CLUSTER = 39, 64
+"""Vectors that k-means is fitted to; with fewer than 39 a cluster faiss warns."""
+_FEWEST_CLUSTERS: dict[IndexKind, int] = {"ivf": 16, "ivf_pq": 256}  # a code byte tells 256 clusters apart
+_NEIGHBOURS, _KEPT_IN_BUILDING, _KEPT_IN_SEARCH = 32, 40, 128
+"""Of the graph: M, efConstruction, efSearch."""
 
 
 @dataclass(frozen=True)
 class RetrievalIndex:
-    """A flat inner-product index; `ids[i]` is the item of the index's row i."""
+    """An inner-product index; `ids[i]` is the item of the index's row i."""
 
     index: Any
     ids: tuple[str, ...]
@@ -33,6 +49,8 @@ class RetrievalIndex:
 
     def rank(self, queries: np.ndarray, k: int | None = None, block: int = 256) -> Iterator[np.ndarray]:
         """Positions of the k best vectors (all by default) in the order in which they were given.
+
+        -1 stands at the end of a row where an approximate index finds fewer.
 
         Returns int64 [at most `block`, k] for consecutive blocks of queries, so that memory stays bounded.
 
@@ -52,19 +70,44 @@ class RetrievalIndex:
 
     def _rank_blocks(self, queries: np.ndarray, k: int, block: int) -> Iterator[np.ndarray]:
         index = self.index
-        if k <= _GPU_MOST_RANKS and faiss.get_num_gpus():
+        if isinstance(index, (faiss.IndexFlat, faiss.IndexIVFFlat)) and k <= _GPU_MOST_RANKS and faiss.get_num_gpus():
             index = faiss.index_cpu_to_all_gpus(index)
         for start in range(0, len(queries), block):
             _, found = index.search(np.ascontiguousarray(queries[start : start + block], np.float32), k)
-            yield self.order[found]
+            yield np.where(found < 0, -1, self.order[found])
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """What decides how much an approximate index finds, and how fast; nothing for a flat one."""
+        index = self.index
+        if isinstance(index, faiss.IndexHNSW):
+            return {"neighbours": _NEIGHBOURS, "kept_in_search": index.hnsw.efSearch}
+        if not isinstance(index, faiss.IndexIVF):
+            return {}
+        codes = {"num_codes": index.pq.M} if isinstance(index, faiss.IndexIVFPQ) else {}
+        return {"nlist": index.nlist, "nprobe": index.nprobe, **codes}
 
 
-def build_index(vectors: np.ndarray, ids: tuple[str, ...], seed: int = 0) -> RetrievalIndex:
+def require_size(kind: IndexKind, num_vectors: int) -> None:
+    """
+    Raises:
+        ValueError: the gallery is too small for what the kind of index has to learn from it.
+    """
+    least = _FEWEST_CLUSTERS.get(kind, 0) * _LEAST_PER_CLUSTER
+    if num_vectors < least:
+        raise ValueError(
+            f"index {kind}: {num_vectors} vectors, it learns its clusters from {least} or more. Use flat or hnsw."
+        )
+
+
+def build_index(vectors: np.ndarray, ids: tuple[str, ...], seed: int = 0, kind: IndexKind = "flat") -> RetrievalIndex:
     """Index unit vectors, float32 [items, d].
 
     Raises:
-        ValueError: a vector is not finite or not of unit length, or ids and vectors differ in number.
+        ValueError: a vector is not finite or not of unit length, ids and vectors differ in number, or there are too
+            few vectors for the kind of index.
     """
+    require_size(kind, len(vectors))
     if len(ids) != len(vectors):
         raise ValueError(f"index: {len(vectors)} vectors, {len(ids)} ids. Give one id for each vector.")
     norms = np.linalg.norm(vectors, axis=1)
@@ -73,17 +116,61 @@ def build_index(vectors: np.ndarray, ids: tuple[str, ...], seed: int = 0) -> Ret
         worst = int(errors.argmax())
         raise ValueError(f"index: the vector of {ids[worst]} has length {norms[worst]:.4g}, expected 1. Normalise it.")
     order = np.random.default_rng(seed).permutation(len(vectors))
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(np.ascontiguousarray(vectors[order], np.float32))
+    index, ordered = _empty_index(kind, len(vectors), vectors.shape[1], seed), vectors[order].astype(np.float32)
+    index.train(ordered)
+    index.add(ordered)
     return RetrievalIndex(index, tuple(ids[i] for i in order), order)
 
 
-def save_index(index: RetrievalIndex, folder: Path) -> None:
-    """Write `index.faiss`, and `index_ids.json` with the item of each row and the SHA-256 of the other file."""
+def _empty_index(kind: IndexKind, num_vectors: int, width: int, seed: int) -> Any:
+    """An index with parameters for so many vectors. (The graph draws alike for all seeds; the items' order differs.)"""
+    index: Any
+    flat, by = faiss.IndexFlatIP(width), faiss.METRIC_INNER_PRODUCT
+    if kind == "flat":
+        return flat
+    if kind == "hnsw":
+        index = faiss.IndexHNSWFlat(width, _NEIGHBOURS, by)
+        index.hnsw.efConstruction, index.hnsw.efSearch = _KEPT_IN_BUILDING, _KEPT_IN_SEARCH
+        return index
+    num_lists = min(round(2 * math.sqrt(num_vectors)), num_vectors // _LEAST_PER_CLUSTER)
+    if kind == "ivf":
+        index = faiss.IndexIVFFlat(flat, width, num_lists, by)
+        fits = [index.cp]
+    else:
+        num_codes = max(size for size in range(1, max(1, width // 4) + 1) if width % size == 0)
+        index = faiss.IndexIVFPQ(flat, width, num_lists, num_codes, 8, by)
+        fits = [index.cp, index.pq.cp]
+    index.nprobe = max(8, num_lists // 16)
+    for fit in fits:
+        fit.seed, fit.max_points_per_centroid = seed, _MOST_PER_CLUSTER
+    return index
+
+
+def recall_of_index(index: RetrievalIndex, exact: RetrievalIndex, queries: np.ndarray, k: int) -> float:
+    """Share of an exact index's first k that another finds among its own first k, mean over queries.
+
+    Raises:
+        ValueError: as for `RetrievalIndex.rank`.
+    """
+    found = [
+        np.isin(of_query, expected).mean()
+        for blocks in zip(index.rank(queries, k), exact.rank(queries, k), strict=True)
+        for of_query, expected in zip(*blocks, strict=True)
+    ]
+    return float(np.mean(found))
+
+
+def save_index(index: RetrievalIndex, folder: Path) -> int:
+    """Write `index.faiss`, and `index_ids.json` with the item of each row and the SHA-256 of the other file.
+
+    Returns:
+        The bytes of the former.
+    """
     data = faiss.serialize_index(index.index).tobytes()
     content = {"sha256": hashlib.sha256(data).hexdigest(), "ids": list(index.ids), "order": index.order.tolist()}
     write_whole(folder / "index.faiss", data)
     write_whole(folder / "index_ids.json", json.dumps(content, ensure_ascii=True).encode())
+    return len(data)
 
 
 def load_index(folder: Path) -> RetrievalIndex:
