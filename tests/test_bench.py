@@ -13,6 +13,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 
+import average_precision
 import bench
 import reading
 import writing
@@ -161,3 +162,25 @@ def test_every_way_of_reading_gives_what_was_written(
         np.testing.assert_array_equal(ours.rows(rows), states[rows])
     np.testing.assert_array_equal(ours.block(7, 58), states[7:58])
     assert ours.block(7, 7).shape == (0, 50, 768)
+
+
+def test_libraries_agree_on_rankings_of_which_some_scores_are_negative() -> None:
+    """torchmetrics takes what scores below 0 for irrelevant, which would show in the second digit."""
+    generator = np.random.default_rng(0)
+    vectors = generator.normal(size=(330, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    labels = generator.integers(4, size=330)
+    task = average_precision.Task(vectors[30:], labels[30:], vectors[:30], labels[:30])
+    expected = task.precisions()
+    found = []
+    for name, (make, count, _) in average_precision.JUDGES.items():
+        some = slice(0, min(count, 30))
+        if judge := make(task):
+            found.append(name)
+            assert judge(task.queries[some] @ task.gallery.T, some) == pytest.approx(expected[some].mean(), abs=1e-4)
+    assert found  # scikit-learn at least
+
+
+def test_a_library_that_is_missing_has_no_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(average_precision, "_import", lambda name: None)
+    assert [make(None) for make, _, _ in average_precision.JUDGES.values()] == [None] * 4

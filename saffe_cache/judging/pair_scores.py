@@ -11,7 +11,7 @@ from saffe_cache.fam_inputs import FamInputs
 from saffe_cache.fusion.fam import FusionAlignModule, Pairing, Texts
 from saffe_cache.judging.search import Search
 
-_PAIRS_AT_ONCE = 1024
+_PAIRS_AT_ONCE = 256
 
 
 class PairScores(NamedTuple):

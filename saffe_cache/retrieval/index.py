@@ -34,6 +34,8 @@ _GPU_MOST_RANKS = 2048
 _LEAST_PER_CLUSTER, _MOST_PER_CLUSTER = 39, 64
 """Vectors that k-means is fitted to; with fewer than 39 a cluster faiss warns."""
 _FEWEST_CLUSTERS: dict[IndexKind, int] = {"ivf": 16, "ivf_pq": 256}  # a code byte tells 256 clusters apart
+_CODE_ROUNDS = 10
+"""Of k-means for the codes: 25, faiss's default, takes twice as long and finds no more (0.70 and 0.73 of 10)."""
 _NEIGHBOURS, _KEPT_IN_BUILDING, _KEPT_IN_SEARCH = 32, 40, 128
 """Of the graph: M, efConstruction, efSearch."""
 
@@ -139,6 +141,7 @@ def _empty_index(kind: IndexKind, num_vectors: int, width: int, seed: int) -> An
     else:
         num_codes = max(size for size in range(1, max(1, width // 4) + 1) if width % size == 0)
         index = faiss.IndexIVFPQ(flat, width, num_lists, num_codes, 8, by)
+        index.pq.cp.niter = _CODE_ROUNDS
         fits = [index.cp, index.pq.cp]
     index.nprobe = max(8, num_lists // 16)
     for fit in fits:
