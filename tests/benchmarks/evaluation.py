@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -31,6 +32,8 @@ ITEMS, QUERIES, WIDTH, CLASSES, CLUSTERS = 100_000, 1000, 384, 100, 1000
 TOKENS, TEXT_TOKENS, TEXTS = 65, 8, 100
 SHARE_PHOTOS, FULL_PHOTOS = 16, 4
 """That pair scoring and full forward passes take in a turn."""
+FULL_BATCH = 25
+"""Pairs of a full forward pass: of 10, 25, 50 and 100 the quickest on a CPU."""
 ROUNDS = 3
 
 
@@ -126,10 +129,12 @@ def pair_scores() -> list[Figure]:
 
     @torch.inference_mode()
     def full(photos: int = FULL_PHOTOS) -> np.ndarray:
-        """A batch holds one photo, again and again, beside all texts: of the quickest size on a CPU."""
-        texts, queries = inputs.texts(np.arange(TEXTS)), model.encode_queries(inputs.vectors)
-        passes = (model(inputs.photos(np.full(TEXTS, photo))[0], None, texts) for photo in range(photos))
-        return torch.stack([(vectors * queries).sum(dim=1) for vectors in passes]).numpy()
+        """A batch holds one photo, again and again, beside some of the texts."""
+        found, queries = np.empty((photos, TEXTS), np.float32), model.encode_queries(inputs.vectors)
+        for photo, batch in product(range(photos), np.split(np.arange(TEXTS), TEXTS // FULL_BATCH)):
+            vectors = model(inputs.photos(np.full(FULL_BATCH, photo))[0], None, inputs.texts(batch))
+            found[photo, batch] = (vectors * queries[batch]).sum(dim=1)
+        return found
 
     expected, found = full(), ours(FULL_PHOTOS)
     if np.abs(found - expected).max() > 1e-5 or expected.std(axis=1).min() < 1e-3:
@@ -140,7 +145,7 @@ def pair_scores() -> list[Figure]:
     note = (
         f"one layer, {TOKENS} tokens of {WIDTH}; 10,000 photos x 100 texts take {1e6 / rate.value:,.0f} s at this rate"
     )
-    return [rate, rounds.ratio("ours", "full", "reuse: pairs / full forward passes", at_least=1.2, note=note)]
+    return [rate, rounds.ratio("ours", "full", "reuse: pairs / full forward passes", at_least=1.1, note=note)]
 
 
 def draw_fam() -> FusionAlignModule:
