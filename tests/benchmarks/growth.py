@@ -1,5 +1,6 @@
 """Time and peak memory of each stage at 1, 2, 4 and 8 times the items: linear in time, flat in memory. See bench.py.
 
+All captions search all photos in the evaluation, so that its time has a part that grows with the square.
 Photos are noise and the encoders tiny, so that what is measured is the pipeline. Each stage at each size has a process
 of its own. The plot is `growth.svg` beside the table.
 """
@@ -50,6 +51,8 @@ def figures_of(stage: str, measured: Mapping[int, Mapping[str, float]]) -> list[
     memory = {factor: of_size["peak_mb"] for factor, of_size in measured.items()}
     late, early = (seconds[8] - seconds[4]) / 4, (seconds[4] - seconds[1]) / 3
     sizes = ", ".join(f"{factor * ITEMS}: {seconds[factor]:.1f} s, {memory[factor]:.0f} MB" for factor in FACTORS)
+    if stage == "evaluate":
+        sizes += "; captions and photos both grow, and so their pairs with the square"
     time_name = f"{stage}: time of an item, 5th to 8th part / 2nd to 4th"
     memory_name = f"{stage}: peak memory at 8 times the items less at 1"
     return [
