@@ -30,8 +30,8 @@ TURN_SHARDS = 6
 ROUNDS = 7
 TARGET = 0.7
 NOTE = (
-    f"{TURN_SHARDS} shards of 64 MiB in portions of {PORTION_ROWS} rows; both end with fsync, the plain file once, ours "
-    "every shard and every commit. Checksums and statistics are taken beside the write"
+    f"{TURN_SHARDS} shards of 64 MiB in portions of {PORTION_ROWS} rows; both end with fsync, the plain file once, "
+    "ours every shard and every commit. Checksums and statistics are taken beside the write"
 )
 
 
