@@ -74,6 +74,9 @@ class FamInputs:
         self, encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int]
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         flat, mask = encoder.token_rows(rows)
+        if self.residency == "mapped":
+            for layer in layers:
+                encoder.array(f"hidden_states/{layer}").hold(flat)
         states = [self._numbers(encoder, f"hidden_states/{layer}", flat) for layer in layers]
         if mask is None:
             return states, None

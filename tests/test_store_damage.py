@@ -117,6 +117,22 @@ def test_missing_and_truncated_shards_are_found_and_refused(
         array.read(np.array([0, 4]))
 
 
+@pytest.mark.parametrize("contents", [IMAGES, TEXTS], ids=lambda contents: contents.modality)
+def test_a_flipped_bit_is_found_before_a_row_of_its_shard_is_read(cache: Path, contents) -> None:
+    """Also where the shard is memory-mapped; rows that lie in others can be read."""
+    encoder = open_cache(cache).encoder(contents.modality)
+    for name, (spec, rows) in contents.arrays.items():
+        if len(rows) <= spec.shard_rows:
+            continue
+        shard = group_path(cache, contents) / name / "c/1" / "/".join("0" * len(spec.row_shape))
+        flip(shard, spec.row_bytes - 1)
+        array = encoder.array(name)
+        assert len(array.read(np.arange(spec.shard_rows))) == spec.shard_rows
+        for use in (array.read, array.hold, array.read_stored):
+            with pytest.raises(CacheError, match=f"{name}/c/1.*: its rows differ from the manifest's checksum"):
+                use(np.array([0, spec.shard_rows]))
+
+
 def test_swapped_shards_are_found(cache: Path) -> None:
     folder = group_path(cache, IMAGES) / "hidden_states/1/c"
     (folder / "0").rename(folder / "x")

@@ -121,6 +121,18 @@ def test_a_shard_that_was_mended_is_read_again(tmp_path: Path) -> None:
 
 def test_mapped_shards_are_not_fetched(tmp_path: Path) -> None:
     storage, opened = open_shards(tmp_path, "none")
-    opened.hold(range(15))
-    assert opened[3][0, 0] == expected(3)[0, 0]
+    for first, stop in ((0, 4), (3, 4), (1, 3)):
+        opened.will_need(3, first, stop)
+    np.testing.assert_array_equal(opened[3], expected(3))
     assert storage.fetched == []
+
+
+def test_a_mapped_shard_is_compared_with_its_checksum_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_MAX_MAPPED", 1)
+    checked = []
+    real = shards.check_rows
+    monkeypatch.setattr(shards, "check_rows", lambda *given: (checked.append(given[-1]), real(*given)))
+    _, opened = open_shards(tmp_path, "none")
+    for index in (3, 4, 3, 3, 4):
+        np.testing.assert_array_equal(opened[index], expected(index))
+    assert [where.rsplit("/c/")[1] for where in checked] == ["3/0/0", "4/0/0"]

@@ -195,9 +195,18 @@ def decode_shard(spec: ArraySpec, entry: ShardEntry, data: bytes, where: str) ->
         rows = stored.reshape(entry.rows, *spec.stored_shape)
     else:
         rows = _decompressed(spec, data, lengths[:num_chunks], where)[: entry.rows]
-    if _crc32c([rows]) != entry.crc32c:
-        raise CacheError(f"{where}: its rows differ from the manifest's checksum. {_ADVICE}")
+    check_rows(entry, [rows], where)
     return rows
+
+
+def check_rows(entry: ShardEntry, portions: Iterable[np.ndarray], where: str) -> None:
+    """Compare a shard's rows, cut anyhow, with their checksum.
+
+    Raises:
+        CacheError: a byte differs.
+    """
+    if _crc32c(portions) != entry.crc32c:
+        raise CacheError(f"{where}: its rows differ from the manifest's checksum. {_ADVICE}")
 
 
 def _chunk_lengths(spec: ArraySpec, data: bytes) -> list[int] | None:

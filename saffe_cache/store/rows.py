@@ -51,8 +51,22 @@ class RowReader:
         return self._shards.are_mapped
 
     def hold(self, rows: np.ndarray) -> None:
-        """Load the shards of these rows ahead and keep them until the next call; let go of all others."""
-        self._shards.hold(np.unique(rows // self.shard_rows).tolist())
+        """Have these rows, which are read next, ready ahead.
+
+        Their shards are loaded and kept until the next call, and all others let go of; of mapped ones the system
+        fetches the rows themselves.
+
+        Raises:
+            CacheError: a row is beyond the array; a mapped shard is missing, truncated or damaged.
+        """
+        self._check(rows)
+        rows = np.unique(rows)
+        shards, within = np.divmod(rows, self.shard_rows)
+        if not self.is_mapped or not len(rows):
+            self._shards.hold(np.unique(shards).tolist())
+            return
+        for start, stop in _stretches((shards[1:] != shards[:-1]) | (rows[1:] != rows[:-1] + 1)).tolist():
+            self._shards.will_need(int(shards[start]), int(within[start]), int(within[stop - 1]) + 1)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """`rows` is int64 [n], in any order; returns [n, *row_shape], of bfloat16 and scaled types float32.
@@ -66,15 +80,10 @@ class RowReader:
         """The same as it is stored: [n, *stored_shape].
 
         Raises:
-            CacheError: a row is beyond the array, or a shard is missing, truncated or, where it is loaded, damaged.
+            CacheError: a row is beyond the array, or a shard is missing, truncated or damaged.
         """
         spec = self._array.spec
-        beyond = rows[(rows < 0) | (rows >= len(self))]
-        if len(beyond):
-            raise CacheError(
-                f"{self._where} has {len(self)} rows, row {beyond[0]} was asked for. "
-                "Run saffe-extract again to complete it."
-            )
+        self._check(rows)
         if not len(rows):
             return np.empty((0, *spec.stored_shape), spec.numpy_dtype)
         result = np.empty((len(rows), math.prod(spec.stored_shape)), spec.numpy_dtype)
@@ -93,6 +102,14 @@ class RowReader:
                 here = np.flatnonzero(shards == number)
                 result[here] = self._shards[number][within[here]]
         return result.reshape(len(rows), *spec.stored_shape)
+
+    def _check(self, rows: np.ndarray) -> None:
+        beyond = rows[(rows < 0) | (rows >= len(self))]
+        if len(beyond):
+            raise CacheError(
+                f"{self._where} has {len(self)} rows, row {beyond[0]} was asked for. "
+                "Run saffe-extract again to complete it."
+            )
 
     def _copy_runs(self, runs: np.ndarray, shards: np.ndarray, within: np.ndarray, result: np.ndarray) -> None:
         """Consecutive rows at a time, shard by shard: with random rows of large arrays all of them are needed."""
