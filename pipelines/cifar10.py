@@ -65,6 +65,7 @@ def main() -> None:
             layers={"image": (11, 12), "text": text_layers},
             image_size=None if options.paper_pair else 112,
             max_items={"train": options.train, "test": options.test},
+            storage="float16",
         )
     )
     table = Table(

@@ -80,6 +80,7 @@ def main() -> None:
             encoder={"image": options.image_encoder, "text": options.text_encoder},
             layers={"image": (10, 11, 12), "text": (4, 5, 6)},
             image_size=112,
+            storage="float16",
         )
     )
     for name in options.table:

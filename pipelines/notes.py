@@ -55,6 +55,7 @@ def main() -> None:
             encoder={"image": options.image_encoder, "text": options.text_encoder},
             layers={"image": (9, 12), "text": (5, 6)},
             image_size=112,
+            storage="float16",
         )
     )
     table = Table(

@@ -64,8 +64,9 @@ class ExtractConfig:
     and usual names."""
     revision: Mapping[str, str] = field(default_factory=dict)
     """Revision of a hub model, as image=COMMIT."""
-    storage: Literal["float32", "float16", "bfloat16", "int8", "float8"] = "float16"
-    """Type of hidden states on disk; int8 and float8 have a scale for each token. Vectors are always float32."""
+    storage: Literal["float32", "float16", "bfloat16", "int8", "float8"] | None = None
+    """Type of hidden states on disk; int8 and float8 have a scale for each token. Default: that of the encoder's other
+    layers, and float8 for a new one. Vectors are always float32."""
     compression: CompressionName = "none"
     """Of hidden states on disk. zstd takes 5 to 25 % off, for slow networks and full disks; but such shards cannot be
     memory-mapped, and are decompressed into memory instead."""

@@ -344,6 +344,15 @@ def test_storage_of_an_array_is_fixed(config: ExtractConfig) -> None:
         extract(replace(config, storage="float16"))
 
 
+def test_storage_is_that_of_the_other_layers_and_float8_at_first(config: ExtractConfig) -> None:
+    one_layer = replace(config, layers={"image": (1,)}, encoder={"image": config.encoder["image"]})
+    for asked, expected in ((None, "float8"), ("bfloat16", "bfloat16")):
+        path = extract(replace(one_layer, storage=asked, cache=f"{config.cache}.{asked}"))
+        extract(replace(one_layer, storage=None, layers={"image": (2,)}, cache=path))
+        image = open_cache(path).encoder("image")
+        assert [image.array(f"hidden_states/{layer}").dtype for layer in (1, 2)] == [expected, expected]
+
+
 def test_data_that_the_cache_has_beyond_this_source_are_asked_for(config: ExtractConfig, tmp_path: Path) -> None:
     extract(config)
     other = make_captioned(tmp_path / "other", {"another": 3})
@@ -398,7 +407,7 @@ def test_commands_end_with_the_path_and_explain_errors(
     assert cache_command(["verify", config.cache]) == 0
     assert "0 damaged" in capsys.readouterr().out
     assert cache_command(["inspect", config.cache]) == 0
-    assert re.search(r"hidden_states/3: 26 x \d+ x 32 float16, 1 shards", capsys.readouterr().out)
+    assert re.search(r"hidden_states/3: 26 x \d+ x 32 float8, 1 shards", capsys.readouterr().out)
     shard = next(path for path in Path(config.cache).rglob("c/0/0/0"))
     shard.write_bytes(shard.read_bytes()[:-100])
     assert cache_command(["verify", config.cache]) == 1

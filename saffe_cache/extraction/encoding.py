@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _ADVICE = {
     "data": "Reading and decoding was the limit: more --workers, smaller files or a quicker disk would help.",
     "encoding": "The encoder was the limit, as it should be.",
-    "writer": "Writing was the limit: a quicker disk, fewer --layers or --storage int8 would help.",
+    "writer": "Writing was the limit: a quicker disk or fewer --layers would help.",
 }
 
 

@@ -25,6 +25,8 @@ from saffe_cache.store.storage import Storage
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_STORAGE = "float8"
+"""The smallest type that costs no retrieval; unlike int8 it keeps small channels beside a very large one."""
 TEXT_BLOCK_ROWS = 1024
 """Texts that are sorted by length together; padding is then a few percent of the tokens."""
 
@@ -33,7 +35,7 @@ TEXT_BLOCK_ROWS = 1024
 class EncodeOptions:
     """How to encode and store; the fields are described in ExtractConfig."""
 
-    storage: str
+    storage: str | None
     compression: CompressionName
     pooled: bool
     batch_tokens: int
@@ -217,7 +219,9 @@ def _state_spec(job: Job) -> ArraySpec:
         blank = job.encoder.encode(job.encoder.prepare(blank_input(job.encoder)))
         shape = next(iter(blank.states.values())).shape[1:]
         names = (job.encoder.request.modality, "token", "hidden")
-    one = ArraySpec(row_shape=shape, dtype=job.options.storage, chunk_rows=1, shard_rows=1, dimension_names=names)
+    stored = [array.spec.dtype for name, array in job.manifest.arrays.items() if name.startswith("hidden_states/")]
+    dtype = job.options.storage or next(iter(stored), DEFAULT_STORAGE)
+    one = ArraySpec(row_shape=shape, dtype=dtype, chunk_rows=1, shard_rows=1, dimension_names=names)
     chunk_rows, shard_rows = choose_rows(one.row_bytes, job.options.shard_mb * 2**20)
     return replace(one, chunk_rows=chunk_rows, shard_rows=shard_rows, compression=job.options.compression)
 
