@@ -93,7 +93,8 @@ def media_of(data: Path) -> dict[bytes, Media]:
 def plan(data: Path, models: Mapping[str, str]) -> list[Job]:
     """The jobs of a cache that does not exist yet."""
     layers = {modality: LAYERS[modality] for modality in models}
-    config = ExtractConfig(data=str(data), cache=str(data.parent / "planned"), encoder=models, layers=layers)
+    named = {"data": str(data), "cache": str(data.parent / "planned")}
+    config = ExtractConfig(**named, encoder=models, layers=layers, storage="float16")  # what the loop stores
     table, _ = _grow_table(Storage(config.cache), read_items(str(data), Columns(), ()), config)
     return list(_plan_jobs(Storage(config.cache), table, config))
 

@@ -85,7 +85,7 @@ def against_memory(cache: str, fusion: str, num_steps: int) -> list[Figure]:
         rounds = take_turns(warm, ROUNDS)
         del warm["ready"]
         cold = take_turns(warm, ROUNDS, before=partial(forget_files, opened, cache))
-    loop = "the same loop, its random batches gathered from float16 tensors in memory and converted in the loop itself"
+    loop = "the same loop; its batches are gathered from stored numbers in memory and converted in the loop itself"
     unread = (
         "batches of float32 made beforehand: what reading would be if it cost nothing. It takes time from the steps"
     )
@@ -144,7 +144,7 @@ def encoders_in_the_loop(cache: str, scenes: Path, encoders: Mapping[str, str]) 
         return inputs.photos(photos)[0], inputs.texts(captions)
 
     for from_cache, from_encoders in zip(cached(rows[0], rows[0])[0], live(rows[0], rows[0])[0], strict=True):
-        torch.testing.assert_close(from_cache, from_encoders.detach(), atol=0.02, rtol=0.01)
+        torch.testing.assert_close(from_cache, from_encoders.detach(), atol=0.02, rtol=2**-4)  # float8's
     candidates = {
         "cache": partial(epoch, cached),
         "released": partial(epoch, live),
