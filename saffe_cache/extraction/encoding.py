@@ -22,7 +22,7 @@ from saffe_cache.encoders.encoder import Launched
 from saffe_cache.extraction.halving import HalvingEncoder
 from saffe_cache.extraction.loading import Batch, load_batches
 from saffe_cache.extraction.planning import Job
-from saffe_cache.extraction.rows import BlockRows
+from saffe_cache.extraction.rows import PortionMaker
 from saffe_cache.features import CacheError
 from saffe_cache.sources import Media
 from saffe_cache.store.dtypes import to_storage
@@ -132,7 +132,7 @@ class _Storing:
         self._most_bytes = job.options.shard_mb * 2**20 * len(self._specs)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="converting")
         self._tasks: deque[tuple[Future[Mapping[int, str]], int]] = deque()
-        self._rows: BlockRows | None = None
+        self._portions = PortionMaker(job, self._specs)
         self._invalid = {row: reason for row, reason in job.manifest.invalid.items() if job.is_wanted[row]}
 
     def __enter__(self) -> _Storing:
@@ -182,17 +182,9 @@ class _Storing:
 
     def _store(self, batch: Batch, parts: Sequence[Launched]) -> Mapping[int, str]:
         """In the thread: convert a batch; at the end of its block write that. Returns what of the block is invalid."""
-        if self._rows is None:
-            self._rows = BlockRows(self._job, batch.block, self._specs)
-        self._rows.invalid.update(batch.unreadable)
-        done = 0
-        for part in parts:
-            encoded = part.encoded()
-            self._rows.put(batch.inputs[done : done + len(encoded.lengths)], encoded)
-            done += len(encoded.lengths)
-        if not batch.ends_block:
+        portion = self._portions.take(batch, parts)
+        if portion is None:
             return {}
-        portion, self._rows = self._rows.to_portion(), None
         self._writer.put(portion)
         return portion.invalid
 
