@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from saffe_cache.extraction.rows import PortionMaker
 from saffe_cache.features import CacheError
 from saffe_cache.sources import Media
 from saffe_cache.store.dtypes import to_storage
+from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.manifest import write_encoder
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks
@@ -94,6 +95,26 @@ def run_job(storage: Storage, job: Job, media: Mapping[bytes, Media], record: Ma
         entry["halved"] = [list(shape) for shape in encoder.too_large]
     write_encoder(storage, job.manifest)
     _say_what_took_time(job, seconds)
+
+
+def encode_portions(job: Job, media: Mapping[bytes, Media], specs: Mapping[str, ArraySpec]) -> Generator[Portion]:
+    """The rows of some arrays, block after block, for nobody's writer.
+
+    Raises:
+        CacheError: a number overflows, or a single input does not fit into memory.
+        OSError: a file that could be read for its hash cannot be read any more.
+    """
+    maker, encoder = PortionMaker(job, specs), HalvingEncoder(job.encoder)
+    total = sum(map(len, job.blocks()))
+    with (
+        load_batches(job, media) as batches,
+        tqdm(total=total, unit=f" {job.encoder.request.modality}s", desc=job.manifest.key) as progress,
+    ):
+        for batch in batches:
+            portion = maker.take(batch, encoder.launch(batch.tensors) if batch.tensors else [])
+            progress.update(len(batch.inputs) + len(batch.unreadable))
+            if portion is not None:
+                yield portion
 
 
 def _encode(job: Job, batches: Iterator[Batch], encoder: HalvingEncoder, storing: _Storing, seconds: Seconds) -> None:

@@ -7,7 +7,7 @@ another order. So who encodes rows again, to the same bytes, has to cut the inpu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from saffe_cache.extraction.config import ExtractConfig, config_from_json, encode_options
 from saffe_cache.extraction.planning import begin_blocks, block_rows, cut_blocks
@@ -39,11 +39,13 @@ class PastExtraction:
                 yield block
 
 
-def past_extractions(manifest: EncoderManifest) -> list[PastExtraction]:
+def past_extractions(manifest: EncoderManifest, device: str | None = None) -> list[PastExtraction]:
     """Oldest first. Each found the rows of those before it, and encoded what its arrays lacked.
 
+    `device` takes the place of the one in their configs.
+
     Raises:
-        ValueError, TypeError: a config in the history is none that this release knows.
+        ValueError, TypeError: a config in the history is none that this release knows, or its device is not here.
     """
     states = [manifest.arrays[f"hidden_states/{layer}"].spec for layer in manifest.layers]
     inputs_in: dict[str, int] = {}
@@ -53,6 +55,7 @@ def past_extractions(manifest: EncoderManifest) -> list[PastExtraction]:
         if "inputs" not in entry:  # not an extraction
             continue
         config, stop = config_from_json(entry["config"]), int(entry["inputs"][1])
+        config = replace(config, device=device or config.device)
         names = (inputs_in.keys() | _asked(config, manifest)) & manifest.arrays.keys()
         first_new = {name: inputs_in.get(name, 0) for name in names if inputs_in.get(name, 0) < stop}
         rows = block_rows(encode_options(config), states)

@@ -191,13 +191,25 @@ def decode_shard(spec: ArraySpec, entry: ShardEntry, data: bytes, where: str) ->
     if lengths is None or len(lengths) < num_chunks:
         raise CacheError(f"{where}: its chunk index is damaged. {ADVICE}")
     if spec.compression == "none":
-        stored = np.frombuffer(data, spec.numpy_dtype, count=entry.rows * math.prod(spec.stored_shape))
-        rows = stored.reshape(entry.rows, *spec.stored_shape)
+        rows = _plain_rows(spec, entry, data)
     else:
         rows = _decompressed(spec, data, lengths[:num_chunks], where)[: entry.rows]
     if _crc32c([rows]) != entry.crc32c:
         raise CacheError(f"{where}: its rows differ from the manifest's checksum. {ADVICE}")
     return rows
+
+
+def rows_without_index(spec: ArraySpec, entry: ShardEntry, data: bytes) -> np.ndarray | None:
+    """The rows of a shard's file whose index alone is damaged; None where more is. Compressed ones need their index."""
+    if spec.compression != "none" or len(data) < entry.rows * spec.row_bytes:
+        return None
+    rows = _plain_rows(spec, entry, data)
+    return rows if _crc32c([rows]) == entry.crc32c else None
+
+
+def _plain_rows(spec: ArraySpec, entry: ShardEntry, data: bytes) -> np.ndarray:
+    stored = np.frombuffer(data, spec.numpy_dtype, count=entry.rows * math.prod(spec.stored_shape))
+    return stored.reshape(entry.rows, *spec.stored_shape)
 
 
 def _chunk_lengths(spec: ArraySpec, data: bytes) -> list[int] | None:

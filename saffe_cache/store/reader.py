@@ -216,6 +216,14 @@ class Damage:
     index: int = -1
     """Number of the shard, or of the block."""
 
+    @property
+    def place(self) -> str:
+        """For people."""
+        if self.part == "shard":
+            return f"{self.encoder}: {self.array}, shard {self.index}"
+        within = {"block": f"block {self.index}", "metadata": f"{self.array}/zarr.json", "manifest": "manifest"}
+        return f"{self.encoder}: {within[self.part]}" if self.encoder else "item table"
+
 
 def verify_cache(path: str | Path) -> tuple[int, list[str]]:
     """Read everything that counts and compare it with its checksum: number of shards read, and what is wrong.
