@@ -77,8 +77,8 @@ def check_tokens(job: Job) -> None:
     for index, entry in enumerate(array.shards):
         if describe_shard(array.spec, offset_rows(job, index)).crc32c != entry.crc32c:
             raise CacheError(
-                f"the tokenizer cuts texts otherwise than before (offsets, shard {index}). Install the library versions "
-                "that the manifest's history names, or extract into a new cache."
+                f"the tokenizer cuts texts otherwise than before (offsets, shard {index}). Install the versions that "
+                "the manifest's history names, or extract into a new cache."
             )
 
 
