@@ -69,7 +69,8 @@ def _grow_table(storage: Storage, items: Sequence[SourceItem], config: ExtractCo
     """The cache's table with the items added, and whether that changed it."""
     root = read_root(storage)
     old = read_table(storage, f"tables/{root.table}") if root else None
-    builder = TableBuilder(old, config.class_prompt, _unencoded(storage, root, old))
+    may_change = config.changed == "reencode"
+    builder = TableBuilder(old, config.class_prompt, _unencoded(storage, root, old), may_change=may_change)
     added = [
         builder.add(
             NewItem(
@@ -83,7 +84,15 @@ def _grow_table(storage: Storage, items: Sequence[SourceItem], config: ExtractCo
         )
         for item in items
     ]
-    return builder.build(), any(added)
+    table = builder.build()
+    if builder.changed:
+        item_id, what = next(iter(builder.changed.items()))
+        logger.warning(
+            "%d items have changed and are taken as they are now, for instance %s (%s). Runs that were trained on them "
+            "are of other data: train them again.",
+            *(len(builder.changed), item_id, what),
+        )
+    return table, any(added)
 
 
 def _unencoded(storage: Storage, root: RootManifest | None, table: ItemTable | None) -> dict[Modality, set[int]]:

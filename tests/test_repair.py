@@ -341,6 +341,40 @@ def test_unreadable_and_abandoned_inputs_stay_what_they_are(tiny_model: Callable
             cache.check_whole()
 
 
+def test_a_changed_photo_leaves_a_row_that_can_be_lost(tiny_model: Callable[[str], Path]) -> None:
+    """Its file is gone for good, and no item points to it: the shard is whole again, without it."""
+    with memory_folder() as folder:
+        config = tiny_config(folder, tiny_model)
+        extract(config)
+        draw(folder / "data" / "train" / "003.png", 4321)
+        extract(replace(config, changed="reencode"))
+        image = open_cache(config.cache).encoder("image")
+        before = image.array("hidden_states/3").read(np.arange(27))
+        cache = Damaged(Path(config.cache), folder / "data", {})
+        cache.flip("image-*/hidden_states/3/c/0/0/0")
+        assert len(cache.repair().rounded) == 1
+        opened = open_cache(config.cache)
+        assert list(opened.encoder("image").manifest.invalid.values()) == ["not among --data"]
+        assert opened.encoder("image").usable(opened.table.rows["image"]).all()
+        rows = opened.table.rows["image"]
+        np.testing.assert_allclose(opened.encoder("image").array("hidden_states/3").read(rows), before[rows], rtol=1e-4)
+        assert verify_cache(config.cache)[1] == []
+
+
+def test_past_extractions_tell_which_inputs_went_together(grown: tuple[Path, Path]) -> None:
+    manifest = open_cache(grown[0]).encoder("image", "dinov2").manifest
+    past = past_extractions(manifest)
+    assert [(one.start, one.stop, one.block_rows) for one in past] == [
+        (0, 135, 4),
+        (135, 143, 4),
+        (0, 143, 7),
+        (143, 146, 5),
+    ]
+    assert past[2].first_new == {"hidden_states/1": 0}
+    assert list(past[1].blocks_of("pooled", range(130, 138))) == [range(135, 136), range(136, 140)]
+    assert list(past[2].blocks_of("pooled", range(146))) == []
+
+
 @pytest.mark.parametrize("storage", ["float16", "bfloat16", "float8"])
 def test_every_storage_type_is_repaired(tiny_model: Callable[[str], Path], storage: str) -> None:
     with memory_folder() as folder:

@@ -75,6 +75,10 @@ class ExtractConfig:
     """Size of a shard in MB: the unit of writing and resuming."""
     max_invalid: float = 0.01
     """Fraction of unreadable items, 0 to 1, over which the run stops."""
+    changed: Literal["error", "reencode"] = "error"
+    """What to do about items whose file, captions or labels are not those in the cache any more. reencode takes them
+    as they are now: what is new of them is encoded, and what was is kept, but no item points to it. Runs that were
+    trained on them must be trained again."""
     plan: bool = False
     """Print items, bytes, files and an estimated time, and write nothing."""
 
