@@ -45,7 +45,7 @@ class RepairConfig:
     encoder: Mapping[str, str] = field(default_factory=dict)
     """Where an encoder is now, by its modality or, of several, by its key. Default: where the extraction found it."""
     device: str | None = None
-    """Default: the extraction's."""
+    """Where encoders run, as for saffe-extract. Default: where the extraction's did."""
 
 
 @dataclass(kw_only=True)
@@ -130,7 +130,7 @@ class _EncoderRepair:
             past = past_extractions(self._manifest, self._config.device)
             encoder = self._load_encoder(past)
             self._job = self._plan(encoder, past)
-        except (CacheError, ValueError, TypeError, KeyError, ImportError, OSError) as error:
+        except (CacheError, ValueError, TypeError, ImportError, OSError) as error:
             for one in harder:
                 self._leave(one, str(error))
             return
@@ -255,7 +255,7 @@ class _EncoderRepair:
             self._put_back(shard, places[shard])
 
     def _put_back(self, shard: LostShard, damage: Damage) -> None:
-        manifest, rows = self._manifest, shard.rows
+        manifest, rows, shard.rows = self._manifest, shard.rows, None
         assert rows is not None
         invalid = {row: why for row, why in shard.unreadable.items() if row not in manifest.invalid}
         broken = [f"input {row}: {why}" for row, why in invalid.items() if self._job.is_wanted[row]]
@@ -273,11 +273,11 @@ class _EncoderRepair:
             manifest.invalid |= invalid
             self._note(damage.place)
             write_encoder(self._storage, manifest)
+            gone = f"; {len(invalid)} inputs that no item points to are gone with their files" if invalid else ""
             self._report.rounded.append(
                 f"{damage.place}: restored, within rounding, not byte for byte: its checksum is now {entry.crc32c}, "
-                f"was {shard.entry.crc32c}"
+                f"was {shard.entry.crc32c}{gone}"
             )
-        shard.rows = None
 
     def _note(self, place: str) -> None:
         """Tell the manifest's history that a checksum is not that of the extraction any more."""

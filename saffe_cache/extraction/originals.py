@@ -56,4 +56,5 @@ class OriginalFiles:
         item = self._found.get(item_id)
         if item is None:
             return " ".join(self._failures) or "it is not in the data any more"
-        return item.problem or "the file has changed since it was extracted"
+        has_changed = self._job.manifest.modality in item.hashes
+        return "the file has changed since it was extracted" if has_changed else item.problem

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from saffe_cache.extraction.config import ExtractConfig, config_from_json, encode_options
 from saffe_cache.extraction.planning import begin_blocks, block_rows, cut_blocks
@@ -34,9 +35,9 @@ class PastExtraction:
     def blocks_of(self, name: str, inputs: range) -> Iterator[range]:
         """The blocks in which their rows of an array were made."""
         mine = self.inputs_of(name, inputs)
-        for block in cut_blocks(self.start, self.stop, self.block_rows) if mine else ():
-            if block.start < mine.stop and mine.start < block.stop:
-                yield block
+        begin = max(self.start, mine.start // self.block_rows * self.block_rows)
+        blocks = cut_blocks(begin, self.stop, self.block_rows) if mine else iter(())
+        return takewhile(lambda block: block.start < mine.stop, blocks)
 
 
 def past_extractions(manifest: EncoderManifest, device: str | None = None) -> list[PastExtraction]:
@@ -52,7 +53,7 @@ def past_extractions(manifest: EncoderManifest, device: str | None = None) -> li
     finished = 0
     found = []
     for entry in manifest.history:
-        if "inputs" not in entry:  # not an extraction
+        if not {"inputs", "config"} <= entry.keys():  # not an extraction
             continue
         config, stop = config_from_json(entry["config"]), int(entry["inputs"][1])
         config = replace(config, device=device or config.device)
