@@ -4,7 +4,7 @@ The layers of the package; an import may only point downwards, and packages of o
 each other (tests/test_architecture.py holds this):
 
     cli                                                        the commands
-    extract   train   evaluate                                 three verbs: a config in, the path written out
+    extract   train   evaluate   repair                        the verbs: a config in, the path or report out
     extraction   training   evaluation                         what they are made of
     judging                                                    how pairs are searched
     runs                                                       a run's folder

@@ -30,7 +30,8 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def cache_command(arguments: Sequence[str] | None = None) -> int:
-    """`saffe-cache inspect | verify | convert | export | import`."""
+    """`saffe-cache inspect | verify | repair | convert | export | import`."""
+    from saffe_cache.options import pair_of
     from saffe_cache.store.compression import COMPRESSIONS
     from saffe_cache.store.dtypes import STORAGE_DTYPES
 
@@ -53,6 +54,17 @@ def cache_command(arguments: Sequence[str] | None = None) -> int:
     importing = commands.add_parser("import", help="make a cache from an HDF5 file that export wrote")
     importing.add_argument("file", help="the HDF5 file")
     importing.add_argument("cache", help="the cache to write")
+    repairing = commands.add_parser("repair", help="make again what verify finds damaged, from data and encoder")
+    repairing.add_argument("cache", help="the cache")
+    repairing.add_argument("--data", action="append", help="where the data are now; default: where they were")
+    repairing.add_argument(
+        "--encoder",
+        action="append",
+        type=pair_of(str),
+        metavar="KEY=TEXT",
+        help="where an encoder is now, as image=…, or with its key; default: where it was",
+    )
+    repairing.add_argument("--device", help="auto, cpu, cuda, cuda:1; default: the extraction's")
     options = parser.parse_args(arguments)
     return _guarded("saffe-cache", lambda: _cache_action(options))
 
@@ -70,6 +82,8 @@ def _cache_action(options: argparse.Namespace) -> int:
         print(convert_cache(options.cache, options.new, **stored))
     elif options.command == "export":
         print(export_hdf5(options.cache, options.file))
+    elif options.command == "repair":
+        return _repair(options)
     elif options.command == "import":
         print(import_hdf5(options.file, options.cache))
     else:
@@ -77,6 +91,15 @@ def _cache_action(options: argparse.Namespace) -> int:
         print("\n".join([*problems, f"{count} shards read, {len(problems)} damaged"]))
         return 1 if problems else 0
     return 0
+
+
+def _repair(options: argparse.Namespace) -> int:
+    from saffe_cache.repair import RepairConfig, repair
+
+    data, encoder = tuple(options.data or ()), dict(options.encoder or ())
+    report = repair(RepairConfig(cache=options.cache, data=data, encoder=encoder, device=options.device))
+    print(report)
+    return 1 if report.left else 0
 
 
 def _run_stage(

@@ -93,7 +93,7 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], 
     elif _is_mapping(kind):
         one = typing.get_args(kind)[1]
         options["metavar"] = "KEY=" + _metavar(one)
-        parser.add_argument(flag, action="append", type=_pair_of(one), default=None, **options)
+        parser.add_argument(flag, action="append", type=pair_of(one), default=None, **options)
     else:
         parser.add_argument(flag, type=kind, metavar=_metavar(kind), default=None, **options)
 
@@ -125,7 +125,9 @@ def _list_of(kind: Any) -> Any:
     return parse
 
 
-def _pair_of(kind: Any) -> Any:
+def pair_of(kind: Any) -> Any:
+    """Reads KEY=VALUE, for argparse."""
+
     def parse(text: str) -> tuple[str, Any]:
         key, separator, value = text.partition("=")
         if not separator or not key or not value:

@@ -19,7 +19,7 @@ LAYERS = [
     {"fam_inputs"},
     {"judging"},
     {"extraction", "training", "evaluation"},
-    {"extract", "train", "evaluate"},
+    {"extract", "train", "evaluate", "repair"},
     {"cli"},
 ]
 OWNERS = {

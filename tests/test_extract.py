@@ -18,11 +18,13 @@ import torch
 import transformers
 from extraction_cases import draw, dying_behind, files_of, make_captioned, tiny_config
 from PIL import Image
+from quick_runs import quick_train
 
 from saffe_cache.cli import cache_command, extract_command
 from saffe_cache.encoders.encoder import Encoded, FrozenEncoder, Launched
 from saffe_cache.extract import ExtractConfig, extract
 from saffe_cache.features import CacheError
+from saffe_cache.runs import load_run, same_training_pairs
 from saffe_cache.store.reader import open_cache, verify_cache
 
 
@@ -269,8 +271,31 @@ def test_wrong_options_are_named(config: ExtractConfig, changes: dict[str, objec
 def test_changed_content_is_refused(config: ExtractConfig, data: Path) -> None:
     extract(config)
     draw(data / "train" / "005.png", 999)
-    with pytest.raises(CacheError, match=r"item 'train/005\.png': its file, captions, labels or split"):
+    with pytest.raises(CacheError, match=r"1 items are not what the cache holds.*'train/005\.png' \(file\).*--changed"):
         extract(config)
+
+
+def test_changed_photo_is_encoded_as_a_new_one_on_request(
+    config: ExtractConfig, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The old one keeps its row, which no item points to; whoever was trained on it is told."""
+    run = quick_train(extract(config), tmp_path / "run", epochs=1, fusion="linear", validation="dev")
+    before = open_cache(config.cache)
+    draw(data / "train" / "005.png", 999)
+    cache = open_cache(extract(replace(config, changed="reencode")))
+    assert "1 items have changed and are taken as they are now, for instance train/005.png (file)" in caplog.text
+    item = cache.table.ids.index("train/005.png")
+    assert cache.table.ids == before.table.ids
+    assert np.flatnonzero(cache.table.rows["image"] != before.table.rows["image"]).tolist() == [item]
+    assert cache.table.rows["image"][item] == len(before.table.inputs["image"])
+    image = cache.encoder("image")
+    assert image.usable(cache.table.rows["image"]).all()
+    fresh = open_cache(extract(replace(config, cache=config.cache + ".fresh")))
+    vectors = [one.encoder("image").vectors(one.table.rows["image"]) for one in (cache, fresh)]
+    np.testing.assert_allclose(*vectors, atol=1e-5)
+    with pytest.raises(ValueError, match="trained on other photos or texts"):
+        same_training_pairs(load_run(run, cache)[0], cache, run)
+    assert extract(config) == config.cache
 
 
 def alter(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, Encoded], None]) -> None:

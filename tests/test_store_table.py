@@ -176,8 +176,18 @@ def test_rows_never_move_and_adding_again_changes_nothing(items: list[NewItem], 
 )
 def test_changed_content_is_refused(change: dict[str, object]) -> None:
     item = photo(1, captions=("one", "two"), labels=("x", "y"))
-    with pytest.raises(CacheError, match=r"item 'photo 1': its file, captions, labels or split are not those"):
-        build(replace(item, **change), table=build(photo(0), item))  # type: ignore[arg-type]
+    other, table = replace(item, **change), build(photo(0), item)  # type: ignore[arg-type]
+    part = {"hashes": "file"}.get(next(iter(change)), next(iter(change)))
+    with pytest.raises(CacheError, match=rf"1 items are not what the cache holds.*'photo 1' \({part}\)"):
+        build(other, table=table)
+    builder = TableBuilder(table, PROMPTS, may_change=True)
+    assert builder.add(other)
+    assert builder.changed == {"photo 1": part}
+    changed, fresh = builder.build(), build(photo(0), other)
+    assert (changed.ids, changed.splits) == (fresh.ids, fresh.splits)
+    assert changed.rows["image"][0] == 0
+    for modality, inputs in table.inputs.items():
+        np.testing.assert_array_equal(changed.inputs[modality].content_hash[: len(inputs)], inputs.content_hash)
 
 
 def test_an_item_that_was_mended_takes_its_old_place() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,10 +22,11 @@ from saffe_cache.encoders.encoder import Launched
 from saffe_cache.extraction.halving import HalvingEncoder
 from saffe_cache.extraction.loading import Batch, load_batches
 from saffe_cache.extraction.planning import Job
-from saffe_cache.extraction.rows import BlockRows
+from saffe_cache.extraction.rows import PortionMaker
 from saffe_cache.features import CacheError
 from saffe_cache.sources import Media
 from saffe_cache.store.dtypes import to_storage
+from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.manifest import write_encoder
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks
@@ -96,6 +97,26 @@ def run_job(storage: Storage, job: Job, media: Mapping[bytes, Media], record: Ma
     _say_what_took_time(job, seconds)
 
 
+def encode_portions(job: Job, media: Mapping[bytes, Media], specs: Mapping[str, ArraySpec]) -> Generator[Portion]:
+    """The rows of some arrays, block after block, for nobody's writer.
+
+    Raises:
+        CacheError: a number overflows, or a single input does not fit into memory.
+        OSError: a file that could be read for its hash cannot be read any more.
+    """
+    maker, encoder = PortionMaker(job, specs), HalvingEncoder(job.encoder)
+    total = sum(map(len, job.blocks()))
+    with (
+        load_batches(job, media) as batches,
+        tqdm(total=total, unit=f" {job.encoder.request.modality}s", desc=job.manifest.key) as progress,
+    ):
+        for batch in batches:
+            portion = maker.take(batch, encoder.launch(batch.tensors) if batch.tensors else [])
+            progress.update(len(batch.inputs) + len(batch.unreadable))
+            if portion is not None:
+                yield portion
+
+
 def _encode(job: Job, batches: Iterator[Batch], encoder: HalvingEncoder, storing: _Storing, seconds: Seconds) -> None:
     """Launch batch after batch, one ahead of the one that is waited for."""
     unit = f" {job.encoder.request.modality}s"
@@ -132,7 +153,7 @@ class _Storing:
         self._most_bytes = job.options.shard_mb * 2**20 * len(self._specs)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="converting")
         self._tasks: deque[tuple[Future[Mapping[int, str]], int]] = deque()
-        self._rows: BlockRows | None = None
+        self._portions = PortionMaker(job, self._specs)
         self._invalid = {row: reason for row, reason in job.manifest.invalid.items() if job.is_wanted[row]}
 
     def __enter__(self) -> _Storing:
@@ -182,17 +203,9 @@ class _Storing:
 
     def _store(self, batch: Batch, parts: Sequence[Launched]) -> Mapping[int, str]:
         """In the thread: convert a batch; at the end of its block write that. Returns what of the block is invalid."""
-        if self._rows is None:
-            self._rows = BlockRows(self._job, batch.block, self._specs)
-        self._rows.invalid.update(batch.unreadable)
-        done = 0
-        for part in parts:
-            encoded = part.encoded()
-            self._rows.put(batch.inputs[done : done + len(encoded.lengths)], encoded)
-            done += len(encoded.lengths)
-        if not batch.ends_block:
+        portion = self._portions.take(batch, parts)
+        if portion is None:
             return {}
-        portion, self._rows = self._rows.to_portion(), None
         self._writer.put(portion)
         return portion.invalid
 

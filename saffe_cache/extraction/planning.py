@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from saffe_cache.encoders.encoder import EncoderRequest, FrozenEncoder, load_encoder
-from saffe_cache.features import CacheError, Inputs
+from saffe_cache.features import CacheError, Inputs, ItemTable, Modality
 from saffe_cache.store.compression import CompressionName
 from saffe_cache.store.layout import ArraySpec, choose_rows
 from saffe_cache.store.manifest import EncoderManifest, layers_among, read_encoder, read_root
@@ -64,6 +64,8 @@ class Job:
     """All arrays of the group, and their rows when done."""
     start: int = 0
     """First input to encode; `num_inputs` where nothing is left."""
+    chosen: Sequence[range] | None = None
+    """The blocks to encode; None for all that are left."""
 
     @property
     def num_inputs(self) -> int:
@@ -93,10 +95,7 @@ class Job:
     @property
     def block_rows(self) -> int:
         """Inputs that are encoded and handed to the writer together."""
-        if self.offsets is not None:
-            return TEXT_BLOCK_ROWS
-        num_tokens = next(spec.row_shape[0] for name, (spec, _) in self.arrays.items() if name.startswith("hidden_"))
-        return self.options.batch_size or max(1, self.options.batch_tokens // num_tokens)
+        return block_rows(self.options, [spec for name, (spec, _) in self.arrays.items() if layers_among([name])])
 
     def rows_of(self, name: str) -> int:
         """Committed rows of an array."""
@@ -111,12 +110,39 @@ class Job:
         return int(self.offsets[number]) if self.offsets is not None and self.is_flat(name) else number
 
     def blocks(self) -> Iterator[range]:
-        """The inputs that are left; all blocks but the first begin at multiples of `block_rows`."""
-        start = self.start
-        while start < self.num_inputs:
-            stop = min((start // self.block_rows + 1) * self.block_rows, self.num_inputs)
-            yield range(start, stop)
-            start = stop
+        """The inputs that are encoded and stored together, in order."""
+        yield from cut_blocks(self.start, self.num_inputs, self.block_rows) if self.chosen is None else self.chosen
+
+
+def block_rows(options: EncodeOptions, states: Sequence[ArraySpec]) -> int:
+    """Inputs of a block; `states` are the encoder's arrays of hidden states, at least one."""
+    spec = states[0]
+    if len(spec.row_shape) == 1:  # of texts
+        return TEXT_BLOCK_ROWS
+    return options.batch_size or max(1, options.batch_tokens // spec.row_shape[0])
+
+
+def cut_blocks(start: int, stop: int, rows: int) -> Iterator[range]:
+    """Blocks of `rows` inputs; all but the first begin at multiples of it."""
+    while start < stop:
+        end = min((start // rows + 1) * rows, stop)
+        yield range(start, end)
+        start = end
+
+
+def begin_blocks(first: int, finished: int, rows: int) -> int:
+    """Where the blocks begin of an extraction whose first input to encode is `first`: where its block begins.
+
+    What was encoded with earlier ones is not encoded with new ones, unless it is encoded again.
+    """
+    begin = first // rows * rows
+    return max(begin, finished) if finished <= first else begin
+
+
+def wanted_inputs(table: ItemTable, modality: Modality) -> np.ndarray:
+    """bool [inputs]: does an item point to it? Texts are always there, and so always wanted."""
+    count = len(table.inputs[modality])
+    return np.ones(count, bool) if modality == "text" else np.isin(np.arange(count), table.rows[modality])
 
 
 def plan_job(
@@ -133,14 +159,19 @@ def plan_job(
         encoder=encoder, manifest=_manifest(storage, encoder), options=options, inputs=inputs, is_wanted=is_wanted
     )
     if request.modality == "text":
-        job.token_ids = encoder.tokenize(inputs.texts or ())
-        job.offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in job.token_ids])]).astype(np.int64)
+        tokenize(job)
     job.arrays = _arrays(job)
     job.start = _first_input(job)
     if job.missing:
         vectors = any(name in encoder.vector_widths for name in job.missing)
         encoder.select(layers_among(job.missing), vectors=vectors)
     return job
+
+
+def tokenize(job: Job) -> None:
+    """Give a job of texts its tokens."""
+    job.token_ids = job.encoder.tokenize(job.inputs.texts or ())
+    job.offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in job.token_ids])]).astype(np.int64)
 
 
 def _array_bytes(spec: ArraySpec, rows: int) -> int:
@@ -241,6 +272,4 @@ def _first_input(job: Job) -> int:
         if job.offsets is not None and job.is_flat(name):
             rows = int(np.searchsorted(job.offsets, rows, side="right")) - 1
         counts.append(rows)
-    first, finished = min(counts), job.manifest.finished_rows
-    begin_of_batch = first // job.block_rows * job.block_rows
-    return max(begin_of_batch, finished) if finished <= first else begin_of_batch
+    return begin_blocks(min(counts), job.manifest.finished_rows, job.block_rows)

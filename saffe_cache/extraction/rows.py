@@ -6,12 +6,40 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from saffe_cache.encoders.encoder import Encoded
+from saffe_cache.encoders.encoder import Encoded, Launched
+from saffe_cache.extraction.loading import Batch
 from saffe_cache.extraction.planning import Job
 from saffe_cache.features import CacheError
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.writer import Portion
+
+
+class PortionMaker:
+    """Takes the batches of a job in order, and gives a portion at the end of each block."""
+
+    def __init__(self, job: Job, specs: Mapping[str, ArraySpec]) -> None:
+        """`specs`: the arrays that rows are made for."""
+        self._job, self._specs = job, specs
+        self._rows: BlockRows | None = None
+
+    def take(self, batch: Batch, parts: Sequence[Launched]) -> Portion | None:
+        """
+        Raises:
+            CacheError: a finite number does not fit into the storage type.
+        """
+        if self._rows is None:
+            self._rows = BlockRows(self._job, batch.block, self._specs)
+        self._rows.invalid.update(batch.unreadable)
+        done = 0
+        for part in parts:
+            encoded = part.encoded()
+            self._rows.put(batch.inputs[done : done + len(encoded.lengths)], encoded)
+            done += len(encoded.lengths)
+        if not batch.ends_block:
+            return None
+        portion, self._rows = self._rows.to_portion(), None
+        return portion
 
 
 class BlockRows:

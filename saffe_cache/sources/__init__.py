@@ -12,6 +12,6 @@ Four kinds of `--data`, told apart by what lies there:
 
 from saffe_cache.sources.decoding import decode
 from saffe_cache.sources.items import Columns, Media, SourceItem
-from saffe_cache.sources.listing import read_items
+from saffe_cache.sources.listing import read_items, read_named_items
 
-__all__ = ["Columns", "Media", "SourceItem", "decode", "read_items"]
+__all__ = ["Columns", "Media", "SourceItem", "decode", "read_items", "read_named_items"]

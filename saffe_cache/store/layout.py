@@ -30,7 +30,7 @@ from saffe_cache.store.moments import Moments, sampled_moments
 
 _MISSING_CHUNK = 2**64 - 1
 _CRC_BYTES = 2**18
-_ADVICE = "Restore it from a copy, or extract into a new cache."
+ADVICE = "Mend it with `saffe-cache repair`, or restore it from a copy."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,14 +185,13 @@ def decode_shard(spec: ArraySpec, entry: ShardEntry, data: bytes, where: str) ->
     if spec.compression == "none" and len(data) < spec.shard_file_bytes(entry.rows):
         raise CacheError(
             f"{where}: {len(data)} bytes, the manifest implies {spec.shard_file_bytes(entry.rows)}: it is truncated. "
-            f"{_ADVICE}"
+            f"{ADVICE}"
         )
     lengths = _chunk_lengths(spec, data)
     if lengths is None or len(lengths) < num_chunks:
-        raise CacheError(f"{where}: its chunk index is damaged. {_ADVICE}")
+        raise CacheError(f"{where}: its chunk index is damaged. {ADVICE}")
     if spec.compression == "none":
-        stored = np.frombuffer(data, spec.numpy_dtype, count=entry.rows * math.prod(spec.stored_shape))
-        rows = stored.reshape(entry.rows, *spec.stored_shape)
+        rows = _plain_rows(spec, entry, data)
     else:
         rows = _decompressed(spec, data, lengths[:num_chunks], where)[: entry.rows]
     check_rows(entry, [rows], where)
@@ -206,7 +205,20 @@ def check_rows(entry: ShardEntry, portions: Iterable[np.ndarray], where: str) ->
         CacheError: a byte differs.
     """
     if _crc32c(portions) != entry.crc32c:
-        raise CacheError(f"{where}: its rows differ from the manifest's checksum. {_ADVICE}")
+        raise CacheError(f"{where}: its rows differ from the manifest's checksum. {ADVICE}")
+
+
+def rows_without_index(spec: ArraySpec, entry: ShardEntry, data: bytes) -> np.ndarray | None:
+    """The rows of a shard's file whose index alone is damaged; None where more is. Compressed ones need their index."""
+    if spec.compression != "none" or len(data) < entry.rows * spec.row_bytes:
+        return None
+    rows = _plain_rows(spec, entry, data)
+    return rows if _crc32c([rows]) == entry.crc32c else None
+
+
+def _plain_rows(spec: ArraySpec, entry: ShardEntry, data: bytes) -> np.ndarray:
+    stored = np.frombuffer(data, spec.numpy_dtype, count=entry.rows * math.prod(spec.stored_shape))
+    return stored.reshape(entry.rows, *spec.stored_shape)
 
 
 def _chunk_lengths(spec: ArraySpec, data: bytes) -> list[int] | None:
@@ -228,6 +240,6 @@ def _decompressed(spec: ArraySpec, data: bytes, lengths: Sequence[int], where: s
         try:
             decompress(data[start : start + length], chunk)
         except ValueError as error:
-            raise CacheError(f"{where}: its chunk {number} cannot be decompressed ({error}). {_ADVICE}") from None
+            raise CacheError(f"{where}: its chunk {number} cannot be decompressed ({error}). {ADVICE}") from None
         start += length
     return rows

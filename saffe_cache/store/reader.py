@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -180,9 +181,7 @@ def open_cache(path: str | Path) -> Cache:
         CacheError: there is no cache, or one of another format version.
     """
     storage = Storage(path)
-    root = read_root(storage)
-    if root is None:
-        raise CacheError(f"{path}: there is no feature cache. Make one with saffe-extract.")
+    root = existing_root(storage)
     try:
         return Cache(storage, root)
     except CacheError:
@@ -192,37 +191,85 @@ def open_cache(path: str | Path) -> Cache:
         return Cache(storage, newer)  # a writer replaced the table meanwhile
 
 
+def existing_root(storage: Storage) -> RootManifest:
+    """
+    Raises:
+        CacheError: there is no cache, or one of another format version.
+    """
+    root = read_root(storage)
+    if root is None:
+        raise CacheError(f"{storage.root}: there is no feature cache. Make one with saffe-extract.")
+    return root
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """One thing of a cache that is not as it must be."""
+
+    part: Literal["table", "manifest", "block", "metadata", "shard"]
+    message: str = ""
+    """Where, and what is wrong with it."""
+    encoder: str = ""
+    """Its key; empty for the item table."""
+    array: str = ""
+    """Of a shard, or of an array's `zarr.json`."""
+    index: int = -1
+    """Number of the shard, or of the block."""
+
+    @property
+    def place(self) -> str:
+        """For people."""
+        if self.part == "shard":
+            return f"{self.encoder}: {self.array}, shard {self.index}"
+        within = {"block": f"block {self.index}", "metadata": f"{self.array}/zarr.json", "manifest": "manifest"}
+        return f"{self.encoder}: {within[self.part]}" if self.encoder else "item table"
+
+
 def verify_cache(path: str | Path) -> tuple[int, list[str]]:
     """Read everything that counts and compare it with its checksum: number of shards read, and what is wrong.
 
     Raises:
         CacheError: there is no cache, or one of another format version.
     """
-    storage = Storage(path)
-    root = read_root(storage)
-    if root is None:
-        raise CacheError(f"{path}: there is no feature cache. Make one with saffe-extract.")
-    checks: list[Callable[[], object]] = [partial(read_table, storage, f"tables/{root.table}")]
-    problems: list[str] = []
+    num_shards, found = find_damage(Storage(path))
+    return num_shards, [one.message for one in found]
+
+
+def find_damage(storage: Storage) -> tuple[int, list[Damage]]:
+    """What `verify_cache` tells, for programs.
+
+    Raises:
+        CacheError: there is no cache, or one of another format version.
+    """
+    root = existing_root(storage)
+    checks: list[tuple[Damage, Callable[[], object]]] = []
+    checks.append((Damage(part="table"), partial(read_table, storage, f"tables/{root.table}")))
+    damage: list[Damage] = []
     num_shards = 0
     for key in root.encoders:
         try:
             encoder = EncoderCache(storage, read_encoder(storage, key))
         except (CacheError, OSError) as error:
-            problems.append(str(error))
+            damage.append(Damage(part="manifest", encoder=key, message=str(error)))
             continue
-        checks += [partial(encoder.block, layer) for layer in encoder.block_layers]
+        checks += [
+            (Damage(part="block", encoder=key, index=layer), partial(encoder.block, layer))
+            for layer in encoder.block_layers
+        ]
         for name, array in encoder.manifest.arrays.items():
             folder = f"{encoder_group(key)}/{name}"
-            checks.append(partial(check_array_metadata, storage, folder, array.spec, array.rows))
-            checks += [partial(_check_shard, storage, folder, array, index) for index in range(len(array.shards))]
+            whole = Damage(part="metadata", encoder=key, array=name)
+            checks.append((whole, partial(check_array_metadata, storage, folder, array.spec, array.rows)))
+            for index in range(len(array.shards)):
+                shard = Damage(part="shard", encoder=key, array=name, index=index)
+                checks.append((shard, partial(_check_shard, storage, folder, array, index)))
             num_shards += len(array.shards)
-    for check in checks:
+    for place, check in checks:
         try:
             check()
         except (CacheError, OSError) as error:
-            problems.append(str(error))
-    return num_shards, problems
+            damage.append(replace(place, message=str(error)))
+    return num_shards, damage
 
 
 def _check_shard(storage: Storage, folder: str, array: ArrayManifest, index: int) -> None:

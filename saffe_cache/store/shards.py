@@ -97,7 +97,7 @@ class OpenShards:
         if not path.exists() or path.stat().st_size < spec.shard_file_bytes(entry.rows):
             raise CacheError(
                 f"{self._storage.root}: {name} is missing or truncated. Run `saffe-cache verify` to see what else is, "
-                "then restore it from a copy, or extract into a new cache."
+                "and `saffe-cache repair` to mend it."
             )
         with path.open("rb") as file:
             if index not in self._checked:

@@ -21,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from saffe_cache.durable import Buffer, make_folder, write_whole
 from saffe_cache.features import CacheError
+from saffe_cache.store.layout import ADVICE
 
 _LOCK_NAME = ".saffe-lock"
 
@@ -61,9 +62,7 @@ class Storage:
                 return path.read_bytes()
             return bytes(self._filesystem.cat_file(f"{self._prefix}/{name}"))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise CacheError(
-                f"{self.root}: {name} is missing. Restore it from a copy, or extract into a new cache."
-            ) from None
+            raise CacheError(f"{self.root}: {name} is missing. {ADVICE}") from None
 
     def write(self, name: str, *parts: Buffer) -> None:
         """Durable and whole when this returns."""

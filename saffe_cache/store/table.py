@@ -19,6 +19,8 @@ from saffe_cache.features import MODALITIES, CacheError, Inputs, ItemTable, Moda
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.zarr_files import describe_group, mark_group, read_group, write_group
 
+_NUM_NAMED = 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class NewItem:
@@ -58,8 +60,17 @@ class TableBuilder:
         table: ItemTable | None,
         class_prompts: Sequence[str],
         replaceable: Mapping[Modality, Collection[int]] | None = None,
+        *,
+        may_change: bool = False,
     ) -> None:
-        """`replaceable`: inputs that no encoder holds, by row; an item of theirs may change its content."""
+        """
+        Args:
+            replaceable: inputs that no encoder holds, by row; an item of theirs may change its content.
+            may_change: every item may; else `build` refuses.
+        """
+        self.changed: dict[str, str] = {}
+        """Items of the table that came with other content, by id, and what of them is other."""
+        self._may_change = may_change
         self._class_prompts = tuple(class_prompts)
         self._replaceable = replaceable or {}
         self._entries: dict[str, _Entry] = {}
@@ -71,10 +82,9 @@ class TableBuilder:
             self._take(table)
 
     def add(self, item: NewItem) -> bool:
-        """Add an item; one that the table has already changes nothing, unless it was unusable. True if it did.
+        """Add an item; one that the table has already changes nothing, unless it was unusable or is other now.
 
-        Raises:
-            CacheError: the table has the id with other content.
+        True if the table is changed.
         """
         entry = _Entry(split=item.split, problem=item.problem, files={}, captions=(), labels=())
         if not item.problem:
@@ -88,10 +98,7 @@ class TableBuilder:
         if known is not None and (item.problem or entry == known):
             return False
         if known is not None and not (known.problem or self._may_be_replaced(known)):
-            raise CacheError(
-                f"item {item.id!r}: its file, captions, labels or split are not those in the cache. "
-                "Extract changed data into a new cache."
-            )
+            self.changed[item.id] = _differences(entry, known)
         self._entries[item.id] = entry
         return True
 
@@ -100,7 +107,18 @@ class TableBuilder:
         return any(row in self._replaceable.get(name, ()) for name, row in known.files.items())
 
     def build(self) -> ItemTable:
-        """The table with all that was added."""
+        """The table with all that was added.
+
+        Raises:
+            CacheError: items came with other content than the table has for their ids.
+        """
+        if self.changed and not self._may_change:
+            named = ", ".join(f"{item_id!r} ({what})" for item_id, what in list(self.changed.items())[:_NUM_NAMED])
+            more = f" and {len(self.changed) - _NUM_NAMED} more" if len(self.changed) > _NUM_NAMED else ""
+            raise CacheError(
+                f"{len(self.changed)} items are not what the cache holds under their ids: {named}{more}. Give "
+                "--changed reencode to take them as they are now, or extract changed data into a new cache."
+            )
         entries = list(self._entries.values())
         inputs = {
             name: Inputs(
@@ -161,6 +179,11 @@ class TableBuilder:
 
     def _prompted(self, name: str) -> list[str]:
         return [prompt.replace("{}", name.replace("_", " ")) for prompt in self._class_prompts]
+
+
+def _differences(entry: _Entry, known: _Entry) -> str:
+    names = {"files": "file", "captions": "captions", "labels": "labels", "split": "split"}
+    return " and ".join(names[name] for name in names if getattr(entry, name) != getattr(known, name))
 
 
 ENCODING_TYPE = "saffe-items"

@@ -224,8 +224,29 @@ def write_blocks(storage: Storage, key: str, blocks: Mapping[int, BlockWeights])
     """Store the blocks that consume the cached layers, as float32; those that are there already are left alone."""
     mark_group(storage, f"{encoder_group(key)}/blocks")
     for index, block in blocks.items():
-        name = f"{encoder_group(key)}/blocks/{index}"
-        if not storage.exists(f"{name}/zarr.json"):
-            tensors = {tensor: np.asarray(values, np.float32) for tensor, values in sorted(block.tensors.items())}
-            attributes = describe_group("saffe-block", tensors, {"spec": vars(block.spec)})
-            write_group(storage, name, attributes, tensors)
+        if not storage.exists(f"{_block_group(key, index)}/zarr.json"):
+            write_block(storage, key, index, block)
+
+
+def write_block(storage: Storage, key: str, index: int, block: BlockWeights) -> None:
+    """Store a block, as float32, also in the place of one that is there."""
+    mark_group(storage, f"{encoder_group(key)}/blocks")
+    tensors = {tensor: np.asarray(values, np.float32) for tensor, values in sorted(block.tensors.items())}
+    attributes = describe_group("saffe-block", tensors, {"spec": vars(block.spec)})
+    write_group(storage, _block_group(key, index), attributes, tensors)
+
+
+def _block_group(key: str, index: int) -> str:
+    return f"{encoder_group(key)}/blocks/{index}"
+
+
+def write_array_metadata(storage: Storage, key: str, name: str, array: ArrayManifest) -> None:
+    """Write an array's `zarr.json` anew, for the rows that are committed."""
+    if layers_among([name]):
+        mark_group(storage, f"{encoder_group(key)}/hidden_states")
+    storage.write(f"{encoder_group(key)}/{name}/zarr.json", array_metadata(array.spec, array.rows))
+
+
+def write_shard(storage: Storage, key: str, name: str, index: int, spec: ArraySpec, rows: np.ndarray) -> None:
+    """Put a whole shard in the place of one that is there; the manifest is left alone."""
+    storage.write(f"{encoder_group(key)}/{name}/{shard_name(index, spec)}", *encode_shard(spec, rows))

@@ -20,11 +20,10 @@ from zarr.storage import MemoryStore
 
 from saffe_cache.features import CacheError
 from saffe_cache.store.compression import zarr_codec
-from saffe_cache.store.layout import ArraySpec
+from saffe_cache.store.layout import ADVICE, ArraySpec
 from saffe_cache.store.storage import Storage
 
 FORMAT_VERSION = 1
-_ADVICE = "Restore it from a copy, or extract into a new cache."
 _PLAIN_DTYPES = ("float32", "int64", "uint8")
 
 
@@ -83,7 +82,7 @@ def check_array_metadata(storage: Storage, name: str, spec: ArraySpec, num_rows:
     fields = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
     wrong = [field for field in fields if found.get(field) != expected[field]]
     if wrong:
-        raise CacheError(f"{storage.root}: {name}/zarr.json misstates {' and '.join(wrong)}. {_ADVICE}")
+        raise CacheError(f"{storage.root}: {name}/zarr.json misstates {' and '.join(wrong)}. {ADVICE}")
 
 
 def shard_name(index: int, spec: ArraySpec) -> str:
@@ -163,7 +162,7 @@ def read_group(storage: Storage, name: str, encoding_type: str) -> tuple[dict[st
     for key, shape in shapes.items():
         data = storage.read(f"{name}/{key}/{_only_chunk(len(shape))}") if math.prod(shape) else b""
         if dtypes[key] not in _PLAIN_DTYPES or len(data) != math.prod(shape) * np.dtype(dtypes[key]).itemsize:
-            raise CacheError(f"{where}/{key}: {len(data)} bytes, expected {shape} {dtypes[key]}. {_ADVICE}")
+            raise CacheError(f"{where}/{key}: {len(data)} bytes, expected {shape} {dtypes[key]}. {ADVICE}")
         arrays[key] = np.frombuffer(data, dtypes[key]).reshape(shape).copy()
     check_arrays(attributes, arrays, where)
     return attributes, arrays
@@ -178,7 +177,7 @@ def check_arrays(attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
     promised, found = attributes.get("arrays"), describe_group("", arrays, {})["arrays"]
     if promised != found:
         names = [name for name in {**(promised or {}), **found} if (promised or {}).get(name) != found.get(name)]
-        raise CacheError(f"{where}: {', '.join(sorted(names))} differ from the checksums. {_ADVICE}")
+        raise CacheError(f"{where}: {', '.join(sorted(names))} differ from the checksums. {ADVICE}")
 
 
 def _only_chunk(num_axes: int) -> str:

@@ -1,0 +1,414 @@
+"""A damaged cache is made again from the data and the encoder, as far as these are what they were."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from extraction_cases import draw, dying_behind, files_of, make_captioned, tiny_config
+from store_cases import memory_folder, without_fsync
+
+from saffe_cache.cli import cache_command
+from saffe_cache.encoders.encoder import FrozenEncoder, Launched
+from saffe_cache.extract import ExtractConfig, extract
+from saffe_cache.extraction.past import past_extractions
+from saffe_cache.features import CacheError
+from saffe_cache.repair import RepairConfig, RepairReport, repair
+from saffe_cache.store.manifest import read_encoder
+from saffe_cache.store.reader import open_cache, verify_cache
+from saffe_cache.store.storage import Storage
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A copy of a cache, to be damaged and repaired."""
+
+    path: Path
+    data: Path
+    files: dict[str, bytes]
+    """Of the sound cache."""
+
+    def find(self, pattern: str) -> list[Path]:
+        """Files of the encoders."""
+        found = sorted(path for path in self.path.glob(f"encoders/{pattern}") if path.is_file())
+        assert found, pattern
+        return found
+
+    def flip(self, pattern: str, position: int = 5) -> None:
+        for path in self.find(pattern):
+            flip(path, position)
+
+    def repair(self, **options: object) -> RepairReport:
+        return repair(RepairConfig(cache=str(self.path), **options))  # type: ignore[arg-type]
+
+    def check_whole(self) -> None:
+        assert files_of(str(self.path)) == self.files
+        assert verify_cache(self.path)[1] == []
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_fsync() -> Iterator[None]:
+    with without_fsync():
+        yield
+
+
+@pytest.fixture(scope="module")
+def grown(tiny_model: Callable[[str], Path]) -> Iterator[tuple[Path, Path]]:
+    """A cache with a past, and its data.
+
+    Three encoders, of which one came later; photos and texts that were added in the midst of a batch and of a shard; a
+    layer that was added after that, in other batches.
+    """
+    with memory_folder() as folder:
+        first = replace(tiny_config(folder, tiny_model, train=129), shard_mb=0)
+        extract(first)
+        make_captioned(folder / "data", {"more": 8})
+        extract(first)
+        extract(replace(first, layers={"image": (1,), "text": (0,)}, batch_size=7, batch_tokens=300))
+        make_captioned(folder / "data", {"latest": 3})
+        extract(replace(first, batch_size=5))
+        extract(
+            replace(first, encoder={"image": str(tiny_model("vit"))}, layers={}, storage="int8", compression="zstd")
+        )
+        yield Path(first.cache), folder / "data"
+
+
+@pytest.fixture
+def cache(grown: tuple[Path, Path]) -> Iterator[Damaged]:
+    """The data are a copy as well, at another place."""
+    with memory_folder() as folder:
+        shutil.copytree(grown[0], folder / "cache.zarr")
+        shutil.copytree(grown[1], folder / "data")
+        yield Damaged(folder / "cache.zarr", folder / "data", files_of(str(grown[0])))
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-70_000] or b"x")
+
+
+@pytest.mark.parametrize("damage", [remove, cut, lambda path: flip(path, 5), lambda path: flip(path, -20)])
+def test_every_shard_comes_out_byte_for_byte(cache: Damaged, damage: Callable[[Path], None]) -> None:
+    """All shards of all encoders at once: full ones, tails, and those that were made by several extractions."""
+    arrays = ("hidden_states/*", "pooled", "offsets")
+    shards = [path for array in arrays for path in cache.find(f"*/{array}/c/**/*")]
+    for path in shards:
+        damage(path)
+    report = cache.repair()
+    assert len(report.restored) == len(shards)
+    assert not report.rounded
+    assert not report.left
+    cache.check_whole()
+
+
+def test_what_is_whole_is_neither_encoded_nor_written(cache: Damaged, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One photo's batch for one tail shard; no layer behind the one that is damaged."""
+    [shard] = cache.find("image-tiny-dinov2*/hidden_states/1/c/2/0/0")
+    flip(shard, 5)
+    before = {path: path.stat().st_ino for path in cache.path.rglob("*") if path.is_file() and path != shard}
+    encoded: list[int] = []
+    selected: list[tuple[tuple[int, ...], bool]] = []
+    launch = FrozenEncoder.launch
+
+    def counting(self: FrozenEncoder, inputs: dict[str, torch.Tensor]) -> Launched:
+        encoded.append(len(next(iter(inputs.values()))))
+        selected.append((self.layers, self._with_vectors))
+        return launch(self, inputs)
+
+    monkeypatch.setattr(FrozenEncoder, "launch", counting)
+    cache.repair()
+    assert {path: path.stat().st_ino for path in before} == before
+    assert set(selected) == {((1,), False)}
+    assert sum(encoded) == 7 + 7 + 3 + 3  # inputs 126…142 in sevens, then 143…145 in fives from 143 on
+    cache.check_whole()
+
+
+def test_blocks_and_metadata_are_restored(cache: Damaged) -> None:
+    """Weights, their checksums, whole folders, and what other programs read of the arrays."""
+    cache.flip("image-tiny-dinov2*/blocks/2/query_weight/c/0/0")
+    cache.find("text-*/blocks/1/mlp_in_bias/c/0")[0].unlink()
+    cache.find("image-tiny-vit*/blocks/2/zarr.json")[0].write_text("{}")
+    cache.find("text-*/offsets/zarr.json")[0].unlink()
+    cache.find("image-tiny-vit*/hidden_states/2/zarr.json")[0].write_text("[]")
+    shutil.rmtree(cache.find("image-tiny-dinov2*/hidden_states/zarr.json")[0].parent)
+    shutil.rmtree(cache.find("text-*/blocks/zarr.json")[0].parent)
+    report = cache.repair()
+    assert not report.left
+    cache.check_whole()
+    assert cache.find("text-*/blocks/zarr.json")
+    assert cache.repair().restored == []
+
+
+def test_a_damaged_index_needs_no_data_and_no_encoder(cache: Damaged, tmp_path: Path) -> None:
+    cache.flip("image-tiny-dinov2*/hidden_states/3/c/1/0/0", -10)
+    assert not cache.repair(data=(str(tmp_path / "none"),), encoder={"image": str(tmp_path / "none")}).left
+    cache.check_whole()
+
+
+@pytest.mark.parametrize("dies_at", [0, 3, 9])
+def test_a_repair_that_was_killed_is_done_by_the_next_one(cache: Damaged, dies_at: int) -> None:
+    cache.flip("*/hidden_states/*/c/1/0*")
+    cache.flip("*/hidden_states/*/c/1/0/0")
+    cache.flip("*/blocks/2/query_weight/c/0/0")
+    damaged = len(verify_cache(cache.path)[1])
+    with dying_behind(dies_at):
+        cache.repair()
+    left = len(verify_cache(cache.path)[1])
+    assert left < damaged
+    assert len(cache.repair().restored) == left
+    cache.check_whole()
+
+
+def nudge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let photos come out in other last bits, as on another machine."""
+    launch = FrozenEncoder.launch
+
+    def nudged(self: FrozenEncoder, inputs: dict[str, torch.Tensor]) -> Launched:
+        encoded = launch(self, inputs).encoded()
+        states = {i: torch.from_numpy(values * np.float32(1 + 1e-6)) for i, values in encoded.states.items()}
+        vectors = {name: torch.from_numpy(values) for name, values in encoded.vectors.items()}
+        return Launched(states, vectors, encoded.lengths, None)
+
+    monkeypatch.setattr(FrozenEncoder, "launch", nudged)
+
+
+def test_other_last_bits_are_told_and_recorded(cache: Damaged, monkeypatch: pytest.MonkeyPatch) -> None:
+    [shard] = cache.find("image-tiny-dinov2*/hidden_states/3/c/1/0/0")
+    before = open_cache(cache.path).encoder("image", "dinov2").array("hidden_states/3").read(np.arange(140))
+    flip(shard, 5)
+    cache.flip("image-tiny-dinov2*/pooled/c/1/0")
+    nudge(monkeypatch)
+    report = cache.repair()
+    assert "hidden_states/3, shard 1: restored, within rounding, not byte for byte: its checksum" in report.rounded[0]
+    assert [len(report.restored), len(report.rounded), len(report.left)] == [1, 1, 0]
+    assert verify_cache(cache.path)[1] == []
+    image = open_cache(cache.path).encoder("image", "dinov2")
+    np.testing.assert_allclose(image.array("hidden_states/3").read(np.arange(140)), before, rtol=1e-5)
+    assert shard.read_bytes() != cache.files[shard.relative_to(cache.path).as_posix()]
+    assert image.manifest.history[-1]["repaired"] == [f"{image.key}: hidden_states/3, shard 1"]
+    past = past_extractions(image.manifest)
+    monkeypatch.undo()
+    flip(shard, 5)
+    assert len(cache.repair().rounded) == 1  # and back: the history still tells which inputs go together
+    assert len(past) == len(past_extractions(read_encoder(Storage(cache.path), image.key))) == 4
+    assert files_of(str(cache.path)) == cache.files
+
+
+def test_killed_between_shard_and_manifest_it_is_damaged_still(cache: Damaged, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.flip("image-tiny-dinov2*/hidden_states/3/c/1/0/0")
+    nudge(monkeypatch)
+    write = Storage.write
+    written = []
+
+    def dying(self: Storage, name: str, *parts: bytes) -> None:
+        written.append(name)
+        if name.count("/") == 2:
+            raise KeyboardInterrupt
+        write(self, name, *parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write", dying)
+        with pytest.raises(KeyboardInterrupt):
+            cache.repair()
+    assert [name.split("/")[-1] for name in written] == ["0", "zarr.json"]
+    [problem] = verify_cache(cache.path)[1]
+    assert "hidden_states/3/c/1/0/0: its rows differ" in problem
+    assert len(cache.repair().rounded) == 1
+    assert verify_cache(cache.path)[1] == []
+
+
+def test_files_that_are_gone_or_changed_are_named_and_the_rest_is_repaired(
+    cache: Damaged, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Photo 10 and 11 lie in shard 0, 70 in shard 1; a caption needs no file."""
+    (cache.data / "train" / "010.png").unlink()
+    draw(cache.data / "train" / "011.png", 4321)
+    cache.flip("image-tiny-dinov2*/hidden_states/*/c/[01]/0/0")
+    cache.flip("text-*/hidden_states/0/c/0/0")
+    moved = ["--data", str(cache.data)]
+    table = open_cache(cache.path).table
+    order = table.rows["image"][[table.ids.index(f"train/{number:03}.png") for number in (10, 11, 70)]] // 64
+    assert order.tolist() == [0, 0, 1], "the dev split comes first"
+    assert cache_command(["repair", str(cache.path), *moved]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("shard 0: damaged, and not repaired" in line for line in lines) == 3
+    for line in (line for line in lines if "not repaired" in line):
+        assert "train/010.png: unreadable image: No such file" in line
+        assert "train/011.png: the file has changed since it was extracted" in line
+        assert "--data" in line
+    assert lines[-1].endswith("7 parts damaged, 4 repaired, 3 not")
+    problems = verify_cache(cache.path)[1]
+    assert len(problems) == 3
+    assert all(re.search(r"dinov2.*/c/0/0/0: its rows differ.*saffe-cache repair", problem) for problem in problems)
+    for name in ("010.png", "011.png"):
+        (cache.data / "train" / name).write_bytes(Path(str(cache.data)).joinpath("train", "012.png").read_bytes())
+    assert cache_command(["repair", str(cache.path)]) == 0  # the recorded place has them still
+    cache.check_whole()
+
+
+def test_data_and_encoder_that_have_moved_are_named(
+    cache: Damaged, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in cache.path.glob("encoders/*/zarr.json"):
+        content = json.loads(path.read_bytes())
+        for entry in content["attributes"]["saffe_cache"]["history"]:
+            entry["config"] |= {"data": "/nowhere/data", "encoder": {"image": "/nowhere/x", "text": "/nowhere/y"}}
+        path.write_text(json.dumps(content))
+    cache.flip("image-tiny-dinov2*/hidden_states/2/c/0/0/0")
+    cache.flip("text-*/pooled/c/0/0")
+    assert all("image encoder /nowhere/x: no model" in line for line in cache.repair().left[:1])
+    models = {name: tmp_path / f"tiny-{name}" for name in ("dinov2", "bert", "vit")}
+    for name, path in models.items():
+        shutil.copytree(tiny_model(name), path)
+    encoder = {"image": str(models["dinov2"]), "text": str(models["bert"])}
+    [left] = cache.repair(encoder=encoder).left
+    assert "--data /nowhere/data: not a folder" in left
+    [left] = cache.repair(encoder={"image": str(models["vit"])}, data=(str(cache.data),)).left
+    assert re.search(r"tiny-vit is not what the cache was made with \(.*model_id: 'tiny-vit' != 'tiny-dinov2'", left)
+    with pytest.raises(ValueError, match="--encoder: found smell=…"):
+        cache.repair(encoder={"smell": "x"})
+    key = open_cache(cache.path).encoder("image", "dinov2").key
+    assert not cache.repair(encoder={"image": "/nowhere", key: encoder["image"]}, data=(str(cache.data),)).left
+    cache.check_whole()
+
+
+def test_a_damaged_table_or_manifest_is_told_and_nothing_of_it_is_touched(cache: Damaged) -> None:
+    cache.flip("image-tiny-vit*/hidden_states/2/c/1/0/0", 100)
+    cache.flip("image-tiny-dinov2*/hidden_states/2/c/1/0/0")
+    [manifest] = cache.find("image-tiny-vit*/zarr.json")
+    content = manifest.read_bytes()
+    manifest.write_bytes(content[: len(content) // 2])
+    report = cache.repair()
+    [left] = report.left
+    assert re.search("image-tiny-vit.*: manifest: damaged, and not repaired: .*extract this encoder into a new", left)
+    assert len(report.restored) == 1
+    assert manifest.read_bytes() == content[: len(content) // 2]
+    manifest.write_bytes(content)
+    [ids] = cache.path.glob("tables/*/ids/utf8/c/0")
+    flip(ids, 3)
+    before = files_of(str(cache.path))
+    report = cache.repair()
+    assert "item table: damaged, and not repaired: no data say" in report.left[0]
+    assert len(report.left) == 2
+    assert files_of(str(cache.path)) == before
+    flip(ids, 3)
+    assert not cache.repair().left
+    cache.check_whole()
+
+
+def test_rows_that_were_never_finished_are_left_to_the_extraction(tiny_model: Callable[[str], Path]) -> None:
+    with memory_folder() as folder:
+        config = replace(tiny_config(folder, tiny_model, train=150), shard_mb=0)
+        whole = extract(replace(config, cache=config.cache + ".whole"))
+        with dying_behind(25):
+            extract(config)
+        cache = Damaged(Path(config.cache), folder / "data", files_of(whole))
+        cache.flip("image-*/hidden_states/3/c/0/0/0")
+        [left] = cache.repair().left
+        assert "Finish it with saffe-extract, then repair again" in left
+        extract(config)
+        assert not cache.repair().left
+        cache.check_whole()
+
+
+def test_unreadable_and_abandoned_inputs_stay_what_they_are(tiny_model: Callable[[str], Path]) -> None:
+    """A broken photo is a row of NaN, also where its file is gone by now."""
+    with memory_folder() as folder:
+        config = replace(tiny_config(folder, tiny_model), max_invalid=0.1)
+        broken = folder / "data" / "train" / "003.png"
+        broken.write_bytes(broken.read_bytes()[:200])
+        cache = Damaged(Path(extract(config)), folder / "data", files_of(config.cache))
+        for change in (lambda: None, broken.unlink):
+            change()
+            cache.flip("image-*/hidden_states/3/c/0/0/0")
+            assert not cache.repair().left
+            cache.check_whole()
+
+
+def test_a_changed_photo_leaves_a_row_that_can_be_lost(tiny_model: Callable[[str], Path]) -> None:
+    """Its file is gone for good, and no item points to it: the shard is whole again, without it."""
+    with memory_folder() as folder:
+        config = tiny_config(folder, tiny_model)
+        extract(config)
+        draw(folder / "data" / "train" / "003.png", 4321)
+        extract(replace(config, changed="reencode"))
+        image = open_cache(config.cache).encoder("image")
+        before = image.array("hidden_states/3").read(np.arange(27))
+        cache = Damaged(Path(config.cache), folder / "data", {})
+        cache.flip("image-*/hidden_states/3/c/0/0/0")
+        [rounded] = cache.repair().rounded
+        assert "; 1 inputs that no item points to are gone with their files" in rounded
+        opened = open_cache(config.cache)
+        assert list(opened.encoder("image").manifest.invalid.values()) == ["not among --data"]
+        assert opened.encoder("image").usable(opened.table.rows["image"]).all()
+        rows = opened.table.rows["image"]
+        np.testing.assert_allclose(opened.encoder("image").array("hidden_states/3").read(rows), before[rows], rtol=1e-4)
+        assert verify_cache(config.cache)[1] == []
+
+
+def test_past_extractions_tell_which_inputs_went_together(grown: tuple[Path, Path]) -> None:
+    manifest = open_cache(grown[0]).encoder("image", "dinov2").manifest
+    past = past_extractions(manifest)
+    assert [(one.start, one.stop, one.block_rows) for one in past] == [
+        (0, 135, 4),
+        (135, 143, 4),
+        (0, 143, 7),
+        (143, 146, 5),
+    ]
+    assert past[2].first_new == {"hidden_states/1": 0}
+    assert list(past[1].blocks_of("pooled", range(130, 138))) == [range(135, 136), range(136, 140)]
+    assert list(past[2].blocks_of("pooled", range(146))) == []
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16", "float8"])
+def test_every_storage_type_is_repaired(tiny_model: Callable[[str], Path], storage: str) -> None:
+    with memory_folder() as folder:
+        compression = "zstd" if storage == "float16" else "none"
+        config = replace(tiny_config(folder, tiny_model), storage=storage, compression=compression)
+        cache = Damaged(Path(extract(config)), folder / "data", files_of(config.cache))
+        cache.flip("*/hidden_states/3/c/0/0*")
+        cache.flip("*/hidden_states/3/c/0/0/0")
+        assert not cache.repair().left
+        cache.check_whole()
+
+
+def test_sounds_are_repaired(tiny_model: Callable[[str], Path]) -> None:
+    import soundfile
+
+    with memory_folder() as folder:
+        for number in range(6):
+            path = folder / "sounds" / "train" / f"class{number % 2}" / f"{number}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, np.sin(np.arange(4000) * (0.1 + number / 10)), 8000)
+        encoders = {"audio": str(tiny_model("whisper")), "text": str(tiny_model("bert"))}
+        config = ExtractConfig(
+            data=str(folder / "sounds"), cache=str(folder / "cache.zarr"), encoder=encoders, device="cpu"
+        )
+        cache = Damaged(Path(extract(config)), folder / "sounds", files_of(config.cache))
+        cache.flip("audio-*/*/*/c/0/0/0")
+        assert len(cache.repair().restored) == 2
+        cache.check_whole()
+
+
+def test_a_second_writer_is_refused(cache: Damaged) -> None:
+    with Storage(cache.path).writer_lock(), pytest.raises(CacheError, match="another process is writing"):
+        cache.repair()
+    with pytest.raises(CacheError, match="there is no feature cache"):
+        repair(RepairConfig(cache=str(cache.path / "none")))
+    assert not (cache.path / "none").exists()
