@@ -180,4 +180,5 @@ def _explained(error: OSError) -> str:
     if error.errno is None or error.errno not in _TO_DO:
         return str(error)
     where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror}. {_TO_DO[error.errno]}, and run the same command again: it goes on from there."
+    what = " ".join(str(error.strerror).split())  # h5py's has line breaks
+    return f"{where}{what}. {_TO_DO[error.errno]}, and run the same command again."

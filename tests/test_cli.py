@@ -55,9 +55,8 @@ def test_a_sigterm_that_is_ignored_stays_ignored() -> None:
     ("error", "line"),
     [
         (
-            OSError(errno.ENOSPC, "No space left on device", "a/file"),
-            "a/file: No space left on device. Make room on the disk, and run the same command again: it goes on from "
-            "there.",
+            OSError(errno.ENOSPC, "No space left\n on device", "a/file"),
+            "a/file: No space left on device. Make room on the disk, and run the same command again.",
         ),
         (OSError("words of our own"), "words of our own"),
         (
