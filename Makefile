@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench torture clean
 
 demo: .venv/demo
 	$(BIN)/python pipelines/demo.py --work demo
@@ -17,6 +17,9 @@ check: .venv/test
 
 bench: .venv/bench
 	$(BIN)/python tests/benchmarks/bench.py --work runs/bench
+
+torture: .venv/test
+	$(BIN)/python tests/torture/torture.py --work runs/torture
 
 # torch first and pinned: a range would let pip fetch gigabytes of CUDA packages where a CPU build is at hand
 .venv/base: pyproject.toml constraints.txt

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from saffe_cache.features import CacheError
+
+_GONE = "Bring the disk back"
+_TO_DO = {
+    errno.ENOSPC: "Make room on the disk",
+    errno.EDQUOT: "Make room within the quota",
+    errno.EFBIG: "Allow larger files (ulimit -f)",
+    errno.EROFS: "Make the disk writable",
+    errno.EACCES: "Allow this user to write there",
+    errno.EMFILE: "Allow more open files (ulimit -n 4096)",
+    errno.ENFILE: "Close other programs: the system has too many files open",
+    errno.ENOMEM: "Free some memory",
+    errno.ENOENT: "Bring the file or its disk back",
+    errno.EIO: _GONE,
+    errno.ESTALE: _GONE,
+    errno.ENOTCONN: _GONE,
+}
+"""What to do about errors of the system."""
 
 
 def extract_command(arguments: Sequence[str] | None = None) -> int:
@@ -123,15 +144,64 @@ def _run_stage(
 
 
 def _guarded(prog: str, action: Callable[[], int]) -> int:
-    """Run with logging to standard error; what a user can act on becomes one line and status 1."""
+    """Run with logging to standard error; what a user can act on becomes one line and status 1.
+
+    SIGTERM, by which schedulers end jobs, ends it as Ctrl-C does.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "httpcore", "fsspec", "faiss", "faiss.loader"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        return action()
-    except (CacheError, ValueError, ImportError, OSError) as error:
+        with _sigterm_raised():
+            return action()
+    except OSError as error:
+        print(f"{prog}: {_explained(error)}", file=sys.stderr)
+        return 1
+    except (CacheError, ValueError, ImportError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
+            raise
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"{prog}: out of memory: {what}. Free some, and run the same command again.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
         print(f"{prog}: stopped; the same command goes on from here.", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, _Terminated) else 130
+
+
+class _Terminated(KeyboardInterrupt):
+    """By SIGTERM."""
+
+
+@contextmanager
+def _sigterm_raised() -> Iterator[None]:
+    """Only the main thread may set handlers; a SIGTERM that is ignored stays so."""
+
+    def terminate(*_: object) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _lacks_memory(error: MemoryError | RuntimeError) -> bool:
+    from saffe_cache.extraction.halving import is_out_of_memory
+
+    return isinstance(error, MemoryError) or is_out_of_memory(error) or "can't start new thread" in str(error)
+
+
+def _explained(error: OSError) -> str:
+    """Where, what, and what to do; errors of our own say so themselves."""
+    if error.errno is None or error.errno not in _TO_DO:
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    what = " ".join(str(error.strerror).split())  # h5py's has line breaks
+    return f"{where}{what}. {_TO_DO[error.errno]}, and run the same command again."

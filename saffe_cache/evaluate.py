@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from saffe_cache.durable import hold_folder, remove_partial_files, write_whole
 from saffe_cache.evaluation.controls import duplicates, failures, run_controls, sensitivity, why_no_permuted
 from saffe_cache.evaluation.measuring import (
     DEFINITIONS,
@@ -104,6 +105,7 @@ def evaluate(config: EvaluateConfig) -> str:
 
     Raises:
         CacheError, ValueError: cache, run, split or protocol do not go together.
+        OSError: the disk is full or gone, or another process writes to the output folder.
     """
     started = time.perf_counter()
     torch.manual_seed(config.seed)
@@ -121,27 +123,29 @@ def evaluate(config: EvaluateConfig) -> str:
     logger.info("%s protocol: %d photos of split %s.", name, len(setting.pairs), config.split)
     leak = "-leak" if config.leak_true_text else ""
     out = Path(config.out or Path(config.run) / f"{config.split}-{name}{leak}")
-    report = {
-        "protocol": name,
-        "definition": _definition(config, name),
-        "split": config.split,
-        "warnings": _warnings(spec, config, setting.pairs, name),
-        "num_photos": len(setting.pairs),
-        "num_queries": protocol.num_queries,
-        "num_unusable_items": setting.pairs.num_unusable,
-        **_measure(config, protocol, setting, (model, permuted), training),
-        "index": _write_index(config, protocol, setting, model, out),
-        "cost": {
-            "trainable_parameters": result["trainable_parameters"],
-            "training_seconds": result["seconds"],
-            "training_peak_memory_mb": result["peak_memory_mb"],
-            "evaluation_seconds": round(time.perf_counter() - started, 1),
-            "evaluation_peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        },
-        "run": asdict(spec),
-        **provenance(config),
-    }
-    _write(out, report)
+    with hold_folder(out):
+        remove_partial_files(out)
+        report = {
+            "protocol": name,
+            "definition": _definition(config, name),
+            "split": config.split,
+            "warnings": _warnings(spec, config, setting.pairs, name),
+            "num_photos": len(setting.pairs),
+            "num_queries": protocol.num_queries,
+            "num_unusable_items": setting.pairs.num_unusable,
+            **_measure(config, protocol, setting, (model, permuted), training),
+            "index": _write_index(config, protocol, setting, model, out),
+            "cost": {
+                "trainable_parameters": result["trainable_parameters"],
+                "training_seconds": result["seconds"],
+                "training_peak_memory_mb": result["peak_memory_mb"],
+                "evaluation_seconds": round(time.perf_counter() - started, 1),
+                "evaluation_peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            },
+            "run": asdict(spec),
+            **provenance(config),
+        }
+        _write(out, report)
     return str(out)
 
 
@@ -268,7 +272,6 @@ def _write_index(
     config: EvaluateConfig, protocol: Protocol, setting: Setting, model: FusionAlignModule, out: Path
 ) -> dict[str, Any]:
     """The index, and what the report says of it: against a flat one, what it finds of the split's own searches."""
-    out.mkdir(parents=True, exist_ok=True)
     vectors, ids = setting.gallery(model, setting.honest()), setting.pairs.ids
     index = build_index(vectors, ids, setting.seed, config.index)
     size = save_index(index, out)
@@ -284,6 +287,6 @@ def _write_index(
 def _write(out: Path, report: dict[str, Any]) -> None:
     """metrics.json and report.txt."""
     table = format_report(report)
-    (out / "report.txt").write_text(table + "\n")
+    write_whole(out / "report.txt", f"{table}\n".encode())
     write_json(out / "metrics.json", report)
     print(table)

@@ -76,8 +76,8 @@ def repair(config: RepairConfig) -> RepairReport:
 
     Raises:
         ValueError: `encoder` names none of the cache.
-        CacheError: there is no cache, another process writes to it, or a number overflows.
-        OSError: the disk is full or gone; the repair can be run again.
+        CacheError: there is no cache, or a number overflows.
+        OSError: the disk is full or gone, or another process writes to the cache; the repair can be run again.
     """
     storage = Storage(config.cache)
     root = existing_root(storage)

@@ -6,9 +6,11 @@ import json
 import logging
 import resource
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from saffe_cache.durable import hold_folder
 from saffe_cache.fam_inputs import FamInputs, Residency, choose_residency, window_shards
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.judging.search import own_protocol
@@ -34,6 +36,7 @@ def train(config: TrainConfig) -> str:
     Raises:
         CacheError: the cache lacks what the fusion needs.
         ValueError: the options do not fit the cache, or the folder holds another run.
+        OSError: the disk is full or gone, or another process trains into the folder.
     """
     return train_many([config])[0]
 
@@ -45,21 +48,26 @@ def train_many(configs: Sequence[TrainConfig]) -> list[str]:
     prepared, once for all of them; each run is what it would be alone.
 
     Raises:
-        CacheError, ValueError: as `train`; two runs have the same folder.
+        CacheError, ValueError, OSError: as `train`; two runs have the same folder.
     """
     folders = [config.out for config in configs]
     twice = sorted({folder for folder in folders if folders.count(folder) > 1})
     require(not twice, "out", twice, "a folder of its own for each run")
     caches = {config.cache: open_cache(config.cache) for config in configs}
     groups: dict[object, list[_Plan]] = {}
-    for config in configs:
-        plan = _plan(config, caches[config.cache])
-        if (plan.out / "result.json").exists():
-            logger.info("%s is finished already, nothing to do.", plan.out)
-        else:
-            groups.setdefault(plan.batches, []).append(plan)
-    for group in groups.values():
-        _train_group(group)
+    with ExitStack() as held:
+        for config in configs:
+            plan = _plan(config, caches[config.cache])
+            if not plan.is_finished:
+                held.enter_context(hold_folder(plan.out))
+            _check_folder(plan)
+            if plan.is_finished:
+                _remove_states(plan.out)  # which a kill behind the result left
+                logger.info("%s is finished already, nothing to do.", plan.out)
+            else:
+                groups.setdefault(plan.batches, []).append(plan)
+        for group in groups.values():
+            _train_group(group)
     return folders
 
 
@@ -82,6 +90,10 @@ class _Plan:
         return Path(self.config.out)
 
     @property
+    def is_finished(self) -> bool:
+        return (self.out / "result.json").exists()
+
+    @property
     def batches(self) -> tuple[object, ...]:
         """What decides the batches, and how a run is validated: equal for runs that train side by side."""
         spec = self.spec
@@ -97,7 +109,6 @@ def _plan(config: TrainConfig, cache: Cache) -> _Plan:
     residency = choose_residency(config.residency, cache, spec, options.device)
     window = window_shards(cache, spec) if residency == "streamed" else None
     spec = replace(spec, shuffled_shards=window, data=data_fingerprint(cache, spec, training, validation))
-    _check_folder(Path(config.out), config, spec)
     return _Plan(
         config=config,
         cache=cache,
@@ -158,13 +169,17 @@ def _finish(plan: _Plan, state: TrainingState) -> None:
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
     write_json(plan.out / "result.json", result)
-    for path in plan.out.rglob("state.safetensors"):
-        path.unlink()
+    _remove_states(plan.out)
     logger.info(
         "%s: best validation %s %.2f %% after epoch %d of %d; %.2f M trainable parameters.",
         *(plan.out, score_name, 100 * state.best_score, state.best_epoch, plan.config.epochs),
         _num_trainable(state.model) / 1e6,
     )
+
+
+def _remove_states(out: Path) -> None:
+    for path in out.rglob("state.safetensors"):
+        path.unlink()
 
 
 def _tell(plan: _Plan) -> None:
@@ -180,12 +195,13 @@ def _tell(plan: _Plan) -> None:
     )
 
 
-def _check_folder(out: Path, config: TrainConfig, spec: RunSpec) -> None:
+def _check_folder(plan: _Plan) -> None:
     """Refuse to mix two runs in one folder."""
+    out = plan.out
     if not (out / "config.json").exists():
         return
     old = read_json(out / "config.json")
-    new = json.loads(json.dumps({"run": asdict(spec), "config": asdict(config)}))
+    new = json.loads(json.dumps({"run": asdict(plan.spec), "config": asdict(plan.config)}))
     ignored = {"device", "residency", "checkpoint_seconds", "tensorboard", "cache", "out"}
     different = [
         f"{name}: {old.get(part, {}).get(name)!r} there, {value!r} now"

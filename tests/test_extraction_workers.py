@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,27 @@ def test_a_worker_that_dies_is_named_and_the_run_resumed(
         extract(processes)
     monkeypatch.setattr(Media, "read", read)
     assert files_of(extract(processes)) == files_of(whole)
+
+
+def test_a_worker_whose_death_shows_when_it_is_given_work_is_named(
+    config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rather than when its work is waited for."""
+    submit, tasks = ProcessPoolExecutor.submit, []
+
+    def late(self: ProcessPoolExecutor, *task: Any) -> Any:
+        tasks.append(task)
+        if len(tasks) == 5:
+            for process in list(self._processes.values()):
+                process.kill()
+                process.join()
+            while not self._broken:
+                time.sleep(0.01)
+        return submit(self, *task)
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", late)
+    with pytest.raises(CacheError, match="a process that decodes was killed"):
+        extract(replace(config, decode_in="processes", workers=2))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

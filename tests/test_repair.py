@@ -16,6 +16,7 @@ from extraction_cases import draw, dying_behind, files_of, make_captioned, tiny_
 from store_cases import memory_folder, without_fsync
 
 from saffe_cache.cli import cache_command
+from saffe_cache.durable import FolderInUseError
 from saffe_cache.encoders.encoder import FrozenEncoder, Launched
 from saffe_cache.extract import ExtractConfig, extract
 from saffe_cache.extraction.past import past_extractions
@@ -407,7 +408,7 @@ def test_sounds_are_repaired(tiny_model: Callable[[str], Path]) -> None:
 
 
 def test_a_second_writer_is_refused(cache: Damaged) -> None:
-    with Storage(cache.path).writer_lock(), pytest.raises(CacheError, match="another process is writing"):
+    with Storage(cache.path).writer_lock(), pytest.raises(FolderInUseError, match="another process is writing"):
         cache.repair()
     with pytest.raises(CacheError, match="there is no feature cache"):
         repair(RepairConfig(cache=str(cache.path / "none")))

@@ -28,10 +28,14 @@ from store_cases import (
     write_contents,
 )
 
-from saffe_cache.features import CacheError
+from saffe_cache.durable import FolderInUseError
+from saffe_cache.features import CacheError, ItemTable
+from saffe_cache.store import reader
 from saffe_cache.store.manifest import encoder_group, read_encoder, read_root
 from saffe_cache.store.reader import open_cache, verify_cache
 from saffe_cache.store.storage import Storage
+from saffe_cache.store.table import read_table
+from saffe_cache.store.writer import EncoderWriter
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -240,13 +244,13 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_second_writer_is_refused_until_the_first_is_dead(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     storage = Storage(tmp_path)
     expected = f"another process is writing to it .host {re.escape(os.uname().nodename)}, process {holder.pid}."
-    with pytest.raises(CacheError, match=expected), storage.writer_lock():
+    with pytest.raises(FolderInUseError, match=expected), storage.writer_lock():
         pass
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with storage.writer_lock():
         assert f"process {os.getpid()}" in storage.read(".saffe-lock").decode()
-        with pytest.raises(CacheError, match="another process"), storage.writer_lock():
+        with pytest.raises(FolderInUseError, match="another process"), storage.writer_lock():
             pass
     assert not list(tmp_path.iterdir())
 
@@ -267,7 +271,7 @@ def test_a_lock_file_that_its_last_holder_removed_is_not_taken_for_the_lock(
     monkeypatch.setattr(fcntl, "flock", flock)
     with storage.writer_lock():
         assert len(calls) == 2
-        with pytest.raises(CacheError, match="another process"), storage.writer_lock():
+        with pytest.raises(FolderInUseError, match="another process"), storage.writer_lock():
             pass
     assert not list(tmp_path.iterdir())
 
@@ -280,3 +284,43 @@ def test_the_committed_rows_do_not_depend_on_the_portions(tmp_path: Path) -> Non
     assert found[0] == found[1] == found[2]
     assert shard_files(tmp_path / "1") == shard_files(tmp_path / "7") == shard_files(tmp_path / "40")
     assert (tmp_path / "1" / encoder_group(contents.key) / "pooled" / "c" / "6" / "0").exists()
+
+
+def test_a_layer_that_is_being_added_is_not_there_for_readers_yet(tmp_path: Path) -> None:
+    """The manifest names it before its block and its first shard are written."""
+    contents = image_contents(13)
+    write_contents(tmp_path, contents.without("hidden_states/1"))
+    storage, spec = Storage(tmp_path), contents.arrays["hidden_states/1"][0]
+    EncoderWriter(storage, read_encoder(storage, contents.key), {"hidden_states/1": (spec, 13)})
+    assert verify_cache(tmp_path)[1] == []
+    encoder = open_cache(tmp_path).encoder("image")
+    assert (encoder.layers, encoder.block_layers) == ([3], [])
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    write_until(tmp_path, (contents,), write_until(tmp_path / "copy", (contents,), 10**9) - 1)
+    encoder = open_cache(tmp_path).encoder("image")
+    assert (len(encoder.array("hidden_states/1")), encoder.layers, encoder.block_layers) == (12, [3], [1])
+    write_contents(tmp_path, contents)
+    assert open_cache(tmp_path).encoder("image").layers == [1, 3]
+
+
+@pytest.mark.parametrize("read", [open_cache, verify_cache])
+def test_readers_follow_a_table_that_is_replaced_meanwhile(
+    tmp_path: Path, read: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice, each time between the root's reading and the table's."""
+    write_contents(tmp_path, image_contents(3))
+    grow, tables = iter((7, 13)), []
+
+    def late(storage: Storage, name: str) -> ItemTable:
+        tables.append(name)
+        for count in grow:
+            with monkeypatch.context() as patch:
+                patch.setattr(reader, "read_table", read_table)
+                write_contents(tmp_path, image_contents(count))
+            break
+        return read_table(storage, name)
+
+    monkeypatch.setattr(reader, "read_table", late)
+    result = read(tmp_path)
+    assert tables == ["tables/1", "tables/2", "tables/3"]
+    assert not isinstance(result, tuple) or result[1] == []

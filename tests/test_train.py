@@ -14,6 +14,9 @@ from quick_runs import report_of, value
 from synthetic_cache import LAYERS, WIDTH, make_cache
 from torch.nn import functional
 
+from saffe_cache import train as train_module
+from saffe_cache.durable import FolderInUseError, hold_folder
+from saffe_cache.evaluate import EvaluateConfig, evaluate
 from saffe_cache.fam_inputs import FamInputs, summaries
 from saffe_cache.features import CacheError
 from saffe_cache.judging.search import make_search, own_protocol
@@ -261,6 +264,45 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
         timeless = [[{k: v for k, v in line.items() if k != "seconds"} for line in log] for log in logs]
         assert timeless[0] == timeless[1]
         assert not (killed / "state.safetensors").exists()
+
+
+def test_a_kill_before_the_first_state_leaves_no_line_in_the_log(cache_path: str, tmp_path: Path) -> None:
+    """Nor does one behind the result leave the state, or one within a write the file under its temporary name."""
+    config = config_for(cache_path, tmp_path / "run", epochs=1)
+    train(config_for(cache_path, tmp_path / "whole", epochs=1))
+    train_until(fitting, "_step", config)
+    assert logged_scores(tmp_path / "run")
+    (tmp_path / "run" / ".model.safetensors.1.partial").write_bytes(b"half")
+    train_until(train_module, "_remove_states", config)
+    assert (tmp_path / "run" / "state.safetensors").exists()
+    train(config)
+    assert logged_scores(tmp_path / "run") == logged_scores(tmp_path / "whole")
+    names = [sorted(path.name for path in (tmp_path / out).iterdir()) for out in ("run", "whole")]
+    assert names[0] == names[1]
+
+
+def train_until(module: object, name: str, config: TrainConfig) -> None:
+    """Die when a function is called."""
+
+    def dying(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, dying)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+
+
+def test_a_folder_that_another_process_trains_into_is_refused(cache_path: str, tmp_path: Path) -> None:
+    config = config_for(cache_path, tmp_path / "run", epochs=1)
+    with hold_folder(tmp_path / "run"), pytest.raises(FolderInUseError, match="another process is writing to it"):
+        train(config)
+    assert not list((tmp_path / "run").iterdir())
+    out = tmp_path / "report"
+    train(config)
+    report = EvaluateConfig(cache=cache_path, run=config.out, split="test", out=str(out), baselines=False, device="cpu")
+    with hold_folder(out), pytest.raises(FolderInUseError, match="another process is writing to it"):
+        evaluate(report)
 
 
 @pytest.mark.parametrize("length", [0.5, 4.9, 80.0, float("nan")])

@@ -53,7 +53,7 @@ class Material:
     @cached_property
     def features(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Summaries of the training, validation and reported photos, [photos, 2 P d] each."""
-        layers = self.gallery.manifest.layers
+        layers = self.gallery.layers
         training, validation, reported = (
             summaries(self.gallery, pairs.rows, layers)
             for pairs in (self.training, self.validation, self.setting.pairs)

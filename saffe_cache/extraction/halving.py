@@ -20,7 +20,7 @@ from saffe_cache.features import CacheError
 
 logger = logging.getLogger(__name__)
 
-_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "_alloc_failed")
+_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "_alloc_failed", "bad_alloc")
 """What RuntimeErrors of CUDA, of CPU allocators and of cuBLAS say of it, in lower case."""
 
 
@@ -58,7 +58,7 @@ class HalvingEncoder:
         try:
             return self._encoder.launch(tensors)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             return None  # the error goes, and with it the tensors that its traceback holds
 
@@ -78,6 +78,7 @@ class HalvingEncoder:
         )
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of a device, or of this machine."""
     text = str(error).lower()
     return isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in text for sign in _SIGNS)

@@ -68,12 +68,24 @@ def load_batches(job: Job, media: Mapping[bytes, Media]) -> Iterator[Iterator[Ba
             yield (future.result() for future in _ahead(_pad_texts(job, pool), _AHEAD))
         return
     ring = _Ring(job, media)
-    with ExitStack() as stack:
+    with _deaths_explained(job), ExitStack() as stack:
         pool = stack.enter_context(_pool(_workers(job, ring)))
         pool.submit(int).result()  # processes are forked here, before any memory is pinned
         for memory in ring.memory.values():
             stack.enter_context(job.encoder.transfers.pinned(memory))
         yield (ring.finish(*task) for task in _ahead(ring.begin(pool), ring.ahead))
+
+
+@contextmanager
+def _deaths_explained(job: Job) -> Iterator[None]:
+    """A dead worker shows where its work is waited for, or where it is given more."""
+    try:
+        yield
+    except BrokenExecutor:
+        raise CacheError(
+            f"{job.manifest.key}: a process that decodes was killed, perhaps for its memory. The same command goes on "
+            "from here; fewer --workers take less, and --decode-in threads takes none."
+        ) from None
 
 
 @contextmanager
@@ -135,14 +147,8 @@ class _Ring:
     def finish(self, block: range, place: int, tasks: Sequence[Future[dict[int, str]]]) -> Batch:
         """Wait for a batch, and leave out of it what could not be read."""
         unreadable: dict[int, str] = {}
-        try:
-            for task in tasks:
-                unreadable |= task.result()
-        except BrokenExecutor:
-            raise CacheError(
-                f"{self._job.manifest.key}: a process that decodes was killed, perhaps for its memory. The same "
-                "command goes on from here; fewer --workers take less, and --decode-in threads takes none."
-            ) from None
+        for task in tasks:
+            unreadable |= task.result()
         good = [row for row in block if row not in unreadable]
         rows = [row - block.start for row in good] if unreadable else slice(len(block))
         tensors = {name: values[place][rows] for name, values in self.memory.items()} if good else {}
@@ -176,10 +182,11 @@ _ring_of_fork: _Ring | None = None
 
 
 def _begin_fork(ring: _Ring) -> None:
-    """A worker process: it ends with its parent, however that ends, and leaves Ctrl-C to it."""
+    """A worker process: it ends with its parent, however that ends, leaves Ctrl-C to it, and is ended by SIGTERM."""
     global _ring_of_fork
     _ring_of_fork = ring
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     torch.set_num_threads(1)  # the parent's threads did not come along

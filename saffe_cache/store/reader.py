@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,8 @@ from saffe_cache.store.rows import RowReader
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import read_table
 from saffe_cache.store.zarr_files import check_array_metadata, read_group, shard_name
+
+Read = TypeVar("Read")
 
 
 class EncoderCache:
@@ -97,9 +99,25 @@ class EncoderCache:
         return array.read_range(0, len(array))
 
     @property
+    def layers(self) -> list[int]:
+        """Cached layers with the hidden states of all finished inputs: one that is just being added is not among them.
+
+        Raises:
+            CacheError: the offsets of texts are missing or damaged.
+        """
+        finished, arrays = self.manifest.finished_rows, self.manifest.arrays
+        num_rows = int(self.offsets[finished]) if finished and self.manifest.is_ragged else finished
+        return [layer for layer in self.manifest.layers if arrays[f"hidden_states/{layer}"].rows >= num_rows]
+
+    @property
     def block_layers(self) -> list[int]:
-        """Cached layers whose consuming block is cached too: all but the output of the last layer."""
-        return [layer for layer in self.manifest.layers if layer < self.manifest.num_layers]
+        """Cached layers whose consuming block is cached too: all but the output of the last layer.
+
+        A layer of which nothing is committed may still lack its block.
+        """
+        arrays = self.manifest.arrays
+        present = [layer for layer in self.manifest.layers if arrays[f"hidden_states/{layer}"].shards]
+        return [layer for layer in present if layer < self.manifest.num_layers]
 
     def block(self, layer: int) -> BlockWeights:
         """The block that consumes `hidden_states[layer]`.
@@ -143,7 +161,7 @@ class Cache:
 
     def __init__(self, storage: Storage, root: RootManifest) -> None:
         self.storage = storage
-        self.table: ItemTable = read_table(storage, f"tables/{root.table}")
+        self.table: ItemTable = _read_table(storage, root)
         self.encoders: Mapping[str, EncoderCache] = {
             key: EncoderCache(storage, read_encoder(storage, key)) for key in root.encoders
         }
@@ -181,14 +199,19 @@ def open_cache(path: str | Path) -> Cache:
         CacheError: there is no cache, or one of another format version.
     """
     storage = Storage(path)
-    root = existing_root(storage)
-    try:
-        return Cache(storage, root)
-    except CacheError:
-        newer = read_root(storage)
-        if newer is None or newer == root:
-            raise
-        return Cache(storage, newer)  # a writer replaced the table meanwhile
+    return _read_below(storage, existing_root(storage), partial(Cache, storage))
+
+
+def _read_below(storage: Storage, root: RootManifest, read: Callable[[RootManifest], Read]) -> Read:
+    """Once more where a writer has replaced the table meanwhile."""
+    while True:
+        try:
+            return read(root)
+        except CacheError:
+            newer = read_root(storage)
+            if newer is None or newer == root:
+                raise
+            root = newer
 
 
 def existing_root(storage: Storage) -> RootManifest:
@@ -243,7 +266,7 @@ def find_damage(storage: Storage) -> tuple[int, list[Damage]]:
     """
     root = existing_root(storage)
     checks: list[tuple[Damage, Callable[[], object]]] = []
-    checks.append((Damage(part="table"), partial(read_table, storage, f"tables/{root.table}")))
+    checks.append((Damage(part="table"), partial(_read_below, storage, root, partial(_read_table, storage))))
     damage: list[Damage] = []
     num_shards = 0
     for key in root.encoders:
@@ -270,6 +293,10 @@ def find_damage(storage: Storage) -> tuple[int, list[Damage]]:
         except (CacheError, OSError) as error:
             damage.append(replace(place, message=str(error)))
     return num_shards, damage
+
+
+def _read_table(storage: Storage, root: RootManifest) -> ItemTable:
+    return read_table(storage, f"tables/{root.table}")
 
 
 def _check_shard(storage: Storage, folder: str, array: ArrayManifest, index: int) -> None:

@@ -6,24 +6,19 @@ the old one or the new one, whole. Behind a URL one PUT of an object store has t
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from saffe_cache.durable import Buffer, make_folder, write_whole
+from saffe_cache.durable import Buffer, hold_folder, write_whole
 from saffe_cache.features import CacheError
 from saffe_cache.store.layout import ADVICE
-
-_LOCK_NAME = ".saffe-lock"
 
 
 class Storage:
@@ -104,44 +99,10 @@ class Storage:
         """Hold the cache for one writer. The lock goes with its process, however that ends.
 
         Raises:
-            CacheError: another process writes to this cache.
+            FolderInUseError: another process writes to this cache.
         """
         if self._local is None:  # object stores have no lock that every one of them honours
             yield
             return
-        make_folder(self._local)
-        with _locked(self._local / _LOCK_NAME) as file:
-            file.truncate(0)
-            file.write(f"host {socket.gethostname()}, process {os.getpid()}")
-            file.flush()
+        with hold_folder(self._local):
             yield
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[IO[str]]:
-    """A lock file, which is removed at the end: other programs take it for a foreign body in a Zarr group."""
-    is_ours = False
-    while not is_ours:
-        with path.open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise CacheError(
-                    f"{path.parent}: another process is writing to it ({file.read().strip()}). "
-                    "Wait for it to end, or stop it, and run this again."
-                ) from None
-            is_ours = _is_at(path, file)
-            if is_ours:  # else its last holder removed it after we had opened it
-                try:
-                    yield file
-                finally:
-                    path.unlink(missing_ok=True)
-
-
-def _is_at(path: Path, file: IO[str]) -> bool:
-    """Is this open file still the one of that name?"""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from saffe_cache.durable import append_line, write_whole
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.runs import write_tensors
 from saffe_cache.training.terms import Objective
@@ -46,11 +47,11 @@ def save_state(out: Path, state: TrainingState) -> None:
     write_tensors(out / "state.safetensors", tensors, {"state": json.dumps(numbers)})
 
 
-def resume(out: Path, state: TrainingState) -> None:
-    """Continue from the last saved state, if there is one."""
+def resume(out: Path, state: TrainingState) -> bool:
+    """Continue from the last saved state; False where there is none."""
     path = out / "state.safetensors"
     if not path.exists():
-        return
+        return False
     with safe_open(path, framework="pt") as file:
         numbers = json.loads(file.metadata()["state"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — not a dict
@@ -68,27 +69,28 @@ def resume(out: Path, state: TrainingState) -> None:
     for name, value in numbers.items():
         setattr(state, name, value)
     logger.info("resuming from step %d", state.step)
+    return True
 
 
 class Log:
-    """log.jsonl, and TensorBoard where it is installed. Lines behind a resumed step are dropped."""
+    """log.jsonl, and TensorBoard where it is installed. Lines behind the resumed step are dropped; without one, all."""
 
-    def __init__(self, out: Path, step: int, tensorboard: bool) -> None:
+    def __init__(self, out: Path, resumed_step: int | None, tensorboard: bool) -> None:
         self._path = out / "log.jsonl"
         lines = self._path.read_text().splitlines() if self._path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        self._path.write_text("".join(line + "\n" for line in kept))
+        last = -1 if resumed_step is None else resumed_step
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last]
+        write_whole(self._path, "".join(line + "\n" for line in kept).encode())
         self._board: Any = None
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 return
-            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step)
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=resumed_step or 0)
 
     def write(self, values: dict[str, Any]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        append_line(self._path, json.dumps(values))
         if self._board is not None:
             for name in values.keys() - {"step", "epoch", "seconds"}:
                 if values[name] is not None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from saffe_cache.durable import make_folder, remove_partial_files
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.heads import AttentionHead
 from saffe_cache.retrieval.baselines import unit_rows
@@ -88,12 +89,13 @@ class Training:
     """One training under way, in its folder; a killed one goes on where it was."""
 
     def __init__(self, options: FitOptions, terms: TermOptions, spec: RunSpec, data: TrainingData, out: Path) -> None:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
+        remove_partial_files(out)
         self._options, self._data, self._out = options, data, out
         self.num_steps = options.epochs * data.steps_per_epoch
         self.state = start(options, terms, spec, data, resumes=(out / "state.safetensors").exists())
-        resume(out, self.state)
-        self._log = Log(out, self.state.step, options.tensorboard)
+        resumed = resume(out, self.state)
+        self._log = Log(out, self.state.step if resumed else None, options.tensorboard)
         self._saved = time.perf_counter()
         if self.state.best_epoch < 0:
             _finish_epoch(self.state, data, self._log, out, None)
@@ -129,20 +131,19 @@ def fit(trainings: Sequence[Training], data: TrainingData, name: str) -> None:
     """Train side by side on the same batches: each is read once. A resumed one that is ahead waits for the others."""
     first = min((training.state.step for training in trainings if not training.is_over), default=0)
     total = max((training.num_steps for training in trainings if not training.is_over), default=0)
-    progress = tqdm(total=total, initial=first, unit=" steps", desc=name)
     asked = time.perf_counter()
-    for step, batch in enumerate(data.batches(first, total), first):
-        able = [training for training in trainings if training.state.step == step and not training.is_over]
-        waited = time.perf_counter() - asked
-        for training in able:
-            training.take(batch, waited / len(able))
-        progress.update()
-        if all(training.is_over for training in trainings):
-            break
-        asked = time.perf_counter()
-    for training in trainings:
-        training.close()
-    progress.close()
+    with tqdm(total=total, initial=first, unit=" steps", desc=name) as progress:
+        for step, batch in enumerate(data.batches(first, total), first):
+            able = [training for training in trainings if training.state.step == step and not training.is_over]
+            waited = time.perf_counter() - asked
+            for training in able:
+                training.take(batch, waited / len(able))
+            progress.update()
+            if all(training.is_over for training in trainings):
+                break
+            asked = time.perf_counter()
+        for training in trainings:
+            training.close()
 
 
 def _step(options: FitOptions, state: TrainingState, batch: Batch, total: int) -> float:

@@ -231,7 +231,8 @@ def _check_together(config: TrainConfig, spec: RunSpec) -> None:
 
 
 def _choose_layers(config: TrainConfig, encoder: EncoderCache, modality: Modality) -> tuple[int, ...]:
-    usable = encoder.block_layers if config.fusion in DECODERS else encoder.manifest.layers
+    layers, blocks = encoder.layers, encoder.block_layers
+    usable = [layer for layer in layers if layer in blocks] if config.fusion in DECODERS else layers
     given = config.layers.get(modality)
     chosen = (
         tuple(usable)
@@ -240,7 +241,7 @@ def _choose_layers(config: TrainConfig, encoder: EncoderCache, modality: Modalit
     )
     wrong = [layer for layer in chosen if layer not in usable]
     if wrong or not chosen:
-        why = "" if encoder.manifest.layers == usable else " (a decoder needs the block behind a layer)"
+        why = "" if layers == usable else " (a decoder needs the block behind a layer)"
         raise CacheError(
             f"{encoder.key}: --fusion {config.fusion} can use layers {usable}{why}, asked for {list(chosen)}. "
             f"Add layers with saffe-extract --layers {modality}=…."
