@@ -64,7 +64,7 @@ def test_other_kinds_are_refused(content: Any, words: str) -> None:
 def test_whole_numbers(value: Any) -> None:
     assert whole_number({"n": 2**63 - 1}, "n") == 2**63 - 1
     assert whole_numbers({"n": [0, 5]}, "n") == (0, 5)
-    with pytest.raises(ValueError, match="n: .*expected a whole number from 0"):
+    with pytest.raises(ValueError, match=r"n: .*expected a whole number from 0"):
         whole_number({"n": value}, "n")
-    with pytest.raises(ValueError, match="n: .*expected a"):
+    with pytest.raises(ValueError, match=r"n: .*expected a"):
         whole_numbers({"n": [3, value]}, "n")
