@@ -97,7 +97,7 @@ def _refuse_links(file: Any) -> None:
     Raises:
         ValueError: a link may lead into another file, or round about in this one.
     """
-    kinds = {}
+    kinds: dict[str, type] = {}
     file.visititems_links(lambda name, link: kinds.setdefault(name, type(link)) and None)
     for name, kind in kinds.items():
         if kind is not h5py.HardLink:
