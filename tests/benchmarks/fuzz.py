@@ -11,6 +11,7 @@ the process; of equal ones (by type and place) the first input is kept in the fo
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import resource
@@ -42,7 +43,7 @@ SHARES = {
     "run config.json": 20,
     "run result.json": 6,
     "model.safetensors": 15,
-    "state.safetensors": 12,
+    "state.safetensors": 4,
     "options": 12,
     "HDF5 import": 4,
 }
@@ -56,10 +57,13 @@ def main() -> int:
     parser.add_argument("--target", action="append", choices=SHARES, help="only this one; may be repeated")
     parser.add_argument("--out", type=Path, help="folder for the inputs of findings; default: a new one")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work_off(options.worker, options.inputs, options.seed, options.out)
+        work_off(options.worker, options.inputs, options.seed, options.out, options.work)
         return 0
+    if importlib.util.find_spec("atheris") is None:
+        sys.exit("The fuzzer needs atheris: pip install atheris")
     out = options.out or Path(tempfile.mkdtemp(prefix="fuzz-"))
     chosen = options.target or list(SHARES)
     total = sum(SHARES[name] for name in chosen)
@@ -84,36 +88,37 @@ def fuzz(name: str, inputs: int, seed: int, out: Path) -> tuple[int, list[str]]:
         process = run_worker(name, inputs - done, seed + 1000 * restart, out)
         counted = re.findall(r"stat::number_of_executed_units: (\d+)|^#(\d+)\b", process.stderr, re.MULTILINE)
         done += max((int(first or second) for first, second in counted), default=0)
-        if process.returncode == 0 or done >= inputs:
+        if process.returncode == 0:
             break
         told = re.findall(r"^.*(?:ERROR: |Fatal Python error|SUMMARY: ).*$", process.stderr, re.MULTILINE)
         ends.setdefault(told[0] if told else process.stderr[-300:], None)
+        if done >= inputs:
+            break
     found = [path.read_text().splitlines()[0] for path in sorted(out.glob(f"{slug(name)}-*.txt"))]
     return done, found + [f"the process ended: {told}" for told in ends]
 
 
 def run_worker(name: str, inputs: int, seed: int, out: Path) -> subprocess.CompletedProcess[str]:
-    arguments = ["--worker", name, "--inputs", str(inputs), "--seed", str(seed), "--out", str(out)]
-    return subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, errors="replace")
+    """libFuzzer ends the process as it likes, so that its folder is ours to remove."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as work:
+        arguments = ["--worker", name, "--inputs", str(inputs), "--seed", str(seed), "--out", str(out), "--work", work]
+        return subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, errors="replace")
 
 
 def slug(name: str) -> str:
     return re.sub(r"\W+", "-", name)
 
 
-def work_off(name: str, inputs: int, seed: int, out: Path) -> None:
+def work_off(name: str, inputs: int, seed: int, out: Path, work: Path) -> None:
     """In a process of its own: one target."""
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        import atheris
-    except ImportError:
-        sys.exit("The fuzzer needs atheris: pip install atheris")
+    import atheris
+
     with atheris.instrument_imports(include=["saffe_cache"]):
         from fuzz_targets import PROMISED, make_target
-    folder = tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
-    target = make_target(name, Path(folder.name))
+    target = make_target(name, work)
     limit_memory()
-    corpus = Path(folder.name) / "corpus"
+    corpus = work / "corpus"
     corpus.mkdir()
     for number, example in enumerate(target.examples):
         (corpus / str(number)).write_bytes(example)
@@ -124,7 +129,7 @@ def work_off(name: str, inputs: int, seed: int, out: Path) -> None:
     longest = 4 * max(map(len, target.examples)) + 1000
     flags = [f"-runs={inputs}", f"-seed={seed + 1}", f"-max_len={longest}", f"-timeout={HANG_SECONDS}"]
     flags += ["-print_final_stats=1", "-len_control=0", f"-artifact_prefix={out}/{slug(name)}-end-", "-rss_limit_mb=0"]
-    once = observed(target.call, PROMISED, out / slug(name))
+    once = observed(target.call, PROMISED, out / f"{slug(name)}-{seed}")
     atheris.Setup([sys.argv[0], *flags, str(corpus)], once, custom_mutator=mutate)
     atheris.Fuzz()
 
