@@ -238,6 +238,20 @@ def test_damaged_files_are_refused(file_path: Path, tmp_path: Path, damage: Call
     assert verify_cache(tmp_path / "copy")[1] == []
 
 
+@pytest.mark.parametrize("kind", [SystemError, OverflowError, MemoryError, RecursionError])
+def test_whatever_h5py_raises_is_told_in_our_words(
+    file_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    """A fuzzer saw a SystemError of its links on a damaged file."""
+
+    def fail(*_: object) -> None:
+        raise kind("broken")
+
+    monkeypatch.setattr(h5py.File, "visititems_links", fail)
+    with pytest.raises(CacheError, match=rf"not a whole file made by export \({kind.__name__}: broken\)"):
+        import_hdf5(file_path, tmp_path / "copy")
+
+
 @pytest.mark.parametrize("size", [0, 100, -1000])
 def test_files_cut_short_are_refused(file_path: Path, tmp_path: Path, size: int) -> None:
     file_path.write_bytes(file_path.read_bytes()[:size])

@@ -181,6 +181,10 @@ def _import_group(
     return arrays, attributes
 
 
+_FROM_H5PY = (
+    *(ArithmeticError, AttributeError, LookupError, MemoryError, OSError),
+    *(RuntimeError, SystemError, TypeError, ValueError),
+)
 _DAMAGED = "The file is damaged; export it again."
 
 
@@ -193,16 +197,7 @@ def _explained(file_path: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        MemoryError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        OSError,
-    ) as error:
+    except _FROM_H5PY as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's, not HDF5's
             raise
         reason = f"{type(error).__name__}: {error}"
