@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from saffe_cache.features import CacheError
+from saffe_cache.features import CacheError, printable
 
 _GONE = "Bring the disk back"
 _TO_DO = {
@@ -109,7 +109,7 @@ def _cache_action(options: argparse.Namespace) -> int:
         print(import_hdf5(options.file, options.cache))
     else:
         count, problems = verify_cache(options.cache)
-        print("\n".join([*problems, f"{count} shards read, {len(problems)} damaged"]))
+        print("\n".join([*map(printable, problems), f"{count} shards read, {len(problems)} damaged"]))
         return 1 if problems else 0
     return 0
 
@@ -143,22 +143,36 @@ def _run_stage(
     return _guarded(prog, run)
 
 
+class _PlainText(logging.Formatter):
+    """Messages may quote file names and captions: nothing in them moves a terminal's cursor."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _plain(super().format(record))
+
+
+def _plain(text: str) -> str:
+    """Lines stay lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def _guarded(prog: str, action: Callable[[], int]) -> int:
     """Run with logging to standard error; what a user can act on becomes one line and status 1.
 
     SIGTERM, by which schedulers end jobs, ends it as Ctrl-C does.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PlainText())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for noisy in ("httpx", "httpcore", "fsspec", "faiss", "faiss.loader"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         with _sigterm_raised():
             return action()
     except OSError as error:
-        print(f"{prog}: {_explained(error)}", file=sys.stderr)
+        print(f"{prog}: {_plain(_explained(error))}", file=sys.stderr)
         return 1
     except (CacheError, ValueError, ImportError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{prog}: {_plain(str(error))}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         if not _lacks_memory(error):

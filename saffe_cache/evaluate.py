@@ -30,7 +30,7 @@ from saffe_cache.evaluation.systems import Material, baselines
 from saffe_cache.fam_inputs import FamInputs
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.judging.search import SearchName, own_protocol
-from saffe_cache.options import require
+from saffe_cache.options import require, require_seed
 from saffe_cache.pairs import PairKind, Pairs, select_pairs
 from saffe_cache.retrieval.index import IndexKind, build_index, recall_of_index, require_size, save_index
 from saffe_cache.retrieval.metrics import paired_bootstrap
@@ -94,6 +94,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         for option in ("rerank_k", "rerank_queries"):
             require(getattr(self, option) > 0, option, getattr(self, option), "a number above 0")
+        require_seed("seed", self.seed)
         require(
             not self.leak_true_text or self.protocol in ("auto", "caption", "class"),
             *("leak_true_text", f"--protocol {self.protocol}", "--protocol caption or class"),

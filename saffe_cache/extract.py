@@ -103,7 +103,7 @@ def _unencoded(storage: Storage, root: RootManifest | None, table: ItemTable | N
         for key in root.encoders if root else ():
             manifest = read_encoder(storage, key)
             if manifest.modality == modality:
-                found[modality] -= set(range(manifest.finished_rows)) - manifest.invalid.keys()
+                found[modality] -= set(range(min(manifest.finished_rows, len(inputs)))) - manifest.invalid.keys()
     return found
 
 

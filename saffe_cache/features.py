@@ -37,6 +37,11 @@ class CacheError(Exception):
     """The cache, or what is asked of it, is not as it must be. Says where, what was found and what to do."""
 
 
+def printable(text: str) -> str:
+    """A text that may come from anywhere, with what a terminal would obey (or not show) written as an escape."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def canonical_json(value: Any) -> str:
     """The one JSON text of a value: sorted keys, no spaces, ASCII. Two equal values give equal texts.
 

@@ -54,6 +54,14 @@ def require(holds: bool, option: str, found: Any, expected: str) -> None:
         raise ValueError(f"--{option.replace('_', '-')}: found {found}, expected {expected}.")
 
 
+def require_seed(option: str, seed: int) -> None:
+    """
+    Raises:
+        ValueError: it is none that both numpy and torch take.
+    """
+    require(0 <= seed < 2**63, option, seed, "0 or more, below 2**63")
+
+
 def require_keys(option: str, mapping: Mapping[str, Any], known: Sequence[str]) -> None:
     """
     Raises:

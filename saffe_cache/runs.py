@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save
 
 from saffe_cache import __version__
 from saffe_cache.durable import write_whole
+from saffe_cache.fields import made_of
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.shape import FamShape
 from saffe_cache.pairs import PairKind, Pairs, hold_out, select_pairs
@@ -67,10 +68,11 @@ class RunSpec:
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> RunSpec:
-        values = dict(content)
-        values["gallery_layers"] = tuple(values["gallery_layers"])
-        values["text_layers"] = tuple(values["text_layers"])
-        return RunSpec(**(values | {"shape": FamShape(**values["shape"])}))
+        """
+        Raises:
+            TypeError, ValueError: a field is missing, unknown or of another kind.
+        """
+        return made_of(RunSpec, content)
 
 
 def build_fam(spec: RunSpec, cache: Cache) -> FusionAlignModule:
@@ -89,7 +91,8 @@ def load_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, FusionAlignMod
     """A finished run: its spec, its best model in evaluation mode, and its result.
 
     Raises:
-        ValueError: the run is absent or unfinished, or was trained on another cache.
+        ValueError: the run is absent, unfinished or damaged, or was trained on another cache.
+        CacheError: the cache lacks a layer that it was trained on.
     """
     folder = Path(run_dir)
     if not (folder / "result.json").exists():
@@ -98,15 +101,51 @@ def load_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, FusionAlignMod
         )
     try:
         spec = RunSpec.from_json(read_json(folder / "config.json")["run"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"--run {run_dir}: config.json is of another version ({error}). Train again.") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--run {run_dir}: config.json is damaged or of another version ({error}). Train again."
+        ) from None
     missing = [key for key in (spec.gallery_key, spec.text_key) if key not in cache.encoders]
     if missing:
         raise ValueError(
             f"--run {run_dir}: it was trained on {missing[0]}, which {cache.storage.root} does not hold "
             f"({', '.join(cache.encoders) or 'no encoder'}). Give the cache that it was trained on."
         )
-    return spec, _load_model(folder / "model.safetensors", spec, cache), read_json(folder / "result.json")
+    _check_widths(run_dir, spec, cache)
+    result = read_json(folder / "result.json")
+    lacking = [name for name in _COSTS if type(result.get(name)) not in (int, float)]
+    if lacking:
+        raise ValueError(f"{folder / 'result.json'}: it lacks {lacking[0]}. Train again.")
+    return spec, _load_model(folder / "model.safetensors", spec, cache), result
+
+
+_COSTS = ("trainable_parameters", "seconds", "peak_memory_mb")
+"""Of a run's result, for the report."""
+
+
+def _check_widths(run_dir: str | Path, spec: RunSpec, cache: Cache) -> None:
+    """
+    Raises:
+        ValueError: what the run fuses has another shape than what the cache holds.
+        CacheError: the cache lacks one of the layers.
+    """
+    gallery, text, shape = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key], spec.shape
+    photos = {gallery.array(f"hidden_states/{layer}").row_shape for layer in spec.gallery_layers}
+    for layer in spec.text_layers:
+        text.array(f"hidden_states/{layer}")
+    found = (photos, len(spec.gallery_layers), text.manifest.hidden_size, text.array(text.manifest.vector).row_shape)
+    expected = (
+        {(shape.num_tokens, shape.hidden_size)},
+        shape.num_layers,
+        shape.text_hidden_size,
+        (shape.text_size,),
+    )
+    if found != expected or (shape.has_decoder and len(spec.text_layers) != shape.num_layers):
+        raise ValueError(
+            f"--run {run_dir}: it fuses photos' tokens {expected[0]} of {expected[1]} layers with texts' of width "
+            f"{expected[2]} and vectors {expected[3]}; {cache.storage.root} holds {found[0]} of {found[1]}, {found[2]} "
+            f"and {found[3]}. Give the cache that it was trained on, or train again."
+        )
 
 
 def load_permuted(run_dir: str | Path, spec: RunSpec, cache: Cache) -> FusionAlignModule | None:
@@ -116,8 +155,8 @@ def load_permuted(run_dir: str | Path, spec: RunSpec, cache: Cache) -> FusionAli
 
 
 def _load_model(path: Path, spec: RunSpec, cache: Cache) -> FusionAlignModule:
-    model = build_fam(spec, cache)
     try:
+        model = build_fam(spec, cache)
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ValueError(f"{path}: not this run's weights ({error}). Train again.") from None
@@ -222,7 +261,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error}). Run the stage that writes it again.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object. Run the stage that writes it again.")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "saffe_cache"
 
 LAYERS = [
-    {"features", "durable"},
+    {"features", "durable", "fields"},
     {"store", "sources", "encoders", "fusion", "objectives", "options"},
     {"retrieval"},
     {"pairs"},

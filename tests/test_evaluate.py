@@ -292,4 +292,7 @@ def test_errors_say_what_to_do(captioned: Reported, classified: Reported, beside
     for option in ("rerank_k", "rerank_queries"):
         with pytest.raises(ValueError, match=r"found 0, expected a number above 0"):
             EvaluateConfig(cache=path, run=run, **{option: 0})
+    for seed in (-1, 2**63):
+        with pytest.raises(ValueError, match=rf"--seed: found {seed}, expected 0 or more, below 2\*\*63"):
+            EvaluateConfig(cache=path, run=run, seed=seed)
     assert list(tmp_path.iterdir()) == []

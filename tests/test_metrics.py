@@ -182,6 +182,34 @@ def test_average_precision_at_a_depth_is_a_fraction_and_one_where_the_top_is_ful
     assert ap(ranking, k) * min(sum(ranking), k) <= ap(ranking) * sum(ranking) + 1e-12
 
 
+@seeded
+@given(rankings, st.integers(1, 60))
+def test_average_precision_is_the_mean_precision_at_relevant_ranks(ranking: list[bool], k: int) -> None:
+    """The definition, in three lines."""
+    top = ranking[:k]
+    precisions = [sum(top[: rank + 1]) / (rank + 1) for rank in range(len(top)) if top[rank]]
+    assert ap(ranking, k) == pytest.approx(sum(precisions) / min(sum(ranking), k))
+
+
+@seeded
+@given(st.data(), st.integers(1, 12), st.booleans(), st.integers(0, 9))
+def test_metrics_do_not_depend_on_the_order_of_the_items(
+    data: st.DataObject, num_items: int, ties: bool, seed: int
+) -> None:
+    """Of items whose scores differ; where they tie, what is drawn lies between the best and the worst order."""
+    values = st.lists(st.integers(0, 3 if ties else 999), min_size=num_items, max_size=num_items, unique=not ties)
+    scores = np.array(data.draw(values), float)
+    relevant = np.array(data.draw(st.lists(st.booleans(), min_size=num_items, max_size=num_items).filter(any)))
+    order = np.array(data.draw(st.permutations(range(num_items))))
+    found = [
+        average_precision_of_ranks(relevant_ranks_of_scores(one[None], relevant_items(of[None]), seed=seed))[0]
+        for one, of in ((scores, relevant), (scores[order], relevant[order]))
+    ]
+    best, worst = (ap(relevant[np.lexsort((sign * relevant, -scores))]) for sign in (-1, 1))
+    assert all(worst - 1e-12 <= value <= best + 1e-12 for value in found)
+    assert ties or found[0] == found[1] == pytest.approx(best) == pytest.approx(worst)
+
+
 def orders(num_gallery: int, num_relevant: int) -> np.ndarray:
     """Every placing of the relevant items, all equally likely in a random order."""
     chosen = list(itertools.combinations(range(num_gallery), num_relevant))

@@ -9,14 +9,25 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
-from store_cases import group_path, image_contents, memory_folder, text_contents, without_fsync, write_contents
+from store_cases import (
+    group_path,
+    image_contents,
+    make_spec,
+    memory_folder,
+    text_contents,
+    without_fsync,
+    write_contents,
+)
 
 from saffe_cache.features import CacheError
-from saffe_cache.store.manifest import encoder_group, read_encoder, read_root
+from saffe_cache.store.layout import ShardEntry, decode_shard, describe_shard, encode_shard
+from saffe_cache.store.manifest import encoder_group, read_encoder, read_root, write_encoder
 from saffe_cache.store.reader import open_cache, verify_cache
 from saffe_cache.store.storage import Storage
+from saffe_cache.store.zarr_files import shard_name
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -191,7 +202,15 @@ def test_no_cache_is_refused(tmp_path: Path) -> None:
         ('{"attributes": {"saffe_cache": {"format_version": 2}}}', "format version 2, this release reads 1"),
         ('{"attributes": {"saffe_cache": {"format_version": 1}}}', "lacks or misstates 'table'"),
         ('{"attributes": {"saffe_cache": {"format_version": 1, "table": "x", "encoders": []}}}', "misstates"),
-        ('{"attributes": {"saffe_cache": {"format_version": 1, "table": 1, "encoders": 5}}}', "misstates"),
+        ('{"attributes": {"saffe_cache": {"format_version": 1, "table": 1, "encoders": 5}}}', "misstates encoders: 5"),
+        ('{"attributes": {"saffe_cache": {"format_version": 1, "table": Infinity, "encoders": []}}}', "table: inf"),
+        ('{"attributes": {"saffe_cache": {"format_version": 1, "table": 1, "encoders": "abc"}}}', "a list of keys"),
+        ('{"attributes": {"saffe_cache": {"format_version": 1, "table": 1, "encoders": [".."]}}}', "no name inside"),
+        (
+            '{"attributes": {"saffe_cache": {"format_version": 1, "table": 1, "encoders": ["\\u0000"]}}}',
+            "no name inside",
+        ),
+        ("[" * 100_000, "zarr.json is not JSON"),
         ("{", "zarr.json is not JSON"),
         ("\xff", "zarr.json is not JSON"),
         ("[]", "zarr.json is not a JSON object"),
@@ -242,10 +261,25 @@ def test_a_manifest_whose_array_lacks_a_field_is_refused(cache: Path, field: str
         (lambda m: m.update({"invalid": {"first": "x"}}), "misstates"),
         (lambda m: m["fingerprint"].update({"revision": "1"}), "holds the fingerprint of image-tiny-image-"),
         (lambda m: m["arrays"]["pooled"].update({"dtype": "float64"}), "dtype 'float64'"),
-        (lambda m: m["arrays"]["pooled"].update({"chunk_rows": 0}), "chunk_rows 0"),
+        (lambda m: m["arrays"]["pooled"].update({"chunk_rows": 0}), "chunk_rows: 0"),
         (lambda m: m["arrays"]["pooled"]["shards"][0].update({"rows": 5}), r"rows of the shards: \[5, 6, 1\]"),
         (lambda m: m["arrays"]["pooled"]["shards"][2].update({"rows": 7}), r"rows of the shards: \[6, 6, 7\]"),
         (lambda m: m["arrays"]["pooled"]["shards"][0].update({"crc": 5}), "crc"),
+        (lambda m: m["arrays"]["pooled"]["shards"][0].update({"rows": 6.0}), r"rows: 6\.0, expected int"),
+        (lambda m: m["arrays"]["pooled"]["shards"][0].update({"mean": "x"}), "mean: 'x', expected float"),
+        (lambda m: m["arrays"]["pooled"]["shards"][0].update({"m2": -1.0}), r"m2: -1\.0, expected 0 or more"),
+        (lambda m: m["arrays"]["pooled"]["shards"][0].update({"count": 10**30}), "count: 1000"),
+        (lambda m: m["arrays"]["pooled"].update({"row_shape": [0]}), "row_shape: 0, expected a whole number from 1"),
+        (lambda m: m["arrays"]["pooled"].update({"row_shape": "3"}), "row_shape: '3', expected a list"),
+        (lambda m: m["arrays"]["pooled"].update({"chunk_rows": 2**40, "shard_rows": 2**40}), "expected below 2 GiB"),
+        (lambda m: m["arrays"].update({"hidden_states/01": m["arrays"].pop("hidden_states/1")}), "hidden_states/01"),
+        (lambda m: m["arrays"].update({"hidden_states/x": m["arrays"].pop("hidden_states/1")}), "hidden_states/x"),
+        (lambda m: m.update({"finished_rows": float("inf")}), "finished_rows: inf, expected a whole number"),
+        (lambda m: m.update({"num_layers": -1}), "num_layers: -1"),
+        (lambda m: m.update({"invalid": {"9" * 30: "x"}}), "expected the number of an input"),
+        (lambda m: m["fingerprint"].update({"modality": "../image"}), "the encoder's modality"),
+        (lambda m: m["fingerprint"].update({"nan": float("nan")}), "Out of range float"),
+        (lambda m: m.update({"fingerprint": [["model_id", "x"], ["modality", "image"], [1, 2]]}), "expected an object"),
     ],
 )
 def test_a_manifest_that_makes_no_sense_is_refused(cache: Path, change: Callable[[dict], None], words: str) -> None:
@@ -277,6 +311,9 @@ def test_a_missing_encoder_is_refused(cache: Path) -> None:
     [
         (lambda m: m["spec"].update({"rotary": True}), "rotary"),
         (lambda m: m["spec"].pop("norm_first"), "norm_first"),
+        (lambda m: m["spec"].update({"num_attention_heads": "2"}), "num_attention_heads: '2', expected int"),
+        (lambda m: m["arrays"]["query_weight"].update({"shape": [-4, -4]}), "shape: -4, expected a whole number"),
+        (lambda m: m["arrays"]["query_weight"].update({"shape": [float("inf")]}), "shape: inf"),
         (lambda m: m.pop("spec"), "spec"),
         (lambda m: m.pop("arrays"), "arrays"),
         (lambda m: m["arrays"].pop("query_bias") and m["arrays"]["query_weight"].update({"crc32c": 1}), "query_weight"),
@@ -292,3 +329,31 @@ def test_damaged_block_attributes_are_refused(cache: Path, change: Callable[[dic
     path.write_text(json.dumps(content))
     with pytest.raises(CacheError, match=words):
         open_cache(cache).encoder("image").block(1)
+
+
+@pytest.mark.parametrize("change", [{0: 1}, {5: 2}, {13: 1}], ids=["not from 0", "decreasing", "decreasing at the end"])
+def test_offsets_that_do_not_ascend_are_refused(cache: Path, change: dict[int, int]) -> None:
+    """With a checksum that is true of them: else a text would have the tokens of others, or more than memory holds."""
+    storage, offsets = Storage(cache), TEXTS.offsets.copy()
+    for place, value in change.items():
+        offsets[place] = value
+    manifest = read_encoder(storage, TEXTS.key)
+    spec = manifest.arrays["offsets"].spec
+    parts = [offsets[start : start + spec.shard_rows] for start in range(0, len(offsets), spec.shard_rows)]
+    manifest.arrays["offsets"].shards = [describe_shard(spec, part) for part in parts]
+    for index, part in enumerate(parts):
+        storage.write(f"{encoder_group(TEXTS.key)}/offsets/{shard_name(index, spec)}", *encode_shard(spec, part))
+    write_encoder(storage, manifest)
+    with pytest.raises(CacheError, match="its offsets do not ascend from 0 for 13 inputs"):
+        open_cache(cache).encoder("text").tokens(np.array([0, 1]), (2,))
+
+
+def test_a_chunk_that_needs_more_memory_than_there_is_is_refused() -> None:
+    """Numpy is asked for it before a byte is decompressed."""
+    spec = make_spec("float32", (2**20,), 500, 2**20, compression="zstd")
+    index = np.full((spec.chunks_per_shard, 2), 2**64 - 1, "<u8")
+    index[:, 0], index[:, 1] = np.arange(len(index)), 1
+    data = bytes(len(index)) + index.tobytes()
+    data += google_crc32c.value(index.tobytes()).to_bytes(4, "little")
+    with pytest.raises(CacheError, match=r"shard: (there is no memory for its \d+ bytes|its chunk 0 cannot)"):
+        decode_shard(spec, ShardEntry(rows=spec.shard_rows, crc32c=0), data, "shard")

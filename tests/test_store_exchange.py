@@ -27,6 +27,7 @@ from saffe_cache.store.exchange import export_hdf5, import_hdf5
 from saffe_cache.store.manifest import encoder_group, read_encoder, read_root, write_encoder
 from saffe_cache.store.reader import open_cache, verify_cache
 from saffe_cache.store.storage import Storage
+from saffe_cache.store.zarr_files import describe_group
 
 pytestmark = pytest.mark.filterwarnings("error")
 IMAGES, TEXTS = image_contents(13), text_contents(13)
@@ -158,6 +159,42 @@ def lead_outside(group: Any) -> None:
     group.attrs["saffe_cache"] = json.dumps(manifest)
 
 
+def link(group: Any, other: Any) -> None:
+    del group["pooled"]
+    group["pooled"] = other
+
+
+def lie_elsewhere(group: Any) -> None:
+    """The numbers are those of a file of the reader's, which the importing user may read and others not."""
+    rows = group["pooled"][...]
+    other = Path(group.file.filename).with_name("other.bin")
+    other.write_bytes(rows.tobytes())
+    del group["pooled"]
+    group.create_dataset("pooled", rows.shape, rows.dtype, external=[(str(other), 0, rows.nbytes)])
+
+
+def be_virtual(group: Any) -> None:
+    layout = h5py.VirtualLayout((13, 3), "f4")
+    layout[...] = h5py.VirtualSource("other.h5", "x", (13, 3))
+    del group["pooled"]
+    group.create_virtual_dataset("pooled", layout)
+
+
+def claim_more(group: Any) -> None:
+    """A dataset of which nothing was ever written takes no byte of the file, and any memory of who reads it."""
+    del group["pooled"]
+    group.create_dataset("pooled", (13, 3), "f4")
+
+
+def swap(group: Any, name: str, values: np.ndarray) -> None:
+    """Of a type that is not stored, with attributes that are true of it."""
+    attributes = json.loads(group.attrs["saffe_cache"])
+    attributes["arrays"] |= describe_group("", {name: values}, {})["arrays"]
+    group.attrs["saffe_cache"] = json.dumps(attributes)
+    del group[name]
+    group[name] = values
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -176,6 +213,12 @@ def lead_outside(group: Any) -> None:
         (lambda group: group.parent.pop(group.name), "doesn't exist"),
         (rename_encoder, "holds the fingerprint of"),
         (lead_outside, "is no name inside a cache"),
+        (lambda group: link(group, h5py.SoftLink(group["hidden_states/1"].name)), "pooled is a SoftLink, expected all"),
+        (lambda group: link(group, h5py.ExternalLink("other.h5", "/x")), "pooled is a ExternalLink, expected all data"),
+        (lie_elsewhere, r"pooled has \d+ bytes in the file, expected \(13, 3\) float32"),
+        (be_virtual, r"pooled has \d+ bytes in the file, expected \(13, 3\) float32"),
+        (claim_more, r"pooled has 0 bytes in the file, expected \(13, 3\) float32"),
+        (lambda group: swap(group["blocks/1"], "query_bias", np.zeros(4)), "query_bias differ from the checksums"),
         (lambda group: group.file["items/rows/image"].write_direct(np.zeros(13, int)), "rows/image differ from"),
         (lambda group: group.file.pop("items"), "object 'items' doesn't exist"),
         (lambda group: group.file.attrs.pop("saffe_cache"), "attribute.*saffe_cache"),
@@ -193,6 +236,20 @@ def test_damaged_files_are_refused(file_path: Path, tmp_path: Path, damage: Call
     file_path.write_bytes(sound)
     import_hdf5(file_path, tmp_path / "copy")  # over what the refused import left
     assert verify_cache(tmp_path / "copy")[1] == []
+
+
+@pytest.mark.parametrize("kind", [SystemError, OverflowError, MemoryError, RecursionError])
+def test_whatever_h5py_raises_is_told_in_our_words(
+    file_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    """A fuzzer saw a SystemError of its links on a damaged file."""
+
+    def fail(*_: object) -> None:
+        raise kind("broken")
+
+    monkeypatch.setattr(h5py.File, "visititems_links", fail)
+    with pytest.raises(CacheError, match=rf"not a whole file made by export \({kind.__name__}: broken\)"):
+        import_hdf5(file_path, tmp_path / "copy")
 
 
 @pytest.mark.parametrize("size", [0, 100, -1000])

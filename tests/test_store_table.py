@@ -15,7 +15,8 @@ from store_cases import memory_folder, without_fsync
 
 from saffe_cache.features import CacheError, Inputs, ItemTable, Ragged
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.table import NewItem, TableBuilder, read_table, text_hash, write_table
+from saffe_cache.store.table import NewItem, TableBuilder, read_table, table_to_arrays, text_hash, write_table
+from saffe_cache.store.zarr_files import describe_group, write_group
 
 pytestmark = pytest.mark.filterwarnings("error")
 PROMPTS = ("a photo of a {}.", "{}")
@@ -66,31 +67,33 @@ any_text = st.text(st.characters(codec=None), max_size=12)
 
 @st.composite
 def tables(draw: st.DrawFn) -> ItemTable:
-    def texts(size: int) -> tuple[str, ...]:
-        return tuple(draw(st.lists(any_text, min_size=size, max_size=size)))
+    def texts(size: int, unique: bool = False) -> tuple[str, ...]:
+        return tuple(draw(st.lists(any_text, min_size=size, max_size=size, unique=unique)))
 
-    def ragged(size: int) -> Ragged:
-        numbers = st.lists(st.integers(0, 2**40), max_size=3)
+    def ragged(size: int, end: int) -> Ragged:
+        numbers = st.lists(st.integers(0, end - 1), max_size=3) if end else st.just([])
         return Ragged.from_rows(draw(st.lists(numbers, min_size=size, max_size=size)))
 
-    def column(size: int) -> np.ndarray:
-        return np.array(draw(st.lists(st.integers(-1, 9), min_size=size, max_size=size)), np.int64)
+    def column(size: int, end: int) -> np.ndarray:
+        return np.array(draw(st.lists(st.integers(-1, end - 1), min_size=size, max_size=size)), np.int64)
 
     def hashes(size: int) -> np.ndarray:
         return np.frombuffer(draw(st.binary(min_size=32 * size, max_size=32 * size)), np.uint8).reshape(size, 32)
 
     count, classes, num_texts = draw(st.integers(0, 3)), draw(st.integers(0, 2)), draw(st.integers(0, 3))
     inputs = {"text": Inputs(hashes(num_texts), texts(num_texts)), "image": Inputs(hashes(2))}
+    inputs = {name: inputs[name] for name in draw(st.sets(st.sampled_from(["text", "image"])))}
+    num_texts, num_images = (len(inputs.get(name, ())) for name in ("text", "image"))
     return ItemTable(
-        ids=texts(count),
+        ids=texts(count, unique=True),
         splits=texts(count),
         problems=texts(count),
-        rows={"image": column(count), "audio": column(count)},
-        captions=ragged(count),
-        labels=ragged(count),
-        class_names=texts(classes),
-        class_texts=ragged(classes),
-        inputs={name: inputs[name] for name in draw(st.sets(st.sampled_from(["text", "image"])))},
+        rows={"image": column(count, num_images), "audio": column(count, 0)},
+        captions=ragged(count, num_texts),
+        labels=ragged(count, classes),
+        class_names=texts(classes, unique=True),
+        class_texts=ragged(classes, num_texts),
+        inputs=inputs,
     )
 
 
@@ -234,4 +237,35 @@ def test_damaged_columns_are_refused(tmp_path: Path, column: str, damage: str) -
     if damage != "missing":
         chunk.write_bytes(data[:-1] if damage == "short" else bytes([data[0] ^ 1]) + data[1:])
     with pytest.raises(CacheError, match=rf"tables/1.*{column}"):
+        read_table(storage, "tables/1")
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("splits/offsets", np.array([0, 5]), "splits/offsets do not ascend from 0 to the length of what they divide"),
+        ("ids/offsets", np.array([0, 7, 14], np.float32), "ids/offsets do not ascend"),
+        ("ids/offsets", np.array([[0, 7, 14]]), "ids/offsets do not ascend"),
+        ("captions/offsets", np.array([0, 2, 1]), "captions/offsets do not ascend"),
+        ("captions/values", np.array([0.0], np.float32), "captions/offsets do not ascend"),
+        ("captions/values", np.array([3]), "captions has 3 to 3, expected 0 to 2"),
+        ("labels/values", np.array([-1]), "labels has -1 to -1, expected 0 to 0"),
+        ("rows/image", np.array([0, 2]), "rows/image has 0 to 2, expected -1 to 1"),
+        ("rows/image", np.array([0]), r"rows/image is \(1,\) int64, expected \(2,\) int64"),
+        ("rows/audio", np.array([-1, 0]), "rows/audio has -1 to 0, expected -1 to -1"),
+        ("ids/utf8", np.frombuffer(b"photo 0photo 0", np.uint8), "ids has an entry twice"),
+        ("ids/utf8", np.frombuffer(b"photo 0photo \xff", np.uint8), "can't decode byte 0xff"),
+        ("inputs/image/content_hash", np.zeros((2, 31), np.uint8), r"content_hash is \(2, 31\) uint8"),
+        ("inputs/text/content_hash", np.zeros((4, 32), np.uint8), "inputs/text has 4 hashes of 3 texts"),
+        ("class_texts/offsets", np.array([0, 0, 2]), r"its columns have \[2, 2, 2, 2, 2\] items and 2 class"),
+    ],
+)
+def test_columns_that_do_not_go_together_are_refused(
+    tmp_path: Path, column: str, values: np.ndarray, words: str
+) -> None:
+    """With checksums that are true of them: each would be an index out of range later, or a wrong pair."""
+    storage = Storage(tmp_path)
+    arrays = table_to_arrays(build(photo(0, captions=("a",), labels=("x",)), photo(1))) | {column: values}
+    write_group(storage, "tables/1", describe_group("saffe-items", arrays, {}), arrays)
+    with pytest.raises(CacheError, match=rf"tables/1: .*{words}.*Restore it from a copy"):
         read_table(storage, "tables/1")

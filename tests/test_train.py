@@ -536,6 +536,10 @@ def test_all_photos_in_another_split_too(tmp_path: Path) -> None:
         ({"text_dropout": 1.0, "gallery_text": "matched"}, "--text-dropout: found 1.0, expected a fraction"),
         ({"negatives": 0}, "--negatives: found 0"),
         ({"control_epochs": -1}, "--control-epochs: found -1"),
+        ({"seed": 2**64}, "--seed: found 18446744073709551616, expected 0 or more, below"),
+        ({"data_seed": -1}, "--data-seed: found -1, expected 0 or more"),
+        ({"learning_rate": float("inf")}, "--learning-rate: found inf, expected a number above 0"),
+        ({"objective": {"info_nce": float("nan")}}, "--objective: found info_nce=nan, expected a weight above 0"),
     ],
 )
 def test_wrong_options_are_named(cache_path: str, tmp_path: Path, changes: dict[str, object], message: str) -> None:

@@ -145,8 +145,11 @@ class FrozenEncoder:
             out[name].copy_(value[0])
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, its prompt and special tokens included, cut at `max_length`."""
-        prompted = [self.request.prompt.replace("{}", text) for text in texts]
+        """Token ids of each text, its prompt and special tokens included, cut at `max_length`.
+
+        A lone surrogate, which no tokenizer takes, becomes U+FFFD.
+        """
+        prompted = [_without_surrogates(self.request.prompt.replace("{}", text)) for text in texts]
         return list(self._processor(prompted, truncation=True, max_length=self.max_length)["input_ids"])
 
     def pad(self, token_ids: Sequence[list[int]]) -> dict[str, torch.Tensor]:
@@ -236,6 +239,10 @@ class FrozenEncoder:
                 f"Choose --layers {self.request.modality}=… among these."
             )
         return tuple(sorted(set(layers)))
+
+
+def _without_surrogates(text: str) -> str:
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def load_encoder(request: EncoderRequest) -> FrozenEncoder:

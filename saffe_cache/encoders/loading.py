@@ -1,7 +1,7 @@
 """From a request to a model and its processor: what must be there, and what the repository prescribes.
 
 A checkpoint that lacks a weight of the forward pass is refused, since transformers would fill it at random.
-A text repository that says how it pools (sentence-transformers) is obeyed.
+A text repository that says how it pools (sentence-transformers) is obeyed. Code in a repository is never run.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def load_model(request: EncoderRequest) -> tuple[Family, Any]:
     where = f"{request.modality} encoder {request.model_id}"
     options = {"revision": request.revision}
     try:
-        config = transformers.AutoConfig.from_pretrained(request.model_id, **options)
+        config = transformers.AutoConfig.from_pretrained(request.model_id, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{where}: no model there ({str(error).splitlines()[0]}). Give a hub id or a folder with config.json."
@@ -104,11 +104,12 @@ def _quietly() -> Iterator[None]:
 
 def load_processor(request: EncoderRequest) -> Any:
     """The processor, feature extractor or tokenizer."""
+    options = {"revision": request.revision, "trust_remote_code": False}
     if request.modality == "text":
-        return transformers.AutoTokenizer.from_pretrained(request.model_id, revision=request.revision)
+        return transformers.AutoTokenizer.from_pretrained(request.model_id, **options)
     if request.modality == "audio":
-        return transformers.AutoFeatureExtractor.from_pretrained(request.model_id, revision=request.revision)
-    processor = transformers.AutoImageProcessor.from_pretrained(request.model_id, revision=request.revision)
+        return transformers.AutoFeatureExtractor.from_pretrained(request.model_id, **options)
+    processor = transformers.AutoImageProcessor.from_pretrained(request.model_id, **options)
     if request.image_size:
         _resize(processor, request.image_size)
     return processor

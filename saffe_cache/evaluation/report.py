@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from saffe_cache.evaluation.controls import Control
+from saffe_cache.features import printable
 from saffe_cache.retrieval.protocols import Scores
 
 _NAME_WIDTH, _CELL_WIDTH = 19, 27
@@ -51,7 +52,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         f"{cost['trainable_parameters'] / 1e6:.2f} M trainable parameters, {cost['training_seconds']:.0f} s of "
         f"training at {cost['training_peak_memory_mb']} MB, evaluation {cost['evaluation_seconds']:.0f} s"
     )
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _block(rows: Mapping[str, Mapping[str, Any]], metrics: list[str]) -> list[str]:

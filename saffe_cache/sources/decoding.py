@@ -9,6 +9,9 @@ import numpy as np
 
 from saffe_cache.features import Modality
 
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Of pictures. PIL knows forty more, among them EPS, for which it runs Ghostscript on what the file says."""
+
 
 def decode(modality: Modality, data: bytes, sampling_rate: int | None = None) -> Any:
     """An RGB picture, upright; or a mono float32 waveform at the sampling rate (Hz).
@@ -24,8 +27,9 @@ def decode(modality: Modality, data: bytes, sampling_rate: int | None = None) ->
 def _decode_image(data: bytes) -> Any:
     from PIL import Image, ImageOps
 
+    Image.init()
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode == "F" or upright.mode.startswith("I"):
                 upright = Image.fromarray(_to_eight_bits(np.asarray(upright)))

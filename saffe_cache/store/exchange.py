@@ -2,7 +2,8 @@
 
 The file mirrors the cache's groups: `encoders/KEY/hidden_states/11` and so on; the item table is `items`. An
 attribute `saffe_cache` of each group holds the cache's own attributes as JSON. Damaged shards are not
-exported, and what is imported is compared with the checksums before it counts.
+exported, and what is imported is compared with the checksums before it counts. Nothing outside the file is read. But
+the HDF5 library itself may hang on a damaged file: who imports files of strangers gives the command a limit of time.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def import_hdf5(file_path: str | Path, cache_path: str | Path) -> str:
     if read_root(storage) is not None:
         raise CacheError(f"{cache_path}: there is a cache already. Import into a new one.")
     with _explained(file_path), h5py.File(file_path, "r") as file, storage.writer_lock():
+        _refuse_links(file)
         root = json.loads(file.attrs["saffe_cache"])
         if root["format_version"] != FORMAT_VERSION:
             raise CacheError(
@@ -88,6 +90,31 @@ def import_hdf5(file_path: str | Path, cache_path: str | Path) -> str:
         table_from_arrays(arrays, f"{file_path}: items")
         write_root(storage, RootManifest(1, tuple(root["encoders"])))
     return str(cache_path)
+
+
+def _refuse_links(file: Any) -> None:
+    """
+    Raises:
+        ValueError: a link may lead into another file, or round about in this one.
+    """
+    kinds: dict[str, type] = {}
+    file.visititems_links(lambda name, link: kinds.setdefault(name, type(link)) and None)
+    for name, kind in kinds.items():
+        if kind is not h5py.HardLink:
+            raise ValueError(f"{name} is a {kind.__name__}, expected all data in the file itself")
+
+
+def _read(dataset: Any, rows: slice | tuple[()] = ()) -> np.ndarray:
+    """
+    Raises:
+        ValueError: its data are not what the exporter writes: in the file itself, all of them, as they are.
+    """
+    if not isinstance(dataset, h5py.Dataset):
+        raise ValueError(f"{dataset.name} is a group, expected a dataset")
+    size = dataset.id.get_storage_size()
+    if dataset.is_virtual or dataset.external or dataset.chunks or size != dataset.size * dataset.dtype.itemsize:
+        raise ValueError(f"{dataset.name} has {size} bytes in the file, expected {dataset.shape} {dataset.dtype}")
+    return np.asarray(dataset[rows])
 
 
 def _export_encoder(storage: Storage, encoder: EncoderCache, group: Any) -> None:
@@ -120,7 +147,7 @@ def _import_encoder(storage: Storage, group: Any, where: str) -> None:
                 raise CacheError(f"{where}: {name} is {dataset.shape} {dataset.dtype}. {_DAMAGED}")
             for start in range(0, array.rows, array.spec.shard_rows):
                 stop = min(start + array.spec.shard_rows, array.rows)
-                writer.put(Portion({name: (start, np.asarray(dataset[start:stop]))}))
+                writer.put(Portion({name: (start, _read(dataset, slice(start, stop)))}))
         writer.finish(promised.finished_rows)
     for name, array in promised.arrays.items():
         found = [(entry.rows, entry.crc32c) for entry in manifest.arrays[name].shards]
@@ -148,12 +175,16 @@ def _import_group(
     check_encoding(attributes, encoding_type, where)
     names: list[str] = []
     group.visititems(lambda array_name, node: names.append(array_name) if isinstance(node, h5py.Dataset) else None)
-    arrays = {array_name: np.asarray(group[array_name][()]) for array_name in names}
+    arrays = {array_name: _read(group[array_name]) for array_name in names}
     check_arrays(attributes, arrays, where)
     write_group(storage, name, attributes, arrays)
     return arrays, attributes
 
 
+_FROM_H5PY = (
+    *(ArithmeticError, AttributeError, LookupError, MemoryError, OSError),
+    *(RuntimeError, SystemError, TypeError, ValueError),
+)
 _DAMAGED = "The file is damaged; export it again."
 
 
@@ -166,7 +197,7 @@ def _explained(file_path: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, OSError) as error:
+    except _FROM_H5PY as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's, not HDF5's
             raise
         reason = f"{type(error).__name__}: {error}"

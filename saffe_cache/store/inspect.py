@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saffe_cache.features import ItemTable
+from saffe_cache.features import ItemTable, printable
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 
 _NUM_EXAMPLES = 3
@@ -29,7 +29,7 @@ def describe_cache(path: str | Path) -> str:
         lines.append(f"  {len(inputs)} distinct {modality} inputs")
     for encoder in cache.encoders.values():
         lines += _describe_encoder(encoder)
-    return "\n".join([*lines, *_describe_items(cache)])
+    return "\n".join(map(printable, [*lines, *_describe_items(cache)]))
 
 
 def _describe_encoder(encoder: EncoderCache) -> list[str]:

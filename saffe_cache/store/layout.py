@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,11 +24,14 @@ import google_crc32c
 import numpy as np
 
 from saffe_cache.features import CacheError
+from saffe_cache.fields import made_of
 from saffe_cache.store.compression import COMPRESSIONS, CompressionName, compress, decompress
 from saffe_cache.store.dtypes import STORAGE_DTYPES, fill_value, is_scaled, stored_shape, stored_type
 from saffe_cache.store.moments import Moments, sampled_moments
 
 _MISSING_CHUNK = 2**64 - 1
+_MAX_CHUNK_BYTES = 2**31 - 17
+"""What Blosc takes at once."""
 _CRC_BYTES = 2**18
 ADVICE = "Mend it with `saffe-cache repair`, or restore it from a copy."
 
@@ -51,10 +54,16 @@ class ArraySpec:
     def __post_init__(self) -> None:
         if self.dtype not in (*STORAGE_DTYPES, "int64"):
             raise ValueError(f"dtype {self.dtype!r}: expected int64 or one of {', '.join(STORAGE_DTYPES)}")
+        if any(length < 1 for length in self.row_shape):
+            raise ValueError(f"row_shape {self.row_shape}: expected lengths from 1")
         if is_scaled(self.dtype) and not self.row_shape:
             raise ValueError(f"row_shape (): expected at least one axis, as {self.dtype} has a scale for each token")
         if not 1 <= self.chunk_rows <= self.shard_rows or self.shard_rows % self.chunk_rows:
             raise ValueError(f"shard_rows {self.shard_rows}: expected a multiple of chunk_rows {self.chunk_rows}")
+        if self.chunk_bytes > _MAX_CHUNK_BYTES:
+            raise ValueError(
+                f"chunk_rows {self.chunk_rows}: a chunk has {self.chunk_bytes} bytes, expected below 2 GiB"
+            )
         if self.compression not in COMPRESSIONS:
             raise ValueError(f"compression {self.compression!r}: expected one of {', '.join(COMPRESSIONS)}")
         if len(self.dimension_names) != 1 + len(self.row_shape):
@@ -119,6 +128,18 @@ class ShardEntry(Moments):
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> ShardEntry:
+        """
+        Raises:
+            TypeError, ValueError: a field is missing, unknown or of another kind.
+        """
+        entry = made_of(ShardEntry, content)
+        for name in ("rows", "crc32c", "m2", "count", "max_magnitude"):
+            if getattr(entry, name) < 0:
+                raise ValueError(f"{name}: {getattr(entry, name)}, expected 0 or more")
+        return entry
 
 
 def encode_shard(spec: ArraySpec, *portions: np.ndarray) -> tuple[memoryview | bytes, ...]:
@@ -234,7 +255,11 @@ def _chunk_lengths(spec: ArraySpec, data: bytes) -> list[int] | None:
 
 def _decompressed(spec: ArraySpec, data: bytes, lengths: Sequence[int], where: str) -> np.ndarray:
     """The rows of the first chunks, padding included."""
-    rows = np.empty((len(lengths) * spec.chunk_rows, *spec.stored_shape), spec.numpy_dtype)
+    try:
+        rows = np.empty((len(lengths) * spec.chunk_rows, *spec.stored_shape), spec.numpy_dtype)
+    except (MemoryError, ValueError):
+        size = len(lengths) * spec.chunk_bytes
+        raise CacheError(f"{where}: there is no memory for its {size} bytes, decompressed. {ADVICE}") from None
     start = 0
     for number, (length, chunk) in enumerate(zip(lengths, np.split(rows, len(lengths)), strict=True)):
         try:

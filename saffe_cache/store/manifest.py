@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saffe_cache.features import MODALITIES, CacheError, Fingerprint, Modality
+from saffe_cache.fields import whole_number, whole_numbers
 from saffe_cache.store.layout import ArraySpec, ShardEntry
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.zarr_files import FORMAT_VERSION, check_encoding, group_metadata, read_attributes
@@ -49,14 +50,14 @@ class ArrayManifest:
             KeyError, TypeError, ValueError: a field is missing or of another kind.
         """
         spec = ArraySpec(
-            row_shape=tuple(int(length) for length in content["row_shape"]),
+            row_shape=whole_numbers(content, "row_shape", least=1),
             dtype=str(content["dtype"]),
-            chunk_rows=int(content["chunk_rows"]),
-            shard_rows=int(content["shard_rows"]),
-            dimension_names=tuple(content["dimension_names"]),
+            chunk_rows=whole_number(content, "chunk_rows", least=1),
+            shard_rows=whole_number(content, "shard_rows", least=1),
+            dimension_names=tuple(str(name) for name in content["dimension_names"]),
             compression=content.get("compression", "none"),
         )
-        shards = [ShardEntry(**entry) for entry in content["shards"]]
+        shards = [ShardEntry.from_json(entry) for entry in content["shards"]]
         full, last = shards[:-1], shards[-1:]
         if any(entry.rows != spec.shard_rows for entry in full) or any(not 0 < e.rows <= spec.shard_rows for e in last):
             raise ValueError(f"the rows of the shards: {[entry.rows for entry in shards]}")
@@ -120,30 +121,59 @@ class EncoderManifest:
         try:
             if content["modality"] not in MODALITIES:
                 raise ValueError(f"modality: {content['modality']!r}")
-            fingerprint = Fingerprint(dict(content["fingerprint"]))
-            if not {"model_id", "modality"} <= set(fingerprint.fields):
-                raise ValueError(f"fingerprint: {fingerprint.fields}")
+            fingerprint = _fingerprint(content)
             return EncoderManifest(
                 fingerprint=fingerprint,
                 modality=content["modality"],
-                num_layers=int(content["num_layers"]),
-                hidden_size=int(content["hidden_size"]),
+                num_layers=whole_number(content, "num_layers"),
+                hidden_size=whole_number(content, "hidden_size", least=1),
                 vector=str(content["vector"]),
-                arrays={name: ArrayManifest.from_json(array) for name, array in content["arrays"].items()},
-                finished_rows=int(content["finished_rows"]),
+                arrays={_array_name(name): ArrayManifest.from_json(one) for name, one in content["arrays"].items()},
+                finished_rows=whole_number(content, "finished_rows"),
                 history=list(content["history"]),
-                invalid={int(row): str(reason) for row, reason in content["invalid"].items()},
+                invalid={_row(row): str(reason) for row, reason in content["invalid"].items()},
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CacheError(
                 f"{where}: its manifest lacks or misstates {error}. Restore zarr.json from a copy."
             ) from None
 
 
+_STATES = "hidden_states/"
+
+
 def layers_among(names: Iterable[str]) -> list[int]:
     """The indices i of the arrays called `hidden_states/i`, ascending."""
-    prefix = "hidden_states/"
-    return sorted(int(name.removeprefix(prefix)) for name in names if name.startswith(prefix))
+    return sorted(int(name.removeprefix(_STATES)) for name in names if name.startswith(_STATES))
+
+
+def _fingerprint(content: Mapping[str, Any]) -> Fingerprint:
+    """Of a manifest's attributes, and it makes a key."""
+    fields = content["fingerprint"]
+    if not isinstance(fields, dict) or "model_id" not in fields or fields.get("modality") != content["modality"]:
+        raise ValueError(f"fingerprint: {fields!r:.200}, expected an object with model_id and the encoder's modality")
+    fingerprint = Fingerprint(fields)
+    assert fingerprint.key
+    return fingerprint
+
+
+def _array_name(name: str) -> str:
+    """Of an array: the layer's number has one way to be written. (Storage refuses names that lead out of the cache.)"""
+    index = name.removeprefix(_STATES)
+    if name.startswith(_STATES) and not (_is_decimal(index) and index == str(int(index))):
+        raise ValueError(f"arrays: {name!r:.60}, expected {_STATES} and a layer's number")
+    return name
+
+
+def _row(text: str) -> int:
+    """The number of an input that is the key of a JSON object."""
+    if not _is_decimal(text):
+        raise ValueError(f"invalid: {text!r:.60}, expected the number of an input")
+    return int(text)
+
+
+def _is_decimal(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 19
 
 
 def encoder_group(key: str) -> str:
@@ -199,7 +229,13 @@ def read_root(storage: Storage) -> RootManifest | None:
             "Use the release that wrote it, or extract into a new cache."
         )
     try:
-        return RootManifest(int(content["table"]), tuple(str(key) for key in content["encoders"]))
+        table, encoders = whole_number(content, "table"), content["encoders"]
+        if not isinstance(encoders, list):
+            raise ValueError(f"encoders: {encoders!r:.60}, expected a list of keys")
+        root = RootManifest(table, tuple(str(key) for key in encoders))
+        for key in root.encoders:
+            storage.local_path(encoder_group(key))  # refuses what leads out of the cache
+        return root
     except (KeyError, TypeError, ValueError) as error:
         raise CacheError(f"{storage.root}: zarr.json lacks or misstates {error}. Restore it from a copy.") from None
 

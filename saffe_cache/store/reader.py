@@ -18,6 +18,7 @@ from saffe_cache.features import (
     Modality,
     Tokens,
 )
+from saffe_cache.fields import made_of
 from saffe_cache.store.layout import decode_shard
 from saffe_cache.store.manifest import (
     ArrayManifest,
@@ -94,9 +95,19 @@ class EncoderCache:
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """int64 [inputs + 1]: where each text's tokens begin in the flat arrays."""
+        """int64 [inputs + 1]: where each text's tokens begin in the flat arrays.
+
+        Raises:
+            CacheError: they are fewer than the inputs that are finished, or decrease.
+        """
         array = self.array("offsets")
-        return array.read_range(0, len(array))
+        offsets = array.read_range(0, len(array))
+        if offsets.ndim != 1 or len(offsets) <= self.manifest.finished_rows or not _ascends(offsets):
+            raise CacheError(
+                f"{self._storage.root}: {self.key}: its offsets do not ascend from 0 for {self.manifest.finished_rows} "
+                "inputs. Restore the cache from a copy, or extract into a new one."
+            )
+        return offsets
 
     @property
     def layers(self) -> list[int]:
@@ -145,14 +156,18 @@ class EncoderCache:
         return (rows >= 0) & (rows < self.manifest.finished_rows) & ~np.isin(rows, broken)
 
 
+def _ascends(offsets: np.ndarray) -> bool:
+    return bool(offsets[0] == 0 and (np.diff(offsets) >= 0).all())
+
+
 def block_spec(attributes: Mapping[str, Any], where: str) -> BlockSpec:
     """
     Raises:
         CacheError: a field is missing, or there is one that this release does not know.
     """
     try:
-        return BlockSpec(**attributes["spec"])
-    except (KeyError, TypeError) as error:
+        return made_of(BlockSpec, attributes["spec"])
+    except (KeyError, TypeError, ValueError) as error:
         raise CacheError(f"{where}: its spec lacks or misstates {error}. Restore zarr.json from a copy.") from None
 
 

@@ -38,7 +38,7 @@ class Storage:
         Raises:
             CacheError: the name leads out of the cache.
         """
-        if any(part in ("", ".", "..") for part in name.split("/")):
+        if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
             raise CacheError(f"{self.root}: {name!r} is no name inside a cache.")
         return self._local / name if self._local is not None else None
 
@@ -88,7 +88,7 @@ class Storage:
         """
         try:
             value = json.loads(self.read(name))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CacheError(f"{self.root}: {name} is not JSON ({error}). Restore it from a copy.") from None
         if not isinstance(value, dict):
             raise CacheError(f"{self.root}: {name} is not a JSON object. Restore it from a copy.")

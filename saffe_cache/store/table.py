@@ -228,21 +228,75 @@ def table_to_arrays(table: ItemTable) -> dict[str, np.ndarray]:
 def table_from_arrays(arrays: Mapping[str, np.ndarray], where: str) -> ItemTable:
     """
     Raises:
-        CacheError: a column is missing.
+        CacheError: a column is missing, of another kind, or does not go with the others.
     """
     try:
         columns: dict[str, Any] = {column: _unpack_texts(arrays, column) for column in _TEXT_COLUMNS}
         for column in _RAGGED_COLUMNS:
-            columns[column] = Ragged(arrays[f"{column}/offsets"], arrays[f"{column}/values"])
+            columns[column] = _ragged(arrays, column)
         rows = {name: arrays[f"rows/{name}"] for name in _FILE_KINDS}
         inputs: dict[Modality, Inputs] = {}
         for modality in MODALITIES:
             if f"inputs/{modality}/content_hash" in arrays:
                 texts = _unpack_texts(arrays, f"inputs/{modality}/texts") if modality == "text" else None
                 inputs[modality] = Inputs(arrays[f"inputs/{modality}/content_hash"], texts)
+        table = ItemTable(rows=rows, inputs=inputs, **columns)
+        _check_table(table)
     except KeyError as error:
         raise CacheError(f"{where} has no {error}. Restore it from a copy.") from None
-    return ItemTable(rows=rows, inputs=inputs, **columns)
+    except ValueError as error:
+        raise CacheError(f"{where}: {error}. Restore it from a copy, or extract into a new cache.") from None
+    return table
+
+
+def _check_table(table: ItemTable) -> None:
+    """
+    Raises:
+        ValueError: columns differ in length, something is there twice, or points to what is not there.
+    """
+    num_items, num_texts = len(table.ids), len(table.inputs["text"]) if "text" in table.inputs else 0
+    lengths = [len(column) for column in (table.splits, table.problems, table.captions, table.labels)]
+    num_classes = len(table.class_names)
+    if lengths != [num_items] * 4 or len(table.class_texts) != num_classes:
+        raise ValueError(
+            f"its columns have {[num_items, *lengths]} items and {len(table.class_texts)} class texts, expected "
+            f"equally many and {num_classes}"
+        )
+    for name, texts in (("ids", table.ids), ("class_names", table.class_names)):
+        if len(set(texts)) < len(texts):
+            raise ValueError(f"{name} has an entry twice")
+    for modality, rows in table.rows.items():
+        num_inputs = len(table.inputs[modality]) if modality in table.inputs else 0
+        if rows.shape != (num_items,) or rows.dtype != np.int64:
+            raise ValueError(f"rows/{modality} is {rows.shape} {rows.dtype}, expected ({num_items},) int64")
+        _check_range(f"rows/{modality}", rows, -1, num_inputs)
+    _check_range("captions", table.captions.values, 0, num_texts)
+    _check_range("class_texts", table.class_texts.values, 0, num_texts)
+    _check_range("labels", table.labels.values, 0, num_classes)
+    for modality, inputs in table.inputs.items():
+        hashes = inputs.content_hash
+        if hashes.dtype != np.uint8 or hashes.ndim != 2 or hashes.shape[1] != 32:
+            raise ValueError(f"inputs/{modality}/content_hash is {hashes.shape} {hashes.dtype}, expected (n, 32) uint8")
+        if inputs.texts is not None and len(inputs.texts) != len(hashes):
+            raise ValueError(f"inputs/{modality} has {len(hashes)} hashes of {len(inputs.texts)} texts")
+
+
+def _check_range(column: str, numbers: np.ndarray, least: int, end: int) -> None:
+    if len(numbers) and not least <= numbers.min() <= numbers.max() < end:
+        raise ValueError(f"{column} has {numbers.min()} to {numbers.max()}, expected {least} to {end - 1}")
+
+
+def _ragged(arrays: Mapping[str, np.ndarray], column: str) -> Ragged:
+    offsets, values = arrays[f"{column}/offsets"], arrays[f"{column}/values"]
+    _check_offsets(column, offsets, len(values) if values.ndim == 1 and values.dtype == np.int64 else -1)
+    return Ragged(offsets, values)
+
+
+def _check_offsets(column: str, offsets: np.ndarray, num_values: int) -> None:
+    """Offsets ascend from 0 to the number of values, -1 where these are of another kind."""
+    ascends = offsets.ndim == 1 and offsets.dtype == np.int64 and len(offsets) and (np.diff(offsets) >= 0).all()
+    if not ascends or offsets[0] != 0 or offsets[-1] != num_values:
+        raise ValueError(f"{column}/offsets do not ascend from 0 to the length of what they divide")
 
 
 def _pack_texts(arrays: dict[str, np.ndarray], column: str, texts: Iterable[str]) -> None:
@@ -254,4 +308,5 @@ def _pack_texts(arrays: dict[str, np.ndarray], column: str, texts: Iterable[str]
 
 def _unpack_texts(arrays: Mapping[str, np.ndarray], column: str) -> tuple[str, ...]:
     offsets, data = arrays[f"{column}/offsets"], arrays[f"{column}/utf8"].tobytes()
+    _check_offsets(column, offsets, len(data))
     return tuple(data[start:end].decode("utf-8", "surrogatepass") for start, end in pairwise(offsets))

@@ -19,6 +19,7 @@ import zarr
 from zarr.storage import MemoryStore
 
 from saffe_cache.features import CacheError
+from saffe_cache.fields import whole_numbers
 from saffe_cache.store.compression import zarr_codec
 from saffe_cache.store.layout import ADVICE, ArraySpec
 from saffe_cache.store.storage import Storage
@@ -154,7 +155,7 @@ def read_group(storage: Storage, name: str, encoding_type: str) -> tuple[dict[st
     attributes = read_attributes(storage, name)
     check_encoding(attributes, encoding_type, where)
     try:
-        shapes = {key: tuple(int(length) for length in one["shape"]) for key, one in attributes["arrays"].items()}
+        shapes = {key: whole_numbers(one, "shape") for key, one in attributes["arrays"].items()}
         dtypes = {key: str(one["dtype"]) for key, one in attributes["arrays"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CacheError(f"{where}: zarr.json lacks or misstates {error}. Restore it from a copy.") from None
@@ -175,8 +176,10 @@ def check_arrays(attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
         CacheError: an array differs in shape, type or checksum, or there are others.
     """
     promised, found = attributes.get("arrays"), describe_group("", arrays, {})["arrays"]
-    if promised != found:
-        names = [name for name in {**(promised or {}), **found} if (promised or {}).get(name) != found.get(name)]
+    unknown = [name for name, values in arrays.items() if values.dtype.name not in _PLAIN_DTYPES]
+    if promised != found or unknown:
+        listed = promised if isinstance(promised, dict) else {}
+        names = unknown or [name for name in {**listed, **found} if listed.get(name) != found.get(name)]
         raise CacheError(f"{where}: {', '.join(sorted(names))} differ from the checksums. {ADVICE}")
 
 

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from saffe_cache.durable import append_line, write_whole
+from saffe_cache.fields import made_of
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.runs import write_tensors
 from saffe_cache.training.terms import Objective
 
 logger = logging.getLogger(__name__)
 
-_NUMBERS = ("step", "best_score", "best_epoch", "loss_sum", "seconds")
+
+@dataclass(frozen=True, kw_only=True)
+class _Numbers:
+    """Those of a state, beside the tensors."""
+
+    step: int
+    best_score: float
+    best_epoch: int
+    loss_sum: float
+    seconds: float
 
 
 @dataclass(kw_only=True)
@@ -43,17 +53,30 @@ def save_state(out: Path, state: TrainingState) -> None:
     tensors |= {f"objective.{name}": value for name, value in state.objective.state_dict().items()}
     for number, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-    numbers = {name: getattr(state, name) for name in _NUMBERS}
+    numbers = {one.name: getattr(state, one.name) for one in fields(_Numbers)}
     write_tensors(out / "state.safetensors", tensors, {"state": json.dumps(numbers)})
 
 
 def resume(out: Path, state: TrainingState) -> bool:
-    """Continue from the last saved state; False where there is none."""
+    """Continue from the last saved state; False where there is none.
+
+    Raises:
+        ValueError: it is damaged, or another run's.
+    """
     path = out / "state.safetensors"
     if not path.exists():
         return False
+    try:
+        _take(path, state)
+    except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not this run's state ({error}). Delete it to begin anew.") from None
+    logger.info("resuming from step %d", state.step)
+    return True
+
+
+def _take(path: Path, state: TrainingState) -> None:
     with safe_open(path, framework="pt") as file:
-        numbers = json.loads(file.metadata()["state"])
+        numbers = made_of(_Numbers, json.loads((file.metadata() or {})["state"]))
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — not a dict
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
@@ -66,10 +89,8 @@ def resume(out: Path, state: TrainingState) -> bool:
         number, moment = name.split(".", 1)
         moments.setdefault(int(number), {})[moment] = value
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
-    for name, value in numbers.items():
+    for name, value in vars(numbers).items():
         setattr(state, name, value)
-    logger.info("resuming from step %d", state.step)
-    return True
 
 
 class Log:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from saffe_cache.features import MODALITIES, CacheError, IndexConvention, Modality, hidden_states_index
 from saffe_cache.fusion.shape import DECODERS, FamShape, FusionName, HeadName, QuerySide
-from saffe_cache.options import require, require_keys
+from saffe_cache.options import require, require_keys, require_seed
 from saffe_cache.pairs import VALIDATION_SPLITS, PairKind, gallery_modality, pair_kind
 from saffe_cache.runs import GalleryText, RunSpec, choose_device
 from saffe_cache.store.reader import Cache, EncoderCache
@@ -118,12 +119,14 @@ class TrainConfig:
             require(len(set(layers)) == len(layers), "layers", f"{name}={layers}", "each layer once")
         require(self.validation != self.train_split, "validation", self.validation, "another split, or heldout")
         for name, weight in self.objective.items():
-            require(weight > 0, "objective", f"{name}={weight}", "a weight above 0")
+            require(0 < weight < math.inf, "objective", f"{name}={weight}", "a weight above 0")
         for option in ("epochs", "batch_size", "learning_rate", "clip", "patience", "negatives", "pair_photos"):
-            require(getattr(self, option) > 0, option, getattr(self, option), "a number above 0")
+            require(0 < getattr(self, option) < math.inf, option, getattr(self, option), "a number above 0")
         for option in ("validation_fraction", "warmup", "dropout", "text_dropout"):
             require(0 <= getattr(self, option) < 1, option, getattr(self, option), "a fraction from 0 to below 1")
-        for option in ("weight_decay", "seed", "checkpoint_seconds", "control_epochs"):
+        for option in ("seed", "data_seed"):
+            require_seed(option, getattr(self, option) or 0)
+        for option in ("weight_decay", "checkpoint_seconds", "control_epochs"):
             require(getattr(self, option) >= 0, option, getattr(self, option), "0 or more")
 
 

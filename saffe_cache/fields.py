@@ -1,0 +1,79 @@
+"""JSON from outside into our own types: manifests, runs. Each value is of the kind that its field declares, or refused.
+
+Python's json gives Infinity, numbers of any length, and a list where a number was meant; none of them goes further.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from functools import cache
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Made = TypeVar("Made")
+
+_LARGEST = 2**63 - 1
+"""What numpy's int64 holds."""
+
+
+def made_of(kind: type[Made], content: Any) -> Made:
+    """A dataclass of the fields of a JSON object.
+
+    Raises:
+        TypeError, ValueError: a field is missing, unknown or of another kind.
+    """
+    if not isinstance(content, Mapping):
+        raise TypeError(f"{content!r:.60}, expected an object")
+    hints = _hints(kind)  # type: ignore[arg-type]
+    return kind(**{name: _value(hints[name], name, one) if name in hints else one for name, one in content.items()})
+
+
+def whole_number(content: Mapping[str, Any], name: str, least: int = 0) -> int:
+    """A whole number among the fields of a JSON object.
+
+    Raises:
+        KeyError: there is none of this name.
+        ValueError: it is of another kind, or out of range.
+    """
+    value = content[name]
+    if type(value) is not int or not least <= value <= _LARGEST:
+        raise ValueError(f"{name}: {value!r:.60}, expected a whole number from {least}")
+    return value
+
+
+def whole_numbers(content: Mapping[str, Any], name: str, least: int = 0) -> tuple[int, ...]:
+    """A list of such numbers.
+
+    Raises:
+        KeyError, ValueError: as `whole_number`.
+    """
+    values = content[name]
+    if not isinstance(values, list):
+        raise ValueError(f"{name}: {values!r:.60}, expected a list of whole numbers")
+    return tuple(whole_number({name: value}, name, least) for value in values)
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _value(hint: Any, name: str, value: Any) -> Any:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _value(next(one for one in parts if one is not type(None)), name, value)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_value(parts[0], name, one) for one in value)
+    if is_dataclass(hint):
+        return made_of(hint, value)  # type: ignore[arg-type]
+    if origin is Literal:
+        fits = value in parts
+    elif hint is float:
+        fits = type(value) in (int, float) and math.isfinite(value)
+    else:
+        fits = type(value) is hint and (hint is not int or abs(value) <= _LARGEST)
+    if not fits:
+        raise ValueError(f"{name}: {value!r:.60}, expected {' or '.join(map(repr, parts)) or hint.__name__}")
+    return value

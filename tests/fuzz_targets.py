@@ -1,0 +1,384 @@
+"""What the fuzzer calls: each parser of what comes from outside, and the use of what it lets in.
+
+A target takes bytes and may raise only what the package promises for bad input. It keeps its files in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from fuzz_inputs import changed_bytes, changed_json
+from store_cases import image_contents, make_spec, random_rows, text_contents, without_fsync, write_contents
+from synthetic_cache import make_cache
+
+from saffe_cache import options
+from saffe_cache.features import CacheError
+from saffe_cache.sources.folders import folder_items
+from saffe_cache.store import inspect
+from saffe_cache.store.compression import compress
+from saffe_cache.store.exchange import export_hdf5, import_hdf5
+from saffe_cache.store.layout import ShardEntry, decode_shard, describe_shard, encode_shard
+from saffe_cache.store.manifest import read_encoder, read_root
+from saffe_cache.store.reader import Cache, EncoderCache, open_cache
+from saffe_cache.store.storage import Storage
+from saffe_cache.store.table import TableBuilder, read_table, table_to_arrays
+from saffe_cache.store.zarr_files import check_array_metadata, describe_group, group_metadata
+
+PROMISED = (CacheError, ValueError, OSError)
+Change = Callable[[bytes, Random], bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One parser."""
+
+    call: Callable[[bytes], None]
+    examples: Sequence[bytes]
+    """Good inputs, to begin with."""
+    change: Change
+
+
+class MemoryStorage(Storage):
+    """Files of a cache in a dictionary, whose names are checked as those on a disk are."""
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        super().__init__("/fuzzed")
+        self.files = dict(files)
+
+    def exists(self, name: str) -> bool:
+        self.local_path(name)
+        return name in self.files
+
+    def read(self, name: str) -> bytes:
+        self.local_path(name)
+        if name not in self.files:
+            raise CacheError(f"{name} is missing")
+        return self.files[name]
+
+    def write(self, name: str, *parts: bytes | memoryview) -> None:
+        self.local_path(name)
+        self.files[name] = b"".join(parts)
+
+
+def make_target(name: str, work: Path) -> Target:
+    """`work` is an empty folder in memory."""
+    with without_fsync():
+        return _MAKERS[name](work)[name]
+
+
+# ---- the store ----
+
+
+def _store_targets(work: Path) -> dict[str, Target]:
+    images, texts = image_contents(13), text_contents(13)
+    write_contents(work / "cache", images, texts)
+    files = {
+        path.relative_to(work / "cache").as_posix(): path.read_bytes()
+        for path in (work / "cache").rglob("*")
+        if path.is_file()
+    }
+    keys = [f"encoders/{one.key}/zarr.json" for one in (images, texts)]
+    pooled = f"encoders/{images.key}/pooled/zarr.json"
+    block = f"encoders/{images.key}/blocks/1/zarr.json"
+
+    def with_file(name: str, data: bytes) -> MemoryStorage:
+        return MemoryStorage({**files, name: data})
+
+    def root(data: bytes) -> None:
+        storage = with_file("zarr.json", data)
+        found = read_root(storage)
+        assert found is not None
+        for key in found.encoders[:3]:
+            read_encoder(storage, key)
+        storage.exists(f"tables/{found.table}/zarr.json")
+
+    def manifest(data: bytes) -> None:
+        one, name = (images, keys[0]) if b"tiny image" in data else (texts, keys[1])
+        storage = with_file(name, data)
+        encoder = EncoderCache(storage, read_encoder(storage, one.key))
+        inspect._describe_encoder(encoder)
+        encoder.manifest.to_json()
+        encoder.usable(np.arange(-1, 20))
+        for layer in encoder.block_layers:
+            encoder.block(layer)
+        if encoder.manifest.is_ragged:
+            encoder.token_rows(np.arange(min(3, encoder.manifest.finished_rows)))
+
+    def array(data: bytes) -> None:
+        folder = pooled.removesuffix("/zarr.json")
+        check_array_metadata(with_file(pooled, data), folder, images.arrays["pooled"][0], 13)
+
+    def plain_group(data: bytes) -> None:
+        EncoderCache(with_file(block, data), read_encoder(MemoryStorage(files), images.key)).block(1)
+
+    return {
+        "root": Target(call=root, examples=[files["zarr.json"]], change=changed_json),
+        "manifest": Target(call=manifest, examples=[files[name] for name in keys], change=changed_json),
+        "array zarr.json": Target(call=array, examples=[files[pooled]], change=changed_json),
+        "block": Target(call=plain_group, examples=[files[block]], change=changed_json),
+        "shard": _shard_target(),
+        "item table": _table_target(files),
+    }
+
+
+def _shard_target() -> Target:
+    """The first byte chooses an array, and what is made good after the change: nothing, the index, or headers."""
+    specs = [
+        make_spec("float16", (2, 4), 2, 3),
+        make_spec("float16", (2, 4), 2, 3, compression="zstd"),
+        make_spec("int8", (5,), 4, 1, compression="zstd"),
+    ]
+    rows = [random_rows(spec, spec.shard_rows - 1, 0) for spec in specs]
+    entries = [describe_shard(spec, of_spec) for spec, of_spec in zip(specs, rows, strict=True)]
+    shards = [b"".join(encode_shard(spec, of_spec)) for spec, of_spec in zip(specs, rows, strict=True)]
+    chunks = [compress(of_spec[: spec.chunk_rows]) for spec, of_spec in zip(specs, rows, strict=True)]
+
+    def shard(data: bytes) -> None:
+        kind, body = data[0] if data else 0, data[1:]
+        spec, entry = specs[kind % 3], entries[kind % 3]
+        if kind // 3 % 3 == 1 and len(body) >= spec.index_bytes:
+            body = body[:-4] + struct.pack("<I", google_crc32c.value(body[-spec.index_bytes : -4]))
+        elif kind // 3 % 3 == 2:
+            size = struct.pack("<I", spec.chunk_bytes), struct.pack("<I", len(body))
+            chunk = body[:4] + size[0] + body[8:12] + size[1] + body[16:]
+            index = struct.pack("<QQ", 0, len(chunk)) + b"\xff" * 16 * (spec.chunks_per_shard - 1)
+            body = chunk + index + struct.pack("<I", google_crc32c.value(index))
+            entry = ShardEntry(rows=1, crc32c=entry.crc32c)
+        decode_shard(spec, entry, body, "shard")
+
+    examples = [bytes([kind]) + data for kind, data in enumerate(shards)]
+    examples += [bytes([3 + kind]) + data for kind, data in enumerate(shards)]
+    examples += [bytes([6 + kind]) + data for kind, data in enumerate(chunks)]
+    return Target(call=shard, examples=examples, change=changed_bytes)
+
+
+def _table_target(files: Mapping[str, bytes]) -> Target:
+    """Columns as JSON; their checksums are true, so that what they say is looked at."""
+    table = read_table(MemoryStorage(files), "tables/1")
+    good = {
+        name: {"dtype": values.dtype.name, "shape": list(values.shape), "values": values.reshape(-1).tolist()}
+        for name, values in table_to_arrays(table).items()
+    }
+
+    def item_table(data: bytes) -> None:
+        try:
+            arrays = {
+                name: np.array(one["values"], one["dtype"]).reshape(one["shape"])
+                for name, one in json.loads(data).items()
+            }
+            names = [name for name, values in arrays.items() if values.dtype.name in ("float32", "int64", "uint8")]
+            arrays = {name: arrays[name] for name in names}
+        except Exception:  # no arrays that could be stored
+            return
+        stored = {
+            f"tables/1/{name}/c" + "/0" * values.ndim: values.astype(values.dtype.newbyteorder("<")).tobytes()
+            for name, values in arrays.items()
+        }
+        attributes = describe_group("saffe-items", arrays, {})
+        storage = MemoryStorage({**stored, "tables/1/zarr.json": group_metadata({"saffe_cache": attributes})})
+        found = read_table(storage, "tables/1")
+        TableBuilder(found, ("a {}",)).build()
+        for split in set(found.splits):
+            found.in_split(split)
+        cache = Cache.__new__(Cache)
+        cache.table = found
+        inspect._describe_items(cache)
+
+    return Target(call=item_table, examples=[json.dumps(good).encode()], change=changed_json)
+
+
+# ---- datasets ----
+
+
+def _source_targets(work: Path) -> dict[str, Target]:
+    split_dir, folders = work / "data" / "train", work / "classes"
+    split_dir.mkdir(parents=True)
+    (split_dir / "1.png").write_bytes(b"")
+    entries = [
+        {"file_name": "1.png", "captions": ["one", "two"]},
+        {"file_name": "a/2.JPG", "label": "cat", "caption": "x"},
+        {"file_name": "3.wav", "labels": ["a", 3]},
+    ]
+    lines = [json.dumps(entry).encode() for entry in entries]
+
+    def metadata(data: bytes) -> None:
+        (split_dir / "metadata.jsonl").write_bytes(data)
+        for item in folder_items(split_dir.parent):
+            item.id.encode("utf-8", "surrogatepass")
+            for media in item.media.values():
+                with contextlib.suppress(OSError):
+                    media.read()
+
+    def class_folders(data: bytes) -> None:
+        """File names, one a line: those of a disk may be any bytes but NUL and the slash."""
+        made = []
+        for name in data.split(b"\n")[:4]:
+            path = os.fsencode(folders) + b"/train/" + b"/".join(name.replace(b"\0", b"").split(b"/")[-2:])
+            with contextlib.suppress(OSError):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                made.append(path)
+                with open(path, "xb"):
+                    pass
+        try:
+            for item in folder_items(folders):
+                item.id.encode("utf-8", "surrogatepass")
+        finally:
+            for path in made:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+                with contextlib.suppress(OSError):
+                    os.removedirs(os.path.dirname(path))
+            folders.mkdir(exist_ok=True)
+
+    folders.mkdir()
+    return {
+        "metadata.jsonl": Target(call=metadata, examples=[*lines, b"\n".join(lines)], change=_changed_line),
+        "class folders": Target(call=class_folders, examples=[b"cat/1.png\ndog/2.wav"], change=changed_bytes),
+    }
+
+
+def _changed_line(data: bytes, random: Random) -> bytes:
+    lines = data.split(b"\n")
+    place = random.randrange(len(lines))
+    lines[place] = changed_json(lines[place], random)
+    return b"\n".join(lines)
+
+
+# ---- runs and options ----
+
+
+def _run_targets(work: Path) -> dict[str, Target]:
+    import torch
+
+    from saffe_cache import runs
+    from saffe_cache.runs import provenance, write_json, write_tensors
+    from saffe_cache.train import TrainConfig
+    from saffe_cache.training.checkpoints import TrainingState, resume, save_state
+    from saffe_cache.training.resolving import resolve_run
+
+    path = make_cache(work / "run.zarr", {"train": 12, "test": 6})
+    opened, run = open_cache(path), work / "run"
+    config = TrainConfig(cache=path, out=str(run), fusion="linear")
+    spec = resolve_run(config, opened)
+    model = runs.build_fam(spec, opened)
+    write_json(
+        run / "config.json", {"stage": "train", "run": vars(spec) | {"shape": vars(spec.shape)}, **provenance(config)}
+    )
+    write_tensors(run / "model.safetensors", model.state_dict())
+    result = {"trainable_parameters": 5, "seconds": 1.0, "peak_memory_mb": 10, "best_epoch": 1}
+    write_json(run / "result.json", result)
+    whole = {name: (run / name).read_bytes() for name in ("config.json", "model.safetensors", "result.json")}
+
+    def with_file(name: str, build: Callable[..., Any] = runs.build_fam) -> Callable[[bytes], None]:
+        def load(data: bytes) -> None:
+            runs.build_fam = build
+            (run / name).write_bytes(data)
+            try:
+                runs.load_run(run, opened)
+            finally:
+                (run / name).write_bytes(whole[name])
+
+        return load
+
+    optimizer = torch.optim.AdamW(model.parameters())
+    objective: Any = torch.nn.Linear(1, 1)
+    save_state(run, TrainingState(model=model, objective=objective, optimizer=optimizer))
+    state = (run / "state.safetensors").read_bytes()
+
+    def resumed(data: bytes) -> None:
+        (run / "state.safetensors").write_bytes(data)
+        again = TrainingState(model=model, objective=objective, optimizer=optimizer)
+        resume(run, again)
+
+    return {
+        "run config.json": Target(call=with_file("config.json"), examples=[whole["config.json"]], change=changed_json),
+        "run result.json": Target(
+            call=with_file("result.json", lambda *_: model), examples=[whole["result.json"]], change=changed_json
+        ),
+        "model.safetensors": Target(
+            call=with_file("model.safetensors", lambda *_: model),
+            examples=[whole["model.safetensors"]],
+            change=_changed_header,
+        ),
+        "state.safetensors": Target(call=resumed, examples=[state], change=_changed_header),
+    }
+
+
+def _option_targets(work: Path) -> dict[str, Target]:
+    from saffe_cache.evaluate import EvaluateConfig
+    from saffe_cache.extract import ExtractConfig
+    from saffe_cache.train import TrainConfig
+
+    options.attribute_docstrings = cache(options.attribute_docstrings)  # reads the source anew each time
+
+    def command_line(data: bytes) -> None:
+        kind, *arguments = data.decode("utf-8", "surrogateescape").split("\n")
+        config_class = {"e": ExtractConfig, "t": TrainConfig}.get(kind[:1], EvaluateConfig)
+        with (
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.suppress(SystemExit),
+        ):
+            options.parse_config(config_class, arguments, "prog")
+
+    lines = [
+        "extract\n--data\nd\n--cache\nc\n--encoder\nimage=x\n--layers\nimage=11,12\n--max-items\ntrain=5\n--max-invalid\n0.5",
+        "train\n--cache\nc\n--out\no\n--fusion\nlinear\n--objective\ninfo_nce=1\n--seed\n3\n--no-tensorboard",
+        "v\n--cache\nc\n--run\nr\n--rerank-k\n7\n--index\nivf\n--baselines\n--seed\n1",
+    ]
+    examples = [line.encode() for line in lines]
+    return {"options": Target(call=command_line, examples=examples, change=changed_bytes)}
+
+
+def _changed_header(data: bytes, random: Random) -> bytes:
+    """safetensors: 8 bytes of length, a JSON header, the numbers."""
+    length = int.from_bytes(data[:8], "little")
+    if random.random() < 0.5 or length > len(data) - 8:
+        return changed_bytes(data, random)
+    header = changed_json(data[8 : 8 + length], random)
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+# ---- HDF5 ----
+
+
+def _exchange_targets(work: Path) -> dict[str, Target]:
+    write_contents(work / "exported", image_contents(3))
+    file = Path(export_hdf5(work / "exported", work / "file.h5"))
+    data = file.read_bytes()
+
+    def imported(changed: bytes) -> None:
+        file.write_bytes(changed)
+        import_hdf5(file, f"memory://fuzz/{os.getpid()}")
+
+    def call(changed: bytes) -> None:
+        import fsspec
+
+        try:
+            imported(changed)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                fsspec.filesystem("memory").rm(f"/fuzz/{os.getpid()}", recursive=True)
+
+    return {"HDF5 import": Target(call=call, examples=[data], change=changed_bytes)}
+
+
+_MAKERS = {
+    **dict.fromkeys(("root", "manifest", "array zarr.json", "block", "shard", "item table"), _store_targets),
+    **dict.fromkeys(("metadata.jsonl", "class folders"), _source_targets),
+    **dict.fromkeys(("run config.json", "run result.json", "model.safetensors", "state.safetensors"), _run_targets),
+    "options": _option_targets,
+    "HDF5 import": _exchange_targets,
+}

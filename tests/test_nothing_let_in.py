@@ -1,0 +1,150 @@
+"""Nothing runs that came with data: no pickles, no code of repositories, no sequences for the terminal."""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from store_cases import image_contents, without_fsync, write_contents
+from test_architecture import modules
+
+from saffe_cache import cli
+from saffe_cache.encoders.encoder import EncoderRequest, load_encoder
+from saffe_cache.evaluation.report import format_report
+from saffe_cache.features import printable
+from saffe_cache.store.inspect import describe_cache
+from saffe_cache.store.manifest import read_encoder, write_encoder
+from saffe_cache.store.storage import Storage
+from saffe_cache.store.table import NewItem, TableBuilder, write_table
+
+FORBIDDEN_BUILTINS = {"eval", "exec", "compile", "__import__"}
+FORBIDDEN_CALLS = {
+    *("getoutput", "system", "popen", "Popen", "check_output"),
+    *("unpack_archive", "extractall", "ZipFile", "TarFile", "urlopen", "urlretrieve"),
+    *("full_load", "unsafe_load", "read_pickle", "to_pickle"),
+}
+UNPICKLING = {"torch.load", "np.load", "numpy.load", "yaml.load", "joblib.load", "torch.jit.load"}
+FORBIDDEN_IMPORTS = {
+    *("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "subprocess", "tarfile", "zipfile"),
+    *("urllib", "requests", "http", "httpx", "ftplib", "telnetlib", "runpy", "importlib"),
+}
+
+
+def nodes() -> Iterator[tuple[Path, ast.AST]]:
+    for path in modules():
+        yield from ((path, node) for node in ast.walk(ast.parse(path.read_text())))
+
+
+def test_the_package_calls_nothing_that_runs_or_fetches_what_data_say() -> None:
+    """ruff's bandit rules see the same for the whole repository; this holds also what they have no rule for."""
+    for path, node in nodes():
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            assert name not in UNPICKLING, f"{path}:{node.lineno}: {name} may unpickle"
+            assert name not in FORBIDDEN_BUILTINS, f"{path}:{node.lineno}: {name}"
+            assert name.split(".")[-1] not in FORBIDDEN_CALLS, f"{path}:{node.lineno}: {name}"
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not {name.split(".")[0] for name in names} & FORBIDDEN_IMPORTS, f"{path}:{node.lineno}: {names}"
+
+
+def test_models_are_loaded_without_their_code_and_from_safetensors() -> None:
+    """transformers would ask on the terminal whether to run a repository's code, and else unpickle its weights."""
+    said: dict[str, int] = {"trust_remote_code": 0, "use_safetensors": 0}
+    for path, node in nodes():
+        if isinstance(node, ast.Constant) and node.value == "trust_remote_code":
+            said["trust_remote_code"] += 1
+        if isinstance(node, ast.keyword) and node.arg in said:
+            assert isinstance(node.value, ast.Constant), path
+            assert node.value.value is (node.arg == "use_safetensors"), f"{path}: {node.arg}={node.value.value}"
+            said[node.arg] += 1
+    assert said == {"trust_remote_code": 2, "use_safetensors": 1}
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_code_that_comes_with_a_model_is_refused_and_not_run(
+    modality: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user is asked whether to run it"))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"no model there \(.*contains custom code"):
+        load_encoder(EncoderRequest(modality=modality, model_id=str(tmp_path)))  # type: ignore[arg-type]
+    assert not (tmp_path / "ran").exists()
+
+
+ESCAPES = "\x1b]0;title\x07\x1b[2J\x9b31m\r\u202e"
+
+
+def assert_plain(text: str) -> None:
+    assert "2J" in text, "it is shown, as an escape"
+    assert all(char.isprintable() or char == "\n" for char in text), ascii(text)
+
+
+def test_what_a_terminal_would_obey_is_written_as_an_escape() -> None:
+    assert printable("a é 日本 👩") == "a é 日本 👩"
+    assert printable(ESCAPES + "\n\ud800") == r"\x1b]0;title\x07\x1b[2J\x9b31m\r\u202e\n\ud800"
+
+
+def test_inspect_sends_nothing_to_the_terminal(tmp_path: Path) -> None:
+    contents = image_contents(3)
+    with without_fsync():
+        write_contents(tmp_path, contents)
+        builder = TableBuilder(None, ("a {}",))
+        fields = {"split": f"train{ESCAPES}", "captions": (f"caption{ESCAPES}",), "labels": (f"class{ESCAPES}",)}
+        builder.add(NewItem(id=f"id{ESCAPES}", hashes={"image": bytes(32)}, **fields))  # type: ignore[arg-type]
+        builder.add(NewItem(id="broken", split="train", problem=f"unreadable{ESCAPES}"))
+        write_table(Storage(tmp_path), "tables/1", builder.build())
+        manifest = read_encoder(Storage(tmp_path), contents.key)
+        manifest.invalid[0] = f"broken{ESCAPES}"
+        manifest.arrays[f"more{ESCAPES}"] = manifest.arrays["pooled"]
+        write_encoder(Storage(tmp_path), manifest)
+    shown = describe_cache(tmp_path)
+    assert_plain(shown)
+    assert shown.count("2J") == 9
+    assert "\n  unreadable input 0: broken\\x1b]0;title" in shown
+
+
+def test_the_report_sends_nothing_to_the_terminal() -> None:
+    score = {"value": 0.5, "chance": 0.1}
+    report = {
+        "failures": [f"a{ESCAPES}"],
+        "warnings": [f"split {ESCAPES}"],
+        "protocol": "caption",
+        "split": ESCAPES,
+        "num_photos": 1,
+        "num_queries": 1,
+        "definition": "d",
+        "systems": {"fam": {"map": score}},
+        "controls": {},
+        "differences": {},
+        "absent": {"x": ESCAPES},
+        "sensitivity": {},
+        "duplicates": {"photos": 0, "texts": 0},
+        "index": {"kind": "flat"},
+        "cost": dict.fromkeys(
+            ("trainable_parameters", "training_seconds", "training_peak_memory_mb", "evaluation_seconds"), 1
+        ),
+    }
+    assert_plain(format_report(report))
+
+
+def test_errors_and_messages_of_the_commands_send_nothing_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+
+    def fail() -> int:
+        logging.getLogger("saffe_cache").warning("left out %s", ESCAPES)
+        raise ValueError(f"item {ESCAPES}\nsecond line")
+
+    assert cli._guarded("prog", fail) == 1
+    told = capsys.readouterr().err
+    assert_plain(told)
+    assert told.startswith("left out \\x1b]0;title")
+    assert told.endswith("\\u202e\nsecond line\n")
