@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 import google_crc32c
 import numpy as np
@@ -283,10 +284,10 @@ def _run_targets(work: Path) -> dict[str, Target]:
 
     def with_file(name: str, build: Callable[..., Any] = runs.build_fam) -> Callable[[bytes], None]:
         def load(data: bytes) -> None:
-            runs.build_fam = build
             (run / name).write_bytes(data)
             try:
-                runs.load_run(run, opened)
+                with patch.object(runs, "build_fam", build):
+                    runs.load_run(run, opened)
             finally:
                 (run / name).write_bytes(whole[name])
 
@@ -321,7 +322,7 @@ def _option_targets(work: Path) -> dict[str, Target]:
     from saffe_cache.extract import ExtractConfig
     from saffe_cache.train import TrainConfig
 
-    options.attribute_docstrings = cache(options.attribute_docstrings)  # reads the source anew each time
+    read_once = cache(options.attribute_docstrings)
 
     def command_line(data: bytes) -> None:
         kind, *arguments = data.decode("utf-8", "surrogateescape").split("\n")
@@ -330,6 +331,7 @@ def _option_targets(work: Path) -> dict[str, Target]:
             contextlib.redirect_stderr(io.StringIO()),
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.suppress(SystemExit),
+            patch.object(options, "attribute_docstrings", read_once),
         ):
             options.parse_config(config_class, arguments, "prog")
 
