@@ -121,8 +121,7 @@ def _write_root(storage: Storage, table: ItemTable | None, jobs: Sequence[Job]) 
     keys = tuple(dict.fromkeys([*root.encoders, *(job.manifest.key for job in jobs)]))
     if (generation, keys) != (root.table, root.encoders):
         write_root(storage, RootManifest(generation, keys))
-    if table is not None:
-        storage.remove_folder(f"tables/{generation - 1}")
+    storage.remove_folder(f"tables/{generation - 1}")  # or what a kill left of it
 
 
 def _check_unreadable(items: Sequence[SourceItem], config: ExtractConfig) -> None:

@@ -126,6 +126,18 @@ def test_new_items_extend_every_cached_layer(config: ExtractConfig, data: Path) 
         np.testing.assert_allclose(states[0], states[1], atol=1e-5)
 
 
+def test_what_a_kill_left_of_an_old_table_is_removed(config: ExtractConfig) -> None:
+    """It came behind the new root; nothing else is to be done."""
+    extract(config)
+    make_captioned(Path(config.data), {"test": 3})
+    extract(config)
+    tables = Path(config.cache) / "tables"
+    (tables / "1" / "splits").mkdir(parents=True)
+    (tables / "1" / "splits" / "zarr.json").write_text("{}")
+    extract(config)
+    assert sorted(path.name for path in tables.iterdir()) == ["2", "zarr.json"]
+
+
 def test_second_encoder_stands_beside_the_first(config: ExtractConfig, tiny_model: Callable[[str], Path]) -> None:
     extract(config)
     old = files_of(config.cache)

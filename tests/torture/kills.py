@@ -44,7 +44,8 @@ def _kill(case: Case, sent: signal.Signals, moment: float) -> list[str] | None:
         return None
     if sent == signal.SIGTERM and outcome.status != -signal.SIGTERM:  # that is before the command began
         problems += not_clean(outcome, case, 128 + signal.SIGTERM)
-        problems += [f"{path} is left" for path in case.folder.rglob(".*")]
+        left = [path for path in case.folder.rglob(".*") if path.stat().st_size]  # a lock may die as it is made
+        problems += [f"{path} is left" for path in left]
     elif outcome.status != -sent:
         problems.append(f"status {outcome.status}: {outcome.errors[-500:]}")
     return problems + case.damage()

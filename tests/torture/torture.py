@@ -50,15 +50,16 @@ def torture(cases: dict[str, Case], table: Table, generator: random.Random, has_
         kills.kill_at_calls(case, "fsync", table, step=2)
     for case in (extraction, training, evaluation):
         faults.limit_file_sizes(case, table, 6)
-        faults.limit_handles(case, table, range(8, 40, 4))
-        faults.limit_memory(case, table, range(0, 400, 40))
+        faults.limit_handles(case, table, range(10, 34, 4))
+        faults.limit_memory(case, table, range(0, 400, 80))
     faults.kill_workers(extraction, table, range(1, 80, 8))
     faults.stop_groups(extraction, table, range(1, 150, 15))
     if has_mounts:
-        for case in map(faults.on_disk, (extraction, growth, training, evaluation)):
-            faults.fill_disks(case, table, 8)
-            faults.turn_read_only(case, table, range(0, 100, 9))
-            faults.take_mounts_away(case, table, range(1, 100, 9))
+        for case, calls in ((extraction, 150), (growth, 150), (training, 18), (evaluation, 4)):
+            disk = faults.on_disk(case)
+            faults.fill_disks(disk, table, 6)
+            faults.turn_read_only(disk, table, range(0, calls, max(1, calls // 10)))
+            faults.take_mounts_away(disk, table, range(1, calls, max(1, calls // 10)))
     for case in (extraction, growth, training, evaluation):
         together.write_twice(case, table, 8, generator)
         together.leave_locks(case, table, 2)
