@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from saffe_cache.durable import hold_folder
+from saffe_cache.durable import LOCK_NAME, hold_folder
 from saffe_cache.fam_inputs import FamInputs, Residency, choose_residency, window_shards
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.judging.search import own_protocol
@@ -58,11 +58,11 @@ def train_many(configs: Sequence[TrainConfig]) -> list[str]:
     with ExitStack() as held:
         for config in configs:
             plan = _plan(config, caches[config.cache])
-            if not plan.is_finished:
+            if not plan.is_finished or (plan.out / LOCK_NAME).exists():  # which a kill behind the result left
                 held.enter_context(hold_folder(plan.out))
             _check_folder(plan)
             if plan.is_finished:
-                _remove_states(plan.out)  # which a kill behind the result left
+                _remove_states(plan.out)  # of such a kill too
                 logger.info("%s is finished already, nothing to do.", plan.out)
             else:
                 groups.setdefault(plan.batches, []).append(plan)

@@ -15,7 +15,7 @@ from synthetic_cache import LAYERS, WIDTH, make_cache
 from torch.nn import functional
 
 from saffe_cache import train as train_module
-from saffe_cache.durable import FolderInUseError, hold_folder
+from saffe_cache.durable import LOCK_NAME, FolderInUseError, hold_folder
 from saffe_cache.evaluate import EvaluateConfig, evaluate
 from saffe_cache.fam_inputs import FamInputs, summaries
 from saffe_cache.features import CacheError
@@ -275,6 +275,7 @@ def test_a_kill_before_the_first_state_leaves_no_line_in_the_log(cache_path: str
     (tmp_path / "run" / ".model.safetensors.1.partial").write_bytes(b"half")
     train_until(train_module, "_remove_states", config)
     assert (tmp_path / "run" / "state.safetensors").exists()
+    (tmp_path / "run" / LOCK_NAME).write_text("of the dead")
     train(config)
     assert logged_scores(tmp_path / "run") == logged_scores(tmp_path / "whole")
     names = [sorted(path.name for path in (tmp_path / out).iterdir()) for out in ("run", "whole")]
