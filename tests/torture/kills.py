@@ -59,8 +59,8 @@ def kill_at_calls(
     `onto`: only replacements of such paths count.
     """
     what = name if onto is _ANY else "commit"
-    fault = f"kill -9 {'behind' if after else 'before'} every {what}, {case.name}"
-    fault = fault.replace("every", f"each {step}th") if step > 1 else fault
+    which = f"every {what}" if step == 1 else f"one {what} in {step}"
+    fault = f"kill -9 {'behind' if after else 'before'} {which}, {case.name}"
     number = 1
     while True:
         case.reset()

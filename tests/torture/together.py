@@ -25,7 +25,7 @@ def write_twice(case: Case, table: Table, times: int, generator: random.Random) 
     for _ in range(times):
         case.reset()
         first = case.start()
-        time.sleep(generator.uniform(0, 0.8 * case.seconds))
+        time.sleep(generator.uniform(0, 0.4 * case.seconds))
         second = case.start()
         ends = {child.pid: child.wait() for child in (first, second)}
         refused = {pid: end for pid, end in ends.items() if end.status != case.status}
