@@ -48,11 +48,11 @@ from saffe_cache.store.writer import EncoderWriter, Portion
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
-PHOTOS, TEXTS = (4096, 16384) if ON_GPU else (64, 800)
+PHOTOS, TEXTS = (4096, 16384) if ON_GPU else (128, 3200)
 PIXELS = 320
 LAYERS = {"image": (11, 12), "text": (5, 6)}
 MODELS = {"image": "dinov2-small", "text": "all-MiniLM-L6-v2"}
-ROUNDS = 5
+ROUNDS = 3
 TARGET = 0.95
 DECODING_TURNS = 4
 """Times that a round of decoding alone goes through all photos, so that what begins workers counts less."""

@@ -166,10 +166,10 @@ class LiveEncoders:
         self._inputs = inputs
         self._image = AutoModel.from_pretrained(encoders["image"]).to(inputs.device).eval()
         self._text = AutoModel.from_pretrained(encoders["text"]).to(inputs.device).eval()
-        size = {"height": 112, "width": 112}
-        self._processor = AutoImageProcessor.from_pretrained(
-            encoders["image"], use_fast=False, size={"shortest_edge": 112}, crop_size=size
-        )
+        self._processor = AutoImageProcessor.from_pretrained(encoders["image"], backend="pil")
+        resized = 112 * self._processor.size["shortest_edge"] // self._processor.crop_size["height"]
+        self._processor.size = {"shortest_edge": resized}
+        self._processor.crop_size = {"height": 112, "width": 112}
         self._tokenizer = AutoTokenizer.from_pretrained(encoders["text"])
         table = inputs.cache.table
         self._files = {int(row): scenes / name for row, name in zip(table.rows["image"], table.ids, strict=True)}
