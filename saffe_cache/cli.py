@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -181,6 +182,7 @@ def _guarded(prog: str, action: Callable[[], int]) -> int:
         print(f"{prog}: out of memory: {what}. Free some, and run the same command again.", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
+        warnings.simplefilter("ignore")  # coroutines of zarr that were cut off complain as they go
         print(f"{prog}: stopped; the same command goes on from here.", file=sys.stderr)
         return 143 if isinstance(stop, _Terminated) else 130
 

@@ -35,6 +35,7 @@ def kill_at_random(case: Case, kills: int, table: Table, generator: random.Rando
 
 def _kill(case: Case, sent: signal.Signals, moment: float) -> list[str] | None:
     """What is wrong afterwards; None where the command had ended before."""
+    before = set(case.folder.rglob(".*"))  # of an earlier kill -9
     child = case.start()
     time.sleep(moment)
     child.end(sent)
@@ -44,8 +45,7 @@ def _kill(case: Case, sent: signal.Signals, moment: float) -> list[str] | None:
         return None
     if sent == signal.SIGTERM and outcome.status != -signal.SIGTERM:  # that is before the command began
         problems += not_clean(outcome, case, 128 + signal.SIGTERM)
-        left = [path for path in case.folder.rglob(".*") if path.stat().st_size]  # a lock may die as it is made
-        problems += [f"{path} is left" for path in left]
+        problems += [f"{path} is left" for path in case.folder.rglob(".*") if path not in before]
     elif outcome.status != -sent:
         problems.append(f"status {outcome.status}: {outcome.errors[-500:]}")
     return problems + case.damage()

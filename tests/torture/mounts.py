@@ -17,7 +17,19 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def can_mount() -> bool:
-    """Enter a namespace of our own; without root, one in which this user is root. Before any thread is started."""
+    """Enter a namespace of our own, if a child can. Before any thread is started."""
+    child = os.fork()
+    if child == 0:
+        entered = False
+        try:
+            entered = _enter()
+        finally:
+            os._exit(0 if entered else 1)
+    return os.waitpid(child, 0)[1] == 0 and _enter()
+
+
+def _enter() -> bool:
+    """Without root, the namespace is one in which this user is root."""
     user, group = os.getuid(), os.getgid()
     if _libc.unshare(_NEW_NAMESPACE):
         if _libc.unshare(_NEW_USER | _NEW_NAMESPACE):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +52,7 @@ def not_clean(outcome: Outcome, case: Case, *statuses: int) -> list[str]:
     found = []
     if outcome.status not in statuses:
         found.append(f"status {outcome.status}, expected {' or '.join(map(str, statuses))}")
-    if not outcome.last_line.startswith(f"{case.prog}: "):
+    if not re.search(rf"(^|\]){case.prog}: ", outcome.last_line):  # ] ends a progress bar that was cut off at its birth
         found.append(f"the last line is {outcome.last_line!r}")
     noise = [sign for sign in ("Traceback", "Exception ignored", "Exception in") if sign in outcome.errors]
     if noise:
