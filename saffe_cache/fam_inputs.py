@@ -66,6 +66,13 @@ class FamInputs:
             encoder.array(name).hold(encoder.token_rows(photos if encoder is self.gallery else texts)[0])
         self.text.array(self.text.manifest.vector).hold(texts)
 
+    def will_need(self, photos: np.ndarray) -> None:
+        """Have the system read these photos, which are needed next, ahead, where they are memory-mapped."""
+        if self.residency == "mapped":
+            rows, _ = self.gallery.token_rows(photos)
+            for layer in self.spec.gallery_layers:
+                self.gallery.array(f"hidden_states/{layer}").hold(rows)
+
     def vectors(self, rows: np.ndarray) -> torch.Tensor:
         """The text encoder's own vectors, float32 [n, d]."""
         return torch.from_numpy(self.text.vectors(rows)).to(self.device)
@@ -74,9 +81,6 @@ class FamInputs:
         self, encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int]
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         flat, mask = encoder.token_rows(rows)
-        if self.residency == "mapped":
-            for layer in layers:
-                encoder.array(f"hidden_states/{layer}").hold(flat)
         states = [self._numbers(encoder, f"hidden_states/{layer}", flat) for layer in layers]
         if mask is None:
             return states, None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -225,6 +226,11 @@ def choose_device(device: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: torch cannot use it ({str(error).splitlines()[0]}). Try auto.") from None
     return device
+
+
+def num_cores() -> int:
+    """Of the processor: those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def provenance(config: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from saffe_cache.encoders.encoder import EncoderRequest
 from saffe_cache.extraction.planning import EncodeOptions
 from saffe_cache.features import MODALITIES, Modality
 from saffe_cache.options import require, require_keys
-from saffe_cache.runs import choose_device
+from saffe_cache.runs import choose_device, num_cores
 from saffe_cache.sources import Columns
 from saffe_cache.store.compression import CompressionName
 
@@ -103,14 +102,13 @@ class ExtractConfig:
 def encode_options(config: ExtractConfig) -> EncodeOptions:
     """The config's, with what it leaves to the machine."""
     on_gpu = choose_device(config.device) != "cpu"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return EncodeOptions(
         storage=config.storage,
         compression=config.compression,
         pooled=config.pooled,
         batch_tokens=config.batch_tokens or (32768 if on_gpu else 2048),
         batch_size=config.batch_size,
-        workers=config.workers or max(4, cores),
+        workers=config.workers or max(4, num_cores()),
         decode_in=config.decode_in,
         shard_mb=config.shard_mb,
         max_invalid=config.max_invalid,

@@ -19,6 +19,7 @@ from saffe_cache.objectives import distinct_positives
 from saffe_cache.pairs import Pairs, mean_text_vectors
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
 from saffe_cache.retrieval.candidates import candidate_scores
+from saffe_cache.runs import num_cores
 from saffe_cache.training.order import EpochOrder, draw_order
 
 _LEAST_BATCH, _LEAST_STEPS = 32, 8
@@ -64,21 +65,29 @@ class TrainingData:
         return self._pairs.beside is not None
 
     def batches(self, step: int, stop: int) -> Iterator[Batch]:
-        """The batches of steps `step` to `stop`, read one ahead."""
+        """The batches of steps `step` to `stop`, read one ahead where the steps leave a processor core for it."""
+        is_beside = self.inputs.device != "cpu" or torch.get_num_threads() < num_cores()
         # Threads of its own that the reader's conversions would start are more than there are cores, and wait for them.
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             ahead: Future[Batch] | None = None
             for number in range(step, stop):
                 batch = ahead.result() if ahead else self._read(number)
-                ahead = pool.submit(self._read, number + 1) if number + 1 < stop else None
+                if number + 1 < stop:
+                    self.inputs.will_need(self._pairs.rows[self._chosen(number + 1)])
+                    ahead = pool.submit(self._read, number + 1) if is_beside else None
                 yield batch
+
+    def _chosen(self, step: int) -> np.ndarray:
+        """The pairs of a step's batch, ascending."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        here = slice(within * self._batch_size, (within + 1) * self._batch_size)
+        return np.sort(self._order_of(epoch).pairs[here])
 
     def _read(self, step: int) -> Batch:
         epoch, within = divmod(step, self.steps_per_epoch)
         here = slice(within * self._batch_size, (within + 1) * self._batch_size)
-        order = self._order_of(epoch)
-        self._hold(order, here)
-        chosen = np.sort(order.pairs[here])
+        self._hold(self._order_of(epoch), here)
+        chosen = self._chosen(step)
         states, mask = self.inputs.photos(self._pairs.rows[chosen])
         device = self.inputs.device
         texts = [self._pairs.texts[int(i)] for i in chosen]
