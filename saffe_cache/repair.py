@@ -65,7 +65,7 @@ class RepairReport:
         num_damaged = len(self.restored) + len(self.rounded) + len(self.left)
         rounded = f" ({len(self.rounded)} of them within rounding)" if self.rounded else ""
         total = (
-            f"{self.num_shards} shards read, {num_damaged} parts damaged, {num_damaged - len(self.left)} repaired"
+            f"{self.num_shards} shards read, {num_damaged} damaged, {num_damaged - len(self.left)} repaired"
             f"{rounded}, {len(self.left)} not"
         )
         return "\n".join([*self.restored, *self.rounded, *self.left, total])

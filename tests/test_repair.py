@@ -253,7 +253,7 @@ def test_files_that_are_gone_or_changed_are_named_and_the_rest_is_repaired(
         assert "train/010.png: unreadable image: No such file" in line
         assert "train/011.png: the file has changed since it was extracted" in line
         assert "--data" in line
-    assert lines[-1].endswith("7 parts damaged, 4 repaired, 3 not")
+    assert lines[-1].endswith("7 damaged, 4 repaired, 3 not")
     problems = verify_cache(cache.path)[1]
     assert len(problems) == 3
     assert all(re.search(r"dinov2.*/c/0/0/0: its rows differ.*saffe-cache repair", problem) for problem in problems)
