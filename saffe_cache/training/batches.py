@@ -73,21 +73,21 @@ class TrainingData:
             for number in range(step, stop):
                 batch = ahead.result() if ahead else self._read(number)
                 if number + 1 < stop:
-                    self.inputs.will_need(self._pairs.rows[self._chosen(number + 1)])
+                    order, here = self._place(number + 1)
+                    self.inputs.will_need(self._pairs.rows[order.pairs[here]])
                     ahead = pool.submit(self._read, number + 1) if is_beside else None
                 yield batch
 
-    def _chosen(self, step: int) -> np.ndarray:
-        """The pairs of a step's batch, ascending."""
+    def _place(self, step: int) -> tuple[EpochOrder, slice]:
+        """The order of a step's epoch, and where in it the step's batch lies."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        here = slice(within * self._batch_size, (within + 1) * self._batch_size)
-        return np.sort(self._order_of(epoch).pairs[here])
+        return self._order_of(epoch), slice(within * self._batch_size, (within + 1) * self._batch_size)
 
     def _read(self, step: int) -> Batch:
         epoch, within = divmod(step, self.steps_per_epoch)
-        here = slice(within * self._batch_size, (within + 1) * self._batch_size)
-        self._hold(self._order_of(epoch), here)
-        chosen = self._chosen(step)
+        order, here = self._place(step)
+        self._hold(order, here)
+        chosen = np.sort(order.pairs[here])
         states, mask = self.inputs.photos(self._pairs.rows[chosen])
         device = self.inputs.device
         texts = [self._pairs.texts[int(i)] for i in chosen]
