@@ -27,7 +27,7 @@ from data.encoders import fetch_encoders
 from data.notes import draw_notes, ideal_late_fusion, place_ordered_fusion, read_notes, text_only_chance
 from data.scenes import draw_scenes
 from pipelines.tables import Row, Table, failures, markdown
-from saffe_cache.evaluate import EvaluateConfig, evaluate
+from saffe_cache.evaluate import EvaluateConfig, evaluate, read_table
 from saffe_cache.extract import ExtractConfig, extract
 from saffe_cache.train import TrainConfig, train
 
@@ -57,7 +57,9 @@ def search_scenes(work: Path, encoders: Mapping[str, str]) -> str:
     scenes = draw_scenes(work / "scenes", SCENES, seed=0)
     cache = cache_of(str(scenes), str(work / "scenes.zarr"), encoders)
     run = train(TrainConfig(cache=cache, out=str(work / "linear"), fusion="linear"))
-    return evaluate(EvaluateConfig(cache=cache, run=run, split="test", protocol="caption"))
+    report = evaluate(EvaluateConfig(cache=cache, run=run, split="test", protocol="caption"))
+    print(read_table(report))
+    return report
 
 
 def search_notes(work: Path, encoders: Mapping[str, str]) -> None:

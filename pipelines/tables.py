@@ -68,10 +68,15 @@ class Table:
     def _report(self, run: str, protocol: ProtocolName, *, baselines: bool) -> dict[str, Any]:
         out = Path(run) / f"{self.split}-{protocol}"
         path = out / "metrics.json"
-        if not path.exists() or (baselines and not json.loads(path.read_text())["config"]["baselines"]):
+        if not path.exists() or (baselines and json.loads(path.read_text())["config"]["baselines"] != "all"):
             evaluate(
                 EvaluateConfig(
-                    cache=self.cache, run=run, split=self.split, protocol=protocol, out=str(out), baselines=baselines
+                    cache=self.cache,
+                    run=run,
+                    split=self.split,
+                    protocol=protocol,
+                    out=str(out),
+                    baselines="all" if baselines else "none",
                 )
             )
         return cast(dict[str, Any], json.loads(path.read_text()))

@@ -46,9 +46,25 @@ def train_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def evaluate_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.evaluate import EvaluateConfig, evaluate, exit_status
+    from saffe_cache.evaluate import EvaluateConfig, evaluate, exit_status, read_table
 
-    return _run_stage("saffe-index-eval", EvaluateConfig, evaluate, arguments, exit_status)
+    def evaluate_and_show(config: EvaluateConfig) -> str:
+        out = evaluate(config)
+        print(read_table(out), end="")
+        return out
+
+    return _run_stage("saffe-index-eval", EvaluateConfig, evaluate_and_show, arguments, exit_status)
+
+
+def ablate_command(arguments: Sequence[str] | None = None) -> int:
+    from saffe_cache.ablate import AblateConfig, ablate, read_tables
+
+    def ablate_and_show(config: AblateConfig) -> str:
+        out = ablate(config)
+        print(read_tables(config))
+        return out
+
+    return _run_stage("saffe-ablate", AblateConfig, ablate_and_show, arguments)
 
 
 def cache_command(arguments: Sequence[str] | None = None) -> int:

@@ -26,7 +26,7 @@ from saffe_cache.evaluation.measuring import (
     with_true_texts,
 )
 from saffe_cache.evaluation.report import control_to_json, format_report, scores_to_json
-from saffe_cache.evaluation.systems import Material, baselines
+from saffe_cache.evaluation.systems import BaselineChoice, Material, baselines
 from saffe_cache.fam_inputs import FamInputs
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.judging.search import SearchName, own_protocol
@@ -81,8 +81,11 @@ class EvaluateConfig:
     """What is written to search with later. flat compares with every photo; ivf with those of the nearest clusters;
     ivf_pq does so with codes of a sixteenth of the size; hnsw follows a graph. The metrics are exact with each; the
     report tells how much of flat's results the others find."""
-    baselines: bool = True
-    """Fit all baselines; without them only those that the controls are held against."""
+    baselines: BaselineChoice = "all"
+    """Which are fitted. linear: those that take seconds, such as ridge and linear probe. none: only those that the
+    controls are held against."""
+    baseline_layers: Literal["cache", "run"] = "cache"
+    """Layers of the photos that baselines see: all of the cache, or those that the run fuses."""
     leak_true_text: bool = False
     """Put into the gallery, beside each photo, a text that it is searched with. THIS LEAKS THE ANSWER: noise in the
     place of photos scores as well. To show what such numbers are worth."""
@@ -160,8 +163,10 @@ def _measure(
     """The FAM, the baselines and the controls; `models` are the run's own and that of permuted pairs."""
     model, permuted = models
     fam = protocol.measure(model, setting.honest())
-    material = Material(setting, *training, protocol)
-    fitted, absent = baselines(material) if config.baselines else (material.levels, {})
+    gallery = setting.inputs.gallery
+    layers = tuple(gallery.layers) if config.baseline_layers == "cache" else setting.spec.gallery_layers
+    material = Material(setting, *training, protocol, layers)
+    fitted, absent = baselines(material, config.baselines)
     controls = run_controls(protocol, setting, model, permuted, fitted)
     reason = why_no_permuted(protocol, setting)
     if reason:
@@ -171,7 +176,7 @@ def _measure(
         "failures": failures(controls, moves, shared, permuted is not None),
         "systems": {system: scores_to_json(scores) for system, scores in ({"fam": fam} | fitted).items()},
         "absent": absent,
-        "differences": _differences(fam, fitted, setting, protocol) if config.baselines else {},
+        "differences": {} if config.baselines == "none" else _differences(fam, fitted, setting, protocol),
         "controls": {name: control_to_json(control) for name, control in controls.items()},
         "sensitivity": moves,
         "duplicates": shared,
@@ -182,6 +187,11 @@ def _definition(config: EvaluateConfig, name: ProtocolName) -> str:
     if config.leak_true_text:
         return DEFINITIONS[name].replace("f(photo, null text)", "f(photo, a text that it is searched with)")
     return DEFINITIONS[name]
+
+
+def read_table(out: str) -> str:
+    """The report for people."""
+    return (Path(out) / "report.txt").read_text()
 
 
 def exit_status(out: str) -> int:
@@ -287,7 +297,5 @@ def _write_index(
 
 def _write(out: Path, report: dict[str, Any]) -> None:
     """metrics.json and report.txt."""
-    table = format_report(report)
-    write_whole(out / "report.txt", f"{table}\n".encode())
+    write_whole(out / "report.txt", f"{format_report(report)}\n".encode())
     write_json(out / "metrics.json", report)
-    print(table)

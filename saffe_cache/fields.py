@@ -66,6 +66,10 @@ def _value(hint: Any, name: str, value: Any) -> Any:
         return None if value is None else _value(next(one for one in parts if one is not type(None)), name, value)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_value(parts[0], name, one) for one in value)
+    if origin is Mapping and isinstance(value, Mapping):
+        return {str(key): _value(parts[1], f"{name}.{key}", one) for key, one in value.items()}
+    if hint is Any:
+        return value
     if is_dataclass(hint):
         return made_of(hint, value)  # type: ignore[arg-type]
     if origin is Literal:
@@ -76,4 +80,4 @@ def _value(hint: Any, name: str, value: Any) -> Any:
         fits = type(value) is hint and (hint is not int or abs(value) <= _LARGEST)
     if not fits:
         raise ValueError(f"{name}: {value!r:.60}, expected {' or '.join(map(repr, parts)) or hint.__name__}")
-    return value
+    return float(value) if hint is float else value

@@ -2,7 +2,8 @@
 
 A field `batch_size: int = 32` with a docstring below it becomes `--batch-size N`, its help the docstring.
 `tuple[X, ...]` may be given several times or with commas (texts, which may hold commas, only several times);
-`Mapping[str, X]` is given as KEY=VALUE, several times; a bool becomes a pair `--flag/--no-flag`.
+`Mapping[str, X]` is given as KEY=VALUE, several times; a bool becomes a pair `--flag/--no-flag`. A field declared as
+`positional()` is given without a flag; a tuple takes one or more.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 Config = TypeVar("Config")
+
+
+def positional() -> Any:
+    """A config's field that the command line takes without a flag."""
+    return dataclasses.field(metadata={"positional": True})
 
 
 def parse_config(config_class: type[Config], arguments: Sequence[str] | None, prog: str) -> Config:
@@ -84,6 +90,13 @@ def attribute_docstrings(config_class: type) -> dict[str, str]:
 
 
 def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any, help_text: str) -> None:
+    if field.metadata.get("positional"):
+        several = typing.get_origin(hint) is tuple
+        parse = _list_of(str) if several else hint
+        parser.add_argument(
+            field.name, metavar=field.name.upper(), type=parse, nargs="+" if several else None, help=help_text
+        )
+        return
     flag = _flag(field.name)
     required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     default = field.default_factory() if callable(field.default_factory) else field.default

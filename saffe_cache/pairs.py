@@ -144,17 +144,30 @@ def hold_out(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray)
 
     Photos are ordered by a hash of their content and the seed, so the sides change little as the data grow.
     """
+    order = _drawn_order(pairs, seed, content_hash)
+    count = max(1, round(fraction * len(pairs)))
+    if count >= len(pairs):
+        raise ValueError(f"{len(pairs)} pairs are too few to hold {fraction:.0%} out for validation. Use more data.")
+    return pairs.take(np.sort(order[count:])), pairs.take(np.sort(order[:count]))
+
+
+def keep_part(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray) -> Pairs:
+    """A part of the pairs, at least one, drawn like `hold_out`'s: a smaller part lies within a larger one."""
+    if fraction == 1:
+        return pairs
+    last = _drawn_order(pairs, seed, content_hash)[::-1]
+    return pairs.take(np.sort(last[: max(1, round(fraction * len(pairs)))]))
+
+
+def _drawn_order(pairs: Pairs, seed: int, content_hash: np.ndarray) -> np.ndarray:
+    """The pairs in the order of a hash of their photo's content and the seed."""
     draws = np.array(
         [
             int.from_bytes(hashlib.sha256(content_hash[row].tobytes() + seed.to_bytes(8, "big")).digest()[:8], "big")
             for row in pairs.rows
         ]
     )
-    order = np.argsort(draws, kind="stable")
-    count = max(1, round(fraction * len(pairs)))
-    if count >= len(pairs):
-        raise ValueError(f"{len(pairs)} pairs are too few to hold {fraction:.0%} out for validation. Use more data.")
-    return pairs.take(np.sort(order[count:])), pairs.take(np.sort(order[:count]))
+    return np.argsort(draws, kind="stable")
 
 
 def mean_text_vectors(pairs: Pairs, text: EncoderCache) -> np.ndarray:

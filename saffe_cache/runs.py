@@ -31,7 +31,7 @@ from saffe_cache.durable import write_whole
 from saffe_cache.fields import made_of
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.shape import FamShape
-from saffe_cache.pairs import PairKind, Pairs, hold_out, select_pairs
+from saffe_cache.pairs import PairKind, Pairs, hold_out, keep_part, select_pairs
 from saffe_cache.store.reader import Cache
 
 GalleryText = Literal["null", "first_caption", "matched"]
@@ -62,6 +62,8 @@ class RunSpec:
     """Whether that is all that is trained, so that a gallery with null text means nothing."""
     sees_null: bool = True
     """Whether the null text lies beside photos in training."""
+    train_fraction: float = 1.0
+    """Part of the photos that are left to train on."""
     shuffled_shards: int | None = None
     """Photos of so many shards are shuffled together in a streamed training; None for all photos."""
     data: str = ""
@@ -181,11 +183,12 @@ def training_pairs(spec: RunSpec, cache: Cache) -> tuple[Pairs, Pairs, int]:
             "Keep a photo in one split."
         )
     pairs = pairs.take(np.flatnonzero(~shared))
+    hashes = cache.table.inputs[gallery.manifest.modality].content_hash
     if spec.validation == "heldout":
-        hashes = cache.table.inputs[gallery.manifest.modality].content_hash
-        return *hold_out(pairs, spec.validation_fraction, spec.seed, hashes), int(shared.sum())
-    validation = select_pairs(cache.table, gallery, text, spec.validation, spec.pairs, first_beside=beside)
-    return pairs, validation, int(shared.sum())
+        pairs, validation = hold_out(pairs, spec.validation_fraction, spec.seed, hashes)
+    else:
+        validation = select_pairs(cache.table, gallery, text, spec.validation, spec.pairs, first_beside=beside)
+    return keep_part(pairs, spec.train_fraction, spec.seed, hashes), validation, int(shared.sum())
 
 
 def data_fingerprint(cache: Cache, spec: RunSpec, *parts: Pairs) -> str:

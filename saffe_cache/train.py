@@ -7,8 +7,9 @@ import logging
 import resource
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from saffe_cache.durable import LOCK_NAME, hold_folder
 from saffe_cache.fam_inputs import FamInputs, Residency, choose_residency, window_shards
@@ -96,10 +97,13 @@ class _Plan:
     @property
     def batches(self) -> tuple[object, ...]:
         """What decides the batches, and how a run is validated: equal for runs that train side by side."""
-        spec = self.spec
-        data = (self.config.cache, spec.gallery_key, spec.text_key, spec.gallery_layers, spec.text_layers, spec.data)
-        where = (self.options.device, self.residency)
-        return (*data, spec.gallery_text, own_protocol(spec), self.options.batch_size, spec.seed, *where)
+        return (*same_batches(self.config, self.spec), self.options.device, self.residency)
+
+
+def same_batches(config: TrainConfig, spec: RunSpec) -> tuple[object, ...]:
+    """Equal for runs that see the same batches in the same order, and can so be trained side by side."""
+    data = (config.cache, spec.gallery_key, spec.text_key, spec.gallery_layers, spec.text_layers, spec.data)
+    return (*data, spec.gallery_text, own_protocol(spec), config.batch_size, spec.seed)
 
 
 def _plan(config: TrainConfig, cache: Cache) -> _Plan:
@@ -137,21 +141,24 @@ def _train_group(plans: Sequence[_Plan]) -> None:
     ]
     if controls:
         _fit(controls, inputs, training.permuted(seed), validation.permuted(seed))
-    for plan, state in zip(plans, states, strict=True):
-        _finish(plan, state)
+    for plan, (state, seen) in zip(plans, states, strict=True):
+        _finish(plan, state, seen)
 
 
 def _fit(
     runs: Sequence[tuple[_Plan, FitOptions, Path]], inputs: FamInputs, training: Pairs, validation: Pairs
-) -> list[TrainingState]:
-    """Train on some pairs and choose the epoch on others; resumes what the folders hold."""
+) -> list[tuple[TrainingState, tuple[int, int]]]:
+    """Train on some pairs and choose the epoch on others; resumes what the folders hold.
+
+    Beside each state the photos and texts that the training saw.
+    """
     data = TrainingData(inputs, training, validation, runs[0][1].batch_size, inputs.spec.seed)
     trainings = [Training(options, term_options(plan.config), plan.spec, data, out) for plan, options, out in runs]
     fit(trainings, data, str(runs[0][2]) if len(runs) == 1 else f"{len(runs)} runs")
-    return [one.state for one in trainings]
+    return [(one.state, data.seen(one.state.step)) for one in trainings]
 
 
-def _finish(plan: _Plan, state: TrainingState) -> None:
+def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int]) -> None:
     """The result, which makes the run a finished one."""
     score_name = "mrr" if own_protocol(plan.spec) == "caption" else "map"
     result = {
@@ -164,6 +171,8 @@ def _finish(plan: _Plan, state: TrainingState) -> None:
         "unusable_items": plan.training.num_unusable,
         "photos_shared_with_other_splits": plan.num_shared,
         "steps": state.step,
+        "photos_seen": seen[0],
+        "texts_seen": seen[1],
         "residency": plan.residency,
         "seconds": round(state.seconds, 1),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
@@ -203,14 +212,21 @@ def _check_folder(plan: _Plan) -> None:
     old = read_json(out / "config.json")
     new = json.loads(json.dumps({"run": asdict(plan.spec), "config": asdict(plan.config)}))
     ignored = {"device", "residency", "checkpoint_seconds", "tensorboard", "cache", "out"}
+    asked = {"run": RunSpec, "config": TrainConfig}
     different = [
-        f"{name}: {old.get(part, {}).get(name)!r} there, {value!r} now"
-        for part in ("run", "config")
+        f"{name}: {before!r} there, {value!r} now"
+        for part, kind in asked.items()
         for name, value in new[part].items()
-        if name not in ignored and old.get(part, {}).get(name) != value
+        if name not in ignored and (before := old.get(part, {}).get(name, _default(kind, name))) != value
     ]
     if different:
         raise ValueError(f"--out {out} holds another run ({'; '.join(different)}). Choose another --out, or delete it.")
+
+
+def _default(kind: type[RunSpec] | type[TrainConfig], name: str) -> Any:
+    """Of an option that was none yet when the folder was made."""
+    found = next(one.default for one in fields(kind) if one.name == name)
+    return None if found is MISSING else found
 
 
 def _names(layers: tuple[int, ...]) -> str:

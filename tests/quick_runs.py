@@ -30,7 +30,7 @@ def quick_train(cache: str, out: Path, **options: Any) -> str:
 
 def report_of(cache: str, run: str, **options: Any) -> Report:
     """Evaluate without baselines, unless told otherwise: metrics.json, report.txt as `text`, the exit status."""
-    quick = {"baselines": False, "device": "cpu"}
+    quick = {"baselines": "none", "device": "cpu"}
     with contextlib.redirect_stdout(io.StringIO()):
         out = Path(evaluate(EvaluateConfig(cache=cache, run=run, **(quick | options))))
     written = {"out": str(out), "text": (out / "report.txt").read_text(), "status": exit_status(str(out))}

@@ -16,10 +16,12 @@ LAYERS = [
     {"retrieval"},
     {"pairs"},
     {"runs"},
-    {"fam_inputs"},
+    {"fam_inputs", "ledger"},
     {"judging"},
     {"extraction", "training", "evaluation"},
     {"extract", "train", "evaluate", "repair"},
+    {"ablation", "binding", "reporting"},
+    {"ablate", "bind", "report"},
     {"cli"},
 ]
 OWNERS = {

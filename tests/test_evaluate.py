@@ -40,7 +40,7 @@ class Reported:
 def reported(folder: Path, sizes: dict[str, int], cache_options: dict[str, Any], **options: Any) -> Reported:
     cache = make_cache(folder / "cache.zarr", sizes, **cache_options)
     run = quick_train(cache, folder / "run", fusion="linear", **options)
-    return Reported(cache, run, report_of(cache, run, baselines=True))
+    return Reported(cache, run, report_of(cache, run, baselines="all"))
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +137,11 @@ def test_metadata_protocol_reports_each_side_and_late_fusion(beside: Reported) -
 
 def test_rerank_and_candidate_are_compared_with_the_same_baselines(classified: Reported) -> None:
     for protocol, metrics in (("candidate", {"map", "top1", "top1_prior_removed"}), ("rerank", {"map", "mrr"})):
-        report = report_of(classified.cache, classified.run, protocol=protocol, baselines=True, rerank_k=200)
+        report = report_of(classified.cache, classified.run, protocol=protocol, baselines="all", rerank_k=200)
         assert metrics <= set(report["systems"]["fam"])
         assert {"ridge", "mlp"} <= set(report["systems"])
         assert report["failures"] == []
-    image = report_of(classified.cache, classified.run, protocol="image", baselines=True)
+    image = report_of(classified.cache, classified.run, protocol="image", baselines="all")
     assert set(image["systems"]) == {"fam", "summary_cosine", "ridge", "pooled_cosine"}
     assert image["num_queries"] == 90
 
@@ -251,7 +251,7 @@ def test_same_seed_gives_the_same_report(classified: Reported, tmp_path: Path) -
 
 def test_same_widths_are_compared_without_training(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache.zarr", {"train": 60, "test": 20}, text_width=16)
-    report = report_of(cache, quick_train(cache, tmp_path / "run", epochs=1), baselines=True)
+    report = report_of(cache, quick_train(cache, tmp_path / "run", epochs=1), baselines="all")
     assert "pooled_cosine" in report["systems"]
     assert report["absent"] == {}
 
@@ -259,7 +259,7 @@ def test_same_widths_are_compared_without_training(tmp_path: Path) -> None:
 def test_command_exits_with_3_where_a_control_failed(
     captioned: Reported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--cache", captioned.cache, "--run", captioned.run, "--no-baselines"]
+    arguments = ["--cache", captioned.cache, "--run", captioned.run, "--baselines", "none"]
     assert evaluate_command([*arguments, "--out", str(tmp_path / "fine")]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("caption protocol, split test")

@@ -206,7 +206,7 @@ def test_reference_loses_to_a_ridge_regression_and_ignores_its_text(tmp_path: Pa
     options = {"classes": CLASSES, "signal": 0.1, "width": 32, "text_width": 32, "seed": SEED}
     cache = make_cache(tmp_path / "cache.zarr", SPLITS, **options)
     run = quick_train(cache, tmp_path / "run", fusion="reference", control_epochs=0, seed=SEED)
-    report = report_of(cache, run, baselines=True)
+    report = report_of(cache, run, baselines="all")
     ridge = report["systems"]["ridge"]["map"]["value"]
     assert 1.5 / CLASSES < value(report, "map") < ridge - 0.15
 

@@ -301,7 +301,9 @@ def test_a_folder_that_another_process_trains_into_is_refused(cache_path: str, t
     assert not list((tmp_path / "run").iterdir())
     out = tmp_path / "report"
     train(config)
-    report = EvaluateConfig(cache=cache_path, run=config.out, split="test", out=str(out), baselines=False, device="cpu")
+    report = EvaluateConfig(
+        cache=cache_path, run=config.out, split="test", out=str(out), baselines="none", device="cpu"
+    )
     with hold_folder(out), pytest.raises(FolderInUseError, match="another process is writing to it"):
         evaluate(report)
 

@@ -1,7 +1,8 @@
 """The systems that stand beside a FAM in its report: baselines over the same cache, tuned on validation alone.
 
-All see the same: of the photos the first token and the mean of the others, of every cached layer, or the encoder's
-own vector; of the texts the encoder's own vector. They know the run's training pairs and its validation pairs.
+All see the same: of the photos the first token and the mean of the others, of every cached layer or of those that the
+run fuses, or the encoder's own vector; of the texts the encoder's own vector. They know the run's training pairs and
+its validation pairs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
@@ -41,6 +43,8 @@ class Material:
     training: Pairs
     validation: Pairs
     protocol: Protocol
+    layers: tuple[int, ...]
+    """Of the photos' hidden states, those that baselines see."""
 
     @property
     def gallery(self) -> EncoderCache:
@@ -53,9 +57,8 @@ class Material:
     @cached_property
     def features(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Summaries of the training, validation and reported photos, [photos, 2 P d] each."""
-        layers = self.gallery.layers
         training, validation, reported = (
-            summaries(self.gallery, pairs.rows, layers)
+            summaries(self.gallery, pairs.rows, self.layers)
             for pairs in (self.training, self.validation, self.setting.pairs)
         )
         return training, validation, reported
@@ -120,30 +123,32 @@ class Material:
         }
 
 
+BaselineChoice = Literal["all", "linear", "none"]
 Systems = tuple[dict[str, Scores], dict[str, str]]
 """The scores of each baseline, and why one is absent."""
 
 
-def baselines(material: Material) -> Systems:
-    """All baselines that a protocol can have."""
+def baselines(material: Material, choice: BaselineChoice = "all") -> Systems:
+    """The baselines that a protocol can have; "linear" are those that take seconds."""
+    if choice == "none":
+        return material.levels, {}
     if material.protocol.name == "metadata":
-        return _metadata_baselines(material), {}
+        return _metadata_baselines(material, choice), {}
     if material.protocol.name == "image":
         return _image_baselines(material), {}
-    return _search_baselines(material)
+    return _search_baselines(material, choice)
 
 
-def _search_baselines(material: Material) -> Systems:
+def _search_baselines(material: Material, choice: BaselineChoice) -> Systems:
     """Photos alone, searched by text, as vectors; with classes, classifiers too."""
     search, reported = material.protocol.search, material.features[2]
     assert search is not None
     queries = unit_rows(search.vectors)
     measure = _measure_vectors(material, search)
-    mlp = material.fit_mlp(beside=False)
-    systems = {
-        "ridge": measure(unit_rows(material.ridge(reported)), queries),
-        "mlp": measure(mlp.gallery(reported), mlp.queries(queries)),
-    }
+    systems = {"ridge": measure(unit_rows(material.ridge(reported)), queries)}
+    if choice == "all":
+        mlp = material.fit_mlp(beside=False)
+        systems["mlp"] = measure(mlp.gallery(reported), mlp.queries(queries))
     absent: dict[str, str] = {}
     own = _own_vectors(material, material.setting.pairs)
     if own is not None and own.shape[1] == queries.shape[1]:
@@ -152,7 +157,7 @@ def _search_baselines(material: Material) -> Systems:
         widths = "no vector is cached" if own is None else f"widths {own.shape[1]} and {queries.shape[1]}"
         absent["pooled_cosine"] = f"the encoders' own vectors cannot be compared: {widths}"
     if search.protocol == "class" and material.protocol.name != "rerank":
-        classifiers, without = _classifiers(material)
+        classifiers, without = _classifiers(material, choice)
         systems |= {name: _shared_metrics(scores, systems["ridge"]) for name, scores in classifiers.items()}
         absent |= without
     return systems, absent
@@ -172,7 +177,7 @@ def _measure_vectors(material: Material, search: Search) -> Callable[[np.ndarray
     return measure
 
 
-def _classifiers(material: Material) -> Systems:
+def _classifiers(material: Material, choice: BaselineChoice) -> Systems:
     """Scores [photos, classes] of linear probe, nearest class mean and label propagation."""
     num_classes = len(material.setting.cache.table.class_names)
     labels, seed = material.setting.pairs.labels, material.setting.seed
@@ -191,9 +196,9 @@ def _classifiers(material: Material) -> Systems:
     means = fit_class_means(training, known, num_classes)
     found = {"linear_probe": _log_odds(probe(reported)), "class_means": means(reported)}
     absent = {}
-    if len(training) > 100:
+    if choice == "all" and len(training) > 100:
         found["zlap"] = _zlap(material, judge)
-    else:
+    elif choice == "all":
         absent["zlap"] = "fewer than 100 photos to propagate over"
     return {name: candidate_scores(scores, labels, seed=seed) for name, scores in found.items()}, absent
 
@@ -217,21 +222,22 @@ def _zlap(material: Material, score: Callable[[np.ndarray], float]) -> np.ndarra
     return fit_zlap(images[0], similar[0], judge).scores(images[2], similar[2])
 
 
-def _metadata_baselines(material: Material) -> dict[str, Scores]:
+def _metadata_baselines(material: Material, choice: BaselineChoice) -> dict[str, Scores]:
     """Text alone, photo alone, their late fusion, and an MLP on both."""
     search = material.protocol.search
     assert search is not None
     queries, judging = unit_rows(search.vectors), unit_rows(material.judging.vectors)
     texts = [material.texts_of(pairs) for pairs in (material.validation, material.setting.pairs)]
     _, validation, reported = material.features
-    mlp, concat = material.fit_mlp(beside=False), material.fit_mlp(beside=True)
-    systems = material.levels | {
-        "image_only_mlp": search.score(mlp.gallery(reported), mlp.queries(queries)),
-        "concat_mlp": search.score(concat.gallery(reported, texts[1]), concat.queries(queries)),
-    }
+    systems = dict(material.levels)
     ridge = [unit_rows(material.ridge(features)) for features in (validation, reported)]
     weight = tune_late_fusion(ridge[0], texts[0], lambda gallery: material.judge(gallery, judging))
     systems["late_fusion_ridge"] = search.score(fuse_late(ridge[1], texts[1], weight), queries)
+    if choice == "linear":
+        return systems
+    mlp, concat = material.fit_mlp(beside=False), material.fit_mlp(beside=True)
+    systems["image_only_mlp"] = search.score(mlp.gallery(reported), mlp.queries(queries))
+    systems["concat_mlp"] = search.score(concat.gallery(reported, texts[1]), concat.queries(queries))
     photos = [mlp.gallery(features) for features in (validation, reported)]
     mapped = [mlp.queries(vectors) for vectors in texts]
     weight = tune_late_fusion(photos[0], mapped[0], lambda gallery: material.judge(gallery, mlp.queries(judging)))

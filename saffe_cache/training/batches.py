@@ -78,6 +78,16 @@ class TrainingData:
                     ahead = pool.submit(self._read, number + 1) if is_beside else None
                 yield batch
 
+    def seen(self, steps: int) -> tuple[int, int]:
+        """Photos and texts that went through a model in so many steps and the validations between them.
+
+        What encoders in the loop would have had to encode.
+        """
+        texts, validations = self._pairs.texts, steps // self.steps_per_epoch + 1
+        of_batch = min(len(np.unique(texts.values)), round(self._batch_size * len(texts.values) / len(self._pairs)))
+        photos = steps * self._batch_size + validations * len(self._validation)
+        return photos, steps * of_batch + validations * len(self._search.vectors)
+
     def _place(self, step: int) -> tuple[EpochOrder, slice]:
         """The order of a step's epoch, and where in it the step's batch lies."""
         epoch, within = divmod(step, self.steps_per_epoch)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -26,6 +27,7 @@ from saffe_cache.training.checkpoints import Log, TrainingState, resume, save_st
 from saffe_cache.training.memory import kept_memory
 from saffe_cache.training.terms import OVER_PAIRS, Objective, TermOptions
 
+StartName = Literal["ridge", "random"]
 _TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
 """Of the text beside a photo against the ridge's vector of the photo, to start from."""
 
@@ -34,6 +36,7 @@ _TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
 class FitOptions:
     """How to optimise; the fields are described in TrainConfig."""
 
+    start: StartName
     epochs: int
     batch_size: int
     learning_rate: float
@@ -50,7 +53,7 @@ class FitOptions:
 def start(
     options: FitOptions, terms: TermOptions, spec: RunSpec, data: TrainingData, *, resumes: bool = False
 ) -> TrainingState:
-    """The model before the first step; with the attention head it is a late fusion, as validation likes it best.
+    """The model before the first step; an attention head starts as a late fusion, as validation likes it best.
 
     `resumes`: leave that out, since other weights follow.
     """
@@ -58,7 +61,7 @@ def start(
     model = build_fam(spec, data.inputs.cache).to(options.device)
     sees_text = spec.gallery_text != "null" or any(name in terms.objective for name in OVER_PAIRS)
     model.freeze_unused(null_only=not sees_text)
-    if isinstance(model.head, AttentionHead) and not resumes:
+    if options.start == "ridge" and isinstance(model.head, AttentionHead) and not resumes:
         _start_as_late_fusion(model, model.head, data)
     objective = Objective(terms, data.inputs.texts).to(options.device)
     groups = model.parameter_groups(options.learning_rate, options.weight_decay)

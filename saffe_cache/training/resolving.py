@@ -13,7 +13,7 @@ from saffe_cache.options import require, require_keys, require_seed
 from saffe_cache.pairs import VALIDATION_SPLITS, PairKind, gallery_modality, pair_kind
 from saffe_cache.runs import GalleryText, RunSpec, choose_device
 from saffe_cache.store.reader import Cache, EncoderCache
-from saffe_cache.training.fitting import FitOptions
+from saffe_cache.training.fitting import FitOptions, StartName
 from saffe_cache.training.terms import OVER_PAIRS, TermName, TermOptions
 
 
@@ -77,8 +77,14 @@ class TrainConfig:
     auto: dev, val, valid or validation where there is one, else heldout."""
     validation_fraction: float = 0.1
     """Part of the train split that heldout takes, 0 to 1."""
+    train_fraction: float = 1.0
+    """Part of the photos that are left to train on, above 0 to 1. A smaller part lies within a larger one of the same
+    seed; what is held out stays the same."""
+    start: StartName = "ridge"
+    """What the attention head starts as. ridge: the ridge regression of the photos to their texts. random: weights
+    drawn at random, as those of the other heads."""
     epochs: int = 20
-    """Passes over the photos."""
+    """Passes over the photos; 0 keeps the start as it is."""
     batch_size: int = 512
     """Photos in a batch, each with all its texts; smaller where there are fewer than 8 such batches."""
     learning_rate: float = 2e-3
@@ -120,13 +126,14 @@ class TrainConfig:
         require(self.validation != self.train_split, "validation", self.validation, "another split, or heldout")
         for name, weight in self.objective.items():
             require(0 < weight < math.inf, "objective", f"{name}={weight}", "a weight above 0")
-        for option in ("epochs", "batch_size", "learning_rate", "clip", "patience", "negatives", "pair_photos"):
+        require(0 < self.train_fraction <= 1, "train_fraction", self.train_fraction, "a fraction above 0, to 1")
+        for option in ("batch_size", "learning_rate", "clip", "patience", "negatives", "pair_photos"):
             require(0 < getattr(self, option) < math.inf, option, getattr(self, option), "a number above 0")
         for option in ("validation_fraction", "warmup", "dropout", "text_dropout"):
             require(0 <= getattr(self, option) < 1, option, getattr(self, option), "a fraction from 0 to below 1")
         for option in ("seed", "data_seed"):
             require_seed(option, getattr(self, option) or 0)
-        for option in ("weight_decay", "checkpoint_seconds", "control_epochs"):
+        for option in ("epochs", "weight_decay", "checkpoint_seconds", "control_epochs"):
             require(getattr(self, option) >= 0, option, getattr(self, option), "0 or more")
 
 
@@ -159,6 +166,7 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
         train_split=config.train_split,
         validation=validation,
         validation_fraction=config.validation_fraction,
+        train_fraction=config.train_fraction,
         seed=config.seed if config.data_seed is None else config.data_seed,
         shape=_shape(config, gallery, text, layers, gallery_text),
         gallery_text=gallery_text,

@@ -1,0 +1,168 @@
+"""Run a recipe's grid from one cache, and set its outcome into a table."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from saffe_cache.ablation.lacking import check_layers
+from saffe_cache.ablation.outcome import as_csv, as_table, outcome
+from saffe_cache.ablation.recipe import Recipe, read_recipe
+from saffe_cache.ablation.running import Job, Planner, run_jobs
+from saffe_cache.durable import hold_folder, make_folder, write_whole
+from saffe_cache.evaluate import EvaluateConfig
+from saffe_cache.evaluation.measuring import ProtocolName
+from saffe_cache.evaluation.systems import BaselineChoice
+from saffe_cache.features import CacheError
+from saffe_cache.judging.search import own_protocol
+from saffe_cache.options import positional, require, require_seed
+from saffe_cache.runs import choose_device, num_cores, write_json
+from saffe_cache.store.convert import convert_cache
+from saffe_cache.store.reader import Cache, open_cache
+from saffe_cache.training.resolving import resolve_run
+
+logger = logging.getLogger(__name__)
+
+_MOST_WORKERS = 4
+"""Processes of `auto`: each may need 2 GB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateConfig:
+    """Train and evaluate every cell of a recipe, for every seed, from one cache.
+
+    What exists is not run again, by this recipe or by another with the same --out; a killed sweep goes on with the same
+    command.
+    """
+
+    recipe: tuple[str, ...] = positional()
+    """Recipes, such as pipelines/layers.toml: what is varied."""
+    cache: str
+    """The cache, with all layers and encoders that the recipes name."""
+    out: str
+    """Folder of all runs, and for each recipe a folder with ablation.json, table.md and points.csv."""
+    split: str = "test"
+    """Split to report on; the best epoch is chosen as the recipe's validation says."""
+    protocol: ProtocolName | None = None
+    """As for saffe-index-eval. Default: as the runs are trained."""
+    seeds: tuple[int, ...] = ()
+    """Seeds in the place of the recipe's."""
+    baselines: BaselineChoice = "linear"
+    """Which baselines are fitted beside each run, on the layers that it fuses."""
+    together: int = 8
+    """Most runs that are trained side by side from one pass over the shards, where they see the same batches."""
+    workers: int | None = None
+    """Processes that train at once. Default: one a processor core, at most 4; 1 on a GPU."""
+    device: str = "auto"
+    """auto takes a GPU where there is one; or cpu, cuda."""
+
+    def __post_init__(self) -> None:
+        require(self.together > 0, "together", self.together, "a number above 0")
+        require(self.workers is None or self.workers > 0, "workers", self.workers, "a number above 0")
+        for seed in self.seeds:
+            require_seed("seeds", seed)
+        stems = [Path(path).stem for path in self.recipe]
+        require(len(set(stems)) == len(stems), "recipe", stems, "files of different names")
+        require("runs" not in stems and "caches" not in stems, "recipe", stems, "another name than runs or caches")
+
+
+def ablate(config: AblateConfig) -> str:
+    """Run what is not done, and return the output folder.
+
+    Raises:
+        CacheError: the cache lacks a layer or an encoder; the message holds the command that adds it.
+        ValueError: a recipe is none, or its options do not fit the cache.
+        OSError: the disk is full or gone, or another process works in the folder.
+    """
+    out = Path(config.out)
+    recipes = {Path(path).stem: read_recipe(path) for path in config.recipe}
+    workers = config.workers or (min(_MOST_WORKERS, num_cores()) if choose_device(config.device) == "cpu" else 1)
+    with hold_folder(out):
+        planned = {name: _plan(config, recipe, out) for name, recipe in recipes.items()}
+        distinct = {job.config.out: job for plan in planned.values() for jobs in plan.jobs.values() for job in jobs}
+        done = sum(job.is_done for job in distinct.values())
+        logger.info("%d runs, %d of them done; %d at a time.", len(distinct), done, workers)
+        run_jobs(list(distinct.values()), config.together, workers)
+        for name, plan in planned.items():
+            folder = out / name
+            make_folder(folder)
+            found = outcome(recipes[name], plan.jobs, plan.caches, folder, workers)
+            table = as_table(found)
+            write_whole(folder / "points.csv", as_csv(found).encode())
+            write_whole(folder / "table.md", table.encode())
+            write_json(folder / "ablation.json", found)
+    return str(out)
+
+
+def read_tables(config: AblateConfig) -> str:
+    """The tables of all recipes, for people."""
+    return "\n".join((Path(config.out) / Path(path).stem / "table.md").read_text() for path in config.recipe)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A recipe over its caches."""
+
+    jobs: Mapping[int, Sequence[Job]]
+    """Of each cell, by its place in the recipe."""
+    caches: Mapping[str, Cache]
+
+
+def _plan(config: AblateConfig, recipe: Recipe, out: Path) -> _Plan:
+    base = open_cache(config.cache)
+    seeds = config.seeds or recipe.seeds
+    runs = str(out / "runs")
+    device = choose_device(config.device)
+    check_layers(base, (cell.config(config.cache, runs, 0, device) for cell in recipe.cells))
+    caches = {config.cache: base}
+    planners: dict[tuple[str, str], Planner] = {}
+    jobs: dict[int, list[Job]] = {}
+    for number, cell in enumerate(recipe.cells):
+        path = _stored_as(config.cache, base, cell.settings.get("storage"), out / "caches")
+        caches.setdefault(path, open_cache(path))
+        for seed in seeds:
+            one = cell.config(path, runs, seed, device)
+            protocol = config.protocol or own_protocol(resolve_run(one, caches[path]))
+            if (path, protocol) not in planners:
+                report = EvaluateConfig(
+                    cache=path,
+                    run=runs,
+                    split=config.split,
+                    protocol=protocol,
+                    baselines=config.baselines,
+                    baseline_layers="run",
+                    device=device,
+                )
+                planners[path, protocol] = Planner(caches[path], report, out / "runs")
+            jobs.setdefault(number, []).append(planners[path, protocol].job(one))
+    return _Plan(jobs, caches)
+
+
+_NARROWER = {"float32": ("float16", "bfloat16", "int8", "float8"), "float16": ("int8", "float8")}
+"""What a storage type holds enough for."""
+
+
+def _stored_as(path: str, cache: Cache, storage: str | None, folder: Path) -> str:
+    """The cache, or one made of it with hidden states of another type.
+
+    Raises:
+        CacheError: its own type has not the numbers of the other.
+    """
+    own = {
+        encoder.manifest.arrays[f"hidden_states/{layer}"].spec.dtype
+        for encoder in cache.encoders.values()
+        for layer in encoder.manifest.layers
+    }
+    if storage is None or own == {storage}:
+        return path
+    if any(storage not in _NARROWER.get(dtype, ()) for dtype in own):
+        raise CacheError(
+            f"{path}: it stores {', '.join(sorted(own))}, from which {storage} cannot be made. Extract a cache with "
+            "--storage float32."
+        )
+    converted = folder / f"{storage}.zarr"
+    if not converted.exists():
+        convert_cache(path, converted, storage_type=storage)
+    return str(converted)

@@ -1,0 +1,1 @@
+"""What saffe-ablate does: a recipe into runs, the runs side by side, their reports into one table."""

@@ -1,0 +1,199 @@
+"""What came of a recipe: the values of each cell over its seeds, baselines and chance beside them, and what it cost."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from saffe_cache.ablation.recipe import Cell, Recipe
+from saffe_cache.ablation.running import Job
+from saffe_cache.ledger import extraction_seconds, reencoding
+from saffe_cache.retrieval.metrics import seed_interval
+from saffe_cache.runs import read_json
+from saffe_cache.store.reader import Cache
+
+Jobs = Mapping[int, Sequence[Job]]
+"""Of each cell, by its place in the recipe: one job for each seed."""
+
+
+def outcome(recipe: Recipe, jobs: Jobs, caches: Mapping[str, Cache], folder: Path, workers: int) -> dict[str, Any]:
+    """ablation.json: fractions, except for seconds and bytes.
+
+    Args:
+        recipe: what was varied.
+        jobs: all of them done.
+        caches: those that they ran on, by their path.
+        folder: that ablation.json will lie in; reports are named from there.
+        workers: processes that ran side by side.
+
+    Raises:
+        ValueError: a run's result lacks what the ledger is made of.
+    """
+    series: dict[str, list[dict[str, Any]]] = {}
+    first: dict[str, Any] = {}
+    for number, cell in enumerate(recipe.cells):
+        reports = [read_json(Path(job.report.out or "") / "metrics.json") for job in jobs[number]]
+        first = first or reports[0]
+        series.setdefault(cell.series, []).append(_point(cell, jobs[number], reports, folder))
+    metric = recipe.metric or ("mrr" if "mrr" in first["systems"]["fam"] and first["protocol"] == "caption" else "map")
+    distinct = {job.config.out: job for of_cell in jobs.values() for job in of_cell}
+    free = {name: of for name, of in first["systems"].items() if name in ("pooled_cosine", "zero_shot")}
+    return {
+        "title": recipe.title,
+        "question": recipe.question,
+        "dataset": Path(next(iter(caches))).name,
+        "protocol": first["protocol"],
+        "definition": first["definition"],
+        "split": first["split"],
+        "metric": metric,
+        "x_label": recipe.x_label,
+        "y_label": recipe.y_label,
+        "series": [{"name": name, "points": points} for name, points in series.items()],
+        "lines": [{"name": name, "metric": metric, "value": of[metric]["value"]} for name, of in free.items()],
+        "published": [vars(one) for one in recipe.published],
+        "ledger": _ledger(list(distinct.values()), caches, workers),
+    }
+
+
+def _point(cell: Cell, jobs: Sequence[Job], reports: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+    results = [read_json(Path(job.config.out) / "result.json") for job in jobs]
+    fams = [report["systems"]["fam"] for report in reports]
+    beside = {
+        name: {metric: [report["systems"][name][metric]["value"] for report in reports] for metric in of}
+        for name, of in reports[0]["systems"].items()
+        if name != "fam"
+    }
+    return {
+        "x": cell.x,
+        "y": cell.y,
+        "settings": cell.settings,
+        "seeds": [job.config.seed for job in jobs],
+        "reports": [Path(os.path.relpath(job.report.out or "", folder)).as_posix() for job in jobs],
+        "values": {metric: [fam[metric]["value"] for fam in fams] for metric in fams[0]},
+        "chance": {metric: of["chance"] for metric, of in fams[0].items()},
+        "baselines": beside,
+        "controls": {
+            name: {
+                metric: [report["controls"][name]["scores"][metric]["value"] for report in reports]
+                for metric in of["scores"]
+            }
+            for name, of in reports[0]["controls"].items()
+        },
+        "best_epoch": [result["best_epoch"] for result in results],
+        "failures": [
+            f"seed {job.config.seed}: {failure}"
+            for job, report in zip(jobs, reports, strict=True)
+            for failure in report["failures"]
+        ],
+        "trainable_parameters": results[0]["trainable_parameters"],
+        "training_seconds": [result["seconds"] for result in results],
+        "evaluation_seconds": [report["cost"]["evaluation_seconds"] for report in reports],
+    }
+
+
+def _ledger(jobs: Sequence[Job], caches: Mapping[str, Cache], workers: int) -> dict[str, Any]:
+    """What the runs took, each counted once, and what encoders in the loop would have taken."""
+    cache = next(iter(caches.values()))
+    results = [read_json(Path(job.config.out) / "result.json") for job in jobs]
+    specs = [read_json(Path(job.config.out) / "config.json")["run"] for job in jobs]
+    pairs = {(spec["gallery_key"], spec["text_key"]) for spec in specs}
+    costs = [
+        reencoding(
+            cache.encoders[pair[0]],
+            cache.encoders[pair[1]],
+            [one for one, spec in zip(results, specs, strict=True) if (spec["gallery_key"], spec["text_key"]) == pair],
+        )
+        for pair in sorted(pairs)
+    ]
+    return {
+        "extraction_seconds": extraction_seconds(cache),
+        "training_seconds": sum(one["seconds"] for one in results),
+        "evaluation_seconds": sum(
+            read_json(Path(job.report.out or "") / "metrics.json")["cost"]["evaluation_seconds"] for job in jobs
+        ),
+        "wall_seconds": sum(job.seconds for job in jobs) / workers,
+        "workers": workers,
+        "cache_bytes": sum(
+            array.rows * array.spec.row_bytes
+            for encoder in cache.encoders.values()
+            for array in encoder.manifest.arrays.values()
+        ),
+        "num_runs": len(jobs),
+        "photos_seen": sum(one.photos_seen for one in costs),
+        "texts_seen": sum(one.texts_seen for one in costs),
+        "re_encoding_seconds": sum(one.seconds for one in costs),
+        "photo_seconds": costs[0].photo_seconds,
+        "text_seconds": costs[0].text_seconds,
+        "basis": costs[0].basis,
+    }
+
+
+def as_csv(found: Mapping[str, Any]) -> str:
+    """One line for each point and metric: the values of all seeds, their mean and its 95 % interval."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["series", "x", "y", "system", "metric", "mean", "low", "high", "values"])
+    for series in found["series"]:
+        for point in series["points"]:
+            place = [series["name"], point["x"], point["y"] or ""]
+            systems = {"fam": point["values"], **point["baselines"]}
+            systems |= {f"control {name}": of for name, of in point["controls"].items()}
+            for system, of in systems.items():
+                for metric, values in of.items():
+                    mean, low, high = seed_interval(values)
+                    writer.writerow([*place, system, metric, mean, low, high, " ".join(map(str, values))])
+            for metric, value in point["chance"].items():
+                writer.writerow([*place, "chance", metric, value, "", "", value])
+    return file.getvalue()
+
+
+def as_table(found: Mapping[str, Any]) -> str:
+    """Markdown: percent, mean and 95 % interval over seeds; of the baselines and one control the mean."""
+    points = [(series["name"], point) for series in found["series"] for point in series["points"]]
+    metric = found["metric"]
+    names = [name for name in points[0][1]["baselines"] if metric in points[0][1]["baselines"][name]]
+    where = [found["x_label"], found["y_label"]] if found["y_label"] else [found["x_label"]]
+    head = ["series", *where, metric, *names, "photos shuffled", "chance", "best epoch", "parameters", "seconds"]
+    lines = [f"{found['title']}. {found['question']}", "", f"{found['definition']}; split {found['split']}.", ""]
+    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, point in points:
+        place = [name, point["x"], *([point["y"]] if found["y_label"] else [])]
+        beside = [_mean(point["baselines"].get(one, {}).get(metric)) for one in names]
+        control = _mean(point["controls"]["photos_shuffled"][metric])
+        seconds = f"{sum(point['training_seconds']) / len(point['seeds']):.0f}"
+        costs = [" ".join(map(str, point["best_epoch"])), f"{point['trainable_parameters'] / 1e6:.2f} M", seconds]
+        chance = f"{100 * point['chance'][metric]:.1f}"
+        cells = [*place, _interval(point["values"][metric]), *beside, control, chance, *costs]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"{line['name']}, {line['metric']}: {100 * line['value']:.1f}" for line in found["lines"])]
+    lines += [f"CONTROL FAILED: {name}, {point['x']}: {one}" for name, point in points for one in point["failures"]]
+    lines += [
+        f"published: {one['name']} {one['x'] or ''}: {100 * one['value']:.1f} {one['metric']} ({one['note']})"
+        for one in found["published"]
+    ]
+    ledger = found["ledger"]
+    lines.append(
+        f"{ledger['num_runs']} runs in {_minutes(ledger['wall_seconds'])} ({ledger['workers']} at a time) after one "
+        f"extraction of {_minutes(ledger['extraction_seconds'])}; encoders in the loop would have taken "
+        f"{_minutes(ledger['re_encoding_seconds'])} more ({ledger['photos_seen']} photos, {ledger['texts_seen']} "
+        f"texts; {ledger['basis']})"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _interval(values: Sequence[float]) -> str:
+    """A share of queries or photos: nothing lies beyond 0 and 100."""
+    mean, low, high = seed_interval(values)
+    return f"{100 * mean:.1f}" + ("" if len(values) < 2 else f" [{100 * max(0, low):.1f}, {100 * min(1, high):.1f}]")
+
+
+def _mean(values: Sequence[float] | None) -> str:
+    return f"{100 * sum(values) / len(values):.1f}" if values else ""
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,188 @@
+"""Recipes: TOML files that name what is varied. Every option of a training may have several values.
+
+    title = "Which layer?"
+    question = "The last layers are best."          the claim that is looked at
+    x = "layers.image"                              what the plot's x axis is, of each run
+    x_label = "layer"
+    seeds = [0, 1, 2]
+
+    [shared]                                        options of all series, as TrainConfig names them
+    validation = "heldout"
+
+    [[series]]                                      a line of the plot; a list of values is a grid's axis
+    name = "linear"
+    fusion = "linear"
+    layers = { image = [[5], [11]] }                or [{ image = [5] }, { image = [11] }]
+
+`x` and `y` are an option's name, `layers.MODALITY`, or `num_layers`. With `y` the outcome is a heat map. What varies in
+a series besides x and y makes a line each, named after it. `storage` is an option too: the cache is converted for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from saffe_cache.fields import made_of
+from saffe_cache.train import TrainConfig
+
+_OWN = {"cache", "out", "seed", "device"}
+"""Options that the sweep itself decides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A number of a paper, to stand beside ours."""
+
+    name: str
+    value: float
+    """A fraction."""
+    metric: str
+    """What it truly is."""
+    note: str
+    x: str | None = None
+    """Its place on the x axis."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One place of the grid; it is run once for each seed."""
+
+    series: str
+    x: str
+    y: str | None
+    settings: Mapping[str, Any]
+    """Options of TrainConfig, and `storage`."""
+
+    def config(self, cache: str, out: str, seed: int, device: str) -> TrainConfig:
+        """
+        Raises:
+            ValueError: two options exclude each other.
+        """
+        options = {name: value for name, value in self.settings.items() if name != "storage"}
+        return made_of(TrainConfig, options | {"cache": cache, "out": out, "seed": seed, "device": device})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is varied, and what is looked at."""
+
+    title: str
+    question: str
+    x_label: str
+    y_label: str | None
+    metric: str | None
+    """Plotted; None for the protocol's main metric."""
+    seeds: tuple[int, ...]
+    cells: tuple[Cell, ...]
+    published: tuple[Published, ...]
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """
+    Raises:
+        ValueError: it is no recipe; says where.
+        OSError: it cannot be read.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not TOML ({error}). See the recipes in pipelines/.") from None
+    try:
+        parts = made_of(_Content, content)
+        axes = parts.x, parts.y
+        cells = [cell for series in parts.series for cell in _cells(series, parts.shared, axes)]
+        published = tuple(made_of(Published, one) for one in parts.published)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}. See the recipes in pipelines/.") from None
+    places = [(cell.series, cell.x, cell.y) for cell in cells]
+    twice = [place for place in places if places.count(place) > 1]
+    if twice:
+        raise ValueError(f"{path}: {twice[0]} is given twice. Give each series and value once, or another x.")
+    return Recipe(
+        title=parts.title,
+        question=parts.question,
+        x_label=parts.x_label,
+        y_label=parts.y_label if parts.y else None,
+        metric=parts.metric,
+        seeds=parts.seeds,
+        cells=tuple(cells),
+        published=published,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Content:
+    """A recipe's file."""
+
+    title: str
+    question: str
+    x: str
+    x_label: str
+    series: tuple[Mapping[str, Any], ...]
+    y: str | None = None
+    y_label: str = ""
+    metric: str | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    published: tuple[Mapping[str, Any], ...] = ()
+
+
+def _cells(series: Mapping[str, Any], shared: Mapping[str, Any], axes: Sequence[str | None]) -> list[Cell]:
+    """All combinations of a series' values."""
+    options = {**shared, **series}
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError("a series lacks its name")
+    known = {one.name for one in fields(TrainConfig)} - _OWN | {"storage"}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise ValueError(f"series {name!r}: there is no option {unknown[0]!r} to vary; there are {sorted(known)}")
+    lists = {option: _values(value) for option, value in options.items()}
+    on_axes = {axis.split(".")[0] if axis != "num_layers" else "layers" for axis in axes if axis}
+    others = [option for option, values in lists.items() if len(values) > 1 and option not in on_axes]
+    cells = []
+    for values in itertools.product(*lists.values()):
+        settings = dict(zip(lists, values, strict=True))
+        varied = [f"{option} {_told(settings[option])}" for option in others]
+        x, y = (None if axis is None else _place(settings, axis, name) for axis in axes)
+        assert x is not None
+        cell = Cell(series=", ".join([name, *varied]), x=x, y=y, settings=settings)
+        try:
+            cell.config("cache", "out", 0, "auto")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"series {cell.series!r} at {x}: {error}") from None
+        cells.append(cell)
+    return cells
+
+
+def _values(value: Any) -> list[Any]:
+    """What an option is to be: a list's items; of a table with lists of lists, all combinations of these."""
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, Mapping):
+        return [value]
+    parts = [one if isinstance(one, list) and one and isinstance(one[0], list) else [one] for one in value.values()]
+    return [dict(zip(value, chosen, strict=True)) for chosen in itertools.product(*parts)]
+
+
+def _place(settings: Mapping[str, Any], axis: str, series: str) -> str:
+    """A cell's label on an axis."""
+    option, _, part = axis.partition(".")
+    try:
+        if axis == "num_layers":
+            return str(len(next(iter(settings["layers"].values()))))
+        return _told(settings[option][part] if part else settings[option])
+    except KeyError as error:
+        raise ValueError(f"series {series!r} says no {error}, which axis {axis!r} needs") from None
+
+
+def _told(value: Any) -> str:
+    """For a label."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{key} {_told(one)}" for key, one in value.items())
+    return "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,0 +1,181 @@
+"""Many runs and their reports: those that see the same batches side by side, in a few processes at once.
+
+A run's folder is named after a hash of its config and of the data and encoders that it sees, so that recipes share
+runs, and what exists is not done again. Each process takes a group of runs; killed, it goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from saffe_cache.evaluate import EvaluateConfig, evaluate
+from saffe_cache.features import canonical_json
+from saffe_cache.runs import RunSpec, data_fingerprint, num_cores, read_json, training_pairs, write_json
+from saffe_cache.store.reader import Cache
+from saffe_cache.train import TrainConfig, same_batches, train_many
+from saffe_cache.training.resolving import resolve_run
+
+_PLACES = {"cache", "out", "device", "residency", "checkpoint_seconds", "tensorboard"}
+"""What does not change a run's outcome."""
+_TOOK = "sweep.json"
+"""In a run's folder: what it and its reports took."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run and its report."""
+
+    config: TrainConfig
+    report: EvaluateConfig
+    batches: str
+    """Equal for jobs whose runs can be trained side by side."""
+
+    @property
+    def is_done(self) -> bool:
+        return (Path(self.config.out) / _TOOK).exists() and self._is_reported
+
+    @property
+    def _is_reported(self) -> bool:
+        path = Path(self.report.out or "") / "metrics.json"
+        return path.exists() and read_json(path)["config"] == json.loads(json.dumps(asdict(self.report)))
+
+    @property
+    def seconds(self) -> float:
+        return float(read_json(Path(self.config.out) / _TOOK)["seconds"])
+
+    def judge(self) -> None:
+        if not self._is_reported:
+            evaluate(self.report)
+
+
+class Planner:
+    """Makes jobs of configs over one cache."""
+
+    def __init__(self, cache: Cache, report: EvaluateConfig, folder: Path) -> None:
+        """
+        Args:
+            cache: what is trained on.
+            report: how each run is evaluated; `run` and `out` are filled in.
+            folder: of the runs.
+        """
+        self._cache, self._report, self._folder = cache, report, folder
+        self._fingerprints: dict[tuple[Any, ...], str] = {}
+
+    def job(self, config: TrainConfig) -> Job:
+        """
+        Raises:
+            CacheError, ValueError: the cache lacks what the config asks for.
+        """
+        spec = resolve_run(config, self._cache)
+        spec = replace(spec, data=self._fingerprint(spec))
+        options = {name: value for name, value in asdict(config).items() if name not in _PLACES}
+        identity = canonical_json({"config": options, "run": asdict(spec), "stored": self._stored(spec)})
+        layers = "+".join(map(str, spec.gallery_layers))
+        name = re.sub(r"[^A-Za-z0-9+-]+", "-", f"{config.fusion}-{layers}-seed{config.seed}")
+        out = self._folder / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+        config = replace(config, out=str(out))
+        report = replace(self._report, run=str(out), out=str(out / f"{self._report.split}-{self._report.protocol}"))
+        return Job(config, report, repr(same_batches(config, spec)))
+
+    def _fingerprint(self, spec: RunSpec) -> str:
+        pairs = (spec.gallery_key, spec.text_key, spec.pairs, spec.train_split, spec.validation)
+        drawn = (spec.validation_fraction, spec.train_fraction, spec.seed, spec.gallery_text)
+        if (*pairs, *drawn) not in self._fingerprints:
+            training, validation, _ = training_pairs(spec, self._cache)
+            self._fingerprints[*pairs, *drawn] = data_fingerprint(self._cache, spec, training, validation)
+        return self._fingerprints[*pairs, *drawn]
+
+    def _stored(self, spec: RunSpec) -> list[str]:
+        """The types of the hidden states that a run reads."""
+        sides = ((spec.gallery_key, spec.gallery_layers), (spec.text_key, spec.text_layers))
+        encoders = self._cache.encoders
+        return [encoders[key].array(f"hidden_states/{layer}").dtype for key, layers in sides for layer in layers]
+
+
+def run_jobs(jobs: Sequence[Job], together: int, workers: int) -> None:
+    """Train and evaluate those that are not done.
+
+    Args:
+        jobs: no two of the same run.
+        together: most runs that are trained side by side in one process.
+        workers: processes.
+
+    Raises:
+        CacheError, ValueError, OSError: as train and evaluate; what was done until then stays.
+    """
+    pending = [job for job in jobs if not job.is_done]
+    groups: dict[str, list[Job]] = {}
+    for job in pending:
+        groups.setdefault(job.batches, []).append(job)
+    tasks = [group[i : i + together] for group in groups.values() for i in range(0, len(group), together)]
+    if not tasks:
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    threads = max(1, num_cores() // workers)
+    with (
+        _environment("TQDM_DISABLE", "1"),  # of the workers: this process has read it already
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(threads,)) as pool,
+        tqdm(total=len(pending), unit=" runs", desc="sweep", smoothing=0) as progress,
+    ):
+        started: dict[Future[None], int] = {pool.submit(_work, task): len(task) for task in tasks}
+        try:
+            for future in as_completed(started):
+                future.result()
+                progress.update(started[future])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    logging.getLogger("saffe_cache").setLevel(logging.WARNING)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker of a killed sweep would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(jobs: Sequence[Job]) -> None:
+    """Train some runs side by side, and report on each."""
+    started = time.perf_counter()
+    train_many([job.config for job in jobs])
+    training = (time.perf_counter() - started) / len(jobs)
+    for job in jobs:
+        started = time.perf_counter()
+        job.judge()
+        write_json(Path(job.config.out) / _TOOK, {"seconds": round(training + time.perf_counter() - started, 1)})
