@@ -51,29 +51,21 @@ def extraction_seconds(cache: Cache) -> float:
     return sum(one.total_seconds for encoder in cache.encoders.values() for one in _extractions(encoder))
 
 
-def encoding_rate(encoder: EncoderCache) -> EncodingRate:
-    """Its forward passes in the fastest of its extractions.
-
-    Raises:
-        ValueError: its history holds none.
-    """
+def encoding_rate(encoder: EncoderCache) -> EncodingRate | None:
+    """Its forward passes in the fastest of its extractions; None where its history holds none."""
     measured = [one for one in _extractions(encoder) if one.inputs]
     if not measured:
-        raise ValueError(f"{encoder.key}: its manifest says nothing of how long encoding took. Extract anew.")
+        return None
     enough = [one for one in measured if one.inputs >= _FEWEST] or measured
     best = min(enough, key=lambda one: one.encoding_seconds / one.inputs)
     return EncodingRate(seconds=best.encoding_seconds / best.inputs, threads=best.threads)
 
 
-def reencoding(gallery: EncoderCache, text: EncoderCache, results: Iterable[Mapping[str, Any]]) -> Reencoding:
-    """For some runs' results, as result.json holds them.
-
-    Raises:
-        ValueError: a result, or an encoder's history, lacks what it is made of.
-    """
+def reencoding(gallery: EncoderCache, text: EncoderCache, results: Iterable[Mapping[str, Any]]) -> Reencoding | None:
+    """For some runs' results, as result.json holds them; None where nothing tells how long an encoder takes."""
     photo, words, seen = encoding_rate(gallery), encoding_rate(text), list(results)
-    if any({"photos_seen", "texts_seen"} - one.keys() for one in seen):
-        raise ValueError("a run's result.json does not say what it has seen (photos_seen, texts_seen). Train again.")
+    if photo is None or words is None or any({"photos_seen", "texts_seen"} - one.keys() for one in seen):
+        return None
     return Reencoding(
         photos_seen=sum(one["photos_seen"] for one in seen),
         texts_seen=sum(one["texts_seen"] for one in seen),

@@ -135,6 +135,18 @@ def test_metadata_protocol_reports_each_side_and_late_fusion(beside: Reported) -
     assert systems["late_fusion_ridge"]["map"]["value"] > alone
 
 
+def test_linear_baselines_may_see_the_runs_layers_alone(classified: Reported, tmp_path: Path) -> None:
+    """Those of a cache with more layers are other ones; those on the run's own layers are found in the whole report."""
+    run = quick_train(classified.cache, tmp_path / "run", fusion="linear", layers={"image": (3,)}, epochs=1)
+    options = {"baselines": "linear", "out": str(tmp_path / "out")}
+    on_run, on_cache = (
+        report_of(classified.cache, run, baseline_layers=layers, **options)["systems"] for layers in ("run", "cache")
+    )
+    assert set(on_run) == set(on_cache) == {"fam", "ridge", "linear_probe", "class_means"}
+    assert on_run["fam"] == on_cache["fam"]
+    assert on_run["ridge"]["map"]["value"] != on_cache["ridge"]["map"]["value"]
+
+
 def test_rerank_and_candidate_are_compared_with_the_same_baselines(classified: Reported) -> None:
     for protocol, metrics in (("candidate", {"map", "top1", "top1_prior_removed"}), ("rerank", {"map", "mrr"})):
         report = report_of(classified.cache, classified.run, protocol=protocol, baselines="all", rerank_k=200)

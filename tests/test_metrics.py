@@ -30,6 +30,7 @@ from saffe_cache.retrieval.metrics import (
     mean_chance_first_rank,
     paired_bootstrap,
     recall_at_k,
+    seed_interval,
 )
 from saffe_cache.retrieval.ranking import relevant_ranks_of_scores, top_k
 
@@ -329,3 +330,16 @@ def test_paired_bootstrap_of_equal_systems_is_zero_and_needs_a_unit_for_each_que
     assert paired_bootstrap(np.zeros(9), np.arange(9) // 2) == (0, 0, 0)
     with pytest.raises(ValueError, match=r"\(9,\) differences, \(8,\) units"):
         paired_bootstrap(np.zeros(9), np.arange(8))
+
+
+def test_interval_over_seeds_is_students() -> None:
+    from scipy import stats  # which scikit-learn brings
+
+    generator = np.random.default_rng(0)
+    for count in range(2, 12):
+        values = generator.normal(size=count).tolist()
+        mean, low, high = seed_interval(values)
+        expected = stats.t.interval(0.95, count - 1, np.mean(values), stats.sem(values))
+        assert mean == pytest.approx(np.mean(values))
+        assert (low, high) == pytest.approx(expected, rel=1e-3)
+    assert seed_interval([0.25]) == (0.25, 0.25, 0.25)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from saffe_cache.options import attribute_docstrings, parse_config
+from saffe_cache.options import attribute_docstrings, parse_config, positional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,3 +195,21 @@ def test_options_of_the_stages_show_their_help(
         shown = " ".join(capsys.readouterr().out.split())
         for text in attribute_docstrings(config_class).values():
             assert text in shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithFiles:
+    """Take files."""
+
+    files: tuple[str, ...] = positional()
+    """Files to take."""
+    out: str
+    """Where to."""
+
+
+def test_positional_fields_take_no_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    parsed = parse_config(WithFiles, ["a b", "c,d", "--out", "x"], "prog")
+    assert parsed == WithFiles(files=("a b", "c,d"), out="x")
+    with pytest.raises(SystemExit):
+        parse_config(WithFiles, ["--out", "x"], "prog")
+    assert "FILES" in capsys.readouterr().err

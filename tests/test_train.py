@@ -364,6 +364,44 @@ def test_held_out_photos_stay_held_out_as_the_data_grow(cache_path: str) -> None
     assert set(of_half.rows) != set(hold_out(pairs.take(np.arange(60)), 0.2, 1, hashes)[1].rows)
 
 
+def test_a_smaller_part_lies_within_a_larger_one_and_what_is_held_out_stays(cache_path: str, tmp_path: Path) -> None:
+    cache = open_cache(cache_path)
+    parts = {
+        fraction: training_pairs(resolve_run(config_for(cache_path, tmp_path, train_fraction=fraction), cache), cache)
+        for fraction in (0.1, 0.5, 1.0)
+    }
+    rows = {fraction: set(training.rows) for fraction, (training, _, _) in parts.items()}
+    assert [len(of) for of in rows.values()] == [11, 54, 108]
+    assert rows[0.1] < rows[0.5] < rows[1.0]
+    assert len({tuple(validation.rows) for _, validation, _ in parts.values()}) == 1
+    other = resolve_run(config_for(cache_path, tmp_path, train_fraction=0.5, seed=1, validation="test"), cache)
+    same = resolve_run(config_for(cache_path, tmp_path, train_fraction=0.5, validation="test"), cache)
+    assert set(training_pairs(other, cache)[0].rows) != set(training_pairs(same, cache)[0].rows)
+
+
+def test_an_untrained_run_is_its_start(cache_path: str, tmp_path: Path) -> None:
+    """From random weights it is at chance; from the ridge regression it is that; no step is taken."""
+    scores = {}
+    for name in ("random", "ridge"):
+        config = config_for(cache_path, tmp_path / name, epochs=0, start=name)
+        result = json.loads((Path(train(config)) / "result.json").read_text())
+        assert (result["steps"], result["best_epoch"]) == (0, 0)
+        scores[name] = result["best_validation_score"]
+    assert scores["random"] < 2 * mrr_by_chance(12) < scores["ridge"]
+
+
+def test_an_option_that_a_folder_does_not_know_yet_has_its_default(cache_path: str, tmp_path: Path) -> None:
+    """A run of an earlier release goes on, unless the new option is used."""
+    config = config_for(cache_path, tmp_path, epochs=1)
+    train(config)
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["config"]["start"], content["run"]["train_fraction"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    train(config)
+    with pytest.raises(ValueError, match="start: 'ridge' there, 'random' now"):
+        train(replace(config, start="random"))
+
+
 def test_photos_that_other_splits_share_are_not_trained_on(tmp_path: Path) -> None:
     path = make_cache(tmp_path / "cache.zarr", {"train": 60, "test": 20}, shared=7)
     cache = open_cache(path)

@@ -29,9 +29,6 @@ def outcome(recipe: Recipe, jobs: Jobs, caches: Mapping[str, Cache], folder: Pat
         caches: those that they ran on, by their path.
         folder: that ablation.json will lie in; reports are named from there.
         workers: processes that ran side by side.
-
-    Raises:
-        ValueError: a run's result lacks what the ledger is made of.
     """
     series: dict[str, list[dict[str, Any]]] = {}
     first: dict[str, Any] = {}
@@ -96,39 +93,32 @@ def _point(cell: Cell, jobs: Sequence[Job], reports: Sequence[Mapping[str, Any]]
 
 
 def _ledger(jobs: Sequence[Job], caches: Mapping[str, Cache], workers: int) -> dict[str, Any]:
-    """What the runs took, each counted once, and what encoders in the loop would have taken."""
+    """What the runs took, each counted once, and what encoders in the loop would have taken (null where unknown)."""
     cache = next(iter(caches.values()))
-    results = [read_json(Path(job.config.out) / "result.json") for job in jobs]
-    specs = [read_json(Path(job.config.out) / "config.json")["run"] for job in jobs]
-    pairs = {(spec["gallery_key"], spec["text_key"]) for spec in specs}
-    costs = [
-        reencoding(
-            cache.encoders[pair[0]],
-            cache.encoders[pair[1]],
-            [one for one, spec in zip(results, specs, strict=True) if (spec["gallery_key"], spec["text_key"]) == pair],
-        )
-        for pair in sorted(pairs)
-    ]
+    results: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    evaluation = 0.0
+    for job in jobs:
+        spec = read_json(Path(job.config.out) / "config.json")["run"]
+        result = read_json(Path(job.config.out) / "result.json")
+        results.setdefault((spec["gallery_key"], spec["text_key"]), []).append(result)
+        evaluation += read_json(Path(job.report.out or "") / "metrics.json")["cost"]["evaluation_seconds"]
+    costs = [reencoding(cache.encoders[mine], cache.encoders[other], of) for (mine, other), of in results.items()]
+    known = [one for one in costs if one is not None]
+    arrays = [array for encoder in cache.encoders.values() for array in encoder.manifest.arrays.values()]
     return {
         "extraction_seconds": extraction_seconds(cache),
-        "training_seconds": sum(one["seconds"] for one in results),
-        "evaluation_seconds": sum(
-            read_json(Path(job.report.out or "") / "metrics.json")["cost"]["evaluation_seconds"] for job in jobs
-        ),
+        "training_seconds": sum(one["seconds"] for of in results.values() for one in of),
+        "evaluation_seconds": evaluation,
         "wall_seconds": sum(job.seconds for job in jobs) / workers,
         "workers": workers,
-        "cache_bytes": sum(
-            array.rows * array.spec.row_bytes
-            for encoder in cache.encoders.values()
-            for array in encoder.manifest.arrays.values()
-        ),
+        "cache_bytes": sum(array.rows * array.spec.row_bytes for array in arrays),
         "num_runs": len(jobs),
-        "photos_seen": sum(one.photos_seen for one in costs),
-        "texts_seen": sum(one.texts_seen for one in costs),
-        "re_encoding_seconds": sum(one.seconds for one in costs),
-        "photo_seconds": costs[0].photo_seconds,
-        "text_seconds": costs[0].text_seconds,
-        "basis": costs[0].basis,
+        "photos_seen": sum(one.photos_seen for one in known),
+        "texts_seen": sum(one.texts_seen for one in known),
+        "re_encoding_seconds": sum(one.seconds for one in known) if len(known) == len(costs) else None,
+        "photo_seconds": known[0].photo_seconds if known else None,
+        "text_seconds": known[0].text_seconds if known else None,
+        "basis": known[0].basis if known else "nothing in the cache tells how long its encoders take",
     }
 
 
@@ -175,14 +165,22 @@ def as_table(found: Mapping[str, Any]) -> str:
         f"published: {one['name']} {one['x'] or ''}: {100 * one['value']:.1f} {one['metric']} ({one['note']})"
         for one in found["published"]
     ]
-    ledger = found["ledger"]
-    lines.append(
-        f"{ledger['num_runs']} runs in {_minutes(ledger['wall_seconds'])} ({ledger['workers']} at a time) after one "
-        f"extraction of {_minutes(ledger['extraction_seconds'])}; encoders in the loop would have taken "
-        f"{_minutes(ledger['re_encoding_seconds'])} more ({ledger['photos_seen']} photos, {ledger['texts_seen']} "
-        f"texts; {ledger['basis']})"
-    )
+    lines.append(_told(found["ledger"]))
     return "\n".join(lines) + "\n"
+
+
+def _told(ledger: Mapping[str, Any]) -> str:
+    """The ledger in words."""
+    spent = (
+        f"{ledger['num_runs']} runs in {_minutes(ledger['wall_seconds'])} ({ledger['workers']} at a time) after one "
+        f"extraction of {_minutes(ledger['extraction_seconds'])}; "
+    )
+    if ledger["re_encoding_seconds"] is None:
+        return f"{spent}{ledger['basis']}"
+    return (
+        f"{spent}encoders in the loop would have taken {_minutes(ledger['re_encoding_seconds'])} more "
+        f"({ledger['photos_seen']} photos, {ledger['texts_seen']} texts; {ledger['basis']})"
+    )
 
 
 def _interval(values: Sequence[float]) -> str:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,12 @@ def read_recipe(path: str | Path) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not TOML ({error}). See the recipes in pipelines/.") from None
     try:
+        _check_names(_Content, content, "a recipe")
         parts = made_of(_Content, content)
         axes = parts.x, parts.y
         cells = [cell for series in parts.series for cell in _cells(series, parts.shared, axes)]
+        for one in parts.published:
+            _check_names(Published, one, "published")
         published = tuple(made_of(Published, one) for one in parts.published)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}. See the recipes in pipelines/.") from None
@@ -130,6 +133,18 @@ class _Content:
     seeds: tuple[int, ...] = (0, 1, 2)
     shared: Mapping[str, Any] = field(default_factory=dict)
     published: tuple[Mapping[str, Any], ...] = ()
+
+
+def _check_names(kind: type, content: Mapping[str, Any], where: str) -> None:
+    """
+    Raises:
+        ValueError: a field is unknown, or one without a default is missing.
+    """
+    known = {one.name: one.default is MISSING and one.default_factory is MISSING for one in fields(kind)}
+    wrong = [f"{name!r} is no field" for name in content if name not in known]
+    wrong += [f"{name!r} is missing" for name, is_needed in known.items() if is_needed and name not in content]
+    if wrong:
+        raise ValueError(f"{where}: {wrong[0]}; there are {', '.join(known)}")
 
 
 def _cells(series: Mapping[str, Any], shared: Mapping[str, Any], axes: Sequence[str | None]) -> list[Cell]:

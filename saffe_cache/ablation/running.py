@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -114,7 +114,7 @@ def run_jobs(jobs: Sequence[Job], together: int, workers: int) -> None:
     Args:
         jobs: no two of the same run.
         together: most runs that are trained side by side in one process.
-        workers: processes.
+        workers: processes; 1 is this one.
 
     Raises:
         CacheError, ValueError, OSError: as train and evaluate; what was done until then stays.
@@ -124,21 +124,24 @@ def run_jobs(jobs: Sequence[Job], together: int, workers: int) -> None:
     for job in pending:
         groups.setdefault(job.batches, []).append(job)
     tasks = [group[i : i + together] for group in groups.values() for i in range(0, len(group), together)]
-    if not tasks:
-        return
+    with tqdm(total=len(pending), unit=" runs", desc="sweep", smoothing=0, disable=not tasks) as progress:
+        for done in _side_by_side(tasks, workers) if workers > 1 else map(_work, tasks):
+            progress.update(done)
+
+
+def _side_by_side(tasks: Sequence[Sequence[Job]], workers: int) -> Iterator[int]:
+    """Tasks in processes of their own, as they are done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     threads = max(1, num_cores() // workers)
     with (
         _environment("TQDM_DISABLE", "1"),  # of the workers: this process has read it already
         ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(threads,)) as pool,
-        tqdm(total=len(pending), unit=" runs", desc="sweep", smoothing=0) as progress,
     ):
-        started: dict[Future[None], int] = {pool.submit(_work, task): len(task) for task in tasks}
+        started = [pool.submit(_work, task) for task in tasks]
         try:
             for future in as_completed(started):
-                future.result()
-                progress.update(started[future])
+                yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -170,8 +173,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(jobs: Sequence[Job]) -> None:
-    """Train some runs side by side, and report on each."""
+def _work(jobs: Sequence[Job]) -> int:
+    """Train some runs side by side, report on each, and return their number."""
     started = time.perf_counter()
     train_many([job.config for job in jobs])
     training = (time.perf_counter() - started) / len(jobs)
@@ -179,3 +182,4 @@ def _work(jobs: Sequence[Job]) -> None:
         started = time.perf_counter()
         job.judge()
         write_json(Path(job.config.out) / _TOOK, {"seconds": round(training + time.perf_counter() - started, 1)})
+    return len(jobs)

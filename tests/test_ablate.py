@@ -1,0 +1,248 @@
+"""Recipes and sweeps: what is asked for is run, once; interrupted ones go on; tables hold the reports' numbers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_cache import WIDTH, make_cache
+
+from saffe_cache.ablate import AblateConfig, ablate
+from saffe_cache.ablation import running
+from saffe_cache.ablation.recipe import read_recipe
+from saffe_cache.cli import ablate_command
+from saffe_cache.features import CacheError
+from saffe_cache.store.manifest import read_encoder, write_encoder
+from saffe_cache.store.reader import open_cache
+from saffe_cache.train import TrainConfig, train_many
+
+ROOT = Path(__file__).parents[1]
+RECIPE = """
+title = "T"
+question = "Q?"
+x = "layers.image"
+x_label = "layer"
+seeds = [0, 1]
+[shared]
+epochs = 1
+control_epochs = 1
+fusion = "linear"
+[[series]]
+name = "one"
+layers.image = [[2], [3]]
+[[series]]
+name = "both"
+layers = { image = [2, 3] }
+head = ["attention", "mean"]
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """With a history, as an extraction leaves one."""
+    path = make_cache(tmp_path_factory.mktemp("ablate") / "cache.zarr", {"train": 80, "test": 30}, text_width=WIDTH)
+    opened = open_cache(path)
+    for key in opened.encoders:
+        manifest = read_encoder(opened.storage, key)
+        config = {"data": "my data", "encoder": {"image": "i/e", "text": "t/e"}, "cache": "old", "image_size": 64}
+        seconds = {"encoding": 11.0, "total": 13.0}
+        manifest.history.append({"config": config, "inputs": [0, 110], "seconds": seconds, "threads": 3})
+        write_encoder(opened.storage, manifest)
+    return path
+
+
+def recipe_file(folder: Path, text: str = RECIPE, name: str = "layers.toml") -> str:
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def swept(cache: str, tmp_path_factory: pytest.TempPathFactory) -> AblateConfig:
+    folder = tmp_path_factory.mktemp("swept")
+    config = AblateConfig(recipe=(recipe_file(folder),), cache=cache, out=str(folder / "out"), device="cpu", workers=1)
+    ablate(config)
+    return config
+
+
+def outcome(config: AblateConfig, name: str = "layers") -> dict[str, Any]:
+    return json.loads((Path(config.out) / name / "ablation.json").read_text())
+
+
+def modified(config: AblateConfig) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (Path(config.out) / "runs").rglob("*") if path.is_file()}
+
+
+def test_a_recipe_is_the_grid_that_it_says(tmp_path: Path) -> None:
+    recipe = read_recipe(recipe_file(tmp_path))
+    places = [(cell.series, cell.x) for cell in recipe.cells]
+    assert places == [("one", "2"), ("one", "3"), ("both, head attention", "2+3"), ("both, head mean", "2+3")]
+    configs = [cell.config("c", "o", 5, "cpu") for cell in recipe.cells]
+    shared = {"cache": "c", "out": "o", "seed": 5, "device": "cpu", "epochs": 1, "control_epochs": 1}
+    assert configs[0] == TrainConfig(**shared, fusion="linear", layers={"image": (2,)})
+    assert configs[3] == TrainConfig(**shared, fusion="linear", layers={"image": (2, 3)}, head="mean")
+
+
+def test_both_layers_axes_span_a_heat_map(tmp_path: Path) -> None:
+    text = RECIPE.split("[[series]]")[0].replace('x_label = "layer"', 'x_label = "l"\ny = "layers.text"\ny_label = "t"')
+    series = '[[series]]\nname = "pairs"\nfusion = "reuse"\nlayers.image = [[1], [2]]\nlayers.text = [[2], [3], [4]]\n'
+    recipe = read_recipe(recipe_file(tmp_path, text + series))
+    assert {(cell.x, cell.y) for cell in recipe.cells} == {(x, y) for x in "12" for y in "234"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("title", "name", "a recipe: 'name' is no field"),
+        ('title = "T"', "", "a recipe: 'title' is missing"),
+        ("[shared]\nepochs = 1", "[shared]\nepoch = 1", "no option 'epoch' to vary"),
+        ("[shared]\nepochs = 1", '[shared]\nepochs = "one"', "epochs: 'one', expected int"),
+        ('head = ["attention", "mean"]', 'head = ["attention", "average"]', "series 'both, head average'"),
+        ('name = "both"', 'name = "one"\nseeds = 3', "'seeds'"),
+        ("[[2], [3]]", "[[2], [2]]", "('one', '2', None) is given twice"),
+        ('x = "layers.image"', 'x = "layers.sound"', "says no 'sound'"),
+        ("[shared]", "[shared", "not TOML"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_its_place(tmp_path: Path, before: str, after: str, told: str) -> None:
+    path = recipe_file(tmp_path, RECIPE.replace(before, after))
+    with pytest.raises(ValueError, match=r"layers\.toml: ") as caught:
+        read_recipe(path)
+    assert told in str(caught.value)
+
+
+def test_points_hold_the_numbers_of_their_reports(swept: AblateConfig) -> None:
+    found = outcome(swept)
+    points = {(series["name"], point["x"]): point for series in found["series"] for point in series["points"]}
+    assert set(points) == {("one", "2"), ("one", "3"), ("both, head attention", "2+3"), ("both, head mean", "2+3")}
+    for point in points.values():
+        reports = [
+            json.loads((Path(swept.out) / "layers" / name / "metrics.json").read_text()) for name in point["reports"]
+        ]
+        assert [report["run"]["seed"] for report in reports] == point["seeds"] == [0, 1]
+        assert point["values"]["mrr"] == [report["systems"]["fam"]["mrr"]["value"] for report in reports]
+        assert point["baselines"]["ridge"]["mrr"] == [report["systems"]["ridge"]["mrr"]["value"] for report in reports]
+        layers = [int(layer) for layer in point["x"].split("+")]
+        assert all(report["run"]["gallery_layers"] == layers for report in reports)
+        assert all(report["config"]["baseline_layers"] == "run" for report in reports)
+    with (Path(swept.out) / "layers" / "points.csv").open() as file:
+        lines = {(line["series"], line["x"], line["system"], line["metric"]): line for line in csv.DictReader(file)}
+    values = points["one", "2"]["values"]["mrr"]
+    line = lines["one", "2", "fam", "mrr"]
+    assert float(line["mean"]) == pytest.approx(statistics.mean(values))
+    half = 12.706 * statistics.stdev(values) / 2**0.5
+    assert float(line["high"]) - float(line["mean"]) == pytest.approx(half)
+    assert f"| one | 2 | {100 * statistics.mean(values):.1f}" in (Path(swept.out) / "layers" / "table.md").read_text()
+
+
+def test_the_ledger_counts_what_was_seen(swept: AblateConfig) -> None:
+    """80 photos, 8 of them held out: one epoch of 2 steps of 32, and two validations."""
+    ledger = outcome(swept)["ledger"]
+    assert ledger["num_runs"] == 8
+    photos = 8 * (2 * 32 + 2 * 8)
+    texts = 8 * (2 * 32 * 2 + 2 * 8 * 2)
+    assert (ledger["photos_seen"], ledger["texts_seen"]) == (photos, texts)
+    assert ledger["re_encoding_seconds"] == pytest.approx((photos + texts) * 11 / 110)
+    assert ledger["extraction_seconds"] == 26
+    assert "10 photos/s and 10 texts/s, 3 threads" in ledger["basis"]
+
+
+def test_what_exists_is_not_run_again_and_recipes_share_runs(swept: AblateConfig, tmp_path: Path) -> None:
+    before = modified(swept)
+    ablate(swept)
+    assert modified(swept) == before
+    other = recipe_file(tmp_path, RECIPE.replace('name = "one"', 'name = "a new name"'), "other.toml")
+    more = replace(swept, recipe=(other,), seeds=(0, 1, 2))
+    ablate(more)
+    after = modified(swept)
+    assert {path: after[path] for path in before} == before
+    assert len(list((Path(swept.out) / "runs").iterdir())) == 8 + 4
+    assert outcome(more, "other")["series"][0]["points"][0]["seeds"] == [0, 1, 2]
+
+
+def test_runs_that_see_the_same_batches_are_trained_side_by_side(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[list[str | None]] = []
+
+    def remember(configs: Sequence[TrainConfig]) -> list[str]:
+        taken.append([config.head for config in configs])
+        return train_many(configs)
+
+    monkeypatch.setattr(running, "train_many", remember)
+    path = recipe_file(tmp_path, RECIPE.replace("[shared]", "[shared]\ndata_seed = 7"))
+    ablate(AblateConfig(recipe=(path,), cache=cache, out=str(tmp_path / "out"), together=3, workers=1))
+    assert taken == [[None, None], [None, None], ["attention", "attention", "mean"], ["mean"]]
+
+
+def test_a_killed_sweep_goes_on(cache: str, tmp_path: Path) -> None:
+    """Killed with two workers at their second runs; what was done stays, the workers end too, and the rest follows."""
+    out = tmp_path / "out"
+    arguments = [recipe_file(tmp_path), "--cache", cache, "--out", str(out), "--device", "cpu", "--workers", "2"]
+    code = "import sys; from saffe_cache.cli import ablate_command; sys.exit(ablate_command(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    sweep = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("runs/*/sweep.json")):
+        assert sweep.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    sweep.send_signal(signal.SIGKILL)
+    sweep.wait()
+    done = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/sweep.json")}
+    assert 1 <= len(done) < 8
+    arguments[-1] = "1"
+    while (status := ablate_command(arguments)) and time.monotonic() < deadline:
+        time.sleep(0.5)  # until its workers have let go of the runs that they were at
+    assert status == 0
+    assert len(list(out.glob("runs/*/sweep.json"))) == 8
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert (out / "layers" / "ablation.json").exists()
+
+
+def test_missing_layers_are_named_with_the_command_that_adds_them(cache: str, tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, RECIPE.replace("[[2], [3]]", "[[0], [1], [2]]"))
+    with pytest.raises(CacheError, match="lacks layers 0,1") as caught:
+        ablate(AblateConfig(recipe=(path,), cache=cache, out=str(tmp_path / "out")))
+    command = str(caught.value).splitlines()[-1]
+    assert command == (
+        f"saffe-extract --data 'my data' --encoder image=i/e --encoder text=t/e --image-size 64 --cache {cache} "
+        "--layers image=0,1"
+    )
+    assert not list((tmp_path / "out").rglob("config.json"))
+    beyond = recipe_file(tmp_path, RECIPE.replace("[[2], [3]]", "[[4]]"))
+    with pytest.raises(CacheError, match="there are hidden_states 0 to 3, the recipe asks for 4"):
+        ablate(AblateConfig(recipe=(beyond,), cache=cache, out=str(tmp_path / "out")))
+
+
+def test_storage_types_are_converted_once_and_never_widened(cache: str, tmp_path: Path) -> None:
+    text = RECIPE.split("[[series]]")[0].replace('x = "layers.image"', 'x = "storage"').replace("[0, 1]", "[0]")
+    text += '[[series]]\nname = "s"\nlayers = { image = [3] }\nstorage = ["float32", "int8"]\n'
+    config = AblateConfig(recipe=(recipe_file(tmp_path, text),), cache=cache, out=str(tmp_path / "out"), workers=1)
+    ablate(config)
+    small = Path(config.out) / "caches" / "int8.zarr"
+    encoder = open_cache(small).encoder("image", None)
+    assert encoder.array("hidden_states/3").dtype == "int8"
+    points = outcome(config)["series"][0]["points"]
+    assert [point["x"] for point in points] == ["float32", "int8"]
+    assert points[0]["values"]["mrr"] != points[1]["values"]["mrr"]
+    with pytest.raises(CacheError, match="it stores int8, from which float32 cannot be made"):
+        ablate(replace(config, cache=str(small), out=str(tmp_path / "wide")))
+
+
+def test_the_projects_recipes_are_recipes() -> None:
+    found = {path.stem: read_recipe(path) for path in (ROOT / "pipelines").glob("*.toml")}
+    assert {"layers", "depth", "fractions", "layer_pairs"} <= set(found)
+    assert all(recipe.seeds == (0, 1, 2) for recipe in found.values())
+    assert len(found["layer_pairs"].cells) == 12 * 6
