@@ -246,3 +246,8 @@ def test_the_projects_recipes_are_recipes() -> None:
     assert {"layers", "depth", "fractions", "layer_pairs"} <= set(found)
     assert all(recipe.seeds == (0, 1, 2) for recipe in found.values())
     assert len(found["layer_pairs"].cells) == 12 * 6
+
+
+def test_the_recipe_in_the_readme_is_one(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text().split("```toml\n")[1].split("```")[0]
+    assert [cell.x for cell in read_recipe(recipe_file(tmp_path, text)).cells] == ["2", "5", "8", "11", "12"]
