@@ -20,6 +20,8 @@ LAYERS = [
     {"judging"},
     {"extraction", "training", "evaluation"},
     {"extract", "train", "evaluate", "repair"},
+    {"binding"},
+    {"bind"},
     {"cli"},
 ]
 OWNERS = {
