@@ -62,7 +62,11 @@ class Reading:
 
 
 def make_fams(shape: FamShape, seeds: Sequence[int], device: str = "cpu") -> tuple[FusionAlignModule, Weights]:
-    """A FAM without weights of its own, and the starting weights of one for each seed."""
+    """A FAM without weights of its own, and the starting weights of one for each seed.
+
+    The weights ask for no gradient of torch's own: it would keep the graphs of `torch.func.grad`, which each gradient
+    would then hold with its weights, for ever.
+    """
     models = []
     with torch.random.fork_rng(devices=[]):
         for seed in seeds:
@@ -70,7 +74,7 @@ def make_fams(shape: FamShape, seeds: Sequence[int], device: str = "cpu") -> tup
             models.append(FusionAlignModule(shape))
     weights, _ = stack_module_state(models)
     skeleton = copy.deepcopy(models[0]).to("meta").eval()
-    return skeleton, {name: value.detach().to(device).requires_grad_() for name, value in weights.items()}
+    return skeleton, {name: value.detach().to(device) for name, value in weights.items()}
 
 
 def episodes_at_once(shape: FamShape, photos: int, device: str) -> int:
@@ -123,7 +127,7 @@ def fit(
         ends = is_open & ((stale >= _PATIENCE) | (epoch == max_epochs))
         if ends.any():
             who = everyone[ends]
-            yield Reading(None, who, {name: value.detach()[who] for name, value in weights.items()}, epoch)
+            yield Reading(None, who, {name: value[who] for name, value in weights.items()}, epoch)
             is_open &= ~ends
         if not is_open.any():
             break

@@ -212,7 +212,7 @@ class _Batch:
     def fam(self, start: StartName) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Accuracies by reading, and epochs to convergence, [episodes]."""
         options, rate = self._options, self._chosen.learning_rates[start]
-        weights = {name: value.detach().clone().requires_grad_() for name, value in self._start.items()}
+        weights = {name: value.clone() for name, value in self._start.items()}
         if start == "ridge":
             with torch.no_grad():
                 weights["head.linear.weight"].copy_(self._maps.weight)
