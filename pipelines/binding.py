@@ -15,8 +15,8 @@ the whole train split, beside the same training on the true names.
 
 DINOv2-small at 112 px, hidden states 11 and 12, and MiniLM. Episodes: 600 of each setting, 15 queries a class. Time on
 one CPU core: 37 photos a second to extract, 3 to 6 min a setting, a minute for each training on 5,000 photos. Disk:
-100 KB a photo. Expected: the FAM from a random start needs more than 2 epochs, and at convergence is about as good as
-ridge and class means, not better: a few photos hold no more than their means. Results with dates: LOG.md.
+100 KB a photo. Expected of CIFAR-10, 2-way 1-shot: nearest class mean and ridge 79.6 ± 1.1; the FAM from the ridge
+80.5, from a random start 68.9 after 1 epoch, 78.2 after 2, 74.5 at convergence. Results with dates: LOG.md.
 """
 
 from __future__ import annotations
