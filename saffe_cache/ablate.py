@@ -81,11 +81,11 @@ def ablate(config: AblateConfig) -> str:
     workers = config.workers or (min(_MOST_WORKERS, num_cores()) if choose_device(config.device) == "cpu" else 1)
     with hold_folder(out):
         planned = {name: _plan(config, recipe, out) for name, recipe in recipes.items()}
-        distinct = {job.config.out: job for plan in planned.values() for jobs in plan.jobs.values() for job in jobs}
-        done = sum(job.is_done for job in distinct.values())
-        logger.info("%d runs, %d of them done; %d at a time.", len(distinct), done, workers)
-        run_jobs(list(distinct.values()), config.together, workers)
         for name, plan in planned.items():
+            distinct = {job.config.out: job for jobs in plan.jobs.values() for job in jobs}
+            done = sum(job.is_done for job in distinct.values())
+            logger.info("%s: %d runs, %d of them done; %d at a time.", name, len(distinct), done, workers)
+            run_jobs(list(distinct.values()), config.together, workers)
             folder = out / name
             make_folder(folder)
             found = outcome(recipes[name], plan.jobs, plan.caches, folder, workers)

@@ -67,6 +67,12 @@ def ablate_command(arguments: Sequence[str] | None = None) -> int:
     return _run_stage("saffe-ablate", AblateConfig, ablate_and_show, arguments)
 
 
+def bind_command(arguments: Sequence[str] | None = None) -> int:
+    from saffe_cache.bind import BindConfig, bind, exit_status
+
+    return _run_stage("saffe-bind", BindConfig, bind, arguments, exit_status)
+
+
 def cache_command(arguments: Sequence[str] | None = None) -> int:
     """`saffe-cache inspect | verify | repair | convert | export | import`."""
     from saffe_cache.options import pair_of

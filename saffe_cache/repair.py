@@ -11,14 +11,15 @@ is damaged still, and mended by the next repair. All that was mended before stay
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
-from saffe_cache.extraction.config import encode_options, encoder_request
+from saffe_cache.encoders.encoder import FrozenEncoder
+from saffe_cache.extraction.config import encode_options
 from saffe_cache.extraction.mending import LostShard, check_tokens, encode_lost, lost_shard, offset_rows
 from saffe_cache.extraction.originals import OriginalFiles
 from saffe_cache.extraction.past import PastExtraction, past_extractions
 from saffe_cache.extraction.planning import Job, tokenize, wanted_inputs
+from saffe_cache.extraction.reopening import reopen_encoder
 from saffe_cache.features import MODALITIES, CacheError, ItemTable
 from saffe_cache.options import require
 from saffe_cache.runs import provenance
@@ -176,24 +177,8 @@ class _EncoderRepair:
                 "the manifest does not say where data and encoder are, as its extraction is unfinished. Finish it with "
                 "saffe-extract, then repair again."
             )
-        recorded, made_with = past[-1].config, manifest.fingerprint
         moved = self._config.encoder.get(self._key) or self._config.encoder.get(modality)
-        place = moved or recorded.encoder[modality]
-        request = replace(
-            encoder_request(recorded, modality),
-            model_id=place,
-            revision=made_with.fields.get("revision"),
-            dtype=str(made_with.fields.get("dtype", "float32")),
-            layers=None,
-        )
-        encoder = load_encoder(request)
-        if encoder.fingerprint.key != self._key:
-            differences = "; ".join(encoder.fingerprint.differences(made_with))
-            raise CacheError(
-                f"{place} is not what the cache was made with ({differences}). Give that with --encoder "
-                f"{modality}=…, with the same library versions, or extract into a new cache."
-            )
-        return encoder
+        return reopen_encoder(manifest, past, moved, f"--encoder {modality}=…")
 
     def _plan(self, encoder: FrozenEncoder, past: Sequence[PastExtraction]) -> Job:
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -42,11 +42,15 @@ def train(config: TrainConfig) -> str:
     return train_many([config])[0]
 
 
-def train_many(configs: Sequence[TrainConfig]) -> list[str]:
+def train_many(configs: Sequence[TrainConfig], opened: Mapping[str, Cache] | None = None) -> list[str]:
     """Train several, and return their folders. Those that see the same batches take them side by side.
 
     The same batches: of one cache, with equal layers, data, batch size and `data_seed`. The batches are then read, and
     prepared, once for all of them; each run is what it would be alone.
+
+    Args:
+        configs: of the runs.
+        opened: caches by their path, in the place of what would be opened there; for classes under other names.
 
     Raises:
         CacheError, ValueError, OSError: as `train`; two runs have the same folder.
@@ -54,7 +58,8 @@ def train_many(configs: Sequence[TrainConfig]) -> list[str]:
     folders = [config.out for config in configs]
     twice = sorted({folder for folder in folders if folders.count(folder) > 1})
     require(not twice, "out", twice, "a folder of its own for each run")
-    caches = {config.cache: open_cache(config.cache) for config in configs}
+    caches = {path: open_cache(path) for path in {config.cache for config in configs} - (opened or {}).keys()}
+    caches |= opened or {}
     groups: dict[object, list[_Plan]] = {}
     with ExitStack() as held:
         for config in configs:

@@ -192,9 +192,9 @@ def _classifiers(material: Material, choice: BaselineChoice) -> Systems:
         scored = candidate_scores(scores, material.validation.labels, intervals=False)
         return scored[material.protocol.main_metric].value
 
-    probe = fit_linear_probe(training, known, num_classes, lambda fit: judge(_log_odds(fit(validation))))
+    probe = fit_linear_probe(training, known, num_classes, lambda fit: judge(log_odds(fit(validation))))
     means = fit_class_means(training, known, num_classes)
-    found = {"linear_probe": _log_odds(probe(reported)), "class_means": means(reported)}
+    found = {"linear_probe": log_odds(probe(reported)), "class_means": means(reported)}
     absent = {}
     if choice == "all" and len(training) > 100:
         found["zlap"] = _zlap(material, judge)
@@ -277,7 +277,7 @@ def _shared_metrics(scores: Scores, like: Scores) -> Scores:
     return {metric: score for metric, score in scores.items() if metric in like}
 
 
-def _log_odds(logits: np.ndarray) -> np.ndarray:
+def log_odds(logits: np.ndarray) -> np.ndarray:
     """Of each class against all others, [n, c]: ranks the photos of a class where its probability is all but 1."""
     rows, top = np.arange(len(logits)), logits.argmax(axis=1)
     highest, rest = logits[rows, top].astype(np.float64), logits.astype(np.float64)
