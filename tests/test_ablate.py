@@ -186,7 +186,8 @@ def test_runs_that_see_the_same_batches_are_trained_side_by_side(
     assert taken == [[None, None], [None, None], ["attention", "attention", "mean"], ["mean"]]
 
 
-def test_a_killed_sweep_goes_on(cache: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_sweep_goes_on(cache: str, tmp_path: Path, kill: signal.Signals) -> None:
     """Killed with two workers at their second runs; what was done stays, the workers end too, and the rest follows."""
     out = tmp_path / "out"
     arguments = [recipe_file(tmp_path), "--cache", cache, "--out", str(out), "--device", "cpu", "--workers", "2"]
@@ -198,8 +199,8 @@ def test_a_killed_sweep_goes_on(cache: str, tmp_path: Path) -> None:
         assert sweep.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    sweep.send_signal(signal.SIGKILL)
-    sweep.wait()
+    sweep.send_signal(kill)
+    sweep.wait(timeout=60)
     done = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/sweep.json")}
     assert 1 <= len(done) < 8
     arguments[-1] = "1"

@@ -144,6 +144,8 @@ def _side_by_side(tasks: Sequence[Sequence[Job]], workers: int) -> Iterator[int]
                 yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()  # or the end of this process would wait for that of their tasks
             raise
 
 
