@@ -79,5 +79,6 @@ def _value(hint: Any, name: str, value: Any) -> Any:
     else:
         fits = type(value) is hint and (hint is not int or abs(value) <= _LARGEST)
     if not fits:
-        raise ValueError(f"{name}: {value!r:.60}, expected {' or '.join(map(repr, parts)) or hint.__name__}")
+        expected = " or ".join(map(repr, parts)) if origin is Literal else hint.__name__
+        raise ValueError(f"{name}: {value!r:.60}, expected {expected}")
     return float(value) if hint is float else value
