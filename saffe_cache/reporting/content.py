@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from saffe_cache.reporting.ablations import Ablation, spread
 from saffe_cache.reporting.episodes import Episodes
 from saffe_cache.reporting.galleries import Card, make_cards
 from saffe_cache.reporting.ledger import BASIS, Costs, costs_of
-from saffe_cache.reporting.photos import MOST_BYTES, Album
+from saffe_cache.reporting.photos import Album
 from saffe_cache.reporting.plots import Bars, Curve, Dot, Plot
-from saffe_cache.reporting.reading import Evaluation, LogLine, Material, Run
+from saffe_cache.reporting.reading import Evaluation, LogLine, Material, Metrics, Run
 from saffe_cache.reporting.tables import Sheet, Table
 
 _MOST_CLASSES = 24
@@ -93,11 +94,11 @@ def make_content(material: Material, album: Album, choice: Choice) -> Content:
     )
     for number, (evaluation, name) in enumerate(zip(material.evaluations, names, strict=True), start=1):
         content.sections.append(_evaluation_section(evaluation, name, f"evaluation-{number}", content.sheets))
-    share = MOST_BYTES // max(1, sum(one.details is not None for one in material.evaluations))
     for section, evaluation in zip(content.sections, material.evaluations, strict=True):
         if evaluation.details is not None:
             section.cards = make_cards(evaluation, choice.asked, choice.num_random, choice.num_extreme)
-            album.add(evaluation, {place for card in section.cards for place in card.places}, share)
+            album.add(evaluation, {place for card in section.cards for place in card.places})
+    album.keep_first(_in_turn(content.sections))
     content.notices += _missing_photos(content)
     for number, (ablation) in enumerate(material.ablations, start=1):
         content.sections.append(_ablation_section(ablation, f"ablation-{number}", content.sheets))
@@ -127,6 +128,7 @@ def _notices(material: Material, names: Sequence[str]) -> list[Notice]:
         metrics = evaluation.metrics
         found += [Notice("failure", name, f"{text}. Do not use these numbers.") for text in metrics.failures]
         found += [Notice("warning", name, text) for text in metrics.warnings]
+        found += _beaten(metrics, name)
         if evaluation.details is None:
             text = "it was written by an earlier release, without details of single queries: no galleries and curves. "
             found.append(Notice("note", name, text + "Run saffe-index-eval again."))
@@ -137,6 +139,26 @@ def _notices(material: Material, names: Sequence[str]) -> list[Notice]:
                 found += [Notice("failure", where, f"{text}. Do not use these numbers.") for text in point.failures]
     order = ("failure", "warning", "note")
     return sorted(found, key=lambda notice: order.index(notice.kind))
+
+
+def _beaten(metrics: Metrics, name: str) -> list[Notice]:
+    """Where a baseline of the same cache finds more than the FAM."""
+    main, best = metrics.main_metric, metrics.ranked_baselines()[:1]
+    own = metrics.systems["fam"][main].value
+    if not best or metrics.systems[best[0]][main].value <= own:
+        return []
+    value = tables.percent(metrics.systems[best[0]][main].value)
+    return [
+        Notice("note", name, f"the baseline {best[0]} finds more than the FAM: {main} {value}, {tables.percent(own)}.")
+    ]
+
+
+def _in_turn(sections: Sequence[Section]) -> Iterator[bytes]:
+    """The photos of every section's first card, then of every second, so that none takes another's room."""
+    for cards in zip_longest(*(section.cards for section in sections)):
+        for section, card in zip(sections, cards, strict=True):
+            if card is not None and section.details is not None:
+                yield from (section.details.photo_hashes[place].tobytes() for place in sorted(card.places))
 
 
 def _missing_photos(content: Content) -> list[Notice]:
@@ -223,7 +245,7 @@ def _dots(evaluation: Evaluation, name: str) -> Plot:
         label = "FAM" if system == "fam" else system
         dots.append(Dot(label, 100 * number.value, low, high, "fam" if system == "fam" else "baseline"))
     for control, of in metrics.controls.items():
-        if main in of.scores:
+        if main == of.metric:
             number = of.scores[main]
             low, high = (None if bound is None else 100 * bound for bound in (number.low, number.high))
             dots.append(Dot(control, 100 * number.value, low, high, "control"))
@@ -468,7 +490,7 @@ def _heat_map(ablation: Ablation, number: int, name: str) -> Plot:
 def _episodes_section(episodes: Episodes, anchor: str, sheets: list[Sheet]) -> Section:
     made, new = tables.episodes_tables(episodes, anchor)
     sheets += new
-    section = Section(anchor=anchor, title=episodes.title, facts=[("dataset", episodes.dataset)], table=made[0])
+    section = Section(anchor=anchor, title=episodes.title, table=made[0])
     section.more += made[1:]
     if episodes.settings:
         names = [setting.name for setting in episodes.settings]
@@ -500,7 +522,7 @@ def _episodes_section(episodes: Episodes, anchor: str, sheets: list[Sheet]) -> S
                 [],
                 published,
                 ("episodes", "accuracy, percent"),
-                "Accuracy with its 95 % interval over episodes. Dashed: chance. Hollow stars: published.",
+                "Accuracy with its 95 % interval over episodes. Hollow: chance. Stars: published by others.",
                 joined=False,
             )
         )

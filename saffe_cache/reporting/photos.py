@@ -32,8 +32,8 @@ class Album:
     reasons: dict[bytes, str] = field(default_factory=dict)
     """Why a photo has none."""
 
-    def add(self, evaluation: Evaluation, places: Collection[int], most_bytes: int) -> None:
-        """Find photos of an evaluation by their places in its details; `most_bytes` for the new ones together."""
+    def add(self, evaluation: Evaluation, places: Collection[int]) -> None:
+        """Find photos of an evaluation by their places in its details."""
         details = evaluation.details
         assert details is not None
         wanted = {details.photo_hashes[place].tobytes(): details.photo_ids[place] for place in places}
@@ -52,15 +52,24 @@ class Album:
                 data = media.read()
                 if hashlib.sha256(data).digest() != content:
                     raise ValueError("its file is being changed")
-                small = thumbnail(data, SIDE)
+                self.thumbnails[content] = thumbnail(data, SIDE)
             except (OSError, ValueError) as error:
                 self.reasons[content] = str(error)
+
+    def keep_first(self, wanted: Iterable[bytes]) -> None:
+        """Keep as many as a page has room for, in the order in which they are wanted."""
+        kept: dict[bytes, bytes] = {}
+        size = 0
+        for content in wanted:
+            small = self.thumbnails.get(content)
+            if small is None or content in kept:
                 continue
-            most_bytes -= len(small)
-            if most_bytes < 0:
-                self.reasons[content] = "left out to keep the page small"
+            size += len(small)
+            if size <= MOST_BYTES:
+                kept[content] = small
             else:
-                self.thumbnails[content] = small
+                self.reasons[content] = "left out to keep the page small"
+        self.thumbnails = kept
 
     def _find(self, evaluation: Evaluation, wanted: dict[bytes, str]) -> tuple[_Found, str]:
         """The files, and what kept some places from being read."""

@@ -27,7 +27,7 @@ BLUE = "#0072b2"
 HUES = (BLUE, "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
-_WIDTH = 6.4
+_WIDTH = 4.8
 """Inches."""
 
 
@@ -65,15 +65,15 @@ def drawing(height: float, columns: int = 1) -> Iterator[tuple[Figure, list[Axes
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "saffe",
-        "font.size": 10.5,
+        "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
         "grid.linewidth": 0.4,
         "grid.alpha": 0.35,
         "legend.frameon": False,
-        "lines.linewidth": 1.8,
-        "lines.markersize": 6,
+        "lines.linewidth": 1.5,
+        "lines.markersize": 5,
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color"), INK),
         **dict.fromkeys(("xtick.color", "ytick.color"), INK),
         **dict.fromkeys(("figure.facecolor", "axes.facecolor"), PAPER),
@@ -88,7 +88,7 @@ def finished(figure: Figure, name: str, caption: str, described: str) -> Plot:
     """To be called within `drawing`."""
     svg, png = io.BytesIO(), io.BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
+    figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
     text = svg.getvalue().decode()
     return Plot(name, caption, described, _inline(text, name, described), svg.getvalue(), png.getvalue())
 
@@ -123,7 +123,7 @@ class Dot:
 def draw_dots(name: str, dots: Sequence[Dot], level: tuple[str, float], metric: str) -> Plot:
     """Systems and controls below each other, with chance as a line."""
     look = {"fam": (BLUE, "D"), "baseline": ("#d55e00", "o"), "control": (INK, "s")}
-    with drawing(0.9 + 0.3 * len(dots)) as (figure, (axes,)):
+    with drawing(0.75 + 0.22 * len(dots)) as (figure, (axes,)):
         for place, dot in enumerate(dots):
             hue, marker = look[dot.kind]
             if dot.low is not None and dot.high is not None:
@@ -132,7 +132,7 @@ def draw_dots(name: str, dots: Sequence[Dot], level: tuple[str, float], metric: 
             axes.plot(dot.value, place, marker, color=hue, markerfacecolor=face, zorder=3)
         axes.axvline(level[1], color=INK, linestyle=":", linewidth=1.2)
         axes.annotate(level[0], (level[1], 1), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
-                      va="bottom", fontsize=9)  # fmt: skip
+                      va="bottom", fontsize=8)  # fmt: skip
         axes.set_yticks(
             range(len(dots)), [dot.name if dot.kind != "control" else f"control: {dot.name}" for dot in dots]
         )
@@ -161,7 +161,7 @@ def draw_curves(
     name: str, curves: Sequence[Curve], labels: tuple[str, str], caption: str, limits: tuple[float, float] | None = None
 ) -> Plot:
     """Lines in one frame, such as precision over recall."""
-    with drawing(3.6) as (figure, (axes,)):
+    with drawing(2.9) as (figure, (axes,)):
         for number, curve in enumerate(curves):
             look = style(number)
             axes.plot(curve.xs, curve.ys, color=look.hue, linestyle=look.line, marker=look.marker, label=curve.name,
@@ -170,7 +170,7 @@ def draw_curves(
             axes.set_ylim(*limits)
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
-        axes.legend(fontsize=9)
+        axes.legend(fontsize=8)
         told = "; ".join(f"{curve.name} from {curve.ys[0]:.1f} to {curve.ys[-1]:.1f}" for curve in curves)
         return finished(figure, name, caption, f"{labels[1]} over {labels[0]}: {told}")
 
@@ -179,7 +179,7 @@ def draw_training(
     name: str, losses: Sequence[Curve], scores: Sequence[Curve], best_epoch: int, metric: str, caption: str
 ) -> Plot:
     """Loss at the left, validation score at the right; the kept epoch is marked."""
-    with drawing(3.0, 2) as (figure, panels):
+    with drawing(2.3, 2) as (figure, panels):
         for axes, curves, label in zip(panels, (losses, scores), ("loss", f"validation {metric}"), strict=True):
             for number, curve in enumerate(curves):
                 look = style(number)
@@ -189,7 +189,7 @@ def draw_training(
             axes.set_xlabel("epoch")
             axes.set_ylabel(label)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panels[1].legend(fontsize=9)
+        panels[1].legend(fontsize=8)
         told = f"best epoch {best_epoch}" + "".join(
             f"; {curve.name} at most {max(curve.ys):.1f}" for curve in scores if len(curve.ys)
         )
@@ -200,7 +200,7 @@ def draw_per_class(
     name: str, names: Sequence[str], systems: Sequence[tuple[str, Sequence[float]]], caption: str
 ) -> Plot:
     """Average precision of each class, several systems beside each other."""
-    with drawing(1.0 + 0.27 * len(names)) as (figure, (axes,)):
+    with drawing(0.9 + 0.2 * len(names)) as (figure, (axes,)):
         places = np.arange(len(names))
         for number, (system, values) in enumerate(systems):
             look = style(number)
@@ -209,7 +209,7 @@ def draw_per_class(
         axes.set_yticks(places, names)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlabel("average precision, percent")
-        axes.legend(fontsize=9, loc="lower left")
+        axes.legend(fontsize=8, loc="lower left")
         system, values = systems[0]
         told = ", ".join(f"{one} {value:.1f}" for one, value in zip(names, values, strict=True))
         return finished(figure, name, caption, f"Average precision of {system} in percent: {told}")
@@ -228,14 +228,14 @@ def draw_grid(
     """
     rows, columns = cells.shape
     low, high = np.nanmin(cells), np.nanmax(cells)
-    with drawing(1.4 + 0.36 * rows) as (figure, (axes,)):
+    with drawing(1.1 + 0.27 * rows) as (figure, (axes,)):
         for row in range(rows):
             for column in range(columns):
                 if not np.isnan(cells[row, column]):
                     depth = 0.5 * float((cells[row, column] - low) / (high - low or 1))
                     axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=BLUE, alpha=depth,
                                                                linewidth=0))  # fmt: skip
-                    size = 10 if columns <= 6 else 8 if columns <= 12 else 6
+                    size = 9 if columns <= 6 else 7.5 if columns <= 12 else 5
                     axes.text(column, row, texts[row][column], ha="center", va="center", fontsize=size)
         axes.set_xlim(-0.5, columns - 0.5)
         axes.set_ylim(rows - 0.5, -0.5)
@@ -265,31 +265,30 @@ def draw_series(
     caption: str, *, joined: bool,
 ) -> Plot:  # fmt: skip
     """Series with error bars over named places, baselines dashed, levels across, numbers of others hollow."""
-    with drawing(4.2) as (figure, (axes,)):
+    with drawing(3.3) as (figure, (axes,)):
         for number, one in enumerate(series):
             look, shift = style(number), 0.08 * (number - (len(series) - 1) / 2)
             line = look.line if joined else "none"
-            axes.errorbar([place + shift for place in one.places], one.means, yerr=one.halves, capsize=3, label=one.name,
-                          color=look.hue, marker=look.marker, linestyle=line)  # fmt: skip
+            axes.errorbar([place + shift for place in one.places], one.means, yerr=one.halves, capsize=3,
+                          label=one.name, color=look.hue, marker=look.marker, linestyle=line)  # fmt: skip
         for number, one in enumerate(dashed, start=len(series)):
             look = style(number)
-            axes.plot(one.places, one.means, color=look.hue, marker=look.marker, markersize=4, linestyle="--",
+            size, line = (4, "--") if joined else (7, "none")
+            axes.plot(one.places, one.means, color=look.hue, marker=look.marker, markersize=size, linestyle=line,
                       linewidth=1.2, markerfacecolor=PAPER, label=one.name)  # fmt: skip
         for number, (level, value) in enumerate(levels):
-            axes.axhline(value, color=INK, linestyle=LINES[3 - number % 2], linewidth=1)
-            axes.annotate(level, (1, value), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                          ha="right", fontsize=9)  # fmt: skip
+            axes.axhline(value, color=INK, linestyle=LINES[3 - number % 2], linewidth=1, label=level)
         for number, (who, place, value) in enumerate(published):
             axes.plot(place, value, "*", color=INK, markerfacecolor=PAPER, markersize=12,
                       label="published" if number == 0 else None)  # fmt: skip
-            axes.annotate(who, (place, value), (6, 6), textcoords="offset points", fontsize=9)
+            axes.annotate(who, (place, value), (6, 6), textcoords="offset points", fontsize=8)
         axes.set_xticks(range(len(places)), places)
         if max(map(len, places)) * len(places) > 60:
             axes.tick_params(axis="x", rotation=30)
         axes.set_xlim(-0.5, len(places) - 0.5)
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
-        figure.legend(fontsize=9, loc="outside lower center", ncols=3)
+        figure.legend(fontsize=8, loc="outside lower center", ncols=3)
         told = "; ".join(f"{one.name}: {_told(places, one)}" for one in series)
         return finished(figure, name, caption, f"{labels[1]} by {labels[0]}. {told}")
 

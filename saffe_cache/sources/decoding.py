@@ -33,7 +33,7 @@ def thumbnail(data: bytes, side: int) -> bytes:
     picture = _decode_image(data)
     picture.thumbnail((side, side))
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=76, optimize=True)
+    picture.save(file, "JPEG", quality=72, optimize=True)
     return file.getvalue()
 
 
