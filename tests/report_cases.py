@@ -46,7 +46,7 @@ def make_run(folder: Path, tiny_model: Any) -> Made:
         )
     )
     run = quick_train(cache, folder / "run", fusion="linear", epochs=1, validation="heldout")
-    metrics = report_of(cache, run, split="dev", baselines=True)
+    metrics = report_of(cache, run, split="dev", baselines="all")
     return Made(folder / "data", cache, run, Path(metrics["out"]), metrics)
 
 

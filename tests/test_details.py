@@ -33,7 +33,7 @@ def classified(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def evaluated(made: tuple[str, str], out: Path, **options: object) -> tuple[Report, Details]:
-    report = report_of(*made, baselines=True, out=str(out), **options)
+    report = report_of(*made, baselines="all", out=str(out), **options)
     return report, read_details(out)
 
 

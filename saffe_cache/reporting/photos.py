@@ -45,8 +45,7 @@ class Album:
         for content, name in wanted.items():
             media = found.get(content)
             if media is None:
-                there = "its file has changed since it was extracted" if name in found.ids else "not found in the data"
-                self.reasons[content] = failures or there
+                self.reasons[content] = failures or found.ids.get(name, "not found in the data")
                 continue
             try:
                 data = media.read()
@@ -88,8 +87,10 @@ class Album:
                 failures.append(str(error))
                 continue
             for item in items:
-                found.ids.add(item.id)
-                if "image" in item.hashes:
+                found.ids[item.id] = "its file has changed since it was extracted"
+                if "image" not in item.hashes:
+                    found.ids[item.id] = item.problem or "it has no photo any more"
+                else:
                     found.media[item.hashes["image"]] = item.media["image"]
         return found, " ".join(failures) if not found.ids else ""
 
@@ -97,8 +98,8 @@ class Album:
 @dataclass
 class _Found:
     media: dict[bytes, Media] = field(default_factory=dict)
-    ids: set[str] = field(default_factory=set)
-    """Of the items that were read."""
+    ids: dict[str, str] = field(default_factory=dict)
+    """Of the items that were read, with what is the matter where the photo is not there."""
 
     def get(self, content: bytes) -> Media | None:
         return self.media.get(content)
