@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +44,7 @@ class Point:
     trainable_parameters: int
     training_seconds: tuple[float, ...]
     evaluation_seconds: tuple[float, ...]
+    controls: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,8 @@ class Ledger:
     text_seconds: float
     basis: str
     """How the seconds of re-encoding were come by."""
+    workers: int = 1
+    """Processes that ran side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +113,8 @@ class Ablation:
     lines: tuple[Line, ...]
     published: tuple[Published, ...]
     ledger: Ledger
+    definition: str = ""
+    """Of the metrics, as the evaluations tell it."""
 
     @property
     def xs(self) -> list[str]:

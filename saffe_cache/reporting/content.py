@@ -419,6 +419,7 @@ def _ablation_section(ablation: Ablation, anchor: str, sheets: list[Sheet]) -> S
             ("dataset", ablation.dataset),
             ("reported on", f"{ablation.protocol} protocol, split {ablation.split}"),
             ("metric", f"{ablation.metric}: {tables.metric_words(ablation.metric)}"),
+            *([("definition", ablation.definition)] if ablation.definition else []),
         ],
         folded=[points],
     )
