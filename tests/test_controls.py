@@ -84,7 +84,7 @@ def metadata(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def levels_of(metadata: Trained, protocol: Protocol) -> Any:
     training = same_training_pairs(metadata.setting.spec, metadata.setting.cache, metadata.run)
-    levels = Material(metadata.setting, *training, protocol).levels
+    levels = Material(metadata.setting, *training, protocol, metadata.setting.spec.gallery_layers).levels
     return {name: of.scores for name, of in levels.items()}
 
 
