@@ -78,7 +78,7 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """What the sweep cost, and what re-encoding at every step would have."""
+    """What the sweep cost, and what re-encoding at every step would have; None where the cache does not tell."""
 
     extraction_seconds: float
     training_seconds: float
@@ -88,9 +88,9 @@ class Ledger:
     num_runs: int
     photos_seen: int
     texts_seen: int
-    re_encoding_seconds: float
-    photo_seconds: float
-    text_seconds: float
+    re_encoding_seconds: float | None
+    photo_seconds: float | None
+    text_seconds: float | None
     basis: str
     """How the seconds of re-encoding were come by."""
     workers: int = 1

@@ -239,8 +239,8 @@ def sweep_ledger(ablation: Ablation) -> Table:
         ("by the clock", duration(of.wall_seconds)),
         ("cache", size(of.cache_bytes)),
         ("photos and texts seen in training", f"{of.photos_seen:,} and {of.texts_seen:,}"),
-        ("re-encoding them at every step would have cost", duration(of.re_encoding_seconds)),
-        ("encoding one photo, one text", f"{1000 * of.photo_seconds:.1f} ms, {1000 * of.text_seconds:.1f} ms"),
+        ("re-encoding them at every step would have cost", _told(of.re_encoding_seconds)),
+        ("encoding one photo, one text", f"{_told(of.photo_seconds)}, {_told(of.text_seconds)}"),
     )
     rows = tuple(_plain_row(*one) for one in told)
     return Table(f"Cost ledger. {of.basis}", ("", ""), rows)
@@ -343,12 +343,18 @@ def ledger_table(costs: Sequence[tuple[str, Costs]]) -> tuple[Table, Sheet]:
     )
 
 
+def _told(seconds: float | None) -> str:
+    return "unknown" if seconds is None else duration(seconds)
+
+
 def _plain_row(head: str, *texts: str) -> TableRow:
     return TableRow("plain", Cell(head), tuple(map(Cell, texts)))
 
 
 def duration(seconds: float) -> str:
     """For people."""
+    if seconds < 1:
+        return f"{1000 * seconds:.1f} ms"
     if seconds < 120:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
