@@ -5,7 +5,6 @@ each other (tests/test_architecture.py holds this):
 
     cli                                                        the commands
     ablate   bind   report                                     verbs made of these verbs
-    ablate   bind   report                                     verbs over many runs
     ablation   binding   reporting                             what they are made of
     extract   train   evaluate   repair                        the verbs: a config in, the path or report out
     extraction   training   evaluation                         what they are made of

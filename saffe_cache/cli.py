@@ -69,7 +69,10 @@ def ablate_command(arguments: Sequence[str] | None = None) -> int:
 
 def bind_command(arguments: Sequence[str] | None = None) -> int:
     from saffe_cache.bind import BindConfig, bind, exit_status
+
     return _run_stage("saffe-bind", BindConfig, bind, arguments, exit_status)
+
+
 def report_command(arguments: Sequence[str] | None = None) -> int:
     from saffe_cache.report import ReportConfig, report
 
