@@ -157,7 +157,7 @@ def test_an_ablation_is_drawn_with_its_intervals(tmp_path: Path) -> None:
     assert drawing is not None
     assert "Same" in drawing.group()
     assert "Other" not in drawing.group()
-    unknown = ablation()
+    unknown = ablation(told_besides=[1])
     unknown["ledger"] |= dict.fromkeys(("re_encoding_seconds", "photo_seconds", "text_seconds"))
     assert "unknown, unknown" in make_page([write(tmp_path, "ablation.json", unknown)], tmp_path / "page")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saffe_cache.fields import made_of
+from saffe_cache.fields import known_part, made_of
 from saffe_cache.runs import read_json
 
 _T_QUANTILES = (
@@ -44,7 +44,6 @@ class Point:
     trainable_parameters: int
     training_seconds: tuple[float, ...]
     evaluation_seconds: tuple[float, ...]
-    controls: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +92,6 @@ class Ledger:
     text_seconds: float | None
     basis: str
     """How the seconds of re-encoding were come by."""
-    workers: int = 1
-    """Processes that ran side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +151,11 @@ def spread(values: Sequence[float]) -> Spread:
 def read_ablation(path: Path) -> Ablation:
     """
     Raises:
-        ValueError: a field is missing, unknown or of another kind, or lists do not fit each other.
+        ValueError: a field is missing or of another kind, or lists do not fit each other.
     """
     content = read_json(path)
     try:
-        ablation = made_of(Ablation, content)
+        ablation = made_of(Ablation, known_part(Ablation, content))
         _check(ablation)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}. Run the sweep that writes it again.") from None

@@ -137,6 +137,8 @@ def _notices(material: Material, names: Sequence[str]) -> list[Notice]:
             for point in series.points:
                 where = f"{ablation.title}: {series.name}, {' / '.join(filter(None, (point.x, point.y)))}"
                 found += [Notice("failure", where, f"{text}. Do not use these numbers.") for text in point.failures]
+    for episodes in material.episodes:
+        found += [Notice("failure", episodes.title, f"{text}. Do not use these numbers.") for text in episodes.failures]
     order = ("failure", "warning", "note")
     return sorted(found, key=lambda notice: order.index(notice.kind))
 
@@ -509,11 +511,6 @@ def _episodes_section(episodes: Episodes, anchor: str, sheets: list[Sheet]) -> S
             for system in episodes.systems
         ]
         chance = _bars("chance", names, {setting.name: (setting.chance, 0.0) for setting in episodes.settings})
-        published = [
-            (one.name, names.index(f"{one.ways}-way {one.shots}-shot"), 100 * one.value)
-            for one in episodes.published
-            if f"{one.ways}-way {one.shots}-shot" in names
-        ]
         section.plots.append(
             plots.draw_series(
                 anchor,
@@ -521,9 +518,9 @@ def _episodes_section(episodes: Episodes, anchor: str, sheets: list[Sheet]) -> S
                 series,
                 [chance],
                 [],
-                published,
+                [],
                 ("episodes", "accuracy, percent"),
-                "Accuracy with its 95 % interval over episodes. Hollow: chance. Stars: published by others.",
+                "Accuracy with its 95 % interval over episodes. Hollow: chance.",
                 joined=False,
             )
         )

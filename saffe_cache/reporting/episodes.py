@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from saffe_cache.fields import made_of
+from saffe_cache.fields import known_part, made_of
 from saffe_cache.runs import read_json
 
 
@@ -28,6 +28,8 @@ class FewShot:
     episodes: int
     chance: float
     systems: Mapping[str, Mean]
+    controls: Mapping[str, Mean] = field(default_factory=dict)
+    """The same where nothing can be known."""
 
     @property
     def name(self) -> str:
@@ -71,20 +73,26 @@ class Episodes:
     settings: tuple[FewShot, ...]
     names_replaced: tuple[NamesReplaced, ...]
     published: tuple[PublishedEpisodes, ...]
+    failures: tuple[str, ...] = ()
+    """Controls that are not where they must be."""
 
     @property
     def systems(self) -> list[str]:
         return list(dict.fromkeys(name for setting in self.settings for name in setting.systems))
 
+    @property
+    def controls(self) -> list[str]:
+        return list(dict.fromkeys(name for setting in self.settings for name in setting.controls))
+
 
 def read_episodes(path: Path) -> Episodes:
     """
     Raises:
-        ValueError: a field is missing, unknown or of another kind.
+        ValueError: a field is missing or of another kind.
     """
     content = read_json(path)
     try:
-        episodes = made_of(Episodes, content)
+        episodes = made_of(Episodes, known_part(Episodes, content))
         for replaced in episodes.names_replaced:
             for name, seeds in replaced.systems.items():
                 if not seeds.values:

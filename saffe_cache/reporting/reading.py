@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from saffe_cache.evaluation.details import NAME as DETAILS_NAME
 from saffe_cache.evaluation.details import Details, read_details
-from saffe_cache.fields import made_of
+from saffe_cache.fields import known_part, made_of
 from saffe_cache.reporting.ablations import Ablation, read_ablation
 from saffe_cache.reporting.episodes import Episodes, read_episodes
 from saffe_cache.runs import RunSpec, read_json
@@ -265,7 +265,6 @@ def _known_fields(kind: type[Made], content: Any, path: Path) -> Made:
         ValueError: a field is missing or of another kind.
     """
     try:
-        names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-        return made_of(kind, {name: content[name] for name in names if name in content})
+        return made_of(kind, known_part(kind, content))
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: {error}. Run the stage that writes it again.") from None

@@ -246,29 +246,30 @@ def sweep_ledger(ablation: Ablation) -> Table:
     return Table(f"Cost ledger. {of.basis}", ("", ""), rows)
 
 
-def episodes_tables(episodes: Episodes, name: str) -> tuple[list[Table], list[Sheet]]:
+def episodes_tables(episodes: Episodes, title: str) -> tuple[list[Table], list[Sheet]]:
     """Few-shot episodes; classifications with replaced names; numbers of others."""
     systems = episodes.systems
     rows: list[TableRow] = []
     sheet: list[tuple[Value, ...]] = []
     for setting in episodes.settings:
         cells = [Cell(percent(setting.chance))]
-        for system in systems:
-            mean = setting.systems.get(system)
-            cells.append(
-                Cell(_ABSENT) if mean is None else Cell(percent(mean.mean), f"± {percent(mean.half_interval)}")
-            )
-            if mean is not None:
-                kind = (setting.ways, setting.shots, setting.episodes, setting.chance)
-                sheet.append((*kind, system, mean.mean, mean.half_interval))
+        kind = (setting.ways, setting.shots, setting.episodes, setting.chance)
+        for told, names in ((setting.controls, episodes.controls), (setting.systems, systems)):
+            for name in names:
+                mean = told.get(name)
+                half = "" if mean is None else f"± {percent(mean.half_interval)}"
+                cells.append(Cell(_ABSENT if mean is None else percent(mean.mean), half))
+                if mean is not None:
+                    sheet.append((*kind, name, mean.mean, mean.half_interval))
         note = f"{setting.episodes} episodes, {setting.queries} queries a class"
         rows.append(TableRow("plain", Cell(setting.name, note), tuple(cells)))
     caption = (
         f"{episodes.dataset}: accuracy of few-shot episodes, percent; beneath, half the 95 % interval over episodes."
     )
-    tables = [Table(caption, ("", "chance", *systems), tuple(rows))]
+    shown = [f"control: {name}" for name in episodes.controls]
+    tables = [Table(caption, ("", "chance", *shown, *systems), tuple(rows))]
     header = ("ways", "shots", "episodes", "chance", "system", "mean", "half_interval")
-    sheets = [Sheet(name, header, tuple(sheet))]
+    sheets = [Sheet(title, header, tuple(sheet))]
     if episodes.names_replaced:
         rows, sheet = [], []
         names = list(dict.fromkeys(system for one in episodes.names_replaced for system in one.systems))
@@ -285,7 +286,7 @@ def episodes_tables(episodes: Episodes, name: str) -> tuple[list[Table], list[Sh
             rows.append(TableRow("plain", Cell(one.name, f"{one.classes} classes, {one.metric}"), tuple(cells)))
         caption = "Classes whose names were replaced. Percent, mean over seeds; beneath, half the 95 % t-interval."
         tables.append(Table(caption, ("", *names), tuple(rows)))
-        sheets.append(Sheet(f"{name}-names", ("name", "classes", "metric", "system", "value"), tuple(sheet)))
+        sheets.append(Sheet(f"{title}-names", ("name", "classes", "metric", "system", "value"), tuple(sheet)))
     if episodes.published:
         published = tuple(
             _plain_row(one.name, f"{one.ways}-way {one.shots}-shot", percent(one.value), one.note)
