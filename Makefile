@@ -28,11 +28,11 @@ torture: .venv/test
 	touch $@
 
 .venv/demo: .venv/base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,report]'
 	touch $@
 
 .venv/test: .venv/base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,audio,logging,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,report,audio,logging,test]'
 	touch $@
 
 # LitData without what it asks for: with torchvision, transformers would take other image processors, and boto3 asks for

@@ -73,6 +73,12 @@ def bind_command(arguments: Sequence[str] | None = None) -> int:
     return _run_stage("saffe-bind", BindConfig, bind, arguments, exit_status)
 
 
+def report_command(arguments: Sequence[str] | None = None) -> int:
+    from saffe_cache.report import ReportConfig, report
+
+    return _run_stage("saffe-report", ReportConfig, report, arguments)
+
+
 def cache_command(arguments: Sequence[str] | None = None) -> int:
     """`saffe-cache inspect | verify | repair | convert | export | import`."""
     from saffe_cache.options import pair_of

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 
 from saffe_cache.durable import hold_folder, remove_partial_files, write_whole
+from saffe_cache.evaluation.answers import Answered
 from saffe_cache.evaluation.controls import duplicates, failures, run_controls, sensitivity, why_no_permuted
+from saffe_cache.evaluation.details import details_of, write_details
 from saffe_cache.evaluation.measuring import (
     DEFINITIONS,
     Protocol,
@@ -129,6 +131,7 @@ def evaluate(config: EvaluateConfig) -> str:
     out = Path(config.out or Path(config.run) / f"{config.split}-{name}{leak}")
     with hold_folder(out):
         remove_partial_files(out)
+        measured, systems = _measure(config, protocol, setting, (model, permuted), training)
         report = {
             "protocol": name,
             "definition": _definition(config, name),
@@ -137,7 +140,7 @@ def evaluate(config: EvaluateConfig) -> str:
             "num_photos": len(setting.pairs),
             "num_queries": protocol.num_queries,
             "num_unusable_items": setting.pairs.num_unusable,
-            **_measure(config, protocol, setting, (model, permuted), training),
+            **measured,
             "index": _write_index(config, protocol, setting, model, out),
             "cost": {
                 "trainable_parameters": result["trainable_parameters"],
@@ -149,6 +152,7 @@ def evaluate(config: EvaluateConfig) -> str:
             "run": asdict(spec),
             **provenance(config),
         }
+        write_details(out, details_of(protocol, setting, systems))
         _write(out, report)
     return str(out)
 
@@ -159,28 +163,33 @@ def _measure(
     setting: Setting,
     models: tuple[FusionAlignModule, FusionAlignModule | None],
     training: tuple[Pairs, Pairs],
-) -> dict[str, Any]:
-    """The FAM, the baselines and the controls; `models` are the run's own and that of permuted pairs."""
+) -> tuple[dict[str, Any], dict[str, Answered]]:
+    """The FAM, the baselines and the controls; `models` are the run's own and that of permuted pairs.
+
+    What the report says of them, and the systems themselves.
+    """
     model, permuted = models
-    fam = protocol.measure(model, setting.honest())
+    fam = protocol.answer(model, setting.honest())
     gallery = setting.inputs.gallery
     layers = tuple(gallery.layers) if config.baseline_layers == "cache" else setting.spec.gallery_layers
     material = Material(setting, *training, protocol, layers)
-    fitted, absent = baselines(material, config.baselines)
+    others, absent = baselines(material, config.baselines)
+    fitted = {system: of.scores for system, of in others.items()}
     controls = run_controls(protocol, setting, model, permuted, fitted)
     reason = why_no_permuted(protocol, setting)
     if reason:
         absent = absent | {"pairs_permuted": reason}
     moves, shared = sensitivity(setting, model), duplicates(setting, training[0])
-    return {
+    report = {
         "failures": failures(controls, moves, shared, permuted is not None),
-        "systems": {system: scores_to_json(scores) for system, scores in ({"fam": fam} | fitted).items()},
+        "systems": {system: scores_to_json(scores) for system, scores in ({"fam": fam.scores} | fitted).items()},
         "absent": absent,
-        "differences": {} if config.baselines == "none" else _differences(fam, fitted, setting, protocol),
+        "differences": {} if config.baselines == "none" else _differences(fam.scores, fitted, setting, protocol),
         "controls": {name: control_to_json(control) for name, control in controls.items()},
         "sensitivity": moves,
         "duplicates": shared,
     }
+    return report, {"fam": fam} | others
 
 
 def _definition(config: EvaluateConfig, name: ProtocolName) -> str:

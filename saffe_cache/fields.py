@@ -30,6 +30,19 @@ def made_of(kind: type[Made], content: Any) -> Made:
     return kind(**{name: _value(hints[name], name, one) if name in hints else one for name, one in content.items()})
 
 
+def known_part(kind: Any, content: Any) -> Any:
+    """JSON without fields that a dataclass, or one within it, does not declare: files may tell more than is read."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if is_dataclass(kind) and isinstance(content, Mapping):
+        hints = _hints(kind)  # type: ignore[arg-type]
+        return {name: known_part(hints[name], one) for name, one in content.items() if name in hints}
+    if origin is tuple and isinstance(content, (list, tuple)):
+        return [known_part(parts[0], one) for one in content]
+    if origin is Mapping and isinstance(content, Mapping):
+        return {key: known_part(parts[1], one) for key, one in content.items()}
+    return content
+
+
 def whole_number(content: Mapping[str, Any], name: str, least: int = 0) -> int:
     """A whole number among the fields of a JSON object.
 
@@ -79,5 +92,6 @@ def _value(hint: Any, name: str, value: Any) -> Any:
     else:
         fits = type(value) is hint and (hint is not int or abs(value) <= _LARGEST)
     if not fits:
-        raise ValueError(f"{name}: {value!r:.60}, expected {' or '.join(map(repr, parts)) or hint.__name__}")
+        expected = " or ".join(map(repr, parts)) if origin is Literal else hint.__name__
+        raise ValueError(f"{name}: {value!r:.60}, expected {expected}")
     return float(value) if hint is float else value

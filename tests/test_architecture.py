@@ -36,6 +36,9 @@ OWNERS = {
     "huggingface_hub": {"encoders"},
     "faiss": {"retrieval"},
     "safetensors": {"runs", "training"},
+    "jinja2": {"reporting"},
+    "markupsafe": {"reporting"},
+    "matplotlib": {"reporting"},
 }
 FORBIDDEN = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 

@@ -13,6 +13,7 @@ import torch
 from quick_runs import Report, error_of, first_labels, quick_train, report_of, setting_of, value
 from synthetic_cache import make_cache
 
+from saffe_cache.evaluation.answers import Answered, Vectors
 from saffe_cache.evaluation.controls import Control, duplicates, failures, run_controls, sensitivity, standard_error
 from saffe_cache.evaluation.measuring import (
     Arrangement,
@@ -83,7 +84,8 @@ def metadata(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def levels_of(metadata: Trained, protocol: Protocol) -> Any:
     training = same_training_pairs(metadata.setting.spec, metadata.setting.cache, metadata.run)
-    return Material(metadata.setting, *training, protocol).levels
+    levels = Material(metadata.setting, *training, protocol, metadata.setting.spec.gallery_layers).levels
+    return {name: of.scores for name, of in levels.items()}
 
 
 def failed(controls: dict[str, Control]) -> set[str]:
@@ -153,7 +155,7 @@ def test_other_protocols_whose_photos_stay_where_they_are(
         "image": image_protocol,
     }[protocol](classes.setting)
     honest = classes.setting.honest()
-    deaf = replace(made, measure=lambda model, arrangement: made.measure(model, honest))
+    deaf = replace(made, answer=lambda model, arrangement: made.answer(model, honest))
     assert {"photos_shuffled", "photos_constant"} <= failed(classes.controls(deaf))
     assert failed(classes.controls(made)) == set()
 
@@ -217,7 +219,8 @@ def test_score_at_the_limit_passes_and_above_it_fails(classes: Trained) -> None:
     protocol = search_protocol(classes.setting, "class")
     for shift, passes in ((3 - 1e-3, True), (3 + 1e-3, False)):
         score = Score(0.2 + shift * 0.05, 0.2, (0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05))
-        fixed = replace(protocol, measure=lambda model, arrangement, score=score: {"map": score, "top1": score})
+        answered = Answered({"map": score, "top1": score}, Vectors(np.zeros((0, 1)), np.zeros((0, 1))))
+        fixed = replace(protocol, answer=lambda model, arrangement, answered=answered: answered)
         control = classes.controls(fixed)["photos_shuffled"]
         assert control.limit == pytest.approx(0.2 + 3 * 0.05)
         assert control.passed is passes

@@ -191,8 +191,8 @@ def test_differences_equal_a_direct_paired_bootstrap_over_photos() -> None:
     values = {name: generator.random(120) for name in ("fam", "worse", "better")}
     values["better"] += 0.5
     scores = {name: {"mrr": Score(float(of.mean()), 0.1, None, of)} for name, of in values.items()}
-    protocol = Protocol("caption", "mrr", 120, units, lambda model, arrangement: {})
     setting: Any = None  # the photos of a class protocol alone are looked up
+    protocol = Protocol("caption", "mrr", 120, units, setting)
     found = _differences(scores["fam"], {name: scores[name] for name in ("worse", "better")}, setting, protocol)
     difference = (values["fam"] - values["better"]).reshape(40, 3)
     drawn = [difference[generator.integers(40, size=40)].mean() for _ in range(4000)]
@@ -247,7 +247,7 @@ def test_reports_without_a_folder_lie_side_by_side(captioned: Reported) -> None:
     assert report_of(captioned.cache, captioned.run, protocol="rerank")["out"].endswith("test-rerank")
     assert report_of(captioned.cache, captioned.run, split="dev")["out"].endswith("dev-caption")
     files = {path.name for path in Path(captioned.report["out"]).iterdir()}
-    assert files == {"metrics.json", "report.txt", "index.faiss", "index_ids.json"}
+    assert files == {"metrics.json", "details.npz", "report.txt", "index.faiss", "index_ids.json"}
 
 
 def test_same_seed_gives_the_same_report(classified: Reported, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,3 +69,18 @@ def test_whole_numbers(value: Any) -> None:
         whole_number({"n": value}, "n")
     with pytest.raises(ValueError, match=r"n: .*expected a"):
         whole_numbers({"n": [3, value]}, "n")
+
+
+@dataclass(frozen=True)
+class Named:
+    inner: Mapping[str, Inner]
+    anything: Mapping[str, Any]
+
+
+def test_mappings_hold_what_is_declared() -> None:
+    anything = {"a": [1, None]}
+    assert made_of(Named, {"inner": {"x": {"width": 1}}, "anything": anything}) == Named({"x": Inner(1)}, anything)
+    with pytest.raises(ValueError, match="width: 'wide', expected int"):
+        made_of(Named, {"inner": {"x": {"width": "wide"}}, "anything": {}})
+    with pytest.raises(ValueError, match=r"inner: \[\], expected Mapping"):
+        made_of(Named, {"inner": [], "anything": {}})

@@ -12,12 +12,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from saffe_cache.evaluation.answers import Answered, ClassScores, Reordered, Vectors
 from saffe_cache.fam_inputs import FamInputs, encode_gallery, encode_queries
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.judging.pair_scores import PairScores, score_all_pairs, score_chosen_pairs
 from saffe_cache.judging.search import Search, SearchName, make_search
 from saffe_cache.pairs import Pairs
-from saffe_cache.retrieval.candidates import candidate_scores, dealt_map, reranked_scores
+from saffe_cache.retrieval.candidates import candidate_scores, dealt_map, reordered, reranked_scores
 from saffe_cache.retrieval.protocols import Scores, image_scores
 from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks, top_k
 from saffe_cache.runs import RunSpec
@@ -95,7 +96,8 @@ class Protocol:
     num_queries: int
     units: np.ndarray
     """int64 [queries]: the photo that each query is drawn with in a bootstrap."""
-    measure: Callable[[FusionAlignModule, Arrangement], Scores]
+    answer: Callable[[FusionAlignModule, Arrangement], Answered]
+    """How a model orders an arrangement of the gallery, and its scores."""
     search: Search | None = None
     """The search by texts that it is, or begins with."""
     num_shuffles: int = 0
@@ -104,31 +106,36 @@ class Protocol:
     dealt: Callable[[FusionAlignModule], tuple[float, float]] | None = None
     """Where classes search: mean and standard deviation of mAP when the class names are dealt at random."""
 
+    def measure(self, model: FusionAlignModule, arrangement: Arrangement) -> Scores:
+        return self.answer(model, arrangement).scores
+
 
 def search_protocol(setting: Setting, name: SearchName) -> Protocol:
     """Texts search a gallery of vectors."""
     search = make_search(setting.cache, setting.spec, setting.pairs, name, setting.seed)
 
-    def measure(model: FusionAlignModule, arrangement: Arrangement) -> Scores:
-        return search.score(setting.gallery(model, arrangement), setting.queries(model, search))
+    def answer(model: FusionAlignModule, arrangement: Arrangement) -> Answered:
+        vectors = Vectors(setting.gallery(model, arrangement), setting.queries(model, search))
+        return Answered(search.score(*vectors), vectors)
 
     def dealt(model: FusionAlignModule) -> tuple[float, float]:
         gallery = setting.gallery(model, setting.honest())
         return dealt_map(gallery @ setting.queries(model, search).T, setting.pairs.labels, seed=setting.seed)
 
     by_class = dealt if name == "class" else None
-    return Protocol(name, search.main_metric, len(search.vectors), search.units, measure, search, dealt=by_class)
+    return Protocol(name, search.main_metric, len(search.vectors), search.units, answer, search, dealt=by_class)
 
 
 def image_protocol(setting: Setting) -> Protocol:
     """Photos search photos."""
     labels, seed = setting.pairs.labels, setting.seed
 
-    def measure(model: FusionAlignModule, arrangement: Arrangement) -> Scores:
-        return image_scores(setting.gallery(model, arrangement), labels, seed=seed)
+    def answer(model: FusionAlignModule, arrangement: Arrangement) -> Answered:
+        gallery = setting.gallery(model, arrangement)
+        return Answered(image_scores(gallery, labels, seed=seed), Vectors(gallery, gallery))
 
     units = np.arange(len(labels))
-    return Protocol("image", "map", len(labels), units, measure, num_shuffles=NUM_SHUFFLES)
+    return Protocol("image", "map", len(labels), units, answer, num_shuffles=NUM_SHUFFLES)
 
 
 def candidate_protocol(setting: Setting) -> Protocol:
@@ -144,20 +151,21 @@ def candidate_protocol(setting: Setting) -> Protocol:
             known[model] = own, score_all_pairs(model, setting.inputs, some, search).cosine.mean(axis=0)
         return known[model]
 
-    def measure(model: FusionAlignModule, arrangement: Arrangement) -> Scores:
+    def answer(model: FusionAlignModule, arrangement: Arrangement) -> Answered:
         pairs, prior = of(model)
-        scores = candidate_scores(pairs.cosine[arrangement.photos], labels, seed=seed)
-        removed = candidate_scores(pairs.cosine[arrangement.photos], labels, prior=prior, seed=seed)
+        cosine = pairs.cosine[arrangement.photos]
+        scores = candidate_scores(cosine, labels, seed=seed)
+        removed = candidate_scores(cosine, labels, prior=prior, seed=seed)
         scores["top1_prior_removed"] = removed["top1"]
         if pairs.matching is not None:
             matched = candidate_scores(pairs.matching[arrangement.photos], labels, seed=seed)
             scores |= {"map_matching": matched["map"], "top1_matching": matched["top1"]}
-        return scores
+        return Answered(scores, ClassScores(cosine))
 
     def dealt(model: FusionAlignModule) -> tuple[float, float]:
         return dealt_map(of(model)[0].cosine, labels, seed=seed)
 
-    return Protocol("candidate", "map", len(search.vectors), search.units, measure, search, dealt=dealt)
+    return Protocol("candidate", "map", len(search.vectors), search.units, answer, search, dealt=dealt)
 
 
 def rerank_protocol(setting: Setting, name: SearchName, k: int, most_queries: int) -> Protocol:
@@ -165,7 +173,7 @@ def rerank_protocol(setting: Setting, name: SearchName, k: int, most_queries: in
     search = make_search(setting.cache, setting.spec, setting.pairs, name, setting.seed).asked(most_queries)
     k = min(k, len(setting.pairs))
 
-    def measure(model: FusionAlignModule, arrangement: Arrangement) -> Scores:
+    def answer(model: FusionAlignModule, arrangement: Arrangement) -> Answered:
         gallery, queries = setting.gallery(model, arrangement), setting.queries(model, search)
         ranks = relevant_ranks(gallery, queries, search.relevant, seed=setting.seed)
         first = top_k(InnerProducts(gallery, queries), k, seed=setting.seed)
@@ -174,9 +182,10 @@ def rerank_protocol(setting: Setting, name: SearchName, k: int, most_queries: in
         scores = second.cosine
         if second.matching is not None:
             scores = second.matching + np.take_along_axis(queries @ gallery.T, first, axis=1)
-        return reranked_scores(ranks, search.relevant, first, scores, search.units, len(gallery), seed=setting.seed)
+        found = reranked_scores(ranks, search.relevant, first, scores, search.units, len(gallery), seed=setting.seed)
+        return Answered(found, Reordered(Vectors(gallery, queries), reordered(first, scores)))
 
-    protocol = Protocol("rerank", "map", len(search.vectors), search.units, measure, search)
+    protocol = Protocol("rerank", "map", len(search.vectors), search.units, answer, search)
     if name == "caption":
         return protocol
     return replace(protocol, num_shuffles=NUM_SHUFFLES, dealt=search_protocol(setting, "class").dealt)

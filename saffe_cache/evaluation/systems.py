@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from saffe_cache.evaluation.answers import Answered, Answers, ClassScores, Vectors
 from saffe_cache.evaluation.measuring import Protocol, Setting
 from saffe_cache.fam_inputs import summaries
 from saffe_cache.features import Ragged
@@ -79,6 +80,23 @@ class Material:
         assert pairs.beside is not None
         return unit_rows(self.text.vectors(pairs.beside))
 
+    def answered(self, answers: Answers) -> Answered:
+        """With the protocol's scores; for rerank with those of the first stage."""
+        if self.protocol.name == "candidate" and isinstance(answers, Vectors):
+            answers = ClassScores(answers.gallery @ answers.queries.T)
+        return Answered(self._scores(answers), answers)
+
+    def _scores(self, answers: Answers) -> Scores:
+        labels, seed, search = self.setting.pairs.labels, self.setting.seed, self.protocol.search
+        if isinstance(answers, ClassScores):
+            scores = candidate_scores(answers.values, labels, seed=seed)
+            return scores if self.protocol.name == "candidate" else _without_top5(scores)
+        assert isinstance(answers, Vectors)
+        if self.protocol.name == "image":
+            return image_scores(answers.gallery, labels, seed=seed)
+        assert search is not None
+        return search.score_texts(*answers) if self.protocol.name == "rerank" else search.score(*answers)
+
     @cached_property
     def ridge(self) -> LinearMap:
         queries = unit_rows(self.judging.vectors)
@@ -101,7 +119,7 @@ class Material:
         )
 
     @property
-    def levels(self) -> dict[str, Scores]:
+    def levels(self) -> dict[str, Answered]:
         """What a metadata protocol's controls are held against: texts alone, and photos alone."""
         if self.protocol.name != "metadata":
             return {}
@@ -117,15 +135,15 @@ class Material:
             lambda fit: self.judge(unit_rows(fit(validation)), judging),
         )
         return {
-            "text_only": search.score(reported, queries),
-            "text_only_linear": search.score(unit_rows(linear(reported)), queries),
-            "image_only_ridge": search.score(unit_rows(self.ridge(self.features[2])), queries),
+            "text_only": self.answered(Vectors(reported, queries)),
+            "text_only_linear": self.answered(Vectors(unit_rows(linear(reported)), queries)),
+            "image_only_ridge": self.answered(Vectors(unit_rows(self.ridge(self.features[2])), queries)),
         }
 
 
 BaselineChoice = Literal["all", "linear", "none"]
-Systems = tuple[dict[str, Scores], dict[str, str]]
-"""The scores of each baseline, and why one is absent."""
+Systems = tuple[dict[str, Answered], dict[str, str]]
+"""Each baseline, and why one is absent."""
 
 
 def baselines(material: Material, choice: BaselineChoice = "all") -> Systems:
@@ -144,43 +162,27 @@ def _search_baselines(material: Material, choice: BaselineChoice) -> Systems:
     search, reported = material.protocol.search, material.features[2]
     assert search is not None
     queries = unit_rows(search.vectors)
-    measure = _measure_vectors(material, search)
-    systems = {"ridge": measure(unit_rows(material.ridge(reported)), queries)}
+    systems = {"ridge": material.answered(Vectors(unit_rows(material.ridge(reported)), queries))}
     if choice == "all":
         mlp = material.fit_mlp(beside=False)
-        systems["mlp"] = measure(mlp.gallery(reported), mlp.queries(queries))
+        systems["mlp"] = material.answered(Vectors(mlp.gallery(reported), mlp.queries(queries)))
     absent: dict[str, str] = {}
     own = _own_vectors(material, material.setting.pairs)
     if own is not None and own.shape[1] == queries.shape[1]:
-        systems["zero_shot" if _is_aligned(material) else "pooled_cosine"] = measure(own, queries)
+        systems["zero_shot" if _is_aligned(material) else "pooled_cosine"] = material.answered(Vectors(own, queries))
     else:
         widths = "no vector is cached" if own is None else f"widths {own.shape[1]} and {queries.shape[1]}"
         absent["pooled_cosine"] = f"the encoders' own vectors cannot be compared: {widths}"
     if search.protocol == "class" and material.protocol.name != "rerank":
         classifiers, without = _classifiers(material, choice)
-        systems |= {name: _shared_metrics(scores, systems["ridge"]) for name, scores in classifiers.items()}
+        systems |= classifiers
         absent |= without
     return systems, absent
 
 
-def _measure_vectors(material: Material, search: Search) -> Callable[[np.ndarray, np.ndarray], Scores]:
-    """The protocol's scores of a gallery and queries, as vectors; for rerank those of the first stage."""
-    seed = material.setting.seed
-
-    def measure(gallery: np.ndarray, queries: np.ndarray) -> Scores:
-        if material.protocol.name == "candidate":
-            return candidate_scores(gallery @ queries.T, material.setting.pairs.labels, seed=seed)
-        if material.protocol.name == "rerank":
-            return search.score_texts(gallery, queries)
-        return search.score(gallery, queries)
-
-    return measure
-
-
 def _classifiers(material: Material, choice: BaselineChoice) -> Systems:
-    """Scores [photos, classes] of linear probe, nearest class mean and label propagation."""
+    """Linear probe, nearest class mean and label propagation, by scores of each photo with each class."""
     num_classes = len(material.setting.cache.table.class_names)
-    labels, seed = material.setting.pairs.labels, material.setting.seed
     several = any(len(of_one) != 1 for pairs in (material.training, material.validation) for of_one in pairs.labels)
     if several or num_classes < 2:
         reason = "some photos have several classes, or there is one class alone"
@@ -200,7 +202,7 @@ def _classifiers(material: Material, choice: BaselineChoice) -> Systems:
         found["zlap"] = _zlap(material, judge)
     elif choice == "all":
         absent["zlap"] = "fewer than 100 photos to propagate over"
-    return {name: candidate_scores(scores, labels, seed=seed) for name, scores in found.items()}, absent
+    return {name: material.answered(ClassScores(scores)) for name, scores in found.items()}, absent
 
 
 def _zlap(material: Material, score: Callable[[np.ndarray], float]) -> np.ndarray:
@@ -222,7 +224,7 @@ def _zlap(material: Material, score: Callable[[np.ndarray], float]) -> np.ndarra
     return fit_zlap(images[0], similar[0], judge).scores(images[2], similar[2])
 
 
-def _metadata_baselines(material: Material, choice: BaselineChoice) -> dict[str, Scores]:
+def _metadata_baselines(material: Material, choice: BaselineChoice) -> dict[str, Answered]:
     """Text alone, photo alone, their late fusion, and an MLP on both."""
     search = material.protocol.search
     assert search is not None
@@ -232,31 +234,31 @@ def _metadata_baselines(material: Material, choice: BaselineChoice) -> dict[str,
     systems = dict(material.levels)
     ridge = [unit_rows(material.ridge(features)) for features in (validation, reported)]
     weight = tune_late_fusion(ridge[0], texts[0], lambda gallery: material.judge(gallery, judging))
-    systems["late_fusion_ridge"] = search.score(fuse_late(ridge[1], texts[1], weight), queries)
+    systems["late_fusion_ridge"] = material.answered(Vectors(fuse_late(ridge[1], texts[1], weight), queries))
     if choice == "linear":
         return systems
     mlp, concat = material.fit_mlp(beside=False), material.fit_mlp(beside=True)
-    systems["image_only_mlp"] = search.score(mlp.gallery(reported), mlp.queries(queries))
-    systems["concat_mlp"] = search.score(concat.gallery(reported, texts[1]), concat.queries(queries))
+    systems["image_only_mlp"] = material.answered(Vectors(mlp.gallery(reported), mlp.queries(queries)))
+    systems["concat_mlp"] = material.answered(Vectors(concat.gallery(reported, texts[1]), concat.queries(queries)))
     photos = [mlp.gallery(features) for features in (validation, reported)]
     mapped = [mlp.queries(vectors) for vectors in texts]
     weight = tune_late_fusion(photos[0], mapped[0], lambda gallery: material.judge(gallery, mlp.queries(judging)))
-    systems["late_fusion_mlp"] = search.score(fuse_late(photos[1], mapped[1], weight), mlp.queries(queries))
+    late = Vectors(fuse_late(photos[1], mapped[1], weight), mlp.queries(queries))
+    systems["late_fusion_mlp"] = material.answered(late)
     return systems
 
 
-def _image_baselines(material: Material) -> dict[str, Scores]:
+def _image_baselines(material: Material) -> dict[str, Answered]:
     """Photos by the encoder's own vectors, by centred summaries, and by the ridge regression's vectors."""
-    labels, seed = material.setting.pairs.labels, material.setting.seed
     training, _, reported = material.features
-    systems = {
-        "summary_cosine": image_scores(unit_rows(reported - training.mean(axis=0)), labels, seed=seed),
-        "ridge": image_scores(unit_rows(material.ridge(reported)), labels, seed=seed),
+    galleries = {
+        "summary_cosine": unit_rows(reported - training.mean(axis=0)),
+        "ridge": unit_rows(material.ridge(reported)),
     }
     own = _own_vectors(material, material.setting.pairs)
     if own is not None:
-        systems["pooled_cosine"] = image_scores(own, labels, seed=seed)
-    return systems
+        galleries["pooled_cosine"] = own
+    return {name: material.answered(Vectors(gallery, gallery)) for name, gallery in galleries.items()}
 
 
 def _is_aligned(material: Material) -> bool:
@@ -273,8 +275,9 @@ def _own_vectors(material: Material, pairs: Pairs) -> np.ndarray | None:
     return unit_rows(material.gallery.vectors(pairs.rows))
 
 
-def _shared_metrics(scores: Scores, like: Scores) -> Scores:
-    return {metric: score for metric, score in scores.items() if metric in like}
+def _without_top5(scores: Scores) -> Scores:
+    """What the class protocol reports."""
+    return {metric: score for metric, score in scores.items() if metric != "top5"}
 
 
 def log_odds(logits: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ not interpolated: it is the `map` of the class protocol.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -181,7 +181,7 @@ def image_scores(photos: np.ndarray, labels: Ragged, *, intervals: bool = True, 
     Raises:
         ValueError: no two photos share a class, or a vector is not finite or not of unit length.
     """
-    relevant = _others_of_classes(labels)
+    relevant = others_of_classes(labels)
     searching = np.flatnonzero(np.diff(relevant.offsets))
     if not len(searching):
         raise ValueError("image protocol: no two photos share a class. Give photos with labels.")
@@ -231,7 +231,7 @@ def class_map_scores(scores: ScoreMatrix, labels: Ragged, intervals: bool, seed:
     }
 
 
-def _others_of_classes(labels: Ragged) -> Ragged:
+def others_of_classes(labels: Ragged) -> Ragged:
     """The other photos that share a class with each photo."""
     of_classes = members(labels, int(labels.values.max(initial=-1)) + 1)
     rows = []
@@ -273,21 +273,37 @@ def top_scores(scores: ScoreMatrix, labels: Ragged, top_ks: Sequence[int], inter
 
 
 def _first_class_ranks(scores: ScoreMatrix, labels: Ragged, seed: int) -> np.ndarray:
-    """Rank of the first of each photo's own classes among all; one more than there are for a photo without.
+    """Rank of the first of each photo's own classes among all; one more than there are for a photo without."""
+    ranks = np.empty(scores.shape[1], np.int64)
+    for start, below in _class_orders(scores, seed):
+        own = np.full(len(below), np.inf)
+        for row in range(len(below)):
+            own[row] = below[row, labels[start + row]].min(initial=np.inf)
+        ranks[start : start + len(below)] = 1 + (below < own[:, None]).sum(axis=1)
+    return ranks
+
+
+def nearest_classes(scores: ScoreMatrix, seed: int) -> np.ndarray:
+    """The class that scores highest with each photo, int64 [photos]: whose right answers top1 counts.
+
+    Args:
+        scores: [classes, photos].
+        seed: of the breaking of ties; that of `top_scores`.
+    """
+    return np.concatenate([below.argmin(axis=1) for _, below in _class_orders(scores, seed)])
+
+
+def _class_orders(scores: ScoreMatrix, seed: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Block by block, the first photo, and numbers [photos, classes] of which the smaller is the better.
 
     Ties are broken anew for each photo, so that where all scores tie not all photos have the same class.
     """
     generator = np.random.default_rng(seed)
     num_classes, num_photos = scores.shape
-    ranks = np.empty(num_photos, np.int64)
     block = max(1, _SCORES_AT_ONCE // num_classes)
     for start in range(0, num_photos, block):
         photos = slice(start, min(start + block, num_photos))
         of_photos = np.asarray(scores[slice(0, num_classes), photos], np.float64).T
         below = np.floor((of_photos.max(axis=1, keepdims=True) - of_photos) / ROUNDING) * num_classes
         below += generator.permuted(np.tile(np.arange(num_classes), (len(of_photos), 1)), axis=1)
-        own = np.full(len(of_photos), np.inf)
-        for row in range(len(of_photos)):
-            own[row] = below[row, labels[start + row]].min(initial=np.inf)
-        ranks[photos] = 1 + (below < own[:, None]).sum(axis=1)
-    return ranks
+        yield start, below

@@ -10,8 +10,8 @@ Four kinds of `--data`, told apart by what lies there:
 `listing` tells them apart, `folders` and `hub` list the items, `items` has the nouns, `decoding` the decoders.
 """
 
-from saffe_cache.sources.decoding import decode
+from saffe_cache.sources.decoding import decode, thumbnail
 from saffe_cache.sources.items import Columns, Media, SourceItem
 from saffe_cache.sources.listing import read_items, read_named_items
 
-__all__ = ["Columns", "Media", "SourceItem", "decode", "read_items", "read_named_items"]
+__all__ = ["Columns", "Media", "SourceItem", "decode", "read_items", "read_named_items", "thumbnail"]

@@ -24,6 +24,19 @@ def decode(modality: Modality, data: bytes, sampling_rate: int | None = None) ->
     return _decode_image(data) if modality == "image" else _decode_audio(data, sampling_rate or 16_000)
 
 
+def thumbnail(data: bytes, side: int) -> bytes:
+    """A JPEG of a picture as it is decoded for encoders, upright, its longer side at most so many pixels.
+
+    Raises:
+        OSError, ValueError: the bytes are no readable picture.
+    """
+    picture = _decode_image(data)
+    picture.thumbnail((side, side))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=72, optimize=True)
+    return file.getvalue()
+
+
 def _decode_image(data: bytes) -> Any:
     from PIL import Image, ImageOps
 

@@ -1,0 +1,316 @@
+"""What single queries found: details.npz beside metrics.json, for those who look at results and not at means alone.
+
+For the FAM and each baseline the main metric of every query, and the first photos of some queries, drawn by the seed;
+where classes search, also precision at 101 recalls, and which class's text is nearest to the photos of each class. The
+mean of `metric` is the number in metrics.json, and what is right among the first photos is marked here, so that a page
+made of it has nothing to decide.
+
+Numpy arrays, in a file that is read without unpickling. Texts are UTF-8 bytes end to end, with offsets.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saffe_cache.durable import write_whole
+from saffe_cache.evaluation.answers import Answered, Answers, ClassScores, Vectors
+from saffe_cache.evaluation.measuring import Protocol, Setting
+from saffe_cache.features import Ragged
+from saffe_cache.pairs import Pairs
+from saffe_cache.retrieval.protocols import nearest_classes, others_of_classes
+from saffe_cache.retrieval.ranking import InnerProducts, ScoreMatrix, members, relevant_ranks_of_scores
+
+NAME = "details.npz"
+FIRST_K = 10
+MOST_QUERIES = 2000
+RECALLS = np.linspace(0, 1, 101)
+"""At which precision is told."""
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassDetails:
+    """Where classes search."""
+
+    precision: np.ndarray
+    """float32 [queries, 101]: at each of `RECALLS` the highest precision at this recall or above it, of each class."""
+    confusion: np.ndarray
+    """int64 [classes, classes]: photos of each class (row), by the class whose text is nearest. Of photos with one
+    class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemDetails:
+    """One system's results."""
+
+    metric: np.ndarray
+    """float64 [queries]: the main metric of every query."""
+    first: np.ndarray
+    """int64 [shown, up to 10]: places in `photos` of the first photos of the queries that are shown, best first."""
+    is_relevant: np.ndarray
+    """bool, of the same shape."""
+    classes: ClassDetails | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Details:
+    """What details.npz holds."""
+
+    main_metric: str
+    shown: np.ndarray
+    """int64 [shown]: which of the queries have their first photos kept, ascending."""
+    texts: tuple[str, ...]
+    """Of the queries that are shown; empty where a photo searches."""
+    answers: np.ndarray
+    """int64 [shown]: the place in `photos` of a relevant one, the first in the gallery."""
+    asking: np.ndarray
+    """int64 [shown]: where photos search, the place in `photos` of the one that does, else -1."""
+    num_relevant: np.ndarray
+    """int64 [shown]: relevant photos in the gallery."""
+    photo_ids: tuple[str, ...]
+    """Of the photos that are named here."""
+    photo_hashes: np.ndarray
+    """uint8 [photos, 32]: SHA-256 of their files."""
+    photo_texts: tuple[str, ...]
+    """What describes them: the text that lies beside them, their classes, or their first caption."""
+    query_classes: tuple[str, ...]
+    """Where classes search: the class of each query."""
+    class_names: tuple[str, ...]
+    """Where classes search: all of them."""
+    systems: Mapping[str, SystemDetails]
+
+
+def details_of(protocol: Protocol, setting: Setting, systems: Mapping[str, Answered]) -> Details:
+    """The details of some systems under one protocol."""
+    by_photo = protocol.name == "image"
+    relevant = others_of_classes(setting.pairs.labels) if by_photo else _search_relevant(protocol)
+    queries = np.flatnonzero(np.diff(relevant.offsets))
+    shown = np.arange(len(queries))
+    if len(shown) > MOST_QUERIES:
+        shown = np.sort(np.random.default_rng(setting.seed).choice(shown, MOST_QUERIES, replace=False))
+    asked = queries[shown]
+    first = {name: _first(of.answers, asked, setting.seed, by_photo) for name, of in systems.items()}
+    answers = np.array([relevant[int(query)][0] for query in asked], np.int64)
+    named = np.unique(np.concatenate([answers, asked if by_photo else answers, *(of.ravel() for of in first.values())]))
+    by_class = protocol.search is not None and protocol.search.protocol == "class"
+    class_names = setting.cache.table.class_names if by_class else ()
+    return Details(
+        main_metric=protocol.main_metric,
+        shown=shown,
+        texts=() if by_photo else _query_texts(protocol, setting, asked),
+        answers=np.searchsorted(named, answers),
+        asking=np.searchsorted(named, asked) if by_photo else np.full(len(asked), -1),
+        num_relevant=np.diff(relevant.offsets)[asked],
+        photo_ids=tuple(setting.pairs.ids[place] for place in named),
+        photo_hashes=setting.cache.table.inputs[setting.inputs.gallery.manifest.modality].content_hash[
+            setting.pairs.rows[named]
+        ],
+        photo_texts=tuple(_photo_text(setting, int(place)) for place in named),
+        query_classes=tuple(class_names[query] for query in queries) if by_class and protocol.name != "rerank" else (),
+        class_names=class_names,
+        systems={
+            name: SystemDetails(
+                metric=_values(of, protocol.main_metric),
+                first=np.searchsorted(named, first[name]),
+                is_relevant=_is_relevant(relevant, asked, first[name]),
+                classes=_class_details(of.answers, setting.pairs, len(class_names), setting.seed)
+                if by_class and protocol.name != "rerank"
+                else None,
+            )
+            for name, of in systems.items()
+        },
+    )
+
+
+def _search_relevant(protocol: Protocol) -> Ragged:
+    assert protocol.search is not None
+    return protocol.search.relevant
+
+
+def _values(of: Answered, metric: str) -> np.ndarray:
+    values = of.scores[metric].values
+    assert values is not None, f"{metric} is a mean over queries"
+    return values
+
+
+def _first(answers: Answers, queries: np.ndarray, seed: int, by_photo: bool) -> np.ndarray:
+    """The first photos of some queries; a photo that searches is not among its own."""
+    num_gallery = len(answers.values) if isinstance(answers, ClassScores) else len(_gallery(answers))
+    if not by_photo:
+        return answers.first(queries, min(FIRST_K, num_gallery), seed)
+    first = answers.first(queries, min(FIRST_K + 1, num_gallery), seed)
+    is_own = first == queries[:, None]
+    is_own[~is_own.any(axis=1), -1] = True
+    return np.asarray(first[~is_own].reshape(len(first), -1))
+
+
+def _gallery(answers: Answers) -> np.ndarray:
+    assert not isinstance(answers, ClassScores)
+    return answers.gallery if isinstance(answers, Vectors) else answers.vectors.gallery
+
+
+def _is_relevant(relevant: Ragged, queries: np.ndarray, first: np.ndarray) -> np.ndarray:
+    return np.array([np.isin(of, relevant[int(query)]) for query, of in zip(queries, first, strict=True)])
+
+
+def _query_texts(protocol: Protocol, setting: Setting, queries: np.ndarray) -> tuple[str, ...]:
+    assert protocol.search is not None
+    return tuple(_text(setting, int(row)) for row in protocol.search.text_rows[queries])
+
+
+def _text(setting: Setting, row: int) -> str:
+    texts = setting.cache.table.inputs["text"].texts
+    assert texts is not None
+    return texts[row]
+
+
+def _photo_text(setting: Setting, place: int) -> str:
+    pairs = setting.pairs
+    if pairs.beside is not None:
+        return _text(setting, int(pairs.beside[place]))
+    if pairs.kind == "classes":
+        return ", ".join(setting.cache.table.class_names[label] for label in pairs.labels[place])
+    return _text(setting, int(pairs.texts[place][0]))
+
+
+def _class_details(answers: Answers, pairs: Pairs, num_classes: int, seed: int) -> ClassDetails:
+    scores: ScoreMatrix = (
+        answers.values.T if isinstance(answers, ClassScores) else InnerProducts(_gallery(answers), _queries(answers))
+    )
+    alone = np.flatnonzero(np.diff(pairs.labels.offsets) == 1)
+    labels = pairs.labels.values[pairs.labels.offsets[alone]]
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(confusion, (labels, nearest_classes(scores, seed)[alone]), 1)
+    ranks = relevant_ranks_of_scores(scores, members(pairs.labels, num_classes), seed=seed)
+    curves = [interpolated_precision(of_class) for of_class in ranks if len(of_class)]
+    return ClassDetails(precision=np.array(curves, np.float32), confusion=confusion)
+
+
+def _queries(answers: Answers) -> np.ndarray:
+    assert isinstance(answers, Vectors)
+    return answers.queries
+
+
+def interpolated_precision(ranks: np.ndarray) -> np.ndarray:
+    """The highest precision at each of `RECALLS` or above it, float64 [101], from the ranks of all relevant photos.
+
+    For drawing alone: average precision is not interpolated.
+    Source: Manning et al., Introduction to Information Retrieval, sec. 8.4.
+    """
+    found = np.arange(1, len(ranks) + 1)
+    highest = np.maximum.accumulate((found / ranks)[::-1])[::-1]
+    needed = np.ceil(RECALLS * len(ranks) - 1e-9).astype(int)  # how many of them make this recall
+    return np.asarray(highest[np.maximum(needed, 1) - 1])
+
+
+def write_details(out: Path, details: Details) -> None:
+    """details.npz, whole or not at all."""
+    arrays: dict[str, np.ndarray] = {"version": np.array(_VERSION)}
+    for name in _ARRAYS:
+        arrays[name] = getattr(details, name)
+    for name in _TEXTS:
+        arrays |= _packed(name, getattr(details, name))
+    arrays |= _packed("main_metric", [details.main_metric]) | _packed("systems", list(details.systems))
+    for number, system in enumerate(details.systems.values()):
+        for name in ("metric", "first", "is_relevant"):
+            arrays[f"{number}.{name}"] = getattr(system, name)
+        if system.classes is not None:
+            arrays[f"{number}.precision"] = system.classes.precision
+            arrays[f"{number}.confusion"] = system.classes.confusion
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    write_whole(out / NAME, file.getvalue())
+
+
+_ARRAYS = ("shown", "answers", "asking", "num_relevant", "photo_hashes")
+_TEXTS = ("texts", "photo_ids", "photo_texts", "query_classes", "class_names")
+
+
+def read_details(out: Path) -> Details:
+    """
+    Raises:
+        ValueError: it is damaged, or of another version.
+        FileNotFoundError: there is none: an earlier release wrote the folder.
+    """
+    path = out / NAME
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if int(arrays["version"]) != _VERSION:
+                raise ValueError(f"version {arrays['version']}, this release reads {_VERSION}")
+            details = _read(arrays)
+            _check(details)
+            return details
+    except (KeyError, ValueError, TypeError, IndexError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: damaged or of another version ({error}). Run saffe-index-eval again.") from None
+
+
+def _read(arrays: Mapping[str, np.ndarray]) -> Details:
+    systems = {}
+    for number, name in enumerate(_unpacked("systems", arrays)):
+        classes = None
+        if f"{number}.confusion" in arrays:
+            classes = ClassDetails(
+                precision=arrays[f"{number}.precision"],
+                confusion=arrays[f"{number}.confusion"],
+            )
+        systems[name] = SystemDetails(
+            metric=arrays[f"{number}.metric"],
+            first=arrays[f"{number}.first"],
+            is_relevant=arrays[f"{number}.is_relevant"],
+            classes=classes,
+        )
+    plain: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
+    texts: dict[str, Any] = {name: _unpacked(name, arrays) for name in _TEXTS}
+    return Details(main_metric=_unpacked("main_metric", arrays)[0], systems=systems, **plain, **texts)
+
+
+def _check(details: Details) -> None:
+    """
+    Raises:
+        ValueError: arrays do not fit each other, or name a photo that is none.
+    """
+    count, num_photos = len(details.shown), len(details.photo_ids)
+    fits = [
+        all(len(of) == count for of in (details.answers, details.asking, details.num_relevant)),
+        len(details.texts) in (0, count),
+        details.photo_hashes.shape == (num_photos, 32),
+        len(details.photo_texts) == num_photos,
+        _inside(details.answers, 0, num_photos),
+        _inside(details.asking, -1, num_photos),
+    ]
+    for system in details.systems.values():
+        fits += [
+            system.first.ndim == 2 and len(system.first) == count,
+            system.first.shape == system.is_relevant.shape,
+            system.is_relevant.dtype == bool,
+            _inside(system.first, 0, num_photos),
+            _inside(details.shown, 0, len(system.metric)),
+        ]
+        if system.classes is not None:
+            wanted = (len(details.query_classes), len(RECALLS)), (len(details.class_names),) * 2
+            fits.append((system.classes.precision.shape, system.classes.confusion.shape) == wanted)
+    if not all(fits):
+        raise ValueError("its arrays do not fit each other")
+
+
+def _inside(numbers: np.ndarray, low: int, high: int) -> bool:
+    return numbers.dtype.kind == "i" and (not numbers.size or (low <= numbers.min() and numbers.max() < high))
+
+
+def _packed(name: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    return {name: np.frombuffer(b"".join(encoded), np.uint8), f"{name}.offsets": offsets}
+
+
+def _unpacked(name: str, arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    data, offsets = arrays[name].tobytes(), arrays[f"{name}.offsets"].tolist()
+    return tuple(data[start:stop].decode("utf-8", "surrogatepass") for start, stop in pairwise(offsets))

@@ -1,0 +1,95 @@
+"""What the tests of the page share: photos with captions, of which some mean to break it, a run and its evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from extraction_cases import draw
+from quick_runs import quick_train, report_of
+
+from saffe_cache.extract import ExtractConfig, extract
+from saffe_cache.report import ReportConfig, report
+
+EVIL = "a dog </style><script>alert(1)</script> & \"dogs\" <img src='http://example.org/x.png'>"
+
+
+class Made(NamedTuple):
+    """A dataset, a cache of it, a run and one evaluation."""
+
+    data: Path
+    cache: str
+    run: str
+    out: Path
+    metrics: dict[str, Any]
+
+
+def make_run(folder: Path, tiny_model: Any) -> Made:
+    """Photos with two captions each; every caption of dev's first photo is hostile."""
+    for split, count in (("train", 40), ("dev", 12)):
+        lines = []
+        for number in range(count):
+            draw(folder / "data" / split / f"{number:03}.png", number + 1000 * len(split))
+            captions = [f"{split} {number} one", f"the {number} of {split}"]
+            if (split, number) == ("dev", 0):
+                captions = [EVIL, EVIL + " again"]
+            lines.append(json.dumps({"file_name": f"{number:03}.png", "captions": captions}))
+        (folder / "data" / split / "metadata.jsonl").write_text("\n".join(lines))
+    cache = extract(
+        ExtractConfig(
+            data=str(folder / "data"),
+            cache=str(folder / "cache.zarr"),
+            encoder={"image": str(tiny_model("dinov2")), "text": str(tiny_model("bert"))},
+            layers={"image": (2, 3), "text": (1, 3)},
+            device="cpu",
+        )
+    )
+    run = quick_train(cache, folder / "run", fusion="linear", epochs=1, validation="heldout")
+    metrics = report_of(cache, run, split="dev", baselines="all")
+    return Made(folder / "data", cache, run, Path(metrics["out"]), metrics)
+
+
+def make_page(folders: list[str], out: Path, **options: Any) -> str:
+    return Path(report(ReportConfig(runs=tuple(folders), out=str(out), **options))).read_text()
+
+
+def ablation(**changes: Any) -> dict[str, Any]:
+    """A sweep of two points, three seeds each."""
+    points = [
+        {
+            "x": x, "y": None, "settings": {"layers": [1]}, "seeds": [0, 1, 2], "reports": ["a", "b", "c"],
+            "values": {"mrr": values}, "chance": {"mrr": 0.01}, "baselines": {"ridge": {"mrr": [0.2, 0.22]}},
+            "best_epoch": [1, 2, 3], "failures": [], "trainable_parameters": 1000, "training_seconds": [1.0, 1.0, 2.0],
+            "evaluation_seconds": [1.0, 1.0, 1.0],
+        }
+        for x, values in (("one", [0.3, 0.32, 0.34]), ("two", [0.4, 0.4, 0.43]))
+    ]  # fmt: skip
+    ledger = dict.fromkeys(("cache_bytes", "num_runs", "photos_seen", "texts_seen"), 5)
+    seconds = ("extraction", "training", "evaluation", "wall", "re_encoding", "photo", "text")
+    return {
+        "title": "Layers <i>", "question": "Do more find more?", "metric": "mrr", "protocol": "caption", "split": "dev",
+        "dataset": "drawn", "x_label": "layers", "y_label": None, "series": [{"name": "linear", "points": points}],
+        "lines": [{"name": "cosine", "metric": "mrr", "value": 0.02}],
+        "published": [
+            {"name": "Same", "x": "two", "value": 0.35, "metric": "mrr", "note": ""},
+            {"name": "Other", "x": "two", "value": 0.9, "metric": "top1", "note": "called mAP"},
+        ],
+        "ledger": {**ledger, **{f"{name}_seconds": 1.5 for name in seconds}, "basis": "measured"},
+    } | changes  # fmt: skip
+
+
+def episodes() -> dict[str, Any]:
+    mean = {"mean": 0.8, "half_interval": 0.01}
+    return {
+        "title": "Few shots", "dataset": "drawn",
+        "settings": [{"ways": 2, "shots": 1, "queries": 15, "episodes": 600, "chance": 0.5, "systems": {"fam": mean}}],
+        "names_replaced": [{"name": "n", "classes": 10, "metric": "top1", "systems": {"fam": {"values": [0.5, 0.6]}}}],
+        "published": [{"name": "P", "ways": 2, "shots": 1, "value": 0.7, "note": ""}],
+    }  # fmt: skip
+
+
+def write(folder: Path, name: str, content: dict[str, Any]) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(json.dumps(content))
+    return str(folder)

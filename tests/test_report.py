@@ -1,0 +1,240 @@
+"""The page: what it says agrees with what was measured, nothing in data breaks it, and a real browser shows it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import browsing, find_browser
+from report_cases import EVIL, Made, ablation, episodes, make_page, make_run, write
+
+from saffe_cache.cli import report_command
+from saffe_cache.evaluation.details import read_details
+from saffe_cache.reporting.ablations import read_ablation, spread
+from saffe_cache.store.reader import open_cache
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Made:
+    return make_run(tmp_path_factory.mktemp("report"), tiny_model)
+
+
+@pytest.fixture(scope="module")
+def page(made: Made) -> str:
+    folder = made.data.parent
+    others = [write(folder / "sweep", "ablation.json", ablation()), write(folder / "few", "binding.json", episodes())]
+    return make_page([made.run, *others], folder / "page", queries=("again",))
+
+
+class Parsed(HTMLParser):
+    """Tags, addresses, and the marks of the galleries: query, system, photo, right or wrong."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.marks: list[tuple[int, str, str, bool]] = []
+        self.ids: list[str] = []
+        self._query, self._system = 0, ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attributes}
+        self.tags.append(tag)
+        self.addresses += [
+            given[name] for name in ("href", "src", "xlink:href", "action", "data", "poster") if name in given
+        ]
+        self.ids += [given["id"]] if "id" in given else []
+        self._query = int(given.get("data-query", self._query))
+        self._system = given.get("data-system", self._system)
+        if "data-id" in given:
+            self.marks.append((self._query, self._system, given["data-id"], given["class"] == "right"))
+
+
+def test_the_page_loads_nothing_and_data_do_not_break_out(page: str) -> None:
+    parsed = Parsed(page)
+    assert not {"script", "img", "link", "iframe", "object", "embed", "form", "base"} & set(parsed.tags)
+    assert all(address.startswith("#") for address in parsed.addresses)
+    assert not re.search(r"url\((?!#|data:image/jpeg;base64,)|@import|https?://(?!example\.org/x\.png)", page)
+    assert "<script" not in page
+    assert "a dog &lt;/style&gt;&lt;script&gt;alert(1)&lt;/script&gt; &amp; " in page
+    assert "Layers &lt;i&gt;" in page
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert {address[1:] for address in parsed.addresses} <= set(parsed.ids)
+
+
+def test_marks_are_those_of_the_captions_in_the_cache(made: Made, page: str) -> None:
+    table = open_cache(made.cache).table
+    texts = table.inputs["text"].texts
+    assert texts is not None
+    queries = [texts[row] for item in table.in_split("dev") for row in table.captions[int(item)]]
+    marks = Parsed(page).marks
+    assert {system for _, system, _, _ in marks} == {"fam", *(made.metrics["systems"].keys() - {"fam"})}
+    for query, _, photo, right in marks:
+        captions = [texts[row] for row in table.captions[table.ids.index(photo)]]
+        assert right == (queries[query - 1] in captions)
+    assert 0 < sum(right for *_, right in marks) < len(marks)
+
+
+def test_thumbnails_are_embedded_once(page: str) -> None:
+    embedded = re.findall(r"url\(data:image/jpeg;base64,([^)]+)\)", page)
+    shown = set(re.findall(r'class="photo (photo-\d+)"', page))
+    assert len(embedded) == len(set(embedded)) == len(shown) > 8
+    assert len(page) < 5e6
+
+
+def test_csv_holds_the_reported_numbers(made: Made, page: str) -> None:
+    folder = made.data.parent / "page"
+    with (folder / "data" / "evaluation-1.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {(row["kind"], row["name"], row["metric"]): row for row in rows}
+    for system, scores in made.metrics["systems"].items():
+        for metric, score in scores.items():
+            row = found["fam" if system == "fam" else "baseline", system, metric]
+            for part in ("value", "chance", "low", "high"):
+                assert row[part] == ("" if part not in score else repr(score[part]))
+    for control, of in made.metrics["controls"].items():
+        assert float(found["control", control, of["metric"]]["value"]) == of["scores"][of["metric"]]["value"]
+    with (folder / "data" / "evaluation-1-queries.csv").open(newline="") as file:
+        values = [float(row["fam: mrr"]) for row in csv.DictReader(file)]
+    assert np.mean(values) == pytest.approx(made.metrics["systems"]["fam"]["mrr"]["value"])
+    for plot in ("evaluation-1-systems", "run-1-training", "ablation-1", "episodes-1"):
+        assert (folder / "figures" / f"{plot}.svg").read_text().startswith("<?xml")
+        assert (folder / "figures" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"{plot}-figure_1" in page
+
+
+def test_what_is_wrong_comes_first(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.out, tmp_path / "bad")
+    path = tmp_path / "bad" / "metrics.json"
+    content = json.loads(path.read_text())
+    content |= {"failures": ["photos_shuffled is at <b>9</b>"], "warnings": ["the epoch was chosen here"]}
+    path.write_text(json.dumps(content))
+    page = make_page([str(made.out), str(tmp_path / "bad")], tmp_path / "page")
+    failed, warned = page.index("photos_shuffled is at &lt;b&gt;9"), page.index("the epoch was chosen here")
+    assert re.search(r"\d things? (is|are) not as (it|they) must be", page[:failed])
+    assert failed < warned < page.index("<main")
+    assert "Do not use these numbers" in page[failed:warned]
+
+
+def test_a_photo_that_is_gone_or_another_is_never_shown(made: Made, tmp_path: Path) -> None:
+    whole = make_page([str(made.out)], tmp_path / "page")
+    gone, other = sorted({photo for _, _, photo, _ in Parsed(whole).marks})[3:5]
+    data = tmp_path / "data"
+    shutil.copytree(made.data, data)
+    (data / gone).unlink()
+    shutil.copy(data / "train" / "000.png", data / other)
+    page = make_page([str(made.out)], tmp_path / "page", data=(str(data),))
+    count = len(re.findall(r"url\(data:", whole))
+    assert len(re.findall(r"url\(data:", page)) == count - 2
+    assert re.search(rf"{gone}, [^\"]*; no picture: unreadable image: No such file", page)
+    assert re.search(rf"{other}, [^\"]*; no picture: its file has changed", page)
+    assert f"2 of the {count} photos of its gallery are not shown" in page
+    page = make_page([str(made.out)], tmp_path / "page", data=(str(tmp_path / "nowhere"),))
+    assert "url(data:" not in page
+    assert f"{count} of the {count} photos of its gallery are not shown" in page
+
+
+def test_an_ablation_is_drawn_with_its_intervals(tmp_path: Path) -> None:
+    path = Path(write(tmp_path, "ablation.json", ablation()))
+    page = make_page([str(path)], tmp_path / "page")
+    scipy_interval = 4.302652729911275 * np.std([0.3, 0.32, 0.34], ddof=1) / np.sqrt(3)
+    assert spread((0.3, 0.32, 0.34)).half_interval == pytest.approx(scipy_interval, rel=1e-3)
+    assert f"± {100 * scipy_interval:.1f}" in page
+    with (tmp_path / "page" / "data" / "ablation-1.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["value"]) for row in rows] == [0.3, 0.32, 0.34, 0.4, 0.4, 0.43]
+    read = read_ablation(path / "ablation.json")
+    assert [one.name for one in read.comparable()] == ["Same"]
+    drawing = re.search(r"<svg.*?</svg>", page, re.DOTALL)
+    assert drawing is not None
+    assert "Same" in drawing.group()
+    assert "Other" not in drawing.group()
+    unknown = ablation(told_besides=[1])
+    unknown["ledger"] |= dict.fromkeys(("re_encoding_seconds", "photo_seconds", "text_seconds"))
+    assert "unknown, unknown" in make_page([write(tmp_path, "ablation.json", unknown)], tmp_path / "page")
+
+
+def test_folders_that_are_no_runs_and_broken_files_are_refused(made: Made, tmp_path: Path) -> None:
+    def refused(folder: Path, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            make_page([str(folder)], tmp_path / "page")
+        assert not (tmp_path / "page").exists()
+
+    refused(tmp_path / "none", r"none: nothing is there. Give a finished run's folder")
+    refused(made.data, r"data: neither result\.json, metrics\.json, ablation\.json nor binding\.json is in it")
+    content = ablation()
+    del content["series"][0]["points"][0]["chance"]
+    refused(Path(write(tmp_path / "a", "ablation.json", content)), r"ablation\.json: .*'chance'")
+    content = ablation()
+    content["series"][0]["points"][0]["seeds"] = [0, 1]
+    refused(Path(write(tmp_path / "a", "ablation.json", content)), "3 entries for 2 seeds")
+    content = episodes()
+    content["settings"][0]["systems"]["fam"] = {"mean": "high", "half_interval": 0.1}
+    refused(Path(write(tmp_path / "b", "binding.json", content)), r"binding\.json: mean: 'high', expected float")
+    shutil.copytree(made.out, tmp_path / "mixed")
+    path = tmp_path / "mixed" / "metrics.json"
+    path.write_text(path.read_text().replace(str(made.metrics["systems"]["fam"]["mrr"]["value"]), "0.5"))
+    refused(tmp_path / "mixed", "they are of two evaluations")
+
+
+def test_the_command_prints_the_path(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report_command([str(made.out), "--out", str(tmp_path / "page"), "--random-queries", "0"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "page" / "index.html")
+    assert read_details(made.out).texts[0] == EVIL
+    assert report_command([str(made.data), "--out", str(tmp_path / "other")]) == 1
+
+
+_CONTRAST = """
+(() => {
+  const parse = text => { const of = text.match(/[\\d.]+/g).map(Number); return of.length < 4 ? [...of, 1] : of; };
+  const linear = v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => [r, g, b].map(v => linear(v / 255))
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  const ground = node => { for (; node; node = node.parentElement) {
+    const of = parse(getComputedStyle(node).backgroundColor); if (of[3] > 0) return of; } return [255, 255, 255, 1]; };
+  let worst = [21, ''];
+  for (const node of document.querySelectorAll('body *')) {
+    const own = [...node.childNodes].some(one => one.nodeType == 3 && one.textContent.trim());
+    if (!own || !node.getClientRects().length || node.classList.contains('skip')) continue;
+    const style = getComputedStyle(node);
+    const ink = light(parse(node.closest('svg') ? style.fill : style.color)), paper = light(ground(node));
+    const ratio = (Math.max(ink, paper) + .05) / (Math.min(ink, paper) + .05);
+    if (ratio < worst[0]) worst = [ratio, node.outerHTML.slice(0, 200)];
+  }
+  return worst;
+})()"""
+_DECODED = """
+Promise.all([...new Set([...document.querySelectorAll('.photo:not(.empty)')].map(
+  node => getComputedStyle(node).backgroundImage.slice(5, -2)))].map(source => new Promise(done => {
+    const image = new Image(); image.onload = () => done(image.naturalWidth); image.onerror = () => done(0);
+    image.src = source; })))"""
+
+
+@pytest.mark.skipif(find_browser() is None, reason="no chromium or chrome is installed")
+def test_a_browser_shows_it_on_a_phone_in_light_and_dark(made: Made, page: str, tmp_path: Path) -> None:
+    path = made.data.parent / "page" / "index.html"
+    assert path.read_text() == page
+    with browsing(tmp_path) as opened:
+        for width in (360, 1200):
+            for dark in (False, True):
+                opened.open(path, width, dark=dark)
+                opened.run("document.querySelectorAll('details').forEach(one => { one.open = true })")
+                assert opened.run("document.documentElement.scrollWidth") <= width
+                contrast, where = opened.run(_CONTRAST)
+                assert contrast >= 4.5, where
+                paper = opened.run("getComputedStyle(document.body).backgroundColor")
+                assert (sum(map(int, re.findall(r"\d+", paper)[:3])) < 200) == dark
+        widths = opened.run(_DECODED)
+        assert len(widths) == len(re.findall(r"url\(data:", page))
+        assert min(widths) > 0
+        assert opened.complaints == []
+        assert {one.split(":")[0] for one in opened.requests} <= {"file", "data"}
+        assert len({one for one in opened.requests if one.startswith("file:")}) == 1
