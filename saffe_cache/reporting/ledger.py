@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from saffe_cache.features import CacheError
+from saffe_cache.ledger import Reencoding, extraction_seconds, reencoding
 from saffe_cache.reporting.reading import Evaluation, Run
-from saffe_cache.runs import RunSpec, training_pairs
-from saffe_cache.store.manifest import EncoderManifest
-from saffe_cache.store.reader import Cache, open_cache
+from saffe_cache.store.reader import open_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,33 +21,24 @@ class Costs:
     evaluation_seconds: float | None
     """Of its evaluations in this report; None without any."""
     cache: Paid | None
-    """None where the cache cannot be read any more."""
+    """None where the cache cannot be read any more, or does not know what encoding took."""
     why_no_cache: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paid:
-    """What its two encoders cost, once for all runs of the cache."""
+    """What the encoders cost, once for all runs of the cache, and would have cost in the loop."""
 
     extraction_seconds: float
     cache_bytes: int
     """Of hidden states, vectors and offsets."""
-    photos_seen: int
-    """In training, over all epochs."""
-    texts_seen: int
-    photo_seconds: float
-    """Of encoding one photo: the least of the cache's extractions."""
-    text_seconds: float
-
-    @property
-    def re_encoding_seconds(self) -> float:
-        return self.photos_seen * self.photo_seconds + self.texts_seen * self.text_seconds
+    in_loop: Reencoding
 
 
 BASIS = (
-    "Seconds of re-encoding are photos and texts that training saw, over all epochs, times the seconds in which the "
-    "quickest extraction of the cache encoded one. Validations, the control and texts of classes are left out, so that "
-    "it is rather too small. One extraction serves all runs of its cache."
+    "Seconds of re-encoding are the photos and texts that went through the FAM, in training and validation, times the "
+    "seconds of a forward pass in the quickest extraction of the cache; what autograd would cost, and the control, are "
+    "left out, so that it is rather too small. One extraction serves all runs of its cache."
 )
 
 
@@ -57,8 +46,7 @@ def costs_of(run: Run, evaluations: Sequence[Evaluation]) -> Costs:
     """The ledger of a run; `evaluations` are its own."""
     paid, why = None, ""
     try:
-        cache = open_cache(str(run.config["cache"]))
-        paid = _paid(run, run.spec, cache)
+        paid = _paid(run)
     except (CacheError, ValueError, TypeError, KeyError, OSError) as error:
         why = str(error)
     seconds = [one.metrics.cost.evaluation_seconds for one in evaluations]
@@ -72,39 +60,19 @@ def costs_of(run: Run, evaluations: Sequence[Evaluation]) -> Costs:
     )
 
 
-def _paid(run: Run, spec: RunSpec, cache: Cache) -> Paid:
-    manifests = [cache.encoders[key].manifest for key in (spec.gallery_key, spec.text_key)]
-    extractions = [_extractions(manifest) for manifest in manifests]
-    training, _, _ = training_pairs(spec, cache)
-    epochs = max((line.epoch for line in run.log), default=0)
-    return Paid(
-        extraction_seconds=sum(float(one["seconds"]["total"]) for of_encoder in extractions for one in of_encoder),
-        cache_bytes=sum(
-            array.rows * array.spec.row_bytes for manifest in manifests for array in manifest.arrays.values()
-        ),
-        photos_seen=epochs * len(training),
-        texts_seen=epochs * len(training.texts.values) if spec.pairs == "captions" else 0,
-        photo_seconds=_least_seconds(extractions[0]),
-        text_seconds=_least_seconds(extractions[1]),
-    )
-
-
-def _extractions(manifest: EncoderManifest) -> list[Mapping[str, Any]]:
+def _paid(run: Run) -> Paid:
     """
     Raises:
-        ValueError: the manifest tells of none.
+        CacheError, ValueError, TypeError, KeyError, OSError: the cache is not to be read, or says nothing of it.
     """
-    found: list[Mapping[str, Any]] = [one for one in manifest.history if {"inputs", "seconds"} <= one.keys()]
-    if not found:
-        raise ValueError(f"{manifest.key}: its history tells of no extraction that came to its end")
-    return found
-
-
-def _least_seconds(extractions: Sequence[Mapping[str, Any]]) -> float:
-    """Of encoding one input."""
-    rates: list[float] = []
-    for one in extractions:
-        start, stop = one["inputs"]
-        if stop > start:
-            rates.append(float(one["seconds"]["encoding"]) / (stop - start))
-    return min(rates)
+    cache = open_cache(str(run.config["cache"]))
+    gallery, text = cache.encoders[run.spec.gallery_key], cache.encoders[run.spec.text_key]
+    in_loop = reencoding(gallery, text, [vars(run.result)])
+    if in_loop is None:
+        raise ValueError("nothing in the cache tells how long its encoders take")
+    arrays = [array for encoder in (gallery, text) for array in encoder.manifest.arrays.values()]
+    return Paid(
+        extraction_seconds=extraction_seconds(cache),
+        cache_bytes=sum(array.rows * array.spec.row_bytes for array in arrays),
+        in_loop=in_loop,
+    )

@@ -129,6 +129,8 @@ class Result:
     steps: int
     seconds: float
     peak_memory_mb: float
+    photos_seen: int
+    texts_seen: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -309,19 +309,20 @@ def ledger_table(costs: Sequence[tuple[str, Costs]]) -> tuple[Table, Sheet]:
         if paid is None:
             cells += [Cell(_ABSENT, of.why_no_cache), Cell(_ABSENT), Cell(_ABSENT), Cell(_ABSENT)]
         else:
-            times = paid.re_encoding_seconds / of.training_seconds if of.training_seconds else 0.0
+            loop = paid.in_loop
+            times = loop.seconds / of.training_seconds if of.training_seconds else 0.0
             cells += [
                 Cell(duration(paid.extraction_seconds), "once, for all runs"),
                 Cell(size(paid.cache_bytes)),
-                Cell(f"{paid.photos_seen:,}", f"and {paid.texts_seen:,} texts"),
-                Cell(duration(paid.re_encoding_seconds), f"{times:.0f} times its training"),
+                Cell(f"{loop.photos_seen:,}", f"and {loop.texts_seen:,} texts"),
+                Cell(duration(loop.seconds), f"{times:.0f} times its training"),
             ]
         rows.append(TableRow("plain", Cell(name), tuple(cells)))
         sheet.append(
             (name, of.trainable_parameters, of.training_seconds, of.peak_memory_mb, of.evaluation_seconds)
             + ((None,) * 7 if paid is None else (
-                paid.extraction_seconds, paid.cache_bytes, paid.photos_seen, paid.texts_seen, paid.photo_seconds,
-                paid.text_seconds, paid.re_encoding_seconds,
+                paid.extraction_seconds, paid.cache_bytes, paid.in_loop.photos_seen, paid.in_loop.texts_seen,
+                paid.in_loop.photo_seconds, paid.in_loop.text_seconds, paid.in_loop.seconds,
             ))
         )  # fmt: skip
     header = (
