@@ -1,0 +1,213 @@
+"""Parts of a page: trainings, costs, sweeps and episodes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from saffe_cache.evaluation.details import Details
+from saffe_cache.reporting import plots, tables
+from saffe_cache.reporting.ablations import Ablation, spread
+from saffe_cache.reporting.episodes import Episodes
+from saffe_cache.reporting.galleries import Card
+from saffe_cache.reporting.ledger import BASIS, Costs
+from saffe_cache.reporting.plots import Bars, Curve, Plot
+from saffe_cache.reporting.reading import LogLine, Run
+from saffe_cache.reporting.tables import Sheet, Table
+
+
+@dataclass(kw_only=True)
+class Section:
+    """A part of the page."""
+
+    anchor: str
+    title: str
+    lead: str = ""
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    """Paragraphs below the first table."""
+    table: Table | None = None
+    words: list[tuple[str, str]] = field(default_factory=list)
+    """Metrics and what they are."""
+    plots: list[Plot] = field(default_factory=list)
+    more: list[Table] = field(default_factory=list)
+    folded: list[Table] = field(default_factory=list)
+    cards: list[Card] = field(default_factory=list)
+    details: Details | None = None
+    is_sound: bool = False
+
+
+def run_section(run: Run, name: str, anchor: str, sheets: list[Sheet]) -> Section:
+    result = run.result
+    section = Section(
+        anchor=anchor,
+        title=f"Training of {name}",
+        facts=[
+            ("photos", f"{result.train_photos} to train, {result.validation_photos} to validate"),
+            (
+                "kept",
+                f"epoch {result.best_epoch} of {max((line.epoch for line in run.log), default=0)}, at validation "
+                f"{result.validation_score} {tables.percent(result.best_validation_score)}",
+            ),
+            ("steps", f"{result.steps} in {tables.duration(result.seconds)}"),
+            ("parameters", f"{result.trainable_parameters:,}"),
+            ("objective", ", ".join(f"{name}={weight}" for name, weight in _objective(run)) or "default"),
+        ],
+    )
+    if run.log:
+        logs = {"run": run.log, "control: permuted pairs": run.permuted_log}
+        losses = [_curve(name, log, "loss", 1) for name, log in logs.items()]
+        scores = [_curve(name, log, "validation_score", 100) for name, log in logs.items()]
+        section.plots.append(
+            plots.draw_training(
+                f"{anchor}-training",
+                [one for one in losses if one.xs],
+                [one for one in scores if one.xs],
+                result.best_epoch,
+                f"{result.validation_score}, percent",
+                "Training curves. Dotted: the epoch that is kept. The control was trained on permuted pairs.",
+            )
+        )
+        rows = tuple(
+            (which, line.epoch, line.loss, line.validation_score, line.seconds)
+            for which, log in logs.items()
+            for line in log
+        )
+        sheets.append(Sheet(f"{anchor}-training", ("which", "epoch", "loss", "validation_score", "seconds"), rows))
+    return section
+
+
+def _objective(run: Run) -> list[tuple[str, object]]:
+    """Losses and their weights, where the config names some."""
+    return list(dict(run.config.get("objective") or {}).items())
+
+
+def _curve(name: str, log: Sequence[LogLine], column: str, factor: float) -> Curve:
+    known = [(line.epoch, factor * getattr(line, column)) for line in log if getattr(line, column) is not None]
+    return Curve(name, [epoch for epoch, _ in known], [value for _, value in known])
+
+
+def costs_section(costs: Sequence[tuple[str, Costs]], sheets: list[Sheet]) -> Section:
+    table, sheet = tables.ledger_table(costs)
+    sheets.append(sheet)
+    return Section(anchor="ledger", title="Cost ledger", lead=BASIS, table=table)
+
+
+def ablation_section(ablation: Ablation, anchor: str, sheets: list[Sheet]) -> Section:
+    points, sheet = tables.points_table(ablation, anchor)
+    sheets.append(sheet)
+    section = Section(
+        anchor=anchor,
+        title=ablation.title,
+        lead=ablation.question,
+        facts=[
+            ("dataset", ablation.dataset),
+            ("reported on", f"{ablation.protocol} protocol, split {ablation.split}"),
+            ("metric", f"{ablation.metric}: {tables.metric_words(ablation.metric)}"),
+            *([("definition", ablation.definition)] if ablation.definition else []),
+        ],
+        folded=[points],
+    )
+    if ablation.y_label is None:
+        section.plots.append(_series_plot(ablation, anchor))
+    else:
+        section.plots += [
+            _heat_map(ablation, number, f"{anchor}-{number + 1}") for number in range(len(ablation.series))
+        ]
+    section.more += [table for table in (tables.baselines_table(ablation), tables.published_table(ablation)) if table]
+    section.more.append(tables.sweep_ledger(ablation))
+    return section
+
+
+def _series_plot(ablation: Ablation, name: str) -> Plot:
+    places = ablation.xs
+    series = []
+    for one in ablation.series:
+        found = {point.x: spread(point.values[ablation.metric]) for point in one.points}
+        series.append(_bars(one.name, places, {x: (of.mean, of.half_interval or 0.0) for x, of in found.items()}))
+    at = {x: ablation.baselines_at(x) for x in places}
+    names = dict.fromkeys(name for of in at.values() for name in of)
+    dashed = [_bars(name, places, {x: (of[name], 0.0) for x, of in at.items() if name in of}) for name in names]
+    levels = [(line.name, 100 * line.value) for line in ablation.lines if line.metric == ablation.metric]
+    levels += [("chance", 100 * statistics.mean(ablation.chance))]
+    published = [(one.name, places.index(one.x or ""), 100 * one.value) for one in ablation.comparable()]
+    return plots.draw_series(
+        name,
+        places,
+        series,
+        dashed,
+        levels,
+        published,
+        (ablation.x_label, f"{ablation.metric}, percent"),
+        "Mean over seeds with its 95 % t-interval. Dashed: baselines of the same points. Dotted: chance and levels "
+        "that no setting changes." + (" Hollow stars: published, in the same metric." if published else ""),
+        joined=len(places) > 1,
+    )
+
+
+def _bars(name: str, places: Sequence[str], found: Mapping[str, tuple[float, float]]) -> Bars:
+    """Of fractions by place: mean and half interval."""
+    known = [(places.index(x), 100 * mean, 100 * half) for x, (mean, half) in found.items()]
+    return Bars(name, [place for place, _, _ in known], [mean for _, mean, _ in known], [half for _, _, half in known])
+
+
+def _heat_map(ablation: Ablation, number: int, name: str) -> Plot:
+    series = ablation.series[number]
+    xs = list(dict.fromkeys(point.x for point in series.points))
+    ys = list(dict.fromkeys(point.y or "" for point in series.points))
+    cells = np.full((len(ys), len(xs)), np.nan)
+    texts = [[""] * len(xs) for _ in ys]
+    for point in series.points:
+        mean = 100 * spread(point.values[ablation.metric]).mean
+        row, column = ys.index(point.y or ""), xs.index(point.x)
+        cells[row, column], texts[row][column] = mean, f"{mean:.1f}"
+    told = "; ".join(f"{x}, {y}: {texts[row][column]}" for row, y in enumerate(ys) for column, x in enumerate(xs))
+    return plots.draw_grid(
+        name,
+        cells,
+        texts,
+        (ys, xs),
+        (ablation.x_label, ablation.y_label or ""),
+        f"{series.name}: {ablation.metric} in percent, mean over seeds; intervals are in the table and the CSV.",
+        f"{ablation.metric} by {ablation.x_label} and {ablation.y_label}: {told}",
+    )
+
+
+def episodes_section(episodes: Episodes, anchor: str, sheets: list[Sheet]) -> Section:
+    made, new = tables.episodes_tables(episodes, anchor)
+    sheets += new
+    section = Section(anchor=anchor, title=episodes.title, table=made[0])
+    section.more += made[1:]
+    if episodes.settings:
+        names = [setting.name for setting in episodes.settings]
+
+        series = [
+            _bars(
+                system,
+                names,
+                {
+                    setting.name: (setting.systems[system].mean, setting.systems[system].half_interval)
+                    for setting in episodes.settings
+                    if system in setting.systems
+                },
+            )
+            for system in episodes.systems
+        ]
+        chance = _bars("chance", names, {setting.name: (setting.chance, 0.0) for setting in episodes.settings})
+        section.plots.append(
+            plots.draw_series(
+                anchor,
+                names,
+                series,
+                [chance],
+                [],
+                [],
+                ("episodes", "accuracy, percent"),
+                "Accuracy with its 95 % interval over episodes. Hollow: chance.",
+                joined=False,
+            )
+        )
+    return section
