@@ -54,6 +54,9 @@ def test_classes_that_photos_tell_are_bound_and_controls_are_at_chance(
     systems, controls = setting["systems"], setting["controls"]
     for name in ("class_means", "ridge", "fam from random, converged", "fam from ridge, converged"):
         assert systems[name]["mean"] > 0.8, name
+    assert set(setting["differences"]) == {name for name in systems if name.startswith("fam")}
+    for name, difference in setting["differences"].items():
+        assert difference["mean"] == pytest.approx(systems[name]["mean"] - systems["class_means"]["mean"])
     assert controls["fam from random, blind"] == {"mean": 0.5, "half_interval": 0.0}
     shuffled = controls["fam from random, converged, photos shuffled"]
     assert abs(shuffled["mean"] - 0.5) < 3 * shuffled["half_interval"] / 1.96 + 1e-9

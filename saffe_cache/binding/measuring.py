@@ -101,11 +101,13 @@ def measure(task: Task, reported: Photos, tuning: Photos, names: np.ndarray, opt
     blind = {name: values for name, values in found.items() if name.endswith("blind")}
     controls = {f"{name}, photos shuffled": values for name, values in shuffled.items() if "blind" not in name} | blind
     chance = 1 / task.ways
+    fams = {name: values for name, values in found.items() if name.startswith("fam") and name not in blind}
     return {
         **asdict(task),
         "episodes": options.num_episodes,
         "chance": chance,
         "systems": {name: summary(values) for name, values in found.items() if name not in blind},
+        "differences": {name: summary(values - found["class_means"]) for name, values in fams.items()},
         "controls": {name: summary(values) for name, values in controls.items()},
         "failures": failures(task, chance, controls),
         "chosen": asdict(chosen),

@@ -20,7 +20,8 @@ def format_binding(result: Mapping[str, Any]) -> str:
         f"{', '.join(result['names']['examples'][:3])}",
         *textwrap.wrap(
             "accuracy of the nearest name in percent ± half of the 95 % interval over episodes; fam from ridge after 0 "
-            "epochs is ridge itself; in parentheses the controls, which must be at chance",
+            "epochs is ridge itself; differences are of the same episodes; in parentheses the controls, which must be at "
+            "chance",
             100,
         ),
         "",
@@ -40,7 +41,7 @@ def _block(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     first = settings[0]
     heads = [f"{setting['ways']}-way {setting['shots']}-shot" for setting in settings]
     lines = [_row(f"{first['episodes']} episodes, {first['queries']} queries a class", heads)]
-    for part, shown in (("systems", "{}"), ("controls", "({})")):
+    for part, shown in (("systems", "{}"), ("differences", "{} less class means"), ("controls", "({})")):
         lines += [_row(shown.format(name), [_cell(one[part][name]) for one in settings]) for name in first[part]]
     lines.append(_row("chance", [f"{100 * setting['chance']:.1f}" for setting in settings]))
     for start in first["epochs_to_convergence"]:
