@@ -556,7 +556,7 @@ def test_all_photos_in_another_split_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, "--epochs: found 0, expected a number above 0"),
+        ({"epochs": -1}, "--epochs: found -1, expected 0 or more"),
         ({"validation": "train"}, "--validation: found train, expected another split"),
         ({"layers": {"img": (3,)}}, "--layers: found img=…, expected image=… or"),
         ({"layers": {"image": (3, 3)}}, "each layer once"),

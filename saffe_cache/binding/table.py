@@ -20,8 +20,8 @@ def format_binding(result: Mapping[str, Any]) -> str:
         f"{', '.join(result['names']['examples'][:3])}",
         *textwrap.wrap(
             "accuracy of the nearest name in percent ± half of the 95 % interval over episodes; fam from ridge after 0 "
-            "epochs is ridge itself; differences are of the same episodes; in parentheses the controls, which must be at "
-            "chance",
+            "epochs is ridge itself; differences are of the same episodes; in parentheses the controls, which must be "
+            "at chance",
             100,
         ),
         "",

@@ -7,7 +7,7 @@ scripts and every address, so that a mistake here could not let one in.
 from __future__ import annotations
 
 import base64
-from importlib import resources
+from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
@@ -20,7 +20,7 @@ from saffe_cache.reporting.tables import percent
 
 def render(content: Content, title: str) -> bytes:
     """The page."""
-    folder = resources.files("saffe_cache.reporting")
+    folder = Path(__file__).parent
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
