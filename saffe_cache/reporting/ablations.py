@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from saffe_cache.fields import known_part, made_of
+from saffe_cache.retrieval.metrics import seed_interval
 from saffe_cache.runs import read_json
-
-_T_QUANTILES = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""97.5 % of Student's t with 1 to 30 degrees of freedom; with more, the last is a little too wide."""
 
 
 class Spread(NamedTuple):
@@ -128,24 +122,11 @@ class Ablation:
         """Published numbers of the same metric, at a place of the axis."""
         return [one for one in self.published if one.metric == self.metric and one.x in self.xs]
 
-    def baselines_at(self, x: str) -> dict[str, float]:
-        """Means over points and seeds of the metric of each baseline."""
-        found: dict[str, list[float]] = {}
-        for series in self.series:
-            for point in series.points:
-                for name, metrics in point.baselines.items():
-                    if point.x == x and self.metric in metrics:
-                        found.setdefault(name, []).extend(metrics[self.metric])
-        return {name: statistics.mean(values) for name, values in found.items()}
-
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean, and half its 95 % t-interval with n - 1 degrees of freedom."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return Spread(mean, None)
-    quantile = _T_QUANTILES[min(len(values) - 1, len(_T_QUANTILES)) - 1]
-    return Spread(mean, quantile * statistics.stdev(values) / len(values) ** 0.5)
+    """Mean, and half its 95 % t-interval."""
+    mean, low, _ = seed_interval(values)
+    return Spread(mean, mean - low if len(values) > 1 else None)
 
 
 def read_ablation(path: Path) -> Ablation:

@@ -25,7 +25,7 @@ INK, PAPER = "#1f2328", "#fefefe"
 """In files; in the page `currentColor`, and nothing."""
 BLUE = "#0072b2"
 HUES = (BLUE, "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", ">")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 _WIDTH = 4.8
 """Inches."""
@@ -55,13 +55,13 @@ class Style:
 
 
 def style(number: int) -> Style:
-    """Of the first six all hues, markers and lines differ."""
+    """Of the first six all hues and lines differ, of the first eight all markers."""
     return Style(HUES[number % len(HUES)], MARKERS[number % len(MARKERS)], LINES[number % len(LINES)])
 
 
 @contextmanager
-def drawing(height: float, columns: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure of the page's width, and its axes side by side."""
+def drawing(height: float, columns: int = 1, rows: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure of the page's width, and its axes, row after row; those of several rows share the vertical axis."""
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "saffe",
@@ -80,8 +80,8 @@ def drawing(height: float, columns: int = 1) -> Iterator[tuple[Figure, list[Axes
     }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        made = figure.subplots(1, columns, squeeze=False)
-        yield figure, list(made[0])
+        made = figure.subplots(rows, columns, squeeze=False, sharey=rows > 1)
+        yield figure, list(made.ravel())
 
 
 def finished(figure: Figure, name: str, caption: str, described: str) -> Plot:
@@ -257,40 +257,91 @@ class Bars:
     places: Sequence[int]
     means: Sequence[float]
     halves: Sequence[float]
+    beside: Sequence[Bars] = ()
+    """Baselines of the same points."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Series over the same named places."""
+
+    places: Sequence[str]
+    series: Sequence[Bars]
+    published: Sequence[tuple[str, int, float]] = ()
+    """Numbers of others: name, place, percent."""
+
+
+_BESIDE = (("v", "--"), ("P", "-."), ("d", ":"))
+"""Marker and line of the first baselines."""
 
 
 def draw_series(
-    name: str, places: Sequence[str], series: Sequence[Bars], dashed: Sequence[Bars],
-    levels: Sequence[tuple[str, float]], published: Sequence[tuple[str, int, float]], labels: tuple[str, str],
-    caption: str, *, joined: bool,
+    name: str, panels: Sequence[Panel], levels: Sequence[tuple[str, float]], labels: tuple[str, str], caption: str, *,
+    joined: bool,
 ) -> Plot:  # fmt: skip
-    """Series with error bars over named places, baselines dashed, levels across, numbers of others hollow."""
-    with drawing(3.3) as (figure, (axes,)):
-        for number, one in enumerate(series):
-            look, shift = style(number), 0.08 * (number - (len(series) - 1) / 2)
-            line = look.line if joined else "none"
-            axes.errorbar([place + shift for place in one.places], one.means, yerr=one.halves, capsize=3,
-                          label=one.name, color=look.hue, marker=look.marker, linestyle=line)  # fmt: skip
-        for number, one in enumerate(dashed, start=len(series)):
-            look = style(number)
-            size, line = (4, "--") if joined else (7, "none")
-            axes.plot(one.places, one.means, color=look.hue, marker=look.marker, markersize=size, linestyle=line,
-                      linewidth=1.2, markerfacecolor=PAPER, label=one.name)  # fmt: skip
-        for number, (level, value) in enumerate(levels):
-            axes.axhline(value, color=INK, linestyle=LINES[3 - number % 2], linewidth=1, label=level)
-        for number, (who, place, value) in enumerate(published):
-            axes.plot(place, value, "*", color=INK, markerfacecolor=PAPER, markersize=12,
-                      label="published" if number == 0 else None)  # fmt: skip
-            axes.annotate(who, (place, value), (6, 6), textcoords="offset points", fontsize=8)
-        axes.set_xticks(range(len(places)), places)
-        if max(map(len, places)) * len(places) > 60:
-            axes.tick_params(axis="x", rotation=30)
-        axes.set_xlim(-0.5, len(places) - 0.5)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
-        figure.legend(fontsize=8, loc="outside lower center", ncols=3)
-        told = "; ".join(f"{one.name}: {_told(places, one)}" for one in series)
+    """Series with error bars over named places, baselines hollow in their series' hue, levels across.
+
+    Args:
+        name: of the files.
+        panels: one frame each, two in a row; they share the vertical axis.
+        levels: what no setting changes, in percent.
+        labels: of the horizontal and of the vertical axis.
+        caption: below the drawing.
+        joined: whether lines go from point to point.
+    """
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    with drawing(1.2 + 2.1 * rows, columns, rows) as (figure, frames):
+        number, kinds = 0, _kinds(panels)
+        for axes, panel in zip(frames, panels, strict=False):
+            for place, one in enumerate(panel.series):
+                look, shift = style(number), 0.08 * (place - (len(panel.series) - 1) / 2)
+                _draw_bars(axes, one, look, shift, kinds, joined=joined)
+                number += 1
+            for of_level, (level, value) in enumerate(levels):
+                axes.axhline(value, color=INK, linestyle=LINES[3 - of_level % 2], linewidth=1, label=level)
+            for who, place, value in panel.published:
+                axes.plot(place, value, "*", color=INK, markerfacecolor=PAPER, markersize=12, label="published")
+                axes.annotate(who, (place, value), (6, 6), textcoords="offset points", fontsize=8)
+            axes.set_xticks(range(len(panel.places)), panel.places)
+            if max(map(len, panel.places)) * len(panel.places) > 60 / columns:
+                axes.tick_params(axis="x", rotation=30)
+            axes.set_xlim(-0.5, len(panel.places) - 0.5)
+        for axes in frames[len(panels) :]:
+            axes.set_visible(False)
+        for axes in frames[len(panels) - columns : len(panels)]:
+            axes.set_xlabel(labels[0])
+        for axes in frames[::columns]:
+            axes.set_ylabel(labels[1])
+        _draw_legend(figure, frames)
+        told = "; ".join(f"{one.name}: {_told(panel.places, one)}" for panel in panels for one in panel.series)
         return finished(figure, name, caption, f"{labels[1]} by {labels[0]}. {told}")
+
+
+def _kinds(panels: Sequence[Panel]) -> list[str]:
+    """The names of the baselines."""
+    return list(dict.fromkeys(one.name for panel in panels for series in panel.series for one in series.beside))
+
+
+def _draw_bars(axes: Axes, one: Bars, look: Style, shift: float, kinds: Sequence[str], *, joined: bool) -> None:
+    """A series and its baselines."""
+    line = look.line if joined else "none"
+    axes.errorbar([place + shift for place in one.places], one.means, yerr=one.halves, capsize=3, label=one.name,
+                  color=look.hue, marker=look.marker, linestyle=line)  # fmt: skip
+    for beside in one.beside:
+        marker, line = _BESIDE[kinds.index(beside.name) % len(_BESIDE)]
+        axes.plot(beside.places, beside.means, color=look.hue, marker=marker, markersize=4, linewidth=1,
+                  linestyle=line if joined else "none", markerfacecolor=PAPER, label=beside.name)  # fmt: skip
+
+
+def _draw_legend(figure: Figure, frames: Sequence[Axes]) -> None:
+    """Each name once, below the frames; as many beside each other as there is room for."""
+    found: dict[str, Any] = {}
+    for axes in frames:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    columns = max(1, min(3, 66 // (max(map(len, found)) + 6)))
+    figure.legend(found.values(), found.keys(), fontsize=8, loc="outside lower center", ncols=columns)
 
 
 def _told(places: Sequence[str], bars: Bars) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -122,29 +122,40 @@ def ablation_section(ablation: Ablation, anchor: str, sheets: list[Sheet]) -> Se
     return section
 
 
+_DRAWN_BASELINES = ("ridge", "linear_probe", "late_fusion_ridge")
+"""Of those of each point; the table has all."""
+
+
 def _series_plot(ablation: Ablation, name: str) -> Plot:
-    places = ablation.xs
-    series = []
-    for one in ablation.series:
-        found = {point.x: spread(point.values[ablation.metric]) for point in one.points}
-        series.append(_bars(one.name, places, {x: (of.mean, of.half_interval or 0.0) for x, of in found.items()}))
-    at = {x: ablation.baselines_at(x) for x in places}
-    names = dict.fromkeys(name for of in at.values() for name in of)
-    dashed = [_bars(name, places, {x: (of[name], 0.0) for x, of in at.items() if name in of}) for name in names]
+    """Series over the same places share a frame."""
+    frames: dict[tuple[str, ...], list[Bars]] = {}
     levels = [(line.name, 100 * line.value) for line in ablation.lines if line.metric == ablation.metric]
-    levels += [("chance", 100 * statistics.mean(ablation.chance))]
-    published = [(one.name, places.index(one.x or ""), 100 * one.value) for one in ablation.comparable()]
+    for one in ablation.series:
+        places = [point.x for point in one.points]
+        found = {point.x: spread(point.values[ablation.metric]) for point in one.points}
+        bars = _bars(one.name, places, {x: (of.mean, of.half_interval or 0.0) for x, of in found.items()})
+        beside = []
+        for baseline in _DRAWN_BASELINES:
+            values = {
+                point.x: (statistics.mean(point.baselines[baseline][ablation.metric]), 0.0)
+                for point in one.points
+                if ablation.metric in point.baselines.get(baseline, {})
+            }
+            beside += [_bars(baseline.replace("_", " "), places, values)] if values else []
+        frames.setdefault(tuple(places), []).append(replace(bars, beside=beside))
+    published = [(one.name, one.x or "", 100 * one.value) for one in ablation.comparable()]
+    panels = [
+        plots.Panel(places, series, [(who, places.index(x), value) for who, x, value in published if x in places])
+        for places, series in frames.items()
+    ]
     return plots.draw_series(
         name,
-        places,
-        series,
-        dashed,
-        levels,
-        published,
+        panels,
+        [*levels, ("chance", 100 * statistics.mean(ablation.chance))],
         (ablation.x_label, f"{ablation.metric}, percent"),
-        "Mean over seeds with its 95 % t-interval. Dashed: baselines of the same points. Dotted: chance and levels "
-        "that no setting changes." + (" Hollow stars: published, in the same metric." if published else ""),
-        joined=len(places) > 1,
+        "Mean over seeds with its 95 % t-interval. Hollow, in the same hue: baselines on the same layers and photos. "
+        "Across: chance and what no setting changes." + (" Stars: published, in the same metric." if published else ""),
+        joined=len(ablation.xs) > 1,
     )
 
 
@@ -200,13 +211,10 @@ def episodes_section(episodes: Episodes, anchor: str, sheets: list[Sheet]) -> Se
         section.plots.append(
             plots.draw_series(
                 anchor,
-                names,
-                series,
-                [chance],
-                [],
+                [plots.Panel(names, [*series, chance])],
                 [],
                 ("episodes", "accuracy, percent"),
-                "Accuracy with its 95 % interval over episodes. Hollow: chance.",
+                "Accuracy with its 95 % interval over episodes.",
                 joined=False,
             )
         )

@@ -200,23 +200,21 @@ def points_table(ablation: Ablation, name: str) -> tuple[Table, Sheet]:
 
 
 def baselines_table(ablation: Ablation) -> Table | None:
-    """Baselines and levels of an ablation by place of the axis; None where there are none."""
-    names = list(dict.fromkeys(name for x in ablation.xs for name in ablation.baselines_at(x)))
-    rows = [
-        TableRow(
-            "baseline",
-            Cell(name, "baseline"),
-            tuple(Cell(percent(at[name]) if name in at else _ABSENT) for at in map(ablation.baselines_at, ablation.xs)),
-        )
-        for name in names
-    ]
-    rows += [
-        TableRow("baseline", Cell(line.name, line.metric), tuple(Cell(percent(line.value)) for _ in ablation.xs))
-        for line in ablation.lines
-    ]
-    if not rows:
+    """The baselines of each point, on its own layers and photos; None where there are none."""
+    points = [(series.name, point) for series in ablation.series for point in series.points]
+    names = list(dict.fromkeys(name for _, point in points for name in point.baselines))
+    rows = []
+    for series, point in points:
+        cells = [Cell(point.x)] + ([] if ablation.y_label is None else [Cell(point.y or "")])
+        for name in names:
+            values = point.baselines.get(name, {}).get(ablation.metric)
+            cells.append(Cell(_ABSENT) if values is None else Cell(percent(spread(values).mean)))
+        rows.append(TableRow("baseline", Cell(series), tuple(cells)))
+    if not names:
         return None
-    return Table(f"Baselines of the same points, {ablation.metric} in percent.", ("", *ablation.xs), tuple(rows))
+    axes = (ablation.x_label,) if ablation.y_label is None else (ablation.x_label, ablation.y_label)
+    caption = f"Baselines on the layers and photos of each point, {ablation.metric} in percent, mean over seeds."
+    return Table(caption, ("series", *axes, *names), tuple(rows))
 
 
 def published_table(ablation: Ablation) -> Table | None:
