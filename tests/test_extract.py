@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import signal
@@ -185,6 +186,24 @@ def test_kill_dash_nine_costs_at_most_the_open_shard(config: ExtractConfig, tmp_
     resumed = files_of(extract(small))
     assert resumed == files_of(extract(replace(small, cache=small.cache + ".whole")))
     assert not list(Path(small.cache).rglob("*.partial"))
+
+
+@pytest.mark.parametrize("place", ["saffe_cache.extraction.loading.decode", "saffe_cache.sources.items.Media.read"])
+def test_a_machine_without_file_handles_blames_no_photo(
+    config: ExtractConfig, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where photos are hashed nor where they are decoded; the next extraction is an undisturbed one."""
+
+    def lacking(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(place, lacking)
+        with pytest.raises(OSError, match="Too many open files"):
+            extract(config)
+    cache = open_cache(extract(config))
+    assert not any(cache.table.problems)
+    assert not cache.encoder("image").manifest.invalid
 
 
 def test_unreadable_items_are_recorded_counted_and_limited(config: ExtractConfig, data: Path) -> None:

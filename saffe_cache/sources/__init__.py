@@ -11,7 +11,7 @@ Four kinds of `--data`, told apart by what lies there:
 """
 
 from saffe_cache.sources.decoding import decode, thumbnail
-from saffe_cache.sources.items import Columns, Media, SourceItem
+from saffe_cache.sources.items import Columns, Media, SourceItem, blames_the_file
 from saffe_cache.sources.listing import read_items, read_named_items
 
-__all__ = ["Columns", "Media", "SourceItem", "decode", "read_items", "read_named_items", "thumbnail"]
+__all__ = ["Columns", "Media", "SourceItem", "blames_the_file", "decode", "read_items", "read_named_items", "thumbnail"]

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from saffe_cache.features import Modality
+
+_OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+def blames_the_file(error: Exception) -> bool:
+    """Whether an error tells that a file is broken, and not that the machine lacks file handles or memory."""
+    return not isinstance(error, OSError) or error.errno not in _OF_THE_MACHINE
 
 
 @dataclass(frozen=True)

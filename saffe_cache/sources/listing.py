@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from saffe_cache.sources.folders import folder_items
 from saffe_cache.sources.hub import hub_items, saved_items
-from saffe_cache.sources.items import Columns, SourceItem
+from saffe_cache.sources.items import Columns, SourceItem, blames_the_file
 
 
 def read_items(
@@ -80,6 +80,8 @@ def _hash_item(item: SourceItem) -> SourceItem:
         try:
             data = media.read()
         except OSError as error:
+            if not blames_the_file(error):
+                raise
             problem = problem or f"unreadable {modality}: {error.strerror or error}"
             continue
         hashes[modality] = hashlib.sha256(data).digest()
