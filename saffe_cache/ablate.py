@@ -121,7 +121,8 @@ def _plan(config: AblateConfig, recipe: Recipe, out: Path) -> _Plan:
     jobs: dict[int, list[Job]] = {}
     for number, cell in enumerate(recipe.cells):
         path = _stored_as(config.cache, base, cell.settings.get("storage"), out / "caches")
-        caches.setdefault(path, open_cache(path))
+        if path not in caches:
+            caches[path] = open_cache(path)
         for seed in seeds:
             one = cell.config(path, runs, seed, device)
             protocol = config.protocol or own_protocol(resolve_run(one, caches[path]))

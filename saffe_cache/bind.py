@@ -133,7 +133,8 @@ def bind(config: BindConfig) -> str:
         remove_partial_files(out)
         rows = {name: _photo_rows(cache, spec, name) for name in (config.split, config.train_split)}
         seen = np.isin(rows[config.train_split][0], rows[config.split][0])
-        rows[config.train_split] = tuple(part[~seen] for part in rows[config.train_split])  # type: ignore[assignment]
+        known, labels = rows[config.train_split]
+        rows[config.train_split] = known[~seen], labels[~seen]
         _check_folder(config, spec, _fingerprint(cache, spec, rows))
         if (out / "binding.json").exists():
             logger.info("%s is finished already, nothing to do.", out)

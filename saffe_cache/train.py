@@ -14,7 +14,7 @@ from typing import Any
 from saffe_cache.durable import LOCK_NAME, hold_folder
 from saffe_cache.fam_inputs import FamInputs, Residency, choose_residency, window_shards
 from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.judging.search import own_protocol
+from saffe_cache.judging.search import main_metric, own_protocol
 from saffe_cache.options import require
 from saffe_cache.pairs import Pairs
 from saffe_cache.runs import RunSpec, data_fingerprint, provenance, read_json, training_pairs, write_json
@@ -165,7 +165,7 @@ def _fit(
 
 def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int]) -> None:
     """The result, which makes the run a finished one."""
-    score_name = "mrr" if own_protocol(plan.spec) == "caption" else "map"
+    score_name = main_metric(own_protocol(plan.spec))
     result = {
         "best_epoch": state.best_epoch,
         "best_validation_score": state.best_score,

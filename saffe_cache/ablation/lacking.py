@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable
 
 from saffe_cache.extraction.config import ExtractConfig, config_from_json
-from saffe_cache.features import CacheError, Modality, hidden_states_index
+from saffe_cache.features import MODALITIES, CacheError, Modality, hidden_states_index
 from saffe_cache.store.reader import Cache, EncoderCache
 from saffe_cache.train import TrainConfig
 
@@ -18,8 +18,8 @@ def check_layers(cache: Cache, configs: Iterable[TrainConfig]) -> None:
     """
     missing: dict[str, set[int]] = {}
     for config in configs:
-        for name, layers in config.layers.items():
-            modality: Modality = name  # type: ignore[assignment]
+        for modality in (name for name in MODALITIES if name in config.layers):
+            layers = config.layers[modality]
             encoder = cache.encoder(modality, config.encoder.get(modality))
             asked = {hidden_states_index(layer, config.index_convention) for layer in layers}
             beyond = sorted(layer for layer in asked if not 0 <= layer <= encoder.manifest.num_layers)
@@ -50,10 +50,10 @@ def _command(cache: Cache, missing: dict[str, set[int]]) -> list[str]:
 
 
 def _last_config(encoder: EncoderCache) -> ExtractConfig:
-    entries = [entry["config"] for entry in encoder.manifest.history if {"inputs", "config"} <= entry.keys()]
-    if not entries:
+    extractions = encoder.manifest.extractions
+    if not extractions:
         raise CacheError(f"{encoder.key}: its manifest does not say how it was extracted. Extract into a new cache.")
-    return config_from_json(entries[-1])
+    return config_from_json(extractions[-1]["config"])
 
 
 def _without_layers(config: ExtractConfig, cache: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from saffe_cache.ablation.recipe import Cell, Recipe
 from saffe_cache.ablation.running import Job
+from saffe_cache.judging.search import main_metric
 from saffe_cache.ledger import extraction_seconds, reencoding
 from saffe_cache.retrieval.metrics import seed_interval
 from saffe_cache.runs import read_json
@@ -36,7 +37,7 @@ def outcome(recipe: Recipe, jobs: Jobs, caches: Mapping[str, Cache], folder: Pat
         reports = [read_json(Path(job.report.out or "") / "metrics.json") for job in jobs[number]]
         first = first or reports[0]
         series.setdefault(cell.series, []).append(_point(cell, jobs[number], reports, folder))
-    metric = recipe.metric or ("mrr" if "mrr" in first["systems"]["fam"] and first["protocol"] == "caption" else "map")
+    metric = recipe.metric or main_metric(first["protocol"])
     distinct = {job.config.out: job for of_cell in jobs.values() for job in of_cell}
     free = {name: of for name, of in first["systems"].items() if name in ("pooled_cosine", "zero_shot")}
     return {

@@ -52,9 +52,7 @@ def past_extractions(manifest: EncoderManifest, device: str | None = None) -> li
     inputs_in: dict[str, int] = {}
     finished = 0
     found = []
-    for entry in manifest.history:
-        if not {"inputs", "config"} <= entry.keys():  # not an extraction
-            continue
+    for entry in manifest.extractions:
         config, stop = config_from_json(entry["config"]), int(entry["inputs"][1])
         config = replace(config, device=device or config.device)
         names = (inputs_in.keys() | _asked(config, manifest)) & manifest.arrays.keys()

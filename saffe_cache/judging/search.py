@@ -35,7 +35,7 @@ class Search:
 
     @property
     def main_metric(self) -> str:
-        return "mrr" if self.protocol == "caption" else "map"
+        return main_metric(self.protocol)
 
     def score(self, gallery: np.ndarray, queries: np.ndarray, *, intervals: bool = True) -> Scores:
         """Scores of unit vectors: `gallery` [pairs, d], `queries` [queries, d]."""
@@ -61,6 +61,11 @@ class Search:
             relevant=Ragged.from_rows(self.relevant[int(i)] for i in able),
             units=self.units[able],
         )
+
+
+def main_metric(protocol: str) -> str:
+    """By which a protocol is judged: where one photo is relevant, mean average precision is the mean of 1 / rank."""
+    return "mrr" if protocol == "caption" else "map"
 
 
 def make_search(cache: Cache, spec: RunSpec, pairs: Pairs, protocol: SearchName, seed: int = 0) -> Search:

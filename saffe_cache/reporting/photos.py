@@ -109,10 +109,8 @@ def _places(evaluation: Evaluation, data: Sequence[str]) -> list[tuple[str, Colu
     """Where the data may be, each place once: folders that are there first, then what may be the hub's."""
     try:
         cache = open_cache(str(evaluation.metrics.config["cache"]))
-        history = cache.encoders[evaluation.spec.gallery_key].manifest.history
-        recorded = [
-            (str(one["config"]["data"]), Columns(**one["config"]["column"])) for one in history if "inputs" in one
-        ]
+        configs = [one["config"] for one in cache.encoders[evaluation.spec.gallery_key].manifest.extractions]
+        recorded = [(str(one["data"]), Columns(**one["column"])) for one in configs]
     except (CacheError, ValueError, TypeError, KeyError, OSError):
         if not data:
             raise

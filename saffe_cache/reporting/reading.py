@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from saffe_cache.evaluation.details import NAME as DETAILS_NAME
 from saffe_cache.evaluation.details import Details, read_details
 from saffe_cache.fields import known_part, made_of
+from saffe_cache.judging.search import main_metric
 from saffe_cache.reporting.ablations import Ablation, read_ablation
 from saffe_cache.reporting.episodes import Episodes, read_episodes
 from saffe_cache.runs import RunSpec, read_json
@@ -87,7 +88,7 @@ class Metrics:
 
     @property
     def main_metric(self) -> str:
-        return "mrr" if self.protocol == "caption" else "map"
+        return main_metric(self.protocol)
 
     def ranked_baselines(self) -> list[str]:
         """The baselines that have the main metric, best first."""

@@ -92,6 +92,11 @@ class EncoderManifest:
         return layers_among(self.arrays)
 
     @property
+    def extractions(self) -> list[dict[str, Any]]:
+        """The entries of the history that are extractions, and no conversions."""
+        return [entry for entry in self.history if {"inputs", "config"} <= entry.keys()]
+
+    @property
     def is_ragged(self) -> bool:
         return "offsets" in self.arrays
 
