@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from saffe_cache.fam_inputs import FamInputs
-from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.fusion.base import Fusion
 from saffe_cache.judging.search import make_search
 from saffe_cache.pairs import Pairs, select_pairs
 from saffe_cache.runs import load_run
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def measure(inputs: FamInputs, model: FusionAlignModule, pairs: Pairs) -> dict[str, float]:
+def measure(inputs: FamInputs, model: Fusion, pairs: Pairs) -> dict[str, float]:
     """Mean distances of unit vectors, and accuracies as fractions."""
     search = make_search(inputs.cache, inputs.spec, pairs, "class")
     queries = model.encode_queries(torch.from_numpy(search.vectors))

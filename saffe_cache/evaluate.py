@@ -30,7 +30,7 @@ from saffe_cache.evaluation.measuring import (
 from saffe_cache.evaluation.report import control_to_json, format_report, scores_to_json
 from saffe_cache.evaluation.systems import BaselineChoice, Material, baselines
 from saffe_cache.fam_inputs import FamInputs
-from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.fusion.base import Fusion
 from saffe_cache.judging.search import SearchName, own_protocol
 from saffe_cache.options import require, require_seed
 from saffe_cache.pairs import PairKind, Pairs, select_pairs
@@ -161,7 +161,7 @@ def _measure(
     config: EvaluateConfig,
     protocol: Protocol,
     setting: Setting,
-    models: tuple[FusionAlignModule, FusionAlignModule | None],
+    models: tuple[Fusion, Fusion | None],
     training: tuple[Pairs, Pairs],
 ) -> tuple[dict[str, Any], dict[str, Answered]]:
     """The FAM, the baselines and the controls; `models` are the run's own and that of permuted pairs.
@@ -289,7 +289,7 @@ def _warnings(spec: RunSpec, config: EvaluateConfig, pairs: Pairs, name: Protoco
 
 
 def _write_index(
-    config: EvaluateConfig, protocol: Protocol, setting: Setting, model: FusionAlignModule, out: Path
+    config: EvaluateConfig, protocol: Protocol, setting: Setting, model: Fusion, out: Path
 ) -> dict[str, Any]:
     """The index, and what the report says of it: against a flat one, what it finds of the split's own searches."""
     vectors, ids = setting.gallery(model, setting.honest()), setting.pairs.ids

@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from saffe_cache.fusion.fam import FusionAlignModule, Texts
+from saffe_cache.fusion.base import Fusion, Texts
 from saffe_cache.fusion.heads import summarize
 from saffe_cache.options import require
 from saffe_cache.runs import RunSpec
@@ -149,7 +149,7 @@ def summaries(encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int], ba
 
 @torch.inference_mode()
 def encode_gallery(
-    model: FusionAlignModule, inputs: FamInputs, rows: np.ndarray, beside: np.ndarray | None = None, batch: int = 256
+    model: Fusion, inputs: FamInputs, rows: np.ndarray, beside: np.ndarray | None = None, batch: int = 256
 ) -> np.ndarray:
     """f(x, text) of gallery inputs and the text rows beside them, or f(x, null): unit vectors, float32 [n, d]."""
     parts = []
@@ -162,7 +162,7 @@ def encode_gallery(
 
 
 @torch.inference_mode()
-def encode_queries(model: FusionAlignModule, vectors: np.ndarray, device: str = "cpu", batch: int = 1024) -> np.ndarray:
+def encode_queries(model: Fusion, vectors: np.ndarray, device: str = "cpu", batch: int = 1024) -> np.ndarray:
     """g(text) of the text encoder's own vectors: unit vectors, float32 [n, d]."""
     parts = []
     for start in range(0, len(vectors), batch):

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,8 @@ from safetensors.torch import load_file, save
 from saffe_cache import __version__
 from saffe_cache.durable import write_whole
 from saffe_cache.fields import made_of
-from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.fusion.base import Blocks, Fusion
+from saffe_cache.fusion.family import FUSIONS
 from saffe_cache.fusion.shape import FamShape
 from saffe_cache.pairs import PairKind, Pairs, hold_out, keep_part, select_pairs
 from saffe_cache.store.reader import Cache
@@ -75,22 +76,29 @@ class RunSpec:
         Raises:
             TypeError, ValueError: a field is missing, unknown or of another kind.
         """
-        return made_of(RunSpec, content)
+        spec = made_of(RunSpec, content)
+        if spec.shape.fusion not in FUSIONS:
+            raise ValueError(f"fusion: {spec.shape.fusion!r:.60}, expected {' or '.join(FUSIONS)}")
+        return spec
 
 
-def build_fam(spec: RunSpec, cache: Cache) -> FusionAlignModule:
-    """A FAM with its starting weights: decoders begin as the cached blocks of both encoders."""
-    blocks = []
-    if spec.shape.has_decoder:
-        gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
-        blocks = [
-            (gallery.block(mine), text.block(other))
-            for mine, other in zip(spec.gallery_layers, spec.text_layers, strict=True)
-        ]
-    return FusionAlignModule(spec.shape, blocks)
+def build_fusion(spec: RunSpec, cache: Cache) -> Fusion:
+    """A fusion with its starting weights, and the cached blocks of both encoders that it runs or begins as."""
+    kind, count = FUSIONS[spec.shape.fusion], spec.shape.num_blocks
+    gallery: Sequence[int] = ()
+    text: Sequence[int] = ()
+    if kind.blocks == "paired":
+        gallery, text = spec.gallery_layers, spec.text_layers
+    elif kind.blocks != "none":
+        text = range(spec.text_layers[0], spec.text_layers[0] + count)
+        if kind.blocks == "both":
+            gallery = range(spec.gallery_layers[0], spec.gallery_layers[0] + count)
+    photos, texts = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
+    blocks = Blocks([photos.block(layer) for layer in gallery], [texts.block(layer) for layer in text])
+    return kind.make(spec.shape, blocks)
 
 
-def load_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, FusionAlignModule, dict[str, Any]]:
+def load_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, dict[str, Any]]:
     """A finished run: its spec, its best model in evaluation mode, and its result.
 
     Raises:
@@ -143,7 +151,8 @@ def _check_widths(run_dir: str | Path, spec: RunSpec, cache: Cache) -> None:
         shape.text_hidden_size,
         (shape.text_size,),
     )
-    if found != expected or (shape.has_decoder and len(spec.text_layers) != shape.num_layers):
+    num_text_layers = {"none": 0, "paired": shape.num_layers}.get(FUSIONS[shape.fusion].blocks, 1)
+    if found != expected or len(spec.text_layers) != num_text_layers:
         raise ValueError(
             f"--run {run_dir}: it fuses photos' tokens {expected[0]} of {expected[1]} layers with texts' of width "
             f"{expected[2]} and vectors {expected[3]}; {cache.storage.root} holds {found[0]} of {found[1]}, {found[2]} "
@@ -151,15 +160,15 @@ def _check_widths(run_dir: str | Path, spec: RunSpec, cache: Cache) -> None:
         )
 
 
-def load_permuted(run_dir: str | Path, spec: RunSpec, cache: Cache) -> FusionAlignModule | None:
+def load_permuted(run_dir: str | Path, spec: RunSpec, cache: Cache) -> Fusion | None:
     """The run's control, trained on permuted pairs; None where it was trained without one."""
     path = Path(run_dir) / "permuted" / "model.safetensors"
     return _load_model(path, spec, cache) if path.exists() else None
 
 
-def _load_model(path: Path, spec: RunSpec, cache: Cache) -> FusionAlignModule:
+def _load_model(path: Path, spec: RunSpec, cache: Cache) -> Fusion:
     try:
-        model = build_fam(spec, cache)
+        model = build_fusion(spec, cache)
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ValueError(f"{path}: not this run's weights ({error}). Train again.") from None

@@ -13,7 +13,7 @@ from typing import Any
 
 from saffe_cache.durable import LOCK_NAME, hold_folder
 from saffe_cache.fam_inputs import FamInputs, Residency, choose_residency, window_shards
-from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.fusion.base import Fusion
 from saffe_cache.judging.search import main_metric, own_protocol
 from saffe_cache.options import require
 from saffe_cache.pairs import Pairs
@@ -238,5 +238,5 @@ def _names(layers: tuple[int, ...]) -> str:
     return "hidden_states " + ", ".join(map(str, layers))
 
 
-def _num_trainable(model: FusionAlignModule) -> int:
+def _num_trainable(model: Fusion) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -273,7 +273,7 @@ def _run_targets(work: Path) -> dict[str, Target]:
     opened, run = open_cache(path), work / "run"
     config = TrainConfig(cache=path, out=str(run), fusion="linear")
     spec = resolve_run(config, opened)
-    model = runs.build_fam(spec, opened)
+    model = runs.build_fusion(spec, opened)
     write_json(
         run / "config.json", {"stage": "train", "run": vars(spec) | {"shape": vars(spec.shape)}, **provenance(config)}
     )
@@ -282,11 +282,11 @@ def _run_targets(work: Path) -> dict[str, Target]:
     write_json(run / "result.json", result)
     whole = {name: (run / name).read_bytes() for name in ("config.json", "model.safetensors", "result.json")}
 
-    def with_file(name: str, build: Callable[..., Any] = runs.build_fam) -> Callable[[bytes], None]:
+    def with_file(name: str, build: Callable[..., Any] = runs.build_fusion) -> Callable[[bytes], None]:
         def load(data: bytes) -> None:
             (run / name).write_bytes(data)
             try:
-                with patch.object(runs, "build_fam", build):
+                with patch.object(runs, "build_fusion", build):
                     runs.load_run(run, opened)
             finally:
                 (run / name).write_bytes(whole[name])

@@ -14,7 +14,7 @@ from saffe_cache.evaluate import EvaluateConfig, evaluate, exit_status
 from saffe_cache.evaluation.measuring import Setting
 from saffe_cache.fam_inputs import FamInputs
 from saffe_cache.features import Ragged
-from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.fusion.base import Fusion
 from saffe_cache.pairs import select_pairs
 from saffe_cache.runs import load_run, same_training_pairs
 from saffe_cache.store.reader import open_cache
@@ -50,7 +50,7 @@ def error_of(score: dict[str, float]) -> float:
 
 def setting_of(
     cache_path: str, run: str, kind: Any, *, beside: bool = False, split: str = "test"
-) -> tuple[Setting, FusionAlignModule]:
+) -> tuple[Setting, Fusion]:
     """What a report of a run is measured on, and its model."""
     cache = open_cache(cache_path)
     spec, model, _ = load_run(run, cache)

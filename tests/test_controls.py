@@ -28,7 +28,7 @@ from saffe_cache.evaluation.measuring import (
 from saffe_cache.evaluation.systems import Material
 from saffe_cache.fam_inputs import encode_queries
 from saffe_cache.features import Ragged
-from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.fusion.base import Fusion
 from saffe_cache.judging.search import make_search
 from saffe_cache.retrieval.candidates import dealt_map
 from saffe_cache.retrieval.protocols import Score
@@ -44,8 +44,8 @@ class Trained:
     cache: str
     run: str
     setting: Setting
-    model: FusionAlignModule
-    permuted: FusionAlignModule
+    model: Fusion
+    permuted: Fusion
 
     def controls(self, protocol: Protocol, **changes: Any) -> dict[str, Control]:
         given = {"permuted": self.permuted, "levels": {}} | changes
@@ -123,7 +123,7 @@ def labels_in_the_gallery(setting: Setting) -> Any:
     cache, spec, pairs = setting.cache, setting.spec, setting.pairs
     texts = cache.encoders[spec.text_key].vectors(pairs.texts.values[pairs.texts.offsets[:-1]])
 
-    def gallery(self: Setting, model: FusionAlignModule, arrangement: Arrangement) -> np.ndarray:
+    def gallery(self: Setting, model: Fusion, arrangement: Arrangement) -> np.ndarray:
         return encode_queries(model, texts)
 
     return gallery
@@ -191,7 +191,7 @@ def test_texts_beside_photos_that_photos_alone_find(metadata: Trained, monkeypat
     cache, spec, pairs = metadata.setting.cache, metadata.setting.spec, metadata.setting.pairs
     answers = cache.encoders[spec.text_key].vectors(pairs.texts.values[pairs.texts.offsets[:-1]])
 
-    def gallery(self: Setting, model: FusionAlignModule, arrangement: Arrangement) -> np.ndarray:
+    def gallery(self: Setting, model: Fusion, arrangement: Arrangement) -> np.ndarray:
         return encode_queries(model, answers[arrangement.photos])
 
     levels = levels_of(metadata, protocol)

@@ -88,7 +88,8 @@ def test_attention_head_starts_from_a_fitted_map() -> None:
     correction = head(states, MASK) - head.linear(summarize(states, MASK))
     assert correction.abs().max() > 0.1
     weight, bias = rand(5, 48), rand(5, seed=1)
-    head.start_linear(weight, bias)
+    head.linear.weight.copy_(weight)
+    head.linear.bias.copy_(bias)
     fitted = (
         np.stack([weight.numpy() @ numpy_summary(states, row, n) for row, n in enumerate((6, 3, 1))]) + bias.numpy()
     )

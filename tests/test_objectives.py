@@ -13,7 +13,7 @@ from synthetic_cache import make_cache
 from torch.nn import functional
 
 from saffe_cache.fam_inputs import FamInputs
-from saffe_cache.fusion.fam import Fused, FusionAlignModule
+from saffe_cache.fusion.base import Fused, Fusion
 from saffe_cache.objectives import (
     SigmoidScale,
     Temperature,
@@ -24,7 +24,7 @@ from saffe_cache.objectives import (
     siglip,
     soft_target,
 )
-from saffe_cache.runs import build_fam, training_pairs
+from saffe_cache.runs import build_fusion, training_pairs
 from saffe_cache.store.reader import open_cache
 from saffe_cache.train import TrainConfig, resolve_run
 from saffe_cache.training.batches import Batch, TrainingData
@@ -317,7 +317,7 @@ def test_sigmoid_scale_starts_as_in_the_paper_and_has_gradients() -> None:
 class Prepared:
     """A model that looks at texts, and a batch for it."""
 
-    model: FusionAlignModule
+    model: Fusion
     batch: Batch
     data: TrainingData
 
@@ -340,7 +340,7 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     spec = resolve_run(config, cache)
     training, validation, _ = training_pairs(spec, cache)
     torch.manual_seed(0)
-    model = build_fam(spec, cache).eval()
+    model = build_fusion(spec, cache).eval()
     with torch.no_grad():
         for decoder in model.decoders:
             decoder.gate.fill_(0.7)  # at 0 no text passes
@@ -423,18 +423,16 @@ def test_each_side_of_the_pairs_is_computed_once(
     prepared: Prepared, term: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int, int, int, int]] = []
-    fuse = FusionAlignModule.fuse
+    fuse = Fusion.fuse
 
-    def counting(
-        self: FusionAlignModule, states: Any, mask: Any = None, texts: Any = None, pairing: Any = None
-    ) -> Fused:
+    def counting(self: Fusion, states: Any, mask: Any = None, texts: Any = None, pairing: Any = None) -> Fused:
         if pairing is not None:
             distinct = len({tuple(row.flatten().tolist()) for row in states[0]})
             different = len({tuple(row.tolist()) for row in texts.vectors})
             seen.append((len(states[0]), distinct, len(texts.vectors), different, len(pairing.gallery)))
         return fuse(self, states, mask, texts, pairing)
 
-    monkeypatch.setattr(FusionAlignModule, "fuse", counting)
+    monkeypatch.setattr(Fusion, "fuse", counting)
     prepared.loss({term: 1.0})
     ((photos, distinct, texts, different, pairs),) = seen
     assert photos == distinct <= 32
@@ -447,13 +445,13 @@ def test_text_dropout_replaces_its_share_of_the_texts(
     prepared: Prepared, share: float, spread: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dropped: list[bool] = []
-    forward = FusionAlignModule.forward
+    forward = Fusion.forward
 
-    def watching(self: FusionAlignModule, states: Any, mask: Any, texts: Any) -> torch.Tensor:
+    def watching(self: Fusion, states: Any, mask: Any, texts: Any) -> torch.Tensor:
         dropped.extend((~texts.mask.any(dim=1)).tolist())
         return forward(self, states, mask, texts)
 
-    monkeypatch.setattr(FusionAlignModule, "forward", watching)
+    monkeypatch.setattr(Fusion, "forward", watching)
     for seed in range(20):
         prepared.loss({"info_nce": 1.0}, seed=seed, text_dropout=share)
     assert len(dropped) == 20 * 32

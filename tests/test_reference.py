@@ -13,9 +13,10 @@ from tiny_models import rand
 from torch.nn import functional
 
 from saffe_cache.features import BlockSpec, BlockWeights
-from saffe_cache.fusion.fam import FusionAlignModule, Texts
+from saffe_cache.fusion.base import Blocks, Texts
+from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.reference import ReferenceDecoder
-from saffe_cache.fusion.shape import FamShape, FusionName
+from saffe_cache.fusion.shape import FamShape
 
 WIDTH, TOKENS, TEXT_TOKENS = 32, 6, 4
 Weights = dict[str, torch.Tensor]
@@ -45,7 +46,7 @@ def make_fam(**changes: Any) -> FusionAlignModule:
         "shares_decoder": True,
         "maps_queries": False,
     }
-    blocks = [(make_block(WIDTH, 2 * layer), make_block(WIDTH, 2 * layer + 1)) for layer in range(2)]
+    blocks = Blocks(*([make_block(WIDTH, 2 * layer + side) for layer in range(2)] for side in range(2)))
     return FusionAlignModule(FamShape(**(shape | changes)), blocks).eval()
 
 
@@ -226,7 +227,7 @@ COUNTS = [
 
 
 def count_parameters(
-    fusion: FusionName, blocks: Sequence[BlockWeights], layers: int, tokens: int, width: int, shares: bool
+    fusion: str, blocks: Sequence[BlockWeights], layers: int, tokens: int, width: int, shares: bool
 ) -> int:
     """Of decoders and head, on no device."""
     shape = FamShape(
@@ -240,9 +241,9 @@ def count_parameters(
         shares_decoder=shares,
         maps_queries=False,
     )
-    pairs = [(blocks[0], blocks[1])] * layers if shape.has_decoder else []
+    given = Blocks([blocks[0]] * layers, [blocks[1]] * layers) if shape.has_decoder else Blocks()
     with torch.device("meta"):
-        fam = FusionAlignModule(shape, pairs)
+        fam = FusionAlignModule(shape, given)
     return sum(parameter.numel() for part in (fam.decoders, fam.head) for parameter in part.parameters())
 
 

@@ -441,7 +441,7 @@ def test_pairs_alone_are_validated_as_pairs(cache_path: str, tmp_path: Path) -> 
 def test_decoder_takes_only_layers_with_a_block(cache_path: str, tmp_path: Path, fusion: str) -> None:
     spec = resolve_run(config_for(cache_path, tmp_path, fusion=fusion), open_cache(cache_path))
     assert spec.gallery_layers == spec.text_layers == (2,)
-    with pytest.raises(CacheError, match=r"can use layers \[2\] \(a decoder needs the block"):
+    with pytest.raises(CacheError, match=r"can use layers \[2\] \(it needs the block"):
         resolve_run(
             config_for(cache_path, tmp_path, fusion=fusion, layers={"image": (LAYERS,)}), open_cache(cache_path)
         )

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from saffe_cache.evaluation.measuring import Arrangement, Protocol, Setting
-from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.fusion.base import Fusion
 from saffe_cache.pairs import Pairs
 from saffe_cache.retrieval.protocols import Score, Scores
 
@@ -64,8 +64,8 @@ class Level(NamedTuple):
 def run_controls(
     protocol: Protocol,
     setting: Setting,
-    model: FusionAlignModule,
-    permuted: FusionAlignModule | None,
+    model: Fusion,
+    permuted: Fusion | None,
     levels: dict[str, Scores],
 ) -> dict[str, Control]:
     """All controls of a protocol.
@@ -82,9 +82,7 @@ def run_controls(
     return {name: _judge(name, scores, protocol, known.get(name)) for name, scores in measured.items()}
 
 
-def _measure(
-    protocol: Protocol, setting: Setting, model: FusionAlignModule, permuted: FusionAlignModule | None
-) -> dict[str, Scores]:
+def _measure(protocol: Protocol, setting: Setting, model: Fusion, permuted: Fusion | None) -> dict[str, Scores]:
     generator = np.random.default_rng(setting.seed)
     honest = setting.honest()
     shuffled = generator.permutation(len(setting.pairs))
@@ -117,8 +115,8 @@ def why_no_permuted(protocol: Protocol, setting: Setting) -> str | None:
 def _levels(
     protocol: Protocol,
     setting: Setting,
-    model: FusionAlignModule,
-    permuted: FusionAlignModule | None,
+    model: Fusion,
+    permuted: Fusion | None,
     measured: dict[str, Scores],
     baselines: dict[str, Scores],
 ) -> dict[str, Level]:
@@ -147,7 +145,7 @@ def _best(baselines: dict[str, Scores], kind: str, metric: str, measured: dict[s
     return Level(values[best].value, standard_error(values[best]), f"no more than {best}")
 
 
-def _spread_of_shuffles(protocol: Protocol, setting: Setting, model: FusionAlignModule) -> float:
+def _spread_of_shuffles(protocol: Protocol, setting: Setting, model: Fusion) -> float:
     """Standard deviation of the main metric over shuffles of the photos."""
     generator = np.random.default_rng((setting.seed, 1))
     texts = setting.honest().texts
@@ -174,7 +172,7 @@ def standard_error(score: Score) -> float:
 
 
 @torch.inference_mode()
-def sensitivity(setting: Setting, model: FusionAlignModule) -> dict[str, float]:
+def sensitivity(setting: Setting, model: Fusion) -> dict[str, float]:
     """How far the fused vector moves when another photo, or another text, takes the place: mean distances, 0 to 2.
 
     `to_image` = E |f(x, t) - f(x', t)|, and beside texts `to_text` = E |f(x, t) - f(x, t')|.

@@ -14,7 +14,7 @@ import numpy as np
 
 from saffe_cache.evaluation.answers import Answered, ClassScores, Reordered, Vectors
 from saffe_cache.fam_inputs import FamInputs, encode_gallery, encode_queries
-from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.fusion.base import Fusion
 from saffe_cache.judging.pair_scores import PairScores, score_all_pairs, score_chosen_pairs
 from saffe_cache.judging.search import Search, SearchName, make_search
 from saffe_cache.pairs import Pairs
@@ -60,7 +60,7 @@ class Setting:
     training_rows: np.ndarray
     """Photos of the training pairs."""
     seed: int
-    _vectors: dict[FusionAlignModule, np.ndarray] = field(default_factory=dict, repr=False)
+    _vectors: dict[Fusion, np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
     def cache(self) -> Cache:
@@ -74,7 +74,7 @@ class Setting:
         places = np.arange(len(self.pairs))
         return Arrangement(places, places)
 
-    def gallery(self, model: FusionAlignModule, arrangement: Arrangement) -> np.ndarray:
+    def gallery(self, model: Fusion, arrangement: Arrangement) -> np.ndarray:
         """f(photo, what lies beside it) at each place: unit vectors [n, d]. With null text a photo is encoded once."""
         if self.pairs.beside is not None:
             rows, beside = self.pairs.rows[arrangement.photos], self.pairs.beside[arrangement.texts]
@@ -83,7 +83,7 @@ class Setting:
             self._vectors[model] = encode_gallery(model, self.inputs, self.pairs.rows)
         return np.asarray(self._vectors[model][arrangement.photos])
 
-    def queries(self, model: FusionAlignModule, search: Search) -> np.ndarray:
+    def queries(self, model: Fusion, search: Search) -> np.ndarray:
         return encode_queries(model, search.vectors, self.inputs.device)
 
 
@@ -96,17 +96,17 @@ class Protocol:
     num_queries: int
     units: np.ndarray
     """int64 [queries]: the photo that each query is drawn with in a bootstrap."""
-    answer: Callable[[FusionAlignModule, Arrangement], Answered]
+    answer: Callable[[Fusion, Arrangement], Answered]
     """How a model orders an arrangement of the gallery, and its scores."""
     search: Search | None = None
     """The search by texts that it is, or begins with."""
     num_shuffles: int = 0
     """Shuffles of the photos that tell how far chance spreads, where a bootstrap over the queries does not: the
     photos that search are the gallery too, or the queries are a few classes. 0 where it does."""
-    dealt: Callable[[FusionAlignModule], tuple[float, float]] | None = None
+    dealt: Callable[[Fusion], tuple[float, float]] | None = None
     """Where classes search: mean and standard deviation of mAP when the class names are dealt at random."""
 
-    def measure(self, model: FusionAlignModule, arrangement: Arrangement) -> Scores:
+    def measure(self, model: Fusion, arrangement: Arrangement) -> Scores:
         return self.answer(model, arrangement).scores
 
 
@@ -114,11 +114,11 @@ def search_protocol(setting: Setting, name: SearchName) -> Protocol:
     """Texts search a gallery of vectors."""
     search = make_search(setting.cache, setting.spec, setting.pairs, name, setting.seed)
 
-    def answer(model: FusionAlignModule, arrangement: Arrangement) -> Answered:
+    def answer(model: Fusion, arrangement: Arrangement) -> Answered:
         vectors = Vectors(setting.gallery(model, arrangement), setting.queries(model, search))
         return Answered(search.score(*vectors), vectors)
 
-    def dealt(model: FusionAlignModule) -> tuple[float, float]:
+    def dealt(model: Fusion) -> tuple[float, float]:
         gallery = setting.gallery(model, setting.honest())
         return dealt_map(gallery @ setting.queries(model, search).T, setting.pairs.labels, seed=setting.seed)
 
@@ -130,7 +130,7 @@ def image_protocol(setting: Setting) -> Protocol:
     """Photos search photos."""
     labels, seed = setting.pairs.labels, setting.seed
 
-    def answer(model: FusionAlignModule, arrangement: Arrangement) -> Answered:
+    def answer(model: Fusion, arrangement: Arrangement) -> Answered:
         gallery = setting.gallery(model, arrangement)
         return Answered(image_scores(gallery, labels, seed=seed), Vectors(gallery, gallery))
 
@@ -142,16 +142,16 @@ def candidate_protocol(setting: Setting) -> Protocol:
     """Every photo with every class."""
     search = make_search(setting.cache, setting.spec, setting.pairs, "class", setting.seed)
     labels, seed = setting.pairs.labels, setting.seed
-    known: dict[FusionAlignModule, tuple[PairScores, np.ndarray]] = {}
+    known: dict[Fusion, tuple[PairScores, np.ndarray]] = {}
 
-    def of(model: FusionAlignModule) -> tuple[PairScores, np.ndarray]:
+    def of(model: Fusion) -> tuple[PairScores, np.ndarray]:
         if model not in known:
             some = np.random.default_rng(seed).permutation(setting.training_rows)[:_PRIOR_PHOTOS]
             own = score_all_pairs(model, setting.inputs, setting.pairs.rows, search)
             known[model] = own, score_all_pairs(model, setting.inputs, some, search).cosine.mean(axis=0)
         return known[model]
 
-    def answer(model: FusionAlignModule, arrangement: Arrangement) -> Answered:
+    def answer(model: Fusion, arrangement: Arrangement) -> Answered:
         pairs, prior = of(model)
         cosine = pairs.cosine[arrangement.photos]
         scores = candidate_scores(cosine, labels, seed=seed)
@@ -162,7 +162,7 @@ def candidate_protocol(setting: Setting) -> Protocol:
             scores |= {"map_matching": matched["map"], "top1_matching": matched["top1"]}
         return Answered(scores, ClassScores(cosine))
 
-    def dealt(model: FusionAlignModule) -> tuple[float, float]:
+    def dealt(model: Fusion) -> tuple[float, float]:
         return dealt_map(of(model)[0].cosine, labels, seed=seed)
 
     return Protocol("candidate", "map", len(search.vectors), search.units, answer, search, dealt=dealt)
@@ -173,7 +173,7 @@ def rerank_protocol(setting: Setting, name: SearchName, k: int, most_queries: in
     search = make_search(setting.cache, setting.spec, setting.pairs, name, setting.seed).asked(most_queries)
     k = min(k, len(setting.pairs))
 
-    def answer(model: FusionAlignModule, arrangement: Arrangement) -> Answered:
+    def answer(model: Fusion, arrangement: Arrangement) -> Answered:
         gallery, queries = setting.gallery(model, arrangement), setting.queries(model, search)
         ranks = relevant_ranks(gallery, queries, search.relevant, seed=setting.seed)
         first = top_k(InnerProducts(gallery, queries), k, seed=setting.seed)

@@ -39,8 +39,8 @@ class AttentionHead(nn.Module):
 
         z = linear(summary) + mlp(norm([pooled; summary; beside]))
 
-    The MLP starts at zero, and `linear` may be started from the ridge regression (`start_linear`): the head then
-    is that regression before it is trained.
+    The MLP starts at zero, and `linear` may be started from the ridge regression: the head then is
+    that regression before it is trained.
     """
 
     def __init__(
@@ -97,12 +97,6 @@ class AttentionHead(nn.Module):
         summary = torch.cat(summaries, dim=-1) if summary is None else summary
         seen = [*pooled, summary] if beside is None else [*pooled, summary, beside]
         return self.linear(self.dropout(summary)) + self.mlp(self.norm(torch.cat(seen, dim=-1)))  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def start_linear(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """Start the linear path from a fitted map, weight [out, 2 P d] and bias [out]."""
-        self.linear.weight.copy_(weight)
-        self.linear.bias.copy_(bias)
 
 
 def _pool(state: torch.Tensor, mask: torch.Tensor | None, queries: torch.Tensor, *, has_summary: bool) -> torch.Tensor:

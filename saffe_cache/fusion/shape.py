@@ -1,25 +1,26 @@
-"""What decides a FAM's parameters, as plain values that a run's folder can hold."""
+"""What decides a fusion's parameters, as plain values that a run's folder can hold."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-FusionName = Literal["reuse", "paper", "reference", "linear", "concat"]
 HeadName = Literal["attention", "mean", "flatten"]
 QuerySide = Literal["gallery", "text"]
-DECODERS: tuple[FusionName, ...] = ("reuse", "paper", "reference")
-"""The fusions in which one modality's tokens attend to the other's."""
+DECODERS = ("reuse", "paper", "reference")
+"""SAFFE's fusions in which one modality's tokens attend to the other's."""
+FAM = (*DECODERS, "linear", "concat")
+"""All of SAFFE's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FamShape:
-    """All that decides a FAM's parameters, as plain values."""
+    """All that decides a fusion's parameters, as plain values."""
 
-    fusion: FusionName
+    fusion: str
     head: HeadName
     num_layers: int
-    """P: layers of each modality."""
+    """P: layers of the gallery's tokens."""
     hidden_size: int
     """Width of the gallery's tokens."""
     num_tokens: int
@@ -40,6 +41,10 @@ class FamShape:
     """Whether queries pass a learned map; else they are the text encoder's own vectors."""
     matches: bool = False
     """Whether there is a head for image-text matching."""
+    num_blocks: int = 0
+    """Blocks of an encoder that run on behind its layer, in fusions that do so."""
+    text_rms: float = 1.0
+    """Root mean square of the text's tokens, for a projection into their space to start from."""
     dropout: float = 0.5
 
     @property
@@ -49,7 +54,7 @@ class FamShape:
     @property
     def takes_text(self) -> bool:
         """Whether a text beside a gallery input changes its vector."""
-        return self.has_decoder or self.adds_text or self.head_sees_text
+        return self.has_decoder or self.adds_text or self.head_sees_text or self.fusion not in FAM
 
     @property
     def head_sees_text(self) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from saffe_cache.fam_inputs import FamInputs
-from saffe_cache.fusion.fam import FusionAlignModule, Pairing, Texts
+from saffe_cache.fusion.base import Fusion, Pairing, Texts
 from saffe_cache.judging.search import Search
 
 _PAIRS_AT_ONCE = 256
@@ -24,7 +24,7 @@ class PairScores(NamedTuple):
 
 
 @torch.inference_mode()
-def score_all_pairs(model: FusionAlignModule, inputs: FamInputs, rows: np.ndarray, search: Search) -> PairScores:
+def score_all_pairs(model: Fusion, inputs: FamInputs, rows: np.ndarray, search: Search) -> PairScores:
     """Each photo with the text of each query: [photos, queries]. What needs a photo alone is computed once for it."""
     num_texts = len(search.text_rows)
     block = max(1, _PAIRS_AT_ONCE // num_texts)
@@ -38,7 +38,7 @@ def score_all_pairs(model: FusionAlignModule, inputs: FamInputs, rows: np.ndarra
 
 
 @torch.inference_mode()
-def score_chosen_pairs(model: FusionAlignModule, inputs: FamInputs, rows: np.ndarray, search: Search) -> PairScores:
+def score_chosen_pairs(model: Fusion, inputs: FamInputs, rows: np.ndarray, search: Search) -> PairScores:
     """The photos `rows` [queries, k] with the text of their query: [queries, k]."""
     k = rows.shape[1]
     block = max(1, _PAIRS_AT_ONCE // k)
@@ -52,16 +52,14 @@ def score_chosen_pairs(model: FusionAlignModule, inputs: FamInputs, rows: np.nda
     return _stack(parts, k)
 
 
-def _texts_of(
-    model: FusionAlignModule, inputs: FamInputs, search: Search, queries: np.ndarray
-) -> tuple[Texts, torch.Tensor]:
+def _texts_of(model: Fusion, inputs: FamInputs, search: Search, queries: np.ndarray) -> tuple[Texts, torch.Tensor]:
     """Texts of some queries, to be fused, and their unit vectors."""
     texts = inputs.texts(search.text_rows[queries])
     return texts, model.encode_queries(torch.from_numpy(search.vectors[queries]).to(inputs.device))
 
 
 def _score_pairs(
-    model: FusionAlignModule,
+    model: Fusion,
     inputs: FamInputs,
     rows: np.ndarray,
     texts: Texts,

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from saffe_cache.fam_inputs import FamInputs, encode_gallery, encode_queries
-from saffe_cache.fusion.fam import FusionAlignModule, Texts
-from saffe_cache.fusion.heads import summarize
+from saffe_cache.fusion.base import Fusion, Texts
 from saffe_cache.judging.pair_scores import score_all_pairs
 from saffe_cache.judging.search import Search, make_search, own_protocol, own_search
 from saffe_cache.objectives import distinct_positives
@@ -140,36 +139,32 @@ class TrainingData:
             return None
         return self.inputs.texts(own if self._pairs.beside is None else self._pairs.beside[chosen])
 
-    def ridge(self, model: FusionAlignModule) -> tuple[LinearMap, np.ndarray]:
+    def ridge(self, model: Fusion) -> tuple[LinearMap, np.ndarray]:
         """What the linear path of a new model's head is to start as, and what it then makes of the validation photos.
 
         The regression from what that path sees to the photos' texts; validation picks its strength.
         """
-        if model.shape.has_decoder and model.shape.query_side == "gallery":
-            return self._fit(model, self._summaries(self._pairs, model), self._summaries(self._validation, model))
+        if model.fuses_first:
+            return self._fit(model)
         maps_queries = model.shape.maps_queries
-        if maps_queries not in self._ridges:  # without a decoder, new models differ in this alone
-            self._ridges[maps_queries] = self._fit(
-                model, self._summaries(self._pairs), self._summaries(self._validation)
-            )
+        if maps_queries not in self._ridges:  # else new models differ in this alone
+            self._ridges[maps_queries] = self._fit(model)
         return self._ridges[maps_queries]
 
-    def _fit(
-        self, model: FusionAlignModule, training: np.ndarray, validation: np.ndarray
-    ) -> tuple[LinearMap, np.ndarray]:
+    def _fit(self, model: Fusion) -> tuple[LinearMap, np.ndarray]:
+        training, validation = self._linear_features(self._pairs, model), self._linear_features(self._validation, model)
         best = fit_ridge(training, self.text_means, lambda fit: self.search(unit_rows(fit(validation)), model.eval()))
         return best, best(validation)
 
     @torch.inference_mode()
-    def _summaries(self, pairs: Pairs, model: FusionAlignModule | None = None, batch: int = 256) -> np.ndarray:
-        """Behind a model's decoder, where one is given."""
+    def _linear_features(self, pairs: Pairs, model: Fusion, batch: int = 256) -> np.ndarray:
         parts = []
         for start in range(0, len(pairs), batch):
             states, mask = self.inputs.photos(pairs.rows[start : start + batch])
-            if model is not None:
-                beside = None if pairs.beside is None else self.inputs.texts(pairs.beside[start : start + batch])
-                states, mask = model.eval().decode(states, mask, beside)
-            parts.append(summarize(states, mask).cpu().numpy())
+            beside = None
+            if model.fuses_first and pairs.beside is not None:
+                beside = self.inputs.texts(pairs.beside[start : start + batch])
+            parts.append(model.eval().linear_features(states, mask, beside).cpu().numpy())
         return np.concatenate(parts)
 
     @cached_property
@@ -177,13 +172,13 @@ class TrainingData:
         """Mean of the unit vectors of each training photo's texts."""
         return mean_text_vectors(self._pairs, self.inputs.text)
 
-    def texts_beside(self, model: FusionAlignModule) -> np.ndarray:
+    def texts_beside(self, model: Fusion) -> np.ndarray:
         """What a model adds to the validation photos for the texts beside them, [n, d]."""
         assert self._validation.beside is not None
         with torch.inference_mode():
             return np.asarray(model.eval().text_map(self.inputs.vectors(self._validation.beside)).cpu())
 
-    def validate(self, model: FusionAlignModule) -> float:
+    def validate(self, model: Fusion) -> float:
         """The main metric of the run's own protocol on the validation pairs."""
         pairs = self._validation
         if own_protocol(self.inputs.spec) == "candidate":
@@ -191,7 +186,7 @@ class TrainingData:
             return candidate_scores(scores, pairs.labels, intervals=False)["map"].value
         return self.search(encode_gallery(model, self.inputs, pairs.rows, pairs.beside), model)
 
-    def search(self, photos: np.ndarray, model: FusionAlignModule) -> float:
+    def search(self, photos: np.ndarray, model: Fusion) -> float:
         """The main metric of a search over unit vectors of the validation photos."""
         queries = encode_queries(model, self._search.vectors, self.inputs.device)
         return self._search.score(photos, queries, intervals=False)[self._search.main_metric].value

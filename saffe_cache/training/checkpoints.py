@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from saffe_cache.durable import append_line, write_whole
 from saffe_cache.fields import made_of
-from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.fusion.base import Fusion
 from saffe_cache.runs import write_tensors
 from saffe_cache.training.terms import Objective
 
@@ -35,7 +35,7 @@ class _Numbers:
 class TrainingState:
     """What a resumed run needs."""
 
-    model: FusionAlignModule
+    model: Fusion
     objective: Objective
     optimizer: torch.optim.AdamW
     step: int = 0

@@ -18,10 +18,9 @@ import torch
 from tqdm import tqdm
 
 from saffe_cache.durable import make_folder, remove_partial_files
-from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.fusion.heads import AttentionHead
+from saffe_cache.fusion.base import Fusion
 from saffe_cache.retrieval.baselines import unit_rows
-from saffe_cache.runs import RunSpec, build_fam, write_tensors
+from saffe_cache.runs import RunSpec, build_fusion, write_tensors
 from saffe_cache.training.batches import Batch, TrainingData
 from saffe_cache.training.checkpoints import Log, TrainingState, resume, save_state
 from saffe_cache.training.memory import kept_memory
@@ -58,11 +57,11 @@ def start(
     `resumes`: leave that out, since other weights follow.
     """
     torch.manual_seed(options.seed)
-    model = build_fam(spec, data.inputs.cache).to(options.device)
+    model = build_fusion(spec, data.inputs.cache).to(options.device)
     sees_text = spec.gallery_text != "null" or any(name in terms.objective for name in OVER_PAIRS)
     model.freeze_unused(null_only=not sees_text)
-    if options.start == "ridge" and isinstance(model.head, AttentionHead) and not resumes:
-        _start_as_late_fusion(model, model.head, data)
+    if options.start == "ridge" and model.linear_start is not None and not resumes:
+        _start_as_late_fusion(model, model.linear_start, data)
     objective = Objective(terms, data.inputs.texts).to(options.device)
     groups = model.parameter_groups(options.learning_rate, options.weight_decay)
     scalars = list(objective.parameters())
@@ -74,13 +73,15 @@ def start(
     return TrainingState(model=model, objective=objective, optimizer=optimizer)
 
 
-def _start_as_late_fusion(model: FusionAlignModule, head: AttentionHead, data: TrainingData) -> None:
+def _start_as_late_fusion(model: Fusion, linear: torch.nn.Linear, data: TrainingData) -> None:
     """The ridge regression of the photo, and the weight of the text beside it, both as validation likes them.
 
-    The head's MLP starts at zero, so that what it will make of a photo is known without running the model.
+    All else starts at zero, so that what the model will make of a photo is known without running it.
     """
     best, mapped = data.ridge(model)
-    head.start_linear(torch.from_numpy(best.weight), torch.from_numpy(best.bias))
+    with torch.no_grad():
+        linear.weight.copy_(torch.from_numpy(best.weight))
+        linear.bias.copy_(torch.from_numpy(best.bias))
     if model.shape.adds_text and data.has_texts_beside:
         photos, texts = unit_rows(mapped), data.texts_beside(model)
         weight = max(_TEXT_WEIGHTS, key=lambda weight: data.search(unit_rows(photos + weight * texts), model))

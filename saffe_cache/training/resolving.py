@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
-from saffe_cache.features import MODALITIES, CacheError, IndexConvention, Modality, hidden_states_index
-from saffe_cache.fusion.shape import DECODERS, FamShape, FusionName, HeadName, QuerySide
+from saffe_cache.features import MODALITIES, CacheError, IndexConvention, hidden_states_index
+from saffe_cache.fusion.family import FUSIONS
+from saffe_cache.fusion.shape import FAM, FamShape, HeadName, QuerySide
 from saffe_cache.options import require, require_keys, require_seed
 from saffe_cache.pairs import VALIDATION_SPLITS, PairKind, gallery_modality, pair_kind
 from saffe_cache.runs import GalleryText, RunSpec, choose_device
@@ -28,10 +29,11 @@ class TrainConfig:
     """The cache, as saffe-extract wrote it."""
     out: str
     """Folder of the run."""
-    fusion: FusionName = "reuse"
+    fusion: str = "reuse"
     """reuse: the encoder's next block with a gated cross-attention to the other modality. paper: the SAFFE paper's eq.
     1-4. reference: what its released code computes, to be looked at. linear: no attention; a text beside the photo
-    enters as its own vector. concat: the same, and the head's MLP sees that vector too."""
+    enters as its own vector. concat: the same, and the head's MLP sees that vector too. From elsewhere: late, hadamard,
+    two_tower, mbt, flamingo, limber, magma, deep_insert, albef."""
     head: HeadName | None = None
     """How tokens become a vector. attention: pooled by learned queries. mean: their mean. flatten: all tokens into one
     linear map, as in the paper. Default: attention; flatten for reference."""
@@ -54,7 +56,7 @@ class TrainConfig:
     objective: Mapping[str, float] = field(default_factory=dict)
     """Weighted sum of losses, as info_nce=1 and pair=0.5: info_nce, siglip, soft_target (the SAFFE release's), pair
     (own text against wrong ones, each fused with the photo), matching (image-text matching on a head of its own).
-    Default: info_nce=1; soft_target=1 for reference."""
+    Default: info_nce=1; soft_target=1 for reference, siglip=1 for two_tower, and matching=1 beside it for albef."""
     negatives: int = 9
     """Wrong texts of a photo in pair, half of them the most alike."""
     pair_photos: int = 64
@@ -62,7 +64,8 @@ class TrainConfig:
     control_epochs: int = 2
     """Epochs of the control, which is trained on permuted pairs; 0 for none, and the report will say so."""
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Layers to train on, as image=11,12 (and text=5 for a decoder). Default: all that the fusion can use."""
+    """Layers to train on, as image=11,12 (and text=5 where text tokens enter). Default: all that the fusion can use; of
+    texts whose encoder runs on from one layer, the first of its upper half that is cached."""
     index_convention: IndexConvention = "hidden_states"
     """How --layers counts. hidden_states, and the same in the SAFFE release (reference): i is the input of block i.
     paper: l is the output of its layer l, which is hidden_states l + 1."""
@@ -119,7 +122,8 @@ class TrainConfig:
         require_keys("layers", self.layers, MODALITIES)
         require_keys("encoder", self.encoder, MODALITIES)
         require_keys("objective", self.objective, get_args(TermName))
-        has_tokens = self.fusion in DECODERS
+        require(self.fusion in FUSIONS, "fusion", self.fusion, " or ".join(FUSIONS))
+        has_tokens = FUSIONS[self.fusion].blocks != "none"
         require(has_tokens or "text" not in self.layers, "layers", "text=…", f"no text: {self.fusion} takes no tokens")
         for name, layers in self.layers.items():
             require(len(set(layers)) == len(layers), "layers", f"{name}={layers}", "each layer once")
@@ -146,11 +150,7 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
     modality = gallery_modality(cache)
     gallery = cache.encoder(modality, config.encoder.get(modality))
     text = cache.encoder("text", config.encoder.get("text"))
-    layers = _choose_layers(config, gallery, modality)
-    text_layers: tuple[int, ...] = ()
-    if config.fusion in DECODERS:
-        text_layers = _choose_layers(config, text, "text")[-len(layers) :]
-        layers = layers[-len(text_layers) :]
+    layers = _choose_layers(config, gallery, text)
     validation = config.validation
     if validation == "auto":
         present = set(cache.table.splits)
@@ -160,8 +160,8 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
     spec = RunSpec(
         gallery_key=gallery.key,
         text_key=text.key,
-        gallery_layers=layers,
-        text_layers=text_layers,
+        gallery_layers=layers.gallery,
+        text_layers=layers.text,
         pairs=kind,
         train_split=config.train_split,
         validation=validation,
@@ -178,16 +178,25 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
     return spec
 
 
+@dataclass(frozen=True)
+class _Layers:
+    """Which hidden states a run reads, and how many blocks it runs behind them."""
+
+    gallery: tuple[int, ...]
+    text: tuple[int, ...] = ()
+    num_blocks: int = 0
+
+
 def _shape(
-    config: TrainConfig, gallery: EncoderCache, text: EncoderCache, layers: tuple[int, ...], gallery_text: GalleryText
+    config: TrainConfig, gallery: EncoderCache, text: EncoderCache, layers: _Layers, gallery_text: GalleryText
 ) -> FamShape:
-    tokens, hidden_size = gallery.array(f"hidden_states/{layers[0]}").row_shape
+    tokens, hidden_size = gallery.array(f"hidden_states/{layers.gallery[0]}").row_shape
     is_reference = config.fusion == "reference"
-    adds_text = gallery_text != "null" and config.fusion not in ("reference", "paper")
+    adds_text = gallery_text != "null" and config.fusion not in _WITHOUT_ADDED_TEXT
     return FamShape(
         fusion=config.fusion,
         head=config.head or ("flatten" if is_reference else "attention"),
-        num_layers=len(layers),
+        num_layers=len(layers.gallery),
         hidden_size=hidden_size,
         num_tokens=tokens,
         text_hidden_size=text.manifest.hidden_size,
@@ -197,9 +206,21 @@ def _shape(
         freezes_decoder=config.freeze_decoder,
         adds_text=adds_text if config.pooled_text is None else config.pooled_text,
         maps_queries=not is_reference,
-        matches="matching" in config.objective,
+        matches="matching" in _objective(config),
         dropout=config.dropout,
+        num_blocks=layers.num_blocks,
+        text_rms=_root_mean_square(text, layers.text[0]) if layers.num_blocks else 1.0,
     )
+
+
+_WITHOUT_ADDED_TEXT = ("reference", "paper", "two_tower")
+"""Unless asked for, in the release and in the paper; two towers average their vectors."""
+
+
+def _root_mean_square(encoder: EncoderCache, layer: int) -> float:
+    """Of a layer's numbers."""
+    found = encoder.statistics(f"hidden_states/{layer}")
+    return math.hypot(found.mean, found.std)
 
 
 def _check_together(config: TrainConfig, spec: RunSpec) -> None:
@@ -232,6 +253,10 @@ def _check_together(config: TrainConfig, spec: RunSpec) -> None:
         ("freeze_decoder", config.freeze_decoder),
     ):
         require(shape.has_decoder or not given, option, getattr(config, option), f"nothing: {shape.fusion} has none")
+    require(config.head is None or shape.fusion in FAM, "head", config.head, f"nothing: {shape.fusion} has its own")
+    require(
+        shape.fusion != "two_tower" or not shape.adds_text, "pooled_text", "yes", "no: two_tower averages its towers"
+    )
     varies = shape.has_decoder and shape.query_side == "text"
     require(shape.head != "flatten" or not varies, "head", "flatten", "attention or mean: texts differ in length")
     require(shape.fusion != "concat" or shape.head == "attention", "head", shape.head, "attention: concat is its MLP's")
@@ -241,23 +266,74 @@ def _check_together(config: TrainConfig, spec: RunSpec) -> None:
     )
 
 
-def _choose_layers(config: TrainConfig, encoder: EncoderCache, modality: Modality) -> tuple[int, ...]:
-    layers, blocks = encoder.layers, encoder.block_layers
-    usable = [layer for layer in layers if layer in blocks] if config.fusion in DECODERS else layers
-    given = config.layers.get(modality)
-    chosen = (
-        tuple(usable)
-        if given is None
-        else tuple(hidden_states_index(layer, config.index_convention) for layer in given)
-    )
+def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCache) -> _Layers:
+    """
+    Raises:
+        CacheError: the cache lacks a layer, or the block behind one.
+        ValueError: several layers of the text are given where one is where a fusion begins.
+    """
+    match FUSIONS[config.fusion].blocks:
+        case "none":
+            return _Layers(_layers_of(config, gallery, gallery.layers))
+        case "paired":
+            layers = _layers_of(config, gallery, gallery.block_layers)
+            text_layers = _layers_of(config, text, text.block_layers)[-len(layers) :]
+            return _Layers(layers[-len(text_layers) :], text_layers)
+        case "text":
+            first = _first_layer(config, text)
+            return _Layers(_layers_of(config, gallery, gallery.layers), (first,), text.manifest.num_layers - first)
+        case "both":
+            first, depth = _first_layer(config, text), gallery.manifest.num_layers
+            begins = depth - (text.manifest.num_layers - first)  # so that both encoders end together
+            default = [layer for layer in (begins, depth) if layer in gallery.layers]
+            layers = _layers_of(config, gallery, gallery.layers, default)
+            num_blocks = min(depth - layers[0], text.manifest.num_layers - first)
+            expected = "layers with two blocks behind them: with one nothing passes from one encoder to the other"
+            require(num_blocks != 1, "layers", f"image={layers[0]} and text={first}", expected)
+            _check_blocks(config, gallery, layers[0], num_blocks)
+            return _Layers(layers, (first,), num_blocks)
+
+
+def _layers_of(
+    config: TrainConfig, encoder: EncoderCache, usable: Sequence[int], default: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """The layers given, or by default all that are usable."""
+    given = config.layers.get(encoder.manifest.modality)
+    if given is None:
+        chosen = tuple(usable if default is None else default)
+    else:
+        chosen = tuple(hidden_states_index(layer, config.index_convention) for layer in given)
     wrong = [layer for layer in chosen if layer not in usable]
     if wrong or not chosen:
-        why = "" if layers == usable else " (a decoder needs the block behind a layer)"
+        why = "" if encoder.layers == usable else " (it needs the block behind a layer)"
         raise CacheError(
-            f"{encoder.key}: --fusion {config.fusion} can use layers {usable}{why}, asked for {list(chosen)}. "
-            f"Add layers with saffe-extract --layers {modality}=…."
+            f"{encoder.key}: --fusion {config.fusion} can use layers {list(usable)}{why}, asked for {list(chosen)}. "
+            f"Add layers with saffe-extract --layers {encoder.manifest.modality}=…."
         )
     return chosen
+
+
+def _first_layer(config: TrainConfig, text: EncoderCache) -> int:
+    """Where the text encoder runs on from: the layer given, or the first of its upper half that is cached."""
+    half, depth = text.manifest.num_layers // 2, text.manifest.num_layers
+    chosen = _layers_of(config, text, text.block_layers, [layer for layer in text.block_layers if layer >= half][:1])
+    require(len(chosen) == 1, "layers", f"text={','.join(map(str, chosen))}", "one: from it the text encoder runs on")
+    _check_blocks(config, text, chosen[0], depth - chosen[0])
+    return chosen[0]
+
+
+def _check_blocks(config: TrainConfig, encoder: EncoderCache, first: int, count: int) -> None:
+    """
+    Raises:
+        CacheError: the cache lacks one of the blocks from a layer on.
+    """
+    missing = [layer for layer in range(first, first + count) if layer not in encoder.block_layers]
+    if missing or not count:
+        raise CacheError(
+            f"{encoder.key}: --fusion {config.fusion} runs the blocks from layer {first} on, found "
+            f"{encoder.block_layers}, expected {missing or 'a layer with a block behind it'} too. Add them with "
+            f"saffe-extract --layers {encoder.manifest.modality}={','.join(map(str, missing or [first - 1]))}."
+        )
 
 
 def fit_options(config: TrainConfig) -> FitOptions:
@@ -271,4 +347,4 @@ def term_options(config: TrainConfig) -> TermOptions:
 
 
 def _objective(config: TrainConfig) -> Mapping[str, float]:
-    return config.objective or ({"soft_target": 1.0} if config.fusion == "reference" else {"info_nce": 1.0})
+    return config.objective or FUSIONS[config.fusion].objective

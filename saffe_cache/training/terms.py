@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saffe_cache.fusion.fam import Fused, FusionAlignModule, Pairing, Texts
+from saffe_cache.fusion.base import Fused, Fusion, Pairing, Texts
 from saffe_cache.objectives import (
     SigmoidScale,
     Temperature,
@@ -61,7 +61,7 @@ class Objective(nn.Module):
         """The learned scalars, for the log."""
         return {name: float(value.detach()) for name, value in self.named_parameters()}
 
-    def forward(self, model: FusionAlignModule, batch: Batch) -> torch.Tensor:
+    def forward(self, model: Fusion, batch: Batch) -> torch.Tensor:
         """The loss of a batch; draws at random from torch's generator."""
         beside = batch.beside
         if beside is not None and self._options.text_dropout:
@@ -89,7 +89,7 @@ class Objective(nn.Module):
             )
 
     def _term(
-        self, name: str, model: FusionAlignModule, batch: Batch, photos: torch.Tensor, queries: torch.Tensor
+        self, name: str, model: Fusion, batch: Batch, photos: torch.Tensor, queries: torch.Tensor
     ) -> torch.Tensor:
         match name:
             case "info_nce":
@@ -103,9 +103,7 @@ class Objective(nn.Module):
             case _:
                 return self._matching(model, batch, photos, queries)
 
-    def _pair(
-        self, model: FusionAlignModule, batch: Batch, photos: torch.Tensor, queries: torch.Tensor
-    ) -> torch.Tensor:
+    def _pair(self, model: Fusion, batch: Batch, photos: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         """Some photos of the batch, each fused with its own text and with hard and random wrong ones."""
         chosen = torch.randperm(len(photos), device=photos.device)[: self._options.pair_photos]
         num_hard = (self._options.negatives + 1) // 2
@@ -116,9 +114,7 @@ class Objective(nn.Module):
         agreement = (fused.vectors.float() * queries[columns.flatten()]).sum(dim=-1)
         return pair_info_nce(agreement.view_as(columns), self.pair_temperature())
 
-    def _matching(
-        self, model: FusionAlignModule, batch: Batch, photos: torch.Tensor, queries: torch.Tensor
-    ) -> torch.Tensor:
+    def _matching(self, model: Fusion, batch: Batch, photos: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         """Each photo with its own text, with a hard wrong text, and its text with a hard wrong photo."""
         chosen = torch.randperm(len(photos), device=photos.device)[: self._options.pair_photos]
         own = batch.own[chosen]
@@ -130,7 +126,7 @@ class Objective(nn.Module):
         logits = model.match(fused, queries[texts])
         return matching(logits.float(), torch.arange(len(texts), device=logits.device) < len(chosen))
 
-    def _fuse(self, model: FusionAlignModule, batch: Batch, photos: torch.Tensor, columns: torch.Tensor) -> Fused:
+    def _fuse(self, model: Fusion, batch: Batch, photos: torch.Tensor, columns: torch.Tensor) -> Fused:
         """Photos of the batch by position, each with a text of the batch by column; each side is computed once."""
         distinct_photos, gallery = torch.unique(photos, return_inverse=True)
         distinct_columns, text = torch.unique(columns, return_inverse=True)

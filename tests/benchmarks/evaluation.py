@@ -21,7 +21,8 @@ from average_precision import JUDGES, Judge, Task
 from timing import Candidate, Figure, not_installed, take_turns
 
 from saffe_cache.features import BlockSpec, BlockWeights
-from saffe_cache.fusion.fam import FusionAlignModule, Texts
+from saffe_cache.fusion.base import Blocks, Texts
+from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.shape import FamShape
 from saffe_cache.judging.pair_scores import score_all_pairs
 from saffe_cache.retrieval.index import IndexKind, build_index, recall_of_index, save_index
@@ -161,7 +162,7 @@ def draw_fam() -> FusionAlignModule:
         text_size=WIDTH,
         adds_text=True,
     )
-    model = FusionAlignModule(shape, [(draw_block(0, norm_first=True), draw_block(1, norm_first=False))]).eval()
+    model = FusionAlignModule(shape, Blocks([draw_block(0, norm_first=True)], [draw_block(1, norm_first=False)])).eval()
     with torch.no_grad():
         for decoder in model.decoders:
             decoder.gate.fill_(0.5)

@@ -23,9 +23,9 @@ from data.encoders import fetch_encoders
 from data.scenes import draw_scenes
 from saffe_cache.extract import ExtractConfig, extract
 from saffe_cache.fam_inputs import FamInputs
-from saffe_cache.fusion.fam import Texts
+from saffe_cache.fusion.base import Texts
 from saffe_cache.objectives import soft_target
-from saffe_cache.runs import build_fam, training_pairs
+from saffe_cache.runs import build_fusion, training_pairs
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.train import TrainConfig, train, train_many
 from saffe_cache.training.batches import Batch, TrainingData
@@ -127,7 +127,7 @@ def encoders_in_the_loop(cache: str, scenes: Path, encoders: Mapping[str, str]) 
     inputs = FamInputs(opened, spec, fit_options(config).device)
     pairs, _, _ = training_pairs(spec, opened)
     rows = np.arange(RELEASED_BATCH * RELEASED_STEPS).reshape(RELEASED_STEPS, RELEASED_BATCH)
-    model = build_fam(spec, opened).to(inputs.device)
+    model = build_fusion(spec, opened).to(inputs.device)
     optimizer = torch.optim.AdamW(model.parameters())
     live = LiveEncoders(encoders, inputs, scenes)
 

@@ -1,0 +1,175 @@
+"""What every fusion is to training, search and report: gallery tokens, with or without a text beside them, into the
+space of the queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from saffe_cache.features import BlockWeights
+from saffe_cache.fusion.heads import TextMap, summarize
+from saffe_cache.fusion.shape import FamShape
+
+
+class Blocks(NamedTuple):
+    """Encoder blocks that a fusion runs or starts from, in order."""
+
+    gallery: Sequence[BlockWeights] = ()
+    text: Sequence[BlockWeights] = ()
+
+
+def gathered(values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """Rows by number; all of them where there is no index."""
+    return values if index is None else values[index]
+
+
+class Texts(NamedTuple):
+    """Texts that lie beside gallery inputs; a row whose mask holds no True is the null text."""
+
+    states: Sequence[torch.Tensor]
+    """P times [texts, tokens, text width]; empty for a fusion that takes no tokens."""
+    mask: torch.Tensor
+    """bool [texts, tokens]"""
+    vectors: torch.Tensor
+    """[texts, text_size], the text encoder's own."""
+
+    @property
+    def is_text(self) -> torch.Tensor:
+        """bool [texts, 1]: all but the null texts."""
+        return self.mask.any(dim=1, keepdim=True)
+
+    def rows(self, index: torch.Tensor | None) -> Texts:
+        """Some of them, by number; all where there is no index."""
+        states = tuple(gathered(state, index) for state in self.states)
+        return Texts(states, gathered(self.mask, index), gathered(self.vectors, index))
+
+    def without(self, is_dropped: torch.Tensor) -> Texts:
+        """The same, with the null text in some rows, bool [texts]."""
+        return self._replace(mask=self.mask & ~is_dropped[:, None])
+
+
+class Pairing(NamedTuple):
+    """Which gallery input is fused with which text: int64 [pairs] each."""
+
+    gallery: torch.Tensor
+    text: torch.Tensor
+
+
+class Fused(NamedTuple):
+    """One row each pair."""
+
+    vectors: torch.Tensor
+    """Unit vectors [pairs, text_size]."""
+    states: Sequence[torch.Tensor]
+    """What the head pooled: P times [pairs, tokens, width]."""
+    mask: torch.Tensor | None
+
+
+class Fusion(nn.Module):
+    """Gallery side f(x, text or null) and query side g(text), both as unit vectors.
+
+    A fusion defines `fuse`. A text that lies beside a gallery input may also be added to the output (`adds_text`): its
+    own vector, mapped, with a learned weight, which is late fusion.
+    """
+
+    idle_with_null: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of parameters' names: what no gradient reaches with null text alone."""
+
+    match_head: nn.Module
+
+    def __init__(self, shape: FamShape) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def _make_text_maps(self) -> None:
+        """Of the queries, and of the texts beside gallery inputs."""
+        shape = self.shape
+        self.query_map = TextMap(shape.text_size, shape.dropout) if shape.maps_queries else nn.Identity()
+        if shape.adds_text:
+            self.text_map = TextMap(shape.text_size, shape.dropout)
+            self.text_weight = nn.Parameter(torch.ones(()))
+
+    def forward(
+        self,
+        states: Sequence[torch.Tensor],
+        mask: torch.Tensor | None = None,
+        texts: Texts | None = None,
+        pairing: Pairing | None = None,
+    ) -> torch.Tensor:
+        """Unit vectors [pairs, width of the output].
+
+        Args:
+            states: P times [inputs, tokens, hidden_size].
+            mask: bool [inputs, tokens]; None where no token is padded.
+            texts: one for each input, or as `pairing` says; None is the null text for all.
+            pairing: None fuses row i with row i.
+        """
+        return self.fuse(states, mask, texts, pairing).vectors
+
+    def fuse(
+        self,
+        states: Sequence[torch.Tensor],
+        mask: torch.Tensor | None = None,
+        texts: Texts | None = None,
+        pairing: Pairing | None = None,
+    ) -> Fused:
+        """The vectors, and what a matching head sees of the pairs; arguments as in `forward`."""
+        raise NotImplementedError
+
+    def encode_queries(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Unit vectors [batch, width of the output] of the text encoder's own vectors."""
+        return functional.normalize(self.query_map(vectors), dim=-1)
+
+    def match(self, fused: Fused, queries: torch.Tensor) -> torch.Tensor:
+        """Logits [pairs] that photo and text belong together; `queries` are the texts' unit vectors."""
+        return self.match_head(fused.states, fused.mask, fused.vectors, queries)  # type: ignore[no-any-return]
+
+    @property
+    def fuses_first(self) -> bool:
+        """Whether the linear path sees what was fused already, and not the gallery's tokens as they are cached."""
+        return False
+
+    def linear_features(
+        self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, texts: Texts | None
+    ) -> torch.Tensor:
+        """What the linear path sees, [inputs, 2 P d]; arguments as in `forward`."""
+        return summarize(states, mask)
+
+    @property
+    def linear_start(self) -> nn.Linear | None:
+        """The linear path from the photo's summary, [out, 2 P d], where all else of the photo starts at zero."""
+        return None
+
+    def freeze_unused(self, *, null_only: bool) -> None:
+        """Take out of training what is not to train, and, with null text alone, what no gradient reaches."""
+        for name, parameter in self.named_parameters():
+            if null_only and name.startswith(self.idle_with_null):
+                parameter.requires_grad_(False)
+
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, object]]:
+        """Groups for AdamW: matrices decay, all else does not; gates and pooling queries learn faster, texts slower."""
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                speed = next((speed for part, speed in _SPEEDS.items() if part in name), 1.0)
+                decay = weight_decay if parameter.ndim > 1 and speed == 1.0 and name != "null_text" else 0.0
+                groups.setdefault((speed, decay), []).append(parameter)
+        return [
+            {"params": parameters, "lr": learning_rate * speed, "weight_decay": decay}
+            for (speed, decay), parameters in groups.items()
+        ]
+
+    def _add_text(self, vectors: torch.Tensor, texts: torch.Tensor, is_text: torch.Tensor) -> torch.Tensor:
+        """Unit vectors with the texts' own vectors [pairs, text_size] added, where bool [pairs, 1] says so."""
+        if not self.shape.adds_text:
+            return vectors
+        return functional.normalize(vectors + self.text_weight * self.text_map(texts) * is_text, dim=-1)
+
+
+_SPEEDS = {"query_map": 0.15, "text_map": 0.15, "text_weight": 20.0, "head.pool_queries": 2.5, ".gate": 5.0}
+"""Learning rates as multiples; parts of parameters' names."""

@@ -1,0 +1,99 @@
+"""The frame of fusions from elsewhere: what each of them corrects is the same late fusion.
+
+    v = unit( linear(summary(x)) + correction(x, t) )          z = unit( v + w map(t) )
+
+`linear` may start as the ridge regression, `w` as validation likes it, and every correction starts at zero: all of them
+begin at one point, and a table of them tells what a fusion adds to it. The systems that they come from have no such
+frame; what else differs from the source is said in each file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from saffe_cache.fusion.base import Fused, Fusion, Pairing, Texts
+from saffe_cache.fusion.dropout import Dropout
+from saffe_cache.fusion.heads import MatchHead, summarize
+from saffe_cache.fusion.shape import FamShape
+
+
+class Correction(NamedTuple):
+    """What a fusion makes of gallery inputs and the texts beside them, one row each pair."""
+
+    vectors: torch.Tensor | None
+    """[pairs, text_size]; None for no correction."""
+    tokens: torch.Tensor
+    """[pairs, tokens, matched_size]: what a matching head pools."""
+    mask: torch.Tensor | None
+    """bool [pairs, tokens] of these tokens."""
+
+
+class CorrectingFusion(Fusion):
+    """A late fusion that `correct` corrects. `matched_size`: width of the tokens that a matching head pools."""
+
+    def __init__(self, shape: FamShape, matched_size: int | None = None) -> None:
+        super().__init__(shape)
+        self.dropout = Dropout(shape.dropout)
+        self.linear = nn.Linear(2 * shape.num_layers * shape.hidden_size, shape.text_size)
+        self._make_text_maps()
+        if shape.matches:
+            self.match_head = MatchHead(matched_size or shape.hidden_size, 1, shape.text_size)
+
+    @property
+    def linear_start(self) -> nn.Linear | None:
+        return self.linear
+
+    def correct(
+        self,
+        states: Sequence[torch.Tensor],
+        mask: torch.Tensor | None,
+        texts: Texts | None,
+        summary: torch.Tensor,
+    ) -> Correction:
+        """One row each pair.
+
+        Args:
+            states: P times [pairs, tokens, hidden_size].
+            mask: bool [pairs, tokens]; None where no token is padded.
+            texts: [pairs, …], the null text where a row's mask holds no True; None for nulls alone.
+            summary: of the states, [pairs, 2 P d].
+        """
+        raise NotImplementedError
+
+    def fuse(
+        self,
+        states: Sequence[torch.Tensor],
+        mask: torch.Tensor | None = None,
+        texts: Texts | None = None,
+        pairing: Pairing | None = None,
+    ) -> Fused:
+        summary = summarize(states, mask)
+        if pairing is not None:
+            states = [state[pairing.gallery] for state in states]
+            mask, summary = (None if mask is None else mask[pairing.gallery]), summary[pairing.gallery]
+        if texts is not None:
+            texts = texts.rows(pairing.text if pairing else None)
+        found = self.correct(states, mask, texts, summary)
+        vectors = self.linear(self.dropout(summary))
+        vectors = functional.normalize(vectors if found.vectors is None else vectors + found.vectors, dim=-1)
+        if texts is not None:
+            vectors = self._add_text(vectors, texts.vectors, texts.is_text)
+        return Fused(vectors, [found.tokens], found.mask)
+
+
+def zero_linear(in_size: int, out_size: int) -> nn.Linear:
+    """A linear map that starts at zero: the last one of a correction."""
+    linear = nn.Linear(in_size, out_size)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def masked(tokens: torch.Tensor, is_text: torch.Tensor) -> torch.Tensor:
+    """[pairs, d] with zeros for null texts, by bool [pairs, 1]."""
+    return torch.where(is_text, tokens, 0.0)

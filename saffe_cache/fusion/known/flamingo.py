@@ -1,0 +1,138 @@
+"""Flamingo (Alayrac et al. 2022, arXiv 2204.14198): a Perceiver resampler and gated cross-attention layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from saffe_cache.fusion.base import Blocks, Texts
+from saffe_cache.fusion.block import EncoderBlock, split_heads
+from saffe_cache.fusion.heads import masked_mean
+from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked, zero_linear
+from saffe_cache.fusion.shape import FamShape
+
+_HEADS, _HEAD_SIZE, _LATENTS, _DEPTH = 8, 64, 64, 2
+
+
+class FlamingoFusion(CorrectingFusion):
+    """The photo becomes 64 latents; the text's tokens attend to them before each frozen block, from its layer on.
+
+    Read are the text's tokens behind the last block, and the latents. Two layers of resampling, as 6 are many for one
+    photo: with d = 768, 12,643,584 parameters, and 6,294,530 for each block of the text encoder. Its text encoder is a
+    causal language model, this one's is any.
+    """
+
+    idle_with_null = ("gated.",)
+
+    def __init__(self, shape: FamShape, blocks: Blocks) -> None:
+        super().__init__(shape, matched_size=shape.text_hidden_size)
+        width, text_width = shape.hidden_size, shape.text_hidden_size
+        self.resampler = Resampler(width)
+        self.gated = nn.ModuleList(GatedCrossAttention(text_width, width) for _ in blocks.text)
+        self.text_blocks = nn.ModuleList(EncoderBlock(block) for block in blocks.text)
+        self.out = zero_linear(width + text_width, shape.text_size)
+
+    def correct(
+        self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, texts: Texts | None, summary: torch.Tensor
+    ) -> Correction:
+        latents = self.resampler(states[-1], mask)
+        if texts is None:
+            text = latents.new_zeros(len(latents), 0, self.shape.text_hidden_size)
+            text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+            beside = latents.new_zeros(len(latents), self.shape.text_hidden_size)
+        else:
+            text, text_mask = texts.states[0], texts.mask
+            for gated, block in zip(self.gated, self.text_blocks, strict=True):
+                text = block(gated(text, latents), text_mask)
+            beside = masked(masked_mean(text, text_mask), texts.is_text)
+        return Correction(self.out(torch.cat([latents.mean(dim=1), beside], dim=-1)), text, text_mask)
+
+
+class Resampler(nn.Module):
+    """Learned latents attend to a photo's tokens and themselves (sec. 3.1.1, and the pseudocode in its appendix)."""
+
+    def __init__(self, width: int, num_latents: int = _LATENTS, depth: int = _DEPTH) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(num_latents, width))
+        self.photo_position = nn.Parameter(torch.randn(width))
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {"attention": _Attention(width, width, norms_context=True), "feed_forward": _FeedForward(width)}
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """[batch, latents, d] of `tokens` [batch, tokens, d]."""
+        tokens = tokens + self.photo_position
+        latents = self.latents.expand(len(tokens), -1, -1)
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(latents.shape[:2])], dim=1)
+        for layer in self.layers:
+            assert isinstance(layer, nn.ModuleDict)
+            attention, feed_forward = layer["attention"], layer["feed_forward"]
+            latents = latents + attention(latents, tokens, mask)
+            latents = latents + feed_forward(latents)
+        return self.norm(latents)  # type: ignore[no-any-return]
+
+
+class GatedCrossAttention(nn.Module):
+    """y = x + tanh(a) XAttn(x, media);  y + tanh(b) FF(y), both gates closed at the start (eq. in sec. 3.1.2)."""
+
+    def __init__(self, width: int, media_width: int) -> None:
+        super().__init__()
+        self.attention = _Attention(width, media_width, norms_context=False)
+        self.feed_forward = _FeedForward(width)
+        self.attention_gate, self.feed_forward_gate = Gate(), Gate()
+
+    def forward(self, tokens: torch.Tensor, media: torch.Tensor) -> torch.Tensor:
+        """[batch, tokens, d] for `tokens` [batch, tokens, d] and `media` [batch, latents, width of the media]."""
+        tokens = tokens + self.attention_gate(self.attention(tokens, media, None))
+        return tokens + self.feed_forward_gate(self.feed_forward(tokens))  # type: ignore[no-any-return]
+
+
+class Gate(nn.Module):
+    """tanh of one learned number, which starts at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.gate) * values
+
+
+class _Attention(nn.Module):
+    """Pre-normed attention of 8 heads of width 64, without biases.
+
+    `norms_context`: of the resampler, whose latents are keys and values too, and where the context is normed.
+    """
+
+    def __init__(self, width: int, context_width: int, *, norms_context: bool) -> None:
+        super().__init__()
+        inner = _HEADS * _HEAD_SIZE
+        self.norm = nn.LayerNorm(width)
+        self.context_norm = nn.LayerNorm(context_width) if norms_context else None
+        self.query = nn.Linear(width, inner, bias=False)
+        self.key_value = nn.Linear(context_width, 2 * inner, bias=False)
+        self.output = nn.Linear(inner, width, bias=False)
+
+    def forward(self, tokens: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        tokens = self.norm(tokens)
+        if self.context_norm is not None:
+            context = torch.cat([self.context_norm(context), tokens], dim=1)
+        keys, values = (split_heads(part, _HEADS) for part in self.key_value(context).chunk(2, dim=-1))
+        allowed = None if mask is None else mask[:, None, None, :]
+        queries = split_heads(self.query(tokens), _HEADS)
+        attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed)
+        return self.output(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class _FeedForward(nn.Sequential):
+    def __init__(self, width: int) -> None:
+        inner = nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width, width, bias=False)
+        super().__init__(nn.LayerNorm(width), *inner)

@@ -1,0 +1,109 @@
+"""Photo tokens inserted into a frozen text encoder, in front of the text, at its input or at a later layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from saffe_cache.fusion.base import Blocks, Texts
+from saffe_cache.fusion.block import EncoderBlock
+from saffe_cache.fusion.heads import masked_mean
+from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked, zero_linear
+from saffe_cache.fusion.shape import FamShape
+
+GRID = 4
+"""A photo's patches are averaged over a grid of so many by so many; its first token stays."""
+
+
+class LimberFusion(CorrectingFusion):
+    """LiMBeR (Merullo et al. 2022, arXiv 2209.15162): one linear map of a photo's tokens is all that enters the text.
+
+    Trained is Linear(d, d of the text), 590,592 parameters between widths of 768, and the linear map of what comes out.
+    The source has a causal language model and its loss; here any text encoder runs on from its layer, which is its
+    input where `--layers text=0`, and the means over photo and text tokens are read.
+    """
+
+    def __init__(self, shape: FamShape, blocks: Blocks) -> None:
+        width = shape.text_hidden_size
+        super().__init__(shape, matched_size=width)
+        self.project = nn.Linear(shape.hidden_size, width)
+        self.text_blocks = nn.ModuleList(EncoderBlock(block) for block in blocks.text)
+        self.out = zero_linear(2 * width, shape.text_size)
+
+    def insert(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Photo tokens as the text encoder shall see them."""
+        return self.project(tokens)  # type: ignore[no-any-return]
+
+    def run(self, number: int, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """One of the text encoder's blocks."""
+        return self.text_blocks[number](tokens, mask)  # type: ignore[no-any-return]
+
+    def correct(
+        self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, texts: Texts | None, summary: torch.Tensor
+    ) -> Correction:
+        photo, seen = _inserted_tokens(states[-1], mask)
+        tokens, photo_seen, length = self.insert(photo), seen, photo.shape[1]
+        if texts is not None:
+            tokens, seen = torch.cat([tokens, texts.states[0]], dim=1), torch.cat([seen, texts.mask], dim=1)
+        for number in range(len(self.text_blocks)):
+            tokens = self.run(number, tokens, seen)
+        of_photo = masked_mean(tokens[:, :length], photo_seen)
+        of_text = torch.zeros_like(of_photo)
+        if texts is not None:
+            of_text = masked(masked_mean(tokens[:, length:], texts.mask), texts.is_text)
+        return Correction(self.out(torch.cat([of_photo, of_text], dim=-1)), tokens, seen)
+
+
+class MagmaFusion(LimberFusion):
+    """MAGMA (Eichenberg et al. 2021, arXiv 2112.05253): an adapter, a quarter as wide, behind each frozen block.
+
+    The source also trains its image encoder, which a cache cannot.
+    """
+
+    def __init__(self, shape: FamShape, blocks: Blocks) -> None:
+        super().__init__(shape, blocks)
+        width = shape.text_hidden_size
+        self.adapters = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width // 4), nn.ReLU(), zero_linear(width // 4, width)) for _ in blocks.text
+        )
+
+    def run(self, number: int, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        tokens = super().run(number, tokens, mask)
+        return tokens + self.adapters[number](tokens)  # type: ignore[no-any-return]
+
+
+class DeepInsertFusion(LimberFusion):
+    """DeepInsert (arXiv 2504.19327): photo tokens enter at a layer above the input, which earlier layers never see.
+
+    Their projection is normed and starts at the root mean square of that layer's tokens. Positions are those of the
+    text alone, where the source counts the photo's tokens too; it retrains its language model, here all is frozen.
+    """
+
+    def __init__(self, shape: FamShape, blocks: Blocks) -> None:
+        super().__init__(shape, blocks)
+        self.norm = nn.LayerNorm(shape.text_hidden_size)
+        nn.init.constant_(self.norm.weight, shape.text_rms)
+
+    def insert(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.norm(super().insert(tokens))  # type: ignore[no-any-return]
+
+
+def _inserted_tokens(state: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens of a photo are inserted, and their mask: the first, and means over a 4 by 4 grid of the others.
+
+    Over 16 stretches of them where they form no square. All, where they are padded or fewer than 17.
+    """
+    first, others = state[:, :1], state[:, 1:].transpose(1, 2)
+    count = others.shape[2]
+    if mask is not None or count <= GRID * GRID:
+        return state, state.new_ones(state.shape[:2], dtype=torch.bool) if mask is None else mask
+    side = round(count**0.5)
+    if side * side == count:
+        pooled = functional.adaptive_avg_pool2d(others.reshape(*others.shape[:2], side, side), GRID).flatten(2)
+    else:
+        pooled = functional.adaptive_avg_pool1d(others, GRID * GRID)
+    tokens = torch.cat([first, pooled.transpose(1, 2)], dim=1)
+    return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool)

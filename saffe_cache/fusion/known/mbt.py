@@ -1,0 +1,70 @@
+"""Bottleneck tokens (MBT, Nagrani et al. 2021, arXiv 2107.00135, sec. 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from saffe_cache.fusion.base import Blocks, Texts
+from saffe_cache.fusion.block import EncoderBlock
+from saffe_cache.fusion.heads import summarize
+from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked, zero_linear
+from saffe_cache.fusion.shape import FamShape
+
+
+class BottleneckFusion(CorrectingFusion):
+    """Both encoders run on from their first layer given, and exchange what they know through 4 tokens alone.
+
+        [x; z_x] = block_x([x; z]),   [t; z_t] = block_t([t; z]),   z = (z_x + z_t) / 2
+
+    Here the blocks stay frozen: trained are the 4 tokens, two maps between the widths where these differ, and a linear
+    map of both outputs' summaries in the place of the averaged logits. Without a text z is z_x. The tokens of a causal
+    text encoder do not see the bottlenecks behind them.
+    """
+
+    idle_with_null = ("to_text.", "to_photo.")
+    NUM_BOTTLENECKS = 4
+
+    def __init__(self, shape: FamShape, blocks: Blocks) -> None:
+        super().__init__(shape)
+        self.photo_blocks = nn.ModuleList(EncoderBlock(block) for block in blocks.gallery)
+        self.text_blocks = nn.ModuleList(EncoderBlock(block) for block in blocks.text)
+        width, text_width = shape.hidden_size, shape.text_hidden_size
+        self.bottlenecks = nn.Parameter(torch.randn(self.NUM_BOTTLENECKS, width) * 0.02)
+        same = width == text_width
+        self.to_text = nn.Identity() if same else nn.Linear(width, text_width)
+        self.to_photo = nn.Identity() if same else nn.Linear(text_width, width)
+        self.out = zero_linear(2 * (width + text_width), shape.text_size)
+
+    def correct(
+        self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, texts: Texts | None, summary: torch.Tensor
+    ) -> Correction:
+        photo, bottlenecks = states[0], self.bottlenecks.expand(len(states[0]), -1, -1)
+        text = None if texts is None else texts.states[0]
+        for photo_block, text_block in zip(self.photo_blocks, self.text_blocks, strict=True):
+            photo, of_photo = _step(photo_block, photo, mask, bottlenecks)
+            if texts is None or text is None:
+                bottlenecks = of_photo
+                continue
+            text, of_text = _step(text_block, text, texts.mask, self.to_text(bottlenecks))
+            both = (of_photo + self.to_photo(of_text)) / 2
+            bottlenecks = torch.where(texts.is_text[..., None], both, of_photo)
+        seen = summarize([photo], mask)
+        if texts is None or text is None:
+            beside = seen.new_zeros(len(seen), 2 * self.shape.text_hidden_size)
+        else:
+            beside = masked(summarize([text], texts.mask), texts.is_text)
+        return Correction(self.out(torch.cat([seen, beside], dim=-1)), photo, mask)
+
+
+def _step(
+    block: nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None, bottlenecks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One block over tokens and the bottlenecks behind them: both, updated."""
+    length = tokens.shape[1]
+    if mask is not None:
+        mask = torch.cat([mask, mask.new_ones(bottlenecks.shape[:2])], dim=1)
+    updated = block(torch.cat([tokens, bottlenecks], dim=1), mask)
+    return updated[:, :length], updated[:, length:]

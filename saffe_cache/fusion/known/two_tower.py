@@ -1,0 +1,59 @@
+"""Two towers: one linear map of each encoder's frozen output into a shared space.
+
+ALBEF's and SigLIP's heads for retrieval (Li et al. 2021, sec. 3.1; Zhai et al. 2023, on towers locked as in LiT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from saffe_cache.fusion.base import Blocks, Fused, Fusion, Pairing, Texts, gathered
+from saffe_cache.fusion.heads import MatchHead
+from saffe_cache.fusion.pooling import NormedTokens
+from saffe_cache.fusion.shape import FamShape
+
+
+class TwoTowerFusion(Fusion):
+    """First token of the photo, own vector of the text, each through Linear(d, 256); 393,728 parameters for d = 768.
+
+    Nothing is fused in it: a text beside a photo is averaged with it in the shared space. It starts at random.
+    """
+
+    WIDTH = 256
+
+    def __init__(self, shape: FamShape, blocks: Blocks) -> None:
+        super().__init__(shape)
+        self.photo_tower = nn.Linear(shape.num_layers * shape.hidden_size, self.WIDTH)
+        self.text_tower = nn.Linear(shape.text_size, self.WIDTH)
+        if shape.matches:
+            self.match_head = MatchHead(shape.hidden_size, 1, self.WIDTH)
+
+    def encode_queries(self, vectors: torch.Tensor) -> torch.Tensor:
+        unit = functional.normalize(vectors, dim=-1) * self.shape.text_size**0.5
+        return functional.normalize(self.text_tower(unit), dim=-1)
+
+    def fuse(
+        self,
+        states: Sequence[torch.Tensor],
+        mask: torch.Tensor | None = None,
+        texts: Texts | None = None,
+        pairing: Pairing | None = None,
+    ) -> Fused:
+        index = pairing.gallery if pairing else None
+        first = torch.cat([_first(state) for state in states], dim=-1)
+        vectors = gathered(functional.normalize(self.photo_tower(first), dim=-1), index)
+        if texts is not None:
+            beside = texts.rows(pairing.text if pairing else None)
+            vectors = functional.normalize(vectors + self.encode_queries(beside.vectors) * beside.is_text, dim=-1)
+        return Fused(vectors, [gathered(states[-1], index)], None if mask is None else gathered(mask, index))
+
+
+def _first(state: torch.Tensor) -> torch.Tensor:
+    """First tokens [inputs, d], normed."""
+    weights = state.new_zeros(len(state), 1, state.shape[1])
+    weights[:, :, 0] = 1
+    return NormedTokens(state).sums(weights).squeeze(1)
