@@ -30,6 +30,7 @@ def make_cache(
     text_width: int = TEXT_WIDTH,
     joint: bool = False,
     width: int = WIDTH,
+    deep: bool = False,
 ) -> str:
     """Write a cache, finished, with layers 2 and 3 of a photo encoder and of a text encoder.
 
@@ -42,6 +43,7 @@ def make_cache(
         joint: the captions after the first tell of it and of the photo, half each, and the photo nothing of the first:
             beside its first caption a photo is found by both together.
         width: of the photos' tokens.
+        deep: with layer 1 and its block, too.
     """
     generator = np.random.default_rng(seed)
     builder = TableBuilder(None, ("a {}",))
@@ -80,6 +82,8 @@ def make_cache(
     flat = np.repeat(texts, lengths, axis=0) + 0.1 * generator.normal(size=(lengths.sum(), text_width))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     words = {"hidden_states/2": flat, "hidden_states/3": flat, "pooled": texts, "offsets": offsets}
+    if deep:
+        images, words = {"hidden_states/1": tokens * 0.9} | images, {"hidden_states/1": flat * 0.9} | words
     keys = [
         _write_encoder(storage, "image", images, len(of_photo), width, generator),
         _write_encoder(storage, "text", words, num_texts, text_width, generator),
@@ -114,7 +118,8 @@ def _write_encoder(
     with EncoderWriter(storage, manifest, targets) as writer:
         writer.put(Portion(portion))
         writer.finish(count)
-    write_blocks(storage, manifest.key, {2: _block(width, generator)})
+    blocks = [layer for layer in (1, 2) if f"hidden_states/{layer}" in arrays]
+    write_blocks(storage, manifest.key, {layer: _block(width, generator) for layer in blocks})
     return manifest.key
 
 

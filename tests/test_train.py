@@ -19,6 +19,8 @@ from saffe_cache.durable import LOCK_NAME, FolderInUseError, hold_folder
 from saffe_cache.evaluate import EvaluateConfig, evaluate
 from saffe_cache.fam_inputs import FamInputs, summaries
 from saffe_cache.features import CacheError
+from saffe_cache.fusion.family import FUSIONS
+from saffe_cache.fusion.shape import FAM
 from saffe_cache.judging.search import make_search, own_protocol
 from saffe_cache.pairs import hold_out, mean_text_vectors, select_pairs
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
@@ -41,6 +43,13 @@ def notes_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Captions that tell of the photo and of a note, which is the first caption; encoders of equal width."""
     path = tmp_path_factory.mktemp("train") / "notes.zarr"
     return make_cache(path, {"train": 120, "dev": 40}, captions=3, text_width=WIDTH, joint=True)
+
+
+@pytest.fixture(scope="module")
+def deep_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same with a layer more, and encoders of other widths."""
+    path = tmp_path_factory.mktemp("train") / "deep.zarr"
+    return make_cache(path, {"train": 120, "dev": 40}, captions=3, joint=True, deep=True)
 
 
 @pytest.fixture(scope="module")
@@ -116,16 +125,24 @@ RUNNING: list[dict[str, Any]] = [
     {"fusion": "paper", "head": "mean", "objective": {"soft_target": 1.0, "pair": 1.0}},
     {"fusion": "concat", "objective": {"matching": 1.0}},
     {"fusion": "linear", "pooled_text": True, "objective": {"info_nce": 1.0, "pair": 1.0}},
+    *(
+        {"fusion": fusion, "gallery_text": beside}
+        for fusion in FUSIONS
+        if fusion not in FAM
+        for beside in ("null", "first_caption")
+    ),
+    {"fusion": "albef", "gallery_text": "first_caption", "objective": {"pair": 1.0, "info_nce": 1.0}},
 ]
 
 
 @pytest.mark.parametrize("changes", RUNNING, ids=name_of)
-def test_every_combination_runs(notes_path: str, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_every_combination_runs(notes_path: str, deep_path: str, tmp_path: Path, changes: dict[str, Any]) -> None:
     """One epoch; its loss is finite, and the best weights load and are as good as they were."""
     if changes["fusion"] == "reference" and changes.get("query_side") == "text":
         changes = {"head": "attention", **changes}
-    train(config_for(notes_path, tmp_path, epochs=1, **changes))
-    cache = open_cache(notes_path)
+    path = notes_path if changes["fusion"] in FAM else deep_path
+    train(config_for(path, tmp_path, epochs=1, **changes))
+    cache = open_cache(path)
     spec, model, result = load_run(tmp_path, cache)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
     assert [line["epoch"] for line in lines] == [0, 1]

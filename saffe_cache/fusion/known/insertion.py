@@ -44,7 +44,7 @@ class LimberFusion(CorrectingFusion):
     def correct(
         self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, texts: Texts | None, summary: torch.Tensor
     ) -> Correction:
-        photo, seen = _inserted_tokens(states[-1], mask)
+        photo, seen = inserted_tokens(states[-1], mask)
         tokens, photo_seen, length = self.insert(photo), seen, photo.shape[1]
         if texts is not None:
             tokens, seen = torch.cat([tokens, texts.states[0]], dim=1), torch.cat([seen, texts.mask], dim=1)
@@ -91,7 +91,7 @@ class DeepInsertFusion(LimberFusion):
         return self.norm(super().insert(tokens))  # type: ignore[no-any-return]
 
 
-def _inserted_tokens(state: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def inserted_tokens(state: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens of a photo are inserted, and their mask: the first, and means over a 4 by 4 grid of the others.
 
     Over 16 stretches of them where they form no square. All, where they are padded or fewer than 17.
