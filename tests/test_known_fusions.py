@@ -5,6 +5,7 @@ What all fusions promise (null text, pairing, padding, gradients) is held in tes
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,36 @@ def test_a_photos_many_tokens_are_averaged_over_a_grid(count: int, tiny_model: M
         inserted, before = (inserted_tokens(given, None)[0] for given in (other, state))
         changed = (inserted - before).abs().sum(dim=-1)[0].nonzero().flatten().tolist()
         assert changed == [1 + 4 * 1 + 3]
+
+
+IMPORTS = """
+from __future__ import annotations
+import torch
+from torch import nn
+from saffe_cache.fusion.base import Blocks
+from saffe_cache.fusion.family import Kind
+from saffe_cache.fusion.known.correction import Correction, CorrectingFusion, masked, zero_linear
+from saffe_cache.fusion.shape import FamShape
+"""
+
+
+@torch.no_grad()
+def test_the_fusion_that_the_readme_adds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Models) -> None:
+    """One class and one line: null text is none, and a text changes the vector as the code says."""
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    code, line = (part.removeprefix("python\n") for part in page.split("```")[1::2] if "GatedFusion" in part)
+    (tmp_path / "gated_fusion.py").write_text(f"{IMPORTS}\n{code}\nADDED = {{{line}}}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    shape = shape_of("gated", adds_text=False)
+    model = wake(importlib.import_module("gated_fusion").ADDED["gated"].make(shape, Blocks()).eval())
+    states, texts = [rand(3, 10, 32)], draw_texts()
+    summary = summarize(states, None)
+    close(model(states), unit(model.linear(summary)))
+    close(model(states, None, texts.without(torch.ones(3, dtype=torch.bool))), model(states))
+    gated = torch.sigmoid(model.gate(summary)) * texts.vectors
+    close(model(states, None, texts), unit(model.linear(summary) + model.out(gated)))
+    idle = {name.split(".")[0] for name, _ in model.named_parameters() if name.startswith(model.idle_with_null)}
+    assert idle == {"gate", "out"}
 
 
 # In a training
