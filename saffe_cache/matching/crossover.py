@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq, curve_fit
+from scipy.optimize import brentq, minimize_scalar, nnls
 
 _RESAMPLES, _GRID = 200, 200
+_EXPONENTS = np.geomspace(0.01, 3, 20)
 _UNIT = 1000.0
 """Pairs: N is counted in thousands within the fit."""
 
@@ -22,13 +23,23 @@ Curve = tuple[float, float, float]
 
 
 def fit_power_law(errors: Errors) -> Curve:
-    """a N^-b + c by least squares, N in thousands of pairs; a and c in [0, 1], b in [0, 3]."""
+    """a N^-b + c by least squares, N in thousands of pairs, a and c not negative, b from 0.01 to 3.
+
+    For a given b the other two are a linear problem: b alone is searched.
+    """
     sizes = np.repeat([size / _UNIT for size in errors], [len(values) for values in errors.values()])
     values = np.concatenate([np.asarray(values, float) for values in errors.values()])
-    least = float(values.min())
-    start = (max(float(values.max()) - least, 1e-3), 0.5, max(least - 0.02, 1e-3))
-    found, _ = curve_fit(_power_law, sizes, values, start, bounds=((0, 0, 0), (1, 3, 1)), max_nfev=5000)
-    return float(found[0]), float(found[1]), float(found[2])
+
+    def solve(b: float) -> tuple[np.ndarray, float]:
+        found: tuple[np.ndarray, float] = nnls(np.stack([sizes**-b, np.ones(len(sizes))], axis=1), values)
+        return found
+
+    residuals = [solve(b)[1] for b in _EXPONENTS]
+    place = int(np.argmin(residuals))
+    around = _EXPONENTS[max(place - 1, 0)], _EXPONENTS[min(place + 1, len(_EXPONENTS) - 1)]
+    b = float(minimize_scalar(lambda b: solve(b)[1], bounds=around, method="bounded").x)
+    a, c = solve(b)[0]
+    return float(a), b, float(c)
 
 
 def find_crossover(first: Curve, second: Curve, low: float, high: float) -> float | None:

@@ -12,7 +12,8 @@ from saffe_cache.reporting.plots import Bars, Plot, drawing, finished, style
 from saffe_cache.reporting.sections import Section
 from saffe_cache.reporting.tables import Cell, Sheet, Table, TableRow, percent
 
-_DRAWN = ("concat", "concat_linear", "cross", "cross_residual", "tokens", "ridge_products", "ridge_cosine", "cosine")
+_DRAWN = ("concat", "cross", "cross_residual", "tokens", "ridge_products", "cosine")
+"""No more than there are hues; the tables have all."""
 
 
 def match_section(matches: Matches, anchor: str, sheets: list[Sheet]) -> Section:
@@ -138,8 +139,9 @@ def _bars(name: str, found: Sequence[OverSeeds | None]) -> Bars:
 
 
 def _series(settings: Sequence[MatchSetting]) -> list[Bars]:
-    """Accuracies of the systems that are drawn, where any setting has them."""
-    names = [name for name in _DRAWN if any(name in one.systems for one in settings)]
+    """Accuracies of the systems that are drawn, where the last setting or several have them."""
+    counts = {name: sum(name in one.systems for one in settings) for name in _DRAWN}
+    names = [name for name in _DRAWN if counts[name] > 1 or name in settings[-1].systems]
     scores = {name: [one.systems.get(name) for one in settings] for name in names}
     return [_bars(name, [of["accuracy"] if of else None for of in found]) for name, found in scores.items()]
 
@@ -172,7 +174,7 @@ def _degraded_plot(levels: Sequence[MatchSetting], kind: str, name: str) -> Plot
         name,
         [plots.Panel([told(one) for one in levels], _series(levels))],
         [("majority class", 100 * levels[0].majority)],
-        (f"{kind}; in parentheses the mean cosine of photos with themselves before", "accuracy, percent"),
+        (f"{kind} (mean cosine with the clean photos)", "accuracy, percent"),
         f"{does[kind]}: accuracy at {levels[0].scale} pairs, with its 95 % t-interval over seeds.",
         joined=True,
     )
