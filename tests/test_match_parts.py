@@ -233,12 +233,11 @@ def test_the_rule_is_judged_by_intervals_paired_by_seed() -> None:
     [words] = rule_in_words("non-aligned", judge_rule("non-aligned", accuracies, ["cross"]))
     assert "cross-attention wins at any size, holds at 0, fails at 1, is undecided at 1 sizes against cross" in words
     assert judge_rule("pre-aligned", {"concat": {100: [0.9]}, "cross": {100: [0.1]}}, ["cross"])[0]["holds"] is None
-    grows = judge_degradation({"clean": [0.0, 0.01], "noise 0.1": [0.02, 0.03]}, "noise")
-    assert grows["words"].startswith("with noise concat's lead grows, from +0.5 to +2.5 points")
-    assert grows["is_monotone"]
-    falls = judge_degradation({"clean": [0.0, 0.01], "noise 0.1": [0.02, 0.04], "noise 0.2": [0.0, 0.01]}, "noise")
-    assert "does not change" in falls["words"]
-    assert not falls["is_monotone"]
+    leads = {"clean": [0.0, 0.01], "noise 0.1": [0.02, 0.03], "noise 0.2": [-0.02, 0.03]}
+    found = judge_degradation(leads, "noise", "cross")
+    assert (found["grown"], found["fallen"]) == (["noise 0.1"], [])
+    assert found["changes"]["noise 0.2"] == pytest.approx({"mean": 0.0, "low": -0.254, "high": 0.254}, abs=1e-3)
+    assert "over cross grows at 1 and falls at 0 of 2 levels; it is +0.5 points on clean features" in found["words"]
 
 
 def test_neighbours_on_the_plane_are_those_in_space() -> None:

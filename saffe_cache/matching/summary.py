@@ -124,7 +124,7 @@ def _degradations(settings: Sequence[Found], kind: str) -> list[dict[str, Any]]:
         if name not in FUSIONS or name.startswith(CONCAT) or CONCAT not in of_kind[0]["systems"]:
             continue
         leads = {
-            f"{one['kind']} {one['level']:g}": [
+            one["setting"].split(" ", 1)[1]: [
                 own - other
                 for own, other in zip(
                     one["systems"][CONCAT]["accuracy"]["values"],
@@ -134,7 +134,7 @@ def _degradations(settings: Sequence[Found], kind: str) -> list[dict[str, Any]]:
             ]
             for one in [*clean, *of_kind]
         }
-        found.append(judge_degradation(leads, kind) | {"contender": name, "scale": scale})
+        found.append(judge_degradation(leads, kind, name) | {"scale": scale})
     return found
 
 
@@ -153,6 +153,6 @@ def _best_baselines(accuracies: Mapping[str, Mapping[int, Sequence[float]]]) -> 
         return []
     lead = paired(fusions[fusion][scale], others[baseline][scale])
     return [
-        f"at {scale} pairs the best fusion, {fusion}, leads the best of what needs none, {baseline}, by "
+        f"at {scale} pairs the best fusion, {fusion}, less the best of what needs none, {baseline}: "
         f"{100 * lead['mean']:+.1f} [{100 * lead['low']:+.1f}, {100 * lead['high']:+.1f}] points"
     ]

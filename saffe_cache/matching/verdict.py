@@ -7,7 +7,6 @@ aligned, the larger concatenation's lead.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any, Literal
 
 from saffe_cache.retrieval.metrics import seed_interval
@@ -71,26 +70,29 @@ def rule_in_words(features: Features, judged: Sequence[Mapping[str, Any]]) -> li
     return sentences
 
 
-def judge_degradation(leads: Mapping[str, Sequence[float]], kind: str) -> dict[str, Any]:
-    """Does concatenation's lead grow as alignment falls? The lead at the strongest level less that of clean features.
+def judge_degradation(leads: Mapping[str, Sequence[float]], kind: str, contender: str) -> dict[str, Any]:
+    """Does concatenation's lead grow as alignment falls? At each level the lead less that on clean features.
 
     Args:
-        leads: by level, from clean to the strongest: concat's accuracy less cross-attention's, of each seed.
+        leads: by level, clean first: concat's accuracy less the contender's, of each seed.
         kind: noise or rotation.
+        contender: a cross-attention.
     """
-    levels = list(leads)
-    change = paired(leads[levels[-1]], leads[levels[0]])
-    means = [sum(values) / len(values) for values in leads.values()]
-    is_monotone = all(after >= before for before, after in pairwise(means))
-    grows = change["low"] > 0 and len(leads[levels[0]]) > 1
-    shrinks = change["high"] < 0 and len(leads[levels[0]]) > 1
-    said = "grows" if grows else "shrinks" if shrinks else "does not change beyond its interval"
-    words = (
-        f"with {kind} concat's lead {said}, from {_points(means[0])} to {_points(means[-1])} points (change "
-        f"{_points(change['mean'])} [{_points(change['low'])}, {_points(change['high'])}]); "
-        f"{'' if is_monotone else 'not '}monotone over {', '.join(levels)}"
+    (_, clean), *others = leads.items()
+    changes = {level: paired(values, clean) for level, values in others}
+    grown = [level for level, change in changes.items() if len(clean) > 1 and change["low"] > 0]
+    fallen = [level for level, change in changes.items() if len(clean) > 1 and change["high"] < 0]
+    told = "; ".join(
+        f"{level}: {_points(change['mean'])} [{_points(change['low'])}, {_points(change['high'])}]"
+        for level, change in changes.items()
     )
-    return {"kind": kind, "change": change, "is_monotone": is_monotone, "words": words}
+    words = (
+        f"with {kind} concat's lead over {contender} grows at {len(grown)} and falls at {len(fallen)} of "
+        f"{len(changes)} levels; it is {_points(sum(clean) / len(clean))} points on clean features and changes by {told}"
+    )
+    return {
+        "kind": kind, "contender": contender, "changes": changes, "grown": grown, "fallen": fallen, "words": words
+    }  # fmt: skip
 
 
 def _points(value: float) -> str:
