@@ -88,7 +88,8 @@ def judge_degradation(leads: Mapping[str, Sequence[float]], kind: str, contender
     )
     words = (
         f"with {kind} concat's lead over {contender} grows at {len(grown)} and falls at {len(fallen)} of "
-        f"{len(changes)} levels; it is {_points(sum(clean) / len(clean))} points on clean features and changes by {told}"
+        f"{len(changes)} levels; it is {_points(sum(clean) / len(clean))} points on clean features and "
+        f"changes by {told}"
     )
     return {
         "kind": kind, "contender": contender, "changes": changes, "grown": grown, "fallen": fallen, "words": words
