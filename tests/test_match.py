@@ -108,6 +108,10 @@ def test_what_can_be_found_is_found_and_what_cannot_is_not(cache: str, tmp_path:
     assert "The rule for non-aligned features, cross-attention wins at any size" in page
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.png")}
     assert drawn == {"match-sizes", "match-risk", "match-noise", "match-rotation", "match-planes"}
+    del result["settings"][0]["chance"]
+    (tmp_path / "match.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=r"match\.json: .*'chance'.* Run saffe-match again"):
+        make_page([str(tmp_path)], tmp_path / "page")
     assert (tmp_path / "page" / "data" / "match-1.csv").read_text().startswith("setting,negatives,kind,level,scale")
 
 

@@ -30,15 +30,8 @@ class MatchConfig:
     """Split to choose epochs, thresholds and strengths by; heldout is a part of the train split, by photo."""
     validation_fraction: float = 0.1
     """Part of the photos of the train split that heldout takes."""
-    fusions: tuple[str, ...] = (
-        "concat",
-        "concat_linear",
-        "cross",
-        "cross_residual",
-        "cross_residual_linear",
-        "tokens",
-    )
-    """Which, each with a flag of its own; also concat_wide, cross_two_norms, cross_equations."""
+    fusions: tuple[str, ...] = ("concat", "concat_linear", "cross", "cross_residual", "tokens")
+    """Which, each with a flag of its own; also concat_wide, cross_residual_linear, cross_two_norms, cross_equations."""
     asks: Asks = "text"
     """Which modality asks in cross-attention."""
     negatives: tuple[int, ...] = (1, 5)
@@ -46,7 +39,7 @@ class MatchConfig:
     largest scale."""
     scales: tuple[int, ...] = (2048, 4096, 8192, 16384)
     """Training pairs, others' texts included; those that the data do not allow are left out, and told."""
-    token_scales: tuple[int, ...] = (2048, 8192)
+    token_scales: tuple[int, ...] = (2048, 4096)
     """Those of --scales at which tokens is measured."""
     noise: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5)
     """Deviations of the noise on every coordinate of unit vectors."""
@@ -54,7 +47,7 @@ class MatchConfig:
     """How far photos are rotated: at 1 their mean cosine with themselves before is 0."""
     degraded_fusions: tuple[str, ...] = ("concat", "cross_residual")
     """Those of --fusions that noise and rotation are measured with."""
-    degraded_scale: int = 8192
+    degraded_scale: int = 4096
     """Training pairs for these; the largest of --scales up to it."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of pairs, starting weights, noise and rotation."""

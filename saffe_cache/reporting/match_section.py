@@ -205,7 +205,7 @@ def _risk_plot(matches: Matches, name: str) -> Plot:
 
 def _planes_plot(planes: Mapping[str, Plane], name: str) -> Plot:
     titles = {"own": "as they are", "ridge": "photos mapped by ridge"}
-    with drawing(2.6, columns=len(planes)) as (figure, frames):
+    with drawing(2.9, columns=len(planes)) as (figure, frames):
         for axes, (which, plane) in zip(frames, planes.items(), strict=True):
             photos, texts = np.array(plane.photos), np.array(plane.texts)
             axes.plot(
@@ -220,7 +220,7 @@ def _planes_plot(planes: Mapping[str, Plane], name: str) -> Plot:
             axes.set_title(f"{titles[which]}: {percent(plane.own_is_nearest)} % nearest", fontsize=8)
             axes.set_xticks([])
             axes.set_yticks([])
-        frames[0].legend(fontsize=7, loc="lower left")
+        figure.legend(*frames[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
         told = "; ".join(f"{titles[which]} {percent(of.own_is_nearest)}" for which, of in planes.items())
         caption = (
             "t-SNE of matching pairs, a line between partners; above, the share of photos whose nearest text on the "
