@@ -8,7 +8,7 @@ from typing import Any
 
 from saffe_cache.features import printable
 
-_NAME, _CELL, _WIDTH = 26, 13, 100
+_NAME, _CELL, _WIDTH = 26, 12, 100
 _SHOWN = {"accuracy": "accuracy", "f1": "F1", "precision": "precision", "recall": "recall", "auc": "AUC"}
 
 
@@ -36,8 +36,10 @@ def format_match(result: Mapping[str, Any]) -> str:
 
 def _block(setting: Mapping[str, Any]) -> list[str]:
     pairs = setting["pairs"]
-    heads = f"{setting['setting']}, {setting['scale']} pairs"
-    lines = [_row(heads, [*_SHOWN.values(), "control AUC"])]
+    lines = [
+        f"{setting['setting']}, {setting['scale']} training pairs",
+        _row("", [*_SHOWN.values(), "control AUC"]),
+    ]
     for name, scores in setting["systems"].items():
         cells = [_cell(scores[metric], with_half=metric in ("accuracy", "auc")) for metric in _SHOWN]
         lines.append(_row(name, [*cells, f"({100 * scores['shuffled_auc']['mean']:.1f})"]))
