@@ -19,7 +19,12 @@ from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
 
 Scorer = Callable[[Examples], np.ndarray]
 """Scores of pairs, [n]."""
-BASELINES = ("cosine", "ridge_cosine", "ridge_products")
+BASELINES: Mapping[str, str] = {
+    "cosine": "of the encoders' own vectors, above a threshold",
+    "ridge_cosine": "the cosine after a ridge regression from photos to texts, above a threshold",
+    "ridge_products": "logistic regression on products of the same vectors, coordinate by coordinate",
+}
+"""What each is."""
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 """Inverse strengths of the logistic regression."""
 _FOLDS = 4

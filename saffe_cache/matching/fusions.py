@@ -1,19 +1,7 @@
 """Fusions that say whether a photo and a text belong together: two logits a pair.
 
 After "Feature Alignment Determines Fusion Strategy" (arXiv 2606.01207), sections 3 and 4.3, whose text, parameter
-counts and FLOPs do not agree with each other. At widths of 512, as there:
-
-| name | parameters | what it is |
-|---|---|---|
-| `concat` | 295,554 | Linear(1024, 256), and the head: ReLU, Linear(256, 128), ReLU, Linear(128, 2). The paper's 296K |
-| `concat_linear` | 295,554 | the same without the first ReLU: eq. 1 as it is written |
-| `concat_wide` | 328,706 | `concat` with Linear(256, 256) in the head: its "hidden dim 256" taken at its word |
-| `cross` | 756,610 | three Linear(512, 256), MultiheadAttention(256, 4), Linear(256, 256), LayerNorm, the same head |
-| `cross_residual` | 756,610 | the same, added to what asks before the LayerNorm |
-| `cross_residual_linear` | 756,610 | that without the first ReLU of the head |
-| `cross_two_norms` | 757,122 | a transformer's block: two residuals, two LayerNorms |
-| `cross_equations` | 426,626 | eq. 2 and 3 alone, one head of attention: 3hd + h = 393,472, and the head |
-| `tokens` | 756,610 | `cross_residual` over the cached hidden states of both: many keys, so that attention can choose |
+counts and FLOPs do not agree with each other: `FUSIONS` names each reading, with its parameters at widths of 512.
 
 `cross` is the simplest that has the paper's 757K. With one vector a modality there is one key, the softmax over it is
 1, and attention is the value: the weights of queries and keys within the attention get no gradient, and the output of
@@ -27,23 +15,27 @@ queries, keys and values (a CNN) would do: its feature map's places are its toke
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-FUSIONS = (
-    "concat",
-    "concat_linear",
-    "concat_wide",
-    "cross",
-    "cross_residual",
-    "cross_residual_linear",
-    "cross_two_norms",
-    "cross_equations",
-    "tokens",
-)
+FUSIONS: Mapping[str, str] = {
+    "concat": "Linear(1024, 256), and the head: ReLU, Linear(256, 128), ReLU, Linear(128, 2); at widths of 512 295,554 "
+    "parameters, the paper's 296K",
+    "concat_linear": "concat without the first ReLU: the paper's eq. 1 as it is written; 295,554",
+    "concat_wide": 'concat with Linear(256, 256) in the head: its "hidden dim 256" taken at its word; 328,706',
+    "cross": "three Linear(512, 256), MultiheadAttention(256, 4), Linear(256, 256), LayerNorm, the head of concat; "
+    "756,610 at widths of 512, the paper's 757K; blind to what asks",
+    "cross_residual": "cross, added to what asks before the LayerNorm; 756,610",
+    "cross_residual_linear": "cross_residual without the first ReLU of the head; 756,610",
+    "cross_two_norms": "a transformer's block, two residuals and two LayerNorms; 757,122",
+    "cross_equations": "eq. 2 and 3 alone, 3hd + h = 393,472, and the head; 426,626; blind to what asks",
+    "tokens": "cross_residual over cached hidden states: many keys, so that attention can choose; 756,610",
+}
+"""What each is, and its parameters at widths of 512."""
 Asks = Literal["text", "photo"]
 HIDDEN, HEAD_HIDDEN, HEADS, DROPOUT = 256, 128, 4, 0.1
 

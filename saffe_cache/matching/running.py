@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from saffe_cache.features import CacheError
+from saffe_cache.matching.baselines import BASELINES
 from saffe_cache.matching.config import MatchConfig
 from saffe_cache.matching.cost import measure_cost
 from saffe_cache.matching.fitting import FitOptions
+from saffe_cache.matching.fusions import FUSIONS
 from saffe_cache.matching.measuring import Bench, Cell, measure_cell
 from saffe_cache.matching.planning import plan_cells
 from saffe_cache.matching.published import NOTES, published_results
@@ -48,6 +50,7 @@ def compare(config: MatchConfig, photo: EncoderCache, text: EncoderCache, parts:
         **summarise(found, features),
         "cost": _costs(config, bench),
         "planes": bench.plane(shown, config.tsne_pairs) if config.tsne_pairs else {},
+        "meanings": {**BASELINES, **{name: FUSIONS[name] for name in config.fusions}},
         "left_out": left_out,
         "published": published_results(),
         "published_notes": list(NOTES),

@@ -24,6 +24,9 @@ def format_match(result: Mapping[str, Any]) -> str:
         ),
         "",
     ]
+    for name, meaning in result["meanings"].items():
+        lines += textwrap.wrap(f"{name}: {meaning}", _WIDTH, initial_indent="  ", subsequent_indent="    ")
+    lines.append("")
     for setting in result["settings"]:
         lines += [*_block(setting), ""]
     for one in result["verdict"]:

@@ -32,6 +32,7 @@ def match_section(matches: Matches, anchor: str, sheets: list[Sheet]) -> Section
         ],
         texts=[f"{one[0].upper()}{one[1:]}." for one in matches.verdict],
         table=whole[largest],
+        words=list(matches.meanings.items()),
         plots=match_plots(matches, anchor),
         more=[_cost_table(matches)],
         folded=[table for place, table in enumerate(whole) if place != largest],

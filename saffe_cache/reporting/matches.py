@@ -107,6 +107,8 @@ class Matches:
     cost: Mapping[str, MatchCost]
     crossovers: tuple[Risks, ...]
     planes: Mapping[str, Plane]
+    meanings: Mapping[str, str]
+    """What each system is."""
     left_out: tuple[str, ...] = ()
 
     @property
