@@ -216,7 +216,7 @@ def test_a_power_law_is_found_again_and_so_is_the_place_where_two_meet() -> None
     assert apart["crossover"] is None
     assert apart["words"] == "a and b: no crossover within 1000 to 16000 pairs, nor in any resample of the seeds"
     few = {size: errors(*first)[size] for size in sizes[:2]}
-    assert "too few" in compare_risks(few, few, ("a", "b"))["words"]
+    assert "three sizes or more, found 2" in compare_risks(few, few, ("a", "b"))["words"]
 
 
 def test_the_rule_is_judged_by_intervals_paired_by_seed() -> None:

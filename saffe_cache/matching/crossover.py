@@ -63,7 +63,7 @@ def compare_risks(first: Errors, second: Errors, names: tuple[str, str], seed: i
     """
     sizes = [size for size in first if size in second]
     if len(sizes) < 3:
-        words = f"{names[0]} and {names[1]}: no curves, {len(sizes)} sizes are too few for three parameters"
+        words = f"{names[0]} and {names[1]}: no curves, three parameters need three sizes or more, found {len(sizes)}"
         return {"names": list(names), "words": words}
     first, second = ({size: of[size] for size in sizes} for of in (first, second))
     low, high = float(min(sizes)), float(max(sizes))

@@ -48,15 +48,15 @@ def _block(setting: Mapping[str, Any]) -> list[str]:
         lines.append(_row(name, [*cells, f"({100 * scores['shuffled_auc']['mean']:.1f})"]))
     chance, majority = f"{100 * setting['chance']:.1f}", f"{100 * setting['majority']:.1f}"
     lines.append(_row("chance; majority class", [f"{chance}; {majority}", "", "", "", "50.0"]))
-    measured = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in setting["alignment"].items())
+    measured = ", ".join(f"{name.replace('_', ' ')} {value:z.2f}" for name, value in setting["alignment"].items())
     told = f"{pairs['validation']} pairs to choose by, {pairs['test']} to report on"
     told += f"; mean cosines: {measured}" if measured else ""
     return [*lines, *textwrap.wrap(told, _WIDTH, initial_indent="  ", subsequent_indent="  ")]
 
 
 def _costs(result: Mapping[str, Any]) -> list[str]:
-    heads = ["parameters", "FLOPs a pair", "ms / 1,000", "of concat's", "kept bytes"]
-    lines = [_row("cost", heads)]
+    heads = ["parameters", "FLOPs", "ms / 1,000", "of concat's", "kept bytes"]
+    lines = [_row("cost, of a pair or 1,000", heads)]
     base = result["cost"].get("concat")
     for name, cost in result["cost"].items():
         ratio = f"{cost['seconds_per_1000_pairs'] / base['seconds_per_1000_pairs']:.2f}" if base else "-"

@@ -68,7 +68,7 @@ def _setting_table(setting: MatchSetting) -> Table:
         TableRow("chance", Cell(name), (Cell(percent(value)), *empty, Cell("50.0"), Cell("")))
         for name, value in (("chance", setting.chance), ("majority class", setting.majority))
     ]
-    measured = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in setting.alignment.items())
+    measured = ", ".join(f"{name.replace('_', ' ')} {value:z.2f}" for name, value in setting.alignment.items())
     caption = f"{setting.setting}, {setting.scale} training pairs. Percent, beneath half of the 95 % t-interval."
     return Table(
         caption + (f" Mean cosines: {measured}." if measured else ""),
