@@ -1,7 +1,8 @@
 """The paper's rule against what was measured: concatenation where features are aligned, cross-attention where not.
 
-Arxiv 2606.01207, Table 4: "Pre-aligned, any size: Concat"; "Unaligned, any size: Cross". And section 5.3: the worse
-aligned, the larger concatenation's lead.
+arXiv 2606.01207, Table 4: "Pre-aligned, any size: Concat"; "Unaligned, any size: Cross". And section 5.3: the worse
+aligned, the larger concatenation's lead. Its "weakly aligned" features (concatenation below 4,000 pairs,
+cross-attention above 8,000) have neither a definition nor a number there, and no rule here.
 """
 
 from __future__ import annotations
