@@ -73,6 +73,12 @@ def bind_command(arguments: Sequence[str] | None = None) -> int:
     return _run_stage("saffe-bind", BindConfig, bind, arguments, exit_status)
 
 
+def match_command(arguments: Sequence[str] | None = None) -> int:
+    from saffe_cache.match import MatchConfig, exit_status, match
+
+    return _run_stage("saffe-match", MatchConfig, match, arguments, exit_status)
+
+
 def report_command(arguments: Sequence[str] | None = None) -> int:
     from saffe_cache.report import ReportConfig, report
 

@@ -25,7 +25,7 @@ class ReportConfig:
 
     runs: tuple[str, ...] = positional()
     """Folders to show: a finished run with its evaluations, a single evaluation, an ablation (ablation.json), few-shot
-    episodes (binding.json)."""
+    episodes (binding.json), fusions that match pairs (match.json)."""
     out: str
     """Folder for index.html, figures (SVG and PNG) and data (CSV)."""
     title: str = "What was found, and what it rests on"

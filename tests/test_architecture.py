@@ -20,8 +20,8 @@ LAYERS = [
     {"judging"},
     {"extraction", "training", "evaluation"},
     {"extract", "train", "evaluate", "repair"},
-    {"ablation", "binding", "reporting"},
-    {"ablate", "bind", "report"},
+    {"ablation", "binding", "matching", "reporting"},
+    {"ablate", "bind", "match", "report"},
     {"cli"},
 ]
 OWNERS = {
@@ -39,6 +39,8 @@ OWNERS = {
     "jinja2": {"reporting"},
     "markupsafe": {"reporting"},
     "matplotlib": {"reporting"},
+    "scipy": {"matching"},
+    "sklearn": {"matching"},
 }
 FORBIDDEN = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 

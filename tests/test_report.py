@@ -169,7 +169,7 @@ def test_folders_that_are_no_runs_and_broken_files_are_refused(made: Made, tmp_p
         assert not (tmp_path / "page").exists()
 
     refused(tmp_path / "none", r"none: nothing is there. Give a finished run's folder")
-    refused(made.data, r"data: neither result\.json, metrics\.json, ablation\.json nor binding\.json is in it")
+    refused(made.data, r"data: none of result\.json, metrics\.json, ablation\.json, binding\.json and match\.json is")
     content = ablation()
     del content["series"][0]["points"][0]["chance"]
     refused(Path(write(tmp_path / "a", "ablation.json", content)), r"ablation\.json: .*'chance'")

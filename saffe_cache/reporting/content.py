@@ -11,6 +11,7 @@ from saffe_cache.reporting import tables
 from saffe_cache.reporting.evaluations import evaluation_section
 from saffe_cache.reporting.galleries import make_cards
 from saffe_cache.reporting.ledger import Costs, costs_of
+from saffe_cache.reporting.match_section import match_section
 from saffe_cache.reporting.photos import Album
 from saffe_cache.reporting.plots import Plot
 from saffe_cache.reporting.reading import Material, Metrics, Run
@@ -58,7 +59,8 @@ def make_content(material: Material, album: Album, choice: Choice) -> Content:
     runs = short_names([run.path for run in material.runs])
     content = Content(
         notices=_notices(material, names),
-        num_controls=sum(len(one.metrics.controls) for one in material.evaluations),
+        num_controls=sum(len(one.metrics.controls) for one in material.evaluations)
+        + sum(len(one.controls) for one in material.matches),
         sections=[],
         album=album,
         sheets=[],
@@ -75,6 +77,8 @@ def make_content(material: Material, album: Album, choice: Choice) -> Content:
         content.sections.append(ablation_section(ablation, f"ablation-{number}", content.sheets))
     for number, episodes in enumerate(material.episodes, start=1):
         content.sections.append(episodes_section(episodes, f"episodes-{number}", content.sheets))
+    for number, matches in enumerate(material.matches, start=1):
+        content.sections.append(match_section(matches, f"match-{number}", content.sheets))
     for number, (run, name) in enumerate(zip(material.runs, runs, strict=True), start=1):
         content.sections.append(run_section(run, name, f"run-{number}", content.sheets))
     if material.runs:
@@ -110,6 +114,8 @@ def _notices(material: Material, names: Sequence[str]) -> list[Notice]:
                 found += [Notice("failure", where, f"{text}. Do not use these numbers.") for text in point.failures]
     for episodes in material.episodes:
         found += [Notice("failure", episodes.title, f"{text}. Do not use these numbers.") for text in episodes.failures]
+    for matches in material.matches:
+        found += [Notice("failure", matches.title, f"{text}. Do not use these numbers.") for text in matches.failures]
     order = ("failure", "warning", "note")
     return sorted(found, key=lambda notice: order.index(notice.kind))
 

@@ -1,0 +1,158 @@
+"""Concatenation against cross-attention: does a text belong to a photo? Every cell from one cache.
+
+config.json             the config, the encoders, a hash over photos and texts
+cells/                  one file for each setting, scale, system and seed: what a killed run goes on from
+figures/                SVG and PNG, where matplotlib is installed
+match.txt, match.json   the result; the latter written last, so its presence means that all is done
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saffe_cache.durable import hold_folder, remove_partial_files, write_whole
+from saffe_cache.matching.config import MatchConfig
+from saffe_cache.matching.table import format_match
+from saffe_cache.pairs import Pairs, gallery_modality, hold_out, pair_kind, select_pairs
+from saffe_cache.runs import provenance, read_json, write_json
+from saffe_cache.store.reader import Cache, EncoderCache, open_cache
+
+__all__ = ["MatchConfig", "exit_status", "match"]
+
+logger = logging.getLogger(__name__)
+
+_EXTRA = ("sklearn", "scipy")
+_NOT_COMPARED = ("cache", "out", "device", "title")
+"""Fields of the config in which two commands for one folder may differ."""
+
+
+def match(config: MatchConfig) -> str:
+    """Measure, and return the output folder.
+
+    Raises:
+        CacheError, ValueError: cache, splits and options do not go together; the folder holds another result.
+        ImportError: scikit-learn is not installed.
+        OSError: the disk is full or gone, or another process writes to the output folder.
+    """
+    try:
+        from saffe_cache.matching.running import compare
+    except ImportError as error:
+        if error.name not in _EXTRA:
+            raise
+        raise ImportError(f"saffe-match needs the package {error.name}: pip install 'saffe-cache[match]'.") from None
+    cache = open_cache(config.cache)
+    modality = gallery_modality(cache)
+    photo, text = (cache.encoder(kind, config.encoder.get(kind)) for kind in (modality, "text"))
+    parts = _parts(config, cache, photo, text)
+    out = Path(config.out)
+    with hold_folder(out):
+        for folder in (out, out / "cells", out / "figures"):
+            remove_partial_files(folder)
+        _check_folder(config, {"photo": photo.key, "text": text.key, "data": _fingerprint(cache, photo, parts)})
+        if (out / "match.json").exists():
+            logger.info("%s is finished already, nothing to do.", out)
+            return str(out)
+        started = time.perf_counter()
+        result = {
+            "title": config.title or Path(config.cache).stem,
+            "dataset": Path(config.cache).stem,
+            "split": config.split,
+            **compare(config, photo, text, parts),
+            "last_command_seconds": round(time.perf_counter() - started, 1),
+            **provenance(config),
+        }
+        table = format_match(result)
+        write_whole(out / "match.txt", f"{table}\n".encode())
+        _draw(result, out / "figures")
+        write_json(out / "match.json", result)
+        print(table)
+    return str(out)
+
+
+def exit_status(out: str) -> int:
+    """0, or 3 where a control is not where it must be."""
+    return 3 if read_json(Path(out) / "match.json")["failures"] else 0
+
+
+def _parts(config: MatchConfig, cache: Cache, photo: EncoderCache, text: EncoderCache) -> dict[str, Pairs]:
+    """Photos to train on, to choose by and to report on; none stands in two of them, by content.
+
+    Raises:
+        ValueError: a split is absent, or has no photo of its own.
+    """
+    kind = pair_kind(cache.table)
+    names = {"train": config.train_split, "test": config.split}
+    if config.validation != "heldout":
+        names["validation"] = config.validation
+    parts = {part: select_pairs(cache.table, photo, text, name, kind) for part, name in names.items()}
+    seen = parts["test"].rows
+    for part in ("validation", "train"):
+        if part in parts:
+            parts[part] = parts[part].take(np.flatnonzero(~np.isin(parts[part].rows, seen)))
+            seen = np.concatenate([seen, parts[part].rows])
+            if not len(parts[part]):
+                raise ValueError(
+                    f"split {names[part]!r}: all of its photos stand in other splits too. Keep each in one."
+                )
+    if config.validation == "heldout":
+        hashes = cache.table.inputs[photo.manifest.modality].content_hash
+        parts["train"], parts["validation"] = hold_out(parts["train"], config.validation_fraction, 0, hashes)
+    return parts
+
+
+def _fingerprint(cache: Cache, photo: EncoderCache, parts: Mapping[str, Pairs]) -> str:
+    """Hash over the content of photos and texts, in order."""
+    digest = hashlib.sha256()
+    for part in sorted(parts):
+        pairs = parts[part]
+        digest.update(cache.table.inputs[photo.manifest.modality].content_hash[pairs.rows].tobytes())
+        digest.update(cache.table.inputs["text"].content_hash[pairs.texts.values].tobytes())
+        digest.update(np.diff(pairs.texts.offsets).astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _check_folder(config: MatchConfig, measured: Mapping[str, str]) -> None:
+    """Write config.json, or refuse to mix two results in one folder.
+
+    Raises:
+        ValueError: it holds another one.
+    """
+    path = Path(config.out) / "config.json"
+    new = json.loads(json.dumps({"stage": "match", "measured": measured, **provenance(config)}))
+    if not path.exists():
+        write_json(path, new)
+        return
+    old = read_json(path)
+    different = [
+        f"{name}: {old.get(part, {}).get(name)!r} there, {value!r} now"
+        for part in ("measured", "config")
+        for name, value in new[part].items()
+        if name not in _NOT_COMPARED and old.get(part, {}).get(name) != value
+    ]
+    if different:
+        raise ValueError(
+            f"--out {config.out} holds another result ({'; '.join(different)}). Choose another --out, or delete it."
+        )
+
+
+def _draw(result: Mapping[str, Any], folder: Path) -> None:
+    """The figures of the page, as files; without matplotlib none, and that is said."""
+    try:
+        from saffe_cache.reporting.match_section import match_plots
+        from saffe_cache.reporting.matches import matches_of
+    except ImportError as error:
+        if error.name != "matplotlib":
+            raise
+        logger.info("No figures: they need matplotlib, pip install 'saffe-cache[report]'.")
+        return
+    for plot in match_plots(matches_of(result, "match.json"), "match"):
+        write_whole(folder / f"{plot.name}.svg", plot.svg)
+        write_whole(folder / f"{plot.name}.png", plot.png)

@@ -1,0 +1,101 @@
+"""The paper's rule against what was measured: concatenation where features are aligned, cross-attention where not.
+
+arXiv 2606.01207, Table 4: "Pre-aligned, any size: Concat"; "Unaligned, any size: Cross". And section 5.3: the worse
+aligned, the larger concatenation's lead. Its "weakly aligned" features (concatenation below 4,000 pairs,
+cross-attention above 8,000) have neither a definition nor a number there, and no rule here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from saffe_cache.retrieval.metrics import seed_interval
+
+Features = Literal["pre-aligned", "non-aligned"]
+Accuracies = Mapping[str, Mapping[int, Sequence[float]]]
+"""By system and training size: accuracy of each seed, in the same order everywhere."""
+CONCAT = "concat"
+BLIND = dict.fromkeys(("cross", "cross_equations"), " (which sees one modality alone)")
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
+    """Mean of first less second by seed, and its 95 % t-interval."""
+    mean, low, high = seed_interval([a - b for a, b in zip(first, second, strict=True)])
+    return {"mean": mean, "low": low, "high": high}
+
+
+def judge_rule(features: Features, accuracies: Accuracies, contenders: Sequence[str]) -> list[dict[str, Any]]:
+    """The rule at each size, of concatenation against each contender that was measured there.
+
+    `holds` is True or False where the 95 % interval of the difference excludes 0, else None: undecided. With one seed
+    there is no interval, and nothing is decided.
+    """
+    found = []
+    expected = 1 if features == "pre-aligned" else -1
+    for contender in contenders:
+        for size, own in accuracies.get(contender, {}).items():
+            if size not in accuracies.get(CONCAT, {}):
+                continue
+            difference = paired(accuracies[CONCAT][size], own)
+            is_decided = len(own) > 1 and (difference["low"] > 0 or difference["high"] < 0)
+            holds = difference["mean"] * expected > 0 if is_decided else None
+            found.append({"contender": contender, "size": size, "lead": difference, "holds": holds})
+    return found
+
+
+def rule_in_words(features: Features, judged: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One sentence for each contender."""
+    winner = "concatenation" if features == "pre-aligned" else "cross-attention"
+    sentences = []
+    for contender in dict.fromkeys(one["contender"] for one in judged):
+        of_it = [one for one in judged if one["contender"] == contender]
+        counts = {held: sum(one["holds"] is held for one in of_it) for held in (True, False, None)}
+        leads = "; ".join(
+            f"{one['size']}: {_points(one['lead']['mean'])} [{_points(one['lead']['low'])}, "
+            f"{_points(one['lead']['high'])}]"
+            for one in of_it
+        )
+        if counts[True] == len(of_it):
+            verdict = "holds"
+        elif counts[False] == len(of_it):
+            verdict = "does not hold"
+        elif counts[None] == len(of_it):
+            verdict = "is undecided"
+        else:
+            verdict = f"holds at {counts[True]}, fails at {counts[False]}, is undecided at {counts[None]} sizes"
+        sentences.append(
+            f"the rule for {features} features, {winner} wins at any size, {verdict} against {contender}"
+            f"{BLIND.get(contender, '')}: concat's lead in points by training pairs: {leads}"
+        )
+    return sentences
+
+
+def judge_degradation(leads: Mapping[str, Sequence[float]], kind: str, contender: str) -> dict[str, Any]:
+    """Does concatenation's lead grow as alignment falls? At each level the lead less that on clean features.
+
+    Args:
+        leads: by level, clean first: concat's accuracy less the contender's, of each seed.
+        kind: noise or rotation.
+        contender: a cross-attention.
+    """
+    (_, clean), *others = leads.items()
+    changes = {level: paired(values, clean) for level, values in others}
+    grown = [level for level, change in changes.items() if len(clean) > 1 and change["low"] > 0]
+    fallen = [level for level, change in changes.items() if len(clean) > 1 and change["high"] < 0]
+    told = "; ".join(
+        f"{level}: {_points(change['mean'])} [{_points(change['low'])}, {_points(change['high'])}]"
+        for level, change in changes.items()
+    )
+    words = (
+        f"with {kind} concat's lead over {contender} grows at {len(grown)} and falls at {len(fallen)} of "
+        f"{len(changes)} levels; it is {_points(sum(clean) / len(clean))} points on clean features and "
+        f"changes by {told}"
+    )
+    return {
+        "kind": kind, "contender": contender, "changes": changes, "grown": grown, "fallen": fallen, "words": words
+    }  # fmt: skip
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}"

@@ -1,0 +1,238 @@
+"""saffe-match on caches whose photos tell of their texts, or tell nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from extraction_cases import draw
+from report_cases import make_page
+from synthetic_cache import make_cache
+
+from saffe_cache import match as match_module
+from saffe_cache.cli import match_command
+from saffe_cache.extract import ExtractConfig, extract
+from saffe_cache.features import CacheError
+from saffe_cache.match import MatchConfig, exit_status, match
+from saffe_cache.matching import measuring, running
+from saffe_cache.matching.examples import Examples
+from saffe_cache.pairs import Pairs
+from saffe_cache.store.reader import open_cache
+
+SPLITS = {"train": 120, "test": 60}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_cache(tmp_path_factory.mktemp("match") / "c.zarr", SPLITS, signal=2, text_width=6, shared=5)
+
+
+def config_of(cache: str, out: Path, **options: Any) -> MatchConfig:
+    quick: dict[str, Any] = {
+        "fusions": ("concat", "cross"),
+        "scales": (60, 120, 200),
+        "negatives": (1,),
+        "token_scales": (),
+        "noise": (),
+        "rotation": (),
+        "seeds": (0, 1),
+        "epochs": 3,
+        "batch_size": 32,
+        "learning_rate": 3e-3,
+        "tsne_pairs": 0,
+    }
+    return MatchConfig(cache=cache, out=str(out), device="cpu", **(quick | options))
+
+
+def result_of(config: MatchConfig) -> dict[str, Any]:
+    return json.loads((Path(match(config)) / "match.json").read_text())
+
+
+def test_what_can_be_found_is_found_and_what_cannot_is_not(cache: str, tmp_path: Path) -> None:
+    """Photos tell of their texts linearly: ridge finds it; attention over one key does not see the text."""
+    options: dict[str, Any] = {
+        "fusions": ("concat", "cross", "tokens"),
+        "token_scales": (200,),
+        "noise": (2.0,),
+        "rotation": (1.0,),
+    }
+    options |= {"negatives": (1, 5), "scales": (60, 120, 200, 9999), "seeds": (0,), "epochs": 6, "tsne_pairs": 10}
+    result = result_of(config_of(cache, tmp_path, **options))
+    assert result["failures"] == []
+    assert exit_status(str(tmp_path)) == 0
+    assert result["features"] == "non-aligned"
+    names = [(one["setting"], one["scale"]) for one in result["settings"]]
+    assert names == [
+        *(("1:1 clean", scale) for scale in (60, 120, 200)),
+        *((setting, 200) for setting in ("1:1 noise 2", "1:1 rotation 1")),
+        ("1:5 clean", 200),
+    ]
+    settings = dict(zip(names, result["settings"], strict=True))
+    largest = settings["1:1 clean", 200]
+    assert (largest["chance"], largest["majority"]) == (0.5, 0.5)
+    accuracy = {name: scores["accuracy"]["mean"] for name, scores in largest["systems"].items()}
+    assert accuracy["ridge_products"] > 0.8
+    assert accuracy["concat"] > 0.6
+    assert largest["systems"]["cross"]["accuracy"]["values"] == [0.5]
+    assert "cosine" not in accuracy  # widths differ
+    assert math.isfinite(accuracy["tokens"])
+    of_five = settings["1:5 clean", 200]
+    assert of_five["majority"] == pytest.approx(5 / 6)
+    assert of_five["systems"]["cross"]["accuracy"]["mean"] == pytest.approx(5 / 6)
+    parted = settings["1:1 rotation 1", 200]["systems"]["ridge_products"]["accuracy"]["mean"]
+    destroyed = settings["1:1 noise 2", 200]["systems"]["ridge_products"]["accuracy"]["mean"]
+    assert parted == pytest.approx(accuracy["ridge_products"], abs=0.02)
+    assert destroyed < accuracy["ridge_products"] - 0.15
+    assert {"concat", "cross", "tokens"} == set(result["cost"])
+    assert [one["names"] for one in result["crossovers"]] == [["concat", "cross"], ["concat", "tokens"]]
+    assert any("9999 pairs at 1:1, of which" in reason for reason in result["left_out"])
+    permuted = [one for one in result["controls"] if "permuted" in one["name"]]
+    assert [one["name"].split(", ")[1:3] for one in permuted] == [
+        ["60 pairs", "concat"],
+        ["60 pairs", "cross"],
+        ["200 pairs", "tokens"],
+    ]
+    table = (tmp_path / "match.txt").read_text()
+    assert "against cross (which sees one modality" in " ".join(table.split())
+    assert "CONTROL FAILED" not in table
+    assert set(result["planes"]) == {"ridge"}
+    page = make_page([str(tmp_path)], tmp_path / "page")
+    assert "Does a text belong to a photo?" in page
+    assert "the rule for non-aligned features" not in page  # sentences begin with a capital
+    assert "The rule for non-aligned features, cross-attention wins at any size" in page
+    drawn = {path.stem for path in (tmp_path / "figures").glob("*.png")}
+    assert drawn == {"match-sizes", "match-risk", "match-noise", "match-rotation", "match-planes"}
+    del result["settings"][0]["chance"]
+    (tmp_path / "match.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=r"match\.json: .*'chance'.* Run saffe-match again"):
+        make_page([str(tmp_path)], tmp_path / "page")
+    assert (tmp_path / "page" / "data" / "match-1.csv").read_text().startswith("setting,negatives,kind,level,scale")
+
+
+def test_photos_are_in_one_part_alone(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Pairs]] = []
+
+    def look(photo: Any, text: Any, parts: dict[str, Pairs], *_: Any) -> None:
+        seen.append(parts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "Bench", look)
+    with pytest.raises(KeyboardInterrupt):
+        match(config_of(cache, tmp_path))
+    [parts] = seen
+    rows = {name: set(of.rows.tolist()) for name, of in parts.items()}
+    assert len(set.union(*rows.values())) == sum(map(len, rows.values()))
+    assert len(rows["test"]) == 60
+    assert len(rows["train"]) + len(rows["validation"]) == 115  # five stand in test too
+    hashes = open_cache(cache).table.inputs["image"].content_hash
+    assert len({hashes[row].tobytes() for of in rows.values() for row in of}) == 175
+
+
+def test_a_leak_fails_loudly(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that betrays whether it matches is found without the photo."""
+    photo, text = (open_cache(cache).encoder(kind) for kind in ("image", "text"))
+    assert photo.key != text.key
+    true = measuring.scores_of
+
+    def leaking(model: Any, inputs: Any, examples: Examples, device: str) -> np.ndarray:
+        return true(model, inputs, examples, device) + 5 * examples.labels
+
+    monkeypatch.setattr(measuring, "scores_of", leaking)
+    options = [f"--{name}={value}" for name, value in (("scales", "60"), ("seeds", "0,1"), ("epochs", 1))]
+    options += ["--fusions=concat", "--negatives=1", "--tsne-pairs=0", "--noise=1", "--rotation=1", "--device=cpu"]
+    assert match_command(["--cache", cache, "--out", str(tmp_path), *options]) == 3
+    table = (tmp_path / "match.txt").read_text().splitlines()
+    assert table[0].startswith("CONTROL FAILED: 1:1 clean, 60 pairs, concat, photos shuffled: AUC ")
+
+
+def test_a_killed_run_goes_on_and_a_finished_one_stays(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(cache, tmp_path / "killed", scales=(60,))
+    whole = result_of(config_of(cache, tmp_path / "whole", scales=(60,)))
+    measure, calls = running.measure_cell, []
+
+    def dying(bench: Any, cell: Any, options: Any) -> dict[str, Any]:
+        calls.append(cell)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return measure(bench, cell, options)
+
+    monkeypatch.setattr(running, "measure_cell", dying)
+    with pytest.raises(KeyboardInterrupt):
+        match(config)
+    result = result_of(config)
+    assert len(calls) == 1 + len(list((tmp_path / "killed" / "cells").iterdir()))
+    for part in ("settings", "controls", "verdict"):
+        seconds = {"seconds": 0} if part == "settings" else None
+        plain = [[one | seconds if seconds else one for one in of[part]] for of in (result, whole)]
+        assert plain[0] == plain[1], part
+    before = (tmp_path / "killed" / "match.json").read_bytes()
+    match(config)
+    assert (tmp_path / "killed" / "match.json").read_bytes() == before
+    with pytest.raises(ValueError, match=r"holds another result \(epochs: 3 there, 4 now"):
+        match(replace(config, epochs=4))
+
+
+def test_classes_match_their_names(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c.zarr", {"train": 90, "test": 60}, classes=6, signal=8, width=32)
+    result = result_of(config_of(cache, tmp_path / "out", scales=(120,), epochs=8))
+    [setting] = result["settings"]
+    assert setting["systems"]["concat"]["accuracy"]["mean"] > 0.7
+    assert result["failures"] == []
+
+
+def test_halves_of_one_model_are_aligned(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    for split, count in (("train", 16), ("test", 6)):
+        lines = []
+        for number in range(count):
+            draw(tmp_path / "data" / split / f"{number}.png", number + 100 * len(split))
+            captions = [f"word{number} {split}", f"{split} word{number + 1}"]
+            lines.append(json.dumps({"file_name": f"{number}.png", "captions": captions}))
+        (tmp_path / "data" / split / "metadata.jsonl").write_text("\n".join(lines))
+    both = str(tiny_model("clip-vision"))
+    cache = str(tmp_path / "c.zarr")
+    extract(
+        ExtractConfig(data=str(tmp_path / "data"), cache=cache, encoder={"image": both, "text": both}, device="cpu")
+    )
+    options = {"fusions": ("concat", "tokens"), "scales": (8,), "token_scales": (8,), "seeds": (0,), "asks": "photo"}
+    result = result_of(config_of(cache, tmp_path / "out", **options))
+    assert result["features"] == "pre-aligned"
+    [setting] = result["settings"]
+    assert {"cosine", "tokens"} < set(setting["systems"])
+    assert -1 <= setting["alignment"]["matching_pairs"] <= 1
+    text = open_cache(cache).encoder("text")
+    other = replace(text.manifest.fingerprint, fields={**text.manifest.fingerprint.fields, "model_id": "another"})
+    photo = open_cache(cache).encoder("image")
+    assert running.is_aligned(photo, text)
+    text.manifest.fingerprint = other
+    assert not running.is_aligned(photo, text)
+
+
+def test_what_does_not_go_together_is_said(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"--fusions: found gated, expected concat or"):
+        config_of(cache, tmp_path, fusions=("gated",))
+    with pytest.raises(ValueError, match=r"--split: found train, expected three different splits"):
+        config_of(cache, tmp_path, split="train")
+    with pytest.raises(ValueError, match=r"--scales: found \(9999,\), expected 2 to \d+ pairs, which 10\d training"):
+        match(config_of(cache, tmp_path / "a", scales=(9999,)))
+    with pytest.raises(ValueError, match="split 'dev' has no items"):
+        match(config_of(cache, tmp_path / "b", split="dev"))
+    with pytest.raises(CacheError, match=r"hidden states of layers \[2, 3\], asked for \[1\]"):
+        match(config_of(cache, tmp_path / "c", layers={"image": (1,)}))
+    real = __import__
+
+    def lacking(name: str, *rest: Any) -> Any:
+        if name == "saffe_cache.matching.running":
+            raise ImportError("No module named 'sklearn'", name="sklearn")
+        return real(name, *rest)
+
+    monkeypatch.setattr("builtins.__import__", lacking)
+    with pytest.raises(ImportError, match=r"saffe-match needs the package sklearn: pip install 'saffe-cache\[match\]'"):
+        match_module.match(config_of(cache, tmp_path / "d"))

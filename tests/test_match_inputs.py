@@ -1,0 +1,64 @@
+"""What fusions are fed is what the cache holds, and the weights that are kept are those that validation chose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from synthetic_cache import make_cache
+
+from saffe_cache.matching.examples import draw_examples, draw_judged
+from saffe_cache.matching.fitting import FitOptions, fit, scores_of
+from saffe_cache.matching.inputs import Tokens, Vectors
+from saffe_cache.pairs import select_pairs
+from saffe_cache.store.reader import Cache, open_cache
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    path: Path = tmp_path_factory.mktemp("inputs") / "c.zarr"
+    return open_cache(make_cache(path, {"train": 40, "test": 30}, signal=2, text_width=6))
+
+
+def test_tokens_and_vectors_are_those_of_their_rows(cache: Cache) -> None:
+    photo, text = cache.encoder("image"), cache.encoder("text")
+    photo_rows, text_rows = np.array([2, 3, 7, 30]), np.array([0, 4, 5, 11, 20])
+    tokens = Tokens.read(photo, text, photo_rows, text_rows, (3, 2))
+    asked = np.array([30, 2, 2]), np.array([4, 20, 0])
+    photos, texts, mask = tokens.batch(*asked)
+    deviation = photo.array("hidden_states/3").read(np.arange(70)).std()
+    expected = photo.tokens(asked[0], (3,)).states[0] / deviation
+    assert np.allclose(photos, expected, atol=0.02)
+    lengths = np.diff(text.offsets)[asked[1]]
+    assert np.array_equal(mask.sum(dim=1).numpy(), lengths)
+    assert texts.shape[1] == lengths.max()
+    stored = text.array("hidden_states/2")
+    deviation = stored.read(np.arange(len(stored))).std()
+    for place, row in enumerate(asked[1]):
+        own = stored.read(np.arange(text.offsets[row], text.offsets[row + 1])) / deviation
+        assert np.allclose(texts[place, : len(own)], own, atol=0.02)
+        assert not texts[place, len(own) :].any()
+    vectors = Vectors.read(photo, text, photo_rows, text_rows)
+    photos, texts, mask = vectors.batch(*asked)
+    own = photo.vectors(asked[0])
+    assert torch.allclose(photos.norm(dim=2), torch.tensor(photo.manifest.hidden_size**0.5))
+    assert np.allclose(photos[:, 0] / photos.norm(dim=2), own / np.linalg.norm(own, axis=1, keepdims=True), atol=1e-5)
+    assert (tuple(texts.shape), tuple(mask.shape), bool(mask.all())) == ((3, 1, 6), (3, 1), True)
+
+
+def test_the_kept_weights_are_those_of_the_best_epoch_and_a_seed_repeats_them(cache: Cache) -> None:
+    photo, text = cache.encoder("image"), cache.encoder("text")
+    train, judged = (select_pairs(cache.table, photo, text, split, "captions") for split in ("train", "test"))
+    rows = np.union1d(train.rows, judged.rows), np.union1d(train.texts.values, judged.texts.values)
+    vectors = Vectors.read(photo, text, *rows)
+    options = FitOptions(epochs=6, batch_size=16, learning_rate=0.01, weight_decay=0.01, asks="text", device="cpu")
+    training, validation = draw_examples(train, 80, 1, 0), draw_judged(judged, 1, 0)
+    first, again, other = (fit("concat", vectors, training, validation, options, seed) for seed in (0, 0, 1))
+    assert first.validation[first.epoch - 1] == max(first.validation)
+    scores = scores_of(first.model, vectors, validation, "cpu")
+    assert ((scores > 0) == validation.labels).mean() == pytest.approx(max(first.validation))
+    assert first.losses[-1] < first.losses[0]
+    assert np.array_equal(scores, scores_of(again.model, vectors, validation, "cpu"))
+    assert not np.allclose(scores, scores_of(other.model, vectors, validation, "cpu"))

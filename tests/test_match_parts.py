@@ -1,0 +1,259 @@
+"""Pairs, degraded features, scores, curves and verdicts, each beside an independent reference."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from scipy.special import j1
+from sklearn.metrics import accuracy_score, roc_auc_score
+
+from saffe_cache.features import Ragged
+from saffe_cache.matching.baselines import fit_baselines
+from saffe_cache.matching.controls import failures, judge_controls
+from saffe_cache.matching.crossover import compare_risks, find_crossover, fit_power_law
+from saffe_cache.matching.degrading import Degradation, measure_alignment, partial_rotation
+from saffe_cache.matching.embedding import embed_pairs
+from saffe_cache.matching.examples import Examples, draw_examples, draw_judged, most_examples
+from saffe_cache.matching.inputs import Vectors
+from saffe_cache.matching.published import published_results
+from saffe_cache.matching.scores import auc_error, best_threshold, judge
+from saffe_cache.matching.verdict import judge_degradation, judge_rule, rule_in_words
+from saffe_cache.pairs import Pairs
+from saffe_cache.retrieval.baselines import unit_rows
+
+
+def captions(count: int, of_each: int = 3) -> Pairs:
+    """Photos 100, 101, …; the first two share a caption."""
+    texts = [list(range(of_each * i, of_each * (i + 1))) for i in range(count)]
+    texts[1][0] = 0
+    rows = np.arange(100, 100 + count)
+    return Pairs("captions", tuple(map(str, rows)), rows, Ragged.from_rows(texts), Ragged.from_rows([[]] * count))
+
+
+def classes(count: int, num_classes: int) -> Pairs:
+    labels = [[i % num_classes if i % 3 else 0] for i in range(count)]
+    rows = np.arange(count)
+    return Pairs("classes", tuple(map(str, rows)), rows, Ragged.from_rows(labels), Ragged.from_rows(labels))
+
+
+@pytest.mark.parametrize("negatives", [1, 5])
+@pytest.mark.parametrize("pairs", [captions(40), classes(60, 8)], ids=["captions", "classes"])
+def test_neither_photo_nor_text_tells_anything_alone(pairs: Pairs, negatives: int) -> None:
+    own = {(int(row), int(text)) for row, texts in zip(pairs.rows, pairs.texts, strict=True) for text in texts}
+    trained = draw_examples(pairs, 20 * (1 + negatives), negatives, 3)
+    assert len(trained) == 20 * (1 + negatives)
+    for drawn in (trained, draw_judged(pairs, negatives, 3)):
+        is_own = [pair in own for pair in zip(drawn.photos.tolist(), drawn.texts.tolist(), strict=True)]
+        assert np.array_equal(is_own, drawn.labels == 1)
+        for side in (drawn.photos, drawn.texts):
+            for value in np.unique(side):
+                matching = drawn.labels[side == value]
+                assert (matching == 0).sum() == negatives * (matching == 1).sum()
+    judged = draw_judged(pairs, negatives, 3)
+    assert len(np.unique(judged.photos)) == judged.labels.sum()  # each photo once
+
+
+def test_a_smaller_scale_lies_within_a_larger_one_and_seeds_differ() -> None:
+    pairs = captions(40)
+
+    def matches(count: int, seed: int = 0) -> set[tuple[int, int]]:
+        drawn = draw_examples(pairs, count, 1, seed)
+        own = drawn.labels == 1
+        return set(zip(drawn.photos[own].tolist(), drawn.texts[own].tolist(), strict=True))
+
+    assert matches(20) < matches(60)
+    assert matches(20) != matches(20, seed=1)
+    assert most_examples(pairs, 5) == 6 * 120
+    with pytest.raises(ValueError, match=r"--scales: found 300, expected 2 to 240 pairs"):
+        draw_examples(pairs, 300, 1, 0)
+    with pytest.raises(ValueError, match=r"--negatives: found 2, and the 2 different texts"):
+        draw_judged(classes(12, 2), 2, 0)
+
+
+def test_shuffled_photos_have_no_fixed_point_and_permuted_labels_keep_their_number() -> None:
+    drawn = draw_judged(captions(40), 1, 0)
+    shuffled = drawn.with_photos_shuffled(1)
+    assert not (shuffled.photos == drawn.photos).any()
+    assert sorted(shuffled.photos) == sorted(drawn.photos)
+    for photo in np.unique(drawn.photos):
+        assert len(np.unique(shuffled.photos[drawn.photos == photo])) == 1
+    permuted = drawn.with_labels_permuted(1)
+    assert permuted.labels.sum() == drawn.labels.sum()
+    assert abs(np.corrcoef(permuted.labels, drawn.labels)[0, 1]) < 0.5
+
+
+def pair_of_spaces(count: int = 300, width: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """Aligned, as the halves of CLIP are."""
+    generator = np.random.default_rng(0)
+    shared = generator.normal(size=(count, width))
+    return unit_rows(shared), unit_rows(shared + 0.7 * generator.normal(size=(count, width)))
+
+
+def mean_cosine(first: np.ndarray, second: np.ndarray) -> float:
+    return float((first * second).sum(axis=1).mean())
+
+
+def test_rotation_parts_the_spaces_and_noise_destroys_what_they_say() -> None:
+    photos, texts = pair_of_spaces()
+    photos[1::2] = unit_rows(photos[0::2] + 0.5 * photos[1::2])  # alike, two by two
+    within, across = mean_cosine(photos[::2], photos[1::2]), mean_cosine(photos[::2], texts[::2])
+    for turn in (0.25, 0.5, 0.75):
+        rotated, same = Degradation("rotation", turn).apply(photos, texts, 0)
+        assert np.array_equal(same, texts)
+        assert np.allclose(rotated @ rotated.T, photos @ photos.T, atol=1e-5)
+        now = mean_cosine(rotated[::2], texts[::2])
+        assert now < across - 0.05
+        across = now
+    within_now, across_now = within, mean_cosine(photos[::2], texts[::2])
+    for sigma in (0.05, 0.1, 0.3):
+        noisy, noisy_texts = Degradation("noise", sigma).apply(photos, texts, 0)
+        found = mean_cosine(noisy[::2], noisy[1::2]), mean_cosine(noisy[::2], noisy_texts[::2])
+        assert found[0] < within_now - 0.05
+        assert found[1] < across_now - 0.05
+        within_now, across_now = found
+
+
+@pytest.mark.parametrize("turn", [0.25, 0.5, 1.0])
+def test_rotations_are_rotations_of_the_angle_that_is_told(turn: float) -> None:
+    """The planes' angles follow the semicircle law, whose mean cosine is a Bessel function."""
+    rotation = partial_rotation(200, turn, np.random.default_rng(0)).astype(float)
+    assert np.allclose(rotation @ rotation.T, np.eye(200), atol=1e-5)
+    assert np.linalg.det(rotation) == pytest.approx(1, abs=1e-4)
+    angle = 3.8317 * turn
+    assert np.trace(rotation) / 200 == pytest.approx(2 * j1(angle) / angle, abs=0.01)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.2])
+def test_noise_leaves_the_cosine_of_its_formula(sigma: float) -> None:
+    photos, texts = pair_of_spaces(2000, 128)
+    noisy = Degradation("noise", sigma).apply(photos, texts, 0)
+    expected = 1 / np.sqrt(1 + sigma**2 * 128)
+    every = np.arange(len(photos))
+    measured = measure_alignment((photos, texts), noisy, (every, every))
+    assert measured["photos_with_clean"] == pytest.approx(expected, abs=0.01)
+    factor = measured["matching_pairs"] / (photos * texts).sum(axis=1).mean()
+    assert factor == pytest.approx(expected**2, abs=0.02)
+
+
+def test_scores_and_the_best_threshold_agree_with_every_cut_tried() -> None:
+    generator = np.random.default_rng(0)
+    labels = (np.arange(90) % 3 == 0).astype(int)
+    scores = np.round(generator.normal(size=90) + labels, 1)  # with ties
+    cuts = [scores.min() - 1, *(scores + 1e-6)]
+    best = max(float(((scores > cut) == labels).mean()) for cut in cuts)
+    found = judge(scores, labels, best_threshold(scores, labels))
+    assert found["accuracy"] == pytest.approx(best)
+    assert judge(scores, 1 - labels, best_threshold(scores, 1 - labels))["accuracy"] >= 2 / 3
+    called, ones = scores > 0, labels == 1
+    true, false, missed = (called & ones).sum(), (called & ~ones).sum(), (~called & ones).sum()
+    at_zero = judge(scores, labels)
+    assert at_zero["f1"] == pytest.approx(2 * true / (2 * true + false + missed))
+    assert at_zero["precision"] == pytest.approx(true / (true + false))
+    assert at_zero["recall"] == pytest.approx(true / (true + missed))
+    wins = scores[ones][:, None] - scores[~ones][None]
+    assert at_zero["auc"] == pytest.approx(((wins > 0) + 0.5 * (wins == 0)).mean())
+    assert judge(np.zeros(90), labels)["accuracy"] == pytest.approx(2 / 3)  # the majority class
+
+
+def test_controls_fail_where_they_find_something() -> None:
+    generator = np.random.default_rng(0)
+    labels = np.repeat([1, 0], 500)
+    chance = [float(roc_auc_score(labels, generator.normal(size=1000))) for _ in range(200)]
+    assert np.std(chance) == pytest.approx(auc_error(500, 500), rel=0.15)
+    judged = judge_controls({"fair": chance[:3], "leaking": [0.6, 0.61, 0.62]}, 500, 500)
+    assert [one["passed"] for one in judged] == [True, False]
+    assert failures(judged) == [f"leaking: AUC 61.0, expected 50.0 ± {100 * judged[1]['limit']:.1f}"]
+    many = judge_controls({str(i): chance[i : i + 3] for i in range(190)}, 500, 500)
+    assert all(one["passed"] for one in many)
+
+
+def test_ridge_finds_a_map_that_the_cosine_does_not_and_products_are_cross_fitted() -> None:
+    generator = np.random.default_rng(0)
+    photos = unit_rows(generator.normal(size=(700, 30)))
+    turned = photos @ np.linalg.qr(generator.normal(size=(30, 30)))[0]
+    texts = unit_rows(turned + 0.5 * generator.normal(size=(700, 30)) / np.sqrt(30))
+    rows = np.arange(700)
+    vectors = Vectors(rows, rows, photos, texts.astype(np.float32))
+
+    def part(start: int, stop: int) -> Examples:
+        own = np.arange(start, stop)
+        labels = np.repeat([1, 0], len(own))
+        return Examples(np.tile(own, 2), np.concatenate([own, np.roll(own, 1)]), labels)
+
+    training, validation, test = part(0, 400), part(400, 500), part(500, 700)
+    found = fit_baselines(vectors, training, validation)
+    accuracy = {
+        name: accuracy_score(test.labels, baseline.scores(test) > baseline.threshold)
+        for name, baseline in found.items()
+    }
+    assert 0.4 < accuracy["cosine"] < 0.6
+    assert min(accuracy["ridge_cosine"], accuracy["ridge_products"]) > 0.9
+    noise = Vectors(rows, rows, photos, unit_rows(generator.normal(size=(700, 30))))
+    blind = fit_baselines(noise, training, validation)["ridge_products"]
+    assert blind.scores(training).std() < 50
+    assert accuracy_score(test.labels, blind.scores(test) > blind.threshold) < 0.6
+    narrow = Vectors(rows, rows, photos, noise.texts[:, :20])
+    assert set(fit_baselines(narrow, training, validation)) == {"ridge_cosine", "ridge_products"}
+
+
+def test_a_power_law_is_found_again_and_so_is_the_place_where_two_meet() -> None:
+    sizes = (1000, 2000, 4000, 8000, 16000)
+
+    def errors(a: float, b: float, c: float) -> dict[int, list[float]]:
+        return {size: [a * (size / 1000) ** -b + c + shift for shift in (-1e-4, 0, 1e-4)] for size in sizes}
+
+    first, second = (0.2, 0.3, 0.1), (0.3, 0.8, 0.1)
+    assert fit_power_law(errors(*first)) == pytest.approx(first, abs=5e-3)
+    meeting = 1000 * (0.3 / 0.2) ** (1 / (0.8 - 0.3))  # where both terms are equal
+    assert find_crossover(first, second, 1000, 16000) == pytest.approx(meeting, rel=1e-4)
+    found = compare_risks(errors(*first), errors(*second), ("a", "b"))
+    assert found["low"] <= found["crossover"] <= found["high"]
+    assert found["crossover"] == pytest.approx(meeting, rel=0.02)
+    assert found["share"] == 1
+    apart = compare_risks(errors(*first), errors(0.2, 0.3, 0.2), ("a", "b"))
+    assert apart["crossover"] is None
+    assert apart["words"] == "a and b: no crossover within 1000 to 16000 pairs, nor in any resample of the seeds"
+    few = {size: errors(*first)[size] for size in sizes[:2]}
+    assert "three sizes or more, found 2" in compare_risks(few, few, ("a", "b"))["words"]
+
+
+def test_the_rule_is_judged_by_intervals_paired_by_seed() -> None:
+    accuracies = {
+        "concat": {100: [0.8, 0.9, 0.85], 200: [0.8, 0.8, 0.8]},
+        "cross": {100: [0.7, 0.8, 0.76], 200: [0.9, 0.7, 0.8]},
+    }
+    judged = judge_rule("pre-aligned", accuracies, ["cross"])
+    assert [(one["size"], one["holds"]) for one in judged] == [(100, True), (200, None)]
+    differences = np.array([0.1, 0.1, 0.09])
+    half = 4.303 * differences.std(ddof=1) / np.sqrt(3)
+    assert judged[0]["lead"]["low"] == pytest.approx(differences.mean() - half)
+    assert [one["holds"] for one in judge_rule("non-aligned", accuracies, ["cross"])] == [False, None]
+    [words] = rule_in_words("non-aligned", judge_rule("non-aligned", accuracies, ["cross"]))
+    assert "cross-attention wins at any size, holds at 0, fails at 1, is undecided at 1 sizes against cross" in words
+    assert judge_rule("pre-aligned", {"concat": {100: [0.9]}, "cross": {100: [0.1]}}, ["cross"])[0]["holds"] is None
+    leads = {"clean": [0.0, 0.01], "noise 0.1": [0.02, 0.03], "noise 0.2": [-0.02, 0.03]}
+    found = judge_degradation(leads, "noise", "cross")
+    assert (found["grown"], found["fallen"]) == (["noise 0.1"], [])
+    assert found["changes"]["noise 0.2"] == pytest.approx({"mean": 0.0, "low": -0.254, "high": 0.254}, abs=1e-3)
+    assert "over cross grows at 1 and falls at 0 of 2 levels; it is +0.5 points on clean features" in found["words"]
+
+
+def test_neighbours_on_the_plane_are_those_in_space() -> None:
+    generator = np.random.default_rng(0)
+    photos = unit_rows(np.repeat(np.eye(8, dtype=np.float32), 4, axis=0) + 0.3 * generator.normal(size=(32, 8)))
+    near = embed_pairs(photos, unit_rows(photos + 0.01 * generator.normal(size=photos.shape)), 0)
+    far = embed_pairs(photos, unit_rows(generator.normal(size=photos.shape)), 0)
+    assert near["own_is_nearest"] > 0.5 > far["own_is_nearest"]
+    assert np.array(near["photos"]).shape == (32, 2)
+
+
+def test_the_published_tables_are_whole() -> None:
+    found = {(one["table"], one["system"], one["scale"], one["sigma"]): one["accuracy"] for one in published_results()}
+    assert len(found) == 20
+    assert found[1, "cross", 8192, 0.0] == pytest.approx(0.844)
+    assert found[2, "concat", 16384, 0.1] == pytest.approx(0.862)
+    for system in ("concat", "cross"):
+        falling = [found[2, system, 16384, sigma] for sigma in (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)]
+        assert all(after <= before for before, after in pairwise(falling))
