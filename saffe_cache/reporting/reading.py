@@ -1,7 +1,7 @@
 """What a report is made of: finished runs and their evaluations, read from their folders into plain dataclasses.
 
-Strict: a folder that is no run, no evaluation, no ablation and no episodes is refused, and so is a file that lacks a
-field, or whose details do not agree with its numbers.
+Strict: a folder that is no run, no evaluation, no ablation, no episodes and no alignment is refused, and so is a file
+that lacks a field, or whose details do not agree with its numbers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from saffe_cache.evaluation.details import Details, read_details
 from saffe_cache.fields import known_part, made_of
 from saffe_cache.judging.search import main_metric
 from saffe_cache.reporting.ablations import Ablation, read_ablation
+from saffe_cache.reporting.alignments import Alignment, read_alignment
 from saffe_cache.reporting.episodes import Episodes, read_episodes
 from saffe_cache.runs import RunSpec, read_json
 
@@ -155,6 +156,7 @@ class Material:
     evaluations: tuple[Evaluation, ...]
     ablations: tuple[Ablation, ...]
     episodes: tuple[Episodes, ...]
+    alignments: tuple[Alignment, ...]
 
 
 def read_material(folders: Sequence[str]) -> Material:
@@ -166,6 +168,7 @@ def read_material(folders: Sequence[str]) -> Material:
     evaluations: dict[Path, Evaluation] = {}
     ablations: dict[Path, Ablation] = {}
     episodes: dict[Path, Episodes] = {}
+    alignments: dict[Path, Alignment] = {}
     for folder in map(Path, folders):
         place = folder.resolve()
         known = False
@@ -173,6 +176,8 @@ def read_material(folders: Sequence[str]) -> Material:
             ablations[place], known = read_ablation(folder / "ablation.json"), True
         if (folder / "binding.json").exists():
             episodes[place], known = read_episodes(folder / "binding.json"), True
+        if (folder / "alignment.json").exists():
+            alignments[place], known = read_alignment(folder / "alignment.json"), True
         if (folder / "result.json").exists() and (folder / "config.json").exists():
             runs[place], known = _read_run(folder), True
             for path in sorted(folder.glob(f"*/{_METRICS}")):
@@ -183,16 +188,18 @@ def read_material(folders: Sequence[str]) -> Material:
             if parent not in runs and (parent / "result.json").exists() and (parent / "config.json").exists():
                 runs[parent] = _read_run(parent)
         if not known:
+            lacks = "neither result.json, metrics.json, ablation.json, binding.json nor alignment.json is in it"
             raise ValueError(
-                f"{folder}: {'nothing' if not folder.exists() else 'neither result.json, metrics.json, ablation.json '}"
-                f"{' is there' if not folder.exists() else 'nor binding.json is in it'}. Give a finished run's folder "
-                "(saffe-train-fam --out), an evaluation's (saffe-index-eval --out), an ablation's or one of episodes."
+                f"{folder}: {lacks if folder.exists() else 'nothing is there'}. Give a finished run's folder "
+                "(saffe-train-fam --out), an evaluation's (saffe-index-eval --out), an ablation's, one of episodes, or "
+                "an alignment's (saffe-align --out)."
             )
     return Material(
         runs=tuple(runs.values()),
         evaluations=tuple(evaluations.values()),
         ablations=tuple(ablations.values()),
         episodes=tuple(episodes.values()),
+        alignments=tuple(alignments.values()),
     )
 
 
