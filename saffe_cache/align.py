@@ -99,33 +99,15 @@ def align(config: AlignConfig) -> str:
     modality = gallery_modality(cache)
     encoders = cache.encoder(modality, config.encoder.get(modality)), cache.encoder("text", config.encoder.get("text"))
     kind: PairKind = pair_kind(cache.table) if config.pairs == "auto" else config.pairs
+    layers = _layers(config, encoders[0]), _layers(config, encoders[1])
     sample = _draw(config, cache, *encoders, kind)
-    vectors = _vectors(config, sample, *encoders)
-    options = Options(**{one.name: getattr(config, one.name) for one in fields(Options)})
-    measures, absent = measure(vectors, options)
-    tokens = _tokens(sample, *encoders, best_layer(vectors), list(vectors.texts)[-2])
-    closer, evidence = look_closer(vectors, tokens, options)
-    result = {
-        "title": Path(config.cache).stem,
-        "split": config.split,
-        "pairs": kind,
-        "encoders": {"gallery": encoders[0].key, "text": encoders[1].key},
-        "photos": {"judged": sample.num_judged, "fitted": len(vectors.fitted), "fitted_closer": len(vectors.others)},
-        "num_texts": len(sample.texts),
-        "gallery_layers": list(vectors.photos),
-        "text_layers": list(vectors.texts),
-        "measures": measures,
-        "absent": absent,
-        "closer": closer,
-        "advice": [asdict(one) for one in advise(evidence, has_texts_beside=kind == "captions")],
-        "standing": STANDING,
-        "evidence": asdict(evidence),
-        "seconds": round(time.perf_counter() - started, 1),
-        **provenance(config),
-    }
     out = Path(config.out)
     with hold_folder(out):
         remove_partial_files(out)
+        result = _result(config, encoders, layers, sample) | {
+            "seconds": round(time.perf_counter() - started, 1),
+            **provenance(config),
+        }
         write_whole(out / "pairs.csv", _as_csv(result))
         write_whole(out / "table.txt", f"{format_alignment(result)}\n".encode())
         write_json(out / "alignment.json", result)
@@ -141,6 +123,7 @@ def read_table(out: str) -> str:
 class _Sample:
     """Which photos, and the text of each: those that are judged first."""
 
+    kind: PairKind
     photos: np.ndarray
     """int64 [photos]: rows in their encoder's arrays."""
     texts: Ragged
@@ -148,6 +131,35 @@ class _Sample:
     text_of: np.ndarray
     """int64 [photos]: which of the texts."""
     num_judged: int
+
+
+def _result(
+    config: AlignConfig,
+    encoders: tuple[EncoderCache, EncoderCache],
+    layers: tuple[list[int], list[int]],
+    sample: _Sample,
+) -> dict[str, Any]:
+    vectors = _vectors(encoders, layers, sample)
+    options = Options(**{one.name: getattr(config, one.name) for one in fields(Options)})
+    measures, absent = measure(vectors, options)
+    tokens = _tokens(encoders, (int(best_layer(vectors)), layers[1][-1]), sample, vectors.num_texts)
+    closer, evidence = look_closer(vectors, tokens, options)
+    return {
+        "title": Path(config.cache).stem,
+        "split": config.split,
+        "pairs": sample.kind,
+        "encoders": {"gallery": encoders[0].key, "text": encoders[1].key},
+        "photos": {"judged": sample.num_judged, "fitted": len(vectors.fitted), "fitted_closer": len(vectors.others)},
+        "num_texts": len(sample.texts),
+        "gallery_layers": list(vectors.photos),
+        "text_layers": list(vectors.texts),
+        "measures": measures,
+        "absent": absent,
+        "closer": closer,
+        "advice": [asdict(one) for one in advise(evidence, has_texts_beside=vectors.has_captions)],
+        "standing": STANDING,
+        "evidence": asdict(evidence),
+    }
 
 
 def _draw(config: AlignConfig, cache: Cache, gallery: EncoderCache, text: EncoderCache, kind: PairKind) -> _Sample:
@@ -165,34 +177,40 @@ def _draw(config: AlignConfig, cache: Cache, gallery: EncoderCache, text: Encode
         texts = np.array([generator.choice(pairs.texts[int(i)]) for i in order], np.int64)
         _, first = np.unique(texts, return_index=True)
         order, texts = order[np.sort(first)], texts[np.sort(first)]
-        distinct, text_of = Ragged.from_rows([row] for row in texts), np.arange(len(texts))
     else:
         order = order[np.diff(pairs.labels.offsets)[order] == 1]
-        labels = pairs.labels.values[pairs.labels.offsets[order]]
-        classes, text_of = np.unique(labels, return_inverse=True)
-        distinct = Ragged.from_rows(cache.table.class_texts[int(label)] for label in classes)
-        require(len(classes) > 1, "pairs", f"photos of {len(classes)} classes", "two or more")
-    num_judged = min(config.max_photos, len(order) // 2)
-    least = 4 * config.neighbours
+    num_judged, least = min(config.max_photos, len(order) // 2), 4 * config.neighbours
     if num_judged < least:
         raise ValueError(
             f"{config.cache}, split {config.split!r}: {len(order)} photos with {kind} of their own, expected "
             f"{2 * least} or more: as many to fit on as to judge, and 4 times --neighbours. Use more data."
         )
-    kept = slice(0, num_judged + config.map_photos)
+    order = order[: num_judged + config.map_photos]
     if kind == "captions":
-        distinct = Ragged.from_rows(list(distinct)[kept])
-    return _Sample(pairs.rows[order[kept]], distinct, text_of[kept], num_judged)
+        distinct, text_of = Ragged.from_rows([row] for row in texts[: len(order)]), np.arange(len(order))
+    else:
+        classes, text_of = np.unique(pairs.labels.values[pairs.labels.offsets[order]], return_inverse=True)
+        require(len(classes) > 1, "pairs", f"photos of {len(classes)} class", "two or more")
+        distinct = Ragged.from_rows(cache.table.class_texts[int(label)] for label in classes)
+    return _Sample(kind, pairs.rows[order], distinct, text_of, num_judged)
 
 
-def _vectors(config: AlignConfig, sample: _Sample, gallery: EncoderCache, text: EncoderCache) -> Vectors:
-    photos = {str(layer): _means(gallery, sample.photos, layer) for layer in _layers(config, gallery)}
+def _vectors(
+    encoders: tuple[EncoderCache, EncoderCache], layers: tuple[list[int], list[int]], sample: _Sample
+) -> Vectors:
+    gallery, text = encoders
+    photos = {str(layer): _means(gallery, sample.photos, layer) for layer in layers[0]}
     if gallery.manifest.vector in gallery.manifest.arrays:
         photos[OWN] = gallery.vectors(sample.photos)
     flat, starts = sample.texts.values, sample.texts.offsets[:-1]
-    read = {str(layer): _means(text, flat, layer) for layer in _layers(config, text)} | {OWN: text.vectors(flat)}
-    texts = {name: unit_rows(np.add.reduceat(unit_rows(of), starts, axis=0)) for name, of in read.items()}
-    return Vectors(photos=photos, texts=texts, text_of=sample.text_of, num_judged=sample.num_judged)
+    read = {str(layer): _means(text, flat, layer) for layer in layers[1]} | {OWN: text.vectors(flat)}
+    return Vectors(
+        photos=photos,
+        texts={name: unit_rows(np.add.reduceat(unit_rows(of), starts, axis=0)) for name, of in read.items()},
+        text_of=sample.text_of,
+        num_judged=sample.num_judged,
+        has_captions=sample.kind == "captions",
+    )
 
 
 def _layers(config: AlignConfig, encoder: EncoderCache) -> list[int]:
@@ -223,17 +241,17 @@ def _means(encoder: EncoderCache, rows: np.ndarray, layer: int) -> np.ndarray:
 
 
 def _tokens(
-    sample: _Sample, gallery: EncoderCache, text: EncoderCache, gallery_layer: str, text_layer: str
+    encoders: tuple[EncoderCache, EncoderCache], layers: tuple[int, int], sample: _Sample, num_texts: int
 ) -> TokenStates:
     """Of a class those of its first prompt."""
-    photos = gallery.tokens(sample.photos[: sample.num_judged], (int(gallery_layer),))
-    num_texts = min(len(sample.texts), sample.num_judged)
-    texts = text.tokens(sample.texts.values[sample.texts.offsets[:num_texts]], (int(text_layer),))
+    gallery, text = encoders
+    photos = gallery.tokens(sample.photos[: sample.num_judged], layers[:1])
+    texts = text.tokens(sample.texts.values[sample.texts.offsets[:num_texts]], layers[1:])
     assert texts.mask is not None
     return TokenStates(
-        gallery_layer=gallery_layer,
+        gallery_layer=str(layers[0]),
         photos=normed(torch.from_numpy(photos.states[0])),
-        text_layer=text_layer,
+        text_layer=str(layers[1]),
         texts=[normed(torch.from_numpy(one[mask])) for one, mask in zip(texts.states[0], texts.mask, strict=True)],
     )
 

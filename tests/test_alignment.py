@@ -156,8 +156,8 @@ def test_rotation_leaves_kernels_and_svcca_alone_and_breaks_the_cosine_which_a_r
             "cka": float(cka(*grams)[0, 0]),
             "neighbours": float(mutual_neighbours(*near)[0, 0]),
             "svcca": float(mean_correlation(*canonical_variates(*parts))[0]),
-            "a_0": answers(photo[:150], text[:150], rows).recall_at_1,
-            "a_lin": answers(fit(photo[:150]), text[:150], rows).recall_at_1,
+            "a_0": answers(photo[:150], text[:150], rows, texts_search=True).recall_at_1,
+            "a_lin": answers(fit(photo[:150]), text[:150], rows, texts_search=True).recall_at_1,
         }
 
     plain, turned = measured(photo), measured(photo @ rotation(8))
@@ -187,7 +187,9 @@ def test_nothing_shared_is_told_from_something() -> None:
         for grid, chance in zip(grids, (0, 10 / 119, 0), strict=True):
             assert grid.null_mean[0, 0] == pytest.approx(chance, abs=0.05)
             assert (grid.low[0, 0] > grid.null_high[0, 0]) == shares
-        found = answers(Ridge(sides[0][120:]).fit(sides[1][120:])(judged[0]), judged[1], np.arange(120))
+        found = answers(
+            Ridge(sides[0][120:]).fit(sides[1][120:])(judged[0]), judged[1], np.arange(120), texts_search=True
+        )
         assert (found.recall_at_1 > 2 * np.quantile(found.null(orders), 0.95)) == shares
 
 
@@ -207,9 +209,9 @@ def test_ridge_is_scikit_learns_with_the_least_left_out_error() -> None:
 
 def test_ranks_of_captions_and_of_classes() -> None:
     scores = np.array([[0.9, 0.8, 0.1], [0.5, 0.8, 0.2], [0.4, 0.3, 0.1]], np.float32)
-    captions = answers_of_scores(scores, np.arange(3))
+    captions = answers_of_scores(scores, np.arange(3), texts_search=True)
     assert captions.ranks.tolist() == [1, 1.5, 2.5]  # text 1 ties with photo 0, text 2 with photo 0
-    classes = answers_of_scores(scores[[0, 1, 2, 2]], np.array([0, 0, 2, 0]))
+    classes = answers_of_scores(scores[[0, 1, 2, 2]], np.array([0, 0, 2, 0]), texts_search=False)
     assert classes.ranks.tolist() == [1, 2, 3, 1]
     assert classes.recall_at_1 == 0.5
     assert classes.null_of_deals([np.array([1, 0, 2])]).tolist() == [0.25]
@@ -222,8 +224,10 @@ def test_an_mlp_finds_what_no_line_does() -> None:
     labels = ((features[:, 0] > 0) ^ (features[:, 1] > 0)).astype(np.int64)
     texts = np.eye(2, 6, dtype=np.float32)
     fit = Ridge(features[200:]).fit(texts[labels[200:]])
-    linear = answers(fit(features[:200]), texts, labels[:200])
-    mlp = mlp_answers((features[200:], labels[200:]), (features[:200], labels[:200]), texts, 2, 15, 0)
+    linear = answers(fit(features[:200]), texts, labels[:200], texts_search=False)
+    mlp = mlp_answers(
+        (features[200:], labels[200:]), (features[:200], labels[:200]), texts, 2, 15, 0, texts_search=False
+    )
     assert linear.recall_at_1 < 0.6
     assert mlp.recall_at_1 > 0.8
 

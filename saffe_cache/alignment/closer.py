@@ -61,17 +61,22 @@ def look_closer(vectors: Vectors, tokens: TokenStates, options: Options) -> tupl
         vectors.num_texts,
         _MLP_EPOCHS,
         options.seed,
+        texts_search=vectors.has_captions,
     )
-    late = answers_of_scores(maxsim(tokens.photos, tokens.texts, to_tokens), vectors.text_of[judged])
+    scores = maxsim(tokens.photos, tokens.texts, to_tokens)
+    late = answers_of_scores(scores, vectors.text_of[judged], texts_search=vectors.has_captions)
     own = vectors.photos.get(OWN)
     is_comparable = own is not None and own.shape[1] == vectors.texts[OWN].shape[1]
     zero = vectors.searched(OWN, own[judged]) if own is not None and is_comparable else None
-    found = [
-        _scores(vectors, (layer, OWN), {"a_lin": linear, "a_mlp": mlp}, to_own, orders),
-        _scores(vectors, (layer, tokens.text_layer), {"a_lin": linear_mean, "a_tok": late}, to_tokens, orders),
-    ]
+    found = []
     if zero is not None:
-        found.insert(0, _scores(vectors, (OWN, OWN), {"a_0": zero}, None, orders))
+        deals = permutations(vectors.num_texts, options.permutations, options.seed)
+        found.append(_scores(vectors, (OWN, OWN), None, {"a_0": (zero, zero.null_of_deals(deals))}))
+    for layers, fit, systems in (
+        ((layer, OWN), to_own, {"a_lin": linear, "a_mlp": mlp}),
+        ((layer, tokens.text_layer), to_tokens, {"a_lin": linear_mean, "a_tok": late}),
+    ):
+        found.append(_scores(vectors, layers, fit, {name: (one, one.null(orders)) for name, one in systems.items()}))
     evidence = Evidence(
         a_0=None if zero is None else zero.recall_at_1,
         without_map=None if zero is None else _gap(zero, linear, ENOUGH_WITHOUT_MAP),
@@ -88,13 +93,13 @@ def look_closer(vectors: Vectors, tokens: TokenStates, options: Options) -> tupl
 def _scores(
     vectors: Vectors,
     layers: tuple[str, str],
-    systems: Mapping[str, Answers],
     ridge: RidgeMap | None,
-    orders: Sequence[np.ndarray],
+    systems: Mapping[str, tuple[Answers, np.ndarray]],
 ) -> dict[str, Any]:
+    """As JSON; of each system its answers and its null."""
     scores = {}
-    for name, one in systems.items():
-        null, (low, high) = one.null(orders), one.interval(0)
+    for name, (one, null) in systems.items():
+        low, high = one.interval(0)
         scores[name] = {
             "value": one.recall_at_1,
             "low": low,

@@ -65,31 +65,24 @@ class Answers:
         return np.array([(self.first == deal[self.own]).mean() for deal in deals])
 
 
-def answers(photos: np.ndarray, texts: np.ndarray, rows: np.ndarray) -> Answers:
+def answers(photos: np.ndarray, texts: np.ndarray, rows: np.ndarray, *, texts_search: bool) -> Answers:
     """By cosine, of photos in the texts' space.
 
     Args:
         photos: [n, d].
         texts: the distinct texts, [m, d].
         rows: int [n], the text of each photo.
+        texts_search: whether the texts, one of each photo, search the photos; else photos search the texts.
     """
-    return answers_of_scores(unit_rows(photos) @ unit_rows(texts).T, rows)
+    return answers_of_scores(unit_rows(photos) @ unit_rows(texts).T, rows, texts_search=texts_search)
 
 
-def answers_of_scores(scores: np.ndarray, rows: np.ndarray) -> Answers:
-    """By scores of photos with distinct texts, [n, m]: texts search photos where each has one of its own."""
-    if has_own_texts(rows):
-        scores, own = scores[:, rows].T, np.arange(len(rows))
-    else:
-        own = rows
+def answers_of_scores(scores: np.ndarray, rows: np.ndarray, *, texts_search: bool) -> Answers:
+    """By scores of photos with distinct texts, [n, m]."""
+    scores, own = (scores[:, rows].T, np.arange(len(rows))) if texts_search else (scores, rows)
     of_own = scores[np.arange(len(own)), own][:, None]
     ties = (scores == of_own).sum(axis=1) - 1
     return Answers(1 + (scores > of_own).sum(axis=1) + ties / 2, scores.argmax(axis=1), own)
-
-
-def has_own_texts(rows: np.ndarray) -> bool:
-    """Whether no two photos have the same text."""
-    return len(np.unique(rows)) == len(rows)
 
 
 class Ridge:
@@ -156,6 +149,8 @@ def mlp_answers(
     num_judged_texts: int,
     epochs: int,
     seed: int,
+    *,
+    texts_search: bool,
 ) -> Answers:
     """What saffe-index-eval's MLP on pooled features finds: two layers, trained by InfoNCE as a FAM is.
 
@@ -168,6 +163,7 @@ def mlp_answers(
         num_judged_texts: so many of them, the first, are searched with or for among the judged photos.
         epochs: at most.
         seed: of starting weights, order and dropout.
+        texts_search: see `answers`.
     """
     features, rows = fitted
     held = np.arange(len(features)) % _VALIDATION_PART == 0
@@ -175,7 +171,9 @@ def mlp_answers(
 
     def judge(fit: MlpFit) -> float:
         distinct, place = np.unique(rows[held], return_inverse=True)
-        return float((1 / answers(fit.gallery(features[held]), fit.queries(texts[distinct]), place).ranks).mean())
+        queries = fit.queries(texts[distinct])
+        found = answers(fit.gallery(features[held]), queries, place, texts_search=texts_search)
+        return float((1 / found.ranks).mean())
 
     positives = Ragged.from_rows([row] for row in rows[~held])
     fit = fit_mlp(
@@ -186,4 +184,5 @@ def mlp_answers(
         epochs=epochs,
         seed=seed,
     )
-    return answers(fit.gallery(judged[0]), fit.queries(texts[:num_judged_texts]), judged[1])
+    queries = fit.queries(texts[:num_judged_texts])
+    return answers(fit.gallery(judged[0]), queries, judged[1], texts_search=texts_search)

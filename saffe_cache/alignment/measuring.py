@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,8 +42,10 @@ class Vectors:
     texts: Mapping[str, np.ndarray]
     """Unit vectors of the distinct texts [texts, t] of each layer."""
     text_of: np.ndarray
-    """int64 [photos]: which of the texts; of captions each photo has one of its own, with its own number."""
+    """int64 [photos]: which of the texts; a caption has the number of its photo."""
     num_judged: int
+    has_captions: bool
+    """Whether each photo has a text of its own, rather than that of its class."""
 
     @property
     def judged(self) -> np.ndarray:
@@ -61,11 +62,6 @@ class Vectors:
         """Those of them that every pair of layers is fitted on: as many as are judged, where there are."""
         return self.others[: self.num_judged]
 
-    @cached_property
-    def has_captions(self) -> bool:
-        """Whether each photo has a text of its own, rather than that of its class."""
-        return len(np.unique(self.text_of)) == len(self.text_of)
-
     @property
     def num_texts(self) -> int:
         """Those that are searched with or for among the judged photos: their captions, or all classes."""
@@ -77,7 +73,8 @@ class Vectors:
 
     def searched(self, text_layer: str, photos: np.ndarray) -> Answers:
         """What the judged photos' vectors [judged, t] and the texts find of each other."""
-        return answers(photos, self.texts[text_layer][: self.num_texts], self.text_of[self.judged])
+        texts = self.texts[text_layer][: self.num_texts]
+        return answers(photos, texts, self.text_of[self.judged], texts_search=self.has_captions)
 
 
 def measure(vectors: Vectors, options: Options) -> tuple[dict[str, Any], dict[str, str]]:

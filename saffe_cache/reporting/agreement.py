@@ -63,9 +63,7 @@ def _heat_map(alignment: Alignment, name: str, measure: LayerMeasure, file: str)
     """Layers of photos downwards; the last row has the highest 95 % quantile of permuted pairs."""
     cells = np.array(measure.value, np.float64)
     nulls = np.array(measure.null_high, np.float64)
-    known = ~np.isnan(nulls).all(axis=0)
-    highest = np.full(len(known), np.nan)
-    highest[known] = np.nanmax(nulls[:, known], axis=0)
+    highest = np.fmax.reduce(nulls, axis=0)  # NaN only where all are
     shown = 100 * np.vstack([cells, highest])
     texts = [["" if np.isnan(value) else f"{value:.1f}" for value in row] for row in shown]
     rows = [*alignment.gallery_layers, "permuted"]
