@@ -2,12 +2,14 @@
 
     python pipelines/alignment.py --cache flickr8k.zarr cifar10.zarr --work runs/alignment
 
-For each cache and each of six photo layers: the measures, from the cache alone; then every fusion, trained on a part of
-the photos and reported on unseen ones: `linear` and `reuse` with photos alone in the gallery, and for captions also
+For each cache and each of four photo layers: the measures, from the cache alone; then every fusion, trained on a part
+of the photos and reported on unseen ones: `linear` and `reuse` with photos alone in the gallery, and for captions also
 `linear`, `concat` and `reuse` with a caption beside each photo. No FAM is the ridge regression (beside captions: its
-late fusion with them) of the same photos and layer. Three seeds, which also draw the photos; the best epoch is chosen
-on a tenth of train. alignment-test.json and .md tell how each measure correlates with what a FAM gains, and how often
-the advised fusion was the best, beside advisers that look at nothing. A killed run goes on with the same command.
+late fusion with them) of the same photos and layer. A decoder holds an encoder's block, which makes hidden_states l of
+l - 1: it is given the layer before the one that is measured and that the others fuse, or it would win by a layer. Three
+seeds, which also draw the photos; the best epoch is chosen on a 20th of train. alignment-test.json and .md tell how each
+measure correlates with what a FAM gains, and how often the advised fusion was the best, beside advisers that look at
+nothing. A killed run goes on with the same command.
 
 Needs scipy, which scikit-learn brings (the extra `test` or `bench`). Time on two CPU cores: see the log.
 """
@@ -31,7 +33,7 @@ from saffe_cache.align import AlignConfig, align
 from saffe_cache.durable import make_folder, write_whole
 from saffe_cache.pairs import gallery_modality, pair_kind
 from saffe_cache.runs import read_json, write_json
-from saffe_cache.store.reader import open_cache
+from saffe_cache.store.reader import EncoderCache, open_cache
 
 ALONE, BESIDE = "photos alone", "a text beside each photo"
 NO_FAM = {ALONE: "ridge", BESIDE: "late_fusion_ridge"}
@@ -41,14 +43,14 @@ TRAINED = {
     BESIDE: {"linear": "linear", "concat": "concat", "decoder": "reuse"},
 }
 """What is advised, and the fusion that is trained for it."""
-NUM_LAYERS = 6
+NUM_LAYERS = 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", nargs="+", required=True, help="each with photos' and texts' layers and blocks")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--gallery-layers", nargs="+", type=int, help="default: six, the last with a block among them")
+    parser.add_argument("--gallery-layers", nargs="+", type=int, help="default: four, the last among them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--train-fraction", type=float, default=0.25)
     parser.add_argument("--epochs", type=int, default=4)
@@ -71,9 +73,9 @@ def cases_of(path: str, options: argparse.Namespace) -> dict[str, list[Case]]:
     """Of one cache, by kind of gallery."""
     cache, name = open_cache(path), Path(path).stem
     modality = gallery_modality(cache)
-    blocks = cache.encoder(modality).block_layers
-    layers = options.gallery_layers or blocks[:: -max(1, len(blocks) // NUM_LAYERS)][:NUM_LAYERS][::-1]
-    text_layer = cache.encoder("text").block_layers[-1]
+    usable, texts = fused_layers(cache.encoder(modality)), fused_layers(cache.encoder("text"))
+    layers = options.gallery_layers or usable[:: -max(1, len(usable) // NUM_LAYERS)][:NUM_LAYERS][::-1]
+    text_layer = texts[-1]
     kinds = [ALONE, BESIDE] if pair_kind(cache.table) == "captions" else [ALONE]
     measured = {layer: measure(path, options.work / name, modality, layer, text_layer) for layer in layers}
     recipes = [write_recipe(options, name, kind, modality, layers, text_layer) for kind in kinds]
@@ -93,6 +95,11 @@ def cases_of(path: str, options: argparse.Namespace) -> dict[str, list[Case]]:
         sweep = read_json(out / recipe.stem / "ablation.json")
         found[kind] = [case_of(name, kind, layer, sweep, measured[layer]) for layer in layers]
     return found
+
+
+def fused_layers(encoder: EncoderCache) -> list[int]:
+    """Layers with the one before them and the block between."""
+    return [layer for layer in encoder.layers if layer - 1 in encoder.block_layers]
 
 
 def measure(path: str, work: Path, modality: str, layer: int, text_layer: int) -> dict[str, Any]:
@@ -117,14 +124,18 @@ x_label = "hidden_states"
 
 [shared]
 validation = "heldout"
+validation_fraction = 0.05
 train_fraction = {options.train_fraction}
 epochs = {options.epochs}
 control_epochs = 0
 {beside}"""
     series = []
     for fusion in TRAINED[kind].values():
-        text = f", text = [{text_layer}]" if fusion == "reuse" else ""
-        of_layers = ", ".join(f"{{ {modality} = [{layer}]{text} }}" for layer in layers)
+        if fusion == "reuse":
+            given = [f"{modality} = [{layer - 1}], text = [{text_layer - 1}]" for layer in layers]
+        else:
+            given = [f"{modality} = [{layer}]" for layer in layers]
+        of_layers = ", ".join(f"{{ {one} }}" for one in given)
         series.append(f'[[series]]\nname = "{fusion}"\nfusion = "{fusion}"\nlayers = [{of_layers}]\n')
     path: Path = options.work / name / "recipes" / f"{'beside' if kind == BESIDE else 'alone'}.toml"
     make_folder(path.parent)
@@ -135,7 +146,10 @@ control_epochs = 0
 def case_of(dataset: str, kind: str, layer: int, sweep: Mapping[str, Any], alignment: Mapping[str, Any]) -> Case:
     """One photo layer."""
     metric = sweep["metric"]
-    points = {one["name"]: {point["x"]: point for point in one["points"]}[str(layer)] for one in sweep["series"]}
+    points = {}
+    for series in sweep["series"]:
+        own = layer - 1 if series["name"] == "reuse" else layer
+        [points[series["name"]]] = [point for point in series["points"] if point["x"] == str(own)]
     values = {"no FAM": points["linear"]["baselines"][NO_FAM[kind]][metric]}
     values |= {advised: points[fusion]["values"][metric] for advised, fusion in TRAINED[kind].items()}
     advised = {one["gallery"]: one["fusion"] for one in alignment["advice"]}[kind]
