@@ -6,10 +6,10 @@ For each cache and each of four photo layers: the measures, from the cache alone
 of the photos and reported on unseen ones: `linear` and `reuse` with photos alone in the gallery, and for captions also
 `linear`, `concat` and `reuse` with a caption beside each photo. No FAM is the ridge regression (beside captions: its
 late fusion with them) of the same photos and layer. A decoder holds an encoder's block, which makes hidden_states l of
-l - 1: it is given the layer before the one that is measured and that the others fuse, or it would win by a layer. Three
-seeds, which also draw the photos; the best epoch is chosen on a 20th of train. alignment-test.json and .md tell how each
-measure correlates with what a FAM gains, and how often the advised fusion was the best, beside advisers that look at
-nothing. A killed run goes on with the same command.
+l - 1: it is given the layer before the one that is measured and that the others fuse, or it would win by a layer.
+Three seeds, which also draw the photos; the best epoch is chosen on a 20th of train. alignment-test.json and .md tell
+how each measure correlates with what a FAM gains, and how often the advised fusion was the best, beside advisers that
+look at nothing. A killed run goes on with the same command.
 
 Needs scipy, which scikit-learn brings (the extra `test` or `bench`). Time on two CPU cores: see the log.
 """
