@@ -12,6 +12,7 @@ import pytest
 from synthetic_cache import make_cache
 
 from saffe_cache.align import AlignConfig, align, read_table
+from saffe_cache.cli import align_command
 from saffe_cache.features import CacheError
 
 QUICK = {"neighbours": 4, "components": 4, "permutations": 5, "half_samples": 3}
@@ -55,6 +56,18 @@ def test_classes_are_searched_by_photos_and_their_names_dealt(tmp_path: Path) ->
     assert np.array(measures["cka"]["null_mean"]).min() > 0.1  # what photos of a class share stays in the null
     assert np.array(measures["mutual_neighbours"]["null_mean"]) == pytest.approx(0.25, abs=0.05)
     assert np.array(measures["a_0"]["value"]).shape == (3, 3)  # here the widths agree
+    assert measures["a_new"]["chance"] == 0.5
+    assert np.array(measures["a_new"]["null_mean"]) == pytest.approx(0.5, abs=0.2)
+
+
+def test_a_map_carries_over_to_classes_that_it_has_not_seen_where_spaces_agree(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c.zarr", {"train": 360}, classes=24, signal=8, text_width=4)
+    result = result_of(cache, tmp_path / "out", layers={"image": (3,), "text": (3,)})
+    measure = result["measures"]["a_new"]
+    assert measure["chance"] == pytest.approx(1 / 12)
+    assert measure["value"][0][1] > 0.25 > measure["null_high"][0][1]
+    two = make_cache(tmp_path / "d.zarr", {"train": 80}, classes=2, signal=8)
+    assert result_of(two, tmp_path / "few")["absent"]["a_new"].startswith("2 classes, 4 are needed")
 
 
 def test_layers_are_chosen_and_results_repeat(tmp_path: Path) -> None:
@@ -77,3 +90,4 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--neighbours: found 5, expected an even number"):
         AlignConfig(cache=cache, out="o", neighbours=5)
     assert not (tmp_path / "out").exists()
+    assert align_command(["--cache", str(tmp_path / "none.zarr"), "--out", str(tmp_path / "out")]) == 1

@@ -12,7 +12,7 @@ import numpy as np
 from saffe_cache.alignment.correlation import principal_components, svcca_grid
 from saffe_cache.alignment.kernels import centered_gram, chance_of_neighbours, cka_grid, mutual_neighbours_grid
 from saffe_cache.alignment.maps import Answers, Ridge, answers
-from saffe_cache.alignment.scores import Grid, permutations, unit_rows_clipped
+from saffe_cache.alignment.scores import Grid, grid_of, permutations, unit_rows_clipped
 from saffe_cache.alignment.words import DEFINITIONS
 from saffe_cache.retrieval.baselines import unit_rows
 
@@ -20,6 +20,9 @@ OWN = "own"
 """In the place of a layer's number: the encoder's own vector."""
 _RESAMPLES = 100
 """Of the judged photos, for SVCCA's intervals."""
+_CLASS_HALVES = 6
+"""Random halves of the classes that maps are fitted without."""
+_LEAST_CLASSES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,10 @@ def measure(vectors: Vectors, options: Options) -> tuple[dict[str, Any], dict[st
         absent["a_0"] = "vectors of widths {} and {} have no cosine".format(*widths)
     else:
         measures["a_0"] = zero
+    if not vectors.has_captions and vectors.num_texts < _LEAST_CLASSES:
+        absent["a_new"] = f"{vectors.num_texts} classes, {_LEAST_CLASSES} are needed to leave half of them out"
+    elif not vectors.has_captions:
+        measures["a_new"] = _unseen_classes(vectors, options)
     definitions = DEFINITIONS["captions" if vectors.has_captions else "classes"]
     return {name: {"definition": definitions[name]} | of for name, of in measures.items()}, absent
 
@@ -148,6 +155,31 @@ def _linear(vectors: Vectors, options: Options, orders: Sequence[np.ndarray]) ->
             fit = ridge.fit(vectors.texts_of(name, vectors.fitted))
             found.append(vectors.searched(name, fit(photos[vectors.judged])))
     return _of_answers(vectors, found, [one.null(orders) for one in found], options.seed)
+
+
+def _unseen_classes(vectors: Vectors, options: Options) -> dict[str, Any]:
+    """R@1 of classes that the ridge regression has not seen, among these; mean over random halves of the classes.
+
+    Half of the classes vary as all would: see `half_sample_deviations`. With few classes that is much.
+    """
+    orders = permutations(vectors.num_texts, _CLASS_HALVES, options.seed)
+    unseen = [np.sort(order[vectors.num_texts // 2 :]) for order in orders]
+    deals = permutations(len(unseen[0]), options.permutations, options.seed)
+    shape = (_CLASS_HALVES, len(vectors.photos), len(vectors.texts))
+    values, nulls = np.zeros(shape), np.zeros((options.permutations, *shape))
+    for half, classes in enumerate(unseen):
+        fitted = vectors.fitted[~np.isin(vectors.text_of[vectors.fitted], classes)]
+        judged = vectors.judged[np.isin(vectors.text_of[vectors.judged], classes)]
+        rows = np.searchsorted(classes, vectors.text_of[judged])
+        for row, photos in enumerate(vectors.photos.values()):
+            ridge = Ridge(photos[fitted])
+            for column, (name, texts) in enumerate(vectors.texts.items()):
+                fit = ridge.fit(vectors.texts_of(name, fitted))
+                found = answers(fit(photos[judged]), texts[classes], rows, texts_search=False)
+                values[half, row, column] = found.recall_at_1
+                nulls[:, half, row, column] = found.null_of_deals(deals)
+    grid = grid_of(values.mean(axis=0), values.std(axis=0, ddof=1), nulls.mean(axis=1))
+    return _as_json(grid, 1 / len(unseen[0]))
 
 
 def _without_map(vectors: Vectors, options: Options, deals: Sequence[np.ndarray]) -> dict[str, Any] | None:

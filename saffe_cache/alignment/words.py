@@ -10,6 +10,7 @@ NAMES: Mapping[str, str] = {
     "svcca": "SVCCA",
     "a_0": "A_0",
     "a_lin": "A_lin",
+    "a_new": "A_new",
     "a_mlp": "A_mlp",
     "a_tok": "A_tok",
 }
@@ -39,6 +40,9 @@ DEFINITIONS: Mapping[str, Mapping[str, str]] = {
         "a_lin": "share of photos whose nearest class text is their own after a ridge regression from photos to class "
         "texts, fitted on other photos of these classes: it tells known classes apart, whatever their texts are. Null: "
         "judged photos permuted",
+        "a_new": "share of photos of classes that the ridge regression has not seen whose nearest text of these "
+        "classes is their own; mean over random halves of the classes, whose spread is the interval. Null: their texts "
+        "dealt to them at random",
     },
 }
 """Of each measure, for items with captions and for items with classes."""
