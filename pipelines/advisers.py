@@ -16,6 +16,8 @@ from saffe_cache.retrieval.metrics import seed_interval
 
 Adviser = Callable[["Case"], str]
 _RESAMPLES = 2000
+LEAST_CASES = 4
+"""For correlations, and for a rule to be proposed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,13 @@ class Case:
     measures: Mapping[str, float]
     advised: str
     """By the rule of saffe_cache.alignment.advice."""
+    metric: str = ""
+    """What the values are."""
+    chance: float = 0.0
+    shuffled: float = 0.0
+    """Of `linear` with the photos shuffled, mean over seeds: beside texts what texts alone find."""
+    failures: Sequence[str] = ()
+    """Controls of a run that are not where they must be."""
 
     @property
     def fusions(self) -> list[str]:
@@ -129,8 +138,8 @@ def advisers(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
 def proposal(cases: Sequence[Case]) -> str:
     """The simplest rule that these cases support: a threshold only where it loses less on cases left out."""
     of = advisers(cases)
-    if len(cases) < 3:
-        return "none: too few cases"
+    if len(cases) < LEAST_CASES:
+        return f"no rule: {len(cases)} cases, at least {LEAST_CASES} are needed"
     fitted, constant = "threshold fitted to the other cases", "best constant of the other cases"
     is_better = of[fitted]["lost"] < of[constant]["lost"]
     return str(best_threshold(cases) if is_better else best_constant(cases))
@@ -141,8 +150,10 @@ def correlations(cases: Sequence[Case], gain: Callable[[Case], float], seed: int
 
     Ranks are taken within each dataset, whose scores are of other metrics and sizes. The interval is a bootstrap over
     cases, p the share of permutations within datasets that correlate as much. Layers of one encoder are no independent
-    cases: both are too hopeful.
+    cases: both are too hopeful. Nothing is told of fewer than `LEAST_CASES` cases.
     """
+    if len(cases) < LEAST_CASES:
+        return {}
     gains = np.array([gain(case) for case in cases])
     groups = [np.flatnonzero([case.dataset == one for case in cases]) for one in {case.dataset: 0 for case in cases}]
     generator = np.random.default_rng(seed)

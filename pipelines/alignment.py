@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -32,6 +33,7 @@ from saffe_cache.ablate import AblateConfig, ablate
 from saffe_cache.align import AlignConfig, align
 from saffe_cache.durable import make_folder, write_whole
 from saffe_cache.pairs import gallery_modality, pair_kind
+from saffe_cache.retrieval.metrics import seed_interval
 from saffe_cache.runs import read_json, write_json
 from saffe_cache.store.reader import EncoderCache, open_cache
 
@@ -52,7 +54,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--gallery-layers", nargs="+", type=int, help="default: four, the last among them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--train-fraction", type=float, default=0.25)
+    parser.add_argument("--train-fraction", type=float, default=0.2)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--workers", type=int, help="default: one a processor core")
     options = parser.parse_args()
@@ -127,7 +129,7 @@ validation = "heldout"
 validation_fraction = 0.05
 train_fraction = {options.train_fraction}
 epochs = {options.epochs}
-control_epochs = 0
+control_epochs = 1
 {beside}"""
     series = []
     for fusion in TRAINED[kind].values():
@@ -159,6 +161,10 @@ def case_of(dataset: str, kind: str, layer: int, sweep: Mapping[str, Any], align
         values=values,
         measures=measures_of(alignment),
         advised=advised,
+        metric=metric,
+        chance=points["linear"]["chance"][metric],
+        shuffled=statistics.mean(points["linear"]["controls"]["photos_shuffled"][metric]),
+        failures=[failure for point in points.values() for failure in point["failures"]],
     )
 
 
@@ -194,37 +200,46 @@ def outcome(cases: Sequence[Case]) -> dict[str, Any]:
 
 
 def as_markdown(gallery: str, found: Mapping[str, Any]) -> str:
-    """Percent, means over seeds."""
-    fusions = list(found["cases"][0]["values"])
-    seeds = len(found["cases"][0]["values"][fusions[0]])
-    lines = [f"### {gallery[0].upper()}{gallery[1:]}", "", f"Mean over {seeds} seeds, percent; A_… are R@1.", ""]
-    measures = list(found["cases"][0]["measures"])
-    lines += _row("case", *fusions, "advised", *measures) + _row(*["---"] * (2 + len(fusions) + len(measures)))
-    for case in found["cases"]:
-        values = (f"{100 * sum(of) / len(of):.1f}" for of in case["values"].values())
-        values = (f"**{one}**" if name == case["best"] else one for name, one in zip(fusions, values, strict=True))
-        told = (
-            f"{value:.2f}" if name == "A_lin / A_mlp" else f"{100 * value:.1f}"
-            for name, value in case["measures"].items()
-        )
-        lines += _row(case["name"], *values, case["advised"], *told)
-    lines += [
-        "",
-        "Spearman's rank correlation with what was gained, [95 % bootstrap over cases], p by permutation.",
-        "",
-    ]
-    lines += _row("measure", *found["correlations"]) + _row(*["---"] * (1 + len(found["correlations"])))
+    """Percent; what each fusion finds, what the measures say, and how they and the advice fare."""
+    cases = found["cases"]
+    fusions, measures = list(cases[0]["values"]), list(cases[0]["measures"])
+    seeds = len(cases[0]["values"][fusions[0]])
+    failures = [f"{case['name']}: {failure}" for case in cases for failure in case["failures"]]
+    lines = [f"CONTROL FAILED: {failure}. Do not use these numbers." for failure in failures]
+    lines += [f"### {gallery[0].upper()}{gallery[1:]}: {len(cases)} cases", ""]
+    lines += [f"Percent, mean over {seeds} seeds ± half of its 95 % t-interval; the best in bold.", ""]
+    lines += _table("case", "metric", "chance", "photos shuffled", *fusions, "advised")
+    for case in cases:
+        values = (_spread(of, bold=name == case["best"]) for name, of in case["values"].items())
+        controls = f"{100 * case['chance']:.1f}", f"{100 * case['shuffled']:.1f}"
+        lines += _row(case["name"], case["metric"], *controls, *values, case["advised"])
+    lines += ["", "What saffe-align measures, percent; A_… are R@1.", "", *_table("case", *measures)]
+    for case in cases:
+        lines += _row(case["name"], *(f"{100 * value:.1f}" for value in case["measures"].values()))
+    lines += ["", "Spearman's rank correlation within datasets, [95 % bootstrap over cases], p by permutation.", ""]
+    lines += _table("measure", *found["correlations"])
     for name in measures:
-        of = (one[name] for one in found["correlations"].values())
-        lines += _row(
-            name, *(f"{one['rho']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}] {one['p']:.3f}" for one in of)
-        )
-    lines += ["", *_row("adviser", "best", "within noise of it", "points lost on average"), *_row(*["---"] * 4)]
+        of_gains = (of.get(name) for of in found["correlations"].values())
+        lines += _row(name, *("too few cases" if of is None else _correlation(of) for of in of_gains))
+    lines += ["", *_table("adviser", "best", "within noise of it", "points lost on average")]
     for name, one in found["advisers"].items():
-        lines += _row(
-            name, f"{100 * one['best']:.0f} %", f"{100 * one['within_noise']:.0f} %", f"{100 * one['lost']:.2f}"
-        )
+        shares = (f"{100 * one[share]:.0f} %" for share in ("best", "within_noise"))
+        lines += _row(name, *shares, f"{100 * one['lost']:.2f}")
     return "\n".join([*lines, "", f"What these cases support: {found['proposal']}."])
+
+
+def _spread(values: Sequence[float], *, bold: bool) -> str:
+    mean, low, _ = seed_interval(values)
+    shown = f"**{100 * mean:.1f}**" if bold else f"{100 * mean:.1f}"
+    return f"{shown} ± {100 * (mean - low):.1f}" if len(values) > 1 else shown
+
+
+def _correlation(of: Mapping[str, float]) -> str:
+    return f"{of['rho']:+.2f} [{of['low']:+.2f}, {of['high']:+.2f}] {of['p']:.3f}"
+
+
+def _table(*header: str) -> list[str]:
+    return [*_row(*header), *_row(*["---"] * len(header))]
 
 
 def _row(*cells: str) -> list[str]:
