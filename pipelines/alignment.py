@@ -22,7 +22,8 @@ import logging
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from pipelines.advisers import Case, advisers, correlations, proposal
 from saffe_cache.ablate import AblateConfig, ablate
 from saffe_cache.align import AlignConfig, align
 from saffe_cache.durable import make_folder, write_whole
+from saffe_cache.features import Modality
+from saffe_cache.options import require
 from saffe_cache.pairs import gallery_modality, pair_kind
 from saffe_cache.retrieval.metrics import seed_interval
 from saffe_cache.runs import read_json, write_json
@@ -59,10 +62,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="default: one a processor core")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    stems = [Path(path).stem for path in options.cache]
+    require(len(set(stems)) == len(stems), "cache", stems, "caches of different names")
     cases: dict[str, list[Case]] = {}
     for path in options.cache:
-        for gallery, found in cases_of(path, options).items():
-            cases.setdefault(gallery, []).extend(found)
+        for setting in settings_of(path):
+            for gallery, found in cases_of(setting, options).items():
+                cases.setdefault(gallery, []).extend(found)
     result = {"options": json.loads(json.dumps(vars(options), default=str))}
     result |= {gallery: outcome(of) for gallery, of in cases.items()}
     table = "\n\n".join(as_markdown(gallery, result[gallery]) for gallery in cases)
@@ -71,31 +77,66 @@ def main() -> None:
     print(table)
 
 
-def cases_of(path: str, options: argparse.Namespace) -> dict[str, list[Case]]:
-    """Of one cache, by kind of gallery."""
-    cache, name = open_cache(path), Path(path).stem
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Two encoders of a cache."""
+
+    name: str
+    cache: str
+    modality: Modality
+    encoder: Mapping[str, str]
+    usable: Sequence[int]
+    """Photo layers that both a decoder and the other fusions can make use of."""
+    text_layer: int
+    kinds: Sequence[str]
+    """Of galleries."""
+    split: str
+    """To report on."""
+
+
+def settings_of(path: str) -> list[Setting]:
+    """Each photo encoder of a cache with each text encoder."""
+    cache = open_cache(path)
     modality = gallery_modality(cache)
-    usable, texts = fused_layers(cache.encoder(modality)), fused_layers(cache.encoder("text"))
-    layers = options.gallery_layers or usable[:: -max(1, len(usable) // NUM_LAYERS)][:NUM_LAYERS][::-1]
-    text_layer = texts[-1]
-    kinds = [ALONE, BESIDE] if pair_kind(cache.table) == "captions" else [ALONE]
-    measured = {layer: measure(path, options.work / name, modality, layer, text_layer) for layer in layers}
-    recipes = [write_recipe(options, name, kind, modality, layers, text_layer) for kind in kinds]
-    out = options.work / name / "sweep"
+    sides = [[one for one in cache.encoders.values() if one.manifest.modality == of] for of in (modality, "text")]
+    several = len(sides[0]) * len(sides[1]) > 1
+    return [
+        Setting(
+            name="-".join([Path(path).stem, *([gallery.key, text.key] if several else [])]),
+            cache=path,
+            modality=modality,
+            encoder={modality: gallery.key, "text": text.key},
+            usable=fused_layers(gallery),
+            text_layer=fused_layers(text)[-1],
+            kinds=[ALONE, BESIDE] if pair_kind(cache.table) == "captions" else [ALONE],
+            split="test" if "test" in cache.table.splits else "dev",
+        )
+        for gallery, text in product(*sides)
+    ]
+
+
+def cases_of(setting: Setting, options: argparse.Namespace) -> dict[str, list[Case]]:
+    """By kind of gallery."""
+    step = max(1, len(setting.usable) // NUM_LAYERS)
+    layers = options.gallery_layers or setting.usable[::-step][:NUM_LAYERS][::-1]
+    work = options.work / setting.name
+    measured = {layer: measure(setting, work, layer) for layer in layers}
+    recipes = [write_recipe(setting, options, kind, layers) for kind in setting.kinds]
+    out = work / "sweep"
     ablate(
         AblateConfig(
             recipe=tuple(map(str, recipes)),
-            cache=path,
+            cache=setting.cache,
             out=str(out),
-            split="test" if "test" in cache.table.splits else "dev",
+            split=setting.split,
             seeds=tuple(options.seeds),
             workers=options.workers,
         )
     )
     found: dict[str, list[Case]] = {}
-    for kind, recipe in zip(kinds, recipes, strict=True):
+    for kind, recipe in zip(setting.kinds, recipes, strict=True):
         sweep = read_json(out / recipe.stem / "ablation.json")
-        found[kind] = [case_of(name, kind, layer, sweep, measured[layer]) for layer in layers]
+        found[kind] = [case_of(setting.name, kind, layer, sweep, measured[layer]) for layer in layers]
     return found
 
 
@@ -104,20 +145,21 @@ def fused_layers(encoder: EncoderCache) -> list[int]:
     return [layer for layer in encoder.layers if layer - 1 in encoder.block_layers]
 
 
-def measure(path: str, work: Path, modality: str, layer: int, text_layer: int) -> dict[str, Any]:
+def measure(setting: Setting, work: Path, layer: int) -> dict[str, Any]:
     """What saffe-align says of one combination; once."""
-    out = work / "align" / f"{modality}-{layer}"
-    config = AlignConfig(cache=path, out=str(out), layers={modality: (layer,), "text": (text_layer,)})
+    out = work / "align" / f"{setting.modality}-{layer}"
+    layers: dict[str, tuple[int, ...]] = {setting.modality: (layer,), "text": (setting.text_layer,)}
+    config = AlignConfig(cache=setting.cache, out=str(out), layers=layers, encoder=setting.encoder)
     file = out / "alignment.json"
     if not file.exists() or read_json(file)["config"] != json.loads(json.dumps(asdict(config))):
         align(config)
     return read_json(file)
 
 
-def write_recipe(
-    options: argparse.Namespace, name: str, kind: str, modality: str, layers: Sequence[int], text_layer: int
-) -> Path:
-    """The trainings of one cache and kind of gallery, as saffe-ablate reads them."""
+def write_recipe(setting: Setting, options: argparse.Namespace, kind: str, layers: Sequence[int]) -> Path:
+    """The trainings of one kind of gallery, as saffe-ablate reads them."""
+    modality = setting.modality
+    encoders = ", ".join(f'{name} = "{key}"' for name, key in setting.encoder.items())
     beside = 'gallery_text = "first_caption"\nlearning_rate = 1e-3\ntext_dropout = 0.3\n' if kind == BESIDE else ""
     head = f"""title = "{kind}"
 question = "What does each fusion find?"
@@ -125,6 +167,7 @@ x = "layers.{modality}"
 x_label = "hidden_states"
 
 [shared]
+encoder = {{ {encoders} }}
 validation = "heldout"
 validation_fraction = 0.05
 train_fraction = {options.train_fraction}
@@ -134,12 +177,12 @@ control_epochs = 1
     series = []
     for fusion in TRAINED[kind].values():
         if fusion == "reuse":
-            given = [f"{modality} = [{layer - 1}], text = [{text_layer - 1}]" for layer in layers]
+            given = [f"{modality} = [{layer - 1}], text = [{setting.text_layer - 1}]" for layer in layers]
         else:
             given = [f"{modality} = [{layer}]" for layer in layers]
         of_layers = ", ".join(f"{{ {one} }}" for one in given)
         series.append(f'[[series]]\nname = "{fusion}"\nfusion = "{fusion}"\nlayers = [{of_layers}]\n')
-    path: Path = options.work / name / "recipes" / f"{'beside' if kind == BESIDE else 'alone'}.toml"
+    path: Path = options.work / setting.name / "recipes" / f"{'beside' if kind == BESIDE else 'alone'}.toml"
     make_folder(path.parent)
     write_whole(path, "\n".join([head, *series]).encode())
     return path

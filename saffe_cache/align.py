@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -245,12 +245,17 @@ def _tokens(
 ) -> TokenStates:
     """Of a class those of its first prompt."""
     gallery, text = encoders
-    photos = gallery.tokens(sample.photos[: sample.num_judged], layers[:1])
+
+    def photos() -> Iterator[torch.Tensor]:
+        for start in range(0, sample.num_judged, _BATCH):
+            rows = sample.photos[start : min(start + _BATCH, sample.num_judged)]
+            yield normed(torch.from_numpy(gallery.tokens(rows, layers[:1]).states[0]))
+
     texts = text.tokens(sample.texts.values[sample.texts.offsets[:num_texts]], layers[1:])
     assert texts.mask is not None
     return TokenStates(
         gallery_layer=str(layers[0]),
-        photos=normed(torch.from_numpy(photos.states[0])),
+        photos=photos(),
         text_layer=str(layers[1]),
         texts=[normed(torch.from_numpy(one[mask])) for one, mask in zip(texts.states[0], texts.mask, strict=True)],
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +38,8 @@ class TokenStates:
     """Normed tokens of the judged photos and of the texts that are searched with or for."""
 
     gallery_layer: str
-    photos: torch.Tensor
-    """[judged, tokens, d]"""
+    photos: Iterable[torch.Tensor]
+    """[photos, tokens, d], some at a time"""
     text_layer: str
     texts: Sequence[torch.Tensor]
     """[tokens, t] of each."""

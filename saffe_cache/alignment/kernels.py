@@ -27,7 +27,7 @@ def u_centered(gram: np.ndarray) -> np.ndarray:
         k_ij - r_i / (n - 2) - r_j / (n - 2) + s / ((n - 1) (n - 2)),   r row sums and s sum without diagonal
 
     A part of such a matrix, centred again, is what centring that part of the Gram matrix gives.
-    Source: Székely and Rizzo, Annals of Statistics 42 (2014), eq. 2.7; HSIC_1 of Song et al., JMLR 13 (2012), eq. 5.
+    Source: Székely and Rizzo, Annals of Statistics 42 (2014), sec. 2; HSIC_1 of Song et al., JMLR 13 (2012).
 
     Args:
         gram: [n, n], n at least 4.
@@ -92,7 +92,7 @@ def mutual_neighbours(photos: np.ndarray, texts: np.ndarray) -> np.ndarray:
         (1 / n) sum over i of |N_photo(i) and N_text(i)| / k
 
     It depends on n: chance is k / (n - 1), and real values shrink with n as well. Compare equal n alone.
-    Source: Huh et al., The Platonic Representation Hypothesis (2024), appendix A, eq. 11.
+    Source: Huh et al., The Platonic Representation Hypothesis (2024), appendix A.
 
     Args:
         photos: `neighbours` of each photo layer, [photo layers, n, n].
@@ -106,7 +106,8 @@ def mutual_neighbours_grid(
 ) -> Grid:
     """Shared neighbours with their interval by halves of the photos, and their null.
 
-    In a half, k / 2 nearest are the same share of the photos as k among all.
+    In a half, k / 2 nearest are the same share of the photos as k among all. So few vary a little more: the interval is
+    wide rather than narrow (on simulated photos it covered 98 %, that of CKA 90 to 96 %).
 
     Args:
         photos: similarities within each photo layer, [photo layers, n, n].

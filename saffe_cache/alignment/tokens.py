@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from saffe_cache.alignment.maps import RidgeMap
 
-_TEXTS_AT_ONCE = 8
+_WORDS_AT_ONCE = 512
 
 
 def normed(tokens: torch.Tensor) -> torch.Tensor:
@@ -19,28 +19,29 @@ def normed(tokens: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def maxsim(photos: torch.Tensor, texts: Sequence[torch.Tensor], ridge: RidgeMap) -> np.ndarray:
+def maxsim(photos: Iterable[torch.Tensor], texts: Sequence[torch.Tensor], ridge: RidgeMap) -> np.ndarray:
     """Mean over a text's tokens of the largest cosine with a photo's tokens, float32 [photos, texts].
 
     The ridge regression, which was fitted to means of tokens, maps each photo token. Both sides are taken from the mean
-    over texts, which all tokens share. Source: Khattab and Zaharia, SIGIR 2020 (ColBERT), sec. 3.2, with a mean in the
-    place of the sum, so that long texts score no higher.
+    over texts, which all tokens share. Source: Khattab and Zaharia, SIGIR 2020 (ColBERT), with a mean in the place of
+    the sum, so that long texts score no higher.
 
     Args:
-        photos: normed tokens, [photos, tokens, d].
+        photos: normed tokens, some photos at a time, [photos, tokens, d].
         texts: normed tokens of each, [tokens, t].
         ridge: from means of photo tokens to means of text tokens.
     """
     weight, center = torch.from_numpy(ridge.weight), torch.from_numpy(ridge.center)
-    mapped = functional.normalize((photos - center) @ weight, dim=-1)
-    num_photos, num_tokens, width = mapped.shape
-    flat = mapped.reshape(-1, width)
-    shared = torch.from_numpy(ridge.target_center)
-    scores = np.empty((num_photos, len(texts)), np.float32)
-    for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        these = texts[start : start + _TEXTS_AT_ONCE]
-        tokens = functional.normalize(torch.cat(list(these)) - shared, dim=-1)
-        best = (flat @ tokens.T).view(num_photos, num_tokens, -1).amax(dim=1)
-        parts = torch.split(best, [len(text) for text in these], dim=1)
-        scores[:, start : start + len(these)] = torch.stack([part.mean(dim=1) for part in parts], dim=1).numpy()
-    return scores
+    lengths = [len(text) for text in texts]
+    words = functional.normalize(torch.cat(list(texts)) - torch.from_numpy(ridge.target_center), dim=-1)
+    scores = []
+    for some in photos:
+        mapped = functional.normalize((some - center) @ weight, dim=-1)
+        best = torch.cat([_nearest(mapped, part) for part in torch.split(words, _WORDS_AT_ONCE)], dim=1)
+        scores.append(torch.stack([of.mean(dim=1) for of in torch.split(best, lengths, dim=1)], dim=1))
+    return np.asarray(torch.cat(scores).numpy())
+
+
+def _nearest(photos: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Largest product of each word [words, t] with a token of each photo [photos, tokens, t]: [photos, words]."""
+    return (photos.flatten(0, 1) @ words.T).view(*photos.shape[:2], -1).amax(dim=1)
