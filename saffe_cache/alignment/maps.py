@@ -91,11 +91,11 @@ class Ridge:
     def __init__(self, features: np.ndarray) -> None:
         """`features` [n, d] of the photos to fit on."""
         self._center = features.mean(axis=0, dtype=np.float64).astype(np.float32)
-        centered = (features - self._center).astype(np.float32)
-        eigenvalues, vectors = np.linalg.eigh((centered.T @ centered).astype(np.float64))
+        centered = np.subtract(features, self._center, dtype=np.float64)
+        eigenvalues, vectors = np.linalg.eigh(centered.T @ centered)
         self._eigenvalues = np.maximum(eigenvalues, 0)
         self._vectors = vectors.astype(np.float32)
-        self._rotated = centered @ self._vectors
+        self._rotated = centered.astype(np.float32) @ self._vectors
 
     def fit(self, targets: np.ndarray) -> RidgeMap:
         """To targets [n, t]; of the package's strengths that with the least squared error of left-out photos.
