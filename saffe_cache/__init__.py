@@ -6,8 +6,8 @@ each other (tests/test_architecture.py holds this):
     cli                                                        the commands
     ablate   bind   match   report                             verbs made of these verbs
     ablation   binding   matching   reporting                  what they are made of
-    extract   train   evaluate   repair                        the verbs: a config in, the path or report out
-    extraction   training   evaluation                         what they are made of
+    extract   align   train   evaluate   repair                the verbs: a config in, the path or report out
+    extraction   alignment   training   evaluation             what they are made of
     judging                                                    how pairs are searched
     runs                                                       a run's folder
     pairs                                                      which items are trained on and judged

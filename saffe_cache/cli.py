@@ -79,6 +79,17 @@ def match_command(arguments: Sequence[str] | None = None) -> int:
     return _run_stage("saffe-match", MatchConfig, match, arguments, exit_status)
 
 
+def align_command(arguments: Sequence[str] | None = None) -> int:
+    from saffe_cache.align import AlignConfig, align, read_table
+
+    def align_and_show(config: AlignConfig) -> str:
+        out = align(config)
+        print(read_table(out), end="")
+        return out
+
+    return _run_stage("saffe-align", AlignConfig, align_and_show, arguments)
+
+
 def report_command(arguments: Sequence[str] | None = None) -> int:
     from saffe_cache.report import ReportConfig, report
 

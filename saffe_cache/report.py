@@ -1,4 +1,4 @@
-"""One page of runs, evaluations, ablations and few-shot episodes, for people: index.html, figures/ and data/."""
+"""One page of runs, evaluations, ablations, episodes and alignments, for people: index.html, figures/ and data/."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ReportConfig:
 
     runs: tuple[str, ...] = positional()
     """Folders to show: a finished run with its evaluations, a single evaluation, an ablation (ablation.json), few-shot
-    episodes (binding.json), fusions that match pairs (match.json)."""
+    episodes (binding.json), fusions that match pairs (match.json), an alignment (alignment.json)."""
     out: str
     """Folder for index.html, figures (SVG and PNG) and data (CSV)."""
     title: str = "What was found, and what it rests on"

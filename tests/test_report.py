@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import browsing, find_browser
-from report_cases import EVIL, Made, ablation, episodes, make_page, make_run, write
+from report_cases import EVIL, Made, ablation, alignment, episodes, make_page, make_run, write
 
 from saffe_cache.cli import report_command
 from saffe_cache.evaluation.details import read_details
@@ -30,6 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Made:
 def page(made: Made) -> str:
     folder = made.data.parent
     others = [write(folder / "sweep", "ablation.json", ablation()), write(folder / "few", "binding.json", episodes())]
+    others.append(write(folder / "align", "alignment.json", alignment()))
     return make_page([made.run, *others], folder / "page", queries=("again",))
 
 
@@ -105,10 +106,24 @@ def test_csv_holds_the_reported_numbers(made: Made, page: str) -> None:
     with (folder / "data" / "evaluation-1-queries.csv").open(newline="") as file:
         values = [float(row["fam: mrr"]) for row in csv.DictReader(file)]
     assert np.mean(values) == pytest.approx(made.metrics["systems"]["fam"]["mrr"]["value"])
-    for plot in ("evaluation-1-systems", "run-1-training", "ablation-1", "episodes-1"):
+    for plot in ("evaluation-1-systems", "run-1-training", "ablation-1", "episodes-1", "alignment-1-cka"):
         assert (folder / "figures" / f"{plot}.svg").read_text().startswith("<?xml")
         assert (folder / "figures" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
         assert f"{plot}-figure_1" in page
+
+
+def test_an_alignment_shows_advice_nulls_and_every_pair(made: Made, page: str) -> None:
+    section = page[page.index('id="alignment-1"') : page.index('id="run-1"')]
+    assert "photos alone: linear" in section
+    assert "a line finds &lt;b&gt;20" in section
+    assert "A hypothesis." in section
+    for shown in ("42.0", "3.0", "permuted", "95 % of them to 2.0", "18.0 – 22.0", "no tokens &lt;i&gt;"):
+        assert shown in section, shown
+    with (made.data.parent / "page" / "data" / "alignment-1.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["gallery_layer"], row["measure"], row["value"]) for row in rows] == [
+        ("2", "cka", "0.31"), ("own", "cka", "0.42"), ("2", "a_0", "0.2"), ("own", "a_0", ""),
+    ]  # fmt: skip
 
 
 def test_what_is_wrong_comes_first(made: Made, tmp_path: Path) -> None:
@@ -169,7 +184,7 @@ def test_folders_that_are_no_runs_and_broken_files_are_refused(made: Made, tmp_p
         assert not (tmp_path / "page").exists()
 
     refused(tmp_path / "none", r"none: nothing is there. Give a finished run's folder")
-    refused(made.data, r"data: none of result\.json, metrics\.json, ablation\.json, binding\.json and match\.json is")
+    refused(made.data, r"data: none of result\.json, metrics\.json, ablation\.json, binding\.json, .* is in it")
     content = ablation()
     del content["series"][0]["points"][0]["chance"]
     refused(Path(write(tmp_path / "a", "ablation.json", content)), r"ablation\.json: .*'chance'")
@@ -179,6 +194,11 @@ def test_folders_that_are_no_runs_and_broken_files_are_refused(made: Made, tmp_p
     content = episodes()
     content["settings"][0]["systems"]["fam"] = {"mean": "high", "half_interval": 0.1}
     refused(Path(write(tmp_path / "b", "binding.json", content)), r"binding\.json: mean: 'high', expected float")
+    content = alignment()
+    content["measures"]["cka"]["value"] = [[0.31]]
+    refused(
+        Path(write(tmp_path / "c", "alignment.json", content)), r"cka: value: rows of \[1\] cells, expected \[1, 1\]"
+    )
     shutil.copytree(made.out, tmp_path / "mixed")
     path = tmp_path / "mixed" / "metrics.json"
     path.write_text(path.read_text().replace(str(made.metrics["systems"]["fam"]["mrr"]["value"]), "0.5"))

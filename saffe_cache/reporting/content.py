@@ -1,4 +1,5 @@
-"""What a page says: notices, then evaluations with plots and galleries, sweeps, episodes, trainings and costs."""
+"""What a page says: notices, then evaluations with plots and galleries, sweeps, episodes, alignments, trainings and
+costs."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from saffe_cache.reporting import tables
+from saffe_cache.reporting.agreement import alignment_section
 from saffe_cache.reporting.evaluations import evaluation_section
 from saffe_cache.reporting.galleries import make_cards
 from saffe_cache.reporting.ledger import Costs, costs_of
@@ -73,12 +75,14 @@ def make_content(material: Material, album: Album, choice: Choice) -> Content:
             album.add(evaluation, {place for card in section.cards for place in card.places})
     album.keep_first(_in_turn(content.sections))
     content.notices += _missing_photos(content)
-    for number, (ablation) in enumerate(material.ablations, start=1):
+    for number, ablation in enumerate(material.ablations, start=1):
         content.sections.append(ablation_section(ablation, f"ablation-{number}", content.sheets))
     for number, episodes in enumerate(material.episodes, start=1):
         content.sections.append(episodes_section(episodes, f"episodes-{number}", content.sheets))
     for number, matches in enumerate(material.matches, start=1):
         content.sections.append(match_section(matches, f"match-{number}", content.sheets))
+    for number, alignment in enumerate(material.alignments, start=1):
+        content.sections.append(alignment_section(alignment, f"alignment-{number}", content.sheets))
     for number, (run, name) in enumerate(zip(material.runs, runs, strict=True), start=1):
         content.sections.append(run_section(run, name, f"run-{number}", content.sheets))
     if material.runs:

@@ -1,13 +1,13 @@
 """What a report is made of: finished runs and their evaluations, read from their folders into plain dataclasses.
 
-Strict: a folder that is no run, no evaluation, no ablation, no episodes and no matching is refused, and so is a file
-that lacks a field, or whose details do not agree with its numbers.
+Strict: a folder that is no run, no evaluation, no ablation, no episodes, no matching and no alignment is refused, and
+so is a file that lacks a field, or whose details do not agree with its numbers.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,11 +17,19 @@ from saffe_cache.evaluation.details import Details, read_details
 from saffe_cache.fields import known_part, made_of
 from saffe_cache.judging.search import main_metric
 from saffe_cache.reporting.ablations import Ablation, read_ablation
+from saffe_cache.reporting.alignments import Alignment, read_alignment
 from saffe_cache.reporting.episodes import Episodes, read_episodes
 from saffe_cache.reporting.matches import Matches, read_matches
 from saffe_cache.runs import RunSpec, read_json
 
 _METRICS = "metrics.json"
+_OTHERS: Mapping[str, Callable[[Path], Any]] = {
+    "ablation.json": read_ablation,
+    "binding.json": read_episodes,
+    "match.json": read_matches,
+    "alignment.json": read_alignment,
+}
+"""Results that stand in a folder of their own, and what reads them."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,7 @@ class Material:
     ablations: tuple[Ablation, ...]
     episodes: tuple[Episodes, ...]
     matches: tuple[Matches, ...]
+    alignments: tuple[Alignment, ...]
 
 
 def read_material(folders: Sequence[str]) -> Material:
@@ -166,18 +175,13 @@ def read_material(folders: Sequence[str]) -> Material:
     """
     runs: dict[Path, Run] = {}
     evaluations: dict[Path, Evaluation] = {}
-    ablations: dict[Path, Ablation] = {}
-    episodes: dict[Path, Episodes] = {}
-    matches: dict[Path, Matches] = {}
+    others: dict[str, dict[Path, Any]] = {file: {} for file in _OTHERS}
     for folder in map(Path, folders):
         place = folder.resolve()
         known = False
-        if (folder / "ablation.json").exists():
-            ablations[place], known = read_ablation(folder / "ablation.json"), True
-        if (folder / "binding.json").exists():
-            episodes[place], known = read_episodes(folder / "binding.json"), True
-        if (folder / "match.json").exists():
-            matches[place], known = read_matches(folder / "match.json"), True
+        for file, read in _OTHERS.items():
+            if (folder / file).exists():
+                others[file][place], known = read(folder / file), True
         if (folder / "result.json").exists() and (folder / "config.json").exists():
             runs[place], known = _read_run(folder), True
             for path in sorted(folder.glob(f"*/{_METRICS}")):
@@ -188,18 +192,19 @@ def read_material(folders: Sequence[str]) -> Material:
             if parent not in runs and (parent / "result.json").exists() and (parent / "config.json").exists():
                 runs[parent] = _read_run(parent)
         if not known:
-            lacks = "none of result.json, metrics.json, ablation.json, binding.json and match.json is in it"
+            lacks = f"none of {', '.join(('result.json', _METRICS, *_OTHERS))} is in it"
             raise ValueError(
                 f"{folder}: {lacks if folder.exists() else 'nothing is there'}. Give a finished run's folder "
-                "(saffe-train-fam --out), an evaluation's (saffe-index-eval --out), or one of saffe-ablate, saffe-bind "
-                "or saffe-match."
+                "(saffe-train-fam --out), an evaluation's (saffe-index-eval --out), or one of saffe-ablate, "
+                "saffe-bind, saffe-match or saffe-align."
             )
     return Material(
         runs=tuple(runs.values()),
         evaluations=tuple(evaluations.values()),
-        ablations=tuple(ablations.values()),
-        episodes=tuple(episodes.values()),
-        matches=tuple(matches.values()),
+        ablations=tuple(others["ablation.json"].values()),
+        episodes=tuple(others["binding.json"].values()),
+        matches=tuple(others["match.json"].values()),
+        alignments=tuple(others["alignment.json"].values()),
     )
 
 

@@ -1,0 +1,181 @@
+"""How good is advice? Cases in which every fusion was trained, and advisers: ours, trivial ones, a fitted one.
+
+A case is one combination of layers and one kind of gallery. Its values are scores of each fusion, one for each seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from saffe_cache.retrieval.metrics import seed_interval
+
+Adviser = Callable[["Case"], str]
+_RESAMPLES = 2000
+LEAST_CASES = 4
+"""For correlations, and for a rule to be proposed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One combination of layers, one kind of gallery."""
+
+    dataset: str
+    name: str
+    values: Mapping[str, Sequence[float]]
+    """Of each fusion, "no FAM" among them, for each seed: fractions."""
+    measures: Mapping[str, float]
+    advised: str
+    """By the rule of saffe_cache.alignment.advice."""
+    metric: str = ""
+    """What the values are."""
+    chance: float = 0.0
+    shuffled: float = 0.0
+    """Of `linear` with the photos shuffled, mean over seeds: beside texts what texts alone find."""
+    failures: Sequence[str] = ()
+    """Controls of a run that are not where they must be."""
+
+    @property
+    def fusions(self) -> list[str]:
+        return list(self.values)
+
+    def mean(self, fusion: str) -> float:
+        return float(np.mean(self.values[fusion]))
+
+    @property
+    def best(self) -> str:
+        return max(self.values, key=self.mean)
+
+    def regret(self, fusion: str) -> float:
+        """How much the best fusion finds more."""
+        return self.mean(self.best) - self.mean(fusion)
+
+    def within_noise(self, fusion: str) -> bool:
+        """Whether the best one is not better for sure: the 95 % t-interval of the paired difference reaches 0."""
+        difference = np.subtract(self.values[self.best], self.values[fusion])
+        return fusion == self.best or seed_interval(difference.tolist())[1] <= 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One fusion where a measure is at most a threshold, another where it is above; or one fusion always."""
+
+    below: str
+    above: str
+    measure: str | None = None
+    threshold: float = 0.0
+
+    def __call__(self, case: Case) -> str:
+        return self.below if self.measure is None or case.measures[self.measure] <= self.threshold else self.above
+
+    def __str__(self) -> str:
+        if self.measure is None:
+            return f"always {self.below}"
+        return f"{self.below} where {self.measure} is at most {self.threshold:.3g}, else {self.above}"
+
+
+def best_constant(cases: Sequence[Case]) -> Rule:
+    """The fusion that loses least on these cases."""
+    fusion = min(cases[0].fusions, key=lambda one: sum(case.regret(one) for case in cases))
+    return Rule(below=fusion, above=fusion)
+
+
+def best_threshold(cases: Sequence[Case]) -> Rule:
+    """The one threshold on one measure that loses least on these cases; a constant where it loses as little."""
+    rules = [best_constant(cases)]
+    for measure in cases[0].measures:
+        found = np.unique([case.measures[measure] for case in cases])
+        for threshold in (found[:-1] + found[1:]) / 2:
+            sides = [
+                [case for case in cases if (case.measures[measure] <= threshold) == is_below]
+                for is_below in (True, False)
+            ]
+            below, above = (best_constant(side).below for side in sides)
+            rules.append(Rule(below=below, above=above, measure=measure, threshold=float(threshold)))
+    return min(rules, key=lambda rule: sum(case.regret(rule(case)) for case in cases) - 1e-12 * (rule.measure is None))
+
+
+def left_out(cases: Sequence[Case], groups: Sequence[str], fit: Callable[[Sequence[Case]], Rule]) -> list[str]:
+    """What a rule advises in each case that is fitted to the cases of all other groups."""
+    advised = []
+    for case, group in zip(cases, groups, strict=True):
+        others = [one for one, of in zip(cases, groups, strict=True) if of != group]
+        advised.append(fit(others)(case) if others else "")
+    return advised
+
+
+def judged(cases: Sequence[Case], advised: Sequence[str]) -> dict[str, float]:
+    """How often the best fusion was advised, how often one within noise of it, and what was lost on average."""
+    both = list(zip(cases, advised, strict=True))
+    return {
+        "best": float(np.mean([fusion == case.best for case, fusion in both])),
+        "within_noise": float(np.mean([case.within_noise(fusion) for case, fusion in both])),
+        "lost": float(np.mean([case.regret(fusion) for case, fusion in both])),
+    }
+
+
+def advisers(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
+    """Our rule, every constant, chance, and what can be fitted, each judged on cases that it was not fitted to."""
+    fusions, places = cases[0].fusions, [str(number) for number in range(len(cases))]
+    datasets = [case.dataset for case in cases]
+    found = {"rule of section F": judged(cases, [case.advised for case in cases])}
+    found |= {f"always {one}": judged(cases, [one] * len(cases)) for one in fusions}
+    each = [judged(cases, [one] * len(cases)) for one in fusions]
+    found["at random"] = {name: float(np.mean([one[name] for one in each])) for name in each[0]}
+    if len(cases) > 1:
+        found["best constant of the other cases"] = judged(cases, left_out(cases, places, best_constant))
+        found["threshold fitted to the other cases"] = judged(cases, left_out(cases, places, best_threshold))
+    if len(set(datasets)) > 1:
+        advised = left_out(cases, datasets, best_threshold)
+        found["threshold fitted to the other datasets"] = judged(cases, advised)
+    return found
+
+
+def proposal(cases: Sequence[Case]) -> str:
+    """The simplest rule that these cases support: a threshold only where it loses less on cases left out."""
+    of = advisers(cases)
+    if len(cases) < LEAST_CASES:
+        return f"no rule: {len(cases)} cases, at least {LEAST_CASES} are needed"
+    fitted, constant = "threshold fitted to the other cases", "best constant of the other cases"
+    is_better = of[fitted]["lost"] < of[constant]["lost"]
+    return str(best_threshold(cases) if is_better else best_constant(cases))
+
+
+def correlations(cases: Sequence[Case], gain: Callable[[Case], float], seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Spearman's rank correlation of each measure with a gain.
+
+    Ranks are taken within each dataset, whose scores are of other metrics and sizes. The interval is a bootstrap over
+    cases, p the share of permutations within datasets that correlate as much. Layers of one encoder are no independent
+    cases: both are too hopeful. Nothing is told of fewer than `LEAST_CASES` cases.
+    """
+    if len(cases) < LEAST_CASES:
+        return {}
+    gains = np.array([gain(case) for case in cases])
+    groups = [np.flatnonzero([case.dataset == one for case in cases]) for one in {case.dataset: 0 for case in cases}]
+    generator = np.random.default_rng(seed)
+    drawn = [generator.choice(group, (_RESAMPLES, len(group))) for group in groups]
+    mixed = [group[np.argsort(generator.random((_RESAMPLES, len(group))), axis=1)] for group in groups]
+    found = {}
+    for name in cases[0].measures:
+        values = np.array([case.measures[name] for case in cases])
+        value = float(_rank_correlation([values[None, of] for of in groups], [gains[None, of] for of in groups])[0])
+        resampled = _rank_correlation([values[of] for of in drawn], [gains[of] for of in drawn])
+        nulls = _rank_correlation([values[None, of] for of in groups], [gains[of] for of in mixed])
+        low, high = np.percentile(resampled, [2.5, 97.5])
+        p = (1 + int((np.abs(nulls) >= abs(value) - 1e-12).sum())) / (1 + _RESAMPLES)
+        found[name] = {"rho": value, "low": float(low), "high": float(high), "p": p}
+    return found
+
+
+def _rank_correlation(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> np.ndarray:
+    """Of groups [resamples, cases], ranked within each; 0 where nothing varies."""
+    sides = []
+    for groups in (ours, theirs):
+        ranks = [rankdata(group, axis=1) / group.shape[1] for group in groups]
+        sides.append(np.concatenate([of - of.mean(axis=1, keepdims=True) for of in ranks], axis=1))
+    lengths = np.linalg.norm(sides[0], axis=1) * np.linalg.norm(sides[1], axis=1)
+    return np.asarray((sides[0] * sides[1]).sum(axis=1) / np.maximum(lengths, 1e-12))
