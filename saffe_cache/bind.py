@@ -10,7 +10,6 @@ binding.json, .txt      the result; written last, so its presence means that all
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -36,7 +35,7 @@ from saffe_cache.features import MODALITIES, CacheError
 from saffe_cache.options import require, require_keys, require_seed
 from saffe_cache.pairs import select_pairs
 from saffe_cache.retrieval.baselines import unit_rows
-from saffe_cache.runs import RunSpec, choose_device, provenance, read_json, write_json
+from saffe_cache.runs import RunSpec, choose_device, is_begun, provenance, read_json, write_json
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.train import TrainConfig, train_many
 from saffe_cache.training.resolving import resolve_run
@@ -135,7 +134,10 @@ def bind(config: BindConfig) -> str:
         seen = np.isin(rows[config.train_split][0], rows[config.split][0])
         known, labels = rows[config.train_split]
         rows[config.train_split] = known[~seen], labels[~seen]
-        _check_folder(config, spec, _fingerprint(cache, spec, rows))
+        spec = replace(spec, data=_fingerprint(cache, spec, rows))
+        told = {"stage": "bind", "run": asdict(spec), **provenance(config)}
+        if not is_begun(out, told, {"run": RunSpec, "config": BindConfig}, _NOT_COMPARED):
+            write_json(out / "config.json", told)
         if (out / "binding.json").exists():
             logger.info("%s is finished already, nothing to do.", out)
             return str(out)
@@ -215,30 +217,6 @@ def _fingerprint(cache: Cache, spec: RunSpec, rows: Mapping[str, _Rows]) -> str:
         digest.update(hashes[of_split].tobytes())
         digest.update(labels.astype("<i8").tobytes())
     return digest.hexdigest()[:16]
-
-
-def _check_folder(config: BindConfig, spec: RunSpec, data: str) -> None:
-    """Write config.json, or refuse to mix two results in one folder.
-
-    Raises:
-        ValueError: it holds another one.
-    """
-    path = Path(config.out) / "config.json"
-    new = {"stage": "bind", "run": asdict(replace(spec, data=data)), **provenance(config)}
-    if not path.exists():
-        write_json(path, new)
-        return
-    old, new = read_json(path), json.loads(json.dumps(new))
-    different = [
-        f"{name}: {old.get(part, {}).get(name)!r} there, {value!r} now"
-        for part in ("run", "config")
-        for name, value in new[part].items()
-        if name not in _NOT_COMPARED and old.get(part, {}).get(name) != value
-    ]
-    if different:
-        raise ValueError(
-            f"--out {config.out} holds another result ({'; '.join(different)}). Choose another --out, or delete it."
-        )
 
 
 def _names(config: BindConfig, cache: Cache, spec: RunSpec, out: Path) -> NamePool:

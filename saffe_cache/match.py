@@ -9,7 +9,6 @@ match.txt, match.json   the result; the latter written last, so its presence mea
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from saffe_cache.durable import hold_folder, remove_partial_files, write_whole
 from saffe_cache.matching.config import MatchConfig
 from saffe_cache.matching.table import format_match
 from saffe_cache.pairs import Pairs, gallery_modality, hold_out, pair_kind, select_pairs
-from saffe_cache.runs import provenance, read_json, write_json
+from saffe_cache.runs import is_begun, provenance, read_json, write_json
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 
 __all__ = ["MatchConfig", "exit_status", "match"]
@@ -56,7 +55,10 @@ def match(config: MatchConfig) -> str:
     with hold_folder(out):
         for folder in (out, out / "cells", out / "figures"):
             remove_partial_files(folder)
-        _check_folder(config, {"photo": photo.key, "text": text.key, "data": _fingerprint(cache, photo, parts)})
+        measured = {"photo": photo.key, "text": text.key, "data": _fingerprint(cache, photo, parts)}
+        told = {"stage": "match", "measured": measured, **provenance(config)}
+        if not is_begun(out, told, {"measured": dict, "config": MatchConfig}, _NOT_COMPARED):
+            write_json(out / "config.json", told)
         if (out / "match.json").exists():
             logger.info("%s is finished already, nothing to do.", out)
             return str(out)
@@ -117,30 +119,6 @@ def _fingerprint(cache: Cache, photo: EncoderCache, parts: Mapping[str, Pairs]) 
         digest.update(cache.table.inputs["text"].content_hash[pairs.texts.values].tobytes())
         digest.update(np.diff(pairs.texts.offsets).astype("<i8").tobytes())
     return digest.hexdigest()[:16]
-
-
-def _check_folder(config: MatchConfig, measured: Mapping[str, str]) -> None:
-    """Write config.json, or refuse to mix two results in one folder.
-
-    Raises:
-        ValueError: it holds another one.
-    """
-    path = Path(config.out) / "config.json"
-    new = json.loads(json.dumps({"stage": "match", "measured": measured, **provenance(config)}))
-    if not path.exists():
-        write_json(path, new)
-        return
-    old = read_json(path)
-    different = [
-        f"{name}: {old.get(part, {}).get(name)!r} there, {value!r} now"
-        for part in ("measured", "config")
-        for name, value in new[part].items()
-        if name not in _NOT_COMPARED and old.get(part, {}).get(name) != value
-    ]
-    if different:
-        raise ValueError(
-            f"--out {config.out} holds another result ({'; '.join(different)}). Choose another --out, or delete it."
-        )
 
 
 def _draw(result: Mapping[str, Any], folder: Path) -> None:

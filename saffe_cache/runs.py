@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -259,6 +259,45 @@ def provenance(config: Any) -> dict[str, Any]:
         },
         "threads": torch.get_num_threads(),
     }
+
+
+def is_begun(out: Path, new: Mapping[str, Any], kinds: Mapping[str, type], ignored: Collection[str] = ()) -> bool:
+    """Whether a folder holds the beginning of a result already; two results are not mixed in one.
+
+    Args:
+        out: the folder.
+        new: what its config.json is to hold.
+        kinds: the parts of that which are compared, and of what dataclass each is. A field that the folder does not
+            know yet has its default.
+        ignored: fields that may differ.
+
+    Raises:
+        ValueError: it holds another one.
+    """
+    path = out / "config.json"
+    if not path.exists():
+        return False
+    old, asked = read_json(path), json.loads(json.dumps(new))
+    different = []
+    for part, kind in kinds.items():
+        before = _with_defaults(kind, old.get(part, {}))
+        different += [
+            f"{name}: {before.get(name)!r} there, {value!r} now"
+            for name, value in asked[part].items()
+            if name not in ignored and before.get(name) != value
+        ]
+    if different:
+        raise ValueError(
+            f"--out {out} holds another result ({'; '.join(different)}). Choose another --out, or delete it."
+        )
+    return True
+
+
+def _with_defaults(kind: type, content: Mapping[str, Any]) -> Mapping[str, Any]:
+    try:
+        return json.loads(json.dumps(asdict(made_of(kind, content))))  # type: ignore[no-any-return]
+    except (TypeError, ValueError):  # of another version: what is there is compared as it is
+        return content
 
 
 def write_json(path: Path, content: Any) -> None:

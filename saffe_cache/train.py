@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from saffe_cache.fusion.base import Fusion
 from saffe_cache.judging.search import main_metric, own_protocol
 from saffe_cache.options import require
 from saffe_cache.pairs import Pairs
-from saffe_cache.runs import RunSpec, data_fingerprint, provenance, read_json, training_pairs, write_json
+from saffe_cache.runs import RunSpec, data_fingerprint, is_begun, provenance, training_pairs, write_json
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.training.batches import TrainingData
 from saffe_cache.training.checkpoints import TrainingState
@@ -28,6 +27,8 @@ __all__ = ["TrainConfig", "train", "train_many"]
 
 logger = logging.getLogger(__name__)
 
+_NOT_COMPARED = ("cache", "out", "device", "residency", "checkpoint_seconds", "tensorboard")
+"""Fields of the config in which two commands for one folder may differ."""
 _PLACES = {"device": "in its memory", "memory": "in main memory", "mapped": "memory-mapped", "streamed": "streamed"}
 
 
@@ -66,7 +67,7 @@ def train_many(configs: Sequence[TrainConfig], opened: Mapping[str, Cache] | Non
             plan = _plan(config, caches[config.cache])
             if not plan.is_finished or (plan.out / LOCK_NAME).exists():  # which a kill behind the result left
                 held.enter_context(hold_folder(plan.out))
-            _check_folder(plan)
+            is_begun(plan.out, _told(plan), {"run": RunSpec, "config": TrainConfig}, _NOT_COMPARED)
             if plan.is_finished:
                 _remove_states(plan.out)  # of such a kill too
                 logger.info("%s is finished already, nothing to do.", plan.out)
@@ -130,13 +131,18 @@ def _plan(config: TrainConfig, cache: Cache) -> _Plan:
     )
 
 
+def _told(plan: _Plan) -> dict[str, Any]:
+    """What config.json says of a run."""
+    return {"stage": "train", "run": asdict(plan.spec), **provenance(plan.config)}
+
+
 def _train_group(plans: Sequence[_Plan]) -> None:
     """The runs, then their controls on permuted pairs, each side by side."""
     first, seed = plans[0], plans[0].spec.seed
     training, validation = first.training, first.validation
     for plan in plans:
         _tell(plan)
-        write_json(plan.out / "config.json", {"stage": "train", "run": asdict(plan.spec), **provenance(plan.config)})
+        write_json(plan.out / "config.json", _told(plan))
     inputs = FamInputs(first.cache, first.spec, first.options.device, first.residency)
     states = _fit([(plan, plan.options, plan.out) for plan in plans], inputs, training, validation)
     controls = [
@@ -207,31 +213,6 @@ def _tell(plan: _Plan) -> None:
         "%d items to train on, %d to validate on (%s); left out %d unusable ones and %d that are in other splits too.",
         *(len(plan.training), len(plan.validation), spec.validation, plan.training.num_unusable, plan.num_shared),
     )
-
-
-def _check_folder(plan: _Plan) -> None:
-    """Refuse to mix two runs in one folder."""
-    out = plan.out
-    if not (out / "config.json").exists():
-        return
-    old = read_json(out / "config.json")
-    new = json.loads(json.dumps({"run": asdict(plan.spec), "config": asdict(plan.config)}))
-    ignored = {"device", "residency", "checkpoint_seconds", "tensorboard", "cache", "out"}
-    asked = {"run": RunSpec, "config": TrainConfig}
-    different = [
-        f"{name}: {before!r} there, {value!r} now"
-        for part, kind in asked.items()
-        for name, value in new[part].items()
-        if name not in ignored and (before := old.get(part, {}).get(name, _default(kind, name))) != value
-    ]
-    if different:
-        raise ValueError(f"--out {out} holds another run ({'; '.join(different)}). Choose another --out, or delete it.")
-
-
-def _default(kind: type[RunSpec] | type[TrainConfig], name: str) -> Any:
-    """Of an option that was none yet when the folder was made."""
-    found = next(one.default for one in fields(kind) if one.name == name)
-    return None if found is MISSING else found
 
 
 def _names(layers: tuple[int, ...]) -> str:

@@ -128,5 +128,5 @@ def test_auto_streams_what_cannot_be_mapped_and_is_too_large(
 
 def test_a_run_is_not_resumed_in_another_order(caches: dict[str, str], tmp_path: Path) -> None:
     train(config(caches["plain"], tmp_path, residency="streamed"))
-    with pytest.raises(ValueError, match=r"holds another run .*shuffled_shards: .* there, None now"):
+    with pytest.raises(ValueError, match=r"holds another result .*shuffled_shards: .* there, None now"):
         train(config(caches["plain"], tmp_path))

@@ -412,7 +412,7 @@ def test_an_option_that_a_folder_does_not_know_yet_has_its_default(cache_path: s
     config = config_for(cache_path, tmp_path, epochs=1)
     train(config)
     content = json.loads((tmp_path / "config.json").read_text())
-    del content["config"]["start"], content["run"]["train_fraction"]
+    del content["config"]["start"], content["run"]["train_fraction"], content["run"]["shape"]["num_blocks"]
     (tmp_path / "config.json").write_text(json.dumps(content))
     train(config)
     with pytest.raises(ValueError, match="start: 'ridge' there, 'random' now"):
@@ -560,7 +560,7 @@ def test_cache_that_grew_or_is_another_one_is_refused(cache_path: str, tmp_path:
     other = make_cache(tmp_path / "other.zarr", {"train": 130, "test": 30})
     with pytest.raises(ValueError, match="trained on other photos or texts"):
         same_training_pairs(spec, open_cache(other), "run")
-    with pytest.raises(ValueError, match="holds another run"):
+    with pytest.raises(ValueError, match="holds another result"):
         train(replace(config, cache=other))
 
 
