@@ -34,6 +34,7 @@ OWNERS = {
     "soundfile": {"sources"},
     "transformers": {"encoders", "runs"},  # runs records its version
     "huggingface_hub": {"encoders"},
+    "tokenizers": {"encoders"},
     "faiss": {"retrieval"},
     "safetensors": {"runs", "training"},
     "jinja2": {"reporting"},
