@@ -4,8 +4,8 @@ The layers of the package; an import may only point downwards, and packages of o
 each other (tests/test_architecture.py holds this):
 
     cli                                                        the commands
-    ablate   bind   report                                     verbs made of these verbs
-    ablation   binding   reporting                             what they are made of
+    ablate   bind   caption   report                           verbs made of these verbs
+    ablation   binding   captioning   reporting                what they are made of
     extract   train   evaluate   repair                        the verbs: a config in, the path or report out
     extraction   training   evaluation                         what they are made of
     judging                                                    how pairs are searched

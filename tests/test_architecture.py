@@ -20,8 +20,8 @@ LAYERS = [
     {"judging"},
     {"extraction", "training", "evaluation"},
     {"extract", "train", "evaluate", "repair"},
-    {"ablation", "binding", "reporting"},
-    {"ablate", "bind", "report"},
+    {"ablation", "binding", "captioning", "reporting"},
+    {"ablate", "bind", "caption", "report"},
     {"cli"},
 ]
 OWNERS = {

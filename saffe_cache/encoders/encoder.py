@@ -151,7 +151,7 @@ class FrozenEncoder:
         if backend is None or end is None or begin is None:
             raise ValueError(
                 f"text encoder {self.request.model_id}: its tokenizer has begin token {begin} and end token {end}, and "
-                f"is a {type(self._processor).__name__}; expected both tokens and a fast tokenizer. Choose another model."
+                f"is a {type(self._processor).__name__}; expected both, and a fast tokenizer. Choose another model."
             )
         tensors, eps = read_language_model(self.family, self._model)
         spec = LanguageModelSpec(
