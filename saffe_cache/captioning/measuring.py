@@ -153,8 +153,8 @@ def count_flops(
     """Multiplications and additions of matrices, counted by torch, of texts of `tokens` tokens.
 
     `training_step`: from cached states, forward and back to the projector. `whole_pass`: a forward pass that begins
-    with the text's tokens, as a caption that nobody has cached takes it. Attention is computed plainly here, since torch
-    counts nothing of its quick kernels on a CPU.
+    with the text's tokens, as a caption that nobody has cached takes it. Attention is computed plainly here, since
+    torch counts nothing of its quick kernels on a CPU.
     """
     device = model.weights["token_embedding"].device
     photos = torch.zeros(batch, photo_tokens, projector.linear.in_features, device=device)
