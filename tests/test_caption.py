@@ -18,7 +18,7 @@ from tiny_models import NUM_LAYERS
 from saffe_cache import caption as verb
 from saffe_cache.caption import CaptionConfig, caption, exit_status
 from saffe_cache.captioning.captions import caption_losses, project, split_photos
-from saffe_cache.captioning.fitting import FitOptions, fit_projector
+from saffe_cache.captioning.fitting import FitOptions, fit_projector, rate_at, shuffled_batches
 from saffe_cache.captioning.measuring import Measured, Measuring, chance_alarms, count_flops
 from saffe_cache.features import CacheError
 from saffe_cache.pairs import Pairs
@@ -65,6 +65,29 @@ def test_the_projector_learns_and_is_the_one_of_the_best_epoch(cache: str) -> No
         found = caption_losses(model, captions, photos).sum() / captions.is_said.sum()
     assert float(found) == pytest.approx(min(losses), abs=1e-5)
     assert all(torch.equal(value, frozen[name]) for name, value in model.state_dict().items())
+
+
+def test_batches_hold_every_text_once_and_little_padding() -> None:
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(5, 40, 1003)
+    batches = shuffled_batches(lengths, 32, generator)
+    assert sorted(np.concatenate(batches)) == list(range(1003))
+    assert max(map(len, batches)) == 32
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert padded < 1.15 * lengths.sum()
+    means = [lengths[batch].mean() for batch in batches]
+    assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.5, "batches come in the order of their lengths"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 300])
+def test_the_learning_rate_rises_once_and_falls_to_nothing(steps: int) -> None:
+    rates = [rate_at(step, steps) for step in range(steps + 1)]
+    top = int(np.argmax(rates))
+    assert rates[top] == 1.0
+    assert rates[0] > 0
+    assert (np.diff(rates[: top + 1]) > 0).all()
+    assert (np.diff(rates[top:]) <= 0).all()
+    assert rates[-1] == pytest.approx(0, abs=1e-9) or steps == 1
 
 
 def test_losses_are_those_of_transformers_and_of_a_loop(cache: str, tiny_model: Models) -> None:
@@ -126,7 +149,7 @@ def test_own_captions_are_found_by_who_knows_them_and_by_chance_otherwise(
         return Measured(np.where(right, 1.0, 2.0), np.ones(len(texts)))
 
     monkeypatch.setattr(measuring, "_with_photos", knows)
-    monkeypatch.setattr(measuring, "_without", lambda texts, states: Measured(np.full(len(texts), 3.0), texts))
+    monkeypatch.setattr(measuring, "_without", lambda texts: Measured(np.full(len(texts), 3.0), texts))
     found = measuring.own_captions(4)
     assert {name: one["value"] for name, one in found.items()} == {
         "photo, by loss": 1.0,

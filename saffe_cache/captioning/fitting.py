@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from saffe_cache.pairs import Pairs
 _MEASURED_CAPTIONS = 256
 """Of which the size of hidden states is taken."""
 _LARGEST_GRADIENT = 1.0
+_SORTED_BATCHES = 16
+"""Whose texts are sorted by length together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +52,12 @@ def fit_projector(
     projector = new_projector(source, model, training, options.seed)
     steps = options.epochs * -(-len(training) // options.batch_size)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_at, steps=steps))
     log = [{"epoch": 0.0, "validation": validation_loss(source, model, projector, validation)}]
     best, best_state, times = log[0]["validation"], _copied(projector), []
     for epoch in range(1, options.epochs + 1):
         total, count = 0.0, 0
-        for photos, texts in _batches(training, options, epoch):
+        for photos, texts in _batches(training, np.diff(source.text.offsets), options, epoch):
             started = time.perf_counter()
             captions = source.captions(texts)
             losses = caption_losses(model, captions, project(source, projector, photos))
@@ -72,6 +76,12 @@ def fit_projector(
     projector.load_state_dict(best_state)
     best_epoch = min(range(len(log)), key=lambda epoch: log[epoch]["validation"])
     return Fit(projector.eval(), log, best_epoch, float(np.median(times)))
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Part of the highest learning rate: it rises in a tenth of the steps, then falls as a cosine."""
+    rising = max(1, steps // 10)
+    return min((step + 1) / rising, 0.5 + 0.5 * math.cos(math.pi * max(0, step - rising) / max(1, steps - rising)))
 
 
 def new_projector(source: CaptionSource, model: InsertedModel, training: Pairs, seed: int) -> Projector:
@@ -95,15 +105,30 @@ def validation_loss(source: CaptionSource, model: InsertedModel, projector: Proj
     return total / count
 
 
-def _batches(pairs: Pairs, options: FitOptions, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of photos and of a caption of each, in an order of seed and epoch."""
+def _batches(
+    pairs: Pairs, lengths: np.ndarray, options: FitOptions, epoch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows of photos and of a caption of each, in an order of seed and epoch. `lengths`: tokens of each text."""
     generator = np.random.default_rng((options.seed, epoch))
     offsets = pairs.texts.offsets
     drawn = offsets[:-1] + generator.integers(np.diff(offsets))
-    order = generator.permutation(len(pairs))
-    for start in range(0, len(order), options.batch_size):
-        chosen = order[start : start + options.batch_size]
-        yield pairs.rows[chosen], pairs.texts.values[drawn[chosen]]
+    texts = pairs.texts.values[drawn]
+    for chosen in shuffled_batches(lengths[texts], options.batch_size, generator):
+        yield pairs.rows[chosen], texts[chosen]
+
+
+def shuffled_batches(lengths: np.ndarray, batch_size: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """Numbers of all texts in batches, each of texts about as long as one another: padding would be half of the work.
+
+    Texts are shuffled, those of a few batches sorted by length, and the batches shuffled.
+    """
+    order, together = generator.permutation(len(lengths)), _SORTED_BATCHES * batch_size
+    batches = []
+    for start in range(0, len(order), together):
+        some = order[start : start + together]
+        some = some[np.argsort(lengths[some], kind="stable")]
+        batches += [some[first : first + batch_size] for first in range(0, len(some), batch_size)]
+    return [batches[number] for number in generator.permutation(len(batches))]
 
 
 def _copied(projector: Projector) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from saffe_cache.captioning.captions import CaptionSource, caption_losses, first_captions, num_said, project
+from saffe_cache.captioning.captions import Captions, CaptionSource, caption_losses, first_captions, num_said, project
 from saffe_cache.captioning.inserting import InsertedModel, Projector
 from saffe_cache.pairs import Pairs
 from saffe_cache.retrieval.metrics import bootstrap_interval
@@ -65,8 +66,8 @@ class Measuring:
         found = {
             "photo": self._with_photos(texts, self.pairs.rows[owners]),
             CONTROL: self._with_photos(texts, self.pairs.rows[self.other[owners]]),
-            "no_photo": self._without(texts, "cached"),
-            "plain_model": self._without(texts, "plain"),
+            "no_photo": self._without(texts),
+            "plain_model": self._without(texts, plain=True),
             "unigram": self._unigram(texts, training),
         }
         return {name: measured.report(owners) for name, measured in found.items()}
@@ -80,7 +81,7 @@ class Measuring:
         num, texts = len(self.pairs), first_captions(self.pairs)
         shifts = np.stack([self._generator.choice(num - 1, num_others, replace=False) + 1 for _ in range(num)])
         candidates = np.hstack([np.arange(num)[:, None], (np.arange(num)[:, None] + shifts) % num])
-        alone = self._without(texts, "cached").losses[candidates]
+        alone = self._without(texts).losses[candidates]
         report: dict[str, dict[str, float]] = {}
         for system, photos in (("photo", np.arange(num)), (CONTROL, self.other)):
             seen = np.repeat(self.pairs.rows[photos], candidates.shape[1])
@@ -92,26 +93,44 @@ class Measuring:
                 report[f"{system}, by {by}"] = {"value": value, "low": low, "high": high}
         return report
 
-    @torch.inference_mode()
     def _with_photos(self, texts: np.ndarray, photos: np.ndarray) -> Measured:
         """Each text with the photo at its place."""
-        parts = []
-        for start in range(0, len(texts), _BATCH):
-            captions = self.source.captions(texts[start : start + _BATCH])
-            seen, places = np.unique(photos[start : start + _BATCH], return_inverse=True)
+
+        def losses(chosen: np.ndarray, captions: Captions) -> torch.Tensor:
+            seen, places = np.unique(photos[chosen], return_inverse=True)
             projected = project(self.source, self.projector, seen)[torch.from_numpy(places).to(self.source.device)]
-            parts.append((caption_losses(self.model, captions, projected), num_said(captions)))
-        return _joined(parts)
+            return caption_losses(self.model, captions, projected)
+
+        return self._measured(texts, self.source.captions, losses)
+
+    def _without(self, texts: np.ndarray, *, plain: bool = False) -> Measured:
+        """`plain`: at the positions from 0 on."""
+
+        def plain_captions(rows: np.ndarray) -> Captions:
+            return self.source.plain_captions(rows, self.model)
+
+        return self._measured(
+            texts,
+            plain_captions if plain else self.source.captions,
+            lambda _, captions: caption_losses(self.model, captions, None),
+        )
 
     @torch.inference_mode()
-    def _without(self, texts: np.ndarray, states: str) -> Measured:
-        parts = []
+    def _measured(
+        self,
+        texts: np.ndarray,
+        captions_of: Callable[[np.ndarray], Captions],
+        losses_of: Callable[[np.ndarray, Captions], torch.Tensor],
+    ) -> Measured:
+        """In batches of texts about as long as one another; the losses are of places among the texts."""
+        found = Measured(np.zeros(len(texts)), np.zeros(len(texts)))
+        order = np.argsort(np.diff(self.source.text.offsets)[texts], kind="stable")
         for start in range(0, len(texts), _BATCH):
-            rows = texts[start : start + _BATCH]
-            plain = states == "plain"
-            captions = self.source.plain_captions(rows, self.model) if plain else self.source.captions(rows)
-            parts.append((caption_losses(self.model, captions, None), num_said(captions)))
-        return _joined(parts)
+            chosen = order[start : start + _BATCH]
+            captions = captions_of(texts[chosen])
+            found.losses[chosen] = losses_of(chosen, captions).cpu().numpy()
+            found.counts[chosen] = num_said(captions).cpu().numpy()
+        return found
 
     def _unigram(self, texts: np.ndarray, training: Pairs) -> Measured:
         frequencies = np.ones(len(self.model.weights["token_embedding"]))
@@ -129,11 +148,6 @@ class Measuring:
             ids, mask = (one.cpu().numpy() for one in self.source.token_ids(texts[start : start + 1024]))
             found.append([row[begin : real.sum()] for row, real in zip(ids, mask, strict=True)])
         return found
-
-
-def _joined(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> Measured:
-    losses, counts = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-    return Measured(losses.astype(np.float64), counts)
 
 
 def chance_alarms(own: dict[str, dict[str, float]], num_others: int, num_photos: int) -> list[str]:
