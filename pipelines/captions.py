@@ -12,7 +12,7 @@ layer and three seeds a projector is trained (6 epochs of one caption a photo), 
 train, by photo, and measured on dev.
 
 Time on two CPU cores: 4 min for the language model, 2 min to extract 2,750 photos and their captions, 12 min for 18
-runs. Disk: 250 MB. A killed run goes on with the same command: runs that are done are not done again. Written are
+runs. Disk: 400 MB. A killed run goes on with the same command: runs that are done are not done again. Written are
 WORK/captions.md and WORK/captions.json. The photos of a cache that is there already, copied to WORK/captions.zarr, are
 not encoded again. What to expect: `no photo` and `photos shuffled` show no gain over the plain model, whatever the
 layer; the method's own paper degrades from about a quarter of the layers on.
@@ -147,7 +147,12 @@ def small_gpt2(data: str, folder: Path, epochs: int) -> str:
             schedule.step()
             optimizer.zero_grad()
             if number % 100 == 0:
-                logger.info("Language model, epoch %d, step %d: %.3f nats a token.", epoch, number, total / count)
+                logger.info(
+                    "Language model, epoch %d, step %d: %.3f nats a token.",
+                    epoch,
+                    number,
+                    float(total.detach()) / count,
+                )
         losses.append(_held_out_loss(model, ids[True]))
         logger.info("Language model, epoch %d: %.3f nats a token of held-out captions.", epoch, losses[-1])
         if losses[-1] == min(losses):

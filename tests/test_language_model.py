@@ -21,6 +21,7 @@ from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.repair import RepairConfig, repair
 from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.exchange import export_hdf5, import_hdf5
+from saffe_cache.store.inspect import describe_cache
 from saffe_cache.store.reader import EncoderCache, open_cache, verify_cache
 
 Models = Callable[[str], Path]
@@ -103,6 +104,7 @@ def test_it_is_exchanged_converted_verified_and_repaired(cache: str, tmp_path: P
     for copy in copies:
         assert weights.items() <= files_of(copy, "encoders").items()
         assert text_encoder(copy).language_model().spec == text_encoder(cache).language_model().spec
+    assert "a language model, texts from position 5 on, all blocks" in describe_cache(cache)
     lost = next(name for name in weights if "position_embedding/c" in name)
     (Path(cache) / lost).write_bytes(b"\0" * len(weights[lost]))
     (block,) = (Path(cache) / "encoders").glob("*gpt2*/blocks/2/query_weight/c/0/0")
