@@ -217,6 +217,7 @@ COLUMNS = {
     "loss": ("losses", "photo", "loss"),
     "photos shuffled": ("losses", "photos_shuffled", "loss"),
     "no photo": ("losses", "no_photo", "loss"),
+    "less the plain model": ("differences", "plain_model", "value"),
     "own caption by gain, %": ("own_caption", "photo, by gain", "value"),
     "by loss, %": ("own_caption", "photo, by loss", "value"),
     "shuffled, by gain, %": ("own_caption", "photos_shuffled, by gain", "value"),

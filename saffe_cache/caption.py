@@ -141,6 +141,8 @@ def caption(config: CaptionConfig) -> str:
             return str(out)
         blocks = [text.block(number) for number in range(text.manifest.num_layers)]
         model = InsertedModel(source.weights, blocks, config.layer).to(source.device)
+        room = model.num_positions - source.num_photo_tokens - len(source.tokens.start)
+        require(config.max_tokens <= room, "max_tokens", config.max_tokens, f"at most {room}: the model's positions")
         projector, trained = _trained(config, source, model, training, validation)
         result = _measured(config, source, model, projector, training, reported, trained)
         table = format_captions(result)
@@ -274,7 +276,7 @@ def _measured(
         "photo_tokens": source.num_photo_tokens,
         "photos": len(reported),
         "captions": len(reported.texts.values),
-        "losses": measuring.losses(training),
+        **measuring.losses(training),
         "own_caption": own,
         "chance": 1 / (config.others + 1),
         "cost": {

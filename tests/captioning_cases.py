@@ -19,12 +19,12 @@ GRID = 2
 PHOTO_TOKENS = 1 + GRID**2
 
 
-def captioned_cache(folder: Path, tiny_model: Callable[[str], Path], *, train: int = 12) -> str:
+def captioned_cache(folder: Path, tiny_model: Callable[[str], Path], *, train: int = 12, prompt: str = "{}") -> str:
     """All layers of a language model, whose texts begin behind 5 photo tokens, and of a photo encoder the last."""
     config = tiny_config(folder, tiny_model, train=train)
     encoder = {"image": config.encoder["image"], "text": str(tiny_model("gpt2"))}
     layers = {"image": (3,), "text": tuple(range(NUM_LAYERS))}
-    return extract(replace(config, encoder=encoder, layers=layers, position_offset=PHOTO_TOKENS))
+    return extract(replace(config, encoder=encoder, layers=layers, prompt=prompt, position_offset=PHOTO_TOKENS))
 
 
 def source_of(cache: str, layer: int, grid: int = GRID) -> CaptionSource:

@@ -93,7 +93,8 @@ def test_the_learning_rate_rises_once_and_falls_to_nothing(steps: int) -> None:
 def test_losses_are_those_of_transformers_and_of_a_loop(cache: str, tiny_model: Models) -> None:
     """The plain model by its own loss, the unigram by counting, photos one by one."""
     measuring, training = measuring_of(cache), parts_of(cache)[0]
-    found = measuring.losses(training)
+    report = measuring.losses(training)
+    found = report["losses"]
     source, pairs = measuring.source, measuring.pairs
     gpt2 = transformers.GPT2LMHeadModel.from_pretrained(tiny_model("gpt2")).eval()
     texts = open_cache(cache).table.inputs["text"].texts
@@ -119,21 +120,22 @@ def test_losses_are_those_of_transformers_and_of_a_loop(cache: str, tiny_model: 
         assert found[name]["loss"] == pytest.approx(total / said, abs=1e-4), name
         assert found[name]["perplexity"] == pytest.approx(np.exp(total / said), rel=1e-3)
         assert found[name]["low"] < found[name]["loss"] < found[name]["high"]
+        difference = report["differences"].get(name, {"value": 0})["value"]
+        assert difference == pytest.approx(found["photo"]["loss"] - found[name]["loss"], abs=1e-6)
     assert sorted(measuring.other) == list(range(len(pairs)))
     assert (measuring.other != np.arange(len(pairs))).all()
 
 
-def test_a_prompts_tokens_are_not_counted(cache: str) -> None:
-    source = source_of(cache, 1)
-    whole = source.captions(np.array([0, 1]))
-    source.tokens._spec = replace(source.tokens._spec, prompt="word0 {}")
-    assert source.tokens.start == [41, 0]
-    texts = open_cache(cache).table.inputs["text"].texts
-    assert texts is not None
-    with pytest.raises(CacheError, match="come out in other tokens than when they were extracted"):
-        source.captions(np.array([0, 1]))
-    source.tokens._spec = replace(source.tokens._spec, prompt="{}")
-    assert torch.equal(source.captions(np.array([0, 1])).is_said, whole.is_said)
+def test_a_prompts_tokens_are_not_counted(tmp_path: Path, tiny_model: Models) -> None:
+    source = source_of(captioned_cache(tmp_path, tiny_model, train=2, prompt="word7 word8 {}"), 1)
+    captions = source.captions(np.array([0, 1]))
+    ids, mask = source.token_ids(np.array([0, 1]))
+    assert ids[:, :3].tolist() == [[41, 7, 8]] * 2
+    assert captions.is_said.sum(dim=1).tolist() == (mask.sum(dim=1) - 3).tolist()
+    assert captions.targets[0][captions.is_said[0]].tolist() == ids[0, 3 : mask[0].sum()].tolist()
+    source.tokens.start.append(9)  # as where a prompt runs into the text
+    with pytest.raises(CacheError, match=r"begins with the tokens \[41, 7, 8, \d+\], expected \[41, 7, 8, 9\]"):
+        source.captions(np.array([0]))
 
 
 def test_own_captions_are_found_by_who_knows_them_and_by_chance_otherwise(
@@ -222,6 +224,8 @@ def test_what_does_not_fit_is_refused(cache: str, tmp_path: Path) -> None:
         caption(config_of(cache, tmp_path, layer=3))
     with pytest.raises(ValueError, match="--others: found 6, expected fewer than 6"):
         caption(config_of(cache, tmp_path, others=6))
+    with pytest.raises(ValueError, match="--max-tokens: found 197, expected at most 196"):
+        caption(config_of(cache, tmp_path, max_tokens=197))
     with pytest.raises(CacheError, match="0 language models named 'bert'; it holds text-tiny-gpt2"):
         caption(config_of(cache, tmp_path, encoder={"text": "bert"}))
     with pytest.raises(ValueError, match="--split: found train, expected another"):

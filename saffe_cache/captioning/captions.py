@@ -79,7 +79,7 @@ class CaptionSource:
         """Tokens of texts, int64 [n, tokens], padded with 0, and bool [n, tokens], True on real ones.
 
         Raises:
-            CacheError: they are not as many as the cache has states of.
+            CacheError: they are not as many as the cache has states of, or do not begin with the prompt's.
         """
         texts = self.cache.table.inputs["text"].texts
         assert texts is not None
@@ -90,6 +90,14 @@ class CaptionSource:
             raise CacheError(
                 f"{self.cache.storage.root}: {self.text.key}: texts come out in other tokens than when they were "
                 "extracted. Install the versions that the manifest's history names, or extract into a new cache."
+            )
+        start = self.tokens.start
+        other = next((ids for ids in found if ids[: len(start)] != start), None)
+        if other is not None:
+            raise CacheError(
+                f"{self.cache.storage.root}: {self.text.key}: a text begins with the tokens {other[: len(start)]}, "
+                f"expected {start}, the prompt's: its last word and the text's first run into one another. Extract "
+                "with a --prompt that has a space in front of {}."
             )
         padded = torch.zeros(mask.shape, dtype=torch.long)
         padded[torch.from_numpy(mask)] = torch.tensor([token for ids in found for token in ids])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -44,14 +45,19 @@ class InsertedModel(nn.Module):
         return int(self.weights["token_embedding"].shape[1])
 
     @property
+    def num_positions(self) -> int:
+        """Most tokens of photo and text together."""
+        return len(self.weights["position_embedding"])
+
+    @property
     def lower(self) -> list[EncoderBlock]:
         """The layers that see the text alone."""
-        return [block for block in self.blocks[: self.layer] if isinstance(block, EncoderBlock)]
+        return cast(list[EncoderBlock], list(self.blocks[: self.layer]))
 
     @property
     def upper(self) -> list[EncoderBlock]:
         """The layers that see the photo too."""
-        return [block for block in self.blocks[self.layer :] if isinstance(block, EncoderBlock)]
+        return cast(list[EncoderBlock], list(self.blocks[self.layer :]))
 
     def embed(self, token_ids: torch.Tensor, first_position: int) -> torch.Tensor:
         """`hidden_states[0]` of tokens that follow one another, [batch, tokens, d]."""

@@ -42,6 +42,11 @@ class Measured:
         loss, low, high = _ratio(self.losses, self.counts, photos)
         return {"loss": loss, "low": low, "high": high, "perplexity": math.exp(loss)}
 
+    def less(self, other: Measured, photos: np.ndarray) -> dict[str, float]:
+        """Nats a token that these losses are above another system's on the same texts, with a 95 % interval."""
+        value, low, high = _ratio(self.losses - other.losses, self.counts, photos)
+        return {"value": value, "low": low, "high": high}
+
 
 def _ratio(values: np.ndarray, counts: np.ndarray, photos: np.ndarray) -> tuple[float, float, float]:
     """Sum over sum, and its 95 % bootstrap interval over photos."""
@@ -52,7 +57,9 @@ def _ratio(values: np.ndarray, counts: np.ndarray, photos: np.ndarray) -> tuple[
 class Measuring:
     """The photos that are reported on, a model, and its projector."""
 
-    def __init__(self, source: CaptionSource, model: InsertedModel, projector: Projector, pairs: Pairs, seed: int):
+    def __init__(
+        self, source: CaptionSource, model: InsertedModel, projector: Projector, pairs: Pairs, seed: int
+    ) -> None:
         self.source, self.model, self.projector, self.pairs = source, model, projector, pairs
         self._generator = np.random.default_rng(seed)
         order = self._generator.permutation(len(pairs))
@@ -60,8 +67,8 @@ class Measuring:
         self.other[order] = np.roll(order, 1)
         """For each photo another one: a cycle through all, so that none is its own."""
 
-    def losses(self, training: Pairs) -> dict[str, dict[str, float]]:
-        """Of all captions of all photos."""
+    def losses(self, training: Pairs) -> dict[str, dict[str, dict[str, float]]]:
+        """Of all captions of all photos: `losses` of each system; `differences`, the loss with the photo less these."""
         texts, owners = self.pairs.texts.values, self.pairs.owners
         found = {
             "photo": self._with_photos(texts, self.pairs.rows[owners]),
@@ -70,7 +77,10 @@ class Measuring:
             "plain_model": self._without(texts, plain=True),
             "unigram": self._unigram(texts, training),
         }
-        return {name: measured.report(owners) for name, measured in found.items()}
+        return {
+            "losses": {name: measured.report(owners) for name, measured in found.items()},
+            "differences": {name: found["photo"].less(one, owners) for name, one in found.items() if name != "photo"},
+        }
 
     def own_captions(self, num_others: int) -> dict[str, dict[str, float]]:
         """How often a photo's own first caption is the likeliest among those of `num_others` other photos too.

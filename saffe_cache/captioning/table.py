@@ -25,6 +25,10 @@ def format_captions(result: Mapping[str, Any]) -> str:
     for name, of in result["losses"].items():
         interval = f"[{of['low']:.3f}, {of['high']:.3f}]"
         lines.append(f"{name:{_NAME_WIDTH}}{of['loss']:8.3f}  {interval:^17}  {of['perplexity']:10.1f}")
+    lines += ["", f"{'photo less':{_NAME_WIDTH}}{'':>8}  {'95 %':^17}"]
+    for name, of in result["differences"].items():
+        interval = f"[{of['low']:.3f}, {of['high']:.3f}]"
+        lines.append(f"{name:{_NAME_WIDTH}}{of['value']:8.3f}  {interval:^17}")
     lines += ["", f"{'own caption found, percent':{_NAME_WIDTH}}{'':>8}  {'95 %':^17}"]
     for name, of in result["own_caption"].items():
         interval = f"[{100 * of['low']:.1f}, {100 * of['high']:.1f}]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from tokenizers import Tokenizer
 
@@ -28,7 +29,7 @@ class CausalTokens:
         encoded = self._tokenizer.encode_batch(prompted, add_special_tokens=False)
         return [[ends[0], *one.ids[:most], ends[1]] for one in encoded]
 
-    @property
+    @cached_property
     def start(self) -> list[int]:
         """The tokens that every text begins with: the begin token and the prompt's own, up to the place of the text."""
         prefix = self._spec.prompt.split("{}")[0].rstrip()
