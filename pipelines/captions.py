@@ -47,8 +47,8 @@ from saffe_cache.sources import Columns, read_items
 
 END = "<|endoftext|>"
 VOCABULARY, POSITIONS, FIRST_POSITIONS = 4000, 128, 33
-HELD_OUT = 13
-"""Of 256: photos whose content hash begins with a smaller byte choose the language model's epoch."""
+HELD_OUT = 20
+"""Of so many photos one, by content hash, is held out to choose the language model's epoch."""
 GRID = 4
 
 logger = logging.getLogger(__name__)
@@ -113,9 +113,11 @@ def small_gpt2(data: str, folder: Path, epochs: int) -> str:
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
     texts: dict[bool, list[str]] = {False: [], True: []}
-    for item in read_items(data, Columns(), ("train",)):
-        if not item.problem:
-            texts[item.hashes["image"][0] < HELD_OUT] += item.captions
+    items = [item for item in read_items(data, Columns(), ("train",)) if not item.problem]
+    photos = sorted({item.hashes["image"] for item in items})
+    held_out = set(photos[: -(-len(photos) // HELD_OUT)])
+    for item in items:
+        texts[item.hashes["image"] in held_out] += item.captions
     tokenizer = byte_pairs(texts[False])
     end = tokenizer.token_to_id(END)
     assert end is not None
