@@ -81,7 +81,7 @@ class CaptionConfig:
     """An epoch sees each photo once, with one of its captions."""
     batch_size: int = 64
     """Photos in a step."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     """The highest; it rises over the first tenth of the steps, and falls."""
     weight_decay: float = 0.01
     """Of AdamW."""
