@@ -32,9 +32,10 @@ def test_a_language_model_is_trained_on_captions_and_taken_as_an_encoder(tmp_pat
     ids = encoder.tokenize(["Word1 word2, train 7"])[0]
     assert CausalTokens(weights.tokenizer, weights.spec).decode(ids) == "word1 word2, train 7"
     texts = encoder.tokenize(["word1", "the same for all"])
-    total, count = captions._loss(encoder._model, texts)
+    total, count = captions._loss(encoder._model, texts, 3)
     alone = [
-        encoder._model(one, labels=one).loss * (one.shape[1] - 1) for one in (torch.tensor([text]) for text in texts)
+        encoder._model(one, position_ids=torch.arange(3, 3 + one.shape[1])[None], labels=one).loss * (one.shape[1] - 1)
+        for one in (torch.tensor([text]) for text in texts)
     ]
     assert count == sum(map(len, texts)) - 2
     torch.testing.assert_close(total, sum(alone), atol=1e-3, rtol=1e-4)
