@@ -9,13 +9,18 @@ on the captions of the train split alone, text only; the best epoch is chosen on
 photos. It has seen no photo. The captions of one photo follow one another in its training, so that it has learned to
 heed what stands in front of a text, as language models have; the first begins at any of 33 positions. Then, with
 DINOv2-small at 112 px, hidden states 12, class token and 4 x 4 fields (17 photo tokens), a projector is trained for
-every layer and three seeds: 6 epochs of one caption a photo, the best epoch chosen on a tenth of train, by photo. All
+every layer and three seeds: 5 epochs of one caption a photo, the best epoch chosen on a tenth of train, by photo. All
 is measured on dev.
 
-Time on two CPU cores: 4 min for the language model, 2 min to extract 2,750 photos and their captions, 14 min for 18
-runs. Disk: 400 MB. A killed run goes on with the same command: runs that are done are not done again. Written are
+Time on two CPU cores: 3 min for the language model, 2 min to extract 2,200 photos and their captions, 14 min for 18
+runs. Disk: 350 MB. A killed run goes on with the same command: runs that are done are not done again. Written are
 WORK/captions.md and WORK/captions.json. The photos of a cache that is there already, copied to WORK/captions.zarr, are
 not encoded again.
+
+What to expect, of a trial with 800 photos, one epoch of the language model, one seed and 120 photos reported: the photo
+takes 0.06 nats a token off the plain model's 3.88 at layer 0, 0.04 at 2 and 0.03 at 4, shuffled photos add to it at
+layers 0 and 2; 30, 27 and 30 % of the photos find their own caption among ten by gain, shuffled ones 8, 12 and 6 %, and
+by loss nobody does; a training step takes 1, 0.70 and 0.40 of layer 0's FLOPs, and as much of its time.
 """
 
 from __future__ import annotations
@@ -64,11 +69,11 @@ def main() -> None:
     parser.add_argument("--language-model", help="a GPT-2; default: a small one is trained")
     parser.add_argument("--lm-epochs", type=int, default=2)
     parser.add_argument("--split", default="dev", help="split to report on")
-    parser.add_argument("--train", type=int, default=2500, help="photos to train projectors on")
-    parser.add_argument("--report", type=int, default=250, help="photos to report on")
+    parser.add_argument("--train", type=int, default=2000, help="photos to train projectors on")
+    parser.add_argument("--report", type=int, default=200, help="photos to report on")
     parser.add_argument("--layers", nargs="+", type=int, default=[0, 1, 2, 3, 4, 5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=5)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     language_model = options.language_model or small_gpt2(options.data, options.work / "gpt2", options.lm_epochs)
@@ -247,7 +252,7 @@ def markdown(runs: Sequence[dict[str, Any]]) -> str:
     lines = [
         f"{first['num_layers']} layers, {first['photo_tokens']} photo tokens; {first['training_photos']} photos to "
         f"train on, {first['photos']} to report on ({first['captions']} captions); {len(of[layers[0]])} seeds, mean ± "
-        "half of the 95 % interval. Losses in nats a token.",
+        "half of the 95 % interval over seeds, all on the same photos. Losses in nats a token.",
         "",
         "| joins layer | " + " | ".join([*COLUMNS, *(f"{name}, of layer {layers[0]}'s" for name in COSTS)]) + " |",
         "|---" * (1 + len(COLUMNS) + len(COSTS)) + "|",
