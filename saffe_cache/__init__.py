@@ -4,8 +4,8 @@ The layers of the package; an import may only point downwards, and packages of o
 each other (tests/test_architecture.py holds this):
 
     cli                                                        the commands
-    ablate   bind   match   report                             verbs made of these verbs
-    ablation   binding   matching   reporting                  what they are made of
+    ablate   bind   caption   match   report                   verbs made of these verbs
+    ablation   binding   captioning   matching   reporting     what they are made of
     extract   align   train   evaluate   repair                the verbs: a config in, the path or report out
     extraction   alignment   training   evaluation             what they are made of
     judging                                                    how pairs are searched

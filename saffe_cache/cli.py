@@ -90,6 +90,12 @@ def align_command(arguments: Sequence[str] | None = None) -> int:
     return _run_stage("saffe-align", AlignConfig, align_and_show, arguments)
 
 
+def caption_command(arguments: Sequence[str] | None = None) -> int:
+    from saffe_cache.caption import CaptionConfig, caption, exit_status
+
+    return _run_stage("saffe-caption", CaptionConfig, caption, arguments, exit_status)
+
+
 def report_command(arguments: Sequence[str] | None = None) -> int:
     from saffe_cache.report import ReportConfig, report
 

@@ -107,6 +107,34 @@ class BlockWeights:
     tensors: Mapping[str, np.ndarray]
 
 
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelSpec:
+    """How a causal language model takes texts: their begin token, `prompt` with the text in it, their end token."""
+
+    begin_token: int
+    end_token: int
+    prompt: str
+    max_length: int
+    """Most tokens of a text, begin and end included."""
+    position_offset: int
+    """Position of a text's first token: so many places in front of it are for tokens that join at a later layer."""
+    layer_norm_eps: float
+
+
+@dataclass(frozen=True)
+class LanguageModelWeights:
+    """What a causal language model has besides its blocks, enough to train and to generate without the model.
+
+    Names of `tensors`: `token_embedding` [tokens, d], `position_embedding` [positions, d],
+    `final_norm_{weight,bias}`, and `head_weight` [tokens, d] where it is not the token embedding.
+    """
+
+    spec: LanguageModelSpec
+    tensors: Mapping[str, np.ndarray]
+    tokenizer: str
+    """Its JSON, as the library `tokenizers` reads it."""
+
+
 @dataclass(frozen=True)
 class Ragged:
     """Rows of different lengths: row i is `values[offsets[i]:offsets[i + 1]]`."""

@@ -29,7 +29,7 @@ from saffe_cache.store.manifest import encoder_group, read_encoder, write_encode
 from saffe_cache.store.reader import Damage, existing_root, find_damage
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import read_table
-from saffe_cache.store.writer import write_array_metadata, write_block, write_shard
+from saffe_cache.store.writer import write_array_metadata, write_block, write_language_model, write_shard
 from saffe_cache.store.zarr_files import shard_name
 
 _NUM_NAMED = 3
@@ -135,6 +135,10 @@ class _EncoderRepair:
             for one in harder:
                 self._leave(one, str(error))
             return
+        if any(one.part == "language_model" for one in harder):
+            assert encoder.language_model is not None
+            write_language_model(self._storage, self._key, encoder.language_model)
+            self._restored(f"{self._key}: language_model")
         self._mend_blocks([one.index for one in harder if one.part == "block"])
         self._mend_shards([one for one in harder if one.part == "shard"], past)
 
@@ -202,8 +206,9 @@ class _EncoderRepair:
     def _mend_blocks(self, layers: Sequence[int]) -> None:
         if layers:
             self._job.encoder.select(layers, vectors=False)
-            for layer, block in self._job.encoder.blocks.items():
-                write_block(self._storage, self._key, layer, block)
+            blocks = self._job.encoder.blocks
+            for layer in layers:
+                write_block(self._storage, self._key, layer, blocks[layer])
                 self._restored(f"{self._key}: block {layer}")
 
     def _mend_shards(self, damage: Sequence[Damage], past: Sequence[PastExtraction]) -> None:

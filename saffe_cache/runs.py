@@ -311,6 +311,20 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     write_whole(path, save(contiguous, dict(metadata) if metadata else None))
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """
+    Raises:
+        ValueError: not a safetensors file.
+    """
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+        return tensors
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: not readable as safetensors ({error}). Run the stage that writes it again."
+        ) from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """
     Raises:

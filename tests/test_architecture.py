@@ -20,8 +20,8 @@ LAYERS = [
     {"judging"},
     {"extraction", "alignment", "training", "evaluation"},
     {"extract", "align", "train", "evaluate", "repair"},
-    {"ablation", "binding", "matching", "reporting"},
-    {"ablate", "bind", "match", "report"},
+    {"ablation", "binding", "captioning", "matching", "reporting"},
+    {"ablate", "bind", "caption", "match", "report"},
     {"cli"},
 ]
 OWNERS = {
@@ -34,6 +34,7 @@ OWNERS = {
     "soundfile": {"sources"},
     "transformers": {"encoders", "runs"},  # runs records its version
     "huggingface_hub": {"encoders"},
+    "tokenizers": {"encoders"},
     "faiss": {"retrieval"},
     "safetensors": {"runs", "training"},
     "jinja2": {"reporting"},

@@ -28,6 +28,7 @@ from saffe_cache.features import BlockSpec, BlockWeights
 from saffe_cache.fusion.block import EncoderBlock, relative_position_buckets
 
 Models = Callable[[str], Path]
+ROLES = ("query", "key", "value")
 every_family = pytest.mark.parametrize("name", CASES)
 every_text_family = pytest.mark.parametrize("name", TEXT_FAMILIES)
 
@@ -105,19 +106,24 @@ def test_projections_are_those_of_the_layer(name: str, tiny_model: Models) -> No
 
     def watch(role: str, layer: nn.Module) -> None:
         """Note what enters and leaves a projection, found by its name."""
-        names = {role, role[0], f"{role[0]}_proj"}
+        names = {role, role[0], f"{role[0]}_proj", "c_attn"}
         found = [module for path, module in layer.named_modules() if path.split(".")[-1] in names]
         assert len(found) == 1
-        found[0].register_forward_hook(lambda module, given, output: seen.update({role: (given[0], output)}))
+
+        def note(module: nn.Module, given: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            one_of_three = output.chunk(3, dim=-1)[ROLES.index(role)] if name == "gpt2" else output
+            seen[role] = given[0], one_of_three
+
+        found[0].register_forward_hook(note)
 
     for index, weights in encoder.blocks.items():
-        for role in ("query", "key", "value"):
+        for role in ROLES:
             watch(role, model.get_submodule(CASES[name].layers)[index])
         inputs = inputs_of(name, encoder)
         run_reference(name, model, inputs)
         for rebuilt, (entering, output) in zip(
             EncoderBlock(weights).project(seen["query"][0]),
-            (seen[role] for role in ("query", "key", "value")),
+            (seen[role] for role in ROLES),
             strict=True,
         ):
             assert torch.equal(entering, seen["query"][0])
@@ -139,15 +145,20 @@ def test_every_tensor_counts(name: str, tiny_model: Models) -> None:
 
 
 @every_family
-def test_blocks_come_frozen_and_only_for_selected_layers(name: str, tiny_model: Models) -> None:
+def test_blocks_come_frozen_and_for_selected_layers_or_all_of_a_language_model(name: str, tiny_model: Models) -> None:
     encoder = load_tiny(name, tiny_model(name), layers=(1, NUM_LAYERS))
-    assert list(encoder.blocks) == [1]
+    assert list(encoder.blocks) == (list(range(NUM_LAYERS)) if name == "gpt2" else [1])
     assert not any(parameter.requires_grad for parameter in EncoderBlock(encoder.blocks[1]).parameters())
     assert {array.dtype for array in encoder.blocks[1].tensors.values()} == {np.dtype(np.float32)}
 
 
 def test_activations_and_causality_are_told(tiny_model: Models) -> None:
-    expected = {"clip-text": ("quick_gelu", True), "dinov2-swiglu": ("silu", False), "bert": ("gelu", False)}
+    expected = {
+        "clip-text": ("quick_gelu", True),
+        "gpt2": ("gelu_new", True),
+        "dinov2-swiglu": ("silu", False),
+        "bert": ("gelu", False),
+    }
     for name, told in expected.items():
         spec = load_tiny(name, tiny_model(name)).blocks[0].spec
         assert (spec.activation, spec.is_causal) == told

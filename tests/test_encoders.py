@@ -46,8 +46,9 @@ def assert_is_reference(name: str, encoder: Any, folder: Path) -> None:
     encoded, model = encoder.encode(inputs), load_reference(name, folder)
     output = run_reference(name, model, inputs)
     expected = list(output.hidden_states)
-    if name == "whisper":  # transformers gives its last hidden state behind the final norm only
-        after_norm = model.encoder.layer_norm(torch.tensor(encoded.states[NUM_LAYERS]))
+    if name in ("whisper", "gpt2"):  # transformers gives its last hidden state behind the final norm only
+        final_norm = model.encoder.layer_norm if name == "whisper" else model.ln_f
+        after_norm = final_norm(torch.tensor(encoded.states[NUM_LAYERS]))
         np.testing.assert_allclose(after_norm.detach(), expected.pop(), atol=1e-5)
     assert len(encoded.states) == NUM_LAYERS + 1
     for index, states in enumerate(expected):
@@ -145,7 +146,9 @@ def test_texts_are_prompted_cut_and_padded(tiny_model: Models) -> None:
     assert padded["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
 
 
-@pytest.mark.parametrize(("name", "positions"), [("bert", 202), ("roberta", 200), ("mpnet", 200), ("clip-text", 77)])
+@pytest.mark.parametrize(
+    ("name", "positions"), [("bert", 202), ("roberta", 200), ("mpnet", 200), ("clip-text", 77), ("gpt2", 202)]
+)
 def test_a_text_may_use_all_positions_and_no_more(name: str, positions: int, tiny_model: Models) -> None:
     encoder = load_tiny(name, tiny_model(name))
     assert encoder.max_length == positions

@@ -66,10 +66,14 @@ def randomize(model: nn.Module, seed: int) -> None:
             if "relative_attention_bias" in name:
                 parameter.copy_(2 * noise)
             elif parameter.ndim >= 2:
-                embeds = ("embed" in name or "token" in name) and "patch" not in name
+                embeds = any(part in name for part in ("embed", "token", "wte", "wpe")) and "patch" not in name
                 parameter.copy_(noise * (0.5 if embeds else 1.2 * parameter[0].numel() ** -0.5))
             elif parameter.ndim == 1:
-                centre = 1.0 if name.endswith(("norm.weight", "Norm.weight", "lambda1")) or ".norm" in name else 0.0
+                centre = (
+                    1.0
+                    if name.endswith(("norm.weight", "Norm.weight", "lambda1")) or ".norm" in name or "ln_" in name
+                    else 0.0
+                )
                 parameter.copy_((centre if not name.endswith("bias") else 0.0) + 0.3 * noise)
 
 
@@ -98,6 +102,17 @@ def _roberta_tokenizer(folder: Path) -> None:
 def _clip_tokenizer(folder: Path) -> None:
     """End of text is the highest id, and pads."""
     _tokenizer(folder, ["<unk>", "<|start|>", "<|end|>"], "<|start|>", "<|end|>", "<|end|>", specials_last=True)
+
+
+def _gpt2_tokenizer(folder: Path) -> None:
+    """One token begins and ends, as GPT-2's does."""
+    vocabulary = {name: i for i, name in enumerate([*WORDS, "<unk>", "<|endoftext|>"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    end = "<|endoftext|>"
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=end, bos_token=end, unk_token="<unk>"
+    ).save_pretrained(folder)
 
 
 NORMALIZED = {"do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
@@ -132,6 +147,21 @@ def _text_model(kind: str, **options: Any) -> Callable[[], Any]:
         return getattr(transformers, f"{kind}Model")(config, add_pooling_layer=False)
 
     return build
+
+
+def _gpt2() -> Any:
+    config = transformers.GPT2Config(
+        vocab_size=len(WORDS) + 2,
+        n_positions=202,
+        n_embd=32,
+        n_head=4,
+        n_layer=NUM_LAYERS,
+        n_inner=48,
+        layer_norm_epsilon=0.01,
+        bos_token_id=len(WORDS) + 1,
+        eos_token_id=len(WORDS) + 1,
+    )
+    return transformers.GPT2LMHeadModel(config)
 
 
 def _clip() -> Any:
@@ -223,6 +253,14 @@ CASES = {
             ("mpnet", "MPNet", _roberta_tokenizer),
         ]
     },
+    "gpt2": Case(
+        modality="text",
+        build=_gpt2,
+        reference="GPT2Model",
+        save_processor=_gpt2_tokenizer,
+        layer="GPT2Block",
+        layers="h",
+    ),
     "whisper": Case(
         modality="audio",
         build=_whisper,

@@ -12,18 +12,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from saffe_cache.encoders.families import Family, read_block
+from saffe_cache.encoders.causal_tokens import CausalTokens, without_surrogates
+from saffe_cache.encoders.families import Family, read_block, read_language_model
 from saffe_cache.encoders.fingerprint import fingerprint_of
 from saffe_cache.encoders.loading import EncoderRequest, load_model, load_processor, longest_text
 from saffe_cache.encoders.pictures import quick_pictures
 from saffe_cache.encoders.transfers import Transfers
-from saffe_cache.features import BlockWeights
+from saffe_cache.features import BlockWeights, LanguageModelSpec, LanguageModelWeights
+
+_LEAST_OF_TEXT = 3
+"""Tokens of a language model's text: begin, end, and one between."""
 
 __all__ = ["Encoded", "EncoderRequest", "FrozenEncoder", "Launched", "load_encoder"]
 
@@ -82,7 +87,12 @@ class FrozenEncoder:
         self.hidden_size = int(getattr(self._config, "hidden_size", 0) or self._config.d_model)
         self.layers = self._check_layers(request.layers)
         self.max_length = longest_text(request, processor, self._config) if request.modality == "text" else None
-        self.fingerprint = fingerprint_of(request, model, processor, pooling=family.pooling, max_length=self.max_length)
+        self.fingerprint = fingerprint_of(
+            *(request, model, processor),
+            pooling=family.pooling,
+            max_length=self.max_length,
+            is_language_model=bool(family.language_model),
+        )
         self._with_vectors = request.pooled
         self._quick = quick_pictures(processor) if request.modality == "image" else None
         self.transfers = Transfers(request.device)
@@ -109,12 +119,50 @@ class FrozenEncoder:
 
     @property
     def blocks(self) -> Mapping[int, BlockWeights]:
-        """The block that consumes each selected layer; none consumes the last layer's output."""
+        """The block that consumes each selected layer; none consumes the last layer's output.
+
+        All blocks of a language model: to generate takes them all.
+        """
         return {
             i: read_block(self.family, self._model, self._config, self._layers[i])
-            for i in self.layers
+            for i in (range(self.num_layers) if self.family.language_model else self.layers)
             if i < self.num_layers
         }
+
+    @cached_property
+    def language_model(self) -> LanguageModelWeights | None:
+        """What a causal language model has besides its blocks; None for other encoders.
+
+        Raises:
+            ValueError: its tokenizer has no begin or end token, or none of the library `tokenizers` is in it; texts
+                have no room.
+        """
+        if not self.family.language_model:
+            return None
+        assert self.max_length is not None
+        if self.max_length < _LEAST_OF_TEXT:
+            raise ValueError(
+                f"text encoder {self.request.model_id}: {self.max_length} tokens are left to a text behind "
+                f"--position-offset {self.request.position_offset}, expected {_LEAST_OF_TEXT} or more. Choose a larger "
+                "--max-length or a smaller offset."
+            )
+        backend, end = getattr(self._processor, "backend_tokenizer", None), self._processor.eos_token_id
+        begin = self._processor.bos_token_id
+        if backend is None or end is None or begin is None:
+            raise ValueError(
+                f"text encoder {self.request.model_id}: its tokenizer has begin token {begin} and end token {end}, and "
+                f"is a {type(self._processor).__name__}; expected both, and a fast tokenizer. Choose another model."
+            )
+        tensors, eps = read_language_model(self.family, self._model)
+        spec = LanguageModelSpec(
+            begin_token=int(begin),
+            end_token=int(end),
+            prompt=self.request.prompt,
+            max_length=self.max_length,
+            position_offset=self.request.position_offset,
+            layer_norm_eps=eps,
+        )
+        return LanguageModelWeights(spec, tensors, backend.to_str())
 
     def select(self, layers: Sequence[int], *, vectors: bool) -> None:
         """Choose what `encode` returns; without vectors it runs no layer behind the deepest one.
@@ -149,7 +197,9 @@ class FrozenEncoder:
 
         A lone surrogate, which no tokenizer takes, becomes U+FFFD.
         """
-        prompted = [_without_surrogates(self.request.prompt.replace("{}", text)) for text in texts]
+        if self.language_model:
+            return CausalTokens(self.language_model.tokenizer, self.language_model.spec).encode(texts)
+        prompted = [without_surrogates(self.request.prompt.replace("{}", text)) for text in texts]
         return list(self._processor(prompted, truncation=True, max_length=self.max_length)["input_ids"])
 
     def pad(self, token_ids: Sequence[list[int]]) -> dict[str, torch.Tensor]:
@@ -187,6 +237,10 @@ class FrozenEncoder:
         arguments: dict[str, Any] = self.transfers.to_device(inputs, self.dtype)
         if self.family.interpolates:
             arguments["interpolate_pos_encoding"] = True
+        if self.family.language_model:
+            length, offset = inputs["input_ids"].shape[1], self.request.position_offset
+            positions = torch.arange(offset, offset + length, device=self.request.device)
+            arguments |= {"position_ids": positions[None], "use_cache": False}
         if self.family.shuffles:
             batch, _, height, width = inputs["pixel_values"].shape
             patches = (height // self._config.patch_size) * (width // self._config.patch_size)
@@ -239,10 +293,6 @@ class FrozenEncoder:
                 f"Choose --layers {self.request.modality}=… among these."
             )
         return tuple(sorted(set(layers)))
-
-
-def _without_surrogates(text: str) -> str:
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def load_encoder(request: EncoderRequest) -> FrozenEncoder:

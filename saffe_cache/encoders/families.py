@@ -7,7 +7,7 @@ compares it with the model's own next hidden state.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,15 @@ _WHISPER_BLOCK = _CLIP_BLOCK | {
     "mlp_out": "fc2",
 }
 
+_GPT2_BLOCK = {
+    "query_key_value": "attn.c_attn",
+    "output": "attn.c_proj",
+    "attention_norm": "ln_1",
+    "mlp_norm": "ln_2",
+    "mlp_in": "mlp.c_fc",
+    "mlp_out": "mlp.c_proj",
+}
+
 
 def first_token(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
     """The class token behind the final norm."""
@@ -121,6 +130,12 @@ class Family:
     """Takes `interpolate_pos_encoding` for picture sizes other than its own."""
     shuffles: bool = False
     """Sorts its patches by the input `noise`, which is random unless given; ascending noise keeps their order."""
+    is_transposed: bool = False
+    """Linear weights of a block are (in, out), as GPT-2 has them."""
+    language_model: Mapping[str, str] = field(default_factory=dict)
+    """Of a causal language model: where its embeddings, final norm and output layer are."""
+    expects: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of a model's config that the rebuilt block takes for granted."""
 
 
 _VIT = Family(
@@ -192,6 +207,26 @@ FAMILIES: Mapping[tuple[str, Modality], Family] = {
     ("roberta", "text"): replace(_BERT, model_class="RobertaModel"),
     ("xlm-roberta", "text"): replace(_BERT, model_class="XLMRobertaModel"),
     ("mpnet", "text"): replace(_BERT, model_class="MPNetModel", block=_MPNET_BLOCK),
+    ("gpt2", "text"): Family(
+        modality="text",
+        model_class="GPT2LMHeadModel",
+        load_options={},
+        layers="transformer.h",
+        core="transformer",
+        block=_GPT2_BLOCK,
+        pool=masked_mean,
+        pooling="mean of tokens behind the final norm",
+        norm_first=True,
+        is_causal=True,
+        is_transposed=True,
+        language_model={
+            "token_embedding": "transformer.wte",
+            "position_embedding": "transformer.wpe",
+            "final_norm": "transformer.ln_f",
+            "head": "lm_head",
+        },
+        expects={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    ),
     ("whisper", "audio"): Family(
         modality="audio",
         model_class="WhisperModel",
@@ -240,7 +275,12 @@ def read_block(family: Family, model: Any, config: Any, layer: Any) -> BlockWeig
             tensors[role] = _to_numpy(layer.get_parameter(path))
             continue
         for part, parameter in layer.get_submodule(path).named_parameters(recurse=False):
-            tensors[f"{role}_{part}"] = _to_numpy(parameter)
+            values = _to_numpy(parameter)
+            tensors[f"{role}_{part}"] = np.ascontiguousarray(values.T) if family.is_transposed else values
+    for part in ("weight", "bias"):
+        if f"query_key_value_{part}" in tensors:
+            thirds = np.split(tensors.pop(f"query_key_value_{part}"), 3)
+            tensors |= {f"{role}_{part}": third for role, third in zip(("query", "key", "value"), thirds, strict=True)}
     buckets = 0
     if "encoder.relative_attention_bias.weight" in dict(model.named_parameters()):
         table = model.get_parameter("encoder.relative_attention_bias.weight")
@@ -256,6 +296,16 @@ def read_block(family: Family, model: Any, config: Any, layer: Any) -> BlockWeig
         relative_attention_num_buckets=buckets,
     )
     return BlockWeights(spec, tensors)
+
+
+def read_language_model(family: Family, model: Any) -> tuple[dict[str, np.ndarray], float]:
+    """What a causal language model has besides its blocks, as float32, and the final norm's eps."""
+    parts = {name: model.get_submodule(path) for name, path in family.language_model.items()}
+    tensors = {name: _to_numpy(parts[name].weight) for name in ("token_embedding", "position_embedding")}
+    tensors |= {f"final_norm_{part}": _to_numpy(getattr(parts["final_norm"], part)) for part in ("weight", "bias")}
+    if parts["head"].weight is not parts["token_embedding"].weight:
+        tensors["head_weight"] = _to_numpy(parts["head"].weight)
+    return tensors, float(parts["final_norm"].eps)
 
 
 def _first(config: Any, *names: str) -> Any:

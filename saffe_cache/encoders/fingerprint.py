@@ -18,11 +18,19 @@ from saffe_cache.features import Fingerprint, Modality
 
 
 def fingerprint_of(
-    request: EncoderRequest, model: Any, processor: Any, *, pooling: str, max_length: int | None
+    request: EncoderRequest,
+    model: Any,
+    processor: Any,
+    *,
+    pooling: str,
+    max_length: int | None,
+    is_language_model: bool = False,
 ) -> Fingerprint:
     """The fingerprint of a loaded encoder."""
+    of_language_model = {"position_offset": request.position_offset, "text_tokens": "begin, text, end"}
     return Fingerprint(
         {
+            **(of_language_model if is_language_model else {}),
             "modality": request.modality,
             "model_id": request.model_id if not Path(request.model_id).exists() else Path(request.model_id).name,
             "revision": getattr(model.config, "_commit_hash", None) or request.revision,

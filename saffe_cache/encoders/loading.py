@@ -45,6 +45,8 @@ class EncoderRequest:
     """Of the forward pass."""
     attention: str | None = None
     """sdpa, eager or flash_attention_2."""
+    position_offset: int = 0
+    """Position of a text's first token, for language models: so many places in front of it are left free."""
     pooled: bool = True
     """Also keep the encoder's own vector, which needs all layers."""
     device: str = "cpu"
@@ -66,6 +68,7 @@ def load_model(request: EncoderRequest) -> tuple[Family, Any]:
             f"{where}: no model there ({str(error).splitlines()[0]}). Give a hub id or a folder with config.json."
         ) from error
     family = find_family(config.model_type, request.modality)
+    _check_config(where, family, config, request)
     if request.attention:
         options["attn_implementation"] = request.attention
     with _quietly():
@@ -85,6 +88,22 @@ def load_model(request: EncoderRequest) -> tuple[Family, Any]:
     elif missing:
         raise ValueError(f"{where}: its checkpoint lacks {', '.join(missing[:3])}. Use a checkpoint of this model.")
     return (_with_repository_pooling(request, family) if request.modality == "text" else family), model
+
+
+def _check_config(where: str, family: Family, config: Any, request: EncoderRequest) -> None:
+    """
+    Raises:
+        ValueError: the model computes something else than its family, or places are asked for that it cannot leave.
+    """
+    for name, expected in family.expects.items():
+        found = getattr(config, name, expected)
+        if found != expected:
+            raise ValueError(f"{where}: its config has {name} {found}, expected {expected}. Choose another model.")
+    if request.position_offset and not family.language_model:
+        raise ValueError(
+            f"{where}: found --position-offset {request.position_offset}, expected 0: only language models (gpt2) "
+            "leave places free in front of a text. Leave it out."
+        )
 
 
 @contextmanager
@@ -182,5 +201,6 @@ def longest_text(request: EncoderRequest, tokenizer: Any, config: Any) -> int:
     limits = [request.max_length, tokenizer.model_max_length, json.loads(said).get("max_seq_length") if said else None]
     positions = getattr(config, "max_position_embeddings", None)
     if positions:
-        limits.append(positions - (2 if config.model_type in ("roberta", "xlm-roberta", "mpnet") else 0))
+        taken = 2 if config.model_type in ("roberta", "xlm-roberta", "mpnet") else request.position_offset
+        limits.append(max(1, positions - taken))
     return min(int(limit) for limit in limits if limit)

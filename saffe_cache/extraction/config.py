@@ -37,6 +37,9 @@ class ExtractConfig:
     """Longest text in tokens. Default: what the model allows."""
     prompt: str = "{}"
     """Put around every text before its encoder, for models that want one, such as 'query: {}'."""
+    position_offset: int = 0
+    """Of a language model: position of a text's first token. So many places in front of it stay free for the tokens of
+    a photo that `saffe-caption` inserts at a later layer."""
     class_prompt: tuple[str, ...] = ("a photo of a {}.",)
     """Sentence for a class name; repeat it for several, whose vectors are averaged."""
     splits: tuple[str, ...] = ()
@@ -94,6 +97,7 @@ class ExtractConfig:
         for option in ("image_size", "max_length", "batch_size", "batch_tokens", "workers"):
             value = getattr(self, option)
             require(value is None or value > 0, option, value, "a number above 0")
+        require(self.position_offset >= 0, "position_offset", self.position_offset, "0 or more")
         require(self.shard_mb >= 0, "shard_mb", self.shard_mb, "0 (the smallest) or more")
         require(0 <= self.max_invalid <= 1, "max_invalid", self.max_invalid, "a fraction from 0 to 1")
         require(min(self.max_items.values(), default=1) > 0, "max_items", dict(self.max_items), "numbers above 0")
@@ -129,6 +133,7 @@ def encoder_request(config: ExtractConfig, modality: Modality) -> EncoderRequest
         image_size=config.image_size if modality == "image" else None,
         max_length=config.max_length if modality == "text" else None,
         prompt=config.prompt if modality == "text" else "{}",
+        position_offset=config.position_offset if modality == "text" else 0,
         dtype=dtype,
         attention=config.attention,
         pooled=config.pooled,

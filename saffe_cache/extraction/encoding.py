@@ -27,9 +27,9 @@ from saffe_cache.features import CacheError
 from saffe_cache.sources import Media
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.layout import ArraySpec
-from saffe_cache.store.manifest import write_encoder
+from saffe_cache.store.manifest import language_model_group, write_encoder
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks
+from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks, write_language_model
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,10 @@ class _Storing:
             )
 
     def _store_blocks(self) -> Mapping[int, str]:
-        write_blocks(self._storage, self._job.manifest.key, self._job.encoder.blocks)
+        key, encoder = self._job.manifest.key, self._job.encoder
+        if encoder.language_model and not self._storage.exists(f"{language_model_group(key)}/zarr.json"):
+            write_language_model(self._storage, key, encoder.language_model)
+        write_blocks(self._storage, key, encoder.blocks)
         return {}
 
     def _store(self, batch: Batch, parts: Sequence[Launched]) -> Mapping[int, str]:

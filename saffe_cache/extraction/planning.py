@@ -82,14 +82,18 @@ class Job:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the encoder's group when done: shards, padded to whole chunks, and blocks."""
+        """Bytes of the encoder's group when done: shards, padded to whole chunks, and weights."""
         weights = sum(values.nbytes for block in self.encoder.blocks.values() for values in block.tensors.values())
+        if self.encoder.language_model:
+            weights += sum(values.nbytes for values in self.encoder.language_model.tensors.values())
         return weights + sum(_array_bytes(spec, rows) for spec, rows in self.arrays.values())
 
     @property
     def num_files(self) -> int:
         """Files of the encoder's group when done; each array has one for its metadata."""
         weights = sum(2 * len(block.tensors) + 1 for block in self.encoder.blocks.values())
+        if self.encoder.language_model:
+            weights += 2 * len(self.encoder.language_model.tensors) + 3
         return weights + sum(1 + -(-rows // spec.shard_rows) for spec, rows in self.arrays.values())
 
     @property
@@ -211,6 +215,7 @@ def _manifest(storage: Storage, encoder: FrozenEncoder) -> EncoderManifest:
         num_layers=encoder.num_layers,
         hidden_size=encoder.hidden_size,
         vector="projected" if encoder.family.projection else "pooled",
+        is_language_model=encoder.language_model is not None,
     )
 
 

@@ -11,6 +11,9 @@ from torch.nn import functional
 
 from saffe_cache.features import BlockSpec, BlockWeights
 
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+"""Of the tokens that a causal block has seen, each [batch, heads, tokens, d / heads]."""
+
 _PORTION_TOKENS = 1024
 """That pass a block together on a CPU."""
 
@@ -41,6 +44,18 @@ class EncoderBlock(nn.Module):
             return self._attend(hidden, mask)
         return _in_portions(self._attend, hidden) if mask is None else _in_portions(self._attend, hidden, mask)
 
+    def extend(self, hidden: torch.Tensor, past: KeysValues | None) -> tuple[torch.Tensor, KeysValues]:
+        """New tokens of a causal block, behind those whose keys and values it has given before: their output, and keys
+        and values of all."""
+        assert self.spec.is_causal
+        queries, keys, values = self.project(self._norm("attention_norm", hidden) if self.spec.norm_first else hidden)
+        if past is not None:
+            keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+        num_new, num_all = hidden.shape[1], keys.shape[2]
+        allowed = torch.ones(num_new, num_all, dtype=torch.bool, device=hidden.device).tril(num_all - num_new)
+        attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed)
+        return self._feed_forward(self._attended(attended, hidden)), (keys, values)
+
     def feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The second half: the MLP with its residual and norm."""
         return _in_portions(self._feed_forward, hidden)
@@ -49,7 +64,10 @@ class EncoderBlock(nn.Module):
         entering = self._norm("attention_norm", hidden) if self.spec.norm_first else hidden
         queries, keys, values = self.project(entering)
         bias = attention_bias(mask, self.spec, self._position_bias(hidden.shape[1]), hidden.shape[1], hidden)
-        attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
+        return self._attended(functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias), hidden)
+
+    def _attended(self, attended: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """What the attention's heads gave, [batch, heads, tokens, d / heads], with residual and norm."""
         attended = self._linear("output", attended.transpose(1, 2).flatten(2))
         if "attention_layer_scale" in self.weights:
             attended = attended * self.weights["attention_layer_scale"]

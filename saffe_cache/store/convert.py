@@ -21,7 +21,7 @@ from saffe_cache.store.reader import EncoderCache, open_cache
 from saffe_cache.store.rows import RowReader
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import ENCODING_TYPE as ITEMS
-from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks
+from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks, write_language_model
 from saffe_cache.store.zarr_files import mark_group, read_group, write_group
 
 
@@ -79,6 +79,8 @@ def _convert_encoder(storage: Storage, encoder: EncoderCache, specs: dict[str, A
     changed = {"converted": {name: spec.described for name, spec in specs.items()}}
     manifest = replace(old, arrays={}, finished_rows=0, history=[*old.history, changed])
     write_blocks(storage, old.key, {layer: encoder.block(layer) for layer in encoder.block_layers})
+    if old.is_language_model:
+        write_language_model(storage, old.key, encoder.language_model())
     targets = {name: (spec, old.arrays[name].rows) for name, spec in specs.items()}
     with EncoderWriter(storage, manifest, targets) as writer:
         for name, spec in specs.items():

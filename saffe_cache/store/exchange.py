@@ -19,10 +19,18 @@ from typing import Any
 import h5py
 import numpy as np
 
-from saffe_cache.features import CacheError
+from saffe_cache.features import BlockSpec, CacheError, LanguageModelSpec
 from saffe_cache.store.layout import decode_shard
-from saffe_cache.store.manifest import EncoderManifest, RootManifest, encoder_group, read_root, write_root
-from saffe_cache.store.reader import EncoderCache, block_spec, open_cache
+from saffe_cache.store.manifest import (
+    LANGUAGE_MODEL,
+    EncoderManifest,
+    RootManifest,
+    encoder_group,
+    language_model_group,
+    read_root,
+    write_root,
+)
+from saffe_cache.store.reader import EncoderCache, open_cache, spec_of
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import ENCODING_TYPE as ITEMS
 from saffe_cache.store.table import table_from_arrays
@@ -131,6 +139,8 @@ def _export_encoder(storage: Storage, encoder: EncoderCache, group: Any) -> None
     for layer in encoder.block_layers:
         name = f"blocks/{layer}"
         _export_group(storage, f"{encoder_group(encoder.key)}/{name}", "saffe-block", group.create_group(name))
+    if encoder.manifest.is_language_model and encoder.block_layers:
+        _export_group(storage, language_model_group(encoder.key), LANGUAGE_MODEL, group.create_group("language_model"))
 
 
 def _import_encoder(storage: Storage, group: Any, where: str) -> None:
@@ -157,7 +167,11 @@ def _import_encoder(storage: Storage, group: Any, where: str) -> None:
     for layer in EncoderCache(storage, promised).block_layers:
         name, of_block = f"{encoder_group(manifest.key)}/blocks/{layer}", f"{where}: block {layer}"
         _, attributes = _import_group(storage, name, "saffe-block", group[f"blocks/{layer}"], of_block)
-        block_spec(attributes, of_block)
+        spec_of(BlockSpec, attributes, of_block)
+    if promised.is_language_model and EncoderCache(storage, promised).block_layers:
+        name, of_model = language_model_group(manifest.key), f"{where}: language_model"
+        _, attributes = _import_group(storage, name, LANGUAGE_MODEL, group["language_model"], of_model)
+        spec_of(LanguageModelSpec, attributes, of_model)
 
 
 def _export_group(storage: Storage, name: str, encoding_type: str, group: Any) -> None:

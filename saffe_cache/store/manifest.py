@@ -16,6 +16,8 @@ from saffe_cache.store.layout import ArraySpec, ShardEntry
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.zarr_files import FORMAT_VERSION, check_encoding, group_metadata, read_attributes
 
+LANGUAGE_MODEL = "saffe-language-model"
+"""Encoding type of what a language model has besides its blocks."""
 _COMPRESSED = 2
 """Version of an encoder's manifest with a compressed array: one that knows nothing of these would misread it."""
 
@@ -79,6 +81,8 @@ class EncoderManifest:
     """Inputs whose rows are in every array; a later extraction starts behind them."""
     invalid: dict[int, str] = field(default_factory=dict)
     """Inputs that could not be encoded, by row, with the reason."""
+    is_language_model: bool = False
+    """Whether all blocks are kept, and besides them what a causal language model needs to generate."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry for each extraction that added something: its config, versions and seconds."""
 
@@ -110,6 +114,7 @@ class EncoderManifest:
             "num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
             "vector": self.vector,
+            **({"language_model": True} if self.is_language_model else {}),
             "finished_rows": self.finished_rows,
             "invalid": {str(row): reason for row, reason in sorted(self.invalid.items())},
             "history": self.history,
@@ -133,6 +138,7 @@ class EncoderManifest:
                 num_layers=whole_number(content, "num_layers"),
                 hidden_size=whole_number(content, "hidden_size", least=1),
                 vector=str(content["vector"]),
+                is_language_model=content.get("language_model") is True,
                 arrays={_array_name(name): ArrayManifest.from_json(one) for name, one in content["arrays"].items()},
                 finished_rows=whole_number(content, "finished_rows"),
                 history=list(content["history"]),
@@ -184,6 +190,11 @@ def _is_decimal(text: str) -> bool:
 def encoder_group(key: str) -> str:
     """Where an encoder's group lies below the root."""
     return f"encoders/{key}"
+
+
+def language_model_group(key: str) -> str:
+    """Where lies what a language model has besides its blocks."""
+    return f"{encoder_group(key)}/language_model"
 
 
 def read_encoder(storage: Storage, key: str) -> EncoderManifest:

@@ -15,16 +15,20 @@ from saffe_cache.features import (
     BlockWeights,
     CacheError,
     ItemTable,
+    LanguageModelSpec,
+    LanguageModelWeights,
     Modality,
     Tokens,
 )
 from saffe_cache.fields import made_of
-from saffe_cache.store.layout import decode_shard
+from saffe_cache.store.layout import ADVICE, decode_shard
 from saffe_cache.store.manifest import (
+    LANGUAGE_MODEL,
     ArrayManifest,
     EncoderManifest,
     RootManifest,
     encoder_group,
+    language_model_group,
     read_encoder,
     read_root,
 )
@@ -122,12 +126,15 @@ class EncoderCache:
 
     @property
     def block_layers(self) -> list[int]:
-        """Cached layers whose consuming block is cached too: all but the output of the last layer.
+        """Cached layers whose consuming block is cached too: all but the output of the last layer. Of a language model
+        all blocks.
 
         A layer of which nothing is committed may still lack its block.
         """
         arrays = self.manifest.arrays
         present = [layer for layer in self.manifest.layers if arrays[f"hidden_states/{layer}"].shards]
+        if present and self.manifest.is_language_model:
+            return list(range(self.manifest.num_layers))
         return [layer for layer in present if layer < self.manifest.num_layers]
 
     def block(self, layer: int) -> BlockWeights:
@@ -144,7 +151,26 @@ class EncoderCache:
             )
         name = f"{encoder_group(self.key)}/blocks/{layer}"
         attributes, tensors = read_group(self._storage, name, "saffe-block")
-        return BlockWeights(block_spec(attributes, f"{self._storage.root}: {name}"), tensors)
+        return BlockWeights(spec_of(BlockSpec, attributes, f"{self._storage.root}: {name}"), tensors)
+
+    def language_model(self) -> LanguageModelWeights:
+        """What a language model has besides its blocks.
+
+        Raises:
+            CacheError: the encoder is none, or what is kept of it is damaged.
+        """
+        if not self.manifest.is_language_model:
+            raise CacheError(
+                f"{self._storage.root}: {self.key} is no language model. Add one: saffe-extract --encoder text=gpt2"
+            )
+        name = language_model_group(self.key)
+        attributes, tensors = read_group(self._storage, name, LANGUAGE_MODEL)
+        where = f"{self._storage.root}: {name}"
+        try:
+            tokenizer = tensors.pop("tokenizer").tobytes().decode()
+        except (KeyError, ValueError) as error:
+            raise CacheError(f"{where}: its tokenizer is missing or damaged ({error}). {ADVICE}") from None
+        return LanguageModelWeights(spec_of(LanguageModelSpec, attributes, where), tensors, tokenizer)
 
     def statistics(self, name: str) -> Statistics:
         """Mean, standard deviation and largest magnitude of an array; of a large one by a sample of its rows."""
@@ -160,13 +186,13 @@ def _ascends(offsets: np.ndarray) -> bool:
     return bool(offsets[0] == 0 and (np.diff(offsets) >= 0).all())
 
 
-def block_spec(attributes: Mapping[str, Any], where: str) -> BlockSpec:
+def spec_of(kind: type[Read], attributes: Mapping[str, Any], where: str) -> Read:
     """
     Raises:
         CacheError: a field is missing, or there is one that this release does not know.
     """
     try:
-        return made_of(BlockSpec, attributes["spec"])
+        return made_of(kind, attributes["spec"])
     except (KeyError, TypeError, ValueError) as error:
         raise CacheError(f"{where}: its spec lacks or misstates {error}. Restore zarr.json from a copy.") from None
 
@@ -244,7 +270,7 @@ def existing_root(storage: Storage) -> RootManifest:
 class Damage:
     """One thing of a cache that is not as it must be."""
 
-    part: Literal["table", "manifest", "block", "metadata", "shard"]
+    part: Literal["table", "manifest", "block", "language_model", "metadata", "shard"]
     message: str = ""
     """Where, and what is wrong with it."""
     encoder: str = ""
@@ -260,6 +286,7 @@ class Damage:
         if self.part == "shard":
             return f"{self.encoder}: {self.array}, shard {self.index}"
         within = {"block": f"block {self.index}", "metadata": f"{self.array}/zarr.json", "manifest": "manifest"}
+        within["language_model"] = "language_model"
         return f"{self.encoder}: {within[self.part]}" if self.encoder else "item table"
 
 
@@ -294,6 +321,8 @@ def find_damage(storage: Storage) -> tuple[int, list[Damage]]:
             (Damage(part="block", encoder=key, index=layer), partial(encoder.block, layer))
             for layer in encoder.block_layers
         ]
+        if encoder.manifest.is_language_model and encoder.block_layers:
+            checks.append((Damage(part="language_model", encoder=key), encoder.language_model))
         for name, array in encoder.manifest.arrays.items():
             folder = f"{encoder_group(key)}/{name}"
             whole = Damage(part="metadata", encoder=key, array=name)

@@ -20,9 +20,17 @@ from typing import NamedTuple
 import numpy as np
 
 from saffe_cache.durable import make_folder
-from saffe_cache.features import BlockWeights
+from saffe_cache.features import BlockWeights, LanguageModelWeights
 from saffe_cache.store.layout import ArraySpec, ShardEntry, decode_shard, describe_shard, encode_shard
-from saffe_cache.store.manifest import ArrayManifest, EncoderManifest, encoder_group, layers_among, write_encoder
+from saffe_cache.store.manifest import (
+    LANGUAGE_MODEL,
+    ArrayManifest,
+    EncoderManifest,
+    encoder_group,
+    language_model_group,
+    layers_among,
+    write_encoder,
+)
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.zarr_files import array_metadata, describe_group, mark_group, shard_name, write_group
 
@@ -234,6 +242,14 @@ def write_block(storage: Storage, key: str, index: int, block: BlockWeights) -> 
     tensors = {tensor: np.asarray(values, np.float32) for tensor, values in sorted(block.tensors.items())}
     attributes = describe_group("saffe-block", tensors, {"spec": vars(block.spec)})
     write_group(storage, _block_group(key, index), attributes, tensors)
+
+
+def write_language_model(storage: Storage, key: str, weights: LanguageModelWeights) -> None:
+    """Store what a language model has besides its blocks, also in the place of what is there."""
+    tensors = {name: np.asarray(values, np.float32) for name, values in sorted(weights.tensors.items())}
+    tensors["tokenizer"] = np.frombuffer(weights.tokenizer.encode(), np.uint8)
+    attributes = describe_group(LANGUAGE_MODEL, tensors, {"spec": vars(weights.spec)})
+    write_group(storage, language_model_group(key), attributes, tensors)
 
 
 def _block_group(key: str, index: int) -> str:

@@ -1,0 +1,232 @@
+"""saffe-caption: what it trains, what it measures and against what, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from captioning_cases import PHOTO_TOKENS, captioned_cache, model_of, projector_of, source_of
+from tiny_models import NUM_LAYERS
+
+from saffe_cache import caption as verb
+from saffe_cache.caption import CaptionConfig, caption, exit_status
+from saffe_cache.captioning.captions import caption_losses, project, split_photos
+from saffe_cache.captioning.fitting import FitOptions, fit_projector, rate_at, shuffled_batches
+from saffe_cache.captioning.measuring import Measured, Measuring, chance_alarms, count_flops
+from saffe_cache.features import CacheError
+from saffe_cache.pairs import Pairs
+from saffe_cache.store.reader import open_cache
+
+Models = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Models) -> str:
+    return captioned_cache(tmp_path_factory.mktemp("captions"), tiny_model)
+
+
+def parts_of(cache: str, seed: int = 0) -> tuple[Pairs, Pairs, Pairs]:
+    found = open_cache(cache)
+    options: dict[str, Any] = {"train_split": "train", "split": "dev", "held_out": 0.25, "seed": seed}
+    return split_photos(found, found.encoder("image"), found.encoder("text"), **options)
+
+
+def measuring_of(cache: str, layer: int = 1) -> Measuring:
+    return Measuring(source_of(cache, layer), model_of(cache, layer), projector_of(), parts_of(cache)[2], seed=0)
+
+
+def test_no_photo_is_in_two_parts(cache: str) -> None:
+    training, validation, reported = parts_of(cache)
+    assert (len(training), len(validation), len(reported)) == (9, 3, 6)
+    assert not {*training.rows} & {*validation.rows} | {*training.rows, *validation.rows} & {*reported.rows}
+
+
+def test_the_projector_learns_and_is_the_one_of_the_best_epoch(cache: str) -> None:
+    training, validation, _ = parts_of(cache)
+    options = FitOptions(epochs=6, batch_size=4, learning_rate=0.02, weight_decay=0.0, seed=1)
+    source, model = source_of(cache, 1), model_of(cache, 1)
+    frozen = {name: value.clone() for name, value in model.state_dict().items()}
+    fits = [fit_projector(source, model, training, validation, options) for _ in range(2)]
+    log, again = fits[0].log, fits[1].log
+    assert [{**one} for one in log] == again
+    assert log[-1]["training"] < log[1]["training"] - 0.1
+    losses = [one["validation"] for one in log]
+    assert losses[fits[0].best_epoch] == min(losses)
+    with torch.no_grad():
+        captions = source.captions(validation.texts.values[validation.texts.offsets[:-1]])
+        photos = project(source, fits[0].projector, validation.rows)
+        found = caption_losses(model, captions, photos).sum() / captions.is_said.sum()
+    assert float(found) == pytest.approx(min(losses), abs=1e-5)
+    assert all(torch.equal(value, frozen[name]) for name, value in model.state_dict().items())
+
+
+def test_batches_hold_every_text_once_and_little_padding() -> None:
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(5, 40, 1003)
+    batches = shuffled_batches(lengths, 32, generator)
+    assert sorted(np.concatenate(batches)) == list(range(1003))
+    assert max(map(len, batches)) == 32
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert padded < 1.15 * lengths.sum()
+    means = [lengths[batch].mean() for batch in batches]
+    assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.5, "batches come in the order of their lengths"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 300])
+def test_the_learning_rate_rises_once_and_falls_to_nothing(steps: int) -> None:
+    rates = [rate_at(step, steps) for step in range(steps + 1)]
+    top = int(np.argmax(rates))
+    assert rates[top] == 1.0
+    assert rates[0] > 0
+    assert (np.diff(rates[: top + 1]) > 0).all()
+    assert (np.diff(rates[top:]) <= 0).all()
+    assert rates[-1] == pytest.approx(0, abs=1e-9) or steps == 1
+
+
+def test_losses_are_those_of_transformers_and_of_a_loop(cache: str, tiny_model: Models) -> None:
+    """The plain model by its own loss, the unigram by counting, photos one by one."""
+    measuring, training = measuring_of(cache), parts_of(cache)[0]
+    report = measuring.losses(training)
+    found = report["losses"]
+    source, pairs = measuring.source, measuring.pairs
+    gpt2 = transformers.GPT2LMHeadModel.from_pretrained(tiny_model("gpt2")).eval()
+    texts = open_cache(cache).table.inputs["text"].texts
+    assert texts is not None
+    ids = {row: source.tokens.encode([texts[row]])[0] for row in {*pairs.texts.values, *training.texts.values}}
+    counts = dict.fromkeys(range(42), 1)
+    for row in training.texts.values:
+        for token in ids[row][1:]:
+            counts[token] += 1
+    totals = {"plain_model": 0.0, "unigram": 0.0, "photo": 0.0, "photos_shuffled": 0.0}
+    said = sum(len(ids[row]) - 1 for row in pairs.texts.values)
+    for number in range(len(pairs)):
+        for row in pairs.texts[number]:
+            tokens = torch.tensor([ids[row]])
+            with torch.no_grad():
+                totals["plain_model"] += float(gpt2(tokens, labels=tokens).loss) * (len(ids[row]) - 1)
+                for name, photo in (("photo", number), ("photos_shuffled", measuring.other[number])):
+                    projected = project(source, measuring.projector, pairs.rows[[photo]])
+                    captions = source.captions(np.array([row]))
+                    totals[name] += float(caption_losses(measuring.model, captions, projected))
+            totals["unigram"] -= sum(np.log(counts[token] / sum(counts.values())) for token in ids[row][1:])
+    for name, total in totals.items():
+        assert found[name]["loss"] == pytest.approx(total / said, abs=1e-4), name
+        assert found[name]["perplexity"] == pytest.approx(np.exp(total / said), rel=1e-3)
+        assert found[name]["low"] < found[name]["loss"] < found[name]["high"]
+        difference = report["differences"].get(name, {"value": 0})["value"]
+        assert difference == pytest.approx(found["photo"]["loss"] - found[name]["loss"], abs=1e-6)
+    assert sorted(measuring.other) == list(range(len(pairs)))
+    assert (measuring.other != np.arange(len(pairs))).all()
+
+
+def test_a_prompts_tokens_are_not_counted(tmp_path: Path, tiny_model: Models) -> None:
+    source = source_of(captioned_cache(tmp_path, tiny_model, train=2, prompt="word7 word8 {}"), 1)
+    captions = source.captions(np.array([0, 1]))
+    ids, mask = source.token_ids(np.array([0, 1]))
+    assert ids[:, :3].tolist() == [[41, 7, 8]] * 2
+    assert captions.is_said.sum(dim=1).tolist() == (mask.sum(dim=1) - 3).tolist()
+    assert captions.targets[0][captions.is_said[0]].tolist() == ids[0, 3 : mask[0].sum()].tolist()
+    source.tokens.start.append(9)  # as where a prompt runs into the text
+    with pytest.raises(CacheError, match=r"begins with the tokens \[41, 7, 8, \d+\], expected \[41, 7, 8, 9\]"):
+        source.captions(np.array([0]))
+
+
+def test_own_captions_are_found_by_who_knows_them_and_by_chance_otherwise(
+    cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measuring = measuring_of(cache)
+    owner = dict(
+        zip(measuring.pairs.texts.values[measuring.pairs.texts.offsets[:-1]], measuring.pairs.rows, strict=True)
+    )
+
+    def knows(texts: np.ndarray, photos: np.ndarray) -> Measured:
+        right = np.array([owner[text] == photo for text, photo in zip(texts, photos, strict=True)])
+        return Measured(np.where(right, 1.0, 2.0), np.ones(len(texts)))
+
+    monkeypatch.setattr(measuring, "_with_photos", knows)
+    monkeypatch.setattr(measuring, "_without", lambda texts: Measured(np.full(len(texts), 3.0), texts))
+    found = measuring.own_captions(4)
+    assert {name: one["value"] for name, one in found.items()} == {
+        "photo, by loss": 1.0,
+        "photo, by gain": 1.0,
+        "photos_shuffled, by loss": 0.0,
+        "photos_shuffled, by gain": 0.0,
+    }
+    generator = np.random.default_rng(0)
+    monkeypatch.setattr(
+        measuring, "_with_photos", lambda texts, _: Measured(generator.random(len(texts)), np.ones(len(texts)))
+    )
+    values = [measuring.own_captions(4)["photo, by gain"]["value"] for _ in range(30)]
+    assert np.mean(values) == pytest.approx(0.2, abs=0.1)
+
+
+def test_a_control_above_chance_is_an_alarm() -> None:
+    own = {"photos_shuffled, by gain": {"value": 0.2}, "photo, by gain": {"value": 0.9}}
+    assert chance_alarms(own, 9, 50) == []
+    assert len(chance_alarms(own, 9, 500)) == 1
+
+
+def test_flops_are_those_of_the_formula(cache: str) -> None:
+    """F(L) of a layer: 8 L d² of the attention's maps, 4 L d f of the MLP, 4 L² d of the attention (method D)."""
+
+    def of_layer(length: int) -> int:
+        return 8 * length * 32 * 32 + 4 * length * 32 * 48 + 4 * length**2 * 32
+
+    counts = {"batch": 2, "tokens": 7, "photo_tokens": PHOTO_TOKENS}
+    for layer in range(NUM_LAYERS):
+        found = count_flops(model_of(cache, layer), projector_of(), **counts)
+        layers = layer * of_layer(7) + (NUM_LAYERS - layer) * of_layer(7 + PHOTO_TOKENS)
+        rest = 2 * PHOTO_TOKENS * 32 * 32 + 2 * 7 * 32 * 42
+        assert found["whole_pass_flops"] == pytest.approx(2 * (layers + rest), rel=0.02)
+        upper = (NUM_LAYERS - layer) * of_layer(7 + PHOTO_TOKENS) + rest
+        assert 1.8 < found["training_step_flops"] / (2 * upper) < 2.6
+
+
+def config_of(cache: str, out: Path, **options: Any) -> CaptionConfig:
+    quick = {"layer": 1, "grid": 2, "held_out": 0.25, "others": 3, "epochs": 2, "batch_size": 4, "max_tokens": 6}
+    return CaptionConfig(cache=cache, out=str(out), device="cpu", **(quick | options))
+
+
+def test_the_verb_reports_and_does_nothing_twice(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(cache, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "format_captions", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            caption(config)
+    monkeypatch.setattr(verb, "fit_projector", lambda *_: pytest.fail("it is trained already"))
+    out = Path(caption(config))
+    result = json.loads((out / "caption.json").read_text())
+    assert (result["layer"], result["num_layers"], result["photo_tokens"], result["photos"]) == (1, NUM_LAYERS, 5, 6)
+    assert result["cost"]["trainable_parameters"] == 32 * 32 + 3 * 32
+    assert set(result["losses"]) == {"photo", "photos_shuffled", "no_photo", "plain_model", "unigram"}
+    assert result["chance"] == 0.25
+    said = [json.loads(line) for line in (out / "captions.jsonl").read_text().splitlines()]
+    assert len(said) == 6
+    assert all(len(one["own"]) == 3 and len(one["caption"].split()) <= 6 for one in said)
+    assert "plain_model" in (out / "caption.txt").read_text()
+    assert exit_status(str(out)) == (3 if result["failures"] else 0)
+    written = (out / "caption.json").read_bytes()
+    caption(config)
+    assert (out / "caption.json").read_bytes() == written
+    with pytest.raises(ValueError, match=r"holds another result.*layer: 1 there, 2 now"):
+        caption(replace(config, layer=2))
+
+
+def test_what_does_not_fit_is_refused(cache: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--layer: found 3, expected 0 to 2"):
+        caption(config_of(cache, tmp_path, layer=3))
+    with pytest.raises(ValueError, match="--others: found 6, expected fewer than 6"):
+        caption(config_of(cache, tmp_path, others=6))
+    with pytest.raises(ValueError, match="--max-tokens: found 197, expected at most 196"):
+        caption(config_of(cache, tmp_path, max_tokens=197))
+    with pytest.raises(CacheError, match="0 language models named 'bert'; it holds text-tiny-gpt2"):
+        caption(config_of(cache, tmp_path, encoder={"text": "bert"}))
+    with pytest.raises(ValueError, match="--split: found train, expected another"):
+        config_of(cache, tmp_path, split="train")
