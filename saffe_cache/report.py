@@ -25,7 +25,8 @@ class ReportConfig:
 
     runs: tuple[str, ...] = positional()
     """Folders to show: a finished run with its evaluations, a single evaluation, an ablation (ablation.json), few-shot
-    episodes (binding.json), fusions that match pairs (match.json), an alignment (alignment.json)."""
+    episodes (binding.json), fusions that match pairs (match.json), an alignment (alignment.json),
+    captions (caption.json)."""
     out: str
     """Folder for index.html, figures (SVG and PNG) and data (CSV)."""
     title: str = "What was found, and what it rests on"

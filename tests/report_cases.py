@@ -108,6 +108,19 @@ def alignment() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def captions(layer: int, loss: float) -> dict[str, Any]:
+    names = ("photo", "photos_shuffled", "no_photo", "plain_model")
+    losses = {name: {"loss": loss + i, "low": loss + i - 0.1, "high": loss + i + 0.1} for i, name in enumerate(names)}
+    return {
+        "title": "drawn", "split": "dev", "layer": layer, "num_layers": 6, "photos": 40, "chance": 0.1,
+        "losses": losses, "differences": {},
+        "own_caption": {"photo, by gain": {"value": 0.3, "low": 0.25, "high": 0.35}},
+        "cost": {"trainable_parameters": 99072, "seconds_per_step": 0.9, "training_step_flops": 4.1136e10},
+        "examples": [{"id": "dev/1.jpg", "caption": "a <b>dog</b>", "own": ["a dog & its ball"]}],
+        "failures": [f"photos shuffled: {layer}"],
+    }  # fmt: skip
+
+
 def write(folder: Path, name: str, content: dict[str, Any]) -> str:
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(json.dumps(content))

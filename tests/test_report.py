@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import browsing, find_browser
-from report_cases import EVIL, Made, ablation, alignment, episodes, make_page, make_run, write
+from report_cases import EVIL, Made, ablation, alignment, captions, episodes, make_page, make_run, write
 
 from saffe_cache.cli import report_command
 from saffe_cache.evaluation.details import read_details
@@ -31,6 +31,7 @@ def page(made: Made) -> str:
     folder = made.data.parent
     others = [write(folder / "sweep", "ablation.json", ablation()), write(folder / "few", "binding.json", episodes())]
     others.append(write(folder / "align", "alignment.json", alignment()))
+    others += [write(folder / f"layer-{i}", "caption.json", captions(i, 3.5 + i / 8)) for i in (4, 0)]
     return make_page([made.run, *others], folder / "page", queries=("again",))
 
 
@@ -126,6 +127,17 @@ def test_an_alignment_shows_advice_nulls_and_every_pair(made: Made, page: str) -
     ]  # fmt: skip
 
 
+def test_captions_of_several_layers_stand_in_one_table(made: Made, page: str) -> None:
+    section = page[page.index('id="captions"') : page.index('id="run-1"')]
+    assert section.index("layer 0 of 6") < section.index("layer 4 of 6")
+    for shown in ("3.500", "4.500", "3.400 – 3.600", "30.0", "99,072", "4.11e+10", "a &lt;b&gt;dog", "a dog &amp; its"):
+        assert shown in section, shown
+    assert page.index("photos shuffled: 4. Do not use") < page.index('id="captions"')
+    with (made.data.parent / "page" / "data" / "captions.csv").open(newline="") as file:
+        rows = [(row["layer"], row["photo"], row["own_caption"]) for row in csv.DictReader(file)]
+    assert rows == [("0", "3.5", "0.3"), ("4", "4.0", "0.3")]
+
+
 def test_what_is_wrong_comes_first(made: Made, tmp_path: Path) -> None:
     shutil.copytree(made.out, tmp_path / "bad")
     path = tmp_path / "bad" / "metrics.json"
@@ -199,6 +211,9 @@ def test_folders_that_are_no_runs_and_broken_files_are_refused(made: Made, tmp_p
     refused(
         Path(write(tmp_path / "c", "alignment.json", content)), r"cka: value: rows of \[1\] cells, expected \[1, 1\]"
     )
+    content = captions(0, 3.0)
+    del content["losses"]["plain_model"]
+    refused(Path(write(tmp_path / "d", "caption.json", content)), r"caption\.json: losses: it lacks plain_model")
     shutil.copytree(made.out, tmp_path / "mixed")
     path = tmp_path / "mixed" / "metrics.json"
     path.write_text(path.read_text().replace(str(made.metrics["systems"]["fam"]["mrr"]["value"]), "0.5"))

@@ -1,5 +1,5 @@
-"""What a page says: notices, then evaluations with plots and galleries, sweeps, episodes, alignments, trainings and
-costs."""
+"""What a page says: notices, then evaluations with plots and galleries, sweeps, episodes, pairs, alignments,
+captions, trainings and costs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from saffe_cache.reporting import tables
 from saffe_cache.reporting.agreement import alignment_section
+from saffe_cache.reporting.caption_section import caption_section
 from saffe_cache.reporting.evaluations import evaluation_section
 from saffe_cache.reporting.galleries import make_cards
 from saffe_cache.reporting.ledger import Costs, costs_of
@@ -83,6 +84,9 @@ def make_content(material: Material, album: Album, choice: Choice) -> Content:
         content.sections.append(match_section(matches, f"match-{number}", content.sheets))
     for number, alignment in enumerate(material.alignments, start=1):
         content.sections.append(alignment_section(alignment, f"alignment-{number}", content.sheets))
+    if material.captions:
+        told = short_names(list(material.captions))
+        content.sections.append(caption_section(list(material.captions.values()), told, "captions", content.sheets))
     for number, (run, name) in enumerate(zip(material.runs, runs, strict=True), start=1):
         content.sections.append(run_section(run, name, f"run-{number}", content.sheets))
     if material.runs:
@@ -120,6 +124,8 @@ def _notices(material: Material, names: Sequence[str]) -> list[Notice]:
         found += [Notice("failure", episodes.title, f"{text}. Do not use these numbers.") for text in episodes.failures]
     for matches in material.matches:
         found += [Notice("failure", matches.title, f"{text}. Do not use these numbers.") for text in matches.failures]
+    for path, captions in material.captions.items():
+        found += [Notice("failure", path.name, f"{text}. Do not use these numbers.") for text in captions.failures]
     order = ("failure", "warning", "note")
     return sorted(found, key=lambda notice: order.index(notice.kind))
 

@@ -1,7 +1,7 @@
 """What a report is made of: finished runs and their evaluations, read from their folders into plain dataclasses.
 
-Strict: a folder that is no run, no evaluation, no ablation, no episodes, no matching and no alignment is refused, and
-so is a file that lacks a field, or whose details do not agree with its numbers.
+Strict: a folder that is no run, no evaluation, no ablation, no episodes, no matching, no alignment and no captions is
+refused, and so is a file that lacks a field, or whose details do not agree with its numbers.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from saffe_cache.fields import known_part, made_of
 from saffe_cache.judging.search import main_metric
 from saffe_cache.reporting.ablations import Ablation, read_ablation
 from saffe_cache.reporting.alignments import Alignment, read_alignment
+from saffe_cache.reporting.captions import Captions, read_captions
 from saffe_cache.reporting.episodes import Episodes, read_episodes
 from saffe_cache.reporting.matches import Matches, read_matches
 from saffe_cache.runs import RunSpec, read_json
@@ -28,6 +29,7 @@ _OTHERS: Mapping[str, Callable[[Path], Any]] = {
     "binding.json": read_episodes,
     "match.json": read_matches,
     "alignment.json": read_alignment,
+    "caption.json": read_captions,
 }
 """Results that stand in a folder of their own, and what reads them."""
 
@@ -166,6 +168,7 @@ class Material:
     episodes: tuple[Episodes, ...]
     matches: tuple[Matches, ...]
     alignments: tuple[Alignment, ...]
+    captions: Mapping[Path, Captions]
 
 
 def read_material(folders: Sequence[str]) -> Material:
@@ -196,7 +199,7 @@ def read_material(folders: Sequence[str]) -> Material:
             raise ValueError(
                 f"{folder}: {lacks if folder.exists() else 'nothing is there'}. Give a finished run's folder "
                 "(saffe-train-fam --out), an evaluation's (saffe-index-eval --out), or one of saffe-ablate, "
-                "saffe-bind, saffe-match or saffe-align."
+                "saffe-bind, saffe-match, saffe-align or saffe-caption."
             )
     return Material(
         runs=tuple(runs.values()),
@@ -205,6 +208,7 @@ def read_material(folders: Sequence[str]) -> Material:
         episodes=tuple(others["binding.json"].values()),
         matches=tuple(others["match.json"].values()),
         alignments=tuple(others["alignment.json"].values()),
+        captions=others["caption.json"],
     )
 
 
