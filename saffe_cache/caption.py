@@ -9,10 +9,9 @@ caption.json, .txt      the result; written last, so its presence means that all
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from saffe_cache.captioning.table import format_captions
 from saffe_cache.durable import hold_folder, remove_partial_files, write_whole
 from saffe_cache.features import CacheError
 from saffe_cache.options import require, require_keys, require_seed
-from saffe_cache.pairs import Pairs
+from saffe_cache.pairs import Pairs, content_fingerprint
 from saffe_cache.runs import (
     choose_device,
     is_begun,
@@ -136,7 +135,7 @@ def caption(config: CaptionConfig) -> str:
     out = Path(config.out)
     with hold_folder(out):
         remove_partial_files(out)
-        data = _fingerprint(cache, (training, validation, reported))
+        data = content_fingerprint(cache.table, "image", training, validation, reported)
         run = {"image": source.photos.key, "text": source.text.key, "image_layer": source.image_layer, "data": data}
         told = {"stage": "caption", "run": run, **provenance(config)}
         if not is_begun(out, told, {"run": dict, "config": CaptionConfig}, _NOT_COMPARED):
@@ -182,16 +181,6 @@ def _language_model(cache: Cache, config: CaptionConfig) -> EncoderCache:
         *("layer", config.layer, f"0 to {text.manifest.num_layers - 1}, the model's layers"),
     )
     return text
-
-
-def _fingerprint(cache: Cache, parts: Sequence[Pairs]) -> str:
-    """Hash over the content of the photos and their captions."""
-    digest = hashlib.sha256()
-    for pairs in parts:
-        digest.update(cache.table.inputs["image"].content_hash[pairs.rows].tobytes())
-        digest.update(cache.table.inputs["text"].content_hash[pairs.texts.values].tobytes())
-        digest.update(np.diff(pairs.texts.offsets).astype("<i8").tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _trained(

@@ -8,7 +8,6 @@ match.txt, match.json   the result; the latter written last, so its presence mea
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ import numpy as np
 from saffe_cache.durable import hold_folder, remove_partial_files, write_whole
 from saffe_cache.matching.config import MatchConfig
 from saffe_cache.matching.table import format_match
-from saffe_cache.pairs import Pairs, gallery_modality, hold_out, pair_kind, select_pairs
+from saffe_cache.pairs import Pairs, content_fingerprint, gallery_modality, hold_out, pair_kind, select_pairs
 from saffe_cache.runs import is_begun, provenance, read_json, write_json
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 
@@ -55,7 +54,8 @@ def match(config: MatchConfig) -> str:
     with hold_folder(out):
         for folder in (out, out / "cells", out / "figures"):
             remove_partial_files(folder)
-        measured = {"photo": photo.key, "text": text.key, "data": _fingerprint(cache, photo, parts)}
+        data = content_fingerprint(cache.table, modality, *(parts[name] for name in sorted(parts)))
+        measured = {"photo": photo.key, "text": text.key, "data": data}
         told = {"stage": "match", "measured": measured, **provenance(config)}
         if not is_begun(out, told, {"measured": dict, "config": MatchConfig}, _NOT_COMPARED):
             write_json(out / "config.json", told)
@@ -108,17 +108,6 @@ def _parts(config: MatchConfig, cache: Cache, photo: EncoderCache, text: Encoder
         hashes = cache.table.inputs[photo.manifest.modality].content_hash
         parts["train"], parts["validation"] = hold_out(parts["train"], config.validation_fraction, 0, hashes)
     return parts
-
-
-def _fingerprint(cache: Cache, photo: EncoderCache, parts: Mapping[str, Pairs]) -> str:
-    """Hash over the content of photos and texts, in order."""
-    digest = hashlib.sha256()
-    for part in sorted(parts):
-        pairs = parts[part]
-        digest.update(cache.table.inputs[photo.manifest.modality].content_hash[pairs.rows].tobytes())
-        digest.update(cache.table.inputs["text"].content_hash[pairs.texts.values].tobytes())
-        digest.update(np.diff(pairs.texts.offsets).astype("<i8").tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _draw(result: Mapping[str, Any], folder: Path) -> None:

@@ -170,6 +170,19 @@ def _drawn_order(pairs: Pairs, seed: int, content_hash: np.ndarray) -> np.ndarra
     return np.argsort(draws, kind="stable")
 
 
+def content_fingerprint(table: ItemTable, modality: Modality, *parts: Pairs) -> str:
+    """Hash over the content of some pairs: photos by their bytes, texts by their characters, in order."""
+    photo_hash, text_hash = (table.inputs[name].content_hash for name in (modality, "text"))
+    digest = hashlib.sha256()
+    for pairs in parts:
+        digest.update(photo_hash[pairs.rows].tobytes())
+        digest.update(text_hash[pairs.texts.values].tobytes())
+        digest.update(np.diff(pairs.texts.offsets).astype("<i8").tobytes())
+        if pairs.beside is not None:
+            digest.update(text_hash[pairs.beside].tobytes())
+    return digest.hexdigest()[:16]
+
+
 def mean_text_vectors(pairs: Pairs, text: EncoderCache) -> np.ndarray:
     """Mean of the unit vectors of each pair's texts, float32 [n, d]: what a ridge regression aims at."""
     distinct, position = np.unique(pairs.texts.values, return_inverse=True)

@@ -10,7 +10,6 @@ state.safetensors     what a killed run resumes from
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -32,7 +31,7 @@ from saffe_cache.fields import made_of
 from saffe_cache.fusion.base import Blocks, Fusion
 from saffe_cache.fusion.family import FUSIONS
 from saffe_cache.fusion.shape import FamShape
-from saffe_cache.pairs import PairKind, Pairs, hold_out, keep_part, select_pairs
+from saffe_cache.pairs import PairKind, Pairs, content_fingerprint, hold_out, keep_part, select_pairs
 from saffe_cache.store.reader import Cache
 
 GalleryText = Literal["null", "first_caption", "matched"]
@@ -201,17 +200,8 @@ def training_pairs(spec: RunSpec, cache: Cache) -> tuple[Pairs, Pairs, int]:
 
 
 def data_fingerprint(cache: Cache, spec: RunSpec, *parts: Pairs) -> str:
-    """Hash over the content of some pairs: photos by their bytes, texts by their characters, in order."""
-    modality = cache.encoders[spec.gallery_key].manifest.modality
-    photo_hash, text_hash = (cache.table.inputs[name].content_hash for name in (modality, "text"))
-    digest = hashlib.sha256()
-    for pairs in parts:
-        digest.update(photo_hash[pairs.rows].tobytes())
-        digest.update(text_hash[pairs.texts.values].tobytes())
-        digest.update(np.diff(pairs.texts.offsets).astype("<i8").tobytes())
-        if pairs.beside is not None:
-            digest.update(text_hash[pairs.beside].tobytes())
-    return digest.hexdigest()[:16]
+    """Hash over the content of pairs that a run sees."""
+    return content_fingerprint(cache.table, cache.encoders[spec.gallery_key].manifest.modality, *parts)
 
 
 def same_training_pairs(spec: RunSpec, cache: Cache, run_dir: str | Path) -> tuple[Pairs, Pairs]:

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from saffe_cache.reporting import tables
-from saffe_cache.reporting.agreement import alignment_section
+from saffe_cache.reporting.alignment_section import alignment_section
 from saffe_cache.reporting.caption_section import caption_section
 from saffe_cache.reporting.evaluations import evaluation_section
 from saffe_cache.reporting.galleries import make_cards
