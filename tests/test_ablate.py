@@ -222,6 +222,10 @@ def test_missing_layers_are_named_with_the_command_that_adds_them(cache: str, tm
         "--layers image=0,1"
     )
     assert not list((tmp_path / "out").rglob("config.json"))
+    running = '[[series]]\nname = "s"\nfusion = "limber"\nlayers = { image = [3], text = [0] }\n'
+    path = recipe_file(tmp_path, RECIPE.split("[[series]]")[0] + running)
+    with pytest.raises(CacheError, match=r"--layers text=0,1$"):  # whose blocks run, up to those that are there
+        ablate(AblateConfig(recipe=(path,), cache=cache, out=str(tmp_path / "out")))
     beyond = recipe_file(tmp_path, RECIPE.replace("[[2], [3]]", "[[4]]"))
     with pytest.raises(CacheError, match="there are hidden_states 0 to 3, the recipe asks for 4"):
         ablate(AblateConfig(recipe=(beyond,), cache=cache, out=str(tmp_path / "out")))

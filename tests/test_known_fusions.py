@@ -62,8 +62,8 @@ def wake(fusion: Fusion) -> Fusion:
     return fusion
 
 
-def draw_texts(mask: torch.Tensor = MASK) -> Texts:
-    return Texts((rand(*mask.shape, 32, seed=11),), mask, rand(len(mask), 32, seed=12))
+def draw_texts(mask: torch.Tensor = MASK, width: int = 32) -> Texts:
+    return Texts((rand(*mask.shape, width, seed=11),), mask, rand(len(mask), 32, seed=12))
 
 
 def num_trained(module: nn.Module) -> int:
@@ -130,28 +130,33 @@ def modules_of(name: str, tiny_model: Models) -> list[nn.Module]:
     return list(layers)[1:]  # type: ignore[arg-type]
 
 
-def run_layer(layer: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def run_layer(
+    layer: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None = None, *, is_causal: bool = False
+) -> torch.Tensor:
     """A model's own layer."""
     bias = None
     if mask is not None:
-        bias = torch.zeros(len(mask), 1, 1, mask.shape[1]).masked_fill(~mask[:, None, None], -1e30)
+        length = mask.shape[1]
+        allowed = mask[:, None, None] & (torch.ones(length, length).tril() if is_causal else torch.ones(1, 1)).bool()
+        bias = torch.zeros(allowed.shape).masked_fill(~allowed, -1e30)
     found = layer(hidden) if mask is None else layer(hidden, bias)
     return found[0] if isinstance(found, tuple) else found
 
 
+@pytest.mark.parametrize(("name", "width"), [("bert", 32), ("clip-text", 24)])
 @torch.no_grad()
-def test_bottlenecks_are_mbts_equations(tiny_model: Models) -> None:
+def test_bottlenecks_are_mbts_equations(name: str, width: int, tiny_model: Models) -> None:
     """With the models' own layers: both run over their tokens and the bottlenecks, which are then averaged."""
-    model: Any = wake(make("mbt", tiny_model, adds_text=False))
-    photo, texts = rand(3, 10, 32), draw_texts()
+    model: Any = wake(make("mbt", tiny_model, name, adds_text=False, text_hidden_size=width))
+    photo, texts = rand(3, 10, 32), draw_texts(width=width)
     text, z = texts.states[0], model.bottlenecks.expand(3, -1, -1)
-    seen = torch.cat([MASK, torch.ones(3, 4, dtype=torch.bool)], dim=1)
-    photo_layers, text_layers = modules_of("dinov2", tiny_model), modules_of("bert", tiny_model)
-    for photo_layer, text_layer in zip(photo_layers, text_layers, strict=True):
+    seen = torch.cat([MASK, torch.ones(3, 4, dtype=torch.bool)], dim=1)  # behind, which BERT's layers do not notice
+    for photo_layer, text_layer in zip(modules_of("dinov2", tiny_model), modules_of(name, tiny_model), strict=True):
         of_photo = run_layer(photo_layer, torch.cat([photo, z], dim=1))
-        of_text = run_layer(text_layer, torch.cat([text, z], dim=1), seen)
+        given = torch.cat([text, model.to_text(z)], dim=1)
+        of_text = run_layer(text_layer, given, seen, is_causal=name == "clip-text")
         photo, text = of_photo[:, :10], of_text[:, :5]
-        z = (of_photo[:, 10:] + of_text[:, 5:]) / 2
+        z = (of_photo[:, 10:] + model.to_photo(of_text[:, 5:])) / 2
     summaries = torch.cat([summarize([photo], None), summarize([text], MASK)], dim=-1)
     start = rand(3, 10, 32)
     expected = unit(model.linear(summarize([start], None)) + model.out(summaries))
@@ -169,6 +174,16 @@ def test_bottlenecks_are_the_only_way_between_the_encoders(tiny_model: Models) -
         other = texts._replace(states=(rand(3, 5, 32, seed=77),))
         first, second = (model.fuse([rand(3, 10, 32)], None, given).states[0] for given in (texts, other))
         assert bool((first - second).abs().max() > 1e-4) == differs
+
+
+@pytest.mark.parametrize("fusion", ["mbt", "flamingo", "limber", "albef"])
+@torch.no_grad()
+def test_padding_does_not_move_what_counts_places(fusion: str, tiny_model: Models) -> None:
+    """MPNet's attention has a bias of relative positions."""
+    model, photo = wake(make(fusion, tiny_model, "mpnet")), [rand(1, 10, 32)]
+    texts = draw_texts(torch.tensor([[True] * 3 + [False] * 9]))
+    short = Texts((texts.states[0][:, :3],), texts.mask[:, :3], texts.vectors)
+    close(model(photo, None, texts), model(photo, None, short))
 
 
 def test_flamingos_published_parameters() -> None:
@@ -237,6 +252,51 @@ def test_closed_cross_attention_is_the_text_encoder_itself(fusion: str, tiny_mod
     torch.testing.assert_close(fused.states[0][mask], last[mask], atol=1e-4, rtol=1e-4)
     opened = wake(model).fuse([rand(len(mask), 10, 32)], None, texts)
     assert (opened.states[0] - last)[mask].abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_albef_asks_the_photo_between_the_halves_of_each_block(tiny_model: Models) -> None:
+    """BERT's own halves, and a loop over heads between them; some of the photo's tokens are padding."""
+    model: Any = wake(make("albef", tiny_model, adds_text=False, matches=True))
+    photo, texts = rand(3, 10, 32), draw_texts()
+    photo_mask = torch.tensor([[True] * 10, [True] * 4 + [False] * 6, [True] * 9 + [False]])
+    bias = torch.zeros(3, 1, 1, 5).masked_fill(~MASK[:, None, None], -1e30)
+    tokens = texts.states[0]
+    for layer, cross in zip(modules_of("bert", tiny_model), model.cross_attentions, strict=True):
+        own: Any = layer
+        tokens = own.attention(tokens, bias)[0]
+        weights, biases = cross.attention.in_proj_weight.chunk(3), cross.attention.in_proj_bias.chunk(3)
+        asked = cross.context_norm(photo)
+        given = (cross.norm(tokens), asked, asked)
+        q, k, v = (x @ w.T + b for x, w, b in zip(given, weights, biases, strict=True))
+        heads = []
+        for part in (slice(8 * head, 8 * head + 8) for head in range(4)):
+            scores = (q[..., part] @ k[..., part].transpose(1, 2) / 8**0.5).masked_fill(~photo_mask[:, None], -1e30)
+            heads.append(scores.softmax(dim=-1) @ v[..., part])
+        tokens = tokens + cross.attention.out_proj(torch.cat(heads, dim=-1))
+        tokens = own.output(own.intermediate(tokens), tokens)
+    means = torch.stack([row[kept].mean(dim=0) for row, kept in zip(tokens, MASK, strict=True)])
+    fused = model.fuse([photo], photo_mask, texts)
+    expected = unit(model.linear(summarize([photo], photo_mask)) + model.out(means))
+    torch.testing.assert_close(fused.vectors, expected, atol=1e-4, rtol=1e-4)
+    chances = model.match_head(tokens[:, 0])
+    torch.testing.assert_close(model.match(fused, fused.vectors), chances[:, 1] - chances[:, 0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "width"), [("bert", 32), ("clip-text", 24)])
+@torch.no_grad()
+def test_albefs_matching_sees_the_whole_text(name: str, width: int, tiny_model: Models) -> None:
+    """In a causal text encoder the last token alone knows all of it."""
+    model = wake(make("albef", tiny_model, name, text_hidden_size=width, matches=True))
+    texts, photo = draw_texts(width=width), [rand(3, 10, 32)]
+    other = texts.states[0].clone()
+    other[:2, 1:] = rand(2, 4, width, seed=5)  # the third text has one token
+    first, second = (
+        model.match(model.fuse(photo, None, texts._replace(states=(states,))), texts.vectors)
+        for states in (texts.states[0], other)
+    )
+    assert (first - second)[:2].abs().min() > 1e-3
+    close(first[2], second[2])
 
 
 def test_albefs_matching_head() -> None:
@@ -338,7 +398,7 @@ def config_for(cache: str, **changes: Any) -> TrainConfig:
 def test_what_each_reads_and_runs(notes_path: str) -> None:
     """The cache holds layers 2 and 3 of 3, and block 2, of both encoders."""
     cache = open_cache(notes_path)
-    for fusion in ("late", "hadamard", "two_tower"):
+    for fusion in ("late", "two_tower"):
         spec = resolve_run(config_for(notes_path, fusion=fusion), cache)
         assert (spec.gallery_layers, spec.text_layers, spec.shape.num_blocks) == ((2, 3), (), 0)
     for fusion in ("flamingo", "limber", "magma", "deep_insert", "albef"):
@@ -349,16 +409,19 @@ def test_what_each_reads_and_runs(notes_path: str) -> None:
     assert spec.shape.text_rms == pytest.approx(float(np.sqrt((numbers**2).mean())), rel=0.3)
     assert spec.shape.text_rms == pytest.approx(np.hypot(everything.mean, everything.std))
     assert resolve_run(config_for(notes_path, fusion="albef"), cache).shape.matches
+    unsorted = resolve_run(config_for(notes_path, fusion="limber", layers={"image": (3, 2)}), cache)
+    assert unsorted.gallery_layers == (2, 3)  # the last of which is inserted
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"fusion": "mbt"}, ValueError, "with one nothing passes"),
+        ({"fusion": "mbt"}, ValueError, "found image=2 and text=2, expected layers with two blocks or more"),
+        ({"fusion": "hadamard"}, ValueError, "found hadamard with null text"),
         ({"fusion": "limber", "layers": {"text": (1,)}}, CacheError, r"can use layers \[2\].*asked for \[1\]"),
         ({"fusion": "limber", "layers": {"text": (3,)}}, CacheError, r"asked for \[3\]"),
         ({"fusion": "late", "layers": {"text": (2,)}}, ValueError, "late takes no tokens"),
-        ({"fusion": "hadamard", "head": "mean"}, ValueError, "hadamard has its own"),
+        ({"fusion": "flamingo", "head": "mean"}, ValueError, "flamingo has its own"),
         (
             {"fusion": "two_tower", "gallery_text": "first_caption", "pooled_text": True},
             ValueError,

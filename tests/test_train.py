@@ -130,7 +130,9 @@ RUNNING: list[dict[str, Any]] = [
         for fusion in FUSIONS
         if fusion not in FAM
         for beside in ("null", "first_caption")
+        if (fusion, beside) != ("hadamard", "null")
     ),
+    {"fusion": "hadamard", "objective": {"info_nce": 1.0, "pair": 1.0}},
     {"fusion": "albef", "gallery_text": "first_caption", "objective": {"pair": 1.0, "info_nce": 1.0}},
 ]
 

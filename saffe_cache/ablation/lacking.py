@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from saffe_cache.extraction.config import ExtractConfig, config_from_json
 from saffe_cache.features import MODALITIES, CacheError, Modality, hidden_states_index
+from saffe_cache.fusion.family import FUSIONS
 from saffe_cache.store.reader import Cache, EncoderCache
 from saffe_cache.train import TrainConfig
 
@@ -28,6 +29,8 @@ def check_layers(cache: Cache, configs: Iterable[TrainConfig]) -> None:
                     f"{encoder.key}: there are hidden_states 0 to {encoder.manifest.num_layers}, the recipe asks for "
                     f"{beyond[0]}. Change the recipe's layers."
                 )
+            if modality == "text" and FUSIONS[config.fusion].blocks in ("text", "both"):
+                asked = set(range(min(asked), encoder.manifest.num_layers))  # whose blocks run
             missing.setdefault(encoder.key, set()).update(asked - set(encoder.layers))
     missing = {key: layers for key, layers in missing.items() if layers}
     if missing:
@@ -68,7 +71,7 @@ def _without_layers(config: ExtractConfig, cache: str) -> str:
         for key, value in mapping.items():
             parts += [f"--{option}", f"{key}={value}"]
     default = ExtractConfig(data="", cache="", encoder=config.encoder)
-    for option in ("image_size", "max_length", "prompt", "dtype", "attention"):
+    for option in ("image_size", "max_length", "prompt", "position_offset", "dtype", "attention"):
         if getattr(config, option) != getattr(default, option):
             parts += ["--" + option.replace("_", "-"), str(getattr(config, option))]
     for option in ("splits", "class_prompt"):

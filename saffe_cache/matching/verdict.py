@@ -57,11 +57,11 @@ def rule_in_words(features: Features, judged: Sequence[Mapping[str, Any]]) -> li
             for one in of_it
         )
         if counts[True] == len(of_it):
-            verdict = "holds"
+            verdict = f"holds at all {len(of_it)} sizes measured"
         elif counts[False] == len(of_it):
-            verdict = "does not hold"
+            verdict = f"fails at all {len(of_it)} sizes measured"
         elif counts[None] == len(of_it):
-            verdict = "is undecided"
+            verdict = f"is undecided at all {len(of_it)} sizes measured"
         else:
             verdict = f"holds at {counts[True]}, fails at {counts[False]}, is undecided at {counts[None]} sizes"
         sentences.append(

@@ -247,6 +247,10 @@ def _check_together(config: TrainConfig, spec: RunSpec) -> None:
         shape.fusion != "concat" or bool(trains_text),
         *("fusion", "concat with null text", "--gallery-text first_caption, or --fusion linear"),
     )
+    require(
+        shape.fusion != "hadamard" or spec.gallery_text != "null" or "pair" in objective,
+        *("fusion", "hadamard with null text", "--gallery-text first_caption, or --fusion late"),
+    )
     for option, given in (
         ("query_side", config.query_side != "gallery"),
         ("share_decoder", bool(config.share_decoder)),
@@ -288,8 +292,8 @@ def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCach
             default = [layer for layer in (begins, depth) if layer in gallery.layers]
             layers = _layers_of(config, gallery, gallery.layers, default)
             num_blocks = min(depth - layers[0], text.manifest.num_layers - first)
-            expected = "layers with two blocks behind them: with one nothing passes from one encoder to the other"
-            require(num_blocks != 1, "layers", f"image={layers[0]} and text={first}", expected)
+            expected = "layers with two blocks or more behind them: with one nothing passes between the encoders"
+            require(num_blocks > 1, "layers", f"image={layers[0]} and text={first}", expected)
             _check_blocks(config, gallery, layers[0], num_blocks)
             return _Layers(layers, (first,), num_blocks)
 
@@ -303,11 +307,14 @@ def _layers_of(
         chosen = tuple(usable if default is None else default)
     else:
         chosen = tuple(hidden_states_index(layer, config.index_convention) for layer in given)
+    if FUSIONS[config.fusion].blocks in ("text", "both"):  # which read the last or the first of them
+        chosen = tuple(sorted(chosen))
     wrong = [layer for layer in chosen if layer not in usable]
     if wrong or not chosen:
         why = "" if encoder.layers == usable else " (it needs the block behind a layer)"
         raise CacheError(
-            f"{encoder.key}: --fusion {config.fusion} can use layers {list(usable)}{why}, asked for {list(chosen)}. "
+            f"{encoder.key}: --fusion {config.fusion} can use layers {list(usable)}{why}, "
+            f"{f'asked for {list(chosen)}' if given else 'none of them by default'}. "
             f"Add layers with saffe-extract --layers {encoder.manifest.modality}=…."
         )
     return chosen
@@ -328,11 +335,11 @@ def _check_blocks(config: TrainConfig, encoder: EncoderCache, first: int, count:
         CacheError: the cache lacks one of the blocks from a layer on.
     """
     missing = [layer for layer in range(first, first + count) if layer not in encoder.block_layers]
-    if missing or not count:
+    if missing:
         raise CacheError(
             f"{encoder.key}: --fusion {config.fusion} runs the blocks from layer {first} on, found "
-            f"{encoder.block_layers}, expected {missing or 'a layer with a block behind it'} too. Add them with "
-            f"saffe-extract --layers {encoder.manifest.modality}={','.join(map(str, missing or [first - 1]))}."
+            f"{encoder.block_layers}, expected {missing} too. Add them with "
+            f"saffe-extract --layers {encoder.manifest.modality}={','.join(map(str, missing))}."
         )
 
 

@@ -17,9 +17,11 @@ from saffe_cache.fusion.shape import FamShape
 class AlbefFusion(CorrectingFusion):
     """Upper blocks of the text encoder, each with a cross-attention to the photo's tokens between its halves.
 
-    The contrast (`info_nce`) is between photo and text alone; `matching` reads the fused first token through
-    Linear(d, 2), 1,538 parameters for d = 768. The source trains both encoders, with momentum copies, a queue and
-    masked language modelling; here the blocks are frozen, each cross-attention trains and starts closed.
+    With null text in the gallery the contrast (`info_nce`) is between photo and text alone, as in the source, and `out`
+    does not train; where texts lie beside photos it trains the fused vector too. `matching` reads the fused first
+    token, the last one of a causal text encoder, through Linear(d, 2), 1,538 parameters for d = 768. The source trains
+    both encoders, with momentum copies, a queue and masked language modelling; here the blocks are frozen, each
+    cross-attention trains and starts closed.
     """
 
     idle_with_null = ("cross_attentions.", "out.")
@@ -32,6 +34,7 @@ class AlbefFusion(CorrectingFusion):
             _CrossAttention(width, shape.hidden_size, block.spec.num_attention_heads) for block in blocks.text
         )
         self.out = zero_linear(width, shape.text_size)
+        self.is_causal = any(block.spec.is_causal for block in blocks.text)
         if shape.matches:
             self.match_head = nn.Linear(width, 2)
 
@@ -49,7 +52,11 @@ class AlbefFusion(CorrectingFusion):
         return Correction(vectors, tokens, texts.mask)
 
     def match(self, fused: Fused, queries: torch.Tensor) -> torch.Tensor:
-        chances = self.match_head(fused.states[0][:, 0])
+        tokens = fused.states[0]
+        place = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+        if self.is_causal and fused.mask is not None:
+            place = (fused.mask.sum(dim=1) - 1).clamp(min=0)
+        chances = self.match_head(tokens[torch.arange(len(tokens), device=tokens.device), place])
         return chances[:, 1] - chances[:, 0]  # type: ignore[no-any-return]
 
 

@@ -23,7 +23,8 @@ class LimberFusion(CorrectingFusion):
 
     Trained is Linear(d, d of the text), 590,592 parameters between widths of 768, and the linear map of what comes out.
     The source has a causal language model and its loss; here any text encoder runs on from its layer, which is its
-    input where `--layers text=0`, and the means over photo and text tokens are read.
+    input where `--layers text=0`, and the means over photo and text tokens are read. A photo's many tokens are averaged
+    to 17, and get no positions; the text keeps those that it has alone.
     """
 
     def __init__(self, shape: FamShape, blocks: Blocks) -> None:
@@ -60,7 +61,8 @@ class LimberFusion(CorrectingFusion):
 class MagmaFusion(LimberFusion):
     """MAGMA (Eichenberg et al. 2021, arXiv 2112.05253): an adapter, a quarter as wide, behind each frozen block.
 
-    The source also trains its image encoder, which a cache cannot.
+    The source has it on the output of a block's halves, before the residual sum; here it is on the block's output. The
+    source also trains its image encoder, which a cache cannot.
     """
 
     def __init__(self, shape: FamShape, blocks: Blocks) -> None:
@@ -78,8 +80,9 @@ class MagmaFusion(LimberFusion):
 class DeepInsertFusion(LimberFusion):
     """DeepInsert (arXiv 2504.19327): photo tokens enter at a layer above the input, which earlier layers never see.
 
-    Their projection is normed and starts at the root mean square of that layer's tokens. Positions are those of the
-    text alone, where the source counts the photo's tokens too; it retrains its language model, here all is frozen.
+    The source retrains its language model and counts the photo's tokens in the text's positions; here all is frozen,
+    and positions are the text's alone. That the projection is normed, and starts at the root mean square of that
+    layer's tokens, is ours.
     """
 
     def __init__(self, shape: FamShape, blocks: Blocks) -> None:

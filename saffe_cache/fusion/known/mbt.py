@@ -20,8 +20,9 @@ class BottleneckFusion(CorrectingFusion):
         [x; z_x] = block_x([x; z]),   [t; z_t] = block_t([t; z]),   z = (z_x + z_t) / 2
 
     Here the blocks stay frozen: trained are the 4 tokens, two maps between the widths where these differ, and a linear
-    map of both outputs' summaries in the place of the averaged logits. Without a text z is z_x. The tokens of a causal
-    text encoder do not see the bottlenecks behind them.
+    map of both outputs' summaries in the place of the averaged logits. Without a text z is z_x. Bottlenecks stand in
+    front of the tokens, so that padding does not move them (MPNet counts places); in a causal text encoder they stand
+    behind, where its tokens do not see them.
     """
 
     idle_with_null = ("to_text.", "to_photo.")
@@ -62,9 +63,12 @@ class BottleneckFusion(CorrectingFusion):
 def _step(
     block: nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None, bottlenecks: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One block over tokens and the bottlenecks behind them: both, updated."""
-    length = tokens.shape[1]
-    if mask is not None:
-        mask = torch.cat([mask, mask.new_ones(bottlenecks.shape[:2])], dim=1)
-    updated = block(torch.cat([tokens, bottlenecks], dim=1), mask)
-    return updated[:, :length], updated[:, length:]
+    """One block over tokens and bottlenecks: both, updated."""
+    assert isinstance(block, EncoderBlock)
+    parts = [bottlenecks, tokens]
+    masks = None if mask is None else [mask.new_ones(bottlenecks.shape[:2]), mask]
+    if block.spec.is_causal:
+        parts, masks = parts[::-1], masks and masks[::-1]
+    updated = block(torch.cat(parts, dim=1), None if masks is None else torch.cat(masks, dim=1))
+    first, second = updated.split([part.shape[1] for part in parts], dim=1)
+    return (first, second) if block.spec.is_causal else (second, first)

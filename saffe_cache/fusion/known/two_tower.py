@@ -20,7 +20,8 @@ from saffe_cache.fusion.shape import FamShape
 class TwoTowerFusion(Fusion):
     """First token of the photo, own vector of the text, each through Linear(d, 256); 393,728 parameters for d = 768.
 
-    Nothing is fused in it: a text beside a photo is averaged with it in the shared space. It starts at random.
+    Nothing is fused in it: a text beside a photo is averaged with it in the shared space. It starts at random. The
+    first token must stand for the whole: of encoders without a class token, such as Whisper's, `late` sees more.
     """
 
     WIDTH = 256
