@@ -13,11 +13,13 @@ import transformers
 from extraction_cases import files_of, tiny_config
 from PIL import Image
 from quick_runs import quick_train, report_of
+from safetensors.torch import load_file
 from synthetic_cache import make_cache
 from test_encoders import row_by_row
 from tiny_models import rand
 from torch.nn import functional
 
+from saffe_cache.caption import CaptionConfig, caption
 from saffe_cache.captioning.inserting import photo_side, pool_photos
 from saffe_cache.extract import ExtractConfig, extract
 from saffe_cache.fam_inputs import FamInputs, summaries
@@ -154,3 +156,12 @@ def test_inserted_are_means_of_places_alone() -> None:
     assert photo_side(49, has_class_token=False) == 7
     with pytest.raises(ValueError, match="photos of 50 tokens: expected a square of places"):
         photo_side(50, has_class_token=False)
+
+
+def test_a_language_model_sees_them(config: ExtractConfig, tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    """From a stage whose width is not the last one's; in the class token's stead the mean of its 4 x 4 places."""
+    encoder = {**config.encoder, "text": str(tiny_model("gpt2"))}
+    extract(replace(config, encoder=encoder, layers={"image": (2,), "text": (1,)}, position_offset=5))
+    options = {"layer": 1, "image_layer": 2, "grid": 2, "others": 3, "split": "dev", "epochs": 1, "device": "cpu"}
+    out = caption(CaptionConfig(cache=config.cache, out=str(tmp_path / "out"), **options))  # type: ignore[arg-type]
+    assert load_file(Path(out) / "projector.safetensors")["linear.weight"].shape == (32, 24)

@@ -64,8 +64,8 @@ class TrainConfig:
     control_epochs: int = 2
     """Epochs of the control, which is trained on permuted pairs; 0 for none, and the report will say so."""
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Layers to train on, as image=11,12 (and text=5 where text tokens enter). Default: all that the fusion can use; of
-    texts whose encoder runs on from one layer, the first of its upper half that is cached."""
+    """Layers to train on, as image=11,12 (and text=5 where text tokens enter). Default: all that the fusion can use, of
+    a CNN its last stage; of texts whose encoder runs on from one layer, the first of its upper half that is cached."""
     index_convention: IndexConvention = "hidden_states"
     """How --layers counts. hidden_states, and the same in the SAFFE release (reference): i is the input of block i.
     paper: l is the output of its layer l, which is hidden_states l + 1."""
