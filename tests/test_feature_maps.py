@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,10 @@ import transformers
 from extraction_cases import files_of, tiny_config
 from PIL import Image
 from quick_runs import quick_train, report_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from synthetic_cache import make_cache
 from test_encoders import row_by_row
-from tiny_models import rand
+from tiny_models import load_tiny, rand
 from torch.nn import functional
 
 from saffe_cache.caption import CaptionConfig, caption
@@ -128,6 +129,24 @@ def test_a_fusion_that_needs_blocks_is_refused(maps_path: str, tmp_path: Path, f
     with pytest.raises(CacheError, match=rf"no queries, keys and values; --fusion {fusion} .* {WITHOUT_BLOCKS}\."):
         train(TrainConfig(cache=maps_path, out=str(tmp_path / "run"), fusion=fusion, device="cpu"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_may_lack_the_count_of_training_steps_alone(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of a batch norm; its running mean is part of the forward pass."""
+    folder = Path(shutil.copytree(tiny_model("resnet"), tmp_path / "resnet"))
+    whole = load_file(folder / "model.safetensors")
+    expected = load_tiny("resnet", folder)
+    for lacking in ("num_batches_tracked", "running_mean"):
+        kept = {name: values for name, values in whole.items() if not name.endswith(lacking)}
+        assert len(kept) < len(whole)
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        if lacking == "running_mean":
+            with pytest.raises(ValueError, match=r"checkpoint lacks .*running_mean"):
+                load_tiny("resnet", folder)
+        else:
+            assert load_tiny("resnet", folder).fingerprint == expected.fingerprint
 
 
 def test_stages_of_several_shapes_are_not_fused_together(config: ExtractConfig, tmp_path: Path) -> None:
