@@ -62,7 +62,8 @@ class CaptionConfig:
     layer: int
     """The first layer of the language model that sees the photo; 0 puts the photo in front of the text."""
     grid: int = 4
-    """Photo tokens: the class token, and the patches averaged over GRID x GRID fields."""
+    """Photo tokens: the class token (of a CNN the mean of all places), and the patches averaged over GRID x GRID
+    fields."""
     image_layer: int | None = None
     """Hidden states of the photo. Default: the last in the cache."""
     encoder: Mapping[str, str] = field(default_factory=dict)

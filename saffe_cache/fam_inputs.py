@@ -138,12 +138,17 @@ def window_shards(cache: Cache, spec: RunSpec) -> int:
 
 
 def summaries(encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int], batch: int = 256) -> np.ndarray:
-    """First token and mean of the others, of each layer: float32 [n, 2 P d]. What linear baselines see."""
+    """First token and mean of the others, of each layer: float32 [n, 2 P d]. What linear baselines see.
+
+    Of feature maps the mean of all places: [n, P d].
+    """
+    has_class_token = not encoder.manifest.has_feature_maps
     parts = []
     for start in range(0, len(rows), batch):
         tokens = encoder.tokens(rows[start : start + batch], tuple(layers))
         mask = None if tokens.mask is None else torch.from_numpy(tokens.mask)
-        parts.append(summarize([torch.from_numpy(state).float() for state in tokens.states], mask).numpy())
+        states = [torch.from_numpy(state).float() for state in tokens.states]
+        parts.append(summarize(states, mask, has_class_token=has_class_token).numpy())
     return np.concatenate(parts)
 
 

@@ -31,6 +31,7 @@ def make_cache(
     joint: bool = False,
     width: int = WIDTH,
     deep: bool = False,
+    feature_maps: bool = False,
 ) -> str:
     """Write a cache, finished, with layers 2 and 3 of a photo encoder and of a text encoder.
 
@@ -44,6 +45,7 @@ def make_cache(
             beside its first caption a photo is found by both together.
         width: of the photos' tokens.
         deep: with layer 1 and its block, too.
+        feature_maps: photos' tokens are places of a CNN's feature maps, and have no blocks.
     """
     generator = np.random.default_rng(seed)
     builder = TableBuilder(None, ("a {}",))
@@ -85,7 +87,7 @@ def make_cache(
     if deep:
         images, words = {"hidden_states/1": tokens * 0.9} | images, {"hidden_states/1": flat * 0.9} | words
     keys = [
-        _write_encoder(storage, "image", images, len(of_photo), width, generator),
+        _write_encoder(storage, "image", images, len(of_photo), width, generator, feature_maps=feature_maps),
         _write_encoder(storage, "text", words, num_texts, text_width, generator),
     ]
     write_table(storage, "tables/1", table)
@@ -100,6 +102,8 @@ def _write_encoder(
     count: int,
     width: int,
     generator: np.random.Generator,
+    *,
+    feature_maps: bool = False,
 ) -> str:
     manifest = EncoderManifest(
         fingerprint=Fingerprint({"modality": modality, "model_id": f"synthetic-{modality}"}),
@@ -107,6 +111,7 @@ def _write_encoder(
         num_layers=LAYERS,
         hidden_size=width,
         vector="pooled",
+        has_feature_maps=feature_maps,
     )
     targets, portion = {}, {}
     for name, values in arrays.items():
@@ -118,7 +123,7 @@ def _write_encoder(
     with EncoderWriter(storage, manifest, targets) as writer:
         writer.put(Portion(portion))
         writer.finish(count)
-    blocks = [layer for layer in (1, 2) if f"hidden_states/{layer}" in arrays]
+    blocks = [layer for layer in (1, 2) if f"hidden_states/{layer}" in arrays and not feature_maps]
     write_blocks(storage, manifest.key, {layer: _block(width, generator) for layer in blocks})
     return manifest.key
 

@@ -23,6 +23,7 @@ from saffe_cache.ablation import running
 from saffe_cache.ablation.recipe import read_recipe
 from saffe_cache.cli import ablate_command
 from saffe_cache.features import CacheError
+from saffe_cache.fusion.shape import FamShape
 from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.reader import open_cache
 from saffe_cache.train import TrainConfig, train_many
@@ -256,3 +257,14 @@ def test_the_projects_recipes_are_recipes() -> None:
 def test_the_recipe_in_the_readme_is_one(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text().split("```toml\n")[1].split("```")[0]
     assert [cell.x for cell in read_recipe(recipe_file(tmp_path, text)).cells] == ["2", "5", "8", "11", "12"]
+
+
+def test_a_run_is_known_by_what_was_chosen() -> None:
+    """An option at its default tells nothing, so that one which a later release adds leaves runs what they are."""
+    config = TrainConfig(cache="c", out="o", epochs=3, layers={"image": (2,)})
+    assert running._chosen(config) == {"cache": "c", "out": "o", "epochs": 3, "layers": {"image": (2,)}}
+    shape = FamShape(
+        fusion="linear", head="mean", num_layers=1, hidden_size=4, num_tokens=2, text_hidden_size=4, text_size=4
+    )
+    assert "dropout" not in running._chosen(shape)
+    assert running._chosen(replace(shape, dropout=0.1))["dropout"] == 0.1

@@ -282,3 +282,7 @@ def test_the_rule_decides_beyond_noise_alone(changes: dict[str, object], alone: 
     found = advise(evidence(**changes), has_texts_beside=True)
     assert [one.fusion for one in found] == [alone, beside]
     assert len(advise(evidence(**changes), has_texts_beside=False)) == 1
+    without = advise(evidence(**changes), has_texts_beside=True, has_blocks=False)
+    instead = [alone.replace("decoder", "linear"), beside.replace("decoder", "concat")]
+    assert [one.fusion for one in without] == instead
+    assert ["needs blocks" in one.because for one in without] == [name == "decoder" for name in (alone, beside)]

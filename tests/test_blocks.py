@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import (
+    BLOCK_FAMILIES,
     CASES,
     NUM_LAYERS,
     TEXT_FAMILIES,
@@ -29,7 +30,7 @@ from saffe_cache.fusion.block import EncoderBlock, relative_position_buckets
 
 Models = Callable[[str], Path]
 ROLES = ("query", "key", "value")
-every_family = pytest.mark.parametrize("name", CASES)
+every_family = pytest.mark.parametrize("name", BLOCK_FAMILIES)
 every_text_family = pytest.mark.parametrize("name", TEXT_FAMILIES)
 
 

@@ -38,7 +38,17 @@ def expected_vectors(name: str, model: Any, output: Any, lengths: list[int]) -> 
         return {"pooled": pooled, "projected": pooled @ model.text_projection.weight.T}
     if CASES[name].modality == "text" or name == "whisper":
         return {"pooled": torch.stack([row[:length].mean(0) for row, length in zip(last, lengths, strict=True)])}
+    if name == "resnet":
+        return {"pooled": last.mean(dim=(2, 3))}
+    if name == "convnext":
+        return {"pooled": model.layernorm(last.mean(dim=(2, 3)))}
     return {"pooled": (last[:, 0] + last[:, 1]) / 2 if name == "ast" else last[:, 0]}
+
+
+def row_by_row(maps: torch.Tensor) -> np.ndarray:
+    """[batch, places, channels] of feature maps [batch, channels, height, width], one place after the other."""
+    height, width = maps.shape[2:]
+    return np.stack([maps[:, :, row, column].numpy() for row in range(height) for column in range(width)], axis=1)
 
 
 def assert_is_reference(name: str, encoder: Any, folder: Path) -> None:
@@ -51,6 +61,8 @@ def assert_is_reference(name: str, encoder: Any, folder: Path) -> None:
         after_norm = final_norm(torch.tensor(encoded.states[NUM_LAYERS]))
         np.testing.assert_allclose(after_norm.detach(), expected.pop(), atol=1e-5)
     assert len(encoded.states) == NUM_LAYERS + 1
+    if CASES[name].is_convolutional:
+        expected = [row_by_row(state) for state in expected]
     for index, states in enumerate(expected):
         np.testing.assert_allclose(encoded.states[index], states, atol=1e-5, err_msg=f"hidden_states[{index}]")
     with torch.no_grad():
@@ -90,7 +102,8 @@ def test_truncated_pass_gives_the_same_and_runs_nothing_deeper(name: str, tiny_m
             assert finished.count(CASES[name].layer) == max(layers)
             assert encoded.vectors == {}
             assert tuple(encoded.states) == layers
-            np.testing.assert_array_equal(encoded.lengths, full.lengths)
+            expected = full.states[min(layers)].shape[1] if CASES[name].is_convolutional else full.lengths
+            np.testing.assert_array_equal(encoded.lengths, expected)
             for index in layers:
                 np.testing.assert_array_equal(encoded.states[index], full.states[index])
     finally:

@@ -55,6 +55,8 @@ class Case:
     """Path of the encoder below the reference."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """To load the reference with."""
+    is_convolutional: bool = False
+    """Its layers are stages, of 16, 24 and 32 channels."""
 
 
 def randomize(model: nn.Module, seed: int) -> None:
@@ -75,6 +77,10 @@ def randomize(model: nn.Module, seed: int) -> None:
                     else 0.0
                 )
                 parameter.copy_((centre if not name.endswith("bias") else 0.0) + 0.3 * noise)
+        for name, values in sorted(model.named_buffers()):
+            if name.endswith(("running_mean", "running_var")):  # of a batch norm
+                noise = 0.3 * torch.randn(values.shape, generator=generator)
+                values.copy_(noise.exp() if name.endswith("var") else noise)
 
 
 def _tokenizer(folder: Path, specials: list[str], begin: str, end: str, pad: str, *, specials_last: bool) -> None:
@@ -180,6 +186,19 @@ def _image_model(kind: str, *, model: Mapping[str, Any] | None = None, **options
     return build
 
 
+STAGES = {"hidden_sizes": [16, 24, 32], "depths": [1, 2, 1]}
+"""The tiny models of 3 stages: 8 x 8, 4 x 4 and 2 x 2 places of 32 pixels a side."""
+
+
+def _resnet() -> Any:
+    return transformers.ResNetModel(transformers.ResNetConfig(**STAGES, embedding_size=12))
+
+
+def _convnext() -> Any:
+    config = transformers.ConvNextConfig(**STAGES, num_stages=3, layer_scale_init_value=1.0, layer_norm_eps=0.01)
+    return transformers.ConvNextModel(config)
+
+
 def _whisper() -> Any:
     sizes = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in _WHISPER_SIDE.items()}
     config = transformers.WhisperConfig(
@@ -205,6 +224,8 @@ def _clip_processors(folder: Path) -> None:
 
 _SQUARE = image_processor("ViTImageProcessor", {"height": 32, "width": 32})
 _CROPPED = image_processor("BitImageProcessor", {"shortest_edge": 36}, 32)
+_CONVNEXT = image_processor("ConvNextImageProcessor", {"shortest_edge": 32})
+"""The one of ResNets, too: it resizes to 8 / 7 of the size, and crops."""
 
 
 def _image_case(kind: str, save_processor: Callable[[Path], None], layers: str, **more: Any) -> Case:
@@ -219,6 +240,18 @@ CASES = {
     "dinov2-swiglu": _image_case(
         "Dinov2", _CROPPED, "encoder.layer", build=_image_model("Dinov2", mlp_ratio=2, use_swiglu_ffn=True)
     ),
+    **{
+        name: Case(
+            modality="image",
+            build=build,
+            reference=f"{kind}Model",
+            save_processor=_CONVNEXT,
+            layer=f"{kind}Stage",
+            layers="encoder.stages",
+            is_convolutional=True,
+        )
+        for name, kind, build in [("resnet", "ResNet", _resnet), ("convnext", "ConvNext", _convnext)]
+    },
     "clip-vision": Case(
         modality="image",
         build=_clip,
@@ -280,6 +313,7 @@ CASES = {
     ),
 }
 TEXT_FAMILIES = [name for name, case in CASES.items() if case.modality == "text"]
+BLOCK_FAMILIES = [name for name, case in CASES.items() if not case.is_convolutional]
 
 
 def save_tiny(name: str, folder: Path) -> Path:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,8 @@ class Planner:
         """
         spec = resolve_run(config, self._cache)
         spec = replace(spec, data=self._fingerprint(spec))
-        options = {name: value for name, value in asdict(config).items() if name not in _PLACES}
-        identity = canonical_json({"config": options, "run": asdict(spec), "stored": self._stored(spec)})
+        options = {name: value for name, value in _chosen(config).items() if name not in _PLACES}
+        identity = canonical_json({"config": options, "run": _chosen(spec), "stored": self._stored(spec)})
         layers = "+".join(map(str, spec.gallery_layers))
         name = re.sub(r"[^A-Za-z0-9+-]+", "-", f"{config.fusion}-{layers}-seed{config.seed}")
         out = self._folder / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
@@ -106,6 +106,17 @@ class Planner:
         sides = ((spec.gallery_key, spec.gallery_layers), (spec.text_key, spec.text_layers))
         encoders = self._cache.encoders
         return [encoders[key].array(f"hidden_states/{layer}").dtype for key, layers in sides for layer in layers]
+
+
+def _chosen(of: Any) -> dict[str, Any]:
+    """A dataclass's fields that are not at their default: an option of a later release leaves runs what they are."""
+    found = {}
+    for one in fields(of):
+        value = getattr(of, one.name)
+        default = one.default_factory() if callable(one.default_factory) else one.default
+        if default is MISSING or value != default:
+            found[one.name] = _chosen(value) if is_dataclass(value) else value
+    return found
 
 
 def run_jobs(jobs: Sequence[Job], together: int, workers: int) -> None:

@@ -12,6 +12,8 @@ A text beside each photo:
     decoder    tokens find more than their means
     concat     otherwise: with one vector of each there is nothing for an attention to choose from
 
+The decoder is made of the photo encoder's blocks. Where it has none (a CNN), the last of each list is advised instead.
+
 "More" is more than noise: the 95 % interval of the paired difference lies above 0; in doubt no decoder is advised.
 The numbers 0.5 and 0.9 are guesses. The rule's weakest point: the fusion `linear` is more than a linear map. It pools
 tokens and has an MLP, so that what an MLP or tokens find need not take a decoder.
@@ -74,20 +76,28 @@ class Advice:
     because: str
 
 
-def advise(evidence: Evidence, *, has_texts_beside: bool) -> list[Advice]:
+def advise(evidence: Evidence, *, has_texts_beside: bool, has_blocks: bool = True) -> list[Advice]:
     """By the rule above.
 
     Args:
         evidence: what was measured.
         has_texts_beside: whether items have texts of their own that may lie beside their photos: captions do; a class
             beside its photo would be the answer itself.
+        has_blocks: whether the photo encoder has blocks, of which a decoder is made.
     """
-    found = [Advice(gallery="photos alone", fusion=_of_photos(evidence), because=_reasons(evidence))]
+    found = [_advice("photos alone", _of_photos(evidence), "linear", _reasons(evidence), has_blocks)]
     if has_texts_beside:
         fusion: Fusion = "decoder" if evidence.token_gain is not None and evidence.token_gain.is_gain else "concat"
         because = f"{_of_tokens(evidence)}{_of_nothing(evidence)}"
-        found.append(Advice(gallery="a text beside each photo", fusion=fusion, because=because))
+        found.append(_advice("a text beside each photo", fusion, "concat", because, has_blocks))
     return found
+
+
+def _advice(gallery: Gallery, fusion: Fusion, simpler: Fusion, because: str, has_blocks: bool) -> Advice:
+    """`simpler` in the place of a decoder that cannot be made."""
+    if fusion == "decoder" and not has_blocks:
+        fusion, because = simpler, f"{because}; a decoder, which that speaks for, needs blocks that this encoder lacks"
+    return Advice(gallery=gallery, fusion=fusion, because=because)
 
 
 def _of_photos(evidence: Evidence) -> Fusion:

@@ -51,7 +51,9 @@ class CaptionSource:
         self.image_layer, self.layer, self.grid = image_layer, layer, grid
         self.weights = text.language_model()
         self.tokens = CausalTokens(self.weights.tokenizer, self.weights.spec)
-        side = photo_side(photos.array(f"hidden_states/{image_layer}").row_shape[0])
+        num_tokens, self.photo_size = photos.array(f"hidden_states/{image_layer}").row_shape
+        self._has_class_token = not photos.manifest.has_feature_maps
+        side = photo_side(num_tokens, has_class_token=self._has_class_token)
         if grid > side:
             raise ValueError(f"--grid {grid}: the photos have {side} x {side} patches. Use --grid {side} or less.")
         text.array(f"hidden_states/{layer}")
@@ -66,14 +68,11 @@ class CaptionSource:
     def num_photo_tokens(self) -> int:
         return 1 + self.grid**2
 
-    @property
-    def photo_size(self) -> int:
-        return self.photos.manifest.hidden_size
-
     def photo_tokens(self, rows: np.ndarray) -> torch.Tensor:
         """Pooled tokens of photos, float32 [n, m, d_photo]."""
         (states,) = self.photos.tokens(rows, (self.image_layer,)).states
-        return pool_photos(torch.from_numpy(states).to(self.device).float(), self.grid)
+        tokens = torch.from_numpy(states).to(self.device).float()
+        return pool_photos(tokens, self.grid, has_class_token=self._has_class_token)
 
     def token_ids(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens of texts, int64 [n, tokens], padded with 0, and bool [n, tokens], True on real ones.

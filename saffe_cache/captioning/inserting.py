@@ -124,24 +124,31 @@ def typical_size(states: torch.Tensor, mask: torch.Tensor) -> float:
     return float(states[mask].square().mean(dim=-1).sqrt().median())
 
 
-def photo_side(num_tokens: int) -> int:
+def photo_side(num_tokens: int, *, has_class_token: bool = True) -> int:
     """Patches of a side of a square photo of so many tokens; those in front of the patches are few.
+
+    Without a class token there are none in front: all are places of a feature map.
 
     Raises:
         ValueError: they are no square.
     """
     side = math.isqrt(num_tokens)
-    if not 0 < num_tokens - side * side <= _MOST_IN_FRONT:
-        raise ValueError(
-            f"photos of {num_tokens} tokens: expected a class token (and registers), then a square of patches. Use "
-            "another image encoder."
+    in_front = num_tokens - side * side
+    if not (0 < in_front <= _MOST_IN_FRONT if has_class_token else in_front == 0):
+        expected = (
+            "a class token (and registers), then a square of patches" if has_class_token else "a square of places"
         )
+        raise ValueError(f"photos of {num_tokens} tokens: expected {expected}. Use another image encoder.")
     return side
 
 
-def pool_photos(tokens: torch.Tensor, grid: int) -> torch.Tensor:
-    """The class token and the mean patch of each of grid x grid fields: [n, 1 + grid², d] of [n, tokens, d]."""
-    side = photo_side(tokens.shape[1])
+def pool_photos(tokens: torch.Tensor, grid: int, *, has_class_token: bool = True) -> torch.Tensor:
+    """The class token and the mean patch of each of grid x grid fields: [n, 1 + grid², d] of [n, tokens, d].
+
+    Without a class token the mean of all places stands in its stead.
+    """
+    side = photo_side(tokens.shape[1], has_class_token=has_class_token)
     patches = tokens[:, -side * side :].transpose(1, 2).reshape(len(tokens), -1, side, side)
     fields = functional.adaptive_avg_pool2d(patches, grid).flatten(2).transpose(1, 2)
-    return torch.cat([tokens[:, :1], fields], dim=1)
+    whole = tokens[:, :1] if has_class_token else tokens.mean(dim=1, keepdim=True)
+    return torch.cat([whole, fields], dim=1)

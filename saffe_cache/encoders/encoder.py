@@ -38,11 +38,11 @@ class Encoded:
     """Output for one batch, float32 on the CPU."""
 
     states: Mapping[int, np.ndarray]
-    """`hidden_states[i]`, each [batch, tokens, hidden_size]."""
+    """`hidden_states[i]`, each [batch, tokens, hidden_size]; of a convolutional stage [batch, places, channels]."""
     vectors: Mapping[str, np.ndarray]
     """"pooled" and, where the model projects, "projected", each [batch, d]."""
     lengths: np.ndarray
-    """int64 [batch]: real tokens."""
+    """int64 [batch]: real tokens; of feature maps, which have more or fewer by layer, places of the first."""
 
 
 class Launched:
@@ -84,7 +84,7 @@ class FrozenEncoder:
         self._core = model.get_submodule(family.core) if family.core else model
         self._layers: nn.ModuleList = model.get_submodule(family.layers)
         self.num_layers = len(self._layers)
-        self.hidden_size = int(getattr(self._config, "hidden_size", 0) or self._config.d_model)
+        self.hidden_size = _hidden_size(self._config)
         self.layers = self._check_layers(request.layers)
         self.max_length = longest_text(request, processor, self._config) if request.modality == "text" else None
         self.fingerprint = fingerprint_of(
@@ -121,8 +121,10 @@ class FrozenEncoder:
     def blocks(self) -> Mapping[int, BlockWeights]:
         """The block that consumes each selected layer; none consumes the last layer's output.
 
-        All blocks of a language model: to generate takes them all.
+        All blocks of a language model: to generate takes them all. None of a convolutional encoder: it has none.
         """
+        if self.family.is_convolutional:
+            return {}
         return {
             i: read_block(self.family, self._model, self._config, self._layers[i])
             for i in (range(self.num_layers) if self.family.language_model else self.layers)
@@ -254,14 +256,14 @@ class FrozenEncoder:
 
         def keep_input(index: int) -> Any:
             def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-                states[index] = arguments[0] if arguments else keywords["hidden_states"]
+                states[index] = self._as_tokens(arguments[0] if arguments else keywords["hidden_states"])
                 if index == deepest:
                     raise _ForwardDone
 
             return hook
 
         def keep_output(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            states[self.num_layers] = output[0] if isinstance(output, tuple) else output
+            states[self.num_layers] = self._as_tokens(output[0] if isinstance(output, tuple) else output)
 
         handles = [
             self._layers[i].register_forward_pre_hook(keep_input(i), with_kwargs=True)
@@ -276,6 +278,10 @@ class FrozenEncoder:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _as_tokens(self, state: torch.Tensor) -> torch.Tensor:
+        """[batch, tokens, width]: the places of a feature map [batch, width, height, width of the map] row by row."""
+        return state.flatten(2).transpose(1, 2).contiguous() if self.family.is_convolutional else state
 
     def _vectors(self, output: Any, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
         vectors = {"pooled": self.family.pool(output, mask)}
@@ -293,6 +299,13 @@ class FrozenEncoder:
                 f"Choose --layers {self.request.modality}=… among these."
             )
         return tuple(sorted(set(layers)))
+
+
+def _hidden_size(config: Any) -> int:
+    """Width of the encoder's own vector and of its last layer."""
+    if hasattr(config, "hidden_sizes"):  # one for each stage
+        return int(config.hidden_sizes[-1])
+    return int(getattr(config, "hidden_size", 0) or config.d_model)
 
 
 def load_encoder(request: EncoderRequest) -> FrozenEncoder:

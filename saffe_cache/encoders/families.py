@@ -90,9 +90,9 @@ def first_token(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def model_pooler(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
-    """What the model itself pools, where that is part of its training: CLIP, AST."""
+    """What the model itself pools, where that is part of its training: CLIP, AST, ResNet."""
     pooled: torch.Tensor = output.pooler_output
-    return pooled
+    return pooled.flatten(1)  # a ResNet's still has its one place as height and width
 
 
 def masked_mean(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
@@ -119,6 +119,7 @@ class Family:
     core: str
     """Path of the model that yields last_hidden_state; empty where it is the loaded one."""
     block: Mapping[str, str]
+    """Where a block's weights are, by their role; empty where there are no queries, keys and values."""
     pool: Pool
     pooling: str
     """Name of the pooling, for the fingerprint."""
@@ -126,6 +127,8 @@ class Family:
     projection: str | None = None
     """Linear layer from the pooled vector into a space that two towers share."""
     is_causal: bool = False
+    is_convolutional: bool = False
+    """Its layers are stages that put out [batch, channels, height, width], each of its own; it has no blocks."""
     interpolates: bool = False
     """Takes `interpolate_pos_encoding` for picture sizes other than its own."""
     shuffles: bool = False
@@ -176,6 +179,18 @@ _CLIP_VISION = Family(
     projection="visual_projection",
     interpolates=True,
 )
+_RESNET = Family(
+    modality="image",
+    model_class="ResNetModel",
+    load_options={},
+    layers="encoder.stages",
+    core="",
+    block={},
+    pool=model_pooler,
+    pooling="mean of the last stage's places",
+    norm_first=False,
+    is_convolutional=True,
+)
 FAMILIES: Mapping[tuple[str, Modality], Family] = {
     ("vit", "image"): _VIT,
     ("vit_mae", "image"): replace(_VIT, model_class="ViTMAEModel", load_options={"mask_ratio": 0.0}, shuffles=True),
@@ -186,6 +201,10 @@ FAMILIES: Mapping[tuple[str, Modality], Family] = {
         layers="encoder.layer",
         block=_DINOV2_BLOCK,
         interpolates=False,
+    ),
+    ("resnet", "image"): _RESNET,
+    ("convnext", "image"): replace(
+        _RESNET, model_class="ConvNextModel", pooling="mean of the last stage's places behind the final norm"
     ),
     ("clip", "image"): _CLIP_VISION,
     ("clip_vision_model", "image"): _CLIP_VISION,

@@ -52,6 +52,10 @@ class EncoderRequest:
     device: str = "cpu"
 
 
+_NOT_OF_THE_PASS = ("position_ids", "num_batches_tracked")
+"""What checkpoints may lack: positions are counted, and a batch norm's number of training steps is not read."""
+
+
 def load_model(request: EncoderRequest) -> tuple[Family, Any]:
     """The frozen model, and how to find one's way in it.
 
@@ -80,7 +84,7 @@ def load_model(request: EncoderRequest) -> tuple[Family, Any]:
             **family.load_options,
             **options,
         )
-    missing = sorted(name for name in info["missing_keys"] if "position_ids" not in name)
+    missing = sorted(name for name in info["missing_keys"] if not name.endswith(_NOT_OF_THE_PASS))
     if family.projection and missing == [f"{family.projection}.weight"]:
         # a tower that was saved without its projection; the one that transformers made up would enter the fingerprint
         model.set_submodule(family.projection, torch.nn.Identity())

@@ -1,8 +1,8 @@
 """The systems that stand beside a FAM in its report: baselines over the same cache, tuned on validation alone.
 
-All see the same: of the photos the first token and the mean of the others, of every cached layer or of those that the
-run fuses, or the encoder's own vector; of the texts the encoder's own vector. They know the run's training pairs and
-its validation pairs.
+All see the same: of the photos the first token and the mean of the others (of a CNN the mean of all places), of every
+cached layer or of those that the run fuses, or the encoder's own vector; of the texts the encoder's own vector. They
+know the run's training pairs and its validation pairs.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ class _Ring:
         self._hashes = [row.tobytes() for row in job.inputs.content_hash]
         self.ahead = max(_AHEAD, math.ceil(2 * job.options.workers * _TASK_INPUTS / job.block_rows))
         self._batches = self.ahead + _IN_USE
-        shape = (self._batches, min(job.block_rows, job.num_inputs - job.start))
+        shape = (self._batches, max(map(len, job.blocks()), default=0))
         blank = job.encoder.prepare(blank_input(job.encoder))
         self.memory = {name: _shared(value, shape, job.encoder.dtype) for name, value in blank.items()}
 

@@ -12,7 +12,7 @@ from itertools import takewhile
 
 from saffe_cache.extraction.config import ExtractConfig, config_from_json, encode_options
 from saffe_cache.extraction.planning import begin_blocks, block_rows, cut_blocks
-from saffe_cache.store.manifest import EncoderManifest
+from saffe_cache.store.manifest import EncoderManifest, layers_among
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,6 @@ def past_extractions(manifest: EncoderManifest, device: str | None = None) -> li
     Raises:
         ValueError, TypeError: a config in the history is none that this release knows, or its device is not here.
     """
-    states = [manifest.arrays[f"hidden_states/{layer}"].spec for layer in manifest.layers]
     inputs_in: dict[str, int] = {}
     finished = 0
     found = []
@@ -57,7 +56,9 @@ def past_extractions(manifest: EncoderManifest, device: str | None = None) -> li
         config = replace(config, device=device or config.device)
         names = (inputs_in.keys() | _asked(config, manifest)) & manifest.arrays.keys()
         first_new = {name: inputs_in.get(name, 0) for name in names if inputs_in.get(name, 0) < stop}
-        rows = block_rows(encode_options(config), states)
+        rows = block_rows(
+            encode_options(config), [manifest.arrays[name].spec for name in names if layers_among([name])]
+        )
         encoded = [first for name, first in first_new.items() if name != "offsets"]
         start = begin_blocks(min(encoded, default=stop), finished, rows)
         found.append(PastExtraction(config=config, first_new=first_new, start=start, stop=stop, block_rows=rows))

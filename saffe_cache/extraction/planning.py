@@ -120,10 +120,9 @@ class Job:
 
 def block_rows(options: EncodeOptions, states: Sequence[ArraySpec]) -> int:
     """Inputs of a block; `states` are the encoder's arrays of hidden states, at least one."""
-    spec = states[0]
-    if len(spec.row_shape) == 1:  # of texts
+    if len(states[0].row_shape) == 1:  # of texts
         return TEXT_BLOCK_ROWS
-    return options.batch_size or max(1, options.batch_tokens // spec.row_shape[0])
+    return options.batch_size or max(1, options.batch_tokens // max(spec.row_shape[0] for spec in states))
 
 
 def cut_blocks(start: int, stop: int, rows: int) -> Iterator[range]:
@@ -215,16 +214,16 @@ def _manifest(storage: Storage, encoder: FrozenEncoder) -> EncoderManifest:
         num_layers=encoder.num_layers,
         hidden_size=encoder.hidden_size,
         vector="projected" if encoder.family.projection else "pooled",
+        has_feature_maps=encoder.family.is_convolutional,
         is_language_model=encoder.language_model is not None,
     )
 
 
 def _arrays(job: Job) -> dict[str, tuple[ArraySpec, int]]:
     """All arrays of the encoder's group, those asked for and those there already, and their rows when done."""
-    states = _state_spec(job)
-    wanted = {f"hidden_states/{i}": states for i in job.encoder.layers}
+    wanted = _state_specs(job)
     if job.options.pooled:
-        rows = states.shard_rows if job.offsets is None else TEXT_BLOCK_ROWS
+        rows = next(iter(wanted.values())).shard_rows if job.offsets is None else TEXT_BLOCK_ROWS
         for name, width in job.encoder.vector_widths.items():
             names = (job.encoder.request.modality, f"{name}_dimension")
             wanted[name] = ArraySpec(
@@ -247,19 +246,32 @@ def _arrays(job: Job) -> dict[str, tuple[ArraySpec, int]]:
     }
 
 
-def _state_spec(job: Job) -> ArraySpec:
-    """How hidden states are stored: [tokens, d] an input where their number is fixed, [d] a token elsewhere."""
-    shape: tuple[int, ...] = (job.encoder.hidden_size,)
+def _state_specs(job: Job) -> dict[str, ArraySpec]:
+    """How hidden states are stored: [tokens, d] an input where their number is fixed, [d] a token elsewhere.
+
+    All in shards of equally many rows, as many as the largest layer may have.
+    """
+    shapes: dict[int, tuple[int, ...]] = dict.fromkeys(job.encoder.layers, (job.encoder.hidden_size,))
     names: tuple[str, ...] = ("text_token", "hidden")
     if job.offsets is None:
         blank = job.encoder.encode(job.encoder.prepare(blank_input(job.encoder)))
-        shape = next(iter(blank.states.values())).shape[1:]
+        shapes = {layer: states.shape[1:] for layer, states in blank.states.items()}
         names = (job.encoder.request.modality, "token", "hidden")
     stored = [array.spec.dtype for name, array in job.manifest.arrays.items() if name.startswith("hidden_states/")]
     dtype = job.options.storage or next(iter(stored), DEFAULT_STORAGE)
-    one = ArraySpec(row_shape=shape, dtype=dtype, chunk_rows=1, shard_rows=1, dimension_names=names)
-    chunk_rows, shard_rows = choose_rows(one.row_bytes, job.options.shard_mb * 2**20)
-    return replace(one, chunk_rows=chunk_rows, shard_rows=shard_rows, compression=job.options.compression)
+    ones = {
+        f"hidden_states/{layer}": ArraySpec(
+            row_shape=shape,
+            dtype=dtype,
+            chunk_rows=1,
+            shard_rows=1,
+            dimension_names=names,
+            compression=job.options.compression,
+        )
+        for layer, shape in shapes.items()
+    }
+    chunk_rows, shard_rows = choose_rows(max(one.row_bytes for one in ones.values()), job.options.shard_mb * 2**20)
+    return {name: replace(one, chunk_rows=chunk_rows, shard_rows=shard_rows) for name, one in ones.items()}
 
 
 def blank_input(encoder: FrozenEncoder) -> Any:

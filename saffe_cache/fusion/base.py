@@ -137,12 +137,12 @@ class Fusion(nn.Module):
     def linear_features(
         self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, texts: Texts | None
     ) -> torch.Tensor:
-        """What the linear path sees, [inputs, 2 P d]; arguments as in `forward`."""
-        return summarize(states, mask)
+        """What the linear path sees, [inputs, width of a summary]; arguments as in `forward`."""
+        return summarize(states, mask, has_class_token=self.shape.has_class_token)
 
     @property
     def linear_start(self) -> nn.Linear | None:
-        """The linear path from the photo's summary, [out, 2 P d], where all else of the photo starts at zero."""
+        """The linear path from the photo's summary, [out, its width], where all else of the photo starts at zero."""
         return None
 
     def freeze_unused(self, *, null_only: bool) -> None:

@@ -104,7 +104,9 @@ class FusionAlignModule(Fusion):
     def linear_features(
         self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, texts: Texts | None
     ) -> torch.Tensor:
-        return summarize(*(self.decode(states, mask, texts) if self.fuses_first else (states, mask)))
+        if self.fuses_first:
+            states, mask = self.decode(states, mask, texts)
+        return summarize(states, mask, has_class_token=self.shape.has_class_token)
 
     @property
     def linear_start(self) -> nn.Linear | None:
@@ -207,9 +209,10 @@ def _make_head(shape: FamShape) -> nn.Module:
             shape.pooled_size,
             shape.num_layers,
             shape.text_size,
-            summary_size=2 * shape.num_layers * shape.hidden_size,
+            summary_size=shape.summary_size,
             beside_size=shape.text_size if shape.head_sees_text else 0,
             dropout=shape.dropout,
+            has_class_token=shape.has_class_token,
         )
     if shape.head == "mean":
         return MeanHead(shape.pooled_size, shape.num_layers, shape.text_size)

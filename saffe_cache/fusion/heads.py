@@ -15,12 +15,17 @@ from saffe_cache.fusion.dropout import Dropout
 from saffe_cache.fusion.pooling import NormedTokens, mean_weights, summary_weights
 
 
-def summarize(states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
+def summarize(
+    states: Sequence[torch.Tensor], mask: torch.Tensor | None, *, has_class_token: bool = True
+) -> torch.Tensor:
     """First token and mean of the other tokens of each layer, each token normed: [batch, 2 P d].
 
-    What the linear baselines see, and what the attention head's linear path sees.
+    Where no first token stands for the whole, the mean of all tokens: [batch, P d]. What the linear baselines see, and
+    what the attention head's linear path sees.
     """
-    return torch.cat([NormedTokens(state).sums(summary_weights(state, mask)).flatten(1) for state in states], dim=-1)
+    weights = [summary_weights(state, mask, has_class_token=has_class_token) for state in states]
+    sums = [NormedTokens(state).sums(one).flatten(1) for state, one in zip(states, weights, strict=True)]
+    return torch.cat(sums, dim=-1)
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -55,20 +60,23 @@ class AttentionHead(nn.Module):
         head_size: int = 48,
         mlp_size: int = 1024,
         dropout: float = 0.5,
+        has_class_token: bool = True,
     ) -> None:
         """
         Args:
             hidden_size: width of the tokens that are pooled.
             num_layers: P.
             output_size: width of the result.
-            summary_size: width of the summary, 2 P d for `summarize`.
+            summary_size: width of the summary, which `summarize` makes.
             beside_size: width of a vector that the MLP sees beside the tokens; 0 for none.
             num_heads: learned queries a layer.
             head_size: width of what each of them pools.
             mlp_size: of the MLP's inner layer.
             dropout: of the summary and in the MLP.
+            has_class_token: whether the first token stands for the whole, for the summary.
         """
         super().__init__()
+        self.has_class_token = has_class_token
         self.pool_queries = nn.Parameter(torch.randn(num_layers, hidden_size, num_heads) * 0.02)
         self.pool_values = nn.Parameter(torch.randn(num_layers, num_heads, hidden_size, head_size) * hidden_size**-0.5)
         feature_size = num_layers * num_heads * head_size + summary_size + beside_size
@@ -91,7 +99,10 @@ class AttentionHead(nn.Module):
         """`summary` [batch, summary_size] of other tokens than those that are pooled; `beside` [batch, beside_size]."""
         pooled, summaries = [], []
         for state, queries, values in zip(states, self.pool_queries.unbind(), self.pool_values.unbind(), strict=True):
-            sums = _pool(state, mask, queries, has_summary=summary is None)
+            beside_pooled = None
+            if summary is None:
+                beside_pooled = summary_weights(state, mask, has_class_token=self.has_class_token)
+            sums = _pool(state, mask, queries, beside_pooled)
             pooled.append(torch.einsum("bhd,hdv->bhv", sums[:, : len(values)], values).flatten(1))
             summaries.append(sums[:, len(values) :].flatten(1))
         summary = torch.cat(summaries, dim=-1) if summary is None else summary
@@ -99,17 +110,19 @@ class AttentionHead(nn.Module):
         return self.linear(self.dropout(summary)) + self.mlp(self.norm(torch.cat(seen, dim=-1)))  # type: ignore[no-any-return]
 
 
-def _pool(state: torch.Tensor, mask: torch.Tensor | None, queries: torch.Tensor, *, has_summary: bool) -> torch.Tensor:
-    """What each of `queries` [d, heads] pools of a layer, and behind it the layer's part of the summary.
+def _pool(
+    state: torch.Tensor, mask: torch.Tensor | None, queries: torch.Tensor, summary: torch.Tensor | None
+) -> torch.Tensor:
+    """What each of `queries` [d, heads] pools of a layer, [batch, heads, d].
 
-    [batch, heads, d] or, with a summary, [batch, heads + 2, d].
+    With `summary`, the weights [batch, n, tokens] of the layer's part of it, this lies behind: [batch, heads + n, d].
     """
     tokens = NormedTokens(state)
     scores = tokens.products(queries)
     if mask is not None:
         scores = scores.masked_fill(~mask.unsqueeze(1), torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1)
-    return tokens.sums(torch.cat([weights, summary_weights(state, mask)], dim=1) if has_summary else weights)
+    return tokens.sums(weights if summary is None else torch.cat([weights, summary], dim=1))
 
 
 class MeanHead(nn.Module):

@@ -47,8 +47,13 @@ def mean_weights(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
     return (kept / kept.sum(dim=1, keepdim=True).clamp(min=1)).unsqueeze(1)
 
 
-def summary_weights(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """[batch, 2, tokens]: those of the first token, and of the mean of the others."""
+def summary_weights(state: torch.Tensor, mask: torch.Tensor | None, *, has_class_token: bool = True) -> torch.Tensor:
+    """[batch, 2, tokens]: those of the first token, and of the mean of the others.
+
+    [batch, 1, tokens] where the first token is one of many: those of the mean of all.
+    """
+    if not has_class_token:
+        return mean_weights(state, mask)
     weights = state.new_zeros(len(state), 2, state.shape[1])
     weights[:, 0, 0] = 1
     weights[:, 1:, 1:] = mean_weights(state[:, 1:], None if mask is None else mask[:, 1:])

@@ -46,6 +46,13 @@ class FamShape:
     text_rms: float = 1.0
     """Root mean square of the text's tokens, for a projection into their space to start from."""
     dropout: float = 0.5
+    has_class_token: bool = True
+    """Whether the gallery's first token stands for the whole input; feature maps of a CNN have places alone."""
+
+    @property
+    def summary_size(self) -> int:
+        """Width of what `summarize` makes of a gallery input: 2 P d, or P d without a class token."""
+        return (2 if self.has_class_token else 1) * self.num_layers * self.hidden_size
 
     @property
     def has_decoder(self) -> bool:

@@ -41,6 +41,8 @@ def _describe_encoder(encoder: EncoderCache) -> list[str]:
         f"{len(manifest.invalid)} unreadable",
         f"  model {fields.get('model_id')}, revision {fields.get('revision')}, {fields.get('dtype')}",
     ]
+    if manifest.has_feature_maps:
+        lines.append("  feature maps: tokens are places, row by row, and there are no blocks")
     if manifest.is_language_model:
         lines.append(f"  a language model, texts from position {fields.get('position_offset')} on, all blocks")
     for name, array in sorted(manifest.arrays.items()):

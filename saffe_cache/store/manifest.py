@@ -81,6 +81,8 @@ class EncoderManifest:
     """Inputs whose rows are in every array; a later extraction starts behind them."""
     invalid: dict[int, str] = field(default_factory=dict)
     """Inputs that could not be encoded, by row, with the reason."""
+    has_feature_maps: bool = False
+    """Whether tokens are places of feature maps: no first one stands for the whole, and no layer has a block."""
     is_language_model: bool = False
     """Whether all blocks are kept, and besides them what a causal language model needs to generate."""
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -114,6 +116,7 @@ class EncoderManifest:
             "num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
             "vector": self.vector,
+            **({"feature_maps": True} if self.has_feature_maps else {}),
             **({"language_model": True} if self.is_language_model else {}),
             "finished_rows": self.finished_rows,
             "invalid": {str(row): reason for row, reason in sorted(self.invalid.items())},
@@ -138,6 +141,7 @@ class EncoderManifest:
                 num_layers=whole_number(content, "num_layers"),
                 hidden_size=whole_number(content, "hidden_size", least=1),
                 vector=str(content["vector"]),
+                has_feature_maps=content.get("feature_maps") is True,
                 is_language_model=content.get("language_model") is True,
                 arrays={_array_name(name): ArrayManifest.from_json(one) for name, one in content["arrays"].items()},
                 finished_rows=whole_number(content, "finished_rows"),

@@ -127,10 +127,12 @@ class EncoderCache:
     @property
     def block_layers(self) -> list[int]:
         """Cached layers whose consuming block is cached too: all but the output of the last layer. Of a language model
-        all blocks.
+        all blocks, of feature maps none.
 
         A layer of which nothing is committed may still lack its block.
         """
+        if self.manifest.has_feature_maps:
+            return []
         arrays = self.manifest.arrays
         present = [layer for layer in self.manifest.layers if arrays[f"hidden_states/{layer}"].shards]
         if present and self.manifest.is_language_model:

@@ -64,8 +64,8 @@ class TrainConfig:
     control_epochs: int = 2
     """Epochs of the control, which is trained on permuted pairs; 0 for none, and the report will say so."""
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Layers to train on, as image=11,12 (and text=5 where text tokens enter). Default: all that the fusion can use; of
-    texts whose encoder runs on from one layer, the first of its upper half that is cached."""
+    """Layers to train on, as image=11,12 (and text=5 where text tokens enter). Default: all that the fusion can use, of
+    a CNN its last stage; of texts whose encoder runs on from one layer, the first of its upper half that is cached."""
     index_convention: IndexConvention = "hidden_states"
     """How --layers counts. hidden_states, and the same in the SAFFE release (reference): i is the input of block i.
     paper: l is the output of its layer l, which is hidden_states l + 1."""
@@ -210,6 +210,7 @@ def _shape(
         dropout=config.dropout,
         num_blocks=layers.num_blocks,
         text_rms=_root_mean_square(text, layers.text[0]) if layers.num_blocks else 1.0,
+        has_class_token=not gallery.manifest.has_feature_maps,
     )
 
 
@@ -273,9 +274,15 @@ def _check_together(config: TrainConfig, spec: RunSpec) -> None:
 def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCache) -> _Layers:
     """
     Raises:
-        CacheError: the cache lacks a layer, or the block behind one.
+        CacheError: the cache lacks a layer, or the block behind one; or the encoder has no blocks.
         ValueError: several layers of the text are given where one is where a fusion begins.
     """
+    if gallery.manifest.has_feature_maps and not _runs_without_blocks(config.fusion):
+        raise CacheError(
+            f"{gallery.key}: a convolutional encoder, whose layers have no queries, keys and values; --fusion "
+            f"{config.fusion} needs the block behind a layer. Use another encoder, or one of --fusion "
+            f"{', '.join(filter(_runs_without_blocks, FUSIONS))}."
+        )
     match FUSIONS[config.fusion].blocks:
         case "none":
             return _Layers(_layers_of(config, gallery, gallery.layers))
@@ -298,13 +305,22 @@ def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCach
             return _Layers(layers, (first,), num_blocks)
 
 
+def _runs_without_blocks(fusion: str) -> bool:
+    """Whether it needs no block of the gallery's encoder."""
+    return FUSIONS[fusion].blocks in ("none", "text")
+
+
 def _layers_of(
     config: TrainConfig, encoder: EncoderCache, usable: Sequence[int], default: Sequence[int] | None = None
 ) -> tuple[int, ...]:
-    """The layers given, or by default all that are usable."""
+    """The layers given, or by default all that are usable and whose tokens are as many and as wide as the last one's.
+
+    Raises:
+        CacheError: some of them are not usable, or not of one shape.
+    """
     given = config.layers.get(encoder.manifest.modality)
     if given is None:
-        chosen = tuple(usable if default is None else default)
+        chosen = tuple(_of_last_shape(encoder, usable) if default is None else default)
     else:
         chosen = tuple(hidden_states_index(layer, config.index_convention) for layer in given)
     if FUSIONS[config.fusion].blocks in ("text", "both"):  # which read the last or the first of them
@@ -317,7 +333,26 @@ def _layers_of(
             f"{f'asked for {list(chosen)}' if given else 'none of them by default'}. "
             f"Add layers with saffe-extract --layers {encoder.manifest.modality}=…."
         )
+    alike = _of_last_shape(encoder, chosen)
+    if len(alike) < len(chosen):
+        shapes = "; ".join(f"layer {layer}: {' x '.join(map(str, _shape_of(encoder, layer)))}" for layer in chosen)
+        raise CacheError(
+            f"{encoder.key}: layers that are fused together need equally many tokens of one width, found {shapes}. "
+            f"Choose --layers {encoder.manifest.modality}={','.join(map(str, alike))}."
+        )
     return chosen
+
+
+def _of_last_shape(encoder: EncoderCache, layers: Sequence[int]) -> Sequence[int]:
+    """Those of the layers with the last one's shape: all but for a CNN, whose stages have shapes of their own."""
+    if not encoder.manifest.has_feature_maps:
+        return layers
+    return [layer for layer in layers if _shape_of(encoder, layer) == _shape_of(encoder, layers[-1])]
+
+
+def _shape_of(encoder: EncoderCache, layer: int) -> tuple[int, ...]:
+    """Of a photo's row: tokens and their width."""
+    return encoder.array(f"hidden_states/{layer}").row_shape
 
 
 def _first_layer(config: TrainConfig, text: EncoderCache) -> int:

@@ -39,7 +39,7 @@ class CorrectingFusion(Fusion):
     def __init__(self, shape: FamShape, matched_size: int | None = None) -> None:
         super().__init__(shape)
         self.dropout = Dropout(shape.dropout)
-        self.linear = nn.Linear(2 * shape.num_layers * shape.hidden_size, shape.text_size)
+        self.linear = nn.Linear(shape.summary_size, shape.text_size)
         self._make_text_maps()
         if shape.matches:
             self.match_head = MatchHead(matched_size or shape.hidden_size, 1, shape.text_size)
@@ -61,7 +61,7 @@ class CorrectingFusion(Fusion):
             states: P times [pairs, tokens, hidden_size].
             mask: bool [pairs, tokens]; None where no token is padded.
             texts: [pairs, …], the null text where a row's mask holds no True; None for nulls alone.
-            summary: of the states, [pairs, 2 P d].
+            summary: of the states, [pairs, shape.summary_size].
         """
         raise NotImplementedError
 
@@ -72,7 +72,7 @@ class CorrectingFusion(Fusion):
         texts: Texts | None = None,
         pairing: Pairing | None = None,
     ) -> Fused:
-        summary = summarize(states, mask)
+        summary = summarize(states, mask, has_class_token=self.shape.has_class_token)
         if pairing is not None:
             states = [state[pairing.gallery] for state in states]
             mask, summary = (None if mask is None else mask[pairing.gallery]), summary[pairing.gallery]

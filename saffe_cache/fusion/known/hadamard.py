@@ -25,7 +25,7 @@ class HadamardFusion(CorrectingFusion):
 
     def __init__(self, shape: FamShape, blocks: Blocks) -> None:
         super().__init__(shape)
-        self.of_photo = nn.Linear(2 * shape.num_layers * shape.hidden_size, self.RANK)
+        self.of_photo = nn.Linear(shape.summary_size, self.RANK)
         self.of_text = nn.Linear(shape.text_size, self.RANK)
         self.out = zero_linear(self.RANK, shape.text_size)
 

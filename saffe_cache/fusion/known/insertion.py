@@ -15,7 +15,7 @@ from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, ma
 from saffe_cache.fusion.shape import FamShape
 
 GRID = 4
-"""A photo's patches are averaged over a grid of so many by so many; its first token stays."""
+"""A photo's patches are averaged over a grid of so many by so many; its class token stays."""
 
 
 class LimberFusion(CorrectingFusion):
@@ -45,7 +45,7 @@ class LimberFusion(CorrectingFusion):
     def correct(
         self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, texts: Texts | None, summary: torch.Tensor
     ) -> Correction:
-        photo, seen = inserted_tokens(states[-1], mask)
+        photo, seen = inserted_tokens(states[-1], mask, has_class_token=self.shape.has_class_token)
         tokens, photo_seen, length = self.insert(photo), seen, photo.shape[1]
         if texts is not None:
             tokens, seen = torch.cat([tokens, texts.states[0]], dim=1), torch.cat([seen, texts.mask], dim=1)
@@ -94,12 +94,16 @@ class DeepInsertFusion(LimberFusion):
         return self.norm(super().insert(tokens))  # type: ignore[no-any-return]
 
 
-def inserted_tokens(state: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def inserted_tokens(
+    state: torch.Tensor, mask: torch.Tensor | None, *, has_class_token: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens of a photo are inserted, and their mask: the first, and means over a 4 by 4 grid of the others.
 
-    Over 16 stretches of them where they form no square. All, where they are padded or fewer than 17.
+    Over 16 stretches of them where they form no square. All, where they are padded or fewer than 17. Without a class
+    token the grid is over all tokens, and nothing stands in front of it.
     """
-    first, others = state[:, :1], state[:, 1:].transpose(1, 2)
+    in_front = 1 if has_class_token else 0
+    first, others = state[:, :in_front], state[:, in_front:].transpose(1, 2)
     count = others.shape[2]
     if mask is not None or count <= GRID * GRID:
         return state, state.new_ones(state.shape[:2], dtype=torch.bool) if mask is None else mask

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from saffe_cache.fusion.base import Blocks, Fused, Fusion, Pairing, Texts, gathered
 from saffe_cache.fusion.heads import MatchHead
-from saffe_cache.fusion.pooling import NormedTokens
+from saffe_cache.fusion.pooling import NormedTokens, summary_weights
 from saffe_cache.fusion.shape import FamShape
 
 
@@ -21,7 +21,8 @@ class TwoTowerFusion(Fusion):
     """First token of the photo, own vector of the text, each through Linear(d, 256); 393,728 parameters for d = 768.
 
     Nothing is fused in it: a text beside a photo is averaged with it in the shared space. It starts at random. The
-    first token must stand for the whole: of encoders without a class token, such as Whisper's, `late` sees more.
+    first token must stand for the whole, as a class token does; of feature maps, which have none, the mean is taken,
+    but of sounds (Whisper) the first frame: `late` sees more of them.
     """
 
     WIDTH = 256
@@ -45,16 +46,14 @@ class TwoTowerFusion(Fusion):
         pairing: Pairing | None = None,
     ) -> Fused:
         index = pairing.gallery if pairing else None
-        first = torch.cat([_first(state) for state in states], dim=-1)
-        vectors = gathered(functional.normalize(self.photo_tower(first), dim=-1), index)
+        whole = torch.cat([self._whole(state, mask) for state in states], dim=-1)
+        vectors = gathered(functional.normalize(self.photo_tower(whole), dim=-1), index)
         if texts is not None:
             beside = texts.rows(pairing.text if pairing else None)
             vectors = functional.normalize(vectors + self.encode_queries(beside.vectors) * beside.is_text, dim=-1)
         return Fused(vectors, [gathered(states[-1], index)], None if mask is None else gathered(mask, index))
 
-
-def _first(state: torch.Tensor) -> torch.Tensor:
-    """First tokens [inputs, d], normed."""
-    weights = state.new_zeros(len(state), 1, state.shape[1])
-    weights[:, :, 0] = 1
-    return NormedTokens(state).sums(weights).squeeze(1)
+    def _whole(self, state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """What stands for the whole of each photo, [inputs, d], normed."""
+        weights = summary_weights(state, mask, has_class_token=self.shape.has_class_token)[:, :1]
+        return NormedTokens(state).sums(weights).squeeze(1)
