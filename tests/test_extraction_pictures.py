@@ -20,6 +20,8 @@ from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.encoders.pictures import quick_pictures
 
 IMAGE_FAMILIES = [name for name, case in CASES.items() if case.modality == "image"]
+ASKED = ["resnet", "convnext"]
+"""Whose processor, ConvNeXt's, resizes in a way of its own, and is asked."""
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -52,7 +54,7 @@ def test_every_shape_comes_out_as_the_processor_makes_it(
     assert torch.equal(out["pixel_values"], expected)
 
 
-@pytest.mark.parametrize("name", IMAGE_FAMILIES)
+@pytest.mark.parametrize("name", [name for name in IMAGE_FAMILIES if name not in ASKED])
 def test_the_quick_way_is_the_one_taken(
     encoders: dict[str, FrozenEncoder], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
