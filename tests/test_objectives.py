@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from saffe_cache.fam_inputs import FamInputs
 from saffe_cache.fusion.base import Fused, Fusion
+from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.objectives import (
     SigmoidScale,
     Temperature,
@@ -425,14 +426,16 @@ def test_each_side_of_the_pairs_is_computed_once(
     seen: list[tuple[int, int, int, int, int]] = []
     fuse = Fusion.fuse
 
-    def counting(self: Fusion, states: Any, mask: Any = None, texts: Any = None, pairing: Any = None) -> Fused:
+    def counting(
+        self: FusionAlignModule, states: Any, mask: Any = None, texts: Any = None, pairing: Any = None
+    ) -> Fused:
         if pairing is not None:
             distinct = len({tuple(row.flatten().tolist()) for row in states[0]})
             different = len({tuple(row.tolist()) for row in texts.vectors})
             seen.append((len(states[0]), distinct, len(texts.vectors), different, len(pairing.gallery)))
         return fuse(self, states, mask, texts, pairing)
 
-    monkeypatch.setattr(Fusion, "fuse", counting)
+    monkeypatch.setattr(FusionAlignModule, "fuse", counting)
     prepared.loss({term: 1.0})
     ((photos, distinct, texts, different, pairs),) = seen
     assert photos == distinct <= 32
