@@ -424,7 +424,7 @@ def test_each_side_of_the_pairs_is_computed_once(
     prepared: Prepared, term: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int, int, int, int]] = []
-    fuse = Fusion.fuse
+    fuse = FusionAlignModule.fuse
 
     def counting(
         self: FusionAlignModule, states: Any, mask: Any = None, texts: Any = None, pairing: Any = None
