@@ -17,6 +17,7 @@ from report_cases import EVIL, Made, ablation, alignment, captions, episodes, ma
 
 from saffe_cache.cli import report_command
 from saffe_cache.evaluation.details import read_details
+from saffe_cache.reporting import plots, sections
 from saffe_cache.reporting.ablations import read_ablation, spread
 from saffe_cache.store.reader import open_cache
 
@@ -111,6 +112,27 @@ def test_csv_holds_the_reported_numbers(made: Made, page: str) -> None:
         assert (folder / "figures" / f"{plot}.svg").read_text().startswith("<?xml")
         assert (folder / "figures" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
         assert f"{plot}-figure_1" in page
+
+
+@pytest.mark.parametrize(("places", "frames", "joined"), [(("0", "1+2"), 2, True), (("late", "mbt"), 1, False)])
+def test_names_along_the_axis_share_a_frame_and_are_not_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, places: tuple[str, str], frames: int, joined: bool
+) -> None:
+    """Two series, a place each: numbers have a frame each, fusions stand side by side."""
+    content = ablation(published=[])
+    first, second = content["series"][0]["points"]
+    first["x"], second["x"] = places
+    content["series"] = [{"name": name, "points": [one]} for name, one in (("a", first), ("b", second))]
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(
+        plots, "draw_series", lambda name, panels, *_, joined: drawn.update(panels=panels, joined=joined)
+    )
+    found = read_ablation(Path(write(tmp_path / "a", "ablation.json", content)) / "ablation.json")
+    sections.ablation_section(found, "ablation-1", [])
+    assert (len(drawn["panels"]), drawn["joined"]) == (frames, joined)
+    assert [list(bars.means) for panel in drawn["panels"] for bars in panel.series] == [
+        [pytest.approx(32)], [pytest.approx(41)],
+    ]  # fmt: skip
 
 
 def test_an_alignment_shows_advice_nulls_and_every_pair(made: Made, page: str) -> None:

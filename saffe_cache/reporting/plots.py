@@ -305,7 +305,8 @@ def draw_series(
                 axes.annotate(who, (place, value), (6, 6), textcoords="offset points", fontsize=8)
             axes.set_xticks(range(len(panel.places)), panel.places)
             if max(map(len, panel.places)) * len(panel.places) > 60 / columns:
-                axes.tick_params(axis="x", rotation=30)
+                for label in axes.get_xticklabels():
+                    label.set(rotation=30, ha="right", rotation_mode="anchor")
             axes.set_xlim(-0.5, len(panel.places) - 0.5)
         for axes in frames[len(panels) :]:
             axes.set_visible(False)

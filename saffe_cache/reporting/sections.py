@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -127,11 +128,12 @@ _DRAWN_BASELINES = ("ridge", "linear_probe", "late_fusion_ridge")
 
 
 def _series_plot(ablation: Ablation, name: str) -> Plot:
-    """Series over the same places share a frame."""
+    """Series over the same places share a frame; where the places are names, as of fusions, all share one, unjoined."""
+    are_names = not all(re.fullmatch(r"[\d.+]+", x) for x in ablation.xs)
     frames: dict[tuple[str, ...], list[Bars]] = {}
     levels = [(line.name, 100 * line.value) for line in ablation.lines if line.metric == ablation.metric]
     for one in ablation.series:
-        places = [point.x for point in one.points]
+        places = list(ablation.xs) if are_names else [point.x for point in one.points]
         found = {point.x: spread(point.values[ablation.metric]) for point in one.points}
         bars = _bars(one.name, places, {x: (of.mean, of.half_interval or 0.0) for x, of in found.items()})
         beside = []
@@ -155,7 +157,7 @@ def _series_plot(ablation: Ablation, name: str) -> Plot:
         (ablation.x_label, f"{ablation.metric}, percent"),
         "Mean over seeds with its 95 % t-interval. Hollow, in the same hue: baselines on the same layers and photos. "
         "Across: chance and what no setting changes." + (" Stars: published, in the same metric." if published else ""),
-        joined=len(ablation.xs) > 1,
+        joined=len(ablation.xs) > 1 and not are_names,
     )
 
 
