@@ -26,7 +26,7 @@ import logging
 import sys
 from pathlib import Path
 
-from saffe_cache.bind import BindConfig, bind, exit_status
+from saffe_cache.bind import BindConfig, bind, exit_status, read_table
 from saffe_cache.extract import ExtractConfig, extract
 
 
@@ -70,6 +70,7 @@ def main() -> None:
             replaced_seeds=options.replaced_seeds,
         )
     )
+    print(read_table(out), end="")
     sys.exit(exit_status(out))
 
 

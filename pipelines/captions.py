@@ -26,8 +26,6 @@ by loss nobody does; a training step takes 1, 0.70 and 0.40 of layer 0's FLOPs, 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import logging
 import multiprocessing
@@ -222,9 +220,7 @@ def run_all(configs: Sequence[CaptionConfig]) -> list[dict[str, Any]]:
 
 def _run(config: CaptionConfig) -> dict[str, Any]:
     torch.set_num_threads(1)
-    with contextlib.redirect_stdout(io.StringIO()):
-        out = caption(config)
-    return read_json(Path(out) / "caption.json")
+    return read_json(Path(caption(config)) / "caption.json")
 
 
 COLUMNS = {

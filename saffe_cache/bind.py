@@ -162,8 +162,12 @@ def bind(config: BindConfig) -> str:
         table = format_binding(result)
         write_whole(out / "binding.txt", f"{table}\n".encode())
         write_json(out / "binding.json", result)
-        print(table)
     return str(out)
+
+
+def read_table(out: str) -> str:
+    """The result for people."""
+    return (Path(out) / "binding.txt").read_text()
 
 
 def exit_status(out: str) -> int:

@@ -153,8 +153,12 @@ def caption(config: CaptionConfig) -> str:
         table = format_captions(result)
         write_whole(out / "caption.txt", f"{table}\n".encode())
         write_json(out / "caption.json", result)
-        print(table)
     return str(out)
+
+
+def read_table(out: str) -> str:
+    """The result for people."""
+    return (Path(out) / "caption.txt").read_text()
 
 
 def exit_status(out: str) -> int:

@@ -48,12 +48,7 @@ def train_command(arguments: Sequence[str] | None = None) -> int:
 def evaluate_command(arguments: Sequence[str] | None = None) -> int:
     from saffe_cache.evaluate import EvaluateConfig, evaluate, exit_status, read_table
 
-    def evaluate_and_show(config: EvaluateConfig) -> str:
-        out = evaluate(config)
-        print(read_table(out), end="")
-        return out
-
-    return _run_stage("saffe-index-eval", EvaluateConfig, evaluate_and_show, arguments, exit_status)
+    return _run_stage("saffe-index-eval", EvaluateConfig, _shown(evaluate, read_table), arguments, exit_status)
 
 
 def ablate_command(arguments: Sequence[str] | None = None) -> int:
@@ -68,32 +63,27 @@ def ablate_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def bind_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.bind import BindConfig, bind, exit_status
+    from saffe_cache.bind import BindConfig, bind, exit_status, read_table
 
-    return _run_stage("saffe-bind", BindConfig, bind, arguments, exit_status)
+    return _run_stage("saffe-bind", BindConfig, _shown(bind, read_table), arguments, exit_status)
 
 
 def match_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.match import MatchConfig, exit_status, match
+    from saffe_cache.match import MatchConfig, exit_status, match, read_table
 
-    return _run_stage("saffe-match", MatchConfig, match, arguments, exit_status)
+    return _run_stage("saffe-match", MatchConfig, _shown(match, read_table), arguments, exit_status)
 
 
 def align_command(arguments: Sequence[str] | None = None) -> int:
     from saffe_cache.align import AlignConfig, align, read_table
 
-    def align_and_show(config: AlignConfig) -> str:
-        out = align(config)
-        print(read_table(out), end="")
-        return out
-
-    return _run_stage("saffe-align", AlignConfig, align_and_show, arguments)
+    return _run_stage("saffe-align", AlignConfig, _shown(align, read_table), arguments)
 
 
 def caption_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.caption import CaptionConfig, caption, exit_status
+    from saffe_cache.caption import CaptionConfig, caption, exit_status, read_table
 
-    return _run_stage("saffe-caption", CaptionConfig, caption, arguments, exit_status)
+    return _run_stage("saffe-caption", CaptionConfig, _shown(caption, read_table), arguments, exit_status)
 
 
 def report_command(arguments: Sequence[str] | None = None) -> int:
@@ -173,6 +163,17 @@ def _repair(options: argparse.Namespace) -> int:
     report = repair(RepairConfig(cache=options.cache, data=data, encoder=encoder, device=options.device))
     print(report)
     return 1 if report.left else 0
+
+
+def _shown(verb: Callable[[Any], str], read_table: Callable[[str], str]) -> Callable[[Any], str]:
+    """A verb whose result is also shown."""
+
+    def show(config: Any) -> str:
+        out = verb(config)
+        print(read_table(out), end="")
+        return out
+
+    return show
 
 
 def _run_stage(

@@ -75,8 +75,12 @@ def match(config: MatchConfig) -> str:
         write_whole(out / "match.txt", f"{table}\n".encode())
         _draw(result, out / "figures")
         write_json(out / "match.json", result)
-        print(table)
     return str(out)
+
+
+def read_table(out: str) -> str:
+    """The result for people."""
+    return (Path(out) / "match.txt").read_text()
 
 
 def exit_status(out: str) -> int:
