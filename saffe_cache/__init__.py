@@ -13,7 +13,7 @@ each other (tests/test_architecture.py holds this):
     pairs                                                      which items are trained on and judged
     retrieval                                                  ranks, metrics, protocols, baselines, index
     store   sources   encoders   fusion   objectives   options
-    features   durable   fields                                the nouns that they exchange; whole files; JSON
+    features   durable   fields   flops                        nouns that they exchange; whole files; JSON; FLOPs
 
 Each stage is a function of one frozen dataclass:
 

@@ -15,6 +15,7 @@ import torch
 from saffe_cache.durable import hold_folder, remove_partial_files, write_whole
 from saffe_cache.evaluation.answers import Answered
 from saffe_cache.evaluation.controls import duplicates, failures, run_controls, sensitivity, why_no_permuted
+from saffe_cache.evaluation.cost import fusing_flops
 from saffe_cache.evaluation.details import details_of, write_details
 from saffe_cache.evaluation.measuring import (
     DEFINITIONS,
@@ -144,6 +145,7 @@ def evaluate(config: EvaluateConfig) -> str:
             "index": _write_index(config, protocol, setting, model, out),
             "cost": {
                 "trainable_parameters": result["trainable_parameters"],
+                "fusing_flops": fusing_flops(model, setting, protocol),
                 "training_seconds": result["seconds"],
                 "training_peak_memory_mb": result["peak_memory_mb"],
                 "evaluation_seconds": round(time.perf_counter() - started, 1),

@@ -91,7 +91,7 @@ def test_report_holds_what_the_readme_says(kind: str, request: pytest.FixtureReq
         assert set(control) == {"scores", "metric", "expected", "limit", "passed"}
         assert control["passed"] == (control["scores"][control["metric"]]["value"] <= control["limit"])
     assert set(report["cost"]) == {
-        "trainable_parameters", "training_seconds", "training_peak_memory_mb", "evaluation_seconds",
+        "trainable_parameters", "fusing_flops", "training_seconds", "training_peak_memory_mb", "evaluation_seconds",
         "evaluation_peak_memory_mb",
     }  # fmt: skip
     assert all(cost > 0 for cost in report["cost"].values())

@@ -130,7 +130,14 @@ def test_the_report_sends_nothing_to_the_terminal() -> None:
         "duplicates": {"photos": 0, "texts": 0},
         "index": {"kind": "flat"},
         "cost": dict.fromkeys(
-            ("trainable_parameters", "training_seconds", "training_peak_memory_mb", "evaluation_seconds"), 1
+            (
+                "trainable_parameters",
+                "training_seconds",
+                "training_peak_memory_mb",
+                "evaluation_seconds",
+                "fusing_flops",
+            ),
+            1,
         ),
     }
     assert_plain(format_report(report))

@@ -3,6 +3,10 @@
 Layers below `layer` see the text alone, those from it on see the photo's tokens and the text behind them. Positions are
 those of the whole sequence: photo tokens have 0 … m - 1, text tokens m and more, below the place of insertion too.
 Layer 0 is what others call a prefix: photo tokens in front of the text's embeddings.
+
+DeepInsert puts photo tokens e where they stand among the text's, [h^{<p}; e; h^{>=p}]. Here p is 0 alone: [e; h], the
+photo in front of all of its text, prompt included. A text in front of a photo, or between two, cannot be had.
+
 Source: DeepInsert (arXiv 2504.19327). It was made for rotary positions, which act in every layer. A learned position
 is added once, to the embedding; photo tokens get theirs where they join, as in `inputs_embeds` of a prefix.
 """

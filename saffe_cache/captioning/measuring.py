@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from saffe_cache.captioning.captions import Captions, CaptionSource, caption_losses, first_captions, num_said, project
 from saffe_cache.captioning.inserting import InsertedModel, Projector
+from saffe_cache.flops import counted_flops
 from saffe_cache.pairs import Pairs
 from saffe_cache.retrieval.metrics import bootstrap_interval
 
@@ -174,21 +173,20 @@ def chance_alarms(own: dict[str, dict[str, float]], num_others: int, num_photos:
 def count_flops(
     model: InsertedModel, projector: Projector, *, batch: int, tokens: int, photo_tokens: int
 ) -> dict[str, Any]:
-    """Multiplications and additions of matrices, counted by torch, of texts of `tokens` tokens.
+    """FLOPs of texts of `tokens` tokens.
 
     `training_step`: from cached states, forward and back to the projector. `whole_pass`: a forward pass that begins
-    with the text's tokens, as a caption that nobody has cached takes it. Attention is computed plainly here, since
-    torch counts nothing of its quick kernels on a CPU.
+    with the text's tokens, as a caption that nobody has cached takes it.
     """
     device = model.weights["token_embedding"].device
     photos = torch.zeros(batch, photo_tokens, projector.linear.in_features, device=device)
     ids = torch.zeros(batch, tokens, dtype=torch.long, device=device)
     with torch.no_grad():
         states = model.text_states(ids, photo_tokens)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as training:
+    with counted_flops() as training:
         model.logits(model(states, projector(photos))).sum().backward()  # type: ignore[no-untyped-call]
     projector.zero_grad()
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as whole:
+    with torch.no_grad(), counted_flops() as whole:
         model.logits(model(model.text_states(ids, photo_tokens), projector(photos)))
     return {
         "training_step_flops": int(training.get_total_flops()),

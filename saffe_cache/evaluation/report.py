@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from saffe_cache.evaluation.controls import Control
+from saffe_cache.evaluation.cost import flops_in_words
 from saffe_cache.features import printable
 from saffe_cache.retrieval.protocols import Scores
 
@@ -52,6 +53,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         f"{cost['trainable_parameters'] / 1e6:.2f} M trainable parameters, {cost['training_seconds']:.0f} s of "
         f"training at {cost['training_peak_memory_mb']} MB, evaluation {cost['evaluation_seconds']:.0f} s"
     )
+    lines.append(f"{flops_in_words(cost['fusing_flops'])} FLOPs to fuse one photo of the gallery")
     return "\n".join(map(printable, lines))
 
 

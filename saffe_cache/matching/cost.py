@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
 
+from saffe_cache.flops import counted_flops
 from saffe_cache.matching.fusions import Asks, make_fusion
 
 _PAIRS, _REPEATS = 256, 6
@@ -32,7 +32,7 @@ def measure_cost(
         model = make_fusion(name, *widths, asks).train()
         batch = [torch.randn(_PAIRS, count, width) for count, width in zip(tokens, widths, strict=True)]
         mask = torch.ones(_PAIRS, tokens[1], dtype=torch.bool)
-        with FlopCounterMode(display=False) as counter:
+        with counted_flops() as counter:
             model(batch[0][:1], batch[1][:1], mask[:1])
         kept: dict[int, int] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from saffe_cache.evaluation.cost import flops_in_words
 from saffe_cache.evaluation.details import RECALLS, Details
 from saffe_cache.reporting import plots, tables
 from saffe_cache.reporting.plots import Curve, Dot, Plot
@@ -51,6 +52,7 @@ def _evaluation_facts(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("fusion", f"{spec.shape.fusion}, head {spec.shape.head}, beside a photo in training: {spec.gallery_text}"),
         ("trained on", f"split {spec.train_split}; the epoch was chosen on {spec.validation}; seed {spec.seed}"),
         ("reported on", f"split {metrics.split}, seed {metrics.config.get('seed', '')}"),
+        ("FLOPs of fusing one photo", flops_in_words(metrics.cost.fusing_flops)),
         ("unusable items", str(metrics.num_unusable_items)),
         ("versions", ", ".join(f"{name} {version}" for name, version in metrics.versions.items())),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from saffe_cache.features import CacheError
@@ -20,6 +20,8 @@ class Costs:
     peak_memory_mb: float
     evaluation_seconds: float | None
     """Of its evaluations in this report; None without any."""
+    fusing_flops: Mapping[str, int]
+    """Of fusing one photo of the gallery, by the protocol of its evaluations, as far as these counted them."""
     cache: Paid | None
     """None where the cache cannot be read any more, or does not know what encoding took."""
     why_no_cache: str
@@ -49,12 +51,14 @@ def costs_of(run: Run, evaluations: Sequence[Evaluation]) -> Costs:
         paid = _paid(run)
     except (CacheError, ValueError, TypeError, KeyError, OSError) as error:
         why = str(error)
-    seconds = [one.metrics.cost.evaluation_seconds for one in evaluations]
+    told = [one.metrics for one in evaluations]
+    seconds = [one.cost.evaluation_seconds for one in told]
     return Costs(
         trainable_parameters=run.result.trainable_parameters,
         training_seconds=run.result.seconds,
         peak_memory_mb=run.result.peak_memory_mb,
         evaluation_seconds=sum(seconds) if seconds else None,
+        fusing_flops={one.protocol: one.cost.fusing_flops for one in told if one.cost.fusing_flops is not None},
         cache=paid,
         why_no_cache=why,
     )

@@ -73,6 +73,8 @@ class Cost:
     training_peak_memory_mb: float
     evaluation_seconds: float
     evaluation_peak_memory_mb: float
+    fusing_flops: int | None = None
+    """Of fusing one photo of the gallery; None where an earlier release did not count them."""
 
 
 @dataclass(frozen=True, kw_only=True)
