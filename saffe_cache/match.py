@@ -89,7 +89,7 @@ def exit_status(out: str) -> int:
 
 
 def _parts(config: MatchConfig, cache: Cache, photo: EncoderCache, text: EncoderCache) -> dict[str, Pairs]:
-    """Photos to train on, to choose by and to report on; none stands in two of them, by content.
+    """Photos to train on, to choose by, to report on, and to align by; none stands in two of them, by content.
 
     Raises:
         ValueError: a split is absent, or has no photo of its own.
@@ -108,9 +108,11 @@ def _parts(config: MatchConfig, cache: Cache, photo: EncoderCache, text: Encoder
                 raise ValueError(
                     f"split {names[part]!r}: all of its photos stand in other splits too. Keep each in one."
                 )
+    hashes = cache.table.inputs[photo.manifest.modality].content_hash
     if config.validation == "heldout":
-        hashes = cache.table.inputs[photo.manifest.modality].content_hash
         parts["train"], parts["validation"] = hold_out(parts["train"], config.validation_fraction, 0, hashes)
+    if config.align_fraction:
+        parts["train"], parts["aligning"] = hold_out(parts["train"], config.align_fraction, 0, hashes)
     return parts
 
 

@@ -140,14 +140,14 @@ def _texts_of(table: ItemTable, item: int, kind: PairKind) -> np.ndarray:
 
 
 def hold_out(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray) -> tuple[Pairs, Pairs]:
-    """Split by photo into a training and a validation part.
+    """Split by photo into a part to train on and one that is kept from it.
 
     Photos are ordered by a hash of their content and the seed, so the sides change little as the data grow.
     """
     order = _drawn_order(pairs, seed, content_hash)
     count = max(1, round(fraction * len(pairs)))
     if count >= len(pairs):
-        raise ValueError(f"{len(pairs)} pairs are too few to hold {fraction:.0%} out for validation. Use more data.")
+        raise ValueError(f"{len(pairs)} pairs are too few to hold {fraction:.0%} out. Use more data.")
     return pairs.take(np.sort(order[count:])), pairs.take(np.sort(order[:count]))
 
 

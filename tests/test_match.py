@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from extraction_cases import draw
 from report_cases import make_page
+from sklearn.linear_model import Ridge
 from synthetic_cache import make_cache
 
 from saffe_cache import match as match_module
@@ -21,7 +22,10 @@ from saffe_cache.extract import ExtractConfig, extract
 from saffe_cache.features import CacheError
 from saffe_cache.match import MatchConfig, exit_status, match
 from saffe_cache.matching import measuring, running
+from saffe_cache.matching.aligning import judge_null
 from saffe_cache.matching.examples import Examples
+from saffe_cache.matching.measuring import Bench
+from saffe_cache.matching.planning import plan_cells
 from saffe_cache.pairs import Pairs
 from saffe_cache.store.reader import open_cache
 
@@ -180,6 +184,82 @@ def test_a_killed_run_goes_on_and_a_finished_one_stays(
         match(replace(config, epochs=4))
 
 
+@pytest.fixture(scope="module")
+def even_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of one width, so that there are cosines, in spaces that have nothing in common."""
+    path = tmp_path_factory.mktemp("even") / "c.zarr"
+    return make_cache(path, {"train": 200, "test": 80}, signal=2, width=12, shared=5)
+
+
+def aligning_bench(cache: str, config: MatchConfig) -> tuple[Bench, dict[str, Pairs]]:
+    opened = open_cache(cache)
+    photo, text = (opened.encoder(kind) for kind in ("image", "text"))
+    parts = match_module._parts(config, opened, photo, text)
+    return Bench(photo, text, parts, [], (3, 3)), parts
+
+
+def test_photos_that_align_are_in_no_pair(even_cache: str, tmp_path: Path) -> None:
+    config = config_of(even_cache, tmp_path, scales=(60, 120), noise=(0.1,), align_fraction=0.5)
+    bench, parts = aligning_bench(even_cache, config)
+    plain = aligning_bench(even_cache, replace(config, align_fraction=0.0))[1]
+    assert len(parts["aligning"]) == round(0.5 * len(plain["train"]))
+    assert {*parts["train"].ids, *parts["aligning"].ids} == set(plain["train"].ids)
+    for name in ("validation", "test"):
+        assert parts[name].ids == plain[name].ids
+    hashes = open_cache(even_cache).table.inputs["image"].content_hash
+    aligning = {hashes[row].tobytes() for row in parts["aligning"].rows}
+    cells = plan_cells(config, parts["train"])[0]
+    assert {cell.is_permuted for cell in cells} == {True, False}
+    used = {hashes[row].tobytes() for cell in cells for drawn in bench.examples(cell) for row in drawn.photos}
+    assert len(used) > 150
+    assert not used & aligning
+
+
+def test_features_are_aligned_by_the_ridge_regression_of_these_photos(even_cache: str, tmp_path: Path) -> None:
+    bench, parts = aligning_bench(even_cache, config_of(even_cache, tmp_path, align_fraction=0.5))
+    others = parts["aligning"]
+    photos, texts = bench.own.of_photos(others.rows[others.owners]), bench.own.of_texts(others.texts.values)
+    assert bench.alignment_map is not None
+    peer = Ridge(alpha=bench.alignment_map.strength * len(photos)).fit(photos.astype(float), texts)
+    expected = peer.predict(bench.own.photos)
+    assert np.allclose(bench.clean.photos, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-4)
+    assert np.array_equal(bench.clean.texts, bench.own.texts)
+
+
+def test_what_is_made_pre_aligned_is_called_so(even_cache: str, tmp_path: Path) -> None:
+    """The cosine, at chance before, tells pairs apart; maps of permuted pairs leave it at chance."""
+    options: dict[str, Any] = {"fusions": ("concat", "cross", "tokens"), "scales": (60, 9999), "rotation": (1.0,)}
+    options |= {"token_scales": (60,), "tsne_pairs": 10, "epochs": 1}
+    plain = result_of(config_of(even_cache, tmp_path / "plain", **options))
+    config = config_of(even_cache, tmp_path / "made", align_fraction=0.5, **options)
+    made = result_of(config)
+    before, after, parted = (
+        of["settings"][place]["systems"]["cosine"]["auc"]["mean"] for of, place in ((plain, 0), (made, 0), (made, 1))
+    )
+    assert before == pytest.approx(0.5, abs=0.1)
+    assert after > 0.85
+    assert parted < 0.7
+    assert made["settings"][0]["alignment"]["matching_pairs"] > made["settings"][0]["alignment"]["other_pairs"] + 0.3
+    found = made["made_alignment"]
+    assert (found["auc_before"], found["auc"]) == pytest.approx((before, after), abs=0.1)
+    assert np.mean(found["auc_permuted"]) == pytest.approx(0.5, abs=0.08)
+    [null] = [one for one in made["controls"] if "permuted pairs" in one["name"]]
+    assert null["passed"]
+    assert not judge_null(found | {"auc_permuted": [0.8, 0.79, 0.81]})[0]["passed"]
+    assert (plain["features"], plain["made_alignment"], made["features"]) == ("non-aligned", None, "pre-aligned")
+    count = made["photos"]["aligning"]
+    assert made["features_in_words"] == f"features made pre-aligned by a ridge regression of {count} other photos"
+    rule = "the rule for {}, concatenation wins at any size, is undecided"
+    assert any(one.startswith(rule.format(made["features_in_words"])) for one in made["verdict"])
+    assert {"concat", "cross"} == set(made["cost"])
+    assert [reason.split(":")[0] for reason in made["left_out"]] == ["9999 pairs at 1", "tokens"]
+    assert f"which {made['photos']['train']} training photos" in made["left_out"][0]
+    assert made["features_in_words"] in " ".join((tmp_path / "made" / "match.txt").read_text().split())
+    assert made["features_in_words"] in make_page([str(tmp_path / "made")], tmp_path / "page")
+    with pytest.raises(ValueError, match=r"another result .*align_fraction: 0\.5 there, 0\.25 now"):
+        match(replace(config, align_fraction=0.25))
+
+
 def test_classes_match_their_names(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c.zarr", {"train": 90, "test": 60}, classes=6, signal=8, width=32)
     result = result_of(config_of(cache, tmp_path / "out", scales=(120,), epochs=8))
@@ -208,6 +288,8 @@ def test_halves_of_one_model_are_aligned(tiny_model: Callable[[str], Path], tmp_
     assert {"cosine", "tokens"} < set(setting["systems"])
     assert -1 <= setting["alignment"]["matching_pairs"] <= 1
     text = open_cache(cache).encoder("text")
+    with pytest.raises(ValueError, match=r"--align-fraction: found 0\.5, expected 0: .* aligned as they are"):
+        match(config_of(cache, tmp_path / "twice", align_fraction=0.5, **options))
     other = replace(text.manifest.fingerprint, fields={**text.manifest.fingerprint.fields, "model_id": "another"})
     photo = open_cache(cache).encoder("image")
     assert running.is_aligned(photo, text)
@@ -218,6 +300,10 @@ def test_halves_of_one_model_are_aligned(tiny_model: Callable[[str], Path], tmp_
 def test_what_does_not_go_together_is_said(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"--fusions: found gated, expected concat or"):
         config_of(cache, tmp_path, fusions=("gated",))
+    with pytest.raises(ValueError, match=r"--fusions: found tokens alone, expected others too: --align-fraction"):
+        config_of(cache, tmp_path, fusions=("tokens",), align_fraction=0.5)
+    with pytest.raises(ValueError, match=r"--align-fraction: found 1\.0, expected 0 or more, below 1"):
+        config_of(cache, tmp_path, align_fraction=1.0)
     with pytest.raises(ValueError, match=r"--split: found train, expected three different splits"):
         config_of(cache, tmp_path, split="train")
     with pytest.raises(ValueError, match=r"--scales: found \(9999,\), expected 2 to \d+ pairs, which 10\d training"):

@@ -101,14 +101,19 @@ def test_tokens_attend_and_padding_changes_nothing(asks: Asks) -> None:
 
 
 def test_flops_are_those_of_the_matrices() -> None:
-    """Two a multiplication and addition: the paper's .53 M and .40 M are of two units, and of projections alone."""
+    """Two a multiplication and addition, attention's own products included: the paper's .53 M and .40 M are of two
+    units, and of projections alone."""
     concat = measure_cost("concat", (512, 512), (1, 1))
     assert concat["flops_per_pair"] == 2 * (1024 * 256 + 256 * 128 + 128 * 2)
-    cross = measure_cost("cross", (512, 512), (1, 1))
-    of_matrices = 2 * (3 * 512 * 256 + 4 * 256 * 256 + 256 * 256 + 256 * 128 + 128 * 2)
-    assert 0 <= cross["flops_per_pair"] - of_matrices <= 4 * 256  # and the products of one query with one key and value
-    assert cross["flops_per_pair"] > 2.5 * concat["flops_per_pair"]
+    for name, width, asking, asked in (("cross", 512, 1, 1), ("cross_two_norms", 48, 1, 1), ("tokens", 384, 14, 65)):
+        of_text = width * 256 + 3 * 256 * 256  # query, outer and inner; behind attention its output, and another map
+        of_photo = 2 * (width * 256 + 256 * 256)  # key and value, outer and inner
+        attention = 2 * asking * asked * 256  # queries with keys; weights with values
+        expected = 2 * (asking * of_text + asked * of_photo + attention + 256 * 128 + 128 * 2)
+        assert measure_cost(name, (width, width), (asked, asking))["flops_per_pair"] == expected
+    assert expected == 51_853_824
+    equations = measure_cost("cross_equations", (512, 512), (1, 1))
+    assert equations["flops_per_pair"] == 2 * (3 * 512 * 256 + 2 * 256 + 256 * 128 + 128 * 2)
     assert concat["parameters"] == COUNTS["concat"]
     tokens = measure_cost("tokens", (64, 64), (10, 6))
-    assert tokens["flops_per_pair"] > 5 * measure_cost("cross", (64, 64), (1, 1))["flops_per_pair"]
     assert tokens["kept_bytes_per_pair"] > concat["kept_bytes_per_pair"] > 0

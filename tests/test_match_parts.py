@@ -19,7 +19,7 @@ from saffe_cache.matching.examples import Examples, draw_examples, draw_judged, 
 from saffe_cache.matching.inputs import Vectors
 from saffe_cache.matching.published import published_results
 from saffe_cache.matching.scores import auc_error, best_threshold, judge
-from saffe_cache.matching.verdict import judge_degradation, judge_rule, rule_in_words
+from saffe_cache.matching.verdict import Features, judge_degradation, judge_rule, rule_in_words
 from saffe_cache.pairs import Pairs
 from saffe_cache.retrieval.baselines import unit_rows
 
@@ -224,15 +224,15 @@ def test_the_rule_is_judged_by_intervals_paired_by_seed() -> None:
         "concat": {100: [0.8, 0.9, 0.85], 200: [0.8, 0.8, 0.8]},
         "cross": {100: [0.7, 0.8, 0.76], 200: [0.9, 0.7, 0.8]},
     }
-    judged = judge_rule("pre-aligned", accuracies, ["cross"])
+    judged = judge_rule(Features(True), accuracies, ["cross"])
     assert [(one["size"], one["holds"]) for one in judged] == [(100, True), (200, None)]
     differences = np.array([0.1, 0.1, 0.09])
     half = 4.303 * differences.std(ddof=1) / np.sqrt(3)
     assert judged[0]["lead"]["low"] == pytest.approx(differences.mean() - half)
-    assert [one["holds"] for one in judge_rule("non-aligned", accuracies, ["cross"])] == [False, None]
-    [words] = rule_in_words("non-aligned", judge_rule("non-aligned", accuracies, ["cross"]))
-    assert "cross-attention wins at any size, holds at 0, fails at 1, is undecided at 1 sizes against cross" in words
-    assert judge_rule("pre-aligned", {"concat": {100: [0.9]}, "cross": {100: [0.1]}}, ["cross"])[0]["holds"] is None
+    assert [one["holds"] for one in judge_rule(Features(False), accuracies, ["cross"])] == [False, None]
+    [words] = rule_in_words(Features(False), judge_rule(Features(False), accuracies, ["cross"]))
+    assert "cross-attention wins at any size, fails at 100, is undecided at 200 pairs against cross" in words
+    assert judge_rule(Features(True), {"concat": {100: [0.9]}, "cross": {100: [0.1]}}, ["cross"])[0]["holds"] is None
     leads = {"clean": [0.0, 0.01], "noise 0.1": [0.02, 0.03], "noise 0.2": [-0.02, 0.03]}
     found = judge_degradation(leads, "noise", "cross")
     assert (found["grown"], found["fallen"]) == (["noise 0.1"], [])

@@ -62,7 +62,7 @@ def test_a_dataset_of_one_item_is_extracted_and_too_small_to_train_on(config: Ex
     write_items(config, {"caption": "word7"})
     extract(config)
     assert len(open_cache(config.cache).table) == 1
-    with pytest.raises(ValueError, match=r"1 pairs are too few to hold 10% out for validation\. Use more data"):
+    with pytest.raises(ValueError, match=r"1 pairs are too few to hold 10% out\. Use more data"):
         quick_train(config.cache, tmp_path / "run", fusion="linear")
 
 

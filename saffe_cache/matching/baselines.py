@@ -20,7 +20,7 @@ from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
 Scorer = Callable[[Examples], np.ndarray]
 """Scores of pairs, [n]."""
 BASELINES: Mapping[str, str] = {
-    "cosine": "of the encoders' own vectors, above a threshold",
+    "cosine": "of the vectors that fusions are given, above a threshold",
     "ridge_cosine": "the cosine after a ridge regression from photos to texts, above a threshold",
     "ridge_products": "logistic regression on products of the same vectors, coordinate by coordinate",
 }
@@ -43,11 +43,11 @@ def fit_baselines(vectors: Vectors, training: Examples, validation: Examples) ->
     """Fitted on training pairs; strengths and thresholds by validation. The plain cosine only where widths agree."""
     found = {}
     if vectors.widths[0] == vectors.widths[1]:
-        found["cosine"] = _thresholded(lambda pairs: _cosines(vectors, vectors.photos, pairs), validation)
+        found["cosine"] = _thresholded(lambda pairs: pair_cosines(vectors, vectors.photos, pairs), validation)
     ridge = fit_ridge_map(vectors, training, validation)
     mapped = unit_rows(ridge(vectors.photos))
     found["ridge_cosine"] = _thresholded(
-        lambda pairs: _cosines(vectors, mapped, pairs), validation, chosen=ridge.strength
+        lambda pairs: pair_cosines(vectors, mapped, pairs), validation, chosen=ridge.strength
     )
     found["ridge_products"] = _fit_products(vectors, mapped, ridge.strength, training, validation)
     return found
@@ -62,7 +62,8 @@ def _products(vectors: Vectors, photos: np.ndarray, pairs: Examples) -> np.ndarr
     return np.asarray(photos[np.searchsorted(vectors.photo_rows, pairs.photos)] * vectors.of_texts(pairs.texts))
 
 
-def _cosines(vectors: Vectors, photos: np.ndarray, pairs: Examples) -> np.ndarray:
+def pair_cosines(vectors: Vectors, photos: np.ndarray, pairs: Examples) -> np.ndarray:
+    """Float32 [pairs]; `photos` stand in for those of the vectors, row by row."""
     return np.asarray(_products(vectors, photos, pairs).sum(axis=1))
 
 

@@ -30,6 +30,9 @@ class MatchConfig:
     """Split to choose epochs, thresholds and strengths by; heldout is a part of the train split, by photo."""
     validation_fraction: float = 0.1
     """Part of the photos of the train split that heldout takes."""
+    align_fraction: float = 0.0
+    """Makes features pre-aligned: a ridge regression from photos to texts is fitted on this part of the photos left to
+    train on, which nothing else uses, and maps all others. 0 takes features as they are."""
     fusions: tuple[str, ...] = ("concat", "concat_linear", "cross", "cross_residual", "tokens")
     """Which, each with a flag of its own; also concat_wide, cross_residual_linear, cross_two_norms, cross_equations."""
     asks: Asks = "text"
@@ -86,6 +89,8 @@ class MatchConfig:
         require(min(self.noise, default=1) > 0, "noise", self.noise, "above 0: clean vectors are measured anyway")
         require(min(self.rotation, default=1) > 0, "rotation", self.rotation, "above 0: as with --noise")
         require(0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "between 0 and 1")
+        require(0 <= self.align_fraction < 1, "align_fraction", self.align_fraction, "0 or more, below 1")
+        require(bool(self.fusions_of_features), "fusions", "tokens alone", "others too: --align-fraction maps vectors")
         require(
             len({self.split, self.train_split, self.validation}) == 3, "split", self.split, "three different splits"
         )
@@ -97,3 +102,8 @@ class MatchConfig:
             require(len(layers) == 1, "layers", layers, "one")
         for seed in self.seeds:
             require_seed("seeds", seed)
+
+    @property
+    def fusions_of_features(self) -> tuple[str, ...]:
+        """Those of `fusions` whose features there are: hidden states are not made pre-aligned."""
+        return tuple(name for name in self.fusions if not (self.align_fraction and name == "tokens"))

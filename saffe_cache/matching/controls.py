@@ -11,14 +11,14 @@ from scipy.stats import norm
 from saffe_cache.matching.scores import auc_error
 
 _FALSE_ALARMS = 1e-3
-"""Of all controls of a command together."""
+"""Of all controls that are judged together."""
 
 
 def judge_controls(controls: Mapping[str, Sequence[float]], num_matches: int, num_others: int) -> list[dict[str, Any]]:
     """Whether the mean AUC of each control is at 0.5: AUC, since accuracy at a ratio of 1:5 rewards who says "never".
 
     The limit is that of a single seed's AUC, or of the mean over seeds where these differ more: a fusion that learned
-    nothing still gives some order, which a lucky one finds a little of. It is so wide that all controls of a command
+    nothing still gives some order, which a lucky one finds a little of. It is so wide that all of these controls
     pass 999 times in 1,000 where all is well.
 
     Args:

@@ -44,6 +44,11 @@ def most_examples(pairs: Pairs, negatives: int) -> int:
     return len(_positives(pairs, 0)[0]) * (1 + negatives)
 
 
+def matching_examples(pairs: Pairs) -> Examples:
+    """Each photo with each of its texts."""
+    return Examples(pairs.rows[pairs.owners], pairs.texts.values, np.ones(len(pairs.texts.values), np.int64))
+
+
 def draw_examples(pairs: Pairs, count: int, negatives: int, seed: int) -> Examples:
     """For training: photos with one or several of their texts. A smaller count's matching pairs are among a larger's.
 

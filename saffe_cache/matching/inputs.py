@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -46,7 +47,11 @@ class Vectors:
 
     def degraded(self, degradation: Degradation, seed: int) -> Vectors:
         photos, texts = degradation.apply(self.photos, self.texts, seed)
-        return Vectors(self.photo_rows, self.text_rows, photos, texts)
+        return replace(self, photos=photos, texts=texts)
+
+    def mapped(self, to_texts: Callable[[np.ndarray], np.ndarray]) -> Vectors:
+        """Photos as the map places them among the texts, unit vectors again."""
+        return replace(self, photos=unit_rows(to_texts(self.photos)))
 
     @property
     def widths(self) -> tuple[int, int]:

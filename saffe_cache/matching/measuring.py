@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from saffe_cache.matching.aligning import fit_alignment, judge_alignment
 from saffe_cache.matching.baselines import fit_baselines, fit_ridge_map
 from saffe_cache.matching.degrading import Degradation, measure_alignment
 from saffe_cache.matching.embedding import embed_pairs
@@ -19,7 +20,7 @@ from saffe_cache.matching.fusions import FUSIONS
 from saffe_cache.matching.inputs import Inputs, Tokens, Vectors
 from saffe_cache.matching.scores import judge
 from saffe_cache.pairs import Pairs
-from saffe_cache.retrieval.baselines import unit_rows
+from saffe_cache.retrieval.baselines import LinearMap, unit_rows
 from saffe_cache.store.reader import EncoderCache
 
 BASELINE_CELL = "baselines"
@@ -51,7 +52,7 @@ class Cell:
 
 
 class Bench:
-    """A cache's features, read once, and its photos in three parts that share none."""
+    """A cache's features, read once, and its photos in parts that share none."""
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class Bench:
         Args:
             photo: the encoder of photos (or sounds).
             text: that of texts.
-            parts: "train", "validation" and "test".
+            parts: "train", "validation" and "test"; "aligning" where features are made pre-aligned.
             token_cells: all cells that will need hidden states.
             layers: of photos and texts, for these.
         """
@@ -74,10 +75,29 @@ class Bench:
         self._degraded: tuple[tuple[Degradation, int], Vectors] | None = None
 
     @cached_property
-    def clean(self) -> Vectors:
+    def own(self) -> Vectors:
+        """The encoders' own."""
         rows = [np.unique(np.concatenate([of.rows for of in self._parts.values()]))]
         rows.append(np.unique(np.concatenate([of.texts.values for of in self._parts.values()])))
         return Vectors.read(self._photo, self._text, *rows)
+
+    @cached_property
+    def alignment_map(self) -> LinearMap | None:
+        """What makes features pre-aligned; None where they are taken as they are."""
+        others = self._parts.get("aligning")
+        return fit_alignment(self.own, others, draw_judged(self._parts["validation"], 1, 0)) if others else None
+
+    @cached_property
+    def clean(self) -> Vectors:
+        """What is measured where nothing is degraded."""
+        return self.own.mapped(self.alignment_map) if self.alignment_map else self.own
+
+    def made_alignment(self) -> Mapping[str, Any] | None:
+        """What the map did to the report's pairs; None without one."""
+        if not self.alignment_map:
+            return None
+        test = draw_judged(self._parts["test"], 1, 0)
+        return judge_alignment(self.own, self._parts["aligning"], self.alignment_map, test)
 
     @cached_property
     def tokens(self) -> Tokens:

@@ -28,6 +28,11 @@ def plan_cells(config: MatchConfig, training: Pairs) -> tuple[list[Cell], list[s
             cells += _control_cells(config, cells)
             worse = max((scale for scale in scales if scale <= config.degraded_scale), default=scales[0])
             cells += _degraded_cells(config, negatives, worse)
+    left_out += [
+        f"{name}: --align-fraction maps vectors, not hidden states"
+        for name in config.fusions
+        if name not in config.fusions_of_features
+    ]
     return cells, left_out
 
 
@@ -54,7 +59,7 @@ def _possible_scales(config: MatchConfig, training: Pairs, negatives: int, left_
 def _clean_cells(config: MatchConfig, negatives: int, scale: int) -> list[Cell]:
     """Hidden states are taken at the first ratio alone."""
     with_tokens = scale in config.token_scales and negatives == config.negatives[0]
-    fusions = [name for name in config.fusions if name != "tokens" or with_tokens]
+    fusions = [name for name in config.fusions_of_features if name != "tokens" or with_tokens]
     return [
         Cell(negatives=negatives, scale=scale, system=system, seed=seed)
         for seed in config.seeds
@@ -65,7 +70,7 @@ def _clean_cells(config: MatchConfig, negatives: int, scale: int) -> list[Cell]:
 def _control_cells(config: MatchConfig, cells: list[Cell]) -> list[Cell]:
     """Labels permuted: each fusion at the smallest scale at which it is measured."""
     found = []
-    for fusion in config.fusions:
+    for fusion in config.fusions_of_features:
         own = [cell for cell in cells if cell.system == fusion]
         least = min((cell.scale for cell in own), default=0)
         found += [replace(cell, is_permuted=True) for cell in own if cell.scale == least]

@@ -32,25 +32,28 @@ def compare(config: MatchConfig, photo: EncoderCache, text: EncoderCache, parts:
         config: what is asked for.
         photo: the encoder of photos (or sounds).
         text: that of texts.
-        parts: "train", "validation" and "test", which share no photo.
+        parts: "train", "validation" and "test", which share no photo; "aligning" where features are made pre-aligned.
 
     Raises:
-        CacheError, ValueError: the cache lacks a layer; the data allow no pairs.
+        CacheError, ValueError: the cache lacks a layer; the data allow no pairs; features are aligned already.
         OSError: the disk is full or gone.
     """
+    features = _features(config, photo, text, parts)
     cells, left_out = plan_cells(config, parts["train"])
     layers = _layers(config, photo, text)
     bench = Bench(photo, text, parts, [cell for cell in cells if cell.system == "tokens"], layers)
     found = _measured(config, bench, cells)
-    features: Features = "pre-aligned" if is_aligned(photo, text) else "non-aligned"
+    made = bench.made_alignment()
     shown = max((cell for cell in cells if cell.setting == cells[0].setting), key=lambda cell: cell.scale)
     return {
-        "features": features,
+        "features": features.kind,
+        "features_in_words": str(features),
+        "made_alignment": made,
         "seeds": list(config.seeds),
-        **summarise(found, features),
+        **summarise(found, features, made),
         "cost": _costs(config, bench),
         "planes": bench.plane(shown, config.tsne_pairs) if config.tsne_pairs else {},
-        "meanings": {**BASELINES, **{name: FUSIONS[name] for name in config.fusions}},
+        "meanings": {**BASELINES, **{name: FUSIONS[name] for name in config.fusions_of_features}},
         "left_out": left_out,
         "published": published_results(),
         "published_notes": list(NOTES),
@@ -59,6 +62,21 @@ def compare(config: MatchConfig, photo: EncoderCache, text: EncoderCache, parts:
         "layers_of_tokens": list(layers),
         "seconds": round(sum(cell["seconds"] for cell in found), 1),
     }
+
+
+def _features(config: MatchConfig, photo: EncoderCache, text: EncoderCache, parts: Mapping[str, Pairs]) -> Features:
+    """
+    Raises:
+        ValueError: they are aligned, and asked to be made so.
+    """
+    if not config.align_fraction:
+        return Features(is_aligned(photo, text))
+    if is_aligned(photo, text):
+        raise ValueError(
+            f"--align-fraction: found {config.align_fraction:g}, expected 0: {photo.key} and {text.key} are halves of "
+            "one model, whose features are aligned as they are."
+        )
+    return Features(True, len(parts["aligning"]))
 
 
 def _layers(config: MatchConfig, photo: EncoderCache, text: EncoderCache) -> tuple[int, int]:
@@ -112,7 +130,7 @@ def is_aligned(photo: EncoderCache, text: EncoderCache) -> bool:
 def _costs(config: MatchConfig, bench: Bench) -> dict[str, Any]:
     """Of each fusion at these widths."""
     found = {}
-    for name in config.fusions:
+    for name in config.fusions_of_features:
         if name != "tokens":
             found[name] = dict(measure_cost(name, bench.clean.widths, (1, 1), config.asks))
         elif bench.num_tokens:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from saffe_cache.matching.aligning import alignment_in_words, judge_null
 from saffe_cache.matching.controls import failures, judge_controls
 from saffe_cache.matching.crossover import compare_risks
 from saffe_cache.matching.fusions import FUSIONS
@@ -18,11 +19,14 @@ Found = Mapping[str, Any]
 """What `measure_cell` gives."""
 
 
-def summarise(cells: Sequence[Found], features: Features) -> dict[str, Any]:
-    """Everything that follows from the cells alone."""
+def summarise(cells: Sequence[Found], features: Features, made: Found | None = None) -> dict[str, Any]:
+    """Everything that follows from the cells, and from what `judge_alignment` gives of features made pre-aligned."""
     settings = _settings([cell for cell in cells if not cell["permuted"]])
     controls = _controls(cells)
     verdicts = _verdicts(settings, features)
+    if made:
+        controls += judge_null(made)
+        verdicts["verdict"].insert(0, alignment_in_words(made))
     return {"failures": failures(controls), "settings": settings, "controls": controls, **verdicts}
 
 

@@ -16,7 +16,10 @@ def format_match(result: Mapping[str, Any]) -> str:
     """Percent, with half of the 95 % interval over seeds. What is wrong comes first."""
     lines = [f"CONTROL FAILED: {failure}. Do not use these numbers." for failure in result["failures"]]
     lines += [
-        f"{result['title']}, split {result['split']}: does a text belong to a photo? {result['features']} features",
+        *textwrap.wrap(
+            f"{result['title']}, split {result['split']}: does a text belong to a photo? {result['features_in_words']}",
+            _WIDTH,
+        ),
         *textwrap.wrap(
             f"percent ± half of the 95 % t-interval over {len(result['seeds'])} seeds; photos of the report are in no "
             "training; the control's AUC, of shuffled photos, must be 50",

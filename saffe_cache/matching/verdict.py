@@ -8,15 +8,33 @@ cross-attention above 8,000) have neither a definition nor a number there, and n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from saffe_cache.retrieval.metrics import seed_interval
 
-Features = Literal["pre-aligned", "non-aligned"]
 Accuracies = Mapping[str, Mapping[int, Sequence[float]]]
 """By system and training size: accuracy of each seed, in the same order everywhere."""
 CONCAT = "concat"
 BLIND = dict.fromkeys(("cross", "cross_equations"), " (which sees one modality alone)")
+
+
+@dataclass(frozen=True)
+class Features:
+    """Which half of the rule speaks of them."""
+
+    are_aligned: bool
+    num_aligning: int = 0
+    """Photos of the ridge regression that made them so; 0 where they are as the encoders give them."""
+
+    @property
+    def kind(self) -> str:
+        return "pre-aligned" if self.are_aligned else "non-aligned"
+
+    def __str__(self) -> str:
+        if self.num_aligning:
+            return f"features made pre-aligned by a ridge regression of {self.num_aligning} other photos"
+        return f"{self.kind} features"
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
@@ -32,7 +50,7 @@ def judge_rule(features: Features, accuracies: Accuracies, contenders: Sequence[
     there is no interval, and nothing is decided.
     """
     found = []
-    expected = 1 if features == "pre-aligned" else -1
+    expected = 1 if features.are_aligned else -1
     for contender in contenders:
         for size, own in accuracies.get(contender, {}).items():
             if size not in accuracies.get(CONCAT, {}):
@@ -46,26 +64,22 @@ def judge_rule(features: Features, accuracies: Accuracies, contenders: Sequence[
 
 def rule_in_words(features: Features, judged: Sequence[Mapping[str, Any]]) -> list[str]:
     """One sentence for each contender."""
-    winner = "concatenation" if features == "pre-aligned" else "cross-attention"
+    winner = "concatenation" if features.are_aligned else "cross-attention"
     sentences = []
     for contender in dict.fromkeys(one["contender"] for one in judged):
         of_it = [one for one in judged if one["contender"] == contender]
-        counts = {held: sum(one["holds"] is held for one in of_it) for held in (True, False, None)}
         leads = "; ".join(
             f"{one['size']}: {_points(one['lead']['mean'])} [{_points(one['lead']['low'])}, "
             f"{_points(one['lead']['high'])}]"
             for one in of_it
         )
-        if counts[True] == len(of_it):
-            verdict = f"holds at all {len(of_it)} sizes measured"
-        elif counts[False] == len(of_it):
-            verdict = f"fails at all {len(of_it)} sizes measured"
-        elif counts[None] == len(of_it):
-            verdict = f"is undecided at all {len(of_it)} sizes measured"
-        else:
-            verdict = f"holds at {counts[True]}, fails at {counts[False]}, is undecided at {counts[None]} sizes"
+        by_verdict = {
+            verdict: [f"{one['size']}" for one in of_it if one["holds"] is held]
+            for verdict, held in (("holds", True), ("fails", False), ("is undecided", None))
+        }
+        verdicts = ", ".join(f"{verdict} at {', '.join(sizes)}" for verdict, sizes in by_verdict.items() if sizes)
         sentences.append(
-            f"the rule for {features} features, {winner} wins at any size, {verdict} against {contender}"
+            f"the rule for {features}, {winner} wins at any size, {verdicts} pairs against {contender}"
             f"{BLIND.get(contender, '')}: concat's lead in points by training pairs: {leads}"
         )
     return sentences

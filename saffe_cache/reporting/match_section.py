@@ -25,7 +25,8 @@ def match_section(matches: Matches, anchor: str, sheets: list[Sheet]) -> Section
     return Section(
         anchor=anchor,
         title=f"Does a text belong to a photo? {matches.title}",
-        lead=f"Concatenation against cross-attention on {matches.features} features, split {matches.split}.",
+        lead=f"Concatenation against cross-attention on {matches.features_in_words or matches.features + ' features'}, "
+        f"split {matches.split}.",
         facts=[
             ("controls", f"{len(matches.controls)}, {failed} of them not where they must be"),
             *[("not measured", one) for one in matches.left_out],

@@ -109,6 +109,7 @@ class Matches:
     planes: Mapping[str, Plane]
     meanings: Mapping[str, str]
     """What each system is."""
+    features_in_words: str = ""
     left_out: tuple[str, ...] = ()
 
     @property
