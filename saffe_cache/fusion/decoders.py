@@ -72,6 +72,8 @@ class ReuseDecoder(nn.Module):
 
     With g = 0, where it starts, y is the encoder's own next hidden state. Deviates from the SAFFE paper's
     eq. 2-4, which has no gate and no MLP; the gate is Flamingo's (Alayrac et al. 2022, eq. 1).
+
+    4 d² + 6 d + 2 e + 1 parameters where tokens of width d ask tokens of width e, and (e + 1) d where these differ.
     """
 
     def __init__(self, query_block: BlockWeights, context_block: BlockWeights) -> None:
@@ -111,6 +113,9 @@ class PaperDecoder(nn.Module):
     MCA takes the raw hidden states of both modalities, as written there; heads and output projection, of which
     the paper says nothing, are the querying block's. There is no MLP. A post-LN encoder's self-attention keeps its
     own order of norm and residual.
+
+    8 d² + 12 d parameters where tokens of width d ask, d of layer scales where the encoder has them (DINOv2), and
+    (e + 1) d where the width e of those that are asked differs.
     """
 
     def __init__(self, query_block: BlockWeights, context_block: BlockWeights) -> None:

@@ -32,6 +32,9 @@ class FusionAlignModule(Fusion):
     is late fusion. `concat` shows that vector to the head's MLP too, as `reuse` does. The decoders (`reuse`, `paper`,
     `reference`) let one modality's tokens attend to the other's in each layer, then pool. A text that is missing is
     the null text: one learned token a layer.
+
+    Its parameters are the head's, the decoders', that token's, and those of the maps of queries and of texts that are
+    added: 3,106,305 (`linear`) and 3,500,289 (`concat`) with one layer, where all widths are 384.
     """
 
     def __init__(self, shape: FamShape, blocks: Blocks = _NO_BLOCKS) -> None:

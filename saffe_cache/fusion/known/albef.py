@@ -19,9 +19,11 @@ class AlbefFusion(CorrectingFusion):
 
     With null text in the gallery the contrast (`info_nce`) is between photo and text alone, as in the source, and `out`
     does not train; where texts lie beside photos it trains the fused vector too. `matching` reads the fused first
-    token, the last one of a causal text encoder, through Linear(d, 2), 1,538 parameters for d = 768. The source trains
+    token, the last one of a causal text encoder, through Linear(e, 2), 1,538 parameters for e = 768. The source trains
     both encoders, with momentum copies, a queue and masked language modelling; here the blocks are frozen, each
     cross-attention trains and starts closed.
+
+    It adds 2 e² + 2 d e + 6 e + 2 d parameters for each block, (e + 1) k, and 2 (e + 1) where it matches.
     """
 
     idle_with_null = ("cross_attentions.", "out.")

@@ -4,7 +4,8 @@
 
 `linear` may start as the ridge regression, `w` as validation likes it, and every correction starts at zero: all of them
 begin at one point, and a table of them tells what a fusion adds to it. The systems that they come from have no such
-frame; what else differs from the source is said in each file.
+frame; what else differs from the source is said in each file, and what it adds to the frame's parameters. Throughout,
+d is the width of the photo's tokens, e of the text's, k of the text's own vector.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ class Correction(NamedTuple):
 
 
 class CorrectingFusion(Fusion):
-    """A late fusion that `correct` corrects. `matched_size`: width of the tokens that a matching head pools."""
+    """A late fusion that `correct` corrects. `matched_size`: width of the tokens that a matching head pools.
+
+    (2 P d + 1) k parameters for P photo layers, and the maps of queries (`TextMap`) and, with a weight, of texts.
+    """
 
     def __init__(self, shape: FamShape, matched_size: int | None = None) -> None:
         super().__init__(shape)

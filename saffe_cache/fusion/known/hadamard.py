@@ -16,8 +16,7 @@ from saffe_cache.fusion.shape import FamShape
 class HadamardFusion(CorrectingFusion):
     """P^T (tanh(U^T s) * tanh(V^T t)) + b of the photo's summary s and the text's own vector t; 0 for the null text.
 
-    (2 P d + 1) r + (k + 1) r + (r + 1) k parameters, for r = 1,200 as in the paper, a text's vector of width k, and
-    layers of width d.
+    It adds (2 P d + 1) r + (k + 1) r + (r + 1) k parameters, for P layers and r = 1,200 as in the paper.
     """
 
     idle_with_null = ("of_photo.", "of_text.", "out.")

@@ -23,6 +23,8 @@ class BottleneckFusion(CorrectingFusion):
     map of both outputs' summaries in the place of the averaged logits. Without a text z is z_x. Bottlenecks stand in
     front of the tokens, so that padding does not move them (MPNet counts places); in a causal text encoder they stand
     behind, where its tokens do not see them.
+
+    It adds 4 d + (2 d + 2 e + 1) k parameters, and between differing widths 2 d e + d + e.
     """
 
     idle_with_null = ("to_text.", "to_photo.")

@@ -18,7 +18,8 @@ from saffe_cache.fusion.shape import FamShape
 
 
 class TwoTowerFusion(Fusion):
-    """First token of the photo, own vector of the text, each through Linear(d, 256); 393,728 parameters for d = 768.
+    """First token of the photo, own vector of the text, each through Linear(d, 256); 393,728 parameters for d = 768,
+    one photo layer and a text's vector as wide.
 
     Nothing is fused in it: a text beside a photo is averaged with it in the shared space. It starts at random. The
     first token must stand for the whole, as a class token does; of feature maps, which have none, the mean is taken,

@@ -1,0 +1,196 @@
+"""How many parameters each fusion trains, counted by hand from the widths of its maps, and what README says of it.
+
+README's are of its own two encoders, one photo layer, a text beside each photo, and two blocks where blocks run on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from saffe_cache.features import BlockSpec, BlockWeights
+from saffe_cache.fusion.base import Blocks
+from saffe_cache.fusion.family import FUSIONS
+from saffe_cache.fusion.shape import FamShape
+
+TOKENS, BLOCKS = 65, 2
+"""Of DINOv2-small at 112 pixels; of the text encoder from layer 4 of 6."""
+
+
+class Widths(NamedTuple):
+    """Of the photo's tokens, the text's tokens, and the text's own vector."""
+
+    photo: int
+    text: int
+    vector: int
+
+
+README = Widths(384, 384, 384)
+OTHERS = Widths(96, 48, 32)
+
+
+def linear(inner: int, outer: int) -> int:
+    return inner * outer + outer
+
+
+def norm(width: int) -> int:
+    return 2 * width
+
+
+def text_map(w: Widths) -> int:
+    return linear(w.vector, w.vector) + linear(w.vector, 512) + linear(512, w.vector)
+
+
+def late(w: Widths) -> int:
+    """First token and mean of the others into the text's space; a map of the queries, one of the texts, a weight."""
+    return linear(2 * w.photo, w.vector) + 2 * text_map(w) + 1
+
+
+def head(w: Widths, beside: int) -> int:
+    """8 queries, each with values 48 wide; an MLP on what they pool, the summary and what lies beside; a linear map."""
+    seen = 8 * 48 + 2 * w.photo + beside
+    pooling = 8 * w.photo + 8 * w.photo * 48
+    return pooling + norm(seen) + linear(seen, 1024) + linear(1024, w.vector) + linear(2 * w.photo, w.vector)
+
+
+def cross_attention(w: Widths) -> int:
+    """Queries, keys, values and output of the photo's width; the text is brought to it where its own is another."""
+    return 4 * linear(w.photo, w.photo) + (0 if w.photo == w.text else linear(w.text, w.photo))
+
+
+def reuse(w: Widths) -> int:
+    null_text, gate = w.text, 1
+    decoder = cross_attention(w) + norm(w.photo) + norm(w.text) + gate
+    return decoder + null_text + head(w, w.vector) + 2 * text_map(w) + 1
+
+
+def paper(w: Widths) -> int:
+    """DINOv2's self-attention has a norm and a scale for each channel. No text is added."""
+    self_attention = 4 * linear(w.photo, w.photo) + norm(w.photo) + w.photo
+    return self_attention + cross_attention(w) + norm(w.photo) + w.text + head(w, 0) + text_map(w)
+
+
+def reference(w: Widths) -> int:
+    """Four layers that work, three that are never used, three norms; all tokens into one linear map; no text maps."""
+    unused = linear(w.photo, 3 * w.photo) + linear(w.photo, 2 * w.photo) + linear(w.photo, w.photo)
+    used = 2 * linear(w.photo, w.photo) + linear(w.photo, 2048) + linear(2048, w.photo) + 3 * norm(w.photo)
+    return unused + used + w.text + linear(TOKENS * w.photo, w.vector)
+
+
+def hadamard(w: Widths) -> int:
+    return late(w) + linear(2 * w.photo, 1200) + linear(w.vector, 1200) + linear(1200, w.vector)
+
+
+def two_tower(w: Widths) -> int:
+    return linear(w.photo, 256) + linear(w.vector, 256)
+
+
+def mbt(w: Widths) -> int:
+    between = 0 if w.photo == w.text else linear(w.photo, w.text) + linear(w.text, w.photo)
+    return late(w) + 4 * w.photo + between + linear(2 * (w.photo + w.text), w.vector)
+
+
+def flamingo(w: Widths) -> int:
+    """64 latents and a position; two layers and a norm; for each block an attention and its MLP behind two gates."""
+    of_photo, of_text = (norm(width) + width * 4 * width + 4 * width * width for width in (w.photo, w.text))
+    resampling = 2 * norm(w.photo) + w.photo * 512 + w.photo * 1024 + 512 * w.photo + of_photo
+    asking = norm(w.text) + w.text * 512 + w.photo * 1024 + 512 * w.text + of_text + 2
+    resampler = 64 * w.photo + w.photo + 2 * resampling + norm(w.photo)
+    return late(w) + resampler + BLOCKS * asking + linear(w.photo + w.text, w.vector)
+
+
+def limber(w: Widths) -> int:
+    return late(w) + linear(w.photo, w.text) + linear(2 * w.text, w.vector)
+
+
+def magma(w: Widths) -> int:
+    return limber(w) + BLOCKS * (linear(w.text, w.text // 4) + linear(w.text // 4, w.text))
+
+
+def deep_insert(w: Widths) -> int:
+    return limber(w) + norm(w.text)
+
+
+def albef(w: Widths) -> int:
+    """Queries and output of the text's width, keys and values of the photo's tokens; a head that matches."""
+    attention = linear(w.text, w.text) + 2 * linear(w.photo, w.text) + linear(w.text, w.text)
+    asking = norm(w.text) + norm(w.photo) + attention
+    return late(w) + BLOCKS * asking + linear(w.text, w.vector) + linear(w.text, 2)
+
+
+COUNTS: Mapping[str, Callable[[Widths], int]] = {
+    "reuse": reuse,
+    "paper": paper,
+    "reference": reference,
+    "linear": lambda w: head(w, 0) + 2 * text_map(w) + 1,
+    "concat": lambda w: head(w, w.vector) + 2 * text_map(w) + 1,
+    "late": late,
+    "hadamard": hadamard,
+    "two_tower": two_tower,
+    "mbt": mbt,
+    "flamingo": flamingo,
+    "limber": limber,
+    "magma": magma,
+    "deep_insert": deep_insert,
+    "albef": albef,
+}
+
+
+def block(width: int, heads: int, *, has_scales: bool) -> BlockWeights:
+    """As wide as DINOv2's or BERT's: all zeros."""
+    sizes = {"query": (width, width), "key": (width, width), "value": (width, width), "output": (width, width)}
+    sizes |= {"mlp_in": (4 * width, width), "mlp_out": (width, 4 * width)}
+    tensors = {f"{role}_weight": np.zeros(size, np.float32) for role, size in sizes.items()}
+    tensors |= {f"{role}_bias": np.zeros(size[0], np.float32) for role, size in sizes.items()}
+    for role in ("attention_norm", "mlp_norm"):
+        tensors |= {f"{role}_{part}": np.zeros(width, np.float32) for part in ("weight", "bias")}
+    if has_scales:
+        tensors |= {f"{role}_layer_scale": np.zeros(width, np.float32) for role in ("attention", "mlp")}
+    spec = BlockSpec(num_attention_heads=heads, norm_first=has_scales, activation="gelu", layer_norm_eps=1e-6)
+    return BlockWeights(spec, tensors)
+
+
+def num_trained(name: str, widths: Widths) -> int:
+    """As training counts them, of the fusion as its defaults shape it."""
+    kind, is_reference = FUSIONS[name], name == "reference"
+    shape = FamShape(
+        fusion=name,
+        head="flatten" if is_reference else "attention",
+        num_layers=1,
+        hidden_size=widths.photo,
+        num_tokens=TOKENS,
+        text_hidden_size=widths.text,
+        text_size=widths.vector,
+        shares_decoder=is_reference,
+        adds_text=name not in ("reference", "paper", "two_tower"),
+        maps_queries=not is_reference,
+        matches="matching" in kind.objective,
+        num_blocks={"none": 0, "paired": 0, "text": BLOCKS, "both": BLOCKS}[kind.blocks],
+    )
+    num_photo, num_text = {"none": (0, 0), "paired": (1, 1), "text": (0, BLOCKS), "both": (BLOCKS, BLOCKS)}[kind.blocks]
+    photo, text = block(widths.photo, 6, has_scales=True), block(widths.text, 12, has_scales=False)
+    with torch.device("meta"):
+        fusion = kind.make(shape, Blocks([photo] * num_photo, [text] * num_text))
+    fusion.freeze_unused(null_only=False)
+    return sum(parameter.numel() for parameter in fusion.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_parameters_are_as_many_as_the_widths_of_the_maps_say(name: str) -> None:
+    assert num_trained(name, README) == COUNTS[name](README)
+    if name != "reference":  # which takes equal widths alone
+        assert num_trained(name, OTHERS) == COUNTS[name](OTHERS)
+
+
+def test_readme_tells_the_parameters_of_each() -> None:
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)`[^|]*\|.*\| ([\d,]+) \|$", page, flags=re.MULTILINE)
+    assert {name: int(number.replace(",", "")) for name, number in rows} == {
+        name: count(README) for name, count in COUNTS.items()
+    }
