@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from saffe_cache.ablation.lacking import check_layers
+from saffe_cache.ablation.lacking import check_cache
 from saffe_cache.ablation.outcome import as_csv, as_table, outcome
 from saffe_cache.ablation.recipe import Recipe, read_recipe
 from saffe_cache.ablation.running import Job, Planner, run_jobs
@@ -72,7 +72,7 @@ def ablate(config: AblateConfig) -> str:
     """Run what is not done, and return the output folder.
 
     Raises:
-        CacheError: the cache lacks a layer or an encoder; the message holds the command that adds it.
+        CacheError: the cache lacks layers or encoders; the message names all, with the command that adds them.
         ValueError: a recipe is none, or its options do not fit the cache.
         OSError: the disk is full or gone, or another process works in the folder.
     """
@@ -80,6 +80,8 @@ def ablate(config: AblateConfig) -> str:
     recipes = {Path(path).stem: read_recipe(path) for path in config.recipe}
     workers = config.workers or (min(_MOST_WORKERS, num_cores()) if choose_device(config.device) == "cpu" else 1)
     with hold_folder(out):
+        cells = (cell for recipe in recipes.values() for cell in recipe.cells)
+        check_cache(open_cache(config.cache), (cell.config(config.cache, config.out, 0, "cpu") for cell in cells))
         planned = {name: _plan(config, recipe, out) for name, recipe in recipes.items()}
         for name, plan in planned.items():
             distinct = {job.config.out: job for jobs in plan.jobs.values() for job in jobs}
@@ -115,7 +117,6 @@ def _plan(config: AblateConfig, recipe: Recipe, out: Path) -> _Plan:
     seeds = config.seeds or recipe.seeds
     runs = str(out / "runs")
     device = choose_device(config.device)
-    check_layers(base, (cell.config(config.cache, runs, 0, device) for cell in recipe.cells))
     caches = {config.cache: base}
     planners: dict[tuple[str, str], Planner] = {}
     jobs: dict[int, list[Job]] = {}

@@ -11,6 +11,7 @@ from typing import Any
 
 from saffe_cache.ablation.recipe import Cell, Recipe
 from saffe_cache.ablation.running import Job
+from saffe_cache.evaluation.cost import flops_in_words
 from saffe_cache.judging.search import main_metric
 from saffe_cache.ledger import extraction_seconds, reencoding
 from saffe_cache.retrieval.metrics import seed_interval
@@ -88,6 +89,7 @@ def _point(cell: Cell, jobs: Sequence[Job], reports: Sequence[Mapping[str, Any]]
             for failure in report["failures"]
         ],
         "trainable_parameters": results[0]["trainable_parameters"],
+        "fusing_flops": next((flops for report in reports if (flops := report["cost"].get("fusing_flops"))), None),
         "training_seconds": [result["seconds"] for result in results],
         "evaluation_seconds": [report["cost"]["evaluation_seconds"] for report in reports],
     }
@@ -127,7 +129,7 @@ def as_csv(found: Mapping[str, Any]) -> str:
     """One line for each point and metric: the values of all seeds, their mean and its 95 % interval."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["series", "x", "y", "system", "metric", "mean", "low", "high", "values"])
+    writer.writerow(["series", "x", "y", "system", "metric", "mean", "low", "high", "values", "fusing_flops"])
     for series in found["series"]:
         for point in series["points"]:
             place = [series["name"], point["x"], point["y"] or ""]
@@ -136,9 +138,10 @@ def as_csv(found: Mapping[str, Any]) -> str:
             for system, of in systems.items():
                 for metric, values in of.items():
                     mean, low, high = seed_interval(values)
-                    writer.writerow([*place, system, metric, mean, low, high, " ".join(map(str, values))])
+                    flops = point["fusing_flops"] if system == "fam" else None
+                    writer.writerow([*place, system, metric, mean, low, high, " ".join(map(str, values)), flops])
             for metric, value in point["chance"].items():
-                writer.writerow([*place, "chance", metric, value, "", "", value])
+                writer.writerow([*place, "chance", metric, value, "", "", value, ""])
     return file.getvalue()
 
 
@@ -148,7 +151,8 @@ def as_table(found: Mapping[str, Any]) -> str:
     metric = found["metric"]
     names = [name for name in points[0][1]["baselines"] if metric in points[0][1]["baselines"][name]]
     where = [found["x_label"], found["y_label"]] if found["y_label"] else [found["x_label"]]
-    head = ["series", *where, metric, *names, "photos shuffled", "chance", "best epoch", "parameters", "seconds"]
+    head = ["series", *where, metric, *names, "photos shuffled", "chance", "best epoch", "parameters"]
+    head += ["FLOPs a photo", "seconds"]
     lines = [f"{found['title']}. {found['question']}", "", f"{found['definition']}; split {found['split']}.", ""]
     lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, point in points:
@@ -156,12 +160,15 @@ def as_table(found: Mapping[str, Any]) -> str:
         beside = [_mean(point["baselines"].get(one, {}).get(metric)) for one in names]
         control = _mean(point["controls"]["photos_shuffled"][metric])
         seconds = f"{sum(point['training_seconds']) / len(point['seeds']):.0f}"
-        costs = [" ".join(map(str, point["best_epoch"])), f"{point['trainable_parameters'] / 1e6:.2f} M", seconds]
+        sizes = [f"{point['trainable_parameters'] / 1e6:.2f} M", flops_in_words(point["fusing_flops"])]
+        costs = [" ".join(map(str, point["best_epoch"])), *sizes, seconds]
         chance = f"{100 * point['chance'][metric]:.1f}"
         cells = [*place, _interval(point["values"][metric]), *beside, control, chance, *costs]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"{line['name']}, {line['metric']}: {100 * line['value']:.1f}" for line in found["lines"])]
-    lines += [f"CONTROL FAILED: {name}, {point['x']}: {one}" for name, point in points for one in point["failures"]]
+    for name, point in points:
+        cell = ", ".join(filter(None, (name, point["x"], point["y"])))
+        lines += [f"CONTROL FAILED: {cell}: {one}" for one in point["failures"]]
     lines += [
         f"published: {one['name']} {one['x'] or ''}: {100 * one['value']:.1f} {one['metric']} ({one['note']})"
         for one in found["published"]

@@ -210,18 +210,18 @@ class Cache:
         }
 
     def encoder(self, modality: Modality, name: str | None = None) -> EncoderCache:
-        """The encoder of a modality; with several, the one whose key holds `name`.
+        """The encoder of a modality; with several, the one of this name, as `encoders_named` takes it.
 
         Raises:
             CacheError: there is none, there are several to choose from, or its extraction is unfinished.
         """
-        of_modality = {key: one for key, one in self.encoders.items() if one.manifest.modality == modality}
+        of_modality = self.encoders_named(modality)
         if not of_modality:
             raise CacheError(
                 f"{self.storage.root}: it holds no {modality} encoder. Add one: saffe-extract --encoder {modality}=…"
             )
-        named = [key for key in of_modality if name is None or name in key]
-        chosen = [key for key in named if of_modality[key].manifest.finished_rows] or named
+        named = self.encoders_named(modality, name)
+        chosen = [key for key in named if self.encoders[key].manifest.finished_rows] or named
         if len(chosen) != 1:
             asked = f" named {name!r}" if name else ""
             raise CacheError(
@@ -234,6 +234,16 @@ class Cache:
                 f"{self.storage.root}: the extraction of {encoder.key} is unfinished. Run saffe-extract again."
             )
         return encoder
+
+    def encoders_named(self, modality: Modality, name: str | None = None) -> list[str]:
+        """Keys of the encoders of a modality; of those whose key holds the name, or that were extracted by it."""
+        model_id = Path(name).name if name and Path(name).exists() else name  # as a fingerprint has it
+        return [
+            key
+            for key, one in self.encoders.items()
+            if one.manifest.modality == modality
+            and (name is None or name in key or one.manifest.fingerprint.fields["model_id"] == model_id)
+        ]
 
 
 def open_cache(path: str | Path) -> Cache:

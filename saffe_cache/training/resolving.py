@@ -70,7 +70,7 @@ class TrainConfig:
     """How --layers counts. hidden_states, and the same in the SAFFE release (reference): i is the input of block i.
     paper: l is the output of its layer l, which is hidden_states l + 1."""
     encoder: Mapping[str, str] = field(default_factory=dict)
-    """Which encoder, as image=PART-OF-KEY, where the cache has several of a modality."""
+    """Which encoder, as image=PART-OF-KEY or image=ID, where the cache has several of a modality."""
     pairs: Literal["auto", "captions", "classes"] = "auto"
     """What describes an item: its captions, or its classes' names. auto: captions where there are any."""
     train_split: str = "train"
