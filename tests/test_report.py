@@ -13,9 +13,22 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import browsing, find_browser
-from report_cases import EVIL, Made, ablation, alignment, captions, episodes, make_page, make_run, write
+from report_cases import (
+    EVIL,
+    Made,
+    ablation,
+    alignment,
+    captions,
+    episodes,
+    heat_map,
+    make_page,
+    make_run,
+    matches,
+    write,
+)
 
 from saffe_cache.cli import report_command
+from saffe_cache.evaluation.cost import flops_in_words
 from saffe_cache.evaluation.details import read_details
 from saffe_cache.reporting import plots, sections
 from saffe_cache.reporting.ablations import read_ablation, spread
@@ -32,6 +45,8 @@ def page(made: Made) -> str:
     folder = made.data.parent
     others = [write(folder / "sweep", "ablation.json", ablation()), write(folder / "few", "binding.json", episodes())]
     others.append(write(folder / "align", "alignment.json", alignment()))
+    others.append(write(folder / "pairs", "ablation.json", heat_map(12, 6)))
+    others.append(write(folder / "match", "match.json", matches()))
     others += [write(folder / f"layer-{i}", "caption.json", captions(i, 3.5 + i / 8)) for i in (4, 0)]
     return make_page([made.run, *others], folder / "page", queries=("again",))
 
@@ -108,6 +123,10 @@ def test_csv_holds_the_reported_numbers(made: Made, page: str) -> None:
     with (folder / "data" / "evaluation-1-queries.csv").open(newline="") as file:
         values = [float(row["fam: mrr"]) for row in csv.DictReader(file)]
     assert np.mean(values) == pytest.approx(made.metrics["systems"]["fam"]["mrr"]["value"])
+    flops = made.metrics["cost"]["fusing_flops"]
+    with (folder / "data" / "ledger.csv").open(newline="") as file:
+        assert [row["fusing_flops"] for row in csv.DictReader(file)] == [f"caption={flops}"]
+    assert page.count(flops_in_words(flops)) == 2  # of the run and of its evaluation
     for plot in ("evaluation-1-systems", "run-1-training", "ablation-1", "episodes-1", "alignment-1-cka"):
         assert (folder / "figures" / f"{plot}.svg").read_text().startswith("<?xml")
         assert (folder / "figures" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
@@ -137,7 +156,7 @@ def test_names_along_the_axis_share_a_frame_and_are_not_joined(
 
 def test_an_alignment_shows_advice_nulls_and_every_pair(made: Made, page: str) -> None:
     section = page[page.index('id="alignment-1"') : page.index('id="run-1"')]
-    assert "photos alone: linear" in section
+    assert "linear (photos alone)" in section
     assert "a line finds &lt;b&gt;20" in section
     assert "A hypothesis." in section
     for shown in ("42.0", "3.0", "permuted", "95 % of them to 2.0", "18.0 – 22.0", "no tokens &lt;i&gt;"):
@@ -152,7 +171,7 @@ def test_an_alignment_shows_advice_nulls_and_every_pair(made: Made, page: str) -
 def test_captions_of_several_layers_stand_in_one_table(made: Made, page: str) -> None:
     section = page[page.index('id="captions"') : page.index('id="run-1"')]
     assert section.index("layer 0 of 6") < section.index("layer 4 of 6")
-    for shown in ("3.500", "4.500", "3.400 – 3.600", "30.0", "99,072", "4.11e+10", "a &lt;b&gt;dog", "a dog &amp; its"):
+    for shown in ("3.500", "4.500", "3.400 – 3.600", "30.0", "99,072", "41.1 G", "a &lt;b&gt;dog", "a dog &amp; its"):
         assert shown in section, shown
     assert page.index("photos shuffled: 4. Do not use") < page.index('id="captions"')
     with (made.data.parent / "page" / "data" / "captions.csv").open(newline="") as file:
@@ -200,6 +219,8 @@ def test_an_ablation_is_drawn_with_its_intervals(tmp_path: Path) -> None:
     with (tmp_path / "page" / "data" / "ablation-1.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["value"]) for row in rows] == [0.3, 0.32, 0.34, 0.4, 0.4, 0.43]
+    assert [row["fusing_flops"] for row in rows] == [""] * 3 + ["6912345"] * 3
+    assert page.index("<td>–</td>") < page.index("<td>6.91 M</td>")
     read = read_ablation(path / "ablation.json")
     assert [one.name for one in read.comparable()] == ["Same"]
     drawing = re.search(r"<svg.*?</svg>", page, re.DOTALL)
@@ -209,6 +230,48 @@ def test_an_ablation_is_drawn_with_its_intervals(tmp_path: Path) -> None:
     unknown = ablation(told_besides=[1])
     unknown["ledger"] |= dict.fromkeys(("re_encoding_seconds", "photo_seconds", "text_seconds"))
     assert "unknown, unknown" in make_page([write(tmp_path, "ablation.json", unknown)], tmp_path / "page")
+
+
+@pytest.mark.parametrize(("columns", "rows", "is_turned"), [(6, 6, False), (8, 2, True), (7, 9, False)])
+def test_a_heat_map_shows_intervals_and_the_best_baseline_of_its_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int, rows: int, is_turned: bool
+) -> None:
+    """The longer axis runs downwards where a phone has no room for it; both maps have one scale of colours."""
+    drawn: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(plots, "draw_grid", lambda *told, **options: drawn.append((*told, options)))
+    path = Path(write(tmp_path / "a", "ablation.json", heat_map(columns, rows)))
+    sections.ablation_section(read_ablation(path / "ablation.json"), "ablation-1", [])
+    axes = [f"t{y}" for y in range(rows)], [f"p{x}" for x in range(columns)]
+    half = 4.302652729911275 * np.std([0.2, 0.25, 0.3], ddof=1) / np.sqrt(3)
+    highest = 100 * (0.25 + (columns - 1 + rows * (rows - 1)) / 200)
+    assert [told[0] for told in drawn] == ["ablation-1-1", "ablation-1-1-baseline"]
+    for (_, cells, texts, names, labels, caption, described, options), gain in zip(drawn, (0.25, 0.1), strict=True):
+        assert names == (axes[::-1] if is_turned else axes)
+        assert labels == (("text layer", "photo layer") if is_turned else ("photo layer", "text layer"))
+        column, row = (1, 4) if is_turned else (4, 1)  # of photo layer 4 and text layer 1
+        assert cells[row, column] == pytest.approx(100 * (gain + (4 + rows) / 200))
+        assert texts[row][column] == f"{cells[row, column]:.1f}"
+        assert options["notes"][row][column] == f"± {100 * half:.1f}"
+        assert options["limits"] == pytest.approx((10, highest))
+        assert ("late fusion, the best one" in caption) == (gain == 0.1)
+        place = "t1, p4" if is_turned else "p4, t1"
+        assert f"{place}: {texts[row][column]} ± {100 * half:.1f};" in described
+    assert "Chance: 1.0." in drawn[0][5]
+    assert f"reuse has the higher mean in {columns * rows} of {columns * rows}." in drawn[1][5]
+
+
+def test_a_heat_map_of_one_seed_without_baselines_has_no_intervals(tmp_path: Path) -> None:
+    content = heat_map(2, 3)
+    for point in content["series"][0]["points"]:
+        point |= {"baselines": {}, "values": {"mrr": point["values"]["mrr"][:1]}}
+        point |= {name: point[name][:1] for name in ("seeds", "reports", "best_epoch", "training_seconds")}
+        point["evaluation_seconds"] = [1.0]
+    page = make_page([write(tmp_path / "a", "ablation.json", content)], tmp_path / "page")
+    drawing = re.search(r"<svg.*?</svg>", page, re.DOTALL)
+    assert drawing is not None
+    assert re.findall(r">(\d+\.\d)</text>", drawing.group()) == ["20.0", "20.5", "21.5", "22.0", "23.0", "23.5"]
+    assert "±" not in drawing.group()
+    assert page.count("<svg") == 1
 
 
 def test_folders_that_are_no_runs_and_broken_files_are_refused(made: Made, tmp_path: Path) -> None:
@@ -275,6 +338,21 @@ Promise.all([...new Set([...document.querySelectorAll('.photo:not(.empty)')].map
     image.src = source; })))"""
 
 
+_HEAT_MAPS = """
+(() => { const sizes = [...document.querySelectorAll('#ablation-2 svg text')].map(
+  node => parseFloat(getComputedStyle(node).fontSize) * node.getScreenCTM().a || 99);
+  return [Math.min(...sizes), sizes.length]; })()"""
+"""Size of the smallest letters in pixels, and how many texts there are. Turned ones count as large."""
+_TEXTS_MEET = """
+[...document.querySelectorAll('svg')].flatMap(svg => {
+  const boxes = [...svg.querySelectorAll('text')].map(node => [node.textContent, node.getBoundingClientRect()]);
+  const meet = (a, b) => a.left < b.right && b.left < a.right
+    && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > a.height / 3;
+  return boxes.flatMap(([name, a], i) => boxes.slice(i + 1).filter(([_, b]) => meet(a, b)).map(
+    ([other]) => `${name} | ${other}`)); })"""
+"""Texts of a drawing that lie over each other; boxes of lines are a little higher than their letters."""
+
+
 @pytest.mark.skipif(find_browser() is None, reason="no chromium or chrome is installed")
 def test_a_browser_shows_it_on_a_phone_in_light_and_dark(made: Made, page: str, tmp_path: Path) -> None:
     path = made.data.parent / "page" / "index.html"
@@ -289,6 +367,12 @@ def test_a_browser_shows_it_on_a_phone_in_light_and_dark(made: Made, page: str, 
                 assert contrast >= 4.5, where
                 paper = opened.run("getComputedStyle(document.body).backgroundColor")
                 assert (sum(map(int, re.findall(r"\d+", paper)[:3])) < 200) == dark
+        for width, least in ((360, 7), (640, 11)):
+            opened.open(path, width)
+            assert opened.run(_TEXTS_MEET) == []
+            smallest, count = opened.run(_HEAT_MAPS)
+            assert count == 2 * 2 * 72 + 2 * (12 + 6 + 2)  # numbers and intervals, places, names of the axes
+            assert smallest >= least
         widths = opened.run(_DECODED)
         assert len(widths) == len(re.findall(r"url\(data:", page))
         assert min(widths) > 0

@@ -38,6 +38,8 @@ class Point:
     trainable_parameters: int
     training_seconds: tuple[float, ...]
     evaluation_seconds: tuple[float, ...]
+    fusing_flops: int | None = None
+    """Of fusing one photo of the gallery; None where an earlier release did not count them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,12 @@ _COLUMNS = ("value", "low", "high", "null_mean", "null_high")
 
 def alignment_section(alignment: Alignment, anchor: str, sheets: list[Sheet]) -> Section:
     sheets.append(_sheet(alignment, anchor))
-    advised = "; ".join(f"{one.gallery}: {one.fusion}" for one in alignment.advice)
+    advised = "; ".join(f"{one.fusion} ({one.gallery})" for one in alignment.advice)
     absent = [(f"no {NAMES.get(name, name)}", reason) for name, reason in alignment.absent.items()]
     return Section(
         anchor=anchor,
         title=f"Which fusion? {alignment.title}",
-        lead=f"Advised before any training, from {alignment.photos['judged']} photos. {advised}.",
+        lead=f"Advised before any training, from {alignment.photos['judged']} photos: {advised}.",
         table=_table(alignment),
         texts=[alignment.standing],
         facts=[(f"{one.fusion}, {one.gallery}", one.because) for one in alignment.advice] + absent,

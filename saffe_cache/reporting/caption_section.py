@@ -53,7 +53,7 @@ def _cells(one: Captions) -> tuple[Cell, ...]:
         *(_loss_cell(one.losses[name]) for name in NEEDED_LOSSES),
         _found_cell(one.own_caption.get("photo, by gain")),
         Cell(f"{one.cost.trainable_parameters:,}"),
-        Cell(f"{one.cost.training_step_flops:.3g}"),
+        Cell(f"{one.cost.training_step_flops / 1e9:.1f} G"),
     )
 
 

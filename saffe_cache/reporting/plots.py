@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -215,28 +216,46 @@ def draw_per_class(
         return finished(figure, name, caption, f"Average precision of {system} in percent: {told}")
 
 
+_GRID_POINTS = 290
+"""Width of a grid's cells together, about."""
+
+
 def draw_grid(
     name: str, cells: np.ndarray, texts: Sequence[Sequence[str]], axes_names: tuple[Sequence[str], Sequence[str]],
-    labels: tuple[str, str], caption: str, described: str,
+    labels: tuple[str, str], caption: str, described: str, *,
+    notes: Sequence[Sequence[str]] | None = None, limits: tuple[float, float] | None = None,
 ) -> Plot:  # fmt: skip
     """Cells with their numbers as text, the higher the deeper; at most half opaque, so that ink stays readable.
 
     Args:
+        name: of the files.
         cells: [rows, columns]; NaN where there is none.
+        texts: of the cells.
         axes_names: of rows and of columns.
         labels: of the horizontal and of the vertical axis.
+        caption: below the drawing.
+        described: for who does not see it.
+        notes: of the cells, beneath the texts and smaller.
+        limits: values of no and of the deepest colour. Default: the lowest and the highest of the cells.
     """
     rows, columns = cells.shape
-    low, high = np.nanmin(cells), np.nanmax(cells)
-    with drawing(1.1 + 0.27 * rows) as (figure, (axes,)):
+    low, high = limits or (np.nanmin(cells), np.nanmax(cells))
+    size = 9.0 if columns <= 6 else 7.5 if columns <= 12 else 5.0
+    if notes is not None:
+        size = min(11.0, 0.29 * _GRID_POINTS / columns)
+    height = (0.27 if notes is None else 0.37) * rows
+    with drawing(1.1 + height) as (figure, (axes,)):
         for row in range(rows):
             for column in range(columns):
                 if not np.isnan(cells[row, column]):
                     depth = 0.5 * float((cells[row, column] - low) / (high - low or 1))
                     axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=BLUE, alpha=depth,
                                                                linewidth=0))  # fmt: skip
-                    size = 9 if columns <= 6 else 7.5 if columns <= 12 else 5
-                    axes.text(column, row, texts[row][column], ha="center", va="center", fontsize=size)
+                    place = row if notes is None else row - 0.17
+                    axes.text(column, place, texts[row][column], ha="center", va="center", fontsize=size)
+                    if notes is not None:
+                        axes.text(column, row + 0.25, notes[row][column], ha="center", va="center",
+                                  fontsize=0.78 * size)  # fmt: skip
         axes.set_xlim(-0.5, columns - 0.5)
         axes.set_ylim(rows - 0.5, -0.5)
         axes.set_yticks(range(rows), axes_names[0])
@@ -245,7 +264,7 @@ def draw_grid(
         axes.grid(visible=False)
         axes.tick_params(length=0)
         axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
+        axes.set_ylabel(textwrap.fill(labels[1], max(12, round(12 * height))))
         return finished(figure, name, caption, described)
 
 
@@ -291,7 +310,7 @@ def draw_series(
     """
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    with drawing(1.2 + 2.1 * rows, columns, rows) as (figure, frames):
+    with drawing(0.8 + 2.1 * rows, columns, rows) as (figure, frames):
         number, kinds = 0, _kinds(panels)
         for axes, panel in zip(frames, panels, strict=False):
             for place, one in enumerate(panel.series):
@@ -304,7 +323,8 @@ def draw_series(
                 axes.plot(place, value, "*", color=INK, markerfacecolor=PAPER, markersize=12, label="published")
                 axes.annotate(who, (place, value), (6, 6), textcoords="offset points", fontsize=8)
             axes.set_xticks(range(len(panel.places)), panel.places)
-            if max(map(len, panel.places)) * len(panel.places) > 60 / columns:
+            widest = max(len(line) for place in panel.places for line in place.splitlines())
+            if widest * len(panel.places) > 60 / columns:
                 for label in axes.get_xticklabels():
                     label.set(rotation=30, ha="right", rotation_mode="anchor")
             axes.set_xlim(-0.5, len(panel.places) - 0.5)
@@ -336,13 +356,14 @@ def _draw_bars(axes: Axes, one: Bars, look: Style, shift: float, kinds: Sequence
 
 
 def _draw_legend(figure: Figure, frames: Sequence[Axes]) -> None:
-    """Each name once, below the frames; as many beside each other as there is room for."""
+    """Each name once, below the frames, which keep their height; as many beside each other as there is room for."""
     found: dict[str, Any] = {}
     for axes in frames:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     columns = max(1, min(3, 66 // (max(map(len, found)) + 6)))
     figure.legend(found.values(), found.keys(), fontsize=8, loc="outside lower center", ncols=columns)
+    figure.set_figheight(figure.get_figheight() + 0.18 * -(-len(found) // columns))
 
 
 def _told(places: Sequence[str], bars: Bars) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from saffe_cache.evaluation.details import Details
 from saffe_cache.reporting import plots, tables
-from saffe_cache.reporting.ablations import Ablation, spread
+from saffe_cache.reporting.ablations import Ablation, Series, Spread, spread
 from saffe_cache.reporting.episodes import Episodes
 from saffe_cache.reporting.galleries import Card
 from saffe_cache.reporting.ledger import BASIS, Costs
@@ -115,10 +115,12 @@ def ablation_section(ablation: Ablation, anchor: str, sheets: list[Sheet]) -> Se
     if ablation.y_label is None:
         section.plots.append(_series_plot(ablation, anchor))
     else:
-        section.plots += [
-            _heat_map(ablation, number, f"{anchor}-{number + 1}") for number in range(len(ablation.series))
-        ]
-    section.more += [table for table in (tables.baselines_table(ablation), tables.published_table(ablation)) if table]
+        for number, series in enumerate(ablation.series, start=1):
+            section.plots += _heat_maps(ablation, series, f"{anchor}-{number}")
+    baselines, published = tables.baselines_table(ablation), tables.published_table(ablation)
+    if baselines:
+        (section.more if ablation.y_label is None else section.folded).append(baselines)
+    section.more += [published] if published else []
     section.more.append(tables.sweep_ledger(ablation))
     return section
 
@@ -167,26 +169,82 @@ def _bars(name: str, places: Sequence[str], found: Mapping[str, tuple[float, flo
     return Bars(name, [place for place, _, _ in known], [mean for _, mean, _ in known], [half for _, _, half in known])
 
 
-def _heat_map(ablation: Ablation, number: int, name: str) -> Plot:
-    series = ablation.series[number]
-    xs = list(dict.fromkeys(point.x for point in series.points))
-    ys = list(dict.fromkeys(point.y or "" for point in series.points))
-    cells = np.full((len(ys), len(xs)), np.nan)
-    texts = [[""] * len(xs) for _ in ys]
-    for point in series.points:
-        mean = 100 * spread(point.values[ablation.metric]).mean
-        row, column = ys.index(point.y or ""), xs.index(point.x)
-        cells[row, column], texts[row][column] = mean, f"{mean:.1f}"
-    told = "; ".join(f"{x}, {y}: {texts[row][column]}" for row, y in enumerate(ys) for column, x in enumerate(xs))
-    return plots.draw_grid(
-        name,
-        cells,
-        texts,
-        (ys, xs),
-        (ablation.x_label, ablation.y_label or ""),
-        f"{series.name}: {ablation.metric} in percent, mean over seeds; intervals are in the table and the CSV.",
-        f"{ablation.metric} by {ablation.x_label} and {ablation.y_label}: {told}",
-    )
+_MOST_ACROSS = 6
+"""Cells with intervals that a phone has room for beside each other."""
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """A series as a heat map; the longer axis runs downwards where it has more places than fit beside each other."""
+
+    across: list[str]
+    down: list[str]
+    labels: tuple[str, str]
+    """Of the horizontal and of the vertical axis."""
+    places: list[tuple[str, str]]
+    """Of each point: across, down."""
+
+    @staticmethod
+    def of(series: Series, labels: tuple[str, str]) -> _Grid:
+        """`labels`: of x and of y."""
+        places = [(point.x, point.y or "") for point in series.points]
+        across, down = (list(dict.fromkeys(one)) for one in zip(*places, strict=True))
+        if len(across) > max(_MOST_ACROSS, len(down)):
+            return _Grid(down, across, labels[::-1], [place[::-1] for place in places])
+        return _Grid(across, down, labels, places)
+
+    def draw(
+        self, name: str, spreads: Sequence[Spread], limits: tuple[float, float], captions: tuple[str, str]
+    ) -> Plot:
+        """Mean and half interval of each point; `limits` of the colours, in percent; caption, and what it is of."""
+        cells = np.full((len(self.down), len(self.across)), np.nan)
+        texts, notes = ([[""] * len(self.across) for _ in self.down] for _ in range(2))
+        told = []
+        for (x, y), (mean, half) in zip(self.places, spreads, strict=True):
+            row, column = self.down.index(y), self.across.index(x)
+            cells[row, column], texts[row][column] = 100 * mean, tables.percent(mean)
+            notes[row][column] = "" if half is None else f"± {tables.percent(half)}"
+            told.append(f"{x}, {y}: {texts[row][column]} {notes[row][column]}".rstrip())
+        caption, what = captions
+        described = f"{what} by {self.labels[0]} and {self.labels[1]}: {'; '.join(told)}"
+        axes_names = self.down, self.across
+        return plots.draw_grid(
+            name, cells, texts, axes_names, self.labels, caption, described, notes=notes, limits=limits
+        )
+
+
+def _heat_maps(ablation: Ablation, series: Series, name: str) -> list[Plot]:
+    """The series, and the baseline that finds most in the same cells, in the same colours."""
+    metric = ablation.metric
+    grid = _Grid.of(series, (ablation.x_label, ablation.y_label or ""))
+    own, found = [spread(point.values[metric]) for point in series.points], []
+    baseline = _best_baseline(series, metric)
+    if baseline:
+        found = [spread(point.baselines[baseline][metric]) for point in series.points]
+    means = [100 * one.mean for one in (*own, *found)]
+    limits = min(means), max(means)
+    chance = ", ".join(map(tables.percent, ablation.chance))
+    how = f"{metric} in percent, mean over seeds; smaller, half of its 95 % t-interval"
+    drawn = [grid.draw(name, own, limits, (f"{series.name}: {how}. Chance: {chance}.", f"{series.name}: {metric}"))]
+    if baseline:
+        who = f"Baseline {baseline.replace('_', ' ')}"
+        higher = sum(mine.mean > other.mean for mine, other in zip(own, found, strict=True))
+        caption = (
+            f"{who}, the best one, in the same cells and colours: {how}. {series.name} has the higher mean in {higher} "
+            f"of {len(own)}."
+        )
+        drawn.append(grid.draw(f"{name}-baseline", found, limits, (caption, f"{who}: {metric}")))
+    return drawn
+
+
+def _best_baseline(series: Series, metric: str) -> str | None:
+    """The one that finds most on the mean of the cells, of those that all cells have."""
+    means = {
+        name: statistics.mean(spread(point.baselines[name][metric]).mean for point in series.points)
+        for name in series.points[0].baselines
+        if all(metric in point.baselines.get(name, {}) for point in series.points)
+    }
+    return max(means, key=lambda name: means[name], default=None)
 
 
 def episodes_section(episodes: Episodes, anchor: str, sheets: list[Sheet]) -> Section:

@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from saffe_cache.evaluation.cost import flops_in_words
 from saffe_cache.reporting.ablations import Ablation, spread
 from saffe_cache.reporting.episodes import Episodes
 from saffe_cache.reporting.ledger import Costs
@@ -158,6 +159,7 @@ def points_table(ablation: Ablation, name: str) -> tuple[Table, Sheet]:
     rows, sheet = [], []
     for series in ablation.series:
         for point in series.points:
+            place = series.name, point.x, point.y
             cells = [Cell(point.x)] + ([] if ablation.y_label is None else [Cell(point.y or "")])
             for metric in metrics:
                 values = point.values.get(metric)
@@ -169,7 +171,7 @@ def points_table(ablation: Ablation, name: str) -> tuple[Table, Sheet]:
                 wide = half is not None and not metric.endswith("median_rank")
                 cells.append(Cell(shown, f"± {percent(half)}" if wide and half is not None else ""))
                 sheet += [
-                    (series.name, point.x, point.y, metric, seed, value, mean, half, point.chance.get(metric))
+                    (*place, metric, seed, value, mean, half, point.chance.get(metric), point.fusing_flops)
                     for seed, value in zip(point.seeds, values, strict=True)
                 ]
             chance = percent(point.chance[ablation.metric])
@@ -179,6 +181,7 @@ def points_table(ablation: Ablation, name: str) -> tuple[Table, Sheet]:
                 Cell(str(len(point.seeds))),
                 Cell(epochs),
                 Cell(f"{point.trainable_parameters / 1e6:.2f} M"),
+                Cell(flops_in_words(point.fusing_flops)),
                 Cell(f"{sum(point.training_seconds) / len(point.training_seconds):.0f}"),
             ]
             kind = "failed" if point.failures else "plain"
@@ -192,10 +195,11 @@ def points_table(ablation: Ablation, name: str) -> tuple[Table, Sheet]:
         "seeds",
         "best epoch",
         "parameters",
+        "FLOPs a photo",
         "training s",
     )
     caption = "All points. Percent, mean over seeds; beneath, half the 95 % t-interval."
-    columns = ("series", "x", "y", "metric", "seed", "value", "mean", "half_interval", "chance")
+    columns = ("series", "x", "y", "metric", "seed", "value", "mean", "half_interval", "chance", "fusing_flops")
     return Table(caption, header, tuple(rows)), Sheet(name, columns, tuple(sheet))
 
 
@@ -301,6 +305,7 @@ def ledger_table(costs: Sequence[tuple[str, Costs]]) -> tuple[Table, Sheet]:
         paid = of.cache
         cells = [
             Cell(f"{of.trainable_parameters / 1e6:.2f} M"),
+            Cell(", ".join(map(flops_in_words, of.fusing_flops.values())) or _ABSENT, ", ".join(of.fusing_flops)),
             Cell(duration(of.training_seconds), f"{of.peak_memory_mb:.0f} MB"),
             Cell(_ABSENT if of.evaluation_seconds is None else duration(of.evaluation_seconds)),
         ]
@@ -322,10 +327,12 @@ def ledger_table(costs: Sequence[tuple[str, Costs]]) -> tuple[Table, Sheet]:
                 paid.extraction_seconds, paid.cache_bytes, paid.in_loop.photos_seen, paid.in_loop.texts_seen,
                 paid.in_loop.photo_seconds, paid.in_loop.text_seconds, paid.in_loop.seconds,
             ))
+            + (" ".join(f"{protocol}={flops}" for protocol, flops in of.fusing_flops.items()),)
         )  # fmt: skip
     header = (
         "",
         "trainable parameters",
+        "FLOPs a photo",
         "training",
         "evaluation",
         "extraction",
@@ -336,7 +343,7 @@ def ledger_table(costs: Sequence[tuple[str, Costs]]) -> tuple[Table, Sheet]:
     columns = (
         "run", "trainable_parameters", "training_seconds", "training_peak_memory_mb", "evaluation_seconds",
         "extraction_seconds", "cache_bytes", "photos_seen", "texts_seen", "photo_seconds", "text_seconds",
-        "re_encoding_seconds",
+        "re_encoding_seconds", "fusing_flops",
     )  # fmt: skip
     return Table("What was paid, and what would have been.", header, tuple(rows)), Sheet(
         "ledger", columns, tuple(sheet)
