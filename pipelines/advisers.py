@@ -31,6 +31,8 @@ class Case:
     measures: Mapping[str, float]
     advised: str
     """By the rule of saffe_cache.alignment.advice."""
+    hypothesis: str
+    """By the rule that it replaced."""
     metric: str = ""
     """What the values are."""
     chance: float = 0.0
@@ -122,7 +124,10 @@ def advisers(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
     """Our rule, every constant, chance, and what can be fitted, each judged on cases that it was not fitted to."""
     fusions, places = cases[0].fusions, [str(number) for number in range(len(cases))]
     datasets = [case.dataset for case in cases]
-    found = {"rule of section F": judged(cases, [case.advised for case in cases])}
+    found = {
+        "saffe-align": judged(cases, [case.advised for case in cases]),
+        "the rule before it": judged(cases, [case.hypothesis for case in cases]),
+    }
     found |= {f"always {one}": judged(cases, [one] * len(cases)) for one in fusions}
     each = [judged(cases, [one] * len(cases)) for one in fusions]
     found["at random"] = {name: float(np.mean([one[name] for one in each])) for name in each[0]}

@@ -205,11 +205,23 @@ def case_of(dataset: str, kind: str, layer: int, sweep: Mapping[str, Any], align
         values=values,
         measures=measures_of(alignment),
         advised=advised,
+        hypothesis=hypothesis(kind, alignment["evidence"]),
         metric=metric,
         chance=points["linear"]["chance"][metric],
         shuffled=statistics.mean(points["linear"]["controls"]["photos_shuffled"][metric]),
         failures=[failure for point in points.values() for failure in point["failures"]],
     )
+
+
+def hypothesis(kind: str, evidence: Mapping[str, Any]) -> str:
+    """What the rule advised that these cases refuted: a decoder where an MLP or tokens find more, beyond noise."""
+    without, mlp, tokens = (evidence[name] for name in ("without_map", "mlp_gain", "token_gain"))
+    if kind == BESIDE:
+        return "decoder" if tokens[1] > 0 else "concat"
+    is_curved = mlp[1] > 0 and evidence["a_lin"] < 0.9 * evidence["a_mlp"]
+    if max(evidence["a_lin"], evidence["a_mlp"]) <= evidence["null"] or (without is not None and without[1] > 0):
+        return "no FAM"
+    return "decoder" if is_curved or tokens[1] > 0 else "linear"
 
 
 def measures_of(alignment: Mapping[str, Any]) -> dict[str, float]:

@@ -156,14 +156,7 @@ def _result(
         "measures": measures,
         "absent": absent,
         "closer": closer,
-        "advice": [
-            asdict(one)
-            for one in advise(
-                evidence,
-                has_texts_beside=vectors.has_captions,
-                has_blocks=not encoders[0].manifest.has_feature_maps,
-            )
-        ],
+        "advice": [asdict(one) for one in advise(evidence, has_texts_beside=vectors.has_captions)],
         "standing": STANDING,
         "evidence": asdict(evidence),
     }

@@ -28,6 +28,7 @@ def cases_with(found: list[tuple[str, float, float, float]], noise: float = 0.00
             },
             measures={"useful": measure, "useless": float(generator.normal())},
             advised="linear",
+            hypothesis="no FAM",
         )
         for number, (dataset, measure, without, linear) in enumerate(found)
     ]
@@ -79,6 +80,25 @@ def test_correlations_are_scipys_within_one_dataset_and_blind_to_what_tells_data
     assert abs(found["useful"]["rho"]) < 0.6
     assert found["useful"]["p"] > 0.05
     assert correlations(crossing(12), lambda case: case.mean("linear"))["useful"]["p"] < 0.02
+
+
+@pytest.mark.parametrize(
+    ("changes", "alone", "beside"),
+    [
+        ({}, "linear", "concat"),
+        ({"without_map": [0.05, 0.02, 0.08]}, "no FAM", "concat"),
+        ({"without_map": None}, "linear", "concat"),
+        ({"a_mlp": 0.3, "mlp_gain": [0.1, 0.07, 0.13]}, "decoder", "concat"),
+        ({"a_mlp": 0.3, "mlp_gain": [0.1, -0.01, 0.21]}, "linear", "concat"),
+        ({"a_mlp": 0.21, "mlp_gain": [0.01, 0.005, 0.015]}, "linear", "concat"),
+        ({"token_gain": [0.1, 0.07, 0.13]}, "decoder", "decoder"),
+        ({"a_lin": 0.01, "a_mlp": 0.005}, "no FAM", "concat"),
+    ],
+)
+def test_the_rule_before_advised_decoders_beyond_noise(changes: dict[str, object], alone: str, beside: str) -> None:
+    usual = {"without_map": [-0.1, -0.12, -0.08], "a_lin": 0.2, "a_mlp": 0.2, "null": 0.01}
+    evidence = usual | {"mlp_gain": [0.0, -0.02, 0.02], "token_gain": [0.0, -0.03, 0.01]} | changes
+    assert [alignment.hypothesis(kind, evidence) for kind in (alignment.ALONE, alignment.BESIDE)] == [alone, beside]
 
 
 def test_the_pipeline_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,8 @@ def test_captions(tmp_path: Path) -> None:
     assert len(rows) == 4 * 9
     assert float(rows[0]["value"]) == result["measures"]["cka"]["value"][0][0]
     table = read_table(str(tmp_path / "out"))
-    assert "photos alone: DECODER" in table  # one token of five tells of the text: the mean drowns it
+    assert "photos alone: LINEAR" in table
+    assert result["evidence"]["token_gain"][1] > 0  # one token of five tells of the text: the mean drowns it
     assert max(map(len, table.splitlines())) <= 100
 
 
