@@ -3,13 +3,14 @@
     python pipelines/binding.py --data PATH/cifar10 --work runs/binding-cifar10 --train 5000 --test 2000
     python pipelines/binding.py --data PATH/dogs_vs_cats --work runs/binding-dogs --ways 2
     python pipelines/binding.py --data PATH/tiny-imagenet --work runs/binding-tiny --train 20000
-    python pipelines/binding.py --data PATH/cifar100-20 --work runs/binding-superclasses --replaced-seeds 3 --only-names
+    python pipelines/binding.py --data uoft-cs/cifar100 --label-column coarse_label --work runs/binding-superclasses \\
+        --replaced-seeds 3 --only-names
     python pipelines/binding.py --data clane9/imagenet-100 --work runs/binding-in100 --test-split validation \\
         --replaced-seeds 3 --only-names
 
 `--data` is a folder of class folders, {train,test}/CLASS/*, or a hub dataset with labels. Tiny-ImageNet is used as
 class folders: its val, sorted into folders by val_annotations.txt, as test; 200 classes come close to miniImageNet's
-task, which has 64 pixels more and other classes. CIFAR-100's 20 superclasses are folders by coarse label. The paper's
+task, which has 64 pixels more and other classes. CIFAR-100's 20 superclasses are its coarse labels. The paper's
 two "all names replaced" experiments are the last two lines: every class gets a made-up name, and the FAM is trained on
 the whole train split, beside the same training on the true names.
 
@@ -33,6 +34,7 @@ from saffe_cache.extract import ExtractConfig, extract
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
+    parser.add_argument("--label-column", help="of a hub dataset; default: found by its type and usual names")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--image-encoder", default="facebook/dinov2-small")
     parser.add_argument("--text-encoder", default="sentence-transformers/all-MiniLM-L6-v2")
@@ -51,6 +53,7 @@ def main() -> None:
     cache = extract(
         ExtractConfig(
             data=options.data,
+            column={"label": options.label_column} if options.label_column else {},
             cache=str(options.work / f"{options.work.name}.zarr"),
             encoder={"image": options.image_encoder, "text": options.text_encoder},
             layers={"image": (11, 12)},
