@@ -18,7 +18,7 @@ from saffe_cache.evaluation.systems import BaselineChoice
 from saffe_cache.features import CacheError
 from saffe_cache.judging.search import own_protocol
 from saffe_cache.options import positional, require, require_seed
-from saffe_cache.runs import choose_device, num_cores, write_json
+from saffe_cache.runs import choose_device, num_cores, read_json, write_json
 from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.training.resolving import resolve_run
@@ -34,7 +34,7 @@ class AblateConfig:
     """Train and evaluate every cell of a recipe, for every seed, from one cache.
 
     What exists is not run again, by this recipe or by another with the same --out; a killed sweep goes on with the same
-    command.
+    command. Exits with status 3 where a control of a cell is not where it must be.
     """
 
     recipe: tuple[str, ...] = positional()
@@ -100,7 +100,19 @@ def ablate(config: AblateConfig) -> str:
 
 def read_tables(config: AblateConfig) -> str:
     """The tables of all recipes, for people."""
-    return "\n".join((Path(config.out) / Path(path).stem / "table.md").read_text() for path in config.recipe)
+    return "\n".join((folder / "table.md").read_text() for folder in _folders(config))
+
+
+def exit_status(config: AblateConfig) -> int:
+    """0, or 3 where a control of a cell is not where it must be."""
+    found = (read_json(folder / "ablation.json") for folder in _folders(config))
+    failed = any(point["failures"] for one in found for series in one["series"] for point in series["points"])
+    return 3 if failed else 0
+
+
+def _folders(config: AblateConfig) -> list[Path]:
+    """Of the recipes' results."""
+    return [Path(config.out) / Path(path).stem for path in config.recipe]
 
 
 @dataclass(frozen=True)

@@ -48,30 +48,32 @@ def train_command(arguments: Sequence[str] | None = None) -> int:
 def evaluate_command(arguments: Sequence[str] | None = None) -> int:
     from saffe_cache.evaluate import EvaluateConfig, evaluate, exit_status, read_table
 
-    return _run_stage("saffe-index-eval", EvaluateConfig, _shown(evaluate, read_table), arguments, exit_status)
+    return _run_stage(
+        "saffe-index-eval", EvaluateConfig, _shown(evaluate, read_table), arguments, lambda _, out: exit_status(out)
+    )
 
 
 def ablate_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.ablate import AblateConfig, ablate, read_tables
+    from saffe_cache.ablate import AblateConfig, ablate, exit_status, read_tables
 
     def ablate_and_show(config: AblateConfig) -> str:
         out = ablate(config)
         print(read_tables(config))
         return out
 
-    return _run_stage("saffe-ablate", AblateConfig, ablate_and_show, arguments)
+    return _run_stage("saffe-ablate", AblateConfig, ablate_and_show, arguments, lambda config, _: exit_status(config))
 
 
 def bind_command(arguments: Sequence[str] | None = None) -> int:
     from saffe_cache.bind import BindConfig, bind, exit_status, read_table
 
-    return _run_stage("saffe-bind", BindConfig, _shown(bind, read_table), arguments, exit_status)
+    return _run_stage("saffe-bind", BindConfig, _shown(bind, read_table), arguments, lambda _, out: exit_status(out))
 
 
 def match_command(arguments: Sequence[str] | None = None) -> int:
     from saffe_cache.match import MatchConfig, exit_status, match, read_table
 
-    return _run_stage("saffe-match", MatchConfig, _shown(match, read_table), arguments, exit_status)
+    return _run_stage("saffe-match", MatchConfig, _shown(match, read_table), arguments, lambda _, out: exit_status(out))
 
 
 def align_command(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +85,9 @@ def align_command(arguments: Sequence[str] | None = None) -> int:
 def caption_command(arguments: Sequence[str] | None = None) -> int:
     from saffe_cache.caption import CaptionConfig, caption, exit_status, read_table
 
-    return _run_stage("saffe-caption", CaptionConfig, _shown(caption, read_table), arguments, exit_status)
+    return _run_stage(
+        "saffe-caption", CaptionConfig, _shown(caption, read_table), arguments, lambda _, out: exit_status(out)
+    )
 
 
 def report_command(arguments: Sequence[str] | None = None) -> int:
@@ -181,9 +185,9 @@ def _run_stage(
     config_class: type[Any],
     stage: Callable[[Any], str],
     arguments: Sequence[str] | None,
-    status: Callable[[str], int] = lambda _: 0,
+    status: Callable[[Any, str], int] = lambda config, path: 0,
 ) -> int:
-    """`status` gives the exit status from the path that the stage wrote."""
+    """`status` gives the exit status from the config and the path that the stage wrote."""
     from saffe_cache.options import parse_config
 
     config = parse_config(config_class, arguments, prog)
@@ -191,7 +195,7 @@ def _run_stage(
     def run() -> int:
         path = stage(config)
         print(path)
-        return status(path)
+        return status(config, path)
 
     return _guarded(prog, run)
 

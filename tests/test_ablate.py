@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from synthetic_cache import WIDTH, make_cache
 
-from saffe_cache.ablate import AblateConfig, ablate
+from saffe_cache.ablate import AblateConfig, ablate, exit_status
 from saffe_cache.ablation import running
 from saffe_cache.ablation.recipe import read_recipe
 from saffe_cache.cli import ablate_command
@@ -175,6 +175,20 @@ def test_points_hold_the_flops_of_fusing_one_photo_where_reports_count_them(swep
     finally:
         for path, text in reports.items():
             path.write_text(text)
+
+
+def test_a_control_that_failed_in_a_cell_is_the_exit_status(swept: AblateConfig) -> None:
+    """Of this command's recipes alone: others may lie in the same folder."""
+    assert exit_status(swept) == 0
+    path = Path(swept.out) / "layers" / "ablation.json"
+    text = path.read_text()
+    found = json.loads(text)
+    found["series"][1]["points"][0]["failures"] = ["photos shuffled: 50.0"]
+    try:
+        path.write_text(json.dumps(found))
+        assert exit_status(swept) == 3
+    finally:
+        path.write_text(text)
 
 
 def test_the_ledger_counts_what_was_seen(swept: AblateConfig) -> None:

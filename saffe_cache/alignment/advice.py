@@ -3,8 +3,8 @@
 Photos alone in the gallery:
 
     no FAM     neither a ridge regression nor an MLP finds more than the 95 % quantile of permuted pairs; or the
-               encoders' own vectors find more than half of what a linear map finds (A_0 > 0.5 A_lin): a guess, for no
-               aligned encoders have been tested
+               encoders' own vectors find more than half of what a linear map finds, beyond noise (A_0 > 0.5 A_lin): a
+               guess, for no aligned encoders have been tested
     linear     otherwise
 
 A text beside each photo:
@@ -29,8 +29,8 @@ Gallery = Literal["photos alone", "a text beside each photo"]
 ENOUGH_WITHOUT_MAP = 0.5
 STANDING = (
     "What trained fusions support so far, with one pair of encoders on two data sets (pipelines/LOG.md): decoders are "
-    "never advised, since none was worth more than linear or concat. Captions and class names were tested: of texts "
-    "that speak of parts of a photo, where only fusions over tokens can answer, these measures tell nothing. "
+    "never advised, since none was worth half a point more than linear or concat. Captions and class names were "
+    "tested: of texts that speak of parts of a photo, where sums and concatenations fail, these measures tell nothing. "
     "Intervals are over the judged photos: another seed of the MLP, or other photos to fit on, are not in them."
 )
 

@@ -20,7 +20,8 @@ def format_alignment(result: Mapping[str, Any]) -> str:
         lines += _wrapped(f"{advice['gallery']}: {advice['fusion'].upper()}, for {advice['because']}.")
     lines += [*_wrapped(result["standing"]), ""]
     lines += _wrapped(
-        f"{photos['judged']} photos judged, maps fitted on {photos['fitted_closer']} others. R@1 in percent with its "
+        f"{photos['judged']} photos judged; maps of the photo layer that is looked at closer are fitted on "
+        f"{photos['fitted_closer']} others, those of all pairs on {photos['fitted']} of them. R@1 in percent with its "
         "95 % bootstrap interval over photos; null: 95 % quantile with judged pairs permuted."
     )
     for closer in result["closer"]:

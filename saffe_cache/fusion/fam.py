@@ -26,7 +26,7 @@ _NO_BLOCKS = Blocks()
 
 
 class FusionAlignModule(Fusion):
-    """The fusions of SAFFE, the released one among them.
+    """SAFFE's fusions, the released one among them, and two of ours in the same frame: `reuse` and `concat`.
 
     `linear` pools the cached states themselves: a text beside them enters as its own vector alone (`adds_text`), which
     is late fusion. `concat` shows that vector to the head's MLP too, as `reuse` does. The decoders (`reuse`, `paper`,

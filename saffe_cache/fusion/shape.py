@@ -8,9 +8,9 @@ from typing import Literal
 HeadName = Literal["attention", "mean", "flatten"]
 QuerySide = Literal["gallery", "text"]
 DECODERS = ("reuse", "paper", "reference")
-"""SAFFE's fusions in which one modality's tokens attend to the other's."""
+"""Of the FAM's fusions, those in which one modality's tokens attend to the other's."""
 FAM = (*DECODERS, "linear", "concat")
-"""All of SAFFE's."""
+"""Fusions of the FusionAlignModule: SAFFE's, and `reuse` and `concat` in the same frame."""
 
 
 @dataclass(frozen=True, kw_only=True)

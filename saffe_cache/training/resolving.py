@@ -56,7 +56,7 @@ class TrainConfig:
     objective: Mapping[str, float] = field(default_factory=dict)
     """Weighted sum of losses, as info_nce=1 and pair=0.5: info_nce, siglip, soft_target (the SAFFE release's), pair
     (own text against wrong ones, each fused with the photo), matching (image-text matching on a head of its own).
-    Default: info_nce=1; soft_target=1 for reference, siglip=1 for two_tower, and matching=1 beside it for albef."""
+    Default: info_nce=1; soft_target=1 for reference, siglip=1 for two_tower, info_nce=1 and matching=1 for albef."""
     negatives: int = 9
     """Wrong texts of a photo in pair, half of them the most alike."""
     pair_photos: int = 64
