@@ -67,6 +67,8 @@ def test_a_map_carries_over_to_classes_that_it_has_not_seen_where_spaces_agree(t
     measure = result["measures"]["a_new"]
     assert measure["chance"] == pytest.approx(1 / 12)
     assert measure["value"][0][1] > 0.25 > measure["null_high"][0][1]
+    assert np.min(measure["low"]) >= 0
+    assert np.max(measure["high"]) <= 1
     two = make_cache(tmp_path / "d.zarr", {"train": 80}, classes=2, signal=8)
     assert result_of(two, tmp_path / "few")["absent"]["a_new"].startswith("2 classes, 4 are needed")
 

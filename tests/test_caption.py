@@ -219,6 +219,16 @@ def test_the_verb_reports_and_does_nothing_twice(cache: str, tmp_path: Path, mon
         caption(replace(config, layer=2))
 
 
+def test_seeds_are_compared_on_the_same_photos(cache: str, tmp_path: Path) -> None:
+    """Three of six, drawn."""
+    outs = (
+        caption(config_of(cache, tmp_path / str(seed), report_photos=3, others=2, epochs=1, seed=seed))
+        for seed in range(4)
+    )
+    drawn = {tuple(json.loads(line)["id"] for line in (Path(out) / "captions.jsonl").open()) for out in outs}
+    assert [len(ids) for ids in drawn] == [3]
+
+
 def test_what_does_not_fit_is_refused(cache: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--layer: found 3, expected 0 to 2"):
         caption(config_of(cache, tmp_path, layer=3))

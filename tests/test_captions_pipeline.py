@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from extraction_cases import make_captioned
 
@@ -25,6 +26,8 @@ def test_a_language_model_is_trained_on_captions_and_taken_as_an_encoder(tmp_pat
     written = (tmp_path / "gpt2" / "model.safetensors").stat().st_mtime_ns
     assert captions.small_gpt2(str(data), tmp_path / "gpt2", epochs=1) == folder
     assert (tmp_path / "gpt2" / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="trained for 1 epochs, asked for 2"):
+        captions.small_gpt2(str(data), tmp_path / "gpt2", epochs=2)
     encoder = load_encoder(EncoderRequest(modality="text", model_id=folder, position_offset=17))
     assert (encoder.num_layers, encoder.hidden_size, encoder.max_length) == (6, 256, 111)
     weights = encoder.language_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -179,7 +179,8 @@ def _unseen_classes(vectors: Vectors, options: Options) -> dict[str, Any]:
                 values[half, row, column] = found.recall_at_1
                 nulls[:, half, row, column] = found.null_of_deals(deals)
     grid = grid_of(values.mean(axis=0), values.std(axis=0, ddof=1), nulls.mean(axis=1))
-    return _as_json(grid, 1 / len(unseen[0]))
+    of_shares = replace(grid, low=np.maximum(grid.low, 0), high=np.minimum(grid.high, 1))
+    return _as_json(of_shares, 1 / len(unseen[0]))
 
 
 def _without_map(vectors: Vectors, options: Options, deals: Sequence[np.ndarray]) -> dict[str, Any] | None:
