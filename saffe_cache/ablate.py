@@ -11,15 +11,14 @@ from saffe_cache.ablation.lacking import check_cache
 from saffe_cache.ablation.outcome import as_csv, as_table, outcome
 from saffe_cache.ablation.recipe import Recipe, read_recipe
 from saffe_cache.ablation.running import Job, Planner, run_jobs
+from saffe_cache.ablation.storing import stored_as
 from saffe_cache.durable import hold_folder, make_folder, write_whole
 from saffe_cache.evaluate import EvaluateConfig
 from saffe_cache.evaluation.measuring import ProtocolName
 from saffe_cache.evaluation.systems import BaselineChoice
-from saffe_cache.features import CacheError
 from saffe_cache.judging.search import own_protocol
 from saffe_cache.options import positional, require, require_seed
 from saffe_cache.runs import choose_device, num_cores, read_json, write_json
-from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.training.resolving import resolve_run
 
@@ -133,7 +132,7 @@ def _plan(config: AblateConfig, recipe: Recipe, out: Path) -> _Plan:
     planners: dict[tuple[str, str], Planner] = {}
     jobs: dict[int, list[Job]] = {}
     for number, cell in enumerate(recipe.cells):
-        path = _stored_as(config.cache, base, cell.settings.get("storage"), out / "caches")
+        path = stored_as(config.cache, base, cell.settings.get("storage"), out / "caches")
         if path not in caches:
             caches[path] = open_cache(path)
         for seed in seeds:
@@ -152,31 +151,3 @@ def _plan(config: AblateConfig, recipe: Recipe, out: Path) -> _Plan:
                 planners[path, protocol] = Planner(caches[path], report, out / "runs")
             jobs.setdefault(number, []).append(planners[path, protocol].job(one))
     return _Plan(jobs, caches)
-
-
-_NARROWER = {"float32": ("float16", "bfloat16", "int8", "float8"), "float16": ("int8", "float8")}
-"""What a storage type holds enough for."""
-
-
-def _stored_as(path: str, cache: Cache, storage: str | None, folder: Path) -> str:
-    """The cache, or one made of it with hidden states of another type.
-
-    Raises:
-        CacheError: its own type has not the numbers of the other.
-    """
-    own = {
-        encoder.manifest.arrays[f"hidden_states/{layer}"].spec.dtype
-        for encoder in cache.encoders.values()
-        for layer in encoder.manifest.layers
-    }
-    if storage is None or own == {storage}:
-        return path
-    if any(storage not in _NARROWER.get(dtype, ()) for dtype in own):
-        raise CacheError(
-            f"{path}: it stores {', '.join(sorted(own))}, from which {storage} cannot be made. Extract a cache with "
-            "--storage float32."
-        )
-    converted = folder / f"{storage}.zarr"
-    if not converted.exists():
-        convert_cache(path, converted, storage_type=storage)
-    return str(converted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ from saffe_cache.cli import ablate_command
 from saffe_cache.evaluation.cost import flops_in_words
 from saffe_cache.features import CacheError
 from saffe_cache.fusion.shape import FamShape
+from saffe_cache.store import convert
 from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.reader import open_cache
 from saffe_cache.train import TrainConfig, train_many
@@ -357,19 +359,75 @@ def test_an_encoder_is_known_by_the_id_that_it_was_extracted_by(cache: str) -> N
     assert opened.encoders_named("image", "hub/synthetic-text") == []
 
 
+STORED = """
+title = "T"
+question = "Q?"
+x = "storage"
+x_label = "type"
+seeds = [0]
+[shared]
+epochs = 1
+control_epochs = 0
+fusion = "linear"
+layers.image = [3]
+[[series]]
+name = "s"
+storage = ["float32", "int8"]
+"""
+
+
+def stored(config: AblateConfig) -> list[Path]:
+    return sorted((Path(config.out) / "caches").iterdir())
+
+
 def test_storage_types_are_converted_once_and_never_widened(cache: str, tmp_path: Path) -> None:
-    text = RECIPE.split("[[series]]")[0].replace('x = "layers.image"', 'x = "storage"').replace("[0, 1]", "[0]")
-    text += '[[series]]\nname = "s"\nlayers = { image = [3] }\nstorage = ["float32", "int8"]\n'
-    config = AblateConfig(recipe=(recipe_file(tmp_path, text),), cache=cache, out=str(tmp_path / "out"), workers=1)
+    config = AblateConfig(recipe=(recipe_file(tmp_path, STORED),), cache=cache, out=str(tmp_path / "out"), workers=1)
     ablate(config)
-    small = Path(config.out) / "caches" / "int8.zarr"
+    [small] = stored(config)
+    written = small.stat().st_mtime_ns
     encoder = open_cache(small).encoder("image", None)
     assert encoder.array("hidden_states/3").dtype == "int8"
     points = outcome(config)["series"][0]["points"]
     assert [point["x"] for point in points] == ["float32", "int8"]
     assert points[0]["values"]["mrr"] != points[1]["values"]["mrr"]
+    ablate(config)
+    assert [path.stat().st_mtime_ns for path in stored(config)] == [written]
     with pytest.raises(CacheError, match="it stores int8, from which float32 cannot be made"):
         ablate(replace(config, cache=str(small), out=str(tmp_path / "wide")))
+
+
+def test_a_killed_conversion_begins_anew(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AblateConfig(recipe=(recipe_file(tmp_path, STORED),), cache=cache, out=str(tmp_path / "out"), workers=1)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(convert, "write_root", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ablate(config)
+    assert len(stored(config)) == 1
+    ablate(config)
+    assert [point["x"] for point in outcome(config)["series"][0]["points"]] == ["float32", "int8"]
+
+
+def test_a_conversion_is_of_what_the_cache_holds_now(tmp_path: Path) -> None:
+    """Another cache for the same folder, or the same one with more photos, has a conversion of its own."""
+    out = str(tmp_path / "out")
+    for captions in (2, 3):
+        path = make_cache(tmp_path / f"{captions}.zarr", {"train": 40, "test": 20}, captions=captions)
+        config = AblateConfig(recipe=(recipe_file(tmp_path, STORED),), cache=path, out=out, workers=1)
+        ablate(config)
+    assert len(stored(config)) == 2
+    values = {}
+    for folder in ("out", "alone"):
+        ablate(replace(config, out=str(tmp_path / folder)))
+        values[folder] = outcome(replace(config, out=str(tmp_path / folder)))["series"][0]["points"][1]["values"]
+    assert values["out"] == values["alone"]
+    shutil.rmtree(config.cache)
+    make_cache(Path(config.cache), {"train": 40, "test": 20, "dev": 20}, captions=3)
+    ablate(replace(config, split="dev"))
+    assert len(stored(config)) == 3
 
 
 def test_the_projects_recipes_are_recipes() -> None:
