@@ -24,12 +24,15 @@ from saffe_cache.ablation import running
 from saffe_cache.ablation.recipe import read_recipe
 from saffe_cache.cli import ablate_command
 from saffe_cache.evaluation.cost import flops_in_words
+from saffe_cache.evaluation.measuring import reported_data, reported_pairs
 from saffe_cache.features import CacheError
 from saffe_cache.fusion.shape import FamShape
+from saffe_cache.runs import data_fingerprint
 from saffe_cache.store import convert
 from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.reader import open_cache
 from saffe_cache.train import TrainConfig, train_many
+from saffe_cache.training.resolving import resolve_run
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -216,6 +219,36 @@ def test_what_exists_is_not_run_again_and_recipes_share_runs(swept: AblateConfig
     assert {path: after[path] for path in before} == before
     assert len(list((Path(swept.out) / "runs").iterdir())) == 8 + 4
     assert outcome(more, "other")["series"][0]["points"][0]["seeds"] == [0, 1, 2]
+
+
+def test_a_report_of_what_the_split_was_before_is_made_anew(tmp_path: Path) -> None:
+    """And so is one that does not say what it is of, as earlier releases wrote them. Nothing is trained again."""
+    text = STORED.replace('["float32", "int8"]', '"float32"')
+    path = make_cache(tmp_path / "cache.zarr", {"train": 40, "test": 20})
+    config = AblateConfig(recipe=(recipe_file(tmp_path, text),), cache=path, out=str(tmp_path / "out"), workers=1)
+    ablate(config)
+    shutil.rmtree(path)
+    make_cache(Path(path), {"train": 40, "test": 30})
+    ablate(config)
+    [metrics] = Path(config.out).glob("runs/*/*/metrics.json")
+    report = json.loads(metrics.read_text())
+    assert report["num_photos"] == 30
+    assert outcome(config)["series"][0]["points"][0]["values"]["mrr"] == [report["systems"]["fam"]["mrr"]["value"]]
+    metrics.write_text(json.dumps({name: value for name, value in report.items() if name != "data"}))
+    ablate(config)
+    assert json.loads(metrics.read_text())["data"] == report["data"]
+
+
+def test_a_report_of_classes_is_of_those_of_other_splits_too(tmp_path: Path) -> None:
+    """They search as well, and may be taken for a photo's own."""
+    found = []
+    for others in ({}, {"dev": 6}):
+        cache = open_cache(make_cache(tmp_path / f"{len(others)}", {"train": 4, "test": 4} | others, classes=6))
+        spec = resolve_run(TrainConfig(cache="", out="", fusion="linear"), cache)
+        pairs = reported_pairs(cache, spec, "test", "class")
+        found.append((data_fingerprint(cache, spec, pairs), reported_data(cache, spec, pairs)))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] != found[1][1]
 
 
 def test_runs_that_see_the_same_batches_are_trained_side_by_side(
