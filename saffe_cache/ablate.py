@@ -60,6 +60,7 @@ class AblateConfig:
     def __post_init__(self) -> None:
         require(self.together > 0, "together", self.together, "a number above 0")
         require(self.workers is None or self.workers > 0, "workers", self.workers, "a number above 0")
+        require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "each once")
         for seed in self.seeds:
             require_seed("seeds", seed)
         stems = [Path(path).stem for path in self.recipe]

@@ -120,6 +120,16 @@ def test_both_layers_axes_span_a_heat_map(tmp_path: Path) -> None:
         ("[[2], [3]]", "[[2], [2]]", "('one', '2', None) is given twice"),
         ('x = "layers.image"', 'x = "layers.sound"', "says no 'sound'"),
         ("[shared]", "[shared", "not TOML"),
+        ("seeds = [0, 1]", "seeds = []", "seeds: [], expected at least one"),
+        ("seeds = [0, 1]", "seeds = [0, 1, 0]", "seeds: [0, 1, 0], expected whole numbers from 0, each once"),
+        ("seeds = [0, 1]", "seeds = [-1]", "seeds: [-1], expected whole numbers from 0, each once"),
+        (RECIPE[RECIPE.index("seeds") :], "series = []", "series: [], expected at least one"),
+        ('head = ["attention", "mean"]', "head = []", "series 'both': head is empty"),
+        ("layers.image = [[2], [3]]", "layers = []", "series 'one': layers is empty"),
+        ("layers.image = [[2], [3]]", "layers = {}", "series 'one': layers is empty"),
+        ("layers.image = [[2], [3]]", "layers.image = []", "series 'one': layers.image is empty"),
+        ("layers.image = [[2], [3]]", "layers.image = [[2], []]", "series 'one': layers.image is empty"),
+        ("[[2], [3]]", "[[2]]\nlayers.text = []", "series 'one': layers.text is empty"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_its_place(tmp_path: Path, before: str, after: str, told: str) -> None:
@@ -127,6 +137,13 @@ def test_a_wrong_recipe_is_refused_with_its_place(tmp_path: Path, before: str, a
     with pytest.raises(ValueError, match=r"layers\.toml: ") as caught:
         read_recipe(path)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("seeds", [(0, 0), (-1,), (2**63,)])
+def test_seeds_are_each_given_once(seeds: tuple[int, ...]) -> None:
+    """Or one run would count as several, of which an interval is of no width."""
+    with pytest.raises(ValueError, match="--seeds: found "):
+        AblateConfig(recipe=("a.toml",), cache="c", out="o", seeds=seeds)
 
 
 def test_points_hold_the_numbers_of_their_reports(swept: AblateConfig) -> None:
