@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quick_runs import quick_train, report_of
 from synthetic_cache import WIDTH, make_cache
 
 from saffe_cache.ablate import AblateConfig, ablate, exit_status
@@ -24,10 +25,10 @@ from saffe_cache.ablation import running
 from saffe_cache.ablation.recipe import read_recipe
 from saffe_cache.cli import ablate_command
 from saffe_cache.evaluation.cost import flops_in_words
-from saffe_cache.evaluation.measuring import reported_data, reported_pairs
+from saffe_cache.evaluation.measuring import ProtocolName, metric_names, reported_data, reported_pairs
 from saffe_cache.features import CacheError
 from saffe_cache.fusion.shape import FamShape
-from saffe_cache.runs import data_fingerprint
+from saffe_cache.runs import data_fingerprint, load_run
 from saffe_cache.store import convert
 from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.reader import open_cache
@@ -139,6 +140,49 @@ def test_a_wrong_recipe_is_refused_with_its_place(tmp_path: Path, before: str, a
     assert told in str(caught.value)
 
 
+def test_cells_of_several_protocols_are_refused_before_anything_is_trained(cache: str, tmp_path: Path) -> None:
+    """In either order; what one --protocol measures of all of them is one table, and what it cannot is refused too."""
+    for texts in ('["null", "first_caption"]', '["first_caption", "null"]'):
+        text = STORED.replace('storage = ["float32", "int8"]', f"gallery_text = {texts}").replace(
+            "storage", "gallery_text"
+        )
+        config = AblateConfig(recipe=(recipe_file(tmp_path, text),), cache=cache, out=str(tmp_path / "out"), workers=1)
+        with pytest.raises(
+            ValueError, match=r"layers\.toml: found .* (caption|metadata) .* and (caption|metadata) .*--pro"
+        ):
+            ablate(config)
+        with pytest.raises(ValueError, match="--gallery-text null, it has not learned to fuse"):
+            ablate(replace(config, protocol="metadata"))
+    assert not list((tmp_path / "out").rglob("config.json"))
+    ablate(replace(config, protocol="caption"))
+    assert outcome(config)["protocol"] == "caption"
+
+
+def test_a_metric_that_the_protocol_has_not_is_refused_before_anything_is_trained(cache: str, tmp_path: Path) -> None:
+    for metric in ("recall@1", "top1"):
+        path = recipe_file(tmp_path, f'metric = "{metric}"\n{RECIPE}')
+        with pytest.raises(ValueError, match=rf"layers\.toml: metric: '{metric}', expected .* caption .*recall_at_1, "):
+            ablate(AblateConfig(recipe=(path,), cache=cache, out=str(tmp_path / "out")))
+    assert not list((tmp_path / "out").rglob("config.json"))
+
+
+@pytest.mark.parametrize(
+    ("classes", "protocols"), [(0, ("caption", "metadata", "rerank")), (7, ("class", "candidate", "rerank", "image"))]
+)
+def test_scores_are_called_what_is_said_before_there_are_any(
+    tmp_path: Path, classes: int, protocols: Sequence[ProtocolName]
+) -> None:
+    path = make_cache(tmp_path / "cache.zarr", {"train": 40, "test": 21}, classes=classes, captions=3)
+    matching = {"objective": {"info_nce": 1.0, "matching": 1.0}}
+    options: dict[str, Any] = matching if classes else {"gallery_text": "first_caption"}
+    run = quick_train(path, tmp_path / "run", epochs=1, fusion="concat", **options)
+    cache = open_cache(path)
+    spec, _, _ = load_run(run, cache)
+    for protocol in protocols:
+        scores = report_of(path, run, protocol=protocol)["systems"]["fam"]
+        assert list(scores) == metric_names(cache, spec, protocol)
+
+
 @pytest.mark.parametrize("seeds", [(0, 0), (-1,), (2**63,)])
 def test_seeds_are_each_given_once(seeds: tuple[int, ...]) -> None:
     """Or one run would count as several, of which an interval is of no width."""
@@ -197,6 +241,31 @@ def test_points_hold_the_flops_of_fusing_one_photo_where_reports_count_them(swep
     finally:
         for path, text in reports.items():
             path.write_text(text)
+
+
+def test_a_line_is_what_all_cells_agree_on_and_columns_are_those_of_all_cells(swept: AblateConfig) -> None:
+    """Cells of several encoders have cosines of their own, and some have none."""
+    [line] = outcome(swept)["lines"]
+    assert line["name"] == "pooled_cosine"
+    folder = Path(swept.out) / "layers"
+    first = outcome(swept)["series"][0]["points"][0]
+    reports = {path: path.read_text() for path in (folder / name / "metrics.json" for name in first["reports"])}
+    try:
+        for other in (0.5, None):
+            for path, text in reports.items():
+                content = json.loads(text)
+                if other is None:
+                    del content["systems"]["pooled_cosine"]
+                else:
+                    content["systems"]["pooled_cosine"]["mrr"]["value"] = other
+                path.write_text(json.dumps(content))
+            ablate(swept)
+            assert outcome(swept)["lines"] == []
+        assert "| pooled_cosine |" in (folder / "table.md").read_text()
+    finally:
+        for path, text in reports.items():
+            path.write_text(text)
+        ablate(swept)
 
 
 def test_a_control_that_failed_in_a_cell_is_the_exit_status(swept: AblateConfig) -> None:

@@ -27,20 +27,20 @@ def outcome(recipe: Recipe, jobs: Jobs, caches: Mapping[str, Cache], folder: Pat
 
     Args:
         recipe: what was varied.
-        jobs: all of them done.
+        jobs: all of them done, and reported by one protocol.
         caches: those that they ran on, by their path.
         folder: that ablation.json will lie in; reports are named from there.
         workers: processes that ran side by side.
     """
     series: dict[str, list[dict[str, Any]]] = {}
-    first: dict[str, Any] = {}
+    reports: list[dict[str, Any]] = []
     for number, cell in enumerate(recipe.cells):
-        reports = [read_json(Path(job.report.out or "") / "metrics.json") for job in jobs[number]]
-        first = first or reports[0]
-        series.setdefault(cell.series, []).append(_point(cell, jobs[number], reports, folder))
+        of_cell = [read_json(Path(job.report.out or "") / "metrics.json") for job in jobs[number]]
+        series.setdefault(cell.series, []).append(_point(cell, jobs[number], of_cell, folder))
+        reports += of_cell
+    first = reports[0]
     metric = recipe.metric or main_metric(first["protocol"])
     distinct = {job.config.out: job for of_cell in jobs.values() for job in of_cell}
-    free = {name: of for name, of in first["systems"].items() if name in ("pooled_cosine", "zero_shot")}
     return {
         "title": recipe.title,
         "question": recipe.question,
@@ -52,10 +52,20 @@ def outcome(recipe: Recipe, jobs: Jobs, caches: Mapping[str, Cache], folder: Pat
         "x_label": recipe.x_label,
         "y_label": recipe.y_label,
         "series": [{"name": name, "points": points} for name, points in series.items()],
-        "lines": [{"name": name, "metric": metric, "value": of[metric]["value"]} for name, of in free.items()],
+        "lines": _lines(metric, reports),
         "published": [vars(one) for one in recipe.published],
         "ledger": _ledger(list(distinct.values()), caches, workers),
     }
+
+
+def _lines(metric: str, reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What needs neither layers nor training, where it is the same in all reports; cells of several encoders differ."""
+    found = []
+    for name in ("pooled_cosine", "zero_shot"):
+        values = {report["systems"].get(name, {}).get(metric, {}).get("value") for report in reports}
+        if len(values) == 1 and None not in values:
+            found.append({"name": name, "metric": metric, "value": values.pop()})
+    return found
 
 
 def _point(cell: Cell, jobs: Sequence[Job], reports: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
@@ -149,7 +159,7 @@ def as_table(found: Mapping[str, Any]) -> str:
     """Markdown: percent, mean and 95 % interval over seeds; of the baselines and one control the mean."""
     points = [(series["name"], point) for series in found["series"] for point in series["points"]]
     metric = found["metric"]
-    names = [name for name in points[0][1]["baselines"] if metric in points[0][1]["baselines"][name]]
+    names = list(dict.fromkeys(name for _, point in points for name, of in point["baselines"].items() if metric in of))
     where = [found["x_label"], found["y_label"]] if found["y_label"] else [found["x_label"]]
     head = ["series", *where, metric, *names, "photos shuffled", "chance", "best epoch", "parameters"]
     head += ["FLOPs a photo", "seconds"]

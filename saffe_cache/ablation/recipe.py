@@ -71,6 +71,8 @@ class Cell:
 class Recipe:
     """What is varied, and what is looked at."""
 
+    path: str
+    """Where it was read, for messages."""
     title: str
     question: str
     x_label: str
@@ -107,6 +109,7 @@ def read_recipe(path: str | Path) -> Recipe:
     if twice:
         raise ValueError(f"{path}: {twice[0]} is given twice. Give each series and value once, or another x.")
     return Recipe(
+        path=str(path),
         title=parts.title,
         question=parts.question,
         x_label=parts.x_label,

@@ -21,7 +21,7 @@ from saffe_cache.judging.pair_scores import PairScores, score_all_pairs, score_c
 from saffe_cache.judging.search import Search, SearchName, make_search
 from saffe_cache.pairs import PairKind, Pairs, select_pairs
 from saffe_cache.retrieval.candidates import candidate_scores, dealt_map, reordered, reranked_scores
-from saffe_cache.retrieval.protocols import Scores, image_scores
+from saffe_cache.retrieval.protocols import MAP_K, RECALL_KS, Scores, image_scores
 from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks, top_k
 from saffe_cache.runs import RunSpec, data_fingerprint
 from saffe_cache.store.reader import Cache
@@ -70,6 +70,25 @@ def reported_data(cache: Cache, spec: RunSpec, pairs: Pairs) -> str:
     classes = [hashes[rows].tobytes().hex() for rows in cache.table.class_texts] if pairs.kind == "classes" else []
     told = canonical_json([data_fingerprint(cache, spec, pairs), classes])
     return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def metric_names(cache: Cache, spec: RunSpec, protocol: ProtocolName) -> list[str]:
+    """What the scores of a run are called, before there are any."""
+    first_ranks = [*(f"recall_at_{k}" for k in RECALL_KS), "mrr", "median_rank"]
+    of_classes = ["map", f"map_at_{MAP_K}"]
+    match protocol:
+        case "caption":
+            return [*first_ranks, *(f"image_to_text_{name}" for name in first_ranks)]
+        case "class":
+            return [*of_classes, "top1"]
+        case "metadata" | "rerank":
+            return ["map", *first_ranks]
+        case "candidate":
+            top5 = ["top5"] if len(cache.table.class_names) > 5 else []
+            matching = ["map_matching", "top1_matching"] if spec.shape.matches else []
+            return [*of_classes, "top1", *top5, "top1_prior_removed", *matching]
+        case "image":
+            return [*of_classes, "recall_at_1"]
 
 
 class Arrangement(NamedTuple):
