@@ -294,6 +294,33 @@ def test_the_ledger_counts_what_was_seen(swept: AblateConfig) -> None:
     assert "10 photos/s and 10 texts/s, 3 threads" in ledger["basis"]
 
 
+def test_the_ledger_counts_what_runs_and_reports_tell(swept: AblateConfig) -> None:
+    """Whichever of several commands made them. Runs that are trained together share what they tell."""
+    runs = sorted((Path(swept.out) / "runs").iterdir())
+    results = {path / "result.json": (path / "result.json").read_text() for path in runs}
+    evaluation = sum(
+        json.loads(path.read_text())["cost"]["evaluation_seconds"]
+        for path in (Path(swept.out) / "runs").glob("*/*/metrics.json")
+    )
+    control = sum(
+        json.loads((path / "permuted" / "log.jsonl").read_text().splitlines()[-1])["seconds"] for path in runs
+    )
+    assert control > 0
+    try:
+        for path, text in results.items():
+            path.write_text(json.dumps(json.loads(text) | {"seconds": 600.0}))
+        ablate(replace(swept, workers=2))
+        ledger = outcome(swept)["ledger"]
+        assert ledger["training_seconds"] == 4800
+        assert ledger["control_seconds"] == pytest.approx(control)
+        assert ledger["wall_seconds"] == pytest.approx((4800 + control + evaluation) / 2)
+        assert "(2 at a time; added up, 80.0 min of training, " in (Path(swept.out) / "layers" / "table.md").read_text()
+    finally:
+        for path, text in results.items():
+            path.write_text(text)
+        ablate(swept)
+
+
 def test_what_exists_is_not_run_again_and_recipes_share_runs(swept: AblateConfig, tmp_path: Path) -> None:
     before = modified(swept)
     ablate(swept)
@@ -361,19 +388,19 @@ def test_a_killed_sweep_goes_on(cache: str, tmp_path: Path, kill: signal.Signals
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     sweep = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(out.glob("runs/*/sweep.json")):
+    while not list(out.glob("runs/*/*/metrics.json")):
         assert sweep.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     sweep.send_signal(kill)
     sweep.wait(timeout=60)
-    done = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/sweep.json")}
+    done = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/metrics.json")}
     assert 1 <= len(done) < 8
     arguments[-1] = "1"
     while (status := ablate_command(arguments)) and time.monotonic() < deadline:
         time.sleep(0.5)  # until its workers have let go of the runs that they were at
     assert status == 0
-    assert len(list(out.glob("runs/*/sweep.json"))) == 8
+    assert len(list(out.glob("runs/*/*/metrics.json"))) == 8
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert (out / "layers" / "ablation.json").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,23 +107,29 @@ def _point(cell: Cell, jobs: Sequence[Job], reports: Sequence[Mapping[str, Any]]
 
 
 def _ledger(jobs: Sequence[Job], caches: Mapping[str, Cache], workers: int) -> dict[str, Any]:
-    """What the runs took, each counted once, and what encoders in the loop would have taken (null where unknown)."""
+    """What the runs took, each counted once, and what encoders in the loop would have taken (null where unknown).
+
+    Runs and reports tell it themselves, whichever commands they were made by; loading and starting are not in it.
+    """
     cache = next(iter(caches.values()))
     results: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    evaluation = 0.0
+    evaluation = control = 0.0
     for job in jobs:
         spec = read_json(Path(job.config.out) / "config.json")["run"]
         result = read_json(Path(job.config.out) / "result.json")
         results.setdefault((spec["gallery_key"], spec["text_key"]), []).append(result)
+        control += _control_seconds(job)
         evaluation += read_json(Path(job.report.out or "") / "metrics.json")["cost"]["evaluation_seconds"]
+    training = sum(one["seconds"] for of in results.values() for one in of)
     costs = [reencoding(cache.encoders[mine], cache.encoders[other], of) for (mine, other), of in results.items()]
     known = [one for one in costs if one is not None]
     arrays = [array for encoder in cache.encoders.values() for array in encoder.manifest.arrays.values()]
     return {
         "extraction_seconds": extraction_seconds(cache),
-        "training_seconds": sum(one["seconds"] for of in results.values() for one in of),
+        "training_seconds": training,
+        "control_seconds": control,
         "evaluation_seconds": evaluation,
-        "wall_seconds": sum(job.seconds for job in jobs) / workers,
+        "wall_seconds": (training + control + evaluation) / workers,
         "workers": workers,
         "cache_bytes": sum(array.rows * array.spec.row_bytes for array in arrays),
         "num_runs": len(jobs),
@@ -133,6 +140,12 @@ def _ledger(jobs: Sequence[Job], caches: Mapping[str, Cache], workers: int) -> d
         "text_seconds": known[0].text_seconds if known else None,
         "basis": known[0].basis if known else "nothing in the cache tells how long its encoders take",
     }
+
+
+def _control_seconds(job: Job) -> float:
+    """Of its training on permuted pairs, which result.json leaves out."""
+    log = Path(job.config.out) / "permuted" / "log.jsonl"
+    return float(json.loads(log.read_text().splitlines()[-1])["seconds"]) if log.exists() else 0.0
 
 
 def as_csv(found: Mapping[str, Any]) -> str:
@@ -189,9 +202,11 @@ def as_table(found: Mapping[str, Any]) -> str:
 
 def _told(ledger: Mapping[str, Any]) -> str:
     """The ledger in words."""
+    parts = ("extraction", "training", "control", "evaluation", "wall")
+    extraction, training, control, evaluation, wall = (_minutes(ledger[f"{part}_seconds"]) for part in parts)
     spent = (
-        f"{ledger['num_runs']} runs in {_minutes(ledger['wall_seconds'])} ({ledger['workers']} at a time) after one "
-        f"extraction of {_minutes(ledger['extraction_seconds'])}; "
+        f"{ledger['num_runs']} runs in about {wall} ({ledger['workers']} at a time; added up, {training} of training, "
+        f"{control} of controls, {evaluation} of reports) after one extraction of {extraction}; "
     )
     if ledger["re_encoding_seconds"] is None:
         return f"{spent}{ledger['basis']}"

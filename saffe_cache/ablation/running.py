@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import re
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -27,15 +26,13 @@ from tqdm import tqdm
 from saffe_cache.evaluate import EvaluateConfig, evaluate
 from saffe_cache.evaluation.measuring import reported_data, reported_pairs
 from saffe_cache.features import canonical_json
-from saffe_cache.runs import RunSpec, data_fingerprint, num_cores, read_json, training_pairs, write_json
+from saffe_cache.runs import RunSpec, data_fingerprint, num_cores, read_json, training_pairs
 from saffe_cache.store.reader import Cache
 from saffe_cache.train import TrainConfig, same_batches, train_many
 from saffe_cache.training.resolving import resolve_run
 
 _PLACES = {"cache", "out", "device", "residency", "checkpoint_seconds", "tensorboard"}
 """What does not change a run's outcome."""
-_TOOK = "sweep.json"
-"""In a run's folder: what it and its reports took."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        return (Path(self.config.out) / _TOOK).exists() and self._is_reported
+        return (Path(self.config.out) / "result.json").exists() and self._is_reported
 
     @property
     def _is_reported(self) -> bool:
@@ -59,10 +56,6 @@ class Job:
         found = read_json(path) if path.exists() else {}
         asked = json.loads(json.dumps(asdict(self.report)))
         return (found.get("config"), found.get("data")) == (asked, self.reported)
-
-    @property
-    def seconds(self) -> float:
-        return float(read_json(Path(self.config.out) / _TOOK)["seconds"])
 
     def judge(self) -> None:
         if not self._is_reported:
@@ -205,11 +198,7 @@ def _end_with_parent() -> None:
 
 def _work(jobs: Sequence[Job]) -> int:
     """Train some runs side by side, report on each, and return their number."""
-    started = time.perf_counter()
     train_many([job.config for job in jobs])
-    training = (time.perf_counter() - started) / len(jobs)
     for job in jobs:
-        started = time.perf_counter()
         job.judge()
-        write_json(Path(job.config.out) / _TOOK, {"seconds": round(training + time.perf_counter() - started, 1)})
     return len(jobs)
