@@ -39,7 +39,9 @@ from saffe_cache.options import require
 from saffe_cache.pairs import gallery_modality, pair_kind
 from saffe_cache.retrieval.metrics import seed_interval
 from saffe_cache.runs import read_json, write_json
+from saffe_cache.store.identity import content_hash
 from saffe_cache.store.reader import EncoderCache, open_cache
+from saffe_cache.store.storage import Storage
 
 ALONE, BESIDE = "photos alone", "a text beside each photo"
 NO_FAM = {ALONE: "ridge", BESIDE: "late_fusion_ridge"}
@@ -147,8 +149,8 @@ def fused_layers(encoder: EncoderCache) -> list[int]:
 
 
 def measure(setting: Setting, work: Path, layer: int) -> dict[str, Any]:
-    """What saffe-align says of one combination; once."""
-    out = work / "align" / f"{setting.modality}-{layer}"
+    """What saffe-align says of one combination; once for what the cache holds."""
+    out = work / "align" / f"{setting.modality}-{layer}-{content_hash(Storage(setting.cache))}"
     layers: dict[str, tuple[int, ...]] = {setting.modality: (layer,), "text": (setting.text_layer,)}
     config = AlignConfig(cache=setting.cache, out=str(out), layers=layers, encoder=setting.encoder)
     file = out / "alignment.json"

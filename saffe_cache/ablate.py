@@ -11,15 +11,14 @@ from saffe_cache.ablation.lacking import check_cache
 from saffe_cache.ablation.outcome import as_csv, as_table, outcome
 from saffe_cache.ablation.recipe import Recipe, read_recipe
 from saffe_cache.ablation.running import Job, Planner, run_jobs
+from saffe_cache.ablation.storing import stored_as
 from saffe_cache.durable import hold_folder, make_folder, write_whole
 from saffe_cache.evaluate import EvaluateConfig
-from saffe_cache.evaluation.measuring import ProtocolName
+from saffe_cache.evaluation.measuring import ProtocolName, metric_names
 from saffe_cache.evaluation.systems import BaselineChoice
-from saffe_cache.features import CacheError
 from saffe_cache.judging.search import own_protocol
 from saffe_cache.options import positional, require, require_seed
 from saffe_cache.runs import choose_device, num_cores, read_json, write_json
-from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.training.resolving import resolve_run
 
@@ -46,7 +45,7 @@ class AblateConfig:
     split: str = "test"
     """Split to report on; the best epoch is chosen as the recipe's validation says."""
     protocol: ProtocolName | None = None
-    """As for saffe-index-eval. Default: as the runs are trained."""
+    """As for saffe-index-eval. Default: as the runs are trained, all of a recipe for the same one."""
     seeds: tuple[int, ...] = ()
     """Seeds in the place of the recipe's."""
     baselines: BaselineChoice = "linear"
@@ -61,6 +60,7 @@ class AblateConfig:
     def __post_init__(self) -> None:
         require(self.together > 0, "together", self.together, "a number above 0")
         require(self.workers is None or self.workers > 0, "workers", self.workers, "a number above 0")
+        require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "each once")
         for seed in self.seeds:
             require_seed("seeds", seed)
         stems = [Path(path).stem for path in self.recipe]
@@ -80,9 +80,11 @@ def ablate(config: AblateConfig) -> str:
     recipes = {Path(path).stem: read_recipe(path) for path in config.recipe}
     workers = config.workers or (min(_MOST_WORKERS, num_cores()) if choose_device(config.device) == "cpu" else 1)
     with hold_folder(out):
+        base = open_cache(config.cache)
         cells = (cell for recipe in recipes.values() for cell in recipe.cells)
-        check_cache(open_cache(config.cache), (cell.config(config.cache, config.out, 0, "cpu") for cell in cells))
-        planned = {name: _plan(config, recipe, out) for name, recipe in recipes.items()}
+        check_cache(base, (cell.config(config.cache, config.out, 0, "cpu") for cell in cells))
+        protocols = {name: _protocol(config, recipe, base) for name, recipe in recipes.items()}
+        planned = {name: _plan(config, recipe, protocols[name], base) for name, recipe in recipes.items()}
         for name, plan in planned.items():
             distinct = {job.config.out: job for jobs in plan.jobs.values() for job in jobs}
             done = sum(job.is_done for job in distinct.values())
@@ -124,59 +126,51 @@ class _Plan:
     caches: Mapping[str, Cache]
 
 
-def _plan(config: AblateConfig, recipe: Recipe, out: Path) -> _Plan:
-    base = open_cache(config.cache)
-    seeds = config.seeds or recipe.seeds
-    runs = str(out / "runs")
-    device = choose_device(config.device)
-    caches = {config.cache: base}
-    planners: dict[tuple[str, str], Planner] = {}
-    jobs: dict[int, list[Job]] = {}
-    for number, cell in enumerate(recipe.cells):
-        path = _stored_as(config.cache, base, cell.settings.get("storage"), out / "caches")
-        if path not in caches:
-            caches[path] = open_cache(path)
-        for seed in seeds:
-            one = cell.config(path, runs, seed, device)
-            protocol = config.protocol or own_protocol(resolve_run(one, caches[path]))
-            if (path, protocol) not in planners:
-                report = EvaluateConfig(
-                    cache=path,
-                    run=runs,
-                    split=config.split,
-                    protocol=protocol,
-                    baselines=config.baselines,
-                    baseline_layers="run",
-                    device=device,
-                )
-                planners[path, protocol] = Planner(caches[path], report, out / "runs")
-            jobs.setdefault(number, []).append(planners[path, protocol].job(one))
-    return _Plan(jobs, caches)
-
-
-_NARROWER = {"float32": ("float16", "bfloat16", "int8", "float8"), "float16": ("int8", "float8")}
-"""What a storage type holds enough for."""
-
-
-def _stored_as(path: str, cache: Cache, storage: str | None, folder: Path) -> str:
-    """The cache, or one made of it with hidden states of another type.
+def _protocol(config: AblateConfig, recipe: Recipe, cache: Cache) -> ProtocolName:
+    """That of all cells, which one table holds; its scores have the recipe's metric.
 
     Raises:
-        CacheError: its own type has not the numbers of the other.
+        ValueError: cells have several protocols, or scores of another name.
     """
-    own = {
-        encoder.manifest.arrays[f"hidden_states/{layer}"].spec.dtype
-        for encoder in cache.encoders.values()
-        for layer in encoder.manifest.layers
-    }
-    if storage is None or own == {storage}:
-        return path
-    if any(storage not in _NARROWER.get(dtype, ()) for dtype in own):
-        raise CacheError(
-            f"{path}: it stores {', '.join(sorted(own))}, from which {storage} cannot be made. Extract a cache with "
-            "--storage float32."
+    specs = [resolve_run(cell.config(config.cache, config.out, 0, "cpu"), cache) for cell in recipe.cells]
+    chosen = {config.protocol or own_protocol(spec): cell for spec, cell in zip(specs, recipe.cells, strict=True)}
+    if len(chosen) > 1:
+        told = " and ".join(f"{name} (as series {cell.series!r}, {cell.x})" for name, cell in chosen.items())
+        raise ValueError(
+            f"{recipe.path}: found cells that are trained for the protocols {told}, expected one for all cells of a "
+            "table. Make a recipe of each, or choose --protocol."
         )
-    converted = folder / f"{storage}.zarr"
-    if not converted.exists():
-        convert_cache(path, converted, storage_type=storage)
-    return str(converted)
+    [protocol] = chosen
+    for spec, cell in zip(specs, recipe.cells, strict=True):
+        names = metric_names(cache, spec, protocol)
+        if recipe.metric not in (None, *names):
+            raise ValueError(
+                f"{recipe.path}: metric: {recipe.metric!r}, expected one that protocol {protocol} has for series "
+                f"{cell.series!r}, {cell.x}: {', '.join(names)}."
+            )
+    return protocol
+
+
+def _plan(config: AblateConfig, recipe: Recipe, protocol: ProtocolName, base: Cache) -> _Plan:
+    out, device = Path(config.out), choose_device(config.device)
+    caches = {config.cache: base}
+    planners: dict[str, Planner] = {}
+    jobs: dict[int, list[Job]] = {}
+    for number, cell in enumerate(recipe.cells):
+        path = stored_as(config.cache, base, cell.settings.get("storage"), out / "caches")
+        if path not in caches:
+            caches[path] = open_cache(path)
+        if path not in planners:
+            report = EvaluateConfig(
+                cache=path,
+                run=str(out / "runs"),
+                split=config.split,
+                protocol=protocol,
+                baselines=config.baselines,
+                baseline_layers="run",
+                device=device,
+            )
+            planners[path] = Planner(caches[path], report, out / "runs")
+        configs = (cell.config(path, config.out, seed, device) for seed in config.seeds or recipe.seeds)
+        jobs[number] = [planners[path].job(one) for one in configs]
+    return _Plan(jobs, caches)

@@ -24,6 +24,8 @@ from saffe_cache.evaluation.measuring import (
     Setting,
     candidate_protocol,
     image_protocol,
+    reported_data,
+    reported_pairs,
     rerank_protocol,
     search_protocol,
     with_true_texts,
@@ -34,7 +36,7 @@ from saffe_cache.fam_inputs import FamInputs
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.judging.search import SearchName, own_protocol
 from saffe_cache.options import require, require_seed
-from saffe_cache.pairs import PairKind, Pairs, select_pairs
+from saffe_cache.pairs import Pairs
 from saffe_cache.retrieval.index import IndexKind, build_index, recall_of_index, require_size, save_index
 from saffe_cache.retrieval.metrics import paired_bootstrap
 from saffe_cache.retrieval.protocols import Scores
@@ -138,6 +140,7 @@ def evaluate(config: EvaluateConfig) -> str:
             "definition": _definition(config, name),
             "split": config.split,
             "warnings": _warnings(spec, config, setting.pairs, name),
+            "data": reported_data(cache, spec, setting.pairs),
             "num_photos": len(setting.pairs),
             "num_queries": protocol.num_queries,
             "num_unusable_items": setting.pairs.num_unusable,
@@ -214,16 +217,7 @@ def _setting(
     config: EvaluateConfig, cache: Cache, spec: RunSpec, name: ProtocolName, training: Pairs, device: str
 ) -> Setting:
     """The pairs of the split, as the protocol needs them."""
-    gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
-    beside = name == "metadata"
-    if beside and spec.gallery_text != "first_caption":
-        raise ValueError(
-            f"--protocol metadata: the run was trained with --gallery-text {spec.gallery_text}, it has not learned to "
-            "fuse. Train with --gallery-text first_caption."
-        )
-    by_class = name in ("class", "candidate", "image") or (name == "rerank" and spec.pairs == "classes")
-    kind: PairKind = "classes" if by_class else "captions"
-    pairs = select_pairs(cache.table, gallery, text, config.split, kind, first_beside=beside)
+    pairs = reported_pairs(cache, spec, config.split, name)
     require_size(config.index, len(pairs))
     setting = Setting(FamInputs(cache, spec, device), pairs, training.rows, config.seed)
     return with_true_texts(setting) if config.leak_true_text else setting

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quick_runs import quick_train, report_of
 from synthetic_cache import WIDTH, make_cache
 
 from saffe_cache.ablate import AblateConfig, ablate, exit_status
@@ -23,11 +25,15 @@ from saffe_cache.ablation import running
 from saffe_cache.ablation.recipe import read_recipe
 from saffe_cache.cli import ablate_command
 from saffe_cache.evaluation.cost import flops_in_words
+from saffe_cache.evaluation.measuring import ProtocolName, metric_names, reported_data, reported_pairs
 from saffe_cache.features import CacheError
 from saffe_cache.fusion.shape import FamShape
+from saffe_cache.runs import data_fingerprint, load_run
+from saffe_cache.store import convert
 from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.reader import open_cache
 from saffe_cache.train import TrainConfig, train_many
+from saffe_cache.training.resolving import resolve_run
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -115,6 +121,16 @@ def test_both_layers_axes_span_a_heat_map(tmp_path: Path) -> None:
         ("[[2], [3]]", "[[2], [2]]", "('one', '2', None) is given twice"),
         ('x = "layers.image"', 'x = "layers.sound"', "says no 'sound'"),
         ("[shared]", "[shared", "not TOML"),
+        ("seeds = [0, 1]", "seeds = []", "seeds: [], expected at least one"),
+        ("seeds = [0, 1]", "seeds = [0, 1, 0]", "seeds: [0, 1, 0], expected whole numbers from 0, each once"),
+        ("seeds = [0, 1]", "seeds = [-1]", "seeds: [-1], expected whole numbers from 0, each once"),
+        (RECIPE[RECIPE.index("seeds") :], "series = []", "series: [], expected at least one"),
+        ('head = ["attention", "mean"]', "head = []", "series 'both': head is empty"),
+        ("layers.image = [[2], [3]]", "layers = []", "series 'one': layers is empty"),
+        ("layers.image = [[2], [3]]", "layers = {}", "series 'one': layers is empty"),
+        ("layers.image = [[2], [3]]", "layers.image = []", "series 'one': layers.image is empty"),
+        ("layers.image = [[2], [3]]", "layers.image = [[2], []]", "series 'one': layers.image is empty"),
+        ("[[2], [3]]", "[[2]]\nlayers.text = []", "series 'one': layers.text is empty"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_its_place(tmp_path: Path, before: str, after: str, told: str) -> None:
@@ -122,6 +138,56 @@ def test_a_wrong_recipe_is_refused_with_its_place(tmp_path: Path, before: str, a
     with pytest.raises(ValueError, match=r"layers\.toml: ") as caught:
         read_recipe(path)
     assert told in str(caught.value)
+
+
+def test_cells_of_several_protocols_are_refused_before_anything_is_trained(cache: str, tmp_path: Path) -> None:
+    """In either order; what one --protocol measures of all of them is one table, and what it cannot is refused too."""
+    for texts in ('["null", "first_caption"]', '["first_caption", "null"]'):
+        text = STORED.replace('storage = ["float32", "int8"]', f"gallery_text = {texts}").replace(
+            "storage", "gallery_text"
+        )
+        config = AblateConfig(recipe=(recipe_file(tmp_path, text),), cache=cache, out=str(tmp_path / "out"), workers=1)
+        with pytest.raises(
+            ValueError, match=r"layers\.toml: found .* (caption|metadata) .* and (caption|metadata) .*--pro"
+        ):
+            ablate(config)
+        with pytest.raises(ValueError, match="--gallery-text null, it has not learned to fuse"):
+            ablate(replace(config, protocol="metadata"))
+    assert not list((tmp_path / "out").rglob("config.json"))
+    ablate(replace(config, protocol="caption"))
+    assert outcome(config)["protocol"] == "caption"
+
+
+def test_a_metric_that_the_protocol_has_not_is_refused_before_anything_is_trained(cache: str, tmp_path: Path) -> None:
+    for metric in ("recall@1", "top1"):
+        path = recipe_file(tmp_path, f'metric = "{metric}"\n{RECIPE}')
+        with pytest.raises(ValueError, match=rf"layers\.toml: metric: '{metric}', expected .* caption .*recall_at_1, "):
+            ablate(AblateConfig(recipe=(path,), cache=cache, out=str(tmp_path / "out")))
+    assert not list((tmp_path / "out").rglob("config.json"))
+
+
+@pytest.mark.parametrize(
+    ("classes", "protocols"), [(0, ("caption", "metadata", "rerank")), (7, ("class", "candidate", "rerank", "image"))]
+)
+def test_scores_are_called_what_is_said_before_there_are_any(
+    tmp_path: Path, classes: int, protocols: Sequence[ProtocolName]
+) -> None:
+    path = make_cache(tmp_path / "cache.zarr", {"train": 40, "test": 21}, classes=classes, captions=3)
+    matching = {"objective": {"info_nce": 1.0, "matching": 1.0}}
+    options: dict[str, Any] = matching if classes else {"gallery_text": "first_caption"}
+    run = quick_train(path, tmp_path / "run", epochs=1, fusion="concat", **options)
+    cache = open_cache(path)
+    spec, _, _ = load_run(run, cache)
+    for protocol in protocols:
+        scores = report_of(path, run, protocol=protocol)["systems"]["fam"]
+        assert list(scores) == metric_names(cache, spec, protocol)
+
+
+@pytest.mark.parametrize("seeds", [(0, 0), (-1,), (2**63,)])
+def test_seeds_are_each_given_once(seeds: tuple[int, ...]) -> None:
+    """Or one run would count as several, of which an interval is of no width."""
+    with pytest.raises(ValueError, match="--seeds: found "):
+        AblateConfig(recipe=("a.toml",), cache="c", out="o", seeds=seeds)
 
 
 def test_points_hold_the_numbers_of_their_reports(swept: AblateConfig) -> None:
@@ -177,6 +243,31 @@ def test_points_hold_the_flops_of_fusing_one_photo_where_reports_count_them(swep
             path.write_text(text)
 
 
+def test_a_line_is_what_all_cells_agree_on_and_columns_are_those_of_all_cells(swept: AblateConfig) -> None:
+    """Cells of several encoders have cosines of their own, and some have none."""
+    [line] = outcome(swept)["lines"]
+    assert line["name"] == "pooled_cosine"
+    folder = Path(swept.out) / "layers"
+    first = outcome(swept)["series"][0]["points"][0]
+    reports = {path: path.read_text() for path in (folder / name / "metrics.json" for name in first["reports"])}
+    try:
+        for other in (0.5, None):
+            for path, text in reports.items():
+                content = json.loads(text)
+                if other is None:
+                    del content["systems"]["pooled_cosine"]
+                else:
+                    content["systems"]["pooled_cosine"]["mrr"]["value"] = other
+                path.write_text(json.dumps(content))
+            ablate(swept)
+            assert outcome(swept)["lines"] == []
+        assert "| pooled_cosine |" in (folder / "table.md").read_text()
+    finally:
+        for path, text in reports.items():
+            path.write_text(text)
+        ablate(swept)
+
+
 def test_a_control_that_failed_in_a_cell_is_the_exit_status(swept: AblateConfig) -> None:
     """Of this command's recipes alone: others may lie in the same folder."""
     assert exit_status(swept) == 0
@@ -203,6 +294,33 @@ def test_the_ledger_counts_what_was_seen(swept: AblateConfig) -> None:
     assert "10 photos/s and 10 texts/s, 3 threads" in ledger["basis"]
 
 
+def test_the_ledger_counts_what_runs_and_reports_tell(swept: AblateConfig) -> None:
+    """Whichever of several commands made them. Runs that are trained together share what they tell."""
+    runs = sorted((Path(swept.out) / "runs").iterdir())
+    results = {path / "result.json": (path / "result.json").read_text() for path in runs}
+    evaluation = sum(
+        json.loads(path.read_text())["cost"]["evaluation_seconds"]
+        for path in (Path(swept.out) / "runs").glob("*/*/metrics.json")
+    )
+    control = sum(
+        json.loads((path / "permuted" / "log.jsonl").read_text().splitlines()[-1])["seconds"] for path in runs
+    )
+    assert control > 0
+    try:
+        for path, text in results.items():
+            path.write_text(json.dumps(json.loads(text) | {"seconds": 600.0}))
+        ablate(replace(swept, workers=2))
+        ledger = outcome(swept)["ledger"]
+        assert ledger["training_seconds"] == 4800
+        assert ledger["control_seconds"] == pytest.approx(control)
+        assert ledger["wall_seconds"] == pytest.approx((4800 + control + evaluation) / 2)
+        assert "(2 at a time; added up, 80.0 min of training, " in (Path(swept.out) / "layers" / "table.md").read_text()
+    finally:
+        for path, text in results.items():
+            path.write_text(text)
+        ablate(swept)
+
+
 def test_what_exists_is_not_run_again_and_recipes_share_runs(swept: AblateConfig, tmp_path: Path) -> None:
     before = modified(swept)
     ablate(swept)
@@ -214,6 +332,36 @@ def test_what_exists_is_not_run_again_and_recipes_share_runs(swept: AblateConfig
     assert {path: after[path] for path in before} == before
     assert len(list((Path(swept.out) / "runs").iterdir())) == 8 + 4
     assert outcome(more, "other")["series"][0]["points"][0]["seeds"] == [0, 1, 2]
+
+
+def test_a_report_of_what_the_split_was_before_is_made_anew(tmp_path: Path) -> None:
+    """And so is one that does not say what it is of, as earlier releases wrote them. Nothing is trained again."""
+    text = STORED.replace('["float32", "int8"]', '"float32"')
+    path = make_cache(tmp_path / "cache.zarr", {"train": 40, "test": 20})
+    config = AblateConfig(recipe=(recipe_file(tmp_path, text),), cache=path, out=str(tmp_path / "out"), workers=1)
+    ablate(config)
+    shutil.rmtree(path)
+    make_cache(Path(path), {"train": 40, "test": 30})
+    ablate(config)
+    [metrics] = Path(config.out).glob("runs/*/*/metrics.json")
+    report = json.loads(metrics.read_text())
+    assert report["num_photos"] == 30
+    assert outcome(config)["series"][0]["points"][0]["values"]["mrr"] == [report["systems"]["fam"]["mrr"]["value"]]
+    metrics.write_text(json.dumps({name: value for name, value in report.items() if name != "data"}))
+    ablate(config)
+    assert json.loads(metrics.read_text())["data"] == report["data"]
+
+
+def test_a_report_of_classes_is_of_those_of_other_splits_too(tmp_path: Path) -> None:
+    """They search as well, and may be taken for a photo's own."""
+    found = []
+    for others in ({}, {"dev": 6}):
+        cache = open_cache(make_cache(tmp_path / f"{len(others)}", {"train": 4, "test": 4} | others, classes=6))
+        spec = resolve_run(TrainConfig(cache="", out="", fusion="linear"), cache)
+        pairs = reported_pairs(cache, spec, "test", "class")
+        found.append((data_fingerprint(cache, spec, pairs), reported_data(cache, spec, pairs)))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] != found[1][1]
 
 
 def test_runs_that_see_the_same_batches_are_trained_side_by_side(
@@ -240,19 +388,19 @@ def test_a_killed_sweep_goes_on(cache: str, tmp_path: Path, kill: signal.Signals
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     sweep = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(out.glob("runs/*/sweep.json")):
+    while not list(out.glob("runs/*/*/metrics.json")):
         assert sweep.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     sweep.send_signal(kill)
     sweep.wait(timeout=60)
-    done = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/sweep.json")}
+    done = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/metrics.json")}
     assert 1 <= len(done) < 8
     arguments[-1] = "1"
     while (status := ablate_command(arguments)) and time.monotonic() < deadline:
         time.sleep(0.5)  # until its workers have let go of the runs that they were at
     assert status == 0
-    assert len(list(out.glob("runs/*/sweep.json"))) == 8
+    assert len(list(out.glob("runs/*/*/metrics.json"))) == 8
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert (out / "layers" / "ablation.json").exists()
 
@@ -357,19 +505,75 @@ def test_an_encoder_is_known_by_the_id_that_it_was_extracted_by(cache: str) -> N
     assert opened.encoders_named("image", "hub/synthetic-text") == []
 
 
+STORED = """
+title = "T"
+question = "Q?"
+x = "storage"
+x_label = "type"
+seeds = [0]
+[shared]
+epochs = 1
+control_epochs = 0
+fusion = "linear"
+layers.image = [3]
+[[series]]
+name = "s"
+storage = ["float32", "int8"]
+"""
+
+
+def stored(config: AblateConfig) -> list[Path]:
+    return sorted((Path(config.out) / "caches").iterdir())
+
+
 def test_storage_types_are_converted_once_and_never_widened(cache: str, tmp_path: Path) -> None:
-    text = RECIPE.split("[[series]]")[0].replace('x = "layers.image"', 'x = "storage"').replace("[0, 1]", "[0]")
-    text += '[[series]]\nname = "s"\nlayers = { image = [3] }\nstorage = ["float32", "int8"]\n'
-    config = AblateConfig(recipe=(recipe_file(tmp_path, text),), cache=cache, out=str(tmp_path / "out"), workers=1)
+    config = AblateConfig(recipe=(recipe_file(tmp_path, STORED),), cache=cache, out=str(tmp_path / "out"), workers=1)
     ablate(config)
-    small = Path(config.out) / "caches" / "int8.zarr"
+    [small] = stored(config)
+    written = small.stat().st_mtime_ns
     encoder = open_cache(small).encoder("image", None)
     assert encoder.array("hidden_states/3").dtype == "int8"
     points = outcome(config)["series"][0]["points"]
     assert [point["x"] for point in points] == ["float32", "int8"]
     assert points[0]["values"]["mrr"] != points[1]["values"]["mrr"]
+    ablate(config)
+    assert [path.stat().st_mtime_ns for path in stored(config)] == [written]
     with pytest.raises(CacheError, match="it stores int8, from which float32 cannot be made"):
         ablate(replace(config, cache=str(small), out=str(tmp_path / "wide")))
+
+
+def test_a_killed_conversion_begins_anew(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AblateConfig(recipe=(recipe_file(tmp_path, STORED),), cache=cache, out=str(tmp_path / "out"), workers=1)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(convert, "write_root", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ablate(config)
+    assert len(stored(config)) == 1
+    ablate(config)
+    assert [point["x"] for point in outcome(config)["series"][0]["points"]] == ["float32", "int8"]
+
+
+def test_a_conversion_is_of_what_the_cache_holds_now(tmp_path: Path) -> None:
+    """Another cache for the same folder, or the same one with more photos, has a conversion of its own."""
+    out = str(tmp_path / "out")
+    for captions in (2, 3):
+        path = make_cache(tmp_path / f"{captions}.zarr", {"train": 40, "test": 20}, captions=captions)
+        config = AblateConfig(recipe=(recipe_file(tmp_path, STORED),), cache=path, out=out, workers=1)
+        ablate(config)
+    assert len(stored(config)) == 2
+    values = {}
+    for folder in ("out", "alone"):
+        ablate(replace(config, out=str(tmp_path / folder)))
+        values[folder] = outcome(replace(config, out=str(tmp_path / folder)))["series"][0]["points"][1]["values"]
+    assert values["out"] == values["alone"]
+    shutil.rmtree(config.cache)
+    make_cache(Path(config.cache), {"train": 40, "test": 20, "dev": 20}, captions=3)
+    ablate(replace(config, split="dev"))
+    assert len(stored(config)) == 3
 
 
 def test_the_projects_recipes_are_recipes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -129,3 +130,12 @@ def test_the_pipeline_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(alignment, "align", lambda config: pytest.fail("measured twice"))
     alignment.main()
     assert json.loads(path.read_text()) == result
+
+
+def test_a_cache_that_has_grown_is_measured_again(tmp_path: Path) -> None:
+    path, judged = tmp_path / "cache.zarr", []
+    for count in (100, 120):
+        shutil.rmtree(path, ignore_errors=True)
+        [setting] = alignment.settings_of(make_cache(path, {"train": count, "dev": 10}))
+        judged.append(alignment.measure(setting, tmp_path / "work", 3)["photos"]["judged"])
+    assert judged == [50, 60]

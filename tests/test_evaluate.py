@@ -22,9 +22,9 @@ from saffe_cache.runs import load_run
 from saffe_cache.store.reader import open_cache
 
 KEYS = {
-    "protocol", "definition", "split", "failures", "warnings", "num_photos", "num_queries", "num_unusable_items",
-    "systems", "absent", "differences", "controls", "sensitivity", "duplicates", "index", "cost", "run", "config",
-    "versions", "threads",
+    "protocol", "definition", "split", "data", "failures", "warnings", "num_photos", "num_queries",
+    "num_unusable_items", "systems", "absent", "differences", "controls", "sensitivity", "duplicates", "index", "cost",
+    "run", "config", "versions", "threads",
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,20 +28,20 @@ def outcome(recipe: Recipe, jobs: Jobs, caches: Mapping[str, Cache], folder: Pat
 
     Args:
         recipe: what was varied.
-        jobs: all of them done.
+        jobs: all of them done, and reported by one protocol.
         caches: those that they ran on, by their path.
         folder: that ablation.json will lie in; reports are named from there.
         workers: processes that ran side by side.
     """
     series: dict[str, list[dict[str, Any]]] = {}
-    first: dict[str, Any] = {}
+    reports: list[dict[str, Any]] = []
     for number, cell in enumerate(recipe.cells):
-        reports = [read_json(Path(job.report.out or "") / "metrics.json") for job in jobs[number]]
-        first = first or reports[0]
-        series.setdefault(cell.series, []).append(_point(cell, jobs[number], reports, folder))
+        of_cell = [read_json(Path(job.report.out or "") / "metrics.json") for job in jobs[number]]
+        series.setdefault(cell.series, []).append(_point(cell, jobs[number], of_cell, folder))
+        reports += of_cell
+    first = reports[0]
     metric = recipe.metric or main_metric(first["protocol"])
     distinct = {job.config.out: job for of_cell in jobs.values() for job in of_cell}
-    free = {name: of for name, of in first["systems"].items() if name in ("pooled_cosine", "zero_shot")}
     return {
         "title": recipe.title,
         "question": recipe.question,
@@ -52,10 +53,20 @@ def outcome(recipe: Recipe, jobs: Jobs, caches: Mapping[str, Cache], folder: Pat
         "x_label": recipe.x_label,
         "y_label": recipe.y_label,
         "series": [{"name": name, "points": points} for name, points in series.items()],
-        "lines": [{"name": name, "metric": metric, "value": of[metric]["value"]} for name, of in free.items()],
+        "lines": _lines(metric, reports),
         "published": [vars(one) for one in recipe.published],
         "ledger": _ledger(list(distinct.values()), caches, workers),
     }
+
+
+def _lines(metric: str, reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What needs neither layers nor training, where it is the same in all reports; cells of several encoders differ."""
+    found = []
+    for name in ("pooled_cosine", "zero_shot"):
+        values = {report["systems"].get(name, {}).get(metric, {}).get("value") for report in reports}
+        if len(values) == 1 and None not in values:
+            found.append({"name": name, "metric": metric, "value": values.pop()})
+    return found
 
 
 def _point(cell: Cell, jobs: Sequence[Job], reports: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
@@ -96,23 +107,29 @@ def _point(cell: Cell, jobs: Sequence[Job], reports: Sequence[Mapping[str, Any]]
 
 
 def _ledger(jobs: Sequence[Job], caches: Mapping[str, Cache], workers: int) -> dict[str, Any]:
-    """What the runs took, each counted once, and what encoders in the loop would have taken (null where unknown)."""
+    """What the runs took, each counted once, and what encoders in the loop would have taken (null where unknown).
+
+    Runs and reports tell it themselves, whichever commands they were made by; loading and starting are not in it.
+    """
     cache = next(iter(caches.values()))
     results: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    evaluation = 0.0
+    evaluation = control = 0.0
     for job in jobs:
         spec = read_json(Path(job.config.out) / "config.json")["run"]
         result = read_json(Path(job.config.out) / "result.json")
         results.setdefault((spec["gallery_key"], spec["text_key"]), []).append(result)
+        control += _control_seconds(job)
         evaluation += read_json(Path(job.report.out or "") / "metrics.json")["cost"]["evaluation_seconds"]
+    training = sum(one["seconds"] for of in results.values() for one in of)
     costs = [reencoding(cache.encoders[mine], cache.encoders[other], of) for (mine, other), of in results.items()]
     known = [one for one in costs if one is not None]
     arrays = [array for encoder in cache.encoders.values() for array in encoder.manifest.arrays.values()]
     return {
         "extraction_seconds": extraction_seconds(cache),
-        "training_seconds": sum(one["seconds"] for of in results.values() for one in of),
+        "training_seconds": training,
+        "control_seconds": control,
         "evaluation_seconds": evaluation,
-        "wall_seconds": sum(job.seconds for job in jobs) / workers,
+        "wall_seconds": (training + control + evaluation) / workers,
         "workers": workers,
         "cache_bytes": sum(array.rows * array.spec.row_bytes for array in arrays),
         "num_runs": len(jobs),
@@ -123,6 +140,12 @@ def _ledger(jobs: Sequence[Job], caches: Mapping[str, Cache], workers: int) -> d
         "text_seconds": known[0].text_seconds if known else None,
         "basis": known[0].basis if known else "nothing in the cache tells how long its encoders take",
     }
+
+
+def _control_seconds(job: Job) -> float:
+    """Of its training on permuted pairs, which result.json leaves out."""
+    log = Path(job.config.out) / "permuted" / "log.jsonl"
+    return float(json.loads(log.read_text().splitlines()[-1])["seconds"]) if log.exists() else 0.0
 
 
 def as_csv(found: Mapping[str, Any]) -> str:
@@ -149,7 +172,7 @@ def as_table(found: Mapping[str, Any]) -> str:
     """Markdown: percent, mean and 95 % interval over seeds; of the baselines and one control the mean."""
     points = [(series["name"], point) for series in found["series"] for point in series["points"]]
     metric = found["metric"]
-    names = [name for name in points[0][1]["baselines"] if metric in points[0][1]["baselines"][name]]
+    names = list(dict.fromkeys(name for _, point in points for name, of in point["baselines"].items() if metric in of))
     where = [found["x_label"], found["y_label"]] if found["y_label"] else [found["x_label"]]
     head = ["series", *where, metric, *names, "photos shuffled", "chance", "best epoch", "parameters"]
     head += ["FLOPs a photo", "seconds"]
@@ -179,9 +202,11 @@ def as_table(found: Mapping[str, Any]) -> str:
 
 def _told(ledger: Mapping[str, Any]) -> str:
     """The ledger in words."""
+    parts = ("extraction", "training", "control", "evaluation", "wall")
+    extraction, training, control, evaluation, wall = (_minutes(ledger[f"{part}_seconds"]) for part in parts)
     spent = (
-        f"{ledger['num_runs']} runs in {_minutes(ledger['wall_seconds'])} ({ledger['workers']} at a time) after one "
-        f"extraction of {_minutes(ledger['extraction_seconds'])}; "
+        f"{ledger['num_runs']} runs in about {wall} ({ledger['workers']} at a time; added up, {training} of training, "
+        f"{control} of controls, {evaluation} of reports) after one extraction of {extraction}; "
     )
     if ledger["re_encoding_seconds"] is None:
         return f"{spent}{ledger['basis']}"

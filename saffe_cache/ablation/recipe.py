@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,8 @@ class Cell:
 class Recipe:
     """What is varied, and what is looked at."""
 
+    path: str
+    """Where it was read, for messages."""
     title: str
     question: str
     x_label: str
@@ -107,6 +109,7 @@ def read_recipe(path: str | Path) -> Recipe:
     if twice:
         raise ValueError(f"{path}: {twice[0]} is given twice. Give each series and value once, or another x.")
     return Recipe(
+        path=str(path),
         title=parts.title,
         question=parts.question,
         x_label=parts.x_label,
@@ -134,6 +137,13 @@ class _Content:
     shared: Mapping[str, Any] = field(default_factory=dict)
     published: tuple[Mapping[str, Any], ...] = ()
 
+    def __post_init__(self) -> None:
+        for name, values in (("series", self.series), ("seeds", self.seeds)):
+            if not values:
+                raise ValueError(f"{name}: [], expected at least one")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds: {list(self.seeds)}, expected whole numbers from 0, each once")
+
 
 def _check_names(kind: type, content: Mapping[str, Any], where: str) -> None:
     """
@@ -157,6 +167,9 @@ def _cells(series: Mapping[str, Any], shared: Mapping[str, Any], axes: Sequence[
     unknown = sorted(options.keys() - known)
     if unknown:
         raise ValueError(f"series {name!r}: there is no option {unknown[0]!r} to vary; there are {sorted(known)}")
+    empty = [key for option, value in options.items() for key in _empty(option, value)]
+    if empty:
+        raise ValueError(f"series {name!r}: {empty[0]} is empty, expected at least one value; or leave it out")
     lists = {option: _values(value) for option, value in options.items()}
     on_axes = {axis.split(".")[0] if axis != "num_layers" else "layers" for axis in axes if axis}
     others = [option for option, values in lists.items() if len(values) > 1 and option not in on_axes]
@@ -173,6 +186,18 @@ def _cells(series: Mapping[str, Any], shared: Mapping[str, Any], axes: Sequence[
             raise ValueError(f"series {cell.series!r} at {x}: {error}") from None
         cells.append(cell)
     return cells
+
+
+def _empty(key: str, value: Any) -> Iterator[str]:
+    """The keys, this one or below it, of empty lists and tables: they make no cell, or one of nothing."""
+    if isinstance(value, (list, Mapping)) and not value:
+        yield key
+    elif isinstance(value, Mapping):
+        for name, one in value.items():
+            yield from _empty(f"{key}.{name}", one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _empty(key, one)
 
 
 def _values(value: Any) -> list[Any]:

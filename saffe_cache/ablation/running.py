@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import re
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -25,16 +24,15 @@ import torch
 from tqdm import tqdm
 
 from saffe_cache.evaluate import EvaluateConfig, evaluate
+from saffe_cache.evaluation.measuring import reported_data, reported_pairs
 from saffe_cache.features import canonical_json
-from saffe_cache.runs import RunSpec, data_fingerprint, num_cores, read_json, training_pairs, write_json
+from saffe_cache.runs import RunSpec, data_fingerprint, num_cores, read_json, training_pairs
 from saffe_cache.store.reader import Cache
 from saffe_cache.train import TrainConfig, same_batches, train_many
 from saffe_cache.training.resolving import resolve_run
 
 _PLACES = {"cache", "out", "device", "residency", "checkpoint_seconds", "tensorboard"}
 """What does not change a run's outcome."""
-_TOOK = "sweep.json"
-"""In a run's folder: what it and its reports took."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +41,21 @@ class Job:
 
     config: TrainConfig
     report: EvaluateConfig
+    reported: str
+    """Hash over the data that the report is of, as `reported_data` makes it."""
     batches: str
     """Equal for jobs whose runs can be trained side by side."""
 
     @property
     def is_done(self) -> bool:
-        return (Path(self.config.out) / _TOOK).exists() and self._is_reported
+        return (Path(self.config.out) / "result.json").exists() and self._is_reported
 
     @property
     def _is_reported(self) -> bool:
         path = Path(self.report.out or "") / "metrics.json"
-        return path.exists() and read_json(path)["config"] == json.loads(json.dumps(asdict(self.report)))
-
-    @property
-    def seconds(self) -> float:
-        return float(read_json(Path(self.config.out) / _TOOK)["seconds"])
+        found = read_json(path) if path.exists() else {}
+        asked = json.loads(json.dumps(asdict(self.report)))
+        return (found.get("config"), found.get("data")) == (asked, self.reported)
 
     def judge(self) -> None:
         if not self._is_reported:
@@ -71,16 +69,17 @@ class Planner:
         """
         Args:
             cache: what is trained on.
-            report: how each run is evaluated; `run` and `out` are filled in.
+            report: how each run is evaluated, by a protocol that is named; `run` and `out` are filled in.
             folder: of the runs.
         """
         self._cache, self._report, self._folder = cache, report, folder
         self._fingerprints: dict[tuple[Any, ...], str] = {}
+        self._reported: dict[tuple[str, ...], str] = {}
 
     def job(self, config: TrainConfig) -> Job:
         """
         Raises:
-            CacheError, ValueError: the cache lacks what the config asks for.
+            CacheError, ValueError: the cache lacks what the config or its report asks for.
         """
         spec = resolve_run(config, self._cache)
         spec = replace(spec, data=self._fingerprint(spec))
@@ -91,15 +90,26 @@ class Planner:
         out = self._folder / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
         config = replace(config, out=str(out))
         report = replace(self._report, run=str(out), out=str(out / f"{self._report.split}-{self._report.protocol}"))
-        return Job(config, report, repr(same_batches(config, spec)))
+        return Job(config, report, self._of_report(spec), repr(same_batches(config, spec)))
 
     def _fingerprint(self, spec: RunSpec) -> str:
+        """Hash over what a run sees."""
         pairs = (spec.gallery_key, spec.text_key, spec.pairs, spec.train_split, spec.validation)
         drawn = (spec.validation_fraction, spec.train_fraction, spec.seed, spec.gallery_text)
         if (*pairs, *drawn) not in self._fingerprints:
             training, validation, _ = training_pairs(spec, self._cache)
             self._fingerprints[*pairs, *drawn] = data_fingerprint(self._cache, spec, training, validation)
         return self._fingerprints[*pairs, *drawn]
+
+    def _of_report(self, spec: RunSpec) -> str:
+        """The same of what its report is of."""
+        split, protocol = self._report.split, self._report.protocol
+        assert protocol != "auto"
+        pairs = (spec.gallery_key, spec.text_key, spec.pairs, spec.gallery_text)
+        if pairs not in self._reported:
+            found = reported_pairs(self._cache, spec, split, protocol)
+            self._reported[pairs] = reported_data(self._cache, spec, found)
+        return self._reported[pairs]
 
     def _stored(self, spec: RunSpec) -> list[str]:
         """The types of the hidden states that a run reads."""
@@ -188,11 +198,7 @@ def _end_with_parent() -> None:
 
 def _work(jobs: Sequence[Job]) -> int:
     """Train some runs side by side, report on each, and return their number."""
-    started = time.perf_counter()
     train_many([job.config for job in jobs])
-    training = (time.perf_counter() - started) / len(jobs)
     for job in jobs:
-        started = time.perf_counter()
         job.judge()
-        write_json(Path(job.config.out) / _TOOK, {"seconds": round(training + time.perf_counter() - started, 1)})
     return len(jobs)

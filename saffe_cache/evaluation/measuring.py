@@ -6,6 +6,7 @@ identity; the controls are others (photos shuffled, one photo everywhere, texts 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
@@ -14,14 +15,15 @@ import numpy as np
 
 from saffe_cache.evaluation.answers import Answered, ClassScores, Reordered, Vectors
 from saffe_cache.fam_inputs import FamInputs, encode_gallery, encode_queries
+from saffe_cache.features import canonical_json
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.judging.pair_scores import PairScores, score_all_pairs, score_chosen_pairs
 from saffe_cache.judging.search import Search, SearchName, make_search
-from saffe_cache.pairs import Pairs
+from saffe_cache.pairs import PairKind, Pairs, select_pairs
 from saffe_cache.retrieval.candidates import candidate_scores, dealt_map, reordered, reranked_scores
-from saffe_cache.retrieval.protocols import Scores, image_scores
+from saffe_cache.retrieval.protocols import MAP_K, RECALL_KS, Scores, image_scores
 from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks, top_k
-from saffe_cache.runs import RunSpec
+from saffe_cache.runs import RunSpec, data_fingerprint
 from saffe_cache.store.reader import Cache
 
 ProtocolName = Literal["caption", "class", "metadata", "candidate", "rerank", "image"]
@@ -42,6 +44,51 @@ DEFINITIONS: dict[ProtocolName, str] = {
 }
 _PRIOR_PHOTOS = 500
 NUM_SHUFFLES = 10
+
+
+def reported_pairs(cache: Cache, spec: RunSpec, split: str, protocol: ProtocolName) -> Pairs:
+    """The pairs of a split that a protocol measures a run on.
+
+    Raises:
+        ValueError: the protocol is none for the run, or the split has no usable pair.
+    """
+    beside = protocol == "metadata"
+    if beside and spec.gallery_text != "first_caption":
+        raise ValueError(
+            f"--protocol metadata: the run was trained with --gallery-text {spec.gallery_text}, it has not learned to "
+            "fuse. Train with --gallery-text first_caption."
+        )
+    by_class = protocol in ("class", "candidate", "image") or (protocol == "rerank" and spec.pairs == "classes")
+    kind: PairKind = "classes" if by_class else "captions"
+    gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
+    return select_pairs(cache.table, gallery, text, split, kind, first_beside=beside)
+
+
+def reported_data(cache: Cache, spec: RunSpec, pairs: Pairs) -> str:
+    """Hash over what a report of some pairs looks at besides the run: their content, and all classes that search."""
+    hashes = cache.table.inputs["text"].content_hash
+    classes = [hashes[rows].tobytes().hex() for rows in cache.table.class_texts] if pairs.kind == "classes" else []
+    told = canonical_json([data_fingerprint(cache, spec, pairs), classes])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def metric_names(cache: Cache, spec: RunSpec, protocol: ProtocolName) -> list[str]:
+    """What the scores of a run are called, before there are any."""
+    first_ranks = [*(f"recall_at_{k}" for k in RECALL_KS), "mrr", "median_rank"]
+    of_classes = ["map", f"map_at_{MAP_K}"]
+    match protocol:
+        case "caption":
+            return [*first_ranks, *(f"image_to_text_{name}" for name in first_ranks)]
+        case "class":
+            return [*of_classes, "top1"]
+        case "metadata" | "rerank":
+            return ["map", *first_ranks]
+        case "candidate":
+            top5 = ["top5"] if len(cache.table.class_names) > 5 else []
+            matching = ["map_matching", "top1_matching"] if spec.shape.matches else []
+            return [*of_classes, "top1", *top5, "top1_prior_removed", *matching]
+        case "image":
+            return [*of_classes, "recall_at_1"]
 
 
 class Arrangement(NamedTuple):
