@@ -15,7 +15,7 @@ from saffe_cache.matching.controls import failures, judge_controls
 from saffe_cache.matching.crossover import compare_risks, find_crossover, fit_power_law
 from saffe_cache.matching.degrading import Degradation, measure_alignment, partial_rotation
 from saffe_cache.matching.embedding import embed_pairs
-from saffe_cache.matching.examples import Examples, draw_examples, draw_judged, most_examples
+from saffe_cache.matching.examples import Examples, draw_examples, draw_judged
 from saffe_cache.matching.inputs import Vectors
 from saffe_cache.matching.published import published_results
 from saffe_cache.matching.scores import auc_error, best_threshold, judge
@@ -38,21 +38,62 @@ def classes(count: int, num_classes: int) -> Pairs:
     return Pairs("classes", tuple(map(str, rows)), rows, Ragged.from_rows(labels), Ragged.from_rows(labels))
 
 
+def even_classes(count: int, num_classes: int, prompts: int = 1) -> Pairs:
+    labels = [[i % num_classes] for i in range(count)]
+    texts = [[prompts * label + i for i in range(prompts)] for [label] in labels]
+    rows = np.arange(count)
+    return Pairs("classes", tuple(map(str, rows)), rows, Ragged.from_rows(texts), Ragged.from_rows(labels))
+
+
+def check_fair(drawn: Examples, pairs: Pairs, negatives: int) -> None:
+    """Each photo and each text stands in as many of others' pairs as the ratio says, and none of these is its own."""
+    own = {(int(row), int(text)) for row, texts in zip(pairs.rows, pairs.texts, strict=True) for text in texts}
+    is_own = [pair in own for pair in zip(drawn.photos.tolist(), drawn.texts.tolist(), strict=True)]
+    assert np.array_equal(is_own, drawn.labels == 1)
+    for side in (drawn.photos, drawn.texts):
+        _, of = np.unique(side, return_inverse=True)
+        assert np.array_equal(np.bincount(of, drawn.labels == 0), negatives * np.bincount(of, drawn.labels == 1))
+
+
 @pytest.mark.parametrize("negatives", [1, 5])
 @pytest.mark.parametrize("pairs", [captions(40), classes(60, 8)], ids=["captions", "classes"])
 def test_neither_photo_nor_text_tells_anything_alone(pairs: Pairs, negatives: int) -> None:
-    own = {(int(row), int(text)) for row, texts in zip(pairs.rows, pairs.texts, strict=True) for text in texts}
     trained = draw_examples(pairs, 20 * (1 + negatives), negatives, 3)
     assert len(trained) == 20 * (1 + negatives)
-    for drawn in (trained, draw_judged(pairs, negatives, 3)):
-        is_own = [pair in own for pair in zip(drawn.photos.tolist(), drawn.texts.tolist(), strict=True)]
-        assert np.array_equal(is_own, drawn.labels == 1)
-        for side in (drawn.photos, drawn.texts):
-            for value in np.unique(side):
-                matching = drawn.labels[side == value]
-                assert (matching == 0).sum() == negatives * (matching == 1).sum()
+    check_fair(trained, pairs, negatives)
     judged = draw_judged(pairs, negatives, 3)
+    check_fair(judged, pairs, negatives)
     assert len(np.unique(judged.photos)) == judged.labels.sum()  # each photo once
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("num_classes", "prompts", "negatives", "photos"),
+    [(2, 1, 1, 1000), (2, 1, 1, 4096), (2, 3, 1, 1000), (2, 7, 1, 1000), (3, 1, 2, 1000), (6, 1, 5, 1000)],
+)
+def test_as_few_classes_as_a_ratio_needs_are_dealt(
+    num_classes: int, prompts: int, negatives: int, photos: int, seed: int
+) -> None:
+    pairs = even_classes(photos, num_classes, prompts)
+    most = min(2048, photos * (1 + negatives))
+    for count in (most // 4, most):
+        drawn = draw_examples(pairs, count, negatives, seed)
+        check_fair(drawn, pairs, negatives)
+        assert len(drawn) > count - (1 + negatives) * num_classes * prompts
+        assert np.array_equal(drawn.texts, draw_examples(pairs, count, negatives, seed).texts)
+    judged = draw_judged(pairs, negatives, seed)
+    check_fair(judged, pairs, negatives)
+    assert len(judged) > 0.7 * photos * (1 + negatives)
+
+
+def test_what_cannot_be_dealt_is_said() -> None:
+    popular = captions(40, of_each=1)
+    popular.texts.values[:24] = 0
+    cases = ((popular, 1, 17), (even_classes(90, 3), 3, 3), (even_classes(91, 1), 1, 1))
+    for pairs, negatives, found in cases:
+        words = rf"--negatives: found {negatives}, and the {found} different texts .* Ask for fewer, or for fewer pairs"
+        with pytest.raises(ValueError, match=words):
+            draw_examples(pairs, len(pairs) * (1 + negatives), negatives, 0)
 
 
 def test_a_smaller_scale_lies_within_a_larger_one_and_seeds_differ() -> None:
@@ -65,7 +106,6 @@ def test_a_smaller_scale_lies_within_a_larger_one_and_seeds_differ() -> None:
 
     assert matches(20) < matches(60)
     assert matches(20) != matches(20, seed=1)
-    assert most_examples(pairs, 5) == 6 * 120
     with pytest.raises(ValueError, match=r"--scales: found 300, expected 2 to 240 pairs"):
         draw_examples(pairs, 300, 1, 0)
     with pytest.raises(ValueError, match=r"--negatives: found 2, and the 2 different texts"):
