@@ -27,7 +27,7 @@ from saffe_cache.matching.examples import Examples
 from saffe_cache.matching.measuring import Bench
 from saffe_cache.matching.planning import plan_cells
 from saffe_cache.pairs import Pairs
-from saffe_cache.store.reader import open_cache
+from saffe_cache.store.reader import EncoderCache, open_cache
 
 SPLITS = {"train": 120, "test": 60}
 
@@ -95,7 +95,7 @@ def test_what_can_be_found_is_found_and_what_cannot_is_not(cache: str, tmp_path:
     assert destroyed < accuracy["ridge_products"] - 0.15
     assert {"concat", "cross", "tokens"} == set(result["cost"])
     assert [one["names"] for one in result["crossovers"]] == [["concat", "cross"], ["concat", "tokens"]]
-    assert any("9999 pairs at 1:1, of which" in reason for reason in result["left_out"])
+    assert any(reason.startswith("9999 pairs at 1:1: --scales: found 9999,") for reason in result["left_out"])
     permuted = [one for one in result["controls"] if "permuted" in one["name"]]
     assert [one["name"].split(", ")[1:3] for one in permuted] == [
         ["60 pairs", "concat"],
@@ -208,7 +208,7 @@ def test_photos_that_align_are_in_no_pair(even_cache: str, tmp_path: Path) -> No
         assert parts[name].ids == plain[name].ids
     hashes = open_cache(even_cache).table.inputs["image"].content_hash
     aligning = {hashes[row].tobytes() for row in parts["aligning"].rows}
-    cells = plan_cells(config, parts["train"])[0]
+    cells = plan_cells(config, parts)[0]
     assert {cell.is_permuted for cell in cells} == {True, False}
     used = {hashes[row].tobytes() for cell in cells for drawn in bench.examples(cell) for row in drawn.photos}
     assert len(used) > 150
@@ -252,7 +252,11 @@ def test_what_is_made_pre_aligned_is_called_so(even_cache: str, tmp_path: Path) 
     rule = "the rule for {}, concatenation wins at any size, is undecided"
     assert any(one.startswith(rule.format(made["features_in_words"])) for one in made["verdict"])
     assert {"concat", "cross"} == set(made["cost"])
-    assert [reason.split(":")[0] for reason in made["left_out"]] == ["9999 pairs at 1", "tokens"]
+    assert [reason.split(":")[0] for reason in made["left_out"]] == [
+        "9999 pairs at 1",
+        "tokens",
+        "cross_residual with noise or rotation",
+    ]
     assert f"which {made['photos']['train']} training photos" in made["left_out"][0]
     assert made["features_in_words"] in " ".join((tmp_path / "made" / "match.txt").read_text().split())
     assert made["features_in_words"] in make_page([str(tmp_path / "made")], tmp_path / "page")
@@ -266,6 +270,57 @@ def test_classes_match_their_names(tmp_path: Path) -> None:
     [setting] = result["settings"]
     assert setting["systems"]["concat"]["accuracy"]["mean"] > 0.7
     assert result["failures"] == []
+
+
+def test_a_ratio_that_few_classes_cannot_give_is_found_before_anything_is_measured(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c.zarr", {"train": 90, "test": 60}, classes=4, width=8)
+    config = config_of(cache, tmp_path / "out", scales=(60,), seeds=(0,), epochs=1)
+    with pytest.raises(ValueError, match=r"--negatives: found 5, and the 4 different texts .* Ask for fewer"):
+        match(replace(config, negatives=(5,)))
+    result = result_of(replace(config, negatives=(1, 5)))  # in the same folder
+    assert [one["setting"] for one in result["settings"]] == ["1:1 clean"]
+    [reason] = result["left_out"]
+    assert reason.startswith("60 pairs at 1:5: --negatives: found 5, and the 4 different texts")
+    assert "not measured: 60 pairs at 1:5:" in (tmp_path / "out" / "match.txt").read_text()
+
+
+def test_fusions_that_are_left_out_are_told(cache: str, tmp_path: Path) -> None:
+    def told(**options: Any) -> list[str]:
+        config = config_of(cache, tmp_path, **{"fusions": ("concat", "tokens"), "seeds": (0,), **options})
+        opened = open_cache(cache)
+        parts = match_module._parts(config, opened, *(opened.encoder(kind) for kind in ("image", "text")))
+        return [reason.split(":")[0] for reason in plan_cells(config, parts)[1]]
+
+    assert told(token_scales=(60, 120)) == []
+    assert told(token_scales=(60, 512)) == ["tokens at 512 pairs"]
+    assert told(token_scales=(512, 1024)) == ["tokens at 512, 1024 pairs"]
+    assert told(token_scales=()) == ["tokens at any number of pairs"]
+    degraded = {"fusions": ("concat",), "degraded_fusions": ("concat", "cross", "tokens")}
+    assert told(**degraded) == []
+    for kind in ("noise", "rotation"):
+        found = told(**degraded, **{kind: (0.5,)})
+        assert found == ["cross with noise or rotation", "tokens with noise or rotation"]
+
+
+def test_layers_of_tokens_stay_when_a_run_goes_on(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that was added in between would be the last one now."""
+    tokens = config_of(cache, tmp_path / "tokens", fusions=("tokens",), scales=(60,), token_scales=(60,), seeds=(0,))
+    plain = config_of(cache, tmp_path / "plain", fusions=("concat",), scales=(60,), seeds=(0,), epochs=1)
+
+    def dying(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as before:
+        before.setattr(EncoderCache, "layers", [2])
+        before.setattr(running, "measure_cell", dying)
+        for config in (tokens, plain):
+            with pytest.raises(KeyboardInterrupt):
+                match(config)
+    with pytest.raises(ValueError, match=r"another result \(layers: \[2, 2\] there, \[3, 3\] now\)"):
+        match(tokens)
+    assert result_of(plain)["failures"] == []
+    chosen = replace(tokens, out=str(tmp_path / "chosen"), layers={"image": (2,)}, epochs=1)
+    assert result_of(chosen)["layers_of_tokens"] == [2, 3]
 
 
 def test_halves_of_one_model_are_aligned(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
@@ -306,7 +361,7 @@ def test_what_does_not_go_together_is_said(cache: str, tmp_path: Path, monkeypat
         config_of(cache, tmp_path, align_fraction=1.0)
     with pytest.raises(ValueError, match=r"--split: found train, expected three different splits"):
         config_of(cache, tmp_path, split="train")
-    with pytest.raises(ValueError, match=r"--scales: found \(9999,\), expected 2 to \d+ pairs, which 10\d training"):
+    with pytest.raises(ValueError, match=r"--scales: found 9999, expected 2 to \d+ pairs, which 10\d training"):
         match(config_of(cache, tmp_path / "a", scales=(9999,)))
     with pytest.raises(ValueError, match="split 'dev' has no items"):
         match(config_of(cache, tmp_path / "b", split="dev"))

@@ -41,11 +41,6 @@ class Examples:
         return replace(self, photos=others[place])
 
 
-def most_examples(pairs: Pairs, negatives: int) -> int:
-    """How many `draw_examples` can give."""
-    return len(_positives(pairs, 0)[0]) * (1 + negatives)
-
-
 def matching_examples(pairs: Pairs) -> Examples:
     """Each photo with each of its texts."""
     return Examples(pairs.rows[pairs.owners], pairs.texts.values, np.ones(len(pairs.texts.values), np.int64))
