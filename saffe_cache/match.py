@@ -93,6 +93,8 @@ def exit_status(out: str) -> int:
 def _parts(config: MatchConfig, cache: Cache, photo: EncoderCache, text: EncoderCache) -> dict[str, Pairs]:
     """Photos to train on, to choose by, to report on, and to align by; none stands in two of them, by content.
 
+    What is trained on stands in no other split of the cache at all.
+
     Raises:
         ValueError: a split is absent, or has no photo of its own.
     """
@@ -101,16 +103,16 @@ def _parts(config: MatchConfig, cache: Cache, photo: EncoderCache, text: Encoder
     if config.validation != "heldout":
         names["validation"] = config.validation
     parts = {part: select_pairs(cache.table, photo, text, name, kind) for part, name in names.items()}
-    seen = parts["test"].rows
-    for part in ("validation", "train"):
+    modality = photo.manifest.modality
+    elsewhere = cache.table.rows[modality][np.array(cache.table.splits) != config.train_split]
+    for part, others in (("validation", parts["test"].rows), ("train", elsewhere)):
         if part in parts:
-            parts[part] = parts[part].take(np.flatnonzero(~np.isin(parts[part].rows, seen)))
-            seen = np.concatenate([seen, parts[part].rows])
+            parts[part] = parts[part].take(np.flatnonzero(~np.isin(parts[part].rows, others)))
             if not len(parts[part]):
                 raise ValueError(
                     f"split {names[part]!r}: all of its photos stand in other splits too. Keep each in one."
                 )
-    hashes = cache.table.inputs[photo.manifest.modality].content_hash
+    hashes = cache.table.inputs[modality].content_hash
     if config.validation == "heldout":
         parts["train"], parts["validation"] = hold_out(parts["train"], config.validation_fraction, 0, hashes)
     if config.align_fraction:

@@ -138,6 +138,17 @@ def test_photos_are_in_one_part_alone(cache: str, tmp_path: Path, monkeypatch: p
     assert len({hashes[row].tobytes() for of in rows.values() for row in of}) == 175
 
 
+def test_photos_of_any_other_split_are_not_trained_on(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c.zarr", {"train": 60, "test": 20, "unused": 20}, shared=5)
+    opened = open_cache(cache)
+    photo, text = (opened.encoder(kind) for kind in ("image", "text"))
+    for validation in ("heldout", "unused"):
+        config = config_of(cache, tmp_path, validation=validation)
+        parts = match_module._parts(config, opened, photo, text)
+        trained = {*parts["train"].ids, *(parts["validation"].ids if validation == "heldout" else ())}
+        assert trained == {f"train/{number}" for number in range(5, 60)}
+
+
 def test_a_leak_fails_loudly(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A text that betrays whether it matches is found without the photo."""
     photo, text = (open_cache(cache).encoder(kind) for kind in ("image", "text"))
