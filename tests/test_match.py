@@ -22,7 +22,8 @@ from saffe_cache.extract import ExtractConfig, extract
 from saffe_cache.features import CacheError
 from saffe_cache.match import MatchConfig, exit_status, match
 from saffe_cache.matching import measuring, running
-from saffe_cache.matching.aligning import judge_null
+from saffe_cache.matching.aligning import null_control
+from saffe_cache.matching.controls import judge_controls
 from saffe_cache.matching.examples import Examples
 from saffe_cache.matching.measuring import Bench
 from saffe_cache.matching.planning import plan_cells
@@ -104,10 +105,17 @@ def test_what_can_be_found_is_found_and_what_cannot_is_not(cache: str, tmp_path:
     ]
     table = (tmp_path / "match.txt").read_text()
     assert "against cross (which sees one modality" in " ".join(table.split())
+    assert "percent of one seed; photos of the report" in table
+    assert "3 controls of permuted labels or pairs not judged" in table
+    assert "±" not in table
+    assert "%" not in table
     assert "CONTROL FAILED" not in table
     assert set(result["planes"]) == {"ridge"}
     page = make_page([str(tmp_path)], tmp_path / "page")
     assert "Does a text belong to a photo?" in page
+    assert "±" not in page
+    assert "interval" not in page.split("Does a text belong to a photo?")[1]
+    assert ", 3 not judged" in page
     assert "the rule for non-aligned features" not in page  # sentences begin with a capital
     assert "The rule for non-aligned features, cross-attention wins at any size" in page
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.png")}
@@ -256,7 +264,8 @@ def test_what_is_made_pre_aligned_is_called_so(even_cache: str, tmp_path: Path) 
     assert np.mean(found["auc_permuted"]) == pytest.approx(0.5, abs=0.08)
     [null] = [one for one in made["controls"] if "permuted pairs" in one["name"]]
     assert null["passed"]
-    assert not judge_null(found | {"auc_permuted": [0.8, 0.79, 0.81]})[0]["passed"]
+    leak = null_control(found | {"auc_permuted": [0.8, 0.79, 0.81]}, 80)
+    assert judge_controls([leak])[0]["passed"] is False
     assert (plain["features"], plain["made_alignment"], made["features"]) == ("non-aligned", None, "pre-aligned")
     count = made["photos"]["aligning"]
     assert made["features_in_words"] == f"features made pre-aligned by a ridge regression of {count} other photos"
@@ -275,8 +284,9 @@ def test_what_is_made_pre_aligned_is_called_so(even_cache: str, tmp_path: Path) 
         match(replace(config, align_fraction=0.25))
 
 
-def test_classes_match_their_names(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path / "c.zarr", {"train": 90, "test": 60}, classes=6, signal=8, width=32)
+@pytest.mark.parametrize("classes", [2, 6])
+def test_classes_match_their_names(tmp_path: Path, classes: int) -> None:
+    cache = make_cache(tmp_path / "c.zarr", {"train": 90, "test": 60}, classes=classes, signal=8, width=32)
     result = result_of(config_of(cache, tmp_path / "out", scales=(120,), epochs=8))
     [setting] = result["settings"]
     assert setting["systems"]["concat"]["accuracy"]["mean"] > 0.7

@@ -41,6 +41,11 @@ class Examples:
         return replace(self, photos=others[place])
 
 
+def num_kinds(pairs: Pairs) -> int:
+    """Of photos, as their texts tell them apart: in a cache of classes, these."""
+    return len({tuple(sorted(texts.tolist())) for texts in pairs.texts})
+
+
 def matching_examples(pairs: Pairs) -> Examples:
     """Each photo with each of its texts."""
     return Examples(pairs.rows[pairs.owners], pairs.texts.values, np.ones(len(pairs.texts.values), np.int64))

@@ -12,6 +12,7 @@ from saffe_cache.features import CacheError
 from saffe_cache.matching.baselines import BASELINES
 from saffe_cache.matching.config import MatchConfig
 from saffe_cache.matching.cost import measure_cost
+from saffe_cache.matching.examples import num_kinds
 from saffe_cache.matching.fitting import FitOptions
 from saffe_cache.matching.fusions import FUSIONS
 from saffe_cache.matching.measuring import Bench, Cell, measure_cell
@@ -77,7 +78,7 @@ def compare(
         "features_in_words": str(features),
         "made_alignment": made,
         "seeds": list(config.seeds),
-        **summarise(found, features, made),
+        **summarise(found, features, num_kinds(parts["test"]), made),
         "cost": _costs(config, bench),
         "planes": bench.plane(shown, config.tsne_pairs) if config.tsne_pairs else {},
         "meanings": {**BASELINES, **{name: FUSIONS[name] for name in config.fusions_of_features}},
