@@ -1,6 +1,6 @@
 """Concatenation against cross-attention: does a text belong to a photo? Every cell from one cache.
 
-config.json             the config, the encoders, a hash over photos and texts
+config.json             the config, the encoders, the layers of tokens, a hash over photos and texts
 cells/                  one file for each setting, scale, system and seed: what a killed run goes on from
 figures/                SVG and PNG, where matplotlib is installed
 match.txt, match.json   the result; the latter written last, so its presence means that all is done
@@ -41,7 +41,7 @@ def match(config: MatchConfig) -> str:
         OSError: the disk is full or gone, or another process writes to the output folder.
     """
     try:
-        from saffe_cache.matching.running import compare
+        from saffe_cache.matching.running import compare, plan
     except ImportError as error:
         if error.name not in _EXTRA:
             raise
@@ -50,12 +50,14 @@ def match(config: MatchConfig) -> str:
     modality = gallery_modality(cache)
     photo, text = (cache.encoder(kind, config.encoder.get(kind)) for kind in (modality, "text"))
     parts = _parts(config, cache, photo, text)
+    planned = plan(config, photo, text, parts)
     out = Path(config.out)
     with hold_folder(out):
         for folder in (out, out / "cells", out / "figures"):
             remove_partial_files(folder)
         data = content_fingerprint(cache.table, modality, *(parts[name] for name in sorted(parts)))
-        measured = {"photo": photo.key, "text": text.key, "data": data}
+        layers = planned.layers if planned.token_cells else None
+        measured = {"photo": photo.key, "text": text.key, "layers": layers, "data": data}
         told = {"stage": "match", "measured": measured, **provenance(config)}
         if not is_begun(out, told, {"measured": dict, "config": MatchConfig}, _NOT_COMPARED):
             write_json(out / "config.json", told)
@@ -67,7 +69,7 @@ def match(config: MatchConfig) -> str:
             "title": config.title or Path(config.cache).stem,
             "dataset": Path(config.cache).stem,
             "split": config.split,
-            **compare(config, photo, text, parts),
+            **compare(config, planned, photo, text, parts),
             "last_command_seconds": round(time.perf_counter() - started, 1),
             **provenance(config),
         }
@@ -91,6 +93,8 @@ def exit_status(out: str) -> int:
 def _parts(config: MatchConfig, cache: Cache, photo: EncoderCache, text: EncoderCache) -> dict[str, Pairs]:
     """Photos to train on, to choose by, to report on, and to align by; none stands in two of them, by content.
 
+    What is trained on stands in no other split of the cache at all.
+
     Raises:
         ValueError: a split is absent, or has no photo of its own.
     """
@@ -99,16 +103,16 @@ def _parts(config: MatchConfig, cache: Cache, photo: EncoderCache, text: Encoder
     if config.validation != "heldout":
         names["validation"] = config.validation
     parts = {part: select_pairs(cache.table, photo, text, name, kind) for part, name in names.items()}
-    seen = parts["test"].rows
-    for part in ("validation", "train"):
+    modality = photo.manifest.modality
+    elsewhere = cache.table.rows[modality][np.array(cache.table.splits) != config.train_split]
+    for part, others in (("validation", parts["test"].rows), ("train", elsewhere)):
         if part in parts:
-            parts[part] = parts[part].take(np.flatnonzero(~np.isin(parts[part].rows, seen)))
-            seen = np.concatenate([seen, parts[part].rows])
+            parts[part] = parts[part].take(np.flatnonzero(~np.isin(parts[part].rows, others)))
             if not len(parts[part]):
                 raise ValueError(
                     f"split {names[part]!r}: all of its photos stand in other splits too. Keep each in one."
                 )
-    hashes = cache.table.inputs[photo.manifest.modality].content_hash
+    hashes = cache.table.inputs[modality].content_hash
     if config.validation == "heldout":
         parts["train"], parts["validation"] = hold_out(parts["train"], config.validation_fraction, 0, hashes)
     if config.align_fraction:

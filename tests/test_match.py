@@ -22,12 +22,13 @@ from saffe_cache.extract import ExtractConfig, extract
 from saffe_cache.features import CacheError
 from saffe_cache.match import MatchConfig, exit_status, match
 from saffe_cache.matching import measuring, running
-from saffe_cache.matching.aligning import judge_null
+from saffe_cache.matching.aligning import null_control
+from saffe_cache.matching.controls import judge_controls
 from saffe_cache.matching.examples import Examples
 from saffe_cache.matching.measuring import Bench
 from saffe_cache.matching.planning import plan_cells
 from saffe_cache.pairs import Pairs
-from saffe_cache.store.reader import open_cache
+from saffe_cache.store.reader import EncoderCache, open_cache
 
 SPLITS = {"train": 120, "test": 60}
 
@@ -95,7 +96,7 @@ def test_what_can_be_found_is_found_and_what_cannot_is_not(cache: str, tmp_path:
     assert destroyed < accuracy["ridge_products"] - 0.15
     assert {"concat", "cross", "tokens"} == set(result["cost"])
     assert [one["names"] for one in result["crossovers"]] == [["concat", "cross"], ["concat", "tokens"]]
-    assert any("9999 pairs at 1:1, of which" in reason for reason in result["left_out"])
+    assert any(reason.startswith("9999 pairs at 1:1: --scales: found 9999,") for reason in result["left_out"])
     permuted = [one for one in result["controls"] if "permuted" in one["name"]]
     assert [one["name"].split(", ")[1:3] for one in permuted] == [
         ["60 pairs", "concat"],
@@ -104,10 +105,17 @@ def test_what_can_be_found_is_found_and_what_cannot_is_not(cache: str, tmp_path:
     ]
     table = (tmp_path / "match.txt").read_text()
     assert "against cross (which sees one modality" in " ".join(table.split())
+    assert "percent of one seed; photos of the report" in table
+    assert "3 controls of permuted labels or pairs not judged" in table
+    assert "±" not in table
+    assert "%" not in table
     assert "CONTROL FAILED" not in table
     assert set(result["planes"]) == {"ridge"}
     page = make_page([str(tmp_path)], tmp_path / "page")
     assert "Does a text belong to a photo?" in page
+    assert "±" not in page
+    assert "interval" not in page.split("Does a text belong to a photo?")[1]
+    assert ", 3 not judged" in page
     assert "the rule for non-aligned features" not in page  # sentences begin with a capital
     assert "The rule for non-aligned features, cross-attention wins at any size" in page
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.png")}
@@ -136,6 +144,17 @@ def test_photos_are_in_one_part_alone(cache: str, tmp_path: Path, monkeypatch: p
     assert len(rows["train"]) + len(rows["validation"]) == 115  # five stand in test too
     hashes = open_cache(cache).table.inputs["image"].content_hash
     assert len({hashes[row].tobytes() for of in rows.values() for row in of}) == 175
+
+
+def test_photos_of_any_other_split_are_not_trained_on(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c.zarr", {"train": 60, "test": 20, "unused": 20}, shared=5)
+    opened = open_cache(cache)
+    photo, text = (opened.encoder(kind) for kind in ("image", "text"))
+    for validation in ("heldout", "unused"):
+        config = config_of(cache, tmp_path, validation=validation)
+        parts = match_module._parts(config, opened, photo, text)
+        trained = {*parts["train"].ids, *(parts["validation"].ids if validation == "heldout" else ())}
+        assert trained == {f"train/{number}" for number in range(5, 60)}
 
 
 def test_a_leak_fails_loudly(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +227,7 @@ def test_photos_that_align_are_in_no_pair(even_cache: str, tmp_path: Path) -> No
         assert parts[name].ids == plain[name].ids
     hashes = open_cache(even_cache).table.inputs["image"].content_hash
     aligning = {hashes[row].tobytes() for row in parts["aligning"].rows}
-    cells = plan_cells(config, parts["train"])[0]
+    cells = plan_cells(config, parts)[0]
     assert {cell.is_permuted for cell in cells} == {True, False}
     used = {hashes[row].tobytes() for cell in cells for drawn in bench.examples(cell) for row in drawn.photos}
     assert len(used) > 150
@@ -245,14 +264,19 @@ def test_what_is_made_pre_aligned_is_called_so(even_cache: str, tmp_path: Path) 
     assert np.mean(found["auc_permuted"]) == pytest.approx(0.5, abs=0.08)
     [null] = [one for one in made["controls"] if "permuted pairs" in one["name"]]
     assert null["passed"]
-    assert not judge_null(found | {"auc_permuted": [0.8, 0.79, 0.81]})[0]["passed"]
+    leak = null_control(found | {"auc_permuted": [0.8, 0.79, 0.81]}, 80)
+    assert judge_controls([leak])[0]["passed"] is False
     assert (plain["features"], plain["made_alignment"], made["features"]) == ("non-aligned", None, "pre-aligned")
     count = made["photos"]["aligning"]
     assert made["features_in_words"] == f"features made pre-aligned by a ridge regression of {count} other photos"
     rule = "the rule for {}, concatenation wins at any size, is undecided"
     assert any(one.startswith(rule.format(made["features_in_words"])) for one in made["verdict"])
     assert {"concat", "cross"} == set(made["cost"])
-    assert [reason.split(":")[0] for reason in made["left_out"]] == ["9999 pairs at 1", "tokens"]
+    assert [reason.split(":")[0] for reason in made["left_out"]] == [
+        "9999 pairs at 1",
+        "tokens",
+        "cross_residual with noise or rotation",
+    ]
     assert f"which {made['photos']['train']} training photos" in made["left_out"][0]
     assert made["features_in_words"] in " ".join((tmp_path / "made" / "match.txt").read_text().split())
     assert made["features_in_words"] in make_page([str(tmp_path / "made")], tmp_path / "page")
@@ -260,12 +284,64 @@ def test_what_is_made_pre_aligned_is_called_so(even_cache: str, tmp_path: Path) 
         match(replace(config, align_fraction=0.25))
 
 
-def test_classes_match_their_names(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path / "c.zarr", {"train": 90, "test": 60}, classes=6, signal=8, width=32)
+@pytest.mark.parametrize("classes", [2, 6])
+def test_classes_match_their_names(tmp_path: Path, classes: int) -> None:
+    cache = make_cache(tmp_path / "c.zarr", {"train": 90, "test": 60}, classes=classes, signal=8, width=32)
     result = result_of(config_of(cache, tmp_path / "out", scales=(120,), epochs=8))
     [setting] = result["settings"]
     assert setting["systems"]["concat"]["accuracy"]["mean"] > 0.7
     assert result["failures"] == []
+
+
+def test_a_ratio_that_few_classes_cannot_give_is_found_before_anything_is_measured(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c.zarr", {"train": 90, "test": 60}, classes=4, width=8)
+    config = config_of(cache, tmp_path / "out", scales=(60,), seeds=(0,), epochs=1)
+    with pytest.raises(ValueError, match=r"--negatives: found 5, and the 4 different texts .* Ask for fewer"):
+        match(replace(config, negatives=(5,)))
+    result = result_of(replace(config, negatives=(1, 5)))  # in the same folder
+    assert [one["setting"] for one in result["settings"]] == ["1:1 clean"]
+    [reason] = result["left_out"]
+    assert reason.startswith("60 pairs at 1:5: --negatives: found 5, and the 4 different texts")
+    assert "not measured: 60 pairs at 1:5:" in (tmp_path / "out" / "match.txt").read_text()
+
+
+def test_fusions_that_are_left_out_are_told(cache: str, tmp_path: Path) -> None:
+    def told(**options: Any) -> list[str]:
+        config = config_of(cache, tmp_path, **{"fusions": ("concat", "tokens"), "seeds": (0,), **options})
+        opened = open_cache(cache)
+        parts = match_module._parts(config, opened, *(opened.encoder(kind) for kind in ("image", "text")))
+        return [reason.split(":")[0] for reason in plan_cells(config, parts)[1]]
+
+    assert told(token_scales=(60, 120)) == []
+    assert told(token_scales=(60, 512)) == ["tokens at 512 pairs"]
+    assert told(token_scales=(512, 1024)) == ["tokens at 512, 1024 pairs"]
+    assert told(token_scales=()) == ["tokens at any number of pairs"]
+    degraded = {"fusions": ("concat",), "degraded_fusions": ("concat", "cross", "tokens")}
+    assert told(**degraded) == []
+    for kind in ("noise", "rotation"):
+        found = told(**degraded, **{kind: (0.5,)})
+        assert found == ["cross with noise or rotation", "tokens with noise or rotation"]
+
+
+def test_layers_of_tokens_stay_when_a_run_goes_on(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that was added in between would be the last one now."""
+    tokens = config_of(cache, tmp_path / "tokens", fusions=("tokens",), scales=(60,), token_scales=(60,), seeds=(0,))
+    plain = config_of(cache, tmp_path / "plain", fusions=("concat",), scales=(60,), seeds=(0,), epochs=1)
+
+    def dying(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as before:
+        before.setattr(EncoderCache, "layers", [2])
+        before.setattr(running, "measure_cell", dying)
+        for config in (tokens, plain):
+            with pytest.raises(KeyboardInterrupt):
+                match(config)
+    with pytest.raises(ValueError, match=r"another result \(layers: \[2, 2\] there, \[3, 3\] now\)"):
+        match(tokens)
+    assert result_of(plain)["failures"] == []
+    chosen = replace(tokens, out=str(tmp_path / "chosen"), layers={"image": (2,)}, epochs=1)
+    assert result_of(chosen)["layers_of_tokens"] == [2, 3]
 
 
 def test_halves_of_one_model_are_aligned(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
@@ -306,7 +382,7 @@ def test_what_does_not_go_together_is_said(cache: str, tmp_path: Path, monkeypat
         config_of(cache, tmp_path, align_fraction=1.0)
     with pytest.raises(ValueError, match=r"--split: found train, expected three different splits"):
         config_of(cache, tmp_path, split="train")
-    with pytest.raises(ValueError, match=r"--scales: found \(9999,\), expected 2 to \d+ pairs, which 10\d training"):
+    with pytest.raises(ValueError, match=r"--scales: found 9999, expected 2 to \d+ pairs, which 10\d training"):
         match(config_of(cache, tmp_path / "a", scales=(9999,)))
     with pytest.raises(ValueError, match="split 'dev' has no items"):
         match(config_of(cache, tmp_path / "b", split="dev"))

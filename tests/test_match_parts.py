@@ -7,15 +7,16 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from scipy.special import j1
+from scipy.stats import t as student
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 from saffe_cache.features import Ragged
 from saffe_cache.matching.baselines import fit_baselines
-from saffe_cache.matching.controls import failures, judge_controls
+from saffe_cache.matching.controls import Control, failures, judge_controls, permuted_error, shuffled_error
 from saffe_cache.matching.crossover import compare_risks, find_crossover, fit_power_law
 from saffe_cache.matching.degrading import Degradation, measure_alignment, partial_rotation
 from saffe_cache.matching.embedding import embed_pairs
-from saffe_cache.matching.examples import Examples, draw_examples, draw_judged, most_examples
+from saffe_cache.matching.examples import Examples, draw_examples, draw_judged
 from saffe_cache.matching.inputs import Vectors
 from saffe_cache.matching.published import published_results
 from saffe_cache.matching.scores import auc_error, best_threshold, judge
@@ -38,21 +39,62 @@ def classes(count: int, num_classes: int) -> Pairs:
     return Pairs("classes", tuple(map(str, rows)), rows, Ragged.from_rows(labels), Ragged.from_rows(labels))
 
 
+def even_classes(count: int, num_classes: int, prompts: int = 1) -> Pairs:
+    labels = [[i % num_classes] for i in range(count)]
+    texts = [[prompts * label + i for i in range(prompts)] for [label] in labels]
+    rows = np.arange(count)
+    return Pairs("classes", tuple(map(str, rows)), rows, Ragged.from_rows(texts), Ragged.from_rows(labels))
+
+
+def check_fair(drawn: Examples, pairs: Pairs, negatives: int) -> None:
+    """Each photo and each text stands in as many of others' pairs as the ratio says, and none of these is its own."""
+    own = {(int(row), int(text)) for row, texts in zip(pairs.rows, pairs.texts, strict=True) for text in texts}
+    is_own = [pair in own for pair in zip(drawn.photos.tolist(), drawn.texts.tolist(), strict=True)]
+    assert np.array_equal(is_own, drawn.labels == 1)
+    for side in (drawn.photos, drawn.texts):
+        _, of = np.unique(side, return_inverse=True)
+        assert np.array_equal(np.bincount(of, drawn.labels == 0), negatives * np.bincount(of, drawn.labels == 1))
+
+
 @pytest.mark.parametrize("negatives", [1, 5])
 @pytest.mark.parametrize("pairs", [captions(40), classes(60, 8)], ids=["captions", "classes"])
 def test_neither_photo_nor_text_tells_anything_alone(pairs: Pairs, negatives: int) -> None:
-    own = {(int(row), int(text)) for row, texts in zip(pairs.rows, pairs.texts, strict=True) for text in texts}
     trained = draw_examples(pairs, 20 * (1 + negatives), negatives, 3)
     assert len(trained) == 20 * (1 + negatives)
-    for drawn in (trained, draw_judged(pairs, negatives, 3)):
-        is_own = [pair in own for pair in zip(drawn.photos.tolist(), drawn.texts.tolist(), strict=True)]
-        assert np.array_equal(is_own, drawn.labels == 1)
-        for side in (drawn.photos, drawn.texts):
-            for value in np.unique(side):
-                matching = drawn.labels[side == value]
-                assert (matching == 0).sum() == negatives * (matching == 1).sum()
+    check_fair(trained, pairs, negatives)
     judged = draw_judged(pairs, negatives, 3)
+    check_fair(judged, pairs, negatives)
     assert len(np.unique(judged.photos)) == judged.labels.sum()  # each photo once
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("num_classes", "prompts", "negatives", "photos"),
+    [(2, 1, 1, 1000), (2, 1, 1, 4096), (2, 3, 1, 1000), (2, 7, 1, 1000), (3, 1, 2, 1000), (6, 1, 5, 1000)],
+)
+def test_as_few_classes_as_a_ratio_needs_are_dealt(
+    num_classes: int, prompts: int, negatives: int, photos: int, seed: int
+) -> None:
+    pairs = even_classes(photos, num_classes, prompts)
+    most = min(2048, photos * (1 + negatives))
+    for count in (most // 4, most):
+        drawn = draw_examples(pairs, count, negatives, seed)
+        check_fair(drawn, pairs, negatives)
+        assert len(drawn) > count - (1 + negatives) * num_classes * prompts
+        assert np.array_equal(drawn.texts, draw_examples(pairs, count, negatives, seed).texts)
+    judged = draw_judged(pairs, negatives, seed)
+    check_fair(judged, pairs, negatives)
+    assert len(judged) > 0.7 * photos * (1 + negatives)
+
+
+def test_what_cannot_be_dealt_is_said() -> None:
+    popular = captions(40, of_each=1)
+    popular.texts.values[:24] = 0
+    cases = ((popular, 1, 17), (even_classes(90, 3), 3, 3), (even_classes(91, 1), 1, 1))
+    for pairs, negatives, found in cases:
+        words = rf"--negatives: found {negatives}, and the {found} different texts .* Ask for fewer, or for fewer pairs"
+        with pytest.raises(ValueError, match=words):
+            draw_examples(pairs, len(pairs) * (1 + negatives), negatives, 0)
 
 
 def test_a_smaller_scale_lies_within_a_larger_one_and_seeds_differ() -> None:
@@ -65,7 +107,6 @@ def test_a_smaller_scale_lies_within_a_larger_one_and_seeds_differ() -> None:
 
     assert matches(20) < matches(60)
     assert matches(20) != matches(20, seed=1)
-    assert most_examples(pairs, 5) == 6 * 120
     with pytest.raises(ValueError, match=r"--scales: found 300, expected 2 to 240 pairs"):
         draw_examples(pairs, 300, 1, 0)
     with pytest.raises(ValueError, match=r"--negatives: found 2, and the 2 different texts"):
@@ -162,11 +203,66 @@ def test_controls_fail_where_they_find_something() -> None:
     labels = np.repeat([1, 0], 500)
     chance = [float(roc_auc_score(labels, generator.normal(size=1000))) for _ in range(200)]
     assert np.std(chance) == pytest.approx(auc_error(500, 500), rel=0.15)
-    judged = judge_controls({"fair": chance[:3], "leaking": [0.6, 0.61, 0.62]}, 500, 500)
+    error = shuffled_error(500, 500)
+    judged = judge_controls(
+        [Control("fair", chance[:3], error, False), Control("leak", [0.6, 0.61, 0.7], error, False)]
+    )
     assert [one["passed"] for one in judged] == [True, False]
-    assert failures(judged) == [f"leaking: AUC 61.0, expected 50.0 ± {100 * judged[1]['limit']:.1f}"]
-    many = judge_controls({str(i): chance[i : i + 3] for i in range(190)}, 500, 500)
+    assert failures(judged) == [f"leak: AUC 63.7, expected 50.0 ± {100 * judged[1]['limit']:.1f}"]
+    many = judge_controls([Control(str(i), chance[i : i + 3], error, False) for i in range(190)])
     assert all(one["passed"] for one in many)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 10])
+def test_shuffled_photos_of_classes_stay_within_their_error(num_classes: int) -> None:
+    """Also where what is right for a photo's own text is wrong for the other."""
+    drawn = draw_judged(even_classes(300, num_classes), 1, 0)
+    aucs = []
+    for seed in range(300):
+        photos = drawn.with_photos_shuffled(seed).photos
+        aucs.append(float(roc_auc_score(drawn.labels, photos % num_classes == drawn.texts)))
+    assert np.std(aucs) < shuffled_error(int(drawn.labels.sum()), int((drawn.labels == 0).sum()))
+    judged = [judge_controls([Control("", [auc], shuffled_error(300, 300), False)])[0] for auc in aucs]
+    assert all(one["passed"] for one in judged)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2, 3])
+@pytest.mark.parametrize("num_classes", [2, 4, 10])
+def test_an_order_of_few_classes_is_no_failure(num_classes: int, num_seeds: int) -> None:
+    """What was trained on permuted labels puts the pairs of a class and a text in an order that means nothing."""
+    drawn = draw_judged(even_classes(400, num_classes), 1, 0)
+    generator = np.random.default_rng(0)
+    error = permuted_error(400, 400, num_classes)
+
+    def auc() -> float:
+        order = generator.normal(size=(num_classes, num_classes))
+        within = 0.01 * generator.normal(size=len(drawn))
+        return float(roc_auc_score(drawn.labels, order[drawn.photos % num_classes, drawn.texts] + within))
+
+    assert np.std([auc() for _ in range(200)]) == pytest.approx(error, rel=0.15)
+    runs = [
+        judge_controls([Control(f"{i}", [auc() for _ in range(num_seeds)], error, True) for i in range(4)])
+        for _ in range(50)
+    ]
+    assert sum(bool(failures(run)) for run in runs) <= 2
+    judged = [one["passed"] is not None for run in runs for one in run]
+    assert not any(judged) if num_seeds == 1 or num_classes == 2 else True
+
+
+def test_permuted_labels_that_are_found_again_are_a_failure() -> None:
+    error = permuted_error(1000, 1000, 1000)
+    found = judge_controls(
+        [
+            Control("found", [0.69, 0.7, 0.71], error, True),
+            Control("seeds differ", [0.4, 0.6, 0.65], error, True),
+            Control("one seed", [0.7], error, True),
+        ]
+    )
+    assert [one["passed"] for one in found] == [False, None, None]
+    assert [one["limit"] is None for one in found] == [False, True, True]
+    assert [reason.split(":")[0] for reason in failures(found)] == ["found"]
+    half = student.ppf(1 - 1e-2 / 6, 2) * 0.01 / np.sqrt(3)
+    assert found[0]["limit"] == pytest.approx(half)
 
 
 def test_ridge_finds_a_map_that_the_cosine_does_not_and_products_are_cross_fitted() -> None:
@@ -214,7 +310,13 @@ def test_a_power_law_is_found_again_and_so_is_the_place_where_two_meet() -> None
     assert found["share"] == 1
     apart = compare_risks(errors(*first), errors(0.2, 0.3, 0.2), ("a", "b"))
     assert apart["crossover"] is None
-    assert apart["words"] == "a and b: no crossover within 1000 to 16000 pairs, nor in any resample of the seeds"
+    assert apart["words"] == "a and b: no crossover within 1000 to 16000 pairs (0% of resampled seeds have one)"
+    single = compare_risks(
+        *({size: of[:1] for size, of in errors(*law).items()} for law in (first, second)), ("a", "b")
+    )
+    assert single["crossover"] == pytest.approx(meeting, rel=0.02)
+    assert single["words"].endswith("pairs (one seed)")
+    assert [single[name] for name in ("low", "high", "share")] == [None] * 3
     few = {size: errors(*first)[size] for size in sizes[:2]}
     assert "three sizes or more, found 2" in compare_risks(few, few, ("a", "b"))["words"]
 
@@ -232,12 +334,20 @@ def test_the_rule_is_judged_by_intervals_paired_by_seed() -> None:
     assert [one["holds"] for one in judge_rule(Features(False), accuracies, ["cross"])] == [False, None]
     [words] = rule_in_words(Features(False), judge_rule(Features(False), accuracies, ["cross"]))
     assert "cross-attention wins at any size, fails at 100, is undecided at 200 pairs against cross" in words
-    assert judge_rule(Features(True), {"concat": {100: [0.9]}, "cross": {100: [0.1]}}, ["cross"])[0]["holds"] is None
+    single = judge_rule(Features(True), {"concat": {100: [0.9]}, "cross": {100: [0.1]}}, ["cross"])
+    assert (single[0]["holds"], single[0]["lead"]["low"]) == (None, None)
+    assert rule_in_words(Features(True), single)[0].endswith("by training pairs: 100: +80.0 (one seed)")
     leads = {"clean": [0.0, 0.01], "noise 0.1": [0.02, 0.03], "noise 0.2": [-0.02, 0.03]}
     found = judge_degradation(leads, "noise", "cross")
     assert (found["grown"], found["fallen"]) == (["noise 0.1"], [])
     assert found["changes"]["noise 0.2"] == pytest.approx({"mean": 0.0, "low": -0.254, "high": 0.254}, abs=1e-3)
     assert "over cross grows at 1 and falls at 0 of 2 levels; it is +0.5 points on clean features" in found["words"]
+    single = judge_degradation({level: values[:1] for level, values in leads.items()}, "noise", "cross")
+    assert (single["grown"], single["fallen"]) == ([], [])
+    assert single["words"] == (
+        "with noise concat's lead over cross is not judged by one seed; it is +0.0 points on clean features and "
+        "changes by noise 0.1: +2.0 (one seed); noise 0.2: -2.0 (one seed)"
+    )
 
 
 def test_neighbours_on_the_plane_are_those_in_space() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from saffe_cache.matching.baselines import fit_ridge_map, pair_cosines
-from saffe_cache.matching.controls import judge_controls
+from saffe_cache.matching.controls import Control, permuted_error
 from saffe_cache.matching.examples import Examples, matching_examples
 from saffe_cache.matching.inputs import Vectors
 from saffe_cache.pairs import Pairs
@@ -66,11 +66,10 @@ def alignment_in_words(found: Mapping[str, Any]) -> str:
     )
 
 
-def judge_null(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Whether permuted pairs aligned nothing, from what `judge_alignment` gives."""
-    pairs = found["pairs"]
-    controls = {"cosine, made pre-aligned by permuted pairs": found["auc_permuted"]}
-    return judge_controls(controls, pairs["matches"], pairs["others"])
+def null_control(found: Mapping[str, Any], num_kinds: int) -> Control:
+    """That permuted pairs aligned nothing, from what `judge_alignment` gives and the kinds of the report's photos."""
+    error = permuted_error(found["pairs"]["matches"], found["pairs"]["others"], num_kinds)
+    return Control("cosine, made pre-aligned by permuted pairs", found["auc_permuted"], error, is_trained=True)
 
 
 def _cosine_auc(vectors: Vectors, test: Examples) -> float:

@@ -25,7 +25,7 @@ class MatchConfig:
     split: str = "test"
     """Split to report on."""
     train_split: str = "train"
-    """Split to train on; photos of other splits are left out."""
+    """Split to train on; photos that stand in any other split too are left out."""
     validation: str = "heldout"
     """Split to choose epochs, thresholds and strengths by; heldout is a part of the train split, by photo."""
     validation_fraction: float = 0.1

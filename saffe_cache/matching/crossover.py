@@ -59,7 +59,7 @@ def compare_risks(first: Errors, second: Errors, names: tuple[str, str], seed: i
     """Both fits and N*, with its interval over resampled seeds.
 
     `crossover` is None where the curves do not meet within the measured sizes; `share` says in how many of the
-    resamples they do, and `low` and `high` span 95 % of N* among these.
+    resamples they do, and `low` and `high` span 95 % of N* among these. All three are None with one seed.
     """
     sizes = [size for size in first if size in second]
     if len(sizes) < 3:
@@ -69,26 +69,13 @@ def compare_risks(first: Errors, second: Errors, names: tuple[str, str], seed: i
     low, high = float(min(sizes)), float(max(sizes))
     curves = fit_power_law(first), fit_power_law(second)
     crossover = find_crossover(*curves, low, high)
-    generator, drawn = np.random.default_rng(seed), []
-    for _ in range(_RESAMPLES):
-        chosen = [generator.integers(len(first[size]), size=len(first[size])) for size in sizes]
-        again = [
-            {size: [of[size][i] for i in places] for size, places in zip(sizes, chosen, strict=True)}
-            for of in (first, second)
-        ]
-        found = find_crossover(fit_power_law(again[0]), fit_power_law(again[1]), low, high)
-        drawn += [] if found is None else [found]
-    share = len(drawn) / _RESAMPLES
+    several = len(first[sizes[0]]) > 1
+    drawn = _resampled(first, second, (low, high), seed) if several else []
+    share = len(drawn) / _RESAMPLES if several else None
     ends = [float(value) for value in np.quantile(drawn, (0.025, 0.975))] if drawn else [None, None]
-    words = f"{names[0]} and {names[1]}: "
-    if crossover is None:
-        words += f"no crossover within {low:.0f} to {high:.0f} pairs"
-        words += f", in {share:.0%} of resampled seeds there is one" if drawn else ", nor in any resample of the seeds"
-    else:
-        words += (
-            f"they meet at N* = {crossover:.0f} pairs (95 % of resamples with one: {ends[0]:.0f} to {ends[1]:.0f}; "
-        )
-        words += f"{share:.0%} have one)"
+    met = "no crossover" if crossover is None else f"they meet at N* = {crossover:.0f},"
+    told = "one seed" if share is None else f"{share:.0%} of resampled seeds have one"
+    told += f", 95 % of these from {ends[0]:.0f} to {ends[1]:.0f}" if drawn else ""
     return {
         "names": list(names),
         "curves": {name: dict(zip("abc", curve, strict=True)) for name, curve in zip(names, curves, strict=True)},
@@ -97,8 +84,18 @@ def compare_risks(first: Errors, second: Errors, names: tuple[str, str], seed: i
         "low": ends[0],
         "high": ends[1],
         "share": share,
-        "words": words,
+        "words": f"{names[0]} and {names[1]}: {met} within {low:.0f} to {high:.0f} pairs ({told})",
     }
+
+
+def _resampled(first: Errors, second: Errors, within: tuple[float, float], seed: int) -> list[float]:
+    """Crossovers of the same sizes' errors with the seeds drawn again, where there is one."""
+    generator, found = np.random.default_rng(seed), []
+    for _ in range(_RESAMPLES):
+        chosen = {size: generator.integers(len(values), size=len(values)) for size, values in first.items()}
+        again = [{size: [of[size][i] for i in chosen[size]] for size in chosen} for of in (first, second)]
+        found.append(find_crossover(fit_power_law(again[0]), fit_power_law(again[1]), *within))
+    return [one for one in found if one is not None]
 
 
 def _power_law(size: Any, a: float, b: float, c: float) -> Any:

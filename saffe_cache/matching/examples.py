@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import maximum_flow
 
 from saffe_cache.pairs import Pairs
 
@@ -39,9 +41,9 @@ class Examples:
         return replace(self, photos=others[place])
 
 
-def most_examples(pairs: Pairs, negatives: int) -> int:
-    """How many `draw_examples` can give."""
-    return len(_positives(pairs, 0)[0]) * (1 + negatives)
+def num_kinds(pairs: Pairs) -> int:
+    """Of photos, as their texts tell them apart: in a cache of classes, these."""
+    return len({tuple(sorted(texts.tolist())) for texts in pairs.texts})
 
 
 def matching_examples(pairs: Pairs) -> Examples:
@@ -54,23 +56,31 @@ def draw_examples(pairs: Pairs, count: int, negatives: int, seed: int) -> Exampl
 
     Args:
         pairs: to draw from.
-        count: of examples, those of another's text included.
+        count: of examples, those of another's text included. Where few texts allow no other deal, each is used equally
+            often, and up to one of each stays unused.
         negatives: texts of others for each of its own.
         seed: of which, and in what order.
 
     Raises:
-        ValueError: there are too few.
+        ValueError: there are too few, or they cannot be dealt so.
     """
     photos, texts = _positives(pairs, seed)
     kept = count // (1 + negatives)
     if not 0 < kept <= len(photos):
         most = len(photos) * (1 + negatives)
-        raise ValueError(f"--scales: found {count}, expected {1 + negatives} to {most} pairs, which the data allow.")
+        raise ValueError(
+            f"--scales: found {count}, expected {1 + negatives} to {most} pairs, which {len(pairs)} "
+            f"training photos give at 1:{negatives}."
+        )
     return _with_negatives(pairs, photos[:kept], texts[:kept], negatives, seed)
 
 
 def draw_judged(pairs: Pairs, negatives: int, seed: int) -> Examples:
-    """For validation and test: every photo once with a text of its own, as far as each text is used equally often."""
+    """For validation and test: every photo once with a text of its own, as far as each text is used equally often.
+
+    Raises:
+        ValueError: they cannot be dealt so.
+    """
     generator = np.random.default_rng([seed, 1])
     chosen = pairs.texts.offsets[:-1] + generator.integers(np.diff(pairs.texts.offsets))
     photos, texts = _evenly(pairs.rows, pairs.texts.values[chosen], generator)
@@ -95,37 +105,82 @@ def _evenly(photos: np.ndarray, texts: np.ndarray, generator: np.random.Generato
 
 
 def _with_negatives(pairs: Pairs, photos: np.ndarray, texts: np.ndarray, negatives: int, seed: int) -> Examples:
-    """Each photo also with texts of others, dealt from the same ones."""
-    generator = np.random.default_rng([seed, 2])
-    width = int(max(texts.max(), pairs.texts.values.max())) + 1
-    taken = set((pairs.rows[pairs.owners] * width + pairs.texts.values).tolist())
-    dealt = []
-    for _ in range(negatives):
-        others = _deal(photos * width, texts, taken, generator, negatives)
-        taken.update((photos * width + others).tolist())
-        dealt.append(others)
-    labels = np.zeros(len(photos) * (1 + negatives), np.int64)
-    labels[: len(photos)] = 1
-    return Examples(np.tile(photos, 1 + negatives), np.concatenate([texts, *dealt]), labels)
-
-
-def _deal(
-    codes: np.ndarray, texts: np.ndarray, taken: set[int], generator: np.random.Generator, negatives: int
-) -> np.ndarray:
-    """The texts in another order, in which no photo has one that is taken: exchanged until it is so.
+    """Each photo also with texts of others, dealt from the same ones.
 
     Raises:
-        ValueError: there is no such order, as far as was searched.
+        ValueError: they cannot be dealt so.
     """
-    dealt = generator.permutation(texts)
-    for _ in range(_ROUNDS):
-        wrong = [place for place, code in enumerate((codes + dealt).tolist()) if code in taken]
-        if not wrong:
-            return dealt
-        for place, other in zip(wrong, generator.integers(len(dealt), size=len(wrong)).tolist(), strict=True):
-            if int(codes[place] + dealt[other]) not in taken and int(codes[other] + dealt[place]) not in taken:
-                dealt[place], dealt[other] = dealt[other], dealt[place]
-    raise ValueError(
-        f"--negatives: found {negatives}, and the {len(np.unique(texts))} different texts of {len(texts)} photos "
-        "cannot be dealt so that each photo gets so many of others. Ask for fewer, or give more texts."
+    generator = np.random.default_rng([seed, 2])
+    width = int(pairs.texts.values.max()) + 1
+    own = pairs.rows[pairs.owners] * width + pairs.texts.values
+    others = _exchanged(photos * width, texts, own, negatives, generator)
+    if others is None:
+        whole = len(texts) - len(texts) % len(np.unique(texts))  # a text more of one class may leave no deal
+        photos, texts = photos[:whole], texts[:whole]
+        others = _flown(photos * width, texts, own, negatives, generator)
+    labels = np.repeat([1, 0], [len(texts), len(others)])
+    return Examples(np.concatenate([photos, others // width]), np.concatenate([texts, others % width]), labels)
+
+
+def _exchanged(
+    codes: np.ndarray, texts: np.ndarray, own: np.ndarray, negatives: int, generator: np.random.Generator
+) -> np.ndarray | None:
+    """Codes of photos with others' texts: the texts in random order, exchanged until no photo has one of its own.
+
+    None where chance finds no such order, as with few classes.
+
+    Args:
+        codes: of the photos; with a text added, those of pairs.
+        texts: what is dealt.
+        own: codes of the photos with all of their own texts.
+        negatives: how often all of them are dealt.
+        generator: of the order.
+    """
+    taken = set(own.tolist())
+    found = []
+    for _ in range(negatives):
+        dealt = generator.permutation(texts)
+        for _ in range(_ROUNDS):
+            wrong = [place for place, code in enumerate((codes + dealt).tolist()) if code in taken]
+            if not wrong:
+                break
+            for place, other in zip(wrong, generator.integers(len(dealt), size=len(wrong)).tolist(), strict=True):
+                if int(codes[place] + dealt[other]) not in taken and int(codes[other] + dealt[place]) not in taken:
+                    dealt[place], dealt[other] = dealt[other], dealt[place]
+        else:
+            return None
+        found.append(codes + dealt)
+        taken.update(found[-1].tolist())
+    return np.concatenate(found)
+
+
+def _flown(
+    codes: np.ndarray, texts: np.ndarray, own: np.ndarray, negatives: int, generator: np.random.Generator
+) -> np.ndarray:
+    """As `_exchanged`, by a maximum flow from photos to texts: it finds a deal wherever there is one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    (photos, of_photo), (distinct, of_text) = (
+        (values[order], negatives * counts[order])
+        for values, counts in (np.unique(side, return_counts=True) for side in (codes, texts))
+        for order in [generator.permutation(len(values))]
     )
+    impossible = ValueError(
+        f"--negatives: found {negatives}, and the {len(distinct)} different texts of {len(texts)} pairs cannot be "
+        "dealt so that each photo gets so many of others. Ask for fewer, or for fewer pairs, or give more texts."
+    )
+    if of_text.max() * (1 + negatives) > negatives * len(texts):  # more than all others' pairs have room for
+        raise impossible
+    pairs = photos[:, None] + distinct
+    at_photo, at_text = np.nonzero(~np.isin(pairs, own))
+    first, source, sink = len(photos), len(photos) + len(distinct), len(photos) + len(distinct) + 1
+    tails = np.concatenate([np.full(first, source), at_photo, np.arange(first, source)])
+    heads = np.concatenate([np.arange(first), first + at_text, np.full(len(distinct), sink)])
+    limits = np.concatenate([of_photo, np.ones(len(at_text)), of_text]).astype(np.int32)
+    found = maximum_flow(csr_matrix((limits, (tails, heads)), shape=(sink + 1, sink + 1)), source, sink)
+    if found.flow_value < negatives * len(texts):
+        raise impossible
+    dealt: np.ndarray = pairs[found.flow[:first, first:source].nonzero()]
+    return dealt

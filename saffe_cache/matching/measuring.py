@@ -51,6 +51,19 @@ class Cell:
         return f"{setting}-{self.scale}-{self.system}{permuted}-seed{self.seed}"
 
 
+def examples_of(parts: Mapping[str, Pairs], cell: Cell) -> tuple[Examples, Examples, Examples]:
+    """To train on, to choose by, to report on.
+
+    Raises:
+        ValueError: the data do not allow them.
+    """
+    training = draw_examples(parts["train"], cell.scale, cell.negatives, cell.seed)
+    if cell.is_permuted:
+        training = training.with_labels_permuted(cell.seed)
+    validation, test = (draw_judged(parts[name], cell.negatives, cell.seed) for name in ("validation", "test"))
+    return training, validation, test
+
+
 class Bench:
     """A cache's features, read once, and its photos in parts that share none."""
 
@@ -134,13 +147,7 @@ class Bench:
 
     def examples(self, cell: Cell) -> tuple[Examples, Examples, Examples]:
         """To train on, to choose by, to report on."""
-        training = draw_examples(self._parts["train"], cell.scale, cell.negatives, cell.seed)
-        if cell.is_permuted:
-            training = training.with_labels_permuted(cell.seed)
-        validation, test = (
-            draw_judged(self._parts[name], cell.negatives, cell.seed) for name in ("validation", "test")
-        )
-        return training, validation, test
+        return examples_of(self._parts, cell)
 
     def alignment(self, cell: Cell) -> Mapping[str, float]:
         """Measured cosines of a cell's features."""

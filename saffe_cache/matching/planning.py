@@ -2,58 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from saffe_cache.matching.config import MatchConfig
 from saffe_cache.matching.degrading import Degradation
-from saffe_cache.matching.examples import most_examples
-from saffe_cache.matching.measuring import BASELINE_CELL, Cell
+from saffe_cache.matching.measuring import BASELINE_CELL, Cell, examples_of
 from saffe_cache.pairs import Pairs
 
 
-def plan_cells(config: MatchConfig, training: Pairs) -> tuple[list[Cell], list[str]]:
-    """All cells, and what the data do not allow.
+def plan_cells(config: MatchConfig, parts: Mapping[str, Pairs]) -> tuple[list[Cell], list[str]]:
+    """All cells, and what of the config is in none of them, and why. Every cell's pairs can be drawn.
 
     Raises:
-        ValueError: they allow no scale at all.
+        ValueError: the data allow no scale at the first ratio.
     """
     first = config.negatives[0]
     cells: list[Cell] = []
     left_out: list[str] = []
     for negatives in config.negatives:
-        scales = _possible_scales(config, training, negatives, left_out)
+        obstacles = {scale: _obstacle(config, parts, negatives, scale) for scale in sorted(config.scales)}
+        scales = [scale for scale, obstacle in obstacles.items() if not obstacle]
+        if not scales and negatives == first:
+            raise ValueError(obstacles[min(obstacles)])
+        left_out += [f"{scale} pairs at 1:{negatives}: {reason}" for scale, reason in obstacles.items() if reason]
         for scale in scales if negatives == first else scales[-1:]:
             cells += _clean_cells(config, negatives, scale)
         if negatives == first:
             cells += _control_cells(config, cells)
             worse = max((scale for scale in scales if scale <= config.degraded_scale), default=scales[0])
             cells += _degraded_cells(config, negatives, worse)
-    left_out += [
-        f"{name}: --align-fraction maps vectors, not hidden states"
-        for name in config.fusions
-        if name not in config.fusions_of_features
-    ]
-    return cells, left_out
+    return cells, left_out + _tokens_left_out(config, cells) + _degraded_left_out(config)
 
 
-def _possible_scales(config: MatchConfig, training: Pairs, negatives: int, left_out: list[str]) -> list[int]:
-    """Ascending; the others are noted.
+def _obstacle(config: MatchConfig, parts: Mapping[str, Pairs], negatives: int, scale: int) -> str:
+    """Why the pairs cannot be drawn with some seed; empty where they can."""
+    try:
+        for seed in config.seeds:
+            examples_of(parts, Cell(negatives=negatives, scale=scale, system=BASELINE_CELL, seed=seed))
+    except ValueError as error:
+        return str(error)
+    return ""
 
-    Raises:
-        ValueError: there are none.
-    """
-    most = most_examples(training, negatives)
-    scales = sorted(scale for scale in config.scales if 1 + negatives <= scale <= most)
-    if not scales:
-        raise ValueError(
-            f"--scales: found {config.scales}, expected {1 + negatives} to {most} pairs, which {len(training)} "
-            f"training photos give at 1:{negatives}."
-        )
-    left_out += [
-        f"{scale} pairs at 1:{negatives}, of which {len(training)} training photos give {most} at most"
-        for scale in sorted(set(config.scales) - set(scales))
-    ]
-    return scales
+
+def _tokens_left_out(config: MatchConfig, cells: Sequence[Cell]) -> list[str]:
+    if "tokens" not in config.fusions:
+        return []
+    if config.align_fraction:
+        return ["tokens: --align-fraction maps vectors, not hidden states"]
+    measured = {cell.scale for cell in cells if cell.system == "tokens"}
+    missing = [f"{scale}" for scale in config.token_scales if scale not in measured]
+    if measured and not missing:
+        return []
+    sizes = ", ".join(missing) or "any number of"
+    return [f"tokens at {sizes} pairs: it needs sizes that --token-scales and --scales share, and the data allow"]
+
+
+def _degraded_left_out(config: MatchConfig) -> list[str]:
+    if not config.noise and not config.rotation:
+        return []
+    reasons = {name: "it is not among --fusions" for name in config.degraded_fusions if name not in config.fusions}
+    if "tokens" in config.degraded_fusions:
+        reasons["tokens"] = "vectors are degraded, not hidden states"
+    return [f"{name} with noise or rotation: {reason}" for name, reason in reasons.items()]
 
 
 def _clean_cells(config: MatchConfig, negatives: int, scale: int) -> list[Cell]:

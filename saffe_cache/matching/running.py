@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from saffe_cache.features import CacheError
 from saffe_cache.matching.baselines import BASELINES
 from saffe_cache.matching.config import MatchConfig
 from saffe_cache.matching.cost import measure_cost
+from saffe_cache.matching.examples import num_kinds
 from saffe_cache.matching.fitting import FitOptions
 from saffe_cache.matching.fusions import FUSIONS
 from saffe_cache.matching.measuring import Bench, Cell, measure_cell
@@ -25,8 +27,25 @@ from saffe_cache.store.reader import EncoderCache
 logger = logging.getLogger(__name__)
 
 
-def compare(config: MatchConfig, photo: EncoderCache, text: EncoderCache, parts: Mapping[str, Pairs]) -> dict[str, Any]:
-    """Measure, and sum up.
+@dataclass(frozen=True)
+class Plan:
+    """What is to be measured."""
+
+    features: Features
+    cells: Sequence[Cell]
+    left_out: Sequence[str]
+    """What of the config is in no cell, and why."""
+    layers: tuple[int, int]
+    """Of photos and texts, whose tokens are taken."""
+
+    @property
+    def token_cells(self) -> list[Cell]:
+        """Those that need hidden states."""
+        return [cell for cell in self.cells if cell.system == "tokens"]
+
+
+def plan(config: MatchConfig, photo: EncoderCache, text: EncoderCache, parts: Mapping[str, Pairs]) -> Plan:
+    """Whatever the data or the cache do not allow is found here, before anything is measured.
 
     Args:
         config: what is asked for.
@@ -36,12 +55,21 @@ def compare(config: MatchConfig, photo: EncoderCache, text: EncoderCache, parts:
 
     Raises:
         CacheError, ValueError: the cache lacks a layer; the data allow no pairs; features are aligned already.
-        OSError: the disk is full or gone.
     """
     features = _features(config, photo, text, parts)
-    cells, left_out = plan_cells(config, parts["train"])
-    layers = _layers(config, photo, text)
-    bench = Bench(photo, text, parts, [cell for cell in cells if cell.system == "tokens"], layers)
+    return Plan(features, *plan_cells(config, parts), _layers(config, photo, text))
+
+
+def compare(
+    config: MatchConfig, planned: Plan, photo: EncoderCache, text: EncoderCache, parts: Mapping[str, Pairs]
+) -> dict[str, Any]:
+    """Measure what `plan` gave, from the same arguments, and sum up.
+
+    Raises:
+        OSError: the disk is full or gone.
+    """
+    features, cells = planned.features, planned.cells
+    bench = Bench(photo, text, parts, planned.token_cells, planned.layers)
     found = _measured(config, bench, cells)
     made = bench.made_alignment()
     shown = max((cell for cell in cells if cell.setting == cells[0].setting), key=lambda cell: cell.scale)
@@ -50,16 +78,16 @@ def compare(config: MatchConfig, photo: EncoderCache, text: EncoderCache, parts:
         "features_in_words": str(features),
         "made_alignment": made,
         "seeds": list(config.seeds),
-        **summarise(found, features, made),
+        **summarise(found, features, num_kinds(parts["test"]), made),
         "cost": _costs(config, bench),
         "planes": bench.plane(shown, config.tsne_pairs) if config.tsne_pairs else {},
         "meanings": {**BASELINES, **{name: FUSIONS[name] for name in config.fusions_of_features}},
-        "left_out": left_out,
+        "left_out": list(planned.left_out),
         "published": published_results(),
         "published_notes": list(NOTES),
         "photos": {name: len(of) for name, of in parts.items()},
         "encoders": {"photo": photo.key, "text": text.key},
-        "layers_of_tokens": list(layers),
+        "layers_of_tokens": list(planned.layers),
         "seconds": round(sum(cell["seconds"] for cell in found), 1),
     }
 

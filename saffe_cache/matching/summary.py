@@ -7,27 +7,43 @@ from typing import Any
 
 import numpy as np
 
-from saffe_cache.matching.aligning import alignment_in_words, judge_null
-from saffe_cache.matching.controls import failures, judge_controls
+from saffe_cache.matching.aligning import alignment_in_words, null_control
+from saffe_cache.matching.controls import Control, failures, judge_controls, permuted_error, shuffled_error
 from saffe_cache.matching.crossover import compare_risks
 from saffe_cache.matching.fusions import FUSIONS
 from saffe_cache.matching.scores import METRICS
-from saffe_cache.matching.verdict import CONCAT, Features, judge_degradation, judge_rule, paired, rule_in_words
-from saffe_cache.retrieval.metrics import seed_interval
+from saffe_cache.matching.verdict import (
+    CONCAT,
+    Features,
+    judge_degradation,
+    judge_rule,
+    over_seeds,
+    paired,
+    points,
+    rule_in_words,
+)
 
 Found = Mapping[str, Any]
 """What `measure_cell` gives."""
 
 
-def summarise(cells: Sequence[Found], features: Features, made: Found | None = None) -> dict[str, Any]:
-    """Everything that follows from the cells, and from what `judge_alignment` gives of features made pre-aligned."""
+def summarise(cells: Sequence[Found], features: Features, num_kinds: int, made: Found | None = None) -> dict[str, Any]:
+    """Everything that follows from the cells.
+
+    Args:
+        cells: all of them.
+        features: what they were measured on.
+        num_kinds: of the test's photos.
+        made: what `judge_alignment` gives of features made pre-aligned.
+    """
     settings = _settings([cell for cell in cells if not cell["permuted"]])
-    controls = _controls(cells)
+    controls = _controls(cells, num_kinds)
     verdicts = _verdicts(settings, features)
     if made:
-        controls += judge_null(made)
+        controls.append(null_control(made, num_kinds))
         verdicts["verdict"].insert(0, alignment_in_words(made))
-    return {"failures": failures(controls), "settings": settings, "controls": controls, **verdicts}
+    judged = judge_controls(controls)
+    return {"failures": failures(judged), "settings": settings, "controls": judged, **verdicts}
 
 
 def _settings(cells: Iterable[Found]) -> list[dict[str, Any]]:
@@ -58,8 +74,8 @@ def _settings(cells: Iterable[Found]) -> list[dict[str, Any]]:
                     name: float(np.mean([one[name] for one in measured])) for name in (measured[0] if measured else {})
                 },
                 "systems": {
-                    name: {metric: _spread([one["test"][metric] for one in scores]) for metric in METRICS}
-                    | {"shuffled_auc": _spread([one["shuffled"]["auc"] for one in scores])}
+                    name: {metric: _values([one["test"][metric] for one in scores]) for metric in METRICS}
+                    | {"shuffled_auc": _values([one["shuffled"]["auc"] for one in scores])}
                     for name, scores in systems.items()
                 },
                 "seconds": sum(cell["seconds"] for cell in of),
@@ -68,26 +84,24 @@ def _settings(cells: Iterable[Found]) -> list[dict[str, Any]]:
     return found
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    mean, low, high = seed_interval(values)
-    return {"values": list(values), "mean": mean, "low": low, "high": high}
+def _values(values: Sequence[float]) -> dict[str, Any]:
+    return {"values": list(values), **over_seeds(values)}
 
 
-def _controls(cells: Sequence[Found]) -> list[dict[str, Any]]:
-    """Judged by test sets of the same ratio together."""
-    by_ratio: dict[int, dict[str, list[float]]] = {}
-    counts = {}
+def _controls(cells: Sequence[Found], num_kinds: int) -> list[Control]:
+    found: dict[str, Control] = {}
     for cell in cells:
-        told = f"{cell['setting']}, {cell['scale']} pairs"
-        of_ratio = by_ratio.setdefault(cell["negatives"], {})
-        others = cell["pairs"]["test"] * cell["negatives"] // (1 + cell["negatives"])
-        counts[cell["negatives"]] = cell["pairs"]["test"] - others, others
-        for name, scores in cell["systems"].items():
-            which, auc = ("labels permuted", "test") if cell["permuted"] else ("photos shuffled", "shuffled")
-            of_ratio.setdefault(f"{told}, {name}, {which}", []).append(scores[auc]["auc"])
-    return [
-        judged for negatives, controls in by_ratio.items() for judged in judge_controls(controls, *counts[negatives])
-    ]
+        matches = cell["pairs"]["test"] // (1 + cell["negatives"])
+        others = matches * cell["negatives"]
+        if cell["permuted"]:
+            which, judged, error = "labels permuted", "test", permuted_error(matches, others, num_kinds)
+        else:
+            which, judged, error = "photos shuffled", "shuffled", shuffled_error(matches, others)
+        for system, scores in cell["systems"].items():
+            name = f"{cell['setting']}, {cell['scale']} pairs, {system}, {which}"
+            control = found.setdefault(name, Control(name, [], error, is_trained=cell["permuted"]))
+            control.values.append(scores[judged]["auc"])
+    return list(found.values())
 
 
 def _verdicts(settings: Sequence[Found], features: Features) -> dict[str, Any]:
@@ -156,8 +170,10 @@ def _best_baselines(accuracies: Mapping[str, Mapping[int, Sequence[float]]]) -> 
     if fusion is None or baseline is None:
         return []
     lead = paired(fusions[fusion][scale], others[baseline][scale])
+    several = (
+        "" if lead["low"] is None else "; each interval of this page alone is 95 %, over seeds, on the same photos"
+    )
     return [
-        f"at {scale} pairs the best fusion, {fusion}, less the best of what needs none, {baseline}: "
-        f"{100 * lead['mean']:+.1f} [{100 * lead['low']:+.1f}, {100 * lead['high']:+.1f}] points (both chosen by these "
-        "very numbers; each interval of this page alone is 95 %, over seeds, on the same test photos)"
+        f"at {scale} pairs the best fusion, {fusion}, less the best of what needs none, {baseline}: {points(lead)} "
+        f"points (both chosen by these very numbers{several})"
     ]

@@ -13,7 +13,10 @@ _SHOWN = {"accuracy": "accuracy", "f1": "F1", "precision": "precision", "recall"
 
 
 def format_match(result: Mapping[str, Any]) -> str:
-    """Percent, with half of the 95 % interval over seeds. What is wrong comes first."""
+    """Percent, with half of the 95 % interval over several seeds. What is wrong comes first."""
+    num_seeds = len(result["seeds"])
+    half = f" ± half of the 95 % t-interval over {num_seeds} seeds" if num_seeds > 1 else " of one seed"
+    num_open = sum(one["passed"] is None for one in result["controls"])
     lines = [f"CONTROL FAILED: {failure}. Do not use these numbers." for failure in result["failures"]]
     lines += [
         *textwrap.wrap(
@@ -21,8 +24,8 @@ def format_match(result: Mapping[str, Any]) -> str:
             _WIDTH,
         ),
         *textwrap.wrap(
-            f"percent ± half of the 95 % t-interval over {len(result['seeds'])} seeds; photos of the report are in no "
-            "training; the control's AUC, of shuffled photos, must be 50",
+            f"percent{half}; photos of the report are in no training; the control's AUC, of shuffled photos, must be "
+            "50",
             _WIDTH,
         ),
         "",
@@ -36,6 +39,8 @@ def format_match(result: Mapping[str, Any]) -> str:
         lines += textwrap.wrap(one, _WIDTH, initial_indent="- ", subsequent_indent="  ")
     lines += ["", *_costs(result), "", *_published(result)]
     lines += [f"not measured: {reason}" for reason in result["left_out"]]
+    if num_open:
+        lines.append(f"{num_open} controls of permuted labels or pairs not judged: it takes more seeds, or classes")
     lines.append(f"{len(result['controls'])} controls; {result['seconds']:.0f} s for all cells")
     return "\n".join(map(printable, lines))
 
@@ -92,5 +97,6 @@ def _row(name: str, cells: list[str]) -> str:
     return f"{name:{_NAME}}" + "".join(f"{cell:>{_CELL}}" for cell in cells)
 
 
-def _cell(score: Mapping[str, float], *, with_half: bool) -> str:
-    return f"{100 * score['mean']:.1f}" + (f" ± {50 * (score['high'] - score['low']):.1f}" if with_half else "")
+def _cell(score: Mapping[str, Any], *, with_half: bool) -> str:
+    half = f" ± {50 * (score['high'] - score['low']):.1f}" if with_half and len(score["values"]) > 1 else ""
+    return f"{100 * score['mean']:.1f}{half}"

@@ -37,10 +37,23 @@ class Features:
         return f"{self.kind} features"
 
 
-def paired(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
-    """Mean of first less second by seed, and its 95 % t-interval."""
-    mean, low, high = seed_interval([a - b for a, b in zip(first, second, strict=True)])
-    return {"mean": mean, "low": low, "high": high}
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """The mean, and both ends of its 95 % t-interval, which are None with one seed."""
+    mean, low, high = seed_interval(values)
+    return {"mean": mean} | ({"low": low, "high": high} if len(values) > 1 else {"low": None, "high": None})
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
+    """Of first less second, by seed, what `over_seeds` gives."""
+    return over_seeds([a - b for a, b in zip(first, second, strict=True)])
+
+
+def points(difference: Mapping[str, Any]) -> str:
+    """What `over_seeds` gave, in words."""
+    mean = f"{100 * difference['mean']:+.1f}"
+    if difference["low"] is None:
+        return f"{mean} (one seed)"
+    return f"{mean} [{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
 
 
 def judge_rule(features: Features, accuracies: Accuracies, contenders: Sequence[str]) -> list[dict[str, Any]]:
@@ -56,8 +69,8 @@ def judge_rule(features: Features, accuracies: Accuracies, contenders: Sequence[
             if size not in accuracies.get(CONCAT, {}):
                 continue
             difference = paired(accuracies[CONCAT][size], own)
-            is_decided = len(own) > 1 and (difference["low"] > 0 or difference["high"] < 0)
-            holds = difference["mean"] * expected > 0 if is_decided else None
+            sign = _sign(difference)
+            holds = sign == expected if sign else None
             found.append({"contender": contender, "size": size, "lead": difference, "holds": holds})
     return found
 
@@ -68,11 +81,7 @@ def rule_in_words(features: Features, judged: Sequence[Mapping[str, Any]]) -> li
     sentences = []
     for contender in dict.fromkeys(one["contender"] for one in judged):
         of_it = [one for one in judged if one["contender"] == contender]
-        leads = "; ".join(
-            f"{one['size']}: {_points(one['lead']['mean'])} [{_points(one['lead']['low'])}, "
-            f"{_points(one['lead']['high'])}]"
-            for one in of_it
-        )
+        leads = "; ".join(f"{one['size']}: {points(one['lead'])}" for one in of_it)
         by_verdict = {
             verdict: [f"{one['size']}" for one in of_it if one["holds"] is held]
             for verdict, held in (("holds", True), ("fails", False), ("is undecided", None))
@@ -95,21 +104,20 @@ def judge_degradation(leads: Mapping[str, Sequence[float]], kind: str, contender
     """
     (_, clean), *others = leads.items()
     changes = {level: paired(values, clean) for level, values in others}
-    grown = [level for level, change in changes.items() if len(clean) > 1 and change["low"] > 0]
-    fallen = [level for level, change in changes.items() if len(clean) > 1 and change["high"] < 0]
-    told = "; ".join(
-        f"{level}: {_points(change['mean'])} [{_points(change['low'])}, {_points(change['high'])}]"
-        for level, change in changes.items()
-    )
+    grown, fallen = ([level for level, change in changes.items() if _sign(change) == sign] for sign in (1, -1))
+    trend = f"grows at {len(grown)} and falls at {len(fallen)} of {len(changes)} levels; it"
+    told = "; ".join(f"{level}: {points(change)}" for level, change in changes.items())
     words = (
-        f"with {kind} concat's lead over {contender} grows at {len(grown)} and falls at {len(fallen)} of "
-        f"{len(changes)} levels; it is {_points(sum(clean) / len(clean))} points on clean features and "
-        f"changes by {told}"
+        f"with {kind} concat's lead over {contender} {trend if len(clean) > 1 else 'is not judged by one seed; it'} is "
+        f"{100 * sum(clean) / len(clean):+.1f} points on clean features and changes by {told}"
     )
     return {
         "kind": kind, "contender": contender, "changes": changes, "grown": grown, "fallen": fallen, "words": words
     }  # fmt: skip
 
 
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}"
+def _sign(difference: Mapping[str, Any]) -> int:
+    """1 or -1 where the interval excludes 0; 0 where it does not, or there is none."""
+    if difference["low"] is None:
+        return 0
+    return int(difference["low"] > 0) - int(difference["high"] < 0)

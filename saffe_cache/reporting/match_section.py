@@ -21,14 +21,13 @@ def match_section(matches: Matches, anchor: str, sheets: list[Sheet]) -> Section
     sheets.append(_sheet(matches, anchor))
     whole = [_setting_table(one) for one in matches.settings]
     largest = max(range(len(matches.settings)), key=lambda place: _rank(matches, matches.settings[place]))
-    failed = sum(not one.passed for one in matches.controls)
     return Section(
         anchor=anchor,
         title=f"Does a text belong to a photo? {matches.title}",
         lead=f"Concatenation against cross-attention on {matches.features_in_words or matches.features + ' features'}, "
         f"split {matches.split}.",
         facts=[
-            ("controls", f"{len(matches.controls)}, {failed} of them not where they must be"),
+            ("controls", _controls_in_words([one.passed for one in matches.controls])),
             *[("not measured", one) for one in matches.left_out],
         ],
         texts=[f"{one[0].upper()}{one[1:]}." for one in matches.verdict],
@@ -58,10 +57,23 @@ def _rank(matches: Matches, one: MatchSetting) -> tuple[bool, int]:
     return one in matches.of_sizes, one.scale
 
 
+def _controls_in_words(passed: Sequence[bool | None]) -> str:
+    told = f"{len(passed)}, {passed.count(False)} of them not where they must be"
+    return told + (f", {passed.count(None)} not judged" if None in passed else "")
+
+
+def _seeds_in_words(setting: MatchSetting) -> str:
+    return "with its 95 % t-interval over seeds" if setting.num_seeds > 1 else "one seed"
+
+
+def _score_cell(score: OverSeeds) -> Cell:
+    return Cell(percent(score.mean), "" if score.half is None else f"± {percent(score.half)}")
+
+
 def _setting_table(setting: MatchSetting) -> Table:
     rows = []
     for name, scores in setting.systems.items():
-        cells = [Cell(percent(scores[metric].mean), f"± {percent(scores[metric].half)}") for metric in METRICS]
+        cells = [_score_cell(scores[metric]) for metric in METRICS]
         cells.append(Cell(percent(scores["shuffled_auc"].mean)))
         rows.append(TableRow("plain", Cell(name), tuple(cells)))
     empty = [Cell("")] * (len(METRICS) - 2)
@@ -70,7 +82,8 @@ def _setting_table(setting: MatchSetting) -> Table:
         for name, value in (("chance", setting.chance), ("majority class", setting.majority))
     ]
     measured = ", ".join(f"{name.replace('_', ' ')} {value:z.2f}" for name, value in setting.alignment.items())
-    caption = f"{setting.setting}, {setting.scale} training pairs. Percent, beneath half of the 95 % t-interval."
+    caption = f"{setting.setting}, {setting.scale} training pairs. Percent, "
+    caption += "beneath half of the 95 % t-interval." if setting.num_seeds > 1 else "one seed."
     return Table(
         caption + (f" Mean cosines: {measured}." if measured else ""),
         ("", *METRICS, "AUC, photos shuffled"),
@@ -136,7 +149,7 @@ def _bars(name: str, found: Sequence[OverSeeds | None]) -> Bars:
         name,
         [place for place, _ in known],
         [100 * score.mean for _, score in known],
-        [100 * score.half for _, score in known],
+        [100 * (score.half or 0.0) for _, score in known],
     )
 
 
@@ -156,7 +169,7 @@ def _sizes_plot(matches: Matches, name: str) -> Plot:
         [panel],
         [("chance", 100 * settings[0].chance)],
         ("training pairs", "accuracy, percent"),
-        f"Accuracy at 1:{settings[0].negatives} by the number of training pairs, with its 95 % t-interval over seeds.",
+        f"Accuracy at 1:{settings[0].negatives} by the number of training pairs, {_seeds_in_words(settings[0])}.",
         joined=True,
     )
 
@@ -177,7 +190,7 @@ def _degraded_plot(levels: Sequence[MatchSetting], kind: str, name: str) -> Plot
         [plots.Panel([told(one) for one in levels], _series(levels))],
         [("majority class", 100 * levels[0].majority)],
         (f"{kind} (mean cosine with the clean photos)", "accuracy, percent"),
-        f"{does[kind]}: accuracy at {levels[0].scale} pairs, with its 95 % t-interval over seeds.",
+        f"{does[kind]}: accuracy at {levels[0].scale} pairs, {_seeds_in_words(levels[0])}.",
         joined=True,
     )
 

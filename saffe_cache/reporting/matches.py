@@ -15,15 +15,17 @@ METRICS = ("accuracy", "f1", "precision", "recall", "auc")
 
 @dataclass(frozen=True, kw_only=True)
 class OverSeeds:
-    """A mean with its 95 % t-interval."""
+    """A mean with its 95 % t-interval, which several seeds have."""
 
     values: tuple[float, ...]
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     @property
-    def half(self) -> float:
+    def half(self) -> float | None:
+        if self.low is None or self.high is None or len(self.values) < 2:
+            return None
         return (self.high - self.low) / 2
 
 
@@ -42,6 +44,10 @@ class MatchSetting:
     alignment: Mapping[str, float]
     systems: Mapping[str, Mapping[str, OverSeeds]]
 
+    @property
+    def num_seeds(self) -> int:
+        return max(len(score.values) for scores in self.systems.values() for score in scores.values())
+
 
 @dataclass(frozen=True, kw_only=True)
 class MatchControl:
@@ -49,8 +55,9 @@ class MatchControl:
 
     name: str
     auc: float
-    limit: float
-    passed: bool
+    limit: float | None
+    passed: bool | None
+    """None where it is not judged, nor has a limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
