@@ -154,6 +154,19 @@ def test_names_along_the_axis_share_a_frame_and_are_not_joined(
     ]  # fmt: skip
 
 
+def test_the_best_baseline_is_drawn_whichever_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = ablation(published=[])
+    for point in content["series"][0]["points"]:
+        point["baselines"] |= {"mlp": {"mrr": [0.3, 0.32]}, "concat_mlp": {"mrr": [0.4, 0.42]}}
+    drawn: list[plots.Panel] = []
+    monkeypatch.setattr(plots, "draw_series", lambda name, panels, *_, joined: drawn.extend(panels))
+    found = read_ablation(Path(write(tmp_path / "a", "ablation.json", content)) / "ablation.json")
+    sections.ablation_section(found, "ablation-1", [])
+    names = {bars.name for panel in drawn for series in panel.series for bars in series.beside}
+    assert "concat mlp" in names
+    assert "mlp" not in names
+
+
 def test_an_alignment_shows_advice_nulls_and_every_pair(made: Made, page: str) -> None:
     section = page[page.index('id="alignment-1"') : page.index('id="run-1"')]
     assert "linear (photos alone)" in section

@@ -126,7 +126,7 @@ def ablation_section(ablation: Ablation, anchor: str, sheets: list[Sheet]) -> Se
 
 
 _DRAWN_BASELINES = ("ridge", "linear_probe", "late_fusion_ridge")
-"""Of those of each point; the table has all."""
+"""Of those of each point, beside the one that finds most; the table has all."""
 
 
 def _series_plot(ablation: Ablation, name: str) -> Plot:
@@ -139,7 +139,8 @@ def _series_plot(ablation: Ablation, name: str) -> Plot:
         found = {point.x: spread(point.values[ablation.metric]) for point in one.points}
         bars = _bars(one.name, places, {x: (of.mean, of.half_interval or 0.0) for x, of in found.items()})
         beside = []
-        for baseline in _DRAWN_BASELINES:
+        best = _best_baseline(one, ablation.metric)
+        for baseline in dict.fromkeys((*_DRAWN_BASELINES, *([best] if best else []))):
             values = {
                 point.x: (statistics.mean(point.baselines[baseline][ablation.metric]), 0.0)
                 for point in one.points
