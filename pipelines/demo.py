@@ -11,7 +11,7 @@ pictures, extracts once, trains FAMs, indexes and evaluates, twice:
 
 and ends with a page of both, to be looked at in a browser.
 
-Under 5 minutes on two CPU cores after the downloads; 0.8 GB of disk. Figures with dates: LOG.md.
+5 to 7 minutes on two CPU cores after the downloads; 0.8 GB of disk. Figures with dates: LOG.md.
 """
 
 from __future__ import annotations
