@@ -51,6 +51,15 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
+def short_hash(value: Any) -> str:
+    """12 hexadecimal digits of SHA-256 over the value's canonical JSON.
+
+    Raises:
+        ValueError: the value holds NaN or an infinity, which JSON cannot say.
+    """
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:12]
+
+
 @dataclass(frozen=True)
 class Fingerprint:
     """Everything that changes an encoder's output, as plain JSON values.
@@ -64,8 +73,7 @@ class Fingerprint:
     def key(self) -> str:
         """Readable name plus hash: `image-dinov2-small-1f3a9c0b7e52`."""
         name = re.sub(r"[^A-Za-z0-9._]+", "-", str(self.fields["model_id"]).rstrip("/").split("/")[-1])
-        digest = hashlib.sha256(canonical_json(self.fields).encode()).hexdigest()
-        return f"{self.fields['modality']}-{name}-{digest[:12]}"
+        return f"{self.fields['modality']}-{name}-{short_hash(self.fields)}"
 
     def differences(self, other: Fingerprint) -> list[str]:
         """One line for each field that differs: `field: mine != theirs`."""

@@ -6,7 +6,6 @@ runs, and what exists is not done again. Each process takes a group of runs; kil
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from saffe_cache.evaluate import EvaluateConfig, evaluate
 from saffe_cache.evaluation.measuring import reported_data, reported_pairs
-from saffe_cache.features import canonical_json
+from saffe_cache.features import short_hash
 from saffe_cache.runs import RunSpec, data_fingerprint, num_cores, read_json, training_pairs
 from saffe_cache.store.reader import Cache
 from saffe_cache.train import TrainConfig, same_batches, train_many
@@ -84,10 +83,10 @@ class Planner:
         spec = resolve_run(config, self._cache)
         spec = replace(spec, data=self._fingerprint(spec))
         options = {name: value for name, value in _chosen(config).items() if name not in _PLACES}
-        identity = canonical_json({"config": options, "run": _chosen(spec), "stored": self._stored(spec)})
+        identity = short_hash({"config": options, "run": _chosen(spec), "stored": self._stored(spec)})
         layers = "+".join(map(str, spec.gallery_layers))
         name = re.sub(r"[^A-Za-z0-9+-]+", "-", f"{config.fusion}-{layers}-seed{config.seed}")
-        out = self._folder / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+        out = self._folder / f"{name}-{identity}"
         config = replace(config, out=str(out))
         report = replace(self._report, run=str(out), out=str(out / f"{self._report.split}-{self._report.protocol}"))
         return Job(config, report, self._of_report(spec), repr(same_batches(config, spec)))

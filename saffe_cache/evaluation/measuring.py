@@ -6,7 +6,6 @@ identity; the controls are others (photos shuffled, one photo everywhere, texts 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
@@ -15,7 +14,7 @@ import numpy as np
 
 from saffe_cache.evaluation.answers import Answered, ClassScores, Reordered, Vectors
 from saffe_cache.fam_inputs import FamInputs, encode_gallery, encode_queries
-from saffe_cache.features import canonical_json
+from saffe_cache.features import short_hash
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.judging.pair_scores import PairScores, score_all_pairs, score_chosen_pairs
 from saffe_cache.judging.search import Search, SearchName, make_search
@@ -68,8 +67,7 @@ def reported_data(cache: Cache, spec: RunSpec, pairs: Pairs) -> str:
     """Hash over what a report of some pairs looks at besides the run: their content, and all classes that search."""
     hashes = cache.table.inputs["text"].content_hash
     classes = [hashes[rows].tobytes().hex() for rows in cache.table.class_texts] if pairs.kind == "classes" else []
-    told = canonical_json([data_fingerprint(cache, spec, pairs), classes])
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    return short_hash([data_fingerprint(cache, spec, pairs), classes])
 
 
 def metric_names(cache: Cache, spec: RunSpec, protocol: ProtocolName) -> list[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-
-from saffe_cache.features import canonical_json
+from saffe_cache.features import short_hash
 from saffe_cache.store.manifest import read_encoder
 from saffe_cache.store.reader import existing_root
 from saffe_cache.store.storage import Storage
@@ -19,5 +17,4 @@ def content_hash(storage: Storage) -> str:
     """
     root = existing_root(storage)
     encoders = [read_encoder(storage, key).to_json() | {"history": []} for key in root.encoders]
-    held = {"table": read_attributes(storage, f"tables/{root.table}"), "encoders": encoders}
-    return hashlib.sha256(canonical_json(held).encode()).hexdigest()[:12]
+    return short_hash({"table": read_attributes(storage, f"tables/{root.table}"), "encoders": encoders})
