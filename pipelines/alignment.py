@@ -31,17 +31,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ lies beside the package, not in it
 
 from pipelines.advisers import Case, advisers, correlations, proposal
-from saffe_cache.ablate import AblateConfig, ablate
-from saffe_cache.align import AlignConfig, align
-from saffe_cache.durable import make_folder, write_whole
-from saffe_cache.features import Modality
-from saffe_cache.options import require
-from saffe_cache.pairs import gallery_modality, pair_kind
+from saffe_cache.core.atomic_io import make_folder, write_whole
+from saffe_cache.core.features import Modality
+from saffe_cache.core.options import require
+from saffe_cache.core.outputs import read_json, write_json
+from saffe_cache.inputs.pairs import gallery_modality, pair_kind
 from saffe_cache.retrieval.metrics import seed_interval
-from saffe_cache.runs import read_json, write_json
 from saffe_cache.store.identity import content_hash
 from saffe_cache.store.reader import EncoderCache, open_cache
 from saffe_cache.store.storage import Storage
+from saffe_cache.studies.alignment.align import AlignConfig, align
+from saffe_cache.studies.sweep.ablate import AblateConfig, ablate
 
 ALONE, BESIDE = "photos alone", "a text beside each photo"
 NO_FAM = {ALONE: "ridge", BESIDE: "late_fusion_ridge"}

@@ -27,8 +27,8 @@ import logging
 import sys
 from pathlib import Path
 
-from saffe_cache.bind import BindConfig, bind, exit_status, read_table
-from saffe_cache.extract import ExtractConfig, extract
+from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.studies.binding.bind import BindConfig, bind, exit_status, read_table
 
 
 def main() -> None:

@@ -40,13 +40,14 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from saffe_cache.caption import CaptionConfig, caption
-from saffe_cache.captioning.fitting import rate_at, shuffled_batches
-from saffe_cache.durable import write_whole
-from saffe_cache.extract import ExtractConfig, extract
+from saffe_cache.core.atomic_io import write_whole
+from saffe_cache.core.devices import num_cores
+from saffe_cache.core.outputs import read_json, write_json
+from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.retrieval.metrics import seed_interval
-from saffe_cache.runs import num_cores, read_json, write_json
 from saffe_cache.sources import Columns, read_items
+from saffe_cache.studies.captioning.caption import CaptionConfig, caption
+from saffe_cache.studies.captioning.fitting import rate_at, shuffled_batches
 
 END = "<|endoftext|>"
 VOCABULARY, POSITIONS, BATCH, LEARNING_RATE = 4000, 128, 16, 1.5e-3

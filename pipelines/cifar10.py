@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ lies beside the package, not in it
 
 from pipelines.tables import Row, Table, failures, markdown
-from saffe_cache.extract import ExtractConfig, extract
+from saffe_cache.extraction.extract import ExtractConfig, extract
 
 
 def rows_of(layers: dict[str, object], epochs: int) -> list[Row]:

@@ -29,10 +29,10 @@ from data.encoders import fetch_encoders
 from data.notes import draw_notes, ideal_late_fusion, place_ordered_fusion, read_notes, text_only_chance
 from data.scenes import draw_scenes
 from pipelines.tables import Row, Table, failures, markdown
-from saffe_cache.evaluate import EvaluateConfig, evaluate, read_table
-from saffe_cache.extract import ExtractConfig, extract
-from saffe_cache.report import ReportConfig, report
-from saffe_cache.train import TrainConfig, train
+from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate, read_table
+from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.report.report import ReportConfig, report
+from saffe_cache.training.train import TrainConfig, train
 
 SCENES = {"train": 1000, "dev": 150, "test": 250}
 NOTES = {"train": 1800, "dev": 150, "test": 400}

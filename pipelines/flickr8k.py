@@ -21,8 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ lies beside the package, not in it
 
 from pipelines.tables import Row, Table, failures, markdown
-from saffe_cache.evaluation.measuring import ProtocolName
-from saffe_cache.extract import ExtractConfig, extract
+from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.protocols.measuring import ProtocolName
 
 LAST_TWO = {"fusion": "linear", "layers": {"image": (11, 12)}, "epochs": 20}
 VARIANTS = [

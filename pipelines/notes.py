@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # data/ and pipelines/ lie b
 
 from data.notes import SPLITS, chance, draw_notes, ideal_late_fusion, place_ordered_fusion, read_notes, text_only_chance
 from pipelines.tables import Row, Table, failures, markdown
-from saffe_cache.extract import ExtractConfig, extract
+from saffe_cache.extraction.extract import ExtractConfig, extract
 
 GALLERY_ASKS = {"layers": {"image": (9,), "text": (5,)}}
 ROWS = [

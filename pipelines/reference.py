@@ -14,12 +14,12 @@ import argparse
 import numpy as np
 import torch
 
-from saffe_cache.fam_inputs import FamInputs
 from saffe_cache.fusion.base import Fusion
-from saffe_cache.judging.search import make_search
-from saffe_cache.pairs import Pairs, select_pairs
-from saffe_cache.runs import load_run
+from saffe_cache.inputs.feature_loader import FamInputs
+from saffe_cache.inputs.pairs import Pairs, select_pairs
+from saffe_cache.protocols.search import make_search
 from saffe_cache.store.reader import open_cache
+from saffe_cache.training.runs import load_run
 
 BATCH = 32
 """Photos that share one drawing of the random matrices: few, so that many drawings enter the means."""

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ lies beside the
 
 from pipelines.flickr8k import LAST_TWO
 from pipelines.tables import Row, Table
-from saffe_cache.extract import ExtractConfig, extract
+from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.dtypes import STORAGE_DTYPES
 from saffe_cache.store.reader import EncoderCache, open_cache

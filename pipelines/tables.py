@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from saffe_cache.evaluate import EvaluateConfig, evaluate
-from saffe_cache.evaluation.measuring import ProtocolName
-from saffe_cache.train import TrainConfig, train
+from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
+from saffe_cache.protocols.measuring import ProtocolName
+from saffe_cache.training.train import TrainConfig, train
 
 
 @dataclass(frozen=True)

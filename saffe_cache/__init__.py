@@ -3,23 +3,22 @@
 The layers of the package; an import may only point downwards, and packages of one layer do not import
 each other (tests/test_architecture.py holds this):
 
-    cli                                                        the commands
-    ablate   bind   caption   match   report                   verbs made of these verbs
-    ablation   binding   captioning   matching   reporting     what they are made of
-    extract   align   train   evaluate   repair                the verbs: a config in, the path or report out
-    extraction   alignment   training   evaluation             what they are made of
-    judging                                                    how pairs are searched
-    runs                                                       a run's folder
-    pairs                                                      which items are trained on and judged
-    retrieval                                                  ranks, metrics, protocols, baselines, index
-    store   sources   encoders   fusion   objectives   options
-    features   durable   fields   flops                        nouns that they exchange; whole files; JSON; FLOPs
+    cli                                         the commands
+    report                                      one page from results
+    studies                                     alignment, binding, captioning, matching, sweeps
+    evaluation                                  baselines and controls beside a run's scores; the index
+    training                                    one config, the loop, a run's folder
+    protocols                                   queries, relevance and scores, for validation and evaluation
+    extraction   inputs                         encoders into a cache; what a training reads from one
+    retrieval                                   ranks, metrics, baselines, index
+    store   sources   encoders   fusion         the cache, the data, the frozen models, the trained modules
+    core                                        nouns, options, files, JSON
 
 Each stage is a function of one frozen dataclass:
 
-    from saffe_cache.extract import ExtractConfig, extract
-    from saffe_cache.train import TrainConfig, train
-    from saffe_cache.evaluate import EvaluateConfig, evaluate
+    from saffe_cache.extraction.extract import ExtractConfig, extract
+    from saffe_cache.training.train import TrainConfig, train
+    from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
 """
 
 __version__ = "0.1.0"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from saffe_cache.features import CacheError, printable
+from saffe_cache.core.features import CacheError, printable
 
 _GONE = "Bring the disk back"
 _TO_DO = {
@@ -34,19 +34,19 @@ _TO_DO = {
 
 
 def extract_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.extract import ExtractConfig, extract
+    from saffe_cache.extraction.extract import ExtractConfig, extract
 
     return _run_stage("saffe-extract", ExtractConfig, extract, arguments)
 
 
 def train_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.train import TrainConfig, train
+    from saffe_cache.training.train import TrainConfig, train
 
     return _run_stage("saffe-train-fam", TrainConfig, train, arguments)
 
 
 def evaluate_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.evaluate import EvaluateConfig, evaluate, exit_status, read_table
+    from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate, exit_status, read_table
 
     return _run_stage(
         "saffe-index-eval", EvaluateConfig, _shown(evaluate, read_table), arguments, lambda _, out: exit_status(out)
@@ -54,7 +54,7 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def ablate_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.ablate import AblateConfig, ablate, exit_status, read_tables
+    from saffe_cache.studies.sweep.ablate import AblateConfig, ablate, exit_status, read_tables
 
     def ablate_and_show(config: AblateConfig) -> str:
         out = ablate(config)
@@ -65,25 +65,25 @@ def ablate_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def bind_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.bind import BindConfig, bind, exit_status, read_table
+    from saffe_cache.studies.binding.bind import BindConfig, bind, exit_status, read_table
 
     return _run_stage("saffe-bind", BindConfig, _shown(bind, read_table), arguments, lambda _, out: exit_status(out))
 
 
 def match_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.match import MatchConfig, exit_status, match, read_table
+    from saffe_cache.studies.matching.match import MatchConfig, exit_status, match, read_table
 
     return _run_stage("saffe-match", MatchConfig, _shown(match, read_table), arguments, lambda _, out: exit_status(out))
 
 
 def align_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.align import AlignConfig, align, read_table
+    from saffe_cache.studies.alignment.align import AlignConfig, align, read_table
 
     return _run_stage("saffe-align", AlignConfig, _shown(align, read_table), arguments)
 
 
 def caption_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.caption import CaptionConfig, caption, exit_status, read_table
+    from saffe_cache.studies.captioning.caption import CaptionConfig, caption, exit_status, read_table
 
     return _run_stage(
         "saffe-caption", CaptionConfig, _shown(caption, read_table), arguments, lambda _, out: exit_status(out)
@@ -91,14 +91,14 @@ def caption_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def report_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.report import ReportConfig, report
+    from saffe_cache.report.report import ReportConfig, report
 
     return _run_stage("saffe-report", ReportConfig, report, arguments)
 
 
 def cache_command(arguments: Sequence[str] | None = None) -> int:
     """`saffe-cache inspect | verify | repair | convert | export | import`."""
-    from saffe_cache.options import pair_of
+    from saffe_cache.core.options import pair_of
     from saffe_cache.store.compression import COMPRESSIONS
     from saffe_cache.store.dtypes import STORAGE_DTYPES
 
@@ -161,7 +161,7 @@ def _cache_action(options: argparse.Namespace) -> int:
 
 
 def _repair(options: argparse.Namespace) -> int:
-    from saffe_cache.repair import RepairConfig, repair
+    from saffe_cache.extraction.repair import RepairConfig, repair
 
     data, encoder = tuple(options.data or ()), dict(options.encoder or ())
     report = repair(RepairConfig(cache=options.cache, data=data, encoder=encoder, device=options.device))
@@ -188,7 +188,7 @@ def _run_stage(
     status: Callable[[Any, str], int] = lambda config, path: 0,
 ) -> int:
     """`status` gives the exit status from the config and the path that the stage wrote."""
-    from saffe_cache.options import parse_config
+    from saffe_cache.core.options import parse_config
 
     config = parse_config(config_class, arguments, prog)
 
@@ -265,7 +265,7 @@ def _sigterm_raised() -> Iterator[None]:
 
 
 def _lacks_memory(error: MemoryError | RuntimeError) -> bool:
-    from saffe_cache.extraction.halving import is_out_of_memory
+    from saffe_cache.extraction.oom_retry import is_out_of_memory
 
     return isinstance(error, MemoryError) or is_out_of_memory(error) or "can't start new thread" in str(error)
 

@@ -10,10 +10,10 @@ import torch
 from extraction_cases import tiny_config
 from tiny_models import NUM_LAYERS, rand
 
-from saffe_cache.captioning.captions import CaptionSource
-from saffe_cache.captioning.inserting import InsertedModel, Projector
-from saffe_cache.extract import extract
+from saffe_cache.extraction.extract import extract
 from saffe_cache.store.reader import open_cache
+from saffe_cache.studies.captioning.captions import CaptionSource
+from saffe_cache.studies.captioning.inserting import InsertedModel, Projector
 
 GRID = 2
 PHOTO_TOKENS = 1 + GRID**2

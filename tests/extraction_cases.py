@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_models import WORDS
 
 from saffe_cache.encoders.encoder import FrozenEncoder, Launched
-from saffe_cache.extract import ExtractConfig
+from saffe_cache.extraction.extract import ExtractConfig
 from saffe_cache.store.writer import EncoderWriter, Portion
 
 

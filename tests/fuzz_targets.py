@@ -24,8 +24,8 @@ from fuzz_inputs import changed_bytes, changed_json
 from store_cases import image_contents, make_spec, random_rows, text_contents, without_fsync, write_contents
 from synthetic_cache import make_cache
 
-from saffe_cache import options
-from saffe_cache.features import CacheError
+from saffe_cache.core import options
+from saffe_cache.core.features import CacheError
 from saffe_cache.sources.folders import folder_items
 from saffe_cache.store import inspect
 from saffe_cache.store.compression import compress
@@ -263,11 +263,12 @@ def _changed_line(data: bytes, random: Random) -> bytes:
 def _run_targets(work: Path) -> dict[str, Target]:
     import torch
 
-    from saffe_cache import runs
-    from saffe_cache.runs import provenance, write_json, write_tensors
-    from saffe_cache.train import TrainConfig
+    from saffe_cache.core.outputs import provenance, write_json
+    from saffe_cache.core.tensors import write_tensors
+    from saffe_cache.training import runs
     from saffe_cache.training.checkpoints import TrainingState, resume, save_state
-    from saffe_cache.training.resolving import resolve_run
+    from saffe_cache.training.resolve import resolve_run
+    from saffe_cache.training.train import TrainConfig
 
     path = make_cache(work / "run.zarr", {"train": 12, "test": 6})
     opened, run = open_cache(path), work / "run"
@@ -318,9 +319,9 @@ def _run_targets(work: Path) -> dict[str, Target]:
 
 
 def _option_targets(work: Path) -> dict[str, Target]:
-    from saffe_cache.evaluate import EvaluateConfig
-    from saffe_cache.extract import ExtractConfig
-    from saffe_cache.train import TrainConfig
+    from saffe_cache.evaluation.evaluate import EvaluateConfig
+    from saffe_cache.extraction.extract import ExtractConfig
+    from saffe_cache.training.train import TrainConfig
 
     read_once = cache(options.attribute_docstrings)
 

@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from saffe_cache.evaluate import EvaluateConfig, evaluate, exit_status
-from saffe_cache.evaluation.measuring import Setting
-from saffe_cache.fam_inputs import FamInputs
-from saffe_cache.features import Ragged
+from saffe_cache.core.features import Ragged
+from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate, exit_status
 from saffe_cache.fusion.base import Fusion
-from saffe_cache.pairs import select_pairs
-from saffe_cache.runs import load_run, same_training_pairs
+from saffe_cache.inputs.feature_loader import FamInputs
+from saffe_cache.inputs.pairs import select_pairs
+from saffe_cache.inputs.spec import same_training_pairs
+from saffe_cache.protocols.measuring import Setting
 from saffe_cache.store.reader import open_cache
-from saffe_cache.train import TrainConfig, train
+from saffe_cache.training.runs import load_run
+from saffe_cache.training.train import TrainConfig, train
 
 Report = dict[str, Any]
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from extraction_cases import draw
 from quick_runs import quick_train, report_of
 
-from saffe_cache.extract import ExtractConfig, extract
-from saffe_cache.report import ReportConfig, report
+from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.report.report import ReportConfig, report
 
 EVIL = "a dog </style><script>alert(1)</script> & \"dogs\" <img src='http://example.org/x.png'>"
 

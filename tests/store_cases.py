@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saffe_cache.features import BlockSpec, BlockWeights, Fingerprint, Modality
+from saffe_cache.core.features import BlockSpec, BlockWeights, Fingerprint, Modality
 from saffe_cache.store.compression import CompressionName
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.layout import ArraySpec

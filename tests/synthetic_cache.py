@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saffe_cache.features import BlockSpec, BlockWeights, Fingerprint, Modality
+from saffe_cache.core.features import BlockSpec, BlockWeights, Fingerprint, Modality
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.manifest import EncoderManifest, RootManifest, write_root

@@ -20,20 +20,21 @@ import pytest
 from quick_runs import quick_train, report_of
 from synthetic_cache import WIDTH, make_cache
 
-from saffe_cache.ablate import AblateConfig, ablate, exit_status
-from saffe_cache.ablation import running
-from saffe_cache.ablation.recipe import read_recipe
 from saffe_cache.cli import ablate_command
+from saffe_cache.core.features import CacheError
 from saffe_cache.evaluation.cost import flops_in_words
-from saffe_cache.evaluation.measuring import ProtocolName, metric_names, reported_data, reported_pairs
-from saffe_cache.features import CacheError
 from saffe_cache.fusion.shape import FamShape
-from saffe_cache.runs import data_fingerprint, load_run
+from saffe_cache.inputs.spec import data_fingerprint
+from saffe_cache.protocols.measuring import ProtocolName, metric_names, reported_data, reported_pairs
 from saffe_cache.store import convert
 from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.reader import open_cache
-from saffe_cache.train import TrainConfig, train_many
-from saffe_cache.training.resolving import resolve_run
+from saffe_cache.studies.sweep import jobs as running
+from saffe_cache.studies.sweep.ablate import AblateConfig, ablate, exit_status
+from saffe_cache.studies.sweep.recipe import read_recipe
+from saffe_cache.training.resolve import resolve_run
+from saffe_cache.training.runs import load_run
+from saffe_cache.training.train import TrainConfig, train_many
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from synthetic_cache import make_cache
 
-from saffe_cache.align import AlignConfig, align, read_table
 from saffe_cache.cli import align_command
-from saffe_cache.features import CacheError
+from saffe_cache.core.features import CacheError
+from saffe_cache.studies.alignment.align import AlignConfig, align, read_table
 
 QUICK = {"neighbours": 4, "components": 4, "permutations": 5, "half_samples": 3}
 

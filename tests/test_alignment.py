@@ -15,9 +15,15 @@ from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 
-from saffe_cache.alignment.advice import Evidence, Gap, advise
-from saffe_cache.alignment.correlation import canonical_variates, mean_correlation, principal_components, svcca_grid
-from saffe_cache.alignment.kernels import (
+from saffe_cache.retrieval.baselines import RIDGE_STRENGTHS, unit_rows
+from saffe_cache.studies.alignment.advice import Evidence, Gap, advise
+from saffe_cache.studies.alignment.correlation import (
+    canonical_variates,
+    mean_correlation,
+    principal_components,
+    svcca_grid,
+)
+from saffe_cache.studies.alignment.kernels import (
     centered_gram,
     chance_of_neighbours,
     cka,
@@ -27,10 +33,9 @@ from saffe_cache.alignment.kernels import (
     neighbours,
     u_centered,
 )
-from saffe_cache.alignment.maps import Ridge, RidgeMap, answers, answers_of_scores, mlp_answers
-from saffe_cache.alignment.scores import permutations, unit_rows_clipped
-from saffe_cache.alignment.tokens import maxsim, normed
-from saffe_cache.retrieval.baselines import RIDGE_STRENGTHS, unit_rows
+from saffe_cache.studies.alignment.maps import Ridge, RidgeMap, answers, answers_of_scores, mlp_answers
+from saffe_cache.studies.alignment.scores import permutations, unit_rows_clipped
+from saffe_cache.studies.alignment.tokens import maxsim, normed
 
 
 def related(n: int, width: int, noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

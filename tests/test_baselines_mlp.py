@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from saffe_cache.features import Ragged
+from saffe_cache.core.features import Ragged
 from saffe_cache.retrieval import mlp
 from saffe_cache.retrieval.baselines import fit_ridge
 from saffe_cache.retrieval.mlp import MlpFit, fit_mlp

@@ -12,15 +12,15 @@ import pytest
 from extraction_cases import draw
 from synthetic_cache import TEXT_WIDTH, make_cache
 
-from saffe_cache.bind import BindConfig, bind, exit_status
-from saffe_cache.binding import measuring
-from saffe_cache.binding.episodes import Task, draw_episodes
-from saffe_cache.binding.measuring import failures, summary
-from saffe_cache.binding.names import NamePool, make_names
-from saffe_cache.binding.published import published_results
-from saffe_cache.extract import ExtractConfig, extract
-from saffe_cache.features import CacheError
+from saffe_cache.core.features import CacheError
+from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.store.reader import open_cache
+from saffe_cache.studies.binding import measuring
+from saffe_cache.studies.binding.bind import BindConfig, bind, exit_status
+from saffe_cache.studies.binding.episodes import Task, draw_episodes
+from saffe_cache.studies.binding.measuring import failures, summary
+from saffe_cache.studies.binding.names import NamePool, make_names
+from saffe_cache.studies.binding.published import published_results
 
 NUM_NAMES = 30
 
@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on_and_a_finished_one_stays(
             raise KeyboardInterrupt
         return measure(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("saffe_cache.bind.measure", dying)
+    monkeypatch.setattr("saffe_cache.studies.binding.bind.measure", dying)
     with pytest.raises(KeyboardInterrupt):
         bind(config)
     result = result_of(config)

@@ -8,11 +8,19 @@ import torch
 from sklearn.linear_model import Ridge
 from torch.nn import functional
 
-from saffe_cache.binding.baselines import class_mean_accuracies, fit_ridges, name_accuracies
-from saffe_cache.binding.fitting import TEMPERATURE, WEIGHT_DECAY, Reading, Support, fit, make_fams, photo_vectors
 from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.fusion.losses import info_nce
 from saffe_cache.fusion.shape import FamShape, HeadName
-from saffe_cache.objectives import info_nce
+from saffe_cache.studies.binding.baselines import class_mean_accuracies, fit_ridges, name_accuracies
+from saffe_cache.studies.binding.fitting import (
+    TEMPERATURE,
+    WEIGHT_DECAY,
+    Reading,
+    Support,
+    fit,
+    make_fams,
+    photo_vectors,
+)
 
 EPISODES, TOKENS, WIDTH, TEXT_WIDTH = 3, 5, 16, 12
 

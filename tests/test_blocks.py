@@ -24,8 +24,8 @@ from tiny_models import (
 from torch import nn
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
+from saffe_cache.core.features import BlockSpec, BlockWeights
 from saffe_cache.encoders.encoder import FrozenEncoder
-from saffe_cache.features import BlockSpec, BlockWeights
 from saffe_cache.fusion.block import EncoderBlock, relative_position_buckets
 
 Models = Callable[[str], Path]

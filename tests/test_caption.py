@@ -15,14 +15,14 @@ import transformers
 from captioning_cases import PHOTO_TOKENS, captioned_cache, model_of, projector_of, source_of
 from tiny_models import NUM_LAYERS
 
-from saffe_cache import caption as verb
-from saffe_cache.caption import CaptionConfig, caption, exit_status
-from saffe_cache.captioning.captions import caption_losses, project, split_photos
-from saffe_cache.captioning.fitting import FitOptions, fit_projector, rate_at, shuffled_batches
-from saffe_cache.captioning.measuring import Measured, Measuring, chance_alarms, count_flops
-from saffe_cache.features import CacheError
-from saffe_cache.pairs import Pairs
+from saffe_cache.core.features import CacheError
+from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.store.reader import open_cache
+from saffe_cache.studies.captioning import caption as verb
+from saffe_cache.studies.captioning.caption import CaptionConfig, caption, exit_status
+from saffe_cache.studies.captioning.captions import caption_losses, project, split_photos
+from saffe_cache.studies.captioning.fitting import FitOptions, fit_projector, rate_at, shuffled_batches
+from saffe_cache.studies.captioning.measuring import Measured, Measuring, chance_alarms, count_flops
 
 Models = Callable[[str], Path]
 

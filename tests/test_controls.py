@@ -13,9 +13,14 @@ import torch
 from quick_runs import Report, error_of, first_labels, quick_train, report_of, setting_of, value
 from synthetic_cache import make_cache
 
-from saffe_cache.evaluation.answers import Answered, Vectors
+from saffe_cache.core.features import Ragged
+from saffe_cache.evaluation.baselines import Material
 from saffe_cache.evaluation.controls import Control, duplicates, failures, run_controls, sensitivity, standard_error
-from saffe_cache.evaluation.measuring import (
+from saffe_cache.fusion.base import Fusion
+from saffe_cache.inputs.feature_loader import encode_queries
+from saffe_cache.inputs.spec import same_training_pairs
+from saffe_cache.protocols.answers import Answered, Vectors
+from saffe_cache.protocols.measuring import (
     Arrangement,
     Protocol,
     Setting,
@@ -25,14 +30,10 @@ from saffe_cache.evaluation.measuring import (
     search_protocol,
     with_true_texts,
 )
-from saffe_cache.evaluation.systems import Material
-from saffe_cache.fam_inputs import encode_queries
-from saffe_cache.features import Ragged
-from saffe_cache.fusion.base import Fusion
-from saffe_cache.judging.search import make_search
+from saffe_cache.protocols.search import make_search
 from saffe_cache.retrieval.candidates import dealt_map
-from saffe_cache.retrieval.protocols import Score
-from saffe_cache.runs import load_permuted, same_training_pairs
+from saffe_cache.retrieval.scores import Score
+from saffe_cache.training.runs import load_permuted
 
 CONTROLS = {"photos_shuffled", "photos_constant", "pairs_permuted"}
 

@@ -10,14 +10,15 @@ from quick_runs import quick_train, report_of
 from synthetic_cache import TEXT_WIDTH, TOKENS, WIDTH, make_cache
 
 from saffe_cache.evaluation.cost import flops_in_words, fusing_flops
-from saffe_cache.evaluation.measuring import Setting, search_protocol
-from saffe_cache.fam_inputs import FamInputs
-from saffe_cache.fusion.family import FUSIONS
-from saffe_cache.pairs import select_pairs
-from saffe_cache.runs import GalleryText, build_fusion
+from saffe_cache.fusion.registry import FUSIONS
+from saffe_cache.inputs.feature_loader import FamInputs
+from saffe_cache.inputs.pairs import select_pairs
+from saffe_cache.inputs.spec import GalleryText
+from saffe_cache.protocols.measuring import Setting, search_protocol
 from saffe_cache.store.reader import open_cache
-from saffe_cache.train import TrainConfig
-from saffe_cache.training.resolving import resolve_run
+from saffe_cache.training.resolve import resolve_run
+from saffe_cache.training.runs import build_fusion
+from saffe_cache.training.train import TrainConfig
 
 LONGEST = 4
 """Tokens of the longest of the first texts."""

@@ -12,10 +12,10 @@ from synthetic_cache import make_cache
 
 from saffe_cache.evaluation import details
 from saffe_cache.evaluation.details import RECALLS, Details, interpolated_precision, read_details
-from saffe_cache.fam_inputs import FamInputs, encode_gallery, encode_queries
-from saffe_cache.pairs import class_vectors
-from saffe_cache.runs import load_run
+from saffe_cache.inputs.feature_loader import FamInputs, encode_gallery, encode_queries
+from saffe_cache.inputs.pairs import class_vectors
 from saffe_cache.store.reader import open_cache
+from saffe_cache.training.runs import load_run
 
 
 @pytest.fixture(scope="module")

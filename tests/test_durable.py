@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from saffe_cache.durable import LOCK_NAME, FolderInUseError, append_line, hold_folder, make_folder, write_whole
+from saffe_cache.core.atomic_io import LOCK_NAME, FolderInUseError, append_line, hold_folder, make_folder, write_whole
 
 
 def write(folder: Path) -> None:

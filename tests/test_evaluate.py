@@ -13,13 +13,13 @@ from quick_runs import Report, quick_train, report_of, value
 from synthetic_cache import make_cache
 
 from saffe_cache.cli import evaluate_command
-from saffe_cache.evaluate import EvaluateConfig, _differences, evaluate, exit_status
-from saffe_cache.evaluation.measuring import Protocol
-from saffe_cache.fam_inputs import FamInputs, encode_gallery, encode_queries
+from saffe_cache.evaluation.evaluate import EvaluateConfig, _differences, evaluate, exit_status
+from saffe_cache.inputs.feature_loader import FamInputs, encode_gallery, encode_queries
+from saffe_cache.protocols.measuring import Protocol
 from saffe_cache.retrieval.index import load_index
-from saffe_cache.retrieval.protocols import Score
-from saffe_cache.runs import load_run
+from saffe_cache.retrieval.scores import Score
 from saffe_cache.store.reader import open_cache
+from saffe_cache.training.runs import load_run
 
 KEYS = {
     "protocol", "definition", "split", "data", "failures", "warnings", "num_photos", "num_queries",

@@ -22,11 +22,12 @@ from PIL import Image
 from quick_runs import quick_train
 
 from saffe_cache.cli import cache_command, extract_command
+from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.encoder import Encoded, FrozenEncoder, Launched
-from saffe_cache.extract import ExtractConfig, extract
-from saffe_cache.features import CacheError
-from saffe_cache.runs import load_run, same_training_pairs
+from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.inputs.spec import same_training_pairs
 from saffe_cache.store.reader import open_cache, verify_cache
+from saffe_cache.training.runs import load_run
 
 
 @pytest.fixture

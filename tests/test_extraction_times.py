@@ -13,8 +13,8 @@ import pytest
 from extraction_cases import full_disk_from, tiny_config
 
 from saffe_cache.encoders.encoder import FrozenEncoder, Launched
-from saffe_cache.extract import ExtractConfig, extract
 from saffe_cache.extraction.encoding import Seconds
+from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.sources import Media
 from saffe_cache.store.reader import open_cache
 from saffe_cache.store.writer import EncoderWriter

@@ -17,10 +17,10 @@ import pytest
 import torch
 from extraction_cases import files_of, full_disk_from, make_captioned, tiny_config
 
+from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.encoder import Encoded, FrozenEncoder, Launched
-from saffe_cache.extract import ExtractConfig, extract
 from saffe_cache.extraction import loading
-from saffe_cache.features import CacheError
+from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.sources import Media
 from saffe_cache.store.reader import open_cache
 

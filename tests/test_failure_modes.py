@@ -18,14 +18,14 @@ from quick_runs import Report, error_of, first_labels, quick_train, report_of, s
 from sklearn.metrics import roc_auc_score
 from synthetic_cache import make_cache
 
-from saffe_cache.fam_inputs import encode_gallery, encode_queries
-from saffe_cache.features import Ragged
-from saffe_cache.judging.pair_scores import score_all_pairs
-from saffe_cache.judging.search import make_search
-from saffe_cache.pairs import class_vectors
+from saffe_cache.core.features import Ragged
+from saffe_cache.inputs.feature_loader import encode_gallery, encode_queries
+from saffe_cache.inputs.pairs import class_vectors
+from saffe_cache.protocols.pair_scores import score_all_pairs
+from saffe_cache.protocols.search import make_search
 from saffe_cache.retrieval.candidates import candidate_scores
-from saffe_cache.retrieval.protocols import class_scores
-from saffe_cache.training import fitting
+from saffe_cache.retrieval.scores import class_scores
+from saffe_cache.training import loop as fitting
 
 SEED = 0
 CLASSES, SPLITS = 10, {"train": 600, "dev": 120, "test": 300}

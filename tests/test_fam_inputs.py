@@ -10,12 +10,13 @@ import pytest
 import torch
 from synthetic_cache import WIDTH, make_cache
 
-from saffe_cache.fam_inputs import FamInputs, choose_residency
-from saffe_cache.runs import RunSpec, read_json
+from saffe_cache.core.outputs import read_json
+from saffe_cache.inputs.feature_loader import FamInputs, choose_residency
+from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage, numbers_of, to_storage
 from saffe_cache.store.reader import Cache, open_cache
-from saffe_cache.train import TrainConfig, train
-from saffe_cache.training.resolving import resolve_run
+from saffe_cache.training.resolve import resolve_run
+from saffe_cache.training.train import TrainConfig, train
 
 
 @pytest.fixture(scope="module")

@@ -20,20 +20,20 @@ from test_encoders import row_by_row
 from tiny_models import load_tiny, rand
 from torch.nn import functional
 
-from saffe_cache.caption import CaptionConfig, caption
-from saffe_cache.captioning.inserting import photo_side, pool_photos
-from saffe_cache.extract import ExtractConfig, extract
-from saffe_cache.fam_inputs import FamInputs, summaries
-from saffe_cache.features import CacheError
-from saffe_cache.fusion.family import FUSIONS
+from saffe_cache.core.features import CacheError
+from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.extraction.repair import RepairConfig, repair
 from saffe_cache.fusion.known.insertion import inserted_tokens
-from saffe_cache.repair import RepairConfig, repair
-from saffe_cache.runs import load_run
+from saffe_cache.fusion.registry import FUSIONS
+from saffe_cache.inputs.feature_loader import FamInputs, summaries
 from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.exchange import export_hdf5, import_hdf5
 from saffe_cache.store.inspect import describe_cache
 from saffe_cache.store.reader import open_cache, verify_cache
-from saffe_cache.train import TrainConfig, train
+from saffe_cache.studies.captioning.caption import CaptionConfig, caption
+from saffe_cache.studies.captioning.inserting import photo_side, pool_photos
+from saffe_cache.training.runs import load_run
+from saffe_cache.training.train import TrainConfig, train
 
 WITHOUT_BLOCKS = "linear, concat, late, hadamard, two_tower, flamingo, limber, magma, deep_insert, albef"
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from saffe_cache.fields import made_of, whole_number, whole_numbers
+from saffe_cache.core.json_schema import made_of, whole_number, whole_numbers
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from tiny_models import TEXT_FAMILIES, inputs_of, load_tiny, rand
 from torch import nn
 from torch.nn import functional
 
+from saffe_cache.core.features import BlockWeights, hidden_states_index
 from saffe_cache.encoders.encoder import FrozenEncoder
-from saffe_cache.features import BlockWeights, hidden_states_index
 from saffe_cache.fusion.base import Blocks, Fused, Pairing, Texts
 from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.fusion.decoders import CrossAttention, PaperDecoder, ReuseDecoder
 from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.fusion.family import FUSIONS
 from saffe_cache.fusion.heads import summarize
+from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.fusion.shape import DECODERS, FAM, FamShape
 
 Models = Callable[[str], Path]

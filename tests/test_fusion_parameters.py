@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from saffe_cache.features import BlockSpec, BlockWeights
+from saffe_cache.core.features import BlockSpec, BlockWeights
 from saffe_cache.fusion.base import Blocks
-from saffe_cache.fusion.family import FUSIONS
+from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.fusion.shape import FamShape
 
 TOKENS, BLOCKS = 65, 2

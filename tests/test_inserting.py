@@ -13,10 +13,10 @@ import transformers
 from captioning_cases import GRID, PHOTO_TOKENS, captioned_cache, model_of, projector_of, source_of
 from tiny_models import NUM_LAYERS, assert_rounded, rand
 
-from saffe_cache.captioning.captions import caption_losses, num_said
-from saffe_cache.captioning.generating import Decoding, greedy_captions
-from saffe_cache.captioning.inserting import Projector, photo_side, pool_photos, typical_size
-from saffe_cache.features import CacheError
+from saffe_cache.core.features import CacheError
+from saffe_cache.studies.captioning.captions import caption_losses, num_said
+from saffe_cache.studies.captioning.generating import Decoding, greedy_captions
+from saffe_cache.studies.captioning.inserting import Projector, photo_side, pool_photos, typical_size
 
 Models = Callable[[str], Path]
 every_layer = pytest.mark.parametrize("layer", range(NUM_LAYERS))

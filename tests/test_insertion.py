@@ -18,9 +18,9 @@ from extraction_cases import tiny_config
 from tiny_models import CASES, NUM_LAYERS, assert_rounded, load_reference, load_tiny, rand
 from torch import nn
 
-from saffe_cache.extract import extract
+from saffe_cache.extraction.extract import extract
 from saffe_cache.fusion.base import Blocks, Texts
-from saffe_cache.fusion.family import FUSIONS
+from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.fusion.shape import FamShape
 from saffe_cache.store.reader import Cache, open_cache
 

@@ -18,17 +18,17 @@ from synthetic_cache import make_cache
 from tiny_models import CASES, inputs_of, load_tiny, rand
 from torch import nn
 
-from saffe_cache.features import BlockWeights, CacheError
+from saffe_cache.core.features import BlockWeights, CacheError
 from saffe_cache.fusion.base import Blocks, Fusion, Texts
-from saffe_cache.fusion.family import FUSIONS
 from saffe_cache.fusion.heads import summarize
 from saffe_cache.fusion.known.correction import CorrectingFusion
 from saffe_cache.fusion.known.flamingo import GatedCrossAttention, Resampler
 from saffe_cache.fusion.known.insertion import inserted_tokens
+from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.fusion.shape import FAM, FamShape
 from saffe_cache.store.reader import open_cache
-from saffe_cache.train import TrainConfig
-from saffe_cache.training.resolving import resolve_run
+from saffe_cache.training.resolve import resolve_run
+from saffe_cache.training.train import TrainConfig
 
 Models = Callable[[str], Path]
 ELSEWHERE = [name for name in FUSIONS if name not in FAM]
@@ -358,7 +358,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from saffe_cache.fusion.base import Blocks
-from saffe_cache.fusion.family import Kind
+from saffe_cache.fusion.registry import Kind
 from saffe_cache.fusion.known.correction import Correction, CorrectingFusion, masked, zero_linear
 from saffe_cache.fusion.shape import FamShape
 """

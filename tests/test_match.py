@@ -16,19 +16,19 @@ from report_cases import make_page
 from sklearn.linear_model import Ridge
 from synthetic_cache import make_cache
 
-from saffe_cache import match as match_module
 from saffe_cache.cli import match_command
-from saffe_cache.extract import ExtractConfig, extract
-from saffe_cache.features import CacheError
-from saffe_cache.match import MatchConfig, exit_status, match
-from saffe_cache.matching import measuring, running
-from saffe_cache.matching.aligning import null_control
-from saffe_cache.matching.controls import judge_controls
-from saffe_cache.matching.examples import Examples
-from saffe_cache.matching.measuring import Bench
-from saffe_cache.matching.planning import plan_cells
-from saffe_cache.pairs import Pairs
+from saffe_cache.core.features import CacheError
+from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.store.reader import EncoderCache, open_cache
+from saffe_cache.studies.matching import match as match_module
+from saffe_cache.studies.matching import measuring, running
+from saffe_cache.studies.matching.aligning import null_control
+from saffe_cache.studies.matching.controls import judge_controls
+from saffe_cache.studies.matching.examples import Examples
+from saffe_cache.studies.matching.match import MatchConfig, exit_status, match
+from saffe_cache.studies.matching.measuring import Bench
+from saffe_cache.studies.matching.planning import plan_cells
 
 SPLITS = {"train": 120, "test": 60}
 
@@ -391,7 +391,7 @@ def test_what_does_not_go_together_is_said(cache: str, tmp_path: Path, monkeypat
     real = __import__
 
     def lacking(name: str, *rest: Any) -> Any:
-        if name == "saffe_cache.matching.running":
+        if name == "saffe_cache.studies.matching.running":
             raise ImportError("No module named 'sklearn'", name="sklearn")
         return real(name, *rest)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from saffe_cache.matching.cost import measure_cost
-from saffe_cache.matching.fusions import FUSIONS, Asks, make_fusion
+from saffe_cache.studies.matching.cost import measure_cost
+from saffe_cache.studies.matching.fusions import FUSIONS, Asks, make_fusion
 
 PHOTO, TEXT = 24, 20
 COUNTS = {

@@ -9,11 +9,11 @@ import pytest
 import torch
 from synthetic_cache import make_cache
 
-from saffe_cache.matching.examples import draw_examples, draw_judged
-from saffe_cache.matching.fitting import FitOptions, fit, scores_of
-from saffe_cache.matching.inputs import Tokens, Vectors
-from saffe_cache.pairs import select_pairs
+from saffe_cache.inputs.pairs import select_pairs
 from saffe_cache.store.reader import Cache, open_cache
+from saffe_cache.studies.matching.examples import draw_examples, draw_judged
+from saffe_cache.studies.matching.fitting import FitOptions, fit, scores_of
+from saffe_cache.studies.matching.inputs import Tokens, Vectors
 
 
 @pytest.fixture(scope="module")

@@ -10,19 +10,19 @@ from scipy.special import j1
 from scipy.stats import t as student
 from sklearn.metrics import accuracy_score, roc_auc_score
 
-from saffe_cache.features import Ragged
-from saffe_cache.matching.baselines import fit_baselines
-from saffe_cache.matching.controls import Control, failures, judge_controls, permuted_error, shuffled_error
-from saffe_cache.matching.crossover import compare_risks, find_crossover, fit_power_law
-from saffe_cache.matching.degrading import Degradation, measure_alignment, partial_rotation
-from saffe_cache.matching.embedding import embed_pairs
-from saffe_cache.matching.examples import Examples, draw_examples, draw_judged
-from saffe_cache.matching.inputs import Vectors
-from saffe_cache.matching.published import published_results
-from saffe_cache.matching.scores import auc_error, best_threshold, judge
-from saffe_cache.matching.verdict import Features, judge_degradation, judge_rule, rule_in_words
-from saffe_cache.pairs import Pairs
+from saffe_cache.core.features import Ragged
+from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.retrieval.baselines import unit_rows
+from saffe_cache.studies.matching.baselines import fit_baselines
+from saffe_cache.studies.matching.controls import Control, failures, judge_controls, permuted_error, shuffled_error
+from saffe_cache.studies.matching.crossover import compare_risks, find_crossover, fit_power_law
+from saffe_cache.studies.matching.degrading import Degradation, measure_alignment, partial_rotation
+from saffe_cache.studies.matching.embedding import embed_pairs
+from saffe_cache.studies.matching.examples import Examples, draw_examples, draw_judged
+from saffe_cache.studies.matching.inputs import Vectors
+from saffe_cache.studies.matching.published import published_results
+from saffe_cache.studies.matching.scores import auc_error, best_threshold, judge
+from saffe_cache.studies.matching.verdict import Features, judge_degradation, judge_rule, rule_in_words
 
 
 def captions(count: int, of_each: int = 3) -> Pairs:

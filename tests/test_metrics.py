@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
-from saffe_cache.features import Ragged
+from saffe_cache.core.features import Ragged
 from saffe_cache.retrieval.metrics import (
     average_precision_of_ranks,
     bootstrap_interval,

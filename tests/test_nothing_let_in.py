@@ -13,9 +13,9 @@ from store_cases import image_contents, without_fsync, write_contents
 from test_architecture import modules
 
 from saffe_cache import cli
+from saffe_cache.core.features import printable
 from saffe_cache.encoders.encoder import EncoderRequest, load_encoder
-from saffe_cache.evaluation.report import format_report
-from saffe_cache.features import printable
+from saffe_cache.evaluation.table import format_report
 from saffe_cache.store.inspect import describe_cache
 from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.storage import Storage

@@ -12,10 +12,9 @@ from sklearn.metrics import roc_auc_score
 from synthetic_cache import make_cache
 from torch.nn import functional
 
-from saffe_cache.fam_inputs import FamInputs
 from saffe_cache.fusion.base import Fused, Fusion
 from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.objectives import (
+from saffe_cache.fusion.losses import (
     SigmoidScale,
     Temperature,
     draw_negatives,
@@ -25,11 +24,13 @@ from saffe_cache.objectives import (
     siglip,
     soft_target,
 )
-from saffe_cache.runs import build_fusion, training_pairs
+from saffe_cache.inputs.feature_loader import FamInputs
+from saffe_cache.inputs.spec import training_pairs
 from saffe_cache.store.reader import open_cache
-from saffe_cache.train import TrainConfig, resolve_run
 from saffe_cache.training.batches import Batch, TrainingData
-from saffe_cache.training.terms import Objective, TermOptions
+from saffe_cache.training.objective import Objective, TermOptions
+from saffe_cache.training.runs import build_fusion
+from saffe_cache.training.train import TrainConfig, resolve_run
 
 
 def unit_vectors(count: int, seed: int, width: int = 6) -> torch.Tensor:

@@ -15,8 +15,8 @@ import transformers
 from extraction_cases import draw, tiny_config
 from quick_runs import quick_train
 
-from saffe_cache.extract import ExtractConfig, extract
-from saffe_cache.features import CacheError
+from saffe_cache.core.features import CacheError
+from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.store.reader import open_cache, verify_cache
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from saffe_cache.options import attribute_docstrings, parse_config, positional
+from saffe_cache.core.options import attribute_docstrings, parse_config, positional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,9 +183,9 @@ def test_options_of_the_stages_show_their_help(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The dataclasses that the commands use have no field that cannot be an option."""
-    from saffe_cache.evaluate import EvaluateConfig
-    from saffe_cache.extract import ExtractConfig
-    from saffe_cache.train import TrainConfig
+    from saffe_cache.evaluation.evaluate import EvaluateConfig
+    from saffe_cache.extraction.extract import ExtractConfig
+    from saffe_cache.training.train import TrainConfig
 
     monkeypatch.setenv("COLUMNS", "9999")  # argparse breaks lines at hyphens too
     for config_class in (ExtractConfig, TrainConfig, EvaluateConfig):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from saffe_cache.features import Ragged
-from saffe_cache.retrieval.protocols import Scores, caption_scores, class_scores, image_scores, text_scores
+from saffe_cache.core.features import Ragged
+from saffe_cache.retrieval.scores import Scores, caption_scores, class_scores, image_scores, text_scores
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
@@ -342,7 +342,7 @@ def test_values_are_those_of_each_query() -> None:
 def test_interval_of_map_is_left_out_where_whole_rankings_are_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = classed(60, 5, 0.5, seed=4)
     whole = class_scores(*inputs)
-    monkeypatch.setattr("saffe_cache.retrieval.protocols._MOST_ORDERED", 299)
+    monkeypatch.setattr("saffe_cache.retrieval.scores._MOST_ORDERED", 299)
     without = class_scores(*inputs)
     assert without["map"].interval is None
     assert without["map"].value == whole["map"].value

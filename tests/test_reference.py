@@ -12,7 +12,7 @@ import torch
 from tiny_models import rand
 from torch.nn import functional
 
-from saffe_cache.features import BlockSpec, BlockWeights
+from saffe_cache.core.features import BlockSpec, BlockWeights
 from saffe_cache.fusion.base import Blocks, Texts
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.reference import ReferenceDecoder

@@ -16,12 +16,12 @@ from extraction_cases import draw, dying_behind, files_of, make_captioned, tiny_
 from store_cases import memory_folder, without_fsync
 
 from saffe_cache.cli import cache_command
-from saffe_cache.durable import FolderInUseError
+from saffe_cache.core.atomic_io import FolderInUseError
+from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.encoder import FrozenEncoder, Launched
-from saffe_cache.extract import ExtractConfig, extract
-from saffe_cache.extraction.past import past_extractions
-from saffe_cache.features import CacheError
-from saffe_cache.repair import RepairConfig, RepairReport, repair
+from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.extraction.history import past_extractions
+from saffe_cache.extraction.repair import RepairConfig, RepairReport, repair
 from saffe_cache.store.manifest import read_encoder
 from saffe_cache.store.reader import open_cache, verify_cache
 from saffe_cache.store.storage import Storage

@@ -30,8 +30,8 @@ from report_cases import (
 from saffe_cache.cli import report_command
 from saffe_cache.evaluation.cost import flops_in_words
 from saffe_cache.evaluation.details import read_details
-from saffe_cache.reporting import plots, sections
-from saffe_cache.reporting.ablations import read_ablation, spread
+from saffe_cache.report import plots, sections
+from saffe_cache.report.ablations import read_ablation, spread
 from saffe_cache.store.reader import open_cache
 
 

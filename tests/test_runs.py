@@ -14,9 +14,9 @@ from quick_runs import quick_train
 from safetensors.torch import load_file, save_file
 from synthetic_cache import make_cache
 
-from saffe_cache.features import CacheError
-from saffe_cache.runs import load_run
+from saffe_cache.core.features import CacheError
 from saffe_cache.store.reader import Cache, open_cache
+from saffe_cache.training.runs import load_run
 
 
 @pytest.fixture(scope="module")

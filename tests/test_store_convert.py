@@ -11,7 +11,7 @@ import pytest
 from store_cases import NUM_LAYERS, image_contents, shard_files, text_contents, without_fsync, write_contents
 
 from saffe_cache.cli import cache_command
-from saffe_cache.features import CacheError
+from saffe_cache.core.features import CacheError
 from saffe_cache.store.compression import CompressionName
 from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage

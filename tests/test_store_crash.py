@@ -28,8 +28,8 @@ from store_cases import (
     write_contents,
 )
 
-from saffe_cache.durable import FolderInUseError
-from saffe_cache.features import CacheError, ItemTable
+from saffe_cache.core.atomic_io import FolderInUseError
+from saffe_cache.core.features import CacheError, ItemTable
 from saffe_cache.store import reader
 from saffe_cache.store.manifest import encoder_group, read_encoder, read_root
 from saffe_cache.store.reader import open_cache, verify_cache

@@ -22,7 +22,7 @@ from store_cases import (
     write_contents,
 )
 
-from saffe_cache.features import CacheError
+from saffe_cache.core.features import CacheError
 from saffe_cache.store.exchange import export_hdf5, import_hdf5
 from saffe_cache.store.manifest import encoder_group, read_encoder, read_root, write_encoder
 from saffe_cache.store.reader import open_cache, verify_cache

@@ -13,7 +13,7 @@ import xarray
 import zarr
 from store_cases import memory_folder, without_fsync
 
-from saffe_cache.features import BlockSpec, Fingerprint
+from saffe_cache.core.features import BlockSpec, Fingerprint
 from saffe_cache.store.exchange import export_hdf5, import_hdf5
 from saffe_cache.store.reader import open_cache, verify_cache
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_cases import make_spec, random_rows
 
-from saffe_cache.features import CacheError
+from saffe_cache.core.features import CacheError
 from saffe_cache.store.compression import COMPRESSIONS, CompressionName, zarr_codec
 from saffe_cache.store.layout import (
     ArraySpec,

@@ -29,7 +29,7 @@ from store_cases import (
     write_contents,
 )
 
-from saffe_cache.features import BlockSpec, BlockWeights, CacheError
+from saffe_cache.core.features import BlockSpec, BlockWeights, CacheError
 from saffe_cache.store import reader
 from saffe_cache.store.compression import COMPRESSIONS, CompressionName
 from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage, is_scaled

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from store_cases import image_contents, shard_files, without_fsync, write_contents
 
-from saffe_cache.features import CacheError
+from saffe_cache.core.features import CacheError
 from saffe_cache.store import shards
 from saffe_cache.store.compression import COMPRESSIONS, CompressionName
 from saffe_cache.store.manifest import encoder_group, read_encoder

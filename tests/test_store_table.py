@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_cases import memory_folder, without_fsync
 
-from saffe_cache.features import CacheError, Inputs, ItemTable, Ragged
+from saffe_cache.core.features import CacheError, Inputs, ItemTable, Ragged
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import NewItem, TableBuilder, read_table, table_to_arrays, text_hash, write_table
 from saffe_cache.store.zarr_files import describe_group, write_group

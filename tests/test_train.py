@@ -14,23 +14,26 @@ from quick_runs import report_of, value
 from synthetic_cache import LAYERS, WIDTH, make_cache
 from torch.nn import functional
 
-from saffe_cache import train as train_module
-from saffe_cache.durable import LOCK_NAME, FolderInUseError, hold_folder
-from saffe_cache.evaluate import EvaluateConfig, evaluate
-from saffe_cache.fam_inputs import FamInputs, summaries
-from saffe_cache.features import CacheError
-from saffe_cache.fusion.family import FUSIONS
+from saffe_cache.core.atomic_io import LOCK_NAME, FolderInUseError, hold_folder
+from saffe_cache.core.features import CacheError
+from saffe_cache.core.outputs import read_json
+from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
+from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.fusion.shape import FAM
-from saffe_cache.judging.search import make_search, own_protocol
-from saffe_cache.pairs import hold_out, mean_text_vectors, select_pairs
+from saffe_cache.inputs.feature_loader import FamInputs, summaries
+from saffe_cache.inputs.pairs import hold_out, mean_text_vectors, select_pairs
+from saffe_cache.inputs.spec import same_training_pairs, training_pairs
+from saffe_cache.protocols.search import make_search, own_protocol
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
-from saffe_cache.retrieval.protocols import caption_scores
-from saffe_cache.runs import load_permuted, load_run, read_json, same_training_pairs, training_pairs
+from saffe_cache.retrieval.scores import caption_scores
 from saffe_cache.store.reader import open_cache
-from saffe_cache.train import train
-from saffe_cache.training import batches, fitting
+from saffe_cache.training import batches
+from saffe_cache.training import loop as fitting
+from saffe_cache.training import train as train_module
 from saffe_cache.training.checkpoints import TrainingState
-from saffe_cache.training.resolving import TrainConfig, resolve_run
+from saffe_cache.training.resolve import TrainConfig, resolve_run
+from saffe_cache.training.runs import load_permuted, load_run
+from saffe_cache.training.train import train
 
 
 @pytest.fixture(scope="module")

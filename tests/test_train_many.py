@@ -10,9 +10,10 @@ import pytest
 from synthetic_cache import WIDTH, make_cache
 
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge
-from saffe_cache.train import TrainConfig, train, train_many
-from saffe_cache.training import batches, fitting
+from saffe_cache.training import batches
+from saffe_cache.training import loop as fitting
 from saffe_cache.training.batches import Batch, TrainingData
+from saffe_cache.training.train import TrainConfig, train, train_many
 
 VARIANTS: list[dict[str, Any]] = [
     {"fusion": "linear"},

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from tokenizers import Tokenizer
 
-from saffe_cache.features import LanguageModelSpec
+from saffe_cache.core.features import LanguageModelSpec
 
 
 class CausalTokens:

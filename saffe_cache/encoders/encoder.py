@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from saffe_cache.core.features import BlockWeights, LanguageModelSpec, LanguageModelWeights
 from saffe_cache.encoders.causal_tokens import CausalTokens, without_surrogates
 from saffe_cache.encoders.families import Family, read_block, read_language_model
 from saffe_cache.encoders.fingerprint import fingerprint_of
 from saffe_cache.encoders.loading import EncoderRequest, load_model, load_processor, longest_text
 from saffe_cache.encoders.pictures import quick_pictures
 from saffe_cache.encoders.transfers import Transfers
-from saffe_cache.features import BlockWeights, LanguageModelSpec, LanguageModelWeights
 
 _LEAST_OF_TEXT = 3
 """Tokens of a language model's text: begin, end, and one between."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from saffe_cache.features import BlockSpec, BlockWeights, Modality
+from saffe_cache.core.features import BlockSpec, BlockWeights, Modality
 
 Pool = Callable[[Any, torch.Tensor | None], torch.Tensor]
 """(model output, mask of real tokens) -> [batch, d]."""

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import transformers
 
+from saffe_cache.core.features import Fingerprint, Modality
 from saffe_cache.encoders.loading import EncoderRequest
-from saffe_cache.features import Fingerprint, Modality
 
 
 def fingerprint_of(

@@ -19,8 +19,8 @@ import transformers
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from saffe_cache.core.features import Modality
 from saffe_cache.encoders.families import Family, find_family, first_token, masked_mean
-from saffe_cache.features import Modality
 
 logger = logging.getLogger(__name__)
 

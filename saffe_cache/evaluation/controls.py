@@ -23,10 +23,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from saffe_cache.evaluation.measuring import Arrangement, Protocol, Setting
 from saffe_cache.fusion.base import Fusion
-from saffe_cache.pairs import Pairs
-from saffe_cache.retrieval.protocols import Score, Scores
+from saffe_cache.inputs.pairs import Pairs
+from saffe_cache.protocols.measuring import Arrangement, Protocol, Setting
+from saffe_cache.retrieval.scores import Score, Scores
 
 STANDARD_ERRORS = 3.0
 LEAST_CLASSES = 6

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from saffe_cache.evaluation.measuring import Protocol, Setting
-from saffe_cache.flops import counted_flops
 from saffe_cache.fusion.base import Fusion
+from saffe_cache.fusion.flops import counted_flops
+from saffe_cache.protocols.measuring import Protocol, Setting
 
 _BATCH = 8
 

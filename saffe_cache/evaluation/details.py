@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from saffe_cache.durable import write_whole
-from saffe_cache.evaluation.answers import Answered, Answers, ClassScores, Vectors
-from saffe_cache.evaluation.measuring import Protocol, Setting
-from saffe_cache.features import Ragged
-from saffe_cache.pairs import Pairs
-from saffe_cache.retrieval.protocols import nearest_classes, others_of_classes
+from saffe_cache.core.atomic_io import write_whole
+from saffe_cache.core.features import Ragged
+from saffe_cache.inputs.pairs import Pairs
+from saffe_cache.protocols.answers import Answered, Answers, ClassScores, Vectors
+from saffe_cache.protocols.measuring import Protocol, Setting
 from saffe_cache.retrieval.ranking import InnerProducts, ScoreMatrix, members, relevant_ranks_of_scores
+from saffe_cache.retrieval.scores import nearest_classes, others_of_classes
 
 NAME = "details.npz"
 FIRST_K = 10

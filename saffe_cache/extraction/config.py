@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from saffe_cache.core.devices import choose_device, num_cores
+from saffe_cache.core.features import MODALITIES, Modality
+from saffe_cache.core.options import require, require_keys
 from saffe_cache.encoders.encoder import EncoderRequest
 from saffe_cache.extraction.planning import EncodeOptions
-from saffe_cache.features import MODALITIES, Modality
-from saffe_cache.options import require, require_keys
-from saffe_cache.runs import choose_device, num_cores
 from saffe_cache.sources import Columns
 from saffe_cache.store.compression import CompressionName
 

@@ -18,12 +18,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.encoder import Launched
-from saffe_cache.extraction.halving import HalvingEncoder
 from saffe_cache.extraction.loading import Batch, load_batches
+from saffe_cache.extraction.oom_retry import HalvingEncoder
 from saffe_cache.extraction.planning import Job
 from saffe_cache.extraction.rows import PortionMaker
-from saffe_cache.features import CacheError
 from saffe_cache.sources import Media
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.layout import ArraySpec

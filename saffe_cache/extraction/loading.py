@@ -27,8 +27,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from saffe_cache.core.features import CacheError
 from saffe_cache.extraction.planning import Job, blank_input
-from saffe_cache.features import CacheError
 from saffe_cache.sources import Media, blames_the_file, decode
 
 _TASK_INPUTS = 4

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from saffe_cache.core.features import CacheError, Inputs, ItemTable, Modality
 from saffe_cache.encoders.encoder import EncoderRequest, FrozenEncoder, load_encoder
-from saffe_cache.features import CacheError, Inputs, ItemTable, Modality
 from saffe_cache.store.compression import CompressionName
 from saffe_cache.store.layout import ArraySpec, choose_rows
 from saffe_cache.store.manifest import EncoderManifest, layers_among, read_encoder, read_root

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.encoder import Encoded, Launched
 from saffe_cache.extraction.loading import Batch
 from saffe_cache.extraction.planning import Job
-from saffe_cache.features import CacheError
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.writer import Portion

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.features import BlockWeights
+from saffe_cache.core.features import BlockWeights
 from saffe_cache.fusion.heads import TextMap, summarize
 from saffe_cache.fusion.shape import FamShape
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.features import BlockSpec, BlockWeights
+from saffe_cache.core.features import BlockSpec, BlockWeights
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 """Of the tokens that a causal block has seen, each [batch, heads, tokens, d / heads]."""

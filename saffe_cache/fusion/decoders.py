@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.features import BlockWeights
+from saffe_cache.core.features import BlockWeights
 from saffe_cache.fusion.block import EncoderBlock, split_heads
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.features import BlockWeights
+from saffe_cache.core.features import BlockWeights
 from saffe_cache.fusion.block import split_heads
 from saffe_cache.fusion.decoders import KeysValues
 

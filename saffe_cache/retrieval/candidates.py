@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from saffe_cache.features import Ragged
-from saffe_cache.retrieval.protocols import Scores, class_map_scores, rank_scores, top_scores
+from saffe_cache.core.features import Ragged
 from saffe_cache.retrieval.ranking import ROUNDING, members, queries_of, top_k
+from saffe_cache.retrieval.scores import Scores, class_map_scores, rank_scores, top_scores
 
 
 def candidate_scores(

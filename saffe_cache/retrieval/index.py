@@ -26,7 +26,7 @@ from typing import Any, Literal
 import faiss
 import numpy as np
 
-from saffe_cache.durable import write_whole
+from saffe_cache.core.atomic_io import write_whole
 
 IndexKind = Literal["flat", "ivf", "ivf_pq", "hnsw"]
 _GPU_MOST_RANKS = 2048

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saffe_cache.features import Ragged
+from saffe_cache.core.features import Ragged
 
 
 def average_precision_of_ranks(ranks: Ragged, depth: int | None = None) -> np.ndarray:

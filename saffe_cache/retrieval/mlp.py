@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.features import Ragged
-from saffe_cache.objectives import Temperature, distinct_positives, info_nce
+from saffe_cache.core.features import Ragged
+from saffe_cache.fusion.losses import Temperature, distinct_positives, info_nce
 
 INNER_SIZE = 1024
 DROPOUTS = (0.2, 0.5)

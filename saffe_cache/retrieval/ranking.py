@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from saffe_cache.features import Ragged
+from saffe_cache.core.features import Ragged
 
 ROUNDING = 1e-6
 """Scores that round to the same multiple of it are equal: float32 leaves noise of about 1e-7."""

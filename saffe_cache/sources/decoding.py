@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from saffe_cache.features import Modality
+from saffe_cache.core.features import Modality
 
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Of pictures. PIL knows forty more, among them EPS, for which it runs Ghostscript on what the file says."""

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from saffe_cache.features import Modality
+from saffe_cache.core.features import Modality
 from saffe_cache.sources.items import Media, SourceItem, texts_of
 
 logger = logging.getLogger(__name__)

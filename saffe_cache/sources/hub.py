@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from saffe_cache.features import Modality
+from saffe_cache.core.features import Modality
 from saffe_cache.sources.items import Columns, Media, SourceItem, texts_of
 
 _USUAL_NAMES = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saffe_cache.features import CacheError
+from saffe_cache.core.features import CacheError
 from saffe_cache.store.compression import CompressionName
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.layout import ArraySpec, choose_rows

@@ -19,7 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from saffe_cache.features import BlockSpec, CacheError, LanguageModelSpec
+from saffe_cache.core.features import BlockSpec, CacheError, LanguageModelSpec
 from saffe_cache.store.layout import decode_shard
 from saffe_cache.store.manifest import (
     LANGUAGE_MODEL,

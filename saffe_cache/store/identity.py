@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saffe_cache.features import short_hash
+from saffe_cache.core.features import short_hash
 from saffe_cache.store.manifest import read_encoder
 from saffe_cache.store.reader import existing_root
 from saffe_cache.store.storage import Storage

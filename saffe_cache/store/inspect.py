@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saffe_cache.features import ItemTable, printable
+from saffe_cache.core.features import ItemTable, printable
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 
 _NUM_EXAMPLES = 3

@@ -23,8 +23,8 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from saffe_cache.features import CacheError
-from saffe_cache.fields import made_of
+from saffe_cache.core.features import CacheError
+from saffe_cache.core.json_schema import made_of
 from saffe_cache.store.compression import COMPRESSIONS, CompressionName, compress, decompress
 from saffe_cache.store.dtypes import STORAGE_DTYPES, fill_value, is_scaled, stored_shape, stored_type
 from saffe_cache.store.moments import Moments, sampled_moments

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from saffe_cache.features import MODALITIES, CacheError, Fingerprint, Modality
-from saffe_cache.fields import whole_number, whole_numbers
+from saffe_cache.core.features import MODALITIES, CacheError, Fingerprint, Modality
+from saffe_cache.core.json_schema import whole_number, whole_numbers
 from saffe_cache.store.layout import ArraySpec, ShardEntry
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.zarr_files import FORMAT_VERSION, check_encoding, group_metadata, read_attributes

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from saffe_cache.features import (
+from saffe_cache.core.features import (
     BlockSpec,
     BlockWeights,
     CacheError,
@@ -20,7 +20,7 @@ from saffe_cache.features import (
     Modality,
     Tokens,
 )
-from saffe_cache.fields import made_of
+from saffe_cache.core.json_schema import made_of
 from saffe_cache.store.layout import ADVICE, decode_shard
 from saffe_cache.store.manifest import (
     LANGUAGE_MODEL,

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from saffe_cache.features import CacheError
+from saffe_cache.core.features import CacheError
 from saffe_cache.store.dtypes import from_storage
 from saffe_cache.store.manifest import ArrayManifest
 from saffe_cache.store.shards import OpenShards

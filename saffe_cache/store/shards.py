@@ -21,7 +21,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from saffe_cache.features import CacheError
+from saffe_cache.core.features import CacheError
 from saffe_cache.store.layout import check_rows, decode_shard
 from saffe_cache.store.manifest import ArrayManifest
 from saffe_cache.store.storage import Storage

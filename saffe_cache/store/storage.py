@@ -16,8 +16,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from saffe_cache.durable import Buffer, hold_folder, write_whole
-from saffe_cache.features import CacheError
+from saffe_cache.core.atomic_io import Buffer, hold_folder, write_whole
+from saffe_cache.core.features import CacheError
 from saffe_cache.store.layout import ADVICE
 
 

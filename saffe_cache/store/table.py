@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from saffe_cache.features import MODALITIES, CacheError, Inputs, ItemTable, Modality, Ragged
+from saffe_cache.core.features import MODALITIES, CacheError, Inputs, ItemTable, Modality, Ragged
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.zarr_files import describe_group, mark_group, read_group, write_group
 

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saffe_cache.durable import make_folder
-from saffe_cache.features import BlockWeights, LanguageModelWeights
+from saffe_cache.core.atomic_io import make_folder
+from saffe_cache.core.features import BlockWeights, LanguageModelWeights
 from saffe_cache.store.layout import ArraySpec, ShardEntry, decode_shard, describe_shard, encode_shard
 from saffe_cache.store.manifest import (
     LANGUAGE_MODEL,

@@ -18,8 +18,8 @@ import numpy as np
 import zarr
 from zarr.storage import MemoryStore
 
-from saffe_cache.features import CacheError
-from saffe_cache.fields import whole_numbers
+from saffe_cache.core.features import CacheError
+from saffe_cache.core.json_schema import whole_numbers
 from saffe_cache.store.compression import zarr_codec
 from saffe_cache.store.layout import ADVICE, ArraySpec
 from saffe_cache.store.storage import Storage

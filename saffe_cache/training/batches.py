@@ -10,15 +10,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from saffe_cache.fam_inputs import FamInputs, encode_gallery, encode_queries
+from saffe_cache.core.devices import num_cores
 from saffe_cache.fusion.base import Fusion, Texts
-from saffe_cache.judging.pair_scores import score_all_pairs
-from saffe_cache.judging.search import Search, make_search, own_protocol, own_search
-from saffe_cache.objectives import distinct_positives
-from saffe_cache.pairs import Pairs, mean_text_vectors
+from saffe_cache.fusion.losses import distinct_positives
+from saffe_cache.inputs.feature_loader import FamInputs, encode_gallery, encode_queries
+from saffe_cache.inputs.pairs import Pairs, mean_text_vectors
+from saffe_cache.protocols.pair_scores import score_all_pairs
+from saffe_cache.protocols.search import Search, make_search, own_protocol, own_search
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
 from saffe_cache.retrieval.candidates import candidate_scores
-from saffe_cache.runs import num_cores
 from saffe_cache.training.order import EpochOrder, draw_order
 
 _LEAST_BATCH, _LEAST_STEPS = 32, 8

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from saffe_cache.durable import append_line, write_whole
-from saffe_cache.fields import made_of
+from saffe_cache.core.atomic_io import append_line, write_whole
+from saffe_cache.core.json_schema import made_of
+from saffe_cache.core.tensors import write_tensors
 from saffe_cache.fusion.base import Fusion
-from saffe_cache.runs import write_tensors
-from saffe_cache.training.terms import Objective
+from saffe_cache.training.objective import Objective
 
 logger = logging.getLogger(__name__)
 

@@ -37,8 +37,8 @@ from data.encoders import fetch_encoders
 from data.scenes import draw_scenes
 from saffe_cache.encoders.encoder import EncoderRequest
 from saffe_cache.encoders.loading import load_processor
-from saffe_cache.extract import ExtractConfig, _grow_table, _plan_jobs
 from saffe_cache.extraction.encoding import run_job
+from saffe_cache.extraction.extract import ExtractConfig, _grow_table, _plan_jobs
 from saffe_cache.extraction.loading import load_batches
 from saffe_cache.extraction.planning import Job
 from saffe_cache.sources import Columns, Media, read_items

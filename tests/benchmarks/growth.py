@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny_models.py
 
 from tiny_models import WORDS, save_tiny
 
-from saffe_cache.evaluate import EvaluateConfig, evaluate
-from saffe_cache.extract import ExtractConfig, extract
-from saffe_cache.train import TrainConfig, train
+from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
+from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.training.train import TrainConfig, train
 
 ITEMS = 1000
 FACTORS = (1, 2, 4, 8)

@@ -21,17 +21,18 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from data.encoders import fetch_encoders
 from data.scenes import draw_scenes
-from saffe_cache.extract import ExtractConfig, extract
-from saffe_cache.fam_inputs import FamInputs
+from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.fusion.base import Texts
-from saffe_cache.objectives import soft_target
-from saffe_cache.runs import build_fusion, training_pairs
+from saffe_cache.fusion.losses import soft_target
+from saffe_cache.inputs.feature_loader import FamInputs
+from saffe_cache.inputs.spec import training_pairs
 from saffe_cache.store.reader import Cache, open_cache
-from saffe_cache.train import TrainConfig, train, train_many
 from saffe_cache.training.batches import Batch, TrainingData
-from saffe_cache.training.fitting import _step, start
+from saffe_cache.training.loop import _step, start
 from saffe_cache.training.memory import kept_memory
-from saffe_cache.training.resolving import fit_options, resolve_run, term_options
+from saffe_cache.training.resolve import fit_options, resolve_run, term_options
+from saffe_cache.training.runs import build_fusion
+from saffe_cache.training.train import TrainConfig, train, train_many
 
 PHOTOS = {"train": 800, "dev": 100}
 LAYERS = {"image": (11, 12), "text": (5, 6)}

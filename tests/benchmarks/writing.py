@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from timing import Figure, take_turns
 
-from saffe_cache.features import Fingerprint
+from saffe_cache.core.features import Fingerprint
 from saffe_cache.store.dtypes import STORAGE_DTYPES, to_storage
 from saffe_cache.store.layout import ArraySpec, choose_rows
 from saffe_cache.store.manifest import ArrayManifest, EncoderManifest

@@ -14,9 +14,9 @@ from forked import Action, Child, Outcome, ask, preload
 from safetensors import safe_open
 from tiny_models import save_tiny
 
-import saffe_cache.train
+import saffe_cache.training.train
 from saffe_cache.cli import evaluate_command, extract_command, train_command
-from saffe_cache.features import CacheError
+from saffe_cache.core.features import CacheError
 from saffe_cache.store.reader import verify_cache
 
 SPLITS = {"train": 150, "dev": 12, "test": 20}
@@ -70,7 +70,7 @@ class Case:
         """The command in a child, with whatever is arranged there before."""
 
         def action() -> int:
-            saffe_cache.train._remove_states = _keep_states
+            saffe_cache.training.train._remove_states = _keep_states
             arrange()
             return self.command(self.arguments)
 

@@ -115,8 +115,9 @@ def ask(question: Callable[[], Any], folder: Path) -> Any:
 
 def preload() -> None:
     """Import here what the commands import, so that no child has to."""
-    for name in ("saffe_cache.extract", "saffe_cache.train", "saffe_cache.evaluate", "torch._dynamo"):
-        importlib.import_module(name)
+    for verb in ("extraction.extract", "training.train", "evaluation.evaluate"):
+        importlib.import_module(f"saffe_cache.{verb}")
+    importlib.import_module("torch._dynamo")
     for name in ("AutoTokenizer", "BitImageProcessorPil", "Dinov2Model", "BertModel"):
         getattr(transformers, name)
     PIL.Image.preinit()

@@ -16,7 +16,7 @@ from forked import Child
 from table import Table, not_clean, not_recovered
 
 from saffe_cache.cli import cache_command
-from saffe_cache.durable import LOCK_NAME
+from saffe_cache.core.atomic_io import LOCK_NAME
 
 
 def write_twice(case: Case, table: Table, times: int, generator: random.Random) -> None:

@@ -1,1 +1,0 @@
-"""What saffe-ablate does: a recipe into runs, the runs side by side, their reports into one table."""

@@ -1,0 +1,160 @@
+"""Run each frozen encoder once and write what a fusion needs into the cache.
+
+The data's way: sources -> item table (distinct inputs, by content hash) -> a job for each encoder (what the
+cache lacks of it) -> encoding, which hands rows to the store's writer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+from saffe_cache.core.features import MODALITIES, CacheError, ItemTable, Modality
+from saffe_cache.core.outputs import provenance
+from saffe_cache.extraction.config import ExtractConfig, encode_options, encoder_request
+from saffe_cache.extraction.encoding import run_job
+from saffe_cache.extraction.loading import check_sources
+from saffe_cache.extraction.planning import Job, plan_job, seconds_per_input, wanted_inputs
+from saffe_cache.sources import Columns, SourceItem, read_items
+from saffe_cache.store.manifest import RootManifest, layers_among, read_encoder, read_root, write_root
+from saffe_cache.store.storage import Storage
+from saffe_cache.store.table import NewItem, TableBuilder, read_table, write_table
+from saffe_cache.store.writer import EncoderWriter
+
+__all__ = ["ExtractConfig", "extract"]
+
+logger = logging.getLogger(__name__)
+
+
+def extract(config: ExtractConfig) -> str:
+    """Extract, and return the cache's path.
+
+    Raises:
+        ValueError: the data, an encoder or a layer is not there or not supported.
+        CacheError: the cache cannot take this, too many items are unreadable, or a number overflows.
+        OSError: the disk is full or gone; the extraction can be resumed.
+    """
+    items = read_items(config.data, Columns(**config.column), config.splits, config.max_items)
+    _check_unreadable(items, config)
+    storage = Storage(config.cache)
+    if config.plan:
+        table, _ = _grow_table(storage, items, config)
+        _print_plan(list(_plan_jobs(storage, table, config)), items, config)
+        return f"nothing was written to {config.cache}"
+    with storage.writer_lock():
+        storage.remove_partial_files()
+        table, changed = _grow_table(storage, items, config)
+        media = {h: item.media[m] for item in items if not item.problem for m, h in item.hashes.items()}
+        jobs = list(_plan_jobs(storage, table, config))
+        for job in jobs:
+            check_sources(job, media)
+        _say_what_happens(jobs, table, items)
+        _write_root(storage, table if changed else None, jobs)
+        record = provenance(config)
+        for job in jobs:
+            run_job(storage, job, media, record)
+    return config.cache
+
+
+def _plan_jobs(storage: Storage, table: ItemTable, config: ExtractConfig) -> Iterator[Job]:
+    options = encode_options(config)
+    for modality in (name for name in MODALITIES if name in config.encoder):
+        if modality not in table.inputs:
+            raise ValueError(f"--encoder {modality}=…: the data has no {modality} inputs. Leave it out.")
+        request = encoder_request(config, modality)
+        yield plan_job(storage, request, table.inputs[modality], wanted_inputs(table, modality), options)
+
+
+def _grow_table(storage: Storage, items: Sequence[SourceItem], config: ExtractConfig) -> tuple[ItemTable, bool]:
+    """The cache's table with the items added, and whether that changed it."""
+    root = read_root(storage)
+    old = read_table(storage, f"tables/{root.table}") if root else None
+    may_change = config.changed == "reencode"
+    builder = TableBuilder(old, config.class_prompt, _unencoded(storage, root, old), may_change=may_change)
+    added = [
+        builder.add(
+            NewItem(
+                id=item.id,
+                split=item.split,
+                hashes=dict(item.hashes),
+                captions=item.captions,
+                labels=item.labels,
+                problem=item.problem,
+            )
+        )
+        for item in items
+    ]
+    table = builder.build()
+    if builder.changed:
+        item_id, what = next(iter(builder.changed.items()))
+        logger.warning(
+            "%d items have changed and are taken as they are now, for instance %s (%s). Runs that were trained on them "
+            "are of other data: train them again.",
+            *(len(builder.changed), item_id, what),
+        )
+    return table, any(added)
+
+
+def _unencoded(storage: Storage, root: RootManifest | None, table: ItemTable | None) -> dict[Modality, set[int]]:
+    """Photos and sounds that no encoder holds: broken ones, and those that an interrupted run did not reach."""
+    found: dict[Modality, set[int]] = {}
+    for modality, inputs in table.inputs.items() if table else ():
+        found[modality] = set(range(len(inputs)))
+        for key in root.encoders if root else ():
+            manifest = read_encoder(storage, key)
+            if manifest.modality == modality:
+                found[modality] -= set(range(min(manifest.finished_rows, len(inputs)))) - manifest.invalid.keys()
+    return found
+
+
+def _write_root(storage: Storage, table: ItemTable | None, jobs: Sequence[Job]) -> None:
+    """Commit a new table, if any, and name the encoders. Their own manifests come with their first write."""
+    root = read_root(storage) or RootManifest(0, ())
+    generation = root.table
+    if table is not None:
+        generation += 1
+        storage.remove_folder(f"tables/{generation}")
+        write_table(storage, f"tables/{generation}", table)
+    for job in jobs:
+        if job.manifest.key not in root.encoders:
+            EncoderWriter(storage, job.manifest, {})
+    keys = tuple(dict.fromkeys([*root.encoders, *(job.manifest.key for job in jobs)]))
+    if (generation, keys) != (root.table, root.encoders):
+        write_root(storage, RootManifest(generation, keys))
+    storage.remove_folder(f"tables/{generation - 1}")  # or what a kill left of it
+
+
+def _check_unreadable(items: Sequence[SourceItem], config: ExtractConfig) -> None:
+    broken = [item for item in items if item.problem]
+    if len(broken) > config.max_invalid * len(items):
+        raise CacheError(
+            f"--data {config.data}: {len(broken)} of {len(items)} items are unreadable, more than --max-invalid "
+            f"{config.max_invalid:g} allows; for instance {broken[0].id}: {broken[0].problem}. Mend the data, or raise "
+            "--max-invalid."
+        )
+
+
+def _say_what_happens(jobs: Sequence[Job], table: ItemTable, items: Sequence[SourceItem]) -> None:
+    unusable = sum(bool(item.problem) for item in items)
+    logger.info("%d items, of which %d unreadable; the table holds %d.", len(items), unusable, len(table))
+    for job in jobs:
+        layers = ",".join(map(str, layers_among(job.arrays)))
+        left = job.num_inputs - job.start
+        what = "nothing to do" if job.is_done else f"{left} to encode, {job.num_bytes / 1e6:.1f} MB when done"
+        logger.info("%s: layers %s, %d inputs, %s.", job.manifest.key, layers, job.num_inputs, what)
+
+
+def _print_plan(jobs: Sequence[Job], items: Sequence[SourceItem], config: ExtractConfig) -> None:
+    """Tell what an extraction would do; the time is that of one batch, times the batches."""
+    print(f"{len(items)} items in {config.data}, {sum(bool(item.problem) for item in items)} unreadable")
+    total = 0.0
+    for job in jobs:
+        left = job.num_inputs - job.start
+        seconds = left * seconds_per_input(job) if left else 0.0
+        total += seconds
+        print(f"{job.manifest.key}: {left} of {job.num_inputs} distinct inputs to encode, about {seconds:.0f} s")
+        for name, (spec, rows) in sorted(job.arrays.items()):
+            shape = " x ".join(map(str, (rows, *spec.row_shape)))
+            print(f"  {name}: {shape} {spec.described}, {rows * spec.row_bytes / 1e6:.1f} MB")
+        print(f"  {job.num_bytes / 1e6:.1f} MB in about {job.num_files} files")
+    print(f"in all {sum(job.num_bytes for job in jobs) / 1e6:.1f} MB and about {total:.0f} s on this machine")

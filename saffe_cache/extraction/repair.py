@@ -1,0 +1,289 @@
+"""Mend a damaged cache: what `saffe-cache verify` finds is made again from the encoder and the data.
+
+The manifest keeps the config of each extraction: where the data and the encoder are, and which inputs were encoded
+together. So on the same machine a shard comes out byte for byte; elsewhere it differs by rounding, and its entry in the
+manifest is replaced.
+
+A shard is written first, then its entry. Killed between the two, the cache has a shard that differs from its entry: it
+is damaged still, and mended by the next repair. All that was mended before stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from saffe_cache.core.features import MODALITIES, CacheError, ItemTable
+from saffe_cache.core.options import require
+from saffe_cache.core.outputs import provenance
+from saffe_cache.encoders.encoder import FrozenEncoder
+from saffe_cache.extraction.config import encode_options
+from saffe_cache.extraction.history import PastExtraction, past_extractions
+from saffe_cache.extraction.planning import Job, tokenize, wanted_inputs
+from saffe_cache.extraction.reencode import LostShard, check_tokens, encode_lost, lost_shard, offset_rows
+from saffe_cache.extraction.reload_encoder import reopen_encoder
+from saffe_cache.extraction.source_files import OriginalFiles
+from saffe_cache.sources import Columns
+from saffe_cache.store.layout import describe_shard, rows_without_index
+from saffe_cache.store.manifest import encoder_group, read_encoder, write_encoder
+from saffe_cache.store.reader import Damage, existing_root, find_damage
+from saffe_cache.store.storage import Storage
+from saffe_cache.store.table import read_table
+from saffe_cache.store.writer import write_array_metadata, write_block, write_language_model, write_shard
+from saffe_cache.store.zarr_files import shard_name
+
+_NUM_NAMED = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairConfig:
+    """Make again what is damaged in a cache."""
+
+    cache: str
+    """The cache."""
+    data: tuple[str, ...] = ()
+    """Where the data are now. Default: where each extraction found them."""
+    encoder: Mapping[str, str] = field(default_factory=dict)
+    """Where an encoder is now, by its modality or, of several, by its key. Default: where the extraction found it."""
+    device: str | None = None
+    """Where encoders run, as for saffe-extract. Default: where the extraction's did."""
+
+
+@dataclass(kw_only=True)
+class RepairReport:
+    """What became of each damaged part, one line each."""
+
+    num_shards: int
+    """That were read."""
+    restored: list[str] = field(default_factory=list)
+    """Byte for byte."""
+    rounded: list[str] = field(default_factory=list)
+    """Restored, but with other last bits than before."""
+    left: list[str] = field(default_factory=list)
+    """Damaged still."""
+
+    def __str__(self) -> str:
+        num_damaged = len(self.restored) + len(self.rounded) + len(self.left)
+        rounded = f" ({len(self.rounded)} of them within rounding)" if self.rounded else ""
+        total = (
+            f"{self.num_shards} shards read, {num_damaged} damaged, {num_damaged - len(self.left)} repaired"
+            f"{rounded}, {len(self.left)} not"
+        )
+        return "\n".join([*self.restored, *self.rounded, *self.left, total])
+
+
+def repair(config: RepairConfig) -> RepairReport:
+    """Repair what can be repaired; the report says what cannot, and why.
+
+    Raises:
+        ValueError: `encoder` names none of the cache.
+        CacheError: there is no cache, or a number overflows.
+        OSError: the disk is full or gone, or another process writes to the cache; the repair can be run again.
+    """
+    storage = Storage(config.cache)
+    root = existing_root(storage)
+    for name in config.encoder:
+        known = (*MODALITIES, *root.encoders)
+        require(name in known, "encoder", f"{name}=…", " or ".join(f"{one}=…" for one in known))
+    with storage.writer_lock():
+        storage.remove_partial_files()
+        num_shards, damage = find_damage(storage)
+        report = RepairReport(num_shards=num_shards)
+        if any(one.part == "table" for one in damage):
+            report.left += [f"{one.place}: damaged, and not repaired: {_why_left(one)}" for one in damage]
+            return report
+        table = read_table(storage, f"tables/{existing_root(storage).table}")
+        for key in dict.fromkeys(one.encoder for one in damage):
+            _EncoderRepair(storage, table, config, report, [one for one in damage if one.encoder == key]).run()
+    return report
+
+
+def _why_left(damage: Damage) -> str:
+    if damage.part == "table":
+        return "no data say which rows its inputs have. Restore tables/ from a copy, or extract into a new cache."
+    return "the item table is damaged, by which its inputs are known. Restore that first."
+
+
+class _EncoderRepair:
+    """What is damaged of one encoder."""
+
+    def __init__(
+        self, storage: Storage, table: ItemTable, config: RepairConfig, report: RepairReport, damage: Sequence[Damage]
+    ) -> None:
+        self._storage, self._table, self._config, self._report = storage, table, config, report
+        self._damage, self._key = damage, damage[0].encoder
+        self._rounded: list[str] = []
+
+    def run(self) -> None:
+        """Repair each part by what it needs: the manifest alone, its own bytes, the encoder, or the data as well."""
+        if self._damage[0].part == "manifest":
+            self._leave(
+                self._damage[0],
+                "it alone says which rows count. Restore its zarr.json from a copy, or extract this encoder into a "
+                "new cache.",
+            )
+            return
+        self._manifest = read_encoder(self._storage, self._key)
+        harder = [one for one in self._damage if not self._mend_from_cache(one)]
+        if not harder:
+            return
+        try:
+            past = past_extractions(self._manifest, self._config.device)
+            encoder = self._load_encoder(past)
+            self._job = self._plan(encoder, past)
+        except (CacheError, ValueError, TypeError, ImportError, OSError) as error:
+            for one in harder:
+                self._leave(one, str(error))
+            return
+        if any(one.part == "language_model" for one in harder):
+            assert encoder.language_model is not None
+            write_language_model(self._storage, self._key, encoder.language_model)
+            self._restored(f"{self._key}: language_model")
+        self._mend_blocks([one.index for one in harder if one.part == "block"])
+        self._mend_shards([one for one in harder if one.part == "shard"], past)
+
+    def _leave(self, damage: Damage, why: str) -> None:
+        self._report.left.append(f"{damage.place}: damaged, and not repaired: {why}")
+
+    def _restored(self, place: str) -> None:
+        self._report.restored.append(f"{place}: restored, byte for byte")
+
+    def _mend_from_cache(self, damage: Damage) -> bool:
+        """An array's `zarr.json`, or a shard whose rows are whole and its index is not. False where it takes more."""
+        if damage.part == "metadata":
+            write_array_metadata(self._storage, self._key, damage.array, self._manifest.arrays[damage.array])
+        elif damage.part == "shard":
+            array = self._manifest.arrays[damage.array]
+            name = f"{encoder_group(self._key)}/{damage.array}/{shard_name(damage.index, array.spec)}"
+            try:
+                data = self._storage.read(name)
+            except (CacheError, OSError):
+                return False
+            rows = rows_without_index(array.spec, array.shards[damage.index], data)
+            if rows is None:
+                return False
+            write_shard(self._storage, self._key, damage.array, damage.index, array.spec, rows)
+        else:
+            return False
+        self._restored(damage.place)
+        return True
+
+    def _load_encoder(self, past: Sequence[PastExtraction]) -> FrozenEncoder:
+        """The very encoder that the cache was made with.
+
+        Raises:
+            ValueError: it cannot be had.
+            CacheError: it is another, or the manifest does not say which it was.
+        """
+        manifest, modality = self._manifest, self._manifest.modality
+        if not past:
+            raise CacheError(
+                "the manifest does not say where data and encoder are, as its extraction is unfinished. Finish it with "
+                "saffe-extract, then repair again."
+            )
+        moved = self._config.encoder.get(self._key) or self._config.encoder.get(modality)
+        return reopen_encoder(manifest, past, moved, f"--encoder {modality}=…")
+
+    def _plan(self, encoder: FrozenEncoder, past: Sequence[PastExtraction]) -> Job:
+        """
+        Raises:
+            CacheError: the texts come out in other tokens than before.
+        """
+        modality = self._manifest.modality
+        job = Job(
+            encoder=encoder,
+            manifest=self._manifest,
+            options=encode_options(past[-1].config),
+            inputs=self._table.inputs[modality],
+            is_wanted=wanted_inputs(self._table, modality),
+            arrays={name: (array.spec, array.rows) for name, array in self._manifest.arrays.items()},
+        )
+        if modality == "text":
+            tokenize(job)
+            check_tokens(job)
+        return job
+
+    def _mend_blocks(self, layers: Sequence[int]) -> None:
+        if layers:
+            self._job.encoder.select(layers, vectors=False)
+            blocks = self._job.encoder.blocks
+            for layer in layers:
+                write_block(self._storage, self._key, layer, blocks[layer])
+                self._restored(f"{self._key}: block {layer}")
+
+    def _mend_shards(self, damage: Sequence[Damage], past: Sequence[PastExtraction]) -> None:
+        job = self._job
+        places: dict[LostShard, Damage] = {}
+        for one in damage:
+            if one.array == "offsets":
+                spec = self._manifest.arrays["offsets"].spec
+                write_shard(self._storage, self._key, one.array, one.index, spec, offset_rows(job, one.index))
+                self._restored(one.place)
+            else:
+                places[lost_shard(job, one.array, one.index)] = one
+        needed = {
+            row
+            for shard in places
+            for extraction in past
+            for block in extraction.blocks_of(shard.array, shard.inputs)
+            for row in block
+        }
+        sources = OriginalFiles(job, self._table, _places(self._config, past), needed)
+        lost = []
+        for shard, one in places.items():
+            if sum(len(extraction.inputs_of(shard.array, shard.inputs)) for extraction in past) < len(shard.inputs):
+                self._leave(
+                    one,
+                    "its extraction is unfinished, and the manifest does not say where its data are. Finish it with "
+                    "saffe-extract, then repair again.",
+                )
+            elif absent := sources.absent(shard.inputs):
+                self._leave(one, f"{_some(absent)}. Give the data that it was made of with --data.")
+            else:
+                lost.append(shard)
+        for shard in encode_lost(job, lost, past, sources.media):
+            self._put_back(shard, places[shard])
+
+    def _put_back(self, shard: LostShard, damage: Damage) -> None:
+        manifest, rows, shard.rows = self._manifest, shard.rows, None
+        assert rows is not None
+        invalid = {row: why for row, why in shard.unreadable.items() if row not in manifest.invalid}
+        broken = [f"input {row}: {why}" for row, why in invalid.items() if self._job.is_wanted[row]]
+        if broken:
+            self._leave(
+                damage, f"{_some(broken)}. It was readable when it was extracted: use the same library versions."
+            )
+            return
+        write_shard(self._storage, self._key, shard.array, shard.index, shard.spec, rows)
+        entry = describe_shard(shard.spec, rows)
+        if entry.crc32c == shard.entry.crc32c:
+            self._restored(damage.place)
+        else:
+            manifest.arrays[shard.array].shards[shard.index] = entry
+            manifest.invalid |= invalid
+            self._note(damage.place)
+            write_encoder(self._storage, manifest)
+            gone = f"; {len(invalid)} inputs that no item points to are gone with their files" if invalid else ""
+            self._report.rounded.append(
+                f"{damage.place}: restored, within rounding, not byte for byte: its checksum is now {entry.crc32c}, "
+                f"was {shard.entry.crc32c}{gone}"
+            )
+
+    def _note(self, place: str) -> None:
+        """Tell the manifest's history that a checksum is not that of the extraction any more."""
+        if not self._rounded:
+            self._manifest.history.append({**provenance(self._config), "repaired": self._rounded})
+        self._rounded.append(place)
+
+
+def _places(config: RepairConfig, past: Sequence[PastExtraction]) -> list[tuple[str, Columns]]:
+    """Where the data are, each place once."""
+    recorded = [(one.config.data, Columns(**one.config.column)) for one in past]
+    if config.data:
+        recorded = [(data, columns) for data in config.data for _, columns in recorded]
+    return list(dict.fromkeys(recorded))
+
+
+def _some(reasons: Sequence[str]) -> str:
+    more = len(reasons) - _NUM_NAMED
+    return "; ".join(reasons[:_NUM_NAMED]) + (f"; and {more} more" if more > 0 else "")

@@ -1,0 +1,194 @@
+"""What a FAM is fed: cached features as tensors on one device, wherever they are kept meanwhile.
+
+| residency | where the hidden states lie | good |
+|---|---|---|
+| `device` | all in the accelerator's memory | where they fit: no batch is copied again |
+| `memory` | all in main memory, pinned for an accelerator | where that is too small; for shards that cannot be mapped |
+| `mapped` | in their files, memory-mapped; the system keeps in memory what fits | on a CPU, and for larger caches |
+| `streamed` | compressed or behind a URL; the shards of two windows of photos are in memory | where all is too large |
+
+A window is what a streamed training shuffles at a time: a few shards of photos, drawn at random. While one is trained
+on, the next one is fetched and decompressed.
+
+They lie and travel in their storage type, half or a quarter of a float32's bytes, and become float32 on the device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from saffe_cache.core.options import require
+from saffe_cache.fusion.base import Fusion, Texts
+from saffe_cache.fusion.heads import summarize
+from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.store.dtypes import numbers_of
+from saffe_cache.store.reader import Cache, EncoderCache
+
+Residency = Literal["device", "memory", "mapped", "streamed"]
+_DEVICE_PART, _MEMORY_PART = 0.6, 0.5
+"""Of the memory that is free: what hidden states may take of it."""
+_WINDOW_BYTES = 2**29
+"""Hidden states of one window of a streamed training, about."""
+
+
+class FamInputs:
+    """A cache as one run sees it."""
+
+    def __init__(self, cache: Cache, spec: RunSpec, device: str = "cpu", residency: Residency = "mapped") -> None:
+        self.cache, self.spec, self.device, self.residency = cache, spec, device, residency
+        self.gallery, self.text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
+        self._held: dict[tuple[str, str], torch.Tensor] = {}
+        if residency in ("device", "memory"):
+            for encoder, name in _arrays(cache, spec):
+                self._held[encoder.key, name] = self._load(encoder, name)
+
+    def photos(self, rows: np.ndarray) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Hidden states of gallery inputs, float32 [n, tokens, d] for each layer, and their mask, bool [n, tokens]."""
+        return self._tokens(self.gallery, rows, self.spec.gallery_layers)
+
+    def texts(self, rows: np.ndarray) -> Texts:
+        """Texts to lie beside gallery inputs; for a fusion without text layers their own vectors alone."""
+        vectors = self.vectors(rows)
+        if not self.spec.text_layers:
+            return Texts((), torch.ones(len(rows), 1, dtype=torch.bool, device=self.device), vectors)
+        states, mask = self._tokens(self.text, rows, self.spec.text_layers)
+        assert mask is not None
+        return Texts(tuple(states), mask, vectors)
+
+    def hold(self, photos: np.ndarray, texts: np.ndarray) -> None:
+        """Have these inputs, which are needed next, read ahead, and let go of all others."""
+        for encoder, name in _arrays(self.cache, self.spec):
+            encoder.array(name).hold(encoder.token_rows(photos if encoder is self.gallery else texts)[0])
+        self.text.array(self.text.manifest.vector).hold(texts)
+
+    def will_need(self, photos: np.ndarray) -> None:
+        """Have the system read these photos, which are needed next, ahead, where they are memory-mapped."""
+        if self.residency == "mapped":
+            rows, _ = self.gallery.token_rows(photos)
+            for layer in self.spec.gallery_layers:
+                self.gallery.array(f"hidden_states/{layer}").hold(rows)
+
+    def vectors(self, rows: np.ndarray) -> torch.Tensor:
+        """The text encoder's own vectors, float32 [n, d]."""
+        return torch.from_numpy(self.text.vectors(rows)).to(self.device)
+
+    def _tokens(
+        self, encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int]
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        flat, mask = encoder.token_rows(rows)
+        states = [self._numbers(encoder, f"hidden_states/{layer}", flat) for layer in layers]
+        if mask is None:
+            return states, None
+        on_device = torch.from_numpy(mask).to(self.device)
+        return [_padded(state, on_device) for state in states], on_device
+
+    def _numbers(self, encoder: EncoderCache, name: str, rows: np.ndarray) -> torch.Tensor:
+        """float32 [n, …] on the device."""
+        held = self._held.get((encoder.key, name))
+        if held is None:
+            stored = _as_tensor(encoder.array(name).read_stored(rows))
+        else:
+            stored = held.index_select(0, torch.from_numpy(rows).to(held.device))
+        return numbers_of(stored.to(self.device), encoder.array(name).dtype)
+
+    def _load(self, encoder: EncoderCache, name: str) -> torch.Tensor:
+        """All rows of an array, as they are stored."""
+        array = encoder.array(name)
+        stored = _as_tensor(array.read_stored(np.arange(len(array))))
+        if self.residency == "device":
+            return stored.to(self.device)
+        return stored if self.device == "cpu" else stored.pin_memory()
+
+
+def choose_residency(asked: Residency | Literal["auto"], cache: Cache, spec: RunSpec, device: str) -> Residency:
+    """Where the hidden states of a training shall lie; "auto" takes the fastest place that has room for them.
+
+    Raises:
+        ValueError: the memory of an accelerator is asked for, and there is none; or memory maps, and shards are
+            compressed or behind a URL.
+    """
+    can_map = all(encoder.array(name).is_mapped for encoder, name in _arrays(cache, spec))
+    require(asked != "device" or device != "cpu", "residency", "device on a CPU", "memory or mapped")
+    require(
+        asked != "mapped" or can_map,
+        *("residency", "mapped, of shards that are compressed or behind a URL", "memory or streamed"),
+    )
+    if asked != "auto":
+        return asked
+    needed = sum(len(encoder.array(name)) * encoder.array(name).row_bytes for encoder, name in _arrays(cache, spec))
+    if device != "cpu" and needed < _DEVICE_PART * torch.cuda.mem_get_info()[0]:
+        return "device"
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if (device != "cpu" or not can_map) and needed < _MEMORY_PART * free:
+        return "memory"
+    return "mapped" if can_map else "streamed"
+
+
+def window_shards(cache: Cache, spec: RunSpec) -> int:
+    """Shards of photos in a window of a streamed training; it depends on the cache alone."""
+    arrays = [encoder.array(name) for encoder, name in _arrays(cache, spec)]
+    photos = cache.encoders[spec.gallery_key].array(f"hidden_states/{spec.gallery_layers[0]}")
+    of_photo = sum(len(array) * array.row_bytes for array in arrays) / max(1, len(photos))
+    return max(1, round(_WINDOW_BYTES / of_photo / photos.shard_rows))
+
+
+def summaries(encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int], batch: int = 256) -> np.ndarray:
+    """First token and mean of the others, of each layer: float32 [n, 2 P d]. What linear baselines see.
+
+    Of feature maps the mean of all places: [n, P d].
+    """
+    has_class_token = not encoder.manifest.has_feature_maps
+    parts = []
+    for start in range(0, len(rows), batch):
+        tokens = encoder.tokens(rows[start : start + batch], tuple(layers))
+        mask = None if tokens.mask is None else torch.from_numpy(tokens.mask)
+        states = [torch.from_numpy(state).float() for state in tokens.states]
+        parts.append(summarize(states, mask, has_class_token=has_class_token).numpy())
+    return np.concatenate(parts)
+
+
+@torch.inference_mode()
+def encode_gallery(
+    model: Fusion, inputs: FamInputs, rows: np.ndarray, beside: np.ndarray | None = None, batch: int = 256
+) -> np.ndarray:
+    """f(x, text) of gallery inputs and the text rows beside them, or f(x, null): unit vectors, float32 [n, d]."""
+    parts = []
+    for start in range(0, len(rows), batch):
+        these = slice(start, start + batch)
+        states, mask = inputs.photos(rows[these])
+        texts = None if beside is None else inputs.texts(beside[these])
+        parts.append(model(states, mask, texts).float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+@torch.inference_mode()
+def encode_queries(model: Fusion, vectors: np.ndarray, device: str = "cpu", batch: int = 1024) -> np.ndarray:
+    """g(text) of the text encoder's own vectors: unit vectors, float32 [n, d]."""
+    parts = []
+    for start in range(0, len(vectors), batch):
+        these = torch.from_numpy(vectors[start : start + batch]).to(device)
+        parts.append(model.encode_queries(these).float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def _arrays(cache: Cache, spec: RunSpec) -> list[tuple[EncoderCache, str]]:
+    """The arrays of hidden states that a run reads."""
+    sides = ((spec.gallery_key, spec.gallery_layers), (spec.text_key, spec.text_layers))
+    return [(cache.encoders[key], f"hidden_states/{layer}") for key, layers in sides for layer in layers]
+
+
+def _as_tensor(stored: np.ndarray) -> torch.Tensor:
+    """torch does next to nothing with uint16."""
+    return torch.from_numpy(stored.view(np.int16) if stored.dtype == np.uint16 else stored)
+
+
+def _padded(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[n, tokens, d] with zeros where the mask is False, of the tokens [real tokens, d]."""
+    padded = flat.new_zeros(*mask.shape, flat.shape[-1])
+    padded[mask] = flat
+    return padded

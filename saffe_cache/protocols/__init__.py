@@ -1,0 +1,1 @@
+"""Retrieval protocols: queries, relevance and scores, shared by validation and evaluation."""

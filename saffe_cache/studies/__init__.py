@@ -1,0 +1,1 @@
+"""Studies over one cache: alignment, binding, captioning, matching and sweeps."""

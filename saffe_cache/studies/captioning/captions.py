@@ -1,0 +1,160 @@
+"""Photos and their captions from a cache, as tensors: pooled photo tokens, states of layer l, tokens to be said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from saffe_cache.core.features import CacheError
+from saffe_cache.encoders.causal_tokens import CausalTokens
+from saffe_cache.inputs.pairs import Pairs, hold_out, select_pairs
+from saffe_cache.store.reader import Cache, EncoderCache
+from saffe_cache.studies.captioning.inserting import InsertedModel, Projector, photo_side, pool_photos
+
+
+class Captions(NamedTuple):
+    """A batch of texts."""
+
+    states: torch.Tensor
+    """`hidden_states[l]` of all tokens but the last, float32 [batch, tokens, d]."""
+    targets: torch.Tensor
+    """The token behind each, int64 [batch, tokens]."""
+    is_said: torch.Tensor
+    """bool [batch, tokens]: whether the target is one of the caption's: no padding, and none of the prompt's."""
+
+
+class CaptionSource:
+    """Reads both sides of a cache for one place of insertion."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        photos: EncoderCache,
+        text: EncoderCache,
+        *,
+        image_layer: int,
+        layer: int,
+        grid: int,
+        device: str,
+    ) -> None:
+        """
+        Raises:
+            CacheError: a layer is not cached, the states' positions leave another number of places to the photo, or the
+                tokenizer cuts texts otherwise than the cached states say.
+            ValueError: photos are no square of patches, or smaller than the grid.
+        """
+        self.cache, self.photos, self.text, self.device = cache, photos, text, device
+        self.image_layer, self.layer, self.grid = image_layer, layer, grid
+        self.weights = text.language_model()
+        self.tokens = CausalTokens(self.weights.tokenizer, self.weights.spec)
+        num_tokens, self.photo_size = photos.array(f"hidden_states/{image_layer}").row_shape
+        self._has_class_token = not photos.manifest.has_feature_maps
+        side = photo_side(num_tokens, has_class_token=self._has_class_token)
+        if grid > side:
+            raise ValueError(f"--grid {grid}: the photos have {side} x {side} patches. Use --grid {side} or less.")
+        text.array(f"hidden_states/{layer}")
+        if self.weights.spec.position_offset != self.num_photo_tokens:
+            raise CacheError(
+                f"{cache.storage.root}: in {text.key} texts begin at position {self.weights.spec.position_offset}, "
+                f"expected {self.num_photo_tokens}: behind the photo's tokens (--grid {grid}). Extract the language "
+                f"model with --position-offset {self.num_photo_tokens}, or choose another --grid."
+            )
+
+    @property
+    def num_photo_tokens(self) -> int:
+        return 1 + self.grid**2
+
+    def photo_tokens(self, rows: np.ndarray) -> torch.Tensor:
+        """Pooled tokens of photos, float32 [n, m, d_photo]."""
+        (states,) = self.photos.tokens(rows, (self.image_layer,)).states
+        tokens = torch.from_numpy(states).to(self.device).float()
+        return pool_photos(tokens, self.grid, has_class_token=self._has_class_token)
+
+    def token_ids(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of texts, int64 [n, tokens], padded with 0, and bool [n, tokens], True on real ones.
+
+        Raises:
+            CacheError: they are not as many as the cache has states of, or do not begin with the prompt's.
+        """
+        texts = self.cache.table.inputs["text"].texts
+        assert texts is not None
+        found = self.tokens.encode([texts[row] for row in rows])
+        _, mask = self.text.token_rows(rows)
+        assert mask is not None
+        if [len(ids) for ids in found] != mask.sum(axis=1).tolist():
+            raise CacheError(
+                f"{self.cache.storage.root}: {self.text.key}: texts come out in other tokens than when they were "
+                "extracted. Install the versions that the manifest's history names, or extract into a new cache."
+            )
+        start = self.tokens.start
+        other = next((ids for ids in found if ids[: len(start)] != start), None)
+        if other is not None:
+            raise CacheError(
+                f"{self.cache.storage.root}: {self.text.key}: a text begins with the tokens {other[: len(start)]}, "
+                f"expected {start}, the prompt's: its last word and the text's first run into one another. Extract "
+                "with a --prompt that has a space in front of {}."
+            )
+        padded = torch.zeros(mask.shape, dtype=torch.long)
+        padded[torch.from_numpy(mask)] = torch.tensor([token for ids in found for token in ids])
+        return padded.to(self.device), torch.from_numpy(mask).to(self.device)
+
+    def captions(self, rows: np.ndarray) -> Captions:
+        """Texts with their cached states."""
+        (states,) = self.text.tokens(rows, (self.layer,)).states
+        return self._captions(rows, torch.from_numpy(states).to(self.device).float())
+
+    def plain_captions(self, rows: np.ndarray, model: InsertedModel) -> Captions:
+        """The same texts with their states at the positions from 0 on, as the model has them without any photo."""
+        return self._captions(rows, model.text_states(self.token_ids(rows)[0], 0))
+
+    def _captions(self, rows: np.ndarray, states: torch.Tensor) -> Captions:
+        ids, mask = self.token_ids(rows)
+        is_said = mask[:, 1:].clone()
+        is_said[:, : len(self.tokens.start) - 1] = False
+        return Captions(states[:, :-1], ids[:, 1:], is_said)
+
+
+def caption_losses(model: InsertedModel, captions: Captions, photos: torch.Tensor | None) -> torch.Tensor:
+    """Cross-entropy of each caption's tokens, in nats, summed: float32 [batch]. `photos`: projected tokens."""
+    hidden = model(captions.states, photos)[captions.is_said]  # scores of padding would be most of the work
+    losses = functional.cross_entropy(model.logits(hidden), captions.targets[captions.is_said], reduction="none")
+    owners = torch.nonzero(captions.is_said)[:, 0]
+    return torch.zeros(len(captions.targets), device=losses.device).index_add(0, owners, losses)
+
+
+def num_said(captions: Captions) -> torch.Tensor:
+    """Tokens that a caption's loss is summed over, int64 [batch]."""
+    return captions.is_said.sum(dim=1)
+
+
+def split_photos(
+    cache: Cache, photos: EncoderCache, text: EncoderCache, *, train_split: str, split: str, held_out: float, seed: int
+) -> tuple[Pairs, Pairs, Pairs]:
+    """Photos to train on, to choose the best epoch on, and to report on. None is in two of them, by content.
+
+    Raises:
+        ValueError: a split has no usable pair, or all photos to train on are reported on.
+    """
+    pairs, reported = (select_pairs(cache.table, photos, text, name, "captions") for name in (train_split, split))
+    shared = np.isin(pairs.rows, reported.rows)
+    if shared.all():
+        raise ValueError(f"--train-split {train_split}: all of its photos stand in {split} too. Keep a photo in one.")
+    hashes = cache.table.inputs["image"].content_hash
+    training, validation = hold_out(pairs.take(np.flatnonzero(~shared)), held_out, seed, hashes)
+    return training, validation, reported
+
+
+def first_captions(pairs: Pairs) -> np.ndarray:
+    """The text row of each photo's first caption."""
+    rows: np.ndarray = pairs.texts.values[pairs.texts.offsets[:-1]]
+    return rows
+
+
+def project(source: CaptionSource, projector: Projector, rows: Sequence[int] | np.ndarray) -> torch.Tensor:
+    """Photo tokens as the language model takes them, [n, m, d]."""
+    projected: torch.Tensor = projector(source.photo_tokens(np.asarray(rows)))
+    return projected

@@ -1,0 +1,158 @@
+"""A frozen causal language model, rebuilt from a cache, that photo tokens join at one of its layers (DeepInsert).
+
+Layers below `layer` see the text alone, those from it on see the photo's tokens and the text behind them. Positions are
+those of the whole sequence: photo tokens have 0 … m - 1, text tokens m and more, below the place of insertion too.
+Layer 0 is what others call a prefix: photo tokens in front of the text's embeddings.
+
+DeepInsert puts photo tokens e where they stand among the text's, [h^{<p}; e; h^{>=p}]. Here p is 0 alone: [e; h], the
+photo in front of all of its text, prompt included. A text in front of a photo, or between two, cannot be had.
+
+Source: DeepInsert (arXiv 2504.19327). It was made for rotary positions, which act in every layer. A learned position
+is added once, to the embedding; photo tokens get theirs where they join, as in `inputs_embeds` of a prefix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from saffe_cache.core.features import BlockWeights, LanguageModelWeights
+from saffe_cache.fusion.block import EncoderBlock
+
+_MOST_IN_FRONT = 8
+"""Tokens of a photo in front of its patches: the class token, and registers."""
+
+
+class InsertedModel(nn.Module):
+    """The frozen model; all of its weights come from the cache."""
+
+    def __init__(self, weights: LanguageModelWeights, blocks: Sequence[BlockWeights], layer: int) -> None:
+        """
+        Args:
+            blocks: all of the model, in order.
+            layer: the first that sees the photo: its tokens join the input of this layer, `hidden_states[layer]`.
+        """
+        super().__init__()
+        self.spec, self.layer = weights.spec, layer
+        self.blocks = nn.ModuleList(EncoderBlock(block) for block in blocks)
+        self.weights = nn.ParameterDict(
+            {name: nn.Parameter(torch.tensor(value), requires_grad=False) for name, value in weights.tensors.items()}
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.weights["token_embedding"].shape[1])
+
+    @property
+    def num_positions(self) -> int:
+        """Most tokens of photo and text together."""
+        return len(self.weights["position_embedding"])
+
+    @property
+    def lower(self) -> list[EncoderBlock]:
+        """The layers that see the text alone."""
+        return cast(list[EncoderBlock], list(self.blocks[: self.layer]))
+
+    @property
+    def upper(self) -> list[EncoderBlock]:
+        """The layers that see the photo too."""
+        return cast(list[EncoderBlock], list(self.blocks[self.layer :]))
+
+    def embed(self, token_ids: torch.Tensor, first_position: int) -> torch.Tensor:
+        """`hidden_states[0]` of tokens that follow one another, [batch, tokens, d]."""
+        positions = torch.arange(first_position, first_position + token_ids.shape[1], device=token_ids.device)
+        return functional.embedding(token_ids, self.weights["token_embedding"]) + self._positions(positions)
+
+    def text_states(self, token_ids: torch.Tensor, first_position: int) -> torch.Tensor:
+        """`hidden_states[layer]` of texts: what a cache holds of them."""
+        hidden = self.embed(token_ids, first_position)
+        for block in self.lower:
+            hidden = block(hidden)
+        return hidden
+
+    def placed(self, photos: torch.Tensor) -> torch.Tensor:
+        """Projected photo tokens [batch, m, d] at the first positions."""
+        return photos + self._positions(torch.arange(photos.shape[1], device=photos.device))
+
+    def forward(self, states: torch.Tensor, photos: torch.Tensor | None) -> torch.Tensor:
+        """What the last layer gives for texts.
+
+        Padding is behind the text, where no real token sees it: no mask is needed.
+
+        Args:
+            states: `hidden_states[layer]` of texts, [batch, tokens, d].
+            photos: projected tokens [batch, m, d]; None for none.
+        """
+        hidden = states if photos is None else torch.cat([self.placed(photos), states], dim=1)
+        for block in self.upper:
+            hidden = block(hidden)
+        return hidden[:, hidden.shape[1] - states.shape[1] :]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores of the next token, [..., tokens of the vocabulary], of what the last layer gives."""
+        norm = [self.weights[f"final_norm_{part}"] for part in ("weight", "bias")]
+        normed = functional.layer_norm(hidden, norm[0].shape, norm[0], norm[1], self.spec.layer_norm_eps)
+        head = self.weights["head_weight"] if "head_weight" in self.weights else self.weights["token_embedding"]
+        return functional.linear(normed, head)
+
+    def _positions(self, positions: torch.Tensor) -> torch.Tensor:
+        return functional.embedding(positions, self.weights["position_embedding"])
+
+
+class Projector(nn.Module):
+    """Photo tokens as hidden states of the language model: norm, linear map, and a norm that starts at their size.
+
+    d_photo · d + 3 d parameters.
+    """
+
+    def __init__(self, photo_size: int, hidden_size: int, scale: float) -> None:
+        """`scale`: root mean square that the tokens begin with."""
+        super().__init__()
+        self.entering = nn.LayerNorm(photo_size, elementwise_affine=False)
+        self.linear = nn.Linear(photo_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+        nn.init.constant_(self.norm.weight, scale)
+
+    def forward(self, photos: torch.Tensor) -> torch.Tensor:
+        projected: torch.Tensor = self.norm(self.linear(self.entering(photos)))
+        return projected
+
+
+def typical_size(states: torch.Tensor, mask: torch.Tensor) -> float:
+    """The median token's root mean square. The mean would be that of a few: a model's first token may be far larger."""
+    return float(states[mask].square().mean(dim=-1).sqrt().median())
+
+
+def photo_side(num_tokens: int, *, has_class_token: bool = True) -> int:
+    """Patches of a side of a square photo of so many tokens; those in front of the patches are few.
+
+    Without a class token there are none in front: all are places of a feature map.
+
+    Raises:
+        ValueError: they are no square.
+    """
+    side = math.isqrt(num_tokens)
+    in_front = num_tokens - side * side
+    if not (0 < in_front <= _MOST_IN_FRONT if has_class_token else in_front == 0):
+        expected = (
+            "a class token (and registers), then a square of patches" if has_class_token else "a square of places"
+        )
+        raise ValueError(f"photos of {num_tokens} tokens: expected {expected}. Use another image encoder.")
+    return side
+
+
+def pool_photos(tokens: torch.Tensor, grid: int, *, has_class_token: bool = True) -> torch.Tensor:
+    """The class token and the mean patch of each of grid x grid fields: [n, 1 + grid², d] of [n, tokens, d].
+
+    Without a class token the mean of all places stands in its stead.
+    """
+    side = photo_side(tokens.shape[1], has_class_token=has_class_token)
+    patches = tokens[:, -side * side :].transpose(1, 2).reshape(len(tokens), -1, side, side)
+    fields = functional.adaptive_avg_pool2d(patches, grid).flatten(2).transpose(1, 2)
+    whole = tokens[:, :1] if has_class_token else tokens.mean(dim=1, keepdim=True)
+    return torch.cat([whole, fields], dim=1)

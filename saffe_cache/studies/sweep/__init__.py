@@ -1,0 +1,1 @@
+"""Sweeps over training options, from TOML recipes."""

@@ -1,0 +1,205 @@
+"""Many runs and their reports: those that see the same batches side by side, in a few processes at once.
+
+A run's folder is named after a hash of its config and of the data and encoders that it sees, so that recipes share
+runs, and what exists is not done again. Each process takes a group of runs; killed, it goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from saffe_cache.core.devices import num_cores
+from saffe_cache.core.features import short_hash
+from saffe_cache.core.outputs import read_json
+from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
+from saffe_cache.inputs.spec import RunSpec, data_fingerprint, training_pairs
+from saffe_cache.protocols.measuring import reported_data, reported_pairs
+from saffe_cache.store.reader import Cache
+from saffe_cache.training.resolve import resolve_run
+from saffe_cache.training.train import TrainConfig, same_batches, train_many
+
+_PLACES = {"cache", "out", "device", "residency", "checkpoint_seconds", "tensorboard"}
+"""What does not change a run's outcome."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run and its report."""
+
+    config: TrainConfig
+    report: EvaluateConfig
+    reported: str
+    """Hash over the data that the report is of, as `reported_data` makes it."""
+    batches: str
+    """Equal for jobs whose runs can be trained side by side."""
+
+    @property
+    def is_done(self) -> bool:
+        return (Path(self.config.out) / "result.json").exists() and self._is_reported
+
+    @property
+    def _is_reported(self) -> bool:
+        path = Path(self.report.out or "") / "metrics.json"
+        found = read_json(path) if path.exists() else {}
+        asked = json.loads(json.dumps(asdict(self.report)))
+        return (found.get("config"), found.get("data")) == (asked, self.reported)
+
+    def judge(self) -> None:
+        if not self._is_reported:
+            evaluate(self.report)
+
+
+class Planner:
+    """Makes jobs of configs over one cache."""
+
+    def __init__(self, cache: Cache, report: EvaluateConfig, folder: Path) -> None:
+        """
+        Args:
+            cache: what is trained on.
+            report: how each run is evaluated, by a protocol that is named; `run` and `out` are filled in.
+            folder: of the runs.
+        """
+        self._cache, self._report, self._folder = cache, report, folder
+        self._fingerprints: dict[tuple[Any, ...], str] = {}
+        self._reported: dict[tuple[str, ...], str] = {}
+
+    def job(self, config: TrainConfig) -> Job:
+        """
+        Raises:
+            CacheError, ValueError: the cache lacks what the config or its report asks for.
+        """
+        spec = resolve_run(config, self._cache)
+        spec = replace(spec, data=self._fingerprint(spec))
+        options = {name: value for name, value in _chosen(config).items() if name not in _PLACES}
+        identity = short_hash({"config": options, "run": _chosen(spec), "stored": self._stored(spec)})
+        layers = "+".join(map(str, spec.gallery_layers))
+        name = re.sub(r"[^A-Za-z0-9+-]+", "-", f"{config.fusion}-{layers}-seed{config.seed}")
+        out = self._folder / f"{name}-{identity}"
+        config = replace(config, out=str(out))
+        report = replace(self._report, run=str(out), out=str(out / f"{self._report.split}-{self._report.protocol}"))
+        return Job(config, report, self._of_report(spec), repr(same_batches(config, spec)))
+
+    def _fingerprint(self, spec: RunSpec) -> str:
+        """Hash over what a run sees."""
+        pairs = (spec.gallery_key, spec.text_key, spec.pairs, spec.train_split, spec.validation)
+        drawn = (spec.validation_fraction, spec.train_fraction, spec.seed, spec.gallery_text)
+        if (*pairs, *drawn) not in self._fingerprints:
+            training, validation, _ = training_pairs(spec, self._cache)
+            self._fingerprints[*pairs, *drawn] = data_fingerprint(self._cache, spec, training, validation)
+        return self._fingerprints[*pairs, *drawn]
+
+    def _of_report(self, spec: RunSpec) -> str:
+        """The same of what its report is of."""
+        split, protocol = self._report.split, self._report.protocol
+        assert protocol != "auto"
+        pairs = (spec.gallery_key, spec.text_key, spec.pairs, spec.gallery_text)
+        if pairs not in self._reported:
+            found = reported_pairs(self._cache, spec, split, protocol)
+            self._reported[pairs] = reported_data(self._cache, spec, found)
+        return self._reported[pairs]
+
+    def _stored(self, spec: RunSpec) -> list[str]:
+        """The types of the hidden states that a run reads."""
+        sides = ((spec.gallery_key, spec.gallery_layers), (spec.text_key, spec.text_layers))
+        encoders = self._cache.encoders
+        return [encoders[key].array(f"hidden_states/{layer}").dtype for key, layers in sides for layer in layers]
+
+
+def _chosen(of: Any) -> dict[str, Any]:
+    """A dataclass's fields that are not at their default: an option of a later release leaves runs what they are."""
+    found = {}
+    for one in fields(of):
+        value = getattr(of, one.name)
+        default = one.default_factory() if callable(one.default_factory) else one.default
+        if default is MISSING or value != default:
+            found[one.name] = _chosen(value) if is_dataclass(value) else value
+    return found
+
+
+def run_jobs(jobs: Sequence[Job], together: int, workers: int) -> None:
+    """Train and evaluate those that are not done.
+
+    Args:
+        jobs: no two of the same run.
+        together: most runs that are trained side by side in one process.
+        workers: processes; 1 is this one.
+
+    Raises:
+        CacheError, ValueError, OSError: as train and evaluate; what was done until then stays.
+    """
+    pending = [job for job in jobs if not job.is_done]
+    groups: dict[str, list[Job]] = {}
+    for job in pending:
+        groups.setdefault(job.batches, []).append(job)
+    tasks = [group[i : i + together] for group in groups.values() for i in range(0, len(group), together)]
+    with tqdm(total=len(pending), unit=" runs", desc="sweep", smoothing=0, disable=not tasks) as progress:
+        for done in _side_by_side(tasks, workers) if workers > 1 else map(_work, tasks):
+            progress.update(done)
+
+
+def _side_by_side(tasks: Sequence[Sequence[Job]], workers: int) -> Iterator[int]:
+    """Tasks in processes of their own, as they are done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    threads = max(1, num_cores() // workers)
+    with (
+        _environment("TQDM_DISABLE", "1"),  # of the workers: this process has read it already
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(threads,)) as pool,
+    ):
+        started = [pool.submit(_work, task) for task in tasks]
+        try:
+            for future in as_completed(started):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()  # or the end of this process would wait for that of their tasks
+            raise
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    logging.getLogger("saffe_cache").setLevel(logging.WARNING)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker of a killed sweep would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(jobs: Sequence[Job]) -> int:
+    """Train some runs side by side, report on each, and return their number."""
+    train_many([job.config for job in jobs])
+    for job in jobs:
+        job.judge()
+    return len(jobs)

@@ -1,0 +1,228 @@
+"""Recipes: TOML files that name what is varied. Every option of a training may have several values.
+
+    title = "Which layer?"
+    question = "The last layers are best."          the claim that is looked at
+    x = "layers.image"                              what the plot's x axis is, of each run
+    x_label = "layer"
+    seeds = [0, 1, 2]
+
+    [shared]                                        options of all series, as TrainConfig names them
+    validation = "heldout"
+
+    [[series]]                                      a line of the plot; a list of values is a grid's axis
+    name = "linear"
+    fusion = "linear"
+    layers = { image = [[5], [11]] }                or [{ image = [5] }, { image = [11] }]
+
+`x` and `y` are an option's name, `layers.MODALITY`, or `num_layers`. With `y` the outcome is a heat map. What varies in
+a series besides x and y makes a line each, named after it. `storage` is an option too: the cache is converted for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from saffe_cache.core.json_schema import made_of
+from saffe_cache.training.train import TrainConfig
+
+_OWN = {"cache", "out", "seed", "device"}
+"""Options that the sweep itself decides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A number of a paper, to stand beside ours."""
+
+    name: str
+    value: float
+    """A fraction."""
+    metric: str
+    """What it truly is."""
+    note: str
+    x: str | None = None
+    """Its place on the x axis."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One place of the grid; it is run once for each seed."""
+
+    series: str
+    x: str
+    y: str | None
+    settings: Mapping[str, Any]
+    """Options of TrainConfig, and `storage`."""
+
+    def config(self, cache: str, out: str, seed: int, device: str) -> TrainConfig:
+        """
+        Raises:
+            ValueError: two options exclude each other.
+        """
+        options = {name: value for name, value in self.settings.items() if name != "storage"}
+        return made_of(TrainConfig, options | {"cache": cache, "out": out, "seed": seed, "device": device})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is varied, and what is looked at."""
+
+    path: str
+    """Where it was read, for messages."""
+    title: str
+    question: str
+    x_label: str
+    y_label: str | None
+    metric: str | None
+    """Plotted; None for the protocol's main metric."""
+    seeds: tuple[int, ...]
+    cells: tuple[Cell, ...]
+    published: tuple[Published, ...]
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """
+    Raises:
+        ValueError: it is no recipe; says where.
+        OSError: it cannot be read.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not TOML ({error}). See the recipes in pipelines/.") from None
+    try:
+        _check_names(_Content, content, "a recipe")
+        parts = made_of(_Content, content)
+        axes = parts.x, parts.y
+        cells = [cell for series in parts.series for cell in _cells(series, parts.shared, axes)]
+        for one in parts.published:
+            _check_names(Published, one, "published")
+        published = tuple(made_of(Published, one) for one in parts.published)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}. See the recipes in pipelines/.") from None
+    places = [(cell.series, cell.x, cell.y) for cell in cells]
+    twice = [place for place in places if places.count(place) > 1]
+    if twice:
+        raise ValueError(f"{path}: {twice[0]} is given twice. Give each series and value once, or another x.")
+    return Recipe(
+        path=str(path),
+        title=parts.title,
+        question=parts.question,
+        x_label=parts.x_label,
+        y_label=parts.y_label if parts.y else None,
+        metric=parts.metric,
+        seeds=parts.seeds,
+        cells=tuple(cells),
+        published=published,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Content:
+    """A recipe's file."""
+
+    title: str
+    question: str
+    x: str
+    x_label: str
+    series: tuple[Mapping[str, Any], ...]
+    y: str | None = None
+    y_label: str = ""
+    metric: str | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    published: tuple[Mapping[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, values in (("series", self.series), ("seeds", self.seeds)):
+            if not values:
+                raise ValueError(f"{name}: [], expected at least one")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds: {list(self.seeds)}, expected whole numbers from 0, each once")
+
+
+def _check_names(kind: type, content: Mapping[str, Any], where: str) -> None:
+    """
+    Raises:
+        ValueError: a field is unknown, or one without a default is missing.
+    """
+    known = {one.name: one.default is MISSING and one.default_factory is MISSING for one in fields(kind)}
+    wrong = [f"{name!r} is no field" for name in content if name not in known]
+    wrong += [f"{name!r} is missing" for name, is_needed in known.items() if is_needed and name not in content]
+    if wrong:
+        raise ValueError(f"{where}: {wrong[0]}; there are {', '.join(known)}")
+
+
+def _cells(series: Mapping[str, Any], shared: Mapping[str, Any], axes: Sequence[str | None]) -> list[Cell]:
+    """All combinations of a series' values."""
+    options = {**shared, **series}
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError("a series lacks its name")
+    known = {one.name for one in fields(TrainConfig)} - _OWN | {"storage"}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise ValueError(f"series {name!r}: there is no option {unknown[0]!r} to vary; there are {sorted(known)}")
+    empty = [key for option, value in options.items() for key in _empty(option, value)]
+    if empty:
+        raise ValueError(f"series {name!r}: {empty[0]} is empty, expected at least one value; or leave it out")
+    lists = {option: _values(value) for option, value in options.items()}
+    on_axes = {axis.split(".")[0] if axis != "num_layers" else "layers" for axis in axes if axis}
+    others = [option for option, values in lists.items() if len(values) > 1 and option not in on_axes]
+    cells = []
+    for values in itertools.product(*lists.values()):
+        settings = dict(zip(lists, values, strict=True))
+        varied = [f"{option} {_told(settings[option])}" for option in others]
+        x, y = (None if axis is None else _place(settings, axis, name) for axis in axes)
+        assert x is not None
+        cell = Cell(series=", ".join([name, *varied]), x=x, y=y, settings=settings)
+        try:
+            cell.config("cache", "out", 0, "auto")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"series {cell.series!r} at {x}: {error}") from None
+        cells.append(cell)
+    return cells
+
+
+def _empty(key: str, value: Any) -> Iterator[str]:
+    """The keys, this one or below it, of empty lists and tables: they make no cell, or one of nothing."""
+    if isinstance(value, (list, Mapping)) and not value:
+        yield key
+    elif isinstance(value, Mapping):
+        for name, one in value.items():
+            yield from _empty(f"{key}.{name}", one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _empty(key, one)
+
+
+def _values(value: Any) -> list[Any]:
+    """What an option is to be: a list's items; of a table with lists of lists, all combinations of these."""
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, Mapping):
+        return [value]
+    parts = [one if isinstance(one, list) and one and isinstance(one[0], list) else [one] for one in value.values()]
+    return [dict(zip(value, chosen, strict=True)) for chosen in itertools.product(*parts)]
+
+
+def _place(settings: Mapping[str, Any], axis: str, series: str) -> str:
+    """A cell's label on an axis."""
+    option, _, part = axis.partition(".")
+    try:
+        if axis == "num_layers":
+            return str(len(next(iter(settings["layers"].values()))))
+        return _told(settings[option][part] if part else settings[option])
+    except KeyError as error:
+        raise ValueError(f"series {series!r} says no {error}, which axis {axis!r} needs") from None
+
+
+def _told(value: Any) -> str:
+    """For a label."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{key} {_told(one)}" for key, one in value.items())
+    return "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,0 +1,181 @@
+"""What a cache lacks of recipes, layers and encoders, said before anything is run, with the command that adds it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from saffe_cache.core.features import MODALITIES, CacheError, Modality, hidden_states_index
+from saffe_cache.extraction.config import ExtractConfig, config_from_json
+from saffe_cache.fusion.registry import FUSIONS
+from saffe_cache.store.reader import Cache, EncoderCache
+from saffe_cache.training.train import TrainConfig
+
+_OF_MODALITY: Mapping[str, tuple[str, ...]] = {
+    "image": ("image_size",),
+    "text": ("max_length", "prompt", "position_offset"),
+}
+"""Options of an extraction that are for one encoder: another one of the modality has them at their default."""
+
+
+@dataclass
+class _Lacking:
+    """Hidden states that recipes ask for and a cache does not hold."""
+
+    layers: dict[str, set[int]] = field(default_factory=dict)
+    """Of encoders that it holds, by key."""
+    encoders: dict[tuple[Modality, str], set[int]] = field(default_factory=dict)
+    """Of those that it does not hold, by modality and the recipes' name; empty where a recipe names no layers."""
+    run_on: set[tuple[Modality, str]] = field(default_factory=set)
+    """Of the latter, those whose blocks a fusion runs, from the first of these layers to the last."""
+
+    def __bool__(self) -> bool:
+        return bool(self.layers or self.encoders)
+
+
+def check_cache(cache: Cache, configs: Iterable[TrainConfig]) -> None:
+    """
+    Raises:
+        CacheError: layers or encoders are missing; names all, and the command that adds them.
+    """
+    lacking = _Lacking()
+    for config in configs:
+        for modality in (name for name in MODALITIES if name in config.layers or name in config.encoder):
+            _add(lacking, cache, config, modality)
+    if not lacking:
+        return
+    told = [f"{key} lacks layers {_listed(layers)}" for key, layers in lacking.layers.items()]
+    told += [f"it holds no {modality} encoder {name!r}" for modality, name in lacking.encoders]
+    hints = [
+        f" {name} runs on from its layer: let --layers {modality} name all from there to its last but one."
+        for modality, name in sorted(lacking.run_on)
+    ]
+    if any("/" not in name for _, name in lacking.encoders):
+        hints.append(" --encoder takes a hub id or a folder: write it in full where the recipe names a part of it.")
+    commands = "\n".join(_commands(cache, lacking))
+    raise CacheError(
+        f"{cache.storage.root}: {'; '.join(told)}. Add them, then run this again.{''.join(hints)}\n{commands}"
+    )
+
+
+def _add(lacking: _Lacking, cache: Cache, config: TrainConfig, modality: Modality) -> None:
+    """What one run asks of one modality.
+
+    Raises:
+        CacheError: an encoder never has such a layer; or it is not clear which one is meant.
+    """
+    asked = _asked(config, modality)
+    runs_on = modality == "text" and FUSIONS[config.fusion].blocks in ("text", "both")
+    name = config.encoder.get(modality)
+    if name is not None and not cache.encoders_named(modality, name):
+        lacking.encoders.setdefault((modality, name), set()).update(asked)
+        if runs_on and asked:
+            lacking.run_on.add((modality, name))
+        return
+    encoder = cache.encoder(modality, name)
+    depth = encoder.manifest.num_layers
+    beyond = sorted(layer for layer in asked if not 0 <= layer <= depth)
+    if beyond:
+        raise CacheError(
+            f"{encoder.key}: there are hidden_states 0 to {depth}, the recipe asks for {beyond[0]}. Change the "
+            "recipe's layers."
+        )
+    if runs_on and asked:
+        asked = set(range(min(asked), depth))
+    elif asked and FUSIONS[config.fusion].blocks == "both":
+        asked |= set(range(min(asked), min(depth, min(asked) + _blocks_of_text(cache, config))))
+    missing = asked - set(encoder.layers)
+    if missing:
+        lacking.layers.setdefault(encoder.key, set()).update(missing)
+
+
+def _asked(config: TrainConfig, modality: Modality) -> set[int]:
+    return {hidden_states_index(layer, config.index_convention) for layer in config.layers.get(modality, ())}
+
+
+def _blocks_of_text(cache: Cache, config: TrainConfig) -> int:
+    """How many of the text encoder's blocks a fusion runs that runs as many of the other; 0 where that is not known."""
+    named, asked = cache.encoders_named("text", config.encoder.get("text")), _asked(config, "text")
+    return cache.encoders[named[0]].manifest.num_layers - min(asked) if named and asked else 0
+
+
+@dataclass
+class _Command:
+    """An extraction, and the layers of those encoders that it is for."""
+
+    config: ExtractConfig
+    layers: dict[Modality, set[int]]
+
+
+def _commands(cache: Cache, lacking: _Lacking) -> Iterator[str]:
+    """As few as can be: one takes one encoder of each modality, with the data and options of one extraction."""
+    commands: list[_Command] = []
+    for key, layers in lacking.layers.items():
+        encoder = cache.encoders[key]
+        config = replace(_last_config(encoder), layers={})
+        same = next((one for one in commands if _line(one.config, cache) == _line(config, cache)), None)
+        if same is None:
+            commands.append(same := _Command(config, {}))
+        same.layers[encoder.manifest.modality] = layers
+    for (modality, name), layers in lacking.encoders.items():
+        like = sorted(cache.encoders.values(), key=lambda one: (one.manifest.modality != modality, one.key))
+        source = _last_config(like[0])
+        free = (one for one in commands if modality not in one.layers and _data(one.config) == _data(source))
+        into = next(free, None)
+        if into is None:
+            commands.append(into := _Command(source, {}))
+        others = into.config.encoder if into.layers else {}
+        into.config = _with_encoder(into.config, {**others, modality: name}, modality)
+        into.layers[modality] = layers
+    for command in commands:
+        told = [f"--layers {modality}={_listed(layers)}" for modality, layers in command.layers.items() if layers]
+        yield " ".join([_line(command.config, cache), *told])
+
+
+def _data(config: ExtractConfig) -> tuple[object, ...]:
+    """What an extraction reads."""
+    return config.data, config.column, config.splits, config.max_items, config.class_prompt
+
+
+def _with_encoder(config: ExtractConfig, encoder: Mapping[str, str], changed: Modality) -> ExtractConfig:
+    """The same data with these encoders, of which that of modality `changed` is new to the cache."""
+    kept = encoder.keys() - {changed}
+    default = ExtractConfig(data="", cache="", encoder=encoder)
+    idle = [option for modality, own in _OF_MODALITY.items() if modality not in kept for option in own]
+    revision = {modality: commit for modality, commit in config.revision.items() if modality in kept}
+    options = {option: getattr(default, option) for option in idle}
+    return replace(config, encoder=encoder, layers={}, revision=revision, **options)
+
+
+def _last_config(encoder: EncoderCache) -> ExtractConfig:
+    extractions = encoder.manifest.extractions
+    if not extractions:
+        raise CacheError(f"{encoder.key}: its manifest does not say how it was extracted. Extract into a new cache.")
+    return config_from_json(extractions[-1]["config"])
+
+
+def _line(config: ExtractConfig, cache: Cache) -> str:
+    """The command line of an extraction, but for its layers; options that were left at their default are left out."""
+    parts = ["saffe-extract", "--data", config.data]
+    for option, mapping in (
+        ("encoder", config.encoder),
+        ("revision", config.revision),
+        ("column", config.column),
+        ("max-items", config.max_items),
+    ):
+        for key, value in mapping.items():
+            parts += [f"--{option}", f"{key}={value}"]
+    default = ExtractConfig(data="", cache="", encoder=config.encoder)
+    for option in ("image_size", "max_length", "prompt", "position_offset", "dtype", "attention"):
+        if getattr(config, option) != getattr(default, option):
+            parts += ["--" + option.replace("_", "-"), str(getattr(config, option))]
+    for option in ("splits", "class_prompt"):
+        if getattr(config, option) != getattr(default, option):
+            for value in getattr(config, option):
+                parts += ["--" + option.replace("_", "-"), value]
+    return shlex.join([*parts, "--cache", str(cache.storage.root)])
+
+
+def _listed(layers: Iterable[int]) -> str:
+    return ",".join(map(str, sorted(layers)))

@@ -1,0 +1,201 @@
+"""The training loop: steps, validation, early stopping, and states that a killed run resumes from.
+
+Every random choice follows from the seed and the step: the order of an epoch from (seed, epoch), dropout
+from (seed, step). So a resumed run needs the step, the weights and the optimiser, and then repeats an
+uninterrupted one bit for bit on the same device.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from saffe_cache.core.atomic_io import make_folder, remove_partial_files
+from saffe_cache.core.tensors import write_tensors
+from saffe_cache.fusion.base import Fusion
+from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.retrieval.baselines import unit_rows
+from saffe_cache.training.batches import Batch, TrainingData
+from saffe_cache.training.checkpoints import Log, TrainingState, resume, save_state
+from saffe_cache.training.memory import kept_memory
+from saffe_cache.training.objective import OVER_PAIRS, Objective, TermOptions
+from saffe_cache.training.runs import build_fusion
+
+StartName = Literal["ridge", "random"]
+_TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
+"""Of the text beside a photo against the ridge's vector of the photo, to start from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """How to optimise; the fields are described in TrainConfig."""
+
+    start: StartName
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    warmup: float
+    clip: float
+    patience: int
+    seed: int
+    device: str
+    checkpoint_seconds: float
+    tensorboard: bool
+
+
+def start(
+    options: FitOptions, terms: TermOptions, spec: RunSpec, data: TrainingData, *, resumes: bool = False
+) -> TrainingState:
+    """The model before the first step; an attention head starts as a late fusion, as validation likes it best.
+
+    `resumes`: leave that out, since other weights follow.
+    """
+    torch.manual_seed(options.seed)
+    model = build_fusion(spec, data.inputs.cache).to(options.device)
+    sees_text = spec.gallery_text != "null" or any(name in terms.objective for name in OVER_PAIRS)
+    model.freeze_unused(null_only=not sees_text)
+    if options.start == "ridge" and model.linear_start is not None and not resumes:
+        _start_as_late_fusion(model, model.linear_start, data)
+    objective = Objective(terms, data.inputs.texts).to(options.device)
+    groups = model.parameter_groups(options.learning_rate, options.weight_decay)
+    scalars = list(objective.parameters())
+    if scalars:
+        groups.append({"params": scalars, "lr": 1.5 * options.learning_rate, "weight_decay": 0.0})
+    for group in groups:
+        group["peak"] = group["lr"]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)  # one pass over the weights, not twelve
+    return TrainingState(model=model, objective=objective, optimizer=optimizer)
+
+
+def _start_as_late_fusion(model: Fusion, linear: torch.nn.Linear, data: TrainingData) -> None:
+    """The ridge regression of the photo, and the weight of the text beside it, both as validation likes them.
+
+    All else starts at zero, so that what the model will make of a photo is known without running it.
+    """
+    best, mapped = data.ridge(model)
+    with torch.no_grad():
+        linear.weight.copy_(torch.from_numpy(best.weight))
+        linear.bias.copy_(torch.from_numpy(best.bias))
+    if model.shape.adds_text and data.has_texts_beside:
+        photos, texts = unit_rows(mapped), data.texts_beside(model)
+        weight = max(_TEXT_WEIGHTS, key=lambda weight: data.search(unit_rows(photos + weight * texts), model))
+        with torch.no_grad():
+            model.text_weight.fill_(weight)
+
+
+class Training:
+    """One training under way, in its folder; a killed one goes on where it was."""
+
+    def __init__(self, options: FitOptions, terms: TermOptions, spec: RunSpec, data: TrainingData, out: Path) -> None:
+        make_folder(out)
+        remove_partial_files(out)
+        self._options, self._data, self._out = options, data, out
+        self.num_steps = options.epochs * data.steps_per_epoch
+        self.state = start(options, terms, spec, data, resumes=(out / "state.safetensors").exists())
+        resumed = resume(out, self.state)
+        self._log = Log(out, self.state.step if resumed else None, options.tensorboard)
+        self._saved = time.perf_counter()
+        if self.state.best_epoch < 0:
+            _finish_epoch(self.state, data, self._log, out, None)
+
+    @property
+    def is_over(self) -> bool:
+        """All steps are taken, or validation has not become better for `patience` epochs."""
+        epoch = self.state.step // self._data.steps_per_epoch
+        return self.state.step >= self.num_steps or epoch - self.state.best_epoch >= self._options.patience
+
+    def take(self, batch: Batch, waited: float) -> None:
+        """One step, and validation at the end of an epoch. `waited`: seconds for the batch."""
+        state, per_epoch, started = self.state, self._data.steps_per_epoch, time.perf_counter()
+        state.loss_sum += _step(self._options, state, batch, self.num_steps)
+        state.step += 1
+        state.seconds += waited + time.perf_counter() - started
+        if state.step % per_epoch == 0:
+            started = time.perf_counter()
+            _finish_epoch(state, self._data, self._log, self._out, state.loss_sum / per_epoch)
+            state.loss_sum = 0.0
+            state.seconds += time.perf_counter() - started
+        if time.perf_counter() - self._saved > self._options.checkpoint_seconds:
+            save_state(self._out, state)
+            self._saved = time.perf_counter()
+
+    def close(self) -> None:
+        save_state(self._out, self.state)
+        self._log.close()
+
+
+@kept_memory()
+def fit(trainings: Sequence[Training], data: TrainingData, name: str) -> None:
+    """Train side by side on the same batches: each is read once. A resumed one that is ahead waits for the others."""
+    first = min((training.state.step for training in trainings if not training.is_over), default=0)
+    total = max((training.num_steps for training in trainings if not training.is_over), default=0)
+    asked = time.perf_counter()
+    with tqdm(total=total, initial=first, unit=" steps", desc=name) as progress:
+        for step, batch in enumerate(data.batches(first, total), first):
+            able = [training for training in trainings if training.state.step == step and not training.is_over]
+            waited = time.perf_counter() - asked
+            for training in able:
+                training.take(batch, waited / len(able))
+            progress.update()
+            if all(training.is_over for training in trainings):
+                break
+            asked = time.perf_counter()
+        for training in trainings:
+            training.close()
+
+
+def _step(options: FitOptions, state: TrainingState, batch: Batch, total: int) -> float:
+    """One update of the weights; returns the loss."""
+    torch.manual_seed(options.seed * 1_000_003 + state.step)
+    rate = _schedule(state.step, total, options.warmup)
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["peak"] * rate
+    state.model.train()
+    device = batch.vectors.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        loss = state.objective(state.model, batch)
+    state.optimizer.zero_grad()
+    loss.backward()
+    _clip(list(state.model.parameters()), options.clip)
+    state.optimizer.step()
+    return float(loss.detach())
+
+
+def _clip(parameters: Sequence[torch.nn.Parameter], largest: float) -> None:
+    """`clip_grad_norm_`, but gradients that are short enough are left alone instead of multiplied by one."""
+    norm = torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+    if not norm <= largest:
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+
+
+def _schedule(step: int, total: int, warmup: float) -> float:
+    """Linear warm-up, then a cosine down to 2 %."""
+    rising = max(1, int(warmup * total))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.02 + 0.98 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising))) / 2
+
+
+def _finish_epoch(state: TrainingState, data: TrainingData, log: Log, out: Path, loss: float | None) -> None:
+    """Validate, and keep the weights where they are the best so far. Epoch 0 is before the first step."""
+    epoch = state.step // data.steps_per_epoch
+    score = data.validate(state.model.eval())
+    if score > state.best_score:
+        state.best_score, state.best_epoch = score, epoch
+        write_tensors(out / "model.safetensors", state.model.state_dict())
+    values = {
+        "loss": loss,
+        "validation_score": score,
+        **state.objective.scalars(),
+        "learning_rate": state.optimizer.param_groups[0]["lr"],
+        "seconds": round(state.seconds, 2),
+    }
+    log.write({"step": state.step, "epoch": epoch, **values})

@@ -1,0 +1,117 @@
+"""A run's folder: what was trained, on what, and the weights. safetensors and JSON; nothing is unpickled.
+
+config.json           the stage's config, the resolved run (encoders' keys, layers, shape), versions
+model.safetensors     the best weights by validation
+permuted/             the control that was trained on permuted pairs: its weights and log
+log.jsonl             one line a validation
+result.json           the outcome; written last, so its presence means that the run is complete
+state.safetensors     what a killed run resumes from
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from saffe_cache.core.outputs import read_json
+from saffe_cache.fusion.base import Blocks, Fusion
+from saffe_cache.fusion.registry import FUSIONS
+from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.store.reader import Cache
+
+
+def build_fusion(spec: RunSpec, cache: Cache) -> Fusion:
+    """A fusion with its starting weights, and the cached blocks of both encoders that it runs or begins as."""
+    kind, count = FUSIONS[spec.shape.fusion], spec.shape.num_blocks
+    gallery: Sequence[int] = ()
+    text: Sequence[int] = ()
+    if kind.blocks == "paired":
+        gallery, text = spec.gallery_layers, spec.text_layers
+    elif kind.blocks != "none":
+        text = range(spec.text_layers[0], spec.text_layers[0] + count)
+        if kind.blocks == "both":
+            gallery = range(spec.gallery_layers[0], spec.gallery_layers[0] + count)
+    photos, texts = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
+    blocks = Blocks([photos.block(layer) for layer in gallery], [texts.block(layer) for layer in text])
+    return kind.make(spec.shape, blocks)
+
+
+def load_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, dict[str, Any]]:
+    """A finished run: its spec, its best model in evaluation mode, and its result.
+
+    Raises:
+        ValueError: the run is absent, unfinished or damaged, or was trained on another cache.
+        CacheError: the cache lacks a layer that it was trained on.
+    """
+    folder = Path(run_dir)
+    if not (folder / "result.json").exists():
+        raise ValueError(
+            f"--run {run_dir}: no finished run there (result.json is missing). Run saffe-train-fam --out {run_dir}."
+        )
+    try:
+        spec = RunSpec.from_json(read_json(folder / "config.json")["run"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--run {run_dir}: config.json is damaged or of another version ({error}). Train again."
+        ) from None
+    missing = [key for key in (spec.gallery_key, spec.text_key) if key not in cache.encoders]
+    if missing:
+        raise ValueError(
+            f"--run {run_dir}: it was trained on {missing[0]}, which {cache.storage.root} does not hold "
+            f"({', '.join(cache.encoders) or 'no encoder'}). Give the cache that it was trained on."
+        )
+    _check_widths(run_dir, spec, cache)
+    result = read_json(folder / "result.json")
+    lacking = [name for name in _COSTS if type(result.get(name)) not in (int, float)]
+    if lacking:
+        raise ValueError(f"{folder / 'result.json'}: it lacks {lacking[0]}. Train again.")
+    return spec, _load_model(folder / "model.safetensors", spec, cache), result
+
+
+_COSTS = ("trainable_parameters", "seconds", "peak_memory_mb")
+"""Of a run's result, for the report."""
+
+
+def _check_widths(run_dir: str | Path, spec: RunSpec, cache: Cache) -> None:
+    """
+    Raises:
+        ValueError: what the run fuses has another shape than what the cache holds.
+        CacheError: the cache lacks one of the layers.
+    """
+    gallery, text, shape = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key], spec.shape
+    photos = {gallery.array(f"hidden_states/{layer}").row_shape for layer in spec.gallery_layers}
+    for layer in spec.text_layers:
+        text.array(f"hidden_states/{layer}")
+    found = (photos, len(spec.gallery_layers), text.manifest.hidden_size, text.array(text.manifest.vector).row_shape)
+    expected = (
+        {(shape.num_tokens, shape.hidden_size)},
+        shape.num_layers,
+        shape.text_hidden_size,
+        (shape.text_size,),
+    )
+    num_text_layers = {"none": 0, "paired": shape.num_layers}.get(FUSIONS[shape.fusion].blocks, 1)
+    if found != expected or len(spec.text_layers) != num_text_layers:
+        raise ValueError(
+            f"--run {run_dir}: it fuses photos' tokens {expected[0]} of {expected[1]} layers with texts' of width "
+            f"{expected[2]} and vectors {expected[3]}; {cache.storage.root} holds {found[0]} of {found[1]}, {found[2]} "
+            f"and {found[3]}. Give the cache that it was trained on, or train again."
+        )
+
+
+def load_permuted(run_dir: str | Path, spec: RunSpec, cache: Cache) -> Fusion | None:
+    """The run's control, trained on permuted pairs; None where it was trained without one."""
+    path = Path(run_dir) / "permuted" / "model.safetensors"
+    return _load_model(path, spec, cache) if path.exists() else None
+
+
+def _load_model(path: Path, spec: RunSpec, cache: Cache) -> Fusion:
+    try:
+        model = build_fusion(spec, cache)
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise ValueError(f"{path}: not this run's weights ({error}). Train again.") from None
+    return model.eval()

@@ -1,0 +1,224 @@
+"""Train the FAM alone, straight from the cache."""
+
+from __future__ import annotations
+
+import logging
+import resource
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from saffe_cache.core.atomic_io import LOCK_NAME, hold_folder
+from saffe_cache.core.options import require
+from saffe_cache.core.outputs import is_begun, provenance, write_json
+from saffe_cache.fusion.base import Fusion
+from saffe_cache.inputs.feature_loader import FamInputs, Residency, choose_residency, window_shards
+from saffe_cache.inputs.pairs import Pairs
+from saffe_cache.inputs.spec import RunSpec, data_fingerprint, training_pairs
+from saffe_cache.protocols.search import main_metric, own_protocol
+from saffe_cache.store.reader import Cache, open_cache
+from saffe_cache.training.batches import TrainingData
+from saffe_cache.training.checkpoints import TrainingState
+from saffe_cache.training.loop import FitOptions, Training, fit
+from saffe_cache.training.resolve import TrainConfig, fit_options, resolve_run, term_options
+
+__all__ = ["TrainConfig", "train", "train_many"]
+
+logger = logging.getLogger(__name__)
+
+_NOT_COMPARED = ("cache", "out", "device", "residency", "checkpoint_seconds", "tensorboard")
+"""Fields of the config in which two commands for one folder may differ."""
+_PLACES = {"device": "in its memory", "memory": "in main memory", "mapped": "memory-mapped", "streamed": "streamed"}
+
+
+def train(config: TrainConfig) -> str:
+    """Train, and return the run's folder.
+
+    Raises:
+        CacheError: the cache lacks what the fusion needs.
+        ValueError: the options do not fit the cache, or the folder holds another run.
+        OSError: the disk is full or gone, or another process trains into the folder.
+    """
+    return train_many([config])[0]
+
+
+def train_many(configs: Sequence[TrainConfig], opened: Mapping[str, Cache] | None = None) -> list[str]:
+    """Train several, and return their folders. Those that see the same batches take them side by side.
+
+    The same batches: of one cache, with equal layers, data, batch size and `data_seed`. The batches are then read, and
+    prepared, once for all of them; each run is what it would be alone.
+
+    Args:
+        configs: of the runs.
+        opened: caches by their path, in the place of what would be opened there; for classes under other names.
+
+    Raises:
+        CacheError, ValueError, OSError: as `train`; two runs have the same folder.
+    """
+    folders = [config.out for config in configs]
+    twice = sorted({folder for folder in folders if folders.count(folder) > 1})
+    require(not twice, "out", twice, "a folder of its own for each run")
+    caches = {path: open_cache(path) for path in {config.cache for config in configs} - (opened or {}).keys()}
+    caches |= opened or {}
+    groups: dict[object, list[_Plan]] = {}
+    with ExitStack() as held:
+        for config in configs:
+            plan = _plan(config, caches[config.cache])
+            if not plan.is_finished or (plan.out / LOCK_NAME).exists():  # which a kill behind the result left
+                held.enter_context(hold_folder(plan.out))
+            is_begun(plan.out, _told(plan), {"run": RunSpec, "config": TrainConfig}, _NOT_COMPARED)
+            if plan.is_finished:
+                _remove_states(plan.out)  # of such a kill too
+                logger.info("%s is finished already, nothing to do.", plan.out)
+            else:
+                groups.setdefault(plan.batches, []).append(plan)
+        for group in groups.values():
+            _train_group(group)
+    return folders
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """One run that is to be trained."""
+
+    config: TrainConfig
+    cache: Cache
+    spec: RunSpec
+    options: FitOptions
+    residency: Residency
+    training: Pairs
+    validation: Pairs
+    num_shared: int
+    """Photos of the training split that stand in other splits too."""
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.out / "result.json").exists()
+
+    @property
+    def batches(self) -> tuple[object, ...]:
+        """What decides the batches, and how a run is validated: equal for runs that train side by side."""
+        return (*same_batches(self.config, self.spec), self.options.device, self.residency)
+
+
+def same_batches(config: TrainConfig, spec: RunSpec) -> tuple[object, ...]:
+    """Equal for runs that see the same batches in the same order, and can so be trained side by side."""
+    data = (config.cache, spec.gallery_key, spec.text_key, spec.gallery_layers, spec.text_layers, spec.data)
+    return (*data, spec.gallery_text, own_protocol(spec), config.batch_size, spec.seed)
+
+
+def _plan(config: TrainConfig, cache: Cache) -> _Plan:
+    spec = resolve_run(config, cache)
+    training, validation, num_shared = training_pairs(spec, cache)
+    options = fit_options(config)
+    residency = choose_residency(config.residency, cache, spec, options.device)
+    window = window_shards(cache, spec) if residency == "streamed" else None
+    spec = replace(spec, shuffled_shards=window, data=data_fingerprint(cache, spec, training, validation))
+    return _Plan(
+        config=config,
+        cache=cache,
+        spec=spec,
+        options=options,
+        residency=residency,
+        training=training,
+        validation=validation,
+        num_shared=num_shared,
+    )
+
+
+def _told(plan: _Plan) -> dict[str, Any]:
+    """What config.json says of a run."""
+    return {"stage": "train", "run": asdict(plan.spec), **provenance(plan.config)}
+
+
+def _train_group(plans: Sequence[_Plan]) -> None:
+    """The runs, then their controls on permuted pairs, each side by side."""
+    first, seed = plans[0], plans[0].spec.seed
+    training, validation = first.training, first.validation
+    for plan in plans:
+        _tell(plan)
+        write_json(plan.out / "config.json", _told(plan))
+    inputs = FamInputs(first.cache, first.spec, first.options.device, first.residency)
+    states = _fit([(plan, plan.options, plan.out) for plan in plans], inputs, training, validation)
+    controls = [
+        (plan, replace(plan.options, epochs=plan.config.control_epochs, tensorboard=False), plan.out / "permuted")
+        for plan in plans
+        if plan.config.control_epochs
+    ]
+    if controls:
+        _fit(controls, inputs, training.permuted(seed), validation.permuted(seed))
+    for plan, (state, seen) in zip(plans, states, strict=True):
+        _finish(plan, state, seen)
+
+
+def _fit(
+    runs: Sequence[tuple[_Plan, FitOptions, Path]], inputs: FamInputs, training: Pairs, validation: Pairs
+) -> list[tuple[TrainingState, tuple[int, int]]]:
+    """Train on some pairs and choose the epoch on others; resumes what the folders hold.
+
+    Beside each state the photos and texts that the training saw.
+    """
+    data = TrainingData(inputs, training, validation, runs[0][1].batch_size, inputs.spec.seed)
+    trainings = [Training(options, term_options(plan.config), plan.spec, data, out) for plan, options, out in runs]
+    fit(trainings, data, str(runs[0][2]) if len(runs) == 1 else f"{len(runs)} runs")
+    return [(one.state, data.seen(one.state.step)) for one in trainings]
+
+
+def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int]) -> None:
+    """The result, which makes the run a finished one."""
+    score_name = main_metric(own_protocol(plan.spec))
+    result = {
+        "best_epoch": state.best_epoch,
+        "best_validation_score": state.best_score,
+        "validation_score": score_name,
+        "trainable_parameters": _num_trainable(state.model),
+        "train_photos": len(plan.training),
+        "validation_photos": len(plan.validation),
+        "unusable_items": plan.training.num_unusable,
+        "photos_shared_with_other_splits": plan.num_shared,
+        "steps": state.step,
+        "photos_seen": seen[0],
+        "texts_seen": seen[1],
+        "residency": plan.residency,
+        "seconds": round(state.seconds, 1),
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+    write_json(plan.out / "result.json", result)
+    _remove_states(plan.out)
+    logger.info(
+        "%s: best validation %s %.2f %% after epoch %d of %d; %.2f M trainable parameters.",
+        *(plan.out, score_name, 100 * state.best_score, state.best_epoch, plan.config.epochs),
+        _num_trainable(state.model) / 1e6,
+    )
+
+
+def _remove_states(out: Path) -> None:
+    for path in out.rglob("state.safetensors"):
+        path.unlink()
+
+
+def _tell(plan: _Plan) -> None:
+    spec, place = plan.spec, f"{plan.options.device} with hidden states {_PLACES[plan.residency]}"
+    logger.info(
+        "%s fusion, %s head, on %s: %s of %s%s, described by %s (%s).",
+        *(spec.shape.fusion, spec.shape.head, place, _names(spec.gallery_layers), spec.gallery_key),
+        *(f" and {_names(spec.text_layers)} of the text" if spec.text_layers else "", spec.pairs, spec.text_key),
+    )
+    logger.info(
+        "%d items to train on, %d to validate on (%s); left out %d unusable ones and %d that are in other splits too.",
+        *(len(plan.training), len(plan.validation), spec.validation, plan.training.num_unusable, plan.num_shared),
+    )
+
+
+def _names(layers: tuple[int, ...]) -> str:
+    return "hidden_states " + ", ".join(map(str, layers))
+
+
+def _num_trainable(model: Fusion) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
