@@ -18,8 +18,9 @@ LAYERS = [
     {"protocols"},
     {"training"},
     {"evaluation"},
-    {"report"},
     {"studies"},
+    {"verbs"},
+    {"report"},
     {"cli"},
 ]
 OWNERS = {

@@ -1,0 +1,113 @@
+"""What a verb writes: result.json, which the same class reads back, and report.txt for people.
+
+result.json holds "verb", "version" and the fields of the verb's class; fractions are fractions, seconds are seconds.
+The folder's config.json holds the config, what it resolved to, and versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+
+from saffe_cache.core.atomic_io import write_whole
+from saffe_cache.core.json_schema import known_part, made_of
+from saffe_cache.core.outputs import read_json, write_json
+from saffe_cache.core.sections import Section, to_text
+
+if TYPE_CHECKING:
+    import pandas
+
+RESULT, REPORT = "result.json", "report.txt"
+
+
+class Measurement(NamedTuple):
+    """One row of a result's tidy frame."""
+
+    setting: str
+    """What distinguishes it within the result, such as "5-way 1-shot"; empty where there is one setting."""
+    system: str
+    """ "fam", a baseline, or "control: NAME"."""
+    metric: str
+    value: float
+    """A fraction, or a rank or a loss where the metric is one."""
+    low: float | None = None
+    """Of the 95 % interval; None where there is none."""
+    high: float | None = None
+    chance: float | None = None
+    """What the metric would be by chance; None where that is undefined."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Base of every verb's result. A subclass is a frozen dataclass of JSON's kinds that says what it shows."""
+
+    verb: ClassVar[str]
+    version: ClassVar[int] = 1
+    """Rises when fields change their meaning."""
+
+    failures: tuple[str, ...] = ()
+    """Controls that did not hold, one sentence each; the numbers are void where there is one."""
+    warnings: tuple[str, ...] = ()
+    """What a reader must know before the numbers."""
+
+    def measurements(self) -> Iterator[Measurement]:
+        """Every number with its interval and chance."""
+        raise NotImplementedError
+
+    def sections(self) -> list[Section]:
+        """What a report shows of it."""
+        raise NotImplementedError
+
+    def to_frame(self) -> pandas.DataFrame:
+        """The measurements, one a row, with the fields of `Measurement` as columns."""
+        import pandas
+
+        return pandas.DataFrame(list(self.measurements()), columns=list(Measurement._fields))
+
+    def to_text(self) -> str:
+        """For a terminal."""
+        return to_text(self.failures, self.warnings, self.sections())
+
+    def save(self, folder: Path) -> None:
+        """Write report.txt, then result.json: its presence means that the result is complete.
+
+        Raises:
+            OSError: the disk is full or gone.
+        """
+        write_whole(folder / REPORT, self.to_text().encode("utf-8", "backslashreplace"))
+        write_json(folder / RESULT, {"verb": self.verb, "version": self.version, **asdict(self)})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: there is no result, or it is damaged, another verb's, or of another version.
+        """
+        return cls.from_json(read_json(Path(folder) / RESULT), Path(folder) / RESULT)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any], path: Path) -> Self:
+        """As `load`, from JSON that was read from `path`; fields that the class does not declare are left out."""
+        found = {key: content.get(key) for key in ("verb", "version")}
+        if found != {"verb": cls.verb, "version": cls.version}:
+            raise ValueError(
+                f"{path}: found {found['verb']!r:.60} version {found['version']!r:.60}, expected {cls.verb!r} version "
+                f"{cls.version}. Run the command that writes it again."
+            )
+        try:
+            return made_of(cls, known_part(cls, content))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: it is damaged ({error}). Run the command that writes it again.") from None
+
+
+def exit_status(out: str | Path) -> int:
+    """0, or 3 where a control of a finished result did not hold."""
+    return 3 if read_json(Path(out) / RESULT).get("failures") else 0
+
+
+def read_report(out: str | Path) -> str:
+    """A finished result for people."""
+    return (Path(out) / REPORT).read_text(encoding="utf-8")

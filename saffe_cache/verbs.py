@@ -1,0 +1,86 @@
+"""All verbs by name: where their config, their function and their result are. Strings alone, so that naming a verb
+imports nothing. A new verb or study is one module and one line here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """A command; what it names is imported when it is needed."""
+
+    summary: str
+    """One line of help."""
+    config: str
+    """MODULE:CLASS of its options."""
+    run: str
+    """MODULE:FUNCTION, which takes the config and returns the path that it wrote."""
+    result: str | None = None
+    """MODULE:CLASS of its result; None where it writes none."""
+
+    def load_config(self) -> type[Any]:
+        return _load(self.config)  # type: ignore[no-any-return]
+
+    def load_run(self) -> Callable[[Any], str]:
+        return _load(self.run)  # type: ignore[no-any-return]
+
+    def load_result(self) -> type[Any] | None:
+        return None if self.result is None else _load(self.result)
+
+
+def _load(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(f"saffe_cache.{module}"), attribute)
+
+
+VERBS: Mapping[str, Verb] = {
+    "extract": Verb(
+        summary="Run frozen encoders once and cache their hidden states.",
+        config="extraction.config:ExtractConfig",
+        run="extraction.extract:extract",
+    ),
+    "train": Verb(
+        summary="Train a fusion from a cache.",
+        config="training.train:TrainConfig",
+        run="training.train:train",
+    ),
+    "evaluate": Verb(
+        summary="Index a run's vectors and measure retrieval, with baselines, controls and chance.",
+        config="evaluation.evaluate:EvaluateConfig",
+        run="evaluation.evaluate:evaluate",
+    ),
+    "align": Verb(
+        summary="Measure how well two encoders' layers agree, before training.",
+        config="studies.alignment.align:AlignConfig",
+        run="studies.alignment.align:align",
+    ),
+    "ablate": Verb(
+        summary="Train and evaluate every cell of a recipe.",
+        config="studies.sweep.ablate:AblateConfig",
+        run="studies.sweep.ablate:ablate",
+    ),
+    "bind": Verb(
+        summary="Learn made-up names from a few photos, in many episodes.",
+        config="studies.binding.bind:BindConfig",
+        run="studies.binding.bind:bind",
+    ),
+    "match": Verb(
+        summary="Compare fusions that decide whether a text belongs to a photo.",
+        config="studies.matching.config:MatchConfig",
+        run="studies.matching.match:match",
+    ),
+    "caption": Verb(
+        summary="Feed photo tokens to a frozen language model and measure its captions.",
+        config="studies.captioning.caption:CaptionConfig",
+        run="studies.captioning.caption:caption",
+    ),
+    "report": Verb(
+        summary="Make one page from runs, evaluations and studies.",
+        config="report.report:ReportConfig",
+        run="report.report:report",
+    ),
+}
