@@ -1,4 +1,4 @@
-"""What a result shows, in a terminal and on a page: facts, tables, paragraphs, figures. Plain data; nothing is drawn."""
+"""What a result shows, in a terminal and on a page: facts, tables, paragraphs, figures. Plain data only."""
 
 from __future__ import annotations
 
