@@ -6,7 +6,7 @@ The folder's config.json holds the config, what it resolved to, and versions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
@@ -59,6 +59,19 @@ class Result:
     def sections(self) -> list[Section]:
         """What a report shows of it."""
         raise NotImplementedError
+
+    def page_sections(self, folder: Path) -> list[Section]:
+        """The same for a page, which may also show what other files in the result's folder hold."""
+        return self.sections()
+
+    def notes(self) -> list[str]:
+        """Remarks that a page puts below the warnings."""
+        return []
+
+    @classmethod
+    def compare(cls, results: Mapping[str, Self]) -> list[Section]:
+        """What a page shows of several results of this verb side by side, by short name; nothing by default."""
+        return []
 
     def to_frame(self) -> pandas.DataFrame:
         """The measurements, one a row, with the fields of `Measurement` as columns."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
+from saffe_cache.core.figures import Figure
 from saffe_cache.core.tables import Table, wrapped
 
 
@@ -17,28 +17,32 @@ class Section:
     lead: str = ""
     """A sentence below the title."""
     facts: list[tuple[str, str]] = field(default_factory=list)
-    """Names and what they are."""
+    """Names and values: what was run, and on what."""
     definitions: list[tuple[str, str]] = field(default_factory=list)
-    """Metrics and systems, and what each is."""
+    """What each metric and system is."""
     tables: list[Table] = field(default_factory=list)
+    """The main table first."""
     texts: list[str] = field(default_factory=list)
     """Paragraphs below the first table."""
-    figures: list[Any] = field(default_factory=list)
-    """Descriptions that saffe_cache.report.plots draws; a terminal shows none."""
+    figures: list[Figure] = field(default_factory=list)
+    """For saffe_cache.report.plots; a terminal shows none."""
 
     def to_text(self) -> str:
-        """For a terminal."""
-        lines = [*wrapped(self.title), *wrapped(self.lead)]
-        for table in self.tables:
-            if not table.folded:
-                lines += ["", table.to_text()]
-        lines += ["", *(line for text in self.texts for line in wrapped(text, "- "))]
-        lines += [line for name, text in [*self.definitions, *self.facts] for line in wrapped(f"{name}: {text}")]
-        return "\n".join(lines)
+        """For a terminal; tables that a page folds are left out."""
+        tables = [table.to_text() for table in self.tables if not table.folded]
+        named = [line for name, text in [*self.facts, *self.definitions] for line in wrapped(f"{name}: {text}", "  ")]
+        parts = [
+            "\n".join([*wrapped(self.title), *wrapped(self.lead)]),
+            *tables[:1],
+            "\n".join(line for text in self.texts for line in wrapped(text, "- ")),
+            *tables[1:],
+            "\n".join(named),
+        ]
+        return "\n\n".join(filter(None, parts))
 
 
 def to_text(failures: Iterable[str], warnings: Iterable[str], sections: Iterable[Section]) -> str:
     """A report for a terminal. What is wrong comes first."""
-    lines = [line for text in failures for line in wrapped(f"CONTROL FAILED: {text}. Do not use these numbers.")]
-    lines += [line for text in warnings for line in wrapped(f"WARNING: {text}")]
-    return "\n".join([*lines, "\n\n".join(section.to_text() for section in sections)]) + "\n"
+    wrong = [line for text in failures for line in wrapped(f"CONTROL FAILED: {text}. Do not use these numbers.")]
+    wrong += [line for text in warnings for line in wrapped(f"WARNING: {text}")]
+    return "\n\n".join(filter(None, ["\n".join(wrong), *(section.to_text() for section in sections)])) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -46,22 +47,34 @@ class Table:
     """Whether a page shows it only on request."""
 
     def to_text(self, width: int = WIDTH) -> str:
-        """Aligned columns below the caption, in blocks of columns that fit the width; the headings are repeated."""
-        lines = textwrap.wrap(self.caption, width)
-        heads = [_in_line(row.head) for row in self.rows]
+        """Aligned columns below the caption, in blocks of columns that fit the width; the headings are repeated.
+
+        Long notes of headings stand below the table. Of texts that are no numbers the left edges are aligned.
+        """
+        heads = [Cell(_heading(self.header[0])) if self.header else Cell(""), *(row.head for row in self.rows)]
+        short = [cell if len(cell.note) <= _LONGEST_NOTE else Cell(cell.text) for cell in heads]
+        first = [_head_in_line(cell) for cell in short]
         columns = [
-            [name.replace("_", " "), *(_in_line(row.cells[place]) for row in self.rows)]
+            _aligned(_heading(name), [row.cells[place] for row in self.rows])
             for place, name in enumerate(self.header[1:])
         ]
-        first = [self.header[0].replace("_", " "), *heads] if self.header else heads
+        lines = textwrap.wrap(self.caption, width)
         for block in _blocks(first, columns, width):
-            lines += ["", *_aligned(first, block)]
-        return "\n".join(map(printable, lines))
+            lines += ["", *_joined(first, block)]
+        notes = dict.fromkeys((head.text, head.note) for head in heads if len(head.note) > _LONGEST_NOTE)
+        if notes:
+            lines += ["", *(line for text, note in notes for line in wrapped(f"{text}: {note}", "  "))]
+        return "\n".join(map(printable, lines)).strip("\n")
 
     def to_markdown(self) -> str:
         """A pipe table below the caption."""
-        rows = [[_in_line(row.head), *map(_in_line, row.cells)] for row in self.rows]
-        lines = [self.caption, "", _piped(self.header), "|---" * len(self.header) + "|", *map(_piped, rows)]
+        rows = [[_head_in_line(row.head), *map(_in_line, row.cells)] for row in self.rows]
+        lines = [
+            *([self.caption, ""] if self.caption else []),
+            _piped(self.header),
+            "|---" * len(self.header) + "|",
+            *map(_piped, rows),
+        ]
         return "\n".join(lines) + "\n"
 
 
@@ -113,6 +126,18 @@ def wrapped(text: str, bullet: str = "") -> list[str]:
     return textwrap.wrap(printable(text), WIDTH, initial_indent=bullet, subsequent_indent=" " * len(bullet))
 
 
+_LONGEST_NOTE = 24
+"""Characters of a heading's note that still stands in its row."""
+
+
+def _heading(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _head_in_line(cell: Cell) -> str:
+    return f"{cell.text} ({cell.note})" if cell.note else cell.text
+
+
 def _in_line(cell: Cell) -> str:
     return f"{cell.text} {cell.note}" if cell.note else cell.text
 
@@ -121,15 +146,24 @@ def _piped(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _widths(columns: Sequence[Sequence[str]]) -> list[int]:
-    return [2 + max(map(len, column)) for column in columns]
+def _aligned(name: str, cells: Sequence[Cell]) -> list[str]:
+    """A column's heading and cells, of one width: values below values, notes below notes."""
+    value, note = (max((len(getattr(cell, part)) for cell in cells), default=0) for part in ("text", "note"))
+    if all(re.fullmatch(r"|–|[-+±]?[\d.,]+ ?[%\w]{0,3}", cell.text) for cell in cells):
+        shown = [f"{cell.text:>{value}}" + (f" {cell.note:<{note}}" if note else "") for cell in cells]
+        width = max(len(name), *map(len, shown), 0) if shown else len(name)
+        return [f"{one:>{width}}" for one in (name, *shown)]
+    shown = [_in_line(cell) for cell in cells]
+    width = max(map(len, (name, *shown)))
+    return [f"{one:<{width}}" for one in (name, *shown)]
 
 
 def _blocks(first: Sequence[str], columns: Sequence[Sequence[str]], width: int) -> Iterator[list[Sequence[str]]]:
     """Consecutive columns that fit beside the first one; at least one each."""
     block: list[Sequence[str]] = []
+    left = width - max(map(len, first))
     for column in columns:
-        if block and sum(_widths([first, *block, column])) > width:
+        if block and sum(len(one[0]) + 2 for one in [*block, column]) > left:
             yield block
             block = []
         block.append(column)
@@ -137,10 +171,9 @@ def _blocks(first: Sequence[str], columns: Sequence[Sequence[str]], width: int) 
         yield block
 
 
-def _aligned(first: Sequence[str], columns: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = _widths([first, *columns])
+def _joined(first: Sequence[str], columns: Sequence[Sequence[str]]) -> Iterator[str]:
+    width = max(map(len, first))
     for place, head in enumerate(first):
-        cells = (f"{column[place]:>{width}}" for column, width in zip(columns, widths[1:], strict=True))
-        line = f"{head:<{widths[0]}}" + "".join(cells)
-        if line.strip():
-            yield line.rstrip()
+        line = "  ".join([f"{head:<{width}}", *(column[place] for column in columns)]).rstrip()
+        if line:
+            yield line
