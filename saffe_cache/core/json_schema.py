@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -70,7 +70,9 @@ def whole_numbers(content: Mapping[str, Any], name: str, least: int = 0) -> tupl
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+    """Of a dataclass's fields; class variables are none."""
+    hints = get_type_hints(kind)
+    return {one.name: hints[one.name] for one in fields(kind)} if is_dataclass(kind) else hints
 
 
 def _value(hint: Any, name: str, value: Any) -> Any:

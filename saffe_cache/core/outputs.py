@@ -1,19 +1,58 @@
-"""Output folders: what a command ran with, whether a folder holds its result already, and JSON files."""
+"""Output folders: one command at a time, one result each; what a command ran with; JSON files."""
 
 from __future__ import annotations
 
 import json
+import logging
 import platform
-from collections.abc import Collection, Mapping
-from dataclasses import asdict
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from saffe_cache import __version__
-from saffe_cache.core.atomic_io import write_whole
+from saffe_cache.core.atomic_io import hold_folder, remove_partial_files, write_whole
 from saffe_cache.core.devices import num_threads
 from saffe_cache.core.json_schema import made_of
+
+logger = logging.getLogger(__name__)
+
+CONFIG, RESULT = "config.json", "result.json"
+
+
+@contextmanager
+def output_folder(out: Path, verb: str, config: Any, resolved: Any, ignored: Collection[str] = ()) -> Iterator[bool]:
+    """Hold a verb's output folder; yields whether it holds the finished result already, which is logged.
+
+    A new folder gets its config.json; one that was begun by an equal command is continued. Files that a killed writer
+    left half-written are removed.
+
+    Args:
+        out: the folder.
+        verb: the command's name.
+        config: its dataclass.
+        resolved: what the config resolved to, such as encoders and a hash of the data: a dataclass, or a mapping.
+        ignored: fields of the config that may differ from those of the command that began the folder.
+
+    Raises:
+        ValueError: the folder holds another result.
+        OSError: another process writes to it, or the disk is full or gone.
+    """
+    content = {
+        "verb": verb,
+        "resolved": asdict(resolved) if is_dataclass(resolved) and not isinstance(resolved, type) else resolved,
+        **provenance(config),
+    }
+    with hold_folder(out):
+        remove_partial_files(out)
+        if not is_begun(out, content, {"resolved": type(resolved), "config": type(config)}, ignored):
+            write_json(out / CONFIG, content)
+        is_finished = (out / RESULT).exists()
+        if is_finished:
+            logger.info("%s is finished already, nothing to do.", out)
+        yield is_finished
 
 
 def provenance(config: Any) -> dict[str, Any]:
@@ -42,11 +81,13 @@ def is_begun(out: Path, new: Mapping[str, Any], kinds: Mapping[str, type], ignor
     Raises:
         ValueError: it holds another one.
     """
-    path = out / "config.json"
+    path = out / CONFIG
     if not path.exists():
         return False
     old, asked = read_json(path), json.loads(json.dumps(new))
-    different = []
+    different = (
+        [f"the verb: {old.get('verb')!r} there, {new.get('verb')!r} now"] if old.get("verb") != new.get("verb") else []
+    )
     for part, kind in kinds.items():
         before = _with_defaults(kind, old.get(part, {}))
         different += [

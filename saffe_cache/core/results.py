@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from saffe_cache.core.atomic_io import write_whole
 from saffe_cache.core.json_schema import known_part, made_of
-from saffe_cache.core.outputs import read_json, write_json
+from saffe_cache.core.outputs import RESULT, read_json, write_json
 from saffe_cache.core.sections import Section, to_text
 
 if TYPE_CHECKING:
     import pandas
 
-RESULT, REPORT = "result.json", "report.txt"
+REPORT = "report.txt"
 
 
 class Measurement(NamedTuple):

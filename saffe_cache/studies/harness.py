@@ -1,0 +1,131 @@
+"""How every study runs: one output folder, cells that are measured once, a result that is written last.
+
+    def bind(config: BindConfig) -> str:
+        cache = open_cache(config.cache)
+        ...                                            # resolve and check everything before anything is measured
+        def measure(study: Study) -> BindingResult:
+            settings = study.cells(SettingResult, {"2-way-1-shot": lambda: ..., ...})
+            return BindingResult(settings=settings, failures=..., seconds=study.seconds, ...)
+        return run_study("bind", config, resolved, measure)
+
+OUT/config.json      the config, what it resolved to, versions
+OUT/cells/NAME.json  one file per finished cell, so that a killed study resumes
+OUT/report.txt       for people
+OUT/result.json      the result; written last, so its presence means that the study is finished
+
+A cell is whatever is measured and stored together, such as one setting with one seed. The same command resumes a killed
+study and does nothing for a finished one; a command with other options is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from saffe_cache.core.atomic_io import remove_partial_files
+from saffe_cache.core.json_schema import known_part, made_of
+from saffe_cache.core.outputs import output_folder, read_json, write_json
+from saffe_cache.core.results import Result
+
+logger = logging.getLogger(__name__)
+
+Cell = TypeVar("Cell")
+
+IGNORED = ("cache", "out", "device", "title")
+"""Options in which two commands for one folder may differ; the data's hash is part of what the config resolves to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyResult(Result):
+    """What the results of all studies hold."""
+
+    title: str
+    split: str
+    """The split that is reported on."""
+    seconds: Mapping[str, float]
+    """How long each cell took, whichever command measured it."""
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+class Study:
+    """A study's output folder while it is held."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._seconds: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each cell took, in the order in which they were asked for."""
+        return dict(self._seconds)
+
+    def cell(self, kind: type[Cell], name: str, measure: Callable[[], Cell]) -> Cell:
+        """A cell, measured now unless an earlier command has; `cells` with one."""
+        return self.cells(kind, {name: measure})[name]
+
+    def cells(self, kind: type[Cell], measures: Mapping[str, Callable[[], Cell]]) -> dict[str, Cell]:
+        """Cells by name, each measured now unless an earlier command has stored it.
+
+        Args:
+            kind: the cells' dataclass, of JSON's kinds.
+            measures: what measures each; names are file names without suffix, unique within the study.
+
+        Raises:
+            ValueError: a cell's file is damaged.
+        """
+        folder = self.out / "cells"
+        remove_partial_files(folder)
+        found = {}
+        for number, (name, measure) in enumerate(measures.items(), start=1):
+            assert name not in self._seconds, name
+            path = folder / f"{name}.json"
+            if not path.exists():
+                started = time.perf_counter()
+                cell: Any = measure()
+                seconds = round(time.perf_counter() - started, 2)
+                write_json(path, {"seconds": seconds, "cell": asdict(cell)})
+                logger.info("%d of %d, %s: %.1f s.", number, len(measures), name, seconds)
+            found[name], self._seconds[name] = _read_cell(kind, path)
+        return found
+
+
+def run_study(
+    verb: str,
+    config: Any,
+    resolved: Any,
+    measure: Callable[[Study], Result],
+    ignored: Collection[str] = (),
+) -> str:
+    """Measure a study, save its result, and return the output folder, `config.out`.
+
+    Args:
+        verb: the study's command.
+        config: its dataclass.
+        resolved: what the config resolved to, such as encoders and a hash of the data: a dataclass, or a mapping.
+        measure: gives the result; called only where there is none yet.
+        ignored: options, besides `IGNORED`, in which two commands for one folder may differ.
+
+    Raises:
+        ValueError: the folder holds another result.
+        OSError: the disk is full or gone, or another process writes to the folder.
+    """
+    out = Path(config.out)
+    with output_folder(out, verb, config, resolved, (*IGNORED, *ignored)) as is_finished:
+        if not is_finished:
+            measure(Study(out)).save(out)
+    return str(out)
+
+
+def _read_cell(kind: type[Cell], path: Path) -> tuple[Cell, float]:
+    content = read_json(path)
+    try:
+        return made_of(kind, known_part(kind, content["cell"])), float(content["seconds"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: it is damaged ({error}). Delete it and run the same command again.") from None
