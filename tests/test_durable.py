@@ -42,6 +42,7 @@ def test_the_lock_of_another_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "cache" / LOCK_NAME).read_text() == "another's"
 
 
+@pytest.mark.locks
 def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
     with hold_folder(tmp_path):
         second = pytest.raises(FolderInUseError, match=r"another process is writing to it \(host .*, process \d+\)")

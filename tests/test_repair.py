@@ -407,6 +407,7 @@ def test_sounds_are_repaired(tiny_model: Callable[[str], Path]) -> None:
         cache.check_whole()
 
 
+@pytest.mark.locks
 def test_a_second_writer_is_refused(cache: Damaged) -> None:
     with Storage(cache.path).writer_lock(), pytest.raises(FolderInUseError, match="another process is writing"):
         cache.repair()

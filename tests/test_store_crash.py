@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -12,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pytest
@@ -28,6 +26,7 @@ from store_cases import (
     write_contents,
 )
 
+from saffe_cache.core import atomic_io
 from saffe_cache.core.atomic_io import FolderInUseError
 from saffe_cache.core.features import CacheError, ItemTable
 from saffe_cache.store import reader
@@ -241,6 +240,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+@pytest.mark.locks
 def test_a_second_writer_is_refused_until_the_first_is_dead(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     storage = Storage(tmp_path)
     expected = f"another process is writing to it .host {re.escape(os.uname().nodename)}, process {holder.pid}."
@@ -255,20 +255,21 @@ def test_a_second_writer_is_refused_until_the_first_is_dead(tmp_path: Path, hold
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.locks
 def test_a_lock_file_that_its_last_holder_removed_is_not_taken_for_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """We open the file, the holder ends and removes it, we lock what has no name any more: another could too."""
-    storage, real = Storage(tmp_path), fcntl.flock
+    storage, real = Storage(tmp_path), atomic_io.lock_descriptor
     calls = []
 
-    def flock(file: IO[str], operation: int) -> None:
+    def lock(descriptor: int, blocking: bool) -> bool:
         if not calls:
             (tmp_path / ".saffe-lock").unlink()
-        calls.append(operation)
-        real(file, operation)
+        calls.append(descriptor)
+        return real(descriptor, blocking=blocking)
 
-    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(atomic_io, "lock_descriptor", lock)
     with storage.writer_lock():
         assert len(calls) == 2
         with pytest.raises(FolderInUseError, match="another process"), storage.writer_lock():

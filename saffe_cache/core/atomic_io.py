@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
+import logging
 import os
 import socket
 import uuid
@@ -11,11 +12,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from filelock import lock_descriptor
+
+logger = logging.getLogger(__name__)
+
 Buffer = bytes | memoryview
 
 LOCK_NAME = ".saffe-lock"
 
-_held: dict[Path, IO[str]] = {}
+_HOLDER_START = 1
+"""The first byte of the lock file that others can read: Windows locks the byte before it."""
+
+_held: dict[Path, IO[bytes]] = {}
 """The folders that this process holds, and their open lock files."""
 
 
@@ -77,45 +85,75 @@ def remove_partial_files(folder: Path) -> None:
 
 @contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
-    """Make a folder and hold it for one writer. The lock goes with its process, however that ends.
+    """Make a folder and hold it for one writer. The lock ends with its process, however that ends.
 
-    The lock file is removed at the end: other programs take it for a foreign body in a Zarr group. What is written
-    below the folder meanwhile is refused where the folder is another one than it was.
+    The lock file is removed at the end: other programs take it for a foreign body in a Zarr group. While the folder is
+    held, writing below it fails if the folder has vanished or been replaced.
 
     Raises:
         FolderInUseError: another process holds it.
     """
     make_folder(folder)
-    path, is_ours = folder.absolute() / LOCK_NAME, False
-    while not is_ours:
-        with path.open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
+    path = folder.absolute() / LOCK_NAME
+    file = _lock(path)
+    _held[path.parent] = file
+    try:
+        _sign(file)
+        yield
+    finally:
+        _held.pop(path.parent, None)
+        _unlock(path, file)
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """The open lock file, which this process has locked.
+
+    Where Python has no locks for the system, the folder is not protected from a second writer; a warning says so.
+
+    Raises:
+        FolderInUseError: another process has locked it.
+    """
+    while True:
+        file = path.open("a+b")
+        try:
+            is_locked = lock_descriptor(file.fileno(), blocking=False)
+        except OSError as error:
+            if error.errno != errno.ENOSYS:
+                file.close()
+                raise
+            logger.warning("%s: this system has no file locks. Do not write to it from two processes.", path.parent)
+            return file
+        if is_locked and _is_at(path, file):
+            return file
+        with file:
+            if not is_locked:
+                file.seek(_HOLDER_START)
                 raise FolderInUseError(
-                    f"{folder}: another process is writing to it ({file.read().strip()}). "
+                    f"{path.parent}: another process is writing to it ({file.read().decode().strip()}). "
                     "Wait for it to end, or stop it, and run this again."
-                ) from None
-            is_ours = _is_at(path, file)
-            if is_ours:  # else its last holder removed it after we had opened it
-                try:
-                    _held[path.parent] = file
-                    _sign(file)
-                    yield
-                finally:
-                    _held.pop(path.parent, None)
-                    if _is_at(path, file):
-                        with suppress(OSError):
-                            path.unlink()
+                )
+        # else its last holder removed the file after we had opened it
 
 
-def _sign(file: IO[str]) -> None:
-    """Who holds the lock, for others to read; on a full disk nobody is named."""
+def _unlock(path: Path, file: IO[bytes]) -> None:
+    """Remove the lock file and release the lock, in the order in which the file cannot be another's yet."""
+    if os.name == "nt":  # where an open file cannot be removed, ours no more than another's
+        file.close()
+        with suppress(OSError):
+            path.unlink()
+        return
+    with file:
+        if _is_at(path, file):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _sign(file: IO[bytes]) -> None:
+    """Write who holds the lock, for others to read; on a full disk nobody is named."""
     holder = f"host {socket.gethostname()}, process {os.getpid()}".encode()
     with suppress(OSError):
         os.truncate(file.fileno(), 0)
-        os.write(file.fileno(), holder)
+        os.write(file.fileno(), b"\n" * _HOLDER_START + holder)
 
 
 @contextmanager
@@ -145,7 +183,7 @@ def _check_held(path: Path) -> None:
             )
 
 
-def _is_at(path: Path, file: IO[str]) -> bool:
+def _is_at(path: Path, file: IO[bytes]) -> bool:
     """Is this open file still the one of that name?"""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
@@ -154,6 +192,8 @@ def _is_at(path: Path, file: IO[str]) -> bool:
 
 
 def _fsync_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

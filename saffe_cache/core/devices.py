@@ -1,8 +1,12 @@
-"""The processor and the accelerator that a command runs on."""
+"""The processor, the memory and the accelerator that a command runs on, on every operating system."""
 
 from __future__ import annotations
 
 import os
+import sys
+
+_UNKNOWN_MEMORY_BYTES = 2 * 2**30
+"""Assumed to be available where the system does not say."""
 
 
 def choose_device(device: str) -> str:
@@ -19,7 +23,7 @@ def choose_device(device: str) -> str:
 
 
 def num_cores() -> int:
-    """Of the processor: those that this process may use."""
+    """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -28,3 +32,21 @@ def num_threads() -> int:
     import torch
 
     return torch.get_num_threads()
+
+
+def available_memory() -> int:
+    """Free memory in bytes; 2 GiB where the system does not report it (macOS and Windows do not)."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return _UNKNOWN_MEMORY_BYTES
+
+
+def peak_memory_mb() -> int:
+    """Largest resident memory of this process so far, in MiB; 0 where the system does not report it (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)  # bytes on macOS, KiB elsewhere

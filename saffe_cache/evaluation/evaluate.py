@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from saffe_cache.core.atomic_io import hold_folder, remove_partial_files, write_whole
-from saffe_cache.core.devices import choose_device
+from saffe_cache.core.devices import choose_device, peak_memory_mb
 from saffe_cache.core.options import require, require_seed
 from saffe_cache.core.outputs import provenance, read_json, write_json
 from saffe_cache.evaluation.baselines import BaselineChoice, Material, baselines
@@ -146,7 +145,7 @@ def evaluate(config: EvaluateConfig) -> str:
                 "training_seconds": result["seconds"],
                 "training_peak_memory_mb": result["peak_memory_mb"],
                 "evaluation_seconds": round(time.perf_counter() - started, 1),
-                "evaluation_peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+                "evaluation_peak_memory_mb": peak_memory_mb(),
             },
             "run": asdict(spec),
             **provenance(config),

@@ -15,13 +15,13 @@ They lie and travel in their storage type, half or a quarter of a float32's byte
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 
+from saffe_cache.core.devices import available_memory
 from saffe_cache.core.options import require
 from saffe_cache.fusion.base import Fusion, Texts
 from saffe_cache.fusion.heads import summarize
@@ -123,8 +123,7 @@ def choose_residency(asked: Residency | Literal["auto"], cache: Cache, spec: Run
     needed = sum(len(encoder.array(name)) * encoder.array(name).row_bytes for encoder, name in _arrays(cache, spec))
     if device != "cpu" and needed < _DEVICE_PART * torch.cuda.mem_get_info()[0]:
         return "device"
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if (device != "cpu" or not can_map) and needed < _MEMORY_PART * free:
+    if (device != "cpu" or not can_map) and needed < _MEMORY_PART * available_memory():
         return "memory"
     return "mapped" if can_map else "streamed"
 

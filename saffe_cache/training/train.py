@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saffe_cache.core.atomic_io import LOCK_NAME, hold_folder
+from saffe_cache.core.devices import peak_memory_mb
 from saffe_cache.core.options import require
 from saffe_cache.core.outputs import is_begun, provenance, write_json
 from saffe_cache.fusion.base import Fusion
@@ -187,7 +187,7 @@ def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int]) -> None:
         "texts_seen": seen[1],
         "residency": plan.residency,
         "seconds": round(state.seconds, 1),
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_memory_mb": peak_memory_mb(),
     }
     write_json(plan.out / "result.json", result)
     _remove_states(plan.out)
