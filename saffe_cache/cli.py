@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from saffe_cache.core.features import CacheError, printable
 
@@ -98,9 +98,8 @@ def report_command(arguments: Sequence[str] | None = None) -> int:
 
 def cache_command(arguments: Sequence[str] | None = None) -> int:
     """`saffe-cache inspect | verify | repair | convert | export | import`."""
+    from saffe_cache.core.features import Compression, StorageType
     from saffe_cache.core.options import pair_of
-    from saffe_cache.store.compression import COMPRESSIONS
-    from saffe_cache.store.dtypes import STORAGE_DTYPES
 
     parser = argparse.ArgumentParser(prog="saffe-cache", description="Look into a cache, check it, exchange it.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -112,8 +111,8 @@ def cache_command(arguments: Sequence[str] | None = None) -> int:
     converting = commands.add_parser("convert", help="write a cache anew, its hidden states stored otherwise")
     converting.add_argument("cache", help="the cache")
     converting.add_argument("new", help="the cache to write")
-    converting.add_argument("--storage", choices=STORAGE_DTYPES, help="type of hidden states; default: as it is")
-    converting.add_argument("--compression", choices=COMPRESSIONS, help="of hidden states; default: as it is")
+    converting.add_argument("--storage", choices=get_args(StorageType), help="type of hidden states; default: as it is")
+    converting.add_argument("--compression", choices=get_args(Compression), help="of hidden states; default: as it is")
     converting.add_argument("--shard-mb", type=int, default=64, help="size of a shard; default: 64")
     exporting = commands.add_parser("export", help="write a cache as one HDF5 file")
     exporting.add_argument("cache", help="the cache")
@@ -161,7 +160,8 @@ def _cache_action(options: argparse.Namespace) -> int:
 
 
 def _repair(options: argparse.Namespace) -> int:
-    from saffe_cache.extraction.repair import RepairConfig, repair
+    from saffe_cache.extraction.config import RepairConfig
+    from saffe_cache.extraction.repair import repair
 
     data, encoder = tuple(options.data or ()), dict(options.encoder or ())
     report = repair(RepairConfig(cache=options.cache, data=data, encoder=encoder, device=options.device))

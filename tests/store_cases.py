@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saffe_cache.core.features import BlockSpec, BlockWeights, Fingerprint, Modality
-from saffe_cache.store.compression import CompressionName
+from saffe_cache.core.features import BlockSpec, BlockWeights, Compression, Fingerprint, Modality
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.manifest import (
@@ -54,7 +53,7 @@ def make_spec(
     chunk_rows: int,
     chunks: int,
     row: str = "row",
-    compression: CompressionName = "none",
+    compression: Compression = "none",
 ) -> ArraySpec:
     return ArraySpec(
         row_shape=row_shape,
@@ -102,7 +101,7 @@ def fingerprint(modality: Modality) -> Fingerprint:
     return Fingerprint({"modality": modality, "model_id": f"tests/tiny {modality}", "revision": "0" * 40})
 
 
-def image_contents(num_inputs: int, dtype: str = "float16", compression: CompressionName = "none") -> Contents:
+def image_contents(num_inputs: int, dtype: str = "float16", compression: Compression = "none") -> Contents:
     """Two layers and a vector; shards of 4, 4 and 6 rows."""
     states = make_spec(dtype, (2, WIDTH), 2, 2, compression=compression)
     vectors = make_spec("float32", (3,), 6, 1)

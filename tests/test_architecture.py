@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,3 +112,10 @@ def test_pages_are_finished() -> None:
     for path in [ROOT / "README.md", *(ROOT / "pipelines").glob("*.md")]:
         text = path.read_text()
         assert not re.search(r"<!--|\b[A-Z]+_TABLE\b|\bTODO\b", text), path
+
+
+def test_extraction_configs_import_nothing_heavy() -> None:
+    """The help of a command needs its config, and must be printed at once."""
+    heavy = {"torch", "transformers", "datasets", "PIL", "zarr", "fsspec", "h5py"}
+    code = f"import sys, saffe_cache.extraction.config; print(sorted({heavy} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -16,8 +16,9 @@ from tiny_models import NUM_LAYERS, WORDS, load_tiny
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.causal_tokens import CausalTokens
+from saffe_cache.extraction.config import RepairConfig
 from saffe_cache.extraction.extract import extract
-from saffe_cache.extraction.repair import RepairConfig, repair
+from saffe_cache.extraction.repair import repair
 from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.exchange import export_hdf5, import_hdf5

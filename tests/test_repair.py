@@ -19,9 +19,10 @@ from saffe_cache.cli import cache_command
 from saffe_cache.core.atomic_io import FolderInUseError
 from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.encoder import FrozenEncoder, Launched
+from saffe_cache.extraction.config import RepairConfig
 from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.extraction.history import past_extractions
-from saffe_cache.extraction.repair import RepairConfig, RepairReport, repair
+from saffe_cache.extraction.repair import RepairReport, repair
 from saffe_cache.store.manifest import read_encoder
 from saffe_cache.store.reader import open_cache, verify_cache
 from saffe_cache.store.storage import Storage

@@ -11,8 +11,7 @@ import pytest
 from store_cases import NUM_LAYERS, image_contents, shard_files, text_contents, without_fsync, write_contents
 
 from saffe_cache.cli import cache_command
-from saffe_cache.core.features import CacheError
-from saffe_cache.store.compression import CompressionName
+from saffe_cache.core.features import CacheError, Compression
 from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage
 from saffe_cache.store.inspect import describe_cache
@@ -31,7 +30,7 @@ def no_fsync() -> Iterator[None]:
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
-def test_a_converted_cache_holds_the_same(tmp_path: Path, dtype: str, compression: CompressionName | None) -> None:
+def test_a_converted_cache_holds_the_same(tmp_path: Path, dtype: str, compression: Compression | None) -> None:
     contents = [image_contents(13), text_contents(13)]
     write_contents(tmp_path / "old", *contents)
     path = convert_cache(tmp_path / "old", tmp_path / "new", storage_type=dtype, compression=compression, shard_mb=0)

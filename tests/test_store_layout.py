@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_cases import make_spec, random_rows
 
-from saffe_cache.core.features import CacheError
-from saffe_cache.store.compression import COMPRESSIONS, CompressionName, zarr_codec
+from saffe_cache.core.features import CacheError, Compression
+from saffe_cache.store.compression import COMPRESSIONS, zarr_codec
 from saffe_cache.store.layout import (
     ArraySpec,
     choose_rows,
@@ -48,7 +48,7 @@ def test_shards_are_those_of_zarr_python(
     chunk_rows: int,
     chunks: int,
     num_rows: int,
-    compression: CompressionName,
+    compression: Compression,
 ) -> None:
     if dtype in ("int8", "float8") and not row_shape:
         pytest.skip("a token has numbers")
@@ -74,7 +74,7 @@ def test_shards_are_those_of_zarr_python(
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-def test_a_shard_longer_than_promised_passes_unless_it_is_garbage(compression: CompressionName) -> None:
+def test_a_shard_longer_than_promised_passes_unless_it_is_garbage(compression: Compression) -> None:
     spec = make_spec("float32", (2,), 2, 3, compression=compression)
     rows = random_rows(spec, 6, 0)
     grown, entry = b"".join(encode_shard(spec, rows)), describe_shard(spec, rows[:3])

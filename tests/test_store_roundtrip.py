@@ -29,9 +29,9 @@ from store_cases import (
     write_contents,
 )
 
-from saffe_cache.core.features import BlockSpec, BlockWeights, CacheError
+from saffe_cache.core.features import BlockSpec, BlockWeights, CacheError, Compression
 from saffe_cache.store import reader
-from saffe_cache.store.compression import COMPRESSIONS, CompressionName
+from saffe_cache.store.compression import COMPRESSIONS
 from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage, is_scaled
 from saffe_cache.store.inspect import describe_cache
 from saffe_cache.store.layout import ArraySpec
@@ -255,7 +255,7 @@ def test_a_reader_meets_a_writer_that_replaces_the_table(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-def test_a_cache_behind_a_url(tmp_path: Path, compression: CompressionName) -> None:
+def test_a_cache_behind_a_url(tmp_path: Path, compression: Compression) -> None:
     url = f"memory://{tmp_path.name}/cache"
     for count in (7, 13):  # growth reads the tail shards back
         contents = [image_contents(count, compression=compression), text_contents(count)]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from store_cases import image_contents, shard_files, without_fsync, write_contents
 
-from saffe_cache.core.features import CacheError
+from saffe_cache.core.features import CacheError, Compression
 from saffe_cache.store import shards
-from saffe_cache.store.compression import COMPRESSIONS, CompressionName
+from saffe_cache.store.compression import COMPRESSIONS
 from saffe_cache.store.manifest import encoder_group, read_encoder
 from saffe_cache.store.shards import OpenShards
 from saffe_cache.store.storage import Storage
@@ -40,7 +40,7 @@ class CountingStorage(Storage):
         return super().read(name)
 
 
-def open_shards(root: Path, compression: CompressionName = "zstd") -> tuple[CountingStorage, OpenShards]:
+def open_shards(root: Path, compression: Compression = "zstd") -> tuple[CountingStorage, OpenShards]:
     contents = image_contents(60, compression=compression)
     write_contents(root, contents)
     storage = CountingStorage(root)
@@ -55,7 +55,7 @@ def expected(index: int) -> np.ndarray:
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_many_threads_read_many_shards_of_which_few_stay_open(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: CompressionName
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: Compression
 ) -> None:
     monkeypatch.setattr(shards, "_MAX_MAPPED", 3)
     monkeypatch.setattr(shards, "_SPARE_BYTES", 3 * 4 * 16)

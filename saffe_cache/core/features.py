@@ -20,6 +20,11 @@ import numpy as np
 Modality = Literal["image", "text", "audio"]
 MODALITIES: tuple[Modality, ...] = ("image", "text", "audio")
 
+StorageType = Literal["float32", "float16", "bfloat16", "int8", "float8"]
+"""Type of hidden states on disk; `store.dtypes` describes each."""
+Compression = Literal["none", "zstd"]
+"""Of hidden states on disk."""
+
 
 IndexConvention = Literal["hidden_states", "paper", "reference"]
 

@@ -7,12 +7,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from saffe_cache.core.devices import choose_device, num_cores
-from saffe_cache.core.features import MODALITIES, Modality
+from saffe_cache.core.features import MODALITIES, Compression, StorageType
 from saffe_cache.core.options import require, require_keys
-from saffe_cache.encoders.encoder import EncoderRequest
-from saffe_cache.extraction.planning import EncodeOptions
 from saffe_cache.sources import Columns
-from saffe_cache.store.compression import CompressionName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +48,10 @@ class ExtractConfig:
     and usual names."""
     revision: Mapping[str, str] = field(default_factory=dict)
     """Revision of a hub model, as image=COMMIT."""
-    storage: Literal["float32", "float16", "bfloat16", "int8", "float8"] | None = None
+    storage: StorageType | None = None
     """Type of hidden states on disk; int8 and float8 have a scale for each token. Default: that of the encoder's other
     layers, and float8 for a new one. Vectors are always float32."""
-    compression: CompressionName = "none"
+    compression: Compression = "none"
     """Of hidden states on disk. zstd takes 5 to 25 % off, for slow networks and full disks; but such shards cannot be
     memory-mapped, and are decompressed into memory instead."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -103,6 +100,35 @@ class ExtractConfig:
         require(min(self.max_items.values(), default=1) > 0, "max_items", dict(self.max_items), "numbers above 0")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RepairConfig:
+    """Make again what is damaged in a cache."""
+
+    cache: str
+    """The cache."""
+    data: tuple[str, ...] = ()
+    """Where the data are now. Default: where each extraction found them."""
+    encoder: Mapping[str, str] = field(default_factory=dict)
+    """Where an encoder is now, by its modality or, of several, by its key. Default: where the extraction found it."""
+    device: str | None = None
+    """Where encoders run, as for saffe-extract. Default: where the extraction's did."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions:
+    """How to encode and store; the fields are described in ExtractConfig."""
+
+    storage: str | None
+    compression: Compression
+    pooled: bool
+    batch_tokens: int
+    batch_size: int | None
+    workers: int
+    decode_in: str
+    shard_mb: int
+    max_invalid: float
+
+
 def encode_options(config: ExtractConfig) -> EncodeOptions:
     """The config's, with what it leaves to the machine."""
     on_gpu = choose_device(config.device) != "cpu"
@@ -116,28 +142,6 @@ def encode_options(config: ExtractConfig) -> EncodeOptions:
         decode_in=config.decode_in,
         shard_mb=config.shard_mb,
         max_invalid=config.max_invalid,
-    )
-
-
-def encoder_request(config: ExtractConfig, modality: Modality) -> EncoderRequest:
-    """The config's encoder of a modality."""
-    device = choose_device(config.device)
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    return EncoderRequest(
-        modality=modality,
-        model_id=config.encoder[modality],
-        revision=config.revision.get(modality),
-        layers=config.layers.get(modality),
-        image_size=config.image_size if modality == "image" else None,
-        max_length=config.max_length if modality == "text" else None,
-        prompt=config.prompt if modality == "text" else "{}",
-        position_offset=config.position_offset if modality == "text" else 0,
-        dtype=dtype,
-        attention=config.attention,
-        pooled=config.pooled,
-        device=device,
     )
 
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 
 from saffe_cache.core.features import MODALITIES, CacheError, ItemTable, Modality
 from saffe_cache.core.outputs import provenance
-from saffe_cache.extraction.config import ExtractConfig, encode_options, encoder_request
+from saffe_cache.extraction.config import ExtractConfig, encode_options
 from saffe_cache.extraction.encoding import run_job
 from saffe_cache.extraction.loading import check_sources
-from saffe_cache.extraction.planning import Job, plan_job, seconds_per_input, wanted_inputs
+from saffe_cache.extraction.planning import Job, encoder_request, plan_job, seconds_per_input, wanted_inputs
 from saffe_cache.sources import Columns, SourceItem, read_items
 from saffe_cache.store.manifest import RootManifest, layers_among, read_encoder, read_root, write_root
 from saffe_cache.store.storage import Storage

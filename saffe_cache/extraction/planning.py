@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError, Inputs, ItemTable, Modality
 from saffe_cache.encoders.encoder import EncoderRequest, FrozenEncoder, load_encoder
-from saffe_cache.store.compression import CompressionName
+from saffe_cache.extraction.config import EncodeOptions, ExtractConfig
 from saffe_cache.store.layout import ArraySpec, choose_rows
 from saffe_cache.store.manifest import EncoderManifest, layers_among, read_encoder, read_root
 from saffe_cache.store.storage import Storage
@@ -29,21 +30,6 @@ DEFAULT_STORAGE = "float8"
 """The smallest type that costs no retrieval; unlike int8 it keeps small channels beside a very large one."""
 TEXT_BLOCK_ROWS = 1024
 """Texts that are sorted by length together; padding is then a few percent of the tokens."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeOptions:
-    """How to encode and store; the fields are described in ExtractConfig."""
-
-    storage: str | None
-    compression: CompressionName
-    pooled: bool
-    batch_tokens: int
-    batch_size: int | None
-    workers: int
-    decode_in: str
-    shard_mb: int
-    max_invalid: float
 
 
 @dataclass(kw_only=True)
@@ -146,6 +132,28 @@ def wanted_inputs(table: ItemTable, modality: Modality) -> np.ndarray:
     """bool [inputs]: does an item point to it? Texts are always there, and so always wanted."""
     count = len(table.inputs[modality])
     return np.ones(count, bool) if modality == "text" else np.isin(np.arange(count), table.rows[modality])
+
+
+def encoder_request(config: ExtractConfig, modality: Modality) -> EncoderRequest:
+    """The config's encoder of a modality."""
+    device = choose_device(config.device)
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    return EncoderRequest(
+        modality=modality,
+        model_id=config.encoder[modality],
+        revision=config.revision.get(modality),
+        layers=config.layers.get(modality),
+        image_size=config.image_size if modality == "image" else None,
+        max_length=config.max_length if modality == "text" else None,
+        prompt=config.prompt if modality == "text" else "{}",
+        position_offset=config.position_offset if modality == "text" else 0,
+        dtype=dtype,
+        attention=config.attention,
+        pooled=config.pooled,
+        device=device,
+    )
 
 
 def plan_job(

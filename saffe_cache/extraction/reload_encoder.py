@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
-from saffe_cache.extraction.config import encoder_request
 from saffe_cache.extraction.history import PastExtraction
+from saffe_cache.extraction.planning import encoder_request
 from saffe_cache.store.manifest import EncoderManifest
 
 

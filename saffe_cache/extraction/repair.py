@@ -10,14 +10,14 @@ is damaged still, and mended by the next repair. All that was mended before stay
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from saffe_cache.core.features import MODALITIES, CacheError, ItemTable
 from saffe_cache.core.options import require
 from saffe_cache.core.outputs import provenance
 from saffe_cache.encoders.encoder import FrozenEncoder
-from saffe_cache.extraction.config import encode_options
+from saffe_cache.extraction.config import RepairConfig, encode_options
 from saffe_cache.extraction.history import PastExtraction, past_extractions
 from saffe_cache.extraction.planning import Job, tokenize, wanted_inputs
 from saffe_cache.extraction.reencode import LostShard, check_tokens, encode_lost, lost_shard, offset_rows
@@ -33,20 +33,6 @@ from saffe_cache.store.writer import write_array_metadata, write_block, write_la
 from saffe_cache.store.zarr_files import shard_name
 
 _NUM_NAMED = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class RepairConfig:
-    """Make again what is damaged in a cache."""
-
-    cache: str
-    """The cache."""
-    data: tuple[str, ...] = ()
-    """Where the data are now. Default: where each extraction found them."""
-    encoder: Mapping[str, str] = field(default_factory=dict)
-    """Where an encoder is now, by its modality or, of several, by its key. Default: where the extraction found it."""
-    device: str | None = None
-    """Where encoders run, as for saffe-extract. Default: where the extraction's did."""
 
 
 @dataclass(kw_only=True)

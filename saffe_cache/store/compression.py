@@ -14,8 +14,9 @@ import numpy as np
 from numcodecs.blosc import BITSHUFFLE, NOSHUFFLE, Blosc
 from zarr.codecs import BloscCodec
 
-CompressionName = Literal["none", "zstd"]
-COMPRESSIONS = get_args(CompressionName)
+from saffe_cache.core.features import Compression
+
+COMPRESSIONS = get_args(Compression)
 _LEVEL = 1
 """Higher ones take twice the time for a percent."""
 _SIZES = struct.Struct("<4xIII")

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saffe_cache.core.features import CacheError
-from saffe_cache.store.compression import CompressionName
+from saffe_cache.core.features import CacheError, Compression
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.layout import ArraySpec, choose_rows
 from saffe_cache.store.manifest import RootManifest, layers_among, read_root, write_root
@@ -30,7 +29,7 @@ def convert_cache(
     new_path: str | Path,
     *,
     storage_type: str | None = None,
-    compression: CompressionName | None = None,
+    compression: Compression | None = None,
     shard_mb: int = 64,
 ) -> str:
     """Write the new cache, and return its path.
@@ -64,9 +63,7 @@ def convert_cache(
     return str(new_path)
 
 
-def _new_spec(
-    spec: ArraySpec, storage_type: str | None, compression: CompressionName | None, shard_mb: int
-) -> ArraySpec:
+def _new_spec(spec: ArraySpec, storage_type: str | None, compression: Compression | None, shard_mb: int) -> ArraySpec:
     one = replace(
         spec, dtype=storage_type or spec.dtype, compression=compression or spec.compression, chunk_rows=1, shard_rows=1
     )

@@ -15,12 +15,14 @@ has both. Sources: Dettmers et al. 2022 (vector-wise int8); Micikevicius et al. 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
 
-STORAGE_DTYPES = ("float32", "float16", "bfloat16", "int8", "float8")
+from saffe_cache.core.features import StorageType
+
+STORAGE_DTYPES = get_args(StorageType)
 _LARGEST_CODE = {"int8": 127.0, "float8": 448.0}
 _SCALE_BYTES = 4
 

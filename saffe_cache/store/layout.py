@@ -23,9 +23,9 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from saffe_cache.core.features import CacheError
+from saffe_cache.core.features import CacheError, Compression
 from saffe_cache.core.json_schema import made_of
-from saffe_cache.store.compression import COMPRESSIONS, CompressionName, compress, decompress
+from saffe_cache.store.compression import COMPRESSIONS, compress, decompress
 from saffe_cache.store.dtypes import STORAGE_DTYPES, fill_value, is_scaled, stored_shape, stored_type
 from saffe_cache.store.moments import Moments, sampled_moments
 
@@ -48,7 +48,7 @@ class ArraySpec:
     shard_rows: int
     """A multiple of `chunk_rows`."""
     dimension_names: tuple[str, ...]
-    compression: CompressionName = "none"
+    compression: Compression = "none"
     """Of each chunk. Only uncompressed shards can be memory-mapped."""
 
     def __post_init__(self) -> None:
