@@ -47,6 +47,7 @@ VERBS: Mapping[str, Verb] = {
         summary="Train a fusion from a cache.",
         config="training.train:TrainConfig",
         run="training.train:train",
+        result="training.result:TrainResult",
     ),
     "evaluate": Verb(
         summary="Index a run's vectors and measure retrieval, with baselines, controls and chance.",

@@ -268,6 +268,7 @@ def _run_targets(work: Path) -> dict[str, Target]:
     from saffe_cache.training import runs
     from saffe_cache.training.checkpoints import TrainingState, resume, save_state
     from saffe_cache.training.resolve import resolve_run
+    from saffe_cache.training.result import TrainResult
     from saffe_cache.training.train import TrainConfig
 
     path = make_cache(work / "run.zarr", {"train": 12, "test": 6})
@@ -279,8 +280,11 @@ def _run_targets(work: Path) -> dict[str, Target]:
         run / "config.json", {"stage": "train", "run": vars(spec) | {"shape": vars(spec.shape)}, **provenance(config)}
     )
     write_tensors(run / "model.safetensors", model.state_dict())
-    result = {"trainable_parameters": 5, "seconds": 1.0, "peak_memory_mb": 10, "best_epoch": 1}
-    write_json(run / "result.json", result)
+    counts = dict.fromkeys(("train_photos", "validation_photos", "unusable_items"), 5)
+    counts |= dict.fromkeys(("steps", "photos_seen", "texts_seen", "photos_shared_with_other_splits"), 5)
+    scores: dict[str, Any] = {"best_epoch": 1, "best_validation_score": 0.5, "validation_score": "mrr"}
+    costs: dict[str, Any] = {"trainable_parameters": 5, "seconds": 1.0, "control_seconds": 0.0, "peak_memory_mb": 10}
+    TrainResult(**counts, **scores, **costs, residency="memory").save(run)
     whole = {name: (run / name).read_bytes() for name in ("config.json", "model.safetensors", "result.json")}
 
     def with_file(name: str, build: Callable[..., Any] = runs.build_fusion) -> Callable[[bytes], None]:

@@ -117,7 +117,7 @@ def test_every_fusion_without_blocks_of_the_photo_encoder_learns(maps_path: str,
     run = quick_train(maps_path, tmp_path / "run", fusion=fusion, gallery_text=beside, epochs=6)
     cache = open_cache(maps_path)
     spec, model, result = load_run(run, cache)
-    assert result["best_validation_score"] > 1.5 * np.mean(1 / np.arange(1, 41))  # chance among 40 photos
+    assert result.best_validation_score > 1.5 * np.mean(1 / np.arange(1, 41))  # chance among 40 photos
     states, _ = FamInputs(cache, spec).photos(np.arange(6))
     with torch.inference_mode():
         vectors, of_shuffled = model(states), model([state[:, [3, 0, 4, 1, 2]] for state in states])

@@ -140,10 +140,10 @@ def evaluate(config: EvaluateConfig) -> str:
             **measured,
             "index": _write_index(config, protocol, setting, model, out),
             "cost": {
-                "trainable_parameters": result["trainable_parameters"],
+                "trainable_parameters": result.trainable_parameters,
                 "fusing_flops": fusing_flops(model, setting, protocol),
-                "training_seconds": result["seconds"],
-                "training_peak_memory_mb": result["peak_memory_mb"],
+                "training_seconds": result.seconds,
+                "training_peak_memory_mb": result.peak_memory_mb,
                 "evaluation_seconds": round(time.perf_counter() - started, 1),
                 "evaluation_peak_memory_mb": peak_memory_mb(),
             },

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -22,6 +21,7 @@ from saffe_cache.fusion.base import Blocks, Fusion
 from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.store.reader import Cache
+from saffe_cache.training.result import PERMUTED, TrainResult
 
 
 def build_fusion(spec: RunSpec, cache: Cache) -> Fusion:
@@ -40,7 +40,7 @@ def build_fusion(spec: RunSpec, cache: Cache) -> Fusion:
     return kind.make(spec.shape, blocks)
 
 
-def load_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, dict[str, Any]]:
+def load_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, TrainResult]:
     """A finished run: its spec, its best model in evaluation mode, and its result.
 
     Raises:
@@ -65,15 +65,8 @@ def load_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, dict[s
             f"({', '.join(cache.encoders) or 'no encoder'}). Give the cache that it was trained on."
         )
     _check_widths(run_dir, spec, cache)
-    result = read_json(folder / "result.json")
-    lacking = [name for name in _COSTS if type(result.get(name)) not in (int, float)]
-    if lacking:
-        raise ValueError(f"{folder / 'result.json'}: it lacks {lacking[0]}. Train again.")
+    result = TrainResult.load(folder)
     return spec, _load_model(folder / "model.safetensors", spec, cache), result
-
-
-_COSTS = ("trainable_parameters", "seconds", "peak_memory_mb")
-"""Of a run's result, for the report."""
 
 
 def _check_widths(run_dir: str | Path, spec: RunSpec, cache: Cache) -> None:
@@ -104,7 +97,7 @@ def _check_widths(run_dir: str | Path, spec: RunSpec, cache: Cache) -> None:
 
 def load_permuted(run_dir: str | Path, spec: RunSpec, cache: Cache) -> Fusion | None:
     """The run's control, trained on permuted pairs; None where it was trained without one."""
-    path = Path(run_dir) / "permuted" / "model.safetensors"
+    path = Path(run_dir) / PERMUTED / "model.safetensors"
     return _load_model(path, spec, cache) if path.exists() else None
 
 

@@ -23,6 +23,7 @@ from saffe_cache.training.batches import TrainingData
 from saffe_cache.training.checkpoints import TrainingState
 from saffe_cache.training.loop import FitOptions, Training, fit
 from saffe_cache.training.resolve import TrainConfig, fit_options, resolve_run, term_options
+from saffe_cache.training.result import PERMUTED, TrainResult
 
 __all__ = ["TrainConfig", "train", "train_many"]
 
@@ -147,14 +148,16 @@ def _train_group(plans: Sequence[_Plan]) -> None:
     inputs = FamInputs(first.cache, first.spec, first.options.device, first.residency)
     states = _fit([(plan, plan.options, plan.out) for plan in plans], inputs, training, validation)
     controls = [
-        (plan, replace(plan.options, epochs=plan.config.control_epochs, tensorboard=False), plan.out / "permuted")
+        (plan, replace(plan.options, epochs=plan.config.control_epochs, tensorboard=False), plan.out / PERMUTED)
         for plan in plans
         if plan.config.control_epochs
     ]
+    permuted: dict[Path, float] = {}
     if controls:
-        _fit(controls, inputs, training.permuted(seed), validation.permuted(seed))
+        fitted = _fit(controls, inputs, training.permuted(seed), validation.permuted(seed))
+        permuted = {plan.out: state.seconds for (plan, *_), (state, _) in zip(controls, fitted, strict=True)}
     for plan, (state, seen) in zip(plans, states, strict=True):
-        _finish(plan, state, seen)
+        _finish(plan, state, seen, permuted.get(plan.out, 0.0))
 
 
 def _fit(
@@ -170,26 +173,26 @@ def _fit(
     return [(one.state, data.seen(one.state.step)) for one in trainings]
 
 
-def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int]) -> None:
-    """The result, which makes the run a finished one."""
+def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int], control_seconds: float) -> None:
+    """Save the result, which makes the run a finished one."""
     score_name = main_metric(own_protocol(plan.spec))
-    result = {
-        "best_epoch": state.best_epoch,
-        "best_validation_score": state.best_score,
-        "validation_score": score_name,
-        "trainable_parameters": _num_trainable(state.model),
-        "train_photos": len(plan.training),
-        "validation_photos": len(plan.validation),
-        "unusable_items": plan.training.num_unusable,
-        "photos_shared_with_other_splits": plan.num_shared,
-        "steps": state.step,
-        "photos_seen": seen[0],
-        "texts_seen": seen[1],
-        "residency": plan.residency,
-        "seconds": round(state.seconds, 1),
-        "peak_memory_mb": peak_memory_mb(),
-    }
-    write_json(plan.out / "result.json", result)
+    TrainResult(
+        best_epoch=state.best_epoch,
+        best_validation_score=state.best_score,
+        validation_score=score_name,
+        trainable_parameters=_num_trainable(state.model),
+        train_photos=len(plan.training),
+        validation_photos=len(plan.validation),
+        unusable_items=plan.training.num_unusable,
+        photos_shared_with_other_splits=plan.num_shared,
+        steps=state.step,
+        photos_seen=seen[0],
+        texts_seen=seen[1],
+        residency=plan.residency,
+        seconds=round(state.seconds, 1),
+        control_seconds=round(control_seconds, 1),
+        peak_memory_mb=peak_memory_mb(),
+    ).save(plan.out)
     _remove_states(plan.out)
     logger.info(
         "%s: best validation %s %.2f %% after epoch %d of %d; %.2f M trainable parameters.",

@@ -1,0 +1,124 @@
+"""What a training leaves in result.json, and its log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from saffe_cache.core.figures import Curve, TrainingPlot
+from saffe_cache.core.json_schema import known_part, made_of
+from saffe_cache.core.outputs import CONFIG, read_json
+from saffe_cache.core.results import Measurement, Result
+from saffe_cache.core.sections import Section
+from saffe_cache.core.tables import duration, percent
+
+LOG, PERMUTED = "log.jsonl", "permuted"
+"""The log's file, and the folder of the control that is trained on permuted pairs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogLine:
+    """One validation."""
+
+    epoch: int
+    loss: float | None
+    """Mean over the epoch's steps; None before the first."""
+    validation_score: float | None
+    seconds: float
+    """Of training until then."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult(Result):
+    """A finished training."""
+
+    verb: ClassVar[str] = "train"
+
+    best_epoch: int
+    best_validation_score: float
+    validation_score: str
+    """The metric that chose the epoch."""
+    trainable_parameters: int
+    train_photos: int
+    validation_photos: int
+    unusable_items: int
+    photos_shared_with_other_splits: int
+    """Photos of the training split that other splits contain too; they are left out."""
+    steps: int
+    photos_seen: int
+    """In training and validation; a photo counts each time."""
+    texts_seen: int
+    residency: str
+    """Where the hidden states lay: device, memory, mapped or streamed."""
+    seconds: float
+    control_seconds: float
+    """Of the control's training on permuted pairs; 0 without one."""
+    peak_memory_mb: int
+
+    def measurements(self) -> Iterator[Measurement]:
+        yield Measurement("", "fam", f"validation {self.validation_score}", self.best_validation_score)
+
+    def sections(self) -> list[Section]:
+        kept = f"epoch {self.best_epoch}, validation {self.validation_score} {percent(self.best_validation_score)} %"
+        return [
+            Section(
+                title="Training",
+                facts=[
+                    ("photos", f"{self.train_photos:,} to train on, {self.validation_photos:,} to validate on"),
+                    ("kept", kept),
+                    ("steps", f"{self.steps:,} in {duration(self.seconds)}, {self.peak_memory_mb:,} MB at most"),
+                    ("trainable parameters", f"{self.trainable_parameters:,}"),
+                ],
+            )
+        ]
+
+    def page_sections(self, folder: Path) -> list[Section]:
+        """With the objective and the training curves."""
+        [section] = self.sections()
+        losses = dict(read_json(folder / CONFIG)["config"].get("objective") or {})
+        weights = ", ".join(f"{name}={weight}" for name, weight in losses.items())
+        section.facts.append(("objective", weights or "default"))
+        logs = {"run": read_log(folder / LOG), "control: permuted pairs": read_log(folder / PERMUTED / LOG)}
+        curves = [
+            [one for name, log in logs.items() if (one := _curve(name, log, column, factor)).xs]
+            for column, factor in (("loss", 1), ("validation_score", 100))
+        ]
+        if logs["run"]:
+            section.figures.append(
+                TrainingPlot(
+                    name="training",
+                    caption="Training curves. Dotted: the epoch that is kept. The control was trained on permuted "
+                    "pairs.",
+                    score_label=f"validation {self.validation_score}, percent",
+                    losses=curves[0],
+                    scores=curves[1],
+                    best_epoch=self.best_epoch,
+                )
+            )
+        return [section]
+
+
+def read_log(path: Path) -> list[LogLine]:
+    """The lines of a log; none where there is no file. A half-written last line, as a kill leaves it, is left out.
+
+    Raises:
+        ValueError: a line is damaged.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return [_log_line(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.endswith("}")]
+
+
+def _log_line(where: str, line: str) -> LogLine:
+    try:
+        content: Any = json.loads(line)
+        return made_of(LogLine, known_part(LogLine, content))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: damaged ({error}). Train again.") from None
+
+
+def _curve(name: str, log: Sequence[LogLine], column: str, factor: float) -> Curve:
+    known = [(line.epoch, factor * getattr(line, column)) for line in log if getattr(line, column) is not None]
+    return Curve(name, [epoch for epoch, _ in known], [value for _, value in known])
