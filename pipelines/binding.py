@@ -27,8 +27,10 @@ import logging
 import sys
 from pathlib import Path
 
+from saffe_cache.core.results import exit_status, read_report
 from saffe_cache.extraction.extract import ExtractConfig, extract
-from saffe_cache.studies.binding.bind import BindConfig, bind, exit_status, read_table
+from saffe_cache.studies.binding.bind import bind
+from saffe_cache.studies.binding.config import BindConfig
 
 
 def main() -> None:
@@ -73,7 +75,7 @@ def main() -> None:
             replaced_seeds=options.replaced_seeds,
         )
     )
-    print(read_table(out), end="")
+    print(read_report(out), end="")
     sys.exit(exit_status(out))
 
 

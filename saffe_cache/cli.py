@@ -65,9 +65,11 @@ def ablate_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def bind_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.studies.binding.bind import BindConfig, bind, exit_status, read_table
+    from saffe_cache.core.results import exit_status, read_report
+    from saffe_cache.studies.binding.bind import bind
+    from saffe_cache.studies.binding.config import BindConfig
 
-    return _run_stage("saffe-bind", BindConfig, _shown(bind, read_table), arguments, lambda _, out: exit_status(out))
+    return _run_stage("saffe-bind", BindConfig, _shown(bind, read_report), arguments, lambda _, out: exit_status(out))
 
 
 def match_command(arguments: Sequence[str] | None = None) -> int:

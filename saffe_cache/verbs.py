@@ -66,8 +66,9 @@ VERBS: Mapping[str, Verb] = {
     ),
     "bind": Verb(
         summary="Learn made-up names from a few photos, in many episodes.",
-        config="studies.binding.bind:BindConfig",
+        config="studies.binding.config:BindConfig",
         run="studies.binding.bind:bind",
+        result="studies.binding.result:BindingResult",
     ),
     "match": Verb(
         summary="Compare fusions that decide whether a text belongs to a photo.",

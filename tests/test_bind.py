@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +11,17 @@ import pytest
 from extraction_cases import draw
 from synthetic_cache import TEXT_WIDTH, make_cache
 
+from saffe_cache.core.controls import failed
 from saffe_cache.core.features import CacheError
+from saffe_cache.core.results import exit_status
 from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.store.reader import open_cache
-from saffe_cache.studies.binding import measuring
-from saffe_cache.studies.binding.bind import BindConfig, bind, exit_status
-from saffe_cache.studies.binding.episodes import Task, draw_episodes
-from saffe_cache.studies.binding.measuring import failures, summary
+from saffe_cache.studies.binding import episodes
+from saffe_cache.studies.binding.bind import bind
+from saffe_cache.studies.binding.config import BindConfig
+from saffe_cache.studies.binding.episodes import Task, draw_episodes, judge_controls, summary
 from saffe_cache.studies.binding.names import NamePool, make_names
-from saffe_cache.studies.binding.published import published_results
+from saffe_cache.studies.binding.result import PUBLISHED, Accuracy, BindingResult
 
 NUM_NAMES = 30
 
@@ -40,44 +41,41 @@ def config_of(cache: str, out: Path, **options: object) -> BindConfig:
     return BindConfig(cache=cache, out=str(out), num_names=NUM_NAMES, device="cpu", **(quick | options))  # type: ignore[arg-type]
 
 
-def result_of(config: BindConfig) -> dict:
-    return json.loads((Path(bind(config)) / "binding.json").read_text())
+def result_of(config: BindConfig) -> BindingResult:
+    return BindingResult.load(bind(config))
 
 
-def test_classes_that_photos_tell_are_bound_and_controls_are_at_chance(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measuring, "LEARNING_RATES", {"random": (1e-3,), "ridge": (3e-5,)})
+def test_visible_classes_are_bound_and_controls_at_chance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(episodes, "LEARNING_RATES", {"random": (1e-3,), "ridge": (3e-5,)})
     cache = make_cache(tmp_path / "c.zarr", {"train": 60, "test": 60}, classes=4, signal=8, width=128)
     result = result_of(config_of(cache, tmp_path, shots=(5,)))
-    [setting] = result["settings"]
-    systems, controls = setting["systems"], setting["controls"]
+    [setting] = result.settings
+    systems, controls = setting.systems, setting.controls
     for name in ("class_means", "ridge", "fam from random, converged", "fam from ridge, converged"):
-        assert systems[name]["mean"] > 0.8, name
-    assert set(setting["differences"]) == {name for name in systems if name.startswith("fam")}
-    for name, difference in setting["differences"].items():
-        assert difference["mean"] == pytest.approx(systems[name]["mean"] - systems["class_means"]["mean"])
-    assert controls["fam from random, blind"] == {"mean": 0.5, "half_interval": 0.0}
+        assert systems[name].mean > 0.8, name
+    assert set(setting.differences) == {name for name in systems if name.startswith("fam")}
+    for name, difference in setting.differences.items():
+        assert difference.mean == pytest.approx(systems[name].mean - systems["class_means"].mean)
+    assert controls["fam from random, blind"] == Accuracy(mean=0.5, half_interval=0.0)
     shuffled = controls["fam from random, converged, photos shuffled"]
-    assert abs(shuffled["mean"] - 0.5) < 3 * shuffled["half_interval"] / 1.96 + 1e-9
-    assert result["failures"] == []
+    assert abs(shuffled.mean - 0.5) < 3 * shuffled.half_interval / 1.96 + 1e-9
+    assert result.failures == ()
+    assert len(setting.verdicts) == len(controls)
     assert exit_status(str(tmp_path)) == 0
-    assert "CONTROL FAILED" not in (tmp_path / "binding.txt").read_text()
+    assert "CONTROL FAILED" not in (tmp_path / "report.txt").read_text()
 
 
-def test_the_ridge_start_is_the_ridge_baseline(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "LEARNING_RATES", {"random": (1e-3,), "ridge": (1e-12,)})
-    [setting] = result_of(config_of(cache, tmp_path, shots=(1,)))["settings"]
+def test_ridge_start_equals_ridge_baseline(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(episodes, "LEARNING_RATES", {"random": (1e-3,), "ridge": (1e-12,)})
+    [setting] = result_of(config_of(cache, tmp_path, shots=(1,))).settings
     for reading in ("1 epoch", "2 epochs", "converged"):
-        assert setting["systems"][f"fam from ridge, {reading}"] == setting["systems"]["ridge"]
+        assert setting.systems[f"fam from ridge, {reading}"] == setting.systems["ridge"]
 
 
-def test_a_killed_run_goes_on_and_a_finished_one_stays(
-    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_run_resumes_and_finished_one_stays(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(cache, tmp_path / "killed", shots=(1, 2), head="mean")
     whole = result_of(replace(config_of(cache, tmp_path / "whole", shots=(1, 2), head="mean")))
-    measure, calls = measuring.measure, []
+    measure, calls = episodes.measure, []
 
     def dying(*arguments: object) -> object:
         calls.append(arguments[0])
@@ -90,10 +88,10 @@ def test_a_killed_run_goes_on_and_a_finished_one_stays(
         bind(config)
     result = result_of(config)
     assert len(calls) == 3  # the first setting is not measured again
-    assert [one | {"seconds": 0} for one in result["settings"]] == [one | {"seconds": 0} for one in whole["settings"]]
-    before = (tmp_path / "killed" / "binding.json").read_bytes()
+    assert result.settings == whole.settings
+    before = (tmp_path / "killed" / "result.json").read_bytes()
     bind(config)
-    assert (tmp_path / "killed" / "binding.json").read_bytes() == before
+    assert (tmp_path / "killed" / "result.json").read_bytes() == before
     assert len(calls) == 3
     with pytest.raises(ValueError, match=r"holds another result \(seed: 0 there, 1 now"):
         bind(replace(config, seed=1))
@@ -101,16 +99,16 @@ def test_a_killed_run_goes_on_and_a_finished_one_stays(
 
 def test_all_names_replaced(cache: str, tmp_path: Path) -> None:
     config = config_of(cache, tmp_path, episodes=2, shots=(1,), replaced_seeds=2, replaced_epochs=4)
-    top1, by_map = result_of(config)["names_replaced"]
-    assert (top1["metric"], by_map["metric"], top1["classes"]) == ("top1", "map", 4)
+    top1, by_map = result_of(config).names_replaced
+    assert (top1.metric, by_map.metric, top1.classes) == ("top1", "map", 4)
     for name in ("fam, made-up names", "fam, true names"):
-        assert len(top1["systems"][name]["values"]) == 2
-        assert min(top1["systems"][name]["values"]) > 0.6, name
-    assert top1["systems"]["linear probe"]["values"][0] > 0.6
-    assert top1["systems"]["chance"]["values"] == [0.25]
+        assert len(top1.systems[name]) == 2
+        assert min(top1.systems[name]) > 0.6, name
+    assert top1.systems["linear probe"][0] > 0.6
+    assert top1.systems["chance"] == (0.25,)
 
 
-def test_names_come_from_the_encoder_of_the_cache_once(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_names_are_encoded_once_with_the_caches_encoder(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     for split in ("train", "test"):
         for number, label in enumerate(("word1", "word2") * 4):
             draw(tmp_path / "data" / split / label / f"{number}.png", number + 100 * len(split))
@@ -140,9 +138,9 @@ def test_names_come_from_the_encoder_of_the_cache_once(tiny_model: Callable[[str
     pool = NamePool.load(tmp_path / "out" / "names.npz")
     assert len(set(pool.names)) == 8
     assert np.allclose(np.linalg.norm(pool.vectors, axis=1), 1, atol=1e-5)
-    for left in ("binding.json", "settings/2-way-1-shot.json"):
+    for left in ("result.json", "cells/2-way-1-shot.json"):
         (tmp_path / "out" / left).unlink()
-    bind(config)  # the names are there: nobody asks where the encoder is
+    bind(config)  # the names are there, so the encoder is not needed
 
 
 def test_episodes_are_disjoint_and_their_names_new() -> None:
@@ -162,7 +160,7 @@ def test_episodes_are_disjoint_and_their_names_new() -> None:
     assert np.array_equal(np.sort(shuffled.support.reshape(40, -1)), np.sort(drawn.support.reshape(40, -1)))
 
 
-def test_made_up_names_are_none_of_the_classes() -> None:
+def test_made_up_names_avoid_class_names() -> None:
     plain = make_names(200, [], 0)
     assert len(set(plain)) == 200
     assert all(name.isalpha() and name.islower() for name in plain)
@@ -174,18 +172,18 @@ def test_made_up_names_are_none_of_the_classes() -> None:
 def test_interval_and_failed_controls() -> None:
     values = np.array([0.2, 0.4, 0.9, 0.5])
     deviation = np.sqrt(((values - 0.5) ** 2).sum() / 3)
-    assert summary(values) == pytest.approx({"mean": 0.5, "half_interval": 1.96 * deviation / 2})
+    assert summary(values) == Accuracy(mean=0.5, half_interval=pytest.approx(1.96 * deviation / 2))
     task = Task(ways=2, shots=1, queries=5)
-    assert failures(task, 0.5, {"shuffled": values, "blind": np.full(4, 0.5)}) == []
-    [failure] = failures(task, 0.5, {"shuffled": np.array([0.7, 0.71, 0.72])})
-    assert failure.startswith("2-way 1-shot, shuffled: 71.0 over 3 episodes, expected 50.0 ± ")
+    assert failed(judge_controls(task, 0.5, {"shuffled": values, "blind": np.full(4, 0.5)})) == []
+    [failure] = failed(judge_controls(task, 0.5, {"shuffled": np.array([0.7, 0.71, 0.72])}))
+    assert failure.startswith("2-way 1-shot, shuffled: accuracy is 71.00, expected 50.00 ± ")
 
 
-def test_what_is_too_few_is_said(cache: str, tmp_path: Path) -> None:
+def test_too_few_photos_or_classes_are_reported(cache: str, tmp_path: Path) -> None:
     config = config_of(cache, tmp_path)
     with pytest.raises(ValueError, match=r"6-way 3-shot: 6 classes with 8 photos.*4 of 4 classes have them"):
         bind(replace(config, ways=(6,)))
-    with pytest.raises(ValueError, match=r"0 of 4 classes have them, the largest has 15. Ask for fewer"):
+    with pytest.raises(ValueError, match=r"0 of 4 classes have them, the largest has 15. Use fewer"):
         bind(config_of(cache, tmp_path / "b", queries=20))
     with pytest.raises(ValueError, match=r"--ways: found 40, expected at most 30"):
         replace(config, ways=(40,))
@@ -198,7 +196,20 @@ def test_what_is_too_few_is_said(cache: str, tmp_path: Path) -> None:
 
 
 def test_published_table_has_all_its_numbers() -> None:
-    found = {(one["name"], one["ways"], one["shots"]): one["value"] for one in published_results()}
-    assert len(found) == 22
-    assert found["SAFFE non-aligned, 1 epoch", 5, 3] == pytest.approx(0.54)
-    assert found["Meta-Learning, 1 epoch", 2, 5] == pytest.approx(0.658)
+    found = {(one.name, ways): values for one in PUBLISHED for ways, values in one.by_ways.items()}
+    assert sum(value is not None for values in found.values() for value in values) == 22
+    assert found["SAFFE non-aligned, 1 epoch", 5][1] == 54.0
+    assert found["Meta-Learning, 1 epoch", 2][2] == 65.8
+
+
+def test_result_is_shown_as_rows_and_text(cache: str, tmp_path: Path) -> None:
+    result = result_of(config_of(cache, tmp_path, shots=(1,), head="mean"))
+    rows = result.to_frame().set_index("system")
+    ridge = result.settings[0].systems["ridge"]
+    assert rows.loc["ridge", ["setting", "value", "chance"]].tolist() == ["2-way 1-shot", ridge.mean, 0.5]
+    assert rows.loc["ridge", "high"] == ridge.mean + ridge.half_interval
+    assert "control: fam from random, blind" in rows.index
+    text = (tmp_path / "report.txt").read_text()
+    assert text == result.to_text()
+    assert f"{100 * ridge.mean:.1f} ± {100 * ridge.half_interval:.1f}" in text
+    assert "SAFFE non-aligned, 2 epochs" in text

@@ -1,1 +1,1 @@
-"""Few-shot binding of made-up names: episodes, many FAMs fitted at once, what stands beside them."""
+"""Few-shot binding of made-up names: many episodes, each with its own FAM, baselines and controls."""

@@ -23,11 +23,10 @@ from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.losses import info_nce
 from saffe_cache.fusion.shape import FamShape
+from saffe_cache.studies.binding.config import BATCH_PHOTOS
 
 TEMPERATURE = 0.07
 """Of InfoNCE, CLIP's start; fixed, as a support of a few photos tells nothing of it."""
-BATCH_PHOTOS = 30
-"""At most in a step, as in the SAFFE paper."""
 READ_AFTER = (1, 2)
 """Epochs."""
 WEIGHT_DECAY = 0.05
