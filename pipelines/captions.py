@@ -30,8 +30,9 @@ import json
 import logging
 import multiprocessing
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ from saffe_cache.core.outputs import read_json, write_json
 from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.retrieval.metrics import seed_interval
 from saffe_cache.sources import Columns, read_items
-from saffe_cache.studies.captioning.caption import CaptionConfig, caption
+from saffe_cache.studies.captioning.caption import caption
+from saffe_cache.studies.captioning.config import CaptionConfig
 from saffe_cache.studies.captioning.fitting import rate_at, shuffled_batches
+from saffe_cache.studies.captioning.result import CaptionResult
 
 END = "<|endoftext|>"
 VOCABULARY, POSITIONS, BATCH, LEARNING_RATE = 4000, 128, 16, 1.5e-3
@@ -103,11 +106,11 @@ def main() -> None:
         for seed in options.seeds
     ]
     runs = run_all(configs)
-    write_json(options.work / "captions.json", {"runs": runs})
+    write_json(options.work / "captions.json", {"runs": [asdict(run) for run in runs]})
     page = markdown(runs)
     write_whole(options.work / "captions.md", page.encode())
     print(page)
-    failures = [f"layer {run['layer']}: {failure}" for run in runs for failure in run["failures"]]
+    failures = [f"layer {run.layer}: {failure}" for run in runs for failure in run.failures]
     print(*failures, sep="\n")
     sys.exit(3 if failures else 0)
 
@@ -219,16 +222,16 @@ def _held_out_loss(model: Any, ids: Sequence[list[int]]) -> float:
     return float(sum(total for total, _ in parts)) / sum(count for _, count in parts)
 
 
-def run_all(configs: Sequence[CaptionConfig]) -> list[dict[str, Any]]:
+def run_all(configs: Sequence[CaptionConfig]) -> list[CaptionResult]:
     """A run on each core; their results, in order."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(num_cores(), len(configs)), mp_context=context) as pool:
         return list(pool.map(_run, configs))
 
 
-def _run(config: CaptionConfig) -> dict[str, Any]:
+def _run(config: CaptionConfig) -> CaptionResult:
     torch.set_num_threads(1)
-    return read_json(Path(caption(config)) / "caption.json")
+    return CaptionResult.load(caption(config))
 
 
 COLUMNS = {
@@ -241,21 +244,21 @@ COLUMNS = {
     "shuffled, by gain, %": ("own_caption", "photos_shuffled, by gain", "value"),
     "shuffled, by loss, %": ("own_caption", "photos_shuffled, by loss", "value"),
 }
-COSTS = {
-    "FLOPs a training step": "training_step_flops",
-    "FLOPs of a whole pass": "whole_pass_flops",
-    "time a step": "seconds_per_step",
+COSTS: Mapping[str, Callable[[CaptionResult], float]] = {
+    "FLOPs a training step": lambda run: run.cost.training_step_flops,
+    "FLOPs of a whole pass": lambda run: run.cost.whole_pass_flops,
+    "time a step": lambda run: run.training.seconds_per_step,
 }
 
 
-def markdown(runs: Sequence[dict[str, Any]]) -> str:
+def markdown(runs: Sequence[CaptionResult]) -> str:
     """Mean over seeds with its 95 % interval; costs relative to the first layer of the table."""
-    layers = list(dict.fromkeys(run["layer"] for run in runs))
-    of = {layer: [run for run in runs if run["layer"] == layer] for layer in layers}
+    layers = list(dict.fromkeys(run.layer for run in runs))
+    of = {layer: [run for run in runs if run.layer == layer] for layer in layers}
     first = runs[0]
     lines = [
-        f"{first['num_layers']} layers, {first['photo_tokens']} photo tokens; {first['training_photos']} photos to "
-        f"train on, {first['photos']} to report on ({first['captions']} captions); {len(of[layers[0]])} seeds, mean ± "
+        f"{first.num_layers} layers, {first.photo_tokens} photo tokens; {first.training.training_photos} photos to "
+        f"train on, {first.photos} to report on ({first.captions} captions); {len(of[layers[0]])} seeds, mean ± "
         "half of the 95 % interval over seeds, all on the same photos. Losses in nats a token.",
         "",
         "| joins layer | " + " | ".join([*COLUMNS, *(f"{name}, of layer {layers[0]}'s" for name in COSTS)]) + " |",
@@ -265,28 +268,30 @@ def markdown(runs: Sequence[dict[str, Any]]) -> str:
         cells = []
         for name, (group, system, field) in COLUMNS.items():
             scale = 100 if name.endswith("%") else 1
-            mean, low, high = seed_interval([scale * run[group][system][field] for run in of[layer]])
+            mean, low, high = seed_interval(
+                [scale * getattr(getattr(run.measured, group)[system], field) for run in of[layer]]
+            )
             cells.append(
                 f"{mean:.1f} ± {(high - low) / 2:.1f}" if scale == 100 else f"{mean:.3f} ± {(high - low) / 2:.3f}"
             )
-        for field in COSTS.values():
-            mine, theirs = (sum(run["cost"][field] for run in of[one]) for one in (layer, layers[0]))
+        for cost_of in COSTS.values():
+            mine, theirs = (sum(cost_of(run) for run in of[one]) for one in (layer, layers[0]))
             cells.append(f"{mine / theirs:.2f}")
         lines.append(f"| {layer} | " + " | ".join(cells) + " |")
-    plain, unigram = (first["losses"][name]["loss"] for name in ("plain_model", "unigram"))
+    plain, unigram = (first.measured.losses[name].loss for name in ("plain_model", "unigram"))
     lines += [
         "",
-        f"Plain language model: {plain:.3f}; unigram: {unigram:.3f}. Own caption among {round(1 / first['chance'])}: "
-        f"chance {100 * first['chance']:.1f} %. {first['cost']['trainable_parameters']} trainable parameters; layer "
-        f"{layers[0]}: {first['cost']['training_step_flops'] / 1e9:.1f} GFLOP and "
-        f"{1000 * first['cost']['seconds_per_step']:.0f} ms a step of {first['cost']['flops_batch']} captions.",
+        f"Plain language model: {plain:.3f}; unigram: {unigram:.3f}. Own caption among {round(1 / first.chance)}: "
+        f"chance {100 * first.chance:.1f} %. {first.cost.trainable_parameters} trainable parameters; layer "
+        f"{layers[0]}: {first.cost.training_step_flops / 1e9:.1f} GFLOP and "
+        f"{1000 * first.training.seconds_per_step:.0f} ms a step of {first.cost.flops_batch} captions.",
         "",
         "Greedy captions, first seed:",
         "",
     ]
-    for number, example in enumerate(first["examples"]):
-        lines.append(f"- {example['id']}; a person wrote: {json.dumps(example['own'][0])}")
-        lines += [f"  - layer {layer}: {of[layer][0]['examples'][number]['caption']}" for layer in layers]
+    for number, example in enumerate(first.examples):
+        lines.append(f"- {example.id}; a person wrote: {json.dumps(example.own[0])}")
+        lines += [f"  - layer {layer}: {of[layer][0].examples[number].caption}" for layer in layers]
     return "\n".join(lines) + "\n"
 
 

@@ -85,10 +85,12 @@ def align_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def caption_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.studies.captioning.caption import CaptionConfig, caption, exit_status, read_table
+    from saffe_cache.core.results import exit_status, read_report
+    from saffe_cache.studies.captioning.caption import caption
+    from saffe_cache.studies.captioning.config import CaptionConfig
 
     return _run_stage(
-        "saffe-caption", CaptionConfig, _shown(caption, read_table), arguments, lambda _, out: exit_status(out)
+        "saffe-caption", CaptionConfig, _shown(caption, read_report), arguments, lambda _, out: exit_status(out)
     )
 
 

@@ -77,8 +77,9 @@ VERBS: Mapping[str, Verb] = {
     ),
     "caption": Verb(
         summary="Feed photo tokens to a frozen language model and measure its captions.",
-        config="studies.captioning.caption:CaptionConfig",
+        config="studies.captioning.config:CaptionConfig",
         run="studies.captioning.caption:caption",
+        result="studies.captioning.result:CaptionResult",
     ),
     "report": Verb(
         summary="Make one page from runs, evaluations and studies.",

@@ -15,14 +15,18 @@ import transformers
 from captioning_cases import PHOTO_TOKENS, captioned_cache, model_of, projector_of, source_of
 from tiny_models import NUM_LAYERS
 
+from saffe_cache.core.controls import failed
 from saffe_cache.core.features import CacheError
+from saffe_cache.core.results import exit_status
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.captioning import caption as verb
-from saffe_cache.studies.captioning.caption import CaptionConfig, caption, exit_status
+from saffe_cache.studies.captioning.caption import caption
 from saffe_cache.studies.captioning.captions import caption_losses, project, split_photos
+from saffe_cache.studies.captioning.config import CaptionConfig
 from saffe_cache.studies.captioning.fitting import FitOptions, fit_projector, rate_at, shuffled_batches
-from saffe_cache.studies.captioning.measuring import Measured, Measuring, chance_alarms, count_flops
+from saffe_cache.studies.captioning.measuring import Measured, Measuring, count_cost, judge_controls
+from saffe_cache.studies.captioning.result import SYSTEMS, CaptionResult, Interval
 
 Models = Callable[[str], Path]
 
@@ -48,7 +52,7 @@ def test_no_photo_is_in_two_parts(cache: str) -> None:
     assert not {*training.rows} & {*validation.rows} | {*training.rows, *validation.rows} & {*reported.rows}
 
 
-def test_the_projector_learns_and_is_the_one_of_the_best_epoch(cache: str) -> None:
+def test_projector_learns_and_best_epoch_is_kept(cache: str) -> None:
     training, validation, _ = parts_of(cache)
     options = FitOptions(epochs=6, batch_size=4, learning_rate=0.02, weight_decay=0.0, seed=1)
     source, model = source_of(cache, 1), model_of(cache, 1)
@@ -67,7 +71,7 @@ def test_the_projector_learns_and_is_the_one_of_the_best_epoch(cache: str) -> No
     assert all(torch.equal(value, frozen[name]) for name, value in model.state_dict().items())
 
 
-def test_batches_hold_every_text_once_and_little_padding() -> None:
+def test_batches_hold_each_text_once_with_little_padding() -> None:
     generator = np.random.default_rng(0)
     lengths = generator.integers(5, 40, 1003)
     batches = shuffled_batches(lengths, 32, generator)
@@ -80,7 +84,7 @@ def test_batches_hold_every_text_once_and_little_padding() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 300])
-def test_the_learning_rate_rises_once_and_falls_to_nothing(steps: int) -> None:
+def test_learning_rate_rises_once_then_falls_to_zero(steps: int) -> None:
     rates = [rate_at(step, steps) for step in range(steps + 1)]
     top = int(np.argmax(rates))
     assert rates[top] == 1.0
@@ -90,11 +94,11 @@ def test_the_learning_rate_rises_once_and_falls_to_nothing(steps: int) -> None:
     assert rates[-1] == pytest.approx(0, abs=1e-9) or steps == 1
 
 
-def test_losses_are_those_of_transformers_and_of_a_loop(cache: str, tiny_model: Models) -> None:
+def test_losses_equal_transformers_and_a_plain_loop(cache: str, tiny_model: Models) -> None:
     """The plain model by its own loss, the unigram by counting, photos one by one."""
     measuring, training = measuring_of(cache), parts_of(cache)[0]
-    report = measuring.losses(training)
-    found = report["losses"]
+    report = measuring.measure(training, 3)
+    found = report.losses
     source, pairs = measuring.source, measuring.pairs
     gpt2 = transformers.GPT2LMHeadModel.from_pretrained(tiny_model("gpt2")).eval()
     texts = open_cache(cache).table.inputs["text"].texts
@@ -117,16 +121,18 @@ def test_losses_are_those_of_transformers_and_of_a_loop(cache: str, tiny_model: 
                     totals[name] += float(caption_losses(measuring.model, captions, projected))
             totals["unigram"] -= sum(np.log(counts[token] / sum(counts.values())) for token in ids[row][1:])
     for name, total in totals.items():
-        assert found[name]["loss"] == pytest.approx(total / said, abs=1e-4), name
-        assert found[name]["perplexity"] == pytest.approx(np.exp(total / said), rel=1e-3)
-        assert found[name]["low"] < found[name]["loss"] < found[name]["high"]
-        difference = report["differences"].get(name, {"value": 0})["value"]
-        assert difference == pytest.approx(found["photo"]["loss"] - found[name]["loss"], abs=1e-6)
+        assert found[name].loss == pytest.approx(total / said, abs=1e-4), name
+        assert found[name].perplexity == pytest.approx(np.exp(total / said), rel=1e-3)
+        assert found[name].low < found[name].loss < found[name].high
+        if name != "photo":
+            difference = found["photo"].loss - found[name].loss
+            assert report.differences[name].value == pytest.approx(difference, abs=1e-6)
+    assert set(report.losses) == {*report.differences, "photo"} == set(SYSTEMS)
     assert sorted(measuring.other) == list(range(len(pairs)))
     assert (measuring.other != np.arange(len(pairs))).all()
 
 
-def test_a_prompts_tokens_are_not_counted(tmp_path: Path, tiny_model: Models) -> None:
+def test_prompt_tokens_are_not_counted(tmp_path: Path, tiny_model: Models) -> None:
     source = source_of(captioned_cache(tmp_path, tiny_model, train=2, prompt="word7 word8 {}"), 1)
     captions = source.captions(np.array([0, 1]))
     ids, mask = source.token_ids(np.array([0, 1]))
@@ -138,9 +144,7 @@ def test_a_prompts_tokens_are_not_counted(tmp_path: Path, tiny_model: Models) ->
         source.captions(np.array([0]))
 
 
-def test_own_captions_are_found_by_who_knows_them_and_by_chance_otherwise(
-    cache: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_own_captions_are_found_with_knowledge_or_by_chance(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     measuring = measuring_of(cache)
     owner = dict(
         zip(measuring.pairs.texts.values[measuring.pairs.texts.offsets[:-1]], measuring.pairs.rows, strict=True)
@@ -153,7 +157,7 @@ def test_own_captions_are_found_by_who_knows_them_and_by_chance_otherwise(
     monkeypatch.setattr(measuring, "_with_photos", knows)
     monkeypatch.setattr(measuring, "_without", lambda texts: Measured(np.full(len(texts), 3.0), texts))
     found = measuring.own_captions(4)
-    assert {name: one["value"] for name, one in found.items()} == {
+    assert {name: one.value for name, one in found.items()} == {
         "photo, by loss": 1.0,
         "photo, by gain": 1.0,
         "photos_shuffled, by loss": 0.0,
@@ -163,17 +167,19 @@ def test_own_captions_are_found_by_who_knows_them_and_by_chance_otherwise(
     monkeypatch.setattr(
         measuring, "_with_photos", lambda texts, _: Measured(generator.random(len(texts)), np.ones(len(texts)))
     )
-    values = [measuring.own_captions(4)["photo, by gain"]["value"] for _ in range(30)]
+    values = [measuring.own_captions(4)["photo, by gain"].value for _ in range(30)]
     assert np.mean(values) == pytest.approx(0.2, abs=0.1)
 
 
-def test_a_control_above_chance_is_an_alarm() -> None:
-    own = {"photos_shuffled, by gain": {"value": 0.2}, "photo, by gain": {"value": 0.9}}
-    assert chance_alarms(own, 9, 50) == []
-    assert len(chance_alarms(own, 9, 500)) == 1
+def test_control_above_chance_fails() -> None:
+    values = {"photos_shuffled, by gain": 0.2, "photo, by gain": 0.9}
+    own = {name: Interval(value=value, low=0.0, high=1.0) for name, value in values.items()}
+    assert failed(judge_controls(own, 9, 50)) == []
+    [failure] = failed(judge_controls(own, 9, 500))
+    assert failure == "photos_shuffled, by gain: own caption found is 20.00, expected at most 14.02 (chance)"
 
 
-def test_flops_are_those_of_the_formula(cache: str) -> None:
+def test_flops_follow_the_formula(cache: str) -> None:
     """F(L) of a layer: 8 L d² of the attention's maps, 4 L d f of the MLP, 4 L² d of the attention (method D)."""
 
     def of_layer(length: int) -> int:
@@ -181,12 +187,12 @@ def test_flops_are_those_of_the_formula(cache: str) -> None:
 
     counts = {"batch": 2, "tokens": 7, "photo_tokens": PHOTO_TOKENS}
     for layer in range(NUM_LAYERS):
-        found = count_flops(model_of(cache, layer), projector_of(), **counts)
+        found = count_cost(model_of(cache, layer), projector_of(), **counts)
         layers = layer * of_layer(7) + (NUM_LAYERS - layer) * of_layer(7 + PHOTO_TOKENS)
         rest = 2 * PHOTO_TOKENS * 32 * 32 + 2 * 7 * 32 * 42
-        assert found["whole_pass_flops"] == pytest.approx(2 * (layers + rest), rel=0.02)
+        assert found.whole_pass_flops == pytest.approx(2 * (layers + rest), rel=0.02)
         upper = (NUM_LAYERS - layer) * of_layer(7 + PHOTO_TOKENS) + rest
-        assert 1.8 < found["training_step_flops"] / (2 * upper) < 2.6
+        assert 1.8 < found.training_step_flops / (2 * upper) < 2.6
 
 
 def config_of(cache: str, out: Path, **options: Any) -> CaptionConfig:
@@ -194,29 +200,45 @@ def config_of(cache: str, out: Path, **options: Any) -> CaptionConfig:
     return CaptionConfig(cache=cache, out=str(out), device="cpu", **(quick | options))
 
 
-def test_the_verb_reports_and_does_nothing_twice(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_is_reported_and_resumes(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(cache, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "format_captions", lambda _: 1 / 0)
+        patch.setattr(verb, "greedy_captions", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             caption(config)
     monkeypatch.setattr(verb, "fit_projector", lambda *_: pytest.fail("it is trained already"))
     out = Path(caption(config))
-    result = json.loads((out / "caption.json").read_text())
-    assert (result["layer"], result["num_layers"], result["photo_tokens"], result["photos"]) == (1, NUM_LAYERS, 5, 6)
-    assert result["cost"]["trainable_parameters"] == 32 * 32 + 3 * 32
-    assert set(result["losses"]) == {"photo", "photos_shuffled", "no_photo", "plain_model", "unigram"}
-    assert result["chance"] == 0.25
-    said = [json.loads(line) for line in (out / "captions.jsonl").read_text().splitlines()]
-    assert len(said) == 6
-    assert all(len(one["own"]) == 3 and len(one["caption"].split()) <= 6 for one in said)
-    assert "plain_model" in (out / "caption.txt").read_text()
-    assert exit_status(str(out)) == (3 if result["failures"] else 0)
-    written = (out / "caption.json").read_bytes()
+    result = CaptionResult.load(out)
+    assert (result.layer, result.num_layers, result.photo_tokens, result.photos) == (1, NUM_LAYERS, 5, 6)
+    assert result.cost.trainable_parameters == 32 * 32 + 3 * 32
+    assert set(result.measured.losses) == {"photo", "photos_shuffled", "no_photo", "plain_model", "unigram"}
+    assert result.chance == 0.25
+    assert set(result.seconds) == {"training", "measurements", "captions"}
+    captions = [json.loads(line) for line in (out / "captions.jsonl").read_text().splitlines()]
+    assert len(captions) == 6
+    assert all(len(one["own"]) == 3 and len(one["caption"].split()) <= 6 for one in captions)
+    assert [vars(one) | {"own": list(one.own)} for one in result.examples] == captions[:5]
+    assert "plain_model" in (out / "report.txt").read_text()
+    rows = result.to_frame().set_index(["system", "metric"])
+    assert rows.loc[("photo", "loss"), "value"] == result.measured.losses["photo"].loss
+    assert rows.loc[("photo", "own caption by gain"), "chance"] == 0.25
+    assert exit_status(out) == (3 if result.failures else 0)
+    written = (out / "result.json").read_bytes()
     caption(config)
-    assert (out / "caption.json").read_bytes() == written
+    assert (out / "result.json").read_bytes() == written
     with pytest.raises(ValueError, match=r"holds another result.*layer: 1 there, 2 now"):
         caption(replace(config, layer=2))
+
+
+def test_several_layers_are_compared_in_one_table(cache: str, tmp_path: Path) -> None:
+    results = {
+        f"run {layer}": CaptionResult.load(caption(config_of(cache, tmp_path / str(layer), layer=layer, epochs=1)))
+        for layer in (2, 0)
+    }
+    assert CaptionResult.compare({"alone": results["run 0"]}) == []
+    [section] = CaptionResult.compare(results)
+    assert [row.head.note for row in section.tables[0].rows] == ["run 0", "run 2"]
+    assert f"{results['run 2'].measured.losses['photo'].loss:.3f}" in section.to_text()
 
 
 def test_seeds_are_compared_on_the_same_photos(cache: str, tmp_path: Path) -> None:
@@ -229,7 +251,7 @@ def test_seeds_are_compared_on_the_same_photos(cache: str, tmp_path: Path) -> No
     assert [len(ids) for ids in drawn] == [3]
 
 
-def test_what_does_not_fit_is_refused(cache: str, tmp_path: Path) -> None:
+def test_options_that_do_not_fit_are_refused(cache: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--layer: found 3, expected 0 to 2"):
         caption(config_of(cache, tmp_path, layer=3))
     with pytest.raises(ValueError, match="--others: found 6, expected fewer than 6"):
@@ -238,5 +260,5 @@ def test_what_does_not_fit_is_refused(cache: str, tmp_path: Path) -> None:
         caption(config_of(cache, tmp_path, max_tokens=197))
     with pytest.raises(CacheError, match="0 language models named 'bert'; it holds text-tiny-gpt2"):
         caption(config_of(cache, tmp_path, encoder={"text": "bert"}))
-    with pytest.raises(ValueError, match="--split: found train, expected another"):
+    with pytest.raises(ValueError, match="--split: found train, expected another split"):
         config_of(cache, tmp_path, split="train")

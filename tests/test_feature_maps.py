@@ -31,7 +31,8 @@ from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.exchange import export_hdf5, import_hdf5
 from saffe_cache.store.inspect import describe_cache
 from saffe_cache.store.reader import open_cache, verify_cache
-from saffe_cache.studies.captioning.caption import CaptionConfig, caption
+from saffe_cache.studies.captioning.caption import caption
+from saffe_cache.studies.captioning.config import CaptionConfig
 from saffe_cache.studies.captioning.inserting import photo_side, pool_photos
 from saffe_cache.training.runs import load_run
 from saffe_cache.training.train import TrainConfig, train

@@ -15,8 +15,14 @@ from tiny_models import NUM_LAYERS, assert_rounded, rand
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.studies.captioning.captions import caption_losses, num_said
-from saffe_cache.studies.captioning.generating import Decoding, greedy_captions
-from saffe_cache.studies.captioning.inserting import Projector, photo_side, pool_photos, typical_size
+from saffe_cache.studies.captioning.inserting import (
+    Decoding,
+    Projector,
+    greedy_captions,
+    photo_side,
+    pool_photos,
+    typical_size,
+)
 
 Models = Callable[[str], Path]
 every_layer = pytest.mark.parametrize("layer", range(NUM_LAYERS))

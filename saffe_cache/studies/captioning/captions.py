@@ -1,4 +1,4 @@
-"""Photos and their captions from a cache, as tensors: pooled photo tokens, states of layer l, tokens to be said."""
+"""Photos and their captions from a cache, as tensors: pooled photo tokens, states of layer l, tokens to predict."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Captions(NamedTuple):
     states: torch.Tensor
     """`hidden_states[l]` of all tokens but the last, float32 [batch, tokens, d]."""
     targets: torch.Tensor
-    """The token behind each, int64 [batch, tokens]."""
+    """The token after each, int64 [batch, tokens]."""
     is_said: torch.Tensor
-    """bool [batch, tokens]: whether the target is one of the caption's: no padding, and none of the prompt's."""
+    """bool [batch, tokens]: whether the target belongs to the caption, not to padding or the prompt."""
 
 
 class CaptionSource:
@@ -43,9 +43,9 @@ class CaptionSource:
     ) -> None:
         """
         Raises:
-            CacheError: a layer is not cached, the states' positions leave another number of places to the photo, or the
-                tokenizer cuts texts otherwise than the cached states say.
-            ValueError: photos are no square of patches, or smaller than the grid.
+            CacheError: a layer is not cached, the states' positions leave another number of places for the photo, or
+                the tokenizer splits texts differently from the cached states.
+            ValueError: photos are not square, or smaller than the grid.
         """
         self.cache, self.photos, self.text, self.device = cache, photos, text, device
         self.image_layer, self.layer, self.grid = image_layer, layer, grid
@@ -60,13 +60,18 @@ class CaptionSource:
         if self.weights.spec.position_offset != self.num_photo_tokens:
             raise CacheError(
                 f"{cache.storage.root}: in {text.key} texts begin at position {self.weights.spec.position_offset}, "
-                f"expected {self.num_photo_tokens}: behind the photo's tokens (--grid {grid}). Extract the language "
+                f"expected {self.num_photo_tokens}: after the photo's tokens (--grid {grid}). Extract the language "
                 f"model with --position-offset {self.num_photo_tokens}, or choose another --grid."
             )
 
     @property
     def num_photo_tokens(self) -> int:
         return 1 + self.grid**2
+
+    @property
+    def num_positions(self) -> int:
+        """Most tokens of photo and text together."""
+        return len(self.weights.tensors["position_embedding"])
 
     def photo_tokens(self, rows: np.ndarray) -> torch.Tensor:
         """Pooled tokens of photos, float32 [n, m, d_photo]."""
@@ -78,7 +83,7 @@ class CaptionSource:
         """Tokens of texts, int64 [n, tokens], padded with 0, and bool [n, tokens], True on real ones.
 
         Raises:
-            CacheError: they are not as many as the cache has states of, or do not begin with the prompt's.
+            CacheError: their number differs from that of the cached states, or they do not begin with the prompt's.
         """
         texts = self.cache.table.inputs["text"].texts
         assert texts is not None
@@ -87,16 +92,16 @@ class CaptionSource:
         assert mask is not None
         if [len(ids) for ids in found] != mask.sum(axis=1).tolist():
             raise CacheError(
-                f"{self.cache.storage.root}: {self.text.key}: texts come out in other tokens than when they were "
-                "extracted. Install the versions that the manifest's history names, or extract into a new cache."
+                f"{self.cache.storage.root}: {self.text.key}: the tokenizer now splits texts differently than at "
+                "extraction. Install the versions that the manifest's history names, or extract into a new cache."
             )
         start = self.tokens.start
         other = next((ids for ids in found if ids[: len(start)] != start), None)
         if other is not None:
             raise CacheError(
                 f"{self.cache.storage.root}: {self.text.key}: a text begins with the tokens {other[: len(start)]}, "
-                f"expected {start}, the prompt's: its last word and the text's first run into one another. Extract "
-                "with a --prompt that has a space in front of {}."
+                f"expected {start}, the prompt's: its last word and the text's first are one token. Extract with "
+                "a --prompt that has a space before {}."
             )
         padded = torch.zeros(mask.shape, dtype=torch.long)
         padded[torch.from_numpy(mask)] = torch.tensor([token for ids in found for token in ids])
@@ -108,7 +113,7 @@ class CaptionSource:
         return self._captions(rows, torch.from_numpy(states).to(self.device).float())
 
     def plain_captions(self, rows: np.ndarray, model: InsertedModel) -> Captions:
-        """The same texts with their states at the positions from 0 on, as the model has them without any photo."""
+        """The same texts with states at positions from 0 on, as in the model without any photo."""
         return self._captions(rows, model.text_states(self.token_ids(rows)[0], 0))
 
     def _captions(self, rows: np.ndarray, states: torch.Tensor) -> Captions:
@@ -119,7 +124,7 @@ class CaptionSource:
 
 
 def caption_losses(model: InsertedModel, captions: Captions, photos: torch.Tensor | None) -> torch.Tensor:
-    """Cross-entropy of each caption's tokens, in nats, summed: float32 [batch]. `photos`: projected tokens."""
+    """Summed cross-entropy of each caption's tokens in nats, float32 [batch]. `photos`: projected tokens."""
     hidden = model(captions.states, photos)[captions.is_said]  # scores of padding would be most of the work
     losses = functional.cross_entropy(model.logits(hidden), captions.targets[captions.is_said], reduction="none")
     owners = torch.nonzero(captions.is_said)[:, 0]
@@ -134,15 +139,17 @@ def num_said(captions: Captions) -> torch.Tensor:
 def split_photos(
     cache: Cache, photos: EncoderCache, text: EncoderCache, *, train_split: str, split: str, held_out: float, seed: int
 ) -> tuple[Pairs, Pairs, Pairs]:
-    """Photos to train on, to choose the best epoch on, and to report on. None is in two of them, by content.
+    """Photos to train on, to choose the best epoch on, and to report on. No photo, by content, is in two of them.
 
     Raises:
-        ValueError: a split has no usable pair, or all photos to train on are reported on.
+        ValueError: a split has no usable pair, or all training photos are reported on.
     """
     pairs, reported = (select_pairs(cache.table, photos, text, name, "captions") for name in (train_split, split))
     shared = np.isin(pairs.rows, reported.rows)
     if shared.all():
-        raise ValueError(f"--train-split {train_split}: all of its photos stand in {split} too. Keep a photo in one.")
+        raise ValueError(
+            f"--train-split {train_split}: all of its photos are in {split} too. Keep each photo in one split."
+        )
     hashes = cache.table.inputs["image"].content_hash
     training, validation = hold_out(pairs.take(np.flatnonzero(~shared)), held_out, seed, hashes)
     return training, validation, reported

@@ -1,11 +1,14 @@
 """A frozen causal language model, rebuilt from a cache, that photo tokens join at one of its layers (DeepInsert).
 
-Layers below `layer` see the text alone, those from it on see the photo's tokens and the text behind them. Positions are
-those of the whole sequence: photo tokens have 0 … m - 1, text tokens m and more, below the place of insertion too.
-Layer 0 is what others call a prefix: photo tokens in front of the text's embeddings.
+Layers below `layer` see only the text; from there on, layers see the photo's tokens followed by the text. Positions are
+those of the whole sequence: photo tokens have 0 … m - 1, text tokens m and more, also below the place of insertion.
+Layer 0 is known as a prefix: photo tokens in front of the text's embeddings.
 
-DeepInsert puts photo tokens e where they stand among the text's, [h^{<p}; e; h^{>=p}]. Here p is 0 alone: [e; h], the
-photo in front of all of its text, prompt included. A text in front of a photo, or between two, cannot be had.
+DeepInsert puts photo tokens e where they stand among the text's, [h^{<p}; e; h^{>=p}]. Here p is always 0: [e; h], the
+photo in front of all of its text, prompt included. A text before a photo, or between two, is not supported.
+
+Captions are generated token by token. Layers below the insertion keep keys and values of the text, those above also of
+the photo, so each new token runs every layer once and the photo's tokens never run the lower ones.
 
 Source: DeepInsert (arXiv 2504.19327). It was made for rotary positions, which act in every layer. A learned position
 is added once, to the embedding; photo tokens get theirs where they join, as in `inputs_embeds` of a prefix.
@@ -22,10 +25,10 @@ from torch import nn
 from torch.nn import functional
 
 from saffe_cache.core.features import BlockWeights, LanguageModelWeights
-from saffe_cache.fusion.block import EncoderBlock
+from saffe_cache.fusion.block import EncoderBlock, KeysValues
 
 _MOST_IN_FRONT = 8
-"""Tokens of a photo in front of its patches: the class token, and registers."""
+"""Tokens of a photo before its patches: the class token, and registers."""
 
 
 class InsertedModel(nn.Module):
@@ -49,18 +52,13 @@ class InsertedModel(nn.Module):
         return int(self.weights["token_embedding"].shape[1])
 
     @property
-    def num_positions(self) -> int:
-        """Most tokens of photo and text together."""
-        return len(self.weights["position_embedding"])
-
-    @property
     def lower(self) -> list[EncoderBlock]:
-        """The layers that see the text alone."""
+        """The layers that see only the text."""
         return cast(list[EncoderBlock], list(self.blocks[: self.layer]))
 
     @property
     def upper(self) -> list[EncoderBlock]:
-        """The layers that see the photo too."""
+        """The layers that also see the photo."""
         return cast(list[EncoderBlock], list(self.blocks[self.layer :]))
 
     def embed(self, token_ids: torch.Tensor, first_position: int) -> torch.Tensor:
@@ -80,9 +78,9 @@ class InsertedModel(nn.Module):
         return photos + self._positions(torch.arange(photos.shape[1], device=photos.device))
 
     def forward(self, states: torch.Tensor, photos: torch.Tensor | None) -> torch.Tensor:
-        """What the last layer gives for texts.
+        """The last layer's output for texts.
 
-        Padding is behind the text, where no real token sees it: no mask is needed.
+        Padding comes after the text, where no real token sees it, so no mask is needed.
 
         Args:
             states: `hidden_states[layer]` of texts, [batch, tokens, d].
@@ -94,7 +92,7 @@ class InsertedModel(nn.Module):
         return hidden[:, hidden.shape[1] - states.shape[1] :]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores of the next token, [..., tokens of the vocabulary], of what the last layer gives."""
+        """Scores of the next token, [..., tokens of the vocabulary], from the last layer's output."""
         norm = [self.weights[f"final_norm_{part}"] for part in ("weight", "bias")]
         normed = functional.layer_norm(hidden, norm[0].shape, norm[0], norm[1], self.spec.layer_norm_eps)
         head = self.weights["head_weight"] if "head_weight" in self.weights else self.weights["token_embedding"]
@@ -129,12 +127,12 @@ def typical_size(states: torch.Tensor, mask: torch.Tensor) -> float:
 
 
 def photo_side(num_tokens: int, *, has_class_token: bool = True) -> int:
-    """Patches of a side of a square photo of so many tokens; those in front of the patches are few.
+    """Patches on a side of a square photo with this number of tokens, a few of which may come before the patches.
 
-    Without a class token there are none in front: all are places of a feature map.
+    Without a class token none do: all are places of a feature map.
 
     Raises:
-        ValueError: they are no square.
+        ValueError: the patches form no square.
     """
     side = math.isqrt(num_tokens)
     in_front = num_tokens - side * side
@@ -149,10 +147,59 @@ def photo_side(num_tokens: int, *, has_class_token: bool = True) -> int:
 def pool_photos(tokens: torch.Tensor, grid: int, *, has_class_token: bool = True) -> torch.Tensor:
     """The class token and the mean patch of each of grid x grid fields: [n, 1 + grid², d] of [n, tokens, d].
 
-    Without a class token the mean of all places stands in its stead.
+    Without a class token the mean of all places replaces it.
     """
     side = photo_side(tokens.shape[1], has_class_token=has_class_token)
     patches = tokens[:, -side * side :].transpose(1, 2).reshape(len(tokens), -1, side, side)
     fields = functional.adaptive_avg_pool2d(patches, grid).flatten(2).transpose(1, 2)
     whole = tokens[:, :1] if has_class_token else tokens.mean(dim=1, keepdim=True)
     return torch.cat([whole, fields], dim=1)
+
+
+class Decoding:
+    """A batch of captions that are being generated."""
+
+    def __init__(self, model: InsertedModel, photos: torch.Tensor | None) -> None:
+        """`photos`: projected tokens [batch, m, d]; None for none."""
+        self._model = model
+        self._lower: list[KeysValues | None] = [None] * len(model.lower)
+        self._upper: list[KeysValues | None] = [None] * len(model.upper)
+        self._position = 0 if photos is None else photos.shape[1]
+        self._waiting = None if photos is None else model.placed(photos)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens whose keys and values each layer holds."""
+        return tuple(0 if one is None else one[0].shape[2] for one in [*self._lower, *self._upper])
+
+    def extend(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Take the next tokens, [batch, tokens], and return the scores of the token after them, [batch, vocabulary]."""
+        hidden = self._model.embed(token_ids, self._position)
+        self._position += token_ids.shape[1]
+        hidden = _through(self._model.lower, self._lower, hidden)
+        if self._waiting is not None:
+            hidden, self._waiting = torch.cat([self._waiting, hidden], dim=1), None
+        return self._model.logits(_through(self._model.upper, self._upper, hidden)[:, -1])
+
+
+def _through(blocks: Sequence[EncoderBlock], past: list[KeysValues | None], hidden: torch.Tensor) -> torch.Tensor:
+    for number, block in enumerate(blocks):
+        hidden, past[number] = block.extend(hidden, past[number])
+    return hidden
+
+
+@torch.inference_mode()
+def greedy_captions(
+    model: InsertedModel, photos: torch.Tensor, start: Sequence[int], max_tokens: int
+) -> list[list[int]]:
+    """The likeliest token, repeatedly, after `start`: at most `max_tokens` for each photo, up to the end token."""
+    decoding = Decoding(model, photos)
+    chosen = torch.tensor(list(start), device=photos.device).expand(len(photos), -1)
+    found: list[torch.Tensor] = []
+    is_done = torch.zeros(len(photos), dtype=torch.bool, device=photos.device)
+    while len(found) < max_tokens and not bool(is_done.all()):
+        chosen = decoding.extend(chosen).argmax(dim=-1, keepdim=True)
+        is_done |= chosen[:, 0] == model.spec.end_token
+        found.append(chosen)
+    rows = torch.cat(found, dim=1).tolist()
+    return [row[: row.index(model.spec.end_token)] if model.spec.end_token in row else row for row in rows]

@@ -1,24 +1,18 @@
-"""What a projector is worth: the loss of captions, beside controls and trivial baselines; who finds the own caption.
+"""What a projector is worth: the loss of captions, with controls and trivial baselines, and how often own captions win.
 
-| system | sees |
-|---|---|
-| `photo` | the caption's own photo |
-| `photos_shuffled` | another's photo: what is left of the gain is not from what the photo shows |
-| `no_photo` | nothing; the text's positions still begin behind the photo's places |
-| `plain_model` | nothing, positions from 0: the language model as it came |
-| `unigram` | how often each token stands in the captions that were trained on, one added to each |
+`result.SYSTEMS` says what each system sees.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
+from saffe_cache.core.controls import Control
 from saffe_cache.fusion.flops import counted_flops
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.retrieval.metrics import bootstrap_interval
@@ -31,9 +25,9 @@ from saffe_cache.studies.captioning.captions import (
     project,
 )
 from saffe_cache.studies.captioning.inserting import InsertedModel, Projector
+from saffe_cache.studies.captioning.result import CONTROL, CaptionCost, Interval, Loss, Measurements
 
 _BATCH = 64
-CONTROL = "photos_shuffled"
 
 
 @dataclass(frozen=True)
@@ -43,15 +37,15 @@ class Measured:
     losses: np.ndarray
     counts: np.ndarray
 
-    def report(self, photos: np.ndarray) -> dict[str, float]:
-        """Nats a token with a 95 % interval over photos, and perplexity. `photos`: whose each text is."""
+    def report(self, photos: np.ndarray) -> Loss:
+        """`photos`: the photo of each text."""
         loss, low, high = _ratio(self.losses, self.counts, photos)
-        return {"loss": loss, "low": low, "high": high, "perplexity": math.exp(loss)}
+        return Loss(loss=loss, low=low, high=high, perplexity=math.exp(loss))
 
-    def less(self, other: Measured, photos: np.ndarray) -> dict[str, float]:
-        """Nats a token that these losses are above another system's on the same texts, with a 95 % interval."""
+    def less(self, other: Measured, photos: np.ndarray) -> Interval:
+        """By how many nats per token these losses exceed another system's on the same texts."""
         value, low, high = _ratio(self.losses - other.losses, self.counts, photos)
-        return {"value": value, "low": low, "high": high}
+        return Interval(value=value, low=low, high=high)
 
 
 def _ratio(values: np.ndarray, counts: np.ndarray, photos: np.ndarray) -> tuple[float, float, float]:
@@ -71,10 +65,10 @@ class Measuring:
         order = self._generator.permutation(len(pairs))
         self.other = np.empty(len(pairs), np.int64)
         self.other[order] = np.roll(order, 1)
-        """For each photo another one: a cycle through all, so that none is its own."""
+        """For each photo another one: a cycle through all, so that no photo gets itself."""
 
-    def losses(self, training: Pairs) -> dict[str, dict[str, dict[str, float]]]:
-        """Of all captions of all photos: `losses` of each system; `differences`, the loss with the photo less these."""
+    def measure(self, training: Pairs, num_others: int) -> Measurements:
+        """Losses of all captions of all photos, and how often own captions are found among `num_others` more."""
         texts, owners = self.pairs.texts.values, self.pairs.owners
         found = {
             "photo": self._with_photos(texts, self.pairs.rows[owners]),
@@ -83,22 +77,22 @@ class Measuring:
             "plain_model": self._without(texts, plain=True),
             "unigram": self._unigram(texts, training),
         }
-        return {
-            "losses": {name: measured.report(owners) for name, measured in found.items()},
-            "differences": {name: found["photo"].less(one, owners) for name, one in found.items() if name != "photo"},
-        }
+        return Measurements(
+            losses={name: measured.report(owners) for name, measured in found.items()},
+            differences={name: found["photo"].less(one, owners) for name, one in found.items() if name != "photo"},
+            own_caption=self.own_captions(num_others),
+        )
 
-    def own_captions(self, num_others: int) -> dict[str, dict[str, float]]:
-        """How often a photo's own first caption is the likeliest among those of `num_others` other photos too.
+    def own_captions(self, num_others: int) -> dict[str, Interval]:
+        """How often a photo's own first caption is likelier than those of `num_others` other photos.
 
-        `loss`: by nats a token; `gain`: by what the photo takes off the caption's loss, which is the fairer one, since
-        short and usual captions are likely with any photo. `low` and `high`: 95 % interval over photos.
+        By loss: by nats per token. By gain: by what the photo takes off the caption's loss.
         """
         num, texts = len(self.pairs), first_captions(self.pairs)
         shifts = np.stack([self._generator.choice(num - 1, num_others, replace=False) + 1 for _ in range(num)])
         candidates = np.hstack([np.arange(num)[:, None], (np.arange(num)[:, None] + shifts) % num])
         alone = self._without(texts).losses[candidates]
-        report: dict[str, dict[str, float]] = {}
+        report: dict[str, Interval] = {}
         for system, photos in (("photo", np.arange(num)), (CONTROL, self.other)):
             seen = np.repeat(self.pairs.rows[photos], candidates.shape[1])
             measured = self._with_photos(texts[candidates.ravel()], seen)
@@ -106,11 +100,11 @@ class Measuring:
             for by, scores in (("loss", losses / counts), ("gain", losses - alone)):
                 is_own = (scores[:, :1] < scores[:, 1:]).all(axis=1)
                 value, low, high = _ratio(is_own, np.ones(num), np.arange(num))
-                report[f"{system}, by {by}"] = {"value": value, "low": low, "high": high}
+                report[f"{system}, by {by}"] = Interval(value=value, low=low, high=high)
         return report
 
     def _with_photos(self, texts: np.ndarray, photos: np.ndarray) -> Measured:
-        """Each text with the photo at its place."""
+        """Each text with the photo at the same index."""
 
         def losses(chosen: np.ndarray, captions: Captions) -> torch.Tensor:
             seen, places = np.unique(photos[chosen], return_inverse=True)
@@ -138,7 +132,7 @@ class Measuring:
         captions_of: Callable[[np.ndarray], Captions],
         losses_of: Callable[[np.ndarray, Captions], torch.Tensor],
     ) -> Measured:
-        """In batches of texts about as long as one another; the losses are of places among the texts."""
+        """In batches of texts of similar length; losses come in the order of the texts."""
         found = Measured(np.zeros(len(texts)), np.zeros(len(texts)))
         order = np.argsort(np.diff(self.source.text.offsets)[texts], kind="stable")
         for start in range(0, len(texts), _BATCH):
@@ -157,7 +151,7 @@ class Measuring:
         return Measured(*(np.array(column) for column in zip(*found, strict=True)))
 
     def _said(self, texts: np.ndarray) -> list[list[np.ndarray]]:
-        """Tokens of each caption that count, in batches."""
+        """The tokens of each caption that count, in batches."""
         begin = len(self.source.tokens.start)
         found = []
         for start in range(0, len(texts), 1024):
@@ -166,25 +160,21 @@ class Measuring:
         return found
 
 
-def chance_alarms(own: dict[str, dict[str, float]], num_others: int, num_photos: int) -> list[str]:
-    """Controls that find a photo's own caption more often than chance allows (3 standard errors)."""
+def judge_controls(own: Mapping[str, Interval], num_others: int, num_photos: int) -> list[Control]:
+    """With another photo, a photo's own caption must not be found more often than chance allows."""
     chance = 1 / (num_others + 1)
-    limit = chance + 3 * math.sqrt(chance * (1 - chance) / num_photos)
+    error = math.sqrt(chance * (1 - chance) / num_photos)
     return [
-        f"{name}: {found['value']:.3f} of the photos find their own caption, expected {chance:.3f}"
+        Control.at_most(name, "own caption found", found.value, chance, error)
         for name, found in own.items()
-        if name.startswith(CONTROL) and found["value"] > limit
+        if name.startswith(CONTROL)
     ]
 
 
-def count_flops(
+def count_cost(
     model: InsertedModel, projector: Projector, *, batch: int, tokens: int, photo_tokens: int
-) -> dict[str, Any]:
-    """FLOPs of texts of `tokens` tokens.
-
-    `training_step`: from cached states, forward and back to the projector. `whole_pass`: a forward pass that begins
-    with the text's tokens, as a caption that nobody has cached takes it.
-    """
+) -> CaptionCost:
+    """Parameters of the projector, and FLOPs of texts of `tokens` tokens."""
     device = model.weights["token_embedding"].device
     photos = torch.zeros(batch, photo_tokens, projector.linear.in_features, device=device)
     ids = torch.zeros(batch, tokens, dtype=torch.long, device=device)
@@ -195,9 +185,10 @@ def count_flops(
     projector.zero_grad()
     with torch.no_grad(), counted_flops() as whole:
         model.logits(model(model.text_states(ids, photo_tokens), projector(photos)))
-    return {
-        "training_step_flops": int(training.get_total_flops()),
-        "whole_pass_flops": int(whole.get_total_flops()),
-        "flops_batch": batch,
-        "flops_tokens": tokens,
-    }
+    return CaptionCost(
+        trainable_parameters=sum(parameter.numel() for parameter in projector.parameters()),
+        training_step_flops=int(training.get_total_flops()),
+        whole_pass_flops=int(whole.get_total_flops()),
+        flops_batch=batch,
+        flops_tokens=tokens,
+    )

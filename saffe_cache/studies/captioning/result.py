@@ -1,0 +1,226 @@
+"""result.json of `saffe caption`: what a frozen language model makes of photos that join it at one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from saffe_cache.core.controls import Control
+from saffe_cache.core.figures import Curve, TrainingPlot
+from saffe_cache.core.results import Measurement
+from saffe_cache.core.sections import Section
+from saffe_cache.core.tables import Cell, Row, Table, flops, percent
+from saffe_cache.studies.harness import StudyResult
+
+SYSTEMS = {
+    "photo": "the caption's own photo",
+    "photos_shuffled": "another photo: a control, which shows how much of the gain does not come from the photo",
+    "no_photo": "no photo; the text's positions still begin after the photo's places",
+    "plain_model": "no photo, positions from 0: the language model as it came",
+    "unigram": "neither photo nor text: the frequency of each token in the training captions, plus one",
+}
+"""What each sees when it predicts a caption."""
+CONTROL = "photos_shuffled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Nats per token, with a 95 % interval over photos."""
+
+    loss: float
+    low: float
+    high: float
+    perplexity: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A mean with its 95 % bootstrap interval over photos."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochLosses:
+    """Nats per token; epoch 0 is the start, before any training."""
+
+    epoch: float
+    validation: float
+    training: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How the projector was trained. A cell of the study."""
+
+    best_epoch: int
+    seconds_per_step: float
+    """Median, reading included."""
+    training_photos: int
+    validation_photos: int
+    log: tuple[EpochLosses, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """How well captions are predicted and found. A cell of the study."""
+
+    losses: Mapping[str, Loss]
+    differences: Mapping[str, Interval]
+    """The loss with the photo less that of each other system, in nats per token."""
+    own_caption: Mapping[str, Interval]
+    """How often a photo's own caption is the likeliest, by the loss per token or by what the photo takes off it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A photo's greedy caption, and those that people wrote."""
+
+    id: str
+    caption: str
+    own: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """The first of captions.jsonl. A cell of the study."""
+
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionCost:
+    """FLOPs of texts of `flops_tokens` tokens."""
+
+    trainable_parameters: int
+    training_step_flops: int
+    """From cached states, forward and back to the projector, for `flops_batch` captions."""
+    whole_pass_flops: int
+    """A forward pass that begins with the text's tokens, as for a caption that is not in the cache."""
+    flops_batch: int
+    flops_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionResult(StudyResult):
+    """What photos are worth to a frozen language model, for one layer at which they join it."""
+
+    verb: ClassVar[str] = "caption"
+
+    layer: int
+    num_layers: int
+    photo_tokens: int
+    photos: int
+    captions: int
+    epochs: int
+    chance: float
+    """Of finding a photo's own caption."""
+    measured: Measurements
+    verdicts: tuple[Control, ...]
+    cost: CaptionCost
+    training: Training
+    examples: tuple[Example, ...]
+
+    def measurements(self) -> Iterator[Measurement]:
+        for system, loss in self.measured.losses.items():
+            yield Measurement("", system, "loss", loss.loss, loss.low, loss.high)
+        for name, found in self.measured.own_caption.items():
+            system, _, by = name.partition(", ")
+            yield Measurement("", system, f"own caption {by}", found.value, found.low, found.high, self.chance)
+
+    def sections(self) -> list[Section]:
+        cost, training = self.cost, self.training
+        return [
+            Section(
+                title=f"A frozen language model that sees photos: {self.title}",
+                lead=f"{self.photo_tokens} photo tokens join layer {self.layer} of {self.num_layers} (0: in front of "
+                f"the text). Reported on {self.photos} photos of split {self.split} with {self.captions} captions.",
+                facts=[
+                    ("trained on", f"{training.training_photos} photos; {training.validation_photos} held out"),
+                    ("best epoch", f"{training.best_epoch} of {self.epochs}"),
+                    ("trained parameters", f"{cost.trainable_parameters:,}"),
+                    (
+                        "training step",
+                        f"{1000 * training.seconds_per_step:.0f} ms, {flops(cost.training_step_flops)}FLOP for "
+                        f"{cost.flops_batch} captions of {cost.flops_tokens} tokens",
+                    ),
+                    ("whole pass", f"{flops(cost.whole_pass_flops)}FLOP for as many"),
+                ],
+                definitions=[(name, f"sees {text}") for name, text in SYSTEMS.items()],
+                tables=[self._loss_table(), self._own_caption_table(), self._example_table()],
+                figures=[self._training_plot()],
+            )
+        ]
+
+    @classmethod
+    def compare(cls, results: Mapping[str, Self]) -> list[Section]:
+        """Several layers in one table."""
+        if len(results) < 2:
+            return []
+        ordered = sorted(results.items(), key=lambda one: one[1].layer)
+        systems = [name for name in SYSTEMS if name != "unigram"]
+        rows = []
+        for name, one in ordered:
+            losses = (one.measured.losses[system] for system in systems)
+            found = one.measured.own_caption["photo, by gain"]
+            cells = (
+                *(_loss_cell(loss.loss, loss.low, loss.high) for loss in losses),
+                _share_cell(found),
+                Cell(f"{flops(one.cost.training_step_flops)}FLOP"),
+            )
+            rows.append(Row(Cell(f"layer {one.layer} of {one.num_layers}", name), cells))
+        header = ("photos join at", *systems, "own caption, percent", "training step")
+        caption = "Loss in nats per token, and how often a photo's own caption is found by gain; 95 % intervals."
+        return [
+            Section(title="Layers at which photos join a language model", tables=[Table(caption, header, tuple(rows))])
+        ]
+
+    def _loss_table(self) -> Table:
+        rows = []
+        for name, of in self.measured.losses.items():
+            difference = self.measured.differences.get(name)
+            less = Cell("") if difference is None else _loss_cell(difference.value, difference.low, difference.high)
+            cells = (_loss_cell(of.loss, of.low, of.high), Cell(f"{of.perplexity:.1f}"), less)
+            rows.append(Row(Cell(name), cells, "control" if name == CONTROL else "plain"))
+        caption = "Loss of people's captions in nats per token, with 95 % intervals over photos; lower is better."
+        return Table(caption, ("", "loss", "perplexity", "photo less this"), tuple(rows))
+
+    def _own_caption_table(self) -> Table:
+        rows = [
+            Row(Cell(name), (_share_cell(found),), "control" if name.startswith(CONTROL) else "plain")
+            for name, found in self.measured.own_caption.items()
+        ]
+        rows.append(Row(Cell("chance"), (Cell(percent(self.chance)),), "chance"))
+        caption = (
+            f"Photos whose own caption is the likeliest of {round(1 / self.chance)}, in percent with 95 % intervals. "
+            "By loss: by nats per token. By gain: by what the photo takes off the caption's loss, which is fairer, "
+            "since short and common captions are likely with any photo."
+        )
+        return Table(caption, ("", "own caption found"), tuple(rows))
+
+    def _example_table(self) -> Table:
+        rows = [Row(Cell(one.id), (Cell(one.caption), Cell(one.own[0] if one.own else ""))) for one in self.examples]
+        return Table("Greedy captions.", ("photo", "the model's", "a person's"), tuple(rows))
+
+    def _training_plot(self) -> TrainingPlot:
+        log = self.training.log
+        trained = [one for one in log if one.training is not None]
+        return TrainingPlot(
+            name="training",
+            caption="Nats per token. Dotted: the epoch that is kept.",
+            score_label="validation loss",
+            losses=[Curve("projector", [one.epoch for one in trained], [one.training or 0.0 for one in trained])],
+            scores=[Curve("projector", [one.epoch for one in log], [one.validation for one in log])],
+            best_epoch=self.training.best_epoch,
+        )
+
+
+def _loss_cell(value: float, low: float, high: float) -> Cell:
+    return Cell(f"{value:.3f}", f"[{low:.3f}, {high:.3f}]")
+
+
+def _share_cell(found: Interval) -> Cell:
+    return Cell(percent(found.value), f"[{percent(found.low)}, {percent(found.high)}]")
