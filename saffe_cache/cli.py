@@ -1,4 +1,4 @@
-"""The commands. Thin: read a config, set logging up, call the verb, end with the path that it wrote."""
+"""The command `saffe`. Thin: read the verb's config, set up logging, call the verb, print its report and its path."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
+import saffe_cache
 from saffe_cache.core.features import CacheError, printable
+from saffe_cache.core.options import add_options, parse_config
+from saffe_cache.core.results import exit_status, read_report
+from saffe_cache.verbs import GROUPS, VERBS
 
 _GONE = "Bring the disk back"
 _TO_DO = {
@@ -33,175 +37,95 @@ _TO_DO = {
 """What to do about errors of the system."""
 
 
-def extract_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.extraction.extract import ExtractConfig, extract
+_NAME = "saffe"
+_DESCRIPTION = "Run frozen encoders once, cache their hidden states, then train and evaluate fusions from the cache."
+_SHELLS = ("bash", "zsh", "tcsh")
 
-    return _run_stage("saffe-extract", ExtractConfig, extract, arguments)
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`saffe VERB ...`; imports what the verb needs and nothing else."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for num_words in (1, 2):
+        verb = " ".join(arguments[:num_words])
+        if verb in VERBS:
+            return _run_verb(verb, f"{_NAME} {verb}", arguments[num_words:])
+    parser = _parser(with_options=False)
+    parser.parse_args(arguments)  # usually ends with help, the version, completion or an error
+    return parser.error("expected a verb first")
+
+
+def extract_command(arguments: Sequence[str] | None = None) -> int:
+    """`saffe-extract`, the same as `saffe extract`."""
+    return _run_verb("extract", "saffe-extract", arguments)
 
 
 def train_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.training.train import TrainConfig, train
-
-    return _run_stage("saffe-train-fam", TrainConfig, train, arguments)
+    """`saffe-train-fam`, the same as `saffe train`."""
+    return _run_verb("train", "saffe-train-fam", arguments)
 
 
 def evaluate_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate, exit_status, read_table
+    """`saffe-index-eval`, the same as `saffe evaluate`."""
+    return _run_verb("evaluate", "saffe-index-eval", arguments)
 
-    return _run_stage(
-        "saffe-index-eval", EvaluateConfig, _shown(evaluate, read_table), arguments, lambda _, out: exit_status(out)
+
+class _PrintCompletion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, _: object, shell: Any, option: str | None = None) -> None:
+        import shtab
+
+        print(shtab.complete(_parser(with_options=True), shell))
+        parser.exit()
+
+
+def _parser(*, with_options: bool) -> argparse.ArgumentParser:
+    """Of all verbs; with their options it is what completion is made of."""
+    parser = argparse.ArgumentParser(prog=_NAME, description=_DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"{_NAME} {saffe_cache.__version__}")
+    parser.add_argument(
+        "--print-completion", choices=_SHELLS, action=_PrintCompletion, help="print a completion script for a shell"
     )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    groups: dict[str, Any] = {}
+    for name, verb in VERBS.items():
+        first, _, second = name.partition(" ")
+        if second and first not in groups:
+            group = verbs.add_parser(first, help=GROUPS[first], description=GROUPS[first])
+            groups[first] = group.add_subparsers(title="verbs", metavar="VERB", required=True)
+        child = (groups[first] if second else verbs).add_parser(second or first, help=verb.summary)
+        if with_options:
+            add_options(child, verb.load_config())
+    return parser
 
 
-def ablate_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.studies.sweep.ablate import AblateConfig, ablate, exit_status, read_tables
-
-    def ablate_and_show(config: AblateConfig) -> str:
-        out = ablate(config)
-        print(read_tables(config))
-        return out
-
-    return _run_stage("saffe-ablate", AblateConfig, ablate_and_show, arguments, lambda config, _: exit_status(config))
-
-
-def bind_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.core.results import exit_status, read_report
-    from saffe_cache.studies.binding.bind import bind
-    from saffe_cache.studies.binding.config import BindConfig
-
-    return _run_stage("saffe-bind", BindConfig, _shown(bind, read_report), arguments, lambda _, out: exit_status(out))
-
-
-def match_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.studies.matching.match import MatchConfig, exit_status, match, read_table
-
-    return _run_stage("saffe-match", MatchConfig, _shown(match, read_table), arguments, lambda _, out: exit_status(out))
-
-
-def align_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.studies.alignment.align import AlignConfig, align, read_table
-
-    return _run_stage("saffe-align", AlignConfig, _shown(align, read_table), arguments)
-
-
-def caption_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.core.results import exit_status, read_report
-    from saffe_cache.studies.captioning.caption import caption
-    from saffe_cache.studies.captioning.config import CaptionConfig
-
-    return _run_stage(
-        "saffe-caption", CaptionConfig, _shown(caption, read_report), arguments, lambda _, out: exit_status(out)
-    )
-
-
-def report_command(arguments: Sequence[str] | None = None) -> int:
-    from saffe_cache.report.report import ReportConfig, report
-
-    return _run_stage("saffe-report", ReportConfig, report, arguments)
-
-
-def cache_command(arguments: Sequence[str] | None = None) -> int:
-    """`saffe-cache inspect | verify | repair | convert | export | import`."""
-    from saffe_cache.core.features import Compression, StorageType
-    from saffe_cache.core.options import pair_of
-
-    parser = argparse.ArgumentParser(prog="saffe-cache", description="Look into a cache, check it, exchange it.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, help_text in (
-        ("inspect", "show encoders, layers, shapes, splits, sizes, ranges and a few items"),
-        ("verify", "read every shard and compare it with its checksum"),
-    ):
-        commands.add_parser(name, help=help_text).add_argument("cache", help="the cache")
-    converting = commands.add_parser("convert", help="write a cache anew, its hidden states stored otherwise")
-    converting.add_argument("cache", help="the cache")
-    converting.add_argument("new", help="the cache to write")
-    converting.add_argument("--storage", choices=get_args(StorageType), help="type of hidden states; default: as it is")
-    converting.add_argument("--compression", choices=get_args(Compression), help="of hidden states; default: as it is")
-    converting.add_argument("--shard-mb", type=int, default=64, help="size of a shard; default: 64")
-    exporting = commands.add_parser("export", help="write a cache as one HDF5 file")
-    exporting.add_argument("cache", help="the cache")
-    exporting.add_argument("file", help="the HDF5 file to write")
-    importing = commands.add_parser("import", help="make a cache from an HDF5 file that export wrote")
-    importing.add_argument("file", help="the HDF5 file")
-    importing.add_argument("cache", help="the cache to write")
-    repairing = commands.add_parser("repair", help="make again what verify finds damaged, from data and encoder")
-    repairing.add_argument("cache", help="the cache")
-    repairing.add_argument("--data", action="append", help="where the data are now; default: where they were")
-    repairing.add_argument(
-        "--encoder",
-        action="append",
-        type=pair_of(str),
-        metavar="KEY=TEXT",
-        help="where an encoder is now, as image=…, or with its key; default: where it was",
-    )
-    repairing.add_argument("--device", help="auto, cpu, cuda, cuda:1; default: the extraction's")
-    options = parser.parse_args(arguments)
-    return _guarded("saffe-cache", lambda: _cache_action(options))
-
-
-def _cache_action(options: argparse.Namespace) -> int:
-    from saffe_cache.store.convert import convert_cache
-    from saffe_cache.store.exchange import export_hdf5, import_hdf5
-    from saffe_cache.store.inspect import describe_cache
-    from saffe_cache.store.reader import verify_cache
-
-    if options.command == "inspect":
-        print(describe_cache(options.cache))
-    elif options.command == "convert":
-        stored = {"storage_type": options.storage, "compression": options.compression, "shard_mb": options.shard_mb}
-        print(convert_cache(options.cache, options.new, **stored))
-    elif options.command == "export":
-        print(export_hdf5(options.cache, options.file))
-    elif options.command == "repair":
-        return _repair(options)
-    elif options.command == "import":
-        print(import_hdf5(options.file, options.cache))
-    else:
-        count, problems = verify_cache(options.cache)
-        print("\n".join([*map(printable, problems), f"{count} shards read, {len(problems)} damaged"]))
-        return 1 if problems else 0
-    return 0
-
-
-def _repair(options: argparse.Namespace) -> int:
-    from saffe_cache.extraction.config import RepairConfig
-    from saffe_cache.extraction.repair import repair
-
-    data, encoder = tuple(options.data or ()), dict(options.encoder or ())
-    report = repair(RepairConfig(cache=options.cache, data=data, encoder=encoder, device=options.device))
-    print(report)
-    return 1 if report.left else 0
-
-
-def _shown(verb: Callable[[Any], str], read_table: Callable[[str], str]) -> Callable[[Any], str]:
-    """A verb whose result is also shown."""
-
-    def show(config: Any) -> str:
-        out = verb(config)
-        print(read_table(out), end="")
-        return out
-
-    return show
-
-
-def _run_stage(
-    prog: str,
-    config_class: type[Any],
-    stage: Callable[[Any], str],
-    arguments: Sequence[str] | None,
-    status: Callable[[Any, str], int] = lambda config, path: 0,
-) -> int:
-    """`status` gives the exit status from the config and the path that the stage wrote."""
-    from saffe_cache.core.options import parse_config
-
-    config = parse_config(config_class, arguments, prog)
+def _run_verb(name: str, prog: str, arguments: Sequence[str] | None) -> int:
+    verb = VERBS[name]
+    config = parse_config(verb.load_config(), arguments, prog)
 
     def run() -> int:
-        path = stage(config)
-        print(path)
-        return status(config, path)
+        function = verb.load_run()
+        found = function(config)
+        if verb.result is None and name in _SHOWN_BY_MODULE:
+            return _shown_by_module(sys.modules[function.__module__], config, found)
+        if verb.result is not None:
+            print(read_report(found), end="")
+        print(found)
+        return exit_status(found) if verb.result is not None else getattr(found, "exit_status", 0)
 
     return _guarded(prog, run)
+
+
+_SHOWN_BY_MODULE = ("evaluate", "align", "ablate", "match")
+
+
+def _shown_by_module(module: Any, config: Any, found: Any) -> int:
+    """Print what a verb without a result class found, as its module shows it, and give the exit status."""
+    if hasattr(module, "read_tables"):
+        print(module.read_tables(config))
+        print(found)
+        return module.exit_status(config)  # type: ignore[no-any-return]
+    print(module.read_table(found), end="")
+    print(found)
+    return module.exit_status(found) if hasattr(module, "exit_status") else 0
 
 
 class _PlainText(logging.Formatter):
@@ -243,7 +167,7 @@ def _guarded(prog: str, action: Callable[[], int]) -> int:
         return 1
     except KeyboardInterrupt as stop:
         warnings.simplefilter("ignore")  # coroutines of zarr that were cut off complain as they go
-        print(f"{prog}: stopped; the same command goes on from here.", file=sys.stderr)
+        print(f"{prog}: interrupted. Run the same command again to resume.", file=sys.stderr)
         return 143 if isinstance(stop, _Terminated) else 130
 
 

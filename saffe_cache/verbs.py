@@ -18,14 +18,15 @@ class Verb:
     config: str
     """MODULE:CLASS of its options."""
     run: str
-    """MODULE:FUNCTION, which takes the config and returns the path that it wrote."""
+    """MODULE:FUNCTION, which takes the config and returns the path that it wrote, or what it found (with a text and an
+    `exit_status`)."""
     result: str | None = None
     """MODULE:CLASS of its result; None where it writes none."""
 
     def load_config(self) -> type[Any]:
         return _load(self.config)  # type: ignore[no-any-return]
 
-    def load_run(self) -> Callable[[Any], str]:
+    def load_run(self) -> Callable[[Any], Any]:
         return _load(self.run)  # type: ignore[no-any-return]
 
     def load_result(self) -> type[Any] | None:
@@ -86,4 +87,37 @@ VERBS: Mapping[str, Verb] = {
         config="report.report:ReportConfig",
         run="report.report:report",
     ),
+    "cache inspect": Verb(
+        summary="Show encoders, layers, shapes, splits, sizes, ranges and a few items.",
+        config="store.commands:InspectConfig",
+        run="store.commands:inspect_cache",
+    ),
+    "cache verify": Verb(
+        summary="Read every shard and compare it with its checksum.",
+        config="store.commands:VerifyConfig",
+        run="store.commands:verify_cache",
+    ),
+    "cache repair": Verb(
+        summary="Rebuild damaged parts from the data and the encoders.",
+        config="extraction.config:RepairConfig",
+        run="extraction.repair:repair",
+    ),
+    "cache convert": Verb(
+        summary="Copy a cache, with hidden states of another type or compression.",
+        config="store.commands:ConvertConfig",
+        run="store.commands:convert_cache",
+    ),
+    "cache export": Verb(
+        summary="Write a cache as one HDF5 file.",
+        config="store.commands:ExportConfig",
+        run="store.commands:export_cache",
+    ),
+    "cache import": Verb(
+        summary="Make a cache from such a file.",
+        config="store.commands:ImportConfig",
+        run="store.commands:import_cache",
+    ),
 }
+
+GROUPS: Mapping[str, str] = {"cache": "Look into a cache, check it, repair it, convert it, exchange it."}
+"""First words that several verbs share, and one line of help for each."""

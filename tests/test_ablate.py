@@ -20,7 +20,7 @@ import pytest
 from quick_runs import quick_train, report_of
 from synthetic_cache import WIDTH, make_cache
 
-from saffe_cache.cli import ablate_command
+from saffe_cache.cli import main
 from saffe_cache.core.features import CacheError
 from saffe_cache.evaluation.cost import flops_in_words
 from saffe_cache.fusion.shape import FamShape
@@ -385,7 +385,7 @@ def test_a_killed_sweep_goes_on(cache: str, tmp_path: Path, kill: signal.Signals
     """Killed with two workers at their second runs; what was done stays, the workers end too, and the rest follows."""
     out = tmp_path / "out"
     arguments = [recipe_file(tmp_path), "--cache", cache, "--out", str(out), "--device", "cpu", "--workers", "2"]
-    code = "import sys; from saffe_cache.cli import ablate_command; sys.exit(ablate_command(sys.argv[1:]))"
+    code = "import sys; from saffe_cache.cli import main; sys.exit(main(['ablate', *sys.argv[1:]]))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     sweep = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -398,7 +398,7 @@ def test_a_killed_sweep_goes_on(cache: str, tmp_path: Path, kill: signal.Signals
     done = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/metrics.json")}
     assert 1 <= len(done) < 8
     arguments[-1] = "1"
-    while (status := ablate_command(arguments)) and time.monotonic() < deadline:
+    while (status := main(["ablate", *arguments])) and time.monotonic() < deadline:
         time.sleep(0.5)  # until its workers have let go of the runs that they were at
     assert status == 0
     assert len(list(out.glob("runs/*/*/metrics.json"))) == 8

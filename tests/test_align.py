@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from synthetic_cache import make_cache
 
-from saffe_cache.cli import align_command
+from saffe_cache.cli import main
 from saffe_cache.core.features import CacheError
 from saffe_cache.studies.alignment.align import AlignConfig, align, read_table
 
@@ -93,4 +93,4 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--neighbours: found 5, expected an even number"):
         AlignConfig(cache=cache, out="o", neighbours=5)
     assert not (tmp_path / "out").exists()
-    assert align_command(["--cache", str(tmp_path / "none.zarr"), "--out", str(tmp_path / "out")]) == 1
+    assert main(["align", "--cache", str(tmp_path / "none.zarr"), "--out", str(tmp_path / "out")]) == 1

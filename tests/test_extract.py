@@ -21,7 +21,7 @@ from extraction_cases import draw, dying_behind, files_of, make_captioned, tiny_
 from PIL import Image
 from quick_runs import quick_train
 
-from saffe_cache.cli import cache_command, extract_command
+from saffe_cache.cli import extract_command, main
 from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.encoder import Encoded, FrozenEncoder, Launched
 from saffe_cache.extraction.extract import ExtractConfig, extract
@@ -461,13 +461,13 @@ def test_commands_end_with_the_path_and_explain_errors(
     arguments = ["--data", config.data, "--cache", config.cache, "--encoder", f"image={config.encoder['image']}"]
     assert extract_command([*arguments, "--device", "cpu"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == config.cache
-    assert cache_command(["verify", config.cache]) == 0
+    assert main(["cache", "verify", config.cache]) == 0
     assert "0 damaged" in capsys.readouterr().out
-    assert cache_command(["inspect", config.cache]) == 0
+    assert main(["cache", "inspect", config.cache]) == 0
     assert re.search(r"hidden_states/3: 26 x \d+ x 32 float8, 1 shards", capsys.readouterr().out)
     shard = next(path for path in Path(config.cache).rglob("c/0/0/0"))
     shard.write_bytes(shard.read_bytes()[:-100])
-    assert cache_command(["verify", config.cache]) == 1
+    assert main(["cache", "verify", config.cache]) == 1
     assert "truncated" in capsys.readouterr().out
     assert extract_command(["--data", str(tmp_path / "none"), "--cache", "x", "--encoder", "image=y"]) == 1
     assert "not a folder" in capsys.readouterr().err

@@ -82,5 +82,5 @@ def test_mappings_hold_what_is_declared() -> None:
     assert made_of(Named, {"inner": {"x": {"width": 1}}, "anything": anything}) == Named({"x": Inner(1)}, anything)
     with pytest.raises(ValueError, match="width: 'wide', expected int"):
         made_of(Named, {"inner": {"x": {"width": "wide"}}, "anything": {}})
-    with pytest.raises(ValueError, match=r"inner: \[\], expected Mapping"):
+    with pytest.raises(ValueError, match=r"inner: \[\], expected an object"):
         made_of(Named, {"inner": [], "anything": {}})

@@ -16,7 +16,7 @@ from report_cases import make_page
 from sklearn.linear_model import Ridge
 from synthetic_cache import make_cache
 
-from saffe_cache.cli import match_command
+from saffe_cache.cli import main
 from saffe_cache.core.features import CacheError
 from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.inputs.pairs import Pairs
@@ -169,7 +169,7 @@ def test_a_leak_fails_loudly(cache: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(measuring, "scores_of", leaking)
     options = [f"--{name}={value}" for name, value in (("scales", "60"), ("seeds", "0,1"), ("epochs", 1))]
     options += ["--fusions=concat", "--negatives=1", "--tsne-pairs=0", "--noise=1", "--rotation=1", "--device=cpu"]
-    assert match_command(["--cache", cache, "--out", str(tmp_path), *options]) == 3
+    assert main(["match", "--cache", cache, "--out", str(tmp_path), *options]) == 3
     table = (tmp_path / "match.txt").read_text().splitlines()
     assert table[0].startswith("CONTROL FAILED: 1:1 clean, 60 pairs, concat, photos shuffled: AUC ")
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from saffe_cache.core.options import attribute_docstrings, parse_config, positional
+from saffe_cache.core.options import OptionGroup, attribute_docstrings, parse_config, positional, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,24 +179,6 @@ def test_attribute_docstrings() -> None:
     assert len(found) == 17
 
 
-def test_options_of_the_stages_show_their_help(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The dataclasses that the commands use have no field that cannot be an option."""
-    from saffe_cache.evaluation.evaluate import EvaluateConfig
-    from saffe_cache.extraction.extract import ExtractConfig
-    from saffe_cache.training.train import TrainConfig
-
-    monkeypatch.setenv("COLUMNS", "9999")  # argparse breaks lines at hyphens too
-    for config_class in (ExtractConfig, TrainConfig, EvaluateConfig):
-        with pytest.raises(SystemExit) as caught:
-            parse_config(config_class, ["--help"], "prog")
-        assert caught.value.code == 0
-        shown = " ".join(capsys.readouterr().out.split())
-        for text in attribute_docstrings(config_class).values():
-            assert text in shown
-
-
 @dataclass(frozen=True, kw_only=True)
 class WithFiles:
     """Take files."""
@@ -213,3 +195,116 @@ def test_positional_fields_take_no_flag(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         parse_config(WithFiles, ["--out", "x"], "prog")
     assert "FILES" in capsys.readouterr().err
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed(OptionGroup):
+    """How fast it goes."""
+
+    speed: float = 1.0
+    """Metres per second."""
+
+    def check(self) -> None:
+        require(self.speed > 0, "speed", self.speed, "a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route(OptionGroup):
+    """Where it goes."""
+
+    stops: tuple[int, ...] = ()
+    """Stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Journey(Speed, Route):
+    """Go somewhere."""
+
+    files: tuple[str, ...] = positional()
+    """Files to take."""
+    goal: str
+    """Where to."""
+    speed: float = 2.0
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Names."""
+    folder: Path | None = None
+    """Folder."""
+
+    def check(self) -> None:
+        require(self.goal != "nowhere", "goal", self.goal, "a place")
+
+
+def test_inherited_options_are_grouped_in_help(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "9999")
+    with pytest.raises(SystemExit):
+        parse_config(Journey, ["--help"], "prog")
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: prog FILES … --goal TEXT [options]\n")
+    own, route, speed = (shown.index(title) for title in ("\noptions:", "\nWhere it goes:", "\nHow fast it goes:"))
+    assert own < shown.index("Where to.") < route < shown.index("--stops N[,…]") < speed < shown.index("--speed X")
+    assert "Metres per second. (default: 2.0)" in shown, "the help of a group, the default of the config"
+
+
+@pytest.mark.parametrize(("option", "value"), [("speed", "0"), ("goal", "nowhere")])
+def test_each_group_checks_its_own_options(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(Journey, ["a", "--goal", "b", f"--{option}", value], "prog")
+    assert f"--{option}: found {value}" in capsys.readouterr().err
+
+
+ARGUMENTS = ["a b", "c,d", "--goal", 'ü "q" \\ \x7f\n😀', "--stops", "1,2", "--names", "a key=v=1", "--folder", "x/y"]
+
+
+def test_printed_config_is_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_config(Journey, [*ARGUMENTS, "--print-config"], "prog")
+    assert caught.value.code == 0
+    file = tmp_path / "file.toml"
+    file.write_text(capsys.readouterr().out)
+    expected = parse_config(Journey, ARGUMENTS, "prog")
+    assert parse_config(Journey, ["--config", str(file)], "prog") == expected
+    changed = parse_config(Journey, ["--config", str(file), "--stops", "3", "--speed", "5"], "prog")
+    assert changed == replace(expected, stops=(3,), speed=5.0), "the command line replaces the file's option"
+
+
+def test_printed_config_names_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_config(Journey, ["--stops", "1", "--print-config"], "prog")
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines() == [
+        "stops = [1]", "speed = 2.0", "# files =  # required", "# goal =  # required", "names = {}",
+        "# folder =  # not set",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("speeed = 1", "speeed is not an option, expected some of stops, speed, files, goal, names, folder."),
+        ("speed = 'fast'", "speed: 'fast', expected float."),
+        ("stops = 1", "stops: 1, expected a list."),
+        ("stops = [1.5]", "stops: 1.5, expected int."),
+        ("names = 'a'", "names: 'a', expected an object."),
+        ("goal = ", "Invalid value"),
+        ("stops = [1]", "the following arguments are required: FILES, --goal"),
+        ("files = ['f']\ngoal = 'nowhere'", "--goal: found nowhere, expected a place."),
+    ],
+)
+def test_wrong_config_file_is_a_usage_error(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file.toml"
+    file.write_text(content)
+    with pytest.raises(SystemExit) as caught:
+        parse_config(Journey, ["--config", str(file)], "prog")
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_absent_config_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(Journey, ["--config", str(tmp_path / "none.toml")], "prog")
+    assert "none.toml" in capsys.readouterr().err

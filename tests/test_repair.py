@@ -15,7 +15,7 @@ import torch
 from extraction_cases import draw, dying_behind, files_of, make_captioned, tiny_config
 from store_cases import memory_folder, without_fsync
 
-from saffe_cache.cli import cache_command
+from saffe_cache.cli import main
 from saffe_cache.core.atomic_io import FolderInUseError
 from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.encoder import FrozenEncoder, Launched
@@ -247,7 +247,7 @@ def test_files_that_are_gone_or_changed_are_named_and_the_rest_is_repaired(
     table = open_cache(cache.path).table
     order = table.rows["image"][[table.ids.index(f"train/{number:03}.png") for number in (10, 11, 70)]] // 64
     assert order.tolist() == [0, 0, 1], "the dev split comes first"
-    assert cache_command(["repair", str(cache.path), *moved]) == 1
+    assert main(["cache", "repair", str(cache.path), *moved]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert sum("shard 0: damaged, and not repaired" in line for line in lines) == 3
     for line in (line for line in lines if "not repaired" in line):
@@ -260,7 +260,7 @@ def test_files_that_are_gone_or_changed_are_named_and_the_rest_is_repaired(
     assert all(re.search(r"dinov2.*/c/0/0/0: its rows differ.*saffe-cache repair", problem) for problem in problems)
     for name in ("010.png", "011.png"):
         (cache.data / "train" / name).write_bytes(Path(str(cache.data)).joinpath("train", "012.png").read_bytes())
-    assert cache_command(["repair", str(cache.path)]) == 0  # the recorded place has them still
+    assert main(["cache", "repair", str(cache.path)]) == 0  # the recorded place has them still
     cache.check_whole()
 
 

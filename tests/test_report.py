@@ -27,7 +27,7 @@ from report_cases import (
     write,
 )
 
-from saffe_cache.cli import report_command
+from saffe_cache.cli import main
 from saffe_cache.evaluation.cost import flops_in_words
 from saffe_cache.evaluation.details import read_details
 from saffe_cache.report import plots, sections
@@ -319,10 +319,10 @@ def test_folders_that_are_no_runs_and_broken_files_are_refused(made: Made, tmp_p
 
 
 def test_the_command_prints_the_path(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report_command([str(made.out), "--out", str(tmp_path / "page"), "--random-queries", "0"]) == 0
+    assert main(["report", str(made.out), "--out", str(tmp_path / "page"), "--random-queries", "0"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "page" / "index.html")
     assert read_details(made.out).texts[0] == EVIL
-    assert report_command([str(made.data), "--out", str(tmp_path / "other")]) == 1
+    assert main(["report", str(made.data), "--out", str(tmp_path / "other")]) == 1
 
 
 _CONTRAST = """

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from store_cases import NUM_LAYERS, image_contents, shard_files, text_contents, without_fsync, write_contents
 
-from saffe_cache.cli import cache_command
+from saffe_cache.cli import main
 from saffe_cache.core.features import CacheError, Compression
 from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage
@@ -91,6 +91,6 @@ def test_numbers_that_do_not_fit_are_named_and_leave_no_cache(tmp_path: Path) ->
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_contents(tmp_path / "old", image_contents(5))
-    assert cache_command(["convert", f"{tmp_path}/old", f"{tmp_path}/new", "--storage", "int8"]) == 0
+    assert main(["cache", "convert", f"{tmp_path}/old", f"{tmp_path}/new", "--storage", "int8"]) == 0
     assert capsys.readouterr().out.strip() == f"{tmp_path}/new"
     assert open_cache(tmp_path / "new").encoder("image").array("hidden_states/1").dtype == "int8"

@@ -10,6 +10,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Made = TypeVar("Made")
@@ -27,7 +28,7 @@ def made_of(kind: type[Made], content: Any) -> Made:
     if not isinstance(content, Mapping):
         raise TypeError(f"{content!r:.60}, expected an object")
     hints = _hints(kind)  # type: ignore[arg-type]
-    return kind(**{name: _value(hints[name], name, one) if name in hints else one for name, one in content.items()})
+    return kind(**{name: typed(hints[name], name, one) if name in hints else one for name, one in content.items()})
 
 
 def known_part(kind: Any, content: Any) -> Any:
@@ -68,25 +69,29 @@ def whole_numbers(content: Mapping[str, Any], name: str, least: int = 0) -> tupl
     return tuple(whole_number({name: value}, name, least) for value in values)
 
 
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    """Of a dataclass's fields; class variables are none."""
-    hints = get_type_hints(kind)
-    return {one.name: hints[one.name] for one in fields(kind)} if is_dataclass(kind) else hints
+def typed(hint: Any, name: str, value: Any) -> Any:
+    """A value of JSON or TOML as a field declares it.
 
+    Args:
+        hint: the field's type.
+        name: the field's name, for messages.
 
-def _value(hint: Any, name: str, value: Any) -> Any:
+    Raises:
+        TypeError, ValueError: it is of another kind.
+    """
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return None if value is None else _value(next(one for one in parts if one is not type(None)), name, value)
+        return None if value is None else typed(next(one for one in parts if one is not type(None)), name, value)
     if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_value(parts[0], name, one) for one in value)
+        return tuple(typed(parts[0], name, one) for one in value)
     if origin is Mapping and isinstance(value, Mapping):
-        return {str(key): _value(parts[1], f"{name}.{key}", one) for key, one in value.items()}
+        return {str(key): typed(parts[1], f"{name}.{key}", one) for key, one in value.items()}
     if hint is Any:
         return value
     if is_dataclass(hint):
         return made_of(hint, value)  # type: ignore[arg-type]
+    if hint is Path and isinstance(value, str):
+        return Path(value)
     if origin is Literal:
         fits = value in parts
     elif hint is float:
@@ -94,6 +99,19 @@ def _value(hint: Any, name: str, value: Any) -> Any:
     else:
         fits = type(value) is hint and (hint is not int or abs(value) <= _LARGEST)
     if not fits:
-        expected = " or ".join(map(repr, parts)) if origin is Literal else hint.__name__
-        raise ValueError(f"{name}: {value!r:.60}, expected {expected}")
+        raise ValueError(f"{name}: {value!r:.60}, expected {_description(hint)}")
     return float(value) if hint is float else value
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Of a dataclass's fields; class variables are none."""
+    hints = get_type_hints(kind)
+    return {one.name: hints[one.name] for one in fields(kind)} if is_dataclass(kind) else hints
+
+
+def _description(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    return "a list" if origin is tuple else "an object" if origin is Mapping else str(hint.__name__)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from saffe_cache.core.devices import choose_device, num_cores
 from saffe_cache.core.features import MODALITIES, Compression, StorageType
-from saffe_cache.core.options import require, require_keys
+from saffe_cache.core.options import positional, require, require_keys
 from saffe_cache.sources import Columns
 
 
@@ -104,7 +104,7 @@ class ExtractConfig:
 class RepairConfig:
     """Make again what is damaged in a cache."""
 
-    cache: str
+    cache: str = positional()
     """The cache."""
     data: tuple[str, ...] = ()
     """Where the data are now. Default: where each extraction found them."""

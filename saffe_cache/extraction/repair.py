@@ -48,6 +48,10 @@ class RepairReport:
     left: list[str] = field(default_factory=list)
     """Damaged still."""
 
+    @property
+    def exit_status(self) -> int:
+        return 1 if self.left else 0
+
     def __str__(self) -> str:
         num_damaged = len(self.restored) + len(self.rounded) + len(self.left)
         rounded = f" ({len(self.rounded)} of them within rounding)" if self.rounded else ""

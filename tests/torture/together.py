@@ -15,7 +15,7 @@ from cases import Case
 from forked import Child
 from table import Table, not_clean, not_recovered
 
-from saffe_cache.cli import cache_command
+from saffe_cache.cli import main
 from saffe_cache.core.atomic_io import LOCK_NAME
 
 
@@ -77,7 +77,7 @@ def read_beside_a_writer(growth: Case, training: Case, table: Table, times: int)
         writing = Watched(writer)
         while writing.is_alive():
             reader.reset()
-            verify = Child(lambda: cache_command(["verify", str(growth.folder)]), growth.work)
+            verify = Child(lambda: main(["cache", "verify", str(growth.folder)]), growth.work)
             trained = reader.run()
             for name, outcome in (("verify", verify.wait()), ("training", trained)):
                 problems = [] if outcome.status == 0 else [f"status {outcome.status}: {outcome.errors[-1500:]}"]
