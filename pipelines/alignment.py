@@ -37,7 +37,7 @@ from saffe_cache.core.options import require
 from saffe_cache.core.outputs import read_json, write_json
 from saffe_cache.inputs.pairs import gallery_modality, pair_kind
 from saffe_cache.retrieval.metrics import seed_interval
-from saffe_cache.store.identity import content_hash
+from saffe_cache.store.manifest import content_hash
 from saffe_cache.store.reader import EncoderCache, open_cache
 from saffe_cache.store.storage import Storage
 from saffe_cache.studies.alignment.align import AlignConfig, align

@@ -28,14 +28,19 @@ from saffe_cache.core import options
 from saffe_cache.core.features import CacheError
 from saffe_cache.sources.folders import folder_items
 from saffe_cache.store import inspect
-from saffe_cache.store.compression import compress
 from saffe_cache.store.exchange import export_hdf5, import_hdf5
-from saffe_cache.store.layout import ShardEntry, decode_shard, describe_shard, encode_shard
+from saffe_cache.store.layout import (
+    ShardEntry,
+    check_array_metadata,
+    compress,
+    decode_shard,
+    describe_shard,
+    encode_shard,
+)
 from saffe_cache.store.manifest import read_encoder, read_root
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
-from saffe_cache.store.storage import Storage
+from saffe_cache.store.storage import Storage, describe_group, group_metadata
 from saffe_cache.store.table import TableBuilder, read_table, table_to_arrays
-from saffe_cache.store.zarr_files import check_array_metadata, describe_group, group_metadata
 
 PROMISED = (CacheError, ValueError, OSError)
 Change = Callable[[bytes, Random], bytes]

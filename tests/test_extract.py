@@ -26,7 +26,8 @@ from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.encoder import Encoded, FrozenEncoder, Launched
 from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.inputs.spec import same_training_pairs
-from saffe_cache.store.reader import open_cache, verify_cache
+from saffe_cache.store.inspect import verify_cache
+from saffe_cache.store.reader import open_cache
 from saffe_cache.training.runs import load_run
 
 
@@ -303,7 +304,7 @@ def test_wrong_options_are_named(config: ExtractConfig, changes: dict[str, objec
 def test_changed_content_is_refused(config: ExtractConfig, data: Path) -> None:
     extract(config)
     draw(data / "train" / "005.png", 999)
-    with pytest.raises(CacheError, match=r"1 items are not what the cache holds.*'train/005\.png' \(file\).*--changed"):
+    with pytest.raises(CacheError, match=r"1 items have changed since.*'train/005\.png' \(file\).*--changed"):
         extract(config)
 
 

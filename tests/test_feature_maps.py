@@ -29,8 +29,8 @@ from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.inputs.feature_loader import FamInputs, summaries
 from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.exchange import export_hdf5, import_hdf5
-from saffe_cache.store.inspect import describe_cache
-from saffe_cache.store.reader import open_cache, verify_cache
+from saffe_cache.store.inspect import describe_cache, verify_cache
+from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.captioning.caption import caption
 from saffe_cache.studies.captioning.config import CaptionConfig
 from saffe_cache.studies.captioning.inserting import photo_side, pool_photos

@@ -22,8 +22,8 @@ from saffe_cache.extraction.repair import repair
 from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.exchange import export_hdf5, import_hdf5
-from saffe_cache.store.inspect import describe_cache
-from saffe_cache.store.reader import EncoderCache, open_cache, verify_cache
+from saffe_cache.store.inspect import describe_cache, verify_cache
+from saffe_cache.store.reader import EncoderCache, open_cache
 
 Models = Callable[[str], Path]
 END = len(WORDS) + 1

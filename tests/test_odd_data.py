@@ -17,7 +17,8 @@ from quick_runs import quick_train
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.extraction.extract import ExtractConfig, extract
-from saffe_cache.store.reader import open_cache, verify_cache
+from saffe_cache.store.inspect import verify_cache
+from saffe_cache.store.reader import open_cache
 
 
 @pytest.fixture

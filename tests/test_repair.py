@@ -23,8 +23,9 @@ from saffe_cache.extraction.config import RepairConfig
 from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.extraction.history import past_extractions
 from saffe_cache.extraction.repair import RepairReport, repair
+from saffe_cache.store.inspect import verify_cache
 from saffe_cache.store.manifest import read_encoder
-from saffe_cache.store.reader import open_cache, verify_cache
+from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage
 
 

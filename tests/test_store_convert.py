@@ -14,8 +14,8 @@ from saffe_cache.cli import main
 from saffe_cache.core.features import CacheError, Compression
 from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage
-from saffe_cache.store.inspect import describe_cache
-from saffe_cache.store.reader import open_cache, verify_cache
+from saffe_cache.store.inspect import describe_cache, verify_cache
+from saffe_cache.store.reader import open_cache
 
 pytestmark = pytest.mark.filterwarnings("error")
 ERROR = {"float32": 2**-10, "float16": 2**-10, "bfloat16": 2**-7, "int8": 2**-6, "float8": 2**-3}
@@ -66,7 +66,7 @@ def test_compression_and_back_gives_the_same_files(tmp_path: Path) -> None:
 
 def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
     write_contents(tmp_path / "old", image_contents(5, "float32"))
-    with pytest.raises(CacheError, match="there is a cache already"):
+    with pytest.raises(CacheError, match="a cache exists there"):
         convert_cache(tmp_path / "old", tmp_path / "old")
     zarr_json = next((tmp_path / "old" / "encoders").glob("image*/zarr.json"))
     content = json.loads(zarr_json.read_text())

@@ -30,8 +30,9 @@ from saffe_cache.core import atomic_io
 from saffe_cache.core.atomic_io import FolderInUseError
 from saffe_cache.core.features import CacheError, ItemTable
 from saffe_cache.store import reader
+from saffe_cache.store.inspect import verify_cache
 from saffe_cache.store.manifest import encoder_group, read_encoder, read_root
-from saffe_cache.store.reader import open_cache, verify_cache
+from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import read_table
 from saffe_cache.store.writer import EncoderWriter

@@ -23,11 +23,11 @@ from store_cases import (
 )
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.store.layout import ShardEntry, decode_shard, describe_shard, encode_shard
+from saffe_cache.store.inspect import verify_cache
+from saffe_cache.store.layout import ShardEntry, decode_shard, describe_shard, encode_shard, shard_name
 from saffe_cache.store.manifest import encoder_group, read_encoder, read_root, write_encoder
-from saffe_cache.store.reader import open_cache, verify_cache
+from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.zarr_files import shard_name
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -196,9 +196,9 @@ def test_no_cache_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"zarr_format": 3, "node_type": "group", "attributes": {}}', "a Zarr group, but no feature cache"),
-        ('{"zarr_format": 3, "node_type": "group"}', "a Zarr group, but no feature cache"),
-        ('{"attributes": {"saffe_cache": 1}}', "a Zarr group, but no feature cache"),
+        ('{"zarr_format": 3, "node_type": "group", "attributes": {}}', "found a Zarr group, expected a feature cache"),
+        ('{"zarr_format": 3, "node_type": "group"}', "found a Zarr group, expected a feature cache"),
+        ('{"attributes": {"saffe_cache": 1}}', "found a Zarr group, expected a feature cache"),
         ('{"attributes": {"saffe_cache": {"format_version": 2}}}', "format version 2, this release reads 1"),
         ('{"attributes": {"saffe_cache": {"format_version": 1}}}', "lacks or misstates 'table'"),
         ('{"attributes": {"saffe_cache": {"format_version": 1, "table": "x", "encoders": []}}}', "misstates"),
@@ -259,7 +259,7 @@ def test_a_manifest_whose_array_lacks_a_field_is_refused(cache: Path, field: str
         (lambda m: m.update({"arrays": []}), "misstates"),
         (lambda m: m["fingerprint"].pop("model_id"), "fingerprint: "),
         (lambda m: m.update({"invalid": {"first": "x"}}), "misstates"),
-        (lambda m: m["fingerprint"].update({"revision": "1"}), "holds the fingerprint of image-tiny-image-"),
+        (lambda m: m["fingerprint"].update({"revision": "1"}), "contains the fingerprint of image-tiny-image-"),
         (lambda m: m["arrays"]["pooled"].update({"dtype": "float64"}), "dtype 'float64'"),
         (lambda m: m["arrays"]["pooled"].update({"chunk_rows": 0}), "chunk_rows: 0"),
         (lambda m: m["arrays"]["pooled"]["shards"][0].update({"rows": 5}), r"rows of the shards: \[5, 6, 1\]"),
@@ -355,5 +355,5 @@ def test_a_chunk_that_needs_more_memory_than_there_is_is_refused() -> None:
     index[:, 0], index[:, 1] = np.arange(len(index)), 1
     data = bytes(len(index)) + index.tobytes()
     data += google_crc32c.value(index.tobytes()).to_bytes(4, "little")
-    with pytest.raises(CacheError, match=r"shard: (there is no memory for its \d+ bytes|its chunk 0 cannot)"):
+    with pytest.raises(CacheError, match=r"shard: (not enough memory for its \d+ bytes|its chunk 0 cannot)"):
         decode_shard(spec, ShardEntry(rows=spec.shard_rows, crc32c=0), data, "shard")

@@ -24,10 +24,10 @@ from store_cases import (
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.store.exchange import export_hdf5, import_hdf5
+from saffe_cache.store.inspect import verify_cache
 from saffe_cache.store.manifest import encoder_group, read_encoder, read_root, write_encoder
-from saffe_cache.store.reader import open_cache, verify_cache
-from saffe_cache.store.storage import Storage
-from saffe_cache.store.zarr_files import describe_group
+from saffe_cache.store.reader import open_cache
+from saffe_cache.store.storage import Storage, describe_group
 
 pytestmark = pytest.mark.filterwarnings("error")
 IMAGES, TEXTS = image_contents(13), text_contents(13)
@@ -106,9 +106,9 @@ def test_an_unfinished_cache_stays_unfinished(tmp_path: Path) -> None:
 
 
 def test_existing_files_and_caches_are_left_alone(cache: Path, file_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileExistsError, match=r"cache\.h5 exists"):
+    with pytest.raises(FileExistsError, match=r"cache\.h5: this file exists"):
         export_hdf5(cache, file_path)
-    with pytest.raises(CacheError, match="there is a cache already"):
+    with pytest.raises(CacheError, match="a cache exists there"):
         import_hdf5(file_path, cache)
     with pytest.raises(FileNotFoundError, match="No such file"):
         import_hdf5(tmp_path / "none.h5", tmp_path / "copy")
@@ -208,13 +208,19 @@ def swap(group: Any, name: str, values: np.ndarray) -> None:
         (lambda group: group["blocks/1"].create_dataset("more", data=[1.0]), "more differ from"),
         (lambda group: group.pop("blocks"), "component not found"),
         (lambda group: group.attrs.pop("saffe_cache"), "attribute.*saffe_cache"),
-        (lambda group: group.attrs.create("saffe_cache", "[]"), "not a whole file made by export"),
+        (lambda group: group.attrs.create("saffe_cache", "[]"), "found no complete exported cache"),
         (lambda group: group.attrs.create("saffe_cache", "{}"), "expected saffe-encoder version 1"),
         (lambda group: group.parent.pop(group.name), "doesn't exist"),
-        (rename_encoder, "holds the fingerprint of"),
+        (rename_encoder, "contains the fingerprint of"),
         (lead_outside, "is no name inside a cache"),
-        (lambda group: link(group, h5py.SoftLink(group["hidden_states/1"].name)), "pooled is a SoftLink, expected all"),
-        (lambda group: link(group, h5py.ExternalLink("other.h5", "/x")), "pooled is a ExternalLink, expected all data"),
+        (
+            lambda group: link(group, h5py.SoftLink(group["hidden_states/1"].name)),
+            "pooled is a SoftLink, expected a hard link: all",
+        ),
+        (
+            lambda group: link(group, h5py.ExternalLink("other.h5", "/x")),
+            "pooled is a ExternalLink, expected a hard link: all data",
+        ),
         (lie_elsewhere, r"pooled has \d+ bytes in the file, expected \(13, 3\) float32"),
         (be_virtual, r"pooled has \d+ bytes in the file, expected \(13, 3\) float32"),
         (claim_more, r"pooled has 0 bytes in the file, expected \(13, 3\) float32"),
@@ -248,14 +254,14 @@ def test_whatever_h5py_raises_is_told_in_our_words(
         raise kind("broken")
 
     monkeypatch.setattr(h5py.File, "visititems_links", fail)
-    with pytest.raises(CacheError, match=rf"not a whole file made by export \({kind.__name__}: broken\)"):
+    with pytest.raises(CacheError, match=rf"found no complete exported cache \({kind.__name__}: broken\)"):
         import_hdf5(file_path, tmp_path / "copy")
 
 
 @pytest.mark.parametrize("size", [0, 100, -1000])
 def test_files_cut_short_are_refused(file_path: Path, tmp_path: Path, size: int) -> None:
     file_path.write_bytes(file_path.read_bytes()[:size])
-    with pytest.raises(CacheError, match=r"cache\.h5: not a whole file made by export"):
+    with pytest.raises(CacheError, match=r"cache\.h5: found no complete exported cache"):
         import_hdf5(file_path, tmp_path / "copy")
 
 

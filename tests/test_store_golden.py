@@ -15,7 +15,8 @@ from store_cases import memory_folder, without_fsync
 
 from saffe_cache.core.features import BlockSpec, Fingerprint
 from saffe_cache.store.exchange import export_hdf5, import_hdf5
-from saffe_cache.store.reader import open_cache, verify_cache
+from saffe_cache.store.inspect import verify_cache
+from saffe_cache.store.reader import open_cache
 
 pytestmark = pytest.mark.filterwarnings("error")
 IMAGE_KEY, TEXT_KEY = "image-vit-61d36c9f68ed", "text-bert-1dd78aebf458"

@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from store_cases import make_spec, random_rows
 
 from saffe_cache.core.features import CacheError, Compression
-from saffe_cache.store.compression import COMPRESSIONS, zarr_codec
 from saffe_cache.store.layout import (
+    COMPRESSIONS,
     ArraySpec,
     choose_rows,
     decode_shard,
     describe_shard,
     encode_shard,
+    shard_name,
+    zarr_codec,
 )
-from saffe_cache.store.zarr_files import shard_name
 
 pytestmark = pytest.mark.filterwarnings("error")
 quick = settings(deadline=None, max_examples=60, derandomize=True)

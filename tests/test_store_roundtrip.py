@@ -31,12 +31,11 @@ from store_cases import (
 
 from saffe_cache.core.features import BlockSpec, BlockWeights, CacheError, Compression
 from saffe_cache.store import reader
-from saffe_cache.store.compression import COMPRESSIONS
 from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage, is_scaled
-from saffe_cache.store.inspect import describe_cache
-from saffe_cache.store.layout import ArraySpec
+from saffe_cache.store.inspect import describe_cache, verify_cache
+from saffe_cache.store.layout import COMPRESSIONS, ArraySpec
 from saffe_cache.store.manifest import EncoderManifest, RootManifest, encoder_group, read_encoder, write_root
-from saffe_cache.store.reader import EncoderCache, open_cache, verify_cache
+from saffe_cache.store.reader import EncoderCache, open_cache
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder, read_table, write_table
 from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks
@@ -167,7 +166,7 @@ def test_rows_beyond_the_array_are_refused(tmp_path: Path) -> None:
     write_contents(tmp_path, image_contents(5))
     array = open_cache(tmp_path).encoder("image").array("pooled")
     for row in (-1, 5):
-        with pytest.raises(CacheError, match=rf"pooled has 5 rows, row {row} was asked for"):
+        with pytest.raises(CacheError, match=rf"pooled has 5 rows, row {row} was requested"):
             array.read(np.array([0, row]))
     assert array.read(np.zeros(0, np.int64)).shape == (0, 3)
 

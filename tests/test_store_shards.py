@@ -11,10 +11,10 @@ import pytest
 from store_cases import image_contents, shard_files, without_fsync, write_contents
 
 from saffe_cache.core.features import CacheError, Compression
-from saffe_cache.store import shards
-from saffe_cache.store.compression import COMPRESSIONS
+from saffe_cache.store import rows
+from saffe_cache.store.layout import COMPRESSIONS
 from saffe_cache.store.manifest import encoder_group, read_encoder
-from saffe_cache.store.shards import OpenShards
+from saffe_cache.store.rows import OpenShards
 from saffe_cache.store.storage import Storage
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -46,7 +46,7 @@ def open_shards(root: Path, compression: Compression = "zstd") -> tuple[Counting
     storage = CountingStorage(root)
     array = read_encoder(storage, contents.key).arrays[NAME]
     storage.fetched.clear()
-    return storage, OpenShards(storage, f"{encoder_group(contents.key)}/{NAME}", array)
+    return storage, OpenShards(storage, f"{encoder_group(contents.key)}/{NAME}", array.spec, array.shards)
 
 
 def expected(index: int) -> np.ndarray:
@@ -57,9 +57,9 @@ def expected(index: int) -> np.ndarray:
 def test_many_threads_read_many_shards_of_which_few_stay_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: Compression
 ) -> None:
-    monkeypatch.setattr(shards, "_MAX_MAPPED", 3)
-    monkeypatch.setattr(shards, "_SPARE_BYTES", 3 * 4 * 16)
-    monkeypatch.setattr(shards, "_LEAST_SPARE", 1)
+    monkeypatch.setattr(rows, "_MAX_MAPPED", 3)
+    monkeypatch.setattr(rows, "_SPARE_BYTES", 3 * 4 * 16)
+    monkeypatch.setattr(rows, "_MIN_SPARE", 1)
     _, opened = open_shards(tmp_path, compression)
     failures: list[int] = []
 
@@ -93,8 +93,8 @@ def test_random_shards_fetch_nothing_that_was_not_asked_for(tmp_path: Path) -> N
 
 
 def test_what_is_held_is_fetched_ahead_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_SPARE_BYTES", 1)
-    monkeypatch.setattr(shards, "_LEAST_SPARE", 1)
+    monkeypatch.setattr(rows, "_SPARE_BYTES", 1)
+    monkeypatch.setattr(rows, "_MIN_SPARE", 1)
     storage, opened = open_shards(tmp_path)
     opened.hold([2, 9, 4])
     for _ in range(3):
@@ -128,10 +128,10 @@ def test_mapped_shards_are_not_fetched(tmp_path: Path) -> None:
 
 
 def test_a_mapped_shard_is_compared_with_its_checksum_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_MAX_MAPPED", 1)
+    monkeypatch.setattr(rows, "_MAX_MAPPED", 1)
     checked = []
-    real = shards.check_rows
-    monkeypatch.setattr(shards, "check_rows", lambda *given: (checked.append(given[-1]), real(*given)))
+    real = rows.check_rows
+    monkeypatch.setattr(rows, "check_rows", lambda *given: (checked.append(given[-1]), real(*given)))
     _, opened = open_shards(tmp_path, "none")
     for index in (3, 4, 3, 3, 4):
         np.testing.assert_array_equal(opened[index], expected(index))

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from store_cases import memory_folder, without_fsync
 
 from saffe_cache.core.features import CacheError, Inputs, ItemTable, Ragged
-from saffe_cache.store.storage import Storage
+from saffe_cache.store.storage import Storage, describe_group, write_group
 from saffe_cache.store.table import NewItem, TableBuilder, read_table, table_to_arrays, text_hash, write_table
-from saffe_cache.store.zarr_files import describe_group, write_group
 
 pytestmark = pytest.mark.filterwarnings("error")
 PROMPTS = ("a photo of a {}.", "{}")
@@ -181,7 +180,7 @@ def test_changed_content_is_refused(change: dict[str, object]) -> None:
     item = photo(1, captions=("one", "two"), labels=("x", "y"))
     other, table = replace(item, **change), build(photo(0), item)  # type: ignore[arg-type]
     part = {"hashes": "file"}.get(next(iter(change)), next(iter(change)))
-    with pytest.raises(CacheError, match=rf"1 items are not what the cache holds.*'photo 1' \({part}\)"):
+    with pytest.raises(CacheError, match=rf"1 items have changed since.*'photo 1' \({part}\)"):
         build(other, table=table)
     builder = TableBuilder(table, PROMPTS, may_change=True)
     assert builder.add(other)
@@ -243,7 +242,7 @@ def test_damaged_columns_are_refused(tmp_path: Path, column: str, damage: str) -
 @pytest.mark.parametrize(
     ("column", "values", "words"),
     [
-        ("splits/offsets", np.array([0, 5]), "splits/offsets do not ascend from 0 to the length of what they divide"),
+        ("splits/offsets", np.array([0, 5]), "splits/offsets do not ascend from 0 to the length of their values"),
         ("ids/offsets", np.array([0, 7, 14], np.float32), "ids/offsets do not ascend"),
         ("ids/offsets", np.array([[0, 7, 14]]), "ids/offsets do not ascend"),
         ("captions/offsets", np.array([0, 2, 1]), "captions/offsets do not ascend"),
@@ -253,7 +252,7 @@ def test_damaged_columns_are_refused(tmp_path: Path, column: str, damage: str) -
         ("rows/image", np.array([0, 2]), "rows/image has 0 to 2, expected -1 to 1"),
         ("rows/image", np.array([0]), r"rows/image is \(1,\) int64, expected \(2,\) int64"),
         ("rows/audio", np.array([-1, 0]), "rows/audio has -1 to 0, expected -1 to -1"),
-        ("ids/utf8", np.frombuffer(b"photo 0photo 0", np.uint8), "ids has an entry twice"),
+        ("ids/utf8", np.frombuffer(b"photo 0photo 0", np.uint8), "ids has a duplicate entry"),
         ("ids/utf8", np.frombuffer(b"photo 0photo \xff", np.uint8), "can't decode byte 0xff"),
         ("inputs/image/content_hash", np.zeros((2, 31), np.uint8), r"content_hash is \(2, 31\) uint8"),
         ("inputs/text/content_hash", np.zeros((4, 32), np.uint8), "inputs/text has 4 hashes of 3 texts"),

@@ -24,13 +24,12 @@ from saffe_cache.extraction.reencode import LostShard, check_tokens, encode_lost
 from saffe_cache.extraction.reload_encoder import reopen_encoder
 from saffe_cache.extraction.source_files import OriginalFiles
 from saffe_cache.sources import Columns
-from saffe_cache.store.layout import describe_shard, rows_without_index
-from saffe_cache.store.manifest import encoder_group, read_encoder, write_encoder
-from saffe_cache.store.reader import Damage, existing_root, find_damage
+from saffe_cache.store.inspect import Damage, find_damage
+from saffe_cache.store.layout import describe_shard, rows_without_index, shard_name
+from saffe_cache.store.manifest import encoder_group, existing_root, read_encoder, write_encoder
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import read_table
 from saffe_cache.store.writer import write_array_metadata, write_block, write_language_model, write_shard
-from saffe_cache.store.zarr_files import shard_name
 
 _NUM_NAMED = 3
 

@@ -1,7 +1,8 @@
-"""A cache with its hidden states stored otherwise: another type, compressed or not, shards of another size.
+"""Copy a cache with other storage of its hidden states: another type, compression or shard size.
 
-Nothing is encoded again. What an encoder is known by stays the same, so that a run trained on one of the two caches can
-be judged on the other. A new root is written last: a conversion that was killed is no cache, and begins anew.
+Nothing is encoded again. Encoders keep their fingerprints, so that a run trained on one of the two caches can be
+evaluated on the other. The root is written last: an interrupted conversion leaves no cache, and starts from the
+beginning.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ from saffe_cache.store.layout import ArraySpec, choose_rows
 from saffe_cache.store.manifest import RootManifest, layers_among, read_root, write_root
 from saffe_cache.store.reader import EncoderCache, open_cache
 from saffe_cache.store.rows import RowReader
-from saffe_cache.store.storage import Storage
+from saffe_cache.store.storage import Storage, mark_group, read_group, write_group
 from saffe_cache.store.table import ENCODING_TYPE as ITEMS
 from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks, write_language_model
-from saffe_cache.store.zarr_files import mark_group, read_group, write_group
 
 
 def convert_cache(
@@ -35,15 +35,15 @@ def convert_cache(
     """Write the new cache, and return its path.
 
     Args:
-        storage_type: of hidden states; None leaves it as it is.
-        compression: of hidden states; None leaves it as it is.
+        storage_type: type of hidden states; None keeps it.
+        compression: compression of hidden states; None keeps it.
 
     Raises:
-        CacheError: the new cache exists, the old one is damaged or unfinished, or a number does not fit into the type.
+        CacheError: the new cache exists, the old one is damaged or unfinished, or a value exceeds the type's range.
     """
     source, storage = open_cache(cache_path), Storage(new_path)
     if read_root(storage) is not None:
-        raise CacheError(f"{new_path}: there is a cache already. Convert into a new one.")
+        raise CacheError(f"{new_path}: a cache exists there. Convert into a new one.")
     unfinished = [key for key, encoder in source.encoders.items() if not encoder.manifest.finished_rows]
     if unfinished:
         raise CacheError(f"{cache_path}: {unfinished[0]} is unfinished. Run saffe-extract again, then convert.")
@@ -90,7 +90,7 @@ def _convert_encoder(storage: Storage, encoder: EncoderCache, specs: dict[str, A
 
 
 def _portions(name: str, array: RowReader, spec: ArraySpec) -> Iterator[Portion]:
-    """An array's rows in the new type, a quarter of a shard at a time."""
+    """An array's rows in the new type, in portions of a quarter of a shard."""
     step = max(1, spec.shard_rows // 4)
     for start in range(0, len(array), step):
         rows = np.arange(start, min(start + step, len(array)))

@@ -1,9 +1,9 @@
-"""A cache as one HDF5 file, and back: the form in which the field passes features around.
+"""Export a cache to one HDF5 file and import it again; HDF5 is the usual format for sharing features.
 
-The file mirrors the cache's groups: `encoders/KEY/hidden_states/11` and so on; the item table is `items`. An
-attribute `saffe_cache` of each group holds the cache's own attributes as JSON. Damaged shards are not
-exported, and what is imported is compared with the checksums before it counts. Nothing outside the file is read. But
-the HDF5 library itself may hang on a damaged file: who imports files of strangers gives the command a limit of time.
+The file mirrors the cache's groups: `encoders/KEY/hidden_states/11` and so on; the item table is `items`. Each group's
+attribute `saffe_cache` holds the cache's own attributes as JSON. Damaged shards are not exported, and imported data is
+compared with its checksums before it is committed. Nothing outside the file is read. The HDF5 library itself may hang
+on a damaged file, so set a time limit when importing untrusted files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 
 from saffe_cache.core.features import BlockSpec, CacheError, LanguageModelSpec
-from saffe_cache.store.layout import decode_shard
+from saffe_cache.store.layout import decode_shard, shard_name
 from saffe_cache.store.manifest import (
     LANGUAGE_MODEL,
     EncoderManifest,
@@ -31,19 +31,18 @@ from saffe_cache.store.manifest import (
     write_root,
 )
 from saffe_cache.store.reader import EncoderCache, open_cache, spec_of
-from saffe_cache.store.storage import Storage
-from saffe_cache.store.table import ENCODING_TYPE as ITEMS
-from saffe_cache.store.table import table_from_arrays
-from saffe_cache.store.writer import EncoderWriter, Portion
-from saffe_cache.store.zarr_files import (
+from saffe_cache.store.storage import (
     FORMAT_VERSION,
+    Storage,
     check_arrays,
     check_encoding,
     mark_group,
     read_group,
-    shard_name,
     write_group,
 )
+from saffe_cache.store.table import ENCODING_TYPE as ITEMS
+from saffe_cache.store.table import table_from_arrays
+from saffe_cache.store.writer import EncoderWriter, Portion
 
 
 def export_hdf5(cache_path: str | Path, file_path: str | Path) -> str:
@@ -58,7 +57,7 @@ def export_hdf5(cache_path: str | Path, file_path: str | Path) -> str:
     assert root is not None
     target, partial = Path(file_path), Path(f"{file_path}.partial")
     if target.exists():
-        raise FileExistsError(f"{target} exists. Choose another name.")
+        raise FileExistsError(f"{target}: this file exists. Choose another name.")
     try:
         with h5py.File(partial, "w") as file:
             file.attrs["saffe_cache"] = json.dumps({"format_version": FORMAT_VERSION, "encoders": root.encoders})
@@ -74,15 +73,15 @@ def export_hdf5(cache_path: str | Path, file_path: str | Path) -> str:
 
 
 def import_hdf5(file_path: str | Path, cache_path: str | Path) -> str:
-    """Make a new cache from a file that `export_hdf5` wrote, and return the cache's path.
+    """Make a new cache from a file written by `export_hdf5`, and return the cache's path.
 
     Raises:
-        CacheError: a cache is there already, or the file is damaged or something else.
-        OSError: the file is not there, or the cache cannot be written.
+        CacheError: the cache exists, or the file is damaged or has another format.
+        OSError: the file is missing, or the cache cannot be written.
     """
     storage = Storage(cache_path)
     if read_root(storage) is not None:
-        raise CacheError(f"{cache_path}: there is a cache already. Import into a new one.")
+        raise CacheError(f"{cache_path}: a cache exists there. Import into a new one.")
     with _explained(file_path), h5py.File(file_path, "r") as file, storage.writer_lock():
         _refuse_links(file)
         root = json.loads(file.attrs["saffe_cache"])
@@ -103,19 +102,19 @@ def import_hdf5(file_path: str | Path, cache_path: str | Path) -> str:
 def _refuse_links(file: Any) -> None:
     """
     Raises:
-        ValueError: a link may lead into another file, or round about in this one.
+        ValueError: a link is not a hard link; it may point into another file or form a cycle.
     """
     kinds: dict[str, type] = {}
     file.visititems_links(lambda name, link: kinds.setdefault(name, type(link)) and None)
     for name, kind in kinds.items():
         if kind is not h5py.HardLink:
-            raise ValueError(f"{name} is a {kind.__name__}, expected all data in the file itself")
+            raise ValueError(f"{name} is a {kind.__name__}, expected a hard link: all data in the file itself")
 
 
 def _read(dataset: Any, rows: slice | tuple[()] = ()) -> np.ndarray:
     """
     Raises:
-        ValueError: its data are not what the exporter writes: in the file itself, all of them, as they are.
+        ValueError: its data are not stored as the exporter does: completely in the file, contiguous, uncompressed.
     """
     if not isinstance(dataset, h5py.Dataset):
         raise ValueError(f"{dataset.name} is a group, expected a dataset")
@@ -126,7 +125,7 @@ def _read(dataset: Any, rows: slice | tuple[()] = ()) -> np.ndarray:
 
 
 def _export_encoder(storage: Storage, encoder: EncoderCache, group: Any) -> None:
-    """The manifest, and one dataset an array in the stored type: bfloat16 as uint16."""
+    """Export the manifest, and each array as one dataset in the stored type (bfloat16 as uint16)."""
     group.attrs["saffe_cache"] = json.dumps(encoder.manifest.to_json())
     for name, array in encoder.manifest.arrays.items():
         spec = array.spec
@@ -144,11 +143,11 @@ def _export_encoder(storage: Storage, encoder: EncoderCache, group: Any) -> None
 
 
 def _import_encoder(storage: Storage, group: Any, where: str) -> None:
-    """Write an encoder's group, and compare what was written with what its manifest promises."""
+    """Import an encoder's group, and compare it with the checksums in its manifest."""
     promised = EncoderManifest.from_json(json.loads(group.attrs["saffe_cache"]), where)
     manifest = replace(promised, arrays={}, finished_rows=0)
     if encoder_group(manifest.key) != group.name.lstrip("/"):
-        raise CacheError(f"{where}: holds the fingerprint of {manifest.key}. Export it again.")
+        raise CacheError(f"{where}: contains the fingerprint of {manifest.key}. Export it again.")
     targets = {name: (array.spec, array.rows) for name, array in promised.arrays.items()}
     with EncoderWriter(storage, manifest, targets) as writer:
         for name, array in promised.arrays.items():
@@ -184,7 +183,7 @@ def _export_group(storage: Storage, name: str, encoding_type: str, group: Any) -
 def _import_group(
     storage: Storage, name: str, encoding_type: str, group: Any, where: str
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A group of plain arrays, compared with its checksums, and its attributes."""
+    """Import a group of plain arrays, compared with its checksums; returns the arrays and the attributes."""
     attributes = json.loads(group.attrs["saffe_cache"])
     check_encoding(attributes, encoding_type, where)
     names: list[str] = []
@@ -199,20 +198,20 @@ _FROM_H5PY = (
     *(ArithmeticError, AttributeError, LookupError, MemoryError, OSError),
     *(RuntimeError, SystemError, TypeError, ValueError),
 )
-_DAMAGED = "The file is damaged; export it again."
+_DAMAGED = "The file is damaged. Export it again."
 
 
 @contextmanager
 def _explained(file_path: str | Path) -> Iterator[None]:
-    """Turn what h5py raises for damaged files, which may be almost anything, into one kind of error.
+    """Turn the many kinds of errors that h5py raises for damaged files into one.
 
     Raises:
-        CacheError: the file is no HDF5 file, is cut short or damaged, or lacks what an exported cache has.
+        CacheError: the file is no HDF5 file, is truncated or damaged, or is no exported cache.
     """
     try:
         yield
     except _FROM_H5PY as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not HDF5's
+        if isinstance(error, OSError) and error.errno is not None:  # from the disk, not from HDF5
             raise
         reason = f"{type(error).__name__}: {error}"
-        raise CacheError(f"{file_path}: not a whole file made by export ({reason}). {_DAMAGED}") from error
+        raise CacheError(f"{file_path}: found no complete exported cache ({reason}). {_DAMAGED}") from error

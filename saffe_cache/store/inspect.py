@@ -1,14 +1,21 @@
-"""What a cache holds, for people."""
+"""What a cache holds, described for people, and whether all of it is intact."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from saffe_cache.core.features import ItemTable, printable
-from saffe_cache.store.reader import Cache, EncoderCache, open_cache
+from saffe_cache.core.features import CacheError, ItemTable, printable
+from saffe_cache.store.layout import check_array_metadata, decode_shard, shard_name
+from saffe_cache.store.manifest import ArrayManifest, encoder_group, existing_root, read_encoder
+from saffe_cache.store.reader import Cache, EncoderCache, open_cache, read_current_table
+from saffe_cache.store.storage import Storage
 
 _NUM_EXAMPLES = 3
 _NUM_CLASSES = 10
@@ -42,9 +49,9 @@ def _describe_encoder(encoder: EncoderCache) -> list[str]:
         f"  model {fields.get('model_id')}, revision {fields.get('revision')}, {fields.get('dtype')}",
     ]
     if manifest.has_feature_maps:
-        lines.append("  feature maps: tokens are places, row by row, and there are no blocks")
+        lines.append("  feature maps: tokens are spatial positions, row by row; there are no blocks")
     if manifest.is_language_model:
-        lines.append(f"  a language model, texts from position {fields.get('position_offset')} on, all blocks")
+        lines.append(f"  a language model: texts start at position {fields.get('position_offset')}, all blocks kept")
     for name, array in sorted(manifest.arrays.items()):
         shape = " x ".join(map(str, (array.rows, *array.spec.row_shape)))
         megabytes = array.rows * array.spec.row_bytes / 1e6
@@ -68,3 +75,80 @@ def _describe_items(cache: Cache) -> list[str]:
         lines += [f"  class {table.class_names[int(label)]!r}" for label in table.labels[int(item)]]
         lines += [f"  caption {texts[int(row)]!r}" for row in table.captions[int(item)]] if texts else []
     return lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """One damaged part of a cache."""
+
+    part: Literal["table", "manifest", "block", "language_model", "metadata", "shard"]
+    message: str = ""
+    """Where it is, and what is wrong with it."""
+    encoder: str = ""
+    """Key of its encoder; empty for the item table."""
+    array: str = ""
+    """Array of a damaged shard or `zarr.json`."""
+    index: int = -1
+    """Number of the shard or the block."""
+
+    @property
+    def place(self) -> str:
+        """A name of the part for people."""
+        if self.part == "shard":
+            return f"{self.encoder}: {self.array}, shard {self.index}"
+        within = {"block": f"block {self.index}", "metadata": f"{self.array}/zarr.json"}
+        return f"{self.encoder}: {within.get(self.part, self.part)}" if self.encoder else "item table"
+
+
+def verify_cache(path: str | Path) -> tuple[int, list[str]]:
+    """Read all committed data and compare it with its checksums: the number of shards read, and what is damaged.
+
+    Raises:
+        CacheError: there is no cache, or one of another format version.
+    """
+    num_shards, found = find_damage(Storage(path))
+    return num_shards, [one.message for one in found]
+
+
+def find_damage(storage: Storage) -> tuple[int, list[Damage]]:
+    """As `verify_cache`, with each damaged part as a value.
+
+    Raises:
+        CacheError: there is no cache, or one of another format version.
+    """
+    root = existing_root(storage)
+    checks: list[tuple[Damage, Callable[[], object]]] = []
+    checks.append((Damage(part="table"), partial(read_current_table, storage, root)))
+    damage: list[Damage] = []
+    num_shards = 0
+    for key in root.encoders:
+        try:
+            encoder = EncoderCache(storage, read_encoder(storage, key))
+        except (CacheError, OSError) as error:
+            damage.append(Damage(part="manifest", encoder=key, message=str(error)))
+            continue
+        checks += [
+            (Damage(part="block", encoder=key, index=layer), partial(encoder.block, layer))
+            for layer in encoder.block_layers
+        ]
+        if encoder.manifest.is_language_model and encoder.block_layers:
+            checks.append((Damage(part="language_model", encoder=key), encoder.language_model))
+        for name, array in encoder.manifest.arrays.items():
+            folder = f"{encoder_group(key)}/{name}"
+            whole = Damage(part="metadata", encoder=key, array=name)
+            checks.append((whole, partial(check_array_metadata, storage, folder, array.spec, array.rows)))
+            for index in range(len(array.shards)):
+                shard = Damage(part="shard", encoder=key, array=name, index=index)
+                checks.append((shard, partial(_check_shard, storage, folder, array, index)))
+            num_shards += len(array.shards)
+    for place, check in checks:
+        try:
+            check()
+        except (CacheError, OSError) as error:
+            damage.append(replace(place, message=str(error)))
+    return num_shards, damage
+
+
+def _check_shard(storage: Storage, folder: str, array: ArrayManifest, index: int) -> None:
+    name = f"{folder}/{shard_name(index, array.spec)}"
+    decode_shard(array.spec, array.shards[index], storage.read(name), f"{storage.root}: {name}")

@@ -1,7 +1,7 @@
-"""What the cache says of itself: attributes of the root group, and of each encoder's group.
+"""The cache's manifests: attributes of the root group and of each encoder's group.
 
-An encoder's attributes are its manifest. They are replaced in one atomic write, after the shards that
-they promise are durable, and so are the only truth on what is complete.
+An encoder's manifest is replaced in one atomic write after the shards that it lists are durable, so it is the only
+authority on what is complete.
 """
 
 from __future__ import annotations
@@ -10,28 +10,27 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from saffe_cache.core.features import MODALITIES, CacheError, Fingerprint, Modality
+from saffe_cache.core.features import MODALITIES, CacheError, Fingerprint, Modality, short_hash
 from saffe_cache.core.json_schema import whole_number, whole_numbers
 from saffe_cache.store.layout import ArraySpec, ShardEntry
-from saffe_cache.store.storage import Storage
-from saffe_cache.store.zarr_files import FORMAT_VERSION, check_encoding, group_metadata, read_attributes
+from saffe_cache.store.storage import FORMAT_VERSION, Storage, check_encoding, group_metadata, read_attributes
 
 LANGUAGE_MODEL = "saffe-language-model"
-"""Encoding type of what a language model has besides its blocks."""
+"""Encoding type of the parts of a language model that are not blocks."""
 _COMPRESSED = 2
-"""Version of an encoder's manifest with a compressed array: one that knows nothing of these would misread it."""
+"""Version of an encoder's manifest with a compressed array, which older releases would misread."""
 
 
 @dataclass
 class ArrayManifest:
-    """One growing array: how it is stored, and its shards so far."""
+    """One growing array: its spec and its shards so far."""
 
     spec: ArraySpec
     shards: list[ShardEntry] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
-        """Rows that are committed."""
+        """Committed rows."""
         return sum(entry.rows for entry in self.shards)
 
     def to_json(self) -> dict[str, Any]:
@@ -49,7 +48,7 @@ class ArrayManifest:
     def from_json(content: Mapping[str, Any]) -> ArrayManifest:
         """
         Raises:
-            KeyError, TypeError, ValueError: a field is missing or of another kind.
+            KeyError, TypeError, ValueError: a field is missing or has another type.
         """
         spec = ArraySpec(
             row_shape=whole_numbers(content, "row_shape", least=1),
@@ -68,25 +67,26 @@ class ArrayManifest:
 
 @dataclass
 class EncoderManifest:
-    """One encoder's group."""
+    """The manifest of one encoder's group."""
 
     fingerprint: Fingerprint
     modality: Modality
     num_layers: int
     hidden_size: int
     vector: str
-    """The array that stands for the input as one vector: "projected" where there is one, else "pooled"."""
+    """The array with the encoder's own vector of each input: "projected" where there is one, else "pooled"."""
     arrays: dict[str, ArrayManifest] = field(default_factory=dict)
     finished_rows: int = 0
-    """Inputs whose rows are in every array; a later extraction starts behind them."""
+    """Inputs whose rows are in every array; the next extraction starts after them."""
     invalid: dict[int, str] = field(default_factory=dict)
-    """Inputs that could not be encoded, by row, with the reason."""
+    """Reason for each input, by row, that could not be encoded."""
     has_feature_maps: bool = False
-    """Whether tokens are places of feature maps: no first one stands for the whole, and no layer has a block."""
+    """Whether tokens are spatial positions of feature maps: there is no class token, and no layer has a block."""
     is_language_model: bool = False
-    """Whether all blocks are kept, and besides them what a causal language model needs to generate."""
+    """Whether it is a causal language model, kept with all its blocks and all else that generation needs."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """One entry for each extraction that added something: its config, versions and seconds."""
+    """One entry for each extraction that added something, with its config, versions and times, and for each conversion
+    and repair."""
 
     @property
     def key(self) -> str:
@@ -99,7 +99,7 @@ class EncoderManifest:
 
     @property
     def extractions(self) -> list[dict[str, Any]]:
-        """The entries of the history that are extractions, and no conversions."""
+        """The extractions in the history."""
         return [entry for entry in self.history if {"inputs", "config"} <= entry.keys()]
 
     @property
@@ -128,7 +128,7 @@ class EncoderManifest:
     def from_json(content: Mapping[str, Any], where: str) -> EncoderManifest:
         """
         Raises:
-            CacheError: a field is missing or of another kind, or the format version is another.
+            CacheError: a field is missing or has another type, or the format version is not supported.
         """
         check_encoding(content, "saffe-encoder", where, (FORMAT_VERSION, _COMPRESSED))
         try:
@@ -158,30 +158,30 @@ _STATES = "hidden_states/"
 
 
 def layers_among(names: Iterable[str]) -> list[int]:
-    """The indices i of the arrays called `hidden_states/i`, ascending."""
+    """The layer indices i of the arrays named `hidden_states/i`, ascending."""
     return sorted(int(name.removeprefix(_STATES)) for name in names if name.startswith(_STATES))
 
 
 def _fingerprint(content: Mapping[str, Any]) -> Fingerprint:
-    """Of a manifest's attributes, and it makes a key."""
+    """The fingerprint in a manifest's attributes."""
     fields = content["fingerprint"]
     if not isinstance(fields, dict) or "model_id" not in fields or fields.get("modality") != content["modality"]:
         raise ValueError(f"fingerprint: {fields!r:.200}, expected an object with model_id and the encoder's modality")
     fingerprint = Fingerprint(fields)
-    assert fingerprint.key
+    assert fingerprint.key  # raises ValueError if a field is NaN or infinite
     return fingerprint
 
 
 def _array_name(name: str) -> str:
-    """Of an array: the layer's number has one way to be written. (Storage refuses names that lead out of the cache.)"""
+    """Check an array's name: a layer's number has no leading zeros. (Storage checks for paths outside the cache.)"""
     index = name.removeprefix(_STATES)
     if name.startswith(_STATES) and not (_is_decimal(index) and index == str(int(index))):
-        raise ValueError(f"arrays: {name!r:.60}, expected {_STATES} and a layer's number")
+        raise ValueError(f"arrays: {name!r:.60}, expected {_STATES} followed by a layer's number")
     return name
 
 
 def _row(text: str) -> int:
-    """The number of an input that is the key of a JSON object."""
+    """An input's number from the key of a JSON object."""
     if not _is_decimal(text):
         raise ValueError(f"invalid: {text!r:.60}, expected the number of an input")
     return int(text)
@@ -192,12 +192,12 @@ def _is_decimal(text: str) -> bool:
 
 
 def encoder_group(key: str) -> str:
-    """Where an encoder's group lies below the root."""
+    """Name of an encoder's group."""
     return f"encoders/{key}"
 
 
 def language_model_group(key: str) -> str:
-    """Where lies what a language model has besides its blocks."""
+    """Name of the group with the parts of a language model that are not blocks."""
     return f"{encoder_group(key)}/language_model"
 
 
@@ -210,39 +210,39 @@ def read_encoder(storage: Storage, key: str) -> EncoderManifest:
     manifest = EncoderManifest.from_json(read_attributes(storage, name), f"{storage.root}: {name}")
     if manifest.key != key:
         raise CacheError(
-            f"{storage.root}: {name} holds the fingerprint of {manifest.key}: the folder was renamed, or its "
-            "zarr.json edited. Restore it from a copy."
+            f"{storage.root}: {name} contains the fingerprint of {manifest.key}: the folder was renamed or its "
+            "zarr.json was edited. Restore it from a copy."
         )
     return manifest
 
 
 def write_encoder(storage: Storage, manifest: EncoderManifest) -> None:
-    """The commit: all shards that the manifest promises must be durable before."""
+    """Commit a manifest; all shards that it lists must be durable before."""
     data = group_metadata({"saffe_cache": manifest.to_json()})
     storage.write(f"{encoder_group(manifest.key)}/zarr.json", data)
 
 
 @dataclass(frozen=True)
 class RootManifest:
-    """The root group: which table is current, and which encoders there are."""
+    """The root group: the current item table and the encoders."""
 
     table: int
-    """Generation of the item table."""
+    """Generation of the current item table."""
     encoders: tuple[str, ...]
     """Keys, oldest first."""
 
 
 def read_root(storage: Storage) -> RootManifest | None:
-    """None where there is no cache yet.
+    """The root manifest, or None if there is no cache yet.
 
     Raises:
-        CacheError: something else lies there, or a cache of another format version.
+        CacheError: it is no feature cache, or one of another format version.
     """
     if not storage.exists("zarr.json"):
         return None
     content = read_attributes(storage, "")
     if "format_version" not in content:
-        raise CacheError(f"{storage.root}: a Zarr group, but no feature cache. Choose another --cache.")
+        raise CacheError(f"{storage.root}: found a Zarr group, expected a feature cache. Choose another --cache.")
     if content["format_version"] != FORMAT_VERSION:
         raise CacheError(
             f"{storage.root}: format version {content['format_version']}, this release reads {FORMAT_VERSION}. "
@@ -254,7 +254,7 @@ def read_root(storage: Storage) -> RootManifest | None:
             raise ValueError(f"encoders: {encoders!r:.60}, expected a list of keys")
         root = RootManifest(table, tuple(str(key) for key in encoders))
         for key in root.encoders:
-            storage.local_path(encoder_group(key))  # refuses what leads out of the cache
+            storage.local_path(encoder_group(key))  # raises if it points outside the cache
         return root
     except (KeyError, TypeError, ValueError) as error:
         raise CacheError(f"{storage.root}: zarr.json lacks or misstates {error}. Restore it from a copy.") from None
@@ -268,3 +268,25 @@ def write_root(storage: Storage, root: RootManifest) -> None:
         "encoders": list(root.encoders),
     }
     storage.write("zarr.json", group_metadata({"saffe_cache": content}))
+
+
+def existing_root(storage: Storage) -> RootManifest:
+    """
+    Raises:
+        CacheError: there is no cache, or one of another format version.
+    """
+    root = read_root(storage)
+    if root is None:
+        raise CacheError(f"{storage.root}: there is no feature cache. Make one with saffe-extract.")
+    return root
+
+
+def content_hash(storage: Storage) -> str:
+    """A hash of the item table and all rows, made from the checksums in their manifests; it ignores the history.
+
+    Raises:
+        CacheError: there is no cache, or one of another format version.
+    """
+    root = existing_root(storage)
+    encoders = [read_encoder(storage, key).to_json() | {"history": []} for key in root.encoders]
+    return short_hash({"table": read_attributes(storage, f"tables/{root.table}"), "encoders": encoders})

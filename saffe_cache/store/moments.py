@@ -1,7 +1,7 @@
-"""Mean, spread and largest magnitude of stored numbers, shard by shard. Pure: no file is touched here.
+"""Mean, spread and largest magnitude of stored numbers, shard by shard. No file I/O.
 
-They are for people, who look at the range of an array. So a large shard is judged by a sample: every n-th row, with n
-such that it gives about two million numbers. All of them would cost more than writing the bytes does.
+They only show people the range of an array, so large shards are sampled: every n-th row, with n chosen to give about
+two million numbers. Using all numbers would take longer than writing the shard.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from saffe_cache.store.dtypes import from_storage
 
 _SAMPLE_NUMBERS = 2**21
 _BLOCK_NUMBERS = 2**15
-"""Numbers whose moments are taken at once: they stay in a processor's cache, and torch takes no threads for them."""
+"""Numbers that are processed at once: they fit into a processor's cache, and torch uses no threads for so few."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Of finite numbers; all 0 where there are none."""
+    """Moments of finite numbers; all 0 if there are none."""
 
     mean: float = 0.0
     m2: float = 0.0
@@ -33,7 +33,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Over the finite numbers of an array that were looked at."""
+    """Statistics of the sampled finite numbers of an array."""
 
     mean: float
     std: float
@@ -41,13 +41,13 @@ class Statistics:
 
 
 def sampled_moments(portions: Sequence[np.ndarray], dtype: str) -> Moments:
-    """Of every n-th row of a shard, whose stored rows come in portions; the same however they are cut."""
+    """Moments of every n-th row of a shard; they do not depend on how the stored rows are cut into portions."""
     n = max(1, sum(rows.size for rows in portions) // _SAMPLE_NUMBERS)
     return _merge(_moments(from_storage(block, dtype)) for block in _blocks(_every_nth(portions, n)))
 
 
 def combine_statistics(parts: Sequence[Moments]) -> Statistics:
-    """Over all shards of an array."""
+    """Statistics over all shards of an array."""
     whole = _merge(parts)
     return Statistics(whole.mean, math.sqrt(whole.m2 / whole.count) if whole.count else 0.0, whole.max_magnitude)
 
@@ -61,7 +61,7 @@ def _every_nth(portions: Iterable[np.ndarray], n: int) -> Iterator[np.ndarray]:
 
 
 def _blocks(portions: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Stored tokens, [tokens, last axis], equally many at a time, wherever one portion ends and the next begins."""
+    """Stored tokens, [tokens, last axis], in blocks of equal size, across the boundaries of portions."""
     waiting: list[np.ndarray] = []
     room = 0
     for rows in portions:
@@ -79,11 +79,11 @@ def _blocks(portions: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def _moments(numbers: np.ndarray) -> Moments:
-    """Of the finite ones among floating-point numbers [tokens, d]. In float64: a float32's square may overflow."""
-    if numbers.dtype == np.float16:  # numpy takes eight times as long as torch, which warns of what is read-only
+    """Moments of the finite values among [tokens, d], in float64 because a float32's square may overflow."""
+    if numbers.dtype == np.float16:  # torch is eight times as fast, but warns about read-only arrays
         numbers = torch.from_numpy(numbers if numbers.flags.writeable else numbers.copy()).float().numpy()
     values = numbers.astype(np.float64)
-    total = float(np.einsum("ij->", values))  # half the time of a sum, and silent on infinities
+    total = float(np.einsum("ij->", values))  # twice as fast as sum(), and without warnings for infinities
     if not math.isfinite(total):
         is_finite = np.isfinite(numbers)
         numbers, values = numbers[is_finite][None], values[is_finite][None]
@@ -93,14 +93,14 @@ def _moments(numbers: np.ndarray) -> Moments:
     mean = total / values.size
     squares = _sum_of_squares(values)
     m2 = squares - mean * total
-    if m2 < squares / 1000:  # too many of its digits cancelled
+    if m2 < squares / 1000:  # too many digits cancelled
         values -= mean
         m2 = _sum_of_squares(values)
     return Moments(mean=mean, m2=m2, count=values.size, max_magnitude=float(max(numbers.max(), -numbers.min())))
 
 
 def _sum_of_squares(values: np.ndarray) -> float:
-    """Token by token: for longer ones the linear algebra behind numpy would take every core, and gain nothing."""
+    """Token by token: for longer products numpy's linear algebra would use every core without being faster."""
     return float((values[:, None, :] @ values[:, :, None]).sum())
 
 

@@ -1,12 +1,11 @@
-"""Reading a cache: what it holds of each encoder, its items, and whether all of it is whole."""
+"""Read a cache: its item table, and what it holds of each encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,22 +20,20 @@ from saffe_cache.core.features import (
     Tokens,
 )
 from saffe_cache.core.json_schema import made_of
-from saffe_cache.store.layout import ADVICE, decode_shard
 from saffe_cache.store.manifest import (
     LANGUAGE_MODEL,
-    ArrayManifest,
     EncoderManifest,
     RootManifest,
     encoder_group,
+    existing_root,
     language_model_group,
     read_encoder,
     read_root,
 )
 from saffe_cache.store.moments import Statistics, combine_statistics
 from saffe_cache.store.rows import RowReader
-from saffe_cache.store.storage import Storage
+from saffe_cache.store.storage import ADVICE, Storage, read_group
 from saffe_cache.store.table import read_table
-from saffe_cache.store.zarr_files import check_array_metadata, read_group, shard_name
 
 Read = TypeVar("Read")
 
@@ -63,16 +60,16 @@ class EncoderCache:
                 "Add it with saffe-extract."
             )
         if name not in self._readers:
-            folder = f"{encoder_group(self.key)}/{name}"
-            self._readers[name] = RowReader(self._storage, folder, self.manifest.arrays[name])
+            array, folder = self.manifest.arrays[name], f"{encoder_group(self.key)}/{name}"
+            self._readers[name] = RowReader(self._storage, folder, array.spec, array.shards)
         return self._readers[name]
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
-        """The encoder's own vector of each input, float32 [n, d]: projected where the model projects."""
+        """The encoder's own vector of each input, float32 [n, d]: projected where the model has a projection."""
         return self.array(self.manifest.vector).read(rows).astype(np.float32)
 
     def tokens(self, rows: np.ndarray, layers: tuple[int, ...]) -> Tokens:
-        """Hidden states of some inputs, at least one; texts are padded with zeros to the longest among them."""
+        """Hidden states of one or more inputs; texts are padded with zeros to the longest of them."""
         if not self.manifest.is_ragged:
             return Tokens(tuple(self.array(f"hidden_states/{layer}").read(rows) for layer in layers))
         flat, mask = self.token_rows(rows)
@@ -86,10 +83,10 @@ class EncoderCache:
         return Tokens(tuple(states), mask)
 
     def token_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Where the tokens of some inputs stand in the arrays of hidden states.
+        """Rows of the inputs' tokens in the arrays of hidden states, int64.
 
-        Rows of those arrays, int64: one an input and no mask, or one for each real token, and bool [inputs, longest]
-        where these belong.
+        Photos and sounds have one row per input and no mask. Texts have one row per real token, and a mask, bool
+        [inputs, longest], that says where these rows belong.
         """
         if not self.manifest.is_ragged:
             return rows, None
@@ -102,7 +99,7 @@ class EncoderCache:
         """int64 [inputs + 1]: where each text's tokens begin in the flat arrays.
 
         Raises:
-            CacheError: they are fewer than the inputs that are finished, or decrease.
+            CacheError: there are fewer than finished inputs, or they decrease.
         """
         array = self.array("offsets")
         offsets = array.read_range(0, len(array))
@@ -115,7 +112,8 @@ class EncoderCache:
 
     @property
     def layers(self) -> list[int]:
-        """Cached layers with the hidden states of all finished inputs: one that is just being added is not among them.
+        """Cached layers that have the hidden states of all finished inputs; a layer that is still being added is not
+        listed.
 
         Raises:
             CacheError: the offsets of texts are missing or damaged.
@@ -126,10 +124,10 @@ class EncoderCache:
 
     @property
     def block_layers(self) -> list[int]:
-        """Cached layers whose consuming block is cached too: all but the output of the last layer. Of a language model
-        all blocks, of feature maps none.
+        """Layers whose consuming block is cached: all cached layers except the output of the last one.
 
-        A layer of which nothing is committed may still lack its block.
+        Language models have all their blocks, feature maps have none. A layer without committed rows may still lack
+        its block.
         """
         if self.manifest.has_feature_maps:
             return []
@@ -143,8 +141,7 @@ class EncoderCache:
         """The block that consumes `hidden_states[layer]`.
 
         Raises:
-            CacheError: the layer is the last one's output, which no block consumes, or the block is not cached or
-                damaged.
+            CacheError: the block is damaged or not cached; no block consumes the output of the last layer.
         """
         if layer not in self.block_layers:
             raise CacheError(
@@ -156,10 +153,10 @@ class EncoderCache:
         return BlockWeights(spec_of(BlockSpec, attributes, f"{self._storage.root}: {name}"), tensors)
 
     def language_model(self) -> LanguageModelWeights:
-        """What a language model has besides its blocks.
+        """The parts of a language model that are not blocks.
 
         Raises:
-            CacheError: the encoder is none, or what is kept of it is damaged.
+            CacheError: the encoder is no language model, or these parts are damaged.
         """
         if not self.manifest.is_language_model:
             raise CacheError(
@@ -175,11 +172,11 @@ class EncoderCache:
         return LanguageModelWeights(spec_of(LanguageModelSpec, attributes, where), tensors, tokenizer)
 
     def statistics(self, name: str) -> Statistics:
-        """Mean, standard deviation and largest magnitude of an array; of a large one by a sample of its rows."""
+        """Mean, standard deviation and largest magnitude of an array, from a sample of its rows if it is large."""
         return combine_statistics(self.manifest.arrays[name].shards)
 
     def usable(self, rows: np.ndarray) -> np.ndarray:
-        """bool [n]: which inputs were encoded. Row -1 (no such input) is not."""
+        """bool [n]: which inputs were encoded. Row -1 (no such input) was not."""
         broken = np.array(sorted(self.manifest.invalid), dtype=np.int64)
         return (rows >= 0) & (rows < self.manifest.finished_rows) & ~np.isin(rows, broken)
 
@@ -189,9 +186,10 @@ def _ascends(offsets: np.ndarray) -> bool:
 
 
 def spec_of(kind: type[Read], attributes: Mapping[str, Any], where: str) -> Read:
-    """
+    """The spec in a group's attributes.
+
     Raises:
-        CacheError: a field is missing, or there is one that this release does not know.
+        CacheError: a field is missing, or one is unknown to this release.
     """
     try:
         return made_of(kind, attributes["spec"])
@@ -210,7 +208,7 @@ class Cache:
         }
 
     def encoder(self, modality: Modality, name: str | None = None) -> EncoderCache:
-        """The encoder of a modality; with several, the one of this name, as `encoders_named` takes it.
+        """The encoder of a modality; where there are several, the one that `encoders_named` finds by this name.
 
         Raises:
             CacheError: there is none, there are several to choose from, or its extraction is unfinished.
@@ -236,7 +234,7 @@ class Cache:
         return encoder
 
     def encoders_named(self, modality: Modality, name: str | None = None) -> list[str]:
-        """Keys of the encoders of a modality; of those whose key holds the name, or that were extracted by it."""
+        """Keys of a modality's encoders: those that contain the name or whose model has it, or all without a name."""
         model_id = Path(name).name if name and Path(name).exists() else name  # as a fingerprint has it
         return [
             key
@@ -252,11 +250,20 @@ def open_cache(path: str | Path) -> Cache:
         CacheError: there is no cache, or one of another format version.
     """
     storage = Storage(path)
-    return _read_below(storage, existing_root(storage), partial(Cache, storage))
+    return _read_current(storage, existing_root(storage), partial(Cache, storage))
 
 
-def _read_below(storage: Storage, root: RootManifest, read: Callable[[RootManifest], Read]) -> Read:
-    """Once more where a writer has replaced the table meanwhile."""
+def read_current_table(storage: Storage, root: RootManifest) -> ItemTable:
+    """The item table, also while a writer replaces it.
+
+    Raises:
+        CacheError: it is missing or damaged.
+    """
+    return _read_current(storage, root, partial(_read_table, storage))
+
+
+def _read_current(storage: Storage, root: RootManifest, read: Callable[[RootManifest], Read]) -> Read:
+    """Read again if a writer has replaced the table in the meantime."""
     while True:
         try:
             return read(root)
@@ -267,94 +274,5 @@ def _read_below(storage: Storage, root: RootManifest, read: Callable[[RootManife
             root = newer
 
 
-def existing_root(storage: Storage) -> RootManifest:
-    """
-    Raises:
-        CacheError: there is no cache, or one of another format version.
-    """
-    root = read_root(storage)
-    if root is None:
-        raise CacheError(f"{storage.root}: there is no feature cache. Make one with saffe-extract.")
-    return root
-
-
-@dataclass(frozen=True, kw_only=True)
-class Damage:
-    """One thing of a cache that is not as it must be."""
-
-    part: Literal["table", "manifest", "block", "language_model", "metadata", "shard"]
-    message: str = ""
-    """Where, and what is wrong with it."""
-    encoder: str = ""
-    """Its key; empty for the item table."""
-    array: str = ""
-    """Of a shard, or of an array's `zarr.json`."""
-    index: int = -1
-    """Number of the shard, or of the block."""
-
-    @property
-    def place(self) -> str:
-        """For people."""
-        if self.part == "shard":
-            return f"{self.encoder}: {self.array}, shard {self.index}"
-        within = {"block": f"block {self.index}", "metadata": f"{self.array}/zarr.json", "manifest": "manifest"}
-        within["language_model"] = "language_model"
-        return f"{self.encoder}: {within[self.part]}" if self.encoder else "item table"
-
-
-def verify_cache(path: str | Path) -> tuple[int, list[str]]:
-    """Read everything that counts and compare it with its checksum: number of shards read, and what is wrong.
-
-    Raises:
-        CacheError: there is no cache, or one of another format version.
-    """
-    num_shards, found = find_damage(Storage(path))
-    return num_shards, [one.message for one in found]
-
-
-def find_damage(storage: Storage) -> tuple[int, list[Damage]]:
-    """What `verify_cache` tells, for programs.
-
-    Raises:
-        CacheError: there is no cache, or one of another format version.
-    """
-    root = existing_root(storage)
-    checks: list[tuple[Damage, Callable[[], object]]] = []
-    checks.append((Damage(part="table"), partial(_read_below, storage, root, partial(_read_table, storage))))
-    damage: list[Damage] = []
-    num_shards = 0
-    for key in root.encoders:
-        try:
-            encoder = EncoderCache(storage, read_encoder(storage, key))
-        except (CacheError, OSError) as error:
-            damage.append(Damage(part="manifest", encoder=key, message=str(error)))
-            continue
-        checks += [
-            (Damage(part="block", encoder=key, index=layer), partial(encoder.block, layer))
-            for layer in encoder.block_layers
-        ]
-        if encoder.manifest.is_language_model and encoder.block_layers:
-            checks.append((Damage(part="language_model", encoder=key), encoder.language_model))
-        for name, array in encoder.manifest.arrays.items():
-            folder = f"{encoder_group(key)}/{name}"
-            whole = Damage(part="metadata", encoder=key, array=name)
-            checks.append((whole, partial(check_array_metadata, storage, folder, array.spec, array.rows)))
-            for index in range(len(array.shards)):
-                shard = Damage(part="shard", encoder=key, array=name, index=index)
-                checks.append((shard, partial(_check_shard, storage, folder, array, index)))
-            num_shards += len(array.shards)
-    for place, check in checks:
-        try:
-            check()
-        except (CacheError, OSError) as error:
-            damage.append(replace(place, message=str(error)))
-    return num_shards, damage
-
-
 def _read_table(storage: Storage, root: RootManifest) -> ItemTable:
     return read_table(storage, f"tables/{root.table}")
-
-
-def _check_shard(storage: Storage, folder: str, array: ArrayManifest, index: int) -> None:
-    name = f"{folder}/{shard_name(index, array.spec)}"
-    decode_shard(array.spec, array.shards[index], storage.read(name), f"{storage.root}: {name}")

@@ -1,60 +1,81 @@
-"""Rows of one array by number."""
+"""Rows of one array by number, from shards that are opened when needed.
+
+Each shard is compared with its checksum before its first row is returned.
+
+A local uncompressed shard is memory-mapped. A shard that is compressed or lies behind a URL is loaded whole,
+decompressed and kept in memory, by background threads: sequential reads find the next shard loaded, and callers that
+know which rows they need can request them ahead.
+"""
 
 from __future__ import annotations
 
 import math
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import IO, NamedTuple
 
 import numpy as np
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.store.dtypes import from_storage
-from saffe_cache.store.manifest import ArrayManifest
-from saffe_cache.store.shards import OpenShards
+from saffe_cache.store.layout import ArraySpec, ShardEntry, check_rows, decode_shard, shard_name
 from saffe_cache.store.storage import Storage
 
 _LONG_RUN_BYTES = 2**13
-"""Consecutive rows of so many bytes are quicker copied on their own than looked up together with others."""
+"""Runs of consecutive rows of this average size are copied one by one, which is faster than indexing all rows."""
+_BLOCK_BYTES = 2**18
+"""Bytes of a file that are read at once."""
+_MAX_MAPPED = 64
+"""Mapped shards of one array. Each memory map holds a file open, and a process may have only 1024 of them."""
+_SPARE_BYTES, _MIN_SPARE = 2**28, 4
+"""Loaded shards of one array that are kept although nobody holds them: this many bytes, but at least this many."""
 
 
 class RowReader:
-    """Rows of one array by number, for any thread. Random rows of a local cache cost what a memory map costs."""
+    """Rows of one array by number, for any thread. A random row of a local cache costs one memory-mapped read."""
 
-    def __init__(self, storage: Storage, folder: str, array: ArrayManifest) -> None:
-        self._where, self._array = f"{storage.root}: {folder}", array
-        self._shards = OpenShards(storage, folder, array)
+    def __init__(self, storage: Storage, folder: str, spec: ArraySpec, entries: Sequence[ShardEntry]) -> None:
+        """`entries`: the manifest's entries of the array's shards."""
+        self._where, self._spec, self._num_rows = f"{storage.root}: {folder}", spec, sum(one.rows for one in entries)
+        self._shards = OpenShards(storage, folder, spec, entries)
 
     def __len__(self) -> int:
-        return self._array.rows
+        return self._num_rows
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        return self._array.spec.row_shape
+        return self._spec.row_shape
 
     @property
     def dtype(self) -> str:
         """The storage type."""
-        return self._array.spec.dtype
+        return self._spec.dtype
 
     @property
     def row_bytes(self) -> int:
-        """Of one row as it is stored."""
-        return self._array.spec.row_bytes
+        """Stored size of one row, before compression."""
+        return self._spec.row_bytes
 
     @property
     def shard_rows(self) -> int:
-        """Of a full shard."""
-        return self._array.spec.shard_rows
+        """Rows of a full shard."""
+        return self._spec.shard_rows
 
     @property
     def is_mapped(self) -> bool:
-        """Whether a row costs no more than itself; else its whole shard is loaded."""
+        """Whether reading a row reads that row alone; otherwise its whole shard is loaded."""
         return self._shards.are_mapped
 
     def hold(self, rows: np.ndarray) -> None:
-        """Have these rows, which are read next, ready ahead.
+        """Prefetch rows that will be read next.
 
-        Their shards are loaded and kept until the next call, and all others let go of; of mapped ones the system
-        fetches the rows themselves.
+        Their shards are loaded and kept until the next call; all others are released. For mapped shards, the operating
+        system is asked to read the rows in advance.
 
         Raises:
             CacheError: a row is beyond the array; a mapped shard is missing, truncated or damaged.
@@ -65,24 +86,25 @@ class RowReader:
         if not self.is_mapped or not len(rows):
             self._shards.hold(np.unique(shards).tolist())
             return
-        for start, stop in _stretches((shards[1:] != shards[:-1]) | (rows[1:] != rows[:-1] + 1)).tolist():
+        for start, stop in _runs((shards[1:] != shards[:-1]) | (rows[1:] != rows[:-1] + 1)).tolist():
             self._shards.will_need(int(shards[start]), int(within[start]), int(within[stop - 1]) + 1)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """`rows` is int64 [n], in any order; returns [n, *row_shape], of bfloat16 and scaled types float32.
+        """Rows as numbers: `rows` is int64 [n] in any order; returns [n, *row_shape], float32 for bfloat16 and scaled
+        types.
 
         Raises:
             CacheError: as `read_stored`.
         """
-        return from_storage(self.read_stored(rows), self._array.spec.dtype)
+        return from_storage(self.read_stored(rows), self._spec.dtype)
 
     def read_stored(self, rows: np.ndarray) -> np.ndarray:
-        """The same as it is stored: [n, *stored_shape].
+        """Rows as they are stored: [n, *stored_shape].
 
         Raises:
             CacheError: a row is beyond the array, or a shard is missing, truncated or damaged.
         """
-        spec = self._array.spec
+        spec = self._spec
         self._check(rows)
         if not len(rows):
             return np.empty((0, *spec.stored_shape), spec.numpy_dtype)
@@ -90,11 +112,11 @@ class RowReader:
         shards, within = np.divmod(rows, spec.shard_rows)
         changes = shards[1:] != shards[:-1]
         if (shards[1:] >= shards[:-1]).all():
-            for start, stop in _stretches(changes).tolist():
-                # "clip" spares numpy a second copy; beyond the shard lies nothing
+            for start, stop in _runs(changes).tolist():
+                # mode="clip" lets numpy write into `result` directly; all rows lie within the shard
                 np.take(self._shards[int(shards[start])], within[start:stop], 0, result[start:stop], mode="clip")
             return result.reshape(len(rows), *spec.stored_shape)
-        runs = _stretches(changes | (rows[1:] != rows[:-1] + 1))
+        runs = _runs(changes | (rows[1:] != rows[:-1] + 1))
         if result.nbytes >= _LONG_RUN_BYTES * len(runs):
             self._copy_runs(runs, shards, within, result)
         else:
@@ -103,16 +125,20 @@ class RowReader:
                 result[here] = self._shards[number][within[here]]
         return result.reshape(len(rows), *spec.stored_shape)
 
+    def read_range(self, start: int, stop: int) -> np.ndarray:
+        """Consecutive rows."""
+        return self.read(np.arange(start, stop))
+
     def _check(self, rows: np.ndarray) -> None:
         beyond = rows[(rows < 0) | (rows >= len(self))]
         if len(beyond):
             raise CacheError(
-                f"{self._where} has {len(self)} rows, row {beyond[0]} was asked for. "
+                f"{self._where} has {len(self)} rows, row {beyond[0]} was requested. "
                 "Run saffe-extract again to complete it."
             )
 
     def _copy_runs(self, runs: np.ndarray, shards: np.ndarray, within: np.ndarray, result: np.ndarray) -> None:
-        """Consecutive rows at a time, shard by shard: with random rows of large arrays all of them are needed."""
+        """Copy runs of consecutive rows, ordered by shard so that each shard is opened once."""
         runs = runs[np.argsort(shards[runs[:, 0]], kind="stable")]
         numbers, firsts = shards[runs[:, 0]].tolist(), within[runs[:, 0]].tolist()
         opened, shard = -1, result
@@ -120,16 +146,124 @@ class RowReader:
             if number != opened:
                 opened, shard = number, self._shards[number]
             if stop - start == 1:
-                result[start] = shard[first]  # takes less than a slice of one row
+                result[start] = shard[first]  # faster than a slice of one row
             else:
                 result[start:stop] = shard[first : first + stop - start]
 
-    def read_range(self, start: int, stop: int) -> np.ndarray:
-        """Consecutive rows."""
-        return self.read(np.arange(start, stop))
 
-
-def _stretches(breaks: np.ndarray) -> np.ndarray:
-    """int64 [n, 2]: starts and stops of stretches of `len(breaks) + 1` places; a break begins one at the next place."""
+def _runs(breaks: np.ndarray) -> np.ndarray:
+    """int64 [n, 2]: starts and stops of runs among `len(breaks) + 1` places; a break starts a run at the next place."""
     starts = np.flatnonzero(np.append(True, breaks))
     return np.stack([starts, np.append(starts[1:], len(breaks) + 1)], axis=1)
+
+
+class _Mapped(NamedTuple):
+    """The open file of a shard."""
+
+    rows: np.ndarray
+    memory: mmap.mmap
+
+
+class OpenShards:
+    """Shards by number, for any thread: [rows, numbers of a row]."""
+
+    def __init__(self, storage: Storage, folder: str, spec: ArraySpec, entries: Sequence[ShardEntry]) -> None:
+        self._storage, self._folder, self._spec, self._entries = storage, folder, spec, entries
+        self._mapped: dict[int, _Mapped] = {}
+        self._checked: set[int] = set()
+        self._loaded: OrderedDict[int, Future[np.ndarray]] = OrderedDict()
+        self._held: set[int] = set()
+        self._lock = threading.Lock()
+        self._max_spare = max(_MIN_SPARE, _SPARE_BYTES // max(1, spec.shard_rows * spec.row_bytes))
+
+    @property
+    def are_mapped(self) -> bool:
+        return self._spec.compression == "none" and self._storage.local_path("zarr.json") is not None
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """
+        Raises:
+            CacheError: the shard is missing, truncated or damaged.
+        """
+        return self._map(index).rows if self.are_mapped else self._load(index).result()
+
+    def hold(self, indices: Iterable[int]) -> None:
+        """Load shards that cannot be mapped, keep them until the next call, and release all others."""
+        with self._lock:
+            self._held = set(indices)
+            for index in self._loaded.keys() - self._held:
+                del self._loaded[index]
+            for index in sorted(self._held):
+                self._start(index)
+
+    def will_need(self, index: int, first: int, stop: int) -> None:
+        """Ask the operating system to read rows of a mapped shard in advance, without waiting for them."""
+        memory, row_bytes = self._map(index).memory, self._spec.row_bytes
+        start = first * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_WILLNEED"):  # not on Windows
+            memory.madvise(mmap.MADV_WILLNEED, start, stop * row_bytes - start)
+
+    def _map(self, index: int) -> _Mapped:
+        """Open a shard; above the limit, the one opened first is closed. A reopened shard is not checked again."""
+        with self._lock:
+            if index not in self._mapped:
+                while len(self._mapped) >= _MAX_MAPPED:
+                    del self._mapped[next(iter(self._mapped))]
+                self._mapped[index] = self._open(index)
+            return self._mapped[index]
+
+    def _open(self, index: int) -> _Mapped:
+        spec, entry, name = self._spec, self._entries[index], self._name(index)
+        path = self._storage.local_path(name)
+        assert path is not None
+        if not path.exists() or path.stat().st_size < spec.shard_file_bytes(entry.rows):
+            raise CacheError(
+                f"{self._storage.root}: {name} is missing or truncated. Run `saffe-cache verify` to list all damage "
+                "and `saffe-cache repair` to repair it."
+            )
+        with path.open("rb") as file:
+            if index not in self._checked:
+                check_rows(entry, _blocks(file, entry.rows * spec.row_bytes), f"{self._storage.root}: {name}")
+                self._checked.add(index)
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        rows = np.frombuffer(memory, spec.numpy_dtype, entry.rows * math.prod(spec.stored_shape))
+        return _Mapped(rows.reshape(entry.rows, -1), memory)
+
+    def _load(self, index: int) -> Future[np.ndarray]:
+        """Load a shard. During sequential reads without `hold`, also prefetch the next one."""
+        with self._lock:
+            if not self._held and index - 1 in self._loaded and index + 1 < len(self._entries):
+                self._start(index + 1)
+            future = self._start(index)
+            self._loaded.move_to_end(index)
+            spare = [one for one in self._loaded if one not in self._held]
+            for one in spare[: -self._max_spare]:
+                del self._loaded[one]
+            return future
+
+    def _start(self, index: int) -> Future[np.ndarray]:
+        """Start loading a shard unless it is loaded or loading; a failed load is tried again."""
+        future = self._loaded.get(index)
+        if future is None or (future.done() and future.exception() is not None):
+            future = self._loaded[index] = _loaders().submit(self._fetch, index)
+        return future
+
+    def _fetch(self, index: int) -> np.ndarray:
+        entry, name = self._entries[index], self._name(index)
+        rows = decode_shard(self._spec, entry, self._storage.read(name), f"{self._storage.root}: {name}")
+        return rows.reshape(entry.rows, -1)
+
+    def _name(self, index: int) -> str:
+        return f"{self._folder}/{shard_name(index, self._spec)}"
+
+
+@cache
+def _loaders() -> ThreadPoolExecutor:
+    """Threads shared by the whole process. No task of theirs waits for another."""
+    return ThreadPoolExecutor(max(4, os.cpu_count() or 1), "shard-loader")
+
+
+def _blocks(file: IO[bytes], num_bytes: int) -> Iterator[np.ndarray]:
+    """The first bytes of a file, read sequentially: mapped bytes would count as memory of this process."""
+    for start in range(0, num_bytes, _BLOCK_BYTES):
+        yield np.frombuffer(file.read(min(_BLOCK_BYTES, num_bytes - start)), np.uint8)

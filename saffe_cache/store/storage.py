@@ -1,28 +1,43 @@
-"""Files under a cache's root, on a local disk or behind a URL.
+"""Files below a cache's root, on a local disk or behind a URL, and the small Zarr groups among them.
 
-Locally a write is: temporary name, fsync, rename, fsync of the folder, so that after a crash a file is
-the old one or the new one, whole. Behind a URL one PUT of an object store has that property by itself.
+A local write goes to a temporary name, then fsync, rename, and fsync of the folder. After a crash a file is therefore
+the old one or the new one, complete. Behind a URL, a single PUT to an object store has the same property.
+
+Arrays that do not grow (columns of the item table, tensors of blocks) lie in groups of their own, with one chunk each.
+The attributes of such a group are written last and list every array with its checksum, because Zarr itself reads a
+missing chunk as zeros and does not notice a flipped bit. Zarr's metadata files are made in memory so that each is
+written in one atomic step.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import google_crc32c
+import numpy as np
+import zarr
 from fsspec.implementations.local import LocalFileSystem
+from zarr.storage import MemoryStore
 
 from saffe_cache.core.atomic_io import Buffer, hold_folder, write_whole
 from saffe_cache.core.features import CacheError
-from saffe_cache.store.layout import ADVICE
+from saffe_cache.core.json_schema import whole_numbers
+
+ADVICE = "Repair it with `saffe-cache repair`, or restore it from a copy."
+FORMAT_VERSION = 1
+_PLAIN_DTYPES = ("float32", "int64", "uint8")
 
 
 class Storage:
-    """Named byte strings under a root. Names use `/` and never start with it."""
+    """Named byte strings below a root. Names use `/` and never start with it."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = str(root)
@@ -33,10 +48,10 @@ class Storage:
                 self._local = Path(self._prefix)
 
     def local_path(self, name: str) -> Path | None:
-        """Where a name lies on the local disk; None behind a URL.
+        """The path of a name on the local disk; None behind a URL.
 
         Raises:
-            CacheError: the name leads out of the cache.
+            CacheError: the name points outside the cache.
         """
         if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
             raise CacheError(f"{self.root}: {name!r} is no name inside a cache.")
@@ -60,7 +75,7 @@ class Storage:
             raise CacheError(f"{self.root}: {name} is missing. {ADVICE}") from None
 
     def write(self, name: str, *parts: Buffer) -> None:
-        """Durable and whole when this returns."""
+        """Write a file; it is durable and complete when this returns."""
         path = self.local_path(name)
         if path is None:
             self._filesystem.pipe_file(f"{self._prefix}/{name}", b"".join(parts))
@@ -68,7 +83,7 @@ class Storage:
             write_whole(path, *parts)
 
     def remove_folder(self, name: str) -> None:
-        """Remove a folder and all in it; nothing happens where it does not exist."""
+        """Remove a folder and its contents, if it exists."""
         path = self.local_path(name)
         if path is not None:
             shutil.rmtree(path, ignore_errors=True)
@@ -76,7 +91,7 @@ class Storage:
             self._filesystem.rm(f"{self._prefix}/{name}", recursive=True)
 
     def remove_partial_files(self) -> None:
-        """Remove what a killed writer left under temporary names. Only the writer may call this."""
+        """Remove the temporary files of a killed writer. Only the holder of the writer lock may call this."""
         if self._local is not None:
             for path in self._local.rglob(".*.partial"):
                 path.unlink(missing_ok=True)
@@ -96,13 +111,134 @@ class Storage:
 
     @contextmanager
     def writer_lock(self) -> Iterator[None]:
-        """Hold the cache for one writer. The lock goes with its process, however that ends.
+        """Lock the cache for one writer. The lock ends with its process, however that ends.
 
         Raises:
             FolderInUseError: another process writes to this cache.
         """
-        if self._local is None:  # object stores have no lock that every one of them honours
+        if self._local is None:  # object stores have no lock that all of them honour
             yield
             return
         with hold_folder(self._local):
             yield
+
+
+def group_metadata(attributes: Mapping[str, Any]) -> bytes:
+    """The `zarr.json` of a group."""
+    return json.dumps(
+        {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"}, indent=1, allow_nan=False
+    ).encode()
+
+
+def read_attributes(storage: Storage, name: str) -> dict[str, Any]:
+    """The attributes of a node below the key "saffe_cache", empty without that key. `name` "" is the root.
+
+    Raises:
+        CacheError: its `zarr.json` is missing or not a JSON object.
+    """
+    attributes = storage.read_json(f"{name}/zarr.json".lstrip("/")).get("attributes")
+    own = attributes.get("saffe_cache") if isinstance(attributes, dict) else None
+    return own if isinstance(own, dict) else {}
+
+
+def check_encoding(
+    attributes: Mapping[str, Any], encoding_type: str, where: str, versions: Sequence[int] = (FORMAT_VERSION,)
+) -> None:
+    """
+    Raises:
+        CacheError: the attributes belong to another kind of node, or to another format version.
+    """
+    found = attributes.get("encoding-type"), attributes.get("encoding-version")
+    if found[0] != encoding_type or found[1] not in versions:
+        raise CacheError(
+            f"{where}: its attributes say {found[0]} version {found[1]}, expected {encoding_type} version "
+            f"{' or '.join(map(str, versions))}. Restore zarr.json from a copy, or use the release that wrote it."
+        )
+
+
+def mark_group(storage: Storage, name: str) -> None:
+    """Make an empty group unless it exists; without it, other programs do not see what lies below."""
+    if not storage.exists(f"{name}/zarr.json"):
+        storage.write(f"{name}/zarr.json", group_metadata({}))
+
+
+def describe_group(encoding_type: str, arrays: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes of a group of plain arrays: `fields`, and each array's shape, type and checksum."""
+    listed = {
+        name: {"shape": list(values.shape), "dtype": values.dtype.name, "crc32c": google_crc32c.value(values.tobytes())}
+        for name, values in arrays.items()
+    }
+    return {"encoding-type": encoding_type, "encoding-version": FORMAT_VERSION, **fields, "arrays": listed}
+
+
+def write_group(storage: Storage, name: str, attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a group of plain arrays, its attributes (by `describe_group`) last. Array names may contain `/`."""
+    for array_name, values in arrays.items():
+        assert values.dtype.name in _PLAIN_DTYPES, f"{array_name} is {values.dtype}"
+        parts = array_name.split("/")
+        for depth in range(1, len(parts)):
+            mark_group(storage, "/".join([name, *parts[:depth]]))
+        storage.write(f"{name}/{array_name}/zarr.json", _plain_metadata(array_name, values.shape, values.dtype.name))
+        if values.size:
+            storage.write(f"{name}/{array_name}/{_only_chunk(values.ndim)}", values.tobytes())
+    storage.write(f"{name}/zarr.json", group_metadata({"saffe_cache": dict(attributes)}))
+
+
+def read_group(storage: Storage, name: str, encoding_type: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The attributes of a group of plain arrays, and the arrays by their names below it.
+
+    Raises:
+        CacheError: something is missing, or an array differs from its checksum.
+    """
+    where = f"{storage.root}: {name}"
+    attributes = read_attributes(storage, name)
+    check_encoding(attributes, encoding_type, where)
+    try:
+        shapes = {key: whole_numbers(one, "shape") for key, one in attributes["arrays"].items()}
+        dtypes = {key: str(one["dtype"]) for key, one in attributes["arrays"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CacheError(f"{where}: zarr.json lacks or misstates {error}. Restore it from a copy.") from None
+    arrays = {}
+    for key, shape in shapes.items():
+        data = storage.read(f"{name}/{key}/{_only_chunk(len(shape))}") if math.prod(shape) else b""
+        if dtypes[key] not in _PLAIN_DTYPES or len(data) != math.prod(shape) * np.dtype(dtypes[key]).itemsize:
+            raise CacheError(f"{where}/{key}: {len(data)} bytes, expected {shape} {dtypes[key]}. {ADVICE}")
+        arrays[key] = np.frombuffer(data, dtypes[key]).reshape(shape).copy()
+    check_arrays(attributes, arrays, where)
+    return attributes, arrays
+
+
+def check_arrays(attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray], where: str) -> None:
+    """Compare a group's arrays with its attributes.
+
+    Raises:
+        CacheError: an array is missing or additional, or differs in shape, type or checksum.
+    """
+    promised, found = attributes.get("arrays"), describe_group("", arrays, {})["arrays"]
+    unknown = [name for name, values in arrays.items() if values.dtype.name not in _PLAIN_DTYPES]
+    if promised != found or unknown:
+        listed = promised if isinstance(promised, dict) else {}
+        names = unknown or [name for name in {**listed, **found} if listed.get(name) != found.get(name)]
+        raise CacheError(f"{where}: {', '.join(sorted(names))} differ from the checksums. {ADVICE}")
+
+
+@lru_cache(maxsize=256)
+def _plain_metadata(name: str, shape: tuple[int, ...], dtype: str) -> bytes:
+    """The `zarr.json` of an array that does not grow: one chunk."""
+    return zarr_json(
+        shape=shape,
+        chunks=tuple(max(1, length) for length in shape),
+        dtype=dtype,
+        dimension_names=[f"{name}.{axis}" for axis in range(len(shape))],
+    )
+
+
+def _only_chunk(num_axes: int) -> str:
+    return "/".join(["c", *["0"] * num_axes])
+
+
+def zarr_json(*, compressors: Any = None, **options: Any) -> bytes:
+    """The `zarr.json` that zarr-python writes for an array; takes some milliseconds."""
+    files: dict[str, Any] = {}
+    zarr.create_array(MemoryStore(files), compressors=compressors, filters=None, **options)
+    return bytes(files["zarr.json"].to_bytes())

@@ -1,8 +1,7 @@
-"""The item table on disk, and its growth by new items.
+"""The item table on disk, and how it grows by new items.
 
-A table is written whole, as a new generation `tables/N`; the root's attributes name the current one, so
-that a reader sees the old table or the new one. Rows of inputs never move: encoders' arrays are indexed
-by them.
+A table is written as a whole, as a new generation `tables/N`. The root's attributes name the current one, so a reader
+sees the old table or the new one. Inputs never change their rows, because encoders' arrays are indexed by them.
 """
 
 from __future__ import annotations
@@ -16,15 +15,14 @@ from typing import Any
 import numpy as np
 
 from saffe_cache.core.features import MODALITIES, CacheError, Inputs, ItemTable, Modality, Ragged
-from saffe_cache.store.storage import Storage
-from saffe_cache.store.zarr_files import describe_group, mark_group, read_group, write_group
+from saffe_cache.store.storage import Storage, describe_group, mark_group, read_group, write_group
 
 _NUM_NAMED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewItem:
-    """One item as a source hands it over; files are known by their content hash."""
+    """One item from a source; files are identified by their content hash."""
 
     id: str
     split: str
@@ -33,7 +31,7 @@ class NewItem:
     captions: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     problem: str = ""
-    """Why the item cannot be used; empty for a usable one."""
+    """Why the item cannot be used; empty if it can."""
 
 
 def text_hash(text: str) -> bytes:
@@ -43,7 +41,7 @@ def text_hash(text: str) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """An item in the table: its fields as row and class numbers."""
+    """An item in the table, with rows and class numbers."""
 
     split: str
     problem: str
@@ -53,7 +51,7 @@ class _Entry:
 
 
 class TableBuilder:
-    """Grows a table: distinct inputs get the next free row, known ones keep theirs."""
+    """Adds items to a table: new inputs get the next free rows, known inputs keep theirs."""
 
     def __init__(
         self,
@@ -65,11 +63,11 @@ class TableBuilder:
     ) -> None:
         """
         Args:
-            replaceable: inputs that no encoder holds, by row; an item of theirs may change its content.
-            may_change: every item may; else `build` refuses.
+            replaceable: rows of inputs that no encoder has encoded; their items may change their content.
+            may_change: all items may change their content; otherwise `build` raises an error.
         """
         self.changed: dict[str, str] = {}
-        """Items of the table that came with other content, by id, and what of them is other."""
+        """Items whose content differs from the table's, by id, with what differs."""
         self._may_change = may_change
         self._class_prompts = tuple(class_prompts)
         self._replaceable = replaceable or {}
@@ -82,9 +80,9 @@ class TableBuilder:
             self._take(table)
 
     def add(self, item: NewItem) -> bool:
-        """Add an item; one that the table has already changes nothing, unless it was unusable or is other now.
+        """Add an item, and return whether the table changes.
 
-        True if the table is changed.
+        An existing item is left unchanged unless it was unusable or its content has changed.
         """
         entry = _Entry(split=item.split, problem=item.problem, files={}, captions=(), labels=())
         if not item.problem:
@@ -103,21 +101,21 @@ class TableBuilder:
         return True
 
     def _may_be_replaced(self, known: _Entry) -> bool:
-        """No encoder holds the item's file: it was broken, or never reached."""
+        """Whether no encoder has encoded the item's file: it was broken, or was not reached."""
         return any(row in self._replaceable.get(name, ()) for name, row in known.files.items())
 
     def build(self) -> ItemTable:
-        """The table with all that was added.
+        """The table with all added items.
 
         Raises:
-            CacheError: items came with other content than the table has for their ids.
+            CacheError: the content of existing items has changed.
         """
         if self.changed and not self._may_change:
             named = ", ".join(f"{item_id!r} ({what})" for item_id, what in list(self.changed.items())[:_NUM_NAMED])
             more = f" and {len(self.changed) - _NUM_NAMED} more" if len(self.changed) > _NUM_NAMED else ""
             raise CacheError(
-                f"{len(self.changed)} items are not what the cache holds under their ids: {named}{more}. Give "
-                "--changed reencode to take them as they are now, or extract changed data into a new cache."
+                f"{len(self.changed)} items have changed since they were extracted: {named}{more}. Use "
+                "--changed reencode to encode them again, or extract the changed data into a new cache."
             )
         entries = list(self._entries.values())
         inputs = {
@@ -172,8 +170,8 @@ class TableBuilder:
             self._class_texts[name] = tuple(self._text_row(text) for text in self._prompted(name))
         elif (cached := [self._texts[row] for row in self._class_texts[name]]) != self._prompted(name):
             raise CacheError(
-                f"class {name!r} is in the cache as {cached}, asked for {self._prompted(name)}. "
-                "Give the cache's --class-prompt, or extract into a new cache."
+                f"class {name!r}: the cache has {cached}, found {self._prompted(name)}. "
+                "Use the cache's --class-prompt, or extract into a new cache."
             )
         return self._class_index_of[name]
 
@@ -193,7 +191,7 @@ _RAGGED_COLUMNS = ("captions", "labels", "class_texts")
 
 
 def write_table(storage: Storage, name: str, table: ItemTable) -> None:
-    """Write a generation of the table as group `name`."""
+    """Write a generation of the table to group `name`."""
     mark_group(storage, "tables")
     arrays = table_to_arrays(table)
     write_group(storage, name, describe_group(ENCODING_TYPE, arrays, {}), arrays)
@@ -209,7 +207,7 @@ def read_table(storage: Storage, name: str) -> ItemTable:
 
 
 def table_to_arrays(table: ItemTable) -> dict[str, np.ndarray]:
-    """The columns, by the names that they have on disk."""
+    """The columns by their names on disk."""
     arrays: dict[str, np.ndarray] = {}
     for column in _TEXT_COLUMNS:
         _pack_texts(arrays, column, getattr(table, column))
@@ -228,7 +226,7 @@ def table_to_arrays(table: ItemTable) -> dict[str, np.ndarray]:
 def table_from_arrays(arrays: Mapping[str, np.ndarray], where: str) -> ItemTable:
     """
     Raises:
-        CacheError: a column is missing, of another kind, or does not go with the others.
+        CacheError: a column is missing, has another type, or contradicts the others.
     """
     try:
         columns: dict[str, Any] = {column: _unpack_texts(arrays, column) for column in _TEXT_COLUMNS}
@@ -252,7 +250,7 @@ def table_from_arrays(arrays: Mapping[str, np.ndarray], where: str) -> ItemTable
 def _check_table(table: ItemTable) -> None:
     """
     Raises:
-        ValueError: columns differ in length, something is there twice, or points to what is not there.
+        ValueError: columns differ in length, an entry is duplicated, or a row does not exist.
     """
     num_items, num_texts = len(table.ids), len(table.inputs["text"]) if "text" in table.inputs else 0
     lengths = [len(column) for column in (table.splits, table.problems, table.captions, table.labels)]
@@ -260,11 +258,11 @@ def _check_table(table: ItemTable) -> None:
     if lengths != [num_items] * 4 or len(table.class_texts) != num_classes:
         raise ValueError(
             f"its columns have {[num_items, *lengths]} items and {len(table.class_texts)} class texts, expected "
-            f"equally many and {num_classes}"
+            f"equal numbers and {num_classes}"
         )
     for name, texts in (("ids", table.ids), ("class_names", table.class_names)):
         if len(set(texts)) < len(texts):
-            raise ValueError(f"{name} has an entry twice")
+            raise ValueError(f"{name} has a duplicate entry")
     for modality, rows in table.rows.items():
         num_inputs = len(table.inputs[modality]) if modality in table.inputs else 0
         if rows.shape != (num_items,) or rows.dtype != np.int64:
@@ -293,14 +291,14 @@ def _ragged(arrays: Mapping[str, np.ndarray], column: str) -> Ragged:
 
 
 def _check_offsets(column: str, offsets: np.ndarray, num_values: int) -> None:
-    """Offsets ascend from 0 to the number of values, -1 where these are of another kind."""
+    """Check that offsets ascend from 0 to the number of values (-1 if the values have another type)."""
     ascends = offsets.ndim == 1 and offsets.dtype == np.int64 and len(offsets) and (np.diff(offsets) >= 0).all()
     if not ascends or offsets[0] != 0 or offsets[-1] != num_values:
-        raise ValueError(f"{column}/offsets do not ascend from 0 to the length of what they divide")
+        raise ValueError(f"{column}/offsets do not ascend from 0 to the length of their values")
 
 
 def _pack_texts(arrays: dict[str, np.ndarray], column: str, texts: Iterable[str]) -> None:
-    """Texts as UTF-8 bytes and offsets: every Zarr reader has these types, not every one has strings."""
+    """Store texts as UTF-8 bytes and offsets, which every Zarr reader supports, unlike strings."""
     encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
     arrays[f"{column}/offsets"] = np.concatenate([[0], np.cumsum([len(part) for part in encoded])]).astype(np.int64)
     arrays[f"{column}/utf8"] = np.frombuffer(b"".join(encoded), np.uint8)

@@ -1,9 +1,9 @@
-"""Growing an encoder's arrays, a shard at a time.
+"""Write an encoder's arrays, shard by shard.
 
-Rows may come in any portions, in order. A full shard goes to the disk at once, while its checksum and statistics are
-taken and the next one fills; when that is full too, the first is durable and is recorded in the manifest. So a kill
-costs at most two shards of each array, and as many are in memory.
-A tail shard that new rows fill up is read back, checked, and written again as a whole.
+Rows come in order, in portions of any size. A full shard is written at once, while its checksum and statistics are
+computed and the next shard fills. When the next shard is full too, the first is durable and is recorded
+in the manifest. A killed process therefore loses at most two shards of each array, and at most two are in memory. A
+tail shard that new rows extend is read back, checked, and written again as a whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ import numpy as np
 
 from saffe_cache.core.atomic_io import make_folder
 from saffe_cache.core.features import BlockWeights, LanguageModelWeights
-from saffe_cache.store.layout import ArraySpec, ShardEntry, decode_shard, describe_shard, encode_shard
+from saffe_cache.store.layout import (
+    ArraySpec,
+    ShardEntry,
+    array_metadata,
+    decode_shard,
+    describe_shard,
+    encode_shard,
+    shard_name,
+)
 from saffe_cache.store.manifest import (
     LANGUAGE_MODEL,
     ArrayManifest,
@@ -31,15 +39,14 @@ from saffe_cache.store.manifest import (
     layers_among,
     write_encoder,
 )
-from saffe_cache.store.storage import Storage
-from saffe_cache.store.zarr_files import array_metadata, describe_group, mark_group, shard_name, write_group
+from saffe_cache.store.storage import Storage, describe_group, mark_group, write_group
 
 _HELPERS = 4
-"""Threads that write shards, describe them, and make the folders of the next ones. None waits for another."""
+"""Threads that write shards, compute their entries, and make the next folders. No task waits for another."""
 
 
 class _Writing(NamedTuple):
-    """A shard on its way to the disk."""
+    """A shard that is being written."""
 
     number: int
     written: Future[None]
@@ -47,7 +54,7 @@ class _Writing(NamedTuple):
 
 
 class _ArrayWriter:
-    """One array: `position` rows are on disk, on their way, or in the open shard, kept in the portions they came in."""
+    """One array: `position` rows are on disk, being written, or in the open shard as the portions they came in."""
 
     def __init__(
         self, storage: Storage, folder: str, array: ArrayManifest, target_rows: int, helpers: Executor
@@ -63,7 +70,7 @@ class _ArrayWriter:
         storage.write(f"{folder}/zarr.json", array_metadata(array.spec, self.target_rows))
 
     def append(self, first_row: int, rows: np.ndarray) -> bool:
-        """Rows in the stored type; those that are there already are passed over. True if a shard became durable."""
+        """Add rows in the stored type; rows that are present are skipped. Returns whether a shard became durable."""
         assert first_row <= self.position, f"rows {self.position}…{first_row} of {self._folder} are missing"
         fresh, settled = rows[self.position - first_row :], False
         while len(fresh):
@@ -78,13 +85,13 @@ class _ArrayWriter:
         return settled
 
     def flush(self) -> None:
-        """Begin to write the open shard, if it holds rows that are not on disk."""
+        """Start writing the open shard, if it has rows that are not on disk."""
         if self.position > self._written:
             self.settle()
             self._begin()
 
     def settle(self) -> bool:
-        """Wait until the shard that is under way is durable; False where none is."""
+        """Wait until the shard that is being written is durable; False if there is none."""
         if self._under_way is None:
             return False
         number, written, entry = self._under_way
@@ -107,7 +114,7 @@ class _ArrayWriter:
         self._storage.write(self._name(index), *encode_shard(self._spec, *portions))
 
     def _make_folder(self, index: int) -> None:
-        """Ahead of its shard, if there will be one: a durable folder costs as much waiting as a small durable file."""
+        """Make a shard's folder in advance, if the shard will exist: fsync of a folder is as slow as that of a file."""
         path = self._storage.local_path(self._name(index))
         if path is not None and index * self._spec.shard_rows < self.target_rows:
             make_folder(path.parent)
@@ -123,24 +130,24 @@ class _ArrayWriter:
 
 @dataclass(frozen=True)
 class Portion:
-    """Consecutive rows of several arrays, made together."""
+    """Consecutive rows of several arrays."""
 
     rows: Mapping[str, tuple[int, np.ndarray]]
-    """name -> (first row, rows in the stored type). They are not copied: nobody may change them from now on."""
+    """name -> (first row, rows in the stored type). They are not copied, so they must not be changed afterwards."""
     invalid: Mapping[int, str] = field(default_factory=dict)
-    """Inputs of this portion that could not be encoded."""
+    """Reason for each input of this portion that could not be encoded."""
 
 
 class EncoderWriter:
-    """Writes one encoder's group. `put` hands portions to a thread of its own, at most one ahead.
+    """Writes one encoder's group in a thread of its own.
 
-    Use as a context manager; leaving it without an error does not finish the extraction, `finish` does.
+    Use it as a context manager and call `finish` at the end; leaving the context alone does not finish the extraction.
     """
 
     def __init__(
         self, storage: Storage, manifest: EncoderManifest, targets: Mapping[str, tuple[ArraySpec, int]]
     ) -> None:
-        """`targets`: for each array that grows, how it is stored and its rows in the end."""
+        """`targets`: the spec and the final number of rows of each growing array."""
         self._storage, self.manifest = storage, manifest
         self.seconds = 0.0
         """Time spent writing."""
@@ -167,7 +174,7 @@ class EncoderWriter:
         self._helpers.shutdown()
 
     def put(self, portion: Portion) -> None:
-        """Hand over a portion; waits while one is ahead.
+        """Queue a portion; blocks while another one is queued.
 
         Raises:
             OSError: an earlier portion could not be written, for instance because the disk is full.
@@ -176,7 +183,7 @@ class EncoderWriter:
         self._portions.put(portion)
 
     def finish(self, num_inputs: int) -> None:
-        """Write what waits, and record that `num_inputs` inputs are complete in every array."""
+        """Write the remaining rows, and record that `num_inputs` inputs are complete in every array."""
         self._stop()
         self._raise_failure()
         for name, array in self._arrays.items():
@@ -200,7 +207,7 @@ class EncoderWriter:
         while (portion := self._portions.get()) is not None:
             if self._failure is None:
                 self._try(partial(self._write, portion))
-        self._try(self._settle)  # after a failure too: what is durable shall count
+        self._try(self._settle)  # also after a failure, so that all durable shards count
 
     def _try(self, step: Callable[[], None]) -> None:
         started = time.perf_counter()
@@ -217,7 +224,7 @@ class EncoderWriter:
             self._commit()
 
     def _settle(self) -> None:
-        """Wait for all that is under way, and record it."""
+        """Wait for all shards that are being written, and record them."""
         settled = [array.settle() for array in self._arrays.values()]
         if any(settled):
             self._commit()
@@ -229,7 +236,7 @@ class EncoderWriter:
 
 
 def write_blocks(storage: Storage, key: str, blocks: Mapping[int, BlockWeights]) -> None:
-    """Store the blocks that consume the cached layers, as float32; those that are there already are left alone."""
+    """Store the blocks that consume the cached layers, as float32; existing blocks are left unchanged."""
     mark_group(storage, f"{encoder_group(key)}/blocks")
     for index, block in blocks.items():
         if not storage.exists(f"{_block_group(key, index)}/zarr.json"):
@@ -237,7 +244,7 @@ def write_blocks(storage: Storage, key: str, blocks: Mapping[int, BlockWeights])
 
 
 def write_block(storage: Storage, key: str, index: int, block: BlockWeights) -> None:
-    """Store a block, as float32, also in the place of one that is there."""
+    """Store a block as float32, replacing an existing one."""
     mark_group(storage, f"{encoder_group(key)}/blocks")
     tensors = {tensor: np.asarray(values, np.float32) for tensor, values in sorted(block.tensors.items())}
     attributes = describe_group("saffe-block", tensors, {"spec": vars(block.spec)})
@@ -245,7 +252,7 @@ def write_block(storage: Storage, key: str, index: int, block: BlockWeights) -> 
 
 
 def write_language_model(storage: Storage, key: str, weights: LanguageModelWeights) -> None:
-    """Store what a language model has besides its blocks, also in the place of what is there."""
+    """Store the parts of a language model that are not blocks, replacing existing ones."""
     tensors = {name: np.asarray(values, np.float32) for name, values in sorted(weights.tensors.items())}
     tensors["tokenizer"] = np.frombuffer(weights.tokenizer.encode(), np.uint8)
     attributes = describe_group(LANGUAGE_MODEL, tensors, {"spec": vars(weights.spec)})
@@ -257,12 +264,12 @@ def _block_group(key: str, index: int) -> str:
 
 
 def write_array_metadata(storage: Storage, key: str, name: str, array: ArrayManifest) -> None:
-    """Write an array's `zarr.json` anew, for the rows that are committed."""
+    """Rewrite an array's `zarr.json` for its committed rows."""
     if layers_among([name]):
         mark_group(storage, f"{encoder_group(key)}/hidden_states")
     storage.write(f"{encoder_group(key)}/{name}/zarr.json", array_metadata(array.spec, array.rows))
 
 
 def write_shard(storage: Storage, key: str, name: str, index: int, spec: ArraySpec, rows: np.ndarray) -> None:
-    """Put a whole shard in the place of one that is there; the manifest is left alone."""
+    """Replace a shard; the manifest is not changed."""
     storage.write(f"{encoder_group(key)}/{name}/{shard_name(index, spec)}", *encode_shard(spec, rows))

@@ -17,7 +17,7 @@ from tiny_models import save_tiny
 import saffe_cache.training.train
 from saffe_cache.cli import evaluate_command, extract_command, train_command
 from saffe_cache.core.features import CacheError
-from saffe_cache.store.reader import verify_cache
+from saffe_cache.store.inspect import verify_cache
 
 SPLITS = {"train": 150, "dev": 12, "test": 20}
 """The smallest shard holds 64 photos."""

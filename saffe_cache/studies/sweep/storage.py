@@ -7,8 +7,7 @@ from pathlib import Path
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.store.convert import convert_cache
-from saffe_cache.store.identity import content_hash
-from saffe_cache.store.manifest import read_root
+from saffe_cache.store.manifest import content_hash, read_root
 from saffe_cache.store.reader import Cache
 from saffe_cache.store.storage import Storage
 
