@@ -280,7 +280,7 @@ def test_class_prompt_of_a_cache_is_fixed(config: ExtractConfig, tmp_path: Path)
         draw(tmp_path / "classes" / "train" / f"class{number % 2}" / f"{number}.png", number)
     classes = replace(config, data=str(tmp_path / "classes"))
     extract(classes)
-    with pytest.raises(CacheError, match=r"is in the cache as \['a photo of a class0.'\], asked for \['one class0'\]"):
+    with pytest.raises(CacheError, match=r"the cache has \['a photo of a class0.'\], found \['one class0'\]"):
         extract(replace(classes, class_prompt=("one {}",)))
 
 
