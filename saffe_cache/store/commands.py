@@ -88,9 +88,9 @@ def inspect_cache(config: InspectConfig) -> str:
 
 
 def verify_cache(config: VerifyConfig) -> Verified:
-    from saffe_cache.store import reader
+    from saffe_cache.store import inspect
 
-    num_shards, problems = reader.verify_cache(config.cache)
+    num_shards, problems = inspect.verify_cache(config.cache)
     return Verified(num_shards=num_shards, problems=problems)
 
 
