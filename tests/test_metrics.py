@@ -21,13 +21,12 @@ from sklearn.metrics import average_precision_score
 
 from saffe_cache.core.features import Ragged
 from saffe_cache.retrieval.metrics import (
+    RandomOrder,
     average_precision_of_ranks,
     bootstrap_interval,
     chance_average_precision,
     chance_first_rank,
     first_ranks,
-    mean_chance_average_precision,
-    mean_chance_first_rank,
     paired_bootstrap,
     recall_at_k,
     seed_interval,
@@ -257,9 +256,9 @@ def test_chance_first_rank_is_a_distribution(num_gallery: int, data: st.DataObje
 def test_mean_chances_weigh_each_query_alike() -> None:
     sizes = np.array([3, 1, 3, 8])
     expected = np.mean([chance_average_precision(20, int(size), 5) for size in sizes])
-    assert mean_chance_average_precision(20, sizes, 5) == pytest.approx(expected)
+    assert RandomOrder(20, sizes).average_precision(5) == pytest.approx(expected)
     first = np.mean([chance_first_rank(20, int(size)) for size in sizes], axis=0)
-    np.testing.assert_allclose(mean_chance_first_rank(20, sizes), first)
+    np.testing.assert_allclose(RandomOrder(20, sizes).first_rank, first)
 
 
 def test_bootstrap_interval_has_the_analytic_width() -> None:

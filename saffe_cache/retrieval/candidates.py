@@ -11,7 +11,7 @@ import numpy as np
 
 from saffe_cache.core.features import Ragged
 from saffe_cache.retrieval.ranking import ROUNDING, members, queries_of, top_k
-from saffe_cache.retrieval.scores import Scores, class_map_scores, rank_scores, top_scores
+from saffe_cache.retrieval.scores import Scores, class_map_scores, label_scores, rank_scores
 
 
 def candidate_scores(
@@ -45,10 +45,8 @@ def candidate_scores(
     prior = np.zeros(num_classes) if prior is None else prior
     if prior.shape != (num_classes,) or not np.isfinite(prior).all():
         raise ValueError(f"candidates: prior of shape {prior.shape}, expected {num_classes} finite numbers.")
-    top_ks = (1, 5) if num_classes > 5 else (1,)
-    return class_map_scores(scores.T, labels, intervals, seed) | top_scores(
-        (scores - prior).T, labels, top_ks, intervals, seed
-    )
+    of_classes = class_map_scores(scores.T, labels, intervals, seed)
+    return of_classes | label_scores("candidates", (scores - prior).T, labels, intervals, seed)
 
 
 def reranked_scores(

@@ -1,12 +1,17 @@
-"""Retrieval metrics over the ranks of relevant items. Pure numpy.
+"""Retrieval metrics over the ranks of relevant items, and the registry of all metrics. Pure numpy.
 
 Ranks count from 1, ascending, with one row for each query. Where scores tie, `ranking` breaks ties by an order
-that knows nothing of relevance. All values are fractions in [0, 1].
+that knows nothing of relevance. Values are fractions in [0, 1], except for ranks.
+
+A new metric is a function of ranks and one entry of `METRICS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
@@ -59,6 +64,11 @@ def recall_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
     return np.asarray(ranks <= k, np.float64)
 
 
+def recall(k: int) -> Callable[[Ragged], np.ndarray]:
+    """`recall_at_k` of the first relevant items."""
+    return lambda ranks: recall_at_k(first_ranks(ranks), k)
+
+
 def chance_average_precision(num_gallery: int, num_relevant: int, depth: int | None = None) -> float:
     """Expected average precision of a random order; with a depth k, over its first k and divided by min(R, k).
 
@@ -79,20 +89,151 @@ def chance_first_rank(num_gallery: int, num_relevant: int) -> np.ndarray:
     return still_out * (1 - stays_out)
 
 
-def mean_chance_average_precision(num_gallery: int, num_relevant: np.ndarray, depth: int | None = None) -> float:
-    """Mean of `chance_average_precision` over queries that have these numbers of relevant items, int [queries]."""
-    kinds, counts = np.unique(num_relevant, return_counts=True)
-    chances = [chance_average_precision(num_gallery, int(kind), depth) for kind in kinds]
-    return float(np.average(chances, weights=counts))
+class RandomOrder:
+    """The values to expect where the gallery is in a random order: the mean over queries."""
+
+    def __init__(self, num_gallery: int, num_relevant: np.ndarray) -> None:
+        """`num_relevant`: relevant items of each query, int [queries]."""
+        self.num_gallery = num_gallery
+        self._kinds, self._counts = np.unique(num_relevant, return_counts=True)
+
+    def average_precision(self, depth: int | None = None) -> float:
+        """Mean of `chance_average_precision`."""
+        chances = [chance_average_precision(self.num_gallery, int(kind), depth) for kind in self._kinds]
+        return float(np.average(chances, weights=self._counts))
+
+    @cached_property
+    def first_rank(self) -> np.ndarray:
+        """Mean of `chance_first_rank`."""
+        chance = np.zeros(self.num_gallery)
+        for kind, share in zip(self._kinds, self._counts / self._counts.sum(), strict=True):
+            chance += share * chance_first_rank(self.num_gallery, int(kind))
+        return chance
+
+    def recall(self, k: int) -> float:
+        return float(self.first_rank[:k].sum())
+
+    @property
+    def reciprocal_rank(self) -> float:
+        return float((self.first_rank / np.arange(1, self.num_gallery + 1)).sum())
+
+    @property
+    def median_rank(self) -> float:
+        return float(np.searchsorted(np.cumsum(self.first_rank), 0.5 - 1e-9) + 1)  # despite rounding
 
 
-def mean_chance_first_rank(num_gallery: int, num_relevant: np.ndarray) -> np.ndarray:
-    """Mean of `chance_first_rank` over queries that have these numbers of relevant items, int [queries]."""
-    kinds, counts = np.unique(num_relevant, return_counts=True)
-    chance = np.zeros(num_gallery)
-    for kind, share in zip(kinds, counts / counts.sum(), strict=True):
-        chance += share * chance_first_rank(num_gallery, int(kind))
-    return chance
+Ranking = Literal["captions", "texts", "classes", "images", "labels", "candidates"]
+"""Which rankings a metric is computed of: the photos for each caption (and the captions for each photo), for each text
+that describes photos, for each class, for each photo; and the classes for each photo, by vectors or as candidates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A metric over ranks of relevant items, and what a reader must know of it."""
+
+    description: str
+    rankings: tuple[Ranking, ...]
+    values: Callable[[Ragged], np.ndarray]
+    """One value for each query."""
+    chance: Callable[[RandomOrder], float]
+    is_rank: bool = False
+    """Whether it is a rank, whose median over queries is reported, and no percentage, whose mean is."""
+    higher_is_better: bool = True
+    least_items: int = 1
+    """The metric is left out where fewer items are ranked."""
+
+    def show(self, value: float, digits: int = 1) -> str:
+        """For people: a rank as it is, a fraction as a percentage."""
+        return f"{value:.0f}" if self.is_rank else f"{100 * value:.{digits}f}"
+
+
+_BY_FIRST: tuple[Ranking, ...] = ("captions", "texts")
+METRICS: dict[str, Metric] = {
+    "map": Metric(
+        description="mean average precision over the whole ranking, not interpolated",
+        rankings=("texts", "classes", "images"),
+        values=average_precision_of_ranks,
+        chance=lambda order: order.average_precision(),
+    ),
+    "map_at_100": Metric(
+        description="mean average precision over the first 100, divided by min(relevant, 100)",
+        rankings=("classes", "images"),
+        values=lambda ranks: average_precision_of_ranks(ranks, 100),
+        chance=lambda order: order.average_precision(100),
+    ),
+    "recall_at_1": Metric(
+        description="share of queries whose first result is relevant",
+        rankings=(*_BY_FIRST, "images"),
+        values=recall(1),
+        chance=lambda order: order.recall(1),
+    ),
+    "recall_at_5": Metric(
+        description="share of queries with a relevant result among the first 5",
+        rankings=_BY_FIRST,
+        values=recall(5),
+        chance=lambda order: order.recall(5),
+    ),
+    "recall_at_10": Metric(
+        description="share of queries with a relevant result among the first 10",
+        rankings=_BY_FIRST,
+        values=recall(10),
+        chance=lambda order: order.recall(10),
+    ),
+    "mrr": Metric(
+        description="mean of 1 / rank of the first relevant result",
+        rankings=_BY_FIRST,
+        values=lambda ranks: 1 / first_ranks(ranks),
+        chance=lambda order: order.reciprocal_rank,
+    ),
+    "median_rank": Metric(
+        description="median rank of the first relevant result: a rank, not a percentage; lower is better",
+        rankings=_BY_FIRST,
+        values=first_ranks,
+        chance=lambda order: order.median_rank,
+        is_rank=True,
+        higher_is_better=False,
+    ),
+    "top1": Metric(
+        description="share of photos whose nearest class is one of theirs",
+        rankings=("labels", "candidates"),
+        values=recall(1),
+        chance=lambda order: order.recall(1),
+    ),
+    "top5": Metric(
+        description="share of photos with one of their classes among the nearest 5",
+        rankings=("candidates",),
+        values=recall(5),
+        chance=lambda order: order.recall(5),
+        least_items=6,
+    ),
+}
+"""Every metric by name, in the order in which reports list them."""
+
+_VARIANTS = {
+    "image_to_text_{}": "photos search texts: {}",
+    "{}_prior_removed": "{}, after subtracting each class's mean score over training photos",
+    "{}_matching": "{}, by the matching head's logits",
+}
+"""Names of metrics of the same kind under other conditions, and their descriptions."""
+
+
+def metrics_of(ranking: Ranking, num_items: int) -> dict[str, Metric]:
+    """The metrics of a ranking of so many items."""
+    return {name: one for name, one in METRICS.items() if ranking in one.rankings and num_items >= one.least_items}
+
+
+def metric_named(name: str) -> Metric:
+    """A metric, or a variant of one such as `top1_matching`.
+
+    Raises:
+        KeyError: no such metric is registered.
+    """
+    for variant, description in _VARIANTS.items():
+        before, after = variant.split("{}")
+        if name not in METRICS and name.startswith(before) and name.endswith(after):
+            base = METRICS[name.removeprefix(before).removesuffix(after)]
+            return replace(base, description=description.format(base.description))
+    return METRICS[name]
 
 
 def bootstrap_interval(

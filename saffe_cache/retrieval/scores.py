@@ -17,20 +17,20 @@ not interpolated: it is the `map` of the class protocol.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from saffe_cache.core.controls import interval_error
 from saffe_cache.core.features import Ragged
 from saffe_cache.retrieval.metrics import (
-    average_precision_of_ranks,
+    Metric,
+    RandomOrder,
+    Ranking,
     bootstrap_interval,
-    first_ranks,
     map_interval,
-    mean_chance_average_precision,
-    mean_chance_first_rank,
-    recall_at_k,
+    metrics_of,
     unit_totals,
 )
 from saffe_cache.retrieval.ranking import (
@@ -44,8 +44,6 @@ from saffe_cache.retrieval.ranking import (
     top_k,
 )
 
-RECALL_KS = (1, 5, 10)
-MAP_K = 100
 _MOST_ORDERED = 2e7
 """Classes times photos up to which the interval of a class's mAP is computed: 0.7 GB, and a minute."""
 _SCORES_AT_ONCE = 2**19
@@ -65,6 +63,12 @@ class Score:
     values: np.ndarray | None = field(default=None, repr=False, compare=False)
     """Where the metric is a mean: that of each query, float64, in the order of the queries that have something
     relevant, so that two systems can be compared in pairs."""
+
+    @property
+    def error(self) -> float:
+        """Standard error, from the interval."""
+        assert self.interval is not None, "a standard error needs an interval"
+        return interval_error(*self.interval)
 
 
 Scores = dict[str, Score]
@@ -88,9 +92,10 @@ def caption_scores(
     indices, photo_of = np.arange(len(photos)), Ragged(np.arange(len(owners) + 1), owners)
     to_photo = relevant_ranks(photos, captions, photo_of, seed=seed)
     to_caption = relevant_ranks(captions, photos, members(photo_of, len(photos)), seed=seed)
+    backwards = _scores_of("captions", to_caption, indices, len(captions), intervals, seed)
     return {
-        **_first_rank_scores("", to_photo, owners, len(photos), intervals, seed),
-        **_first_rank_scores("image_to_text_", to_caption, indices, len(captions), intervals, seed),
+        **_scores_of("captions", to_photo, owners, len(photos), intervals, seed),
+        **{f"image_to_text_{name}": score for name, score in backwards.items()},
     }
 
 
@@ -124,7 +129,7 @@ def text_scores(
 
 
 def rank_scores(ranks: Ragged, units: np.ndarray, num_gallery: int, *, intervals: bool = True, seed: int = 0) -> Scores:
-    """map, recall_at_1/5/10, mrr and median_rank of given ranks, as `text_scores` returns them.
+    """The scores of given ranks, as `text_scores` returns them.
 
     Args:
         ranks: of all relevant items of each query, from 1, ascending; at least one.
@@ -136,10 +141,7 @@ def rank_scores(ranks: Ragged, units: np.ndarray, num_gallery: int, *, intervals
     Raises:
         ValueError: a query has no relevant item.
     """
-    precisions = average_precision_of_ranks(ranks)
-    chance = mean_chance_average_precision(num_gallery, np.diff(ranks.offsets))
-    precision = mean_score(precisions, chance, units, intervals, seed)
-    return {"map": precision, **_first_rank_scores("", ranks, units, num_gallery, intervals, seed)}
+    return _scores_of("texts", ranks, units, num_gallery, intervals, seed)
 
 
 def class_scores(
@@ -161,7 +163,7 @@ def class_scores(
         ValueError: no photo has a class, or a vector is not finite or not of unit length.
     """
     scores = InnerProducts(photos, classes)
-    return class_map_scores(scores, labels, intervals, seed) | top_scores(scores, labels, (1,), intervals, seed)
+    return class_map_scores(scores, labels, intervals, seed) | label_scores("labels", scores, labels, intervals, seed)
 
 
 def image_scores(photos: np.ndarray, labels: Ragged, *, intervals: bool = True, seed: int = 0) -> Scores:
@@ -187,28 +189,36 @@ def image_scores(photos: np.ndarray, labels: Ragged, *, intervals: bool = True, 
         raise ValueError("image protocol: no two photos share a class. Give photos with labels.")
     rows = Ragged(np.unique(relevant.offsets), relevant.values)  # without the empty ones
     ranks = relevant_ranks(photos, photos[searching], rows, exclude=searching, seed=seed)
-    num_gallery, sizes = len(photos) - 1, np.diff(ranks.offsets)
-
-    def score(values: np.ndarray, chance: float) -> Score:
-        return mean_score(values, chance, searching, intervals, seed)
-
-    return {
-        "map": score(average_precision_of_ranks(ranks), mean_chance_average_precision(num_gallery, sizes)),
-        f"map_at_{MAP_K}": score(
-            average_precision_of_ranks(ranks, MAP_K), mean_chance_average_precision(num_gallery, sizes, MAP_K)
-        ),
-        "recall_at_1": score(recall_at_k(first_ranks(ranks), 1), float(sizes.mean() / num_gallery)),
-    }
+    return _scores_of("images", ranks, searching, len(photos) - 1, intervals, seed)
 
 
-def mean_score(values: np.ndarray, chance: float, units: np.ndarray, intervals: bool, seed: int) -> Score:
-    """The mean of a metric over queries, with its interval over units."""
-    interval = bootstrap_interval(*unit_totals(values, units), seed=seed) if intervals else None
-    return Score(float(values.mean()), chance, interval, values)
+def _scores_of(
+    ranking: Ranking,
+    ranks: Ragged,
+    units: np.ndarray,
+    num_gallery: int,
+    intervals: bool,
+    seed: int,
+    num_relevant: np.ndarray | None = None,
+) -> Scores:
+    """The metrics of a ranking; intervals resample the units of its queries.
+
+    `num_relevant`: relevant items of each query, where `ranks` holds the first one alone.
+    """
+    order = RandomOrder(num_gallery, np.diff(ranks.offsets) if num_relevant is None else num_relevant)
+
+    def score(metric: Metric) -> Score:
+        values, chance = metric.values(ranks), metric.chance(order)
+        if metric.is_rank:
+            return Score(float(np.median(values)), chance)
+        interval = bootstrap_interval(*unit_totals(values, units), seed=seed) if intervals else None
+        return Score(float(values.mean()), chance, interval, values)
+
+    return {name: score(metric) for name, metric in metrics_of(ranking, num_gallery).items()}
 
 
 def class_map_scores(scores: ScoreMatrix, labels: Ragged, intervals: bool, seed: int) -> Scores:
-    """map and map_at_100 over each class's ranking of the photos, by scores [classes, photos]."""
+    """The metrics of each class's ranking of the photos, by scores [classes, photos]; of `map` with its interval."""
     num_classes, num_photos = scores.shape
     of_classes = members(labels, num_classes)
     present = np.diff(of_classes.offsets) > 0
@@ -216,19 +226,13 @@ def class_map_scores(scores: ScoreMatrix, labels: Ragged, intervals: bool, seed:
         raise ValueError("class protocol: no photo has a class. Give photos with labels.")
     ranks = relevant_ranks_of_scores(scores, of_classes, seed=seed)
     ranks = Ragged(np.unique(ranks.offsets), ranks.values)  # without the empty rows
-    sizes = np.diff(ranks.offsets)
-    whole, first = average_precision_of_ranks(ranks), average_precision_of_ranks(ranks, MAP_K)
-    interval = None
+    found = _scores_of("classes", ranks, np.flatnonzero(present), num_photos, False, seed)
     if intervals and num_classes * num_photos <= _MOST_ORDERED:
         order = top_k(scores, num_photos, seed=seed)[present]
         ranked = np.zeros(order.shape, bool)
         ranked[queries_of(ranks), ranks.values - 1] = True
-        interval = map_interval(order, ranked, seed=seed)
-    at_k = mean_chance_average_precision(num_photos, sizes, MAP_K)
-    return {
-        "map": Score(float(whole.mean()), mean_chance_average_precision(num_photos, sizes), interval, whole),
-        f"map_at_{MAP_K}": Score(float(first.mean()), at_k, None, first),
-    }
+        found["map"] = replace(found["map"], interval=map_interval(order, ranked, seed=seed))
+    return found
 
 
 def others_of_classes(labels: Ragged) -> Ragged:
@@ -244,32 +248,12 @@ def others_of_classes(labels: Ragged) -> Ragged:
     return Ragged.from_rows(rows)
 
 
-def _first_rank_scores(
-    prefix: str, ranks: Ragged, units: np.ndarray, num_gallery: int, intervals: bool, seed: int
-) -> Scores:
-    """R@k, MRR and median rank of each query's first relevant item; `prefix` is put before their names."""
-    first = first_ranks(ranks)
-    chance = mean_chance_first_rank(num_gallery, np.diff(ranks.offsets))
-    scores = {
-        f"{prefix}recall_at_{k}": mean_score(recall_at_k(first, k), float(chance[:k].sum()), units, intervals, seed)
-        for k in RECALL_KS
-    }
-    by_rank = float((chance / np.arange(1, num_gallery + 1)).sum())
-    scores[f"{prefix}mrr"] = mean_score(1 / first, by_rank, units, intervals, seed)
-    median = float(np.searchsorted(np.cumsum(chance), 0.5 - 1e-9) + 1)  # despite rounding
-    return scores | {f"{prefix}median_rank": Score(float(np.median(first)), median)}
-
-
-def top_scores(scores: ScoreMatrix, labels: Ragged, top_ks: Sequence[int], intervals: bool, seed: int) -> Scores:
-    """How many photos have one of their classes among the k that score highest. Chance: of k drawn at random."""
+def label_scores(ranking: Ranking, scores: ScoreMatrix, labels: Ragged, intervals: bool, seed: int) -> Scores:
+    """The metrics of each photo's ranking of the classes, by scores [classes, photos]."""
     num_classes, num_photos = scores.shape
     num_own = np.array([len(np.unique(of_photo)) for of_photo in labels])
-    ranks = _first_class_ranks(scores, labels, seed)
-    chance = mean_chance_first_rank(num_classes, num_own)
-    return {
-        f"top{k}": mean_score(recall_at_k(ranks, k), float(chance[:k].sum()), np.arange(num_photos), intervals, seed)
-        for k in top_ks
-    }
+    ranks = Ragged(np.arange(num_photos + 1), _first_class_ranks(scores, labels, seed))
+    return _scores_of(ranking, ranks, np.arange(num_photos), num_classes, intervals, seed, num_relevant=num_own)
 
 
 def _first_class_ranks(scores: ScoreMatrix, labels: Ragged, seed: int) -> np.ndarray:
@@ -288,7 +272,7 @@ def nearest_classes(scores: ScoreMatrix, seed: int) -> np.ndarray:
 
     Args:
         scores: [classes, photos].
-        seed: of the breaking of ties; that of `top_scores`.
+        seed: of the breaking of ties; that of `label_scores`.
     """
     return np.concatenate([below.argmin(axis=1) for _, below in _class_orders(scores, seed)])
 
