@@ -29,7 +29,9 @@ from data.encoders import fetch_encoders
 from data.notes import draw_notes, ideal_late_fusion, place_ordered_fusion, read_notes, text_only_chance
 from data.scenes import draw_scenes
 from pipelines.tables import Row, Table, failures, markdown
-from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate, read_table
+from saffe_cache.core.results import read_report
+from saffe_cache.evaluation.config import EvaluateConfig
+from saffe_cache.evaluation.evaluate import evaluate
 from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.report.report import ReportConfig, report
 from saffe_cache.training.train import TrainConfig, train
@@ -63,7 +65,7 @@ def search_scenes(work: Path, encoders: Mapping[str, str]) -> str:
     cache = cache_of(str(scenes), str(work / "scenes.zarr"), encoders)
     run = train(TrainConfig(cache=cache, out=str(work / "linear"), fusion="linear"))
     report = evaluate(EvaluateConfig(cache=cache, run=run, split="test", protocol="caption"))
-    print(read_table(report))
+    print(read_report(report))
     return report
 
 

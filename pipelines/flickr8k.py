@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ lies beside the
 
 from pipelines.tables import Row, Table, failures, markdown
 from saffe_cache.extraction.extract import ExtractConfig, extract
-from saffe_cache.protocols.measuring import ProtocolName
 
 LAST_TWO = {"fusion": "linear", "layers": {"image": (11, 12)}, "epochs": 20}
 VARIANTS = [
@@ -54,7 +53,7 @@ METADATA = [
     Row("reuse, text asks", BOTH | {"query_side": "text"}),
     Row("paper", BOTH | {"fusion": "paper"}),
 ]
-TABLES: dict[str, tuple[list[Row], ProtocolName, tuple[str, ...]]] = {
+TABLES: dict[str, tuple[list[Row], str, tuple[str, ...]]] = {
     "variants": (VARIANTS, "caption", ("mrr", "recall_at_1", "recall_at_5", "recall_at_10")),
     "objectives": (OBJECTIVES, "caption", ("mrr", "recall_at_1", "recall_at_5", "recall_at_10")),
     "metadata": (METADATA, "metadata", ("map", "recall_at_1", "recall_at_5", "mrr")),

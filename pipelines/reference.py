@@ -17,7 +17,8 @@ import torch
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import FamInputs
 from saffe_cache.inputs.pairs import Pairs, select_pairs
-from saffe_cache.protocols.search import make_search
+from saffe_cache.protocols.classes import ClassProtocol
+from saffe_cache.protocols.setting import Setting
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.runs import load_run
 
@@ -43,7 +44,7 @@ def main() -> None:
 @torch.inference_mode()
 def measure(inputs: FamInputs, model: Fusion, pairs: Pairs) -> dict[str, float]:
     """Mean distances of unit vectors, and accuracies as fractions."""
-    search = make_search(inputs.cache, inputs.spec, pairs, "class")
+    search = ClassProtocol(Setting(inputs, pairs)).queries
     queries = model.encode_queries(torch.from_numpy(search.vectors))
     num_classes = len(queries)
     distances: dict[str, list[torch.Tensor]] = {"nothing changed": [], "another text": [], "another photo": []}

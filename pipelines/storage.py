@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ lies beside the
 
 from pipelines.flickr8k import LAST_TWO
 from pipelines.tables import Row, Table
+from saffe_cache.evaluation.results import EvaluationResult
 from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.dtypes import STORAGE_DTYPES
@@ -146,13 +146,13 @@ def _tokens(cache: str, layer: int, rows: np.ndarray) -> np.ndarray:
     return np.asarray((states - states.mean(axis=-1, keepdims=True)).reshape(-1, states.shape[-1]))
 
 
-def scores(reports: Mapping[str, Sequence[dict[str, Any]]], dtype: str) -> list[str]:
+def scores(reports: Mapping[str, Sequence[EvaluationResult]], dtype: str) -> list[str]:
     """R@1 of the FAM, what float32 has more, both over seeds; R@1 of the ridge regression."""
     found, exact = (
-        [100 * one["systems"]["fam"]["recall_at_1"]["value"] for one in reports[name]] for name in (dtype, "float32")
+        [100 * one.systems["fam"]["recall_at_1"].value for one in reports[name]] for name in (dtype, "float32")
     )
     losses = [other - mine for mine, other in zip(found, exact, strict=True)]
-    ridge = 100 * reports[dtype][0]["systems"]["ridge"]["recall_at_1"]["value"]
+    ridge = 100 * reports[dtype][0].systems["ridge"]["recall_at_1"].value
     return [_spread(found), "" if dtype == "float32" else _spread(losses), f"{ridge:.2f}"]
 
 

@@ -7,7 +7,6 @@ peak memory would be that of the largest before it.
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import statistics
@@ -16,10 +15,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
-from saffe_cache.protocols.measuring import ProtocolName
+from saffe_cache.core.outputs import CONFIG, RESULT, read_json
+from saffe_cache.evaluation.config import EvaluateConfig
+from saffe_cache.evaluation.evaluate import evaluate
+from saffe_cache.evaluation.results import FAM, EvaluationResult, Numbers
 from saffe_cache.training.train import TrainConfig, train
 
 
@@ -29,7 +30,7 @@ class Row:
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
-    protocols: tuple[ProtocolName, ...] | None = None
+    protocols: tuple[str, ...] | None = None
     """None for those of the table."""
 
 
@@ -40,15 +41,15 @@ class Table:
     cache: str
     work: Path
     rows: Sequence[Row]
-    protocols: tuple[ProtocolName, ...]
+    protocols: tuple[str, ...]
     split: str
     seeds: Sequence[int] = (0,)
     shared: Mapping[str, Any] = field(default_factory=dict)
     """What all rows change in TrainConfig."""
 
-    def run(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    def run(self) -> dict[str, dict[str, list[EvaluationResult]]]:
         """The reports of each protocol, by row, one for each seed."""
-        reports: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        reports: dict[str, dict[str, list[EvaluationResult]]] = {}
         for row in self.rows:
             for seed in self.seeds:
                 run = _train(
@@ -65,10 +66,10 @@ class Table:
                     of_protocol.setdefault(row.name, []).append(report)
         return reports
 
-    def _report(self, run: str, protocol: ProtocolName, *, baselines: bool) -> dict[str, Any]:
+    def _report(self, run: str, protocol: str, *, baselines: bool) -> EvaluationResult:
         out = Path(run) / f"{self.split}-{protocol}"
-        path = out / "metrics.json"
-        if not path.exists() or (baselines and json.loads(path.read_text())["config"]["baselines"] != "all"):
+        is_done = (out / RESULT).exists()
+        if not is_done or (baselines and read_json(out / CONFIG)["config"]["baselines"] != "all"):
             evaluate(
                 EvaluateConfig(
                     cache=self.cache,
@@ -79,7 +80,7 @@ class Table:
                     baselines="all" if baselines else "none",
                 )
             )
-        return cast(dict[str, Any], json.loads(path.read_text()))
+        return EvaluationResult.load(out)
 
 
 def _train(config: TrainConfig) -> str:
@@ -92,7 +93,7 @@ def _train(config: TrainConfig) -> str:
         return pool.submit(train, config).result()
 
 
-def markdown(reports: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str], control: str) -> str:
+def markdown(reports: Mapping[str, Sequence[EvaluationResult]], metrics: Sequence[str], control: str) -> str:
     """Percent, mean ± standard deviation over seeds; baselines below; one control's main metric beside it.
 
     Args:
@@ -105,40 +106,40 @@ def markdown(reports: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequen
         "|---" * (len(metrics) + 6) + "|",
     ]
     for name, of_row in reports.items():
-        cells = [_spread([_percent(report["systems"]["fam"], metric) for report in of_row]) for metric in metrics]
-        failed = sum(bool(report["failures"]) for report in of_row)
-        costs = [report["cost"] for report in of_row]
+        cells = [_spread([_percent(report.systems[FAM], metric) for report in of_row]) for metric in metrics]
+        failed = sum(bool(report.failures) for report in of_row)
+        costs = [report.cost for report in of_row]
         cells += [
-            _spread([_percent(report["controls"][control]["scores"], metrics[0]) for report in of_row]),
+            _spread([_percent(report.control_scores[control], metrics[0]) for report in of_row]),
             f"{failed} of {len(of_row)} fail" if failed else "hold",
-            f"{costs[0]['trainable_parameters'] / 1e6:.2f} M",
-            f"{statistics.mean(cost['training_seconds'] for cost in costs):.0f}",
-            f"{max(cost['training_peak_memory_mb'] for cost in costs)}",
+            f"{costs[0].trainable_parameters / 1e6:.2f} M",
+            f"{statistics.mean(cost.training_seconds for cost in costs):.0f}",
+            f"{max(cost.training_peak_memory_mb for cost in costs)}",
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     first = next(iter(next(iter(reports.values()))))
-    for name, scores in first["systems"].items():
-        if name != "fam":
+    for name, scores in first.systems.items():
+        if name != FAM:
             lines.append(f"| *{name}* | " + " | ".join(_one(scores, metric) for metric in metrics) + " | | | | | |")
-    chances = (f"{100 * first['systems']['fam'][metric]['chance']:.1f}" for metric in metrics)
+    chances = (f"{100 * first.systems[FAM][metric].chance:.1f}" for metric in metrics)
     lines.append("| *chance* | " + " | ".join(chances) + " | | | | | |")
     return "\n".join(lines)
 
 
-def failures(reports: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Iterable[str]:
+def failures(reports: Mapping[str, Mapping[str, Sequence[EvaluationResult]]]) -> Iterable[str]:
     """Every failed control, with its row and seed."""
     for protocol, of_protocol in reports.items():
         for name, of_row in of_protocol.items():
             for report in of_row:
-                for failure in report["failures"]:
-                    yield f"{protocol}, {name}, seed {report['run']['seed']}: {failure}"
+                for failure in report.failures:
+                    yield f"{protocol}, {name}, seed {report.run.seed}: {failure}"
 
 
-def _percent(scores: Mapping[str, Any], metric: str) -> float | None:
-    return 100 * scores[metric]["value"] if metric in scores else None
+def _percent(numbers: Numbers, metric: str) -> float | None:
+    return 100 * numbers[metric].value if metric in numbers else None
 
 
-def _one(scores: Mapping[str, Any], metric: str) -> str:
+def _one(scores: Numbers, metric: str) -> str:
     value = _percent(scores, metric)
     return "" if value is None else f"{value:.1f}"
 

@@ -52,8 +52,9 @@ VERBS: Mapping[str, Verb] = {
     ),
     "evaluate": Verb(
         summary="Index a run's vectors and measure retrieval, with baselines, controls and chance.",
-        config="evaluation.evaluate:EvaluateConfig",
+        config="evaluation.config:EvaluateConfig",
         run="evaluation.evaluate:evaluate",
+        result="evaluation.results:EvaluationResult",
     ),
     "align": Verb(
         summary="Measure how well two encoders' layers agree, before training.",

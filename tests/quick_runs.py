@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from saffe_cache.core.features import Ragged
-from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate, exit_status
+from saffe_cache.core.results import exit_status
+from saffe_cache.evaluation.config import EvaluateConfig
+from saffe_cache.evaluation.evaluate import evaluate
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import FamInputs
 from saffe_cache.inputs.pairs import select_pairs
 from saffe_cache.inputs.spec import same_training_pairs
-from saffe_cache.protocols.measuring import Setting
+from saffe_cache.protocols.setting import Setting
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.runs import load_run
 from saffe_cache.training.train import TrainConfig, train
@@ -30,17 +32,18 @@ def quick_train(cache: str, out: Path, **options: Any) -> str:
 
 
 def report_of(cache: str, run: str, **options: Any) -> Report:
-    """Evaluate without baselines, unless told otherwise: metrics.json, report.txt as `text`, the exit status."""
+    """Evaluate without baselines, by default: result.json, config.json, report.txt as `text`, the exit status."""
     quick = {"baselines": "none", "device": "cpu"}
     with contextlib.redirect_stdout(io.StringIO()):
         out = Path(evaluate(EvaluateConfig(cache=cache, run=run, **(quick | options))))
     written = {"out": str(out), "text": (out / "report.txt").read_text(), "status": exit_status(str(out))}
-    return json.loads((out / "metrics.json").read_text()) | written
+    result, config = (json.loads((out / name).read_text()) for name in ("result.json", "config.json"))
+    return config | result | written  # type: ignore[no-any-return]
 
 
 def value(report: Report, metric: str, control: str | None = None) -> float:
     """Of the FAM, or of one of its controls."""
-    scores = report["controls"][control]["scores"] if control else report["systems"]["fam"]
+    scores = report["control_scores"][control] if control else report["systems"]["fam"]
     return float(scores[metric]["value"])
 
 

@@ -13,24 +13,21 @@ import torch
 from quick_runs import Report, error_of, first_labels, quick_train, report_of, setting_of, value
 from synthetic_cache import make_cache
 
+from saffe_cache.core.controls import Control
 from saffe_cache.core.features import Ragged
-from saffe_cache.evaluation.baselines import Material
-from saffe_cache.evaluation.controls import Control, duplicates, failures, run_controls, sensitivity, standard_error
+from saffe_cache.evaluation.baselines import Material, fit_baselines
+from saffe_cache.evaluation.controls import duplicates, failures, run_controls, sensitivity
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import encode_queries
 from saffe_cache.inputs.spec import same_training_pairs
-from saffe_cache.protocols.answers import Answered, Vectors
-from saffe_cache.protocols.measuring import (
-    Arrangement,
-    Protocol,
-    Setting,
-    candidate_protocol,
-    image_protocol,
-    rerank_protocol,
-    search_protocol,
-    with_true_texts,
-)
-from saffe_cache.protocols.search import make_search
+from saffe_cache.protocols.base import Protocol
+from saffe_cache.protocols.candidate import CandidateProtocol
+from saffe_cache.protocols.caption import CaptionProtocol
+from saffe_cache.protocols.classes import ClassProtocol
+from saffe_cache.protocols.image import ImageProtocol
+from saffe_cache.protocols.metadata import MetadataProtocol
+from saffe_cache.protocols.rerank import RerankProtocol
+from saffe_cache.protocols.setting import Answered, Arrangement, Setting, Vectors
 from saffe_cache.retrieval.candidates import dealt_map
 from saffe_cache.retrieval.scores import Score
 from saffe_cache.training.runs import load_permuted
@@ -49,9 +46,8 @@ class Trained:
     permuted: Fusion
 
     def controls(self, protocol: Protocol, **changes: Any) -> dict[str, Control]:
-        given = {"permuted": self.permuted, "levels": {}} | changes
-        setting, model = given.pop("setting", self.setting), given.pop("model", self.model)
-        return run_controls(protocol, setting, model, **given)
+        given = {"model": self.model, "permuted": self.permuted, "baselines": {}} | changes
+        return run_controls(protocol, **given)[0]
 
 
 def trained(folder: Path, kind: str, splits: dict[str, int], cache_options: dict[str, Any], **options: Any) -> Trained:
@@ -85,7 +81,7 @@ def metadata(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def levels_of(metadata: Trained, protocol: Protocol) -> Any:
     training = same_training_pairs(metadata.setting.spec, metadata.setting.cache, metadata.run)
-    levels = Material(metadata.setting, *training, protocol, metadata.setting.spec.gallery_layers).levels
+    levels, _ = fit_baselines(Material(protocol, *training, metadata.setting.spec.gallery_layers), "none")
     return {name: of.scores for name, of in levels.items()}
 
 
@@ -135,14 +131,14 @@ def test_gallery_that_holds_its_labels_by_place(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of: Trained = request.getfixturevalue(kind)
-    protocol = search_protocol(of.setting, "class" if kind == "classes" else "caption")
+    protocol = (ClassProtocol if kind == "classes" else CaptionProtocol)(of.setting)
     monkeypatch.setattr(Setting, "gallery", labels_in_the_gallery(of.setting))
     controls = of.controls(protocol)
     assert {"photos_shuffled", "photos_constant"} <= failed(controls)
-    assert controls["photos_shuffled"].scores[protocol.main_metric].value > 0.95
+    assert controls["photos_shuffled"].value > 0.95
     lines = failures(controls, {"to_image": 1.0}, {"photos": 0}, has_permuted=True)
-    assert lines[0].startswith(f"photos_shuffled is at {protocol.main_metric} ")
-    assert lines[0].endswith("may come of it (chance)")
+    assert lines[0].startswith(f"photos_shuffled: {protocol.main_metric} is ")
+    assert lines[0].endswith("(chance)")
 
 
 @pytest.mark.parametrize("protocol", ["candidate", "rerank", "image"])
@@ -150,45 +146,42 @@ def test_other_protocols_whose_photos_stay_where_they_are(
     protocol: str, classes: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A measure that ignores the arrangement scores the same with the photos shuffled."""
-    made = {
-        "candidate": candidate_protocol,
-        "rerank": lambda setting: rerank_protocol(setting, "class", 16, 100),
-        "image": image_protocol,
+    made: Protocol = {
+        "candidate": CandidateProtocol,
+        "rerank": lambda setting: RerankProtocol(setting, 16, 100),
+        "image": ImageProtocol,
     }[protocol](classes.setting)
-    honest = classes.setting.honest()
-    deaf = replace(made, answer=lambda model, arrangement: made.answer(model, honest))
-    assert {"photos_shuffled", "photos_constant"} <= failed(classes.controls(deaf))
     assert failed(classes.controls(made)) == set()
+    honest, answer = classes.setting.honest(), made.answer
+    monkeypatch.setattr(made, "answer", lambda model, arrangement: answer(model, honest))
+    assert {"photos_shuffled", "photos_constant"} <= failed(classes.controls(made))
 
 
 def test_permuted_run_that_learned_the_true_pairs(classes: Trained, captions: Trained) -> None:
     """Something other than the pairs tells: the control finds as much as the run."""
-    for of, name in ((classes, "class"), (captions, "caption")):
-        protocol = search_protocol(of.setting, name)  # type: ignore[arg-type]
-        assert failed(of.controls(protocol, permuted=of.model)) == {"pairs_permuted"}
-    assert failed(classes.controls(candidate_protocol(classes.setting), permuted=classes.model)) == {"pairs_permuted"}
+    for of, kind in ((classes, ClassProtocol), (captions, CaptionProtocol), (classes, CandidateProtocol)):
+        assert failed(of.controls(kind(of.setting), permuted=of.model)) == {"pairs_permuted"}
 
 
 def test_level_of_a_permuted_run_is_that_of_dealt_names(classes: Trained) -> None:
-    protocol = search_protocol(classes.setting, "class")
+    protocol = ClassProtocol(classes.setting)
     control = classes.controls(protocol)["pairs_permuted"]
-    assert protocol.dealt is not None
     level, spread = protocol.dealt(classes.permuted)
     assert control.expected == "class names dealt at random"
-    assert control.limit == pytest.approx(level + 3 * spread)
-    assert level > 0.9 * control.scores["map"].chance
+    assert (control.level, control.limit) == pytest.approx((level, level + 3 * spread))
+    assert level > 0.9 * protocol.measure(classes.model, classes.setting.honest())["map"].chance
 
 
 def test_queries_that_know_their_answers(captions: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries that find their photo whatever their text says."""
     gallery = captions.setting.gallery(captions.model, captions.setting.honest())
-    monkeypatch.setattr(Setting, "queries", lambda self, model, search: gallery[search.units])
-    assert "queries_constant" in failed(captions.controls(search_protocol(captions.setting, "caption")))
+    monkeypatch.setattr(Setting, "queries", lambda self, model, queries: gallery[queries.units])
+    assert "queries_constant" in failed(captions.controls(CaptionProtocol(captions.setting)))
 
 
 def test_texts_beside_photos_that_photos_alone_find(metadata: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gallery that follows the photo and knows its answers: shuffled texts do not set it back."""
-    protocol = search_protocol(metadata.setting, "metadata")
+    protocol = MetadataProtocol(metadata.setting)
     cache, spec, pairs = metadata.setting.cache, metadata.setting.spec, metadata.setting.pairs
     answers = cache.encoders[spec.text_key].vectors(pairs.texts.values[pairs.texts.offsets[:-1]])
 
@@ -197,36 +190,37 @@ def test_texts_beside_photos_that_photos_alone_find(metadata: Trained, monkeypat
 
     levels = levels_of(metadata, protocol)
     monkeypatch.setattr(Setting, "gallery", gallery)
-    controls = metadata.controls(protocol, levels=levels)
+    controls = metadata.controls(protocol, baselines=levels)
     assert failed(controls) == {"texts_shuffled", "pairs_permuted"}
     assert controls["texts_shuffled"].expected == "no more than image_only_ridge"
 
 
 def test_texts_beside_photos_that_hold_the_answers(metadata: Trained) -> None:
     """Beside each photo lies a text that it is searched with: found as well with one photo everywhere, as is told."""
-    protocol = search_protocol(metadata.setting, "metadata")
+    protocol = MetadataProtocol(metadata.setting)
     levels = levels_of(metadata, protocol)
-    assert failed(metadata.controls(protocol, levels=levels)) == set()
-    leaky = with_true_texts(metadata.setting)
-    controls = metadata.controls(search_protocol(leaky, "metadata"), setting=leaky, levels=levels)
-    assert controls["photos_shuffled"].scores["map"].value > 0.7
+    assert failed(metadata.controls(protocol, baselines=levels)) == set()
+    leaky = MetadataProtocol(metadata.setting.with_true_texts())
+    controls, scores = run_controls(leaky, metadata.model, metadata.permuted, levels)
+    assert controls["photos_shuffled"].value > 0.7
     assert controls["photos_shuffled"].expected == "no more than photos_constant"
-    constant = controls["photos_constant"].scores["map"]
-    assert controls["photos_shuffled"].limit == pytest.approx(constant.value + 3 * standard_error(constant))
+    constant = scores["photos_constant"]["map"]
+    assert controls["photos_shuffled"].limit == pytest.approx(constant.value + 3 * constant.error)
     assert levels["text_only"]["map"].value < constant.value
 
 
-def test_score_at_the_limit_passes_and_above_it_fails(classes: Trained) -> None:
-    protocol = search_protocol(classes.setting, "class")
+def test_score_at_the_limit_passes_and_above_it_fails(classes: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    protocol = ClassProtocol(classes.setting)
     for shift, passes in ((3 - 1e-3, True), (3 + 1e-3, False)):
         score = Score(0.2 + shift * 0.05, 0.2, (0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05))
         answered = Answered({"map": score, "top1": score}, Vectors(np.zeros((0, 1)), np.zeros((0, 1))))
-        fixed = replace(protocol, answer=lambda model, arrangement, answered=answered: answered)
-        control = classes.controls(fixed)["photos_shuffled"]
+        monkeypatch.setattr(protocol, "answer", lambda model, arrangement, answered=answered: answered)
+        monkeypatch.setattr(protocol, "score_vectors", lambda *vectors, answered=answered: answered.scores)
+        control = classes.controls(protocol)["photos_shuffled"]
         assert control.limit == pytest.approx(0.2 + 3 * 0.05)
         assert control.passed is passes
     with pytest.raises(AssertionError, match="interval"):
-        standard_error(Score(1.0, 0.5))
+        _ = Score(1.0, 0.5).error
 
 
 def test_sensitivity_is_the_mean_distance_of_fused_vectors(metadata: Trained) -> None:
@@ -250,7 +244,7 @@ def test_model_that_ignores_the_photo(classes: Trained, tmp_path: Path) -> None:
     moves = sensitivity(classes.setting, model)
     assert moves["to_image"] == pytest.approx(0, abs=1e-6)
     (line,) = failures({}, moves, {"photos": 0}, has_permuted=True)
-    assert line == "another image moves the fused vector by 0.000, below 0.2: it is not looked at"
+    assert line == "another image moves the fused vector by 0.000, expected at least 0.2"
     assert failures({}, sensitivity(classes.setting, classes.model), {"photos": 0}, has_permuted=True) == []
 
 
@@ -258,7 +252,7 @@ def test_model_that_ignores_the_text_beside(metadata: Trained, tmp_path: Path) -
     options = {"fusion": "linear", "gallery_text": "first_caption", "pooled_text": False, "epochs": 1}
     report = report_of(metadata.cache, quick_train(metadata.cache, tmp_path / "run", **options), protocol="metadata")
     assert report["sensitivity"]["to_text"] == pytest.approx(0, abs=1e-6)
-    assert "another text moves the fused vector by 0.000, below 0.05: it is not looked at" in report["failures"]
+    assert "another text moves the fused vector by 0.000, expected at least 0.05" in report["failures"]
     assert report["status"] == 3
 
 
@@ -276,16 +270,16 @@ def test_duplicates_are_counted_by_content(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache.zarr", {"train": 60, "test": 20}, shared=7)
     setting, _ = setting_of(cache, quick_train(cache, tmp_path / "run", epochs=1, control_epochs=0), "captions")
     training, _ = same_training_pairs(setting.spec, setting.cache, "run")
-    assert duplicates(setting, training) == {"photos": 0, "texts": 0}
+    assert duplicates(setting.pairs, training) == {"photos": 0, "texts": 0}
     seen = replace(training, rows=np.concatenate([training.rows, setting.pairs.rows[:5]]), texts=setting.pairs.texts)
-    assert duplicates(setting, seen) == {"photos": 5, "texts": 40}
+    assert duplicates(setting.pairs, seen) == {"photos": 5, "texts": 40}
 
 
 def test_missing_control_of_permuted_pairs(captions: Trained, tmp_path: Path) -> None:
     report = report_of(captions.cache, quick_train(captions.cache, tmp_path / "run", epochs=1, control_epochs=0))
     missing = "no control was trained on permuted pairs (train with --control-epochs above 0)"
     assert missing in report["failures"]
-    assert f"CONTROL FAILED: {missing}. Do not use these numbers." in report["text"]
+    assert f"CONTROL FAILED: {missing}. Do not use these numbers." in " ".join(report["text"].split())
     assert "pairs_permuted" not in report["controls"]
     assert report["status"] == 3
 
@@ -337,14 +331,14 @@ def test_dealt_level_lies_above_chance_where_photos_of_a_class_lie_together() ->
 
 def test_shuffled_photos_are_at_chance_over_many_shuffles(classes: Trained) -> None:
     """The level itself: the mean over shuffles is chance, and the spread is what the interval says."""
-    protocol = search_protocol(classes.setting, "class")
+    protocol = ClassProtocol(classes.setting)
     honest = classes.setting.honest()
     found, errors = [], []
     for seed in range(20):
         shuffled = np.random.default_rng(seed).permutation(len(classes.setting.pairs))
         score = protocol.measure(classes.model, Arrangement(shuffled, honest.texts))["map"]
         found.append(score.value - score.chance)
-        errors.append(standard_error(score))
+        errors.append(score.error)
     assert abs(np.mean(found)) < 3 * np.std(found) / 20**0.5 + 0.005
     assert np.std(found) < 2 * np.mean(errors)
 
@@ -353,7 +347,7 @@ def test_classes_are_searched_with_their_own_labels(classes: Trained) -> None:
     """The synthetic classes, by hand: the score of the report is that of the photos' own classes."""
     report: Report = report_of(classes.cache, classes.run)
     setting, model = classes.setting, classes.model
-    search = make_search(setting.cache, setting.spec, setting.pairs, "class")
-    scores = setting.gallery(model, setting.honest()) @ setting.queries(model, search).T
+    queries = ClassProtocol(setting).queries
+    scores = setting.gallery(model, setting.honest()) @ setting.queries(model, queries).T
     assert value(report, "top1") == pytest.approx((scores.argmax(axis=1) == first_labels(setting.pairs.labels)).mean())
     assert error_of(report["systems"]["fam"]["top1"]) > 0

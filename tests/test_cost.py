@@ -9,12 +9,14 @@ import pytest
 from quick_runs import quick_train, report_of
 from synthetic_cache import TEXT_WIDTH, TOKENS, WIDTH, make_cache
 
-from saffe_cache.evaluation.cost import flops_in_words, fusing_flops
+from saffe_cache.core.tables import flops as flops_in_words
+from saffe_cache.evaluation.controls import fusing_flops
 from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.inputs.feature_loader import FamInputs
 from saffe_cache.inputs.pairs import select_pairs
 from saffe_cache.inputs.spec import GalleryText
-from saffe_cache.protocols.measuring import Setting, search_protocol
+from saffe_cache.protocols.metadata import MetadataProtocol
+from saffe_cache.protocols.setting import Setting
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.runs import build_fusion
@@ -28,7 +30,7 @@ def flops(cache: str, out: Path, protocol: str = "auto", **options: Any) -> int:
     """What a report of an untrained run says."""
     run = quick_train(cache, out, epochs=0, control_epochs=0, **options)
     report = report_of(cache, run, protocol=protocol)
-    assert f"{flops_in_words(report['cost']['fusing_flops'])} FLOPs to fuse one photo" in report["text"]
+    assert f"FLOPs of fusing one photo: {flops_in_words(report['cost']['fusing_flops'])}\n" in report["text"]
     return int(report["cost"]["fusing_flops"])
 
 
@@ -79,7 +81,7 @@ def test_all_fusions_are_counted(equally_wide: str, fusion: str) -> None:
     pairs = select_pairs(opened.table, gallery, text, "test", "captions", first_beside=True)
     setting = Setting(FamInputs(opened, spec), pairs, pairs.rows, 0)
     model = build_fusion(spec, opened).eval()
-    found = fusing_flops(model, setting, search_protocol(setting, "metadata"))
+    found = fusing_flops(model, MetadataProtocol(setting))
     assert found > 2 * WIDTH * WIDTH
     assert all(parameter.grad is None for parameter in model.parameters())
 

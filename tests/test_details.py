@@ -1,4 +1,4 @@
-"""details.npz: the numbers of single queries, against metrics.json, counts by hand and scikit-learn."""
+"""details.npz: the numbers of single queries, against result.json, counts by hand and scikit-learn."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_damaged_file_is_refused(captioned: tuple[str, str], tmp_path: Path) -
         good = dict(arrays)
     for change in ({"version": np.array(9)}, {"0.first": good["0.first"] + 1000}, {"answers": good["answers"][1:]}):
         np.savez(path, **{**good, **change})
-        with pytest.raises(ValueError, match=r"details\.npz: damaged or of another version .* Run saffe-index-eval"):
+        with pytest.raises(ValueError, match=r"details\.npz: damaged or of another version .* Evaluate again"):
             read_details(tmp_path)
     np.savez(path, **{name: values for name, values in good.items() if name != "shown"})
     with pytest.raises(ValueError, match="shown"):

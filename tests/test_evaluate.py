@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,22 @@ from quick_runs import Report, quick_train, report_of, value
 from synthetic_cache import make_cache
 
 from saffe_cache.cli import evaluate_command
-from saffe_cache.evaluation.evaluate import EvaluateConfig, _differences, evaluate, exit_status
+from saffe_cache.core.features import Ragged
+from saffe_cache.core.results import exit_status
+from saffe_cache.evaluation.config import EvaluateConfig
+from saffe_cache.evaluation.evaluate import differences, evaluate
 from saffe_cache.inputs.feature_loader import FamInputs, encode_gallery, encode_queries
-from saffe_cache.protocols.measuring import Protocol
+from saffe_cache.protocols.caption import CaptionProtocol
+from saffe_cache.protocols.setting import Queries
 from saffe_cache.retrieval.index import load_index
 from saffe_cache.retrieval.scores import Score
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.runs import load_run
 
 KEYS = {
-    "protocol", "definition", "split", "data", "failures", "warnings", "num_photos", "num_queries",
-    "num_unusable_items", "systems", "absent", "differences", "controls", "sensitivity", "duplicates", "index", "cost",
-    "run", "config", "versions", "threads",
+    "verb", "version", "protocol", "definition", "main_metric", "split", "data", "failures", "warnings", "num_photos",
+    "num_queries", "num_unusable_items", "systems", "descriptions", "absent", "differences", "controls",
+    "control_scores", "sensitivity", "duplicates", "index", "cost", "run", "config", "versions", "threads",
 }  # fmt: skip
 
 
@@ -82,14 +87,15 @@ def test_report_holds_what_the_readme_says(kind: str, request: pytest.FixtureReq
     assert report["split"] == "test"
     for system in report["systems"].values():
         for metric, score in system.items():
-            assert set(score) <= {"value", "chance", "low", "high"}
-            if "low" in score:
+            assert set(score) == {"value", "chance", "low", "high"}
+            if score["low"] is not None:
                 assert score["low"] <= score["value"] <= score["high"]
             if not metric.endswith("median_rank"):
                 assert 0 <= score["value"] <= 1
-    for control in report["controls"].values():
-        assert set(control) == {"scores", "metric", "expected", "limit", "passed"}
-        assert control["passed"] == (control["scores"][control["metric"]]["value"] <= control["limit"])
+    assert set(report["control_scores"]) == set(report["controls"])
+    for name, control in report["controls"].items():
+        assert control["value"] == report["control_scores"][name][control["metric"]]["value"]
+        assert control["passed"] == (control["value"] <= control["limit"])
     assert set(report["cost"]) == {
         "trainable_parameters", "fusing_flops", "training_seconds", "training_peak_memory_mb", "evaluation_seconds",
         "evaluation_peak_memory_mb",
@@ -161,14 +167,16 @@ def test_rerank_and_candidate_are_compared_with_the_same_baselines(classified: R
 def test_text_says_what_is_in_the_report(captioned: Reported) -> None:
     text = captioned.report["text"]
     assert text.startswith("caption protocol, split test: 60 photos, 120 queries\n")
-    for name in ("fam", "ridge", "mlp", "(photos_shuffled)", "(pairs_permuted)", "(queries_constant)", "chance"):
+    controls = [f"control: {name}" for name in ("photos_shuffled", "pairs_permuted", "queries_constant")]
+    for name in ("FAM", "ridge", "mlp", "chance", *controls):
         assert f"\n{name} " in text
     score = captioned.report["systems"]["fam"]["recall_at_1"]
-    assert f"{100 * score['value']:.2f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]" in text
+    shown = rf"{100 * score['value']:.1f} +\[{100 * score['low']:.1f}, {100 * score['high']:.1f}\]"
+    assert re.search(shown, text)
     assert "by paired bootstrap" in text
-    assert "pooled_cosine: not applicable" in text
-    assert "how far the fused vector moves with another: image" in text
-    assert max(map(len, text.splitlines())) <= 130
+    assert "pooled_cosine is absent: the encoders' own vectors cannot be compared: widths 16 and" in text
+    assert "How far the fused vector moves with another input, 0 to 2: image" in text
+    assert max(map(len, text.splitlines())) <= 100
 
 
 @pytest.mark.parametrize("kind", ["captioned", "classified", "beside"])
@@ -191,16 +199,16 @@ def test_differences_equal_a_direct_paired_bootstrap_over_photos() -> None:
     values = {name: generator.random(120) for name in ("fam", "worse", "better")}
     values["better"] += 0.5
     scores = {name: {"mrr": Score(float(of.mean()), 0.1, None, of)} for name, of in values.items()}
-    setting: Any = None  # the photos of a class protocol alone are looked up
-    protocol = Protocol("caption", "mrr", 120, units, setting)
-    found = _differences(scores["fam"], {name: scores[name] for name in ("worse", "better")}, setting, protocol)
+    protocol = CaptionProtocol.__new__(CaptionProtocol)
+    protocol.queries = Queries(units, units, Ragged(np.arange(121), units), units)
+    found = differences(scores["fam"], {name: scores[name] for name in ("worse", "better")}, protocol)
     difference = (values["fam"] - values["better"]).reshape(40, 3)
     drawn = [difference[generator.integers(40, size=40)].mean() for _ in range(4000)]
     assert set(found) == {"better"}
     of_mrr = found["better"]["mrr"]
-    assert of_mrr["mean"] == pytest.approx(difference.mean())
-    assert [of_mrr["low"], of_mrr["high"]] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.01)
-    assert _differences(scores["fam"], {}, setting, protocol) == {}
+    assert of_mrr.mean == pytest.approx(difference.mean())
+    assert [of_mrr.low, of_mrr.high] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.01)
+    assert differences(scores["fam"], {}, protocol) == {}
 
 
 def test_saved_index_finds_what_the_model_finds(captioned: Reported) -> None:
@@ -217,11 +225,13 @@ def test_an_approximate_index_changes_no_number_and_tells_what_it_finds(captione
     report = report_of(captioned.cache, captioned.run, index="hnsw", out=str(tmp_path))
     assert report["controls"] == captioned.report["controls"]
     assert report["systems"]["fam"] == captioned.report["systems"]["fam"]
-    assert set(report["index"]) == {"kind", "bytes_per_vector", "neighbours", "kept_in_search", "recall_at_10"}
-    assert report["index"]["recall_at_10"] > 0.9
-    assert "index hnsw finds" in report["text"]
-    assert captioned.report["index"] == {"kind": "flat", "bytes_per_vector": 49}  # 12 float32, and a header
-    assert "index flat" not in captioned.report["text"]
+    assert set(report["index"]["parameters"]) == {"neighbours", "kept_in_search"}
+    assert list(report["index"]["recall"]) == ["10"]
+    assert report["index"]["recall"]["10"] > 0.9
+    assert "Index hnsw finds" in report["text"]
+    flat = {"kind": "flat", "bytes_per_vector": 49, "parameters": {}, "recall": {}}  # 12 float32, and a header
+    assert captioned.report["index"] == flat
+    assert "Index flat" not in captioned.report["text"]
     assert "HNSW" in type(load_index(tmp_path).index).__name__
 
 
@@ -247,7 +257,7 @@ def test_reports_without_a_folder_lie_side_by_side(captioned: Reported) -> None:
     assert report_of(captioned.cache, captioned.run, protocol="rerank")["out"].endswith("test-rerank")
     assert report_of(captioned.cache, captioned.run, split="dev")["out"].endswith("dev-caption")
     files = {path.name for path in Path(captioned.report["out"]).iterdir()}
-    assert files == {"metrics.json", "details.npz", "report.txt", "index.faiss", "index_ids.json"}
+    assert files == {"config.json", "result.json", "details.npz", "report.txt", "index.faiss", "index_ids.json"}
 
 
 def test_same_seed_gives_the_same_report(classified: Reported, tmp_path: Path) -> None:
@@ -279,7 +289,7 @@ def test_command_exits_with_3_where_a_control_failed(
     assert evaluate_command([*arguments, "--split", "train", "--out", str(tmp_path / "seen")]) == 3
     assert capsys.readouterr().out.startswith("CONTROL FAILED: 250 photos")
     assert evaluate_command([*arguments, "--split", "nope"]) == 1
-    metrics = tmp_path / "fine" / "metrics.json"
+    metrics = tmp_path / "fine" / "result.json"
     assert exit_status(str(metrics.parent)) == 0
     metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"failures": ["one"]}))
     assert exit_status(str(metrics.parent)) == 3
@@ -293,14 +303,17 @@ def test_errors_say_what_to_do(captioned: Reported, classified: Reported, beside
         evaluate(EvaluateConfig(cache=path, run=str(tmp_path / "none"), out=out))
     for protocol in ("class", "candidate", "image"):
         with pytest.raises(ValueError, match="none of its 60 items"):
-            evaluate(EvaluateConfig(cache=path, run=run, protocol=protocol, out=out))  # type: ignore[arg-type]
+            evaluate(EvaluateConfig(cache=path, run=run, protocol=protocol, out=out))
     with pytest.raises(ValueError, match="none of its 90 items"):
         evaluate(EvaluateConfig(cache=classified.cache, run=classified.run, protocol="caption", out=out))
     with pytest.raises(ValueError, match=r"--gallery-text null, it has not learned to fuse.*first_caption"):
         evaluate(EvaluateConfig(cache=path, run=run, protocol="metadata", out=out))
-    for protocol in ("metadata", "candidate", "rerank", "image"):
-        with pytest.raises(ValueError, match=f"--leak-true-text.* --protocol {protocol}, expected --protocol caption"):
-            EvaluateConfig(cache=path, run=run, protocol=protocol, leak_true_text=True)  # type: ignore[arg-type]
+    for protocol in ("candidate", "rerank", "image"):
+        config = EvaluateConfig(cache=classified.cache, run=classified.run, protocol=protocol, leak_true_text=True)
+        with pytest.raises(ValueError, match=f"--leak-true-text: found --protocol {protocol}, expected one that"):
+            evaluate(config)
+    with pytest.raises(ValueError, match="--protocol: found nope, expected auto or caption or class"):
+        EvaluateConfig(cache=path, run=run, protocol="nope")
     for option in ("rerank_k", "rerank_queries"):
         with pytest.raises(ValueError, match=r"found 0, expected a number above 0"):
             EvaluateConfig(cache=path, run=run, **{option: 0})

@@ -21,8 +21,8 @@ from synthetic_cache import make_cache
 from saffe_cache.core.features import Ragged
 from saffe_cache.inputs.feature_loader import encode_gallery, encode_queries
 from saffe_cache.inputs.pairs import class_vectors
+from saffe_cache.protocols.classes import ClassProtocol
 from saffe_cache.protocols.pair_scores import score_all_pairs
-from saffe_cache.protocols.search import make_search
 from saffe_cache.retrieval.candidates import candidate_scores
 from saffe_cache.retrieval.scores import class_scores
 from saffe_cache.training import loop as fitting
@@ -99,7 +99,7 @@ def test_matched_texts_are_copied(
     assert value(leaky, "map") > 0.9
     assert value(leaky, "map", "photos_shuffled") > 0.8
     assert value(leaky, "map", "photos_constant") > 0.9
-    assert any(failure.startswith("photos_shuffled is at map") for failure in leaky["failures"])
+    assert any(failure.startswith("photos_shuffled: map is") for failure in leaky["failures"])
     assert leaky["status"] == 3
     null, trained_on_null = report_of(faint, run), report_of(faint, honest)
     assert trained_on_null["status"] == 0
@@ -110,9 +110,9 @@ def test_matched_texts_are_copied(
     assert value(leaky, "map") > 0.9
     assert value(leaky, "map", "photos_shuffled") > 0.9
     first = leaky["text"].splitlines()[0]
-    assert first.startswith("CONTROL FAILED: photos_shuffled is at map")
+    assert first.startswith("CONTROL FAILED: photos_shuffled: map is")
     assert first.endswith("Do not use these numbers.")
-    assert "WARNING: LEAK, as asked for" in leaky["text"]
+    assert "WARNING: LEAK, as requested" in leaky["text"]
     assert leaky["status"] == 3
 
 
@@ -147,7 +147,7 @@ def test_pair_loss_is_not_won_by_copying(faint: str, paired: str) -> None:
     assert report["failures"] == []
     assert value(report, "top1") > 2.5 / CLASSES
     for metric in ("top1", "top1_prior_removed"):
-        score = report["controls"]["photos_shuffled"]["scores"][metric]
+        score = report["control_scores"]["photos_shuffled"][metric]
         assert score["value"] < score["chance"] + 3 * error_of(score)
     leaky = report_of(faint, paired, leak_true_text=True)
     assert value(leaky, "map", "photos_shuffled") < 2 / CLASSES  # where matched texts are at 100
@@ -180,8 +180,8 @@ def test_prior_takes_away_what_is_easily_rebuilt() -> None:
 def matching_logits(cache: str, run: str) -> tuple[np.ndarray, np.ndarray]:
     """Logits of each photo's own class and of two wrong ones drawn at random, and which are the own."""
     setting, model = setting_of(cache, run, "classes")
-    search = make_search(setting.cache, setting.spec, setting.pairs, "class")
-    scores = score_all_pairs(model, setting.inputs, setting.pairs.rows, search).matching
+    queries = ClassProtocol(setting).queries
+    scores = score_all_pairs(model, setting.inputs, setting.pairs.rows, queries).matching
     assert scores is not None
     labels, generator = first_labels(setting.pairs.labels), np.random.default_rng(SEED)
     wrong = np.stack([generator.permutation(np.delete(np.arange(CLASSES), label))[:2] for label in labels])
@@ -238,7 +238,7 @@ def is_within(report: Report) -> bool:
     score = report["systems"]["fam"][metric]
     level = score["chance"]
     if report["protocol"] == "metadata":  # what the texts beside tell by themselves
-        level = shuffled["limit"] - 3 * error_of(shuffled["scores"][metric])
+        level = shuffled["level"]
     errors = 6 if report["protocol"] == "image" else 3
     return bool(score["value"] <= level + errors * error_of(score))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from saffe_cache.core.features import IndexKind
 from saffe_cache.retrieval.index import (
-    IndexKind,
     RetrievalIndex,
     _empty_index,
     build_index,

@@ -6,7 +6,9 @@ import ast
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from store_cases import image_contents, without_fsync, write_contents
@@ -14,8 +16,10 @@ from test_architecture import modules
 
 from saffe_cache import cli
 from saffe_cache.core.features import printable
+from saffe_cache.core.results import Measurement, Result
+from saffe_cache.core.sections import Section
+from saffe_cache.core.tables import Cell, Row, Table
 from saffe_cache.encoders.encoder import EncoderRequest, load_encoder
-from saffe_cache.evaluation.table import format_report
 from saffe_cache.store.inspect import describe_cache
 from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.storage import Storage
@@ -115,35 +119,31 @@ def test_inspect_sends_nothing_to_the_terminal(tmp_path: Path) -> None:
     assert "\n  unreadable input 0: broken\\x1b]0;title" in shown
 
 
-def test_the_report_sends_nothing_to_the_terminal() -> None:
-    score = {"value": 0.5, "chance": 0.1}
-    report = {
-        "failures": [f"a{ESCAPES}"],
-        "warnings": [f"split {ESCAPES}"],
-        "protocol": "caption",
-        "split": ESCAPES,
-        "num_photos": 1,
-        "num_queries": 1,
-        "definition": "d",
-        "systems": {"fam": {"map": score}},
-        "controls": {},
-        "differences": {},
-        "absent": {"x": ESCAPES},
-        "sensitivity": {},
-        "duplicates": {"photos": 0, "texts": 0},
-        "index": {"kind": "flat"},
-        "cost": dict.fromkeys(
-            (
-                "trainable_parameters",
-                "training_seconds",
-                "training_peak_memory_mb",
-                "evaluation_seconds",
-                "fusing_flops",
-            ),
-            1,
-        ),
-    }
-    assert_plain(format_report(report))
+@dataclass(frozen=True, kw_only=True)
+class Hostile(Result):
+    """Escape sequences wherever a result shows text."""
+
+    verb: ClassVar[str] = "hostile"
+
+    def measurements(self) -> Iterator[Measurement]:
+        yield Measurement("", ESCAPES, "map", 0.5)
+
+    def sections(self) -> list[Section]:
+        row = Row(Cell(f"a{ESCAPES}", ESCAPES), (Cell(ESCAPES, ESCAPES),))
+        return [
+            Section(
+                title=ESCAPES,
+                lead=ESCAPES,
+                tables=[Table(ESCAPES, (ESCAPES, ESCAPES), (row,))],
+                facts=[(ESCAPES, ESCAPES)],
+                definitions=[(ESCAPES, ESCAPES)],
+                texts=[ESCAPES],
+            )
+        ]
+
+
+def test_reports_send_nothing_to_the_terminal() -> None:
+    assert_plain(Hostile(failures=(ESCAPES,), warnings=(ESCAPES,)).to_text())
 
 
 def test_errors_and_messages_of_the_commands_send_nothing_to_the_terminal(

@@ -28,7 +28,7 @@ from report_cases import (
 )
 
 from saffe_cache.cli import main
-from saffe_cache.evaluation.cost import flops_in_words
+from saffe_cache.core.tables import flops as flops_in_words
 from saffe_cache.evaluation.details import read_details
 from saffe_cache.report import plots, sections
 from saffe_cache.report.ablations import read_ablation, spread
@@ -117,9 +117,9 @@ def test_csv_holds_the_reported_numbers(made: Made, page: str) -> None:
         for metric, score in scores.items():
             row = found["fam" if system == "fam" else "baseline", system, metric]
             for part in ("value", "chance", "low", "high"):
-                assert row[part] == ("" if part not in score else repr(score[part]))
+                assert row[part] == ("" if score[part] is None else repr(score[part]))
     for control, of in made.metrics["controls"].items():
-        assert float(found["control", control, of["metric"]]["value"]) == of["scores"][of["metric"]]["value"]
+        assert float(found["control", control, of["metric"]]["value"]) == of["value"]
     with (folder / "data" / "evaluation-1-queries.csv").open(newline="") as file:
         values = [float(row["fam: mrr"]) for row in csv.DictReader(file)]
     assert np.mean(values) == pytest.approx(made.metrics["systems"]["fam"]["mrr"]["value"])
@@ -194,7 +194,7 @@ def test_captions_of_several_layers_stand_in_one_table(made: Made, page: str) ->
 
 def test_what_is_wrong_comes_first(made: Made, tmp_path: Path) -> None:
     shutil.copytree(made.out, tmp_path / "bad")
-    path = tmp_path / "bad" / "metrics.json"
+    path = tmp_path / "bad" / "result.json"
     content = json.loads(path.read_text())
     content |= {"failures": ["photos_shuffled is at <b>9</b>"], "warnings": ["the epoch was chosen here"]}
     path.write_text(json.dumps(content))
@@ -294,7 +294,7 @@ def test_folders_that_are_no_runs_and_broken_files_are_refused(made: Made, tmp_p
         assert not (tmp_path / "page").exists()
 
     refused(tmp_path / "none", r"none: nothing is there. Give a finished run's folder")
-    refused(made.data, r"data: none of result\.json, metrics\.json, ablation\.json, binding\.json, .* is in it")
+    refused(made.data, r"data: none of result\.json, ablation\.json, binding\.json, .* is in it")
     content = ablation()
     del content["series"][0]["points"][0]["chance"]
     refused(Path(write(tmp_path / "a", "ablation.json", content)), r"ablation\.json: .*'chance'")
@@ -313,9 +313,9 @@ def test_folders_that_are_no_runs_and_broken_files_are_refused(made: Made, tmp_p
     del content["losses"]["plain_model"]
     refused(Path(write(tmp_path / "d", "caption.json", content)), r"caption\.json: losses: it lacks plain_model")
     shutil.copytree(made.out, tmp_path / "mixed")
-    path = tmp_path / "mixed" / "metrics.json"
+    path = tmp_path / "mixed" / "result.json"
     path.write_text(path.read_text().replace(str(made.metrics["systems"]["fam"]["mrr"]["value"]), "0.5"))
-    refused(tmp_path / "mixed", "they are of two evaluations")
+    refused(tmp_path / "mixed", "they belong to two evaluations")
 
 
 def test_the_command_prints_the_path(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

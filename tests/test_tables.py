@@ -33,7 +33,7 @@ def test_cells_are_means_over_the_seeds_reports(table: Table) -> None:
     lines = markdown(reports["caption"], COLUMNS, "photos_shuffled").splitlines()
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines}
     assert list(cells)[:4] == ["variant", "---", "attention", "mean"]
-    files = [table.work / f"mean-seed{seed}" / "test-caption" / "metrics.json" for seed in (0, 1)]
+    files = [table.work / f"mean-seed{seed}" / "test-caption" / "result.json" for seed in (0, 1)]
     written = [json.loads(file.read_text()) for file in files]
     for column, metric in enumerate(COLUMNS):
         values = [100 * report["systems"]["fam"][metric]["value"] for report in written]
@@ -45,11 +45,11 @@ def test_cells_are_means_over_the_seeds_reports(table: Table) -> None:
 
 def test_baselines_are_fitted_once_and_nothing_is_done_twice(table: Table) -> None:
     reports = table.run()["caption"]
-    assert set(reports["attention"][0]["systems"]) == {"fam", "ridge", "mlp"}
-    assert [set(report["systems"]) for report in (reports["attention"][1], *reports["mean"])] == [{"fam"}] * 3
-    before = {path: path.stat().st_mtime_ns for path in table.work.rglob("metrics.json")}
+    assert set(reports["attention"][0].systems) == {"fam", "ridge", "mlp"}
+    assert [set(report.systems) for report in (reports["attention"][1], *reports["mean"])] == [{"fam"}] * 3
+    before = {path: path.stat().st_mtime_ns for path in table.work.rglob("result.json")}
     table.run()
-    assert {path: path.stat().st_mtime_ns for path in table.work.rglob("metrics.json")} == before
+    assert {path: path.stat().st_mtime_ns for path in table.work.rglob("result.json")} == before
 
 
 def test_failed_controls_are_told_with_row_and_seed(table: Table, tmp_path: Path) -> None:
@@ -70,6 +70,6 @@ def test_failed_controls_are_told_with_row_and_seed(table: Table, tmp_path: Path
 def test_peak_memory_is_the_trainings_own(table: Table, tmp_path: Path) -> None:
     ballast = np.ones(2**27)  # 1 GiB in this process
     alone = replace(table, work=tmp_path, rows=table.rows[:1], seeds=(0,))
-    cost = alone.run()["caption"]["attention"][0]["cost"]
+    cost = alone.run()["caption"]["attention"][0].cost
     here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    assert 0 < cost["training_peak_memory_mb"] < here - ballast.nbytes / 2**20 / 2
+    assert 0 < cost.training_peak_memory_mb < here - ballast.nbytes / 2**20 / 2

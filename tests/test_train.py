@@ -23,7 +23,8 @@ from saffe_cache.fusion.shape import FAM
 from saffe_cache.inputs.feature_loader import FamInputs, summaries
 from saffe_cache.inputs.pairs import hold_out, mean_text_vectors, select_pairs
 from saffe_cache.inputs.spec import same_training_pairs, training_pairs
-from saffe_cache.protocols.search import make_search, own_protocol
+from saffe_cache.protocols.registry import load_protocol, own_protocol
+from saffe_cache.protocols.setting import Setting
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
 from saffe_cache.retrieval.scores import caption_scores
 from saffe_cache.store.reader import open_cache
@@ -176,10 +177,11 @@ def text_only_score(path: str, out: Path) -> float:
     """What the notes' own vectors find, without photos."""
     cache = open_cache(path)
     spec = resolve_run(config_for(path, out, gallery_text="first_caption"), cache)
-    search = make_search(cache, spec, training_pairs(spec, cache)[1], own_protocol(spec))
+    pairs = training_pairs(spec, cache)[1]
+    search = load_protocol(own_protocol(spec))(Setting(FamInputs(cache, spec), pairs)).validation_search()
     assert search.main_metric == "map"
-    notes = unit_rows(cache.encoder("text").vectors(search.pairs.beside))
-    return search.score(notes, unit_rows(search.vectors), intervals=False)["map"].value
+    notes = unit_rows(cache.encoder("text").vectors(pairs.beside))
+    return search.validation_score(notes, unit_rows(search.queries.vectors))
 
 
 @pytest.mark.parametrize("signal", [0.1, 1.0], ids=["dim", "clear"])

@@ -20,6 +20,7 @@ import numpy as np
 Modality = Literal["image", "text", "audio"]
 MODALITIES: tuple[Modality, ...] = ("image", "text", "audio")
 
+IndexKind = Literal["flat", "ivf", "ivf_pq", "hnsw"]
 StorageType = Literal["float32", "float16", "bfloat16", "int8", "float8"]
 """Type of hidden states on disk; `store.dtypes` describes each."""
 Compression = Literal["none", "zstd"]

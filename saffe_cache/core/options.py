@@ -22,7 +22,7 @@ import textwrap
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -37,6 +37,11 @@ _FILE, _PRINT = "config file", "print config"
 def positional() -> Any:
     """A config's field that the command line takes without a flag."""
     return dataclasses.field(metadata={"positional": True})
+
+
+def one_of(choices: Callable[[], Mapping[str, str]], default: str | None) -> Any:
+    """A config's field whose value is one of some names; `choices` gives each with one line of help."""
+    return dataclasses.field(default=default, metadata={"choices": choices})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,6 +163,8 @@ def _add_option(parser: Any, field: dataclasses.Field[Any], hint: Any, help_text
             field.name, metavar=field.name.upper(), type=parse, nargs="*" if several else "?", help=help_text
         )
         return
+    choices = field.metadata.get("choices", dict)()
+    help_text = " ".join([help_text, *(f"{name}: {summary}." for name, summary in choices.items())])
     if default is dataclasses.MISSING:
         help_text += " (required)"
     elif default not in (None, (), {}):
@@ -166,8 +173,8 @@ def _add_option(parser: Any, field: dataclasses.Field[Any], hint: Any, help_text
     kind = _without_none(hint)
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
-    elif typing.get_origin(kind) is Literal:
-        options["choices"] = typing.get_args(kind)
+    elif choices or typing.get_origin(kind) is Literal:
+        options["choices"] = tuple(choices) or typing.get_args(kind)
     elif typing.get_origin(kind) is tuple:
         one = typing.get_args(kind)[0]
         options |= {"action": "append", "type": _list_of(one), "metavar": _metavar(one) + "[,…]" * (one is not str)}

@@ -1,8 +1,10 @@
-"""The systems that stand beside a FAM in its report: baselines over the same cache, tuned on validation alone.
+"""The baselines that a FAM is compared with: fitted on the same cache, tuned on validation pairs alone.
 
 All see the same: of the photos the first token and the mean of the others (of a CNN the mean of all places), of every
 cached layer or of those that the run fuses, or the encoder's own vector; of the texts the encoder's own vector. They
 know the run's training pairs and its validation pairs.
+
+A new baseline is one function and one entry of `BASELINES`; protocols name those that apply.
 """
 
 from __future__ import annotations
@@ -10,16 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 
 from saffe_cache.core.features import Ragged
+from saffe_cache.evaluation.config import BaselineChoice
 from saffe_cache.inputs.feature_loader import summaries
 from saffe_cache.inputs.pairs import Pairs, mean_text_vectors
-from saffe_cache.protocols.answers import Answered, Answers, ClassScores, Vectors
-from saffe_cache.protocols.measuring import Protocol, Setting
-from saffe_cache.protocols.search import Search, make_search, own_search
+from saffe_cache.protocols.base import Protocol, SearchProtocol
+from saffe_cache.protocols.setting import Answered, Answers, ClassScores, Setting
 from saffe_cache.retrieval.baselines import (
     LinearMap,
     fit_class_means,
@@ -32,20 +33,29 @@ from saffe_cache.retrieval.baselines import (
 from saffe_cache.retrieval.candidates import candidate_scores
 from saffe_cache.retrieval.mlp import MlpFit, fit_mlp
 from saffe_cache.retrieval.propagation import LabelPropagation, fit_zlap
-from saffe_cache.retrieval.scores import Scores, image_scores
 from saffe_cache.store.reader import EncoderCache
+
+_LEAST_GRAPH_PHOTOS = 100
+"""Training photos above which label propagation is fitted."""
+
+
+class AbsentError(Exception):
+    """A baseline does not apply; the message says why, and is empty where another one takes its place."""
 
 
 @dataclass(frozen=True)
 class Material:
-    """What baselines are made of and judged by."""
+    """What baselines are fitted on, and the protocol that scores them."""
 
-    setting: Setting
+    protocol: Protocol
     training: Pairs
     validation: Pairs
-    protocol: Protocol
     layers: tuple[int, ...]
-    """Of the photos' hidden states, those that baselines see."""
+    """The layers of the photos' hidden states that baselines see."""
+
+    @property
+    def setting(self) -> Setting:
+        return self.protocol.setting
 
     @property
     def gallery(self) -> EncoderCache:
@@ -65,219 +75,251 @@ class Material:
         return training, validation, reported
 
     @cached_property
-    def judging(self) -> Search:
-        """The search over the validation pairs."""
+    def validation_search(self) -> SearchProtocol:
+        """The search over the validation pairs whose score tunes every baseline."""
         spec = self.setting.spec
-        name = self.protocol.search.protocol if self.protocol.search else own_search(spec)
-        return make_search(self.setting.cache, spec, self.validation, name)
+        return self.protocol.search_kind(spec)(Setting(self.setting.inputs, self.validation))
 
-    def judge(self, gallery: np.ndarray, queries: np.ndarray) -> float:
+    def validate(self, gallery: np.ndarray, queries: np.ndarray) -> float:
         """The validation score of unit vectors."""
-        return self.judging.score(gallery, queries, intervals=False)[self.judging.main_metric].value
+        return self.validation_search.validation_score(gallery, queries)
 
-    def texts_of(self, pairs: Pairs) -> np.ndarray:
-        """Unit vectors of the texts beside the photos."""
+    @cached_property
+    def queries(self) -> np.ndarray | None:
+        """Unit vectors of the texts that search; None where photos do."""
+        return None if self.protocol.queries is None else unit_rows(self.protocol.queries.vectors)
+
+    @cached_property
+    def validation_queries(self) -> np.ndarray:
+        return unit_rows(self.validation_search.queries.vectors)
+
+    def paired_texts(self, pairs: Pairs) -> np.ndarray:
+        """Unit vectors of the texts that photos are fused with."""
         assert pairs.beside is not None
         return unit_rows(self.text.vectors(pairs.beside))
 
-    def answered(self, answers: Answers) -> Answered:
-        """With the protocol's scores; for rerank with those of the first stage."""
-        if self.protocol.name == "candidate" and isinstance(answers, Vectors):
-            answers = ClassScores(answers.gallery @ answers.queries.T)
-        return Answered(self._scores(answers), answers)
+    def own_vectors(self, pairs: Pairs) -> np.ndarray | None:
+        """The photo encoder's own vectors, of unit length; None where none are cached."""
+        if self.gallery.manifest.vector not in self.gallery.manifest.arrays:
+            return None
+        return unit_rows(self.gallery.vectors(pairs.rows))
 
-    def _scores(self, answers: Answers) -> Scores:
-        labels, seed, search = self.setting.pairs.labels, self.setting.seed, self.protocol.search
-        if isinstance(answers, ClassScores):
-            scores = candidate_scores(answers.values, labels, seed=seed)
-            return scores if self.protocol.name == "candidate" else _without_top5(scores)
-        assert isinstance(answers, Vectors)
-        if self.protocol.name == "image":
-            return image_scores(answers.gallery, labels, seed=seed)
-        assert search is not None
-        return search.score_texts(*answers) if self.protocol.name == "rerank" else search.score(*answers)
+    @property
+    def is_aligned(self) -> bool:
+        """Whether both encoders are halves of one model that project into one space."""
+        manifests = self.gallery.manifest, self.text.manifest
+        models = {manifest.fingerprint.fields["model_id"] for manifest in manifests}
+        return len(models) == 1 and all(manifest.vector == "projected" for manifest in manifests)
+
+    def answers(self, gallery: np.ndarray, map_queries: Callable[[np.ndarray], np.ndarray] | None = None) -> Answers:
+        """Of a baseline's unit vectors; `map_queries` maps the queries' unit vectors where the baseline does."""
+        queries = self.queries
+        if queries is not None and map_queries is not None:
+            queries = map_queries(queries)
+        return self.protocol.vectors_answer(gallery, queries)
 
     @cached_property
     def ridge(self) -> LinearMap:
-        queries = unit_rows(self.judging.vectors)
         return fit_ridge(
             self.features[0],
             mean_text_vectors(self.training, self.text),
-            lambda fit: self.judge(unit_rows(fit(self.features[1])), queries),
+            lambda fit: self.validate(unit_rows(fit(self.features[1])), self.validation_queries),
         )
 
-    def fit_mlp(self, *, beside: bool) -> MlpFit:
-        """On photos alone, or on photos and the texts beside them (the concatenation MLP)."""
+    @cached_property
+    def mlp(self) -> MlpFit:
+        """On photos alone."""
+        return self._fit_mlp(None, None)
+
+    @cached_property
+    def concat_mlp(self) -> MlpFit:
+        """On photos and the texts that they are fused with."""
+        return self._fit_mlp(self.paired_texts(self.training), self.paired_texts(self.validation))
+
+    def _fit_mlp(self, known: np.ndarray | None, texts: np.ndarray | None) -> MlpFit:
         distinct, position = np.unique(self.training.texts.values, return_inverse=True)
-        queries, texts = unit_rows(self.judging.vectors), self.texts_of(self.validation) if beside else None
         return fit_mlp(
             self.features[0],
             unit_rows(self.text.vectors(distinct)),
             Ragged(self.training.texts.offsets, position),
-            lambda fit: self.judge(fit.gallery(self.features[1], texts), fit.queries(queries)),
-            beside=self.texts_of(self.training) if beside else None,
+            lambda fit: self.validate(fit.gallery(self.features[1], texts), fit.queries(self.validation_queries)),
+            beside=known,
         )
 
-    @property
-    def levels(self) -> dict[str, Answered]:
-        """What a metadata protocol's controls are held against: texts alone, and photos alone."""
-        if self.protocol.name != "metadata":
-            return {}
-        search = self.protocol.search
-        assert search is not None
-        queries, judging = unit_rows(search.vectors), unit_rows(self.judging.vectors)
-        known, validation, reported = (
-            self.texts_of(pairs) for pairs in (self.training, self.validation, self.setting.pairs)
-        )
-        linear = fit_ridge(
-            known,
-            mean_text_vectors(self.training, self.text),
-            lambda fit: self.judge(unit_rows(fit(validation)), judging),
-        )
-        return {
-            "text_only": self.answered(Vectors(reported, queries)),
-            "text_only_linear": self.answered(Vectors(unit_rows(linear(reported)), queries)),
-            "image_only_ridge": self.answered(Vectors(unit_rows(self.ridge(self.features[2])), queries)),
-        }
+    def validate_classes(self, scores: np.ndarray) -> float:
+        """The validation score of scores [photos, classes]."""
+        scored = candidate_scores(scores, self.validation.labels, intervals=False)
+        return scored[self.protocol.main_metric].value
+
+    def training_labels(self) -> tuple[np.ndarray, int]:
+        """The class of each training photo, and how many classes there are.
+
+        Raises:
+            AbsentError: classifiers do not apply.
+        """
+        num_classes = len(self.setting.cache.table.class_names)
+        several = any(len(of_one) != 1 for pairs in (self.training, self.validation) for of_one in pairs.labels)
+        if several or num_classes < 2:
+            raise AbsentError("some photos have several classes, or there is only one class")
+        return self.training.labels.values, num_classes
 
 
-BaselineChoice = Literal["all", "linear", "none"]
-Systems = tuple[dict[str, Answered], dict[str, str]]
-"""Each baseline, and why one is absent."""
+def _ridge(of: Material) -> Answers:
+    return of.answers(unit_rows(of.ridge(of.features[2])))
 
 
-def baselines(material: Material, choice: BaselineChoice = "all") -> Systems:
-    """The baselines that a protocol can have; "linear" are those that take seconds."""
-    if choice == "none":
-        return material.levels, {}
-    if material.protocol.name == "metadata":
-        return _metadata_baselines(material, choice), {}
-    if material.protocol.name == "image":
-        return _image_baselines(material), {}
-    return _search_baselines(material, choice)
+def _mlp(of: Material) -> Answers:
+    return of.answers(of.mlp.gallery(of.features[2]), of.mlp.queries)
 
 
-def _search_baselines(material: Material, choice: BaselineChoice) -> Systems:
-    """Photos alone, searched by text, as vectors; with classes, classifiers too."""
-    search, reported = material.protocol.search, material.features[2]
-    assert search is not None
-    queries = unit_rows(search.vectors)
-    systems = {"ridge": material.answered(Vectors(unit_rows(material.ridge(reported)), queries))}
-    if choice == "all":
-        mlp = material.fit_mlp(beside=False)
-        systems["mlp"] = material.answered(Vectors(mlp.gallery(reported), mlp.queries(queries)))
-    absent: dict[str, str] = {}
-    own = _own_vectors(material, material.setting.pairs)
-    if own is not None and own.shape[1] == queries.shape[1]:
-        systems["zero_shot" if _is_aligned(material) else "pooled_cosine"] = material.answered(Vectors(own, queries))
-    else:
-        widths = "no vector is cached" if own is None else f"widths {own.shape[1]} and {queries.shape[1]}"
-        absent["pooled_cosine"] = f"the encoders' own vectors cannot be compared: {widths}"
-    if search.protocol == "class" and material.protocol.name != "rerank":
-        classifiers, without = _classifiers(material, choice)
-        systems |= classifiers
-        absent |= without
-    return systems, absent
+def _zero_shot(of: Material) -> Answers:
+    if not of.is_aligned:
+        raise AbsentError
+    return _own_vectors(of)
 
 
-def _classifiers(material: Material, choice: BaselineChoice) -> Systems:
-    """Linear probe, nearest class mean and label propagation, by scores of each photo with each class."""
-    num_classes = len(material.setting.cache.table.class_names)
-    several = any(len(of_one) != 1 for pairs in (material.training, material.validation) for of_one in pairs.labels)
-    if several or num_classes < 2:
-        reason = "some photos have several classes, or there is one class alone"
-        return {}, {"linear_probe": reason, "class_means": reason, "zlap": reason}
-    training, validation, reported = material.features
-    known = material.training.labels.values
-
-    def judge(scores: np.ndarray) -> float:
-        scored = candidate_scores(scores, material.validation.labels, intervals=False)
-        return scored[material.protocol.main_metric].value
-
-    probe = fit_linear_probe(training, known, num_classes, lambda fit: judge(log_odds(fit(validation))))
-    means = fit_class_means(training, known, num_classes)
-    found = {"linear_probe": log_odds(probe(reported)), "class_means": means(reported)}
-    absent = {}
-    if choice == "all" and len(training) > 100:
-        found["zlap"] = _zlap(material, judge)
-    elif choice == "all":
-        absent["zlap"] = "fewer than 100 photos to propagate over"
-    return {name: material.answered(ClassScores(scores)) for name, scores in found.items()}, absent
+def _pooled_cosine(of: Material) -> Answers:
+    if of.queries is not None and of.is_aligned:
+        raise AbsentError
+    return _own_vectors(of)
 
 
-def _zlap(material: Material, score: Callable[[np.ndarray], float]) -> np.ndarray:
+def _own_vectors(of: Material) -> Answers:
+    own = of.own_vectors(of.setting.pairs)
+    if own is None:
+        raise AbsentError("no vector of the photo encoder is cached")
+    queries = own if of.queries is None else of.queries
+    if own.shape[1] != queries.shape[1]:
+        raise AbsentError(f"the encoders' own vectors cannot be compared: widths {own.shape[1]} and {queries.shape[1]}")
+    return of.answers(own)
+
+
+def _summary_cosine(of: Material) -> Answers:
+    training, _, reported = of.features
+    return of.answers(unit_rows(reported - training.mean(axis=0)))
+
+
+def _linear_probe(of: Material) -> Answers:
+    training, validation, reported = of.features
+    probe = fit_linear_probe(
+        training, *of.training_labels(), lambda fit: of.validate_classes(log_odds(fit(validation)))
+    )
+    return ClassScores(log_odds(probe(reported)))
+
+
+def _class_means(of: Material) -> Answers:
+    return ClassScores(fit_class_means(of.features[0], *of.training_labels())(of.features[2]))
+
+
+def _zlap(of: Material) -> Answers:
     """Label propagation over the training photos, from texts that the ridge regression maps photos to."""
-    search = material.protocol.search
-    assert search is not None
-    classes = unit_rows(search.vectors).T
-    parts = (material.training, material.validation, material.setting.pairs)
-    own = [_own_vectors(material, pairs) for pairs in parts]
+    of.training_labels()
+    if len(of.training) <= _LEAST_GRAPH_PHOTOS:
+        raise AbsentError("fewer than 100 photos to propagate over")
+    assert of.queries is not None
+    classes = of.queries.T
+    own = [of.own_vectors(pairs) for pairs in (of.training, of.validation, of.setting.pairs)]
     images = [
-        unit_rows(features) if vectors is None else vectors
-        for features, vectors in zip(material.features, own, strict=True)
+        unit_rows(features) if vectors is None else vectors for features, vectors in zip(of.features, own, strict=True)
     ]
-    similar = [unit_rows(material.ridge(features)) @ classes for features in material.features]
+    similar = [unit_rows(of.ridge(features)) @ classes for features in of.features]
 
-    def judge(fit: LabelPropagation) -> float:
-        return score(fit.scores(images[1], similar[1]))
+    def validate(fit: LabelPropagation) -> float:
+        return of.validate_classes(fit.scores(images[1], similar[1]))
 
-    return fit_zlap(images[0], similar[0], judge).scores(images[2], similar[2])
-
-
-def _metadata_baselines(material: Material, choice: BaselineChoice) -> dict[str, Answered]:
-    """Text alone, photo alone, their late fusion, and an MLP on both."""
-    search = material.protocol.search
-    assert search is not None
-    queries, judging = unit_rows(search.vectors), unit_rows(material.judging.vectors)
-    texts = [material.texts_of(pairs) for pairs in (material.validation, material.setting.pairs)]
-    _, validation, reported = material.features
-    systems = dict(material.levels)
-    ridge = [unit_rows(material.ridge(features)) for features in (validation, reported)]
-    weight = tune_late_fusion(ridge[0], texts[0], lambda gallery: material.judge(gallery, judging))
-    systems["late_fusion_ridge"] = material.answered(Vectors(fuse_late(ridge[1], texts[1], weight), queries))
-    if choice == "linear":
-        return systems
-    mlp, concat = material.fit_mlp(beside=False), material.fit_mlp(beside=True)
-    systems["image_only_mlp"] = material.answered(Vectors(mlp.gallery(reported), mlp.queries(queries)))
-    systems["concat_mlp"] = material.answered(Vectors(concat.gallery(reported, texts[1]), concat.queries(queries)))
-    photos = [mlp.gallery(features) for features in (validation, reported)]
-    mapped = [mlp.queries(vectors) for vectors in texts]
-    weight = tune_late_fusion(photos[0], mapped[0], lambda gallery: material.judge(gallery, mlp.queries(judging)))
-    late = Vectors(fuse_late(photos[1], mapped[1], weight), mlp.queries(queries))
-    systems["late_fusion_mlp"] = material.answered(late)
-    return systems
+    return ClassScores(fit_zlap(images[0], similar[0], validate).scores(images[2], similar[2]))
 
 
-def _image_baselines(material: Material) -> dict[str, Answered]:
-    """Photos by the encoder's own vectors, by centred summaries, and by the ridge regression's vectors."""
-    training, _, reported = material.features
-    galleries = {
-        "summary_cosine": unit_rows(reported - training.mean(axis=0)),
-        "ridge": unit_rows(material.ridge(reported)),
-    }
-    own = _own_vectors(material, material.setting.pairs)
-    if own is not None:
-        galleries["pooled_cosine"] = own
-    return {name: material.answered(Vectors(gallery, gallery)) for name, gallery in galleries.items()}
+def _text_only(of: Material) -> Answers:
+    return of.answers(of.paired_texts(of.setting.pairs))
 
 
-def _is_aligned(material: Material) -> bool:
-    """Whether both encoders are halves of one model that project into one space."""
-    manifests = material.gallery.manifest, material.text.manifest
-    models = {manifest.fingerprint.fields["model_id"] for manifest in manifests}
-    return len(models) == 1 and all(manifest.vector == "projected" for manifest in manifests)
+def _text_only_linear(of: Material) -> Answers:
+    known, validation, reported = (of.paired_texts(pairs) for pairs in (of.training, of.validation, of.setting.pairs))
+    linear = fit_ridge(
+        known,
+        mean_text_vectors(of.training, of.text),
+        lambda fit: of.validate(unit_rows(fit(validation)), of.validation_queries),
+    )
+    return of.answers(unit_rows(linear(reported)))
 
 
-def _own_vectors(material: Material, pairs: Pairs) -> np.ndarray | None:
-    """The photo encoder's own vectors, of unit length; None where none are cached."""
-    if material.gallery.manifest.vector not in material.gallery.manifest.arrays:
-        return None
-    return unit_rows(material.gallery.vectors(pairs.rows))
+def _concat_mlp(of: Material) -> Answers:
+    texts = of.paired_texts(of.setting.pairs)
+    return of.answers(of.concat_mlp.gallery(of.features[2], texts), of.concat_mlp.queries)
 
 
-def _without_top5(scores: Scores) -> Scores:
-    """What the class protocol reports."""
-    return {metric: score for metric, score in scores.items() if metric != "top5"}
+def _late_fusion_ridge(of: Material) -> Answers:
+    return _late_fusion(of, lambda features: unit_rows(of.ridge(features)), None)
+
+
+def _late_fusion_mlp(of: Material) -> Answers:
+    return _late_fusion(of, of.mlp.gallery, of.mlp.queries)
+
+
+def _late_fusion(
+    of: Material,
+    map_photos: Callable[[np.ndarray], np.ndarray],
+    map_texts: Callable[[np.ndarray], np.ndarray] | None,
+) -> Answers:
+    """A weighted sum of the photo's vector and the text's; validation picks the weight."""
+    texts = [of.paired_texts(pairs) for pairs in (of.validation, of.setting.pairs)]
+    queries = of.validation_queries
+    if map_texts is not None:
+        texts, queries = [map_texts(vectors) for vectors in texts], map_texts(queries)
+    photos = [map_photos(features) for features in of.features[1:]]
+    weight = tune_late_fusion(photos[0], texts[0], lambda gallery: of.validate(gallery, queries))
+    return of.answers(fuse_late(photos[1], texts[1], weight), map_texts)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A system that a FAM is compared with."""
+
+    description: str
+    fit: Callable[[Material], Answers]
+    """Raises AbsentError where it does not apply."""
+    is_slow: bool = False
+    """Whether fitting takes minutes rather than seconds."""
+
+
+BASELINES: dict[str, Baseline] = {
+    "ridge": Baseline("ridge regression from photo features to the mean vector of the photo's texts", _ridge),
+    "mlp": Baseline("an MLP from photo features to the texts' space, trained with InfoNCE", _mlp, is_slow=True),
+    "zero_shot": Baseline("the vectors of an image-text model, untrained", _zero_shot),
+    "pooled_cosine": Baseline("the encoders' own vectors, untrained", _pooled_cosine),
+    "summary_cosine": Baseline("centred photo features, untrained", _summary_cosine),
+    "linear_probe": Baseline("logistic regression of the class from photo features", _linear_probe),
+    "class_means": Baseline("the nearest mean of a class's photo features", _class_means),
+    "zlap": Baseline("label propagation from class texts over the training photos", _zlap, is_slow=True),
+    "text_only": Baseline("the vector of the paired text, without the photo", _text_only),
+    "text_only_linear": Baseline("ridge regression from the paired text, without the photo", _text_only_linear),
+    "image_only_ridge": Baseline("ridge regression from photo features, without the paired text", _ridge),
+    "image_only_mlp": Baseline("an MLP on photo features, without the paired text", _mlp, is_slow=True),
+    "concat_mlp": Baseline("an MLP on photo features and the paired text's vector", _concat_mlp, is_slow=True),
+    "late_fusion_ridge": Baseline("a weighted sum of image_only_ridge and text_only", _late_fusion_ridge),
+    "late_fusion_mlp": Baseline("a weighted sum of image_only_mlp and its text vector", _late_fusion_mlp, is_slow=True),
+}
+
+
+def fit_baselines(of: Material, choice: BaselineChoice = "all") -> tuple[dict[str, Answered], dict[str, str]]:
+    """The baselines of a protocol, and why some are absent.
+
+    With "linear" those that take minutes are left out, with "none" all but those that controls are compared with.
+    """
+    found, absent = {}, {}
+    for name in of.protocol.baselines:
+        is_required = name in of.protocol.required_baselines
+        if not is_required and (choice == "none" or (choice == "linear" and BASELINES[name].is_slow)):
+            continue
+        try:
+            answers = BASELINES[name].fit(of)
+        except AbsentError as reason:
+            if str(reason):
+                absent[name] = str(reason)
+        else:
+            found[name] = Answered(of.protocol.score(answers), answers)
+    return found, absent
 
 
 def log_odds(logits: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""What single queries found: details.npz beside metrics.json, for those who look at results and not at means alone.
+"""What single queries find: details.npz beside result.json, for galleries and curves.
 
 For the FAM and each baseline the main metric of every query, and the first photos of some queries, drawn by the seed;
 where classes search, also precision at 101 recalls, and which class's text is nearest to the photos of each class. The
-mean of `metric` is the number in metrics.json, and what is right among the first photos is marked here, so that a page
+mean of `metric` is the number in result.json, and the right ones among the first photos are marked here, so that a page
 made of it has nothing to decide.
 
 Numpy arrays, in a file that is read without unpickling. Texts are UTF-8 bytes end to end, with offsets.
@@ -22,17 +22,16 @@ import numpy as np
 
 from saffe_cache.core.atomic_io import write_whole
 from saffe_cache.core.features import Ragged
-from saffe_cache.inputs.pairs import Pairs
-from saffe_cache.protocols.answers import Answered, Answers, ClassScores, Vectors
-from saffe_cache.protocols.measuring import Protocol, Setting
+from saffe_cache.protocols.base import Protocol
+from saffe_cache.protocols.setting import Answered, Answers, ClassScores, Setting, Vectors
 from saffe_cache.retrieval.ranking import InnerProducts, ScoreMatrix, members, relevant_ranks_of_scores
-from saffe_cache.retrieval.scores import nearest_classes, others_of_classes
+from saffe_cache.retrieval.scores import nearest_classes
 
 NAME = "details.npz"
 FIRST_K = 10
 MOST_QUERIES = 2000
 RECALLS = np.linspace(0, 1, 101)
-"""At which precision is told."""
+"""At which precision is stored."""
 _VERSION = 1
 
 
@@ -88,51 +87,41 @@ class Details:
     systems: Mapping[str, SystemDetails]
 
 
-def details_of(protocol: Protocol, setting: Setting, systems: Mapping[str, Answered]) -> Details:
+def details_of(protocol: Protocol, systems: Mapping[str, Answered]) -> Details:
     """The details of some systems under one protocol."""
-    by_photo = protocol.name == "image"
-    relevant = others_of_classes(setting.pairs.labels) if by_photo else _search_relevant(protocol)
+    setting, relevant, by_photo = protocol.setting, protocol.relevant, protocol.queries is None
     queries = np.flatnonzero(np.diff(relevant.offsets))
     shown = np.arange(len(queries))
     if len(shown) > MOST_QUERIES:
         shown = np.sort(np.random.default_rng(setting.seed).choice(shown, MOST_QUERIES, replace=False))
-    asked = queries[shown]
-    first = {name: _first(of.answers, asked, setting.seed, by_photo) for name, of in systems.items()}
-    answers = np.array([relevant[int(query)][0] for query in asked], np.int64)
-    named = np.unique(np.concatenate([answers, asked if by_photo else answers, *(of.ravel() for of in first.values())]))
-    by_class = protocol.search is not None and protocol.search.protocol == "class"
-    class_names = setting.cache.table.class_names if by_class else ()
+    chosen = queries[shown]
+    first = {name: _first(of.answers, chosen, setting.seed, by_photo) for name, of in systems.items()}
+    answers = np.array([relevant[int(query)][0] for query in chosen], np.int64)
+    asking = chosen if by_photo else answers
+    named = np.unique(np.concatenate([answers, asking, *(of.ravel() for of in first.values())]))
+    hashes = setting.cache.table.inputs[setting.inputs.gallery.manifest.modality].content_hash
     return Details(
         main_metric=protocol.main_metric,
         shown=shown,
-        texts=() if by_photo else _query_texts(protocol, setting, asked),
+        texts=_query_texts(protocol, chosen),
         answers=np.searchsorted(named, answers),
-        asking=np.searchsorted(named, asked) if by_photo else np.full(len(asked), -1),
-        num_relevant=np.diff(relevant.offsets)[asked],
+        asking=np.searchsorted(named, chosen) if by_photo else np.full(len(chosen), -1),
+        num_relevant=np.diff(relevant.offsets)[chosen],
         photo_ids=tuple(setting.pairs.ids[place] for place in named),
-        photo_hashes=setting.cache.table.inputs[setting.inputs.gallery.manifest.modality].content_hash[
-            setting.pairs.rows[named]
-        ],
+        photo_hashes=hashes[setting.pairs.rows[named]],
         photo_texts=tuple(_photo_text(setting, int(place)) for place in named),
-        query_classes=tuple(class_names[query] for query in queries) if by_class and protocol.name != "rerank" else (),
-        class_names=class_names,
+        query_classes=tuple(protocol.class_names[query] for query in queries) if protocol.shows_classes else (),
+        class_names=protocol.class_names,
         systems={
             name: SystemDetails(
                 metric=_values(of, protocol.main_metric),
                 first=np.searchsorted(named, first[name]),
-                is_relevant=_is_relevant(relevant, asked, first[name]),
-                classes=_class_details(of.answers, setting.pairs, len(class_names), setting.seed)
-                if by_class and protocol.name != "rerank"
-                else None,
+                is_relevant=_is_relevant(relevant, chosen, first[name]),
+                classes=_class_details(of.answers, protocol) if protocol.shows_classes else None,
             )
             for name, of in systems.items()
         },
     )
-
-
-def _search_relevant(protocol: Protocol) -> Ragged:
-    assert protocol.search is not None
-    return protocol.search.relevant
 
 
 def _values(of: Answered, metric: str) -> np.ndarray:
@@ -161,9 +150,10 @@ def _is_relevant(relevant: Ragged, queries: np.ndarray, first: np.ndarray) -> np
     return np.array([np.isin(of, relevant[int(query)]) for query, of in zip(queries, first, strict=True)])
 
 
-def _query_texts(protocol: Protocol, setting: Setting, queries: np.ndarray) -> tuple[str, ...]:
-    assert protocol.search is not None
-    return tuple(_text(setting, int(row)) for row in protocol.search.text_rows[queries])
+def _query_texts(protocol: Protocol, queries: np.ndarray) -> tuple[str, ...]:
+    if protocol.queries is None:
+        return ()
+    return tuple(_text(protocol.setting, int(row)) for row in protocol.queries.text_rows[queries])
 
 
 def _text(setting: Setting, row: int) -> str:
@@ -181,7 +171,8 @@ def _photo_text(setting: Setting, place: int) -> str:
     return _text(setting, int(pairs.texts[place][0]))
 
 
-def _class_details(answers: Answers, pairs: Pairs, num_classes: int, seed: int) -> ClassDetails:
+def _class_details(answers: Answers, protocol: Protocol) -> ClassDetails:
+    pairs, seed, num_classes = protocol.setting.pairs, protocol.setting.seed, len(protocol.class_names)
     scores: ScoreMatrix = (
         answers.values.T if isinstance(answers, ClassScores) else InnerProducts(_gallery(answers), _queries(answers))
     )
@@ -249,7 +240,7 @@ def read_details(out: Path) -> Details:
             _check(details)
             return details
     except (KeyError, ValueError, TypeError, IndexError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: damaged or of another version ({error}). Run saffe-index-eval again.") from None
+        raise ValueError(f"{path}: damaged or of another version ({error}). Evaluate again.") from None
 
 
 def _read(arrays: Mapping[str, np.ndarray]) -> Details:
@@ -299,6 +290,21 @@ def _check(details: Details) -> None:
             fits.append((system.classes.precision.shape, system.classes.confusion.shape) == wanted)
     if not all(fits):
         raise ValueError("its arrays do not fit each other")
+
+
+def check_means(folder: Path, details: Details, means: Mapping[str, float]) -> None:
+    """
+    Raises:
+        ValueError: the details belong to another evaluation than the main metric of each system.
+    """
+    for name, system in details.systems.items():
+        found, expected = float(system.metric.mean()), means.get(name)
+        if expected is None or abs(found - expected) > 1e-9:
+            told = "nothing" if expected is None else f"{expected:.6f}"
+            raise ValueError(
+                f"{folder / NAME}: {details.main_metric} of {name} is {found:.6f}, result.json says {told}: they "
+                "belong to two evaluations. Evaluate again."
+            )
 
 
 def _inside(numbers: np.ndarray, low: int, high: int) -> bool:

@@ -1,1 +1,1 @@
-"""Retrieval protocols: queries, relevance and scores, shared by validation and evaluation."""
+"""Retrieval protocols: one module and one class each, named by one line in `registry`."""

@@ -9,7 +9,7 @@ import torch
 
 from saffe_cache.fusion.base import Fusion, Pairing, Texts
 from saffe_cache.inputs.feature_loader import FamInputs
-from saffe_cache.protocols.search import Search
+from saffe_cache.protocols.setting import Queries
 
 _PAIRS_AT_ONCE = 256
 
@@ -24,8 +24,11 @@ class PairScores(NamedTuple):
 
 
 @torch.inference_mode()
-def score_all_pairs(model: Fusion, inputs: FamInputs, rows: np.ndarray, search: Search) -> PairScores:
-    """Each photo with the text of each query: [photos, queries]. What needs a photo alone is computed once for it."""
+def score_all_pairs(model: Fusion, inputs: FamInputs, rows: np.ndarray, search: Queries) -> PairScores:
+    """Each photo with the text of each query: [photos, queries].
+
+    The part of a fusion that needs the photo alone is computed once for it.
+    """
     num_texts = len(search.text_rows)
     block = max(1, _PAIRS_AT_ONCE // num_texts)
     texts, vectors = _texts_of(model, inputs, search, np.arange(num_texts))
@@ -38,7 +41,7 @@ def score_all_pairs(model: Fusion, inputs: FamInputs, rows: np.ndarray, search: 
 
 
 @torch.inference_mode()
-def score_chosen_pairs(model: Fusion, inputs: FamInputs, rows: np.ndarray, search: Search) -> PairScores:
+def score_chosen_pairs(model: Fusion, inputs: FamInputs, rows: np.ndarray, search: Queries) -> PairScores:
     """The photos `rows` [queries, k] with the text of their query: [queries, k]."""
     k = rows.shape[1]
     block = max(1, _PAIRS_AT_ONCE // k)
@@ -52,7 +55,7 @@ def score_chosen_pairs(model: Fusion, inputs: FamInputs, rows: np.ndarray, searc
     return _stack(parts, k)
 
 
-def _texts_of(model: Fusion, inputs: FamInputs, search: Search, queries: np.ndarray) -> tuple[Texts, torch.Tensor]:
+def _texts_of(model: Fusion, inputs: FamInputs, search: Queries, queries: np.ndarray) -> tuple[Texts, torch.Tensor]:
     """Texts of some queries, to be fused, and their unit vectors."""
     texts = inputs.texts(search.text_rows[queries])
     return texts, model.encode_queries(torch.from_numpy(search.vectors[queries]).to(inputs.device))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from saffe_cache.report import tables
 from saffe_cache.report.alignment_section import alignment_section
 from saffe_cache.report.caption_section import caption_section
 from saffe_cache.report.evaluations import evaluation_section
@@ -17,7 +16,7 @@ from saffe_cache.report.ledger import Costs, costs_of
 from saffe_cache.report.match_section import match_section
 from saffe_cache.report.photos import Album
 from saffe_cache.report.plots import Plot
-from saffe_cache.report.reading import Material, Metrics, Run
+from saffe_cache.report.reading import Material, Run
 from saffe_cache.report.sections import Section, ablation_section, costs_section, episodes_section, run_section
 from saffe_cache.report.tables import Sheet
 
@@ -111,7 +110,7 @@ def _notices(material: Material, names: Sequence[str]) -> list[Notice]:
         metrics = evaluation.metrics
         found += [Notice("failure", name, f"{text}. Do not use these numbers.") for text in metrics.failures]
         found += [Notice("warning", name, text) for text in metrics.warnings]
-        found += _beaten(metrics, name)
+        found += [Notice("note", name, text) for text in metrics.notes()]
         if evaluation.details is None:
             text = "it was written by an earlier release, without details of single queries: no galleries and curves. "
             found.append(Notice("note", name, text + "Run saffe-index-eval again."))
@@ -128,18 +127,6 @@ def _notices(material: Material, names: Sequence[str]) -> list[Notice]:
         found += [Notice("failure", path.name, f"{text}. Do not use these numbers.") for text in captions.failures]
     order = ("failure", "warning", "note")
     return sorted(found, key=lambda notice: order.index(notice.kind))
-
-
-def _beaten(metrics: Metrics, name: str) -> list[Notice]:
-    """Where a baseline of the same cache finds more than the FAM."""
-    main, best = metrics.main_metric, metrics.ranked_baselines()[:1]
-    own = metrics.systems["fam"][main].value
-    if not best or metrics.systems[best[0]][main].value <= own:
-        return []
-    value = tables.percent(metrics.systems[best[0]][main].value)
-    return [
-        Notice("note", name, f"the baseline {best[0]} finds more than the FAM: {main} {value}, {tables.percent(own)}.")
-    ]
 
 
 def _in_turn(sections: Sequence[Section]) -> Iterator[bytes]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from saffe_cache.evaluation.cost import flops_in_words
 from saffe_cache.evaluation.details import RECALLS, Details
 from saffe_cache.report import plots, tables
 from saffe_cache.report.plots import Curve, Dot, Plot
@@ -18,63 +17,26 @@ _MOST_CONFUSED = 12
 
 
 def evaluation_section(evaluation: Evaluation, name: str, anchor: str, sheets: list[Sheet]) -> Section:
-    metrics, details = evaluation.metrics, evaluation.details
-    table, sheet = tables.results_table(evaluation, anchor)
-    sheets.append(sheet)
+    details = evaluation.details
+    [shared] = evaluation.metrics.page_sections(evaluation.path)
+    sheets.append(tables.results_sheet(evaluation, anchor))
     section = Section(
         anchor=anchor,
         title=name,
-        lead=f"{metrics.definition[:1].upper()}{metrics.definition[1:]}.",
-        facts=_evaluation_facts(evaluation),
-        table=table,
-        words=[(metric, tables.metric_words(metric)) for metric in table.header[1:]],
-        texts=_sentences(evaluation),
+        lead=f"{shared.title}. {shared.lead}",
+        facts=shared.facts,
+        table=shared.tables[0],
+        words=shared.definitions,
+        texts=shared.texts,
         plots=[_dots(evaluation, f"{anchor}-systems")],
         details=details,
-        is_sound=evaluation.spec.gallery_key.startswith("audio-"),
+        is_sound=evaluation.metrics.run.gallery_key.startswith("audio-"),
     )
     if details is not None:
         sheets.append(tables.per_query_sheet(evaluation, f"{anchor}-queries"))
         if details.systems["fam"].classes is not None:
             _add_classes(section, evaluation, details, sheets)
     return section
-
-
-def _evaluation_facts(evaluation: Evaluation) -> list[tuple[str, str]]:
-    metrics, spec = evaluation.metrics, evaluation.spec
-    return [
-        ("cache", str(metrics.config.get("cache", ""))),
-        ("gallery encoder", f"{spec.gallery_key}, layers {', '.join(map(str, spec.gallery_layers))}"),
-        (
-            "text encoder",
-            spec.text_key + (f", layers {', '.join(map(str, spec.text_layers))}" if spec.text_layers else ""),
-        ),
-        ("fusion", f"{spec.shape.fusion}, head {spec.shape.head}, beside a photo in training: {spec.gallery_text}"),
-        ("trained on", f"split {spec.train_split}; the epoch was chosen on {spec.validation}; seed {spec.seed}"),
-        ("reported on", f"split {metrics.split}, seed {metrics.config.get('seed', '')}"),
-        ("FLOPs of fusing one photo", flops_in_words(metrics.cost.fusing_flops)),
-        ("unusable items", str(metrics.num_unusable_items)),
-        ("versions", ", ".join(f"{name} {version}" for name, version in metrics.versions.items())),
-    ]
-
-
-def _sentences(evaluation: Evaluation) -> list[str]:
-    """What does not fit a table: differences, sensitivity, duplicates, absent systems."""
-    metrics = evaluation.metrics
-    told = []
-    for name, of in metrics.differences.items():
-        parts = [
-            f"{metric} {100 * one.mean:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
-            for metric, one in of.items()
-        ]
-        told.append(
-            f"FAM less {name}, the best of the baselines there, by paired bootstrap over photos: {', '.join(parts)}."
-        )
-    moves = ", ".join(f"{part.removeprefix('to_')} {value:.2f}" for part, value in metrics.sensitivity.items())
-    shared = ", ".join(f"{count} {name}" for name, count in metrics.duplicates.items())
-    told.append(f"How far the fused vector moves with another, 0 to 2: {moves}. Shared with training: {shared}.")
-    told += [f"{name} is absent: {why}." for name, why in metrics.absent.items()]
-    return told
 
 
 def _dots(evaluation: Evaluation, name: str) -> Plot:
@@ -88,7 +50,7 @@ def _dots(evaluation: Evaluation, name: str) -> Plot:
         dots.append(Dot(label, 100 * number.value, low, high, "fam" if system == "fam" else "baseline"))
     for control, of in metrics.controls.items():
         if main == of.metric:
-            number = of.scores[main]
+            number = metrics.control_scores[control][main]
             low, high = (None if bound is None else 100 * bound for bound in (number.low, number.high))
             dots.append(Dot(control, 100 * number.value, low, high, "control"))
     return plots.draw_dots(name, dots, ("chance", 100 * metrics.systems["fam"][main].chance), main)

@@ -58,7 +58,7 @@ def costs_of(run: Run, evaluations: Sequence[Evaluation]) -> Costs:
         training_seconds=run.result.seconds,
         peak_memory_mb=run.result.peak_memory_mb,
         evaluation_seconds=sum(seconds) if seconds else None,
-        fusing_flops={one.protocol: one.cost.fusing_flops for one in told if one.cost.fusing_flops is not None},
+        fusing_flops={one.protocol: one.cost.fusing_flops for one in told},
         cache=paid,
         why_no_cache=why,
     )

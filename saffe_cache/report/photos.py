@@ -38,7 +38,7 @@ class Album:
         assert details is not None
         wanted = {details.photo_hashes[place].tobytes(): details.photo_ids[place] for place in places}
         wanted = {content: name for content, name in wanted.items() if content not in self.thumbnails}
-        if evaluation.spec.gallery_key.startswith("audio-"):
+        if evaluation.metrics.run.gallery_key.startswith("audio-"):
             self.reasons |= dict.fromkeys(wanted, "a sound")
             return
         found, failures = self._find(evaluation, wanted)
@@ -108,8 +108,8 @@ class _Found:
 def _places(evaluation: Evaluation, data: Sequence[str]) -> list[tuple[str, Columns]]:
     """Where the data may be, each place once: folders that are there first, then what may be the hub's."""
     try:
-        cache = open_cache(str(evaluation.metrics.config["cache"]))
-        configs = [one["config"] for one in cache.encoders[evaluation.spec.gallery_key].manifest.extractions]
+        cache = open_cache(str(evaluation.config["cache"]))
+        configs = [one["config"] for one in cache.encoders[evaluation.metrics.run.gallery_key].manifest.extractions]
         recorded = [(str(one["data"]), Columns(**one["column"])) for one in configs]
     except (CacheError, ValueError, TypeError, KeyError, OSError):
         if not data:

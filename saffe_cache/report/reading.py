@@ -15,16 +15,15 @@ from typing import Any, TypeVar
 from saffe_cache.core.json_schema import known_part, made_of
 from saffe_cache.core.outputs import read_json
 from saffe_cache.evaluation.details import NAME as DETAILS_NAME
-from saffe_cache.evaluation.details import Details, read_details
+from saffe_cache.evaluation.details import Details, check_means, read_details
+from saffe_cache.evaluation.results import EvaluationResult
 from saffe_cache.inputs.spec import RunSpec
-from saffe_cache.protocols.search import main_metric
 from saffe_cache.report.ablations import Ablation, read_ablation
 from saffe_cache.report.alignments import Alignment, read_alignment
 from saffe_cache.report.captions import Captions, read_captions
 from saffe_cache.report.episodes import Episodes, read_episodes
 from saffe_cache.report.matches import Matches, read_matches
 
-_METRICS = "metrics.json"
 _OTHERS: Mapping[str, Callable[[Path], Any]] = {
     "ablation.json": read_ablation,
     "binding.json": read_episodes,
@@ -35,88 +34,14 @@ _OTHERS: Mapping[str, Callable[[Path], Any]] = {
 """Results that stand in a folder of their own, and what reads them."""
 
 
-@dataclass(frozen=True)
-class Number:
-    """One metric of one system."""
-
-    value: float
-    chance: float
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True)
-class ControlNumbers:
-    """One control."""
-
-    scores: Mapping[str, Number]
-    metric: str
-    expected: str
-    limit: float
-    passed: bool
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of the FAM less a baseline, by paired bootstrap."""
-
-    mean: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of a run and its evaluation."""
-
-    trainable_parameters: int
-    training_seconds: float
-    training_peak_memory_mb: float
-    evaluation_seconds: float
-    evaluation_peak_memory_mb: float
-    fusing_flops: int | None = None
-    """Of fusing one photo of the gallery; None where an earlier release did not count them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metrics:
-    """What metrics.json says, as far as a page shows it."""
-
-    protocol: str
-    definition: str
-    split: str
-    failures: tuple[str, ...]
-    warnings: tuple[str, ...]
-    num_photos: int
-    num_queries: int
-    num_unusable_items: int
-    systems: Mapping[str, Mapping[str, Number]]
-    absent: Mapping[str, str]
-    differences: Mapping[str, Mapping[str, Difference]]
-    controls: Mapping[str, ControlNumbers]
-    sensitivity: Mapping[str, float]
-    duplicates: Mapping[str, int]
-    cost: Cost
-    config: Mapping[str, Any]
-    versions: Mapping[str, str]
-
-    @property
-    def main_metric(self) -> str:
-        return main_metric(self.protocol)
-
-    def ranked_baselines(self) -> list[str]:
-        """The baselines that have the main metric, best first."""
-        names = [name for name, of in self.systems.items() if name != "fam" and self.main_metric in of]
-        return sorted(names, key=lambda name: -self.systems[name][self.main_metric].value)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """An evaluation's folder."""
 
     path: Path
-    metrics: Metrics
-    spec: RunSpec
+    metrics: EvaluationResult
+    config: Mapping[str, Any]
+    versions: Mapping[str, str]
     details: Details | None
     """None where an earlier release wrote the folder."""
 
@@ -188,17 +113,17 @@ def read_material(folders: Sequence[str]) -> Material:
         for file, read in _OTHERS.items():
             if (folder / file).exists():
                 others[file][place], known = read(folder / file), True
-        if (folder / "result.json").exists() and (folder / "config.json").exists():
+        if _verb(folder) == "train":
             runs[place], known = _read_run(folder), True
-            for path in sorted(folder.glob(f"*/{_METRICS}")):
+            for path in sorted(folder.glob("*/result.json")):
                 evaluations.setdefault(path.parent.resolve(), _read_evaluation(path.parent))
-        elif (folder / _METRICS).exists():
+        elif _verb(folder) == "evaluate":
             evaluations.setdefault(place, _read_evaluation(folder))
             parent, known = folder.resolve().parent, True
-            if parent not in runs and (parent / "result.json").exists() and (parent / "config.json").exists():
+            if parent not in runs and _verb(parent) == "train":
                 runs[parent] = _read_run(parent)
         if not known:
-            lacks = f"none of {', '.join(('result.json', _METRICS, *_OTHERS))} is in it"
+            lacks = f"none of {', '.join(('result.json', *_OTHERS))} is in it"
             raise ValueError(
                 f"{folder}: {lacks if folder.exists() else 'nothing is there'}. Give a finished run's folder "
                 "(saffe-train-fam --out), an evaluation's (saffe-index-eval --out), or one of saffe-ablate, "
@@ -213,6 +138,11 @@ def read_material(folders: Sequence[str]) -> Material:
         alignments=tuple(others["alignment.json"].values()),
         captions=others["caption.json"],
     )
+
+
+def _verb(folder: Path) -> str | None:
+    path = folder / "result.json"
+    return read_json(path).get("verb") if path.exists() else None
 
 
 def _read_run(folder: Path) -> Run:
@@ -247,34 +177,14 @@ def _read_log(path: Path) -> tuple[LogLine, ...]:
 
 
 def _read_evaluation(folder: Path) -> Evaluation:
-    path = folder / _METRICS
-    content = read_json(path)
-    metrics = _known_fields(Metrics, content, path)
-    if "fam" not in metrics.systems or metrics.main_metric not in metrics.systems["fam"]:
-        raise ValueError(f"{path}: systems lack fam's {metrics.main_metric}. Run saffe-index-eval again.")
-    try:
-        spec = RunSpec.from_json(content["run"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: run: {error}. Run saffe-index-eval again.") from None
+    metrics = EvaluationResult.load(folder)
+    content = read_json(folder / "config.json")
     details = read_details(folder) if (folder / DETAILS_NAME).exists() else None
     if details is not None:
-        _check_agreement(folder, metrics, details)
-    return Evaluation(path=folder, metrics=metrics, spec=spec, details=details)
-
-
-def _check_agreement(folder: Path, metrics: Metrics, details: Details) -> None:
-    """
-    Raises:
-        ValueError: details.npz is of another evaluation than metrics.json.
-    """
-    for name, system in details.systems.items():
-        told = metrics.systems.get(name, {}).get(details.main_metric)
-        if told is None or abs(float(system.metric.mean()) - told.value) > 1e-9:
-            found = f"{system.metric.mean():.6f}, {_METRICS} {'nothing' if told is None else f'{told.value:.6f}'}"
-            raise ValueError(
-                f"{folder}: {DETAILS_NAME} says {name} has {details.main_metric} {found}: they are of two evaluations. "
-                "Run saffe-index-eval again."
-            )
+        check_means(folder, details, {name: of[metrics.main_metric].value for name, of in metrics.systems.items()})
+    return Evaluation(
+        path=folder, metrics=metrics, config=content["config"], versions=content["versions"], details=details
+    )
 
 
 Made = TypeVar("Made")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from saffe_cache.core.tables import Table as SharedTable
 from saffe_cache.evaluation.details import Details
 from saffe_cache.report import plots, tables
 from saffe_cache.report.ablations import Ablation, Series, Spread, spread
@@ -18,6 +19,7 @@ from saffe_cache.report.ledger import BASIS, Costs
 from saffe_cache.report.plots import Bars, Curve, Plot
 from saffe_cache.report.reading import LogLine, Run
 from saffe_cache.report.tables import Sheet, Table
+from saffe_cache.retrieval.metrics import metric_named
 
 
 @dataclass(kw_only=True)
@@ -30,7 +32,7 @@ class Section:
     facts: list[tuple[str, str]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     """Paragraphs below the first table."""
-    table: Table | None = None
+    table: Table | SharedTable | None = None
     words: list[tuple[str, str]] = field(default_factory=list)
     """Metrics and what they are."""
     plots: list[Plot] = field(default_factory=list)
@@ -107,7 +109,7 @@ def ablation_section(ablation: Ablation, anchor: str, sheets: list[Sheet]) -> Se
         facts=[
             ("dataset", ablation.dataset),
             ("reported on", f"{ablation.protocol} protocol, split {ablation.split}"),
-            ("metric", f"{ablation.metric}: {tables.metric_words(ablation.metric)}"),
+            ("metric", f"{ablation.metric}: {metric_named(ablation.metric).description}"),
             *([("definition", ablation.definition)] if ablation.definition else []),
         ],
         folded=[points],

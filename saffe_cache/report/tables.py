@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from saffe_cache.evaluation.cost import flops_in_words
+from saffe_cache.core.tables import flops as flops_in_words
+from saffe_cache.evaluation.results import Numbers
 from saffe_cache.report.ablations import Ablation, spread
 from saffe_cache.report.episodes import Episodes
 from saffe_cache.report.ledger import Costs
-from saffe_cache.report.reading import Evaluation, Metrics, Number
+from saffe_cache.report.reading import Evaluation
+from saffe_cache.retrieval.metrics import metric_named
 
-METRIC_WORDS = {
-    "recall_at_1": "share of queries with a right result at the first place",
-    "recall_at_5": "… among the first 5",
-    "recall_at_10": "… among the first 10",
-    "mrr": "mean of 1 / rank of the first right result",
-    "median_rank": "median rank of the first right result: a rank, no percentage; the lower, the better",
-    "map": "mean average precision over the whole ranking, not interpolated",
-    "map_at_100": "mean average precision over the first 100, divided by min(relevant, 100)",
-    "top1": "share of photos whose nearest class is one of theirs",
-    "top5": "share of photos with one of their classes among the nearest 5",
-    "top1_prior_removed": "top1 after subtracting each class's mean score over training photos",
-    "map_matching": "map by the matching head's logits",
-    "top1_matching": "top1 by the matching head's logits",
-}
-_IMAGE_TO_TEXT = "image_to_text_"
 _ABSENT = "–"
 
 Value = str | int | float | None
@@ -76,62 +63,25 @@ class Table:
     rows: tuple[TableRow, ...]
 
 
-def metric_words(metric: str) -> str:
-    """What a metric is."""
-    if metric.startswith(_IMAGE_TO_TEXT):
-        return f"photos search texts: {METRIC_WORDS.get(metric.removeprefix(_IMAGE_TO_TEXT), metric)}"
-    return METRIC_WORDS.get(metric, "see the README of saffe_cache")
-
-
 def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}"
 
 
-def number_cell(metric: str, number: Number | None) -> Cell:
-    """Percent with its interval beneath; ranks as they are."""
-    if number is None:
-        return Cell(_ABSENT)
-    if metric.endswith("median_rank"):
-        return Cell(f"{number.value:.0f}")
-    if number.low is None or number.high is None:
-        return Cell(percent(number.value))
-    return Cell(percent(number.value), f"{percent(number.low)} – {percent(number.high)}")
-
-
-def results_table(evaluation: Evaluation, name: str) -> tuple[Table, Sheet]:
-    """Chance and controls in front, then the FAM, then the baselines, best first."""
+def results_sheet(evaluation: Evaluation, name: str) -> Sheet:
+    """Every number of an evaluation."""
     metrics = evaluation.metrics
-    names = [metrics.main_metric, *(one for one in metrics.systems["fam"] if one != metrics.main_metric)]
-    rows = [TableRow("chance", Cell("chance", "a random order"), _chance_cells(metrics, names))]
-    sheet: list[tuple[Value, ...]] = []
+    rows: list[tuple[Value, ...]] = []
     for control, of in metrics.controls.items():
-        verdict = "holds" if of.passed else "FAILED"
-        note = f"{verdict}: {of.metric} at most {percent(of.limit)} ({of.expected})"
-        cells = tuple(number_cell(one, of.scores.get(one)) for one in names)
-        rows.append(TableRow("control" if of.passed else "failed", Cell(f"control: {control}", note), cells))
-        sheet += _sheet_rows("control", control, of.scores, (of.metric, of.limit, of.passed))
-    ordered = ["fam", *metrics.ranked_baselines()]
-    for system in [*ordered, *(one for one in metrics.systems if one not in ordered)]:
-        scores = metrics.systems[system]
-        kind = "fam" if system == "fam" else "baseline"
-        head = Cell("FAM", "this run") if system == "fam" else Cell(system, "baseline")
-        rows.append(TableRow(kind, head, tuple(number_cell(one, scores.get(one)) for one in names)))
-        sheet += _sheet_rows(kind, system, scores, (None, None, None))
-    caption = (
-        f"{metrics.protocol} protocol, split {metrics.split}: {metrics.num_photos} photos, {metrics.num_queries} "
-        f"queries. Percent; beneath, 95 % bootstrap intervals over photos."
-    )
+        judged = of.metric, of.limit, of.passed
+        rows += _sheet_rows("control", control, metrics.control_scores[control], judged)
+    for system, scores in metrics.systems.items():
+        rows += _sheet_rows("fam" if system == "fam" else "baseline", system, scores, (None, None, None))
     header = ("kind", "name", "metric", "value", "low", "high", "chance", "judged_by", "limit", "passed")
-    return Table(caption, ("", *names), tuple(rows)), Sheet(name, header, tuple(sheet))
-
-
-def _chance_cells(metrics: Metrics, names: Sequence[str]) -> tuple[Cell, ...]:
-    fam = metrics.systems["fam"]
-    return tuple(number_cell(one, Number(fam[one].chance, fam[one].chance)) for one in names)
+    return Sheet(name, header, tuple(rows))
 
 
 def _sheet_rows(
-    kind: str, name: str, scores: Mapping[str, Number], judged: tuple[str | None, float | None, bool | None]
+    kind: str, name: str, scores: Numbers, judged: tuple[str | None, float | None, bool | None]
 ) -> list[tuple[Value, ...]]:
     return [(kind, name, metric, of.value, of.low, of.high, of.chance, *judged) for metric, of in scores.items()]
 
@@ -167,8 +117,8 @@ def points_table(ablation: Ablation, name: str) -> tuple[Table, Sheet]:
                     cells.append(Cell(_ABSENT))
                     continue
                 mean, half = spread(values)
-                shown = f"{mean:.0f}" if metric.endswith("median_rank") else percent(mean)
-                wide = half is not None and not metric.endswith("median_rank")
+                kind = metric_named(metric)
+                shown, wide = kind.show(mean), half is not None and not kind.is_rank
                 cells.append(Cell(shown, f"± {percent(half)}" if wide and half is not None else ""))
                 sheet += [
                     (*place, metric, seed, value, mean, half, point.chance.get(metric), point.fusing_flops)
@@ -184,8 +134,8 @@ def points_table(ablation: Ablation, name: str) -> tuple[Table, Sheet]:
                 Cell(flops_in_words(point.fusing_flops)),
                 Cell(f"{sum(point.training_seconds) / len(point.training_seconds):.0f}"),
             ]
-            kind = "failed" if point.failures else "plain"
-            rows.append(TableRow(kind, Cell(series.name, "; ".join(point.failures)), tuple(cells)))
+            row_kind = "failed" if point.failures else "plain"
+            rows.append(TableRow(row_kind, Cell(series.name, "; ".join(point.failures)), tuple(cells)))
     axes = (ablation.x_label,) if ablation.y_label is None else (ablation.x_label, ablation.y_label)
     header = (
         "series",

@@ -21,14 +21,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import faiss
 import numpy as np
 
 from saffe_cache.core.atomic_io import write_whole
+from saffe_cache.core.features import IndexKind
 
-IndexKind = Literal["flat", "ivf", "ivf_pq", "hnsw"]
 _GPU_MOST_RANKS = 2048
 """The longest ranking that faiss returns from a GPU."""
 _LEAST_PER_CLUSTER, _MOST_PER_CLUSTER = 39, 64

@@ -217,8 +217,8 @@ _VARIANTS = {
 """Names of metrics of the same kind under other conditions, and their descriptions."""
 
 
-def metrics_of(ranking: Ranking, num_items: int) -> dict[str, Metric]:
-    """The metrics of a ranking of so many items."""
+def metrics_of(ranking: Ranking, num_items: float = np.inf) -> dict[str, Metric]:
+    """The metrics of a ranking, of `num_items` items."""
     return {name: one for name, one in METRICS.items() if ranking in one.rankings and num_items >= one.least_items}
 
 
@@ -226,14 +226,16 @@ def metric_named(name: str) -> Metric:
     """A metric, or a variant of one such as `top1_matching`.
 
     Raises:
-        KeyError: no such metric is registered.
+        ValueError: no such metric is registered.
     """
+    if name in METRICS:
+        return METRICS[name]
     for variant, description in _VARIANTS.items():
         before, after = variant.split("{}")
-        if name not in METRICS and name.startswith(before) and name.endswith(after):
-            base = METRICS[name.removeprefix(before).removesuffix(after)]
+        base = METRICS.get(name.removeprefix(before).removesuffix(after))
+        if base and name == variant.format(name.removeprefix(before).removesuffix(after)):
             return replace(base, description=description.format(base.description))
-    return METRICS[name]
+    raise ValueError(f"metric {name!r:.60} is not registered, expected one of {', '.join(METRICS)}.")
 
 
 def bootstrap_interval(

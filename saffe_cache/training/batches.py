@@ -13,12 +13,12 @@ import torch
 from saffe_cache.core.devices import num_cores
 from saffe_cache.fusion.base import Fusion, Texts
 from saffe_cache.fusion.losses import distinct_positives
-from saffe_cache.inputs.feature_loader import FamInputs, encode_gallery, encode_queries
+from saffe_cache.inputs.feature_loader import FamInputs
 from saffe_cache.inputs.pairs import Pairs, mean_text_vectors
-from saffe_cache.protocols.pair_scores import score_all_pairs
-from saffe_cache.protocols.search import Search, make_search, own_protocol, own_search
+from saffe_cache.protocols.base import Protocol, SearchProtocol
+from saffe_cache.protocols.registry import load_protocol, own_protocol
+from saffe_cache.protocols.setting import Setting
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
-from saffe_cache.retrieval.candidates import candidate_scores
 from saffe_cache.training.order import EpochOrder, draw_order
 
 _LEAST_BATCH, _LEAST_STEPS = 32, 8
@@ -85,7 +85,7 @@ class TrainingData:
         texts, validations = self._pairs.texts, steps // self.steps_per_epoch + 1
         of_batch = min(len(np.unique(texts.values)), round(self._batch_size * len(texts.values) / len(self._pairs)))
         photos = steps * self._batch_size + validations * len(self._validation)
-        return photos, steps * of_batch + validations * len(self._search.vectors)
+        return photos, steps * of_batch + validations * len(self._search.queries)
 
     def _place(self, step: int) -> tuple[EpochOrder, slice]:
         """The order of a step's epoch, and where in it the step's batch lies."""
@@ -180,17 +180,16 @@ class TrainingData:
 
     def validate(self, model: Fusion) -> float:
         """The main metric of the run's own protocol on the validation pairs."""
-        pairs = self._validation
-        if own_protocol(self.inputs.spec) == "candidate":
-            scores = score_all_pairs(model, self.inputs, pairs.rows, self._search).cosine
-            return candidate_scores(scores, pairs.labels, intervals=False)["map"].value
-        return self.search(encode_gallery(model, self.inputs, pairs.rows, pairs.beside), model)
+        return self._protocol.validate(model)
 
     def search(self, photos: np.ndarray, model: Fusion) -> float:
         """The main metric of a search over unit vectors of the validation photos."""
-        queries = encode_queries(model, self._search.vectors, self.inputs.device)
-        return self._search.score(photos, queries, intervals=False)[self._search.main_metric].value
+        return self._search.validate_gallery(photos, model)
 
     @cached_property
-    def _search(self) -> Search:
-        return make_search(self.inputs.cache, self.inputs.spec, self._validation, own_search(self.inputs.spec))
+    def _protocol(self) -> Protocol:
+        return load_protocol(own_protocol(self.inputs.spec))(Setting(self.inputs, self._validation))
+
+    @cached_property
+    def _search(self) -> SearchProtocol:
+        return self._protocol.validation_search()

@@ -17,7 +17,7 @@ from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import FamInputs, Residency, choose_residency, window_shards
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.inputs.spec import RunSpec, data_fingerprint, training_pairs
-from saffe_cache.protocols.search import main_metric, own_protocol
+from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.training.batches import TrainingData
 from saffe_cache.training.checkpoints import TrainingState
@@ -175,7 +175,7 @@ def _fit(
 
 def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int], control_seconds: float) -> None:
     """Save the result, which makes the run a finished one."""
-    score_name = main_metric(own_protocol(plan.spec))
+    score_name = load_protocol(own_protocol(plan.spec)).main_metric
     TrainResult(
         best_epoch=state.best_epoch,
         best_validation_score=state.best_score,

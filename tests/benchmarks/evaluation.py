@@ -20,12 +20,12 @@ import torch
 from average_precision import JUDGES, Judge, Task
 from timing import Candidate, Figure, not_installed, take_turns
 
-from saffe_cache.core.features import BlockSpec, BlockWeights
+from saffe_cache.core.features import BlockSpec, BlockWeights, IndexKind
 from saffe_cache.fusion.base import Blocks, Texts
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.shape import FamShape
 from saffe_cache.protocols.pair_scores import score_all_pairs
-from saffe_cache.retrieval.index import IndexKind, build_index, recall_of_index, save_index
+from saffe_cache.retrieval.index import build_index, recall_of_index, save_index
 from saffe_cache.retrieval.metrics import average_precision_of_ranks
 from saffe_cache.retrieval.ranking import relevant_ranks
 

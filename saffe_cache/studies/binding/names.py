@@ -22,7 +22,8 @@ from saffe_cache.evaluation.baselines import log_odds
 from saffe_cache.inputs.feature_loader import FamInputs, encode_gallery, encode_queries, summaries
 from saffe_cache.inputs.pairs import select_pairs
 from saffe_cache.inputs.spec import training_pairs
-from saffe_cache.protocols.search import make_search
+from saffe_cache.protocols.classes import ClassProtocol
+from saffe_cache.protocols.setting import Setting
 from saffe_cache.retrieval.baselines import LinearMap, fit_linear_probe, unit_rows
 from saffe_cache.retrieval.candidates import candidate_scores
 from saffe_cache.store.manifest import EncoderManifest
@@ -152,10 +153,10 @@ def run_scores(run: str, cache: Cache, split: str, device: str) -> dict[str, flo
     spec, model, _ = load_run(run, cache)
     inputs = FamInputs(cache, spec, device)
     pairs = select_pairs(cache.table, inputs.gallery, inputs.text, split, "classes")
-    search = make_search(cache, spec, pairs, "class")
+    search = ClassProtocol(Setting(inputs, pairs))
     model.to(device)
-    gallery, queries = encode_gallery(model, inputs, pairs.rows), encode_queries(model, search.vectors, device)
-    scores = search.score(gallery, queries, intervals=False)
+    gallery, queries = encode_gallery(model, inputs, pairs.rows), encode_queries(model, search.queries.vectors, device)
+    scores = search.score_vectors(gallery, queries, intervals=False)
     return {metric: scores[metric].value for metric in METRICS}
 
 

@@ -9,12 +9,10 @@ from pathlib import Path
 
 from saffe_cache.core.atomic_io import hold_folder, make_folder, write_whole
 from saffe_cache.core.devices import choose_device, num_cores
-from saffe_cache.core.options import positional, require, require_seed
+from saffe_cache.core.options import one_of, positional, require, require_seed
 from saffe_cache.core.outputs import read_json, write_json
-from saffe_cache.evaluation.baselines import BaselineChoice
-from saffe_cache.evaluation.evaluate import EvaluateConfig
-from saffe_cache.protocols.measuring import ProtocolName, metric_names
-from saffe_cache.protocols.search import own_protocol
+from saffe_cache.evaluation.config import BaselineChoice, EvaluateConfig
+from saffe_cache.protocols.registry import load_protocol, own_protocol, protocol_choices
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.studies.sweep.jobs import Job, Planner, run_jobs
 from saffe_cache.studies.sweep.recipe import Recipe, read_recipe
@@ -45,7 +43,7 @@ class AblateConfig:
     """Folder of all runs, and for each recipe a folder with ablation.json, table.md and points.csv."""
     split: str = "test"
     """Split to report on; the best epoch is chosen as the recipe's validation says."""
-    protocol: ProtocolName | None = None
+    protocol: str | None = one_of(protocol_choices, None)
     """As for saffe-index-eval. Default: as the runs are trained, all of a recipe for the same one."""
     seeds: tuple[int, ...] = ()
     """Seeds in the place of the recipe's."""
@@ -127,7 +125,7 @@ class _Plan:
     caches: Mapping[str, Cache]
 
 
-def _protocol(config: AblateConfig, recipe: Recipe, cache: Cache) -> ProtocolName:
+def _protocol(config: AblateConfig, recipe: Recipe, cache: Cache) -> str:
     """That of all cells, which one table holds; its scores have the recipe's metric.
 
     Raises:
@@ -143,7 +141,7 @@ def _protocol(config: AblateConfig, recipe: Recipe, cache: Cache) -> ProtocolNam
         )
     [protocol] = chosen
     for spec, cell in zip(specs, recipe.cells, strict=True):
-        names = metric_names(cache, spec, protocol)
+        names = load_protocol(protocol).metric_names(cache, spec)
         if recipe.metric not in (None, *names):
             raise ValueError(
                 f"{recipe.path}: metric: {recipe.metric!r}, expected one that protocol {protocol} has for series "
@@ -152,7 +150,7 @@ def _protocol(config: AblateConfig, recipe: Recipe, cache: Cache) -> ProtocolNam
     return protocol
 
 
-def _plan(config: AblateConfig, recipe: Recipe, protocol: ProtocolName, base: Cache) -> _Plan:
+def _plan(config: AblateConfig, recipe: Recipe, protocol: str, base: Cache) -> _Plan:
     out, device = Path(config.out), choose_device(config.device)
     caches = {config.cache: base}
     planners: dict[str, Planner] = {}

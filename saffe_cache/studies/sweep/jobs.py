@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from saffe_cache.core.devices import num_cores
 from saffe_cache.core.features import short_hash
-from saffe_cache.core.outputs import read_json
+from saffe_cache.core.outputs import CONFIG, RESULT, read_json
 from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
 from saffe_cache.inputs.spec import RunSpec, data_fingerprint, training_pairs
-from saffe_cache.protocols.measuring import reported_data, reported_pairs
+from saffe_cache.protocols.registry import load_protocol
+from saffe_cache.protocols.setting import data_hash
 from saffe_cache.store.reader import Cache
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.train import TrainConfig, same_batches, train_many
@@ -43,7 +44,7 @@ class Job:
     config: TrainConfig
     report: EvaluateConfig
     reported: str
-    """Hash over the data that the report is of, as `reported_data` makes it."""
+    """Hash over the data that the report is of, as `data_hash` makes it."""
     batches: str
     """Equal for jobs whose runs can be trained side by side."""
 
@@ -53,10 +54,12 @@ class Job:
 
     @property
     def _is_reported(self) -> bool:
-        path = Path(self.report.out or "") / "metrics.json"
-        found = read_json(path) if path.exists() else {}
+        folder = Path(self.report.out or "")
+        if not (folder / RESULT).exists():
+            return False
         asked = json.loads(json.dumps(asdict(self.report)))
-        return (found.get("config"), found.get("data")) == (asked, self.reported)
+        done = read_json(folder / CONFIG).get("config"), read_json(folder / RESULT).get("data")
+        return done == (asked, self.reported)
 
     def judge(self) -> None:
         if not self._is_reported:
@@ -108,8 +111,8 @@ class Planner:
         assert protocol != "auto"
         pairs = (spec.gallery_key, spec.text_key, spec.pairs, spec.gallery_text)
         if pairs not in self._reported:
-            found = reported_pairs(self._cache, spec, split, protocol)
-            self._reported[pairs] = reported_data(self._cache, spec, found)
+            found = load_protocol(protocol).select(self._cache, spec, split)
+            self._reported[pairs] = data_hash(self._cache, spec, found)
         return self._reported[pairs]
 
     def _stored(self, spec: RunSpec) -> list[str]:

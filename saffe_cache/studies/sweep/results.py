@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from saffe_cache.core.outputs import read_json
-from saffe_cache.evaluation.cost import flops_in_words
+from saffe_cache.core.tables import flops
+from saffe_cache.evaluation.results import FAM, EvaluationResult, Numbers
 from saffe_cache.extraction.ledger import extraction_seconds, reencoding
-from saffe_cache.protocols.search import main_metric
 from saffe_cache.retrieval.metrics import seed_interval
 from saffe_cache.store.reader import Cache
 from saffe_cache.studies.sweep.jobs import Job
@@ -34,21 +34,21 @@ def outcome(recipe: Recipe, jobs: Jobs, caches: Mapping[str, Cache], folder: Pat
         workers: processes that ran side by side.
     """
     series: dict[str, list[dict[str, Any]]] = {}
-    reports: list[dict[str, Any]] = []
+    reports: list[EvaluationResult] = []
     for number, cell in enumerate(recipe.cells):
-        of_cell = [read_json(Path(job.report.out or "") / "metrics.json") for job in jobs[number]]
+        of_cell = [EvaluationResult.load(job.report.out or "") for job in jobs[number]]
         series.setdefault(cell.series, []).append(_point(cell, jobs[number], of_cell, folder))
         reports += of_cell
     first = reports[0]
-    metric = recipe.metric or main_metric(first["protocol"])
+    metric = recipe.metric or first.main_metric
     distinct = {job.config.out: job for of_cell in jobs.values() for job in of_cell}
     return {
         "title": recipe.title,
         "question": recipe.question,
         "dataset": Path(next(iter(caches))).name,
-        "protocol": first["protocol"],
-        "definition": first["definition"],
-        "split": first["split"],
+        "protocol": first.protocol,
+        "definition": first.definition,
+        "split": first.split,
         "metric": metric,
         "x_label": recipe.x_label,
         "y_label": recipe.y_label,
@@ -59,51 +59,49 @@ def outcome(recipe: Recipe, jobs: Jobs, caches: Mapping[str, Cache], folder: Pat
     }
 
 
-def _lines(metric: str, reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _lines(metric: str, reports: Sequence[EvaluationResult]) -> list[dict[str, Any]]:
     """What needs neither layers nor training, where it is the same in all reports; cells of several encoders differ."""
     found = []
     for name in ("pooled_cosine", "zero_shot"):
-        values = {report["systems"].get(name, {}).get(metric, {}).get("value") for report in reports}
+        of_reports = [report.systems.get(name, {}).get(metric) for report in reports]
+        values = {number and number.value for number in of_reports}
         if len(values) == 1 and None not in values:
             found.append({"name": name, "metric": metric, "value": values.pop()})
     return found
 
 
-def _point(cell: Cell, jobs: Sequence[Job], reports: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+def _point(cell: Cell, jobs: Sequence[Job], reports: Sequence[EvaluationResult], folder: Path) -> dict[str, Any]:
     results = [read_json(Path(job.config.out) / "result.json") for job in jobs]
-    fams = [report["systems"]["fam"] for report in reports]
-    beside = {
-        name: {metric: [report["systems"][name][metric]["value"] for report in reports] for metric in of}
-        for name, of in reports[0]["systems"].items()
-        if name != "fam"
-    }
+    first = reports[0]
+    beside = {name: _values([report.systems[name] for report in reports]) for name in first.systems if name != FAM}
     return {
         "x": cell.x,
         "y": cell.y,
         "settings": cell.settings,
         "seeds": [job.config.seed for job in jobs],
         "reports": [Path(os.path.relpath(job.report.out or "", folder)).as_posix() for job in jobs],
-        "values": {metric: [fam[metric]["value"] for fam in fams] for metric in fams[0]},
-        "chance": {metric: of["chance"] for metric, of in fams[0].items()},
+        "values": _values([report.systems[FAM] for report in reports]),
+        "chance": {metric: of.chance for metric, of in first.systems[FAM].items()},
         "baselines": beside,
         "controls": {
-            name: {
-                metric: [report["controls"][name]["scores"][metric]["value"] for report in reports]
-                for metric in of["scores"]
-            }
-            for name, of in reports[0]["controls"].items()
+            name: _values([report.control_scores[name] for report in reports]) for name in first.control_scores
         },
         "best_epoch": [result["best_epoch"] for result in results],
         "failures": [
             f"seed {job.config.seed}: {failure}"
             for job, report in zip(jobs, reports, strict=True)
-            for failure in report["failures"]
+            for failure in report.failures
         ],
         "trainable_parameters": results[0]["trainable_parameters"],
-        "fusing_flops": next((flops for report in reports if (flops := report["cost"].get("fusing_flops"))), None),
+        "fusing_flops": first.cost.fusing_flops,
         "training_seconds": [result["seconds"] for result in results],
-        "evaluation_seconds": [report["cost"]["evaluation_seconds"] for report in reports],
+        "evaluation_seconds": [report.cost.evaluation_seconds for report in reports],
     }
+
+
+def _values(of_seeds: Sequence[Numbers]) -> dict[str, list[float]]:
+    """The values of each metric, one for each seed."""
+    return {metric: [numbers[metric].value for numbers in of_seeds] for metric in of_seeds[0]}
 
 
 def _ledger(jobs: Sequence[Job], caches: Mapping[str, Cache], workers: int) -> dict[str, Any]:
@@ -119,7 +117,7 @@ def _ledger(jobs: Sequence[Job], caches: Mapping[str, Cache], workers: int) -> d
         result = read_json(Path(job.config.out) / "result.json")
         results.setdefault((spec["gallery_key"], spec["text_key"]), []).append(result)
         control += _control_seconds(job)
-        evaluation += read_json(Path(job.report.out or "") / "metrics.json")["cost"]["evaluation_seconds"]
+        evaluation += EvaluationResult.load(job.report.out or "").cost.evaluation_seconds
     training = sum(one["seconds"] for of in results.values() for one in of)
     costs = [reencoding(cache.encoders[mine], cache.encoders[other], of) for (mine, other), of in results.items()]
     known = [one for one in costs if one is not None]
@@ -161,8 +159,8 @@ def as_csv(found: Mapping[str, Any]) -> str:
             for system, of in systems.items():
                 for metric, values in of.items():
                     mean, low, high = seed_interval(values)
-                    flops = point["fusing_flops"] if system == "fam" else None
-                    writer.writerow([*place, system, metric, mean, low, high, " ".join(map(str, values)), flops])
+                    count = point["fusing_flops"] if system == "fam" else None
+                    writer.writerow([*place, system, metric, mean, low, high, " ".join(map(str, values)), count])
             for metric, value in point["chance"].items():
                 writer.writerow([*place, "chance", metric, value, "", "", value, ""])
     return file.getvalue()
@@ -183,7 +181,7 @@ def as_table(found: Mapping[str, Any]) -> str:
         beside = [_mean(point["baselines"].get(one, {}).get(metric)) for one in names]
         control = _mean(point["controls"]["photos_shuffled"][metric])
         seconds = f"{sum(point['training_seconds']) / len(point['seeds']):.0f}"
-        sizes = [f"{point['trainable_parameters'] / 1e6:.2f} M", flops_in_words(point["fusing_flops"])]
+        sizes = [f"{point['trainable_parameters'] / 1e6:.2f} M", flops(point["fusing_flops"])]
         costs = [" ".join(map(str, point["best_epoch"])), *sizes, seconds]
         chance = f"{100 * point['chance'][metric]:.1f}"
         cells = [*place, _interval(point["values"][metric]), *beside, control, chance, *costs]

@@ -1,0 +1,273 @@
+"""What an evaluation finds: result.json, the report for people, and what a page shows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from saffe_cache.core.controls import Control
+from saffe_cache.core.figures import Dot, DotPlot
+from saffe_cache.core.outputs import CONFIG, read_json
+from saffe_cache.core.results import Measurement, Result
+from saffe_cache.core.sections import Section
+from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, flops, interval_cell, percent
+from saffe_cache.evaluation.detail_figures import show_classes
+from saffe_cache.evaluation.details import NAME, check_means, read_details
+from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.retrieval.metrics import metric_named
+from saffe_cache.retrieval.scores import Scores
+
+FAM = "fam"
+
+
+@dataclass(frozen=True)
+class Number:
+    """One metric of one system: a fraction, or a rank where the metric is one."""
+
+    value: float
+    chance: float
+    low: float | None = None
+    """Of the 95 % bootstrap interval over photos; None where there is none."""
+    high: float | None = None
+
+
+Numbers = Mapping[str, Number]
+"""By metric."""
+
+
+def numbers_of(scores: Scores) -> Numbers:
+    return {name: Number(score.value, score.chance, *(score.interval or ())) for name, score in scores.items()}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The FAM minus a baseline, by paired bootstrap over photos."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a run and its evaluation cost."""
+
+    trainable_parameters: int
+    fusing_flops: int
+    """FLOPs of fusing one photo of the gallery."""
+    training_seconds: float
+    training_peak_memory_mb: int
+    evaluation_seconds: float
+    evaluation_peak_memory_mb: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """The index that was written."""
+
+    kind: str
+    bytes_per_vector: int
+    parameters: Mapping[str, int]
+    """What decides how much an approximate index finds, and how fast."""
+    recall: Mapping[str, float]
+    """Of an approximate index: which part of the exact first k, by k, it finds for the split's own queries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult(Result):
+    """A run under one protocol on one split."""
+
+    verb: ClassVar[str] = "evaluate"
+
+    protocol: str
+    definition: str
+    """Of the protocol, in words."""
+    main_metric: str
+    split: str
+    data: str
+    """Hash over the photos and texts that were measured on."""
+    num_photos: int
+    num_queries: int
+    num_unusable_items: int
+    systems: Mapping[str, Numbers]
+    """ "fam" and each baseline."""
+    descriptions: Mapping[str, str]
+    """What each baseline is."""
+    absent: Mapping[str, str]
+    """Why baselines or controls are absent."""
+    differences: Mapping[str, Mapping[str, Difference]]
+    """The FAM minus the best baseline of each metric: baseline, metric."""
+    controls: Mapping[str, Control]
+    control_scores: Mapping[str, Numbers]
+    """All metrics of each control."""
+    sensitivity: Mapping[str, float]
+    """How far the fused vector moves with another photo ("to_image") or another paired text ("to_text"), 0 to 2."""
+    duplicates: Mapping[str, int]
+    """Photos and texts that training saw too, by content."""
+    index: Index
+    cost: Cost
+    run: RunSpec
+    """What was trained."""
+
+    def __post_init__(self) -> None:
+        if self.main_metric not in self.systems.get(FAM, {}):
+            raise ValueError(f"systems: {self.main_metric} of {FAM} is missing")
+
+    def main(self, system: str = FAM) -> Number:
+        """The main metric of a system."""
+        return self.systems[system][self.main_metric]
+
+    def ranked_baselines(self) -> list[str]:
+        """The baselines that have the main metric, best first."""
+        names = [name for name, of in self.systems.items() if name != FAM and self.main_metric in of]
+        sign = -1 if metric_named(self.main_metric).higher_is_better else 1
+        return sorted(names, key=lambda name: sign * self.main(name).value)
+
+    def measurements(self) -> Iterator[Measurement]:
+        controls = {f"control: {name}": of for name, of in self.control_scores.items()}
+        for system, numbers in {**self.systems, **controls}.items():
+            for metric, of in numbers.items():
+                yield Measurement("", system, metric, of.value, of.low, of.high, of.chance)
+
+    def sections(self) -> list[Section]:
+        """Results, and what they rest on."""
+        cost = self.cost
+        trained = f"{duration(cost.training_seconds)} of training at {cost.training_peak_memory_mb:,} MB"
+        evaluated = f"{duration(cost.evaluation_seconds)} of evaluation at {cost.evaluation_peak_memory_mb:,} MB"
+        counts = f"{self.num_photos} photos, {self.num_queries} queries"
+        return [
+            Section(
+                title=f"{self.protocol} protocol, split {self.split}: {counts}",
+                lead=f"{self.definition[:1].upper()}{self.definition[1:]}.",
+                tables=[self._table()],
+                texts=self._texts(),
+                facts=[
+                    ("trainable parameters", f"{cost.trainable_parameters:,}"),
+                    ("FLOPs of fusing one photo", flops(cost.fusing_flops)),
+                    ("cost", f"{trained}, {evaluated}"),
+                    ("unusable items", str(self.num_unusable_items)),
+                ],
+                definitions=[
+                    *((name, metric_named(name).description) for name in self._metrics()),
+                    *((name, self.descriptions[name]) for name in self.systems if name in self.descriptions),
+                ],
+            )
+        ]
+
+    def page_sections(self, folder: Path) -> list[Section]:
+        """With what was run, the systems drawn, and the details of single queries where they are stored."""
+        [section] = self.sections()
+        section.facts += self._origin(read_json(folder / CONFIG))
+        section.figures.append(self._dots())
+        if (folder / NAME).exists():
+            details = read_details(folder)
+            check_means(folder, details, {name: of[self.main_metric].value for name, of in self.systems.items()})
+            show_classes(section, details, [FAM, *self.ranked_baselines()])
+        return [section]
+
+    def notes(self) -> list[str]:
+        """Where a baseline finds more than the FAM."""
+        own, metric = self.main().value, metric_named(self.main_metric)
+        for best in self.ranked_baselines()[:1]:
+            value = self.main(best).value
+            if (value > own) if metric.higher_is_better else (value < own):
+                return [
+                    f"the baseline {best} is better than the FAM: {self.main_metric} {metric.show(value)} against "
+                    f"{metric.show(own)}."
+                ]
+        return []
+
+    def _metrics(self) -> list[str]:
+        """The main one first."""
+        return [self.main_metric, *(name for name in self.systems[FAM] if name != self.main_metric)]
+
+    def _table(self) -> Table:
+        """Chance and controls first, then the FAM, then the baselines, best first."""
+        names, fam = self._metrics(), self.systems[FAM]
+        chances = tuple(Cell(metric_named(name).show(fam[name].chance)) for name in names)
+        rows = [Row(Cell("chance", "a random order"), chances, "chance")]
+        for name, control in self.controls.items():
+            verdict = "holds" if control.passed else "FAILED"
+            head = Cell(f"control: {name}", f"{verdict}: {control.sentence.partition(': ')[2]}")
+            rows.append(
+                Row(head, self._cells(self.control_scores[name], names), "control" if control.passed else "failed")
+            )
+        rows.append(Row(Cell("FAM", "this run"), self._cells(self.systems[FAM], names), "fam"))
+        ranked = self.ranked_baselines()
+        rows += [
+            Row(Cell(system, "baseline"), self._cells(self.systems[system], names), "baseline")
+            for system in [*ranked, *(name for name in self.systems if name not in (FAM, *ranked))]
+        ]
+        caption = "Percent, with 95 % bootstrap intervals over photos."
+        return Table(caption, ("", *names), tuple(rows))
+
+    @staticmethod
+    def _cells(numbers: Numbers, names: list[str]) -> tuple[Cell, ...]:
+        return tuple(_cell(name, numbers.get(name)) for name in names)
+
+    def _texts(self) -> list[str]:
+        """What does not fit a table: differences, sensitivity, duplicates, the index, absent systems."""
+        found = []
+        for name, of in self.differences.items():
+            parts = [
+                f"{metric} {100 * one.mean:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
+                for metric, one in of.items()
+            ]
+            found.append(f"FAM minus {name}, the best baseline, by paired bootstrap over photos: {', '.join(parts)}.")
+        moves = ", ".join(f"{part.removeprefix('to_')} {value:.2f}" for part, value in self.sensitivity.items())
+        shared = ", ".join(f"{count} {name}" for name, count in self.duplicates.items())
+        found.append(f"How far the fused vector moves with another input, 0 to 2: {moves}.")
+        found.append(f"Shared with training: {shared}.")
+        if self.index.recall:
+            parts = [f"{percent(share)} % of the first {k}" for k, share in self.index.recall.items()]
+            found.append(
+                f"Index {self.index.kind} finds {' and '.join(parts)} that a flat index finds; the numbers above are "
+                "exact."
+            )
+        return [*found, *(f"{name} is absent: {why}." for name, why in self.absent.items())]
+
+    def _origin(self, config: Mapping[str, Any]) -> list[tuple[str, str]]:
+        spec, given = self.run, config.get("config", {})
+        of_text = f", layers {', '.join(map(str, spec.text_layers))}" if spec.text_layers else ""
+        return [
+            ("cache", str(given.get("cache", ""))),
+            ("gallery encoder", f"{spec.gallery_key}, layers {', '.join(map(str, spec.gallery_layers))}"),
+            ("text encoder", f"{spec.text_key}{of_text}"),
+            ("fusion", f"{spec.shape.fusion}, head {spec.shape.head}, paired text in training: {spec.gallery_text}"),
+            ("trained on", f"split {spec.train_split}; the epoch was chosen on {spec.validation}; seed {spec.seed}"),
+            ("reported on", f"split {self.split}, seed {given.get('seed', '')}"),
+            ("versions", ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items())),
+        ]
+
+    def _dots(self) -> DotPlot:
+        """The main metric of every system."""
+        main, dots = self.main_metric, []
+        for system in [FAM, *self.ranked_baselines()]:
+            label, kind = ("FAM", "fam") if system == FAM else (system, "baseline")
+            dots.append(_dot(label, self.main(system), kind))
+        for name, control in self.controls.items():
+            if control.metric == main:
+                dots.append(_dot(name, self.control_scores[name][main], "control"))
+        return DotPlot(
+            name="systems",
+            caption=f"{main} of the FAM, baselines and controls, with 95 % intervals. Across: chance.",
+            label=f"{main}, percent",
+            dots=dots,
+            chance=100 * self.main().chance,
+        )
+
+
+def _cell(name: str, number: Number | None) -> Cell:
+    if number is None:
+        return Cell(ABSENT)
+    metric = metric_named(name)
+    if metric.is_rank:
+        return Cell(metric.show(number.value))
+    return interval_cell(number.value, number.low, number.high)
+
+
+def _dot(label: str, number: Number, kind: Any) -> Dot:
+    low, high = (None if bound is None else 100 * bound for bound in (number.low, number.high))
+    return Dot(label, 100 * number.value, low, high, kind)

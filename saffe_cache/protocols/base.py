@@ -1,0 +1,285 @@
+"""What a protocol is. A subclass says all that training, evaluation, controls, baselines and reports ask of it.
+
+    class MyProtocol(SearchProtocol):
+        name, definition, pair_kind = "mine", "what is searched, and what counts as relevant", "captions"
+        baselines = ("ridge", "mlp", "zero_shot", "pooled_cosine")
+        ...
+
+and one line in `saffe_cache.protocols.registry`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+
+from saffe_cache.core.features import Ragged
+from saffe_cache.fusion.base import Fusion
+from saffe_cache.inputs.feature_loader import encode_gallery
+from saffe_cache.inputs.pairs import PairKind, Pairs, select_pairs
+from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.protocols.setting import Answered, Answers, Arrangement, Queries, Setting, Vectors
+from saffe_cache.retrieval.scores import Scores
+from saffe_cache.store.reader import Cache
+
+NULL_GALLERY = "the gallery is f(photo, null text)"
+LEAKY_GALLERY = "the gallery is f(photo, a text that searches for it)"
+NUM_SHUFFLES, FEWEST_SHUFFLES = 10, 5
+"""Shuffles of the photos that show how far chance spreads, where a bootstrap does not."""
+LEAST_CLASSES = 6
+"""With fewer, a run trained on permuted classes cannot be distinguished from one that was not."""
+
+
+class Level(NamedTuple):
+    """The score that a control reaches where nothing is found."""
+
+    value: float
+    error: float
+    """Its standard deviation."""
+    expected: str = "chance"
+    """In words."""
+
+
+class Protocol(ABC):
+    """How a system is measured on the pairs of one split."""
+
+    name: ClassVar[str]
+    definition: ClassVar[str]
+    """Queries, relevance, metrics and gallery in words, for reports."""
+    main_metric: ClassVar[str] = "map"
+    pair_kind: ClassVar[PairKind] = "classes"
+    baselines: ClassVar[tuple[str, ...]] = ()
+    """Those of saffe_cache.evaluation.baselines that apply, in the order in which reports list them."""
+    required_baselines: ClassVar[tuple[str, ...]] = ()
+    """Those that controls are compared with; they are always fitted."""
+    can_leak: ClassVar[bool] = False
+    """Whether the gallery's null text can be replaced by the text that searches for the photo."""
+    fuses_pairs: ClassVar[bool] = False
+    """Whether photos are fused with the texts that search for them."""
+    shows_photos_alone: ClassVar[bool] = True
+    """Whether the gallery holds photos with null text."""
+    shows_classes: ClassVar[bool] = False
+    """Whether every class ranks all photos, so that details have curves and confusion of classes."""
+
+    queries: Queries | None = None
+    """The texts that search; None where photos do."""
+    class_names: tuple[str, ...] = ()
+    """Of the classes that search."""
+    num_shuffles: int = 0
+    """Shuffles of the photos that the spread of a control is taken from, where a bootstrap over the queries does not
+    show it: the photos that search are the gallery too, or the queries are a few classes. 0 for a bootstrap."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    @classmethod
+    def from_options(cls, setting: Setting, options: Mapping[str, Any]) -> Self:
+        """With the options of an evaluation that are this protocol's own."""
+        return cls(setting)
+
+    # What a run and a split have to offer
+
+    @classmethod
+    def is_trained_for(cls, spec: RunSpec) -> bool:
+        """Whether a run is trained for this protocol, and validated with it."""
+        return False
+
+    @classmethod
+    def select(cls, cache: Cache, spec: RunSpec, split: str) -> Pairs:
+        """The pairs of a split that a run is measured on.
+
+        Raises:
+            ValueError: the protocol is none for the run, or the split has no usable pair.
+        """
+        gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
+        return select_pairs(cache.table, gallery, text, split, cls.pair_kind)
+
+    @classmethod
+    @abstractmethod
+    def metric_names(cls, cache: Cache, spec: RunSpec) -> list[str]:
+        """What the scores of a run are called, before there are any."""
+
+    @classmethod
+    @abstractmethod
+    def search_kind(cls, spec: RunSpec) -> type[SearchProtocol]:
+        """The search by vectors whose validation score tunes ridge regressions and other baselines."""
+
+    def validation_search(self) -> SearchProtocol:
+        """That search over this protocol's pairs."""
+        return self.search_kind(self.setting.spec)(self.setting)
+
+    # Measuring
+
+    @property
+    def relevant(self) -> Ragged:
+        """Relevant positions in the gallery of each query; none for some."""
+        assert self.queries is not None
+        return self.queries.relevant
+
+    @property
+    def units(self) -> np.ndarray:
+        """int64 [queries]: the photo that each query is drawn with in a bootstrap."""
+        assert self.queries is not None
+        return self.queries.units
+
+    def difference_units(self, metric: str) -> np.ndarray | None:
+        """The photo of each value of a metric, for a paired bootstrap; None where there are too few to resample."""
+        return self.units
+
+    @abstractmethod
+    def answer(self, model: Fusion, arrangement: Arrangement) -> Answered:
+        """How a model orders an arrangement of the gallery, and its scores."""
+
+    def measure(self, model: Fusion, arrangement: Arrangement) -> Scores:
+        return self.answer(model, arrangement).scores
+
+    @abstractmethod
+    def vectors_answer(self, gallery: np.ndarray, queries: np.ndarray | None) -> Answers:
+        """How a baseline's unit vectors order the gallery; `queries` are None where photos search."""
+
+    @abstractmethod
+    def score(self, answers: Answers) -> Scores:
+        """The scores of a baseline."""
+
+    def validate(self, model: Fusion) -> float:
+        """The main metric of a model in training; its vectors are computed anew."""
+        raise NotImplementedError(f"protocol {self.name}: no run is trained for it")
+
+    def fused_texts(self) -> np.ndarray | None:
+        """A text row that each photo is fused with, as far as the count of FLOPs goes; None for null text."""
+        return self.setting.pairs.beside
+
+    def warnings(self) -> list[str]:
+        """What a reader must know of the run under this protocol."""
+        spec, found = self.setting.spec, []
+        if self.fuses_pairs and not spec.shape.takes_text:
+            found.append(f"no text enters fusion {spec.shape.fusion}: a pair's score is that of the photo alone.")
+        elif self.fuses_pairs and spec.gallery_text == "null" and not spec.trains_pairs:
+            found.append("the run was trained with null text only: its scores of fused pairs are untrained.")
+        always_text = spec.pairs_alone or (spec.gallery_text == "first_caption" and not spec.sees_null)
+        if self.shows_photos_alone and always_text:
+            found.append("the run was trained without null text: its vectors of photos alone are untrained.")
+        return found
+
+    # Controls: the same measurement where nothing can be found
+
+    def measure_controls(self, model: Fusion, permuted: Fusion | None) -> dict[str, Scores]:
+        """The scores of each control.
+
+        photos_shuffled    each place of the gallery has another's photo; paired texts stay
+        photos_constant    the same photo at every place; paired texts stay
+        pairs_permuted     a model trained, for a few epochs, on permuted pairs
+        """
+        generator = np.random.default_rng(self.setting.seed)
+        honest, count = self.setting.honest(), len(self.setting.pairs)
+        shuffled, constant = generator.permutation(count), np.full(count, generator.integers(count))
+        measured = {
+            "photos_shuffled": self.measure(model, Arrangement(shuffled, honest.texts)),
+            "photos_constant": self.measure(model, Arrangement(constant, honest.texts)),
+        }
+        if permuted is not None and not self.why_no_permuted():
+            measured["pairs_permuted"] = self.measure(permuted, honest)
+        return measured | self.own_controls(model, shuffled)
+
+    def own_controls(self, model: Fusion, shuffled: np.ndarray) -> dict[str, Scores]:
+        """Controls that other protocols do not have; `shuffled` are the photos of photos_shuffled."""
+        return {}
+
+    def why_no_permuted(self) -> str | None:
+        """Why a run trained on permuted pairs shows nothing here; None where it does."""
+        if self.class_names and len(np.unique(self.setting.pairs.labels.values)) < LEAST_CLASSES:
+            return f"with fewer than {LEAST_CLASSES} classes, names dealt at random are often right"
+        return None
+
+    def control_metric(self, control: str) -> str:
+        """The metric that a control's verdict rests on."""
+        return self.main_metric
+
+    def control_levels(
+        self, model: Fusion, permuted: Fusion | None, measured: Mapping[str, Scores], baselines: Mapping[str, Scores]
+    ) -> dict[str, Level]:
+        """The levels of controls where they are not chance with the error of the control's bootstrap."""
+        metric = self.main_metric
+        found: dict[str, Level] = {}
+        if self.num_shuffles or measured["photos_shuffled"][metric].interval is None:
+            error = self._spread_of_shuffles(model)
+            found = {name: Level(scores[metric].chance, error) for name, scores in measured.items()}
+        dealt = None if permuted is None else self.dealt(permuted)
+        return found if dealt is None else found | {"pairs_permuted": Level(*dealt, "class names dealt at random")}
+
+    def dealt(self, model: Fusion) -> tuple[float, float] | None:
+        """Where classes search: mean and standard deviation of map when the class names are dealt at random.
+
+        The chance of a model trained on permuted classes is not that of a random order: photos of one class are still
+        alike to it, so that a ranking that knows nothing holds them together, early or late.
+        """
+        return None
+
+    def _spread_of_shuffles(self, model: Fusion) -> float:
+        """Standard deviation of the main metric over shuffles of the photos."""
+        generator = np.random.default_rng((self.setting.seed, 1))
+        texts = self.setting.honest().texts
+        values = [
+            self.measure(model, Arrangement(generator.permutation(texts), texts))[self.main_metric].value
+            for _ in range(self.num_shuffles or FEWEST_SHUFFLES)
+        ]
+        return float(np.std(values, ddof=1))
+
+
+class SearchProtocol(Protocol):
+    """Texts search a gallery of vectors."""
+
+    queries: Queries
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.queries = self.make_queries()
+
+    @abstractmethod
+    def make_queries(self) -> Queries:
+        """The queries of the setting's pairs."""
+
+    @abstractmethod
+    def score_vectors(self, gallery: np.ndarray, queries: np.ndarray, *, intervals: bool = True) -> Scores:
+        """Scores of unit vectors: `gallery` [pairs, d], `queries` [queries, d]."""
+
+    @classmethod
+    def search_kind(cls, spec: RunSpec) -> type[SearchProtocol]:
+        return cls
+
+    def validation_search(self) -> SearchProtocol:
+        return self
+
+    def answer(self, model: Fusion, arrangement: Arrangement) -> Answered:
+        vectors = Vectors(self.setting.gallery(model, arrangement), self.setting.queries(model, self.queries))
+        return Answered(self.score_vectors(*vectors), vectors)
+
+    def vectors_answer(self, gallery: np.ndarray, queries: np.ndarray | None) -> Answers:
+        assert queries is not None
+        return Vectors(gallery, queries)
+
+    def score(self, answers: Answers) -> Scores:
+        assert isinstance(answers, Vectors)
+        return self.score_vectors(*answers)
+
+    def with_constant_queries(self, model: Fusion) -> Scores:
+        """The control queries_constant: every text that searches is the same."""
+        same = replace(self.queries, vectors=np.tile(self.queries.vectors[:1], (len(self.queries), 1)))
+        gallery = self.setting.gallery(model, self.setting.honest())
+        return self.score_vectors(gallery, self.setting.queries(model, same))
+
+    def validation_score(self, gallery: np.ndarray, queries: np.ndarray) -> float:
+        """The main metric of unit vectors."""
+        return self.score_vectors(gallery, queries, intervals=False)[self.main_metric].value
+
+    def validate(self, model: Fusion) -> float:
+        pairs = self.setting.pairs
+        return self.validate_gallery(encode_gallery(model, self.setting.inputs, pairs.rows, pairs.beside), model)
+
+    def validate_gallery(self, gallery: np.ndarray, model: Fusion) -> float:
+        """The main metric of a gallery that a model's queries search."""
+        return self.validation_score(gallery, self.setting.queries(model, self.queries))

@@ -1,0 +1,106 @@
+"""Every photo is fused with every class's text (re-ranking, one forward pass a pair)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from saffe_cache.fusion.base import Fusion
+from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.protocols.base import Protocol, SearchProtocol
+from saffe_cache.protocols.classes import CLASS_BASELINES, ClassProtocol, label_units
+from saffe_cache.protocols.pair_scores import PairScores, score_all_pairs
+from saffe_cache.protocols.setting import Answered, Answers, Arrangement, ClassScores, Setting
+from saffe_cache.retrieval.candidates import candidate_scores, dealt_map
+from saffe_cache.retrieval.metrics import metrics_of
+from saffe_cache.retrieval.scores import Scores
+from saffe_cache.store.reader import Cache
+
+_PRIOR_PHOTOS = 500
+
+
+class _Known(NamedTuple):
+    """Scores of a model."""
+
+    pairs: PairScores
+    prior: np.ndarray
+    """The mean score of each class over training photos."""
+
+
+class CandidateProtocol(Protocol):
+    """All classes are candidates for every photo."""
+
+    name = "candidate"
+    definition = (
+        "every photo is fused with every class's text and scored by the cosine of the two (re-ranking, one forward "
+        "pass a pair): map over each class's ranking of the photos, top1 and top5 over the classes of each photo; "
+        "prior_removed subtracts each class's mean score over training photos; matching scores by the matching head"
+    )
+    baselines = CLASS_BASELINES
+    fuses_pairs = True
+    shows_photos_alone = False
+    shows_classes = True
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.queries = ClassProtocol(setting).queries
+        self.class_names = setting.cache.table.class_names
+        self._known: dict[Fusion, _Known] = {}
+
+    @classmethod
+    def is_trained_for(cls, spec: RunSpec) -> bool:
+        return spec.pairs == "classes" and spec.pairs_alone
+
+    @classmethod
+    def search_kind(cls, spec: RunSpec) -> type[SearchProtocol]:
+        return ClassProtocol
+
+    @classmethod
+    def metric_names(cls, cache: Cache, spec: RunSpec) -> list[str]:
+        matching = ["map_matching", "top1_matching"] if spec.shape.matches else []
+        of_labels = metrics_of("candidates", len(cache.table.class_names))
+        return [*metrics_of("classes"), *of_labels, "top1_prior_removed", *matching]
+
+    def answer(self, model: Fusion, arrangement: Arrangement) -> Answered:
+        pairs, prior = self._scores_of(model)
+        labels, seed = self.setting.pairs.labels, self.setting.seed
+        cosine = pairs.cosine[arrangement.photos]
+        scores = candidate_scores(cosine, labels, seed=seed)
+        scores["top1_prior_removed"] = candidate_scores(cosine, labels, prior=prior, seed=seed)["top1"]
+        if pairs.matching is not None:
+            matched = candidate_scores(pairs.matching[arrangement.photos], labels, seed=seed)
+            scores |= {"map_matching": matched["map"], "top1_matching": matched["top1"]}
+        return Answered(scores, ClassScores(cosine))
+
+    def _scores_of(self, model: Fusion) -> _Known:
+        if model not in self._known:
+            of, queries = self.setting, self.queries
+            assert queries is not None
+            some = np.random.default_rng(of.seed).permutation(of.training_rows)[:_PRIOR_PHOTOS]
+            own = score_all_pairs(model, of.inputs, of.pairs.rows, queries)
+            self._known[model] = _Known(own, score_all_pairs(model, of.inputs, some, queries).cosine.mean(axis=0))
+        return self._known[model]
+
+    def vectors_answer(self, gallery: np.ndarray, queries: np.ndarray | None) -> Answers:
+        assert queries is not None
+        return ClassScores(gallery @ queries.T)
+
+    def score(self, answers: Answers) -> Scores:
+        assert isinstance(answers, ClassScores)
+        return candidate_scores(answers.values, self.setting.pairs.labels, seed=self.setting.seed)
+
+    def validate(self, model: Fusion) -> float:
+        assert self.queries is not None
+        scores = score_all_pairs(model, self.setting.inputs, self.setting.pairs.rows, self.queries).cosine
+        return candidate_scores(scores, self.setting.pairs.labels, intervals=False)[self.main_metric].value
+
+    def difference_units(self, metric: str) -> np.ndarray | None:
+        return label_units(metric, len(self.setting.pairs))
+
+    def fused_texts(self) -> np.ndarray | None:
+        assert self.queries is not None
+        return np.resize(self.queries.text_rows, len(self.setting.pairs))
+
+    def dealt(self, model: Fusion) -> tuple[float, float]:
+        return dealt_map(self._scores_of(model).pairs.cosine, self.setting.pairs.labels, seed=self.setting.seed)

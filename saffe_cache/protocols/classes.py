@@ -1,0 +1,82 @@
+"""Class names search photos (M1)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from saffe_cache.fusion.base import Fusion
+from saffe_cache.inputs.pairs import class_vectors
+from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.protocols.base import NULL_GALLERY, SearchProtocol
+from saffe_cache.protocols.setting import Answers, ClassScores, Queries, Setting
+from saffe_cache.retrieval.candidates import candidate_scores, dealt_map
+from saffe_cache.retrieval.metrics import metric_named, metrics_of
+from saffe_cache.retrieval.ranking import members
+from saffe_cache.retrieval.scores import Scores, class_scores
+from saffe_cache.store.reader import Cache
+
+CLASS_BASELINES = ("ridge", "mlp", "zero_shot", "pooled_cosine", "linear_probe", "class_means", "zlap")
+
+
+class ClassProtocol(SearchProtocol):
+    """The photos of a class are relevant to its name."""
+
+    name = "class"
+    definition = (
+        "each class's text searches the photos (M1); map is the mean over classes of non-interpolated average "
+        "precision over the whole ranking, map_at_100 the same over its first 100, divided by min(relevant, 100); "
+        f"top1 is the share of photos whose nearest class text is theirs (M5); {NULL_GALLERY}"
+    )
+    baselines = CLASS_BASELINES
+    can_leak = True
+    shows_classes = True
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.class_names = setting.cache.table.class_names
+
+    @classmethod
+    def is_trained_for(cls, spec: RunSpec) -> bool:
+        return spec.pairs == "classes" and not spec.pairs_alone
+
+    @classmethod
+    def metric_names(cls, cache: Cache, spec: RunSpec) -> list[str]:
+        return [*metrics_of("classes"), *metrics_of("labels")]
+
+    def make_queries(self) -> Queries:
+        table, pairs = self.setting.cache.table, self.setting.pairs
+        rows = np.array([prompts[0] for prompts in table.class_texts], np.int64)
+        relevant = members(pairs.labels, len(rows))
+        units = np.array([photos[0] if len(photos) else -1 for photos in relevant], np.int64)
+        return Queries(rows, class_vectors(table, self.setting.inputs.text), relevant, units)
+
+    def score_vectors(self, gallery: np.ndarray, queries: np.ndarray, *, intervals: bool = True) -> Scores:
+        return class_scores(gallery, queries, self.setting.pairs.labels, intervals=intervals, seed=self.setting.seed)
+
+    def score(self, answers: Answers) -> Scores:
+        if not isinstance(answers, ClassScores):
+            return super().score(answers)
+        scores = candidate_scores(answers.values, self.setting.pairs.labels, seed=self.setting.seed)
+        names = self.metric_names(self.setting.cache, self.setting.spec)
+        return {name: score for name, score in scores.items() if name in names}
+
+    def difference_units(self, metric: str) -> np.ndarray | None:
+        return label_units(metric, len(self.setting.pairs))
+
+    def own_controls(self, model: Fusion, shuffled: np.ndarray) -> dict[str, Scores]:
+        return {"queries_constant": self.with_constant_queries(model)}
+
+    def control_metric(self, control: str) -> str:
+        # the same query for all classes ranks one class first, which AP sees; which class is nearest stays open
+        return "top1" if control == "queries_constant" else self.main_metric
+
+    def dealt(self, model: Fusion) -> tuple[float, float]:
+        gallery = self.setting.gallery(model, self.setting.honest())
+        scores = gallery @ self.setting.queries(model, self.queries).T
+        return dealt_map(scores, self.setting.pairs.labels, seed=self.setting.seed)
+
+
+def label_units(metric: str, num_photos: int) -> np.ndarray | None:
+    """Units of metrics that are means over photos; a mean over classes has too few to resample."""
+    is_over_photos = {"labels", "candidates"} & set(metric_named(metric).rankings)
+    return np.arange(num_photos) if is_over_photos else None

@@ -1,0 +1,175 @@
+"""What a protocol measures on: a run, some pairs, arrangements of the gallery; and how a system orders the gallery."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from saffe_cache.core.features import Ragged, short_hash
+from saffe_cache.fusion.base import Fusion
+from saffe_cache.inputs.feature_loader import FamInputs, encode_gallery, encode_queries
+from saffe_cache.inputs.pairs import Pairs
+from saffe_cache.inputs.spec import RunSpec, data_fingerprint
+from saffe_cache.retrieval.ranking import InnerProducts, top_k
+from saffe_cache.retrieval.scores import Scores
+from saffe_cache.store.reader import Cache
+
+
+class Arrangement(NamedTuple):
+    """Which photo and which text stand at each place of the gallery: positions in the pairs, int64 [n] each.
+
+    The honest one is the identity; controls are measured by the same code with others.
+    """
+
+    photos: np.ndarray
+    texts: np.ndarray
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Texts that search a gallery of pairs."""
+
+    text_rows: np.ndarray
+    """int64 [queries]: a text row of each query: the caption, or the first prompt of the class."""
+    vectors: np.ndarray
+    """The text encoder's own vectors of the queries, [queries, d]; of a class, the mean over its prompts."""
+    relevant: Ragged
+    """Positions in the gallery that are relevant to each query; none for a class without photos."""
+    units: np.ndarray
+    """int64 [queries]: the photo that each query is drawn with in a bootstrap."""
+
+    def __len__(self) -> int:
+        return len(self.text_rows)
+
+    def sample(self, most: int, seed: int) -> Queries:
+        """The queries that have a relevant photo; at most `most` of them, drawn at random."""
+        usable = np.flatnonzero(np.diff(self.relevant.offsets))
+        if len(usable) > most:
+            usable = np.sort(np.random.default_rng(seed).choice(usable, most, replace=False))
+        return Queries(
+            text_rows=self.text_rows[usable],
+            vectors=self.vectors[usable],
+            relevant=Ragged.from_rows(self.relevant[int(i)] for i in usable),
+            units=self.units[usable],
+        )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A run, and the pairs that it is measured on."""
+
+    inputs: FamInputs
+    pairs: Pairs
+    training_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Photos of the training pairs; empty where no trained model is measured."""
+    seed: int = 0
+    _vectors: dict[Fusion, np.ndarray] = field(default_factory=dict, repr=False)
+
+    @property
+    def cache(self) -> Cache:
+        return self.inputs.cache
+
+    @property
+    def spec(self) -> RunSpec:
+        return self.inputs.spec
+
+    def on(self, pairs: Pairs) -> Setting:
+        """The same run on other pairs."""
+        return replace(self, pairs=pairs, _vectors={})
+
+    def honest(self) -> Arrangement:
+        places = np.arange(len(self.pairs))
+        return Arrangement(places, places)
+
+    def gallery(self, model: Fusion, arrangement: Arrangement) -> np.ndarray:
+        """f(photo, paired text) at each place: unit vectors [n, d]. With null text each photo is encoded once."""
+        if self.pairs.beside is not None:
+            rows, beside = self.pairs.rows[arrangement.photos], self.pairs.beside[arrangement.texts]
+            return encode_gallery(model, self.inputs, rows, beside)
+        if model not in self._vectors:
+            self._vectors[model] = encode_gallery(model, self.inputs, self.pairs.rows)
+        return np.asarray(self._vectors[model][arrangement.photos])
+
+    def queries(self, model: Fusion, queries: Queries) -> np.ndarray:
+        """g(text) of each query: unit vectors [queries, d]."""
+        return encode_queries(model, queries.vectors, self.inputs.device)
+
+    def fingerprint(self) -> str:
+        """Hash over the data that are measured on: the pairs' content, and all classes that search."""
+        return data_hash(self.cache, self.spec, self.pairs)
+
+    def with_true_texts(self) -> Setting:
+        """The leak: each photo is fused with a text that searches for it, or with its own class's name.
+
+        Raises:
+            ValueError: no text enters the run's fusion.
+        """
+        if not self.spec.shape.takes_text:
+            fusion = self.spec.shape.fusion
+            raise ValueError(f"--leak-true-text: no text enters fusion {fusion}, so nothing can leak. Leave it out.")
+        pairs, table = self.pairs, self.cache.table
+        if pairs.kind == "captions":
+            beside = pairs.texts.values[pairs.texts.offsets[:-1]]
+        else:
+            beside = np.array([table.class_texts[int(of_photo[0])][0] for of_photo in pairs.labels], np.int64)
+        return self.on(replace(pairs, beside=beside))
+
+
+def data_hash(cache: Cache, spec: RunSpec, pairs: Pairs) -> str:
+    """As `Setting.fingerprint`."""
+    hashes = cache.table.inputs["text"].content_hash
+    classes = [hashes[rows].tobytes().hex() for rows in cache.table.class_texts] if pairs.kind == "classes" else []
+    return short_hash([data_fingerprint(cache, spec, pairs), classes])
+
+
+class Vectors(NamedTuple):
+    """A query's results are the gallery's largest inner products with it."""
+
+    gallery: np.ndarray
+    """[n, d], of unit length."""
+    queries: np.ndarray
+    """[m, d]"""
+
+    def first(self, chosen: np.ndarray, k: int, seed: int) -> np.ndarray:
+        """The first k positions in the gallery of some queries, best first, int64 [chosen, k]."""
+        return top_k(InnerProducts(self.gallery, self.queries[chosen]), k, seed=seed)
+
+
+class ClassScores(NamedTuple):
+    """A score of each photo with each class; the classes are the queries."""
+
+    values: np.ndarray
+    """[photos, classes]"""
+
+    def first(self, chosen: np.ndarray, k: int, seed: int) -> np.ndarray:
+        """As `Vectors.first`."""
+        return top_k(self.values[:, chosen].T, k, seed=seed)
+
+
+class Reordered(NamedTuple):
+    """A search whose first results were reordered; below them the first order holds."""
+
+    vectors: Vectors
+    """Of the first order."""
+    positions: np.ndarray
+    """int64 [queries, k]: the first results in their new order."""
+
+    def first(self, chosen: np.ndarray, k: int, seed: int) -> np.ndarray:
+        """As `Vectors.first`."""
+        first = self.vectors.first(chosen, k, seed)
+        width = min(k, self.positions.shape[1])
+        first[:, :width] = self.positions[chosen, :width]
+        return first
+
+
+Answers = Vectors | ClassScores | Reordered
+"""How a system orders the gallery, before it is scored."""
+
+
+class Answered(NamedTuple):
+    """A system under a protocol."""
+
+    scores: Scores
+    answers: Answers
