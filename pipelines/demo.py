@@ -33,7 +33,7 @@ from saffe_cache.core.results import read_report
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate
 from saffe_cache.extraction.extract import ExtractConfig, extract
-from saffe_cache.report.report import ReportConfig, report
+from saffe_cache.report.report import ReportConfig, make_report
 from saffe_cache.training.train import TrainConfig, train
 
 SCENES = {"train": 1000, "dev": 150, "test": 250}
@@ -53,7 +53,9 @@ def main() -> None:
     encoders = {"image": str(found["dinov2-small"]), "text": str(found["all-MiniLM-L6-v2"])}
     started = time.perf_counter()
     evaluations = (search_scenes(work, encoders), search_notes(work, encoders))
-    page = report(ReportConfig(runs=evaluations, out=str(work / "report"), title="The demo: scenes and grounded notes"))
+    page = make_report(
+        ReportConfig(runs=evaluations, out=str(work / "report"), title="The demo: scenes and grounded notes")
+    )
     print(
         f"{time.perf_counter() - started:.0f} s after the downloads. The results, to be looked at in a browser:", page
     )

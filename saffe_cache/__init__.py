@@ -14,11 +14,83 @@ each other (tests/test_architecture.py holds this):
     store   sources   encoders   fusion         the cache, the data, the frozen models, the trained modules
     core                                        nouns, options, files, JSON
 
-Each stage is a function of one frozen dataclass:
+Every verb is a function of one frozen dataclass, and its result is read back by `load_result`:
 
-    from saffe_cache.extraction.extract import ExtractConfig, extract
-    from saffe_cache.training.train import TrainConfig, train
-    from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
+    from saffe_cache import ExtractConfig, extract, load_result
+    cache = extract(ExtractConfig(data="photos", cache="photos.zarr", encoder={"image": "facebook/dinov2-small"}))
+
+Importing the package imports nothing; a name is imported when it is first used.
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _places
+    from saffe_cache.core.features import CacheError as CacheError
+    from saffe_cache.evaluation.evaluate import EvaluateConfig as EvaluateConfig
+    from saffe_cache.evaluation.evaluate import evaluate as evaluate
+    from saffe_cache.extraction.config import ExtractConfig as ExtractConfig
+    from saffe_cache.extraction.config import RepairConfig as RepairConfig
+    from saffe_cache.extraction.extract import extract as extract
+    from saffe_cache.extraction.repair import repair as repair
+    from saffe_cache.report.report import ReportConfig as ReportConfig
+    from saffe_cache.report.report import make_report as make_report
+    from saffe_cache.store.commands import ConvertConfig as ConvertConfig
+    from saffe_cache.store.commands import ExportConfig as ExportConfig
+    from saffe_cache.store.commands import ImportConfig as ImportConfig
+    from saffe_cache.store.commands import InspectConfig as InspectConfig
+    from saffe_cache.store.commands import VerifyConfig as VerifyConfig
+    from saffe_cache.store.commands import convert_cache as convert_cache
+    from saffe_cache.store.commands import export_cache as export_cache
+    from saffe_cache.store.commands import import_cache as import_cache
+    from saffe_cache.store.commands import inspect_cache as inspect_cache
+    from saffe_cache.store.commands import verify_cache as verify_cache
+    from saffe_cache.store.reader import Cache as Cache
+    from saffe_cache.store.reader import open_cache as open_cache
+    from saffe_cache.studies.alignment.align import AlignConfig as AlignConfig
+    from saffe_cache.studies.alignment.align import align as align
+    from saffe_cache.studies.binding.bind import bind as bind
+    from saffe_cache.studies.binding.config import BindConfig as BindConfig
+    from saffe_cache.studies.binding.result import BindingResult as BindingResult
+    from saffe_cache.studies.captioning.caption import caption as caption
+    from saffe_cache.studies.captioning.config import CaptionConfig as CaptionConfig
+    from saffe_cache.studies.captioning.result import CaptionResult as CaptionResult
+    from saffe_cache.studies.matching.config import MatchConfig as MatchConfig
+    from saffe_cache.studies.matching.match import match as match
+    from saffe_cache.studies.sweep.ablate import AblateConfig as AblateConfig
+    from saffe_cache.studies.sweep.ablate import ablate as ablate
+    from saffe_cache.training.result import TrainResult as TrainResult
+    from saffe_cache.training.runs import load_run as load_run
+    from saffe_cache.training.train import TrainConfig as TrainConfig
+    from saffe_cache.training.train import train as train
+    from saffe_cache.verbs import load_result as load_result
+
 __version__ = "0.1.0"
+
+
+def _places() -> dict[str, str]:
+    """Where each public name is, as MODULE:NAME: what the verbs name, and what opens their outputs."""
+    from saffe_cache.verbs import VERBS
+
+    of_verbs = (place for verb in VERBS.values() for place in (verb.config, verb.run, verb.result) if place)
+    others = (
+        "core.features:CacheError",
+        "store.reader:Cache",
+        "store.reader:open_cache",
+        "training.runs:load_run",
+        "verbs:load_result",
+    )
+    return {place.partition(":")[2]: place for place in (*of_verbs, *others)}
+
+
+def __getattr__(name: str) -> Any:
+    """Called for names that are not imported yet."""
+    if name.startswith("_") or name not in (places := _places()):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from saffe_cache.verbs import load_name
+
+    globals()[name] = value = load_name(places[name])
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_places()})

@@ -1,12 +1,16 @@
 """All verbs by name: where their config, their function and their result are. Strings alone, so that naming a verb
-imports nothing. A new verb or study is one module and one line here."""
+imports nothing. A new verb or study is one module and one entry here."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from saffe_cache.core.results import Result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +28,39 @@ class Verb:
     """MODULE:CLASS of its result; None where it writes none."""
 
     def load_config(self) -> type[Any]:
-        return _load(self.config)  # type: ignore[no-any-return]
+        return load_name(self.config)  # type: ignore[no-any-return]
 
     def load_run(self) -> Callable[[Any], Any]:
-        return _load(self.run)  # type: ignore[no-any-return]
+        return load_name(self.run)  # type: ignore[no-any-return]
 
     def load_result(self) -> type[Any] | None:
-        return None if self.result is None else _load(self.result)
+        return None if self.result is None else load_name(self.result)
 
 
-def _load(name: str) -> Any:
+def load_result(folder: str | Path) -> Result:
+    """The result that a verb wrote to a folder, as an instance of that verb's class.
+
+    Raises:
+        ValueError: the folder holds no result, or one that is damaged or of another version.
+    """
+    from saffe_cache.core.outputs import RESULT, read_json
+
+    path = Path(folder) / RESULT
+    content = read_json(path)
+    verb = VERBS.get(str(content.get("verb")))
+    kind = verb.load_result() if verb else None
+    if kind is None:
+        known = [name for name, one in VERBS.items() if one.result]
+        raise ValueError(
+            f"{path}: found verb {content.get('verb')!r:.60}, expected one of {', '.join(known)}. "
+            "Run the command that writes it again."
+        )
+    result: Result = kind.from_json(content, path)
+    return result
+
+
+def load_name(name: str) -> Any:
+    """What MODULE:NAME names, below saffe_cache."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(f"saffe_cache.{module}"), attribute)
 
@@ -86,7 +113,7 @@ VERBS: Mapping[str, Verb] = {
     "report": Verb(
         summary="Make one page from runs, evaluations and studies.",
         config="report.report:ReportConfig",
-        run="report.report:report",
+        run="report.report:make_report",
     ),
     "cache inspect": Verb(
         summary="Show encoders, layers, shapes, splits, sizes, ranges and a few items.",

@@ -11,7 +11,7 @@ from extraction_cases import draw
 from quick_runs import quick_train, report_of
 
 from saffe_cache.extraction.extract import ExtractConfig, extract
-from saffe_cache.report.report import ReportConfig, report
+from saffe_cache.report.report import ReportConfig, make_report
 
 EVIL = "a dog </style><script>alert(1)</script> & \"dogs\" <img src='http://example.org/x.png'>"
 
@@ -52,7 +52,7 @@ def make_run(folder: Path, tiny_model: Any) -> Made:
 
 
 def make_page(folders: list[str], out: Path, **options: Any) -> str:
-    return Path(report(ReportConfig(runs=tuple(folders), out=str(out), **options))).read_text()
+    return Path(make_report(ReportConfig(runs=tuple(folders), out=str(out), **options))).read_text()
 
 
 def ablation(**changes: Any) -> dict[str, Any]:

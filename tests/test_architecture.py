@@ -72,8 +72,7 @@ def level_of(part: str) -> int:
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_downwards(path: Path) -> None:
     part = part_of(path)
-    if part == "__init__":
-        assert list(imports(path)) == []
+    if part == "__init__":  # tests/test_public_names.py
         return
     for name in imports(path):
         if name.startswith("saffe_cache."):

@@ -47,7 +47,7 @@ class ReportConfig:
             require(getattr(self, option) >= 0, option, getattr(self, option), "0 or more")
 
 
-def report(config: ReportConfig) -> str:
+def make_report(config: ReportConfig) -> str:
     """Make the page, and return its path.
 
     Raises:

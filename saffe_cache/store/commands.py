@@ -82,12 +82,22 @@ class Verified:
 
 
 def inspect_cache(config: InspectConfig) -> str:
+    """Describe a cache: encoders, layers, shapes, splits, sizes, ranges and a few items.
+
+    Raises:
+        CacheError: there is no cache, or it is damaged.
+    """
     from saffe_cache.store.inspect import describe_cache
 
     return describe_cache(config.cache)
 
 
 def verify_cache(config: VerifyConfig) -> Verified:
+    """Read every shard of a cache and compare it with its checksum.
+
+    Raises:
+        CacheError: there is no cache, or one of another format version.
+    """
     from saffe_cache.store import inspect
 
     num_shards, problems = inspect.verify_cache(config.cache)
@@ -95,6 +105,11 @@ def verify_cache(config: VerifyConfig) -> Verified:
 
 
 def convert_cache(config: ConvertConfig) -> str:
+    """Copy a cache, with hidden states of another type or compression, and return the new one's path.
+
+    Raises:
+        CacheError: the new cache exists, the old one is damaged, or a number does not fit into the type.
+    """
     from saffe_cache.store import convert
 
     return convert.convert_cache(
@@ -107,12 +122,24 @@ def convert_cache(config: ConvertConfig) -> str:
 
 
 def export_cache(config: ExportConfig) -> str:
+    """Write a cache as one HDF5 file, and return its path.
+
+    Raises:
+        CacheError: a part of the cache is missing or damaged.
+        OSError: the file exists, or cannot be written.
+    """
     from saffe_cache.store.exchange import export_hdf5
 
     return export_hdf5(config.cache, config.file)
 
 
 def import_cache(config: ImportConfig) -> str:
+    """Make a cache from an HDF5 file that `export_cache` wrote, and return its path.
+
+    Raises:
+        CacheError: a cache exists there, or the file is damaged or something else.
+        OSError: the file is absent, or the cache cannot be written.
+    """
     from saffe_cache.store.exchange import import_hdf5
 
     return import_hdf5(config.file, config.cache)
