@@ -1,0 +1,39 @@
+"""Every verb gives the numbers of a small fixed run that golden/results.json holds; see golden/make_results.py."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from golden.make_results import ADAPTERS, RESULTS, Number, Numbers, make_results
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Numbers]:
+    return make_results(tmp_path_factory.mktemp("results"))
+
+
+def agree(one: Number, other: Number, digits: int) -> bool:
+    """Counts and verdicts are equal; fractions and losses but for the last of their stored digits.
+
+    That digit is a hundredth of the last one printed. Another processor sums in another order.
+    """
+    if not isinstance(one, float) or not isinstance(other, float):
+        return one == other
+    return abs(one - other) <= 1.01 * 10**-digits + 1e-6 * abs(other)
+
+
+@pytest.mark.parametrize("verb", ADAPTERS)
+def test_verb_gives_the_golden_numbers(found: dict[str, Numbers], verb: str) -> None:
+    golden, (_, digits) = json.loads(RESULTS.read_text())[verb], ADAPTERS[verb]
+    assert sorted(found[verb].keys() ^ golden.keys()) == []
+    different = {
+        name: f"{golden[name]} before, {value} now"
+        for name, value in found[verb].items()
+        if not agree(value, golden[name], digits)
+    }
+    assert different == {}
+
+
+def test_golden_file_holds_all_verbs() -> None:
+    assert set(json.loads(RESULTS.read_text())) == set(ADAPTERS)
