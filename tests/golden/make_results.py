@@ -7,7 +7,6 @@ change, the adapters follow and results.json stays. It holds no times, memory, p
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import tempfile
@@ -26,15 +25,14 @@ from report_cases import make_run
 from synthetic_cache import TEXT_WIDTH, make_cache
 from tiny_models import save_tiny
 
-from saffe_cache.ablate import AblateConfig, ablate
-from saffe_cache.align import AlignConfig, align
-from saffe_cache.bind import BindConfig, bind
-from saffe_cache.binding.names import NamePool, make_names
-from saffe_cache.caption import CaptionConfig, caption
-from saffe_cache.extract import ExtractConfig, extract
-from saffe_cache.match import MatchConfig, match
-from saffe_cache.report import ReportConfig, report
+from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.store.reader import EncoderCache, open_cache
+from saffe_cache.studies.alignment.align import AlignConfig, align
+from saffe_cache.studies.binding.bind import BindConfig, bind
+from saffe_cache.studies.binding.names import NamePool, make_names
+from saffe_cache.studies.captioning.caption import CaptionConfig, caption
+from saffe_cache.studies.matching.match import MatchConfig, match
+from saffe_cache.studies.sweep.ablate import AblateConfig, ablate
 
 RESULTS = Path(__file__).with_name("results.json")
 
@@ -110,7 +108,7 @@ def align_numbers(folder: Path) -> Numbers:
 
 
 def bind_numbers(folder: Path) -> Numbers:
-    found = _read(folder / "binding.json")
+    found = _read(folder / "result.json")
     numbers: Numbers = {"failures": len(found["failures"])}
     for setting in found["settings"]:
         numbers |= flat(setting, f"{setting['ways']}-way {setting['shots']}-shot", without=("seconds", "failures"))
@@ -139,7 +137,7 @@ def match_numbers(folder: Path) -> Numbers:
 
 
 def caption_numbers(folder: Path) -> Numbers:
-    found = _read(folder / "caption.json")
+    found = _read(folder / "result.json")
     numbers = flat(found, without=("cost", "config", "versions", "threads", "examples", "failures", "epochs"))
     return numbers | flat(found["cost"], without=("seconds_per_step",)) | {"failures": len(found["failures"])}
 
@@ -154,27 +152,6 @@ def ablate_numbers(folder: Path) -> Numbers:
             without = ("settings", "seeds", "failures", "training_seconds", "evaluation_seconds")
             numbers |= flat(point, place, without=without)
     return numbers
-
-
-def report_numbers(folder: Path) -> Numbers:
-    """Of each sheet beside the page the number of rows and, of each column of numbers, the mean."""
-    numbers = Numbers()
-    for path in sorted((folder / "data").glob("*.csv")):
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        numbers[f"{path.stem}/rows"] = len(rows)
-        for column in rows[0] if rows else ():
-            values = [value for row in rows if (value := _number(row[column])) is not None]
-            if values and not {"seconds", "mb", "memory"} & set(column.lower().replace(":", "_").split("_")):
-                numbers[f"{path.stem}/{column}"] = math.fsum(values) / len(values)
-    return numbers
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -215,7 +192,6 @@ ADAPTERS: Mapping[str, tuple[Callable[[Path], Numbers], int]] = {
     "match": (match_numbers, 5),
     "caption": (caption_numbers, 5),
     "ablate": (ablate_numbers, 5),
-    "report": (report_numbers, 5),
 }
 """And decimals of fractions, losses and statistics: two more than the verb's table prints."""
 
@@ -258,16 +234,13 @@ def run_verbs(folder: Path) -> dict[str, Folders]:
     runs = _train(caches, folder / "runs")
     reports = _evaluate(caches, runs)
     studies = _studies(caches, folder)
-    shown = [made.run, runs["linear, classes"], *(f"{path}" for of in studies.values() for path in of.values())]
     sweep = ablate(_ablate_config(caches["captions"], folder / "ablate"))
-    page = report(ReportConfig(runs=(*shown, f"{sweep}/layers"), out=f"{folder}/page"))
     return {
         "extract": {"dinov2, bert": made.cache, **extracted},
         "train": {"linear, made": made.run, **runs},
         "evaluate": {"caption, made": str(made.out), **reports},
         **studies,
         "ablate": {"layers": f"{sweep}/layers"},
-        "report": {"page": str(Path(page).parent)},
     }
 
 
