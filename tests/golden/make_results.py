@@ -113,7 +113,8 @@ def bind_numbers(folder: Path) -> Numbers:
     for setting in found["settings"]:
         numbers |= flat(setting, f"{setting['ways']}-way {setting['shots']}-shot", without=("seconds", "failures"))
     for replaced in found["names_replaced"]:
-        numbers |= flat(replaced["systems"], f"names replaced/{replaced['metric']}")
+        values = {name: {"values": of} for name, of in replaced["systems"].items()}
+        numbers |= flat(values, f"names replaced/{replaced['metric']}")
     return numbers
 
 
@@ -138,8 +139,10 @@ def match_numbers(folder: Path) -> Numbers:
 
 def caption_numbers(folder: Path) -> Numbers:
     found = _read(folder / "result.json")
-    numbers = flat(found, without=("cost", "config", "versions", "threads", "examples", "failures", "epochs"))
-    return numbers | flat(found["cost"], without=("seconds_per_step",)) | {"failures": len(found["failures"])}
+    numbers = flat(found, without=("cost", "measured", "verdicts", "training", "examples", "failures", "epochs"))
+    for part in ("measured", "training", "cost"):
+        numbers |= flat(found[part], without=("seconds_per_step",))
+    return numbers | {"failures": len(found["failures"])}
 
 
 def ablate_numbers(folder: Path) -> Numbers:
