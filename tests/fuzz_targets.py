@@ -26,6 +26,7 @@ from synthetic_cache import make_cache
 
 from saffe_cache.core import options
 from saffe_cache.core.features import CacheError
+from saffe_cache.sources import Columns
 from saffe_cache.sources.folders import folder_items
 from saffe_cache.store import inspect
 from saffe_cache.store.exchange import export_hdf5, import_hdf5
@@ -221,7 +222,7 @@ def _source_targets(work: Path) -> dict[str, Target]:
 
     def metadata(data: bytes) -> None:
         (split_dir / "metadata.jsonl").write_bytes(data)
-        for item in folder_items(split_dir.parent):
+        for item in folder_items(str(split_dir.parent), Columns()):
             item.id.encode("utf-8", "surrogatepass")
             for media in item.media.values():
                 with contextlib.suppress(OSError):
@@ -238,7 +239,7 @@ def _source_targets(work: Path) -> dict[str, Target]:
                 with open(path, "xb"):
                     pass
         try:
-            for item in folder_items(folders):
+            for item in folder_items(str(folders), Columns()):
                 item.id.encode("utf-8", "surrogatepass")
         finally:
             for path in made:

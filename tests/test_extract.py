@@ -190,7 +190,7 @@ def test_kill_dash_nine_costs_at_most_the_open_shard(config: ExtractConfig, tmp_
     assert not list(Path(small.cache).rglob("*.partial"))
 
 
-@pytest.mark.parametrize("place", ["saffe_cache.extraction.loading.decode", "saffe_cache.sources.items.Media.read"])
+@pytest.mark.parametrize("place", ["saffe_cache.extraction.loading.decode", "saffe_cache.sources.items.MediaFile.read"])
 def test_a_machine_without_file_handles_blames_no_photo(
     config: ExtractConfig, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

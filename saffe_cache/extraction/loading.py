@@ -29,7 +29,7 @@ import torch
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.extraction.planning import Job, blank_input
-from saffe_cache.sources import Media, blames_the_file, decode
+from saffe_cache.sources import Media, decode, is_file_fault
 
 _TASK_INPUTS = 4
 """Photos or sounds that a worker takes at once: fewer hand-overs, and still several tasks a batch."""
@@ -141,7 +141,7 @@ class _Ring:
                 raw = decode(encoder.request.modality, data, encoder.sampling_rate)
                 encoder.prepare_into(raw, {name: values[place, row - first] for name, values in self.memory.items()})
             except (OSError, ValueError) as error:
-                if not blames_the_file(error):
+                if not is_file_fault(error):
                     raise
                 unreadable[row] = f"{type(error).__name__}: {error}"
         return unreadable

@@ -1,4 +1,4 @@
-"""Files into pictures and sounds. The only importer of PIL and soundfile."""
+"""Decode files into pictures and sounds. The only importer of PIL and soundfile."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from saffe_cache.core.features import Modality
 
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""Of pictures. PIL knows forty more, among them EPS, for which it runs Ghostscript on what the file says."""
+"""Supported formats of pictures. PIL knows forty more, among them EPS, for which it runs Ghostscript on the file."""
 
 
 def decode(modality: Modality, data: bytes, sampling_rate: int | None = None) -> Any:
-    """An RGB picture, upright; or a mono float32 waveform at the sampling rate (Hz).
+    """Decode an upright RGB picture, or a mono float32 waveform at the sampling rate (Hz).
 
-    Transparency is dropped, as transformers does. 16-bit grey is scaled to 8 bits.
+    Transparency is dropped, as in transformers. 16-bit grey is scaled to 8 bits.
 
     Raises:
         OSError, ValueError: the bytes are no readable picture or sound.
@@ -25,7 +25,7 @@ def decode(modality: Modality, data: bytes, sampling_rate: int | None = None) ->
 
 
 def thumbnail(data: bytes, side: int) -> bytes:
-    """A JPEG of a picture as it is decoded for encoders, upright, its longer side at most so many pixels.
+    """A JPEG of a picture, decoded as for encoders, whose longer side has at most `side` pixels.
 
     Raises:
         OSError, ValueError: the bytes are no readable picture.
@@ -46,17 +46,17 @@ def _decode_image(data: bytes) -> Any:
             upright = ImageOps.exif_transpose(image)
             if upright.mode == "F" or upright.mode.startswith("I"):
                 upright = Image.fromarray(_to_eight_bits(np.asarray(upright)))
-            elif "transparency" in upright.info:  # without this step PIL warns
+            elif "transparency" in upright.info:  # avoids a warning of PIL
                 upright = upright.convert("RGBA")
             return upright.convert("RGB")
     except OSError:
         raise
-    except Exception as error:  # on broken files PIL's parsers raise SyntaxError, struct.error, TypeError, …
+    except Exception as error:  # PIL's parsers raise SyntaxError, struct.error, TypeError and others
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def _to_eight_bits(pixels: np.ndarray) -> np.ndarray:
-    """16-bit grey to 8 bits; PIL's own conversion would clip instead of scaling."""
+    """Scale 16-bit grey to 8 bits; PIL's own conversion would clip."""
     if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError(f"{pixels.dtype} pixels from {pixels.min()} to {pixels.max()} have no known scale")
     return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
@@ -67,10 +67,10 @@ def _decode_audio(data: bytes, sampling_rate: int) -> np.ndarray:
         import soundfile
         import soxr
     except ImportError as error:
-        raise ImportError(f"Sounds need the package {error.name}: pip install 'saffe-cache[audio]'.") from None
+        raise ImportError(f"Reading sounds needs the package {error.name}: pip install 'saffe-cache[audio]'.") from None
     try:
         waveform, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, MemoryError) as error:  # a broken header may claim any length
+    except (soundfile.SoundFileError, MemoryError) as error:  # a broken header may state any length
         raise ValueError(f"{type(error).__name__}: {error}") from None
     resampled = np.asarray(soxr.resample(waveform.mean(axis=1), rate, sampling_rate), dtype=np.float32)
     if not len(resampled):

@@ -1,67 +1,68 @@
-"""What a dataset is made of, before anything is read from it."""
+"""What a dataset format is, and the items that it yields, with references to media that are not read yet."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from saffe_cache.core.features import Modality
 
-_OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+Role = Literal["image", "audio", "caption", "label", "id"]
+_USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
+    "caption": ("captions", "caption", "text", "sentences", "sentence", "raw"),
+    "label": ("labels", "label", "fine_label", "category", "class"),
+}
+_MACHINE_FAULTS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
-def blames_the_file(error: Exception) -> bool:
-    """Whether an error tells that a file is broken, and not that the machine lacks file handles or memory."""
-    return not isinstance(error, OSError) or error.errno not in _OF_THE_MACHINE
+def is_file_fault(error: Exception) -> bool:
+    """Whether an error means that a file is broken, and not that the machine lacks file handles or memory."""
+    return not isinstance(error, OSError) or error.errno not in _MACHINE_FAULTS
+
+
+class Media(Protocol):
+    """A photo or a sound that is not read yet."""
+
+    def read(self) -> bytes:
+        """The encoded bytes. Worker threads and forked processes call this.
+
+        Raises:
+            OSError: they cannot be read.
+        """
 
 
 @dataclass(frozen=True)
-class Media:
-    """A photo or a sound, not read yet: a file, or a row of a dataset."""
+class MediaFile:
+    """Media in a file of its own."""
 
-    path: Path | None = None
-    dataset: Any = None
-    """A datasets.Dataset whose `column` is not decoded."""
-    column: str = ""
-    row: int = 0
+    path: Path
 
     def read(self) -> bytes:
-        """The encoded bytes.
-
-        Raises:
-            OSError: the file cannot be read, or the row has none.
-        """
-        if self.path is not None:
-            return self.path.read_bytes()
-        value = self.dataset[self.row][self.column] or {"bytes": None, "path": None}
-        if value["bytes"] is not None:
-            return bytes(value["bytes"])
-        if value["path"] is None:
-            raise OSError(f"row {self.row} has no {self.column}")
-        return Path(value["path"]).read_bytes()
+        return self.path.read_bytes()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceItem:
-    """One item of a dataset, before anything is read from it."""
+    """One item of a dataset, before its media are read."""
 
     id: str
+    """Unique in the dataset, and the same wherever the dataset lies."""
     split: str
     media: Mapping[Modality, Media]
     captions: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     problem: str = ""
-    """Why it cannot be used; empty for a usable one."""
+    """Why the item cannot be used; empty if it can."""
     hashes: Mapping[Modality, bytes] = field(default_factory=dict)
-    """SHA-256 of each medium, once it was read."""
+    """SHA-256 of each medium. Formats leave this empty; `registry` fills it in."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Names of a dataset's columns; None finds them by their type and usual names."""
+    """Names of a dataset's columns or fields; None finds them by their type and usual names."""
 
     image: str | None = None
     audio: str | None = None
@@ -69,9 +70,41 @@ class Columns:
     label: str | None = None
     id: str | None = None
 
+    def find(self, role: Role, names: Collection[str]) -> str | None:
+        """The column of a role: the chosen one, otherwise the first usual name among `names`."""
+        return getattr(self, role) or next((name for name in _USUAL_NAMES.get(role, ()) if name in names), None)
+
+    def require(self, names: Collection[str], where: str) -> None:
+        """
+        Raises:
+            ValueError: a chosen column is not among `names`.
+        """
+        for chosen in vars(self).values():
+            if chosen is not None and chosen not in names:
+                raise ValueError(
+                    f"{where}: no column {chosen}; the columns are {', '.join(names)}. Choose them with --column "
+                    "ROLE=NAME."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How one kind of dataset is recognised and read. `data` is what `--data` says."""
+
+    layout: str
+    """What such a dataset looks like, for error messages."""
+    recognises: Callable[[str], bool]
+    """Whether the data has this format; looks at names of files, without reading them."""
+    read_items: Callable[[str, Columns], Iterator[SourceItem]]
+    """Yield the items in a fixed order, with unique ids. Media are not read.
+
+    Raises:
+        ValueError: the dataset or its columns are invalid.
+    """
+
 
 def texts_of(value: Any) -> tuple[tuple[str, ...], str]:
-    """A column's text or texts, and a problem where one of them is empty or no text."""
+    """The text or texts in a column's value, and a problem if one of them is empty or no text."""
     values = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
     texts = tuple(str(text).strip() for text in values if isinstance(text, (str, int)))
     if len(texts) < len(values) or not all(texts):
