@@ -471,4 +471,4 @@ def test_commands_end_with_the_path_and_explain_errors(
     assert main(["cache", "verify", config.cache]) == 1
     assert "truncated" in capsys.readouterr().out
     assert extract_command(["--data", str(tmp_path / "none"), "--cache", "x", "--encoder", "image=y"]) == 1
-    assert "not a folder" in capsys.readouterr().err
+    assert "found no dataset" in capsys.readouterr().err
