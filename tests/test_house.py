@@ -1,0 +1,19 @@
+"""How many files it takes to add to the package."""
+
+from __future__ import annotations
+
+import house
+import pytest
+
+
+@pytest.mark.parametrize("kind", house.REGISTRIES)
+def test_an_addition_is_one_file_and_one_registry_entry(kind: str) -> None:
+    count, files = house.files_for(kind)
+    assert 1 <= count <= house.MOST_FILES, files
+
+
+def test_counts_see_the_package() -> None:
+    counts = house.counts()
+    assert counts.keys() == house.LIMITS.keys()
+    assert all(count > 5 for count, _ in counts.values())
+    assert counts["floors"][1].split(" > ")[-1].startswith("core.")
