@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,9 +104,9 @@ def test_new_layer_runs_no_deeper_than_it_needs(config: ExtractConfig, monkeypat
     chosen = []
     select = FrozenEncoder.select
 
-    def spy(self: FrozenEncoder, layers: list[int], *, vectors: bool) -> None:
+    def spy(self: FrozenEncoder, layers: list[int], *, vectors: bool, **options: Any) -> None:
         chosen.append((list(layers), vectors))
-        select(self, layers, vectors=vectors)
+        select(self, layers, vectors=vectors, **options)
 
     monkeypatch.setattr(FrozenEncoder, "select", spy)
     extract(replace(config, layers={"image": (1,), "text": (1, 3)}))
@@ -381,6 +382,49 @@ def test_every_storage_type_holds_the_hidden_states(config: ExtractConfig, stora
         largest = np.abs(expected.states[0]).max(axis=-1, keepdims=True)
         assert (np.abs(found.states[0].astype(np.float32) - expected.states[0]) <= 1.01 * error * largest).all()
         np.testing.assert_array_equal(found.mask, expected.mask)
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16", "int8", "float8"])
+def test_device_stores_the_bytes_of_the_cpu(
+    config: ExtractConfig, monkeypatch: pytest.MonkeyPatch, storage: str
+) -> None:
+    """Converted where the encoder runs, of a bfloat16 pass as on a GPU, or after the copy back. Photos and texts."""
+    config = replace(config, storage=storage, dtype="bfloat16")
+    expected = extract(config)
+    converted = []
+    monkeypatch.setattr(FrozenEncoder, "converts", True)
+    launch = FrozenEncoder.launch
+
+    def spy(self: FrozenEncoder, inputs: dict[str, torch.Tensor]) -> Launched:
+        launched = launch(self, inputs)
+        converted.extend(launched.encoded().converted)
+        assert launched.num_bytes > 0
+        return launched
+
+    monkeypatch.setattr(FrozenEncoder, "launch", spy)
+    found = extract(replace(config, cache=config.cache + ".device"))
+    assert set(converted) == (set() if storage == "float32" else {1, 2, 3})
+    assert files_of(found) == files_of(expected)
+
+
+def test_overflow_on_the_device_names_the_input(config: ExtractConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FrozenEncoder, "converts", True)
+    as_tokens = FrozenEncoder._as_tokens
+
+    def loud(self: FrozenEncoder, state: torch.Tensor) -> torch.Tensor:
+        state = as_tokens(self, state).clone()
+        if self.request.modality == "image" and len(state) > 2:
+            state[2] *= 1e6
+            state[0, 1, 1] = torch.nan
+        return state
+
+    monkeypatch.setattr(FrozenEncoder, "_as_tokens", loud)
+    with pytest.raises(CacheError, match=r"hidden_states/2 of input 2: magnitude .* exceeds float16's 65504"):
+        extract(replace(config, storage="float16", max_invalid=0.9))
+    cache = open_cache(extract(replace(config, storage="float8", cache=config.cache + ".f8", max_invalid=0.9)))
+    invalid = cache.encoder("image").manifest.invalid
+    assert invalid[0] == "hidden_states/2 is not finite"
+    assert 2 not in invalid
 
 
 def test_bfloat16_pass_stores_what_float32_does_but_for_rounding(config: ExtractConfig) -> None:

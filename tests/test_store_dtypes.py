@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage, numbers_of, stored_shape, stored_type, to_storage
+from saffe_cache.store import dtypes
+from saffe_cache.store.dtypes import (
+    STORAGE_DTYPES,
+    convert,
+    from_storage,
+    numbers_of,
+    stored_shape,
+    stored_type,
+    to_storage,
+)
 
 pytestmark = pytest.mark.filterwarnings("error")
 quick = settings(deadline=None, max_examples=60, derandomize=True)
@@ -72,6 +82,73 @@ def test_nan_and_infinities_are_kept(dtype: str) -> None:
     np.testing.assert_array_equal(np.isnan(found), np.isnan(values))
     np.testing.assert_array_equal(found[1:3], values[1:3])
     assert np.isfinite(found[3:]).all()
+
+
+def numpy_scaled(values: np.ndarray, dtype: str) -> np.ndarray:
+    """The scaled types in numpy. A token that is not finite has a scale of NaN, and its numbers themselves as codes."""
+    largest = {"int8": 127.0, "float8": 448.0}[dtype]
+    scales = np.abs(values).max(axis=-1, keepdims=True) / np.float32(largest)
+    scales[~np.isfinite(scales)] = np.nan
+    codes = values / np.where(scales > 0, scales, np.float32(1))
+    if dtype == "int8":
+        last_bytes = np.nan_to_num(np.rint(codes), nan=0, posinf=0, neginf=0).astype(np.int64).astype(np.uint8)
+    else:
+        last_bytes = torch.from_numpy(codes).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    return np.concatenate([last_bytes, scales.astype("<f4").view(np.uint8)], axis=-1)
+
+
+def adversarial_tokens() -> Iterator[np.ndarray]:
+    """Random bits, zeros, subnormal numbers, ties between codes, the largest numbers, and numbers beside NaN."""
+    generator = np.random.default_rng(0)
+    bits = generator.integers(0, 2**32, (300, 256), dtype=np.uint64).astype(np.uint32)
+    yield bits.view(np.float32)[np.isfinite(bits.view(np.float32)).all(axis=1)]
+    yield (generator.normal(size=(300, 300)) * 10.0 ** generator.integers(-44, 30, (300, 1))).astype(np.float32)
+    odd = np.zeros((5, 16), np.float32)
+    odd[1], odd[2, 3], odd[3], odd[4] = -0.0, 1e-45, 3.4e38, np.float32(1e-40) * np.arange(16)
+    yield odd
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+    ties = (codes[1:] + codes[:-1]) / 2
+    beside = [np.nextafter(ties, np.float32(sign * np.inf)) for sign in (-1, 1)]
+    tied = np.concatenate([codes, ties, *beside]).astype(np.float32)
+    yield np.stack([tied, -tied, tied * np.float32(2**-20), 3 * tied])
+    broken = (1000 * generator.normal(size=(200, 64))).astype(np.float32)
+    broken[::3, 5], broken[::5, 2], broken[::7, 9] = np.nan, np.inf, -np.inf
+    yield broken
+
+
+@pytest.mark.parametrize("block", [2**7, 2**15, 2**20])
+@pytest.mark.parametrize("dtype", ["int8", "float8"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_scaled_types_have_the_bits_of_numpy(dtype: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dtypes, "_BLOCK", block)
+    for values in adversarial_tokens():
+        np.testing.assert_array_equal(to_storage(values, dtype), numpy_scaled(values, dtype))
+
+
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+def test_conversion_of_a_bfloat16_pass_is_that_of_its_float32(dtype: str) -> None:
+    for values in adversarial_tokens():
+        rough = torch.from_numpy(values).to(torch.bfloat16)
+        for found, expected in zip(convert(rough, dtype), convert(rough.float(), dtype), strict=True):
+            assert found.numpy().tobytes() == expected.numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+def test_conversion_tells_what_became_of_each_token(dtype: str) -> None:
+    values = np.ones((2, 3, 8), np.float32)
+    values[0, 1, 2], values[1, 0, 3], values[1, 0, 4], values[1, 2, 0] = np.nan, -1e9, np.inf, 7e4
+    stored = convert(torch.from_numpy(values), dtype)
+    assert stored.is_finite.tolist() == [[True, False, True], [False, True, True]]
+    overflow = dtype == "float16"
+    assert stored.lost.tolist() == [[0, 0, 0], [1e9 if overflow else 0, 0, 7e4 if overflow else 0]]
+    chosen = stored.select(np.array([[True, True, False], [False, True, False]]))
+    np.testing.assert_array_equal(chosen.to_numpy(dtype), to_storage(values[[0, 0, 1], [0, 1, 1]], dtype))
+
+
+def test_nan_has_one_form_in_two_bytes() -> None:
+    bits = np.array([[0x7FC00001, 0xFFC00000, 0x7F800001, 0xFFFFFFFF]], np.uint32)
+    assert to_storage(bits.view(np.float32), "bfloat16").tolist() == [[0x7FC0] * 4]
+    assert to_storage(bits.view(np.float32), "float16").view(np.uint16).tolist() == [[0x7E00] * 4]
 
 
 # Scaled types: each token has a scale of its own

@@ -3,16 +3,20 @@
 The forward pass runs no layer behind the deepest one that is asked for. Hidden states are taken by hooks
 on the layers themselves, so that `hidden_states[i]` is what layer i really receives.
 
+What hidden states are stored as is computed on the device, unless that is a CPU: a GPU takes microseconds where one CPU
+thread would be slower than the encoder, and a smaller type leaves fewer bytes to copy back.
+
 `launch` starts a batch, and on a GPU returns at once; what it returns is waited for, and converted, where and when the
 caller likes. `encode` does all three.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -27,32 +31,46 @@ from saffe_cache.encoders.loading import EncoderRequest, load_model, load_proces
 from saffe_cache.encoders.pictures import quick_pictures
 from saffe_cache.encoders.transfers import Transfers
 
+Converted = tuple[torch.Tensor, ...]
+"""Hidden states as they are stored, [batch, tokens, …], and what else came of their conversion, [batch, tokens]."""
+Converter = Callable[[torch.Tensor], Converted]
+"""Takes hidden states [batch, tokens, hidden_size], on any device, and leaves there what it makes of them."""
+
 _LEAST_OF_TEXT = 3
 """Tokens of a language model's text: begin, end, and one between."""
 
-__all__ = ["Encoded", "EncoderRequest", "FrozenEncoder", "Launched", "load_encoder"]
+__all__ = ["Converter", "Encoded", "EncoderRequest", "FrozenEncoder", "Launched", "load_encoder"]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Output for one batch, float32 on the CPU."""
+    """Output for one batch on the CPU."""
 
     states: Mapping[int, np.ndarray]
-    """`hidden_states[i]`, each [batch, tokens, hidden_size]; of a convolutional stage [batch, places, channels]."""
+    """`hidden_states[i]`, float32 [batch, tokens, hidden_size]; of a convolutional stage [batch, places, channels]."""
     vectors: Mapping[str, np.ndarray]
-    """"pooled" and, where the model projects, "projected", each [batch, d]."""
+    """"pooled" and, where the model projects, "projected", float32 [batch, d]."""
     lengths: np.ndarray
     """int64 [batch]: real tokens; of feature maps, which have more or fewer by layer, places of the first."""
+    converted: Mapping[int, Converted] = field(default_factory=dict)
+    """The hidden states that the device converted; `states` does not hold them."""
 
 
 class Launched:
-    """A batch that the device has been given, in the type of the forward pass."""
+    """A batch that the device has been given, in the type of the forward pass or of the storage."""
 
     def __init__(
-        self, states: Mapping[int, torch.Tensor], vectors: Mapping[str, torch.Tensor], lengths: np.ndarray, event: Any
+        self,
+        states: Mapping[int, torch.Tensor],
+        vectors: Mapping[str, torch.Tensor],
+        lengths: np.ndarray,
+        event: Any,
+        converted: Mapping[int, Converted] | None = None,
     ) -> None:
         self._states, self._vectors, self._lengths, self._event = states, vectors, lengths, event
-        self.num_bytes = sum(tensor.nbytes for tensor in (*states.values(), *vectors.values()))
+        self._converted = converted or {}
+        parts = [*states.values(), *vectors.values(), *chain.from_iterable(self._converted.values())]
+        self.num_bytes = sum(tensor.nbytes for tensor in parts)
 
     def wait(self) -> None:
         """Until the device is through with it, and its inputs may be overwritten."""
@@ -66,6 +84,7 @@ class Launched:
             {i: values.float().numpy() for i, values in self._states.items()},
             {name: values.float().numpy() for name, values in self._vectors.items()},
             self._lengths,
+            self._converted,
         )
 
 
@@ -94,6 +113,7 @@ class FrozenEncoder:
             is_language_model=bool(family.language_model),
         )
         self._with_vectors = request.pooled
+        self._converters: Mapping[int, Converter] = {}
         self._quick = quick_pictures(processor) if request.modality == "image" else None
         self.transfers = Transfers(request.device)
         model.requires_grad_(False).eval().to(request.device)
@@ -103,6 +123,11 @@ class FrozenEncoder:
         """Of the forward pass."""
         dtype: torch.dtype = self._model.dtype
         return dtype
+
+    @property
+    def converts(self) -> bool:
+        """Does the device convert hidden states? On a CPU that would hold up the thread that launches batches."""
+        return torch.device(self.request.device).type != "cpu"
 
     @property
     def sampling_rate(self) -> int | None:
@@ -166,14 +191,22 @@ class FrozenEncoder:
         )
         return LanguageModelWeights(spec, tensors, backend.to_str())
 
-    def select(self, layers: Sequence[int], *, vectors: bool) -> None:
+    def select(
+        self, layers: Sequence[int], *, vectors: bool, converters: Mapping[int, Converter] | None = None
+    ) -> None:
         """Choose what `encode` returns; without vectors it runs no layer behind the deepest one.
+
+        Args:
+            layers: whose hidden states.
+            vectors: also the encoder's own?
+            converters: of layers whose hidden states may be converted on the device.
 
         Raises:
             ValueError: the model has no such layer.
         """
         self.layers = self._check_layers(tuple(layers))
         self._with_vectors = vectors
+        self._converters = converters or {}
 
     def prepare(self, raw: Any) -> dict[str, torch.Tensor]:
         """One picture or waveform into the model's input, each tensor [1, …]. Threads may call this."""
@@ -230,9 +263,14 @@ class FrozenEncoder:
                 vectors = self._vectors(output, moved.get("attention_mask") if mask is not None else None)
         batch, tokens = next(iter(states.values())).shape[:2] if states else (len(next(iter(inputs.values()))), 0)
         lengths = mask.sum(dim=1).numpy() if mask is not None else np.full(batch, tokens)
-        hosted, event = self.transfers.to_host([*(states[i] for i in self.layers), *vectors.values()])
-        vectors = dict(zip(vectors, hosted[len(self.layers) :], strict=True))
-        return Launched(dict(zip(self.layers, hosted, strict=False)), vectors, lengths.astype(np.int64), event)
+        converted = {i: self._converters[i](states[i]) for i in self.layers if self.converts and i in self._converters}
+        states = {i: states[i] for i in self.layers if i not in converted}
+        parts = chain(states.values(), vectors.values(), *converted.values())
+        hosted, event = self.transfers.to_host(list(parts))
+        back = iter(hosted)
+        states, vectors = {i: next(back) for i in states}, {name: next(back) for name in vectors}
+        converted = {i: tuple(islice(back, len(parts))) for i, parts in converted.items()}
+        return Launched(states, vectors, lengths.astype(np.int64), event, converted)
 
     def _arguments(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Of the model's forward: the inputs on its device and in its type, and what the family wants besides."""

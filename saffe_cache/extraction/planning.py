@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ import torch
 
 from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError, Inputs, ItemTable, Modality
-from saffe_cache.encoders.encoder import EncoderRequest, FrozenEncoder, load_encoder
+from saffe_cache.encoders.encoder import Converter, EncoderRequest, FrozenEncoder, load_encoder
 from saffe_cache.extraction.config import EncodeOptions, ExtractConfig
+from saffe_cache.store.dtypes import convert
 from saffe_cache.store.layout import ArraySpec, choose_rows
 from saffe_cache.store.manifest import EncoderManifest, layers_among, read_encoder, read_root
 from saffe_cache.store.storage import Storage
@@ -175,8 +177,14 @@ def plan_job(
     job.start = _first_input(job)
     if job.missing:
         vectors = any(name in encoder.vector_widths for name in job.missing)
-        encoder.select(layers_among(job.missing), vectors=vectors)
+        encoder.select(layers_among(job.missing), vectors=vectors, converters=converters_of(job.missing))
     return job
+
+
+def converters_of(arrays: Mapping[str, tuple[ArraySpec, int]]) -> dict[int, Converter]:
+    """To the storage types of the layers among some arrays; none to float32, of which there is more to copy back."""
+    types = {layer: arrays[f"hidden_states/{layer}"][0].dtype for layer in layers_among(arrays)}
+    return {layer: partial(convert, dtype=dtype) for layer, dtype in types.items() if dtype != "float32"}
 
 
 def tokenize(job: Job) -> None:

@@ -12,7 +12,7 @@ from saffe_cache.core.features import CacheError
 from saffe_cache.extraction.config import encode_options
 from saffe_cache.extraction.encoding import encode_portions
 from saffe_cache.extraction.history import PastExtraction
-from saffe_cache.extraction.planning import Job
+from saffe_cache.extraction.planning import Job, converters_of
 from saffe_cache.sources import Media
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.layout import ArraySpec, ShardEntry, describe_shard
@@ -98,7 +98,11 @@ def encode_lost(
         if not pending:
             continue
         job.options, job.chosen = encode_options(extraction.config), sorted(blocks, key=lambda block: block.start)
-        job.encoder.select(layers_among(names), vectors=any(name in job.encoder.vector_widths for name in names))
+        job.encoder.select(
+            layers_among(names),
+            vectors=any(name in job.encoder.vector_widths for name in names),
+            converters=converters_of({name: job.arrays[name] for name in names}),
+        )
         specs = {name: job.manifest.arrays[name].spec for name in names}
         with closing(encode_portions(job, media, specs)) as portions:
             for portion in portions:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.encoder import Encoded, Launched
 from saffe_cache.extraction.loading import Batch
 from saffe_cache.extraction.planning import Job
-from saffe_cache.store.dtypes import to_storage
+from saffe_cache.store.dtypes import Stored, as_tensor, convert, to_storage
 from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.writer import Portion
 
@@ -59,15 +60,25 @@ class BlockRows:
         Raises:
             CacheError: a finite number does not fit into the storage type.
         """
-        found = {f"hidden_states/{i}": states for i, states in encoded.states.items()} | dict(encoded.vectors)
         owners = np.asarray(inputs)
         for name in self._specs:
             if self._job.is_flat(name):
-                is_real = np.arange(found[name].shape[1]) < encoded.lengths[:, None]
-                self._put(name, found[name][is_real], np.repeat(owners, encoded.lengths), _counted(encoded.lengths))
+                lengths = encoded.lengths
+                self._put(name, self._rows(name, encoded), np.repeat(owners, lengths), _counted(lengths))
             else:
-                self._put(name, found[name], owners)
+                self._put(name, self._rows(name, encoded), owners)
         self._lacking -= set(inputs)
+
+    def _rows(self, name: str, encoded: Encoded) -> Stored:
+        """What a batch brings to one array, converted here unless the device has done so; without padding."""
+        converted = {f"hidden_states/{i}": Stored(*parts) for i, parts in encoded.converted.items()}
+        stored = converted.get(name)
+        states = {f"hidden_states/{i}": states for i, states in encoded.states.items()}
+        values = stored.rows if stored else as_tensor((states | dict(encoded.vectors))[name])
+        if not self._job.is_flat(name):
+            return stored or convert(values, self._specs[name].dtype)
+        is_real = torch.arange(values.shape[1]) < torch.from_numpy(encoded.lengths)[:, None]
+        return stored.select(is_real) if stored else convert(values[is_real], self._specs[name].dtype)
 
     def to_portion(self) -> Portion:
         """All rows of the block."""
@@ -79,25 +90,25 @@ class BlockRows:
                 self._room(name)[self._places(name, lacking)] = nothing
         return Portion({name: (self._first[name], self._stored[name]) for name in self._specs}, self.invalid)
 
-    def _put(self, name: str, values: np.ndarray, owners: np.ndarray, within: np.ndarray | int = 0) -> None:
+    def _put(self, name: str, rows: Stored, owners: np.ndarray, within: np.ndarray | int = 0) -> None:
         """Rows of one array: the input that each belongs to, and its place among the rows of that input."""
-        is_finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        is_finite = rows.is_finite.reshape(len(owners), -1).all(dim=1).numpy()
         for owner in np.unique(owners[~is_finite]):
             self.invalid.setdefault(int(owner), f"{name} is not finite")
-        stored = self._cast(name, values, owners)
+        stored = self._checked(name, rows, owners)
         if not self._job.is_flat(name) and np.array_equal(owners, self._block):
             # the whole block, in order; copied only where it is a part of something larger, which would be kept with it
             self._stored[name] = np.ascontiguousarray(stored)
         else:
             self._room(name)[self._places(name, owners, within)] = stored
 
-    def _cast(self, name: str, values: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    def _checked(self, name: str, rows: Stored, owners: np.ndarray) -> np.ndarray:
         try:
-            return to_storage(values, self._specs[name].dtype)
+            return rows.to_numpy(self._specs[name].dtype)
         except OverflowError as error:
-            largest = np.nanmax(np.abs(values).reshape(len(values), -1), axis=1, initial=0.0)
+            worst = int(rows.lost.reshape(len(owners), -1).amax(dim=1).argmax())
             raise CacheError(
-                f"{self._job.manifest.key}: {name} of input {owners[largest.argmax()]}: {error}. "
+                f"{self._job.manifest.key}: {name} of input {owners[worst]}: {error}. "
                 "Extract into a new cache with --storage bfloat16 or float32."
             ) from None
 

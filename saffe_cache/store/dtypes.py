@@ -27,17 +27,10 @@ _LARGEST_CODE = {"int8": 127.0, "float8": 448.0}
 _SCALE_BYTES = 4
 
 
-class _Half(NamedTuple):
-    """A type of two bytes."""
-
-    largest: float
-    infinity: int
-    """Its bits, without the sign."""
-
-
-_HALVES = {"float16": _Half(65504.0, 0x7C00), "bfloat16": _Half(3.3895313892515355e38, 0x7F80)}
+_NAN_BITS = {"float16": 0x7E00, "bfloat16": 0x7FC0}
+"""Of the types of two bytes: the one form in which they store NaN."""
 _BLOCK = 2**15
-"""Numbers that torch is given at once: it takes no threads for them, of which the encoder has need."""
+"""Numbers that torch is given at once on a CPU. It uses one thread for them; the encoder needs the others."""
 _PORTION, _NOT_BIT_14 = 2**17, ~0x4000
 
 
@@ -61,23 +54,74 @@ def fill_value(dtype: str) -> int | float:
     return {"bfloat16": 0x7FC0, "int8": 0xFF, "float8": 0xFF, "int64": -1}.get(dtype, float("nan"))
 
 
-def to_storage(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Cast float32 numbers to a storage type; bfloat16 and float8 round to nearest even, as torch does.
+class Stored(NamedTuple):
+    """Numbers as they are stored, and what became of each token (the last axis). Made by `convert`."""
 
-    NaN and infinities are kept; in the scaled types they make a NaN of their whole token.
+    rows: torch.Tensor
+    """[..., stored width] of float32, or of uint8 for scaled types, or of int16: torch knows little of uint16."""
+    is_finite: torch.Tensor
+    """bool [...]: are all numbers of the token finite?"""
+    lost: torch.Tensor
+    """float32 [...]: the largest finite magnitude of the token that became infinite; 0 if there is none."""
+
+    def select(self, rows: np.ndarray | torch.Tensor) -> Stored:
+        """The same of some tokens, chosen by an index or a mask on the first axes."""
+        return Stored(*(part[rows] for part in self))
+
+    def to_numpy(self, dtype: str) -> np.ndarray:
+        """The rows in their stored type, for tensors on the CPU.
+
+        Raises:
+            OverflowError: a finite number became infinite.
+        """
+        largest = float(self.lost.max()) if self.lost.numel() else 0.0
+        if largest:
+            most = torch.finfo(getattr(torch, dtype)).max
+            raise OverflowError(f"magnitude {largest:.6g} exceeds {dtype}'s {most:.6g}")
+        return self.rows.numpy().view(stored_type(dtype))
+
+
+def convert(values: torch.Tensor, dtype: str) -> Stored:
+    """Convert floating-point numbers to a storage type, on their device; the same bits on every device.
+
+    bfloat16, float16 and float8 round to nearest even. NaN and infinities are kept; in the scaled types they make a NaN
+    of their whole token. On a CPU a block of tokens at a time, which stays in the processor's cache.
+    """
+    tokens = values.reshape(-1, values.shape[-1])
+    is_cpu = tokens.device.type == "cpu"
+    block = max(1, _BLOCK // tokens.shape[1] if is_cpu else len(tokens))
+    magnitudes = torch.cat([part.abs().amax(dim=1) for part in torch.split(tokens, block)]).float()
+    is_finite = magnitudes.isfinite()
+    lost = torch.zeros_like(magnitudes)
+    if is_scaled(dtype):
+        rows = _scaled(tokens, magnitudes.masked_fill(~is_finite, torch.nan), dtype, block)
+    elif dtype == "float32":
+        rows = tokens.float()
+    else:
+        rows = _halved(tokens, dtype, block)
+        if not is_cpu or not is_finite.all():  # elsewhere to ask would mean to wait
+            rows.masked_fill_(tokens.isnan(), _NAN_BITS[dtype])
+            magnitudes = tokens.nan_to_num(0.0, 0.0, 0.0).abs().amax(dim=1).float()
+        lost = torch.where(magnitudes.to(getattr(torch, dtype)).isinf(), magnitudes, 0.0)
+    shape = values.shape[:-1]
+    return Stored(rows.view(*shape, rows.shape[1]), is_finite.view(shape), lost.view(shape))
+
+
+def to_storage(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Cast float32 numbers to a storage type, as `convert` does; of integers only the order of bytes changes.
 
     Raises:
         OverflowError: a finite number becomes infinite in the storage type.
     """
-    if is_scaled(dtype):
-        return _scaled(np.ascontiguousarray(values, dtype=np.float32), dtype)
-    if dtype not in _HALVES:
+    if dtype not in STORAGE_DTYPES or dtype == "float32":
         return np.ascontiguousarray(values, dtype=np.dtype(dtype).newbyteorder("<"))
-    stored = _halved(np.ascontiguousarray(values, dtype="<f4"), dtype)
-    is_infinite = (stored.view("<u2") & 0x7FFF) == _HALVES[dtype].infinity
-    if is_infinite.any() and (lost := np.abs(values[is_infinite & np.isfinite(values)])).size:
-        raise OverflowError(f"magnitude {lost.max():.6g} exceeds {dtype}'s {_HALVES[dtype].largest:.6g}")
-    return stored
+    numbers = np.ascontiguousarray(values, dtype=np.float32)
+    return convert(as_tensor(numbers), dtype).to_numpy(dtype)
+
+
+def as_tensor(values: np.ndarray) -> torch.Tensor:
+    """A tensor of the same memory, or of a copy if that is read-only, of which torch warns."""
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
 def from_storage(stored: np.ndarray, dtype: str) -> np.ndarray:
@@ -86,8 +130,7 @@ def from_storage(stored: np.ndarray, dtype: str) -> np.ndarray:
         return (stored.astype("<u4") << 16).view("<f4")
     if not is_scaled(dtype):
         return stored
-    given = torch.from_numpy(stored if stored.flags.writeable else stored.copy())
-    return np.asarray(numbers_of(given, dtype))
+    return np.asarray(numbers_of(as_tensor(stored), dtype))
 
 
 def numbers_of(stored: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -121,29 +164,28 @@ def _from_float8(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return numbers
 
 
-def _halved(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Rounded by torch, which takes an eighth of numpy's time; a NaN has one form."""
-    stored = np.empty(values.shape, stored_type(dtype))
-    bits, numbers = stored.reshape(-1).view(np.int16), values.reshape(-1)
-    for start in range(0, len(bits), _BLOCK):
-        block = numbers[start : start + _BLOCK]
-        to = torch.from_numpy(bits[start : start + _BLOCK]).view(getattr(torch, dtype))
-        to.copy_(torch.from_numpy(block if block.flags.writeable else block.copy()))
-    is_nan = np.isnan(values)
-    if is_nan.any():
-        stored[is_nan] = fill_value(dtype)
-    return stored
+def _halved(tokens: torch.Tensor, dtype: str, block: int) -> torch.Tensor:
+    """The bits of the rounded numbers; NaN in any form."""
+    rows = torch.empty(tokens.shape, dtype=torch.int16, device=tokens.device)
+    for to, part in zip(torch.split(rows, block), torch.split(tokens, block), strict=True):
+        to.view(getattr(torch, dtype)).copy_(part)
+    return rows
 
 
-def _scaled(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Codes of each token, and the bytes of its scale behind them."""
-    scales = np.abs(values).max(axis=-1, keepdims=True) / np.float32(_LARGEST_CODE[dtype])
-    scales[~np.isfinite(scales)] = np.nan
-    codes = values / np.where(scales > 0, scales, np.float32(1))
-    stored = np.empty(stored_shape(values.shape, dtype), np.uint8)
-    if dtype == "int8":
-        stored[..., :-_SCALE_BYTES] = np.nan_to_num(np.rint(codes), posinf=0, neginf=0).astype(np.int8).view(np.uint8)
-    else:
-        stored[..., :-_SCALE_BYTES] = torch.from_numpy(codes).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-    stored[..., -_SCALE_BYTES:] = scales.astype("<f4").view(np.uint8)
-    return stored
+def _scaled(tokens: torch.Tensor, magnitudes: torch.Tensor, dtype: str, block: int) -> torch.Tensor:
+    """Codes of each token, and the bytes of its scale behind them; tokens that are not finite have magnitude NaN."""
+    largest_code = magnitudes.new_full((), _LARGEST_CODE[dtype])  # a GPU multiplies by the reciprocal of a plain number
+    scales = (magnitudes / largest_code)[:, None]
+    divisors = torch.where(scales > 0, scales, 1.0)
+    rows = torch.empty(len(tokens), tokens.shape[1] + _SCALE_BYTES, dtype=torch.uint8, device=tokens.device)
+    rows[:, -_SCALE_BYTES:] = scales.view(torch.uint8)
+    codes = rows[:, :-_SCALE_BYTES].view(torch.int8 if dtype == "int8" else torch.float8_e4m3fn)
+    room = torch.empty(min(block, len(tokens)), tokens.shape[1], device=tokens.device)
+    for to, part, divisor in zip(
+        torch.split(codes, block), torch.split(tokens, block), torch.split(divisors, block), strict=True
+    ):
+        divided = torch.div(part.float(), divisor, out=room[: len(part)])
+        if dtype == "int8":
+            divided = divided.round_().nan_to_num_(0.0, 0.0, 0.0).to(torch.int32)  # of which int8 takes the last byte
+        to.copy_(divided)
+    return rows
