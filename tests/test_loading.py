@@ -217,6 +217,20 @@ def test_image_size_keeps_the_ratio_of_resize_to_crop(
 # Refusals
 
 
+def test_pil_prepares_photos_also_beside_torchvision(tiny_model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which transformers would prefer: pixels, speed and fingerprint would depend on what else is installed."""
+    asked = []
+    load = transformers.AutoImageProcessor.from_pretrained
+
+    def spy(model_id: str, **options: Any) -> Any:
+        asked.append(options.get("backend"))
+        return load(model_id, **options)
+
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", spy)
+    load_tiny("dinov2", tiny_model("dinov2"))
+    assert asked == ["pil"]
+
+
 def test_unsupported_family_is_refused(tmp_path: Path) -> None:
     transformers.OPTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"'opt' have no adapter; supported are bert, clip, .*mpnet"):

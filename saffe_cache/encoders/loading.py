@@ -132,7 +132,8 @@ def load_processor(request: EncoderRequest) -> Any:
         return transformers.AutoTokenizer.from_pretrained(request.model_id, **options)
     if request.modality == "audio":
         return transformers.AutoFeatureExtractor.from_pretrained(request.model_id, **options)
-    processor = transformers.AutoImageProcessor.from_pretrained(request.model_id, **options)
+    # With torchvision installed, transformers would take classes that resize otherwise, and far more slowly.
+    processor = transformers.AutoImageProcessor.from_pretrained(request.model_id, backend="pil", **options)
     if request.image_size:
         _resize(processor, request.image_size)
     return processor
