@@ -1,4 +1,4 @@
-"""saffe_cache: run each frozen encoder once, then train and judge fusions from the cache.
+"""saffe_cache: run each frozen encoder once, then train and evaluate fusions from the cache.
 
 The layers of the package; an import may only point downwards, and packages of one layer do not import
 each other (tests/test_architecture.py holds this):
@@ -24,7 +24,7 @@ Importing the package imports nothing; a name is imported when it is first used.
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _places
+if TYPE_CHECKING:  # for type checkers and editors: a selection of what _places holds
     from saffe_cache.core.features import CacheError as CacheError
     from saffe_cache.evaluation.evaluate import EvaluateConfig as EvaluateConfig
     from saffe_cache.evaluation.evaluate import evaluate as evaluate

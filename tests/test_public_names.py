@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import saffe_cache
+from saffe_cache.verbs import load_name
 
 SOURCE = Path(saffe_cache.__file__)
 
@@ -24,11 +25,13 @@ def typed_names() -> dict[str, str]:
                 for alias in one.names:
                     assert alias.asname == alias.name, "else mypy takes it for private"
                     found[alias.name] = f"{one.module}:{alias.name}".removeprefix("saffe_cache.")
+    assert found
     return found
 
 
-def test_type_checkers_see_every_public_name() -> None:
-    assert typed_names() == saffe_cache._places()
+@pytest.mark.parametrize(("name", "place"), typed_names().items())
+def test_type_checkers_see_what_is_imported(name: str, place: str) -> None:
+    assert load_name(place) is getattr(saffe_cache, name)
 
 
 @pytest.mark.parametrize("name", saffe_cache._places())
