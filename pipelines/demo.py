@@ -34,7 +34,8 @@ from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate
 from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.report.report import ReportConfig, make_report
-from saffe_cache.training.train import TrainConfig, train
+from saffe_cache.training.config import TrainConfig
+from saffe_cache.training.train import train
 
 SCENES = {"train": 1000, "dev": 150, "test": 250}
 NOTES = {"train": 1800, "dev": 150, "test": 400}

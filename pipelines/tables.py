@@ -21,7 +21,8 @@ from saffe_cache.core.outputs import CONFIG, RESULT, read_json
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate
 from saffe_cache.evaluation.results import FAM, EvaluationResult, Numbers
-from saffe_cache.training.train import TrainConfig, train
+from saffe_cache.training.config import TrainConfig
+from saffe_cache.training.train import train
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ VERBS: Mapping[str, Verb] = {
     ),
     "train": Verb(
         summary="Train a fusion from a cache.",
-        config="training.train:TrainConfig",
+        config="training.config:TrainConfig",
         run="training.train:train",
         result="training.result:TrainResult",
     ),

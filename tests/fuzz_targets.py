@@ -273,9 +273,9 @@ def _run_targets(work: Path) -> dict[str, Target]:
     from saffe_cache.core.tensors import write_tensors
     from saffe_cache.training import runs
     from saffe_cache.training.checkpoints import TrainingState, resume, save_state
+    from saffe_cache.training.config import TrainConfig
     from saffe_cache.training.resolve import resolve_run
     from saffe_cache.training.result import TrainResult
-    from saffe_cache.training.train import TrainConfig
 
     path = make_cache(work / "run.zarr", {"train": 12, "test": 6})
     opened, run = open_cache(path), work / "run"
@@ -331,7 +331,7 @@ def _run_targets(work: Path) -> dict[str, Target]:
 def _option_targets(work: Path) -> dict[str, Target]:
     from saffe_cache.evaluation.evaluate import EvaluateConfig
     from saffe_cache.extraction.extract import ExtractConfig
-    from saffe_cache.training.train import TrainConfig
+    from saffe_cache.training.config import TrainConfig
 
     read_once = cache(options.attribute_docstrings)
 

@@ -17,11 +17,12 @@ from saffe_cache.evaluation.evaluate import evaluate
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import FamInputs
 from saffe_cache.inputs.pairs import select_pairs
-from saffe_cache.inputs.spec import same_training_pairs
+from saffe_cache.inputs.splits import same_training_pairs
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.store.reader import open_cache
+from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.runs import load_run
-from saffe_cache.training.train import TrainConfig, train
+from saffe_cache.training.train import train
 
 Report = dict[str, Any]
 

@@ -23,8 +23,8 @@ from synthetic_cache import WIDTH, make_cache
 from saffe_cache.cli import main
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.tables import flops as flops_in_words
-from saffe_cache.fusion.shape import FamShape
-from saffe_cache.inputs.spec import data_fingerprint
+from saffe_cache.fusion.options import FusionShape
+from saffe_cache.inputs.splits import data_fingerprint
 from saffe_cache.protocols.registry import load_protocol
 from saffe_cache.protocols.setting import data_hash
 from saffe_cache.store import convert
@@ -33,9 +33,10 @@ from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.sweep import jobs as running
 from saffe_cache.studies.sweep.ablate import AblateConfig, ablate, exit_status
 from saffe_cache.studies.sweep.recipe import read_recipe
+from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.runs import load_run
-from saffe_cache.training.train import TrainConfig, train_many
+from saffe_cache.training.train import train_many
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -581,7 +582,7 @@ def test_a_run_is_known_by_what_was_chosen() -> None:
     """An option at its default tells nothing, so that one which a later release adds leaves runs what they are."""
     config = TrainConfig(cache="c", out="o", epochs=3, layers={"image": (2,)})
     assert running._chosen(config) == {"cache": "c", "out": "o", "epochs": 3, "layers": {"image": (2,)}}
-    shape = FamShape(
+    shape = FusionShape(
         fusion="linear", head="mean", num_layers=1, hidden_size=4, num_tokens=2, text_hidden_size=4, text_size=4
     )
     assert "dropout" not in running._chosen(shape)

@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.losses import info_nce
-from saffe_cache.fusion.shape import FamShape, HeadName
+from saffe_cache.fusion.options import FusionShape
+from saffe_cache.fusion.registry import HeadName
 from saffe_cache.studies.binding.baselines import class_mean_accuracies, fit_ridges, name_accuracies
 from saffe_cache.studies.binding.fitting import (
     TEMPERATURE,
@@ -25,8 +26,8 @@ from saffe_cache.studies.binding.fitting import (
 EPISODES, TOKENS, WIDTH, TEXT_WIDTH = 3, 5, 16, 12
 
 
-def shape_of(head: HeadName) -> FamShape:
-    return FamShape(
+def shape_of(head: HeadName) -> FusionShape:
+    return FusionShape(
         fusion="linear",
         head=head,
         num_layers=2,

@@ -11,16 +11,15 @@ from synthetic_cache import TEXT_WIDTH, TOKENS, WIDTH, make_cache
 
 from saffe_cache.core.tables import flops as flops_in_words
 from saffe_cache.evaluation.controls import fusing_flops
-from saffe_cache.fusion.registry import FUSIONS
+from saffe_cache.fusion.registry import FUSIONS, GalleryText
 from saffe_cache.inputs.feature_loader import FamInputs
 from saffe_cache.inputs.pairs import select_pairs
-from saffe_cache.inputs.spec import GalleryText
 from saffe_cache.protocols.metadata import MetadataProtocol
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.store.reader import open_cache
+from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.runs import build_fusion
-from saffe_cache.training.train import TrainConfig
 
 LONGEST = 4
 """Tokens of the longest of the first texts."""

@@ -26,7 +26,7 @@ from saffe_cache.cli import extract_command, main
 from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.encoder import Encoded, FrozenEncoder, Launched
 from saffe_cache.extraction.extract import ExtractConfig, extract
-from saffe_cache.inputs.spec import same_training_pairs
+from saffe_cache.inputs.splits import same_training_pairs
 from saffe_cache.store.inspect import verify_cache
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.runs import load_run

@@ -15,8 +15,9 @@ from saffe_cache.inputs.feature_loader import FamInputs, choose_residency
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage, numbers_of, to_storage
 from saffe_cache.store.reader import Cache, open_cache
+from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.resolve import resolve_run
-from saffe_cache.training.train import TrainConfig, train
+from saffe_cache.training.train import train
 
 
 @pytest.fixture(scope="module")

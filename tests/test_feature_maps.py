@@ -34,8 +34,9 @@ from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.captioning.caption import caption
 from saffe_cache.studies.captioning.config import CaptionConfig
 from saffe_cache.studies.captioning.inserting import photo_side, pool_photos
+from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.runs import load_run
-from saffe_cache.training.train import TrainConfig, train
+from saffe_cache.training.train import train
 
 WITHOUT_BLOCKS = "linear, concat, late, hadamard, two_tower, flamingo, limber, magma, deep_insert, albef"
 

@@ -23,8 +23,8 @@ from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.fusion.decoders import CrossAttention, PaperDecoder, ReuseDecoder
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.heads import summarize
+from saffe_cache.fusion.options import FusionShape
 from saffe_cache.fusion.registry import FUSIONS
-from saffe_cache.fusion.shape import DECODERS, FAM, FamShape
 
 Models = Callable[[str], Path]
 Block = tuple[BlockWeights, BlockWeights]
@@ -40,7 +40,8 @@ every_pair = pytest.mark.parametrize(("gallery", "text"), PAIRS, ids=["+".join(p
 MASK = torch.tensor([[True] * 6, [True] * 3 + [False] * 3, [True] + [False] * 5])
 
 SIDES = ("gallery", "text")
-ELSEWHERE = [name for name in FUSIONS if name not in FAM]
+DECODERS = [name for name, entry in FUSIONS.items() if entry.has_decoder]
+ELSEWHERE = [name for name, entry in FUSIONS.items() if "head" not in entry.options]
 CASES = [(name, side) for name in FUSIONS for side in (SIDES if name in DECODERS else SIDES[:1])]
 every_fusion = pytest.mark.parametrize(("fusion", "side"), CASES, ids=["-".join(case) for case in CASES])
 
@@ -274,7 +275,7 @@ def make_fam(blocks: Sequence[Block] = (), **changes: object) -> Any:
     torch.manual_seed(2)
     gallery, text = (width_of(block) for block in blocks[0]) if blocks else (32, 32)
     values: dict[str, Any] = {"fusion": "reuse", "head": "attention", "num_layers": 2, "num_tokens": 6, "text_size": 10}
-    shape = FamShape(**(values | {"hidden_size": gallery, "text_hidden_size": text} | changes))
+    shape = FusionShape(**(values | {"hidden_size": gallery, "text_hidden_size": text} | changes))
     return FUSIONS[shape.fusion].make(shape, Blocks(*zip(*blocks, strict=True))).eval()
 
 
@@ -335,7 +336,7 @@ def mixed_fam(tiny_model: Models, fusion: str, side: str, **changes: object) -> 
         "fusion": fusion,
         "head": HEADS[fusion],
         "query_side": side,
-        "adds_text": ADDS_TEXT[fusion],
+        "pooled_text": ADDS_TEXT[fusion],
     }
     return awake(make_fam(blocks_for(tiny_model, fusion), **(given | changes)))
 
@@ -422,7 +423,7 @@ def test_differing_widths_are_projected_in_both_directions(fusion: str, side: st
 @torch.no_grad()
 def test_shared_decoder_is_one_set_of_weights_over_frozen_layers(fusion: str, tiny_model: Models) -> None:
     blocks = blocks_for(tiny_model, fusion)
-    shared = make_fam(blocks, fusion=fusion, shares_decoder=True)
+    shared = make_fam(blocks, fusion=fusion, share_decoder=True)
     apart = make_fam(blocks, fusion=fusion)
     assert (len(shared.decoders), len(apart.decoders)) == (1, 2)
     assert len(shared.layers) == len(apart.layers) == 2
@@ -453,11 +454,11 @@ def test_shared_decoder_is_one_set_of_weights_over_frozen_layers(fusion: str, ti
 @torch.no_grad()
 def test_weights_survive_safetensors(fusion: str, side: str, shares: bool, tiny_model: Models) -> None:
     """Which refuses tensors that share memory."""
-    changes: dict[str, Any] = {"query_side": side, "shares_decoder": shares, "matches": True, "head": HEADS[fusion]}
+    changes: dict[str, Any] = {"query_side": side, "share_decoder": shares, "matches": True, "head": HEADS[fusion]}
     blocks = blocks_for(tiny_model, fusion)
-    fam = awake(make_fam(blocks, fusion=fusion, adds_text=ADDS_TEXT[fusion], **changes))
+    fam = awake(make_fam(blocks, fusion=fusion, pooled_text=ADDS_TEXT[fusion], **changes))
     stored = safetensors.torch.load(safetensors.torch.save(fam.state_dict()))
-    other = make_fam(blocks, fusion=fusion, adds_text=ADDS_TEXT[fusion], **changes)
+    other = make_fam(blocks, fusion=fusion, pooled_text=ADDS_TEXT[fusion], **changes)
     states, texts = draw_states(5), draw_texts(MIXED)
     fused = fuse(fam, states, None, texts)
     assert not torch.allclose(fuse(other, states, None, texts).vectors, fused.vectors, atol=1e-3)
@@ -470,7 +471,9 @@ def test_weights_survive_safetensors(fusion: str, side: str, shares: bool, tiny_
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("fusion", DECODERS)
 def test_frozen_decoder_leaves_the_head_and_the_text_maps_to_train(fusion: str, side: str, tiny_model: Models) -> None:
-    fam = make_fam(blocks_for(tiny_model, fusion), fusion=fusion, query_side=side, freezes_decoder=True, adds_text=True)
+    fam = make_fam(
+        blocks_for(tiny_model, fusion), fusion=fusion, query_side=side, freeze_decoder=True, pooled_text=True
+    )
     fam.freeze_unused(null_only=False)
     trainable = {name.split(".")[0] for name, parameter in fam.named_parameters() if parameter.requires_grad}
     assert trainable == {"head", "query_map", "text_map", "text_weight"}
@@ -506,7 +509,9 @@ def test_gradient_reaches_all_that_trains_and_nothing_frozen(
     width = 32 if text == "bert" else 24
     blocks = blocks_for(tiny_model, fusion, "dinov2", text)
     head = HEADS[fusion] if fusion != "paper" else "attention"
-    fam = awake(make_fam(blocks, fusion=fusion, query_side=side, head=head, adds_text=ADDS_TEXT[fusion], matches=True))
+    fam = awake(
+        make_fam(blocks, fusion=fusion, query_side=side, head=head, pooled_text=ADDS_TEXT[fusion], matches=True)
+    )
     fam.freeze_unused(null_only=False)
     backward(fam, draw_texts(MIXED, width), None)
     frozen = {name: parameter for name, parameter in fam.named_parameters() if not parameter.requires_grad}
@@ -543,7 +548,7 @@ def test_groups_hold_every_trainable_parameter_once(
     fusion: str, side: str, null_only: bool, tiny_model: Models
 ) -> None:
     fam = make_fam(
-        blocks_for(tiny_model, fusion), fusion=fusion, query_side=side, adds_text=ADDS_TEXT[fusion], matches=True
+        blocks_for(tiny_model, fusion), fusion=fusion, query_side=side, pooled_text=ADDS_TEXT[fusion], matches=True
     )
     fam.freeze_unused(null_only=null_only)
     groups = fam.parameter_groups(learning_rate=1e-3, weight_decay=0.1)
@@ -609,7 +614,7 @@ def test_linear_fusion_sees_no_text(head: str) -> None:
 @torch.no_grad()
 def test_added_text_is_late_fusion(head: str) -> None:
     """The photo's unit vector + weight * map(t), and the first alone where the text is null; no token matters."""
-    fam, states = awake(make_fam(fusion="linear", head=head, adds_text=True)), draw_states(5)
+    fam, states = awake(make_fam(fusion="linear", head=head, pooled_text=True)), draw_states(5)
     texts = draw_texts(MIXED)._replace(states=())
     fam.text_weight.fill_(0.6)
     mapped = fam.text_map(texts.vectors)
@@ -635,7 +640,7 @@ def test_concat_shows_the_text_to_the_mlp() -> None:
 @torch.no_grad()
 def test_reuse_shows_an_added_text_to_the_mlp_too(side: str, tiny_model: Models) -> None:
     """Beside the decoders, whose gates are closed here, and the sum outside the head, whose weight is zero."""
-    fam = awake(make_fam(blocks_for(tiny_model, "reuse"), query_side=side, adds_text=True))
+    fam = awake(make_fam(blocks_for(tiny_model, "reuse"), query_side=side, pooled_text=True))
     fam.text_weight.zero_()
     for decoder in fam.decoders:
         decoder.gate.zero_()  # type: ignore[operator, union-attr]
@@ -646,7 +651,7 @@ def test_reuse_shows_an_added_text_to_the_mlp_too(side: str, tiny_model: Models)
     assert (apart[is_text] > 1e-3).all()
     close(apart[~is_text], torch.zeros(3))
     for head, adds in (("mean", True), ("attention", False)):
-        blind = awake(make_fam(blocks_for(tiny_model, "reuse"), query_side=side, head=head, adds_text=adds))
+        blind = awake(make_fam(blocks_for(tiny_model, "reuse"), query_side=side, head=head, pooled_text=adds))
         if adds:
             blind.text_weight.zero_()
         assert torch.equal(blind(states, None, texts), blind(states, None, other))
@@ -658,7 +663,7 @@ def test_reuse_shows_an_added_text_to_the_mlp_too(side: str, tiny_model: Models)
 @pytest.mark.parametrize("name", ["query_map", "text_map"])
 @torch.no_grad()
 def test_text_maps_start_as_the_identity(name: str) -> None:
-    fam = make_fam(fusion="linear", head="mean", adds_text=True)
+    fam = make_fam(fusion="linear", head="mean", pooled_text=True)
     text_map, vectors = fam.get_submodule(name), 5 * rand(4, 10)
     unit = vectors / vectors.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(text_map(vectors), unit)

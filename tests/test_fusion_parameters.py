@@ -16,8 +16,8 @@ import torch
 
 from saffe_cache.core.features import BlockSpec, BlockWeights
 from saffe_cache.fusion.base import Blocks
+from saffe_cache.fusion.options import FusionShape
 from saffe_cache.fusion.registry import FUSIONS
-from saffe_cache.fusion.shape import FamShape
 
 TOKENS, BLOCKS = 65, 2
 """Of DINOv2-small at 112 pixels; of the text encoder from layer 4 of 6."""
@@ -158,25 +158,27 @@ def block(width: int, heads: int, *, has_scales: bool) -> BlockWeights:
 
 def num_trained(name: str, widths: Widths) -> int:
     """As training counts them, of the fusion as its defaults shape it."""
-    kind, is_reference = FUSIONS[name], name == "reference"
-    shape = FamShape(
+    entry = FUSIONS[name]
+    shape = FusionShape(
         fusion=name,
-        head="flatten" if is_reference else "attention",
+        head=entry.head,
         num_layers=1,
         hidden_size=widths.photo,
         num_tokens=TOKENS,
         text_hidden_size=widths.text,
         text_size=widths.vector,
-        shares_decoder=is_reference,
-        adds_text=name not in ("reference", "paper", "two_tower"),
-        maps_queries=not is_reference,
-        matches="matching" in kind.objective,
-        num_blocks={"none": 0, "paired": 0, "text": BLOCKS, "both": BLOCKS}[kind.blocks],
+        share_decoder=entry.share_decoder,
+        pooled_text=entry.pooled_text,
+        maps_queries=entry.maps_queries,
+        matches="matching" in entry.objective,
+        num_blocks={"none": 0, "paired": 0, "text": BLOCKS, "both": BLOCKS}[entry.blocks],
     )
-    num_photo, num_text = {"none": (0, 0), "paired": (1, 1), "text": (0, BLOCKS), "both": (BLOCKS, BLOCKS)}[kind.blocks]
+    num_photo, num_text = {"none": (0, 0), "paired": (1, 1), "text": (0, BLOCKS), "both": (BLOCKS, BLOCKS)}[
+        entry.blocks
+    ]
     photo, text = block(widths.photo, 6, has_scales=True), block(widths.text, 12, has_scales=False)
     with torch.device("meta"):
-        fusion = kind.make(shape, Blocks([photo] * num_photo, [text] * num_text))
+        fusion = entry.make(shape, Blocks([photo] * num_photo, [text] * num_text))
     fusion.freeze_unused(null_only=False)
     return sum(parameter.numel() for parameter in fusion.parameters() if parameter.requires_grad)
 

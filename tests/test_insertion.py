@@ -20,8 +20,8 @@ from torch import nn
 
 from saffe_cache.extraction.extract import extract
 from saffe_cache.fusion.base import Blocks, Texts
+from saffe_cache.fusion.options import FusionShape
 from saffe_cache.fusion.registry import FUSIONS
-from saffe_cache.fusion.shape import FamShape
 from saffe_cache.store.reader import Cache, open_cache
 
 Models = Callable[[str], Path]
@@ -58,7 +58,7 @@ class Given(NamedTuple):
     def fusion(self, name: str, layer: int, *, has_class_token: bool = True) -> Any:
         """With cached blocks, from a layer on, and a projection that keeps sizes."""
         blocks = [self.cache.encoder("text").block(number) for number in range(layer, NUM_LAYERS)]
-        shape = FamShape(
+        shape = FusionShape(
             fusion=name,
             head="attention",
             num_layers=1,

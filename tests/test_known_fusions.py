@@ -5,15 +5,15 @@ What all fusions promise (null text, pairing, padding, gradients) is held in tes
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from quick_runs import report_of, value
 from synthetic_cache import make_cache
 from tiny_models import CASES, inputs_of, load_tiny, rand
 from torch import nn
@@ -24,22 +24,23 @@ from saffe_cache.fusion.heads import summarize
 from saffe_cache.fusion.known.correction import CorrectingFusion
 from saffe_cache.fusion.known.flamingo import GatedCrossAttention, Resampler
 from saffe_cache.fusion.known.insertion import inserted_tokens
-from saffe_cache.fusion.registry import FUSIONS
-from saffe_cache.fusion.shape import FAM, FamShape
+from saffe_cache.fusion.options import FusionShape
+from saffe_cache.fusion.registry import FUSIONS, FusionEntry
 from saffe_cache.store.reader import open_cache
+from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.resolve import resolve_run
-from saffe_cache.training.train import TrainConfig
+from saffe_cache.training.train import train
 
 Models = Callable[[str], Path]
-ELSEWHERE = [name for name in FUSIONS if name not in FAM]
+ELSEWHERE = [name for name in FUSIONS if "head" not in FUSIONS[name].options]
 CORRECTING = [name for name in ELSEWHERE if name != "two_tower"]
 MASK = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] + [False] * 4])
 
 
-def shape_of(fusion: str, **changes: Any) -> FamShape:
+def shape_of(fusion: str, **changes: Any) -> FusionShape:
     values: dict[str, Any] = {"head": "attention", "num_layers": 1, "hidden_size": 32, "num_tokens": 10}
-    values |= {"text_hidden_size": 32, "text_size": 32, "adds_text": fusion != "two_tower", "num_blocks": 2}
-    return FamShape(fusion=fusion, **(values | changes))
+    values |= {"text_hidden_size": 32, "text_size": 32, "pooled_text": fusion != "two_tower", "num_blocks": 2}
+    return FusionShape(fusion=fusion, **(values | changes))
 
 
 def last_blocks(name: str, tiny_model: Models) -> list[BlockWeights]:
@@ -95,7 +96,7 @@ def test_all_start_as_the_same_late_fusion(fusion: str, tiny_model: Models) -> N
 
 @torch.no_grad()
 def test_hadamard_is_low_rank_bilinear_pooling(tiny_model: Models) -> None:
-    model: Any = wake(make("hadamard", tiny_model, adds_text=False))
+    model: Any = wake(make("hadamard", tiny_model, pooled_text=False))
     states, texts = [rand(3, 10, 32)], draw_texts()
     summary = summarize(states, None)
     text = unit(texts.vectors) * 32**0.5
@@ -104,7 +105,7 @@ def test_hadamard_is_low_rank_bilinear_pooling(tiny_model: Models) -> None:
     joint = np.tanh(summary.numpy() @ u.T + b_u) * np.tanh(text.numpy() @ v.T + b_v)
     expected = model.linear(summary) + torch.tensor(joint @ p.T + b_p)
     close(model(states, None, texts), unit(expected))
-    of_late_fusion = num_trained(make("late", tiny_model, adds_text=False))
+    of_late_fusion = num_trained(make("late", tiny_model, pooled_text=False))
     assert num_trained(model) - of_late_fusion == 65 * 1200 + 33 * 1200 + 1201 * 32
 
 
@@ -147,7 +148,7 @@ def run_layer(
 @torch.no_grad()
 def test_bottlenecks_are_mbts_equations(name: str, width: int, tiny_model: Models) -> None:
     """With the models' own layers: both run over their tokens and the bottlenecks, which are then averaged."""
-    model: Any = wake(make("mbt", tiny_model, name, adds_text=False, text_hidden_size=width))
+    model: Any = wake(make("mbt", tiny_model, name, pooled_text=False, text_hidden_size=width))
     photo, texts = rand(3, 10, 32), draw_texts(width=width)
     text, z = texts.states[0], model.bottlenecks.expand(3, -1, -1)
     seen = torch.cat([MASK, torch.ones(3, 4, dtype=torch.bool)], dim=1)  # behind, which BERT's layers do not notice
@@ -257,7 +258,7 @@ def test_closed_cross_attention_is_the_text_encoder_itself(fusion: str, tiny_mod
 @torch.no_grad()
 def test_albef_asks_the_photo_between_the_halves_of_each_block(tiny_model: Models) -> None:
     """BERT's own halves, and a loop over heads between them; some of the photo's tokens are padding."""
-    model: Any = wake(make("albef", tiny_model, adds_text=False, matches=True))
+    model: Any = wake(make("albef", tiny_model, pooled_text=False, matches=True))
     photo, texts = rand(3, 10, 32), draw_texts()
     photo_mask = torch.tensor([[True] * 10, [True] * 4 + [False] * 6, [True] * 9 + [False]])
     bias = torch.zeros(3, 1, 1, 5).masked_fill(~MASK[:, None, None], -1e30)
@@ -316,7 +317,7 @@ def test_limbers_map() -> None:
 @torch.no_grad()
 def test_inserted_photos_are_tokens_in_front_of_the_text(fusion: str, tiny_model: Models) -> None:
     """With the text encoder's own layers."""
-    model: Any = wake(make(fusion, tiny_model, adds_text=False, text_rms=3.0))
+    model: Any = wake(make(fusion, tiny_model, pooled_text=False, text_rms=3.0))
     texts, photo = draw_texts(), rand(3, 10, 32)
     tokens = torch.cat([model.insert(photo), texts.states[0]], dim=1)
     seen = torch.cat([torch.ones(3, 10, dtype=torch.bool), MASK], dim=1)
@@ -358,21 +359,25 @@ from __future__ import annotations
 import torch
 from torch import nn
 from saffe_cache.fusion.base import Blocks
-from saffe_cache.fusion.registry import Kind
 from saffe_cache.fusion.known.correction import Correction, CorrectingFusion, masked, zero_linear
-from saffe_cache.fusion.shape import FamShape
+from saffe_cache.fusion.options import FusionShape
 """
 
 
 @torch.no_grad()
-def test_the_fusion_that_the_readme_adds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Models) -> None:
-    """One class and one line: null text is none, and a text changes the vector as the code says."""
+def test_readme_fusion_is_one_class_and_one_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Models
+) -> None:
+    """Null text changes nothing, and a text changes the vector as the code says."""
     page = (Path(__file__).parents[1] / "README.md").read_text()
     code, line = (part.removeprefix("python\n") for part in page.split("```")[1::2] if "GatedFusion" in part)
-    (tmp_path / "gated_fusion.py").write_text(f"{IMPORTS}\n{code}\nADDED = {{{line}}}\n")
+    (tmp_path / "gated_fusion.py").write_text(f"{IMPORTS}\n{code}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    shape = shape_of("gated", adds_text=False)
-    model = wake(importlib.import_module("gated_fusion").ADDED["gated"].make(shape, Blocks()).eval())
+    line = line.replace("saffe_cache.fusion.known.gated", "gated_fusion")
+    entry = eval(f"{{{line}}}", {"FusionEntry": FusionEntry})["gated"]  # noqa: S307 — our own page
+    monkeypatch.setitem(cast(dict[str, FusionEntry], FUSIONS), "gated", entry)
+    shape = shape_of("gated", pooled_text=False)
+    model = wake(entry.make(shape, Blocks()).eval())
     states, texts = [rand(3, 10, 32)], draw_texts()
     summary = summarize(states, None)
     close(model(states), unit(model.linear(summary)))
@@ -381,6 +386,37 @@ def test_the_fusion_that_the_readme_adds(tmp_path: Path, monkeypatch: pytest.Mon
     close(model(states, None, texts), unit(model.linear(summary) + model.out(gated)))
     idle = {name.split(".")[0] for name, _ in model.named_parameters() if name.startswith(model.idle_with_null)}
     assert idle == {"gate", "out"}
+
+
+def test_added_fusion_trains_and_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One class and one registry entry are all that training, evaluation and the command line need."""
+    (tmp_path / "added_fusion.py").write_text(f"{IMPORTS}\n{ADDED_FUSION}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = FusionEntry(made_by="added_fusion:Added", summary="For this test.", objective={"siglip": 1.0})
+    monkeypatch.setitem(cast(dict[str, FusionEntry], FUSIONS), "added", entry)
+    cache = make_cache(tmp_path / "cache.zarr", {"train": 60, "dev": 20, "test": 20}, captions=3, joint=True)
+    options: dict[str, Any] = {"fusion": "added", "gallery_text": "first_caption", "batch_size": 16, "epochs": 2}
+    run = train(TrainConfig(cache=cache, out=str(tmp_path / "run"), device="cpu", tensorboard=False, **options))
+    report = report_of(cache, run)
+    assert report["run"]["shape"]["fusion"] == "added"
+    assert report["run"]["objective"] == {"siglip": 1.0}
+    assert 0 < value(report, "map") <= 1
+    with pytest.raises(ValueError, match="--query-side: found text, expected nothing: added has no such option"):
+        resolve_run(config_for(cache, fusion="added", query_side="text"), open_cache(cache))
+
+
+ADDED_FUSION = """
+class Added(CorrectingFusion):
+    idle_with_null = ("out.",)
+
+    def __init__(self, shape, blocks):
+        super().__init__(shape)
+        self.out = zero_linear(shape.text_size, shape.text_size)
+
+    def correct(self, states, mask, texts, summary):
+        vectors = None if texts is None else masked(self.out(texts.vectors), texts.is_text)
+        return Correction(vectors, states[-1], mask)
+"""
 
 
 # In a training
@@ -421,11 +457,11 @@ def test_what_each_reads_and_runs(notes_path: str) -> None:
         ({"fusion": "limber", "layers": {"text": (1,)}}, CacheError, r"can use layers \[2\].*asked for \[1\]"),
         ({"fusion": "limber", "layers": {"text": (3,)}}, CacheError, r"asked for \[3\]"),
         ({"fusion": "late", "layers": {"text": (2,)}}, ValueError, "late takes no tokens"),
-        ({"fusion": "flamingo", "head": "mean"}, ValueError, "flamingo has its own"),
+        ({"fusion": "flamingo", "head": "mean"}, ValueError, "flamingo has no such option"),
         (
             {"fusion": "two_tower", "gallery_text": "first_caption", "pooled_text": True},
             ValueError,
-            "averages its towers",
+            "two_tower has no such option",
         ),
         ({"fusion": "sum"}, ValueError, "--fusion: found sum, expected reuse or paper"),
     ],

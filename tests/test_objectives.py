@@ -24,13 +24,15 @@ from saffe_cache.fusion.losses import (
     siglip,
     soft_target,
 )
+from saffe_cache.fusion.options import ObjectiveOptions
 from saffe_cache.inputs.feature_loader import FamInputs
-from saffe_cache.inputs.spec import training_pairs
+from saffe_cache.inputs.splits import training_pairs
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.batches import Batch, TrainingData
-from saffe_cache.training.objective import Objective, TermOptions
+from saffe_cache.training.config import TrainConfig
+from saffe_cache.training.objective import Objective
+from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.runs import build_fusion
-from saffe_cache.training.train import TrainConfig, resolve_run
 
 
 def unit_vectors(count: int, seed: int, width: int = 6) -> torch.Tensor:
@@ -325,7 +327,7 @@ class Prepared:
 
     def objective(self, terms: dict[str, float], **options: Any) -> Objective:
         usual = {"negatives": 5, "pair_photos": 12, "text_dropout": 0.0}
-        return Objective(TermOptions(objective=terms, **(usual | options)), self.data.inputs.texts)
+        return Objective(ObjectiveOptions(objective=terms, **(usual | options)), self.data.inputs.texts)
 
     def loss(self, terms: dict[str, float], *, seed: int = 0, **options: Any) -> float:
         torch.manual_seed(seed)
@@ -477,7 +479,7 @@ def test_a_dropped_text_is_the_null_text(prepared: Prepared) -> None:
 def test_learned_scalars_are_those_of_the_terms(prepared: Prepared) -> None:
     every = prepared.objective({"info_nce": 1.0, "siglip": 1.0, "pair": 1.0, "matching": 1.0, "soft_target": 1.0})
     assert set(every.scalars()) == {
-        "temperature.log", "sigmoid.log_scale", "sigmoid.bias", "pair_temperature.log"
+        "info_nce.temperature.log", "siglip.sigmoid.log_scale", "siglip.sigmoid.bias", "pair.temperature.log"
     }  # fmt: skip
     assert prepared.objective({"soft_target": 1.0, "matching": 1.0}).scalars() == {}
 

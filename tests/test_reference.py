@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from saffe_cache.core.features import BlockSpec, BlockWeights
 from saffe_cache.fusion.base import Blocks, Texts
-from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.fusion.fam import ReferenceFusion
+from saffe_cache.fusion.options import FusionShape
 from saffe_cache.fusion.reference import ReferenceDecoder
-from saffe_cache.fusion.shape import FamShape
+from saffe_cache.fusion.registry import FUSIONS
 
 WIDTH, TOKENS, TEXT_TOKENS = 32, 6, 4
 Weights = dict[str, torch.Tensor]
@@ -33,7 +34,7 @@ def make_block(width: int, seed: int, heads: int = 4) -> BlockWeights:
     return BlockWeights(spec, tensors)
 
 
-def make_fam(**changes: Any) -> FusionAlignModule:
+def make_fam(**changes: Any) -> ReferenceFusion:
     torch.manual_seed(3)
     shape: dict[str, Any] = {
         "fusion": "reference",
@@ -43,11 +44,11 @@ def make_fam(**changes: Any) -> FusionAlignModule:
         "num_tokens": TOKENS,
         "text_hidden_size": WIDTH,
         "text_size": WIDTH,
-        "shares_decoder": True,
+        "share_decoder": True,
         "maps_queries": False,
     }
     blocks = Blocks(*([make_block(WIDTH, 2 * layer + side) for layer in range(2)] for side in range(2)))
-    return FusionAlignModule(FamShape(**(shape | changes)), blocks).eval()
+    return ReferenceFusion(FusionShape(**(shape | changes)), blocks).eval()
 
 
 def draw(seed: int = 0, count: int = 3) -> tuple[list[torch.Tensor], Texts]:
@@ -56,7 +57,7 @@ def draw(seed: int = 0, count: int = 3) -> tuple[list[torch.Tensor], Texts]:
     return states, Texts(words, torch.ones(count, TEXT_TOKENS, dtype=torch.bool), rand(count, WIDTH, seed=seed + 9))
 
 
-def watch_weights(fam: FusionAlignModule) -> list[Weights]:
+def watch_weights(fam: ReferenceFusion) -> list[Weights]:
     """The decoder's weights as they are in front of each layer."""
     seen: list[Weights] = []
 
@@ -109,7 +110,7 @@ def literal_layer(block: BlockWeights, other: BlockWeights, w: Weights, y0: torc
 @torch.no_grad()
 def test_it_is_what_the_release_computes(shares: bool) -> None:
     """Two layers, each with the matrices drawn for it; norms and biases away from their start."""
-    fam = make_fam(shares_decoder=shares)
+    fam = make_fam(share_decoder=shares)
     for name, parameter in fam.decoders.named_parameters():
         if "norms" in name or name.endswith(".bias"):
             parameter += 0.3 * rand(*parameter.shape, seed=len(name))
@@ -230,7 +231,7 @@ def count_parameters(
     fusion: str, blocks: Sequence[BlockWeights], layers: int, tokens: int, width: int, shares: bool
 ) -> int:
     """Of decoders and head, on no device."""
-    shape = FamShape(
+    shape = FusionShape(
         fusion=fusion,
         head="flatten",
         num_layers=layers,
@@ -238,12 +239,12 @@ def count_parameters(
         num_tokens=tokens,
         text_hidden_size=width,
         text_size=width,
-        shares_decoder=shares,
+        share_decoder=shares,
         maps_queries=False,
     )
-    given = Blocks([blocks[0]] * layers, [blocks[1]] * layers) if shape.has_decoder else Blocks()
+    given = Blocks([blocks[0]] * layers, [blocks[1]] * layers) if shape.entry.has_decoder else Blocks()
     with torch.device("meta"):
-        fam = FusionAlignModule(shape, given)
+        fam = FUSIONS[fusion].make(shape, given)
     return sum(parameter.numel() for part in (fam.decoders, fam.head) for parameter in part.parameters())
 
 

@@ -19,10 +19,9 @@ from saffe_cache.core.features import CacheError
 from saffe_cache.core.outputs import read_json
 from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
 from saffe_cache.fusion.registry import FUSIONS
-from saffe_cache.fusion.shape import FAM
 from saffe_cache.inputs.feature_loader import FamInputs, summaries
-from saffe_cache.inputs.pairs import hold_out, mean_text_vectors, select_pairs
-from saffe_cache.inputs.spec import same_training_pairs, training_pairs
+from saffe_cache.inputs.pairs import mean_text_vectors, select_pairs
+from saffe_cache.inputs.splits import hold_out, same_training_pairs, training_pairs
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
@@ -32,7 +31,8 @@ from saffe_cache.training import batches
 from saffe_cache.training import loop as fitting
 from saffe_cache.training import train as train_module
 from saffe_cache.training.checkpoints import TrainingState
-from saffe_cache.training.resolve import TrainConfig, resolve_run
+from saffe_cache.training.config import TrainConfig
+from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.runs import load_permuted, load_run
 from saffe_cache.training.train import train
 
@@ -132,7 +132,7 @@ RUNNING: list[dict[str, Any]] = [
     *(
         {"fusion": fusion, "gallery_text": beside}
         for fusion in FUSIONS
-        if fusion not in FAM
+        if "head" not in FUSIONS[fusion].options
         for beside in ("null", "first_caption")
         if (fusion, beside) != ("hadamard", "null")
     ),
@@ -146,7 +146,7 @@ def test_every_combination_runs(notes_path: str, deep_path: str, tmp_path: Path,
     """One epoch; its loss is finite, and the best weights load and are as good as they were."""
     if changes["fusion"] == "reference" and changes.get("query_side") == "text":
         changes = {"head": "attention", **changes}
-    path = notes_path if changes["fusion"] in FAM else deep_path
+    path = notes_path if "head" in FUSIONS[changes["fusion"]].options else deep_path
     train(config_for(path, tmp_path, epochs=1, **changes))
     cache = open_cache(path)
     spec, model, result = load_run(tmp_path, cache)
@@ -456,7 +456,7 @@ def test_pairs_alone_are_validated_as_pairs(cache_path: str, tmp_path: Path) -> 
     assert any(
         "without null text" in warning for warning in report_of(cache, run, split="dev", protocol="class")["warnings"]
     )
-    with pytest.raises(ValueError, match="--objective: found pair alone, expected info_nce=1 beside it"):
+    with pytest.raises(ValueError, match="--objective: found pair alone, expected info_nce=1 too"):
         train(config_for(cache_path, tmp_path / "captions", objective={"pair": 1.0}))
 
 
@@ -506,7 +506,7 @@ def test_reference_resolves_to_what_was_released(notes_path: str, tmp_path: Path
     spec = resolve_run(config_for(notes_path, tmp_path, fusion="reference"), open_cache(notes_path))
     assert spec.gallery_text == "matched"
     shape = spec.shape
-    assert (shape.head, shape.shares_decoder, shape.adds_text, shape.maps_queries) == ("flatten", True, False, False)
+    assert (shape.head, shape.share_decoder, shape.pooled_text, shape.maps_queries) == ("flatten", True, False, False)
     train(config_for(notes_path, tmp_path / "run", fusion="reference", epochs=2))
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
     assert not any("temperature" in name for name in lines[0])
@@ -522,10 +522,10 @@ def test_reference_resolves_to_what_was_released(notes_path: str, tmp_path: Path
 def test_text_is_added_by_default_where_there_is_one(notes_path: str, tmp_path: Path, fusion: str, adds: bool) -> None:
     cache = open_cache(notes_path)
     beside = config_for(notes_path, tmp_path, fusion=fusion, gallery_text="first_caption")
-    assert resolve_run(beside, cache).shape.adds_text == adds
-    assert resolve_run(replace(beside, pooled_text=not adds), cache).shape.adds_text == (not adds)
+    assert resolve_run(beside, cache).shape.pooled_text == adds
+    assert resolve_run(replace(beside, pooled_text=not adds), cache).shape.pooled_text == (not adds)
     if fusion != "concat":
-        assert not resolve_run(replace(beside, gallery_text="null"), cache).shape.adds_text
+        assert not resolve_run(replace(beside, gallery_text="null"), cache).shape.pooled_text
 
 
 def test_the_attention_head_starts_as_the_ridge_and_is_never_worse_on_validation(tmp_path: Path) -> None:
@@ -590,7 +590,10 @@ def test_all_photos_in_another_split_too(tmp_path: Path) -> None:
         ({"device": "gpu"}, "--device gpu: torch cannot use it"),
         ({"objective": {"triplet": 1.0}}, "--objective: found triplet=…, expected info_nce=…"),
         ({"objective": {"pair": 0.0}}, "--objective: found pair=0.0, expected a weight above 0"),
-        ({"objective": {"pair": 1.0}, "fusion": "linear"}, "--objective: found pair, expected no term over pairs"),
+        (
+            {"objective": {"pair": 1.0}, "fusion": "linear"},
+            "--objective: found pair, expected no objective over fused pairs",
+        ),
         ({"objective": {"matching": 1.0}, "fusion": "linear"}, "linear takes no text"),
         ({"fusion": "concat", "layers": {"text": (2,)}}, "--layers: found text=…, expected no text: concat takes no"),
         ({"head": "flatten", "query_side": "text"}, "--head: found flatten, expected attention or mean"),
@@ -599,7 +602,7 @@ def test_all_photos_in_another_split_too(tmp_path: Path) -> None:
             {"fusion": "concat", "head": "mean", "gallery_text": "matched"},
             "--head: found mean, expected attention",
         ),
-        ({"text_dropout": 0.5}, "--text-dropout: found 0.5, expected 0: there is no text beside"),
+        ({"text_dropout": 0.5}, "--text-dropout: found 0.5, expected 0: no text is paired"),
         ({"text_dropout": 1.0, "gallery_text": "matched"}, "--text-dropout: found 1.0, expected a fraction"),
         ({"negatives": 0}, "--negatives: found 0"),
         ({"control_epochs": -1}, "--control-epochs: found -1"),

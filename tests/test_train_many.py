@@ -13,7 +13,8 @@ from saffe_cache.retrieval.baselines import LinearMap, fit_ridge
 from saffe_cache.training import batches
 from saffe_cache.training import loop as fitting
 from saffe_cache.training.batches import Batch, TrainingData
-from saffe_cache.training.train import TrainConfig, train, train_many
+from saffe_cache.training.config import TrainConfig
+from saffe_cache.training.train import train, train_many
 
 VARIANTS: list[dict[str, Any]] = [
     {"fusion": "linear"},

@@ -4,7 +4,8 @@ A field `batch_size: int = 32` with a docstring below it becomes `--batch-size N
 `tuple[X, ...]` is repeated or takes commas (texts, which may contain commas, are only repeated); `Mapping[str, X]` is
 given as KEY=VALUE and repeated; a bool becomes a pair `--flag/--no-flag`. A field declared as `positional()` is given
 without a flag; a tuple takes one or more. Fields that a config inherits are shown under the first line of the docstring
-of the class that declares them.
+of the class that declares them. A field that chooses from a registry names it in its metadata, `entries`, and its help
+lists the entries' summaries.
 
 `--config FILE.toml` takes any of these options by their field names; an option on the command line replaces the file's.
 `--print-config` prints such a file.
@@ -89,7 +90,8 @@ def add_options(parser: argparse.ArgumentParser, config_class: type[Any]) -> Non
         title = _group(config_class, field.name)
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        _add_option(groups[title], field, hints[field.name], helps.get(field.name, ""))
+        entries = [f"{name}: {one.summary}" for name, one in field.metadata.get("entries", {}).items()]
+        _add_option(groups[title], field, hints[field.name], " ".join([helps.get(field.name, ""), *entries]))
     parser.add_argument(
         "--config", metavar="FILE.toml", dest=_FILE, help="read options from a file; others override it"
     )

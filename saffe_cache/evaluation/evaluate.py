@@ -21,7 +21,8 @@ from saffe_cache.evaluation.results import FAM, Cost, Difference, EvaluationResu
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import FamInputs
 from saffe_cache.inputs.pairs import Pairs
-from saffe_cache.inputs.spec import RunSpec, same_training_pairs
+from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.inputs.splits import same_training_pairs
 from saffe_cache.protocols.base import LEAKY_GALLERY, NULL_GALLERY, Protocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Answered, Setting
@@ -181,8 +182,8 @@ def _warnings(config: EvaluateConfig, protocol: Protocol) -> list[str]:
     if config.split == spec.train_split:
         found.append(f"the run was trained on split {config.split!r}: these numbers do not show how it generalises.")
     found += protocol.warnings()
-    if spec.shape.fusion == "reference":
-        found.append("fusion reference draws its attention anew in every forward: other runs give other numbers.")
+    if not spec.shape.entry.is_deterministic:
+        found.append(f"fusion {spec.shape.fusion} draws random numbers in evaluation too: repeated runs differ.")
     if protocol.setting.pairs.num_unusable:
         num_unusable = protocol.setting.pairs.num_unusable
         found.append(f"{num_unusable} items of the split are left out: see saffe-cache inspect.")

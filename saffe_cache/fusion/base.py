@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from saffe_cache.core.features import BlockWeights
 from saffe_cache.fusion.heads import TextMap, summarize
-from saffe_cache.fusion.shape import FamShape
+from saffe_cache.fusion.options import FusionShape
 
 
 class Blocks(NamedTuple):
@@ -73,8 +73,8 @@ class Fused(NamedTuple):
 class Fusion(nn.Module):
     """Gallery side f(x, text or null) and query side g(text), both as unit vectors.
 
-    A fusion defines `fuse`. A text that lies beside a gallery input may also be added to the output (`adds_text`): its
-    own vector, mapped, with a learned weight, which is late fusion.
+    A fusion defines `fuse`. The text that is paired with a gallery input may also be added to the output
+    (`pooled_text`): its own vector, mapped, with a learned weight, which is late fusion.
     """
 
     idle_with_null: ClassVar[tuple[str, ...]] = ()
@@ -82,7 +82,7 @@ class Fusion(nn.Module):
 
     match_head: nn.Module
 
-    def __init__(self, shape: FamShape) -> None:
+    def __init__(self, shape: FusionShape) -> None:
         super().__init__()
         self.shape = shape
 
@@ -90,7 +90,7 @@ class Fusion(nn.Module):
         """Of the queries, and of the texts beside gallery inputs."""
         shape = self.shape
         self.query_map = TextMap(shape.text_size, shape.dropout) if shape.maps_queries else nn.Identity()
-        if shape.adds_text:
+        if shape.pooled_text:
             self.text_map = TextMap(shape.text_size, shape.dropout)
             self.text_weight = nn.Parameter(torch.ones(()))
 
@@ -166,7 +166,7 @@ class Fusion(nn.Module):
 
     def _add_text(self, vectors: torch.Tensor, texts: torch.Tensor, is_text: torch.Tensor) -> torch.Tensor:
         """Unit vectors with the texts' own vectors [pairs, text_size] added, where bool [pairs, 1] says so."""
-        if not self.shape.adds_text:
+        if not self.shape.pooled_text:
             return vectors
         return functional.normalize(vectors + self.text_weight * self.text_map(texts) * is_text, dim=-1)
 

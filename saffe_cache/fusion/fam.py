@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -12,39 +12,38 @@ from torch.nn import functional
 from saffe_cache.fusion.base import Blocks, Fused, Fusion, Pairing, Texts, gathered
 from saffe_cache.fusion.decoders import PaperDecoder, ReuseDecoder
 from saffe_cache.fusion.heads import AttentionHead, FlattenHead, MatchHead, MeanHead, summarize
+from saffe_cache.fusion.options import FusionShape
 from saffe_cache.fusion.reference import ReferenceDecoder
-from saffe_cache.fusion.shape import FamShape
-
-_KINDS: dict[str, type[ReuseDecoder | PaperDecoder | ReferenceDecoder]] = {
-    "reuse": ReuseDecoder,
-    "paper": PaperDecoder,
-    "reference": ReferenceDecoder,
-}
-
 
 _NO_BLOCKS = Blocks()
 
 
 class FusionAlignModule(Fusion):
-    """SAFFE's fusions, the released one among them, and two of ours in the same frame: `reuse` and `concat`.
+    """The fusions `linear` and `concat`, and the frame of those with a decoder.
 
-    `linear` pools the cached states themselves: a text beside them enters as its own vector alone (`adds_text`), which
-    is late fusion. `concat` shows that vector to the head's MLP too, as `reuse` does. The decoders (`reuse`, `paper`,
-    `reference`) let one modality's tokens attend to the other's in each layer, then pool. A text that is missing is
-    the null text: one learned token a layer.
+    `linear` pools the cached states themselves: a paired text enters only as its own vector (`pooled_text`), which is
+    late fusion. `concat` also shows that vector to the head's MLP, as `reuse` does. A decoder (see the subclasses) lets
+    one modality's tokens attend to the other's in each layer before they are pooled. A missing text is the null text:
+    one learned token for each layer.
 
-    Its parameters are the head's, the decoders', that token's, and those of the maps of queries and of texts that are
-    added: 3,106,305 (`linear`) and 3,500,289 (`concat`) with one layer, where all widths are 384.
+    Its parameters are those of the head, the decoders, that token, and the maps of queries and of added texts:
+    3,106,305 (`linear`) and 3,500,289 (`concat`) with one layer, where all widths are 384.
     """
 
-    def __init__(self, shape: FamShape, blocks: Blocks = _NO_BLOCKS) -> None:
+    decoder_class: ClassVar[type[ReuseDecoder | PaperDecoder | ReferenceDecoder] | None] = None
+    freezes_idle: ClassVar[bool] = True
+    """Whether parameters that get no gradient with null text alone are taken out of training."""
+    flatten_relu: ClassVar[bool] = False
+    """Whether a flatten head ends with a ReLU."""
+
+    def __init__(self, shape: FusionShape, blocks: Blocks = _NO_BLOCKS) -> None:
         """`blocks`: for each layer of a decoder, the gallery's block and the text's that consume it."""
         super().__init__(shape)
-        assert len(blocks.gallery) == len(blocks.text) == (shape.num_layers if shape.has_decoder else 0)
-        self.layers, self.decoders = _make_decoders(shape, blocks)
-        if shape.has_decoder:
+        assert len(blocks.gallery) == len(blocks.text) == (shape.num_layers if self.decoder_class else 0)
+        self.layers, self.decoders = self._make_decoders(blocks)
+        if self.decoder_class:
             self.null_text = nn.Parameter(torch.randn(shape.num_layers, shape.text_hidden_size) * 0.02)
-        self.head = _make_head(shape)
+        self.head = self._make_head()
         self._make_text_maps()
         if shape.matches:
             self.match_head = MatchHead(shape.pooled_size, shape.num_layers, shape.text_size)
@@ -75,7 +74,7 @@ class FusionAlignModule(Fusion):
         pairing: Pairing | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """What the head pools, and its mask: the states themselves, or the decoders' outputs, one row each pair."""
-        if not self.shape.has_decoder:
+        if not self.decoder_class:
             index = pairing.gallery if pairing else None
             return [gathered(state, index) for state in states], _mask_rows(mask, index)
         text_states, text_mask = self._with_null(texts)
@@ -102,7 +101,7 @@ class FusionAlignModule(Fusion):
 
     @property
     def fuses_first(self) -> bool:
-        return self.shape.has_decoder and self.shape.query_side == "gallery"
+        return self.decoder_class is not None and self.shape.query_side == "gallery"
 
     def linear_features(
         self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, texts: Texts | None
@@ -116,15 +115,15 @@ class FusionAlignModule(Fusion):
         return self.head.linear if isinstance(self.head, AttentionHead) else None
 
     def freeze_unused(self, *, null_only: bool) -> None:
-        """Take out of training what is not to train, and what no gradient reaches (but `reference` stays as released).
+        """Take out of training what must not train, and what gets no gradient.
 
         With null text alone a softmax is over one token: in the cross-attention where the gallery asks, in the
         self-attention and the pooling where the text does.
         """
-        if self.shape.freezes_decoder and self.shape.has_decoder:
+        if self.shape.freeze_decoder and self.decoder_class:
             self.decoders.requires_grad_(False)
             self.null_text.requires_grad_(False)
-        if not null_only or self.shape.fusion not in ("reuse", "paper"):
+        if not null_only or not self.freezes_idle:
             return
         idle = _IDLE_WHERE_GALLERY_ASKS if self.shape.query_side == "gallery" else _IDLE_WHERE_TEXT_ASKS
         for name, parameter in self.named_parameters():
@@ -158,7 +157,7 @@ class FusionAlignModule(Fusion):
         self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, pairing: Pairing | None
     ) -> torch.Tensor | None:
         """Of the gallery's own tokens, where texts ask and the fused tokens are theirs; else of what is pooled."""
-        if not self.shape.has_decoder or self.shape.query_side == "gallery" or self.shape.head != "attention":
+        if not self.decoder_class or self.shape.query_side == "gallery" or self.shape.head != "attention":
             return None
         return gathered(summarize(states, mask), pairing.gallery if pairing else None)
 
@@ -180,6 +179,53 @@ class FusionAlignModule(Fusion):
             beside = functional.normalize(beside, dim=-1) * self.shape.text_size**0.5 * is_text
         return self.head(fused, mask, summary, beside)  # type: ignore[no-any-return]
 
+    def _make_decoders(self, blocks: Blocks) -> tuple[nn.ModuleList, nn.ModuleList]:
+        """What belongs to each layer, and what trains; a shared decoder starts as the last layer's."""
+        if self.decoder_class is None:
+            return nn.ModuleList(), nn.ModuleList()
+        kind = self.decoder_class
+        sides = blocks if self.shape.query_side == "gallery" else blocks[::-1]
+        ordered = list(zip(*sides, strict=True))
+        decoders = [kind(*pair) for pair in (ordered[-1:] if self.shape.share_decoder else ordered)]
+        return nn.ModuleList([kind.layer_of(*pair) for pair in ordered]), nn.ModuleList(decoders)
+
+    def _make_head(self) -> nn.Module:
+        shape = self.shape
+        if shape.head == "attention":
+            return AttentionHead(
+                shape.pooled_size,
+                shape.num_layers,
+                shape.text_size,
+                summary_size=shape.summary_size,
+                beside_size=shape.text_size if shape.head_sees_text else 0,
+                dropout=shape.dropout,
+                has_class_token=shape.has_class_token,
+            )
+        if shape.head == "mean":
+            return MeanHead(shape.pooled_size, shape.num_layers, shape.text_size)
+        sizes = shape.pooled_size, shape.num_layers, shape.num_tokens, shape.text_size
+        return FlattenHead(*sizes, has_relu=self.flatten_relu)
+
+
+class ReuseFusion(FusionAlignModule):
+    """`reuse`: the encoder's own next block, with a gated cross-attention."""
+
+    decoder_class = ReuseDecoder
+
+
+class PaperFusion(FusionAlignModule):
+    """`paper`: eq. 1-4 of the SAFFE paper."""
+
+    decoder_class = PaperDecoder
+
+
+class ReferenceFusion(FusionAlignModule):
+    """`reference`: the released SAFFE code, as it is."""
+
+    decoder_class = ReferenceDecoder
+    freezes_idle = False
+    flatten_relu = True
+
 
 class _Indices(NamedTuple):
     gallery: torch.Tensor | None
@@ -193,32 +239,3 @@ _IDLE_WHERE_TEXT_ASKS = ("self_attention.weights.query", "self_attention.weights
 
 def _mask_rows(mask: torch.Tensor | None, index: torch.Tensor | None) -> torch.Tensor | None:
     return None if mask is None else gathered(mask, index)
-
-
-def _make_decoders(shape: FamShape, blocks: Blocks) -> tuple[nn.ModuleList, nn.ModuleList]:
-    """What belongs to each layer, and what trains; a shared decoder starts as the last layer's."""
-    if not shape.has_decoder:
-        return nn.ModuleList(), nn.ModuleList()
-    kind = _KINDS[shape.fusion]
-    sides = blocks if shape.query_side == "gallery" else blocks[::-1]
-    ordered = list(zip(*sides, strict=True))
-    decoders = [kind(*pair) for pair in (ordered[-1:] if shape.shares_decoder else ordered)]
-    return nn.ModuleList([kind.layer_of(*pair) for pair in ordered]), nn.ModuleList(decoders)
-
-
-def _make_head(shape: FamShape) -> nn.Module:
-    if shape.head == "attention":
-        return AttentionHead(
-            shape.pooled_size,
-            shape.num_layers,
-            shape.text_size,
-            summary_size=shape.summary_size,
-            beside_size=shape.text_size if shape.head_sees_text else 0,
-            dropout=shape.dropout,
-            has_class_token=shape.has_class_token,
-        )
-    if shape.head == "mean":
-        return MeanHead(shape.pooled_size, shape.num_layers, shape.text_size)
-    return FlattenHead(
-        shape.pooled_size, shape.num_layers, shape.num_tokens, shape.text_size, has_relu=shape.fusion == "reference"
-    )

@@ -1,6 +1,6 @@
-"""Losses. Pure torch.
+"""Losses as functions, and the objectives of registry.OBJECTIVES that compute them on a batch. Pure torch.
 
-Which of them may be trusted with what, by how they fail (tests/test_failure_modes.py shows each):
+What each can be trusted with, by how it fails (tests/test_failure_modes.py shows each):
 
     info_nce        with the null text in the gallery: honest. With matched texts: copies the text.
     siglip          needs its learned bias: with a wrong one all pairs stay negative for long.
@@ -12,12 +12,16 @@ Which of them may be trusted with what, by how they fail (tests/test_failure_mod
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+
+from saffe_cache.fusion.base import Fused
+from saffe_cache.fusion.options import ObjectiveOptions
 
 
 def info_nce(
@@ -171,3 +175,98 @@ class Temperature(nn.Module):
         with torch.no_grad():
             self.log.clamp_(math.log(0.01), math.log(0.5))
         return self.log.exp()
+
+
+class Contrast(NamedTuple):
+    """What an objective sees of one batch."""
+
+    photos: torch.Tensor
+    """Unit vectors [n, d] of the photos, each with its paired text or the null text."""
+    queries: torch.Tensor
+    """Unit vectors [m, d] of the batch's distinct texts."""
+    positives: torch.Tensor
+    """bool [n, m]: which texts describe which photo."""
+    own: torch.Tensor
+    """int64 [n]: one text of each photo."""
+    text_vectors: torch.Tensor
+    """The text encoder's own vectors of the texts, [m, d]."""
+    fuse: Callable[[torch.Tensor, torch.Tensor], Fused]
+    """Fuses photos by row with texts by column, int64 [pairs] each."""
+    match: Callable[[Fused, torch.Tensor], torch.Tensor]
+    """Logits [pairs] of fused pairs and the unit vectors of their texts."""
+
+
+class InfoNce(nn.Module):
+    """`info_nce` with a learned temperature."""
+
+    def __init__(self, options: ObjectiveOptions) -> None:
+        super().__init__()
+        self.temperature = Temperature()
+
+    def forward(self, batch: Contrast) -> torch.Tensor:
+        return info_nce(batch.photos, batch.queries, batch.positives, self.temperature())
+
+
+class Siglip(nn.Module):
+    """`siglip` with a learned scale and bias."""
+
+    def __init__(self, options: ObjectiveOptions) -> None:
+        super().__init__()
+        self.sigmoid = SigmoidScale()
+
+    def forward(self, batch: Contrast) -> torch.Tensor:
+        return siglip(batch.photos, batch.queries, batch.positives, *self.sigmoid())
+
+
+class SoftTarget(nn.Module):
+    """`soft_target` with the text encoder's own vector as the target."""
+
+    def __init__(self, options: ObjectiveOptions) -> None:
+        super().__init__()
+
+    def forward(self, batch: Contrast) -> torch.Tensor:
+        return soft_target(batch.photos, functional.normalize(batch.text_vectors[batch.own], dim=-1))
+
+
+class Pair(nn.Module):
+    """`pair_info_nce` of some photos, each fused with its own text and with hard and random wrong ones."""
+
+    def __init__(self, options: ObjectiveOptions) -> None:
+        super().__init__()
+        self._num_photos, self._negatives = options.pair_photos, options.negatives
+        self.temperature = Temperature()
+
+    def forward(self, batch: Contrast) -> torch.Tensor:
+        chosen = torch.randperm(len(batch.photos), device=batch.photos.device)[: self._num_photos]
+        num_hard = (self._negatives + 1) // 2
+        scores = batch.photos[chosen].detach() @ batch.queries.detach().T
+        wrong = draw_negatives(scores, batch.positives[chosen], num_hard, self._negatives - num_hard)
+        columns = torch.cat([batch.own[chosen, None], wrong], dim=1)
+        fused = batch.fuse(chosen.repeat_interleave(columns.shape[1]), columns.flatten())
+        agreement = (fused.vectors.float() * batch.queries[columns.flatten()]).sum(dim=-1)
+        return pair_info_nce(agreement.view_as(columns), self.temperature())
+
+
+class Matching(nn.Module):
+    """`matching` of some photos: each with its own text, with a hard wrong text, and its text with a wrong photo."""
+
+    def __init__(self, options: ObjectiveOptions) -> None:
+        super().__init__()
+        self._num_photos = options.pair_photos
+
+    def forward(self, batch: Contrast) -> torch.Tensor:
+        chosen = torch.randperm(len(batch.photos), device=batch.photos.device)[: self._num_photos]
+        own = batch.own[chosen]
+        scores = batch.photos.detach() @ batch.queries.detach().T
+        wrong_texts = _draw_likely(scores[chosen], batch.positives[chosen])
+        wrong_photos = _draw_likely(scores[:, own].T, batch.positives[:, own].T)
+        texts = torch.cat([own, wrong_texts, own])
+        fused = batch.fuse(torch.cat([chosen, chosen, wrong_photos]), texts)
+        logits = batch.match(fused, batch.queries[texts])
+        return matching(logits.float(), torch.arange(len(texts), device=logits.device) < len(chosen))
+
+
+def _draw_likely(scores: torch.Tensor, positives: torch.Tensor, sharpness: float = 20.0) -> torch.Tensor:
+    """A wrong column for each row, drawn by softmax over cosines (ALBEF, sec. 3.2): int64 [rows]."""
+    weights = (scores * sharpness).masked_fill(positives, -torch.inf).softmax(dim=1)
+    return torch.multinomial(weights, 1).squeeze(1)

@@ -1,51 +1,216 @@
-"""All fusions by name, and what each needs of a cache. One more is one file and one line here."""
+"""All fusions and objectives by name, and everything that generic code asks of them.
+
+Torch-free: classes are named as "module:Class" and imported when one is built, so that options can be read without
+torch. A new fusion, or a new loss, is one class and one entry here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
-
-from saffe_cache.fusion.base import Blocks, Fusion
-from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.fusion.known.albef import AlbefFusion
-from saffe_cache.fusion.known.flamingo import FlamingoFusion
-from saffe_cache.fusion.known.hadamard import HadamardFusion
-from saffe_cache.fusion.known.insertion import DeepInsertFusion, LimberFusion, MagmaFusion
-from saffe_cache.fusion.known.late import LateFusion
-from saffe_cache.fusion.known.mbt import BottleneckFusion
-from saffe_cache.fusion.known.two_tower import TwoTowerFusion
-from saffe_cache.fusion.shape import FamShape
+from typing import Any, Literal
 
 BlockUse = Literal["none", "paired", "text", "both"]
+HeadName = Literal["attention", "mean", "flatten"]
+QuerySide = Literal["gallery", "text"]
+GalleryText = Literal["null", "first_caption", "matched"]
+_INFO_NCE: Mapping[str, float] = MappingProxyType({"info_nce": 1.0})
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A fusion, and what it needs of a cache."""
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Something that is built from a class."""
 
-    make: Callable[[FamShape, Blocks], Fusion]
+    made_by: str
+    """MODULE:CLASS."""
+    summary: str
+    """For --help: one or two short sentences."""
+
+    def make(self, *arguments: Any) -> Any:
+        """Import the class and call it."""
+        module, _, name = self.made_by.partition(":")
+        return getattr(importlib.import_module(module), name)(*arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionEntry(Entry):
+    """A fusion; its class is called with a FusionShape and the Blocks that it uses."""
+
     blocks: BlockUse = "none"
-    """Cached blocks that it takes, and with them the text's tokens. paired: the one behind each layer of both encoders.
-    text: of the text encoder all behind its layer. both: of both encoders as many as follow both layers."""
-    objective: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({"info_nce": 1.0}))
-    """What it trains by default."""
+    """Which cached encoder blocks it uses, and with them the text's tokens. none: no block, and no text tokens.
+    paired: for each layer, the block that follows it in both encoders. text: all blocks of the text encoder from the
+    text's layer on. both: as many blocks of each encoder as follow both layers."""
+    options: frozenset[str] = frozenset({"pooled_text"})
+    """Which of the options --head, --query-side, --share-decoder, --freeze-decoder and --pooled-text it understands."""
+    head: HeadName = "attention"
+    """Its default --head."""
+    share_decoder: bool = False
+    """Its default --share-decoder."""
+    pooled_text: bool = True
+    """Its default --pooled-text where texts are paired with photos."""
+    gallery_text: GalleryText = "null"
+    """Its default --gallery-text."""
+    objective: Mapping[str, float] = field(default_factory=lambda: _INFO_NCE)
+    """Its default --objective."""
+    maps_queries: bool = True
+    """Whether queries pass a learned map; otherwise they are the text encoder's own vectors."""
+    fuses_text: bool = True
+    """Whether a paired text changes a photo's vector even without --pooled-text."""
+    text_in_head: Literal["never", "with pooled_text", "always"] = "never"
+    """When the attention head's MLP sees the paired text's own vector."""
+    without_text: str | None = None
+    """The fusion that it equals when no text is fused in training: then that one should be used."""
+    text_objectives: tuple[str, ...] = ("pair", "matching")
+    """Objectives that fuse texts in training even when none is paired with the photos; used with `without_text`."""
+    is_deterministic: bool = True
+    """Whether the same inputs always give the same vectors in evaluation."""
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether one modality's tokens attend to the other's, in a decoder for each layer."""
+        return "query_side" in self.options
+
+    @property
+    def continues_text(self) -> bool:
+        """Whether the text encoder's blocks run from the text's layer to the last one."""
+        return self.blocks in ("text", "both")
+
+    @property
+    def needs_gallery_blocks(self) -> bool:
+        """Whether it uses blocks of the gallery's encoder; a CNN has none."""
+        return self.blocks in ("paired", "both")
 
 
-FUSIONS: Mapping[str, Kind] = {
-    "reuse": Kind(FusionAlignModule, "paired"),
-    "paper": Kind(FusionAlignModule, "paired"),
-    "reference": Kind(FusionAlignModule, "paired", {"soft_target": 1.0}),
-    "linear": Kind(FusionAlignModule),
-    "concat": Kind(FusionAlignModule),
-    "late": Kind(LateFusion),
-    "hadamard": Kind(HadamardFusion),
-    "two_tower": Kind(TwoTowerFusion, objective={"siglip": 1.0}),
-    "mbt": Kind(BottleneckFusion, "both"),
-    "flamingo": Kind(FlamingoFusion, "text"),
-    "limber": Kind(LimberFusion, "text"),
-    "magma": Kind(MagmaFusion, "text"),
-    "deep_insert": Kind(DeepInsertFusion, "text"),
-    "albef": Kind(AlbefFusion, "text", {"info_nce": 1.0, "matching": 1.0}),
+_KNOWN, _FAM = "saffe_cache.fusion.known", "saffe_cache.fusion.fam"
+_HEAD = frozenset({"pooled_text", "head"})
+_DECODER = _HEAD | {"query_side", "share_decoder", "freeze_decoder"}
+
+FUSIONS: Mapping[str, FusionEntry] = {
+    "reuse": FusionEntry(
+        made_by=f"{_FAM}:ReuseFusion",
+        summary="The encoder's next block with a gated cross-attention to the other modality.",
+        blocks="paired",
+        options=_DECODER,
+        text_in_head="with pooled_text",
+    ),
+    "paper": FusionEntry(
+        made_by=f"{_FAM}:PaperFusion",
+        summary="The SAFFE paper's decoder, eq. 1-4.",
+        blocks="paired",
+        options=_DECODER,
+        pooled_text=False,
+    ),
+    "reference": FusionEntry(
+        made_by=f"{_FAM}:ReferenceFusion",
+        summary="What the released SAFFE code computes; for comparison only.",
+        blocks="paired",
+        options=_DECODER,
+        head="flatten",
+        share_decoder=True,
+        pooled_text=False,
+        gallery_text="matched",
+        objective=MappingProxyType({"soft_target": 1.0}),
+        maps_queries=False,
+        is_deterministic=False,
+    ),
+    "linear": FusionEntry(
+        made_by=f"{_FAM}:FusionAlignModule",
+        summary="No attention between modalities: the head pools the photo's tokens; a paired text adds its vector.",
+        options=_HEAD,
+        fuses_text=False,
+    ),
+    "concat": FusionEntry(
+        made_by=f"{_FAM}:FusionAlignModule",
+        summary="As linear, and the head's MLP sees the paired text's vector too.",
+        options=_HEAD,
+        text_in_head="always",
+        without_text="linear",
+    ),
+    "late": FusionEntry(
+        made_by=f"{_KNOWN}.late:LateFusion",
+        summary="Late fusion: a linear map of the photo plus a linear map of the text.",
+    ),
+    "hadamard": FusionEntry(
+        made_by=f"{_KNOWN}.hadamard:HadamardFusion",
+        summary="Low-rank bilinear pooling (MLB).",
+        without_text="late",
+        text_objectives=("pair",),
+    ),
+    "two_tower": FusionEntry(
+        made_by=f"{_KNOWN}.two_tower:TwoTowerFusion",
+        summary="One linear map for each encoder into a shared space.",
+        options=frozenset(),
+        pooled_text=False,
+        objective=MappingProxyType({"siglip": 1.0}),
+    ),
+    "mbt": FusionEntry(
+        made_by=f"{_KNOWN}.mbt:BottleneckFusion",
+        summary="Bottleneck tokens between the blocks of both encoders (MBT).",
+        blocks="both",
+    ),
+    "flamingo": FusionEntry(
+        made_by=f"{_KNOWN}.flamingo:FlamingoFusion",
+        summary="Perceiver resampler and gated cross-attention in the text encoder (Flamingo).",
+        blocks="text",
+    ),
+    "limber": FusionEntry(
+        made_by=f"{_KNOWN}.insertion:LimberFusion",
+        summary="Linearly mapped photo tokens in front of the text's (LiMBeR).",
+        blocks="text",
+    ),
+    "magma": FusionEntry(
+        made_by=f"{_KNOWN}.insertion:MagmaFusion",
+        summary="LiMBeR with an adapter behind each text block (MAGMA).",
+        blocks="text",
+    ),
+    "deep_insert": FusionEntry(
+        made_by=f"{_KNOWN}.insertion:DeepInsertFusion",
+        summary="LiMBeR whose photo tokens enter at a later text layer (DeepInsert).",
+        blocks="text",
+    ),
+    "albef": FusionEntry(
+        made_by=f"{_KNOWN}.albef:AlbefFusion",
+        summary="Cross-attention in the text encoder's upper blocks, with a matching head (ALBEF).",
+        blocks="text",
+        objective=MappingProxyType({"info_nce": 1.0, "matching": 1.0}),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveEntry(Entry):
+    """A loss; its class is called with the run's ObjectiveOptions."""
+
+    fuses_pairs: bool = False
+    """Whether photos of a batch are fused with several candidate texts. Each photo then needs a wrong text."""
+    needs_wrong_photos: bool = False
+    """Whether each text of a batch needs a wrong photo too."""
+    needs_match_head: bool = False
+    """Whether the fusion needs a head for image-text matching."""
+    trains_only_pairs: bool = False
+    """Whether it trains the vectors of fused pairs alone. A gallery with null text then means nothing, unless another
+    objective trains it."""
+
+
+_LOSSES = "saffe_cache.fusion.losses"
+
+OBJECTIVES: Mapping[str, ObjectiveEntry] = {
+    "info_nce": ObjectiveEntry(made_by=f"{_LOSSES}:InfoNce", summary="contrast photos and texts of a batch (CLIP)"),
+    "siglip": ObjectiveEntry(made_by=f"{_LOSSES}:Siglip", summary="a yes-or-no question for each pair (SigLIP)"),
+    "soft_target": ObjectiveEntry(made_by=f"{_LOSSES}:SoftTarget", summary="the released SAFFE code's loss"),
+    "pair": ObjectiveEntry(
+        made_by=f"{_LOSSES}:Pair",
+        summary="a photo's own text against wrong ones, each fused with the photo",
+        fuses_pairs=True,
+        trains_only_pairs=True,
+    ),
+    "matching": ObjectiveEntry(
+        made_by=f"{_LOSSES}:Matching",
+        summary="image-text matching with a head of its own (ALBEF)",
+        fuses_pairs=True,
+        needs_wrong_photos=True,
+        needs_match_head=True,
+    ),
 }

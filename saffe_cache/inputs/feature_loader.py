@@ -25,11 +25,10 @@ from saffe_cache.core.devices import available_memory
 from saffe_cache.core.options import require
 from saffe_cache.fusion.base import Fusion, Texts
 from saffe_cache.fusion.heads import summarize
-from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.inputs.spec import Residency, RunSpec
 from saffe_cache.store.dtypes import numbers_of
 from saffe_cache.store.reader import Cache, EncoderCache
 
-Residency = Literal["device", "memory", "mapped", "streamed"]
 _DEVICE_PART, _MEMORY_PART = 0.6, 0.5
 """Of the memory that is free: what hidden states may take of it."""
 _WINDOW_BYTES = 2**29

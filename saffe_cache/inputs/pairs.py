@@ -5,17 +5,15 @@ Whatever is split is split by photo: items that share a photo (by content hash) 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
 from saffe_cache.core.features import ItemTable, Modality, Ragged
+from saffe_cache.inputs.spec import PairKind
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.store.reader import Cache, EncoderCache
 
-PairKind = Literal["captions", "classes"]
 VALIDATION_SPLITS = ("dev", "val", "valid", "validation")
 
 
@@ -137,50 +135,6 @@ def _texts_of(table: ItemTable, item: int, kind: PairKind) -> np.ndarray:
         return table.captions[item]
     classes = [table.class_texts[int(label)] for label in table.labels[item]]
     return np.concatenate(classes) if classes else np.zeros(0, np.int64)
-
-
-def hold_out(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray) -> tuple[Pairs, Pairs]:
-    """Split by photo into a part to train on and one that is kept from it.
-
-    Photos are ordered by a hash of their content and the seed, so the sides change little as the data grow.
-    """
-    order = _drawn_order(pairs, seed, content_hash)
-    count = max(1, round(fraction * len(pairs)))
-    if count >= len(pairs):
-        raise ValueError(f"{len(pairs)} pairs are too few to hold {fraction:.0%} out. Use more data.")
-    return pairs.take(np.sort(order[count:])), pairs.take(np.sort(order[:count]))
-
-
-def keep_part(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray) -> Pairs:
-    """A part of the pairs, at least one, drawn like `hold_out`'s: a smaller part lies within a larger one."""
-    if fraction == 1:
-        return pairs
-    last = _drawn_order(pairs, seed, content_hash)[::-1]
-    return pairs.take(np.sort(last[: max(1, round(fraction * len(pairs)))]))
-
-
-def _drawn_order(pairs: Pairs, seed: int, content_hash: np.ndarray) -> np.ndarray:
-    """The pairs in the order of a hash of their photo's content and the seed."""
-    draws = np.array(
-        [
-            int.from_bytes(hashlib.sha256(content_hash[row].tobytes() + seed.to_bytes(8, "big")).digest()[:8], "big")
-            for row in pairs.rows
-        ]
-    )
-    return np.argsort(draws, kind="stable")
-
-
-def content_fingerprint(table: ItemTable, modality: Modality, *parts: Pairs) -> str:
-    """Hash over the content of some pairs: photos by their bytes, texts by their characters, in order."""
-    photo_hash, text_hash = (table.inputs[name].content_hash for name in (modality, "text"))
-    digest = hashlib.sha256()
-    for pairs in parts:
-        digest.update(photo_hash[pairs.rows].tobytes())
-        digest.update(text_hash[pairs.texts.values].tobytes())
-        digest.update(np.diff(pairs.texts.offsets).astype("<i8").tobytes())
-        if pairs.beside is not None:
-            digest.update(text_hash[pairs.beside].tobytes())
-    return digest.hexdigest()[:16]
 
 
 def mean_text_vectors(pairs: Pairs, text: EncoderCache) -> np.ndarray:

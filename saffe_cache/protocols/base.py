@@ -20,8 +20,8 @@ import numpy as np
 from saffe_cache.core.features import Ragged
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import encode_gallery
-from saffe_cache.inputs.pairs import PairKind, Pairs, select_pairs
-from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.inputs.pairs import Pairs, select_pairs
+from saffe_cache.inputs.spec import PairKind, RunSpec
 from saffe_cache.protocols.setting import Answered, Answers, Arrangement, Queries, Setting, Vectors
 from saffe_cache.retrieval.scores import Scores
 from saffe_cache.store.reader import Cache
@@ -158,9 +158,9 @@ class Protocol(ABC):
         spec, found = self.setting.spec, []
         if self.fuses_pairs and not spec.shape.takes_text:
             found.append(f"no text enters fusion {spec.shape.fusion}: a pair's score is that of the photo alone.")
-        elif self.fuses_pairs and spec.gallery_text == "null" and not spec.trains_pairs:
+        elif self.fuses_pairs and spec.gallery_text == "null" and not spec.fuses_pairs:
             found.append("the run was trained with null text only: its scores of fused pairs are untrained.")
-        always_text = spec.pairs_alone or (spec.gallery_text == "first_caption" and not spec.sees_null)
+        always_text = spec.trains_only_pairs or (spec.gallery_text == "first_caption" and not spec.sees_null)
         if self.shows_photos_alone and always_text:
             found.append("the run was trained without null text: its vectors of photos alone are untrained.")
         return found

@@ -50,7 +50,7 @@ class CandidateProtocol(Protocol):
 
     @classmethod
     def is_trained_for(cls, spec: RunSpec) -> bool:
-        return spec.pairs == "classes" and spec.pairs_alone
+        return spec.pairs == "classes" and spec.trains_only_pairs
 
     @classmethod
     def search_kind(cls, spec: RunSpec) -> type[SearchProtocol]:

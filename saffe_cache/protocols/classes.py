@@ -37,7 +37,7 @@ class ClassProtocol(SearchProtocol):
 
     @classmethod
     def is_trained_for(cls, spec: RunSpec) -> bool:
-        return spec.pairs == "classes" and not spec.pairs_alone
+        return spec.pairs == "classes" and not spec.trains_only_pairs
 
     @classmethod
     def metric_names(cls, cache: Cache, spec: RunSpec) -> list[str]:

@@ -11,7 +11,8 @@ from saffe_cache.core.features import Ragged, short_hash
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import FamInputs, encode_gallery, encode_queries
 from saffe_cache.inputs.pairs import Pairs
-from saffe_cache.inputs.spec import RunSpec, data_fingerprint
+from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.inputs.splits import data_fingerprint
 from saffe_cache.retrieval.ranking import InnerProducts, top_k
 from saffe_cache.retrieval.scores import Scores
 from saffe_cache.store.reader import Cache

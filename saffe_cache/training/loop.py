@@ -10,9 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -24,51 +22,31 @@ from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.training.batches import Batch, TrainingData
 from saffe_cache.training.checkpoints import Log, TrainingState, resume, save_state
+from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.memory import kept_memory
-from saffe_cache.training.objective import OVER_PAIRS, Objective, TermOptions
+from saffe_cache.training.objective import Objective
 from saffe_cache.training.runs import build_fusion
 
-StartName = Literal["ridge", "random"]
 _TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
 """Of the text beside a photo against the ridge's vector of the photo, to start from."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FitOptions:
-    """How to optimise; the fields are described in TrainConfig."""
-
-    start: StartName
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    warmup: float
-    clip: float
-    patience: int
-    seed: int
-    device: str
-    checkpoint_seconds: float
-    tensorboard: bool
-
-
-def start(
-    options: FitOptions, terms: TermOptions, spec: RunSpec, data: TrainingData, *, resumes: bool = False
-) -> TrainingState:
+def start(config: TrainConfig, spec: RunSpec, data: TrainingData, *, resumes: bool = False) -> TrainingState:
     """The model before the first step; an attention head starts as a late fusion, as validation likes it best.
 
     `resumes`: leave that out, since other weights follow.
     """
-    torch.manual_seed(options.seed)
-    model = build_fusion(spec, data.inputs.cache).to(options.device)
-    sees_text = spec.gallery_text != "null" or any(name in terms.objective for name in OVER_PAIRS)
+    torch.manual_seed(config.seed)
+    model = build_fusion(spec, data.inputs.cache).to(config.device)
+    sees_text = spec.gallery_text != "null" or spec.fuses_pairs
     model.freeze_unused(null_only=not sees_text)
-    if options.start == "ridge" and model.linear_start is not None and not resumes:
+    if config.start == "ridge" and model.linear_start is not None and not resumes:
         _start_as_late_fusion(model, model.linear_start, data)
-    objective = Objective(terms, data.inputs.texts).to(options.device)
-    groups = model.parameter_groups(options.learning_rate, options.weight_decay)
+    objective = Objective(spec, data.inputs.texts).to(config.device)
+    groups = model.parameter_groups(config.learning_rate, config.weight_decay)
     scalars = list(objective.parameters())
     if scalars:
-        groups.append({"params": scalars, "lr": 1.5 * options.learning_rate, "weight_decay": 0.0})
+        groups.append({"params": scalars, "lr": 1.5 * config.learning_rate, "weight_decay": 0.0})
     for group in groups:
         group["peak"] = group["lr"]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)  # one pass over the weights, not twelve
@@ -84,7 +62,7 @@ def _start_as_late_fusion(model: Fusion, linear: torch.nn.Linear, data: Training
     with torch.no_grad():
         linear.weight.copy_(torch.from_numpy(best.weight))
         linear.bias.copy_(torch.from_numpy(best.bias))
-    if model.shape.adds_text and data.has_texts_beside:
+    if model.shape.pooled_text and data.has_texts_beside:
         photos, texts = unit_rows(mapped), data.texts_beside(model)
         weight = max(_TEXT_WEIGHTS, key=lambda weight: data.search(unit_rows(photos + weight * texts), model))
         with torch.no_grad():
@@ -94,14 +72,14 @@ def _start_as_late_fusion(model: Fusion, linear: torch.nn.Linear, data: Training
 class Training:
     """One training under way, in its folder; a killed one goes on where it was."""
 
-    def __init__(self, options: FitOptions, terms: TermOptions, spec: RunSpec, data: TrainingData, out: Path) -> None:
+    def __init__(self, config: TrainConfig, spec: RunSpec, data: TrainingData, out: Path) -> None:
         make_folder(out)
         remove_partial_files(out)
-        self._options, self._data, self._out = options, data, out
-        self.num_steps = options.epochs * data.steps_per_epoch
-        self.state = start(options, terms, spec, data, resumes=(out / "state.safetensors").exists())
+        self._config, self._data, self._out = config, data, out
+        self.num_steps = config.epochs * data.steps_per_epoch
+        self.state = start(config, spec, data, resumes=(out / "state.safetensors").exists())
         resumed = resume(out, self.state)
-        self._log = Log(out, self.state.step if resumed else None, options.tensorboard)
+        self._log = Log(out, self.state.step if resumed else None, config.tensorboard)
         self._saved = time.perf_counter()
         if self.state.best_epoch < 0:
             _finish_epoch(self.state, data, self._log, out, None)
@@ -110,12 +88,12 @@ class Training:
     def is_over(self) -> bool:
         """All steps are taken, or validation has not become better for `patience` epochs."""
         epoch = self.state.step // self._data.steps_per_epoch
-        return self.state.step >= self.num_steps or epoch - self.state.best_epoch >= self._options.patience
+        return self.state.step >= self.num_steps or epoch - self.state.best_epoch >= self._config.patience
 
     def take(self, batch: Batch, waited: float) -> None:
         """One step, and validation at the end of an epoch. `waited`: seconds for the batch."""
         state, per_epoch, started = self.state, self._data.steps_per_epoch, time.perf_counter()
-        state.loss_sum += _step(self._options, state, batch, self.num_steps)
+        state.loss_sum += _step(self._config, state, batch, self.num_steps)
         state.step += 1
         state.seconds += waited + time.perf_counter() - started
         if state.step % per_epoch == 0:
@@ -123,7 +101,7 @@ class Training:
             _finish_epoch(state, self._data, self._log, self._out, state.loss_sum / per_epoch)
             state.loss_sum = 0.0
             state.seconds += time.perf_counter() - started
-        if time.perf_counter() - self._saved > self._options.checkpoint_seconds:
+        if time.perf_counter() - self._saved > self._config.checkpoint_seconds:
             save_state(self._out, state)
             self._saved = time.perf_counter()
 
@@ -152,10 +130,10 @@ def fit(trainings: Sequence[Training], data: TrainingData, name: str) -> None:
             training.close()
 
 
-def _step(options: FitOptions, state: TrainingState, batch: Batch, total: int) -> float:
+def _step(config: TrainConfig, state: TrainingState, batch: Batch, total: int) -> float:
     """One update of the weights; returns the loss."""
-    torch.manual_seed(options.seed * 1_000_003 + state.step)
-    rate = _schedule(state.step, total, options.warmup)
+    torch.manual_seed(config.seed * 1_000_003 + state.step)
+    rate = _schedule(state.step, total, config.warmup)
     for group in state.optimizer.param_groups:
         group["lr"] = group["peak"] * rate
     state.model.train()
@@ -164,7 +142,7 @@ def _step(options: FitOptions, state: TrainingState, batch: Batch, total: int) -
         loss = state.objective(state.model, batch)
     state.optimizer.zero_grad()
     loss.backward()
-    _clip(list(state.model.parameters()), options.clip)
+    _clip(list(state.model.parameters()), config.clip)
     state.optimizer.step()
     return float(loss.detach())
 

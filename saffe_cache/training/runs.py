@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 from saffe_cache.core.outputs import read_json
 from saffe_cache.fusion.base import Blocks, Fusion
-from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.store.reader import Cache
 from saffe_cache.training.result import PERMUTED, TrainResult
@@ -26,18 +25,19 @@ from saffe_cache.training.result import PERMUTED, TrainResult
 
 def build_fusion(spec: RunSpec, cache: Cache) -> Fusion:
     """A fusion with its starting weights, and the cached blocks of both encoders that it runs or begins as."""
-    kind, count = FUSIONS[spec.shape.fusion], spec.shape.num_blocks
+    entry, count = spec.shape.entry, spec.shape.num_blocks
     gallery: Sequence[int] = ()
     text: Sequence[int] = ()
-    if kind.blocks == "paired":
+    if entry.blocks == "paired":
         gallery, text = spec.gallery_layers, spec.text_layers
-    elif kind.blocks != "none":
+    elif entry.blocks != "none":
         text = range(spec.text_layers[0], spec.text_layers[0] + count)
-        if kind.blocks == "both":
+        if entry.blocks == "both":
             gallery = range(spec.gallery_layers[0], spec.gallery_layers[0] + count)
     photos, texts = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
     blocks = Blocks([photos.block(layer) for layer in gallery], [texts.block(layer) for layer in text])
-    return kind.make(spec.shape, blocks)
+    fusion: Fusion = entry.make(spec.shape, blocks)
+    return fusion
 
 
 def load_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, TrainResult]:
@@ -86,7 +86,7 @@ def _check_widths(run_dir: str | Path, spec: RunSpec, cache: Cache) -> None:
         shape.text_hidden_size,
         (shape.text_size,),
     )
-    num_text_layers = {"none": 0, "paired": shape.num_layers}.get(FUSIONS[shape.fusion].blocks, 1)
+    num_text_layers = {"none": 0, "paired": shape.num_layers}.get(shape.entry.blocks, 1)
     if found != expected or len(spec.text_layers) != num_text_layers:
         raise ValueError(
             f"--run {run_dir}: it fuses photos' tokens {expected[0]} of {expected[1]} layers with texts' of width "

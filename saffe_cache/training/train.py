@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from saffe_cache.core.atomic_io import LOCK_NAME, hold_folder
-from saffe_cache.core.devices import peak_memory_mb
+from saffe_cache.core.devices import choose_device, peak_memory_mb
 from saffe_cache.core.options import require
 from saffe_cache.core.outputs import is_begun, provenance, write_json
 from saffe_cache.fusion.base import Fusion
-from saffe_cache.inputs.feature_loader import FamInputs, Residency, choose_residency, window_shards
+from saffe_cache.inputs.feature_loader import FamInputs, choose_residency, window_shards
 from saffe_cache.inputs.pairs import Pairs
-from saffe_cache.inputs.spec import RunSpec, data_fingerprint, training_pairs
+from saffe_cache.inputs.spec import Residency, RunSpec
+from saffe_cache.inputs.splits import data_fingerprint, training_pairs
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.training.batches import TrainingData
 from saffe_cache.training.checkpoints import TrainingState
-from saffe_cache.training.loop import FitOptions, Training, fit
-from saffe_cache.training.resolve import TrainConfig, fit_options, resolve_run, term_options
+from saffe_cache.training.config import TrainConfig
+from saffe_cache.training.loop import Training, fit
+from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.result import PERMUTED, TrainResult
-
-__all__ = ["TrainConfig", "train", "train_many"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,8 @@ class _Plan:
     config: TrainConfig
     cache: Cache
     spec: RunSpec
-    options: FitOptions
+    device: str
+    """The one that --device means."""
     residency: Residency
     training: Pairs
     validation: Pairs
@@ -105,7 +106,7 @@ class _Plan:
     @property
     def batches(self) -> tuple[object, ...]:
         """What decides the batches, and how a run is validated: equal for runs that train side by side."""
-        return (*same_batches(self.config, self.spec), self.options.device, self.residency)
+        return (*same_batches(self.config, self.spec), self.device, self.residency)
 
 
 def same_batches(config: TrainConfig, spec: RunSpec) -> tuple[object, ...]:
@@ -117,15 +118,15 @@ def same_batches(config: TrainConfig, spec: RunSpec) -> tuple[object, ...]:
 def _plan(config: TrainConfig, cache: Cache) -> _Plan:
     spec = resolve_run(config, cache)
     training, validation, num_shared = training_pairs(spec, cache)
-    options = fit_options(config)
-    residency = choose_residency(config.residency, cache, spec, options.device)
+    device = choose_device(config.device)
+    residency = choose_residency(config.residency, cache, spec, device)
     window = window_shards(cache, spec) if residency == "streamed" else None
     spec = replace(spec, shuffled_shards=window, data=data_fingerprint(cache, spec, training, validation))
     return _Plan(
         config=config,
         cache=cache,
         spec=spec,
-        options=options,
+        device=device,
         residency=residency,
         training=training,
         validation=validation,
@@ -145,10 +146,10 @@ def _train_group(plans: Sequence[_Plan]) -> None:
     for plan in plans:
         _tell(plan)
         write_json(plan.out / "config.json", _told(plan))
-    inputs = FamInputs(first.cache, first.spec, first.options.device, first.residency)
-    states = _fit([(plan, plan.options, plan.out) for plan in plans], inputs, training, validation)
+    inputs = FamInputs(first.cache, first.spec, first.device, first.residency)
+    states = _fit([(plan, plan.config, plan.out) for plan in plans], inputs, training, validation)
     controls = [
-        (plan, replace(plan.options, epochs=plan.config.control_epochs, tensorboard=False), plan.out / PERMUTED)
+        (plan, replace(plan.config, epochs=plan.config.control_epochs, tensorboard=False), plan.out / PERMUTED)
         for plan in plans
         if plan.config.control_epochs
     ]
@@ -161,14 +162,14 @@ def _train_group(plans: Sequence[_Plan]) -> None:
 
 
 def _fit(
-    runs: Sequence[tuple[_Plan, FitOptions, Path]], inputs: FamInputs, training: Pairs, validation: Pairs
+    runs: Sequence[tuple[_Plan, TrainConfig, Path]], inputs: FamInputs, training: Pairs, validation: Pairs
 ) -> list[tuple[TrainingState, tuple[int, int]]]:
     """Train on some pairs and choose the epoch on others; resumes what the folders hold.
 
     Beside each state the photos and texts that the training saw.
     """
     data = TrainingData(inputs, training, validation, runs[0][1].batch_size, inputs.spec.seed)
-    trainings = [Training(options, term_options(plan.config), plan.spec, data, out) for plan, options, out in runs]
+    trainings = [Training(replace(config, device=plan.device), plan.spec, data, out) for plan, config, out in runs]
     fit(trainings, data, str(runs[0][2]) if len(runs) == 1 else f"{len(runs)} runs")
     return [(one.state, data.seen(one.state.step)) for one in trainings]
 
@@ -207,7 +208,7 @@ def _remove_states(out: Path) -> None:
 
 
 def _tell(plan: _Plan) -> None:
-    spec, place = plan.spec, f"{plan.options.device} with hidden states {_PLACES[plan.residency]}"
+    spec, place = plan.spec, f"{plan.device} with hidden states {_PLACES[plan.residency]}"
     logger.info(
         "%s fusion, %s head, on %s: %s of %s%s, described by %s (%s).",
         *(spec.shape.fusion, spec.shape.head, place, _names(spec.gallery_layers), spec.gallery_key),

@@ -23,7 +23,7 @@ from timing import Candidate, Figure, not_installed, take_turns
 from saffe_cache.core.features import BlockSpec, BlockWeights, IndexKind
 from saffe_cache.fusion.base import Blocks, Texts
 from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.fusion.shape import FamShape
+from saffe_cache.fusion.options import FusionShape
 from saffe_cache.protocols.pair_scores import score_all_pairs
 from saffe_cache.retrieval.index import build_index, recall_of_index, save_index
 from saffe_cache.retrieval.metrics import average_precision_of_ranks
@@ -152,7 +152,7 @@ def pair_scores() -> list[Figure]:
 def draw_fam() -> FusionAlignModule:
     """`reuse` over one layer of two encoders, with open gates, as a training leaves it."""
     torch.manual_seed(0)
-    shape = FamShape(
+    shape = FusionShape(
         fusion="reuse",
         head="attention",
         num_layers=1,
@@ -160,7 +160,7 @@ def draw_fam() -> FusionAlignModule:
         num_tokens=TOKENS,
         text_hidden_size=WIDTH,
         text_size=WIDTH,
-        adds_text=True,
+        pooled_text=True,
     )
     model = FusionAlignModule(shape, Blocks([draw_block(0, norm_first=True)], [draw_block(1, norm_first=False)])).eval()
     with torch.no_grad():

@@ -24,7 +24,8 @@ from tiny_models import WORDS, save_tiny
 
 from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
 from saffe_cache.extraction.extract import ExtractConfig, extract
-from saffe_cache.training.train import TrainConfig, train
+from saffe_cache.training.config import TrainConfig
+from saffe_cache.training.train import train
 
 ITEMS = 1000
 FACTORS = (1, 2, 4, 8)

@@ -21,18 +21,20 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from data.encoders import fetch_encoders
 from data.scenes import draw_scenes
+from saffe_cache.core.devices import choose_device
 from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.fusion.base import Texts
 from saffe_cache.fusion.losses import soft_target
 from saffe_cache.inputs.feature_loader import FamInputs
-from saffe_cache.inputs.spec import training_pairs
+from saffe_cache.inputs.splits import training_pairs
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.training.batches import Batch, TrainingData
+from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.loop import _step, start
 from saffe_cache.training.memory import kept_memory
-from saffe_cache.training.resolve import fit_options, resolve_run, term_options
+from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.runs import build_fusion
-from saffe_cache.training.train import TrainConfig, train, train_many
+from saffe_cache.training.train import train, train_many
 
 PHOTOS = {"train": 800, "dev": 100}
 LAYERS = {"image": (11, 12), "text": (5, 6)}
@@ -57,21 +59,21 @@ def against_memory(cache: str, fusion: str, num_steps: int) -> list[Figure]:
     opened = open_cache(cache)
     spec = resolve_run(config, opened)
     training, validation, _ = training_pairs(spec, opened)
-    options = fit_options(config)
+
     from_cache, from_tensors = (
-        TrainingData(FamInputs(opened, spec, options.device, residency), training, validation, 256, 0)
+        TrainingData(FamInputs(opened, spec, config.device, residency), training, validation, 256, 0)
         for residency in ("mapped", "memory")
     )
     encoder = from_tensors.inputs.text
-    vectors = torch.from_numpy(encoder.vectors(np.arange(len(encoder.array("pooled"))))).to(options.device)
+    vectors = torch.from_numpy(encoder.vectors(np.arange(len(encoder.array("pooled"))))).to(config.device)
     from_tensors.inputs.vectors = lambda rows: vectors[torch.from_numpy(rows)]
     ready = list(from_cache.batches(0, num_steps))
-    state = start(options, term_options(config), spec, from_cache, resumes=True)
+    state = start(config, spec, from_cache, resumes=True)
     starts = count(0, num_steps)
 
     def steps(batches: Callable[[int], Iterable[Batch]]) -> int:
         for batch in batches(next(starts)):
-            _step(options, state, batch, 100)
+            _step(config, state, batch, 100)
         return num_steps
 
     def gathered(first: int) -> Iterator[Batch]:
@@ -125,7 +127,7 @@ def encoders_in_the_loop(cache: str, scenes: Path, encoders: Mapping[str, str]) 
     config = config_of(cache, "unused", fusion="reference")
     opened = open_cache(cache)
     spec = resolve_run(config, opened)
-    inputs = FamInputs(opened, spec, fit_options(config).device)
+    inputs = FamInputs(opened, spec, config.device)
     pairs, _, _ = training_pairs(spec, opened)
     rows = np.arange(RELEASED_BATCH * RELEASED_STEPS).reshape(RELEASED_STEPS, RELEASED_BATCH)
     model = build_fusion(spec, opened).to(inputs.device)
@@ -190,7 +192,8 @@ class LiveEncoders:
 
 
 def config_of(cache: str, out: str, **options: Any) -> TrainConfig:
-    given = {"fusion": "linear", "validation": "dev", "control_epochs": 0, "tensorboard": False}
+    given: dict[str, Any] = {"fusion": "linear", "validation": "dev", "control_epochs": 0, "tensorboard": False}
+    given["device"] = choose_device("auto")
     return TrainConfig(cache=cache, out=out, **{**given, **options})
 
 

@@ -11,7 +11,7 @@ from saffe_cache.fusion.base import Blocks, Fused, Texts
 from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.fusion.heads import masked_mean
 from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked, zero_linear
-from saffe_cache.fusion.shape import FamShape
+from saffe_cache.fusion.options import FusionShape
 
 
 class AlbefFusion(CorrectingFusion):
@@ -28,7 +28,7 @@ class AlbefFusion(CorrectingFusion):
 
     idle_with_null = ("cross_attentions.", "out.")
 
-    def __init__(self, shape: FamShape, blocks: Blocks) -> None:
+    def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
         super().__init__(shape)
         width = shape.text_hidden_size
         self.text_blocks = nn.ModuleList(EncoderBlock(block) for block in blocks.text)

@@ -20,7 +20,7 @@ from torch.nn import functional
 from saffe_cache.fusion.base import Fused, Fusion, Pairing, Texts
 from saffe_cache.fusion.dropout import Dropout
 from saffe_cache.fusion.heads import MatchHead, summarize
-from saffe_cache.fusion.shape import FamShape
+from saffe_cache.fusion.options import FusionShape
 
 
 class Correction(NamedTuple):
@@ -40,7 +40,7 @@ class CorrectingFusion(Fusion):
     (2 P d + 1) k parameters for P photo layers, and the maps of queries (`TextMap`) and, with a weight, of texts.
     """
 
-    def __init__(self, shape: FamShape, matched_size: int | None = None) -> None:
+    def __init__(self, shape: FusionShape, matched_size: int | None = None) -> None:
         super().__init__(shape)
         self.dropout = Dropout(shape.dropout)
         self.linear = nn.Linear(shape.summary_size, shape.text_size)

@@ -12,7 +12,7 @@ from saffe_cache.fusion.base import Blocks, Texts
 from saffe_cache.fusion.block import EncoderBlock, split_heads
 from saffe_cache.fusion.heads import masked_mean
 from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked, zero_linear
-from saffe_cache.fusion.shape import FamShape
+from saffe_cache.fusion.options import FusionShape
 
 _HEADS, _HEAD_SIZE, _LATENTS, _DEPTH = 8, 64, 64, 2
 
@@ -29,7 +29,7 @@ class FlamingoFusion(CorrectingFusion):
 
     idle_with_null = ("gated.",)
 
-    def __init__(self, shape: FamShape, blocks: Blocks) -> None:
+    def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
         super().__init__(shape, matched_size=shape.text_hidden_size)
         width, text_width = shape.hidden_size, shape.text_hidden_size
         self.resampler = Resampler(width)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from saffe_cache.fusion.base import Blocks, Texts
 from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked, zero_linear
-from saffe_cache.fusion.shape import FamShape
+from saffe_cache.fusion.options import FusionShape
 
 
 class HadamardFusion(CorrectingFusion):
@@ -22,7 +22,7 @@ class HadamardFusion(CorrectingFusion):
     idle_with_null = ("of_photo.", "of_text.", "out.")
     RANK = 1200
 
-    def __init__(self, shape: FamShape, blocks: Blocks) -> None:
+    def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
         super().__init__(shape)
         self.of_photo = nn.Linear(shape.summary_size, self.RANK)
         self.of_text = nn.Linear(shape.text_size, self.RANK)

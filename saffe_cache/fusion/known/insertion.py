@@ -12,7 +12,7 @@ from saffe_cache.fusion.base import Blocks, Texts
 from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.fusion.heads import masked_mean
 from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked, zero_linear
-from saffe_cache.fusion.shape import FamShape
+from saffe_cache.fusion.options import FusionShape
 
 GRID = 4
 """A photo's patches are averaged over a grid of so many by so many; its class token stays."""
@@ -31,7 +31,7 @@ class LimberFusion(CorrectingFusion):
     It adds the (d + 1) e parameters of that map (590,592 between widths of 768), and (2 e + 1) k to read both means.
     """
 
-    def __init__(self, shape: FamShape, blocks: Blocks) -> None:
+    def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
         width = shape.text_hidden_size
         super().__init__(shape, matched_size=width)
         self.project = nn.Linear(shape.hidden_size, width)
@@ -70,7 +70,7 @@ class MagmaFusion(LimberFusion):
     parameters to LiMBeR's.
     """
 
-    def __init__(self, shape: FamShape, blocks: Blocks) -> None:
+    def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
         super().__init__(shape, blocks)
         width = shape.text_hidden_size
         self.adapters = nn.ModuleList(
@@ -90,7 +90,7 @@ class DeepInsertFusion(LimberFusion):
     layer's tokens, is ours. The norm adds 2 e parameters to LiMBeR's.
     """
 
-    def __init__(self, shape: FamShape, blocks: Blocks) -> None:
+    def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
         super().__init__(shape, blocks)
         self.norm = nn.LayerNorm(shape.text_hidden_size)
         nn.init.constant_(self.norm.weight, shape.text_rms)

@@ -13,7 +13,7 @@ import torch
 
 from saffe_cache.fusion.base import Blocks, Texts
 from saffe_cache.fusion.known.correction import CorrectingFusion, Correction
-from saffe_cache.fusion.shape import FamShape
+from saffe_cache.fusion.options import FusionShape
 
 
 class LateFusion(CorrectingFusion):
@@ -22,7 +22,7 @@ class LateFusion(CorrectingFusion):
     The frame's parameters alone, 1,379,201 of them where d = e = k = 384, with one layer and texts beside photos.
     """
 
-    def __init__(self, shape: FamShape, blocks: Blocks) -> None:
+    def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
         super().__init__(shape)
 
     def correct(

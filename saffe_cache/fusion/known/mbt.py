@@ -11,7 +11,7 @@ from saffe_cache.fusion.base import Blocks, Texts
 from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.fusion.heads import summarize
 from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked, zero_linear
-from saffe_cache.fusion.shape import FamShape
+from saffe_cache.fusion.options import FusionShape
 
 
 class BottleneckFusion(CorrectingFusion):
@@ -30,7 +30,7 @@ class BottleneckFusion(CorrectingFusion):
     idle_with_null = ("to_text.", "to_photo.")
     NUM_BOTTLENECKS = 4
 
-    def __init__(self, shape: FamShape, blocks: Blocks) -> None:
+    def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
         super().__init__(shape)
         self.photo_blocks = nn.ModuleList(EncoderBlock(block) for block in blocks.gallery)
         self.text_blocks = nn.ModuleList(EncoderBlock(block) for block in blocks.text)

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from saffe_cache.fusion.base import Blocks, Fused, Fusion, Pairing, Texts, gathered
 from saffe_cache.fusion.heads import MatchHead
+from saffe_cache.fusion.options import FusionShape
 from saffe_cache.fusion.pooling import NormedTokens, summary_weights
-from saffe_cache.fusion.shape import FamShape
 
 
 class TwoTowerFusion(Fusion):
@@ -28,7 +28,7 @@ class TwoTowerFusion(Fusion):
 
     WIDTH = 256
 
-    def __init__(self, shape: FamShape, blocks: Blocks) -> None:
+    def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
         super().__init__(shape)
         self.photo_tower = nn.Linear(shape.num_layers * shape.hidden_size, self.WIDTH)
         self.text_tower = nn.Linear(shape.text_size, self.WIDTH)

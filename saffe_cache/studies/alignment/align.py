@@ -23,7 +23,8 @@ from saffe_cache.core.features import MODALITIES, CacheError, Ragged
 from saffe_cache.core.options import require, require_keys, require_seed
 from saffe_cache.core.outputs import provenance, write_json
 from saffe_cache.fusion.pooling import NormedTokens, mean_weights
-from saffe_cache.inputs.pairs import PairKind, gallery_modality, pair_kind, select_pairs
+from saffe_cache.inputs.pairs import gallery_modality, pair_kind, select_pairs
+from saffe_cache.inputs.spec import PairKind
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 from saffe_cache.studies.alignment.advice import STANDING, advise

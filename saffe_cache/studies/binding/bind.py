@@ -40,8 +40,9 @@ from saffe_cache.studies.binding.names import (
 )
 from saffe_cache.studies.binding.result import BindingResult, FewShot, NamesReplaced, Replaced
 from saffe_cache.studies.harness import Study, run_study
+from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.resolve import resolve_run
-from saffe_cache.training.train import TrainConfig, train_many
+from saffe_cache.training.train import train_many
 
 logger = logging.getLogger(__name__)
 

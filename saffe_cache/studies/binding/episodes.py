@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from saffe_cache.core.controls import STANDARD_ERRORS, Control, standard_error
-from saffe_cache.fusion.shape import FamShape
+from saffe_cache.fusion.options import FusionShape
 from saffe_cache.studies.binding.baselines import LinearMaps, class_mean_accuracies, fit_ridges, name_accuracies
 from saffe_cache.studies.binding.config import BindConfig
 from saffe_cache.studies.binding.fitting import (
@@ -142,7 +142,7 @@ class Episodic:
     """What the episodes of all settings share."""
 
     config: BindConfig
-    shape: FamShape
+    shape: FusionShape
     names: np.ndarray
     """Unit vectors [names, d] to draw from."""
     device: str

@@ -22,7 +22,7 @@ from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.losses import info_nce
-from saffe_cache.fusion.shape import FamShape
+from saffe_cache.fusion.options import FusionShape
 from saffe_cache.studies.binding.config import BATCH_PHOTOS
 
 TEMPERATURE = 0.07
@@ -63,7 +63,7 @@ class Reading:
     epoch: int
 
 
-def make_fams(shape: FamShape, seeds: Sequence[int], device: str = "cpu") -> tuple[FusionAlignModule, Weights]:
+def make_fams(shape: FusionShape, seeds: Sequence[int], device: str = "cpu") -> tuple[FusionAlignModule, Weights]:
     """A FAM without weights of its own, and the starting weights of one for each seed.
 
     The weights ask for no gradient of torch's own: it would keep the graphs of `torch.func.grad`, which each gradient
@@ -79,7 +79,7 @@ def make_fams(shape: FamShape, seeds: Sequence[int], device: str = "cpu") -> tup
     return skeleton, {name: value.detach().to(device) for name, value in weights.items()}
 
 
-def episodes_at_once(shape: FamShape, photos: int, device: str) -> int:
+def episodes_at_once(shape: FusionShape, photos: int, device: str) -> int:
     """As many as the memory is for: weights, gradients and moments, and on an accelerator an episode's photos."""
     model = FusionAlignModule(shape)
     of_weights = 6 * 4 * sum(parameter.numel() for parameter in model.parameters())

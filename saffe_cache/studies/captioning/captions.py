@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.causal_tokens import CausalTokens
-from saffe_cache.inputs.pairs import Pairs, hold_out, select_pairs
+from saffe_cache.inputs.pairs import Pairs, select_pairs
+from saffe_cache.inputs.splits import hold_out
 from saffe_cache.store.reader import Cache, EncoderCache
 from saffe_cache.studies.captioning.inserting import InsertedModel, Projector, photo_side, pool_photos
 

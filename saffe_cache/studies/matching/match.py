@@ -18,7 +18,8 @@ import numpy as np
 
 from saffe_cache.core.atomic_io import hold_folder, remove_partial_files, write_whole
 from saffe_cache.core.outputs import is_begun, provenance, read_json, write_json
-from saffe_cache.inputs.pairs import Pairs, content_fingerprint, gallery_modality, hold_out, pair_kind, select_pairs
+from saffe_cache.inputs.pairs import Pairs, gallery_modality, pair_kind, select_pairs
+from saffe_cache.inputs.splits import content_fingerprint, hold_out
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 from saffe_cache.studies.matching.config import MatchConfig
 from saffe_cache.studies.matching.table import format_match

@@ -26,12 +26,14 @@ from saffe_cache.core.devices import num_cores
 from saffe_cache.core.features import short_hash
 from saffe_cache.core.outputs import CONFIG, RESULT, read_json
 from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
-from saffe_cache.inputs.spec import RunSpec, data_fingerprint, training_pairs
+from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.inputs.splits import data_fingerprint, training_pairs
 from saffe_cache.protocols.registry import load_protocol
 from saffe_cache.protocols.setting import data_hash
 from saffe_cache.store.reader import Cache
+from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.resolve import resolve_run
-from saffe_cache.training.train import TrainConfig, same_batches, train_many
+from saffe_cache.training.train import same_batches, train_many
 
 _PLACES = {"cache", "out", "device", "residency", "checkpoint_seconds", "tensorboard"}
 """What does not change a run's outcome."""

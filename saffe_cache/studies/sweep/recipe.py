@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from saffe_cache.core.json_schema import made_of
-from saffe_cache.training.train import TrainConfig
+from saffe_cache.training.config import TrainConfig
 
 _OWN = {"cache", "out", "seed", "device"}
 """Options that the sweep itself decides."""

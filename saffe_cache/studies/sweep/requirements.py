@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from saffe_cache.core.features import MODALITIES, CacheError, Modality, hidden_states_index
 from saffe_cache.extraction.config import ExtractConfig, config_from_json
-from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.store.reader import Cache, EncoderCache
-from saffe_cache.training.train import TrainConfig
+from saffe_cache.training.config import TrainConfig
 
 _OF_MODALITY: Mapping[str, tuple[str, ...]] = {
     "image": ("image_size",),
@@ -66,7 +65,7 @@ def _add(lacking: _Lacking, cache: Cache, config: TrainConfig, modality: Modalit
         CacheError: an encoder never has such a layer; or it is not clear which one is meant.
     """
     asked = _asked(config, modality)
-    runs_on = modality == "text" and FUSIONS[config.fusion].blocks in ("text", "both")
+    runs_on = modality == "text" and config.entry.continues_text
     name = config.encoder.get(modality)
     if name is not None and not cache.encoders_named(modality, name):
         lacking.encoders.setdefault((modality, name), set()).update(asked)
@@ -83,7 +82,7 @@ def _add(lacking: _Lacking, cache: Cache, config: TrainConfig, modality: Modalit
         )
     if runs_on and asked:
         asked = set(range(min(asked), depth))
-    elif asked and FUSIONS[config.fusion].blocks == "both":
+    elif asked and config.entry.blocks == "both":
         asked |= set(range(min(asked), min(depth, min(asked) + _blocks_of_text(cache, config))))
     missing = asked - set(encoder.layers)
     if missing:

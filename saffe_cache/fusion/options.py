@@ -1,0 +1,134 @@
+"""What decides a fusion's parameters and its objective, as plain values that a run's folder can hold. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from saffe_cache.core.options import OptionGroup, require, require_keys
+from saffe_cache.fusion.registry import FUSIONS, OBJECTIVES, FusionEntry, HeadName, QuerySide
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(OptionGroup):
+    """Model"""
+
+    fusion: str = field(default="reuse", metadata={"entries": FUSIONS})
+    """How photo and text features are combined."""
+    head: HeadName | None = None
+    """How tokens become one vector. attention: learned queries pool them. mean: their mean. flatten: all tokens enter
+    one linear map, as in the SAFFE paper. Default: the fusion's own, usually attention."""
+    query_side: QuerySide = "gallery"
+    """Whose tokens are the queries of a decoder's cross-attention: the gallery's (photos) or the text's."""
+    share_decoder: bool | None = None
+    """Use one decoder for all layers instead of one for each. Default: the fusion's own, usually no."""
+    freeze_decoder: bool = False
+    """Train the head only and leave the decoder as the encoders' blocks made it (the SAFFE paper's partially aligned
+    case)."""
+    pooled_text: bool | None = None
+    """Add the paired text's own vector, mapped, to the output. Default: the fusion's own, usually yes where photos have
+    paired texts."""
+    dropout: float = 0.5
+    """Dropout in the head and in the query map, from 0 to below 1."""
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: the fusion is unknown or a value is out of range.
+        """
+        require(self.fusion in FUSIONS, "fusion", self.fusion, " or ".join(FUSIONS))
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "a fraction from 0 to below 1")
+
+    @property
+    def entry(self) -> FusionEntry:
+        """The fusion's registry entry."""
+        return FUSIONS[self.fusion]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionShape(ModelOptions):
+    """Everything that decides a fusion's parameters: the options with their defaults filled in, and the sizes of what
+    the cache holds."""
+
+    num_layers: int
+    """P: layers of the gallery's tokens."""
+    hidden_size: int
+    """Width of the gallery's tokens."""
+    num_tokens: int
+    """Tokens of a gallery input."""
+    text_hidden_size: int
+    """Width of the text's tokens."""
+    text_size: int
+    """Width of the text encoder's own vector, and of the output."""
+    maps_queries: bool = True
+    """Whether queries pass a learned map; otherwise they are the text encoder's own vectors."""
+    matches: bool = False
+    """Whether there is a head for image-text matching."""
+    num_blocks: int = 0
+    """Encoder blocks that run from the layer on, in fusions that continue an encoder."""
+    text_rms: float = 1.0
+    """Root mean square of the text's tokens: the scale at which a projection into their space starts."""
+    has_class_token: bool = True
+    """Whether the gallery's first token stands for the whole input; a CNN's feature maps have no such token."""
+
+    @property
+    def summary_size(self) -> int:
+        """Width of what `summarize` makes of a gallery input: 2 P d, or P d without a class token."""
+        return (2 if self.has_class_token else 1) * self.num_layers * self.hidden_size
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether a paired text changes a gallery input's vector."""
+        return self.entry.fuses_text or bool(self.pooled_text)
+
+    @property
+    def head_sees_text(self) -> bool:
+        """Whether the head's MLP sees the text's own vector."""
+        when = self.entry.text_in_head
+        return self.head == "attention" and (
+            when == "always" or (when == "with pooled_text" and bool(self.pooled_text))
+        )
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of the tokens that the head pools: those of the querying modality."""
+        by_text = self.entry.has_decoder and self.query_side == "text"
+        return self.text_hidden_size if by_text else self.hidden_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions(OptionGroup):
+    """Objective"""
+
+    objective: Mapping[str, float] = field(default_factory=dict, metadata={"entries": OBJECTIVES})
+    """Weighted sum of losses, for example info_nce=1 and pair=0.5. Default: the fusion's own, usually
+    info_nce=1."""
+    negatives: int = 9
+    """Number of wrong texts for each photo in pair; half of them are the most similar ones."""
+    pair_photos: int = 64
+    """Number of photos of a batch that pair and matching use."""
+    text_dropout: float = 0.0
+    """Fraction of paired texts that training replaces by the null text, from 0 to below 1."""
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: a loss is unknown or a value is out of range.
+        """
+        require_keys("objective", self.objective, tuple(OBJECTIVES))
+        for name, weight in self.objective.items():
+            require(0 < weight < math.inf, "objective", f"{name}={weight}", "a weight above 0")
+        for option in ("negatives", "pair_photos"):
+            require(getattr(self, option) > 0, option, getattr(self, option), "a number above 0")
+        require(0 <= self.text_dropout < 1, "text_dropout", self.text_dropout, "a fraction from 0 to below 1")
+
+    @property
+    def fuses_pairs(self) -> bool:
+        """Whether training fuses photos with several texts each."""
+        return any(OBJECTIVES[name].fuses_pairs for name in self.objective)
+
+    @property
+    def trains_only_pairs(self) -> bool:
+        """Whether only vectors of fused pairs are trained, so that a gallery with null text means nothing."""
+        return all(OBJECTIVES[name].trains_only_pairs for name in self.objective)

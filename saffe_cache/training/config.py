@@ -1,0 +1,138 @@
+"""The options of a training, in groups. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from saffe_cache.core.features import MODALITIES, IndexConvention
+from saffe_cache.core.options import OptionGroup, require, require_keys, require_seed
+from saffe_cache.fusion.options import ModelOptions, ObjectiveOptions
+from saffe_cache.fusion.registry import GalleryText
+from saffe_cache.inputs.spec import PairKind, Residency, SplitOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(OptionGroup):
+    """Data"""
+
+    layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Layers to train on, for example image=11,12 (and text=5 where text tokens enter the fusion). Default: all that
+    the fusion can use. Of a CNN: its last stage. Of a text encoder whose blocks the fusion continues: the first cached
+    layer of its upper half."""
+    index_convention: IndexConvention = "hidden_states"
+    """How --layers counts. hidden_states, and the same in the SAFFE release (reference): i is the input of block i.
+    paper: l is the output of its layer l, which is hidden_states l + 1."""
+    encoder: Mapping[str, str] = field(default_factory=dict)
+    """Which encoder to use if the cache has several of a modality: image=PART-OF-KEY or image=ID."""
+    pairs: Literal["auto", PairKind] = "auto"
+    """What describes an item: its captions, or the names of its classes. auto: captions if there are any."""
+    gallery_text: GalleryText | None = None
+    """The text that is paired with each photo in training and in the gallery. null: none. first_caption: the item's
+    first caption; the other captions are the queries. matched: one of the queries themselves, as the SAFFE release
+    trains; such a model learns to copy the text. It is validated and indexed with null text, so the weights that are
+    kept are often from before it learned to copy. Default: the fusion's own, usually null."""
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: a modality is unknown, or a layer is given twice.
+        """
+        require_keys("layers", self.layers, MODALITIES)
+        require_keys("encoder", self.encoder, MODALITIES)
+        for name, layers in self.layers.items():
+            require(len(set(layers)) == len(layers), "layers", f"{name}={layers}", "each layer once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimisationOptions(OptionGroup):
+    """Optimisation"""
+
+    start: Literal["ridge", "random"] = "ridge"
+    """Starting weights of the attention head. ridge: the ridge regression from photos to their texts. random: drawn at
+    random, as those of the other heads."""
+    epochs: int = 20
+    """Passes over the photos; 0 keeps the starting weights."""
+    control_epochs: int = 2
+    """Epochs of the control, which is trained on permuted pairs; 0 trains no control, and the report says so."""
+    batch_size: int = 512
+    """Photos in a batch, each with all its texts; fewer if the data would give fewer than 8 such batches."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.05
+    """Weight decay of AdamW, on matrices."""
+    warmup: float = 0.1
+    """Fraction of the steps in which the learning rate rises; a cosine down to 2 % follows."""
+    clip: float = 5.0
+    """Largest norm of the gradient."""
+    patience: int = 8
+    """Stop after this many epochs without a better validation score."""
+    seed: int = 0
+    """Seed of the starting weights and of dropout."""
+    data_seed: int | None = None
+    """Seed of the order of photos and of what is held out; runs that share it can be trained side by side on the same
+    batches. Default: the same as --seed."""
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: a value is out of range.
+        """
+        for option in ("batch_size", "learning_rate", "clip", "patience"):
+            require(0 < getattr(self, option) < math.inf, option, getattr(self, option), "a number above 0")
+        for option in ("epochs", "weight_decay", "control_epochs"):
+            require(getattr(self, option) >= 0, option, getattr(self, option), "0 or more")
+        require(0 <= self.warmup < 1, "warmup", self.warmup, "a fraction from 0 to below 1")
+        for option in ("seed", "data_seed"):
+            require_seed(option, getattr(self, option) or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareOptions(OptionGroup):
+    """Hardware"""
+
+    device: str = "auto"
+    """cpu, cuda or cuda:N. auto: a GPU if there is one."""
+    residency: Literal["auto", Residency] = "auto"
+    """Where hidden states are kept during training. device: in the accelerator's memory. memory: in main memory.
+    mapped: in the cache's files. streamed: a few shards at a time, for caches that are compressed or behind a URL;
+    photos are then shuffled within these shards. auto: the first of these that has room; on a CPU mapped, which is as
+    fast."""
+    checkpoint_seconds: float = 60.0
+    """Seconds between the checkpoints that an interrupted run resumes from."""
+    tensorboard: bool = True
+    """Also log to TensorBoard if it is installed."""
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: a value is out of range.
+        """
+        require(self.checkpoint_seconds >= 0, "checkpoint_seconds", self.checkpoint_seconds, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(
+    HardwareOptions, OptimisationOptions, ObjectiveOptions, ModelOptions, SplitOptions, DataOptions
+):  # a dataclass lists the fields of its last base first
+    """Train a fusion from a cache.
+
+    If the run was interrupted, the same command resumes it; if it is finished, the command does nothing.
+    """
+
+    cache: str
+    """The cache, as saffe-extract wrote it."""
+    out: str
+    """Folder of the run."""
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: text layers are given to a fusion that takes no text tokens.
+        """
+        has_text = "text" in self.layers
+        require(
+            not has_text or self.entry.blocks != "none", "layers", "text=…", f"no text: {self.fusion} takes no tokens"
+        )
