@@ -197,18 +197,18 @@ class ObjectiveEntry(Entry):
 _LOSSES = "saffe_cache.fusion.losses"
 
 OBJECTIVES: Mapping[str, ObjectiveEntry] = {
-    "info_nce": ObjectiveEntry(made_by=f"{_LOSSES}:InfoNce", summary="contrast photos and texts of a batch (CLIP)"),
-    "siglip": ObjectiveEntry(made_by=f"{_LOSSES}:Siglip", summary="a yes-or-no question for each pair (SigLIP)"),
-    "soft_target": ObjectiveEntry(made_by=f"{_LOSSES}:SoftTarget", summary="the released SAFFE code's loss"),
+    "info_nce": ObjectiveEntry(made_by=f"{_LOSSES}:InfoNce", summary="Contrast photos and texts of a batch (CLIP)."),
+    "siglip": ObjectiveEntry(made_by=f"{_LOSSES}:Siglip", summary="A yes-or-no question for each pair (SigLIP)."),
+    "soft_target": ObjectiveEntry(made_by=f"{_LOSSES}:SoftTarget", summary="The released SAFFE code's loss."),
     "pair": ObjectiveEntry(
         made_by=f"{_LOSSES}:Pair",
-        summary="a photo's own text against wrong ones, each fused with the photo",
+        summary="A photo's own text against wrong ones, each fused with the photo.",
         fuses_pairs=True,
         trains_only_pairs=True,
     ),
     "matching": ObjectiveEntry(
         made_by=f"{_LOSSES}:Matching",
-        summary="image-text matching with a head of its own (ALBEF)",
+        summary="Image-text matching with a head of its own (ALBEF).",
         fuses_pairs=True,
         needs_wrong_photos=True,
         needs_match_head=True,
