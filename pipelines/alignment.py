@@ -40,10 +40,13 @@ from saffe_cache.retrieval.metrics import seed_interval
 from saffe_cache.store.manifest import content_hash
 from saffe_cache.store.reader import EncoderCache, open_cache
 from saffe_cache.store.storage import Storage
-from saffe_cache.studies.alignment.align import AlignConfig, align
+from saffe_cache.studies.alignment.advice import Evidence
+from saffe_cache.studies.alignment.align import align
+from saffe_cache.studies.alignment.config import AlignConfig
+from saffe_cache.studies.alignment.result import AlignmentResult
 from saffe_cache.studies.sweep.ablate import AblateConfig, ablate
 
-ALONE, BESIDE = "photos alone", "a text beside each photo"
+ALONE, BESIDE = "photos alone", "photos with paired text"
 NO_FAM = {ALONE: "ridge", BESIDE: "late_fusion_ridge"}
 """The baseline that stands for it."""
 TRAINED = {
@@ -148,15 +151,12 @@ def fused_layers(encoder: EncoderCache) -> list[int]:
     return [layer for layer in encoder.layers if layer - 1 in encoder.block_layers]
 
 
-def measure(setting: Setting, work: Path, layer: int) -> dict[str, Any]:
-    """What saffe-align says of one combination; once for what the cache holds."""
+def measure(setting: Setting, work: Path, layer: int) -> AlignmentResult:
+    """What saffe-align measures for one combination; measured once for the cache's content."""
     out = work / "align" / f"{setting.modality}-{layer}-{content_hash(Storage(setting.cache))}"
     layers: dict[str, tuple[int, ...]] = {setting.modality: (layer,), "text": (setting.text_layer,)}
     config = AlignConfig(cache=setting.cache, out=str(out), layers=layers, encoder=setting.encoder)
-    file = out / "alignment.json"
-    if not file.exists() or read_json(file)["config"] != json.loads(json.dumps(asdict(config))):
-        align(config)
-    return read_json(file)
+    return AlignmentResult.load(align(config))
 
 
 def write_recipe(setting: Setting, options: argparse.Namespace, kind: str, layers: Sequence[int]) -> Path:
@@ -191,7 +191,7 @@ control_epochs = 1
     return path
 
 
-def case_of(dataset: str, kind: str, layer: int, sweep: Mapping[str, Any], alignment: Mapping[str, Any]) -> Case:
+def case_of(dataset: str, kind: str, layer: int, sweep: Mapping[str, Any], alignment: AlignmentResult) -> Case:
     """One photo layer."""
     metric = sweep["metric"]
     points = {}
@@ -200,14 +200,14 @@ def case_of(dataset: str, kind: str, layer: int, sweep: Mapping[str, Any], align
         [points[series["name"]]] = [point for point in series["points"] if point["x"] == str(own)]
     values = {"no FAM": points["linear"]["baselines"][NO_FAM[kind]][metric]}
     values |= {advised: points[fusion]["values"][metric] for advised, fusion in TRAINED[kind].items()}
-    advised = {one["gallery"]: one["fusion"] for one in alignment["advice"]}[kind]
+    [advised] = [one.fusion for one in alignment.advice if one.gallery == kind]
     return Case(
         dataset=dataset,
         name=f"{dataset}, hidden_states {layer}",
         values=values,
         measures=measures_of(alignment),
         advised=advised,
-        hypothesis=hypothesis(kind, alignment["evidence"]),
+        hypothesis=hypothesis(kind, alignment.best_layer.evidence),
         metric=metric,
         chance=points["linear"]["chance"][metric],
         shuffled=statistics.mean(points["linear"]["controls"]["photos_shuffled"][metric]),
@@ -215,30 +215,31 @@ def case_of(dataset: str, kind: str, layer: int, sweep: Mapping[str, Any], align
     )
 
 
-def hypothesis(kind: str, evidence: Mapping[str, Any]) -> str:
+def hypothesis(kind: str, evidence: Evidence) -> str:
     """What the rule advised that these cases refuted: a decoder where an MLP or tokens find more, beyond noise."""
-    without, mlp, tokens = (evidence[name] for name in ("without_map", "mlp_gain", "token_gain"))
+    without, mlp, tokens = evidence.without_map, evidence.mlp_gain, evidence.token_gain
     if kind == BESIDE:
-        return "decoder" if tokens[1] > 0 else "concat"
-    is_curved = mlp[1] > 0 and evidence["a_lin"] < 0.9 * evidence["a_mlp"]
-    if max(evidence["a_lin"], evidence["a_mlp"]) <= evidence["null"] or (without is not None and without[1] > 0):
+        return "decoder" if tokens.is_gain else "concat"
+    is_curved = mlp.is_gain and evidence.a_lin < 0.9 * evidence.a_mlp
+    if max(evidence.a_lin, evidence.a_mlp) <= evidence.null or (without is not None and without.is_gain):
         return "no FAM"
-    return "decoder" if is_curved or tokens[1] > 0 else "linear"
+    return "decoder" if is_curved or tokens.is_gain else "linear"
 
 
-def measures_of(alignment: Mapping[str, Any]) -> dict[str, float]:
+def measures_of(alignment: AlignmentResult) -> dict[str, float]:
     """Of the photo layer, which comes first, with the texts' own vectors, which come last."""
-    of, evidence = alignment["measures"], alignment["evidence"]
+    of, evidence = alignment.measures, alignment.best_layer.evidence
+    normalised = of["mutual_neighbours"].normalised
+    assert normalised is not None
+    cells = {"CKA": of["cka"].value, "shared neighbours": normalised, "SVCCA": of["svcca"].value}
     return {
-        "CKA": of["cka"]["value"][0][-1],
-        "shared neighbours": of["mutual_neighbours"]["normalised"][0][-1],
-        "SVCCA": of["svcca"]["value"][0][-1],
-        "A_lin": evidence["a_lin"],
-        "A_mlp": evidence["a_mlp"],
-        "A_mlp - A_lin": evidence["mlp_gain"][0],
-        "A_lin / A_mlp": evidence["a_lin"] / max(evidence["a_mlp"], 1e-9),
-        "A_tok": evidence["a_tok"],
-        "A_tok - A_lin": evidence["token_gain"][0],
+        **{name: value for name, grid in cells.items() if (value := grid[0][-1]) is not None},
+        "A_lin": evidence.a_lin,
+        "A_mlp": evidence.a_mlp,
+        "A_mlp - A_lin": evidence.mlp_gain.mean,
+        "A_lin / A_mlp": evidence.a_lin / max(evidence.a_mlp, 1e-9),
+        "A_tok": evidence.a_tok,
+        "A_tok - A_lin": evidence.token_gain.mean,
     }
 
 

@@ -46,8 +46,9 @@ if TYPE_CHECKING:  # for type checkers and editors: a selection of what _places 
     from saffe_cache.store.commands import verify_cache as verify_cache
     from saffe_cache.store.reader import Cache as Cache
     from saffe_cache.store.reader import open_cache as open_cache
-    from saffe_cache.studies.alignment.align import AlignConfig as AlignConfig
     from saffe_cache.studies.alignment.align import align as align
+    from saffe_cache.studies.alignment.config import AlignConfig as AlignConfig
+    from saffe_cache.studies.alignment.result import AlignmentResult as AlignmentResult
     from saffe_cache.studies.binding.bind import bind as bind
     from saffe_cache.studies.binding.config import BindConfig as BindConfig
     from saffe_cache.studies.binding.result import BindingResult as BindingResult

@@ -114,7 +114,7 @@ def _run_verb(name: str, prog: str, arguments: Sequence[str] | None) -> int:
     return _guarded(prog, run)
 
 
-_SHOWN_BY_MODULE = ("align", "ablate", "match")
+_SHOWN_BY_MODULE = ("ablate", "match")
 
 
 def _shown_by_module(module: Any, config: Any, found: Any) -> int:

@@ -85,8 +85,9 @@ VERBS: Mapping[str, Verb] = {
     ),
     "align": Verb(
         summary="Measure how well two encoders' layers agree, before training.",
-        config="studies.alignment.align:AlignConfig",
+        config="studies.alignment.config:AlignConfig",
         run="studies.alignment.align:align",
+        result="studies.alignment.result:AlignmentResult",
     ),
     "ablate": Verb(
         summary="Train and evaluate every cell of a recipe.",

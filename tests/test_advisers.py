@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from synthetic_cache import make_cache
 
 from pipelines import alignment
 from pipelines.advisers import Case, advisers, best_threshold, correlations, judged, proposal
+from saffe_cache.studies.alignment.advice import Evidence, Gap
 
 
 def cases_with(found: list[tuple[str, float, float, float]], noise: float = 0.001) -> list[Case]:
@@ -83,26 +85,31 @@ def test_correlations_are_scipys_within_one_dataset_and_blind_to_what_tells_data
     assert correlations(crossing(12), lambda case: case.mean("linear"))["useful"]["p"] < 0.02
 
 
+def gap(mean: float, low: float, high: float) -> Gap:
+    return Gap(mean=mean, low=low, high=high)
+
+
 @pytest.mark.parametrize(
-    ("changes", "alone", "beside"),
+    ("changes", "alone", "paired"),
     [
         ({}, "linear", "concat"),
-        ({"without_map": [0.05, 0.02, 0.08]}, "no FAM", "concat"),
+        ({"without_map": gap(0.05, 0.02, 0.08)}, "no FAM", "concat"),
         ({"without_map": None}, "linear", "concat"),
-        ({"a_mlp": 0.3, "mlp_gain": [0.1, 0.07, 0.13]}, "decoder", "concat"),
-        ({"a_mlp": 0.3, "mlp_gain": [0.1, -0.01, 0.21]}, "linear", "concat"),
-        ({"a_mlp": 0.21, "mlp_gain": [0.01, 0.005, 0.015]}, "linear", "concat"),
-        ({"token_gain": [0.1, 0.07, 0.13]}, "decoder", "decoder"),
+        ({"a_mlp": 0.3, "mlp_gain": gap(0.1, 0.07, 0.13)}, "decoder", "concat"),
+        ({"a_mlp": 0.3, "mlp_gain": gap(0.1, -0.01, 0.21)}, "linear", "concat"),
+        ({"a_mlp": 0.21, "mlp_gain": gap(0.01, 0.005, 0.015)}, "linear", "concat"),
+        ({"token_gain": gap(0.1, 0.07, 0.13)}, "decoder", "decoder"),
         ({"a_lin": 0.01, "a_mlp": 0.005}, "no FAM", "concat"),
     ],
 )
-def test_the_rule_before_advised_decoders_beyond_noise(changes: dict[str, object], alone: str, beside: str) -> None:
-    usual = {"without_map": [-0.1, -0.12, -0.08], "a_lin": 0.2, "a_mlp": 0.2, "null": 0.01}
-    evidence = usual | {"mlp_gain": [0.0, -0.02, 0.02], "token_gain": [0.0, -0.03, 0.01]} | changes
-    assert [alignment.hypothesis(kind, evidence) for kind in (alignment.ALONE, alignment.BESIDE)] == [alone, beside]
+def test_earlier_rule_advised_decoders_beyond_noise(changes: dict[str, Any], alone: str, paired: str) -> None:
+    usual = {"a_0": 0.0, "without_map": gap(-0.1, -0.12, -0.08), "a_lin": 0.2, "a_mlp": 0.2, "null": 0.01, "a_tok": 0.2}
+    gains = {"mlp_gain": gap(0.0, -0.02, 0.02), "token_gain": gap(0.0, -0.03, 0.01)}
+    evidence = Evidence(**(usual | gains | changes))
+    assert [alignment.hypothesis(kind, evidence) for kind in (alignment.ALONE, alignment.BESIDE)] == [alone, paired]
 
 
-def test_the_pipeline_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipeline_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     caches = [make_cache(tmp_path / f"{name}.zarr", {"train": 120, "dev": 30}, captions=3, classes=classes, signal=4)
               for name, classes in (("captions", 0), ("classes", 4))]  # fmt: skip
     arguments = [
@@ -127,15 +134,15 @@ def test_the_pipeline_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(beside["cases"][0]["values"]) == ["no FAM", "linear", "concat", "decoder"]
     linear = alone["cases"][0]["values"]
     assert linear["linear"] == pytest.approx(linear["no FAM"], abs=1e-3)  # untrained it is the ridge regression
-    monkeypatch.setattr(alignment, "align", lambda config: pytest.fail("measured twice"))
+    monkeypatch.setattr("saffe_cache.studies.alignment.align._vectors", lambda *_: pytest.fail("measured twice"))
     alignment.main()
     assert json.loads(path.read_text()) == result
 
 
-def test_a_cache_that_has_grown_is_measured_again(tmp_path: Path) -> None:
+def test_grown_cache_is_measured_again(tmp_path: Path) -> None:
     path, judged = tmp_path / "cache.zarr", []
     for count in (100, 120):
         shutil.rmtree(path, ignore_errors=True)
         [setting] = alignment.settings_of(make_cache(path, {"train": count, "dev": 10}))
-        judged.append(alignment.measure(setting, tmp_path / "work", 3)["photos"]["judged"])
+        judged.append(alignment.measure(setting, tmp_path / "work", 3).photos["judged"])
     assert judged == [50, 60]

@@ -17,25 +17,31 @@ from sklearn.neighbors import NearestNeighbors
 
 from saffe_cache.retrieval.baselines import RIDGE_STRENGTHS, unit_rows
 from saffe_cache.studies.alignment.advice import Evidence, Gap, advise
-from saffe_cache.studies.alignment.correlation import (
-    canonical_variates,
-    mean_correlation,
-    principal_components,
-    svcca_grid,
+from saffe_cache.studies.alignment.maps import (
+    Ridge,
+    RidgeMap,
+    answers,
+    answers_of_scores,
+    maxsim,
+    mlp_answers,
+    normed,
 )
-from saffe_cache.studies.alignment.kernels import (
+from saffe_cache.studies.alignment.measures import (
+    canonical_variates,
     centered_gram,
     chance_of_neighbours,
     cka,
     cka_grid,
+    mean_correlation,
     mutual_neighbours,
     mutual_neighbours_grid,
     neighbours,
+    permutations,
+    principal_components,
+    svcca_grid,
     u_centered,
+    unit_rows_clipped,
 )
-from saffe_cache.studies.alignment.maps import Ridge, RidgeMap, answers, answers_of_scores, mlp_answers
-from saffe_cache.studies.alignment.scores import permutations, unit_rows_clipped
-from saffe_cache.studies.alignment.tokens import maxsim, normed
 
 
 def related(n: int, width: int, noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -60,19 +66,19 @@ def hsic_by_quadruples(first: np.ndarray, second: np.ndarray) -> float:
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(4, 7), st.integers(0, 99))
-def test_products_of_centred_matrices_are_the_u_statistic(n: int, seed: int) -> None:
+def test_centred_products_equal_the_u_statistic(n: int, seed: int) -> None:
     first, second = related(n, 5, 0.5, seed)
     product = float((centered_gram(first) * centered_gram(second)).sum()) / (n * (n - 3))
     assert product == pytest.approx(hsic_by_quadruples(first, second), rel=1e-3, abs=1e-3)
 
 
-def test_a_part_is_centred_as_if_it_were_all() -> None:
+def test_part_is_centred_as_if_it_were_all() -> None:
     vectors, chosen = related(12, 5, 0.5)[0], np.array([7, 1, 3, 8, 11])
     part = u_centered(centered_gram(vectors)[chosen[:, None], chosen])
     np.testing.assert_allclose(part, centered_gram(vectors[chosen]), atol=1e-4)
 
 
-def test_cka_of_independent_gaussians_is_near_zero_where_the_biased_one_is_not() -> None:
+def test_unbiased_cka_of_independent_data_is_near_zero() -> None:
     generator = np.random.default_rng(0)
     first, second = generator.normal(size=(2, 200, 400))
     found = float(cka(centered_gram(first)[None], centered_gram(second)[None])[0, 0])
@@ -83,7 +89,7 @@ def test_cka_of_independent_gaussians_is_near_zero_where_the_biased_one_is_not()
     assert biased > 0.6
 
 
-def test_neighbours_are_those_of_scikit_learn() -> None:
+def test_neighbours_equal_scikit_learn() -> None:
     first, second = (unit_rows(side) for side in related(40, 8, 1.0))
     k, shared = 6, 0
     lists = [
@@ -96,7 +102,7 @@ def test_neighbours_are_those_of_scikit_learn() -> None:
     assert mutual_neighbours(*near)[0, 0] == pytest.approx(shared / 40 / k)
 
 
-def test_of_classes_neighbours_are_classmates() -> None:
+def test_neighbours_of_classes_are_classmates() -> None:
     first, labels = unit_rows(related(30, 8, 1.0)[0]), np.arange(30) % 3
     near = NearestNeighbors(n_neighbors=4, metric="cosine").fit(first).kneighbors(return_distance=False)
     same = labels[:, None] == labels
@@ -106,7 +112,7 @@ def test_of_classes_neighbours_are_classmates() -> None:
     assert grid.null_mean[0, 0] == pytest.approx(9 / 29, abs=0.02)
 
 
-def test_intervals_of_kernel_measures_are_as_wide_as_fresh_photos_make_them() -> None:
+def test_kernel_intervals_match_spread_over_fresh_photos() -> None:
     """Spread over data drawn anew, against what halves of one data set say of it."""
     values, said = [], []
     for seed in range(40):
@@ -130,7 +136,7 @@ def test_intervals_of_kernel_measures_are_as_wide_as_fresh_photos_make_them() ->
     assert (ratios < 1.7).all(), ratios
 
 
-def test_svcca_is_cca_of_principal_components_on_unseen_photos() -> None:
+def test_svcca_equals_cca_of_components_on_unseen_photos() -> None:
     first, second = related(400, 10, 1.0)
     parts = [principal_components(side[:250], side[250:], 4) for side in (first, second)]
     mine = mean_correlation(*canonical_variates(*parts))[0]
@@ -147,7 +153,7 @@ def test_components_stop_at_the_rank() -> None:
     assert principal_components(classes[labels], classes[labels], 20).fitted.shape == (60, 4)
 
 
-def test_rotation_leaves_kernels_and_svcca_alone_and_breaks_the_cosine_which_a_ridge_mends() -> None:
+def test_rotation_changes_only_the_plain_cosine() -> None:
     text = unit_rows(related(300, 8, 0.0)[0])
     photo = text + 0.02 * np.random.default_rng(1).normal(size=text.shape).astype(np.float32)
     rows = np.arange(150)
@@ -173,7 +179,7 @@ def test_rotation_leaves_kernels_and_svcca_alone_and_breaks_the_cosine_which_a_r
     assert turned["a_0"] < 0.1
 
 
-def test_nothing_shared_is_told_from_something() -> None:
+def test_shared_structure_is_told_from_none() -> None:
     for shares in (True, False):
         first, second = related(240, 8, 0.5)
         if not shares:
@@ -198,7 +204,7 @@ def test_nothing_shared_is_told_from_something() -> None:
         assert (found.recall_at_1 > 2 * np.quantile(found.null(orders), 0.95)) == shares
 
 
-def test_ridge_is_scikit_learns_with_the_least_left_out_error() -> None:
+def test_ridge_equals_scikit_learn_at_least_left_out_error() -> None:
     features, targets = related(40, 12, 2.0)
     errors, peers = [], []
     for strength in RIDGE_STRENGTHS:
@@ -223,7 +229,7 @@ def test_ranks_of_captions_and_of_classes() -> None:
     assert classes.null([np.array([3, 2, 1, 0])]).tolist() == [0.75]
 
 
-def test_an_mlp_finds_what_no_line_does() -> None:
+def test_mlp_finds_what_a_linear_map_cannot() -> None:
     generator = np.random.default_rng(0)
     features = generator.normal(size=(700, 4)).astype(np.float32)
     labels = ((features[:, 0] > 0) ^ (features[:, 1] > 0)).astype(np.int64)
@@ -237,7 +243,7 @@ def test_an_mlp_finds_what_no_line_does() -> None:
     assert mlp.recall_at_1 > 0.8
 
 
-def test_maxsim_is_a_mean_of_largest_cosines() -> None:
+def test_maxsim_is_mean_of_largest_cosines() -> None:
     generator = torch.Generator().manual_seed(0)
     photos = normed(torch.randn(3, 4, 6, generator=generator))
     texts = [normed(torch.randn(length, 5, generator=generator)) for length in (2, 1, 3)]
@@ -252,18 +258,22 @@ def test_maxsim_is_a_mean_of_largest_cosines() -> None:
         assert scores[photo, text] == pytest.approx(np.mean(best), abs=1e-5)
 
 
-def test_clipping_takes_the_say_from_one_large_channel() -> None:
+def test_clipping_limits_one_large_channel() -> None:
     vectors = np.random.default_rng(0).normal(size=(20, 40))
     vectors[:, 3] = 100
     assert np.abs(unit_rows(vectors)[:, 3]).min() > 0.99
     assert np.abs(unit_rows_clipped(vectors)[:, 3]).max() < 0.6
 
 
+def gap(mean: float, low: float, high: float) -> Gap:
+    return Gap(mean=mean, low=low, high=high)
+
+
 def evidence(**changes: object) -> Evidence:
     """Where a ridge regression finds all there is."""
-    none, tokens = Gap(0.0, -0.02, 0.02), Gap(-0.01, -0.03, 0.01)
+    none, tokens = gap(0.0, -0.02, 0.02), gap(-0.01, -0.03, 0.01)
     usual = {
-        "a_0": 0.0, "without_map": Gap(-0.1, -0.12, -0.08), "a_lin": 0.2, "a_mlp": 0.2, "mlp_gain": none,
+        "a_0": 0.0, "without_map": gap(-0.1, -0.12, -0.08), "a_lin": 0.2, "a_mlp": 0.2, "mlp_gain": none,
         "null": 0.01, "a_tok": 0.19, "token_gain": tokens,
     }  # fmt: skip
     return Evidence(**(usual | changes))  # type: ignore[arg-type]
@@ -274,13 +284,13 @@ def evidence(**changes: object) -> Evidence:
     [
         ({}, "linear"),
         ({"a_0": None, "without_map": None}, "linear"),
-        ({"a_0": 0.15, "without_map": Gap(0.05, 0.02, 0.08)}, "no FAM"),
-        ({"a_0": 0.11, "without_map": Gap(0.01, -0.02, 0.04)}, "linear"),
-        ({"a_mlp": 0.3, "mlp_gain": Gap(0.1, 0.07, 0.13), "a_tok": 0.3, "token_gain": Gap(0.1, 0.07, 0.13)}, "linear"),
+        ({"a_0": 0.15, "without_map": gap(0.05, 0.02, 0.08)}, "no FAM"),
+        ({"a_0": 0.11, "without_map": gap(0.01, -0.02, 0.04)}, "linear"),
+        ({"a_mlp": 0.3, "mlp_gain": gap(0.1, 0.07, 0.13), "a_tok": 0.3, "token_gain": gap(0.1, 0.07, 0.13)}, "linear"),
         ({"a_lin": 0.01, "a_mlp": 0.005}, "no FAM"),
     ],
 )
-def test_the_rule_decides_beyond_noise_alone(changes: dict[str, object], alone: str) -> None:
-    found = advise(evidence(**changes), has_texts_beside=True)
+def test_rule_decides_only_beyond_noise(changes: dict[str, object], alone: str) -> None:
+    found = advise(evidence(**changes), has_paired_texts=True)
     assert [one.fusion for one in found] == [alone, "no FAM" if "a_lin" in changes else "concat"]
-    assert [one.fusion for one in advise(evidence(**changes), has_texts_beside=False)] == [alone]
+    assert [one.fusion for one in advise(evidence(**changes), has_paired_texts=False)] == [alone]

@@ -9,7 +9,7 @@ from saffe_cache.report.alignments import Alignment, LayerMeasure
 from saffe_cache.report.plots import Plot
 from saffe_cache.report.sections import Section
 from saffe_cache.report.tables import Cell, Sheet, Table, TableRow, percent
-from saffe_cache.studies.alignment.definitions import NAMES
+from saffe_cache.studies.alignment.result import NAMES
 
 _COLUMNS = ("value", "low", "high", "null_mean", "null_high")
 

@@ -27,7 +27,8 @@ from tiny_models import save_tiny
 
 from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.store.reader import EncoderCache, open_cache
-from saffe_cache.studies.alignment.align import AlignConfig, align
+from saffe_cache.studies.alignment.align import align
+from saffe_cache.studies.alignment.config import AlignConfig
 from saffe_cache.studies.binding.bind import BindConfig, bind
 from saffe_cache.studies.binding.names import NamePool, make_names
 from saffe_cache.studies.captioning.caption import CaptionConfig, caption
@@ -100,10 +101,14 @@ def evaluate_numbers(folder: Path) -> Numbers:
 
 
 def align_numbers(folder: Path) -> Numbers:
-    found = _read(folder / "alignment.json")
-    numbers = flat(found, only=("photos", "num_texts", "measures", "evidence"))
-    for closer in found["closer"]:
-        numbers |= flat(closer, f"layers {closer['gallery_layer']}, {closer['text_layer']}", only=("chance", "scores"))
+    found = _read(folder / "result.json")
+    numbers = flat(found, only=("photos", "num_texts", "measures"))
+    for name, value in found["best_layer"]["evidence"].items():
+        if isinstance(value, dict):
+            value = [value[part] for part in ("mean", "low", "high")]
+        numbers |= flat({name: value}, "evidence")
+    for maps in found["best_layer"]["maps"]:
+        numbers |= flat(maps, f"layers {maps['gallery_layer']}, {maps['text_layer']}", only=("chance", "scores"))
     return numbers
 
 

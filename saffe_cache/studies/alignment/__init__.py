@@ -1,1 +1,1 @@
-"""How far two frozen encoders agree on the same items, and which fusion that speaks for. No I/O."""
+"""How well two frozen encoders agree on the same items, and which fusion that recommends."""

@@ -1,16 +1,19 @@
-"""Retrieval between two encoders with no map, a ridge regression, or an MLP: what a cosine finds on unseen photos.
+"""Retrieval between two encoders on unseen photos: without a map, with a ridge regression, an MLP, or between tokens.
 
 Maps go from photos to texts and are fitted on other photos than they are judged on. Captions search the judged photos,
-one caption for each; classes are searched by the photos. So chance is 1 / photos, or 1 / classes.
+one caption for each; photos search the classes. So chance is 1 / photos, or 1 / classes. Late interaction compares
+tokens with tokens rather than mean with mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
+from torch.nn import functional
 
 from saffe_cache.core.features import Ragged
 from saffe_cache.retrieval.baselines import RIDGE_STRENGTHS, unit_rows
@@ -18,23 +21,24 @@ from saffe_cache.retrieval.metrics import bootstrap_interval
 from saffe_cache.retrieval.mlp import MlpFit, fit_mlp
 
 _VALIDATION_PART = 5
-"""One in so many of the photos to fit on chooses the MLP's epoch and dropout."""
+"""The fraction of the photos to fit on that chooses the MLP's epoch and dropout is one divided by this."""
+_WORDS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What judged photos and their texts find of each other."""
+    """How judged photos and their texts find each other."""
 
     ranks: np.ndarray
     """float64 [queries]: of the own photo of each caption, or of the own class of each photo; a tie is half a place."""
     first: np.ndarray
-    """int64 [queries]: what stands first."""
+    """int64 [queries]: the first result."""
     own: np.ndarray
-    """int64 [queries]: what should."""
+    """int64 [queries]: the right result."""
 
     @property
     def hits(self) -> np.ndarray:
-        """1.0 where the own one stands first, [queries]."""
+        """1.0 where the right one comes first, [queries]."""
         return np.asarray(self.ranks == 1, np.float64)
 
     @property
@@ -46,21 +50,21 @@ class Answers:
         return float(np.median(self.ranks))
 
     def interval(self, seed: int) -> tuple[float, float]:
-        """Of R@1: a 95 % bootstrap over photos, in the gallery as it is, as saffe-index-eval has it."""
+        """The 95 % bootstrap interval of R@1 over photos, with the gallery as it is, as in saffe-index-eval."""
         return bootstrap_interval(self.hits, np.ones(len(self.hits)), seed=seed)
 
     def null(self, orders: Sequence[np.ndarray]) -> np.ndarray:
-        """R@1 where the judged pairs are permuted, one for each order.
+        """R@1 with the judged pairs permuted, one for each order.
 
-        The map stays: it has not seen the judged photos, so that if it knows nothing of the pairing, each order is as
-        likely as the true one.
+        The map stays: it has not seen the judged photos, so if it knows nothing of the pairing, each order is as likely
+        as the true one.
         """
         return np.array([(self.first == self.own[order]).mean() for order in orders])
 
     def null_of_deals(self, deals: Sequence[np.ndarray]) -> np.ndarray:
-        """R@1 where texts are dealt at random, to photos or to classes: a permutation of them for each deal.
+        """R@1 with texts assigned at random to photos or to classes: a permutation of them for each deal.
 
-        For vectors that were fitted to nothing. All photos of a class then miss or hit together, as they do in truth.
+        For vectors without a fit. All photos of a class then miss or hit together, as they do in truth.
         """
         return np.array([(self.first == deal[self.own]).mean() for deal in deals])
 
@@ -98,7 +102,7 @@ class Ridge:
         self._rotated = centered.astype(np.float32) @ self._vectors
 
     def fit(self, targets: np.ndarray) -> RidgeMap:
-        """To targets [n, t]; of the package's strengths that with the least squared error of left-out photos.
+        """To targets [n, t], with the strength that has the least squared error of left-out photos.
 
         The error of a photo when it is left out of the fit is its residual divided by one less its leverage: no second
         fit is needed. Source: Hastie et al., The Elements of Statistical Learning, eq. 7.64.
@@ -135,7 +139,7 @@ class RidgeMap:
     strength: float
     """Of the penalty."""
     left_out_error: float
-    """Squared error of photos that are left out of the fit, as a part of the targets' variance: 1 tells nothing."""
+    """Squared error of left-out photos as a fraction of the targets' variance; 1 means that nothing was learned."""
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Of features [..., d], float32 [..., t]."""
@@ -152,7 +156,7 @@ def mlp_answers(
     *,
     texts_search: bool,
 ) -> Answers:
-    """What saffe-index-eval's MLP on pooled features finds: two layers, trained by InfoNCE as a FAM is.
+    """Answers of saffe-index-eval's MLP on pooled features: two layers, trained with InfoNCE like a FAM.
 
     A fifth of the photos to fit on choose its dropout and epoch.
 
@@ -160,7 +164,7 @@ def mlp_answers(
         fitted: features [n, d] of the photos to fit on, and the text of each, int [n].
         judged: the same of the photos to judge.
         texts: the distinct texts, [m, t].
-        num_judged_texts: so many of them, the first, are searched with or for among the judged photos.
+        num_judged_texts: how many of them, from the first, take part in the search on judged photos.
         epochs: at most.
         seed: of starting weights, order and dropout.
         texts_search: see `answers`.
@@ -186,3 +190,37 @@ def mlp_answers(
     )
     queries = fit.queries(texts[:num_judged_texts])
     return answers(fit.gallery(judged[0]), queries, judged[1], texts_search=texts_search)
+
+
+def normed(tokens: torch.Tensor) -> torch.Tensor:
+    """Each token of zero mean and unit variance over its channels: a layer norm without gain and bias."""
+    return functional.layer_norm(tokens.float(), tokens.shape[-1:])
+
+
+@torch.inference_mode()
+def maxsim(photos: Iterable[torch.Tensor], texts: Sequence[torch.Tensor], ridge: RidgeMap) -> np.ndarray:
+    """Mean over a text's tokens of the largest cosine with a photo's tokens, float32 [photos, texts].
+
+    The ridge regression, which was fitted to means of tokens, maps each photo token. The mean over texts, which all
+    tokens share, is subtracted from both sides. Source: Khattab and Zaharia, SIGIR 2020 (ColBERT), with a mean instead
+    of the sum, so that long texts do not score higher.
+
+    Args:
+        photos: normed tokens, some photos at a time, [photos, tokens, d].
+        texts: normed tokens of each, [tokens, t].
+        ridge: from means of photo tokens to means of text tokens.
+    """
+    weight, center = torch.from_numpy(ridge.weight), torch.from_numpy(ridge.center)
+    lengths = [len(text) for text in texts]
+    words = functional.normalize(torch.cat(list(texts)) - torch.from_numpy(ridge.target_center), dim=-1)
+    scores = []
+    for some in photos:
+        mapped = functional.normalize((some - center) @ weight, dim=-1)
+        best = torch.cat([_nearest(mapped, part) for part in torch.split(words, _WORDS_AT_ONCE)], dim=1)
+        scores.append(torch.stack([of.mean(dim=1) for of in torch.split(best, lengths, dim=1)], dim=1))
+    return np.asarray(torch.cat(scores).numpy())
+
+
+def _nearest(photos: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Largest product of each word [words, t] with a token of each photo [photos, tokens, t]: [photos, words]."""
+    return (photos.flatten(0, 1) @ words.T).view(*photos.shape[:2], -1).amax(dim=1)

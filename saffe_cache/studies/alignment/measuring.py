@@ -1,39 +1,53 @@
-"""Every measure of every pair of layers, from vectors that are read already."""
+"""Every measure of every pair of layers, and maps from the best photo layer, from vectors that are already read."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import numpy as np
+import torch
 
+from saffe_cache.core.controls import Control
 from saffe_cache.retrieval.baselines import unit_rows
-from saffe_cache.studies.alignment.correlation import principal_components, svcca_grid
-from saffe_cache.studies.alignment.definitions import DEFINITIONS
-from saffe_cache.studies.alignment.kernels import centered_gram, chance_of_neighbours, cka_grid, mutual_neighbours_grid
-from saffe_cache.studies.alignment.maps import Answers, Ridge, answers
-from saffe_cache.studies.alignment.scores import Grid, grid_of, permutations, unit_rows_clipped
+from saffe_cache.retrieval.metrics import paired_bootstrap
+from saffe_cache.studies.alignment.advice import ENOUGH_WITHOUT_MAP, Evidence, Gap
+from saffe_cache.studies.alignment.config import AlignConfig
+from saffe_cache.studies.alignment.maps import (
+    Answers,
+    Ridge,
+    RidgeMap,
+    answers,
+    answers_of_scores,
+    maxsim,
+    mlp_answers,
+)
+from saffe_cache.studies.alignment.measures import (
+    Grid,
+    centered_gram,
+    chance_of_neighbours,
+    cka_grid,
+    grid_of,
+    mutual_neighbours_grid,
+    permutations,
+    principal_components,
+    svcca_grid,
+    unit_rows_clipped,
+)
+from saffe_cache.studies.alignment.result import BestLayer, Cells, LayerMaps, LayerMeasure, MapScore
 
 OWN = "own"
-"""In the place of a layer's number: the encoder's own vector."""
+"""Instead of a layer's number: the encoder's own vector."""
 _RESAMPLES = 100
 """Of the judged photos, for SVCCA's intervals."""
 _CLASS_HALVES = 6
 """Random halves of the classes that maps are fitted without."""
 _LEAST_CLASSES = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How much is measured; see `AlignConfig`."""
-
-    neighbours: int
-    components: int
-    permutations: int
-    half_samples: int
-    seed: int
+_MLP_EPOCHS = 15
+_PERMUTED_FITS = 10
+"""Maps fitted on permuted pairs, for the control."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +55,7 @@ class Vectors:
     """One vector of each photo and text for each layer, and for "own"."""
 
     photos: Mapping[str, np.ndarray]
-    """[photos, d] of each layer; those that are judged come first."""
+    """[photos, d] of each layer; those that are measured on, the judged ones, come first."""
     texts: Mapping[str, np.ndarray]
     """Unit vectors of the distinct texts [texts, t] of each layer."""
     text_of: np.ndarray
@@ -52,7 +66,7 @@ class Vectors:
 
     @property
     def judged(self) -> np.ndarray:
-        """Positions of the photos that are judged."""
+        """Positions of the photos that are measured on."""
         return np.arange(self.num_judged)
 
     @property
@@ -62,12 +76,12 @@ class Vectors:
 
     @property
     def fitted(self) -> np.ndarray:
-        """Those of them that every pair of layers is fitted on: as many as are judged, where there are."""
+        """Those of them that every pair of layers is fitted on: as many as are measured on, if available."""
         return self.others[: self.num_judged]
 
     @property
     def num_texts(self) -> int:
-        """Those that are searched with or for among the judged photos: their captions, or all classes."""
+        """The number that takes part in the search on judged photos: their captions, or all classes."""
         return self.num_judged if self.has_captions else len(self.texts[OWN])
 
     def texts_of(self, layer: str, photos: np.ndarray) -> np.ndarray:
@@ -75,58 +89,58 @@ class Vectors:
         return np.asarray(self.texts[layer][self.text_of[photos]])
 
     def searched(self, text_layer: str, photos: np.ndarray) -> Answers:
-        """What the judged photos' vectors [judged, t] and the texts find of each other."""
+        """How the judged photos' vectors [judged, t] and the texts find each other."""
         texts = self.texts[text_layer][: self.num_texts]
         return answers(photos, texts, self.text_of[self.judged], texts_search=self.has_captions)
 
 
-def measure(vectors: Vectors, options: Options) -> tuple[dict[str, Any], dict[str, str]]:
-    """Each measure as JSON, [photo layers][text layers] of values, intervals and nulls; and why one is absent."""
-    orders = permutations(vectors.num_judged, options.permutations, options.seed)
-    deals = permutations(vectors.num_texts, options.permutations, options.seed)
-    measures = {
-        "cka": _cka(vectors, options, deals),
-        "mutual_neighbours": _mutual_neighbours(vectors, options, orders),
-        "svcca": _svcca(vectors, options),
-        "a_lin": _linear(vectors, options, orders),
+def measures_of(vectors: Vectors, config: AlignConfig) -> tuple[dict[str, Callable[[], LayerMeasure]], dict[str, str]]:
+    """What measures each of all pairs of layers, by name; and why a measure is absent."""
+    orders = permutations(vectors.num_judged, config.permutations, config.seed)
+    deals = permutations(vectors.num_texts, config.permutations, config.seed)
+    measures: dict[str, Callable[[], LayerMeasure]] = {
+        "cka": partial(_cka, vectors, config, deals),
+        "mutual_neighbours": partial(_mutual_neighbours, vectors, config, orders),
+        "svcca": partial(_svcca, vectors, config),
+        "a_lin": partial(_linear, vectors, config, orders),
     }
-    zero, absent = _without_map(vectors, options, deals), {}
-    if zero is None:
-        widths = (next(iter(side.values())).shape[1] for side in (vectors.photos, vectors.texts))
-        absent["a_0"] = "vectors of widths {} and {} have no cosine".format(*widths)
+    absent = {}
+    widths = [{of.shape[1] for of in side.values()} for side in (vectors.photos, vectors.texts)]
+    if widths[0] & widths[1]:
+        measures["a_0"] = partial(_without_map, vectors, config, deals)
     else:
-        measures["a_0"] = zero
+        ours, theirs = (next(iter(side.values())).shape[1] for side in (vectors.photos, vectors.texts))
+        absent["a_0"] = f"vectors of widths {ours} and {theirs} have no cosine"
     if not vectors.has_captions and vectors.num_texts < _LEAST_CLASSES:
-        absent["a_new"] = f"{vectors.num_texts} classes, {_LEAST_CLASSES} are needed to leave half of them out"
+        absent["a_new"] = f"{vectors.num_texts} classes; leaving half of them out takes {_LEAST_CLASSES} or more"
     elif not vectors.has_captions:
-        measures["a_new"] = _unseen_classes(vectors, options)
-    definitions = DEFINITIONS["captions" if vectors.has_captions else "classes"]
-    return {name: {"definition": definitions[name]} | of for name, of in measures.items()}, absent
+        measures["a_new"] = partial(_unseen_classes, vectors, config)
+    return measures, absent
 
 
-def _cka(vectors: Vectors, options: Options, deals: Sequence[np.ndarray]) -> dict[str, Any]:
+def _cka(vectors: Vectors, config: AlignConfig, deals: Sequence[np.ndarray]) -> LayerMeasure:
     judged = vectors.judged
     photos = np.stack([centered_gram(unit_rows(of[judged])) for of in vectors.photos.values()])
 
     def dealt(deal: np.ndarray) -> np.ndarray:
-        """The texts' matrices after texts were dealt at random: to photos, or to classes."""
+        """The texts' matrices after texts were assigned at random to photos or to classes."""
         return np.stack([centered_gram(of[deal[vectors.text_of[judged]]]) for of in vectors.texts.values()])
 
     texts = dealt(np.arange(vectors.num_texts))
-    return _as_json(cka_grid(photos, texts, map(dealt, deals), options.half_samples, options.seed), 0.0)
+    return _layer_measure(cka_grid(photos, texts, map(dealt, deals), config.half_samples, config.seed), 0.0)
 
 
-def _mutual_neighbours(vectors: Vectors, options: Options, orders: Sequence[np.ndarray]) -> dict[str, Any]:
-    judged, k = vectors.judged, options.neighbours
+def _mutual_neighbours(vectors: Vectors, config: AlignConfig, orders: Sequence[np.ndarray]) -> LayerMeasure:
+    judged, k = vectors.judged, config.neighbours
     photos = np.stack([_similarities(of[judged]) for of in vectors.photos.values()])
     if vectors.has_captions:
         texts = np.stack([_similarities(vectors.texts_of(name, judged)) for name in vectors.texts])
     else:
         classes = vectors.text_of[judged]
         texts = np.repeat((classes[:, None] == classes)[None], len(vectors.texts), axis=0)
-    grid = mutual_neighbours_grid(photos, texts, k, orders, options.half_samples, options.seed)
+    grid = mutual_neighbours_grid(photos, texts, k, orders, config.half_samples, config.seed)
     chance = chance_of_neighbours(texts[0], k)
-    return _as_json(grid, chance) | {"normalised": _listed((grid.value - chance) / (1 - chance))}
+    return replace(_layer_measure(grid, chance), normalised=_cells((grid.value - chance) / (1 - chance)))
 
 
 def _similarities(vectors: np.ndarray) -> np.ndarray:
@@ -134,39 +148,39 @@ def _similarities(vectors: np.ndarray) -> np.ndarray:
     return np.asarray(clipped @ clipped.T)
 
 
-def _svcca(vectors: Vectors, options: Options) -> dict[str, Any]:
+def _svcca(vectors: Vectors, config: AlignConfig) -> LayerMeasure:
     fitted, judged = vectors.fitted, vectors.judged
     photos = [
-        principal_components(unit_rows(of[fitted]), unit_rows(of[judged]), options.components)
+        principal_components(unit_rows(of[fitted]), unit_rows(of[judged]), config.components)
         for of in vectors.photos.values()
     ]
     texts = [
-        principal_components(vectors.texts_of(name, fitted), vectors.texts_of(name, judged), options.components)
+        principal_components(vectors.texts_of(name, fitted), vectors.texts_of(name, judged), config.components)
         for name in vectors.texts
     ]
-    return _as_json(svcca_grid(photos, texts, options.permutations, _RESAMPLES, options.seed), 0.0)
+    return _layer_measure(svcca_grid(photos, texts, config.permutations, _RESAMPLES, config.seed), 0.0)
 
 
-def _linear(vectors: Vectors, options: Options, orders: Sequence[np.ndarray]) -> dict[str, Any]:
+def _linear(vectors: Vectors, config: AlignConfig, orders: Sequence[np.ndarray]) -> LayerMeasure:
     found = []
     for photos in vectors.photos.values():
         ridge = Ridge(photos[vectors.fitted])
         for name in vectors.texts:
             fit = ridge.fit(vectors.texts_of(name, vectors.fitted))
             found.append(vectors.searched(name, fit(photos[vectors.judged])))
-    return _of_answers(vectors, found, [one.null(orders) for one in found], options.seed)
+    return _of_answers(vectors, found, [one.null(orders) for one in found], config.seed)
 
 
-def _unseen_classes(vectors: Vectors, options: Options) -> dict[str, Any]:
+def _unseen_classes(vectors: Vectors, config: AlignConfig) -> LayerMeasure:
     """R@1 of classes that the ridge regression has not seen, among these; mean over random halves of the classes.
 
-    Half of the classes vary as all would: see `half_sample_deviations`. With few classes that is much.
+    Half of the classes vary as all would: see `half_sample_deviations`. With few classes they vary much.
     """
-    orders = permutations(vectors.num_texts, _CLASS_HALVES, options.seed)
+    orders = permutations(vectors.num_texts, _CLASS_HALVES, config.seed)
     unseen = [np.sort(order[vectors.num_texts // 2 :]) for order in orders]
-    deals = permutations(len(unseen[0]), options.permutations, options.seed)
+    deals = permutations(len(unseen[0]), config.permutations, config.seed)
     shape = (_CLASS_HALVES, len(vectors.photos), len(vectors.texts))
-    values, nulls = np.zeros(shape), np.zeros((options.permutations, *shape))
+    values, nulls = np.zeros(shape), np.zeros((config.permutations, *shape))
     for half, classes in enumerate(unseen):
         fitted = vectors.fitted[~np.isin(vectors.text_of[vectors.fitted], classes)]
         judged = vectors.judged[np.isin(vectors.text_of[vectors.judged], classes)]
@@ -180,26 +194,24 @@ def _unseen_classes(vectors: Vectors, options: Options) -> dict[str, Any]:
                 nulls[:, half, row, column] = found.null_of_deals(deals)
     grid = grid_of(values.mean(axis=0), values.std(axis=0, ddof=1), nulls.mean(axis=1))
     of_shares = replace(grid, low=np.maximum(grid.low, 0), high=np.minimum(grid.high, 1))
-    return _as_json(of_shares, 1 / len(unseen[0]))
+    return _layer_measure(of_shares, 1 / len(unseen[0]))
 
 
-def _without_map(vectors: Vectors, options: Options, deals: Sequence[np.ndarray]) -> dict[str, Any] | None:
-    """Cosines where both vectors have one width; None where none have."""
+def _without_map(vectors: Vectors, config: AlignConfig, deals: Sequence[np.ndarray]) -> LayerMeasure:
+    """Cosines where both vectors have one width."""
     found = [
         vectors.searched(name, photos[vectors.judged]) if photos.shape[1] == texts.shape[1] else None
         for photos in vectors.photos.values()
         for name, texts in vectors.texts.items()
     ]
-    if not any(found):
-        return None
     nulls = [None if one is None else one.null_of_deals(deals) for one in found]
-    return _of_answers(vectors, found, nulls, options.seed)
+    return _of_answers(vectors, found, nulls, config.seed)
 
 
 def _of_answers(
     vectors: Vectors, found: Sequence[Answers | None], nulls: Sequence[np.ndarray | None], seed: int
-) -> dict[str, Any]:
-    """R@1 of all pairs, and median ranks."""
+) -> LayerMeasure:
+    """R@1 and median ranks of all pairs."""
     absent, shape = math.nan, (len(vectors.photos), len(vectors.texts))
     intervals = np.array([(absent, absent) if one is None else one.interval(seed) for one in found])
     grid = Grid(
@@ -210,13 +222,138 @@ def _of_answers(
         null_high=np.array([absent if null is None else np.quantile(null, 0.95) for null in nulls]).reshape(shape),
     )
     ranks = np.array([absent if one is None else one.median_rank for one in found]).reshape(shape)
-    return _as_json(grid, 1 / vectors.num_texts) | {"median_rank": _listed(ranks)}
+    return replace(_layer_measure(grid, 1 / vectors.num_texts), median_rank=_cells(ranks))
 
 
-def _as_json(grid: Grid, chance: float) -> dict[str, Any]:
-    return {name: _listed(of) for name, of in vars(grid).items()} | {"chance": chance}
+def _layer_measure(grid: Grid, chance: float) -> LayerMeasure:
+    return LayerMeasure(chance=chance, **{name: _cells(of) for name, of in vars(grid).items()})
 
 
-def _listed(values: np.ndarray) -> list[list[float | None]]:
-    """JSON has no NaN."""
-    return [[None if math.isnan(value) else float(value) for value in row] for row in values]
+def _cells(values: np.ndarray) -> Cells:
+    """None where a value is NaN, which JSON does not have."""
+    return tuple(tuple(None if math.isnan(value) else float(value) for value in row) for row in values)
+
+
+def best_layer(vectors: Vectors) -> str:
+    """The photo layer that predicts the texts' own vectors best.
+
+    By the error of left-out photos among those that maps are fitted on; the judged ones play no part in the choice.
+    """
+    targets = vectors.texts_of(OWN, vectors.others)
+    errors = {
+        name: Ridge(of[vectors.others]).fit(targets).left_out_error
+        for name, of in vectors.photos.items()
+        if name != OWN
+    }
+    return min(errors, key=lambda name: errors[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenStates:
+    """Normed tokens of the judged photos and of the texts that take part in the search."""
+
+    gallery_layer: str
+    photos: Iterable[torch.Tensor]
+    """[photos, tokens, d], some at a time"""
+    text_layer: str
+    texts: Sequence[torch.Tensor]
+    """[tokens, t] of each."""
+
+
+def measure_best_layer(vectors: Vectors, tokens: TokenStates, config: AlignConfig) -> BestLayer:
+    """R@1 of each kind of map on the judged photos, and the evidence for the advice."""
+    orders = permutations(vectors.num_judged, config.permutations, config.seed)
+    layer, others, judged = tokens.gallery_layer, vectors.others, vectors.judged
+    features = vectors.photos[layer]
+    ridge = Ridge(features[others])
+    to_own, to_tokens = (ridge.fit(vectors.texts_of(name, others)) for name in (OWN, tokens.text_layer))
+    linear = vectors.searched(OWN, to_own(features[judged]))
+    linear_mean = vectors.searched(tokens.text_layer, to_tokens(features[judged]))
+    mlp = mlp_answers(
+        (features[others], vectors.text_of[others]),
+        (features[judged], vectors.text_of[judged]),
+        vectors.texts[OWN],
+        vectors.num_texts,
+        _MLP_EPOCHS,
+        config.seed,
+        texts_search=vectors.has_captions,
+    )
+    scores = maxsim(tokens.photos, tokens.texts, to_tokens)
+    late = answers_of_scores(scores, vectors.text_of[judged], texts_search=vectors.has_captions)
+    own = vectors.photos.get(OWN)
+    is_comparable = own is not None and own.shape[1] == vectors.texts[OWN].shape[1]
+    zero = vectors.searched(OWN, own[judged]) if own is not None and is_comparable else None
+    found = []
+    if zero is not None:
+        deals = permutations(vectors.num_texts, config.permutations, config.seed)
+        found.append(_layer_maps(vectors, (OWN, OWN), None, {"a_0": (zero, zero.null_of_deals(deals))}))
+    for layers, fit, systems in (
+        ((layer, OWN), to_own, {"a_lin": linear, "a_mlp": mlp}),
+        ((layer, tokens.text_layer), to_tokens, {"a_lin": linear_mean, "a_tok": late}),
+    ):
+        found.append(
+            _layer_maps(vectors, layers, fit, {name: (one, one.null(orders)) for name, one in systems.items()})
+        )
+    evidence = Evidence(
+        a_0=None if zero is None else zero.recall_at_1,
+        without_map=None if zero is None else _gap(zero, linear, ENOUGH_WITHOUT_MAP),
+        a_lin=linear.recall_at_1,
+        a_mlp=mlp.recall_at_1,
+        mlp_gain=_gap(mlp, linear),
+        null=max(float(np.quantile(one.null(orders), 0.95)) for one in (linear, mlp)),
+        a_tok=late.recall_at_1,
+        token_gain=_gap(late, linear_mean),
+    )
+    return BestLayer(
+        maps=tuple(found), evidence=evidence, control=_permuted_control(vectors, ridge, layer, config.seed)
+    )
+
+
+def _permuted_control(vectors: Vectors, ridge: Ridge, layer: str, seed: int) -> Control:
+    """Maps fitted on permuted pairs, which must find nothing.
+
+    Photos of one class are found or missed together, so no more answers are independent than there are texts.
+    """
+    targets, judged = vectors.texts_of(OWN, vectors.others), vectors.photos[layer][vectors.judged]
+    found = [
+        vectors.searched(OWN, ridge.fit(targets[order])(judged)).recall_at_1
+        for order in permutations(len(targets), _PERMUTED_FITS, seed)
+    ]
+    chance = 1 / vectors.num_texts
+    error = math.sqrt(chance * (1 - chance) / (min(vectors.num_judged, vectors.num_texts) * _PERMUTED_FITS))
+    return Control.at_most("linear map of permuted pairs", "R@1", float(np.mean(found)), chance, error)
+
+
+def _layer_maps(
+    vectors: Vectors,
+    layers: tuple[str, str],
+    ridge: RidgeMap | None,
+    systems: Mapping[str, tuple[Answers, np.ndarray]],
+) -> LayerMaps:
+    """`systems`: the answers of each, and its null."""
+    scores = {}
+    for name, (one, null) in systems.items():
+        low, high = one.interval(0)
+        scores[name] = MapScore(
+            value=one.recall_at_1,
+            low=low,
+            high=high,
+            null_mean=float(null.mean()),
+            null_high=float(np.quantile(null, 0.95)),
+            median_rank=one.median_rank,
+        )
+    return LayerMaps(
+        gallery_layer=layers[0],
+        text_layer=layers[1],
+        chance=1 / vectors.num_texts,
+        scores=scores,
+        ridge_strength=None if ridge is None else ridge.strength,
+        left_out_error=None if ridge is None else ridge.left_out_error,
+    )
+
+
+def _gap(system: Answers, other: Answers, part: float = 1.0) -> Gap:
+    """R@1 of a system less (a fraction of) another's."""
+    difference = system.hits - part * other.hits
+    mean, low, high = paired_bootstrap(difference, np.arange(len(difference)))
+    return Gap(mean=mean, low=low, high=high)

@@ -1,0 +1,253 @@
+"""result.json of `saffe align`: how well two encoders agree, layer by layer, and which fusion that recommends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from saffe_cache.core.controls import Control
+from saffe_cache.core.figures import HeatMap
+from saffe_cache.core.results import Measurement
+from saffe_cache.core.sections import Section
+from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, interval_cell, percent, plain_row
+from saffe_cache.studies.alignment.advice import STANDING, Advice, Evidence
+from saffe_cache.studies.harness import StudyResult
+
+NAMES: Mapping[str, str] = {
+    "cka": "CKA",
+    "mutual_neighbours": "shared neighbours",
+    "svcca": "SVCCA",
+    "a_0": "A_0",
+    "a_lin": "A_lin",
+    "a_new": "A_new",
+    "a_mlp": "A_mlp",
+    "a_tok": "A_tok",
+}
+"""Measures as reports show them."""
+
+DEFINITIONS: Mapping[str, Mapping[str, str]] = {
+    "captions": {
+        "cka": "unbiased linear CKA: whether similar photos have similar captions. Null: captions assigned to photos "
+        "at random",
+        "mutual_neighbours": "mean share of a photo's nearest photos whose captions are also nearest to its caption. "
+        "Null: photos permuted",
+        "svcca": "mean correlation, on measured photos, of the directions that agree best in other photos. Null: "
+        "photos permuted, and fitted again",
+        "a_0": "share of captions that find their photo first by the plain cosine. Null: captions assigned at random",
+        "a_lin": "share of captions that find their photo first after a ridge regression from photos to captions, "
+        "fitted on other photos. Null: measured pairs permuted",
+    },
+    "classes": {
+        "cka": "unbiased linear CKA: whether similar photos belong to classes with similar texts. Null: the classes' "
+        "texts assigned to classes at random, which keeps what photos of one class share",
+        "mutual_neighbours": "mean share of a photo's nearest photos that are of its class; it does not depend on the "
+        "texts, so all text layers are equal. Null: photos permuted",
+        "svcca": "mean correlation, on measured photos, of directions that separate classes in other photos: at most "
+        "the number of classes less 1, and nearly independent of the texts. Null: photos permuted, and fitted again",
+        "a_0": "share of photos whose nearest class text is their own by the plain cosine. Null: the classes' texts "
+        "assigned to classes at random",
+        "a_lin": "share of photos whose nearest class text is their own after a ridge regression from photos to class "
+        "texts, fitted on other photos of these classes: it separates known classes, whatever their texts are. Null: "
+        "measured photos permuted",
+        "a_new": "share of photos of classes that the ridge regression has not seen whose nearest text among these "
+        "classes is their own; mean over random halves of the classes, whose spread gives the interval. Null: their "
+        "texts assigned to them at random",
+    },
+}
+"""What each measure is, for items with captions and for items with classes."""
+
+Cells = tuple[tuple[float | None, ...], ...]
+"""For each photo layer, one value for each text layer; None where the measure is undefined."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMeasure:
+    """A measure of all pairs of layers; fractions. A cell of the study."""
+
+    chance: float
+    value: Cells
+    low: Cells
+    """Of the 95 % interval."""
+    high: Cells
+    null_mean: Cells
+    """Mean over permutations of the pairs."""
+    null_high: Cells
+    """Their 95 % quantile."""
+    median_rank: Cells | None = None
+    """For retrieval: of the right result."""
+    normalised: Cells | None = None
+    """For shared neighbours: 0 at chance, 1 where all are shared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapScore:
+    """R@1 after one map."""
+
+    value: float
+    low: float
+    high: float
+    null_mean: float
+    null_high: float
+    median_rank: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMaps:
+    """The maps between two layers."""
+
+    gallery_layer: str
+    text_layer: str
+    chance: float
+    scores: Mapping[str, MapScore]
+    ridge_strength: float | None
+    left_out_error: float | None
+    """Squared error of left-out photos as a fraction of the targets' variance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestLayer:
+    """Maps from the best photo layer, fitted on all photos that are not measured on. A cell of the study."""
+
+    maps: tuple[LayerMaps, ...]
+    evidence: Evidence
+    control: Control
+    """R@1 of a linear map that was fitted on permuted pairs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentResult(StudyResult):
+    """Measures of all pairs of layers, maps of the best ones, and the advice."""
+
+    verb: ClassVar[str] = "align"
+
+    pairs: str
+    """What describes items: captions or classes."""
+    encoders: Mapping[str, str]
+    photos: Mapping[str, int]
+    """Measured on, fitted on for all pairs, and fitted on for the best layer."""
+    num_texts: int
+    gallery_layers: tuple[str, ...]
+    text_layers: tuple[str, ...]
+    measures: Mapping[str, LayerMeasure]
+    absent: Mapping[str, str]
+    """Measures that are undefined, and why."""
+    best_layer: BestLayer
+    advice: tuple[Advice, ...]
+
+    def measurements(self) -> Iterator[Measurement]:
+        for name, of in self.measures.items():
+            for row, column, setting in self._layer_pairs():
+                value, null = of.value[row][column], of.null_mean[row][column]
+                if value is not None and null is not None:
+                    low, high = of.low[row][column], of.high[row][column]
+                    yield Measurement(setting, "layers", name, value, low, high, of.chance)
+                    null_high = of.null_high[row][column]
+                    yield Measurement(setting, "control: permuted pairs", name, null, None, null_high, of.chance)
+        for maps in self.best_layer.maps:
+            setting = _setting(maps.gallery_layer, maps.text_layer)
+            for name, score in maps.scores.items():
+                yield Measurement(setting, name, "recall_at_1", score.value, score.low, score.high, maps.chance)
+                yield Measurement(setting, name, "median_rank", score.median_rank)
+
+    def sections(self) -> list[Section]:
+        definitions = DEFINITIONS[self.pairs]
+        return [
+            Section(
+                title=f"Which fusion? {self.title}",
+                lead="; ".join(f"{one.gallery}: {one.fusion.upper()}" for one in self.advice) + ".",
+                tables=[self._map_table()],
+                texts=[*(f"{one.gallery}: {one.fusion}, because {one.because}" for one in self.advice), STANDING],
+                facts=[*self.encoders.items(), ("time", duration(self.total_seconds))],
+            ),
+            Section(
+                title="Agreement of all pairs of layers",
+                lead=f"Measured on {self.photos['judged']} photos of split {self.split}.",
+                tables=[self._grid_table(name, of) for name, of in self.measures.items()],
+                definitions=[(NAMES[name], definitions[name]) for name in self.measures],
+                facts=[(f"no {NAMES[name]}", reason) for name, reason in self.absent.items()],
+                figures=[self._heat_map(name, of) for name, of in self.measures.items()],
+            ),
+        ]
+
+    def page_sections(self, folder: Path) -> list[Section]:
+        """Heat maps show the tables of all pairs, which are folded."""
+        advice, agreement = self.sections()
+        return [advice, replace(agreement, tables=[replace(table, folded=True) for table in agreement.tables])]
+
+    def _layer_pairs(self) -> Iterator[tuple[int, int, str]]:
+        for row, layer in enumerate(self.gallery_layers):
+            for column, text_layer in enumerate(self.text_layers):
+                yield row, column, _setting(layer, text_layer)
+
+    def _map_table(self) -> Table:
+        rows = []
+        for maps in self.best_layer.maps:
+            for name, score in maps.scores.items():
+                cells = (
+                    interval_cell(score.value, score.low, score.high),
+                    Cell(percent(score.null_high)),
+                    Cell(percent(maps.chance)),
+                    Cell(f"{score.median_rank:g}"),
+                )
+                rows.append(Row(Cell(f"{NAMES[name]}, {_setting(maps.gallery_layer, maps.text_layer)}"), cells))
+        control = self.best_layer.control
+        cells = (Cell(percent(control.value)), Cell(""), Cell(percent(control.level)), Cell(""))
+        rows.append(Row(Cell(f"control: {control.name}"), cells, "failed" if control.passed is False else "control"))
+        caption = (
+            f"R@1 in percent on {self.photos['judged']} photos with its 95 % bootstrap interval, of no map (A_0), a "
+            f"linear map, an MLP and tokens; fitted on {self.photos['fitted_closer']} others. Null: 95 % quantile with "
+            "the measured pairs permuted."
+        )
+        return Table(caption, ("", "R@1", "null", "chance", "median rank"), tuple(rows))
+
+    def _grid_table(self, name: str, measure: LayerMeasure) -> Table:
+        """Photo layers downwards, text layers across, and the highest null of each text layer."""
+        rows = [
+            plain_row(layer, *map(_percent, values))
+            for layer, values in zip(self.gallery_layers, measure.value, strict=True)
+        ]
+        rows.append(plain_row("null", *map(_percent, _highest_nulls(measure))))
+        return Table(_grid_caption(name, measure), ("photo \\ text", *self.text_layers), tuple(rows))
+
+    def _heat_map(self, name: str, measure: LayerMeasure) -> HeatMap:
+        grid = [*measure.value, tuple(_highest_nulls(measure))]
+        return HeatMap(
+            name=name.replace("_", "-"),
+            caption=_grid_caption(name, measure),
+            row_label="photo layer",
+            column_label="text layer",
+            rows=[*self.gallery_layers, "null"],
+            columns=self.text_layers,
+            cells=[[None if value is None else 100 * value for value in row] for row in grid],
+        )
+
+
+def _setting(gallery_layer: str, text_layer: str) -> str:
+    return f"photo {_layer(gallery_layer)}, text {_layer(text_layer)}"
+
+
+def _layer(name: str) -> str:
+    return "vector" if name == "own" else f"layer {name}"
+
+
+def _highest_nulls(measure: LayerMeasure) -> list[float | None]:
+    return [max((one for one in of if one is not None), default=None) for of in zip(*measure.null_high, strict=True)]
+
+
+def _grid_caption(name: str, measure: LayerMeasure) -> str:
+    halves = [
+        (high - low) / 2
+        for lows, highs in zip(measure.low, measure.high, strict=True)
+        for low, high in zip(lows, highs, strict=True)
+        if low is not None and high is not None
+    ]
+    return (
+        f"{NAMES[name]} in percent. Chance is {percent(measure.chance)}; half of a 95 % interval is at most "
+        f"{percent(max(halves))}. Null: the highest 95 % quantile with permuted pairs."
+    )
+
+
+def _percent(value: float | None) -> str:
+    return ABSENT if value is None else percent(value)
