@@ -34,7 +34,7 @@ _TO_DO = {
     errno.ESTALE: _GONE,
     errno.ENOTCONN: _GONE,
 }
-"""What to do about errors of the system."""
+"""What to do about errors of the operating system."""
 
 
 _NAME = "saffe"

@@ -29,7 +29,7 @@ def test_nothing_is_written_where_a_held_folder_has_vanished(tmp_path: Path, act
         action(folder)  # type: ignore[operator]
         (tmp_path / "mount").rename(tmp_path / "elsewhere")
         (tmp_path / "mount").mkdir()
-        with pytest.raises(OSError, match=r"it has gone while it was written to.*run the same command again"):
+        with pytest.raises(OSError, match=r"it vanished while it was written to.*run the same command again"):
             action(folder)  # type: ignore[operator]
     assert not list((tmp_path / "mount").iterdir())
 

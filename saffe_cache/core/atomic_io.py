@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a crash, in folders that one process at a time writes to."""
+"""Files that are complete or absent, also after a crash, in folders that one process at a time writes to."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_whole(path: Path, *parts: Buffer) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """To a log, for others to follow; a crash may leave a part of the line.
+    """Append to a log; a crash may leave a part of the line.
 
     Raises:
         OSError: with the file's name: the disk is full or gone.
@@ -69,7 +69,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents, each durable: else a crash may lose the folder of a durable file."""
+    """Make a folder and its parents, each durable; otherwise a crash could lose the folder of a durable file."""
     if not folder.is_dir():
         _check_held(folder)
         make_folder(folder.parent)
@@ -78,7 +78,7 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove what a killed writer left in a folder under temporary names. Only who holds it may call this."""
+    """Remove temporary files that a killed writer left in a folder. Only the process that holds it may call this."""
     for path in folder.glob(".*.partial"):
         path.unlink(missing_ok=True)
 
@@ -158,7 +158,7 @@ def _sign(file: IO[bytes]) -> None:
 
 @contextmanager
 def _errors_named(path: Path) -> Iterator[None]:
-    """What the system says of a write names no file, or the temporary one, of a folder that has gone perhaps."""
+    """Errors of the system name no file, or the temporary one; say which file, or that its folder has vanished."""
     try:
         yield
     except OSError as error:
@@ -169,22 +169,22 @@ def _errors_named(path: Path) -> Iterator[None]:
 
 
 def _check_held(path: Path) -> None:
-    """A mount that vanishes leaves an empty folder of the same name, to which nothing may be written.
+    """Refuse to write where a mount has vanished, which leaves an empty folder of the same name.
 
     Raises:
-        OSError: the held folder that the path lies in has gone, or is another one.
+        OSError: the held folder that contains the path has vanished or been replaced.
     """
     parents = path.absolute().parents
     for folder, file in list(_held.items()):
         if folder in parents and not _is_at(folder / LOCK_NAME, file):
             raise OSError(
-                f"{folder}: it has gone while it was written to: its disk was unmounted, it was moved, or its "
-                f"{LOCK_NAME} removed. Bring it back, and run the same command again: it goes on from there."
+                f"{folder}: it vanished while it was written to: its disk was unmounted, it was moved, or its "
+                f"{LOCK_NAME} was removed. Bring it back and run the same command again to resume."
             )
 
 
 def _is_at(path: Path, file: IO[bytes]) -> bool:
-    """Is this open file still the one of that name?"""
+    """Whether this open file is still the one of that name."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except OSError:

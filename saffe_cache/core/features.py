@@ -31,7 +31,7 @@ IndexConvention = Literal["hidden_states", "paper", "reference"]
 
 
 def hidden_states_index(layer: int, convention: IndexConvention) -> int:
-    """Which of the `hidden_states` a layer's number means.
+    """The index into `hidden_states` that a layer's number means.
 
     "hidden_states" and "reference" (the SAFFE release, `hidden_states[i]` with `layers[i]`) count as here. The
     paper counts layers by their output: its l is `hidden_states[l + 1]`, whose next layer is block l + 1.
@@ -40,11 +40,11 @@ def hidden_states_index(layer: int, convention: IndexConvention) -> int:
 
 
 class CacheError(Exception):
-    """The cache, or what is asked of it, is not as it must be. Says where, what was found and what to do."""
+    """The cache is invalid or cannot satisfy the request. The message says where, what was found and what to do."""
 
 
 def printable(text: str) -> str:
-    """A text that may come from anywhere, with what a terminal would obey (or not show) written as an escape."""
+    """A text of any origin, with characters that control a terminal or are invisible written as escapes."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
@@ -52,7 +52,7 @@ def canonical_json(value: Any) -> str:
     """The one JSON text of a value: sorted keys, no spaces, ASCII. Two equal values give equal texts.
 
     Raises:
-        ValueError: the value holds NaN or an infinity, which JSON cannot say.
+        ValueError: the value contains NaN or an infinity, which JSON cannot express.
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
@@ -61,7 +61,7 @@ def short_hash(value: Any) -> str:
     """12 hexadecimal digits of SHA-256 over the value's canonical JSON.
 
     Raises:
-        ValueError: the value holds NaN or an infinity, which JSON cannot say.
+        ValueError: the value contains NaN or an infinity, which JSON cannot express.
     """
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:12]
 
@@ -93,17 +93,17 @@ class Fingerprint:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSpec:
-    """How the weights of a transformer block are put together."""
+    """How a transformer block is computed from its weights."""
 
     num_attention_heads: int
     norm_first: bool
     """True for pre-LN (ViT, CLIP): x + f(LN(x)). False for post-LN (BERT, MPNet): LN(x + f(x))."""
     activation: str
-    """Hugging Face's name: gelu, quick_gelu, relu, silu, gelu_new."""
+    """Hugging Face's name, such as gelu, quick_gelu, relu, silu, gelu_new."""
     layer_norm_eps: float
     is_causal: bool = False
     relative_attention_num_buckets: int = 0
-    """Buckets of a T5/MPNet relative position bias; 0 where the block has none."""
+    """Buckets of a T5 or MPNet relative position bias; 0 if the block has none."""
     relative_attention_max_distance: int = 128
 
 
@@ -123,7 +123,7 @@ class BlockWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelSpec:
-    """How a causal language model takes texts: their begin token, `prompt` with the text in it, their end token."""
+    """How a causal language model reads a text: its begin token, `prompt` with the text in it, its end token."""
 
     begin_token: int
     end_token: int
@@ -131,7 +131,7 @@ class LanguageModelSpec:
     max_length: int
     """Most tokens of a text, begin and end included."""
     position_offset: int
-    """Position of a text's first token: so many places in front of it are for tokens that join at a later layer."""
+    """Position of a text's first token. The positions before it are for tokens that are inserted at a later layer."""
     layer_norm_eps: float
 
 
@@ -189,7 +189,7 @@ class Inputs:
 
 @dataclass(frozen=True, kw_only=True)
 class ItemTable:
-    """Who is paired with what, by id: items, and the rows of the distinct inputs that they point to."""
+    """Items by id, and the rows of the distinct inputs that they are paired with."""
 
     ids: tuple[str, ...]
     splits: tuple[str, ...]
@@ -202,7 +202,7 @@ class ItemTable:
     """Class indices of each item."""
     class_names: tuple[str, ...]
     class_texts: Ragged
-    """Text rows of each class: its name put into every class prompt."""
+    """Text rows of each class: its name in each class prompt."""
     problems: tuple[str, ...]
     """Why an item cannot be used; empty for a usable one."""
     inputs: Mapping[Modality, Inputs] = field(default_factory=dict)

@@ -1,6 +1,6 @@
-"""JSON from outside into our own types: manifests, runs. Each value is of the kind that its field declares, or refused.
+"""JSON and TOML from outside into dataclasses. Each value is of the kind that its field declares, or refused.
 
-Python's json gives Infinity, numbers of any length, and a list where a number was meant; none of them goes further.
+Python's json accepts Infinity and numbers of any length; none of them passes here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def made_of(kind: type[Made], content: Any) -> Made:
 
 
 def known_part(kind: Any, content: Any) -> Any:
-    """JSON without fields that a dataclass, or one within it, does not declare: files may tell more than is read."""
+    """JSON without the fields that a dataclass, or one within it, does not declare."""
     origin, parts = get_origin(kind), get_args(kind)
     if is_dataclass(kind) and isinstance(content, Mapping):
         hints = _hints(kind)  # type: ignore[arg-type]
@@ -105,7 +105,7 @@ def typed(hint: Any, name: str, value: Any) -> Any:
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    """Of a dataclass's fields; class variables are none."""
+    """Types of a dataclass's fields, without its class variables."""
     hints = get_type_hints(kind)
     return {one.name: hints[one.name] for one in fields(kind)} if is_dataclass(kind) else hints
 

@@ -74,8 +74,8 @@ def is_begun(out: Path, new: Mapping[str, Any], kinds: Mapping[str, type], ignor
     Args:
         out: the folder.
         new: what its config.json is to hold.
-        kinds: the parts of that which are compared, and of what dataclass each is. A field that the folder does not
-            know yet has its default.
+        kinds: the parts that are compared, and the dataclass of each. A field that the folder does not have yet has its
+            default.
         ignored: fields that may differ.
 
     Raises:
@@ -105,19 +105,20 @@ def is_begun(out: Path, new: Mapping[str, Any], kinds: Mapping[str, type], ignor
 def _with_defaults(kind: type, content: Mapping[str, Any]) -> Mapping[str, Any]:
     try:
         return json.loads(json.dumps(asdict(made_of(kind, content))))  # type: ignore[no-any-return]
-    except (TypeError, ValueError):  # of another version: what is there is compared as it is
+    except (TypeError, ValueError):  # of another version: compared as it stands
         return content
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
+    """Write a JSON file, complete or not at all."""
     write_whole(path, (json.dumps(content, indent=2, ensure_ascii=True) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """
+    """Read a JSON object.
+
     Raises:
-        ValueError: not a JSON object.
+        ValueError: the file is absent, or not a JSON object.
     """
     try:
         content = json.loads(path.read_text())
