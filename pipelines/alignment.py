@@ -34,7 +34,7 @@ from pipelines.advisers import Case, advisers, correlations, proposal
 from saffe_cache.core.atomic_io import make_folder, write_whole
 from saffe_cache.core.features import Modality
 from saffe_cache.core.options import require
-from saffe_cache.core.outputs import read_json, write_json
+from saffe_cache.core.outputs import write_json
 from saffe_cache.inputs.pairs import gallery_modality, pair_kind
 from saffe_cache.retrieval.metrics import seed_interval
 from saffe_cache.store.manifest import content_hash
@@ -44,7 +44,9 @@ from saffe_cache.studies.alignment.advice import Evidence
 from saffe_cache.studies.alignment.align import align
 from saffe_cache.studies.alignment.config import AlignConfig
 from saffe_cache.studies.alignment.result import AlignmentResult
-from saffe_cache.studies.sweep.ablate import AblateConfig, ablate
+from saffe_cache.studies.sweep.ablate import ablate
+from saffe_cache.studies.sweep.config import AblateConfig
+from saffe_cache.studies.sweep.result import SweepResult
 
 ALONE, BESIDE = "photos alone", "photos with paired text"
 NO_FAM = {ALONE: "ridge", BESIDE: "late_fusion_ridge"}
@@ -128,20 +130,19 @@ def cases_of(setting: Setting, options: argparse.Namespace) -> dict[str, list[Ca
     work = options.work / setting.name
     measured = {layer: measure(setting, work, layer) for layer in layers}
     recipes = [write_recipe(setting, options, kind, layers) for kind in setting.kinds]
-    out = work / "sweep"
-    ablate(
+    folders = ablate(
         AblateConfig(
             recipe=tuple(map(str, recipes)),
             cache=setting.cache,
-            out=str(out),
+            out=str(work / "sweep"),
             split=setting.split,
             seeds=tuple(options.seeds),
             workers=options.workers,
         )
     )
     found: dict[str, list[Case]] = {}
-    for kind, recipe in zip(setting.kinds, recipes, strict=True):
-        sweep = read_json(out / recipe.stem / "ablation.json")
+    for kind, folder in zip(setting.kinds, folders, strict=True):
+        sweep = SweepResult.load(folder)
         found[kind] = [case_of(setting.name, kind, layer, sweep, measured[layer]) for layer in layers]
     return found
 
@@ -191,15 +192,16 @@ control_epochs = 1
     return path
 
 
-def case_of(dataset: str, kind: str, layer: int, sweep: Mapping[str, Any], alignment: AlignmentResult) -> Case:
+def case_of(dataset: str, kind: str, layer: int, sweep: SweepResult, alignment: AlignmentResult) -> Case:
     """One photo layer."""
-    metric = sweep["metric"]
+    metric = sweep.metric
     points = {}
-    for series in sweep["series"]:
-        own = layer - 1 if series["name"] == "reuse" else layer
-        [points[series["name"]]] = [point for point in series["points"] if point["x"] == str(own)]
-    values = {"no FAM": points["linear"]["baselines"][NO_FAM[kind]][metric]}
-    values |= {advised: points[fusion]["values"][metric] for advised, fusion in TRAINED[kind].items()}
+    for series in sweep.series:
+        own = layer - 1 if series.name == "reuse" else layer
+        [points[series.name]] = [point for point in series.points if point.x == str(own)]
+    linear = points["linear"]
+    values = {"no FAM": linear.baselines[NO_FAM[kind]][metric]}
+    values |= {advised: points[fusion].values[metric] for advised, fusion in TRAINED[kind].items()}
     [advised] = [one.fusion for one in alignment.advice if one.gallery == kind]
     return Case(
         dataset=dataset,
@@ -209,9 +211,9 @@ def case_of(dataset: str, kind: str, layer: int, sweep: Mapping[str, Any], align
         advised=advised,
         hypothesis=hypothesis(kind, alignment.best_layer.evidence),
         metric=metric,
-        chance=points["linear"]["chance"][metric],
-        shuffled=statistics.mean(points["linear"]["controls"]["photos_shuffled"][metric]),
-        failures=[failure for point in points.values() for failure in point["failures"]],
+        chance=linear.chance[metric],
+        shuffled=statistics.mean(linear.controls["photos_shuffled"][metric]),
+        failures=[failure for point in points.values() for failure in point.failures],
     )
 
 

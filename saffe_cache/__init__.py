@@ -57,8 +57,9 @@ if TYPE_CHECKING:  # for type checkers and editors: a selection of what _places 
     from saffe_cache.studies.captioning.result import CaptionResult as CaptionResult
     from saffe_cache.studies.matching.config import MatchConfig as MatchConfig
     from saffe_cache.studies.matching.match import match as match
-    from saffe_cache.studies.sweep.ablate import AblateConfig as AblateConfig
     from saffe_cache.studies.sweep.ablate import ablate as ablate
+    from saffe_cache.studies.sweep.config import AblateConfig as AblateConfig
+    from saffe_cache.studies.sweep.result import SweepResult as SweepResult
     from saffe_cache.training.config import TrainConfig as TrainConfig
     from saffe_cache.training.result import TrainResult as TrainResult
     from saffe_cache.training.runs import load_run as load_run

@@ -104,25 +104,24 @@ def _run_verb(name: str, prog: str, arguments: Sequence[str] | None) -> int:
     def run() -> int:
         function = verb.load_run()
         found = function(config)
-        if verb.result is None and name in _SHOWN_BY_MODULE:
-            return _shown_by_module(sys.modules[function.__module__], config, found)
-        if verb.result is not None:
-            print(read_report(found), end="")
-        print(found)
-        return exit_status(found) if verb.result is not None else getattr(found, "exit_status", 0)
+        if name in _SHOWN_BY_MODULE and verb.result is None:
+            return _shown_by_module(sys.modules[function.__module__], found)
+        if verb.result is None:
+            print(found)
+            return getattr(found, "exit_status", 0)
+        folders = (found,) if isinstance(found, str) else found
+        print(*map(read_report, folders), sep="\n", end="")
+        print(*folders, sep="\n")
+        return max(map(exit_status, folders))
 
     return _guarded(prog, run)
 
 
-_SHOWN_BY_MODULE = ("ablate", "match")
+_SHOWN_BY_MODULE = ("match",)
 
 
-def _shown_by_module(module: Any, config: Any, found: Any) -> int:
+def _shown_by_module(module: Any, found: Any) -> int:
     """Print what a verb without a result class found, as its module shows it, and give the exit status."""
-    if hasattr(module, "read_tables"):
-        print(module.read_tables(config))
-        print(found)
-        return module.exit_status(config)  # type: ignore[no-any-return]
     print(module.read_table(found), end="")
     print(found)
     return module.exit_status(found) if hasattr(module, "exit_status") else 0

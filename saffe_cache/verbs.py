@@ -22,8 +22,8 @@ class Verb:
     config: str
     """MODULE:CLASS of its options."""
     run: str
-    """MODULE:FUNCTION, which takes the config and returns the path that it wrote, or what it found (with a text and an
-    `exit_status`)."""
+    """MODULE:FUNCTION, which takes the config and returns the path that it wrote, or several, or what it found (with a
+    text and an `exit_status`)."""
     result: str | None = None
     """MODULE:CLASS of its result; None where it writes none."""
 
@@ -91,8 +91,9 @@ VERBS: Mapping[str, Verb] = {
     ),
     "ablate": Verb(
         summary="Train and evaluate every cell of a recipe.",
-        config="studies.sweep.ablate:AblateConfig",
+        config="studies.sweep.config:AblateConfig",
         run="studies.sweep.ablate:ablate",
+        result="studies.sweep.result:SweepResult",
     ),
     "bind": Verb(
         summary="Learn made-up names from a few photos, in many episodes.",

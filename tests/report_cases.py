@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 from extraction_cases import draw
 from quick_runs import quick_train, report_of
 
+from saffe_cache.core.results import Result
 from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.report.report import ReportConfig, make_report
+from saffe_cache.studies.sweep.result import Level, Published, SweepCost, SweepPoint, SweepResult, SweepSeries
 
 EVIL = "a dog </style><script>alert(1)</script> & \"dogs\" <img src='http://example.org/x.png'>"
 
@@ -55,43 +57,55 @@ def make_page(folders: list[str], out: Path, **options: Any) -> str:
     return Path(make_report(ReportConfig(runs=tuple(folders), out=str(out), **options))).read_text()
 
 
-def ablation(**changes: Any) -> dict[str, Any]:
-    """A sweep of two points, three seeds each, the first as an earlier release wrote it."""
-    points = [
-        {
-            "x": x, "y": None, "settings": {"layers": [1]}, "seeds": [0, 1, 2], "reports": ["a", "b", "c"],
-            "values": {"mrr": values}, "chance": {"mrr": 0.01}, "baselines": {"ridge": {"mrr": [0.2, 0.22]}},
-            "best_epoch": [1, 2, 3], "failures": [], "trainable_parameters": 1000, "training_seconds": [1.0, 1.0, 2.0],
-            "evaluation_seconds": [1.0, 1.0, 1.0], **({"fusing_flops": 6_912_345} if x == "two" else {}),
-        }
-        for x, values in (("one", [0.3, 0.32, 0.34]), ("two", [0.4, 0.4, 0.43]))
-    ]  # fmt: skip
-    ledger = dict.fromkeys(("cache_bytes", "num_runs", "photos_seen", "texts_seen"), 5)
-    seconds = ("extraction", "training", "evaluation", "wall", "re_encoding", "photo", "text")
-    return {
+def sweep_point(x: str, y: str | None, values: tuple[float, ...], **changes: Any) -> SweepPoint:
+    seeds = range(len(values))
+    return SweepPoint(
+        x=x, y=y, settings={"layers": [1]}, seeds=tuple(seeds), reports=tuple(f"run-{seed}" for seed in seeds),
+        values={"mrr": values}, chance={"mrr": 0.01},
+        **{"baselines": {"ridge": {"mrr": (0.2, 0.22)}}, "controls": {"photos_shuffled": {"mrr": (0.01, 0.02)}}}
+        | {"failures": ()} | changes,
+        best_epoch=tuple(seeds), trainable_parameters=1000, fusing_flops=6_912_345,
+        training_seconds=(1.0,) * len(values), training_peak_memory_mb=(300,) * len(values),
+        evaluation_seconds=(1.0,) * len(values),
+    )  # fmt: skip
+
+
+def sweep(*series: tuple[str, list[SweepPoint]], **changes: Any) -> SweepResult:
+    """One series of two points with three seeds each, unless others are given."""
+    counts: dict[str, Any] = dict.fromkeys(("cache_bytes", "num_runs", "workers", "photos_seen", "texts_seen"), 5)
+    seconds = ("extraction", "training", "control", "evaluation", "re_encoding", "photo", "text")
+    cost = SweepCost(**counts, **{f"{name}_seconds": 1.5 for name in seconds}, basis="measured")
+    points = [sweep_point("one", None, (0.3, 0.32, 0.34)), sweep_point("two", None, (0.4, 0.4, 0.43))]
+    given: dict[str, Any] = {
         "title": "Layers <i>", "question": "Do more find more?", "metric": "mrr", "protocol": "caption", "split": "dev",
-        "dataset": "drawn", "x_label": "layers", "y_label": None, "series": [{"name": "linear", "points": points}],
-        "lines": [{"name": "cosine", "metric": "mrr", "value": 0.02}],
-        "published": [
-            {"name": "Same", "x": "two", "value": 0.35, "metric": "mrr", "note": ""},
-            {"name": "Other", "x": "two", "value": 0.9, "metric": "top1", "note": "called mAP"},
-        ],
-        "ledger": {**ledger, **{f"{name}_seconds": 1.5 for name in seconds}, "basis": "measured"},
-    } | changes  # fmt: skip
+        "dataset": "drawn", "definition": "captions search photos", "x_label": "layers", "y_label": None,
+        "series": tuple(SweepSeries(name=name, points=tuple(of)) for name, of in series or [("linear", points)]),
+        "levels": (Level(name="cosine", value=0.02),), "published": PUBLISHED, "cost": cost,
+    }  # fmt: skip
+    return SweepResult(**(given | changes))
 
 
-def heat_map(columns: int, rows: int, **changes: Any) -> dict[str, Any]:
-    """A sweep over two axes, three seeds a cell; the last cell lacks the baseline that finds most elsewhere."""
-    content = ablation(x_label="photo layer", y_label="text layer", published=[], lines=[])
-    first = content["series"][0]["points"][0]
+PUBLISHED = (
+    Published(name="Same", x="two", value=0.35, metric="mrr", note=""),
+    Published(name="Other", x="two", value=0.9, metric="top1", note="called mAP"),
+)
+
+
+def heat_map(columns: int, rows: int) -> SweepResult:
+    """A sweep over two axes, three seeds a cell; only the last cell has the baseline with the highest value."""
     points = []
     for x, y in itertools.product(range(columns), range(rows)):
         mean = (x + rows * y) / 200
-        beside = {"text_only": {"mrr": [0.1] * 3}, "late_fusion": {"mrr": [mean + 0.05, mean + 0.1, mean + 0.15]}}
-        found = {"values": {"mrr": [mean + 0.2, mean + 0.25, mean + 0.3]}, "baselines": beside}
-        points.append(first | found | {"x": f"p{x}", "y": f"t{y}"})
-    points[-1]["baselines"] |= {"somewhere": {"mrr": [0.9]}}
-    return content | {"series": [{"name": "reuse", "points": points}]} | changes
+        baselines = {"text_only": {"mrr": (0.1,) * 3}, "late_fusion": {"mrr": (mean + 0.05, mean + 0.1, mean + 0.15)}}
+        baselines |= {"somewhere": {"mrr": (0.9,)}} if (x, y) == (columns - 1, rows - 1) else {}
+        points.append(sweep_point(f"p{x}", f"t{y}", (mean + 0.2, mean + 0.25, mean + 0.3), baselines=baselines))
+    return sweep(("reuse", points), x_label="photo layer", y_label="text layer", levels=(), published=())
+
+
+def saved(result: Result, folder: Path) -> str:
+    folder.mkdir(exist_ok=True)
+    result.save(folder)
+    return str(folder)
 
 
 def matches() -> dict[str, Any]:
@@ -124,16 +138,6 @@ def matches() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def episodes() -> dict[str, Any]:
-    mean = {"mean": 0.8, "half_interval": 0.01}
-    return {
-        "title": "Few shots", "dataset": "drawn",
-        "settings": [{"ways": 2, "shots": 1, "queries": 15, "episodes": 600, "chance": 0.5, "systems": {"fam": mean}}],
-        "names_replaced": [{"name": "n", "classes": 10, "metric": "top1", "systems": {"fam": {"values": [0.5, 0.6]}}}],
-        "published": [{"name": "P", "ways": 2, "shots": 1, "value": 0.7, "note": ""}],
-    }  # fmt: skip
-
-
 def alignment() -> dict[str, Any]:
     """Two photo layers and one text layer; a measure that one of the pairs lacks."""
     score = {"value": 0.2, "low": 0.18, "high": 0.22, "null_mean": 0.01, "null_high": 0.02, "median_rank": 7.5}
@@ -150,19 +154,6 @@ def alignment() -> dict[str, Any]:
         "closer": [{"gallery_layer": "2", "text_layer": "own", "chance": 0.01, "scores": {"a_lin": score}}],
         "advice": [{"gallery": "photos alone", "fusion": "linear", "because": "a line finds <b>20</b>"}],
         "standing": "A hypothesis.",
-    }  # fmt: skip
-
-
-def captions(layer: int, loss: float) -> dict[str, Any]:
-    names = ("photo", "photos_shuffled", "no_photo", "plain_model")
-    losses = {name: {"loss": loss + i, "low": loss + i - 0.1, "high": loss + i + 0.1} for i, name in enumerate(names)}
-    return {
-        "title": "drawn", "split": "dev", "layer": layer, "num_layers": 6, "photos": 40, "chance": 0.1,
-        "losses": losses, "differences": {},
-        "own_caption": {"photo, by gain": {"value": 0.3, "low": 0.25, "high": 0.35}},
-        "cost": {"trainable_parameters": 99072, "seconds_per_step": 0.9, "training_step_flops": 4.1136e10},
-        "examples": [{"id": "dev/1.jpg", "caption": "a <b>dog</b>", "own": ["a dog & its ball"]}],
-        "failures": [f"photos shuffled: {layer}"],
     }  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
@@ -22,7 +21,6 @@ from synthetic_cache import WIDTH, make_cache
 
 from saffe_cache.cli import main
 from saffe_cache.core.features import CacheError
-from saffe_cache.core.tables import flops as flops_in_words
 from saffe_cache.fusion.options import FusionShape
 from saffe_cache.inputs.splits import data_fingerprint
 from saffe_cache.protocols.registry import load_protocol
@@ -31,8 +29,10 @@ from saffe_cache.store import convert
 from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.sweep import jobs as running
-from saffe_cache.studies.sweep.ablate import AblateConfig, ablate, exit_status
+from saffe_cache.studies.sweep.ablate import ablate
+from saffe_cache.studies.sweep.config import AblateConfig
 from saffe_cache.studies.sweep.recipe import read_recipe
+from saffe_cache.studies.sweep.result import SweepResult
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.runs import load_run
@@ -87,8 +87,8 @@ def swept(cache: str, tmp_path_factory: pytest.TempPathFactory) -> AblateConfig:
     return config
 
 
-def outcome(config: AblateConfig, name: str = "layers") -> dict[str, Any]:
-    return json.loads((Path(config.out) / name / "ablation.json").read_text())
+def outcome(config: AblateConfig, name: str = "layers") -> SweepResult:
+    return SweepResult.load(Path(config.out) / name)
 
 
 def modified(config: AblateConfig) -> dict[Path, int]:
@@ -158,7 +158,7 @@ def test_cells_of_several_protocols_are_refused_before_anything_is_trained(cache
             ablate(replace(config, protocol="metadata"))
     assert not list((tmp_path / "out").rglob("config.json"))
     ablate(replace(config, protocol="caption"))
-    assert outcome(config)["protocol"] == "caption"
+    assert outcome(config).protocol == "caption"
 
 
 def test_a_metric_that_the_protocol_has_not_is_refused_before_anything_is_trained(cache: str, tmp_path: Path) -> None:
@@ -195,51 +195,38 @@ def test_seeds_are_each_given_once(seeds: tuple[int, ...]) -> None:
 
 def test_points_hold_the_numbers_of_their_reports(swept: AblateConfig) -> None:
     found = outcome(swept)
-    points = {(series["name"], point["x"]): point for series in found["series"] for point in series["points"]}
-    assert set(points) == {("one", "2"), ("one", "3"), ("both, head attention", "2+3"), ("both, head mean", "2+3")}
+    points = dict(found.points)
+    assert set(points) == {"one, 2", "one, 3", "both, head attention, 2+3", "both, head mean, 2+3"}
     for point in points.values():
         reports = [
-            json.loads((Path(swept.out) / "layers" / name / "result.json").read_text()) for name in point["reports"]
+            json.loads((Path(swept.out) / "layers" / name / "result.json").read_text()) for name in point.reports
         ]
-        assert [report["run"]["seed"] for report in reports] == point["seeds"] == [0, 1]
-        assert point["values"]["mrr"] == [report["systems"]["fam"]["mrr"]["value"] for report in reports]
-        assert point["baselines"]["ridge"]["mrr"] == [report["systems"]["ridge"]["mrr"]["value"] for report in reports]
-        layers = [int(layer) for layer in point["x"].split("+")]
+        assert tuple(report["run"]["seed"] for report in reports) == point.seeds == (0, 1)
+        for system in ("fam", "ridge"):
+            values = tuple(report["systems"][system]["mrr"]["value"] for report in reports)
+            assert point.systems[system]["mrr"] == values
+        assert {report["cost"]["fusing_flops"] for report in reports} == {point.fusing_flops}
+        layers = [int(layer) for layer in point.x.split("+")]
         assert all(report["run"]["gallery_layers"] == layers for report in reports)
-    with (Path(swept.out) / "layers" / "points.csv").open() as file:
-        lines = {(line["series"], line["x"], line["system"], line["metric"]): line for line in csv.DictReader(file)}
-    values = points["one", "2"]["values"]["mrr"]
-    line = lines["one", "2", "fam", "mrr"]
-    assert float(line["mean"]) == pytest.approx(statistics.mean(values))
+    frame = found.to_frame().set_index(["setting", "system", "metric"])
+    values = points["one, 2"].values["mrr"]
+    row = frame.loc["one, 2", "fam", "mrr"]
+    assert row["value"] == pytest.approx(statistics.mean(values))
     half = 12.706 * statistics.stdev(values) / 2**0.5
-    assert float(line["high"]) - float(line["mean"]) == pytest.approx(half)
-    assert f"| one | 2 | {100 * statistics.mean(values):.1f}" in (Path(swept.out) / "layers" / "table.md").read_text()
+    assert row["high"] - row["value"] == pytest.approx(half)
+    line = next(
+        line for line in (Path(swept.out) / "layers" / "report.txt").read_text().splitlines() if "one, 2" in line
+    )
+    assert line.split()[2] == f"{100 * statistics.mean(values):.1f}"
 
 
-def test_points_hold_the_flops_of_fusing_one_photo(swept: AblateConfig) -> None:
-    folder = Path(swept.out) / "layers"
-    reports = {path: path.read_text() for path in (Path(swept.out) / "runs").glob("*/*/result.json")}
-    counted = {path.resolve(): json.loads(text)["cost"]["fusing_flops"] for path, text in reports.items()}
-    points = {point["x"]: point for point in outcome(swept)["series"][0]["points"]}
-    for point in points.values():
-        assert {counted[(folder / name / "result.json").resolve()] for name in point["reports"]} == {
-            point["fusing_flops"]
-        }
-    with (folder / "points.csv").open() as file:
-        lines = [line for line in csv.DictReader(file) if line["x"] == "2" and line["metric"] == "mrr"]
-    assert {line["system"]: line["fusing_flops"] for line in lines if line["system"] in ("fam", "ridge", "chance")} == {
-        "fam": str(points["2"]["fusing_flops"]), "ridge": "", "chance": "",
-    }  # fmt: skip
-    assert f" | {flops_in_words(points['2']['fusing_flops'])} | " in (folder / "table.md").read_text()
-
-
-def test_a_line_is_what_all_cells_agree_on_and_columns_are_those_of_all_cells(swept: AblateConfig) -> None:
+def test_levels_are_what_all_cells_agree_on(swept: AblateConfig) -> None:
     """Cells of several encoders have cosines of their own, and some have none."""
-    [line] = outcome(swept)["lines"]
-    assert line["name"] == "pooled_cosine"
+    [level] = outcome(swept).levels
+    assert level.name == "pooled_cosine"
     folder = Path(swept.out) / "layers"
-    first = outcome(swept)["series"][0]["points"][0]
-    reports = {path: path.read_text() for path in (folder / name / "result.json" for name in first["reports"])}
+    first = outcome(swept).series[0].points[0]
+    reports = {path: path.read_text() for path in (folder / name / "result.json" for name in first.reports)}
     try:
         for other in (0.5, None):
             for path, text in reports.items():
@@ -250,61 +237,69 @@ def test_a_line_is_what_all_cells_agree_on_and_columns_are_those_of_all_cells(sw
                     content["systems"]["pooled_cosine"]["mrr"]["value"] = other
                 path.write_text(json.dumps(content))
             ablate(swept)
-            assert outcome(swept)["lines"] == []
-        assert "| pooled_cosine |" in (folder / "table.md").read_text()
+            assert outcome(swept).levels == ()
+        assert "pooled cosine" in (folder / "report.txt").read_text()
     finally:
         for path, text in reports.items():
             path.write_text(text)
         ablate(swept)
 
 
-def test_a_control_that_failed_in_a_cell_is_the_exit_status(swept: AblateConfig) -> None:
-    """Of this command's recipes alone: others may lie in the same folder."""
-    assert exit_status(swept) == 0
-    path = Path(swept.out) / "layers" / "ablation.json"
+def test_a_failed_control_of_a_cell_sets_the_exit_status(
+    swept: AblateConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only of this command's recipes: others may lie in the same folder."""
+    arguments = [*swept.recipe, "--cache", swept.cache, "--out", swept.out, "--device", "cpu", "--workers", "1"]
+    assert main(["ablate", *arguments]) == 0
+    path = Path(swept.out) / "layers" / outcome(swept).series[1].points[0].reports[0] / "result.json"
     text = path.read_text()
-    found = json.loads(text)
-    found["series"][1]["points"][0]["failures"] = ["photos shuffled: 50.0"]
     try:
-        path.write_text(json.dumps(found))
-        assert exit_status(swept) == 3
+        path.write_text(json.dumps(json.loads(text) | {"failures": ["photos shuffled: 50.0"]}))
+        capsys.readouterr()
+        assert main(["ablate", *arguments]) == 3
+        printed = capsys.readouterr().out
+        assert printed.startswith(
+            "CONTROL FAILED: both, head attention, 2+3, seed 0: photos shuffled: 50.0. Do not use"
+        )
+        assert printed.splitlines()[-1] == str(Path(swept.out) / "layers")
     finally:
         path.write_text(text)
+        ablate(swept)
 
 
-def test_the_ledger_counts_what_was_seen(swept: AblateConfig) -> None:
+def test_the_cost_counts_what_was_seen(swept: AblateConfig) -> None:
     """80 photos, 8 of them held out: one epoch of 2 steps of 32, and two validations."""
-    ledger = outcome(swept)["ledger"]
-    assert ledger["num_runs"] == 8
+    cost = outcome(swept).cost
+    assert cost.num_runs == 8
     photos = 8 * (2 * 32 + 2 * 8)
     texts = 8 * (2 * 32 * 2 + 2 * 8 * 2)
-    assert (ledger["photos_seen"], ledger["texts_seen"]) == (photos, texts)
-    assert ledger["re_encoding_seconds"] == pytest.approx((photos + texts) * 11 / 110)
-    assert ledger["extraction_seconds"] == 26
-    assert "10 photos/s and 10 texts/s, 3 threads" in ledger["basis"]
+    assert (cost.photos_seen, cost.texts_seen) == (photos, texts)
+    assert cost.re_encoding_seconds == pytest.approx((photos + texts) * 11 / 110)
+    assert cost.extraction_seconds == 26
+    assert "10 photos/s and 10 texts/s, 3 threads" in cost.basis
 
 
-def test_the_ledger_counts_what_runs_and_reports_tell(swept: AblateConfig) -> None:
-    """Whichever of several commands made them. Runs that are trained together share what they tell."""
+def test_the_cost_adds_up_runs_and_reports(swept: AblateConfig) -> None:
+    """Whichever of several commands made them."""
     runs = sorted((Path(swept.out) / "runs").iterdir())
     results = {path / "result.json": (path / "result.json").read_text() for path in runs}
     evaluation = sum(
         json.loads(path.read_text())["cost"]["evaluation_seconds"]
         for path in (Path(swept.out) / "runs").glob("*/*/result.json")
     )
-    control = sum(
-        json.loads((path / "permuted" / "log.jsonl").read_text().splitlines()[-1])["seconds"] for path in runs
-    )
+    control = sum(json.loads(text)["control_seconds"] for text in results.values())
     assert control > 0
     try:
         for path, text in results.items():
             path.write_text(json.dumps(json.loads(text) | {"seconds": 600.0}))
         ablate(replace(swept, workers=2))
-        ledger = outcome(swept)["ledger"]
-        assert ledger["training_seconds"] == 4800
-        assert ledger["control_seconds"] == pytest.approx(control)
-        assert ledger["wall_seconds"] == pytest.approx((4800 + control + evaluation) / 2)
-        assert "(2 at a time; added up, 80.0 min of training, " in (Path(swept.out) / "layers" / "table.md").read_text()
+        cost = outcome(swept).cost
+        assert cost.training_seconds == 4800
+        assert cost.control_seconds == pytest.approx(control)
+        assert cost.wall_seconds == pytest.approx((4800 + control + evaluation) / 2)
+        written = (Path(swept.out) / "layers" / "report.txt").read_text()
+        assert "8, 2 at a time" in written
+        assert "80 min" in written
     finally:
         for path, text in results.items():
             path.write_text(text)
@@ -321,7 +316,7 @@ def test_what_exists_is_not_run_again_and_recipes_share_runs(swept: AblateConfig
     after = modified(swept)
     assert {path: after[path] for path in before} == before
     assert len(list((Path(swept.out) / "runs").iterdir())) == 8 + 4
-    assert outcome(more, "other")["series"][0]["points"][0]["seeds"] == [0, 1, 2]
+    assert outcome(more, "other").series[0].points[0].seeds == (0, 1, 2)
 
 
 def test_a_report_of_what_the_split_was_before_is_made_anew(tmp_path: Path) -> None:
@@ -336,7 +331,7 @@ def test_a_report_of_what_the_split_was_before_is_made_anew(tmp_path: Path) -> N
     [metrics] = Path(config.out).glob("runs/*/*/result.json")
     report = json.loads(metrics.read_text())
     assert report["num_photos"] == 30
-    assert outcome(config)["series"][0]["points"][0]["values"]["mrr"] == [report["systems"]["fam"]["mrr"]["value"]]
+    assert outcome(config).series[0].points[0].values["mrr"] == (report["systems"]["fam"]["mrr"]["value"],)
     metrics.write_text(json.dumps({name: value for name, value in report.items() if name != "data"}))
     ablate(config)
     assert json.loads(metrics.read_text())["data"] == report["data"]
@@ -392,7 +387,7 @@ def test_a_killed_sweep_goes_on(cache: str, tmp_path: Path, kill: signal.Signals
     assert status == 0
     assert len(list(out.glob("runs/*/*/result.json"))) == 8
     assert {path: path.stat().st_mtime_ns for path in done} == done
-    assert (out / "layers" / "ablation.json").exists()
+    assert (out / "layers" / "result.json").exists()
 
 
 def test_missing_layers_are_named_with_the_command_that_adds_them(cache: str, tmp_path: Path) -> None:
@@ -523,9 +518,9 @@ def test_storage_types_are_converted_once_and_never_widened(cache: str, tmp_path
     written = small.stat().st_mtime_ns
     encoder = open_cache(small).encoder("image", None)
     assert encoder.array("hidden_states/3").dtype == "int8"
-    points = outcome(config)["series"][0]["points"]
-    assert [point["x"] for point in points] == ["float32", "int8"]
-    assert points[0]["values"]["mrr"] != points[1]["values"]["mrr"]
+    points = outcome(config).series[0].points
+    assert [point.x for point in points] == ["float32", "int8"]
+    assert points[0].values["mrr"] != points[1].values["mrr"]
     ablate(config)
     assert [path.stat().st_mtime_ns for path in stored(config)] == [written]
     with pytest.raises(CacheError, match="it stores int8, from which float32 cannot be made"):
@@ -544,7 +539,7 @@ def test_a_killed_conversion_begins_anew(cache: str, tmp_path: Path, monkeypatch
             ablate(config)
     assert len(stored(config)) == 1
     ablate(config)
-    assert [point["x"] for point in outcome(config)["series"][0]["points"]] == ["float32", "int8"]
+    assert [point.x for point in outcome(config).series[0].points] == ["float32", "int8"]
 
 
 def test_a_conversion_is_of_what_the_cache_holds_now(tmp_path: Path) -> None:
@@ -558,7 +553,7 @@ def test_a_conversion_is_of_what_the_cache_holds_now(tmp_path: Path) -> None:
     values = {}
     for folder in ("out", "alone"):
         ablate(replace(config, out=str(tmp_path / folder)))
-        values[folder] = outcome(replace(config, out=str(tmp_path / folder)))["series"][0]["points"][1]["values"]
+        values[folder] = outcome(replace(config, out=str(tmp_path / folder))).series[0].points[1].values
     assert values["out"] == values["alone"]
     shutil.rmtree(config.cache)
     make_cache(Path(config.cache), {"train": 40, "test": 20, "dev": 20}, captions=3)

@@ -28,8 +28,8 @@ class Section:
     """For saffe_cache.report.plots; a terminal shows none."""
 
     def to_text(self) -> str:
-        """For a terminal; tables that a page folds are left out."""
-        tables = [table.to_text() for table in self.tables if not table.folded]
+        """For a terminal. Tables that a page folds are left out, except for the first table."""
+        tables = [table.to_text() for place, table in enumerate(self.tables) if place == 0 or not table.folded]
         named = [line for name, text in [*self.facts, *self.definitions] for line in wrapped(f"{name}: {text}", "  ")]
         parts = [
             "\n".join([*wrapped(self.title), *wrapped(self.lead)]),

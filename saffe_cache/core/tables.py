@@ -51,16 +51,16 @@ class Table:
 
         Long notes of headings stand below the table. Of texts that are no numbers the left edges are aligned.
         """
-        heads = [Cell(_heading(self.header[0])) if self.header else Cell(""), *(row.head for row in self.rows)]
+        heads = [row.head for row in self.rows]
         short = [cell if len(cell.note) <= _LONGEST_NOTE else Cell(cell.text) for cell in heads]
-        first = [_head_in_line(cell) for cell in short]
+        first = _Column(_heading(self.header[0]) if self.header else "", list(map(_head_in_line, short)), is_text=True)
         columns = [
-            _aligned(_heading(name), [row.cells[place] for row in self.rows])
+            _column(_heading(name), [row.cells[place] for row in self.rows])
             for place, name in enumerate(self.header[1:])
         ]
         lines = textwrap.wrap(self.caption, width)
         for block in _blocks(first, columns, width):
-            lines += ["", *_joined(first, block)]
+            lines += ["", *_joined([first, *block])]
         notes = dict.fromkeys((head.text, head.note) for head in heads if len(head.note) > _LONGEST_NOTE)
         if notes:
             lines += ["", *(line for text, note in notes for line in wrapped(f"{text}: {note}", "  "))]
@@ -146,24 +146,44 @@ def _piped(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _aligned(name: str, cells: Sequence[Cell]) -> list[str]:
-    """A column's heading and cells, of one width: values below values, notes below notes."""
+@dataclass
+class _Column:
+    """A column in a terminal; its heading takes as many lines as keep it narrow."""
+
+    heading: str
+    cells: Sequence[str]
+    is_text: bool
+    """Texts are aligned on the left, numbers on the right."""
+
+    def __post_init__(self) -> None:
+        widest = max(map(len, self.cells), default=0)
+        longest_word = max(map(len, self.heading.split()), default=0)
+        self.heading_lines = textwrap.wrap(self.heading, max(widest, longest_word, _HEADING_WIDTH))
+        self.width = max(widest, *map(len, self.heading_lines), 0)
+
+    def lines(self, num_heading: int) -> list[str]:
+        filled = [""] * (num_heading - len(self.heading_lines)) + self.heading_lines
+        return [f"{one:{'<' if self.is_text else '>'}{self.width}}" for one in (*filled, *self.cells)]
+
+
+_HEADING_WIDTH = 10
+"""Characters of a line of a heading over narrow cells."""
+
+
+def _column(name: str, cells: Sequence[Cell]) -> _Column:
+    """Values below values, notes below notes."""
+    if not all(re.fullmatch(r"|–|[-+±]?[\d.,]+ ?[%\w]{0,3}", cell.text) for cell in cells):
+        return _Column(name, list(map(_in_line, cells)), is_text=True)
     value, note = (max((len(getattr(cell, part)) for cell in cells), default=0) for part in ("text", "note"))
-    if all(re.fullmatch(r"|–|[-+±]?[\d.,]+ ?[%\w]{0,3}", cell.text) for cell in cells):
-        shown = [f"{cell.text:>{value}}" + (f" {cell.note:<{note}}" if note else "") for cell in cells]
-        width = max(len(name), *map(len, shown), 0) if shown else len(name)
-        return [f"{one:>{width}}" for one in (name, *shown)]
-    shown = [_in_line(cell) for cell in cells]
-    width = max(map(len, (name, *shown)))
-    return [f"{one:<{width}}" for one in (name, *shown)]
+    shown = [f"{cell.text:>{value}}" + (f" {cell.note:<{note}}" if note else "") for cell in cells]
+    return _Column(name, shown, is_text=False)
 
 
-def _blocks(first: Sequence[str], columns: Sequence[Sequence[str]], width: int) -> Iterator[list[Sequence[str]]]:
+def _blocks(first: _Column, columns: Sequence[_Column], width: int) -> Iterator[list[_Column]]:
     """Consecutive columns that fit beside the first one; at least one each."""
-    block: list[Sequence[str]] = []
-    left = width - max(map(len, first))
+    block: list[_Column] = []
     for column in columns:
-        if block and sum(len(one[0]) + 2 for one in [*block, column]) > left:
+        if block and first.width + sum(2 + one.width for one in (*block, column)) > width:
             yield block
             block = []
         block.append(column)
@@ -171,9 +191,9 @@ def _blocks(first: Sequence[str], columns: Sequence[Sequence[str]], width: int) 
         yield block
 
 
-def _joined(first: Sequence[str], columns: Sequence[Sequence[str]]) -> Iterator[str]:
-    width = max(map(len, first))
-    for place, head in enumerate(first):
-        line = "  ".join([f"{head:<{width}}", *(column[place] for column in columns)]).rstrip()
+def _joined(columns: Sequence[_Column]) -> Iterator[str]:
+    num_heading = max(len(column.heading_lines) for column in columns)
+    for parts in zip(*(column.lines(num_heading) for column in columns), strict=True):
+        line = "  ".join(parts).rstrip()
         if line:
             yield line

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from saffe_cache.report import plots
+from saffe_cache.report import old_plots as plots
 from saffe_cache.report.alignments import Alignment, LayerMeasure
-from saffe_cache.report.plots import Plot
+from saffe_cache.report.old_plots import Plot
 from saffe_cache.report.sections import Section
 from saffe_cache.report.tables import Cell, Sheet, Table, TableRow, percent
 from saffe_cache.studies.alignment.result import NAMES

@@ -1,29 +1,40 @@
-"""What a page says: notices, then evaluations with plots and galleries, sweeps, episodes, pairs, alignments,
-captions, trainings and costs."""
+"""What a page shows: notices first, then every result's sections with their drawings and galleries, then costs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
-from saffe_cache.report.alignment_section import alignment_section
-from saffe_cache.report.caption_section import caption_section
-from saffe_cache.report.evaluations import evaluation_section
-from saffe_cache.report.galleries import make_cards
-from saffe_cache.report.ledger import Costs, costs_of
-from saffe_cache.report.match_section import match_section
+from saffe_cache.core.outputs import RESULT, read_json
+from saffe_cache.core.results import Measurement, Result
+from saffe_cache.core.sections import Section
+from saffe_cache.report.gallery import Gallery, Options, open_gallery
+from saffe_cache.report.ledger import costs_section
+from saffe_cache.report.old_results import OLD
 from saffe_cache.report.photos import Album
-from saffe_cache.report.plots import Plot
-from saffe_cache.report.reading import Material, Run
-from saffe_cache.report.sections import Section, ablation_section, costs_section, episodes_section, run_section
-from saffe_cache.report.tables import Sheet
+from saffe_cache.report.plots import Plot, draw
+from saffe_cache.verbs import VERBS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A result in its folder."""
+
+    path: Path
+    name: str
+    """As much of the end of the path as tells it from the others."""
+    result: Result
 
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that a reader must know before the numbers."""
+    """What a reader must know before the numbers."""
 
     kind: str
     """failure, warning or note."""
@@ -31,67 +42,112 @@ class Notice:
     text: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """Of queries for the galleries."""
+@dataclass(kw_only=True)
+class Part:
+    """A section on the page."""
 
-    asked: Sequence[str]
-    num_random: int
-    num_extreme: int
+    anchor: str
+    section: Section
+    name: str = ""
+    """Of the result's folder."""
+    plots: list[Plot] = field(default_factory=list)
+    gallery: Gallery | None = None
 
 
 @dataclass(kw_only=True)
 class Content:
-    """All of a page."""
+    """All of a page, and the files beside it."""
 
     notices: list[Notice]
     num_controls: int
-    sections: list[Section]
+    parts: list[Part]
     album: Album
-    sheets: list[Sheet]
+    files: dict[str, bytes]
+    """Numbers, by their name in data/."""
 
     @property
     def plots(self) -> list[Plot]:
-        return [plot for section in self.sections for plot in section.plots]
+        return [plot for part in self.parts for plot in part.plots]
 
 
-def make_content(material: Material, album: Album, choice: Choice) -> Content:
+def find_results(folders: Iterable[str]) -> list[Found]:
+    """The results in some folders and directly below them, and the run that an evaluation is of, each once.
+
+    Raises:
+        ValueError: a folder holds no result, or a result is damaged.
+    """
+    found: dict[Path, Result] = {}
+    for folder in map(Path, folders):
+        below = sorted(folder.glob(f"*/{RESULT}"))
+        places = [folder] if (folder / RESULT).exists() else []
+        places += [path.parent for path in below]
+        places += [place for place in (folder, *folder.glob("*/")) if any((place / name).exists() for name in OLD)]
+        if not places:
+            writers = ", ".join(f"saffe {name}" for name, verb in VERBS.items() if verb.result)
+            lack = f"no {RESULT} is in it or in a folder directly below" if folder.exists() else "nothing is there"
+            raise ValueError(f"{folder}: {lack}. Give an output folder of {writers}.")
+        parent = folder.resolve().parent
+        if (parent / RESULT).exists():
+            places.append(parent)
+        for place in places:
+            if place.resolve() not in found:
+                found[place.resolve()] = _read(place)
+    ordered = sorted(found.items(), key=lambda item: (item[1].verb == "train", item[1].verb != "evaluate"))
+    names = short_names([path for path, _ in ordered])
+    return [Found(path=path, name=name, result=of) for (path, of), name in zip(ordered, names, strict=True)]
+
+
+def _read(folder: Path) -> Result:
+    for name, read in OLD.items():
+        if (folder / name).exists():
+            return read(folder)
+    content = read_json(folder / RESULT)
+    verb = content.get("verb")
+    kind = VERBS[verb].load_result() if isinstance(verb, str) and verb in VERBS else None
+    if kind is None:
+        raise ValueError(
+            f"{folder / RESULT}: verb {verb!r:.60}, expected one of {', '.join(VERBS)}. Run the command that writes it "
+            "again."
+        )
+    result: Result = kind.from_json(content, folder / RESULT)
+    return result
+
+
+def make_content(found: Sequence[Found], album: Album, options: Options) -> Content:
     """Everything but the page itself."""
-    names = short_names([one.path for one in material.evaluations])
-    runs = short_names([run.path for run in material.runs])
     content = Content(
-        notices=_notices(material, names),
-        num_controls=sum(len(one.metrics.controls) for one in material.evaluations)
-        + sum(len(one.controls) for one in material.matches),
-        sections=[],
-        album=album,
-        sheets=[],
+        notices=_notices(found), num_controls=sum(map(_num_controls, found)), parts=[], album=album, files={}
     )
-    for number, (evaluation, name) in enumerate(zip(material.evaluations, names, strict=True), start=1):
-        content.sections.append(evaluation_section(evaluation, name, f"evaluation-{number}", content.sheets))
-    for section, evaluation in zip(content.sections, material.evaluations, strict=True):
-        if evaluation.details is not None:
-            section.cards = make_cards(evaluation, choice.asked, choice.num_random, choice.num_extreme)
-            album.add(evaluation, {place for card in section.cards for place in card.places})
-    album.keep_first(_in_turn(content.sections))
-    content.notices += _missing_photos(content)
-    for number, ablation in enumerate(material.ablations, start=1):
-        content.sections.append(ablation_section(ablation, f"ablation-{number}", content.sheets))
-    for number, episodes in enumerate(material.episodes, start=1):
-        content.sections.append(episodes_section(episodes, f"episodes-{number}", content.sheets))
-    for number, matches in enumerate(material.matches, start=1):
-        content.sections.append(match_section(matches, f"match-{number}", content.sheets))
-    for number, alignment in enumerate(material.alignments, start=1):
-        content.sections.append(alignment_section(alignment, f"alignment-{number}", content.sheets))
-    if material.captions:
-        told = short_names(list(material.captions))
-        content.sections.append(caption_section(list(material.captions.values()), told, "captions", content.sheets))
-    for number, (run, name) in enumerate(zip(material.runs, runs, strict=True), start=1):
-        content.sections.append(run_section(run, name, f"run-{number}", content.sheets))
-    if material.runs:
-        costs = [(name, _costs(run, material)) for run, name in zip(material.runs, runs, strict=True)]
-        content.sections.append(costs_section(costs, content.sheets))
+    counts: dict[str, int] = {}
+    for one in found:
+        number = counts[one.result.verb] = counts.get(one.result.verb, 0) + 1
+        anchor = f"{one.result.verb}-{number}"
+        parts = _parts(anchor, one.result.page_sections(one.path), one.name)
+        parts[0].gallery = open_gallery(one.path, one.result, options)
+        content.parts += parts
+        content.files[f"{anchor}.csv"] = as_csv(Measurement._fields, one.result.measurements())
+        if parts[0].gallery:
+            content.files[f"{anchor}-queries.csv"] = as_csv(*parts[0].gallery.queries())
+    for verb, number in counts.items():
+        same = {one.name: one.result for one in found if one.result.verb == verb}
+        if number > 1:
+            content.parts += _parts(f"{verb}-all", type(next(iter(same.values()))).compare(same))
+    costs = costs_section({one.name: (one.path, one.result) for one in found})
+    if costs:
+        content.parts += _parts("costs", [costs])
+    for part in content.parts:
+        for figure, plot in zip(part.section.figures, part.plots, strict=True):
+            content.files[f"{plot.name}.json"] = json.dumps(asdict(figure), ensure_ascii=True).encode()
+    _add_photos(content)
     return content
+
+
+def _parts(anchor: str, sections: Sequence[Section], name: str = "") -> list[Part]:
+    anchors = [anchor if number == 0 else f"{anchor}-{number + 1}" for number in range(len(sections))]
+    return [
+        Part(anchor=place, section=section, name=name, plots=[draw(figure, place) for figure in section.figures])
+        for place, section in zip(anchors, sections, strict=True)
+    ]
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -103,55 +159,52 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return [" / ".join(part[-depth:]) for part in parts]
 
 
-def _notices(material: Material, names: Sequence[str]) -> list[Notice]:
+def _notices(found: Sequence[Found]) -> list[Notice]:
     """Failures first, then warnings, then notes."""
-    found = []
-    for evaluation, name in zip(material.evaluations, names, strict=True):
-        metrics = evaluation.metrics
-        found += [Notice("failure", name, f"{text}. Do not use these numbers.") for text in metrics.failures]
-        found += [Notice("warning", name, text) for text in metrics.warnings]
-        found += [Notice("note", name, text) for text in metrics.notes()]
-        if evaluation.details is None:
-            text = "it was written by an earlier release, without details of single queries: no galleries and curves. "
-            found.append(Notice("note", name, text + "Run saffe-index-eval again."))
-    for ablation in material.ablations:
-        for series in ablation.series:
-            for point in series.points:
-                where = f"{ablation.title}: {series.name}, {' / '.join(filter(None, (point.x, point.y)))}"
-                found += [Notice("failure", where, f"{text}. Do not use these numbers.") for text in point.failures]
-    for episodes in material.episodes:
-        found += [Notice("failure", episodes.title, f"{text}. Do not use these numbers.") for text in episodes.failures]
-    for matches in material.matches:
-        found += [Notice("failure", matches.title, f"{text}. Do not use these numbers.") for text in matches.failures]
-    for path, captions in material.captions.items():
-        found += [Notice("failure", path.name, f"{text}. Do not use these numbers.") for text in captions.failures]
-    order = ("failure", "warning", "note")
-    return sorted(found, key=lambda notice: order.index(notice.kind))
+    notices = []
+    for one in found:
+        kinds: Mapping[str, Iterable[str]] = {
+            "failure": (f"{text}. Do not use these numbers." for text in one.result.failures),
+            "warning": one.result.warnings,
+            "note": one.result.notes(),
+        }
+        notices += [Notice(kind, one.name, text) for kind, texts in kinds.items() for text in texts]
+    return sorted(notices, key=lambda notice: ("failure", "warning", "note").index(notice.kind))
 
 
-def _in_turn(sections: Sequence[Section]) -> Iterator[bytes]:
-    """The photos of every section's first card, then of every second, so that none takes another's room."""
-    for cards in zip_longest(*(section.cards for section in sections)):
-        for section, card in zip(sections, cards, strict=True):
-            if card is not None and section.details is not None:
-                yield from (section.details.photo_hashes[place].tobytes() for place in sorted(card.places))
+def _num_controls(found: Found) -> int:
+    measured = found.result.measurements()
+    return len({(one.setting, one.system) for one in measured if one.system.startswith("control: ")})
 
 
-def _missing_photos(content: Content) -> list[Notice]:
-    found = []
-    for section in content.sections:
-        if section.details is None or section.is_sound:
-            continue
-        hashes = section.details.photo_hashes
-        shown = {hashes[place].tobytes() for card in section.cards for place in card.places}
-        reasons = [content.album.reasons[one] for one in shown if one not in content.album.thumbnails]
-        if reasons:
+def _add_photos(content: Content) -> None:
+    """Find the photos of all galleries, and say which are missing."""
+    parts = [part for part in content.parts if part.gallery]
+    for part in parts:
+        assert part.gallery
+        content.album.add(part.gallery)
+    content.album.keep_first(_in_turn([part.gallery for part in parts if part.gallery]))
+    for part in parts:
+        assert part.gallery
+        hashes = part.gallery.hashes()
+        reasons = [content.album.reasons[one] for one in hashes if one not in content.album.thumbnails]
+        if reasons and not part.gallery.is_sound:
             common = max(sorted(set(reasons)), key=reasons.count)
-            text = f"{len(reasons)} of the {len(shown)} photos of its gallery are not shown: {common}."
-            found.append(Notice("note", section.title, text))
-    return found
+            text = f"{len(reasons)} of the {len(hashes)} photos of its gallery are not shown: {common}."
+            content.notices.append(Notice("note", part.name, text))
 
 
-def _costs(run: Run, material: Material) -> Costs:
-    place = run.path.resolve()
-    return costs_of(run, [one for one in material.evaluations if one.path.resolve().parent == place])
+def _in_turn(galleries: Sequence[Gallery]) -> Iterator[bytes]:
+    """The photos of every gallery's first card, then of every second, so that none takes another's room."""
+    for cards in zip_longest(*(gallery.cards for gallery in galleries)):
+        for gallery, card in zip(galleries, cards, strict=True):
+            if card is not None:
+                yield from (gallery.hash_of(place) for place in sorted(card.places))
+
+
+def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    """Unrounded numbers; what is None stays empty."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerows([header, *rows])
+    return file.getvalue().encode("utf-8", "backslashreplace")

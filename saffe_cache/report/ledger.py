@@ -1,35 +1,31 @@
-"""What a run cost, and what its training would have cost had every step run the encoders again."""
+"""What trainings cost, and what they would have cost if every step ran the encoders again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from saffe_cache.core.features import CacheError
+from saffe_cache.core.outputs import CONFIG, read_json
+from saffe_cache.core.results import Result
+from saffe_cache.core.sections import Section
+from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, size
 from saffe_cache.extraction.ledger import Reencoding, extraction_seconds, reencoding
-from saffe_cache.report.reading import Evaluation, Run
 from saffe_cache.store.reader import open_cache
+from saffe_cache.training.result import TrainResult
+
+_LEAD = (
+    "Re-encoding: the photos and texts that went through the FAM, in training and validation, times the seconds of a "
+    "forward pass in the fastest extraction into the cache. The cost of autograd and of the control is left out, so "
+    "the true figure is higher. One extraction serves all runs of its cache."
+)
+_HEADER = ("", "trainable parameters", "training", "extraction", "cache", "photos seen", "re-encoding at every step")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Costs:
-    """Of one run."""
-
-    trainable_parameters: int
-    training_seconds: float
-    peak_memory_mb: float
-    evaluation_seconds: float | None
-    """Of its evaluations in this report; None without any."""
-    fusing_flops: Mapping[str, int]
-    """Of fusing one photo of the gallery, by the protocol of its evaluations, as far as these counted them."""
-    cache: Paid | None
-    """None where the cache cannot be read any more, or does not know what encoding took."""
-    why_no_cache: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Paid:
-    """What the encoders cost, once for all runs of the cache, and would have cost in the loop."""
+class _Paid:
+    """What the encoders cost once, and would have cost in the loop."""
 
     extraction_seconds: float
     cache_bytes: int
@@ -37,45 +33,45 @@ class Paid:
     in_loop: Reencoding
 
 
-BASIS = (
-    "Seconds of re-encoding are the photos and texts that went through the FAM, in training and validation, times the "
-    "seconds of a forward pass in the quickest extraction of the cache; what autograd would cost, and the control, are "
-    "left out, so that it is rather too small. One extraction serves all runs of its cache."
-)
+def costs_section(results: Mapping[str, tuple[Path, Result]]) -> Section | None:
+    """The costs of all trainings among some results, by short name; None where there are none."""
+    rows = [_row(name, path, of) for name, (path, of) in results.items() if isinstance(of, TrainResult)]
+    table = Table("What was paid, and what re-encoding would have cost.", _HEADER, tuple(rows))
+    return Section(title="Cost ledger", lead=_LEAD, tables=[table]) if rows else None
 
 
-def costs_of(run: Run, evaluations: Sequence[Evaluation]) -> Costs:
-    """The ledger of a run; `evaluations` are its own."""
-    paid, why = None, ""
+def _row(name: str, folder: Path, result: TrainResult) -> Row:
+    cells = [
+        Cell(f"{result.trainable_parameters / 1e6:.2f} M"),
+        Cell(duration(result.seconds), f"{result.peak_memory_mb:,} MB"),
+    ]
     try:
-        paid = _paid(run)
+        paid = _paid(folder, result)
     except (CacheError, ValueError, TypeError, KeyError, OSError) as error:
-        why = str(error)
-    told = [one.metrics for one in evaluations]
-    seconds = [one.cost.evaluation_seconds for one in told]
-    return Costs(
-        trainable_parameters=run.result.trainable_parameters,
-        training_seconds=run.result.seconds,
-        peak_memory_mb=run.result.peak_memory_mb,
-        evaluation_seconds=sum(seconds) if seconds else None,
-        fusing_flops={one.protocol: one.cost.fusing_flops for one in told},
-        cache=paid,
-        why_no_cache=why,
-    )
+        return Row(Cell(name), (*cells, Cell(ABSENT, str(error)), *[Cell(ABSENT)] * 3))
+    times = paid.in_loop.seconds / result.seconds if result.seconds else 0.0
+    cells += [
+        Cell(duration(paid.extraction_seconds), "once, for all runs"),
+        Cell(size(paid.cache_bytes)),
+        Cell(f"{paid.in_loop.photos_seen:,}", f"and {paid.in_loop.texts_seen:,} texts"),
+        Cell(duration(paid.in_loop.seconds), f"{times:.0f} times its training"),
+    ]
+    return Row(Cell(name), tuple(cells))
 
 
-def _paid(run: Run) -> Paid:
+def _paid(folder: Path, result: TrainResult) -> _Paid:
     """
     Raises:
-        CacheError, ValueError, TypeError, KeyError, OSError: the cache is not to be read, or says nothing of it.
+        CacheError, ValueError, TypeError, KeyError, OSError: the cache cannot be read, or does not say.
     """
-    cache = open_cache(str(run.config["cache"]))
-    gallery, text = cache.encoders[run.spec.gallery_key], cache.encoders[run.spec.text_key]
-    in_loop = reencoding(gallery, text, [vars(run.result)])
+    content = read_json(folder / CONFIG)
+    cache = open_cache(str(content["config"]["cache"]))
+    gallery, text = (cache.encoders[content["run"][f"{side}_key"]] for side in ("gallery", "text"))
+    in_loop = reencoding(gallery, text, [vars(result)])
     if in_loop is None:
-        raise ValueError("nothing in the cache tells how long its encoders take")
+        raise ValueError("nothing in the cache says how long its encoders take")
     arrays = [array for encoder in (gallery, text) for array in encoder.manifest.arrays.values()]
-    return Paid(
+    return _Paid(
         extraction_seconds=extraction_seconds(cache),
         cache_bytes=sum(array.rows * array.spec.row_bytes for array in arrays),
         in_loop=in_loop,

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from saffe_cache.report import plots
+from saffe_cache.core import figures
+from saffe_cache.core.figures import Fit, FitPlot, PlanePlot
+from saffe_cache.report import old_plots as plots
 from saffe_cache.report.matches import METRICS, Matches, MatchSetting, OverSeeds, Plane
-from saffe_cache.report.plots import Bars, Plot, drawing, finished, style
+from saffe_cache.report.old_plots import Bars, Plot
 from saffe_cache.report.sections import Section
 from saffe_cache.report.tables import Cell, Sheet, Table, TableRow, percent
 
@@ -198,47 +200,38 @@ def _degraded_plot(levels: Sequence[MatchSetting], kind: str, name: str) -> Plot
 def _risk_plot(matches: Matches, name: str) -> Plot:
     curves = {system: curve for one in matches.crossovers if one.curves for system, curve in one.curves.items()}
     sizes = np.geomspace(min(one.scale for one in matches.of_sizes), max(one.scale for one in matches.of_sizes), 60)
-    with drawing(3.2) as (figure, (axes,)):
-        for number, (system, curve) in enumerate(curves.items()):
-            look = style(number)
-            for one in matches.of_sizes:
-                if system in one.systems:
-                    errors = [100 * (1 - value) for value in one.systems[system]["accuracy"].values]
-                    axes.plot([one.scale] * len(errors), errors, look.marker, color=look.hue, markersize=4)
-            fitted = 100 * (curve.a * (sizes / 1000) ** -curve.b + curve.c)
-            axes.plot(sizes, fitted, color=look.hue, linestyle=look.line, marker=look.marker, markevery=[0],
-                      markersize=4, label=system)  # fmt: skip
-        axes.set_xscale("log")
-        axes.minorticks_off()
-        axes.set_xticks([one.scale for one in matches.of_sizes], [f"{one.scale}" for one in matches.of_sizes])
-        axes.set_xlabel("training pairs")
-        axes.set_ylabel("error, percent")
-        axes.legend(fontsize=8)
-        told = "; ".join(one.words for one in matches.crossovers)
-        return finished(figure, name, "Error of each seed, and its fit a N^-b + c.", f"Error by training pairs. {told}")
+    fits = [
+        Fit(
+            system,
+            [
+                (one.scale, 100 * (1 - value))
+                for one in matches.of_sizes
+                if system in one.systems
+                for value in one.systems[system]["accuracy"].values
+            ],
+            [(float(size), float(100 * (curve.a * (size / 1000) ** -curve.b + curve.c))) for size in sizes],
+        )
+        for system, curve in curves.items()
+    ]
+    return FitPlot(
+        name=name.removeprefix("old-"),
+        caption="Error of each seed, and its fit a N^-b + c.",
+        described=f"Error by training pairs. {'; '.join(one.words for one in matches.crossovers)}",
+        x_label="training pairs",
+        y_label="error, percent",
+        ticks=[one.scale for one in matches.of_sizes],
+        fits=fits,
+    )
 
 
 def _planes_plot(planes: Mapping[str, Plane], name: str) -> Plot:
     titles = {"own": "as they are", "ridge": "photos mapped by ridge"}
-    with drawing(2.9, columns=len(planes)) as (figure, frames):
-        for axes, (which, plane) in zip(frames, planes.items(), strict=True):
-            photos, texts = np.array(plane.photos), np.array(plane.texts)
-            axes.plot(
-                *(np.stack([photos[:, axis], texts[:, axis]]) for axis in (0, 1)),
-                color=plots.INK,
-                alpha=0.2,
-                linewidth=0.4,
-            )
-            for number, (label, places) in enumerate((("photos", photos), ("texts", texts))):
-                look = style(number)
-                axes.plot(*places.T, look.marker, color=look.hue, markersize=2.5, label=label)
-            axes.set_title(f"{titles[which]}: {percent(plane.own_is_nearest)} % nearest", fontsize=8)
-            axes.set_xticks([])
-            axes.set_yticks([])
-        figure.legend(*frames[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
-        told = "; ".join(f"{titles[which]} {percent(of.own_is_nearest)}" for which, of in planes.items())
-        caption = (
-            "t-SNE of matching pairs, a line between partners; above, the share of photos whose nearest text on the "
-            "plane is their own."
-        )
-        return finished(figure, name, caption, f"Matching pairs on a plane, percent nearest to their own text: {told}")
+    return PlanePlot(
+        name=name.removeprefix("old-"),
+        caption="t-SNE of matching pairs, a line between partners; above, the share of photos whose nearest text on "
+        "the plane is their own.",
+        planes=[
+            figures.Plane(f"{titles[which]}: {percent(plane.own_is_nearest)} % nearest", plane.photos, plane.texts)
+            for which, plane in planes.items()
+        ],
+    )

@@ -13,9 +13,9 @@ import jinja2
 from markupsafe import Markup
 
 from saffe_cache.core.features import printable
+from saffe_cache.core.tables import percent
 from saffe_cache.report.content import Content
 from saffe_cache.report.photos import css_classes
-from saffe_cache.report.tables import percent
 
 
 def render(content: Content, title: str) -> bytes:

@@ -1,4 +1,4 @@
-"""The photos that a page shows, found again where the cache says that its data are, and made small.
+"""Find the photos that a page shows where the cache says that its data are, and make thumbnails of them.
 
 A photo is known by the hash of its content: a file that has changed since, or lies under the same name elsewhere, is
 never shown in its place. What cannot be found has a reason instead of a thumbnail.
@@ -7,12 +7,12 @@ never shown in its place. What cannot be found has a reason instead of a thumbna
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.report.reading import Evaluation
+from saffe_cache.report.gallery import Gallery
 from saffe_cache.sources import Columns, Media, read_named_items, thumbnail
 from saffe_cache.store.reader import open_cache
 
@@ -32,16 +32,14 @@ class Album:
     reasons: dict[bytes, str] = field(default_factory=dict)
     """Why a photo has none."""
 
-    def add(self, evaluation: Evaluation, places: Collection[int]) -> None:
-        """Find photos of an evaluation by their places in its details."""
-        details = evaluation.details
-        assert details is not None
-        wanted = {details.photo_hashes[place].tobytes(): details.photo_ids[place] for place in places}
+    def add(self, gallery: Gallery) -> None:
+        """Find the photos of a gallery."""
+        wanted = {gallery.hash_of(place): gallery.details.photo_ids[place] for place in gallery.places}
         wanted = {content: name for content, name in wanted.items() if content not in self.thumbnails}
-        if evaluation.metrics.run.gallery_key.startswith("audio-"):
+        if gallery.is_sound:
             self.reasons |= dict.fromkeys(wanted, "a sound")
             return
-        found, failures = self._find(evaluation, wanted)
+        found, failures = self._find(gallery, wanted)
         for content, name in wanted.items():
             media = found.get(content)
             if media is None:
@@ -50,7 +48,7 @@ class Album:
             try:
                 data = media.read()
                 if hashlib.sha256(data).digest() != content:
-                    raise ValueError("its file is being changed")
+                    raise ValueError("its file is changing")
                 self.thumbnails[content] = thumbnail(data, SIDE)
             except (OSError, ValueError) as error:
                 self.reasons[content] = str(error)
@@ -70,13 +68,13 @@ class Album:
                 self.reasons[content] = "left out to keep the page small"
         self.thumbnails = kept
 
-    def _find(self, evaluation: Evaluation, wanted: dict[bytes, str]) -> tuple[_Found, str]:
+    def _find(self, gallery: Gallery, wanted: dict[bytes, str]) -> tuple[_Found, str]:
         """The files, and what kept some places from being read."""
         found, failures = _Found(), []
         try:
-            places = _places(evaluation, self.data)
+            places = _places(gallery, self.data)
         except (CacheError, ValueError, TypeError, KeyError, OSError) as error:
-            return found, f"the cache does not tell where its data are ({error})"
+            return found, f"the cache does not say where its data are ({error})"
         for data, columns in places:
             left = {name for content, name in wanted.items() if content not in found.media}
             if not left:
@@ -89,7 +87,7 @@ class Album:
             for item in items:
                 found.ids[item.id] = "its file has changed since it was extracted"
                 if "image" not in item.hashes:
-                    found.ids[item.id] = item.problem or "it has no photo any more"
+                    found.ids[item.id] = item.problem or "it has no photo now"
                 else:
                     found.media[item.hashes["image"]] = item.media["image"]
         return found, " ".join(failures) if not found.ids else ""
@@ -105,11 +103,11 @@ class _Found:
         return self.media.get(content)
 
 
-def _places(evaluation: Evaluation, data: Sequence[str]) -> list[tuple[str, Columns]]:
+def _places(gallery: Gallery, data: Sequence[str]) -> list[tuple[str, Columns]]:
     """Where the data may be, each place once: folders that are there first, then what may be the hub's."""
     try:
-        cache = open_cache(str(evaluation.config["cache"]))
-        configs = [one["config"] for one in cache.encoders[evaluation.metrics.run.gallery_key].manifest.extractions]
+        cache = open_cache(gallery.cache)
+        configs = [one["config"] for one in cache.encoders[gallery.encoder].manifest.extractions]
         recorded = [(str(one["data"]), Columns(**one["column"])) for one in configs]
     except (CacheError, ValueError, TypeError, KeyError, OSError):
         if not data:

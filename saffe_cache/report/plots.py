@@ -1,7 +1,7 @@
-"""Drawing: matplotlib figures as SVG for the page, and as SVG and PNG files. The only importer of matplotlib.
+"""Draw the figures of core.figures: as SVG for the page, and as SVG and PNG files. The only importer of matplotlib.
 
-In the page text stays text, the ground is the page's own, and ink is `currentColor`, so that one drawing serves light
-and dark. Hues are Okabe and Ito's, and never the only sign: markers and lines differ too.
+In the page, text stays text, the background is the page's own, and ink is `currentColor`, so that one drawing serves
+light and dark. Hues are Okabe and Ito's, and never the only sign: markers and lines differ too.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ import html
 import io
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+import matplotlib.figure
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+
+from saffe_cache.core import figures
+from saffe_cache.core.figures import Figure
 
 INK, PAPER = "#1f2328", "#fefefe"
 """In files; in the page `currentColor`, and nothing."""
@@ -34,64 +36,59 @@ _WIDTH = 4.8
 
 @dataclass(frozen=True)
 class Plot:
-    """One drawing."""
+    """A drawn figure."""
 
     name: str
     """Of its files, without suffix."""
     caption: str
-    described: str
-    """For who does not see it."""
     inline: str
+    """SVG to be put into the page."""
     svg: bytes
     png: bytes
 
 
-@dataclass(frozen=True)
-class Style:
-    """One of several lines."""
+def draw(figure: Figure, prefix: str) -> Plot:
+    """
+    Args:
+        figure: what is drawn.
+        prefix: of the name of its files and of everything inside that needs a name within the page.
+    """
+    name = f"{prefix}-{figure.name}"
+    with matplotlib.rc_context(_SETTINGS):
+        drawn, described = _DRAWERS[type(figure)](figure)
+        svg, png = io.BytesIO(), io.BytesIO()
+        drawn.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+        drawn.savefig(png, format="png", dpi=200, metadata={"Software": None})
+    inline = _inline(svg.getvalue().decode(), name, figure.described or described)
+    return Plot(name, figure.caption, inline, svg.getvalue(), png.getvalue())
 
-    hue: str
-    marker: str
-    line: str | tuple[int, tuple[int, ...]]
+
+Drawn = tuple[matplotlib.figure.Figure, str]
+"""A figure, and its numbers in words."""
+
+_SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "saffe",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.linewidth": 0.4,
+    "grid.alpha": 0.35,
+    "legend.frameon": False,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), PAPER),
+}
 
 
-def style(number: int) -> Style:
-    """Of the first six all hues and lines differ, of the first eight all markers."""
-    return Style(HUES[number % len(HUES)], MARKERS[number % len(MARKERS)], LINES[number % len(LINES)])
-
-
-@contextmanager
-def drawing(height: float, columns: int = 1, rows: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
+def _frames(height: float, columns: int = 1, rows: int = 1) -> tuple[matplotlib.figure.Figure, list[Axes]]:
     """A figure of the page's width, and its axes, row after row; those of several rows share the vertical axis."""
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "saffe",
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.linewidth": 0.4,
-        "grid.alpha": 0.35,
-        "legend.frameon": False,
-        "lines.linewidth": 1.5,
-        "lines.markersize": 5,
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color"), INK),
-        **dict.fromkeys(("xtick.color", "ytick.color"), INK),
-        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), PAPER),
-    }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        made = figure.subplots(rows, columns, squeeze=False, sharey=rows > 1)
-        yield figure, list(made.ravel())
-
-
-def finished(figure: Figure, name: str, caption: str, described: str) -> Plot:
-    """To be called within `drawing`."""
-    svg, png = io.BytesIO(), io.BytesIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
-    text = svg.getvalue().decode()
-    return Plot(name, caption, described, _inline(text, name, described), svg.getvalue(), png.getvalue())
+    figure = matplotlib.figure.Figure(figsize=(_WIDTH, height), layout="constrained")
+    made = figure.subplots(rows, columns, squeeze=False, sharey=rows > 1)
+    return figure, list(made.ravel())
 
 
 def _inline(svg: str, name: str, described: str) -> str:
@@ -110,253 +107,187 @@ def _inline(svg: str, name: str, described: str) -> str:
 
 
 @dataclass(frozen=True)
-class Dot:
-    """One value with its interval, in percent."""
+class _Style:
+    """Of one of several lines. The first six differ in hue and line, the first eight in marker."""
 
-    name: str
-    value: float
-    low: float | None
-    high: float | None
-    kind: str
-    """fam, baseline or control."""
+    hue: str
+    marker: str
+    line: str | tuple[int, tuple[int, ...]]
+
+    @staticmethod
+    def of(number: int) -> _Style:
+        return _Style(HUES[number % len(HUES)], MARKERS[number % len(MARKERS)], LINES[number % len(LINES)])
 
 
-def draw_dots(name: str, dots: Sequence[Dot], level: tuple[str, float], metric: str) -> Plot:
-    """Systems and controls below each other, with chance as a line."""
+def _dots(of: figures.DotPlot) -> Drawn:
     look = {"fam": (BLUE, "D"), "baseline": ("#d55e00", "o"), "control": (INK, "s")}
-    with drawing(0.75 + 0.22 * len(dots)) as (figure, (axes,)):
-        for place, dot in enumerate(dots):
-            hue, marker = look[dot.kind]
-            if dot.low is not None and dot.high is not None:
-                axes.plot([dot.low, dot.high], [place, place], color=hue, linewidth=1.6, solid_capstyle="round")
-            face = PAPER if dot.kind == "control" else hue
-            axes.plot(dot.value, place, marker, color=hue, markerfacecolor=face, zorder=3)
-        axes.axvline(level[1], color=INK, linestyle=":", linewidth=1.2)
-        axes.annotate(level[0], (level[1], 1), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
-                      va="bottom", fontsize=8)  # fmt: skip
-        axes.set_yticks(
-            range(len(dots)), [dot.name if dot.kind != "control" else f"control: {dot.name}" for dot in dots]
-        )
-        axes.set_ylim(len(dots) - 0.4, -0.6)
-        axes.set_xlim(left=min(0.0, level[1]))
-        axes.set_xlabel(f"{metric}, percent")
-        axes.grid(axis="y", visible=False)
-        told = "; ".join(f"{dot.name} {dot.value:.1f}" for dot in dots)
-        caption = (
-            f"{metric} of all systems with 95 % intervals. Diamond: the FAM. Discs: baselines. Hollow squares: "
-            f"controls, which must lie at their level. Dotted: chance."
-        )
-        return finished(figure, name, caption, f"{metric} in percent: {told}; {level[0]} {level[1]:.1f}")
+    figure, (axes,) = _frames(0.75 + 0.22 * len(of.dots))
+    for place, dot in enumerate(of.dots):
+        hue, marker = look[dot.kind]
+        if dot.low is not None and dot.high is not None:
+            axes.plot([dot.low, dot.high], [place, place], color=hue, linewidth=1.6, solid_capstyle="round")
+        face = PAPER if dot.kind == "control" else hue
+        axes.plot(dot.value, place, marker, color=hue, markerfacecolor=face, zorder=3)
+    axes.axvline(of.chance, color=INK, linestyle=":", linewidth=1.2)
+    axes.annotate("chance", (of.chance, 1), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
+                  va="bottom", fontsize=8)  # fmt: skip
+    axes.set_yticks(range(len(of.dots)), [f"control: {dot.name}" if dot.kind == "control" else dot.name
+                                          for dot in of.dots])  # fmt: skip
+    axes.set_ylim(len(of.dots) - 0.4, -0.6)
+    axes.set_xlim(left=min(0.0, of.chance))
+    axes.set_xlabel(of.label)
+    axes.grid(axis="y", visible=False)
+    values = "; ".join(f"{dot.name} {dot.value:.1f}" for dot in of.dots)
+    return figure, f"{of.label}: {values}; chance {of.chance:.1f}"
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A line through points."""
+def _curves(of: figures.CurvePlot) -> Drawn:
+    figure, (axes,) = _frames(2.9)
+    for number, curve in enumerate(of.curves):
+        look = _Style.of(number)
+        axes.plot(curve.xs, curve.ys, color=look.hue, linestyle=look.line, marker=look.marker, label=curve.name,
+                  markevery=max(1, len(curve.xs) // 8), markersize=5)  # fmt: skip
+    if of.y_limits:
+        axes.set_ylim(*of.y_limits)
+    axes.set_xlabel(of.x_label)
+    axes.set_ylabel(of.y_label)
+    axes.legend(fontsize=8)
+    values = "; ".join(f"{curve.name} from {curve.ys[0]:.1f} to {curve.ys[-1]:.1f}" for curve in of.curves)
+    return figure, f"{of.y_label} over {of.x_label}: {values}"
 
-    name: str
-    xs: Sequence[float]
-    ys: Sequence[float]
 
-
-def draw_curves(
-    name: str, curves: Sequence[Curve], labels: tuple[str, str], caption: str, limits: tuple[float, float] | None = None
-) -> Plot:
-    """Lines in one frame, such as precision over recall."""
-    with drawing(2.9) as (figure, (axes,)):
+def _training(of: figures.TrainingPlot) -> Drawn:
+    figure, panels = _frames(2.3, 2)
+    for axes, curves, label in zip(panels, (of.losses, of.scores), ("loss", of.score_label), strict=True):
         for number, curve in enumerate(curves):
-            look = style(number)
-            axes.plot(curve.xs, curve.ys, color=look.hue, linestyle=look.line, marker=look.marker, label=curve.name,
-                      markevery=max(1, len(curve.xs) // 8), markersize=5)  # fmt: skip
-        if limits:
-            axes.set_ylim(*limits)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
-        axes.legend(fontsize=8)
-        told = "; ".join(f"{curve.name} from {curve.ys[0]:.1f} to {curve.ys[-1]:.1f}" for curve in curves)
-        return finished(figure, name, caption, f"{labels[1]} over {labels[0]}: {told}")
+            look = _Style.of(number)
+            axes.plot(curve.xs, curve.ys, color=look.hue, linestyle=look.line, marker=look.marker, markersize=4,
+                      label=curve.name)  # fmt: skip
+        axes.axvline(of.best_epoch, color=INK, linestyle=":", linewidth=1.2)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[1].legend(fontsize=8)
+    highest = "".join(f"; {curve.name} at most {max(curve.ys):.1f}" for curve in of.scores if len(curve.ys))
+    return figure, f"Training curves: best epoch {of.best_epoch}{highest}"
 
 
-def draw_training(
-    name: str, losses: Sequence[Curve], scores: Sequence[Curve], best_epoch: int, metric: str, caption: str
-) -> Plot:
-    """Loss at the left, validation score at the right; the kept epoch is marked."""
-    with drawing(2.3, 2) as (figure, panels):
-        for axes, curves, label in zip(panels, (losses, scores), ("loss", f"validation {metric}"), strict=True):
-            for number, curve in enumerate(curves):
-                look = style(number)
-                axes.plot(curve.xs, curve.ys, color=look.hue, linestyle=look.line, marker=look.marker, markersize=4,
-                          label=curve.name)  # fmt: skip
-            axes.axvline(best_epoch, color=INK, linestyle=":", linewidth=1.2)
-            axes.set_xlabel("epoch")
-            axes.set_ylabel(label)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panels[1].legend(fontsize=8)
-        told = f"best epoch {best_epoch}" + "".join(
-            f"; {curve.name} at most {max(curve.ys):.1f}" for curve in scores if len(curve.ys)
-        )
-        return finished(figure, name, caption, f"Training curves: {told}")
-
-
-def draw_per_class(
-    name: str, names: Sequence[str], systems: Sequence[tuple[str, Sequence[float]]], caption: str
-) -> Plot:
-    """Average precision of each class, several systems beside each other."""
-    with drawing(0.9 + 0.2 * len(names)) as (figure, (axes,)):
-        places = np.arange(len(names))
-        for number, (system, values) in enumerate(systems):
-            look = style(number)
-            axes.plot(values, places, look.marker, color=look.hue, label=system,
-                      markerfacecolor=look.hue if number == 0 else PAPER)  # fmt: skip
-        axes.set_yticks(places, names)
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.set_xlabel("average precision, percent")
-        axes.legend(fontsize=8, loc="lower left")
-        system, values = systems[0]
-        told = ", ".join(f"{one} {value:.1f}" for one, value in zip(names, values, strict=True))
-        return finished(figure, name, caption, f"Average precision of {system} in percent: {told}")
+def _classes(of: figures.ClassPlot) -> Drawn:
+    figure, (axes,) = _frames(0.9 + 0.2 * len(of.classes))
+    places = np.arange(len(of.classes))
+    for number, (system, values) in enumerate(of.systems):
+        look = _Style.of(number)
+        axes.plot(values, places, look.marker, color=look.hue, label=system,
+                  markerfacecolor=look.hue if number == 0 else PAPER)  # fmt: skip
+    axes.set_yticks(places, of.classes)
+    axes.set_ylim(len(of.classes) - 0.4, -0.6)
+    axes.set_xlabel(of.label)
+    axes.legend(fontsize=8, loc="lower left")
+    system, values = of.systems[0]
+    shown = ", ".join(f"{name} {value:.1f}" for name, value in zip(of.classes, values, strict=True))
+    return figure, f"{of.label}, {system}: {shown}"
 
 
 _GRID_POINTS = 290
-"""Width of a grid's cells together, about."""
+"""Width of a heat map's cells together, about."""
 
 
-def draw_grid(
-    name: str, cells: np.ndarray, texts: Sequence[Sequence[str]], axes_names: tuple[Sequence[str], Sequence[str]],
-    labels: tuple[str, str], caption: str, described: str, *,
-    notes: Sequence[Sequence[str]] | None = None, limits: tuple[float, float] | None = None,
-) -> Plot:  # fmt: skip
-    """Cells with their numbers as text, the higher the deeper; at most half opaque, so that ink stays readable.
-
-    Args:
-        name: of the files.
-        cells: [rows, columns]; NaN where there is none.
-        texts: of the cells.
-        axes_names: of rows and of columns.
-        labels: of the horizontal and of the vertical axis.
-        caption: below the drawing.
-        described: for who does not see it.
-        notes: of the cells, beneath the texts and smaller.
-        limits: values of no and of the deepest colour. Default: the lowest and the highest of the cells.
-    """
+def _heat_map(of: figures.HeatMap) -> Drawn:
+    """At most half opaque, so that ink stays readable."""
+    cells = np.array(of.cells, np.float64)
     rows, columns = cells.shape
-    low, high = limits or (np.nanmin(cells), np.nanmax(cells))
     size = 9.0 if columns <= 6 else 7.5 if columns <= 12 else 5.0
-    if notes is not None:
+    if of.notes is not None:
         size = min(11.0, 0.29 * _GRID_POINTS / columns)
-    height = (0.27 if notes is None else 0.37) * rows
-    with drawing(1.1 + height) as (figure, (axes,)):
-        for row in range(rows):
-            for column in range(columns):
-                if not np.isnan(cells[row, column]):
-                    depth = 0.5 * float((cells[row, column] - low) / (high - low or 1))
-                    axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=BLUE, alpha=depth,
-                                                               linewidth=0))  # fmt: skip
-                    place = row if notes is None else row - 0.17
-                    axes.text(column, place, texts[row][column], ha="center", va="center", fontsize=size)
-                    if notes is not None:
-                        axes.text(column, row + 0.25, notes[row][column], ha="center", va="center",
-                                  fontsize=0.78 * size)  # fmt: skip
-        axes.set_xlim(-0.5, columns - 0.5)
-        axes.set_ylim(rows - 0.5, -0.5)
-        axes.set_yticks(range(rows), axes_names[0])
-        turned = columns > 6 or max(map(len, axes_names[1])) > 10
-        axes.set_xticks(range(columns), axes_names[1], rotation=45 if turned else 0, ha="right" if turned else "center")
-        axes.grid(visible=False)
-        axes.tick_params(length=0)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(textwrap.fill(labels[1], max(12, round(12 * height))))
-        return finished(figure, name, caption, described)
+    height = (0.27 if of.notes is None else 0.37) * rows
+    figure, (axes,) = _frames(1.1 + height)
+    words = _draw_cells(axes, of, cells, size)
+    axes.set_xlim(-0.5, columns - 0.5)
+    axes.set_ylim(rows - 0.5, -0.5)
+    axes.set_yticks(range(rows), of.rows)
+    turned = columns > 6 or max(map(len, of.columns)) > 10
+    axes.set_xticks(range(columns), of.columns, rotation=45 if turned else 0, ha="right" if turned else "center")
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    axes.set_xlabel(of.column_label)
+    axes.set_ylabel(textwrap.fill(of.row_label, max(12, round(12 * height))))
+    return figure, f"By {of.column_label} and {of.row_label}: {'; '.join(words)}"
 
 
-@dataclass(frozen=True)
-class Bars:
-    """Means with half intervals at some of the named places, in percent; a half interval is 0 where there is none."""
-
-    name: str
-    places: Sequence[int]
-    means: Sequence[float]
-    halves: Sequence[float]
-    beside: Sequence[Bars] = ()
-    """Baselines of the same points."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Series over the same named places."""
-
-    places: Sequence[str]
-    series: Sequence[Bars]
-    published: Sequence[tuple[str, int, float]] = ()
-    """Numbers of others: name, place, percent."""
+def _draw_cells(axes: Axes, of: figures.HeatMap, cells: np.ndarray, size: float) -> list[str]:
+    """Colours and texts; returns the cells in words."""
+    low, high = of.limits or (np.nanmin(cells), np.nanmax(cells))
+    words = []
+    for row, column in np.argwhere(~np.isnan(cells)):
+        value = float(cells[row, column])
+        text = f"{value:.1f}" if of.texts is None else of.texts[row][column]
+        note = "" if of.notes is None else of.notes[row][column]
+        depth = 0.5 * (value - low) / (high - low or 1)
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=BLUE, alpha=depth, linewidth=0))
+        axes.text(column, row if of.notes is None else row - 0.17, text, ha="center", va="center", fontsize=size)
+        if of.notes is not None:
+            axes.text(column, row + 0.25, note, ha="center", va="center", fontsize=0.78 * size)
+        if text:
+            words.append(f"{of.columns[column]}, {of.rows[row]}: {text} {note}".rstrip())
+    return words
 
 
-_BESIDE = (("v", "--"), ("P", "-."), ("d", ":"))
+_BASELINE_STYLES = (("v", "--"), ("P", "-."), ("d", ":"))
 """Marker and line of the first baselines."""
 
 
-def draw_series(
-    name: str, panels: Sequence[Panel], levels: Sequence[tuple[str, float]], labels: tuple[str, str], caption: str, *,
-    joined: bool,
-) -> Plot:  # fmt: skip
-    """Series with error bars over named places, baselines hollow in their series' hue, levels across.
-
-    Args:
-        name: of the files.
-        panels: one frame each, two in a row; they share the vertical axis.
-        levels: what no setting changes, in percent.
-        labels: of the horizontal and of the vertical axis.
-        caption: below the drawing.
-        joined: whether lines go from point to point.
-    """
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    with drawing(0.8 + 2.1 * rows, columns, rows) as (figure, frames):
-        number, kinds = 0, _kinds(panels)
-        for axes, panel in zip(frames, panels, strict=False):
-            for place, one in enumerate(panel.series):
-                look, shift = style(number), 0.08 * (place - (len(panel.series) - 1) / 2)
-                _draw_bars(axes, one, look, shift, kinds, joined=joined)
-                number += 1
-            for of_level, (level, value) in enumerate(levels):
-                axes.axhline(value, color=INK, linestyle=LINES[3 - of_level % 2], linewidth=1, label=level)
-            for who, place, value in panel.published:
-                axes.plot(place, value, "*", color=INK, markerfacecolor=PAPER, markersize=12, label="published")
-                axes.annotate(who, (place, value), (6, 6), textcoords="offset points", fontsize=8)
-            axes.set_xticks(range(len(panel.places)), panel.places)
-            widest = max(len(line) for place in panel.places for line in place.splitlines())
-            if widest * len(panel.places) > 60 / columns:
-                for label in axes.get_xticklabels():
-                    label.set(rotation=30, ha="right", rotation_mode="anchor")
-            axes.set_xlim(-0.5, len(panel.places) - 0.5)
-        for axes in frames[len(panels) :]:
-            axes.set_visible(False)
-        for axes in frames[len(panels) - columns : len(panels)]:
-            axes.set_xlabel(labels[0])
-        for axes in frames[::columns]:
-            axes.set_ylabel(labels[1])
-        _draw_legend(figure, frames)
-        told = "; ".join(f"{one.name}: {_told(panel.places, one)}" for panel in panels for one in panel.series)
-        return finished(figure, name, caption, f"{labels[1]} by {labels[0]}. {told}")
+def _series(of: figures.SeriesPlot) -> Drawn:
+    columns = min(2, len(of.panels))
+    rows = -(-len(of.panels) // columns)
+    figure, frames = _frames(0.8 + 2.1 * rows, columns, rows)
+    number = 0
+    kinds = list(dict.fromkeys(one.name for panel in of.panels for series in panel.series for one in series.baselines))
+    for axes, panel in zip(frames, of.panels, strict=False):
+        for place, one in enumerate(panel.series):
+            shift = 0.08 * (place - (len(panel.series) - 1) / 2)
+            _draw_series(axes, one, _Style.of(number), shift, kinds, joined=of.joined)
+            number += 1
+        for of_level, (level, value) in enumerate(of.levels):
+            axes.axhline(value, color=INK, linestyle=LINES[3 - of_level % 2], linewidth=1, label=level)
+        for who, place, value in panel.published:
+            axes.plot(place, value, "*", color=INK, markerfacecolor=PAPER, markersize=12, label="published")
+            axes.annotate(who, (place, value), (6, 6), textcoords="offset points", fontsize=8)
+        _name_places(axes, panel.places, columns)
+    for axes in frames[len(of.panels) :]:
+        axes.set_visible(False)
+    for axes in frames[len(of.panels) - columns : len(of.panels)]:
+        axes.set_xlabel(of.x_label)
+    for axes in frames[::columns]:
+        axes.set_ylabel(of.y_label)
+    _draw_legend(figure, frames)
+    values = "; ".join(f"{one.name}: {_in_words(panel.places, one)}" for panel in of.panels for one in panel.series)
+    return figure, f"{of.y_label} by {of.x_label}. {values}"
 
 
-def _kinds(panels: Sequence[Panel]) -> list[str]:
-    """The names of the baselines."""
-    return list(dict.fromkeys(one.name for panel in panels for series in panel.series for one in series.beside))
-
-
-def _draw_bars(axes: Axes, one: Bars, look: Style, shift: float, kinds: Sequence[str], *, joined: bool) -> None:
+def _draw_series(
+    axes: Axes, one: figures.Series, look: _Style, shift: float, kinds: Sequence[str], *, joined: bool
+) -> None:
     """A series and its baselines."""
     line = look.line if joined else "none"
-    axes.errorbar([place + shift for place in one.places], one.means, yerr=one.halves, capsize=3, label=one.name,
-                  color=look.hue, marker=look.marker, linestyle=line)  # fmt: skip
-    for beside in one.beside:
-        marker, line = _BESIDE[kinds.index(beside.name) % len(_BESIDE)]
-        axes.plot(beside.places, beside.means, color=look.hue, marker=marker, markersize=4, linewidth=1,
-                  linestyle=line if joined else "none", markerfacecolor=PAPER, label=beside.name)  # fmt: skip
+    axes.errorbar([place + shift for place in one.places], one.means, yerr=one.halves or None, capsize=3,
+                  label=one.name, color=look.hue, marker=look.marker, linestyle=line)  # fmt: skip
+    for baseline in one.baselines:
+        marker, line = _BASELINE_STYLES[kinds.index(baseline.name) % len(_BASELINE_STYLES)]
+        axes.plot(baseline.places, baseline.means, color=look.hue, marker=marker, markersize=4, linewidth=1,
+                  linestyle=line if joined else "none", markerfacecolor=PAPER, label=baseline.name)  # fmt: skip
 
 
-def _draw_legend(figure: Figure, frames: Sequence[Axes]) -> None:
-    """Each name once, below the frames, which keep their height; as many beside each other as there is room for."""
+def _name_places(axes: Axes, places: Sequence[str], columns: int) -> None:
+    axes.set_xticks(range(len(places)), places)
+    widest = max(len(line) for place in places for line in place.splitlines())
+    if widest * len(places) > 60 / columns:
+        for label in axes.get_xticklabels():
+            label.set(rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_xlim(-0.5, len(places) - 0.5)
+
+
+def _draw_legend(figure: matplotlib.figure.Figure, frames: Sequence[Axes]) -> None:
+    """Each name once, below the frames, which keep their height; as many side by side as there is room for."""
     found: dict[str, Any] = {}
     for axes in frames:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -366,5 +297,50 @@ def _draw_legend(figure: Figure, frames: Sequence[Axes]) -> None:
     figure.set_figheight(figure.get_figheight() + 0.18 * -(-len(found) // columns))
 
 
-def _told(places: Sequence[str], bars: Bars) -> str:
-    return ", ".join(f"{places[place]} {mean:.1f}" for place, mean in zip(bars.places, bars.means, strict=True))
+def _in_words(places: Sequence[str], series: figures.Series) -> str:
+    return ", ".join(f"{places[place]} {mean:.1f}" for place, mean in zip(series.places, series.means, strict=True))
+
+
+def _fits(of: figures.FitPlot) -> Drawn:
+    figure, (axes,) = _frames(3.2)
+    for number, fit in enumerate(of.fits):
+        look = _Style.of(number)
+        axes.plot([x for x, _ in fit.points], [y for _, y in fit.points], look.marker, color=look.hue, markersize=4)
+        axes.plot([x for x, _ in fit.curve], [y for _, y in fit.curve], color=look.hue, linestyle=look.line,
+                  marker=look.marker, markevery=[0], markersize=4, label=fit.name)  # fmt: skip
+    axes.set_xscale("log")
+    axes.minorticks_off()
+    axes.set_xticks(of.ticks, [f"{tick:g}" for tick in of.ticks])
+    axes.set_xlabel(of.x_label)
+    axes.set_ylabel(of.y_label)
+    axes.legend(fontsize=8)
+    ends = "; ".join(f"{fit.name} from {fit.curve[0][1]:.1f} to {fit.curve[-1][1]:.1f}" for fit in of.fits)
+    return figure, f"{of.y_label} by {of.x_label}: {ends}"
+
+
+def _planes(of: figures.PlanePlot) -> Drawn:
+    figure, frames = _frames(2.9, columns=len(of.planes))
+    for axes, plane in zip(frames, of.planes, strict=True):
+        photos, texts = np.array(plane.photos), np.array(plane.texts)
+        ends = (np.stack([photos[:, axis], texts[:, axis]]) for axis in (0, 1))
+        axes.plot(*ends, color=INK, alpha=0.2, linewidth=0.4)
+        for number, (label, places) in enumerate((("photos", photos), ("texts", texts))):
+            look = _Style.of(number)
+            axes.plot(*places.T, look.marker, color=look.hue, markersize=2.5, label=label)
+        axes.set_title(plane.title, fontsize=8)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.legend(*frames[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
+    return figure, f"Pairs on a plane: {'; '.join(plane.title for plane in of.planes)}"
+
+
+_DRAWERS: Mapping[type[Figure], Callable[[Any], Drawn]] = {
+    figures.DotPlot: _dots,
+    figures.CurvePlot: _curves,
+    figures.TrainingPlot: _training,
+    figures.ClassPlot: _classes,
+    figures.HeatMap: _heat_map,
+    figures.SeriesPlot: _series,
+    figures.FitPlot: _fits,
+    figures.PlanePlot: _planes,
+}

@@ -1,4 +1,4 @@
-"""One page of runs, evaluations, ablations, episodes and alignments, for people: index.html, figures/ and data/."""
+"""One page of any results, for people: index.html, figures/ and data/."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 
 from saffe_cache.core.atomic_io import hold_folder, remove_partial_files, write_whole
 from saffe_cache.core.options import positional, require
-from saffe_cache.report.photos import Album
-from saffe_cache.report.reading import read_material
 
 logger = logging.getLogger(__name__)
 
@@ -18,28 +16,26 @@ _EXTRA = ("jinja2", "markupsafe", "matplotlib")
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Make one self-contained page of what was run: results with controls and chance, plots, costs, and galleries.
+    """Make one self-contained page of results: tables with controls and chance, plots, costs, and galleries of photos.
 
-    The page loads nothing and runs no script. What is wrong comes first.
+    The page loads nothing and runs no script. Failed controls and warnings come first.
     """
 
     runs: tuple[str, ...] = positional()
-    """Folders to show: a finished run with its evaluations, a single evaluation, an ablation (ablation.json), few-shot
-    episodes (binding.json), fusions that match pairs (match.json), an alignment (alignment.json),
-    captions (caption.json)."""
+    """Output folders of other commands. Results directly below a folder are shown too: a run's evaluations, or the
+    recipes of a sweep."""
     out: str
-    """Folder for index.html, figures (SVG and PNG) and data (CSV)."""
-    title: str = "What was found, and what it rests on"
-    """Of the page."""
+    """Folder for index.html, figures (SVG and PNG) and data (CSV and JSON)."""
+    title: str = "Results and how far to trust them"
+    """Title of the page."""
     data: tuple[str, ...] = ()
-    """Where the photos are now; repeat it for several. Default: where each extraction found them."""
+    """Where the photos are now; repeat it for several places. Default: where each extraction found them."""
     queries: tuple[str, ...] = ()
-    """Show also the queries that hold these words; repeat it for several. Of more than 2,000 queries, of those that the
-    evaluation drew."""
+    """Also show queries that contain these words; repeat it for several. An evaluation keeps at most 2,000 queries."""
     random_queries: int = 6
-    """Queries drawn at random, of each evaluation."""
+    """Randomly drawn queries per evaluation."""
     extreme_queries: int = 4
-    """The FAM's best queries, and as many of its worst."""
+    """The FAM's best queries per evaluation, and as many of its worst."""
 
     def __post_init__(self) -> None:
         require(bool(self.runs), "runs", "none", "at least one folder")
@@ -51,20 +47,21 @@ def make_report(config: ReportConfig) -> str:
     """Make the page, and return its path.
 
     Raises:
-        ValueError: a folder is nothing that a report shows, or a file in it is damaged.
-        ImportError: what draws and renders is not installed.
+        ValueError: a folder holds no result, or a file in it is damaged.
+        ImportError: a package that draws or renders is not installed.
         OSError: the disk is full or gone, or another process writes to the output folder.
     """
-    material = read_material(config.runs)
     try:
-        from saffe_cache.report.content import Choice, make_content
+        from saffe_cache.report.content import find_results, make_content
+        from saffe_cache.report.gallery import Options
         from saffe_cache.report.page import render
+        from saffe_cache.report.photos import Album
     except ImportError as error:
         if error.name not in _EXTRA:
             raise
         raise ImportError(f"saffe-report needs the package {error.name}: pip install 'saffe-cache[report]'.") from None
-    choice = Choice(asked=config.queries, num_random=config.random_queries, num_extreme=config.extreme_queries)
-    content = make_content(material, Album(config.data), choice)
+    options = Options(words=config.queries, num_random=config.random_queries, num_extreme=config.extreme_queries)
+    content = make_content(find_results(config.runs), Album(config.data), options)
     page = render(content, config.title)
     out = Path(config.out)
     with hold_folder(out):
@@ -73,8 +70,8 @@ def make_report(config: ReportConfig) -> str:
         for plot in content.plots:
             write_whole(out / "figures" / f"{plot.name}.svg", plot.svg)
             write_whole(out / "figures" / f"{plot.name}.png", plot.png)
-        for sheet in content.sheets:
-            write_whole(out / "data" / f"{sheet.name}.csv", sheet.csv())
+        for name, data in content.files.items():
+            write_whole(out / "data" / name, data)
         write_whole(out / "index.html", page)
     logger.info("%s: %.1f MB, %d photos.", out / "index.html", len(page) / 1e6, len(content.album.thumbnails))
     return str(out / "index.html")

@@ -191,7 +191,7 @@ def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int], control_se
         texts_seen=seen[1],
         residency=plan.residency,
         seconds=round(state.seconds, 1),
-        control_seconds=round(control_seconds, 1),
+        control_seconds=round(control_seconds, 2),
         peak_memory_mb=peak_memory_mb(),
     ).save(plan.out)
     _remove_states(plan.out)

@@ -33,7 +33,8 @@ from saffe_cache.studies.binding.bind import BindConfig, bind
 from saffe_cache.studies.binding.names import NamePool, make_names
 from saffe_cache.studies.captioning.caption import CaptionConfig, caption
 from saffe_cache.studies.matching.match import MatchConfig, match
-from saffe_cache.studies.sweep.ablate import AblateConfig, ablate
+from saffe_cache.studies.sweep.ablate import ablate
+from saffe_cache.studies.sweep.config import AblateConfig
 
 RESULTS = Path(__file__).with_name("results.json")
 
@@ -152,12 +153,19 @@ def caption_numbers(folder: Path) -> Numbers:
 
 def ablate_numbers(folder: Path) -> Numbers:
     """Of one recipe's folder."""
-    found = _read(folder / "ablation.json")
-    numbers = flat(found["lines"], "lines") | flat(found["ledger"], only=("num_runs", "photos_seen", "texts_seen"))
+    found = _read(folder / "result.json")
+    numbers = flat(found["levels"], "lines") | flat(found["cost"], only=("num_runs", "photos_seen", "texts_seen"))
     for series in found["series"]:
         for point in series["points"]:
             place = "/".join(filter(None, (series["name"], point["x"], point["y"])))
-            without = ("settings", "seeds", "failures", "training_seconds", "evaluation_seconds")
+            without = (
+                "settings",
+                "seeds",
+                "failures",
+                "training_seconds",
+                "training_peak_memory_mb",
+                "evaluation_seconds",
+            )
             numbers |= flat(point, place, without=without)
     return numbers
 
@@ -242,13 +250,13 @@ def run_verbs(folder: Path) -> dict[str, Folders]:
     runs = _train(caches, folder / "runs")
     reports = _evaluate(caches, runs)
     studies = _studies(caches, folder)
-    sweep = ablate(_ablate_config(caches["captions"], folder / "ablate"))
+    [sweep] = ablate(_ablate_config(caches["captions"], folder / "ablate"))
     return {
         "extract": {"dinov2, bert": made.cache, **extracted},
         "train": {"linear, made": made.run, **runs},
         "evaluate": {"caption, made": str(made.out), **reports},
         **studies,
-        "ablate": {"layers": f"{sweep}/layers"},
+        "ablate": {"layers": sweep},
     }
 
 

@@ -126,11 +126,13 @@ def _draw(result: Mapping[str, Any], folder: Path) -> None:
     try:
         from saffe_cache.report.match_section import match_plots
         from saffe_cache.report.matches import matches_of
+        from saffe_cache.report.plots import draw
     except ImportError as error:
         if error.name != "matplotlib":
             raise
         logger.info("No figures: they need matplotlib, pip install 'saffe-cache[report]'.")
         return
-    for plot in match_plots(matches_of(result, "match.json"), "match"):
+    for figure in match_plots(matches_of(result, "match.json"), "old"):
+        plot = draw(figure, "match")
         write_whole(folder / f"{plot.name}.svg", plot.svg)
         write_whole(folder / f"{plot.name}.png", plot.png)

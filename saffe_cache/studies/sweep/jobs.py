@@ -25,7 +25,9 @@ from tqdm import tqdm
 from saffe_cache.core.devices import num_cores
 from saffe_cache.core.features import short_hash
 from saffe_cache.core.outputs import CONFIG, RESULT, read_json
-from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
+from saffe_cache.evaluation.config import EvaluateConfig
+from saffe_cache.evaluation.evaluate import evaluate
+from saffe_cache.evaluation.results import EvaluationResult
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.inputs.splits import data_fingerprint, training_pairs
 from saffe_cache.protocols.registry import load_protocol
@@ -63,9 +65,13 @@ class Job:
         done = read_json(folder / CONFIG).get("config"), read_json(folder / RESULT).get("data")
         return done == (asked, self.reported)
 
-    def judge(self) -> None:
+    def evaluate(self) -> None:
         if not self._is_reported:
             evaluate(self.report)
+
+    def found(self) -> EvaluationResult:
+        """What the evaluation wrote; the job is done."""
+        return EvaluationResult.load(self.report.out or "")
 
 
 class Planner:
@@ -206,5 +212,5 @@ def _work(jobs: Sequence[Job]) -> int:
     """Train some runs side by side, report on each, and return their number."""
     train_many([job.config for job in jobs])
     for job in jobs:
-        job.judge()
+        job.evaluate()
     return len(jobs)

@@ -28,24 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from saffe_cache.core.json_schema import made_of
+from saffe_cache.studies.sweep.result import Published
 from saffe_cache.training.config import TrainConfig
 
 _OWN = {"cache", "out", "seed", "device"}
 """Options that the sweep itself decides."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Published:
-    """A number of a paper, to stand beside ours."""
-
-    name: str
-    value: float
-    """A fraction."""
-    metric: str
-    """What it truly is."""
-    note: str
-    x: str | None = None
-    """Its place on the x axis."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,18 @@
-"""What a cache lacks of recipes, layers and encoders, said before anything is run, with the command that adds it."""
+"""What recipes require of a cache: layers and encoders, or else the command that adds them; and other storage types."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from saffe_cache.core.features import MODALITIES, CacheError, Modality, hidden_states_index
 from saffe_cache.extraction.config import ExtractConfig, config_from_json
+from saffe_cache.store.convert import convert_cache
+from saffe_cache.store.manifest import content_hash, read_root
 from saffe_cache.store.reader import Cache, EncoderCache
+from saffe_cache.store.storage import Storage
 from saffe_cache.training.config import TrainConfig
 
 _OF_MODALITY: Mapping[str, tuple[str, ...]] = {
@@ -178,3 +182,36 @@ def _line(config: ExtractConfig, cache: Cache) -> str:
 
 def _listed(layers: Iterable[int]) -> str:
     return ",".join(map(str, sorted(layers)))
+
+
+_NARROWER: Mapping[str, tuple[str, ...]] = {
+    "float32": ("float16", "bfloat16", "int8", "float8"),
+    "float16": ("int8", "float8"),
+}
+"""What a storage type holds enough for."""
+
+
+def stored_as(path: str, cache: Cache, storage: str | None, folder: Path) -> str:
+    """The path of the cache, or of one in `folder` with its hidden states in another type.
+
+    The latter is named after what the cache holds: data that are added, or another cache, make another one.
+
+    Raises:
+        CacheError: its own type has not the numbers of the other.
+    """
+    own = {
+        encoder.manifest.arrays[f"hidden_states/{layer}"].spec.dtype
+        for encoder in cache.encoders.values()
+        for layer in encoder.manifest.layers
+    }
+    if storage is None or own == {storage}:
+        return path
+    if any(storage not in _NARROWER.get(dtype, ()) for dtype in own):
+        raise CacheError(
+            f"{path}: it stores {', '.join(sorted(own))}, from which {storage} cannot be made. Extract a cache with "
+            "--storage float32."
+        )
+    converted = folder / f"{storage}-{content_hash(cache.storage)}.zarr"
+    if read_root(Storage(converted)) is None:  # a conversion that was killed has none
+        convert_cache(path, converted, storage_type=storage)
+    return str(converted)

@@ -1,0 +1,282 @@
+"""result.json of `saffe ablate`, one for each recipe: every cell over its seeds, with baselines, controls and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from saffe_cache.core.figures import Figure
+from saffe_cache.core.results import Measurement, Result
+from saffe_cache.core.sections import Section
+from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, flops, percent, plain_row, size
+from saffe_cache.retrieval.metrics import seed_interval
+from saffe_cache.studies.sweep.figures import heat_maps, series_plot
+
+Values = Mapping[str, Mapping[str, tuple[float, ...]]]
+"""Of each system and metric: one value for each seed."""
+
+
+class Spread(NamedTuple):
+    """A mean over seeds with its 95 % t-interval, which several seeds have."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    @property
+    def half(self) -> float | None:
+        return None if self.high is None else self.high - self.mean
+
+
+def spread(values: Sequence[float]) -> Spread:
+    mean, low, high = seed_interval(values)
+    return Spread(mean, low, high) if len(values) > 1 else Spread(mean, None, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPoint:
+    """One cell of the grid. Values are fractions; lists have one entry for each seed."""
+
+    x: str
+    y: str | None
+    settings: Mapping[str, Any]
+    """Options of the training, and `storage`."""
+    seeds: tuple[int, ...]
+    reports: tuple[str, ...]
+    """Folders of the evaluations, seen from the folder of this result."""
+    values: Mapping[str, tuple[float, ...]]
+    """The FAM's, by metric."""
+    chance: Mapping[str, float]
+    baselines: Values
+    controls: Values
+    best_epoch: tuple[int, ...]
+    failures: tuple[str, ...]
+    trainable_parameters: int
+    fusing_flops: int
+    """For one photo of the gallery."""
+    training_seconds: tuple[float, ...]
+    training_peak_memory_mb: tuple[int, ...]
+    evaluation_seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        lists = {"reports": self.reports, "best_epoch": self.best_epoch, **self.values}
+        for name, values in lists.items():
+            if len(values) != len(self.seeds) or not values:
+                raise ValueError(f"x {self.x!r}: {name} has {len(values)} entries for {len(self.seeds)} seeds")
+
+    @property
+    def systems(self) -> dict[str, Mapping[str, tuple[float, ...]]]:
+        """The FAM, baselines and controls, as measurements name them."""
+        controls = {f"control: {name}": of for name, of in self.controls.items()}
+        return {"fam": self.values, **self.baselines, **controls}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSeries:
+    """Points that a line joins."""
+
+    name: str
+    points: tuple[SweepPoint, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """A system whose value no setting changes."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A number from a paper."""
+
+    name: str
+    value: float
+    """A fraction."""
+    metric: str
+    """What it truly is."""
+    note: str
+    x: str | None = None
+    """Its place on the x axis."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepCost:
+    """What the sweep cost, each run counted once, and what encoders in the loop would have cost; None where unknown.
+
+    Runs and reports record their seconds, whichever commands made them; loading and starting are not included.
+    """
+
+    num_runs: int
+    workers: int
+    """Processes that ran side by side."""
+    extraction_seconds: float
+    training_seconds: float
+    control_seconds: float
+    evaluation_seconds: float
+    cache_bytes: int
+    photos_seen: int
+    texts_seen: int
+    re_encoding_seconds: float | None
+    photo_seconds: float | None
+    """To encode one photo."""
+    text_seconds: float | None
+    basis: str
+    """Where the rates of encoding are from."""
+
+    @property
+    def wall_seconds(self) -> float:
+        """About."""
+        return (self.training_seconds + self.control_seconds + self.evaluation_seconds) / self.workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult(Result):
+    """What came of a recipe."""
+
+    verb: ClassVar[str] = "ablate"
+
+    title: str
+    question: str
+    dataset: str
+    protocol: str
+    definition: str
+    split: str
+    metric: str
+    """That is plotted."""
+    x_label: str
+    y_label: str | None
+    """None where there is one axis."""
+    series: tuple[SweepSeries, ...]
+    levels: tuple[Level, ...]
+    """Of the plotted metric."""
+    published: tuple[Published, ...]
+    cost: SweepCost
+
+    @property
+    def points(self) -> list[tuple[str, SweepPoint]]:
+        """With the names of their series and their place."""
+        return [
+            (", ".join(filter(None, (series.name, point.x, point.y))), point)
+            for series in self.series
+            for point in series.points
+        ]
+
+    @property
+    def chance(self) -> list[float]:
+        """Of the plotted metric: one value, or several where settings change it."""
+        return list(dict.fromkeys(point.chance[self.metric] for _, point in self.points))
+
+    def measurements(self) -> Iterator[Measurement]:
+        for name, point in self.points:
+            for system, scores in point.systems.items():
+                for metric, values in scores.items():
+                    yield Measurement(name, system, metric, *spread(values), point.chance.get(metric))
+
+    def sections(self) -> list[Section]:
+        figures: list[Figure] = [series_plot(self)] if self.y_label is None else [*heat_maps(self)]
+        return [
+            Section(
+                title=self.title,
+                lead=self.question,
+                facts=[
+                    ("dataset", self.dataset),
+                    ("reported on", f"{self.protocol} protocol, split {self.split}"),
+                    ("definition", self.definition),
+                ],
+                tables=[self._main_table(), *self._published_table(), self._cost_table(), self._metrics_table()],
+                texts=[f"{one.name}, which no setting changes: {percent(one.value)}." for one in self.levels],
+                figures=figures,
+            )
+        ]
+
+    @property
+    def _place(self) -> str:
+        return ", ".join(filter(None, ("series", self.x_label, self.y_label)))
+
+    def _main_table(self) -> Table:
+        """The plotted metric of all systems, and costs."""
+        names, controls = (
+            list(dict.fromkeys(name for part in parts for name, of in part.items() if self.metric in of))
+            for parts in zip(*((point.baselines, point.controls) for _, point in self.points), strict=True)
+        )
+        rows = []
+        for name, point in self.points:
+            others = [point.baselines.get(one, {}) for one in names] + [point.controls.get(one, {}) for one in controls]
+            cells = [
+                _score_cell(self.metric, point.values[self.metric]),
+                *(_mean_cell(self.metric, of.get(self.metric)) for of in others),
+                _mean_cell(self.metric, (point.chance[self.metric],)),
+                Cell(" ".join(map(str, point.best_epoch))),
+                Cell(f"{point.trainable_parameters / 1e6:.2f} M"),
+                Cell(flops(point.fusing_flops)),
+                Cell(f"{sum(point.training_seconds) / len(point.seeds):.0f}"),
+                Cell(f"{max(point.training_peak_memory_mb)}"),
+            ]
+            rows.append(Row(Cell(name), tuple(cells), "failed" if point.failures else "plain"))
+        header = (self._place, self.metric, *names, *(f"control: {one}" for one in controls), "chance", "best epoch",
+                  "parameters", "FLOPs a photo", "training s", "MB")  # fmt: skip
+        caption = (
+            f"{self.metric} in percent, mean over seeds with its 95 % t-interval; of baselines, on the same layers and "
+            "photos, and of controls the mean."
+        )
+        return Table(caption, header, tuple(rows), folded=len(rows) > _MOST_ROWS)
+
+    def _metrics_table(self) -> Table:
+        """All metrics of the FAM."""
+        metrics = list(dict.fromkeys(metric for _, point in self.points for metric in point.values))
+        rows = [
+            Row(Cell(name), tuple(_score_cell(one, point.values.get(one)) for one in metrics))
+            for name, point in self.points
+        ]
+        caption = "All metrics of the FAM in percent, mean over seeds with its 95 % t-interval."
+        return Table(caption, (self._place, *metrics), tuple(rows), folded=True)
+
+    def _published_table(self) -> list[Table]:
+        rows = [
+            plain_row(one.name, one.x or ABSENT, percent(one.value), one.metric, one.note) for one in self.published
+        ]
+        caption = "Published numbers and their true metric. The plot shows those of its own metric."
+        return [Table(caption, ("", self.x_label, "percent", "metric", "note"), tuple(rows))] if rows else []
+
+    def _cost_table(self) -> Table:
+        of = self.cost
+        spent = {
+            "training": of.training_seconds,
+            "training the controls": of.control_seconds,
+            "evaluation": of.evaluation_seconds,
+        }
+        rows = [
+            ("runs", f"{of.num_runs}, {of.workers} at a time"),
+            ("extraction, once", duration(of.extraction_seconds)),
+            *((f"{name}, all runs", duration(seconds)) for name, seconds in spent.items()),
+            ("wall-clock time, about", duration(of.wall_seconds)),
+            ("cache", size(of.cache_bytes)),
+            ("photos and texts seen in training", f"{of.photos_seen:,} and {of.texts_seen:,}"),
+            ("re-encoding them at every step would have cost", duration(of.re_encoding_seconds)),
+            ("encoding one photo, one text", f"{duration(of.photo_seconds)}, {duration(of.text_seconds)}"),
+        ]
+        return Table(f"Cost. Rates of encoding: {of.basis}.", ("", ""), tuple(plain_row(*row) for row in rows))
+
+
+_MOST_ROWS = 12
+"""Of a table that a page shows unfolded."""
+
+
+def _score_cell(metric: str, values: Sequence[float] | None) -> Cell:
+    """Mean and interval; shares lie between 0 and 100."""
+    if values is None:
+        return Cell(ABSENT)
+    mean, low, high = spread(values)
+    if metric.endswith("median_rank") or low is None or high is None:
+        return _mean_cell(metric, values)
+    return Cell(percent(mean), f"[{percent(max(0, low))}, {percent(min(1, high))}]")
+
+
+def _mean_cell(metric: str, values: Sequence[float] | None) -> Cell:
+    if values is None:
+        return Cell(ABSENT)
+    mean = sum(values) / len(values)
+    return Cell(f"{mean:.0f}" if metric.endswith("median_rank") else percent(mean))
