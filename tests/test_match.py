@@ -124,7 +124,7 @@ def test_what_can_be_found_is_found_and_what_cannot_is_not(cache: str, tmp_path:
     (tmp_path / "match.json").write_text(json.dumps(result))
     with pytest.raises(ValueError, match=r"match\.json: .*'chance'.* Run saffe-match again"):
         make_page([str(tmp_path)], tmp_path / "page")
-    assert (tmp_path / "page" / "data" / "match-1.csv").read_text().startswith("setting,negatives,kind,level,scale")
+    assert (tmp_path / "page" / "data" / "match-1.csv").read_text().startswith("setting,system,metric,value")
 
 
 def test_photos_are_in_one_part_alone(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
