@@ -243,9 +243,9 @@ def test_folders_without_results_and_damage_are_refused(made: Made, tmp_path: Pa
     path = Path(saved(sweep(), tmp_path / "sweep")) / "result.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"verb": "sing"}))
-    refused(path.parent, r"result\.json: verb 'sing', expected one of extract, train")
+    refused(path.parent, r"result\.json: found verb 'sing', expected one of train")
     path.write_text(json.dumps(content | {"verb": None}))
-    refused(path.parent, r"result\.json: verb None, expected one of")
+    refused(path.parent, r"result\.json: found verb None, expected one of")
     path.write_text(json.dumps(content | {"version": 0}))
     refused(path.parent, r"result\.json: found 'ablate' version 0, expected 'ablate' version 1")
     content["series"][0]["points"][0]["seeds"] = [0, 1]

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from saffe_cache.core.outputs import RESULT, read_json
+from saffe_cache.core.outputs import RESULT
 from saffe_cache.core.results import Measurement, Result
 from saffe_cache.core.sections import Section
 from saffe_cache.report.gallery import Gallery, Options, open_gallery
@@ -19,7 +19,7 @@ from saffe_cache.report.ledger import costs_section
 from saffe_cache.report.old_results import OLD
 from saffe_cache.report.photos import Album
 from saffe_cache.report.plots import Plot, draw
-from saffe_cache.verbs import VERBS
+from saffe_cache.verbs import VERBS, load_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +101,7 @@ def _read(folder: Path) -> Result:
     for name, read in OLD.items():
         if (folder / name).exists():
             return read(folder)
-    content = read_json(folder / RESULT)
-    verb = content.get("verb")
-    kind = VERBS[verb].load_result() if isinstance(verb, str) and verb in VERBS else None
-    if kind is None:
-        raise ValueError(
-            f"{folder / RESULT}: verb {verb!r:.60}, expected one of {', '.join(VERBS)}. Run the command that writes it "
-            "again."
-        )
-    result: Result = kind.from_json(content, folder / RESULT)
-    return result
+    return load_result(folder)
 
 
 def make_content(found: Sequence[Found], album: Album, options: Options) -> Content:
