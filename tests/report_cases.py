@@ -138,25 +138,6 @@ def matches() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def alignment() -> dict[str, Any]:
-    """Two photo layers and one text layer; a measure that one of the pairs lacks."""
-    score = {"value": 0.2, "low": 0.18, "high": 0.22, "null_mean": 0.01, "null_high": 0.02, "median_rank": 7.5}
-    grid = {"null_mean": [[0.0], [0.0]], "null_high": [[0.01], [0.03]], "chance": 0.0, "definition": "who is like whom"}
-    half = {name: [[value], [None]] for name, value in score.items() if name != "median_rank"}
-    return {
-        "title": "drawn", "split": "train", "pairs": "captions", "photos": {"judged": 100, "fitted_closer": 200},
-        "gallery_layers": ["2", "own"], "text_layers": ["own"],
-        "measures": {
-            "cka": {"value": [[0.31], [0.42]], "low": [[0.3], [0.4]], "high": [[0.32], [0.44]], **grid},
-            "a_0": {**half, "chance": 0.01, "definition": "by the cosine"},
-        },
-        "absent": {"a_tok": "no tokens <i>"},
-        "closer": [{"gallery_layer": "2", "text_layer": "own", "chance": 0.01, "scores": {"a_lin": score}}],
-        "advice": [{"gallery": "photos alone", "fusion": "linear", "because": "a line finds <b>20</b>"}],
-        "standing": "A hypothesis.",
-    }  # fmt: skip
-
-
 def write(folder: Path, name: str, content: dict[str, Any]) -> str:
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(json.dumps(content))

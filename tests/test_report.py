@@ -17,7 +17,6 @@ from browser import browsing, find_browser
 from report_cases import (
     EVIL,
     Made,
-    alignment,
     heat_map,
     make_page,
     make_run,
@@ -45,7 +44,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Made:
 def page(made: Made) -> str:
     folder = made.data.parent
     others = [saved(sweep(), folder / "sweep"), saved(heat_map(12, 6), folder / "pairs")]
-    others.append(write(folder / "align", "alignment.json", alignment()))
     others.append(write(folder / "match", "match.json", matches()))
     return make_page([made.run, *others], folder / "page", queries=("again",))
 
@@ -117,7 +115,7 @@ def test_data_holds_the_unrounded_numbers(made: Made, page: str) -> None:
     with (folder / "data" / "evaluate-1-queries.csv").open(newline="") as file:
         values = [float(row["fam: mrr"]) for row in csv.DictReader(file)]
     assert np.mean(values) == pytest.approx(made.metrics["systems"]["fam"]["mrr"]["value"])
-    for plot in ("evaluate-1-systems", "train-1-training", "ablate-1-series", "ablate-2-map-1", "align-1-cka"):
+    for plot in ("evaluate-1-systems", "train-1-training", "ablate-1-series", "ablate-2-map-1"):
         assert (folder / "figures" / f"{plot}.svg").read_text().startswith("<?xml")
         assert (folder / "figures" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
         assert f"{plot}-figure_1" in page

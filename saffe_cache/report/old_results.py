@@ -12,8 +12,6 @@ from saffe_cache.core.sections import Section
 from saffe_cache.core.tables import Cell, Row, Table
 from saffe_cache.report import sections as old
 from saffe_cache.report import tables
-from saffe_cache.report.alignment_section import alignment_section
-from saffe_cache.report.alignments import read_alignment
 from saffe_cache.report.match_section import match_section
 from saffe_cache.report.matches import read_matches
 
@@ -64,13 +62,7 @@ def _matches(folder: Path) -> OldResult:
     return OldResult(verb="match", failures=found.failures, made=(match_section(found, "old", []),), controls=controls)
 
 
-def _alignment(folder: Path) -> OldResult:
-    found = read_alignment(folder / "alignment.json")
-    return OldResult(verb="align", made=(alignment_section(found, "old", []),))
-
-
 OLD: Mapping[str, Callable[[Path], OldResult]] = {
     "match.json": _matches,
-    "alignment.json": _alignment,
 }
 """By the file that a folder holds."""
