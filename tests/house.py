@@ -92,10 +92,11 @@ def registered(kind: str) -> dict[str, str]:
 
 def home_of(name: str, module: str) -> str:
     """The module that defines it; a registry may leave out how that module's name begins."""
+    end = module.strip(".")
     defines = [
         one
         for one, tree in trees().items()
-        if f".{one}".endswith(f".{module}" if module else "")
+        if f".{one}".endswith(f".{end}" if end else "")
         and any(getattr(node, "name", None) == name for node in tree.body)
     ]
     assert len(defines) == 1, (name, module, defines)
