@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.ext.napoleon import Config, GoogleDocstring
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -18,7 +22,7 @@ project = "saffe_cache"
 author = "the saffe_cache developers"
 copyright = author
 version = release = saffe_cache.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "saffe_cache"
@@ -30,6 +34,17 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # signatures of options are on the command pages; attributes show their types
 autodoc_class_signature = "separated"
 autodoc_default_options = {"members": True, "exclude-members": "__init__,__new__"}
-copybutton_prompt_text = "$ "
+nitpick_ignore_regex = [("py:.*", ".*")]  # types in signatures are links where the class is on these pages
+
 
 generate.write_pages(Path(__file__).parent / "generated")
+
+
+def read_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Read sections such as "Args:". Napoleon would take the first words of an attribute's docstring for its type."""
+    if what not in ("attribute", "property", "data"):
+        lines[:] = GoogleDocstring(lines, Config(), app, what, name, obj, options).lines()
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", read_docstring)

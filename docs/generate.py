@@ -45,7 +45,7 @@ def command_table() -> Iterator[str]:
     """All commands with one line each."""
     yield from ("| command | what it does |", "|---|---|")
     for name, verb in VERBS.items():
-        yield f"| [`saffe {name}`](saffe-{name.replace(' ', '-')}.md) | {verb.summary} |"
+        yield f"| [`saffe {name}`](generated/saffe-{name.replace(' ', '-')}.md) | {verb.summary} |"
 
 
 def command_page(name: str) -> Iterator[str]:
@@ -113,10 +113,21 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 def public_names() -> Iterator[str]:
     """The public names of the package, each documented where it is defined."""
-    for name in sorted(saffe_cache.__all__, key=lambda name: (name[0].isupper(), name)):
+    commands = {f"saffe_cache.{verb.config}": name for name, verb in VERBS.items()}
+    for name in sorted(dir(saffe_cache), key=lambda name: (name[0].isupper(), name)):
         defined = getattr(saffe_cache, name)
+        if name.startswith("_") or not getattr(defined, "__module__", "").startswith("saffe_cache."):
+            continue
         directive = "autoclass" if isinstance(defined, type) else "autofunction"
-        yield from (f"## {name}", "", "```{eval-rst}", f".. {directive}:: {defined.__module__}.{name}", "```", "")
+        verb = commands.get(f"{defined.__module__}:{name}")
+        yield from (f"## {name}", "")
+        if verb:
+            yield from (
+                f"Its fields are the options of [`saffe {verb}`](generated/saffe-{verb.replace(' ', '-')}.md).",
+                "",
+            )
+        members = "   :no-members:" if verb else ""
+        yield from ("```{eval-rst}", f".. {directive}:: {defined.__module__}.{name}", members, "```", "")
 
 
 def file_tree() -> Iterator[str]:
