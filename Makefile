@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench torture clean
+.PHONY: demo test check docs bench torture clean
 
 demo: .venv/demo
 	$(BIN)/python pipelines/demo.py --work demo
@@ -14,6 +14,10 @@ check: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# warnings are errors: a broken link, an unknown option or a page outside the contents
+docs: .venv/docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet --builder html docs docs/_build
 
 bench: .venv/bench
 	$(BIN)/python tests/benchmarks/bench.py --work runs/bench
@@ -35,6 +39,10 @@ torture: .venv/test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,report,audio,logging,test]'
 	touch $@
 
+.venv/docs: .venv/base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs,report]'
+	touch $@
+
 # LitData without what it asks for: with torchvision, transformers would take other image processors, and boto3 asks for
 # an older dateutil than the tests have
 .venv/bench: .venv/base
@@ -43,4 +51,4 @@ torture: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv demo build *.egg-info
+	rm -rf .venv demo build docs/_build docs/generated *.egg-info

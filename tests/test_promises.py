@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "PROMISES.md"
+TESTS = Path(__file__).parent
+PAGE = TESTS.parent / "docs" / "promises.md"
 
 
 def test_every_test_that_the_page_names_exists() -> None:
@@ -13,7 +14,7 @@ def test_every_test_that_the_page_names_exists() -> None:
     assert len(named) > 30
     defined = {
         (path.name, name)
-        for path in PAGE.parent.glob("tests/test_*.py")
+        for path in TESTS.glob("test_*.py")
         for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
     }
     assert set(named) <= defined, set(named) - defined
