@@ -568,8 +568,8 @@ def test_the_projects_recipes_are_recipes() -> None:
     assert len(found["layer_pairs"].cells) == 4 * 3
 
 
-def test_the_recipe_in_the_readme_is_one(tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text().split("```toml\n")[1].split("```")[0]
+def test_documented_recipe_is_valid(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8").split("```toml\n")[1].split("```")[0]
     assert [cell.x for cell in read_recipe(recipe_file(tmp_path, text)).cells] == ["2", "5", "8", "11", "12"]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 import saffe_cache
 from saffe_cache.cli import _parser
 from saffe_cache.core.options import parse_config
@@ -73,7 +74,7 @@ def test_options_in_prose_exist(page: Path) -> None:
     scripts = "".join(
         path.read_text(encoding="utf-8") for path in (*ROOT.glob("pipelines/*.py"), *ROOT.glob("data/*.py"))
     )
-    known |= set(re.findall(r'"(--[a-z-]+)"', scripts))
+    known |= set(re.findall(r'"(--[a-z][a-z-]+)"', scripts))
     known |= {"--help", "--version", "--config", "--print-config", "--print-completion"}
     quoted = {
         option.replace("--no-", "--")

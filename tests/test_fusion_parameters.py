@@ -1,6 +1,6 @@
-"""How many parameters each fusion trains, counted by hand from the widths of its maps, and what README says of it.
+"""How many parameters each fusion trains, counted by hand from the widths of its maps, and what the documentation says.
 
-README's are of its own two encoders, one photo layer, a text beside each photo, and two blocks where blocks run on.
+The documented ones are of two encoders, one photo layer, a text beside each photo, and two blocks where blocks run on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Widths(NamedTuple):
     vector: int
 
 
-README = Widths(384, 384, 384)
+DOCUMENTED = Widths(384, 384, 384)
 OTHERS = Widths(96, 48, 32)
 
 
@@ -185,14 +185,14 @@ def num_trained(name: str, widths: Widths) -> int:
 
 @pytest.mark.parametrize("name", FUSIONS)
 def test_parameters_are_as_many_as_the_widths_of_the_maps_say(name: str) -> None:
-    assert num_trained(name, README) == COUNTS[name](README)
+    assert num_trained(name, DOCUMENTED) == COUNTS[name](DOCUMENTED)
     if name != "reference":  # which takes equal widths alone
         assert num_trained(name, OTHERS) == COUNTS[name](OTHERS)
 
 
-def test_readme_tells_the_parameters_of_each() -> None:
-    page = (Path(__file__).parents[1] / "README.md").read_text()
+def test_docs_list_the_parameters_of_each() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "fusions.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)`[^|]*\|.*\| ([\d,]+) \|$", page, flags=re.MULTILINE)
     assert {name: int(number.replace(",", "")) for name, number in rows} == {
-        name: count(README) for name, count in COUNTS.items()
+        name: count(DOCUMENTED) for name, count in COUNTS.items()
     }

@@ -14,11 +14,13 @@ import pytest
 import torch
 import transformers
 from quick_runs import report_of, value
+from recipes import install, register
 from synthetic_cache import make_cache
 from tiny_models import CASES, inputs_of, load_tiny, rand
 from torch import nn
 
 from saffe_cache.core.features import BlockWeights, CacheError
+from saffe_cache.fusion import registry
 from saffe_cache.fusion.base import Blocks, Fusion, Texts
 from saffe_cache.fusion.heads import summarize
 from saffe_cache.fusion.known.correction import CorrectingFusion
@@ -365,17 +367,11 @@ from saffe_cache.fusion.options import FusionShape
 
 
 @torch.no_grad()
-def test_readme_fusion_is_one_class_and_one_entry(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Models
-) -> None:
+def test_documented_fusion_is_one_class_and_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Null text changes nothing, and a text changes the vector as the code says."""
-    page = (Path(__file__).parents[1] / "README.md").read_text()
-    code, line = (part.removeprefix("python\n") for part in page.split("```")[1::2] if "GatedFusion" in part)
-    (tmp_path / "gated_fusion.py").write_text(f"{IMPORTS}\n{code}\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    line = line.replace("saffe_cache.fusion.known.gated", "gated_fusion")
-    entry = eval(f"{{{line}}}", {"FusionEntry": FusionEntry})["gated"]  # noqa: S307 — our own page
-    monkeypatch.setitem(cast(dict[str, FusionEntry], FUSIONS), "gated", entry)
+    install("saffe_cache/fusion/known/gated.py", tmp_path, monkeypatch)
+    register("gated", registry, "FUSIONS", monkeypatch)
+    entry = FUSIONS["gated"]
     shape = shape_of("gated", pooled_text=False)
     model = wake(entry.make(shape, Blocks()).eval())
     states, texts = [rand(3, 10, 32)], draw_texts()
