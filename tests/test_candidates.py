@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saffe_cache.core.features import Ragged
-from saffe_cache.retrieval.candidates import candidate_scores, reranked, reranked_scores
+from saffe_cache.protocols.rerank import reranked, reranked_scores
 from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks, relevant_ranks_of_scores, top_k
-from saffe_cache.retrieval.scores import Scores, class_scores, text_scores
+from saffe_cache.retrieval.scores import Scores, candidate_scores, class_scores, text_scores
 
 seeded = settings(derandomize=True, deadline=None, database=None)
 

@@ -23,12 +23,11 @@ from saffe_cache.inputs.splits import same_training_pairs
 from saffe_cache.protocols.base import Protocol
 from saffe_cache.protocols.candidate import CandidateProtocol
 from saffe_cache.protocols.caption import CaptionProtocol
-from saffe_cache.protocols.classes import ClassProtocol
+from saffe_cache.protocols.classes import ClassProtocol, dealt_map
 from saffe_cache.protocols.image import ImageProtocol
 from saffe_cache.protocols.metadata import MetadataProtocol
 from saffe_cache.protocols.rerank import RerankProtocol
 from saffe_cache.protocols.setting import Answered, Arrangement, Setting, Vectors
-from saffe_cache.retrieval.candidates import dealt_map
 from saffe_cache.retrieval.scores import Score
 from saffe_cache.training.runs import load_permuted
 

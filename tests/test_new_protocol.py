@@ -23,7 +23,7 @@ from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.base import SearchProtocol
 from saffe_cache.protocols.registry import PROTOCOLS, Entry
 from saffe_cache.protocols.setting import Answers, Queries, Vectors
-from saffe_cache.report.report import ReportConfig, report
+from saffe_cache.report.report import ReportConfig, make_report
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.retrieval.metrics import METRICS, Metric, first_ranks, metrics_of
 from saffe_cache.retrieval.scores import Scores, text_scores
@@ -100,7 +100,7 @@ def test_new_protocol_metric_and_baseline_are_reported(made: tuple[str, str], tm
     assert ("control: photos_shuffled", "mrr") in frame.index
 
     text = (Path(out) / "report.txt").read_text()
-    page = Path(report(ReportConfig(runs=(out,), out=str(tmp_path / "page")))).read_text()
+    page = Path(make_report(ReportConfig(runs=(out,), out=str(tmp_path / "page")))).read_text()
     for shown in ("irst caption of each photo searches the photos", "recall at 2", "among the first 2", "random"):
         assert shown in text
         assert shown in page

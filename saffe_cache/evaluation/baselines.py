@@ -30,9 +30,9 @@ from saffe_cache.retrieval.baselines import (
     tune_late_fusion,
     unit_rows,
 )
-from saffe_cache.retrieval.candidates import candidate_scores
 from saffe_cache.retrieval.mlp import MlpFit, fit_mlp
 from saffe_cache.retrieval.propagation import LabelPropagation, fit_zlap
+from saffe_cache.retrieval.scores import candidate_scores
 from saffe_cache.store.reader import EncoderCache
 
 _LEAST_GRAPH_PHOTOS = 100

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from saffe_cache.core.features import Ragged
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.pairs import class_vectors
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.base import NULL_GALLERY, SearchProtocol
 from saffe_cache.protocols.setting import Answers, ClassScores, Queries, Setting
-from saffe_cache.retrieval.candidates import candidate_scores, dealt_map
 from saffe_cache.retrieval.metrics import metric_named, metrics_of
-from saffe_cache.retrieval.ranking import members
-from saffe_cache.retrieval.scores import Scores, class_scores
+from saffe_cache.retrieval.ranking import members, top_k
+from saffe_cache.retrieval.scores import Scores, candidate_scores, class_scores
 from saffe_cache.store.reader import Cache
 
 CLASS_BASELINES = ("ridge", "mlp", "zero_shot", "pooled_cosine", "linear_probe", "class_means", "zlap")
@@ -80,3 +80,34 @@ def label_units(metric: str, num_photos: int) -> np.ndarray | None:
     """Units of metrics that are means over photos; a mean over classes has too few to resample."""
     is_over_photos = {"labels", "candidates"} & set(metric_named(metric).rankings)
     return np.arange(num_photos) if is_over_photos else None
+
+
+def dealt_map(scores: np.ndarray, labels: Ragged, *, deals: int = 200, seed: int = 0) -> tuple[float, float]:
+    """Mean and standard deviation of mAP when the class names are dealt at random to the rankings.
+
+    The level of rankings that know nothing of which class is which. It lies above the chance of a random order where
+    photos of one class lie together: a whole class then stands early or late in each ranking.
+
+    Args:
+        scores: [photos, classes].
+        labels: the classes of each photo.
+        deals: number of draws.
+        seed: of the draws.
+    """
+    num_photos, num_classes = scores.shape
+    of_classes = members(labels, num_classes)
+    present = np.flatnonzero(np.diff(of_classes.offsets))
+    sizes = np.diff(of_classes.offsets)[present]
+    owners, starts = np.repeat(present, sizes), np.cumsum(sizes) - sizes
+    counts = 1 + np.arange(len(owners)) - np.repeat(starts, sizes)
+    ranks_of = np.empty(num_photos, np.int64)
+    precision = np.empty((num_classes, len(present)))  # of each ranking, for each class that it may stand for
+    for ranking in range(num_classes):
+        ranks_of[top_k(scores[:, ranking][None], num_photos, seed=seed)[0]] = np.arange(1, num_photos + 1)
+        ranks = ranks_of[of_classes.values]
+        ranks = ranks[np.lexsort((ranks, owners))]
+        precision[ranking] = np.add.reduceat(counts / ranks, starts) / sizes
+    generator = np.random.default_rng(seed)
+    columns = np.arange(len(present))
+    drawn = [precision[generator.permutation(num_classes)[: len(present)], columns].mean() for _ in range(deals)]
+    return float(np.mean(drawn)), float(np.std(drawn))

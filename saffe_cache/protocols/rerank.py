@@ -7,18 +7,18 @@ from typing import Any, Self
 
 import numpy as np
 
+from saffe_cache.core.features import Ragged
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.base import NUM_SHUFFLES, Protocol, SearchProtocol
+from saffe_cache.protocols.candidate import score_chosen_pairs
 from saffe_cache.protocols.caption import CaptionProtocol
 from saffe_cache.protocols.classes import ClassProtocol
-from saffe_cache.protocols.pair_scores import score_chosen_pairs
 from saffe_cache.protocols.setting import Answered, Answers, Arrangement, Reordered, Setting, Vectors
-from saffe_cache.retrieval.candidates import reordered, reranked_scores
 from saffe_cache.retrieval.metrics import metrics_of
-from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks, top_k
-from saffe_cache.retrieval.scores import Scores, text_scores
+from saffe_cache.retrieval.ranking import ROUNDING, InnerProducts, queries_of, relevant_ranks, top_k
+from saffe_cache.retrieval.scores import Scores, rank_scores, text_scores
 from saffe_cache.store.reader import Cache
 
 
@@ -88,3 +88,82 @@ class RerankProtocol(Protocol):
 
     def dealt(self, model: Fusion) -> tuple[float, float] | None:
         return self.first_stage.dealt(model)
+
+
+def reranked_scores(
+    ranks: Ragged,
+    relevant: Ragged,
+    candidates: np.ndarray,
+    scores: np.ndarray,
+    units: np.ndarray,
+    num_gallery: int,
+    *,
+    intervals: bool = True,
+    seed: int = 0,
+) -> Scores:
+    """Retrieval after the first k items are put into the order of a second score (P3); metrics of `text_scores`.
+
+    Where second scores tie, the first order stays; below k it stays anyhow. BLIP's second score is the
+    matching logit plus the cosine of the first stage (Li et al., 2022): add them before.
+
+    Args:
+        ranks: of each query's relevant items at the first stage, from `relevant_ranks`.
+        relevant: the gallery items that they are the ranks of; at least one for each query.
+        candidates: int [queries, k], the first stage's first k items, from `top_k` with the same seed.
+        scores: [queries, k], the second score of each candidate, finite.
+        units: int [queries], the photo whose queries are drawn together in the bootstrap.
+        num_gallery: number of items ranked at the first stage.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: a score is not finite, candidates and ranks are not of one order, or a query has nothing relevant.
+    """
+    after = reranked(ranks, relevant, candidates, scores)
+    return rank_scores(after, units, num_gallery, intervals=intervals, seed=seed)
+
+
+def reranked(ranks: Ragged, relevant: Ragged, candidates: np.ndarray, scores: np.ndarray) -> Ragged:
+    """Ranks after the first k are put into the order of a second score; what is below keeps its place.
+
+    Where second scores tie, the first order stays.
+
+    Args:
+        ranks: of the relevant items in the first order, from `relevant_ranks`.
+        relevant: the items that they are the ranks of.
+        candidates: int [queries, k], the first k items of the same order, from `top_k` with the same seed.
+        scores: [queries, k], the second score of each candidate.
+
+    Returns:
+        From 1, ascending, int64.
+
+    Raises:
+        ValueError: a score is not finite, or candidates and ranks are not of one order.
+    """
+    if scores.shape != candidates.shape or not np.isfinite(scores).all():
+        raise ValueError(
+            f"second scores: {scores.shape} for {candidates.shape} candidates. Give a finite one for each."
+        )
+    num_items = 1 + max(int(candidates.max()), int(relevant.values.max(initial=0)))
+    queries = queries_of(ranks)
+    is_relevant = np.isin(
+        candidates + num_items * np.arange(len(candidates))[:, None],
+        relevant.values + num_items * queries_of(relevant),
+    )
+    inside = np.flatnonzero(ranks.values <= candidates.shape[1])
+    found = is_relevant[queries[inside], ranks.values[inside] - 1]
+    if not found.all() or is_relevant.sum() != len(inside):
+        raise ValueError("re-ranking: candidates and ranks are not of one order. Take both with the same seed.")
+    order = _second_order(scores)
+    moved = ranks.values.copy()
+    moved[inside] = 1 + np.argsort(order, axis=1)[queries[inside], ranks.values[inside] - 1]
+    return Ragged(ranks.offsets, moved[np.lexsort((moved, queries))])
+
+
+def reordered(candidates: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """The candidates [queries, k] in the order of their second scores, in which `reranked` counts."""
+    return np.take_along_axis(candidates, _second_order(scores), axis=1)
+
+
+def _second_order(scores: np.ndarray) -> np.ndarray:
+    """Places in the first order, best first; where scores tie, the first order stays."""
+    return np.argsort(-np.rint(scores / ROUNDING), axis=1, kind="stable")

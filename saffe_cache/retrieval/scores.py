@@ -1,18 +1,18 @@
-"""What is searched with what, over unit vectors. Pure numpy.
+"""Scores of rankings by unit vectors or by scores of pairs, with chance and intervals. Pure numpy.
 
-`caption` (M2): each caption searches the photo that it describes, and each photo its captions. One photo
-is relevant to a caption, so mAP = MRR; the field reports R@k and the median rank.
+| function | queries and gallery |
+|---|---|
+| `caption_scores` (M2) | captions search photos, one of which is relevant to each, and photos search captions |
+| `text_scores` | each text searches a gallery in which several items may be relevant to it |
+| `class_scores` (M1) | each class text searches its photos; top-1 accuracy (M5) is what the SAFFE release calls mAP |
+| `candidate_scores` (P2) | the same by a score of each photo with each class, of models that look at both at once |
+| `image_scores` (M4) | each photo searches the other photos of its classes |
 
-`text`: each text searches a gallery in which several items may be relevant to it; true mean average precision.
+Mean average precision of a class over photos is also M3, the multi-label classification metric, where it is not
+interpolated: it is `map` of `class_scores`.
 
-`class` (M1): each class's text searches the photos of that class; true mean average precision over
-classes, over the whole ranking and over its first k, and the top-1 accuracy that the SAFFE release calls
-mAP (M5).
-
-`image` (M4): each photo searches the other photos of its classes.
-
-Mean average precision of a class over photos is also M3, the multi-label classification metric, where it is
-not interpolated: it is the `map` of the class protocol.
+All take `intervals`, whether to compute 95 % bootstrap intervals, and `seed`, of the order of ties and the bootstrap.
+Which metrics they report stands in `saffe_cache.retrieval.metrics.METRICS`.
 """
 
 from __future__ import annotations
@@ -77,14 +77,12 @@ Scores = dict[str, Score]
 def caption_scores(
     photos: np.ndarray, captions: np.ndarray, owners: np.ndarray, *, intervals: bool = True, seed: int = 0
 ) -> Scores:
-    """Both directions of caption retrieval (M2: mAP = MRR, as one photo is relevant to a caption).
+    """Both directions of caption retrieval; mAP = MRR, as one photo is relevant to a caption.
 
     Args:
         photos: [n, d], of unit length; the gallery.
         captions: [m, d], of unit length; the queries.
         owners: int [m], which photo each caption describes; each photo owns at least one.
-        intervals: whether to compute them.
-        seed: of the order of ties and of the bootstrap.
 
     Raises:
         ValueError: a vector is not finite or not of unit length, or a photo has no caption.
@@ -118,8 +116,6 @@ def text_scores(
         queries: [m, d]; only their directions count.
         relevant: the gallery items of each query, at least one.
         units: int [m], the photo whose queries are drawn together in the bootstrap.
-        intervals: whether to compute them.
-        seed: of the order of ties and of the bootstrap.
 
     Raises:
         ValueError: a vector is not finite or not of unit length, or a query has no relevant item.
@@ -135,8 +131,6 @@ def rank_scores(ranks: Ragged, units: np.ndarray, num_gallery: int, *, intervals
         ranks: of all relevant items of each query, from 1, ascending; at least one.
         units: int [queries], the photo whose queries are drawn together in the bootstrap.
         num_gallery: number of items ranked.
-        intervals: whether to compute them.
-        seed: of the bootstrap.
 
     Raises:
         ValueError: a query has no relevant item.
@@ -147,7 +141,7 @@ def rank_scores(ranks: Ragged, units: np.ndarray, num_gallery: int, *, intervals
 def class_scores(
     photos: np.ndarray, classes: np.ndarray, labels: Ragged, *, intervals: bool = True, seed: int = 0
 ) -> Scores:
-    """Class names search photos (M1). Classes without a photo are no queries; top1 (M5) has them as wrong answers.
+    """Class names search photos. Classes without a photo are no queries; top1 has them as wrong answers.
 
     The interval of map resamples the gallery, for which it needs each whole ranking: it is None where photos
     times classes exceed 2e7.
@@ -156,14 +150,42 @@ def class_scores(
         photos: [n, d], of unit length; the gallery.
         classes: [c, d], of which only the directions count; the queries.
         labels: the classes of each photo.
-        intervals: whether to compute them.
-        seed: of the order of ties and of the bootstrap.
 
     Raises:
         ValueError: no photo has a class, or a vector is not finite or not of unit length.
     """
     scores = InnerProducts(photos, classes)
-    return class_map_scores(scores, labels, intervals, seed) | label_scores("labels", scores, labels, intervals, seed)
+    of_classes = _class_map_scores(scores, labels, intervals, seed)
+    return of_classes | _label_scores("labels", scores, labels, intervals, seed)
+
+
+def candidate_scores(
+    scores: np.ndarray, labels: Ragged, *, prior: np.ndarray | None = None, intervals: bool = True, seed: int = 0
+) -> Scores:
+    """Every class is a candidate for every photo, by a score s(photo, class) of any kind.
+
+    Metrics have the names and definitions of `class_scores`, so that both fit one table. Differences of less than
+    1e-6 count as ties, in which probabilities near 0 and 1 would drown: give a classifier's log-odds
+    log p / (1 - p), which order photos and classes alike.
+
+    Args:
+        scores: [photos, classes], finite.
+        labels: the classes of each photo.
+        prior: [classes], the mean score of each class over training photos: how easily its text is rebuilt from any
+            photo. It is subtracted for top1 and top5; it cannot change the order of the photos of one class. None
+            for none.
+
+    Raises:
+        ValueError: a score is not finite, the prior or the labels do not fit the scores, or no photo has a class.
+    """
+    num_photos, num_classes = scores.shape
+    if len(labels) != num_photos:
+        raise ValueError(f"candidates: scores of {num_photos} photos, labels of {len(labels)}. Give both for each.")
+    prior = np.zeros(num_classes) if prior is None else prior
+    if prior.shape != (num_classes,) or not np.isfinite(prior).all():
+        raise ValueError(f"candidates: prior of shape {prior.shape}, expected {num_classes} finite numbers.")
+    of_classes = _class_map_scores(scores.T, labels, intervals, seed)
+    return of_classes | _label_scores("candidates", (scores - prior).T, labels, intervals, seed)
 
 
 def image_scores(photos: np.ndarray, labels: Ragged, *, intervals: bool = True, seed: int = 0) -> Scores:
@@ -171,14 +193,12 @@ def image_scores(photos: np.ndarray, labels: Ragged, *, intervals: bool = True, 
 
     `recall_at_1` is the accuracy of the nearest neighbour. A photo that shares its classes with no other is no
     query, but remains in the gallery; `len(values)` of a score is the number of queries. Intervals resample
-    the querying photos and take the gallery as given. Memory grows with the relevant pairs, by about 50 bytes
+    the queries and take the gallery as given. Memory grows with the relevant pairs, by about 50 bytes
     each: 1.2 GB for 5,000 photos that all share a class, 0.2 GB with 10 classes.
 
     Args:
         photos: [n, d], of unit length.
         labels: the classes of each photo.
-        intervals: whether to compute them.
-        seed: of the order of ties and of the bootstrap.
 
     Raises:
         ValueError: no two photos share a class, or a vector is not finite or not of unit length.
@@ -217,7 +237,7 @@ def _scores_of(
     return {name: score(metric) for name, metric in metrics_of(ranking, num_gallery).items()}
 
 
-def class_map_scores(scores: ScoreMatrix, labels: Ragged, intervals: bool, seed: int) -> Scores:
+def _class_map_scores(scores: ScoreMatrix, labels: Ragged, intervals: bool, seed: int) -> Scores:
     """The metrics of each class's ranking of the photos, by scores [classes, photos]; of `map` with its interval."""
     num_classes, num_photos = scores.shape
     of_classes = members(labels, num_classes)
@@ -248,7 +268,7 @@ def others_of_classes(labels: Ragged) -> Ragged:
     return Ragged.from_rows(rows)
 
 
-def label_scores(ranking: Ranking, scores: ScoreMatrix, labels: Ragged, intervals: bool, seed: int) -> Scores:
+def _label_scores(ranking: Ranking, scores: ScoreMatrix, labels: Ragged, intervals: bool, seed: int) -> Scores:
     """The metrics of each photo's ranking of the classes, by scores [classes, photos]."""
     num_classes, num_photos = scores.shape
     num_own = np.array([len(np.unique(of_photo)) for of_photo in labels])
@@ -272,7 +292,7 @@ def nearest_classes(scores: ScoreMatrix, seed: int) -> np.ndarray:
 
     Args:
         scores: [classes, photos].
-        seed: of the breaking of ties; that of `label_scores`.
+        seed: of the breaking of ties; that of the scores.
     """
     return np.concatenate([below.argmin(axis=1) for _, below in _class_orders(scores, seed)])
 

@@ -25,7 +25,7 @@ from saffe_cache.inputs.splits import training_pairs
 from saffe_cache.protocols.classes import ClassProtocol
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.retrieval.baselines import LinearMap, fit_linear_probe, unit_rows
-from saffe_cache.retrieval.candidates import candidate_scores
+from saffe_cache.retrieval.scores import candidate_scores
 from saffe_cache.store.manifest import EncoderManifest
 from saffe_cache.store.reader import Cache, EncoderCache
 from saffe_cache.store.storage import Storage
