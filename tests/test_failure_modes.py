@@ -108,9 +108,8 @@ def test_matched_texts_are_copied(
     leaky = report_of(noise, run, leak_true_text=True)
     assert value(leaky, "map") > 0.9
     assert value(leaky, "map", "photos_shuffled") > 0.9
-    first = leaky["text"].splitlines()[0]
-    assert first.startswith("CONTROL FAILED: photos_shuffled: map is")
-    assert first.endswith("Do not use these numbers.")
+    assert leaky["text"].startswith("CONTROL FAILED: photos_shuffled: map is")
+    assert "(chance). Do not use these numbers." in " ".join(leaky["text"].split())
     assert "WARNING: LEAK, as requested" in leaky["text"]
     assert leaky["status"] == 3
 

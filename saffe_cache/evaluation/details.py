@@ -5,16 +5,16 @@ where classes search, also precision at 101 recalls, and which class's text is n
 mean of `metric` is the number in result.json, and the right ones among the first photos are marked here, so that a page
 made of it has nothing to decide.
 
-Numpy arrays, in a file that is read without unpickling. Texts are UTF-8 bytes end to end, with offsets.
+Numpy arrays, in a file that is read without unpickling. All texts are one JSON object, stored as bytes.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ import numpy as np
 
 from saffe_cache.core.atomic_io import write_whole
 from saffe_cache.core.features import Ragged
+from saffe_cache.core.json_schema import made_of
 from saffe_cache.protocols.base import Protocol
-from saffe_cache.protocols.setting import Answered, Answers, ClassScores, Setting, Vectors
-from saffe_cache.retrieval.ranking import InnerProducts, ScoreMatrix, members, relevant_ranks_of_scores
+from saffe_cache.protocols.setting import Answered, Answers, Setting
+from saffe_cache.retrieval.ranking import members, relevant_ranks_of_scores
 from saffe_cache.retrieval.scores import nearest_classes
 
 NAME = "details.npz"
@@ -32,7 +33,7 @@ FIRST_K = 10
 MOST_QUERIES = 2000
 RECALLS = np.linspace(0, 1, 101)
 """At which precision is stored."""
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class SystemDetails:
     """int64 [shown, up to 10]: places in `photos` of the first photos of the queries that are shown, best first."""
     is_relevant: np.ndarray
     """bool, of the same shape."""
-    classes: ClassDetails | None
+    classes: ClassDetails | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def details_of(protocol: Protocol, systems: Mapping[str, Answered]) -> Details:
         class_names=protocol.class_names,
         systems={
             name: SystemDetails(
-                metric=_values(of, protocol.main_metric),
+                metric=of.scores[protocol.main_metric].of_queries,
                 first=np.searchsorted(named, first[name]),
                 is_relevant=_is_relevant(relevant, chosen, first[name]),
                 classes=_class_details(of.answers, protocol) if protocol.shows_classes else None,
@@ -124,26 +125,15 @@ def details_of(protocol: Protocol, systems: Mapping[str, Answered]) -> Details:
     )
 
 
-def _values(of: Answered, metric: str) -> np.ndarray:
-    values = of.scores[metric].values
-    assert values is not None, f"{metric} is a mean over queries"
-    return values
-
-
 def _first(answers: Answers, queries: np.ndarray, seed: int, by_photo: bool) -> np.ndarray:
     """The first photos of some queries; a photo that searches is not among its own."""
-    num_gallery = len(answers.values) if isinstance(answers, ClassScores) else len(_gallery(answers))
+    num_gallery = answers.scores().shape[1]
+    first = answers.first(queries, min(FIRST_K + by_photo, num_gallery), seed)
     if not by_photo:
-        return answers.first(queries, min(FIRST_K, num_gallery), seed)
-    first = answers.first(queries, min(FIRST_K + 1, num_gallery), seed)
+        return first
     is_own = first == queries[:, None]
     is_own[~is_own.any(axis=1), -1] = True
     return np.asarray(first[~is_own].reshape(len(first), -1))
-
-
-def _gallery(answers: Answers) -> np.ndarray:
-    assert not isinstance(answers, ClassScores)
-    return answers.gallery if isinstance(answers, Vectors) else answers.vectors.gallery
 
 
 def _is_relevant(relevant: Ragged, queries: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -173,21 +163,13 @@ def _photo_text(setting: Setting, place: int) -> str:
 
 def _class_details(answers: Answers, protocol: Protocol) -> ClassDetails:
     pairs, seed, num_classes = protocol.setting.pairs, protocol.setting.seed, len(protocol.class_names)
-    scores: ScoreMatrix = (
-        answers.values.T if isinstance(answers, ClassScores) else InnerProducts(_gallery(answers), _queries(answers))
-    )
     alone = np.flatnonzero(np.diff(pairs.labels.offsets) == 1)
     labels = pairs.labels.values[pairs.labels.offsets[alone]]
     confusion = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(confusion, (labels, nearest_classes(scores, seed)[alone]), 1)
-    ranks = relevant_ranks_of_scores(scores, members(pairs.labels, num_classes), seed=seed)
+    np.add.at(confusion, (labels, nearest_classes(answers.scores(), seed)[alone]), 1)
+    ranks = relevant_ranks_of_scores(answers.scores(), members(pairs.labels, num_classes), seed=seed)
     curves = [interpolated_precision(of_class) for of_class in ranks if len(of_class)]
     return ClassDetails(precision=np.array(curves, np.float32), confusion=confusion)
-
-
-def _queries(answers: Answers) -> np.ndarray:
-    assert isinstance(answers, Vectors)
-    return answers.queries
 
 
 def interpolated_precision(ranks: np.ndarray) -> np.ndarray:
@@ -202,34 +184,43 @@ def interpolated_precision(ranks: np.ndarray) -> np.ndarray:
     return np.asarray(highest[np.maximum(needed, 1) - 1])
 
 
+_ARRAYS = ("shown", "answers", "asking", "num_relevant", "photo_hashes")
+_TEXTS = "json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Texts:
+    """The file's JSON object: fields of `Details`, and the names of its systems."""
+
+    main_metric: str
+    systems: tuple[str, ...]
+    texts: tuple[str, ...]
+    photo_ids: tuple[str, ...]
+    photo_texts: tuple[str, ...]
+    query_classes: tuple[str, ...]
+    class_names: tuple[str, ...]
+
+
 def write_details(out: Path, details: Details) -> None:
     """details.npz, whole or not at all."""
-    arrays: dict[str, np.ndarray] = {"version": np.array(_VERSION)}
-    for name in _ARRAYS:
-        arrays[name] = getattr(details, name)
-    for name in _TEXTS:
-        arrays |= _packed(name, getattr(details, name))
-    arrays |= _packed("main_metric", [details.main_metric]) | _packed("systems", list(details.systems))
+    texts = {one.name: getattr(details, one.name) for one in fields(_Texts)} | {"systems": list(details.systems)}
+    arrays = {name: getattr(details, name) for name in _ARRAYS}
+    arrays |= {"version": np.array(_VERSION), _TEXTS: np.frombuffer(json.dumps(texts).encode(), np.uint8)}
     for number, system in enumerate(details.systems.values()):
-        for name in ("metric", "first", "is_relevant"):
-            arrays[f"{number}.{name}"] = getattr(system, name)
-        if system.classes is not None:
-            arrays[f"{number}.precision"] = system.classes.precision
-            arrays[f"{number}.confusion"] = system.classes.confusion
+        classes = {} if system.classes is None else vars(system.classes)
+        for name, array in {**vars(system), **classes}.items():
+            if name != "classes":
+                arrays[f"{number}.{name}"] = array
     file = io.BytesIO()
-    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(file, **arrays)
     write_whole(out / NAME, file.getvalue())
-
-
-_ARRAYS = ("shown", "answers", "asking", "num_relevant", "photo_hashes")
-_TEXTS = ("texts", "photo_ids", "photo_texts", "query_classes", "class_names")
 
 
 def read_details(out: Path) -> Details:
     """
     Raises:
         ValueError: it is damaged, or of another version.
-        FileNotFoundError: there is none: an earlier release wrote the folder.
+        FileNotFoundError: there is none.
     """
     path = out / NAME
     try:
@@ -239,28 +230,22 @@ def read_details(out: Path) -> Details:
             details = _read(arrays)
             _check(details)
             return details
-    except (KeyError, ValueError, TypeError, IndexError, EOFError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, TypeError, IndexError, EOFError, RecursionError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: damaged or of another version ({error}). Evaluate again.") from None
 
 
 def _read(arrays: Mapping[str, np.ndarray]) -> Details:
+    texts = vars(made_of(_Texts, json.loads(arrays[_TEXTS].tobytes())))
     systems = {}
-    for number, name in enumerate(_unpacked("systems", arrays)):
-        classes = None
+    for number, name in enumerate(texts.pop("systems")):
+        own: dict[str, Any] = {part: arrays[f"{number}.{part}"] for part in ("metric", "first", "is_relevant")}
         if f"{number}.confusion" in arrays:
-            classes = ClassDetails(
-                precision=arrays[f"{number}.precision"],
-                confusion=arrays[f"{number}.confusion"],
+            own["classes"] = ClassDetails(
+                precision=arrays[f"{number}.precision"], confusion=arrays[f"{number}.confusion"]
             )
-        systems[name] = SystemDetails(
-            metric=arrays[f"{number}.metric"],
-            first=arrays[f"{number}.first"],
-            is_relevant=arrays[f"{number}.is_relevant"],
-            classes=classes,
-        )
+        systems[name] = SystemDetails(**own)
     plain: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
-    texts: dict[str, Any] = {name: _unpacked(name, arrays) for name in _TEXTS}
-    return Details(main_metric=_unpacked("main_metric", arrays)[0], systems=systems, **plain, **texts)
+    return Details(systems=systems, **plain, **texts)
 
 
 def _check(details: Details) -> None:
@@ -309,14 +294,3 @@ def check_means(folder: Path, details: Details, means: Mapping[str, float]) -> N
 
 def _inside(numbers: np.ndarray, low: int, high: int) -> bool:
     return numbers.dtype.kind == "i" and (not numbers.size or (low <= numbers.min() and numbers.max() < high))
-
-
-def _packed(name: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    return {name: np.frombuffer(b"".join(encoded), np.uint8), f"{name}.offsets": offsets}
-
-
-def _unpacked(name: str, arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-    data, offsets = arrays[name].tobytes(), arrays[f"{name}.offsets"].tolist()
-    return tuple(data[start:stop].decode("utf-8", "surrogatepass") for start, stop in pairwise(offsets))

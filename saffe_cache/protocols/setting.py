@@ -13,9 +13,11 @@ from saffe_cache.inputs.feature_loader import FamInputs, encode_gallery, encode_
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.inputs.splits import data_fingerprint
-from saffe_cache.retrieval.ranking import InnerProducts, top_k
+from saffe_cache.retrieval.ranking import InnerProducts, ScoreMatrix, top_k
 from saffe_cache.retrieval.scores import Scores
 from saffe_cache.store.reader import Cache
+
+ALL = slice(None)
 
 
 class Arrangement(NamedTuple):
@@ -133,9 +135,13 @@ class Vectors(NamedTuple):
     queries: np.ndarray
     """[m, d]"""
 
+    def scores(self, chosen: slice | np.ndarray = ALL) -> ScoreMatrix:
+        """Scores of some queries with the gallery, [chosen, n]."""
+        return InnerProducts(self.gallery, self.queries[chosen])
+
     def first(self, chosen: np.ndarray, k: int, seed: int) -> np.ndarray:
         """The first k positions in the gallery of some queries, best first, int64 [chosen, k]."""
-        return top_k(InnerProducts(self.gallery, self.queries[chosen]), k, seed=seed)
+        return top_k(self.scores(chosen), k, seed=seed)
 
 
 class ClassScores(NamedTuple):
@@ -144,9 +150,13 @@ class ClassScores(NamedTuple):
     values: np.ndarray
     """[photos, classes]"""
 
+    def scores(self, chosen: slice | np.ndarray = ALL) -> ScoreMatrix:
+        """As `Vectors.scores`."""
+        return self.values[:, chosen].T
+
     def first(self, chosen: np.ndarray, k: int, seed: int) -> np.ndarray:
         """As `Vectors.first`."""
-        return top_k(self.values[:, chosen].T, k, seed=seed)
+        return top_k(self.scores(chosen), k, seed=seed)
 
 
 class Reordered(NamedTuple):
@@ -156,6 +166,10 @@ class Reordered(NamedTuple):
     """Of the first order."""
     positions: np.ndarray
     """int64 [queries, k]: the first results in their new order."""
+
+    def scores(self, chosen: slice | np.ndarray = ALL) -> ScoreMatrix:
+        """Of the first order."""
+        return self.vectors.scores(chosen)
 
     def first(self, chosen: np.ndarray, k: int, seed: int) -> np.ndarray:
         """As `Vectors.first`."""

@@ -70,6 +70,12 @@ class Score:
         assert self.interval is not None, "a standard error needs an interval"
         return interval_error(*self.interval)
 
+    @property
+    def of_queries(self) -> np.ndarray:
+        """`values`, of a metric that is a mean over queries."""
+        assert self.values is not None, "the metric is no mean over queries"
+        return self.values
+
 
 Scores = dict[str, Score]
 
