@@ -86,17 +86,19 @@ def train_numbers(folder: Path) -> Numbers:
 
 
 def evaluate_numbers(folder: Path) -> Numbers:
-    found = _read(folder / "metrics.json")
+    found = _read(folder / "result.json")
     numbers = flat(found, only=("num_photos", "num_queries", "num_unusable_items", "duplicates", "sensitivity"))
     numbers |= flat(found["cost"], only=("trainable_parameters", "fusing_flops"))
     numbers |= {"failures": len(found["failures"]), "warnings": len(found["warnings"])}
-    numbers |= flat(found["index"], "index", without=("bytes_per_vector",))
+    numbers |= flat(found["index"]["parameters"], "index")
+    numbers |= {f"index/recall_at_{k}": share for k, share in found["index"]["recall"].items()}
     for name, scores in found["systems"].items():
-        numbers |= flat(scores, name, without=() if name == "fam" else ("chance",))
+        known = {metric: {part: of for part, of in score.items() if of is not None} for metric, score in scores.items()}
+        numbers |= flat(known, name, without=() if name == "fam" else ("chance",))
     for best, metrics in found["differences"].items():
         numbers |= flat(metrics, f"fam less {best}")
     for name, control in found["controls"].items():
-        numbers |= flat(control["scores"], f"({name})", only=("value",))
+        numbers |= flat(found["control_scores"][name], f"({name})", only=("value",))
         numbers |= flat(control, f"({name})", only=("limit", "passed"))
     return numbers
 
