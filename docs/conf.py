@@ -24,6 +24,7 @@ copyright = author
 version = release = saffe_cache.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
+smartquotes = False  # which would change --option
 html_theme = "furo"
 html_title = "saffe_cache"
 html_show_copyright = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,11 +56,11 @@ def command_page(name: str) -> Iterator[str]:
     add_options(parser, config_class)
     yield from (f"# saffe {name}", "", f"```{{program}} saffe {name}", "```", "")
     yield from ("```text", parser.format_usage().removeprefix("usage: ").strip(), "```", "")
-    yield from ((config_class.__doc__ or "").strip().split("\n"))
+    yield from _code_in(inspect.getdoc(config_class) or "").split("\n")
     if name in FIXED_NAMES:
         yield from ("", f"`{FIXED_NAMES[name]}` is the same command.")
     fields = {field.name: field for field in dataclasses.fields(config_class)}
-    helps = attribute_docstrings(config_class)
+    helps = {name: _code_in(text) for name, text in attribute_docstrings(config_class).items()}
     shown = [[action for action in group._group_actions if action.dest in fields] for group in parser._action_groups]
     arguments, own, *others = shown
     titled = [("Arguments", arguments), ("Options", own)]
@@ -77,6 +78,11 @@ def _option(action: argparse.Action, field: dataclasses.Field[Any], text: str) -
     flag = ", ".join(action.option_strings) or action.dest.upper()
     metavar = "" if action.nargs == 0 or not action.option_strings else f" {_metavar(action)}"
     yield from (f"```{{option}} {flag}{metavar}", f"*{_kind(action)}{_default(field)}*", "", text, "```", "")
+
+
+def _code_in(text: str) -> str:
+    """Options and commands in a help text as code."""
+    return re.sub(r"(?<![`\w-])(--[a-z][a-z-]*|saffe-[a-z-]+)", r"`\1`", text)
 
 
 def _metavar(action: argparse.Action) -> str:
@@ -127,7 +133,7 @@ def public_names() -> Iterator[str]:
                 "",
             )
         members = "   :no-members:" if verb else ""
-        yield from ("```{eval-rst}", f".. {directive}:: {defined.__module__}.{name}", members, "```", "")
+        yield from ("```{eval-rst}", f".. {directive}:: saffe_cache.{name}", members, "```", "")
 
 
 def file_tree() -> Iterator[str]:
