@@ -9,6 +9,7 @@ from sklearn.linear_model import Ridge
 from torch.nn import functional
 
 from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.fusion.learning import parameter_groups
 from saffe_cache.fusion.losses import info_nce
 from saffe_cache.fusion.options import FusionShape
 from saffe_cache.fusion.registry import HeadName
@@ -52,7 +53,7 @@ def one_by_one(
     """The plain loop: one module, autograd, AdamW. Vectors of its support."""
     torch.manual_seed(seed)
     model = FusionAlignModule(shape_of(head)).eval()
-    optimizer = torch.optim.AdamW(model.parameter_groups(1e-3, WEIGHT_DECAY), betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, WEIGHT_DECAY), betas=(0.9, 0.98))
     names = support.names[episode]
     for _ in range(epochs):
         for step in steps:

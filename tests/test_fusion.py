@@ -23,6 +23,7 @@ from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.fusion.decoders import CrossAttention, PaperDecoder, ReuseDecoder
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.heads import summarize
+from saffe_cache.fusion.learning import parameter_groups
 from saffe_cache.fusion.options import FusionShape
 from saffe_cache.fusion.registry import FUSIONS
 
@@ -551,7 +552,7 @@ def test_groups_hold_every_trainable_parameter_once(
         blocks_for(tiny_model, fusion), fusion=fusion, query_side=side, pooled_text=ADDS_TEXT[fusion], matches=True
     )
     fam.freeze_unused(null_only=null_only)
-    groups = fam.parameter_groups(learning_rate=1e-3, weight_decay=0.1)
+    groups = parameter_groups(fam, learning_rate=1e-3, weight_decay=0.1)
     grouped = [parameter for group in groups for parameter in group["params"]]  # type: ignore[attr-defined]
     trainable = {name: parameter for name, parameter in fam.named_parameters() if parameter.requires_grad}
     assert sorted(map(id, grouped)) == sorted(map(id, trainable.values()))

@@ -4,7 +4,7 @@ space of the queries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from saffe_cache.core.features import BlockWeights
 from saffe_cache.fusion.heads import TextMap, summarize
+from saffe_cache.fusion.learning import Learning
 from saffe_cache.fusion.options import FusionShape
 
 
@@ -77,6 +78,7 @@ class Fusion(nn.Module):
     (`pooled_text`): its own vector, mapped, with a learned weight, which is late fusion.
     """
 
+    learning: ClassVar[Mapping[str, Learning]] = {"text_weight": Learning(20.0, decays=False)}
     idle_with_null: ClassVar[tuple[str, ...]] = ()
     """Beginnings of parameters' names: what no gradient reaches with null text alone."""
 
@@ -151,25 +153,8 @@ class Fusion(nn.Module):
             if null_only and name.startswith(self.idle_with_null):
                 parameter.requires_grad_(False)
 
-    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, object]]:
-        """Groups for AdamW: matrices decay, all else does not; gates and pooling queries learn faster, texts slower."""
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                speed = next((speed for part, speed in _SPEEDS.items() if part in name), 1.0)
-                decay = weight_decay if parameter.ndim > 1 and speed == 1.0 and name != "null_text" else 0.0
-                groups.setdefault((speed, decay), []).append(parameter)
-        return [
-            {"params": parameters, "lr": learning_rate * speed, "weight_decay": decay}
-            for (speed, decay), parameters in groups.items()
-        ]
-
     def _add_text(self, vectors: torch.Tensor, texts: torch.Tensor, is_text: torch.Tensor) -> torch.Tensor:
         """Unit vectors with the texts' own vectors [pairs, text_size] added, where bool [pairs, 1] says so."""
         if not self.shape.pooled_text:
             return vectors
         return functional.normalize(vectors + self.text_weight * self.text_map(texts) * is_text, dim=-1)
-
-
-_SPEEDS = {"query_map": 0.15, "text_map": 0.15, "text_weight": 20.0, "head.pool_queries": 2.5, ".gate": 5.0}
-"""Learning rates as multiples; parts of parameters' names."""

@@ -13,12 +13,15 @@ layers. The SAFFE paper's eq. 1-4 are `PaperDecoder`; what its authors released 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 from saffe_cache.core.features import BlockWeights
 from saffe_cache.fusion.block import EncoderBlock, split_heads
+from saffe_cache.fusion.learning import Learning
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 """Each [batch, heads, keys, d / heads]."""
@@ -75,6 +78,8 @@ class ReuseDecoder(nn.Module):
 
     4 d² + 6 d + 2 e + 1 parameters where tokens of width d ask tokens of width e, and (e + 1) d where these differ.
     """
+
+    learning: ClassVar = {"gate": Learning(5.0)}
 
     def __init__(self, query_block: BlockWeights, context_block: BlockWeights) -> None:
         super().__init__()

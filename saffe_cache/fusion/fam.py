@@ -12,6 +12,7 @@ from torch.nn import functional
 from saffe_cache.fusion.base import Blocks, Fused, Fusion, Pairing, Texts, gathered
 from saffe_cache.fusion.decoders import PaperDecoder, ReuseDecoder
 from saffe_cache.fusion.heads import AttentionHead, FlattenHead, MatchHead, MeanHead, summarize
+from saffe_cache.fusion.learning import Learning
 from saffe_cache.fusion.options import FusionShape
 from saffe_cache.fusion.reference import ReferenceDecoder
 
@@ -30,6 +31,7 @@ class FusionAlignModule(Fusion):
     3,106,305 (`linear`) and 3,500,289 (`concat`) with one layer, where all widths are 384.
     """
 
+    learning: ClassVar = {**Fusion.learning, "null_text": Learning(decays=False)}
     decoder_class: ClassVar[type[ReuseDecoder | PaperDecoder | ReferenceDecoder] | None] = None
     freezes_idle: ClassVar[bool] = True
     """Whether parameters that get no gradient with null text alone are taken out of training."""

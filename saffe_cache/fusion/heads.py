@@ -6,12 +6,14 @@ And the map of a text's own vector into the same space.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from saffe_cache.fusion.dropout import Dropout
+from saffe_cache.fusion.learning import Learning
 from saffe_cache.fusion.pooling import NormedTokens, mean_weights, summary_weights
 
 
@@ -50,6 +52,8 @@ class AttentionHead(nn.Module):
     392 P d + 1,026 f + 1,024 + (s + 1,026) k parameters by default: P layers of width d, a summary of s, of which the
     MLP sees f = 384 P + s + the width beside, and results of width k.
     """
+
+    learning: ClassVar = {"pool_queries": Learning(2.5, decays=False)}
 
     def __init__(
         self,
@@ -185,6 +189,8 @@ class TextMap(nn.Module):
 
     k² + 1,026 k + 512 parameters for vectors of width k.
     """
+
+    learning: ClassVar = {"*": Learning(0.15, decays=False)}
 
     def __init__(self, size: int, dropout: float, inner_size: int = 512) -> None:
         super().__init__()

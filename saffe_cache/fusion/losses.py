@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from saffe_cache.fusion.base import Fused
+from saffe_cache.fusion.learning import Learning
 from saffe_cache.fusion.options import ObjectiveOptions
 
 
@@ -153,6 +154,8 @@ def draw_negatives(scores: torch.Tensor, positives: torch.Tensor, num_hard: int,
 class SigmoidScale(nn.Module):
     """SigLIP's learned scale and bias, started at 10 and -10 (Zhai et al. 2023, sec. 3.2)."""
 
+    learning: ClassVar = {"*": Learning(1.5)}
+
     def __init__(self, scale: float = 10.0, bias: float = -10.0) -> None:
         super().__init__()
         self.log_scale = nn.Parameter(torch.tensor(scale).log())
@@ -164,6 +167,8 @@ class SigmoidScale(nn.Module):
 
 class Temperature(nn.Module):
     """A learned temperature, kept within [0.01, 0.5]. Start 0.07 as in CLIP."""
+
+    learning: ClassVar = {"*": Learning(1.5)}
 
     def __init__(self, start: float = 0.07) -> None:
         super().__init__()

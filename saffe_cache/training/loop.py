@@ -18,6 +18,7 @@ from tqdm import tqdm
 from saffe_cache.core.atomic_io import make_folder, remove_partial_files
 from saffe_cache.core.tensors import write_tensors
 from saffe_cache.fusion.base import Fusion
+from saffe_cache.fusion.learning import parameter_groups
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.training.batches import Batch, TrainingData
@@ -43,10 +44,11 @@ def start(config: TrainConfig, spec: RunSpec, data: TrainingData, *, resumes: bo
     if config.start == "ridge" and model.linear_start is not None and not resumes:
         _start_as_late_fusion(model, model.linear_start, data)
     objective = Objective(spec, data.inputs.texts).to(config.device)
-    groups = model.parameter_groups(config.learning_rate, config.weight_decay)
-    scalars = list(objective.parameters())
-    if scalars:
-        groups.append({"params": scalars, "lr": 1.5 * config.learning_rate, "weight_decay": 0.0})
+    groups = [
+        group
+        for module in (model, objective)
+        for group in parameter_groups(module, config.learning_rate, config.weight_decay)
+    ]
     for group in groups:
         group["peak"] = group["lr"]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)  # one pass over the weights, not twelve

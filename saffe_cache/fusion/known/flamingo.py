@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from saffe_cache.fusion.base import Blocks, Texts
 from saffe_cache.fusion.block import EncoderBlock, split_heads
 from saffe_cache.fusion.heads import masked_mean
 from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked, zero_linear
+from saffe_cache.fusion.learning import Learning
 from saffe_cache.fusion.options import FusionShape
 
 _HEADS, _HEAD_SIZE, _LATENTS, _DEPTH = 8, 64, 64, 2
@@ -99,6 +101,8 @@ class GatedCrossAttention(nn.Module):
 
 class Gate(nn.Module):
     """tanh of one learned number, which starts at 0."""
+
+    learning: ClassVar = {"gate": Learning(5.0)}
 
     def __init__(self) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ import torch
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
 from saffe_cache.fusion.fam import FusionAlignModule
+from saffe_cache.fusion.learning import parameter_groups
 from saffe_cache.fusion.losses import info_nce
 from saffe_cache.fusion.options import FusionShape
 from saffe_cache.studies.binding.config import BATCH_PHOTOS
@@ -175,7 +176,7 @@ def _step(
 def _groups(skeleton: FusionAlignModule, weights: Weights, learning_rate: float) -> list[dict[str, object]]:
     """The FAM's own groups for AdamW, of the stacked weights."""
     name_of = {id(parameter): name for name, parameter in skeleton.named_parameters()}
-    groups = skeleton.parameter_groups(learning_rate, WEIGHT_DECAY)
+    groups = parameter_groups(skeleton, learning_rate, WEIGHT_DECAY)
     for group in groups:
         parameters = group["params"]
         assert isinstance(parameters, list)
