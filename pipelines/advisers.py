@@ -125,7 +125,7 @@ def advisers(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
     fusions, places = cases[0].fusions, [str(number) for number in range(len(cases))]
     datasets = [case.dataset for case in cases]
     found = {
-        "saffe-align": judged(cases, [case.advised for case in cases]),
+        "saffe align": judged(cases, [case.advised for case in cases]),
         "the rule before it": judged(cases, [case.hypothesis for case in cases]),
     }
     found |= {f"always {one}": judged(cases, [one] * len(cases)) for one in fusions}

@@ -1,4 +1,4 @@
-"""Does saffe-align advise well? Its measures, and its rule, against fusions that are trained.
+"""Does saffe align advise well? Its measures, and its rule, against fusions that are trained.
 
     python pipelines/alignment.py --cache flickr8k.zarr cifar10.zarr --work runs/alignment
 
@@ -153,7 +153,7 @@ def fused_layers(encoder: EncoderCache) -> list[int]:
 
 
 def measure(setting: Setting, work: Path, layer: int) -> AlignmentResult:
-    """What saffe-align measures for one combination; measured once for the cache's content."""
+    """What saffe align measures for one combination; measured once for the cache's content."""
     out = work / "align" / f"{setting.modality}-{layer}-{content_hash(Storage(setting.cache))}"
     layers: dict[str, tuple[int, ...]] = {setting.modality: (layer,), "text": (setting.text_layer,)}
     config = AlignConfig(cache=setting.cache, out=str(out), layers=layers, encoder=setting.encoder)
@@ -161,7 +161,7 @@ def measure(setting: Setting, work: Path, layer: int) -> AlignmentResult:
 
 
 def write_recipe(setting: Setting, options: argparse.Namespace, kind: str, layers: Sequence[int]) -> Path:
-    """The trainings of one kind of gallery, as saffe-ablate reads them."""
+    """The trainings of one kind of gallery, as saffe ablate reads them."""
     modality = setting.modality
     encoders = ", ".join(f'{name} = "{key}"' for name, key in setting.encoder.items())
     beside = 'gallery_text = "first_caption"\nlearning_rate = 1e-3\ntext_dropout = 0.3\n' if kind == BESIDE else ""
@@ -274,7 +274,7 @@ def as_markdown(gallery: str, found: Mapping[str, Any]) -> str:
         values = (_spread(of, bold=name == case["best"]) for name, of in case["values"].items())
         controls = f"{100 * case['chance']:.1f}", f"{100 * case['shuffled']:.1f}"
         lines += _row(case["name"], case["metric"], *controls, *values, case["advised"])
-    lines += ["", "What saffe-align measures, percent; A_… are R@1.", "", *_table("case", *measures)]
+    lines += ["", "What saffe align measures, percent; A_… are R@1.", "", *_table("case", *measures)]
     for case in cases:
         lines += _row(case["name"], *(f"{100 * value:.1f}" for value in case["measures"].values()))
     lines += ["", "Spearman's rank correlation within datasets, [95 % bootstrap over cases], p by permutation.", ""]

@@ -396,7 +396,7 @@ def test_missing_layers_are_named_with_the_command_that_adds_them(cache: str, tm
         ablate(AblateConfig(recipe=(path,), cache=cache, out=str(tmp_path / "out")))
     command = str(caught.value).splitlines()[-1]
     assert command == (
-        f"saffe-extract --data 'my data' --encoder image=i/e --encoder text=t/e --image-size 64 --cache {cache} "
+        f"saffe extract --data 'my data' --encoder image=i/e --encoder text=t/e --image-size 64 --cache {cache} "
         "--layers image=0,1"
     )
     assert not list((tmp_path / "out").rglob("config.json"))
@@ -440,10 +440,10 @@ def test_a_missing_encoder_is_named_with_the_command_that_adds_it(cache: str, tm
     told, command = refused(cache, tmp_path, series + "layers.image = [[2], [3]]\n")
     assert "it holds no image encoder 'a/vit'. Add them" in told
     assert "a hub id or a folder" not in told
-    assert command == f"saffe-extract --data 'my data' --encoder image=a/vit --cache {cache} --layers image=2,3"
+    assert command == f"saffe extract --data 'my data' --encoder image=a/vit --cache {cache} --layers image=2,3"
     told, command = refused(cache, tmp_path, '[[series]]\nname = "s"\nencoder = { image = "vit" }\n')
     assert "--encoder takes a hub id or a folder: write it in full" in told
-    assert command == f"saffe-extract --data 'my data' --encoder image=vit --cache {cache}"  # with its last layers
+    assert command == f"saffe extract --data 'my data' --encoder image=vit --cache {cache}"  # with its last layers
 
 
 def test_missing_encoders_of_all_recipes_are_named_in_as_few_commands_as_can_be(cache: str, tmp_path: Path) -> None:
@@ -458,10 +458,10 @@ def test_missing_encoders_of_all_recipes_are_named_in_as_few_commands_as_can_be(
     )
     assert [told.count(one) for one in ("a/vit", "b/vit", "a/bert", "lacks layers 0,1;")] == [1, 1, 1, 1]
     assert commands == [
-        f"saffe-extract --data 'my data' --encoder image=i/e --encoder text=a/bert --image-size 64 --cache {cache} "
+        f"saffe extract --data 'my data' --encoder image=i/e --encoder text=a/bert --image-size 64 --cache {cache} "
         "--layers image=0,1",
-        f"saffe-extract --data 'my data' --encoder image=a/vit --cache {cache} --layers image=1,3",
-        f"saffe-extract --data 'my data' --encoder image=b/vit --cache {cache} --layers image=1,3",
+        f"saffe extract --data 'my data' --encoder image=a/vit --cache {cache} --layers image=1,3",
+        f"saffe extract --data 'my data' --encoder image=b/vit --cache {cache} --layers image=1,3",
     ]
 
 
@@ -471,12 +471,12 @@ def test_layers_that_are_there_and_a_missing_encoder_take_one_command(cache: str
     told, *commands = refused(cache, tmp_path, series + "layers.image = [3]\n")
     assert "text-synthetic-text" in told
     assert commands == [
-        f"saffe-extract --data 'my data' --encoder image=a/vit --encoder text=t/e --cache {cache} "
+        f"saffe extract --data 'my data' --encoder image=a/vit --encoder text=t/e --cache {cache} "
         "--layers text=0,1 --layers image=3"
     ]
     told, *commands = refused(cache, tmp_path, series.replace('"a/vit"', '"synthetic", text = "a/bert"'))
     assert "a/bert runs on from its layer: let --layers text name all from there" in told
-    assert commands == [f"saffe-extract --data 'my data' --encoder text=a/bert --cache {cache} --layers text=0"]
+    assert commands == [f"saffe extract --data 'my data' --encoder text=a/bert --cache {cache} --layers text=0"]
 
 
 def test_an_encoder_is_known_by_the_id_that_it_was_extracted_by(cache: str) -> None:

@@ -1,4 +1,4 @@
-"""saffe-align on caches that hold captions or classes."""
+"""saffe align on caches that hold captions or classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""saffe-bind on caches whose photos tell of their class, or tell nothing."""
+"""saffe bind on caches whose photos tell of their class, or tell nothing."""
 
 from __future__ import annotations
 

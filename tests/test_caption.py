@@ -1,4 +1,4 @@
-"""saffe-caption: what it trains, what it measures and against what, and what it leaves behind."""
+"""saffe caption: what it trains, what it measures and against what, and what it leaves behind."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from saffe_cache.verbs import VERBS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FIXED_NAMES = {"saffe-extract": "extract", "saffe-train-fam": "train", "saffe-index-eval": "evaluate"}
+FIXED_NAMES = {"saffe extract": "extract", "saffe train": "train", "saffe evaluate": "evaluate"}
 
 
 def blocks(text: str, *languages: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""saffe-match on caches whose photos tell of their texts, or tell nothing."""
+"""saffe match on caches whose photos tell of their texts, or tell nothing."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_what_can_be_found_is_found_and_what_cannot_is_not(cache: str, tmp_path:
     assert drawn == {"match-sizes", "match-risk", "match-noise", "match-rotation", "match-planes"}
     del result["settings"][0]["chance"]
     (tmp_path / "match.json").write_text(json.dumps(result))
-    with pytest.raises(ValueError, match=r"match\.json: .*'chance'.* Run saffe-match again"):
+    with pytest.raises(ValueError, match=r"match\.json: .*'chance'.* Run saffe match again"):
         make_page([str(tmp_path)], tmp_path / "page")
     assert (tmp_path / "page" / "data" / "match-1.csv").read_text().startswith("setting,system,metric,value")
 
@@ -396,5 +396,5 @@ def test_what_does_not_go_together_is_said(cache: str, tmp_path: Path, monkeypat
         return real(name, *rest)
 
     monkeypatch.setattr("builtins.__import__", lacking)
-    with pytest.raises(ImportError, match=r"saffe-match needs the package sklearn: pip install 'saffe-cache\[match\]'"):
+    with pytest.raises(ImportError, match=r"saffe match needs the package sklearn: pip install 'saffe-cache\[match\]'"):
         match_module.match(config_of(cache, tmp_path / "d"))

@@ -73,7 +73,7 @@ def test_a_dataset_without_captions_or_classes_has_photos_alone(config: ExtractC
         extract(config)
     extract(replace(config, encoder={"image": config.encoder["image"]}, layers={}))
     assert len(open_cache(config.cache).encoder("image").usable(np.arange(3))) == 3
-    with pytest.raises(CacheError, match=r"it holds no text encoder\. Add one: saffe-extract --encoder text="):
+    with pytest.raises(CacheError, match=r"it holds no text encoder\. Add one: saffe extract --encoder text="):
         quick_train(config.cache, tmp_path / "run", fusion="linear")
 
 

@@ -258,7 +258,7 @@ def test_files_that_are_gone_or_changed_are_named_and_the_rest_is_repaired(
     assert lines[-1].endswith("7 damaged, 4 repaired, 3 not")
     problems = verify_cache(cache.path)[1]
     assert len(problems) == 3
-    assert all(re.search(r"dinov2.*/c/0/0/0: its rows differ.*saffe-cache repair", problem) for problem in problems)
+    assert all(re.search(r"dinov2.*/c/0/0/0: its rows differ.*saffe cache repair", problem) for problem in problems)
     for name in ("010.png", "011.png"):
         (cache.data / "train" / name).write_bytes(Path(str(cache.data)).joinpath("train", "012.png").read_bytes())
     assert main(["cache", "repair", str(cache.path)]) == 0  # the recorded place has them still
@@ -324,7 +324,7 @@ def test_rows_that_were_never_finished_are_left_to_the_extraction(tiny_model: Ca
         cache = Damaged(Path(config.cache), folder / "data", files_of(whole))
         cache.flip("image-*/hidden_states/3/c/0/0/0")
         [left] = cache.repair().left
-        assert "Finish it with saffe-extract, then repair again" in left
+        assert "Finish it with saffe extract, then repair again" in left
         extract(config)
         assert not cache.repair().left
         cache.check_whole()

@@ -59,7 +59,7 @@ def change_weights(run: Path) -> None:
         (change_spec(shape={"hidden_size": 10**12}), r"tokens \{\(5, 1000000000000\)\} of 2 layers.* or train again"),
         (change_spec(shape={"num_layers": 3}), r"of 3 layers.* holds .* of 2, 12 and \(12,\)"),
         (change_spec(shape={"text_size": 13}), r"vectors \(13,\); .* Give the cache that it was trained on"),
-        (change_spec(gallery_layers=[2, 7]), r"has no hidden_states/7; it has .* Add it with saffe-extract"),
+        (change_spec(gallery_layers=[2, 7]), r"has no hidden_states/7; it has .* Add it with saffe extract"),
         (change_spec(gallery_key="image-other"), r"trained on image-other, which .* does not hold"),
         (lambda run: (run / "config.json").write_text("[" * 100_000), "not readable as JSON"),
         (lambda run: (run / "config.json").write_text('{"run": 5}'), "5, expected an object"),

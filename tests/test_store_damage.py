@@ -189,7 +189,7 @@ def test_unreadable_files_are_problems_and_not_the_end(cache: Path, monkeypatch:
 def test_no_cache_is_refused(tmp_path: Path) -> None:
     assert read_root(Storage(tmp_path)) is None
     for action in (open_cache, verify_cache):
-        with pytest.raises(CacheError, match=r"there is no feature cache\. Make one with saffe-extract"):
+        with pytest.raises(CacheError, match=r"there is no feature cache\. Make one with saffe extract"):
             action(tmp_path / "none")
 
 

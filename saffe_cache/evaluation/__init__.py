@@ -1,1 +1,1 @@
-"""What saffe-index-eval does: protocols over a run, and the baselines and controls beside them."""
+"""What saffe evaluate does: protocols over a run, and the baselines and controls beside them."""

@@ -26,7 +26,7 @@ class EvaluateConfig:
     cache: str
     """The cache that the run was trained on."""
     run: str
-    """The run's folder, as saffe-train-fam wrote it."""
+    """The run's folder, as saffe train wrote it."""
     split: str = "test"
     """Split to report on; its photos are the gallery."""
     out: str | None = None

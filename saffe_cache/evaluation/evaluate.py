@@ -186,7 +186,7 @@ def _warnings(config: EvaluateConfig, protocol: Protocol) -> list[str]:
         found.append(f"fusion {spec.shape.fusion} draws random numbers in evaluation too: repeated runs differ.")
     if protocol.setting.pairs.num_unusable:
         num_unusable = protocol.setting.pairs.num_unusable
-        found.append(f"{num_unusable} items of the split are left out: see saffe-cache inspect.")
+        found.append(f"{num_unusable} items of the split are left out: see saffe cache inspect.")
     return found
 
 

@@ -1,1 +1,1 @@
-"""What saffe-extract does: what a cache lacks of an encoder, and the loop that encodes it."""
+"""What saffe extract does: what a cache lacks of an encoder, and the loop that encodes it."""

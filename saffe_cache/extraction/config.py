@@ -36,7 +36,7 @@ class ExtractConfig:
     """Put around every text before its encoder, for models that want one, such as 'query: {}'."""
     position_offset: int = 0
     """Of a language model: position of a text's first token. So many places in front of it stay free for the tokens of
-    a photo that `saffe-caption` inserts at a later layer."""
+    a photo that `saffe caption` inserts at a later layer."""
     class_prompt: tuple[str, ...] = ("a photo of a {}.",)
     """Sentence for a class name; repeat it for several, whose vectors are averaged."""
     splits: tuple[str, ...] = ()
@@ -111,7 +111,7 @@ class RepairConfig:
     encoder: Mapping[str, str] = field(default_factory=dict)
     """Where an encoder is now, by its modality or, of several, by its key. Default: where the extraction found it."""
     device: str | None = None
-    """Where encoders run, as for saffe-extract. Default: where the extraction's did."""
+    """Where encoders run, as for saffe extract. Default: where the extraction's did."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Mend a damaged cache: what `saffe-cache verify` finds is made again from the encoder and the data.
+"""Mend a damaged cache: what `saffe cache verify` finds is made again from the encoder and the data.
 
 The manifest keeps the config of each extraction: where the data and the encoder are, and which inputs were encoded
 together. So on the same machine a shard comes out byte for byte; elsewhere it differs by rounding, and its entry in the
@@ -168,7 +168,7 @@ class _EncoderRepair:
         if not past:
             raise CacheError(
                 "the manifest does not say where data and encoder are, as its extraction is unfinished. Finish it with "
-                "saffe-extract, then repair again."
+                "saffe extract, then repair again."
             )
         moved = self._config.encoder.get(self._key) or self._config.encoder.get(modality)
         return reopen_encoder(manifest, past, moved, f"--encoder {modality}=…")
@@ -224,7 +224,7 @@ class _EncoderRepair:
                 self._leave(
                     one,
                     "its extraction is unfinished, and the manifest does not say where its data are. Finish it with "
-                    "saffe-extract, then repair again.",
+                    "saffe extract, then repair again.",
                 )
             elif absent := sources.absent(shard.inputs):
                 self._leave(one, f"{_some(absent)}. Give the data that it was made of with --data.")

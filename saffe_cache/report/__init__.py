@@ -1,1 +1,1 @@
-"""What saffe-report does: runs, ablations and episodes read, and made into one page with plots and galleries."""
+"""What saffe report does: runs, ablations and episodes read, and made into one page with plots and galleries."""

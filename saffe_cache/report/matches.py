@@ -140,7 +140,7 @@ def matches_of(content: Mapping[str, Any], where: Path | str) -> Matches:
     try:
         return made_of(Matches, known_part(Matches, content))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}. Run saffe-match again.") from None
+        raise ValueError(f"{where}: {error}. Run saffe match again.") from None
 
 
 def read_matches(path: Path) -> Matches:

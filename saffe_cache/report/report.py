@@ -59,7 +59,7 @@ def make_report(config: ReportConfig) -> str:
     except ImportError as error:
         if error.name not in _EXTRA:
             raise
-        raise ImportError(f"saffe-report needs the package {error.name}: pip install 'saffe-cache[report]'.") from None
+        raise ImportError(f"saffe report needs the package {error.name}: pip install 'saffe-cache[report]'.") from None
     options = Options(words=config.queries, num_random=config.random_queries, num_extreme=config.extreme_queries)
     content = make_content(find_results(config.runs), Album(config.data), options)
     page = render(content, config.title)

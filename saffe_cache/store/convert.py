@@ -46,7 +46,7 @@ def convert_cache(
         raise CacheError(f"{new_path}: a cache exists there. Convert into a new one.")
     unfinished = [key for key, encoder in source.encoders.items() if not encoder.manifest.finished_rows]
     if unfinished:
-        raise CacheError(f"{cache_path}: {unfinished[0]} is unfinished. Run saffe-extract again, then convert.")
+        raise CacheError(f"{cache_path}: {unfinished[0]} is unfinished. Run saffe extract again, then convert.")
     root = read_root(source.storage)
     assert root is not None
     with storage.writer_lock():

@@ -277,7 +277,7 @@ def existing_root(storage: Storage) -> RootManifest:
     """
     root = read_root(storage)
     if root is None:
-        raise CacheError(f"{storage.root}: there is no feature cache. Make one with saffe-extract.")
+        raise CacheError(f"{storage.root}: there is no feature cache. Make one with saffe extract.")
     return root
 
 

@@ -57,7 +57,7 @@ class EncoderCache:
         if name not in self.manifest.arrays:
             raise CacheError(
                 f"{self._storage.root}: {self.key} has no {name}; it has {', '.join(sorted(self.manifest.arrays))}. "
-                "Add it with saffe-extract."
+                "Add it with saffe extract."
             )
         if name not in self._readers:
             array, folder = self.manifest.arrays[name], f"{encoder_group(self.key)}/{name}"
@@ -160,7 +160,7 @@ class EncoderCache:
         """
         if not self.manifest.is_language_model:
             raise CacheError(
-                f"{self._storage.root}: {self.key} is no language model. Add one: saffe-extract --encoder text=gpt2"
+                f"{self._storage.root}: {self.key} is no language model. Add one: saffe extract --encoder text=gpt2"
             )
         name = language_model_group(self.key)
         attributes, tensors = read_group(self._storage, name, LANGUAGE_MODEL)
@@ -216,7 +216,7 @@ class Cache:
         of_modality = self.encoders_named(modality)
         if not of_modality:
             raise CacheError(
-                f"{self.storage.root}: it holds no {modality} encoder. Add one: saffe-extract --encoder {modality}=…"
+                f"{self.storage.root}: it holds no {modality} encoder. Add one: saffe extract --encoder {modality}=…"
             )
         named = self.encoders_named(modality, name)
         chosen = [key for key in named if self.encoders[key].manifest.finished_rows] or named
@@ -229,7 +229,7 @@ class Cache:
         encoder = self.encoders[chosen[0]]
         if not encoder.manifest.finished_rows:
             raise CacheError(
-                f"{self.storage.root}: the extraction of {encoder.key} is unfinished. Run saffe-extract again."
+                f"{self.storage.root}: the extraction of {encoder.key} is unfinished. Run saffe extract again."
             )
         return encoder
 

@@ -134,7 +134,7 @@ class RowReader:
         if len(beyond):
             raise CacheError(
                 f"{self._where} has {len(self)} rows, row {beyond[0]} was requested. "
-                "Run saffe-extract again to complete it."
+                "Run saffe extract again to complete it."
             )
 
     def _copy_runs(self, runs: np.ndarray, shards: np.ndarray, within: np.ndarray, result: np.ndarray) -> None:
@@ -218,8 +218,8 @@ class OpenShards:
         assert path is not None
         if not path.exists() or path.stat().st_size < spec.shard_file_bytes(entry.rows):
             raise CacheError(
-                f"{self._storage.root}: {name} is missing or truncated. Run `saffe-cache verify` to list all damage "
-                "and `saffe-cache repair` to repair it."
+                f"{self._storage.root}: {name} is missing or truncated. Run `saffe cache verify` to list all damage "
+                "and `saffe cache repair` to repair it."
             )
         with path.open("rb") as file:
             if index not in self._checked:

@@ -31,7 +31,7 @@ from saffe_cache.core.atomic_io import Buffer, hold_folder, write_whole
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.json_schema import whole_numbers
 
-ADVICE = "Repair it with `saffe-cache repair`, or restore it from a copy."
+ADVICE = "Repair it with `saffe cache repair`, or restore it from a copy."
 FORMAT_VERSION = 1
 _PLAIN_DTYPES = ("float32", "int64", "uint8")
 

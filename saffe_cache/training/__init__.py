@@ -1,1 +1,1 @@
-"""What saffe-train-fam does: what is asked for, batches, the objective, the loop, and what it resumes from."""
+"""What saffe train does: what is asked for, batches, the objective, the loop, and what it resumes from."""

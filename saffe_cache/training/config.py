@@ -123,7 +123,7 @@ class TrainConfig(
     """
 
     cache: str
-    """The cache, as saffe-extract wrote it."""
+    """The cache, as saffe extract wrote it."""
     out: str
     """Folder of the run."""
 

@@ -217,7 +217,7 @@ def _layers_of(
         raise CacheError(
             f"{encoder.key}: --fusion {config.fusion} can use layers {list(usable)}{why}, "
             f"{f'asked for {list(chosen)}' if given else 'none of them by default'}. "
-            f"Add layers with saffe-extract --layers {encoder.manifest.modality}=…."
+            f"Add layers with saffe extract --layers {encoder.manifest.modality}=…."
         )
     alike = _of_last_shape(encoder, chosen)
     if len(alike) < len(chosen):
@@ -260,5 +260,5 @@ def _check_blocks(config: TrainConfig, encoder: EncoderCache, first: int, count:
         raise CacheError(
             f"{encoder.key}: --fusion {config.fusion} runs the blocks from layer {first} on, found "
             f"{encoder.block_layers}, expected {missing} too. Add them with "
-            f"saffe-extract --layers {encoder.manifest.modality}={','.join(map(str, missing))}."
+            f"saffe extract --layers {encoder.manifest.modality}={','.join(map(str, missing))}."
         )

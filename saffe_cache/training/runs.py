@@ -50,7 +50,7 @@ def load_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, TrainR
     folder = Path(run_dir)
     if not (folder / "result.json").exists():
         raise ValueError(
-            f"--run {run_dir}: no finished run there (result.json is missing). Run saffe-train-fam --out {run_dir}."
+            f"--run {run_dir}: no finished run there (result.json is missing). Run saffe train --out {run_dir}."
         )
     try:
         spec = RunSpec.from_json(read_json(folder / "config.json")["run"])

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/extraction_memory.py --items 200 -- --data PATH --encoder image=… --image-size 112
 
-Everything behind `--` goes to saffe-extract, with `--max-items train=N`. Prints the largest resident size of
+Everything behind `--` goes to saffe extract, with `--max-items train=N`. Prints the largest resident size of
 each process; the table of items and their hashes is the one thing that may grow, by less than 1 KB an item.
 """
 

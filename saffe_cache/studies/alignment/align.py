@@ -180,7 +180,7 @@ def _layers(config: AlignConfig, encoder: EncoderCache) -> list[int]:
     missing = [layer for layer in wanted if layer not in encoder.layers]
     if missing or not wanted:
         raise CacheError(
-            f"{encoder.key}: it has layers {encoder.layers}, requested {list(wanted)}. Add layers with saffe-extract "
+            f"{encoder.key}: it has layers {encoder.layers}, requested {list(wanted)}. Add layers with saffe extract "
             f"--layers {modality}=…."
         )
     return sorted(set(wanted))

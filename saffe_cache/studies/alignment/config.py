@@ -19,7 +19,7 @@ class AlignConfig:
     """
 
     cache: str
-    """The cache, as saffe-extract wrote it."""
+    """The cache, as saffe extract wrote it."""
     out: str
     """Folder of the result."""
     split: str = "train"

@@ -50,7 +50,7 @@ class Answers:
         return float(np.median(self.ranks))
 
     def interval(self, seed: int) -> tuple[float, float]:
-        """The 95 % bootstrap interval of R@1 over photos, with the gallery as it is, as in saffe-index-eval."""
+        """The 95 % bootstrap interval of R@1 over photos, with the gallery as it is, as in saffe evaluate."""
         return bootstrap_interval(self.hits, np.ones(len(self.hits)), seed=seed)
 
     def null(self, orders: Sequence[np.ndarray]) -> np.ndarray:
@@ -156,7 +156,7 @@ def mlp_answers(
     *,
     texts_search: bool,
 ) -> Answers:
-    """Answers of saffe-index-eval's MLP on pooled features: two layers, trained with InfoNCE like a FAM.
+    """Answers of saffe evaluate's MLP on pooled features: two layers, trained with InfoNCE like a FAM.
 
     A fifth of the photos to fit on choose its dropout and epoch.
 

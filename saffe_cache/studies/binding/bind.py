@@ -160,7 +160,7 @@ def _names(config: BindConfig, cache: Cache, spec: RunSpec, out: Path) -> NamePo
     past = past_extractions(manifest, choose_device(config.device))
     if not past:
         raise CacheError(
-            f"{config.cache}: {spec.text_key} does not say where its encoder is. Add something with saffe-extract, "
+            f"{config.cache}: {spec.text_key} does not say where its encoder is. Add something with saffe extract, "
             f"which records it, or copy a {path.name} that was made with the same encoder."
         )
     names = make_names(config.num_names, cache.table.class_names, config.seed)

@@ -22,7 +22,7 @@ class BindConfig:
     """
 
     cache: str
-    """A cache of photos with classes, as saffe-extract wrote it."""
+    """A cache of photos with classes, as saffe extract wrote it."""
     out: str
     """Folder of the result."""
     ways: tuple[int, ...] = (2, 5)

@@ -90,7 +90,7 @@ def _language_model(cache: Cache, config: CaptionConfig) -> EncoderCache:
     if len(chosen) != 1:
         raise CacheError(
             f"{config.cache}: {len(chosen)} language models{f' named {wanted!r}' if wanted else ''}; it holds "
-            f"{', '.join(models) or 'none'}. Add one with saffe-extract --encoder text=gpt2, or choose one with "
+            f"{', '.join(models) or 'none'}. Add one with saffe extract --encoder text=gpt2, or choose one with "
             "--encoder text=PART-OF-ITS-KEY."
         )
     text = cache.encoder("text", chosen[0])

@@ -16,7 +16,7 @@ class CaptionConfig:
     """
 
     cache: str
-    """A cache of captioned photos with a language model, as saffe-extract wrote it with --position-offset."""
+    """A cache of captioned photos with a language model, as saffe extract wrote it with --position-offset."""
     out: str
     """Folder of the result."""
     layer: int

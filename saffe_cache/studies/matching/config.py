@@ -19,7 +19,7 @@ class MatchConfig:
     """
 
     cache: str
-    """A cache of photos with captions or classes, as saffe-extract wrote it."""
+    """A cache of photos with captions or classes, as saffe extract wrote it."""
     out: str
     """Folder of the result."""
     split: str = "test"

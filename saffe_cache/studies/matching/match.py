@@ -46,7 +46,7 @@ def match(config: MatchConfig) -> str:
     except ImportError as error:
         if error.name not in _EXTRA:
             raise
-        raise ImportError(f"saffe-match needs the package {error.name}: pip install 'saffe-cache[match]'.") from None
+        raise ImportError(f"saffe match needs the package {error.name}: pip install 'saffe-cache[match]'.") from None
     cache = open_cache(config.cache)
     modality = gallery_modality(cache)
     photo, text = (cache.encoder(kind, config.encoder.get(kind)) for kind in (modality, "text"))

@@ -120,7 +120,7 @@ def _layers(config: MatchConfig, photo: EncoderCache, text: EncoderCache) -> tup
         if not set(asked) <= set(encoder.layers) or not asked:
             raise CacheError(
                 f"{config.cache}: {encoder.key} has hidden states of layers {encoder.layers}, asked for "
-                f"{list(asked) or 'one'}. Choose another with --layers, or add it with saffe-extract."
+                f"{list(asked) or 'one'}. Choose another with --layers, or add it with saffe extract."
             )
         found.append(asked[0])
     return found[0], found[1]

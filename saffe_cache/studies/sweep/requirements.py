@@ -160,7 +160,7 @@ def _last_config(encoder: EncoderCache) -> ExtractConfig:
 
 def _line(config: ExtractConfig, cache: Cache) -> str:
     """The command line of an extraction, but for its layers; options that were left at their default are left out."""
-    parts = ["saffe-extract", "--data", config.data]
+    parts = ["saffe", "extract", "--data", config.data]
     for option, mapping in (
         ("encoder", config.encoder),
         ("revision", config.revision),
