@@ -103,13 +103,13 @@ def test_linear_probe_equals_scikit_learn(strength: float, monkeypatch: pytest.M
     assert own >= best * (1 - 1e-6)
 
 
-def test_linear_probe_takes_the_penalty_that_the_judge_likes_best() -> None:
+def test_linear_probe_takes_the_best_penalty() -> None:
     features, labels = classification()
     fit = fit_linear_probe(features, labels, 5, judge=lambda fit: -abs(np.log10(fit.strength) + 4.1))
     assert fit.strength == 1e-4
 
 
-def test_linear_probe_stands_constant_features_and_absent_classes() -> None:
+def test_linear_probe_handles_constants_and_absent_classes() -> None:
     features, labels = classification()
     features[:, 3] = 1000.1
     fit = fit_linear_probe(features, labels.astype(np.int32), 7, judge=lambda fit: -abs(fit.strength - 1e-2))
@@ -169,7 +169,7 @@ def test_late_fusion_takes_the_informative_side(image_noise: float, text_noise: 
     assert seen[len(baselines.LATE_WEIGHTS) - 1] == judge(image)
 
 
-def test_late_fusion_orders_one_gallery_as_the_average_score_of_equal_norms() -> None:
+def test_late_fusion_orders_as_the_average_score() -> None:
     image, text = np.array([[1, 0], [0, 1]], np.float32), np.array([[0, 1], [-1, 0]], np.float32)
     fused = fuse_late(image, text, 0.6)
     np.testing.assert_allclose(fused, np.array([[0.6, 0.4], [-0.4, 0.6]]) / np.sqrt(0.52), rtol=1e-5)

@@ -66,7 +66,7 @@ def test_candidate_scores_equal_brute_force(several: bool, num_photos: int) -> N
     assert centred["top1"].value < found["top1"].value
 
 
-def test_prior_of_a_class_that_is_rebuilt_from_any_photo_is_taken_out() -> None:
+def test_prior_of_an_easy_class_is_removed() -> None:
     scores, labels = scored(200, 8, seed=1)
     prior = np.array([0, 0, 30, 0, 0, 0, 0, 0])
     assert candidate_scores(scores + prior, labels)["top1"].value < 0.3

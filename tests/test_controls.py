@@ -141,7 +141,7 @@ def test_gallery_that_holds_its_labels_by_place(
 
 
 @pytest.mark.parametrize("protocol", ["candidate", "rerank", "image"])
-def test_other_protocols_whose_photos_stay_where_they_are(
+def test_controls_catch_protocols_that_ignore_arrangements(
     protocol: str, classes: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A measure that ignores the arrangement scores the same with the photos shuffled."""
@@ -317,7 +317,7 @@ def test_dealt_map_of_one_class_and_of_a_seed() -> None:
     assert (level, spread) == pytest.approx((1.0, 0.0))
 
 
-def test_dealt_level_lies_above_chance_where_photos_of_a_class_lie_together() -> None:
+def test_dealt_level_is_above_chance_for_clustered_classes() -> None:
     """Rankings that hold whole classes in one run, of which none is right: a random order would be no fair level."""
     labels = np.arange(200) % 4
     center = np.eye(4)

@@ -10,8 +10,9 @@ from quick_runs import Report, quick_train, report_of
 from sklearn.metrics import confusion_matrix, precision_recall_curve
 from synthetic_cache import make_cache
 
-from saffe_cache.evaluation import details
-from saffe_cache.evaluation.details import RECALLS, Details, interpolated_precision, read_details
+from saffe_cache.evaluation import single_queries
+from saffe_cache.evaluation.details import NAME, RECALLS, Details, read_details
+from saffe_cache.evaluation.single_queries import interpolated_precision
 from saffe_cache.inputs.feature_loader import FamInputs, encode_gallery, encode_queries
 from saffe_cache.inputs.pairs import class_vectors
 from saffe_cache.store.reader import open_cache
@@ -113,18 +114,18 @@ def test_interpolated_precision_by_hand() -> None:
 def test_queries_that_are_shown_are_few_and_the_same_again(
     captioned: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(details, "MOST_QUERIES", 7)
+    monkeypatch.setattr(single_queries, "MOST_QUERIES", 7)
     _, first = evaluated(captioned, tmp_path / "a")
     _, second = evaluated(captioned, tmp_path / "b")
     assert len(first.shown) == len(first.texts) == 7
     assert first.shown.tolist() == second.shown.tolist() == sorted(first.shown.tolist())
     assert len(first.systems["fam"].metric) == 80
-    assert (tmp_path / "a" / details.NAME).read_bytes() == (tmp_path / "b" / details.NAME).read_bytes()
+    assert (tmp_path / "a" / NAME).read_bytes() == (tmp_path / "b" / NAME).read_bytes()
 
 
 def test_a_damaged_file_is_refused(captioned: tuple[str, str], tmp_path: Path) -> None:
     evaluated(captioned, tmp_path)
-    path = tmp_path / details.NAME
+    path = tmp_path / NAME
     with np.load(path) as arrays:
         good = dict(arrays)
     for change in ({"version": np.array(9)}, {"0.first": good["0.first"] + 1000}, {"answers": good["answers"][1:]}):

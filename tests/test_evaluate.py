@@ -153,7 +153,7 @@ def test_linear_baselines_may_see_the_runs_layers_alone(classified: Reported, tm
     assert on_run["ridge"]["map"]["value"] != on_cache["ridge"]["map"]["value"]
 
 
-def test_rerank_and_candidate_are_compared_with_the_same_baselines(classified: Reported) -> None:
+def test_rerank_and_candidate_share_their_baselines(classified: Reported) -> None:
     for protocol, metrics in (("candidate", {"map", "top1", "top1_prior_removed"}), ("rerank", {"map", "mrr"})):
         report = report_of(classified.cache, classified.run, protocol=protocol, baselines="all", rerank_k=200)
         assert metrics <= set(report["systems"]["fam"])
@@ -221,7 +221,7 @@ def test_saved_index_finds_what_the_model_finds(captioned: Reported) -> None:
     assert index.ids[found[0, 0]] == "test/7"
 
 
-def test_an_approximate_index_changes_no_number_and_tells_what_it_finds(captioned: Reported, tmp_path: Path) -> None:
+def test_approximate_index_changes_no_metric(captioned: Reported, tmp_path: Path) -> None:
     report = report_of(captioned.cache, captioned.run, index="hnsw", out=str(tmp_path))
     assert report["controls"] == captioned.report["controls"]
     assert report["systems"]["fam"] == captioned.report["systems"]["fam"]
@@ -235,7 +235,7 @@ def test_an_approximate_index_changes_no_number_and_tells_what_it_finds(captione
     assert "HNSW" in type(load_index(tmp_path).index).__name__
 
 
-def test_an_index_that_the_gallery_is_too_small_for_is_refused_at_once(captioned: Reported, tmp_path: Path) -> None:
+def test_index_for_larger_galleries_is_refused_at_once(captioned: Reported, tmp_path: Path) -> None:
     config = EvaluateConfig(cache=captioned.cache, run=captioned.run, index="ivf", out=str(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"index ivf: 60 vectors, .* from 624 or more\. Use flat or hnsw"):
         evaluate(config)

@@ -200,7 +200,7 @@ def test_matching_accuracy_says_nothing_and_ranking_tells(folder: Path, noise: s
     assert area["clear"] > 0.85
 
 
-def test_reference_loses_to_a_ridge_regression_and_ignores_its_text(tmp_path: Path) -> None:
+def test_reference_loses_to_ridge_and_ignores_its_text(tmp_path: Path) -> None:
     options = {"classes": CLASSES, "signal": 0.1, "width": 32, "text_width": 32, "seed": SEED}
     cache = make_cache(tmp_path / "cache.zarr", SPLITS, **options)
     run = quick_train(cache, tmp_path / "run", fusion="reference", control_epochs=0, seed=SEED)
@@ -272,7 +272,7 @@ def wide_noise(folder: Path) -> str:
     return make_cache(folder / "wide.zarr", sizes, classes=CLASSES, signal=0.0, seed=SEED, width=32, text_width=32)
 
 
-def test_captions_beside_noise_leak_where_they_are_searched_with(noisy_captions: str, tmp_path: Path) -> None:
+def test_captions_paired_with_noise_leak_where_they_search(noisy_captions: str, tmp_path: Path) -> None:
     """The usual matched run, which adds the text's own vector: it is a copy before its first step."""
     run = quick_train(noisy_captions, tmp_path / "run", fusion="linear", gallery_text="matched", epochs=2, seed=SEED)
     leaky = report_of(noisy_captions, run, protocol="caption", leak_true_text=True)

@@ -126,7 +126,7 @@ def test_metrics_equal_ranx_also_with_ties(levels: int, monkeypatch: pytest.Monk
     assert recall_at_k(first_ranks(ranks), 5).mean() == pytest.approx(expected["hit_rate@5"])
 
 
-def test_mean_over_seeds_is_the_expected_average_precision_of_randomly_broken_ties() -> None:
+def test_random_tie_breaking_gives_expected_average_precision() -> None:
     """Two groups of tied items; every order within each is enumerated."""
     scores = np.array([2, 1, 2, 1, 1, 2, 1])
     relevant = np.array([1, 1, 0, 0, 1, 0, 0], bool)
@@ -137,7 +137,7 @@ def test_mean_over_seeds_is_the_expected_average_precision_of_randomly_broken_ti
     assert abs(np.mean(values) - expected) < 4 * np.std(values) / math.sqrt(len(values))
 
 
-def test_average_precision_refuses_a_query_without_relevant_items() -> None:
+def test_average_precision_needs_a_relevant_item() -> None:
     for metric in (average_precision_of_ranks, first_ranks):
         with pytest.raises(ValueError, match="no relevant item"):
             metric(Ragged.from_rows([[1, 2], []]))
@@ -152,7 +152,7 @@ def test_first_ranks_and_recall() -> None:
 
 @seeded
 @given(rankings)
-def test_average_precision_is_a_fraction_and_one_only_for_a_perfect_ranking(ranking: list[bool]) -> None:
+def test_average_precision_is_one_only_for_perfect_rankings(ranking: list[bool]) -> None:
     perfect = sorted(ranking, reverse=True)
     assert 0 < ap(ranking) <= 1 + 1e-12
     assert ap(perfect) == pytest.approx(1)
@@ -174,7 +174,7 @@ def test_average_precision_rises_when_a_relevant_item_moves_up(ranking: list[boo
 
 @seeded
 @given(rankings, st.integers(1, 60))
-def test_average_precision_at_a_depth_is_a_fraction_and_one_where_the_top_is_full(ranking: list[bool], k: int) -> None:
+def test_average_precision_at_k_is_one_where_the_top_is_full(ranking: list[bool], k: int) -> None:
     perfect = sorted(ranking, reverse=True)
     assert 0 <= ap(ranking, k) <= 1 + 1e-12
     assert ap(perfect, k) == pytest.approx(1)
@@ -184,7 +184,7 @@ def test_average_precision_at_a_depth_is_a_fraction_and_one_where_the_top_is_ful
 
 @seeded
 @given(rankings, st.integers(1, 60))
-def test_average_precision_is_the_mean_precision_at_relevant_ranks(ranking: list[bool], k: int) -> None:
+def test_average_precision_is_mean_precision_at_relevant_ranks(ranking: list[bool], k: int) -> None:
     """The definition, in three lines."""
     top = ranking[:k]
     precisions = [sum(top[: rank + 1]) / (rank + 1) for rank in range(len(top)) if top[rank]]
@@ -270,7 +270,7 @@ def test_bootstrap_interval_has_the_analytic_width() -> None:
     assert bootstrap_interval(hits, np.ones(400), seed=1) == bootstrap_interval(hits, np.ones(400), seed=1)
 
 
-def test_bootstrap_interval_keeps_the_queries_of_a_photo_together() -> None:
+def test_bootstrap_draws_the_queries_of_a_photo_together() -> None:
     """Five equal captions for each photo tell no more than one: the width is that of photos, not of captions."""
     hits = np.random.default_rng(0).random(200) < 0.5
     one = bootstrap_interval(hits * 1.0, np.ones(200))
@@ -325,7 +325,7 @@ def test_paired_bootstrap_covers_the_truth() -> None:
     assert covered >= 88  # 95 expected, 2.2 the standard deviation
 
 
-def test_paired_bootstrap_of_equal_systems_is_zero_and_needs_a_unit_for_each_query() -> None:
+def test_paired_bootstrap_of_equal_systems_is_zero() -> None:
     assert paired_bootstrap(np.zeros(9), np.arange(9) // 2) == (0, 0, 0)
     with pytest.raises(ValueError, match=r"\(9,\) differences, \(8,\) units"):
         paired_bootstrap(np.zeros(9), np.arange(8))

@@ -43,7 +43,7 @@ def nodes() -> Iterator[tuple[Path, ast.AST]]:
         yield from ((path, node) for node in ast.walk(ast.parse(path.read_text())))
 
 
-def test_the_package_calls_nothing_that_runs_or_fetches_what_data_say() -> None:
+def test_package_runs_and_fetches_nothing_that_data_name() -> None:
     """ruff's bandit rules see the same for the whole repository; this holds also what they have no rule for."""
     for path, node in nodes():
         if isinstance(node, ast.Call):
@@ -61,7 +61,7 @@ def test_the_package_calls_nothing_that_runs_or_fetches_what_data_say() -> None:
             assert not {name.split(".")[0] for name in names} & FORBIDDEN_IMPORTS, f"{path}:{node.lineno}: {names}"
 
 
-def test_models_are_loaded_without_their_code_and_from_safetensors() -> None:
+def test_models_load_without_their_code_from_safetensors() -> None:
     """transformers would ask on the terminal whether to run a repository's code, and else unpickle its weights."""
     said: dict[str, int] = {"trust_remote_code": 0, "use_safetensors": 0}
     for path, node in nodes():
@@ -146,7 +146,7 @@ def test_reports_send_nothing_to_the_terminal() -> None:
     assert_plain(Hostile(failures=(ESCAPES,), warnings=(ESCAPES,)).to_text())
 
 
-def test_errors_and_messages_of_the_commands_send_nothing_to_the_terminal(
+def test_messages_of_commands_send_nothing_to_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.root, "handlers", [])

@@ -339,7 +339,7 @@ def test_values_are_those_of_each_query() -> None:
     assert "values" not in repr(scores["map"])
 
 
-def test_interval_of_map_is_left_out_where_whole_rankings_are_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_rankings_have_no_map_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = classed(60, 5, 0.5, seed=4)
     whole = class_scores(*inputs)
     monkeypatch.setattr("saffe_cache.retrieval.scores._MOST_ORDERED", 299)

@@ -21,19 +21,20 @@ from typing import Any
 import numpy as np
 
 from saffe_cache.core.atomic_io import write_whole
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.figures import ClassPlot, Curve, CurvePlot, HeatMap
 from saffe_cache.core.json_schema import made_of
-from saffe_cache.protocols.base import Protocol
-from saffe_cache.protocols.setting import Answered, Answers, Setting
-from saffe_cache.retrieval.ranking import members, relevant_ranks_of_scores
-from saffe_cache.retrieval.scores import nearest_classes
+from saffe_cache.core.sections import Section
+from saffe_cache.core.tables import Table, percent, plain_row
 
 NAME = "details.npz"
-FIRST_K = 10
-MOST_QUERIES = 2000
 RECALLS = np.linspace(0, 1, 101)
 """At which precision is stored."""
 _VERSION = 2
+_MOST_CLASSES = 24
+"""Drawn one by one; of more, the worst."""
+_MOST_CONFUSED = 12
+_MOST_CURVES, _MOST_BARS = 6, 3
+"""Systems that are drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,102 +87,6 @@ class Details:
     class_names: tuple[str, ...]
     """Where classes search: all of them."""
     systems: Mapping[str, SystemDetails]
-
-
-def details_of(protocol: Protocol, systems: Mapping[str, Answered]) -> Details:
-    """The details of some systems under one protocol."""
-    setting, relevant, by_photo = protocol.setting, protocol.relevant, protocol.queries is None
-    queries = np.flatnonzero(np.diff(relevant.offsets))
-    shown = np.arange(len(queries))
-    if len(shown) > MOST_QUERIES:
-        shown = np.sort(np.random.default_rng(setting.seed).choice(shown, MOST_QUERIES, replace=False))
-    chosen = queries[shown]
-    first = {name: _first(of.answers, chosen, setting.seed, by_photo) for name, of in systems.items()}
-    answers = np.array([relevant[int(query)][0] for query in chosen], np.int64)
-    asking = chosen if by_photo else answers
-    named = np.unique(np.concatenate([answers, asking, *(of.ravel() for of in first.values())]))
-    hashes = setting.cache.table.inputs[setting.inputs.gallery.manifest.modality].content_hash
-    return Details(
-        main_metric=protocol.main_metric,
-        shown=shown,
-        texts=_query_texts(protocol, chosen),
-        answers=np.searchsorted(named, answers),
-        asking=np.searchsorted(named, chosen) if by_photo else np.full(len(chosen), -1),
-        num_relevant=np.diff(relevant.offsets)[chosen],
-        photo_ids=tuple(setting.pairs.ids[place] for place in named),
-        photo_hashes=hashes[setting.pairs.rows[named]],
-        photo_texts=tuple(_photo_text(setting, int(place)) for place in named),
-        query_classes=tuple(protocol.class_names[query] for query in queries) if protocol.shows_classes else (),
-        class_names=protocol.class_names,
-        systems={
-            name: SystemDetails(
-                metric=of.scores[protocol.main_metric].of_queries,
-                first=np.searchsorted(named, first[name]),
-                is_relevant=_is_relevant(relevant, chosen, first[name]),
-                classes=_class_details(of.answers, protocol) if protocol.shows_classes else None,
-            )
-            for name, of in systems.items()
-        },
-    )
-
-
-def _first(answers: Answers, queries: np.ndarray, seed: int, by_photo: bool) -> np.ndarray:
-    """The first photos of some queries; a photo that searches is not among its own."""
-    num_gallery = answers.scores().shape[1]
-    first = answers.first(queries, min(FIRST_K + by_photo, num_gallery), seed)
-    if not by_photo:
-        return first
-    is_own = first == queries[:, None]
-    is_own[~is_own.any(axis=1), -1] = True
-    return np.asarray(first[~is_own].reshape(len(first), -1))
-
-
-def _is_relevant(relevant: Ragged, queries: np.ndarray, first: np.ndarray) -> np.ndarray:
-    return np.array([np.isin(of, relevant[int(query)]) for query, of in zip(queries, first, strict=True)])
-
-
-def _query_texts(protocol: Protocol, queries: np.ndarray) -> tuple[str, ...]:
-    if protocol.queries is None:
-        return ()
-    return tuple(_text(protocol.setting, int(row)) for row in protocol.queries.text_rows[queries])
-
-
-def _text(setting: Setting, row: int) -> str:
-    texts = setting.cache.table.inputs["text"].texts
-    assert texts is not None
-    return texts[row]
-
-
-def _photo_text(setting: Setting, place: int) -> str:
-    pairs = setting.pairs
-    if pairs.beside is not None:
-        return _text(setting, int(pairs.beside[place]))
-    if pairs.kind == "classes":
-        return ", ".join(setting.cache.table.class_names[label] for label in pairs.labels[place])
-    return _text(setting, int(pairs.texts[place][0]))
-
-
-def _class_details(answers: Answers, protocol: Protocol) -> ClassDetails:
-    pairs, seed, num_classes = protocol.setting.pairs, protocol.setting.seed, len(protocol.class_names)
-    alone = np.flatnonzero(np.diff(pairs.labels.offsets) == 1)
-    labels = pairs.labels.values[pairs.labels.offsets[alone]]
-    confusion = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(confusion, (labels, nearest_classes(answers.scores(), seed)[alone]), 1)
-    ranks = relevant_ranks_of_scores(answers.scores(), members(pairs.labels, num_classes), seed=seed)
-    curves = [interpolated_precision(of_class) for of_class in ranks if len(of_class)]
-    return ClassDetails(precision=np.array(curves, np.float32), confusion=confusion)
-
-
-def interpolated_precision(ranks: np.ndarray) -> np.ndarray:
-    """The highest precision at each of `RECALLS` or above it, float64 [101], from the ranks of all relevant photos.
-
-    For drawing alone: average precision is not interpolated.
-    Source: Manning et al., Introduction to Information Retrieval, sec. 8.4.
-    """
-    found = np.arange(1, len(ranks) + 1)
-    highest = np.maximum.accumulate((found / ranks)[::-1])[::-1]
-    needed = np.ceil(RECALLS * len(ranks) - 1e-9).astype(int)  # how many of them make this recall
-    return np.asarray(highest[np.maximum(needed, 1) - 1])
 
 
 _ARRAYS = ("shown", "answers", "asking", "num_relevant", "photo_hashes")
@@ -294,3 +199,80 @@ def check_means(folder: Path, details: Details, means: Mapping[str, float]) -> N
 
 def _inside(numbers: np.ndarray, low: int, high: int) -> bool:
     return numbers.dtype.kind == "i" and (not numbers.size or (low <= numbers.min() and numbers.max() < high))
+
+
+def show_classes(section: Section, details: Details, ranked: list[str]) -> None:
+    """Add precision over recall, average precision of each class, and confusion to a page's section.
+
+    `ranked`: the systems to draw, the FAM first and the best baselines next.
+    """
+    shown = [name for name in ranked if name in details.systems]
+    if details.systems[shown[0]].classes is None:
+        return
+    section.figures += [_precision_recall(details, shown[:_MOST_CURVES]), _per_class(details, shown[:_MOST_BARS])]
+    classes = details.systems[shown[0]].classes
+    assert classes is not None
+    counts, names = classes.confusion, details.class_names
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    if len(names) <= _MOST_CLASSES:
+        section.figures.append(
+            HeatMap(
+                name="confusion",
+                caption="Confusion of the FAM: percent of each class's photos, by the class whose text is nearest.",
+                row_label="true class",
+                column_label="nearest class text",
+                rows=names,
+                columns=names,
+                cells=(100 * shares).tolist(),
+                texts=[[f"{100 * share:.0f}" if share >= 0.005 else "" for share in row] for row in shares],
+            )
+        )
+    confused = _confused(names, counts, shares)
+    section.tables += [confused] if confused.rows else []
+
+
+def _precision_recall(details: Details, shown: list[str]) -> CurvePlot:
+    curves = []
+    for name in shown:
+        of = details.systems[name].classes
+        if of is not None:
+            curves.append(Curve(_label(name), (100 * RECALLS).tolist(), (100 * of.precision.mean(axis=0)).tolist()))
+    return CurvePlot(
+        name="precision-recall",
+        caption="Precision over recall, mean over classes; interpolated for this drawing only (map is not).",
+        x_label="recall, percent",
+        y_label="precision, percent",
+        curves=curves,
+        y_limits=(0, 103),
+    )
+
+
+def _per_class(details: Details, shown: list[str]) -> ClassPlot:
+    values = details.systems[shown[0]].metric
+    worst = np.argsort(values, kind="stable")[:_MOST_CLASSES]
+    left_out = f"; the {_MOST_CLASSES} worst of {len(values)} classes" if len(values) > _MOST_CLASSES else ""
+    return ClassPlot(
+        name="per-class",
+        caption=f"Average precision of each class, not interpolated, worst first{left_out}.",
+        label="average precision, percent",
+        classes=[details.query_classes[query] for query in worst],
+        systems=[(_label(name), (100 * details.systems[name].metric[worst]).tolist()) for name in shown],
+    )
+
+
+def _confused(names: tuple[str, ...], counts: np.ndarray, shares: np.ndarray) -> Table:
+    """The pairs of classes that are confused most."""
+    wrong = counts - np.diag(np.diag(counts))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_CONFUSED]
+    places = zip(*np.unravel_index(order, wrong.shape), strict=True)
+    rows = tuple(
+        plain_row(names[true], names[nearest], str(wrong[true, nearest]), percent(shares[true, nearest]))
+        for true, nearest in places
+        if wrong[true, nearest]
+    )
+    header = ("true class", "nearest class text", "photos", "percent of the class")
+    return Table("What the FAM confuses most.", header, rows, folded=True)
+
+
+def _label(name: str) -> str:
+    return "FAM" if name == "fam" else name

@@ -16,8 +16,9 @@ from saffe_cache.core.outputs import CONFIG, RESULT, provenance, write_json
 from saffe_cache.evaluation.baselines import BASELINES, Material, fit_baselines
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.controls import duplicates, failures, fusing_flops, run_controls, sensitivity
-from saffe_cache.evaluation.details import details_of, write_details
+from saffe_cache.evaluation.details import write_details
 from saffe_cache.evaluation.results import FAM, Cost, Difference, EvaluationResult, Index, numbers_of
+from saffe_cache.evaluation.single_queries import details_of
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import FamInputs
 from saffe_cache.inputs.pairs import Pairs

@@ -13,8 +13,7 @@ from saffe_cache.core.outputs import CONFIG, read_json
 from saffe_cache.core.results import Measurement, Result
 from saffe_cache.core.sections import Section
 from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, flops, interval_cell, percent
-from saffe_cache.evaluation.detail_figures import show_classes
-from saffe_cache.evaluation.details import NAME, check_means, read_details
+from saffe_cache.evaluation.details import NAME, check_means, read_details, show_classes
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.metrics import metric_named
 from saffe_cache.retrieval.scores import Scores

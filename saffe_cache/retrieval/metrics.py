@@ -64,11 +64,6 @@ def recall_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
     return np.asarray(ranks <= k, np.float64)
 
 
-def recall(k: int) -> Callable[[Ragged], np.ndarray]:
-    """`recall_at_k` of the first relevant items."""
-    return lambda ranks: recall_at_k(first_ranks(ranks), k)
-
-
 def chance_average_precision(num_gallery: int, num_relevant: int, depth: int | None = None) -> float:
     """Expected average precision of a random order; with a depth k, over its first k and divided by min(R, k).
 
@@ -147,7 +142,17 @@ class Metric:
         return f"{value:.0f}" if self.is_rank else f"{100 * value:.{digits}f}"
 
 
-_BY_FIRST: tuple[Ranking, ...] = ("captions", "texts")
+def _recall(k: int, description: str, *rankings: Ranking, least_items: int = 1) -> Metric:
+    """`recall_at_k` under one of its names."""
+    return Metric(
+        description=description,
+        rankings=rankings,
+        values=lambda ranks: recall_at_k(first_ranks(ranks), k),
+        chance=lambda order: order.recall(k),
+        least_items=least_items,
+    )
+
+
 METRICS: dict[str, Metric] = {
     "map": Metric(
         description="mean average precision over the whole ranking, not interpolated",
@@ -161,51 +166,25 @@ METRICS: dict[str, Metric] = {
         values=lambda ranks: average_precision_of_ranks(ranks, 100),
         chance=lambda order: order.average_precision(100),
     ),
-    "recall_at_1": Metric(
-        description="share of queries whose first result is relevant",
-        rankings=(*_BY_FIRST, "images"),
-        values=recall(1),
-        chance=lambda order: order.recall(1),
-    ),
-    "recall_at_5": Metric(
-        description="share of queries with a relevant result among the first 5",
-        rankings=_BY_FIRST,
-        values=recall(5),
-        chance=lambda order: order.recall(5),
-    ),
-    "recall_at_10": Metric(
-        description="share of queries with a relevant result among the first 10",
-        rankings=_BY_FIRST,
-        values=recall(10),
-        chance=lambda order: order.recall(10),
-    ),
+    "recall_at_1": _recall(1, "share of queries whose first result is relevant", "captions", "texts", "images"),
+    "recall_at_5": _recall(5, "share of queries with a relevant result among the first 5", "captions", "texts"),
+    "recall_at_10": _recall(10, "share of queries with a relevant result among the first 10", "captions", "texts"),
     "mrr": Metric(
         description="mean of 1 / rank of the first relevant result",
-        rankings=_BY_FIRST,
+        rankings=("captions", "texts"),
         values=lambda ranks: 1 / first_ranks(ranks),
         chance=lambda order: order.reciprocal_rank,
     ),
     "median_rank": Metric(
         description="median rank of the first relevant result: a rank, not a percentage; lower is better",
-        rankings=_BY_FIRST,
+        rankings=("captions", "texts"),
         values=first_ranks,
         chance=lambda order: order.median_rank,
         is_rank=True,
         higher_is_better=False,
     ),
-    "top1": Metric(
-        description="share of photos whose nearest class is one of theirs",
-        rankings=("labels", "candidates"),
-        values=recall(1),
-        chance=lambda order: order.recall(1),
-    ),
-    "top5": Metric(
-        description="share of photos with one of their classes among the nearest 5",
-        rankings=("candidates",),
-        values=recall(5),
-        chance=lambda order: order.recall(5),
-        least_items=6,
-    ),
+    "top1": _recall(1, "share of photos whose nearest class is one of theirs", "labels", "candidates"),
+    "top5": _recall(5, "share of photos with one of their classes among the nearest 5", "candidates", least_items=6),
 }
 """Every metric by name, in the order in which reports list them."""
 

@@ -1,0 +1,113 @@
+"""Collects what single queries find: the first photos of each system, and how it ranks classes; see `details`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from saffe_cache.core.features import Ragged
+from saffe_cache.evaluation.details import RECALLS, ClassDetails, Details, SystemDetails
+from saffe_cache.protocols.base import Protocol
+from saffe_cache.protocols.setting import Answered, Answers, Setting
+from saffe_cache.retrieval.ranking import members, relevant_ranks_of_scores
+from saffe_cache.retrieval.scores import nearest_classes
+
+FIRST_K = 10
+MOST_QUERIES = 2000
+
+
+def details_of(protocol: Protocol, systems: Mapping[str, Answered]) -> Details:
+    """The details of some systems under one protocol."""
+    setting, relevant, by_photo = protocol.setting, protocol.relevant, protocol.queries is None
+    queries = np.flatnonzero(np.diff(relevant.offsets))
+    shown = np.arange(len(queries))
+    if len(shown) > MOST_QUERIES:
+        shown = np.sort(np.random.default_rng(setting.seed).choice(shown, MOST_QUERIES, replace=False))
+    chosen = queries[shown]
+    first = {name: _first(of.answers, chosen, setting.seed, by_photo) for name, of in systems.items()}
+    answers = np.array([relevant[int(query)][0] for query in chosen], np.int64)
+    asking = chosen if by_photo else answers
+    named = np.unique(np.concatenate([answers, asking, *(of.ravel() for of in first.values())]))
+    hashes = setting.cache.table.inputs[setting.inputs.gallery.manifest.modality].content_hash
+    return Details(
+        main_metric=protocol.main_metric,
+        shown=shown,
+        texts=_query_texts(protocol, chosen),
+        answers=np.searchsorted(named, answers),
+        asking=np.searchsorted(named, chosen) if by_photo else np.full(len(chosen), -1),
+        num_relevant=np.diff(relevant.offsets)[chosen],
+        photo_ids=tuple(setting.pairs.ids[place] for place in named),
+        photo_hashes=hashes[setting.pairs.rows[named]],
+        photo_texts=tuple(_photo_text(setting, int(place)) for place in named),
+        query_classes=tuple(protocol.class_names[query] for query in queries) if protocol.shows_classes else (),
+        class_names=protocol.class_names,
+        systems={
+            name: SystemDetails(
+                metric=of.scores[protocol.main_metric].of_queries,
+                first=np.searchsorted(named, first[name]),
+                is_relevant=_is_relevant(relevant, chosen, first[name]),
+                classes=_class_details(of.answers, protocol) if protocol.shows_classes else None,
+            )
+            for name, of in systems.items()
+        },
+    )
+
+
+def _first(answers: Answers, queries: np.ndarray, seed: int, by_photo: bool) -> np.ndarray:
+    """The first photos of some queries; a photo that searches is not among its own."""
+    num_gallery = answers.scores().shape[1]
+    first = answers.first(queries, min(FIRST_K + by_photo, num_gallery), seed)
+    if not by_photo:
+        return first
+    is_own = first == queries[:, None]
+    is_own[~is_own.any(axis=1), -1] = True
+    return np.asarray(first[~is_own].reshape(len(first), -1))
+
+
+def _is_relevant(relevant: Ragged, queries: np.ndarray, first: np.ndarray) -> np.ndarray:
+    return np.array([np.isin(of, relevant[int(query)]) for query, of in zip(queries, first, strict=True)])
+
+
+def _query_texts(protocol: Protocol, queries: np.ndarray) -> tuple[str, ...]:
+    if protocol.queries is None:
+        return ()
+    return tuple(_text(protocol.setting, int(row)) for row in protocol.queries.text_rows[queries])
+
+
+def _text(setting: Setting, row: int) -> str:
+    texts = setting.cache.table.inputs["text"].texts
+    assert texts is not None
+    return texts[row]
+
+
+def _photo_text(setting: Setting, place: int) -> str:
+    pairs = setting.pairs
+    if pairs.beside is not None:
+        return _text(setting, int(pairs.beside[place]))
+    if pairs.kind == "classes":
+        return ", ".join(setting.cache.table.class_names[label] for label in pairs.labels[place])
+    return _text(setting, int(pairs.texts[place][0]))
+
+
+def _class_details(answers: Answers, protocol: Protocol) -> ClassDetails:
+    pairs, seed, num_classes = protocol.setting.pairs, protocol.setting.seed, len(protocol.class_names)
+    alone = np.flatnonzero(np.diff(pairs.labels.offsets) == 1)
+    labels = pairs.labels.values[pairs.labels.offsets[alone]]
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(confusion, (labels, nearest_classes(answers.scores(), seed)[alone]), 1)
+    ranks = relevant_ranks_of_scores(answers.scores(), members(pairs.labels, num_classes), seed=seed)
+    curves = [interpolated_precision(of_class) for of_class in ranks if len(of_class)]
+    return ClassDetails(precision=np.array(curves, np.float32), confusion=confusion)
+
+
+def interpolated_precision(ranks: np.ndarray) -> np.ndarray:
+    """The highest precision at each of `RECALLS` or above it, float64 [101], from the ranks of all relevant photos.
+
+    For drawing alone: average precision is not interpolated.
+    Source: Manning et al., Introduction to Information Retrieval, sec. 8.4.
+    """
+    found = np.arange(1, len(ranks) + 1)
+    highest = np.maximum.accumulate((found / ranks)[::-1])[::-1]
+    needed = np.ceil(RECALLS * len(ranks) - 1e-9).astype(int)  # how many of them make this recall
+    return np.asarray(highest[np.maximum(needed, 1) - 1])
