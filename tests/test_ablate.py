@@ -172,9 +172,7 @@ def test_a_metric_that_the_protocol_has_not_is_refused_before_anything_is_traine
 @pytest.mark.parametrize(
     ("classes", "protocols"), [(0, ("caption", "metadata", "rerank")), (7, ("class", "candidate", "rerank", "image"))]
 )
-def test_metric_names_are_known_before_scores(
-    tmp_path: Path, classes: int, protocols: Sequence[str]
-) -> None:
+def test_metric_names_are_known_before_scores(tmp_path: Path, classes: int, protocols: Sequence[str]) -> None:
     path = make_cache(tmp_path / "cache.zarr", {"train": 40, "test": 21}, classes=classes, captions=3)
     matching = {"objective": {"info_nce": 1.0, "matching": 1.0}}
     options: dict[str, Any] = matching if classes else {"gallery_text": "first_caption"}

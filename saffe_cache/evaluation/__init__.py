@@ -1,1 +1,1 @@
-"""What saffe evaluate does: protocols over a run, and the baselines and controls beside them."""
+"""Evaluation of a run: a protocol with its baselines, controls and index."""

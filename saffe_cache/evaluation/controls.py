@@ -31,7 +31,7 @@ def run_controls(
     """The verdict on every control of a protocol, and all its scores.
 
     Args:
-        protocol: what is measured, and on what.
+        protocol: over the reported pairs.
         model: the model that is reported.
         permuted: the model that was trained on permuted pairs; None where there is none.
         baselines: those that controls are compared with, and others.

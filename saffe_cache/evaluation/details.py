@@ -81,7 +81,7 @@ class Details:
     photo_hashes: np.ndarray
     """uint8 [photos, 32]: SHA-256 of their files."""
     photo_texts: tuple[str, ...]
-    """What describes them: the text that lies beside them, their classes, or their first caption."""
+    """What describes them: their paired text, their classes, or their first caption."""
     query_classes: tuple[str, ...]
     """Where classes search: the class of each query."""
     class_names: tuple[str, ...]
@@ -190,9 +190,9 @@ def check_means(folder: Path, details: Details, means: Mapping[str, float]) -> N
     for name, system in details.systems.items():
         found, expected = float(system.metric.mean()), means.get(name)
         if expected is None or abs(found - expected) > 1e-9:
-            told = "nothing" if expected is None else f"{expected:.6f}"
+            other = "nothing" if expected is None else f"{expected:.6f}"
             raise ValueError(
-                f"{folder / NAME}: {details.main_metric} of {name} is {found:.6f}, result.json says {told}: they "
+                f"{folder / NAME}: {details.main_metric} of {name} is {found:.6f}, result.json says {other}: they "
                 "belong to two evaluations. Evaluate again."
             )
 

@@ -1,4 +1,4 @@
-"""Collects what single queries find: the first photos of each system, and how it ranks classes; see `details`."""
+"""Collect what single queries find: the first photos of each system, and how it ranks classes; see `details`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a protocol is. A subclass says all that training, evaluation, controls, baselines and reports ask of it.
 
     class MyProtocol(SearchProtocol):
-        name, definition, pair_kind = "mine", "what is searched, and what counts as relevant", "captions"
+        name, definition, pair_kind = "mine", "which queries search what, and what is relevant", "captions"
         baselines = ("ridge", "mlp", "zero_shot", "pooled_cosine")
         ...
 
@@ -146,7 +146,7 @@ class Protocol(ABC):
         """The scores of a baseline."""
 
     def validate(self, model: Fusion) -> float:
-        """The main metric of a model in training; its vectors are computed anew."""
+        """The main metric of a model in training; nothing is cached."""
         raise NotImplementedError(f"protocol {self.name}: no run is trained for it")
 
     def fused_texts(self) -> np.ndarray | None:

@@ -85,8 +85,8 @@ def label_units(metric: str, num_photos: int) -> np.ndarray | None:
 def dealt_map(scores: np.ndarray, labels: Ragged, *, deals: int = 200, seed: int = 0) -> tuple[float, float]:
     """Mean and standard deviation of mAP when the class names are dealt at random to the rankings.
 
-    The level of rankings that know nothing of which class is which. It lies above the chance of a random order where
-    photos of one class lie together: a whole class then stands early or late in each ranking.
+    This is the level of rankings that cannot distinguish the classes. It is above the chance of a random order where
+    photos of a class are similar: a whole class then ranks high or low.
 
     Args:
         scores: [photos, classes].

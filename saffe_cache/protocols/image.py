@@ -53,4 +53,4 @@ class ImageProtocol(Protocol):
         return image_scores(answers.gallery, self.setting.pairs.labels, seed=self.setting.seed)
 
     def why_no_permuted(self) -> str:
-        return "photos of one class lie together whatever the run was trained on"
+        return "photos of a class are similar whatever the run was trained on"

@@ -62,16 +62,16 @@ class RerankProtocol(Protocol):
         return ClassProtocol if kind == "classes" else CaptionProtocol
 
     def answer(self, model: Fusion, arrangement: Arrangement) -> Answered:
-        of, asked = self.setting, self.queries
-        assert asked is not None
-        gallery, queries = of.gallery(model, arrangement), of.queries(model, asked)
-        ranks = relevant_ranks(gallery, queries, asked.relevant, seed=of.seed)
+        of, texts = self.setting, self.queries
+        assert texts is not None
+        gallery, queries = of.gallery(model, arrangement), of.queries(model, texts)
+        ranks = relevant_ranks(gallery, queries, texts.relevant, seed=of.seed)
         first = top_k(InnerProducts(gallery, queries), self._k, seed=of.seed)
-        second = score_chosen_pairs(model, of.inputs, of.pairs.rows[arrangement.photos][first], asked)
+        second = score_chosen_pairs(model, of.inputs, of.pairs.rows[arrangement.photos][first], texts)
         scores = second.cosine
         if second.matching is not None:
             scores = second.matching + np.take_along_axis(queries @ gallery.T, first, axis=1)
-        found = reranked_scores(ranks, asked.relevant, first, scores, asked.units, len(gallery), seed=of.seed)
+        found = reranked_scores(ranks, texts.relevant, first, scores, texts.units, len(gallery), seed=of.seed)
         return Answered(found, Reordered(Vectors(gallery, queries), reordered(first, scores)))
 
     def vectors_answer(self, gallery: np.ndarray, queries: np.ndarray | None) -> Answers:
@@ -123,7 +123,7 @@ def reranked_scores(
 
 
 def reranked(ranks: Ragged, relevant: Ragged, candidates: np.ndarray, scores: np.ndarray) -> Ragged:
-    """Ranks after the first k are put into the order of a second score; what is below keeps its place.
+    """Ranks after the first k are reordered by a second score; items below keep their places.
 
     Where second scores tie, the first order stays.
 

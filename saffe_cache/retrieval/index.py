@@ -1,16 +1,16 @@
 """The FAISS index over fused vectors. The only importer of faiss.
 
-Items are added in a random order that is saved with the index: where scores tie, the better rank then goes
-to nobody in particular. (With a collapsed model all scores tie, and any fixed order would show a pattern.)
+Items are added in a random order that is saved with the index, so that ties favour no item. (With a collapsed model all
+scores tie, and any fixed order would show a pattern.)
 
-| kind | what is searched | a vector takes |
+| kind | searches | bytes of a vector |
 |---|---|---|
-| `flat` | all vectors: exact | 4 d bytes |
+| `flat` | all vectors: exact | 4 d |
 | `ivf` | those of the `nprobe` nearest of `nlist` k-means clusters | 4 d + 8 |
 | `ivf_pq` | the same, in codes of `num_codes` bytes (Jégou et al. 2011, product quantization) | about d / 4 + 8 |
 | `hnsw` | a graph of near neighbours (Malkov and Yashunin 2018) | 4 d + 270 |
 
-`ivf` and `ivf_pq` follow from the seed. The graph also depends on which of several threads comes first.
+`ivf` and `ivf_pq` depend on the seed alone. The graph also depends on the timing of threads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _GPU_MOST_RANKS = 2048
 """The longest ranking that faiss returns from a GPU."""
 _LEAST_PER_CLUSTER, _MOST_PER_CLUSTER = 39, 64
 """Vectors that k-means is fitted to; with fewer than 39 a cluster faiss warns."""
-_FEWEST_CLUSTERS: dict[IndexKind, int] = {"ivf": 16, "ivf_pq": 256}  # a code byte tells 256 clusters apart
+_FEWEST_CLUSTERS: dict[IndexKind, int] = {"ivf": 16, "ivf_pq": 256}  # a byte of a code distinguishes 256 clusters
 _CODE_ROUNDS = 10
 """Of k-means for the codes: 25, faiss's default, takes twice as long and finds no more (0.70 and 0.73 of 10)."""
 _NEIGHBOURS, _KEPT_IN_BUILDING, _KEPT_IN_SEARCH = 32, 40, 128
@@ -67,7 +67,7 @@ class RetrievalIndex:
             raise ValueError(f"queries: shape {queries.shape}, the index has vectors of width {width}. Give those.")
         finite = np.isfinite(queries).all(axis=1)
         if not finite.all():
-            raise ValueError(f"queries: row {int(finite.argmin())} is not finite. Leave it out, or mend the model.")
+            raise ValueError(f"queries: row {int(finite.argmin())} is not finite. Leave it out, or fix the model.")
         return self._rank_blocks(queries, k, block)
 
     def _rank_blocks(self, queries: np.ndarray, k: int, block: int) -> Iterator[np.ndarray]:
@@ -125,7 +125,7 @@ def build_index(vectors: np.ndarray, ids: tuple[str, ...], seed: int = 0, kind: 
 
 
 def _empty_index(kind: IndexKind, num_vectors: int, width: int, seed: int) -> Any:
-    """An index with parameters for so many vectors. (The graph draws alike for all seeds; the items' order differs.)"""
+    """An index with parameters for this number of vectors. (The graph's draws ignore the seed; the item order does not.)"""
     index: Any
     flat, by = faiss.IndexFlatIP(width), faiss.METRIC_INNER_PRODUCT
     if kind == "flat":

@@ -1,17 +1,17 @@
-"""The ranks at which relevant items stand, without holding a ranking. Pure numpy.
+"""The ranks of relevant items, without storing whole rankings. Pure numpy.
 
-A ranking is an order of integers, so that it is the same on every machine and for every size of block. First
-comes the score in multiples of `ROUNDING`; where that ties, the item's place in one random order of the
-gallery, which is drawn from the seed and knows nothing of relevance. (With a collapsed model all scores
-tie, and an order of the data would show a pattern.)
+Rankings are orders of integers, so that they are the same on every machine and for every block size. Items are ordered
+by their score in multiples of `ROUNDING`; ties by their place in one random order of the gallery, which is drawn from
+the seed and independent of relevance. (With a collapsed model all scores tie, and an order of the data would show a
+pattern.)
 
 Inner products are exact. Coordinates are rounded to multiples of 2^-26; a product of two unit vectors is
 then a sum of multiples of 2^-52 that never exceeds 2, and float64 holds each of those without rounding, in
-whatever order BLAS adds. So equal vectors have equal scores in whichever block they stand. The rounding
-moves a score by about 1e-8, a tenth of what float32 products do.
+whatever order BLAS adds. So equal vectors have equal scores in every block. The rounding changes a score by about 1e-8,
+a tenth of the error of float32 products.
 
-Scores are read in blocks, and twice: for the scores of the relevant items, then to count what stands above
-each. A gallery may therefore be a memory-mapped file that is larger than memory.
+Scores are read twice, in blocks: for the scores of the relevant items, then to count the items above each. A gallery
+may therefore be a memory-mapped file that is larger than memory.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ScoreMatrix(Protocol):
 
 
 class InnerProducts:
-    """The scores of vectors, computed exactly, block by block, when they are asked for."""
+    """The scores of vectors, computed exactly, block by block, on reading."""
 
     def __init__(self, gallery: Vectors, queries: np.ndarray) -> None:
         """Keep the gallery as it is.
@@ -71,7 +71,7 @@ class InnerProducts:
             raise ValueError(f"queries: shape {queries.shape}, the gallery has vectors of width {width}. Give those.")
         finite = np.isfinite(queries).all(axis=1)
         if not finite.all():
-            raise ValueError(f"queries: row {int(finite.argmin())} is not finite. Leave it out, or mend the model.")
+            raise ValueError(f"queries: row {int(finite.argmin())} is not finite. Leave it out, or fix the model.")
         self.shape = (len(queries), gallery.shape[0])
         self._gallery, self._queries = gallery, queries
         self._items: slice | None = None

@@ -12,7 +12,7 @@ Mean average precision of a class over photos is also M3, the multi-label classi
 interpolated: it is `map` of `class_scores`.
 
 All take `intervals`, whether to compute 95 % bootstrap intervals, and `seed`, of the order of ties and the bootstrap.
-Which metrics they report stands in `saffe_cache.retrieval.metrics.METRICS`.
+`saffe_cache.retrieval.metrics.METRICS` says which metrics each reports.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ def nearest_classes(scores: ScoreMatrix, seed: int) -> np.ndarray:
 def _class_orders(scores: ScoreMatrix, seed: int) -> Iterator[tuple[int, np.ndarray]]:
     """Block by block, the first photo, and numbers [photos, classes] of which the smaller is the better.
 
-    Ties are broken anew for each photo, so that where all scores tie not all photos have the same class.
+    Ties are broken for each photo separately: where all scores tie, photos differ in their nearest class.
     """
     generator = np.random.default_rng(seed)
     num_classes, num_photos = scores.shape
