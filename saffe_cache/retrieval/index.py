@@ -125,7 +125,7 @@ def build_index(vectors: np.ndarray, ids: tuple[str, ...], seed: int = 0, kind: 
 
 
 def _empty_index(kind: IndexKind, num_vectors: int, width: int, seed: int) -> Any:
-    """An index with parameters for this number of vectors. (The graph's draws ignore the seed; the item order does not.)"""
+    """An index with parameters for this number of vectors. The seed does not reach the graph's own draws."""
     index: Any
     flat, by = faiss.IndexFlatIP(width), faiss.METRIC_INNER_PRODUCT
     if kind == "flat":

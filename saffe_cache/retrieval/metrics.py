@@ -142,12 +142,16 @@ class Metric:
         return f"{value:.0f}" if self.is_rank else f"{100 * value:.{digits}f}"
 
 
+def recall(k: int) -> Callable[[Ragged], np.ndarray]:
+    """`recall_at_k` of the first relevant items."""
+    return lambda ranks: recall_at_k(first_ranks(ranks), k)
+
+
 def _recall(k: int, description: str, *rankings: Ranking, least_items: int = 1) -> Metric:
-    """`recall_at_k` under one of its names."""
     return Metric(
         description=description,
         rankings=rankings,
-        values=lambda ranks: recall_at_k(first_ranks(ranks), k),
+        values=recall(k),
         chance=lambda order: order.recall(k),
         least_items=least_items,
     )
