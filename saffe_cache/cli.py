@@ -104,8 +104,6 @@ def _run_verb(name: str, prog: str, arguments: Sequence[str] | None) -> int:
     def run() -> int:
         function = verb.load_run()
         found = function(config)
-        if name in _SHOWN_BY_MODULE and verb.result is None:
-            return _shown_by_module(sys.modules[function.__module__], found)
         if verb.result is None:
             print(found)
             return getattr(found, "exit_status", 0)
@@ -115,16 +113,6 @@ def _run_verb(name: str, prog: str, arguments: Sequence[str] | None) -> int:
         return max(map(exit_status, folders))
 
     return _guarded(prog, run)
-
-
-_SHOWN_BY_MODULE = ("match",)
-
-
-def _shown_by_module(module: Any, found: Any) -> int:
-    """Print what a verb without a result class found, as its module shows it, and give the exit status."""
-    print(module.read_table(found), end="")
-    print(found)
-    return module.exit_status(found) if hasattr(module, "exit_status") else 0
 
 
 class _PlainText(logging.Formatter):

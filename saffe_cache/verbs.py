@@ -105,6 +105,7 @@ VERBS: Mapping[str, Verb] = {
         summary="Compare fusions that decide whether a text belongs to a photo.",
         config="studies.matching.config:MatchConfig",
         run="studies.matching.match:match",
+        result="studies.matching.result:MatchResult",
     ),
     "caption": Verb(
         summary="Feed photo tokens to a frozen language model and measure its captions.",

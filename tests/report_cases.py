@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 from extraction_cases import draw
 from quick_runs import quick_train, report_of
 
+from saffe_cache.core.controls import Control
 from saffe_cache.core.results import Result
 from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.report.report import ReportConfig, make_report
+from saffe_cache.studies.matching.findings import Crossover, MatchCost, MatchSetting, OverSeeds, Plane, PowerLaw
+from saffe_cache.studies.matching.result import MatchResult
 from saffe_cache.studies.sweep.result import Level, Published, SweepCost, SweepPoint, SweepResult, SweepSeries
 
 EVIL = "a dog </style><script>alert(1)</script> & \"dogs\" <img src='http://example.org/x.png'>"
@@ -108,37 +111,50 @@ def saved(result: Result, folder: Path) -> str:
     return str(folder)
 
 
-def matches() -> dict[str, Any]:
-    """Two systems on two sizes, with rotation and five levels of noise; fits, and pairs on two planes."""
+def matches() -> MatchResult:
+    """Systems at two sizes, with rotation and five levels of noise; fits, and pairs on two planes."""
 
-    def over_seeds(mean: float) -> dict[str, Any]:
-        return {"values": [mean - 0.01, mean, mean + 0.01], "mean": mean, "low": mean - 0.02, "high": mean + 0.02}
-
-    def setting(kind: str, level: float, scale: int) -> dict[str, Any]:
+    def setting(kind: str, level: float, scale: int) -> MatchSetting:
         metrics = ("accuracy", "f1", "precision", "recall", "auc", "shuffled_auc")
-        return {
-            "setting": f"1:1 {kind}", "kind": kind, "level": level, "negatives": 1, "scale": scale, "chance": 0.5,
-            "majority": 0.5, "alignment": {"photos_with_clean": 1 - level / 4},
-            "systems": {name: {metric: over_seeds(value - level / 10) for metric in metrics}
-                        for name, value in (("concat", 0.8), ("cross", 0.5), ("ridge_products", 0.85))},
-        }  # fmt: skip
+        means = {"concat": 0.8 - level / 10, "cross": 0.5 - level / 10, "ridge_products": 0.85 - level / 10}
+        return MatchSetting(
+            setting=f"1:1 {kind}",
+            kind=kind,
+            level=level,
+            negatives=1,
+            scale=scale,
+            pairs={"train": scale, "validation": 100, "test": 100},
+            chance=0.5,
+            majority=0.5,
+            alignment={"photos_with_clean": 1 - level / 4},
+            systems={
+                name: {metric: OverSeeds.of([mean - 0.01, mean, mean + 0.01]) for metric in metrics}
+                for name, mean in means.items()
+            },
+        )
 
-    plane = {"photos": [[0.0, 1.0], [2.0, 3.0]], "texts": [[0.5, 1.0], [2.0, 2.5]], "own_is_nearest": 0.25}
-    cost = {"parameters": 295554, "flops_per_pair": 590336, "seconds_per_1000_pairs": 0.01, "kept_bytes_per_pair": 7e3}
-    curve = {"a": 0.1, "b": 0.6, "c": 0.1}
-    return {
-        "title": "drawn", "dataset": "drawn", "split": "dev", "features": "non-aligned",
-        "settings": [setting("clean", 0, 2048), setting("clean", 0, 16384), setting("rotation", 1, 16384),
-                     *(setting("noise", level, 16384) for level in (0.05, 0.1, 0.2, 0.3, 0.5))],
-        "controls": [{"name": "concat, photos shuffled", "auc": 0.5, "limit": 0.05, "passed": True}],
-        "failures": [], "verdict": ["the rule holds at <b>2</b> sizes"], "cost": {"concat": cost, "cross": cost},
-        "crossovers": [{"words": "no crossover", "names": ["concat", "cross"],
-                        "curves": {"concat": curve, "cross": curve}}],
-        "planes": {"own": plane, "ridge": plane}, "meanings": {"concat": "one after the other"}, "left_out": [],
-    }  # fmt: skip
-
-
-def write(folder: Path, name: str, content: dict[str, Any]) -> str:
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(json.dumps(content))
-    return str(folder)
+    noisy = (setting("noise", level, 16384) for level in (0.05, 0.1, 0.2, 0.3, 0.5))
+    plane = Plane(photos=((0.0, 1.0), (2.0, 3.0)), texts=((0.5, 1.0), (2.0, 2.5)), own_is_nearest=0.25)
+    cost = MatchCost(parameters=295554, flops_per_pair=590336, seconds_per_1000_pairs=0.01, kept_bytes_per_pair=7e3)
+    curves = dict.fromkeys(("concat", "cross"), PowerLaw(a=0.1, b=0.6, c=0.1))
+    return MatchResult(
+        title="drawn",
+        split="dev",
+        seconds={},
+        features="non-aligned",
+        features_in_words="non-aligned features",
+        made_alignment=None,
+        seeds=(0, 1, 2),
+        settings=(setting("clean", 0, 2048), setting("clean", 0, 16384), setting("rotation", 1, 16384), *noisy),
+        controls=(Control.within("concat, photos shuffled", "AUC", 0.5, 0.5, 0.05),),
+        rule=(),
+        degradation=(),
+        crossovers=(Crossover(names=("concat", "cross"), sentence="no crossover", curves=curves),),
+        verdict=("the rule holds at <b>2</b> sizes",),
+        cost={"concat": cost, "cross": cost},
+        planes={"own": plane, "ridge": plane},
+        skipped=(),
+        photos={},
+        encoders={},
+        layers_of_tokens=(3, 3),
+    )

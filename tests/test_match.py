@@ -1,4 +1,4 @@
-"""saffe match on caches whose photos tell of their texts, or tell nothing."""
+"""saffe match on caches whose photos predict their texts, or do not."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from synthetic_cache import make_cache
 
 from saffe_cache.cli import main
 from saffe_cache.core.features import CacheError
+from saffe_cache.core.results import exit_status
 from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.store.reader import EncoderCache, open_cache
 from saffe_cache.studies.matching import match as match_module
 from saffe_cache.studies.matching import measuring, running
-from saffe_cache.studies.matching.aligning import null_control
-from saffe_cache.studies.matching.controls import judge_controls
+from saffe_cache.studies.matching.config import MatchConfig
 from saffe_cache.studies.matching.examples import Examples
-from saffe_cache.studies.matching.match import MatchConfig, exit_status, match
+from saffe_cache.studies.matching.match import match, split_parts
 from saffe_cache.studies.matching.measuring import Bench
-from saffe_cache.studies.matching.planning import plan_cells
+from saffe_cache.studies.matching.result import MatchResult
+from saffe_cache.studies.matching.running import plan_cells
+from saffe_cache.studies.matching.scores import judge_controls
+from saffe_cache.studies.matching.summary import null_trials
 
 SPLITS = {"train": 120, "test": 60}
 
@@ -55,12 +58,12 @@ def config_of(cache: str, out: Path, **options: Any) -> MatchConfig:
     return MatchConfig(cache=cache, out=str(out), device="cpu", **(quick | options))
 
 
-def result_of(config: MatchConfig) -> dict[str, Any]:
-    return json.loads((Path(match(config)) / "match.json").read_text())
+def result_of(config: MatchConfig) -> MatchResult:
+    return MatchResult.load(match(config))
 
 
-def test_what_can_be_found_is_found_and_what_cannot_is_not(cache: str, tmp_path: Path) -> None:
-    """Photos tell of their texts linearly: ridge finds it; attention over one key does not see the text."""
+def test_only_what_can_be_found_is_found(cache: str, tmp_path: Path) -> None:
+    """Photos predict their texts linearly: ridge finds it; attention over one key does not see the text."""
     options: dict[str, Any] = {
         "fusions": ("concat", "cross", "tokens"),
         "token_scales": (200,),
@@ -69,65 +72,68 @@ def test_what_can_be_found_is_found_and_what_cannot_is_not(cache: str, tmp_path:
     }
     options |= {"negatives": (1, 5), "scales": (60, 120, 200, 9999), "seeds": (0,), "epochs": 6, "tsne_pairs": 10}
     result = result_of(config_of(cache, tmp_path, **options))
-    assert result["failures"] == []
+    assert result.failures == ()
     assert exit_status(str(tmp_path)) == 0
-    assert result["features"] == "non-aligned"
-    names = [(one["setting"], one["scale"]) for one in result["settings"]]
+    assert result.features == "non-aligned"
+    names = [(one.setting, one.scale) for one in result.settings]
     assert names == [
         *(("1:1 clean", scale) for scale in (60, 120, 200)),
         *((setting, 200) for setting in ("1:1 noise 2", "1:1 rotation 1")),
         ("1:5 clean", 200),
     ]
-    settings = dict(zip(names, result["settings"], strict=True))
+    settings = dict(zip(names, result.settings, strict=True))
     largest = settings["1:1 clean", 200]
-    assert (largest["chance"], largest["majority"]) == (0.5, 0.5)
-    accuracy = {name: scores["accuracy"]["mean"] for name, scores in largest["systems"].items()}
+    assert (largest.chance, largest.majority) == (0.5, 0.5)
+    accuracy = {name: scores["accuracy"].mean for name, scores in largest.systems.items()}
     assert accuracy["ridge_products"] > 0.8
     assert accuracy["concat"] > 0.6
-    assert largest["systems"]["cross"]["accuracy"]["values"] == [0.5]
+    assert largest.systems["cross"]["accuracy"].values == (0.5,)
     assert "cosine" not in accuracy  # widths differ
     assert math.isfinite(accuracy["tokens"])
     of_five = settings["1:5 clean", 200]
-    assert of_five["majority"] == pytest.approx(5 / 6)
-    assert of_five["systems"]["cross"]["accuracy"]["mean"] == pytest.approx(5 / 6)
-    parted = settings["1:1 rotation 1", 200]["systems"]["ridge_products"]["accuracy"]["mean"]
-    destroyed = settings["1:1 noise 2", 200]["systems"]["ridge_products"]["accuracy"]["mean"]
+    assert of_five.majority == pytest.approx(5 / 6)
+    assert of_five.systems["cross"]["accuracy"].mean == pytest.approx(5 / 6)
+    parted = settings["1:1 rotation 1", 200].systems["ridge_products"]["accuracy"].mean
+    destroyed = settings["1:1 noise 2", 200].systems["ridge_products"]["accuracy"].mean
     assert parted == pytest.approx(accuracy["ridge_products"], abs=0.02)
     assert destroyed < accuracy["ridge_products"] - 0.15
-    assert {"concat", "cross", "tokens"} == set(result["cost"])
-    assert [one["names"] for one in result["crossovers"]] == [["concat", "cross"], ["concat", "tokens"]]
-    assert any(reason.startswith("9999 pairs at 1:1: --scales: found 9999,") for reason in result["left_out"])
-    permuted = [one for one in result["controls"] if "permuted" in one["name"]]
-    assert [one["name"].split(", ")[1:3] for one in permuted] == [
+    assert {"concat", "cross", "tokens"} == set(result.cost)
+    assert [one.names for one in result.crossovers] == [("concat", "cross"), ("concat", "tokens")]
+    assert any(reason.startswith("9999 pairs at 1:1: --scales: found 9999,") for reason in result.skipped)
+    permuted = [one for one in result.controls if "permuted" in one.name]
+    assert [one.name.split(", ")[1:3] for one in permuted] == [
         ["60 pairs", "concat"],
         ["60 pairs", "cross"],
         ["200 pairs", "tokens"],
     ]
-    table = (tmp_path / "match.txt").read_text()
-    assert "against cross (which sees one modality" in " ".join(table.split())
-    assert "percent of one seed; photos of the report" in table
-    assert "3 controls of permuted labels or pairs not judged" in table
-    assert "±" not in table
-    assert "%" not in table
-    assert "CONTROL FAILED" not in table
-    assert set(result["planes"]) == {"ridge"}
+    text = (tmp_path / "report.txt").read_text()
+    assert "against cross (which sees only one modality)" in " ".join(text.split())
+    assert "Percent, one seed" in text
+    assert "3 are undecided" in text
+    assert "±" not in text
+    assert "CONTROL FAILED" not in text
+    assert set(result.planes) == {"ridge"}
+    rows = result.to_frame().set_index(["setting", "system", "metric"])["value"]
+    assert rows["1:1 clean, 200 pairs", "concat", "accuracy"] == accuracy["concat"]
+    [section] = result.page_sections(tmp_path)
+    assert [figure.name for figure in section.figures] == ["sizes", "errors", "noise", "rotation", "planes"]
+    assert [table.folded for table in section.tables] == [False, *[True] * 5, *[False] * 3]
+    assert section.tables[0].caption.startswith("1:1 clean, 200 training pairs")
     page = make_page([str(tmp_path)], tmp_path / "page")
     assert "Does a text belong to a photo?" in page
     assert "±" not in page
-    assert "interval" not in page.split("Does a text belong to a photo?")[1]
-    assert ", 3 not judged" in page
-    assert "the rule for non-aligned features" not in page  # sentences begin with a capital
-    assert "The rule for non-aligned features, cross-attention wins at any size" in page
-    drawn = {path.stem for path in (tmp_path / "figures").glob("*.png")}
-    assert drawn == {"match-sizes", "match-risk", "match-noise", "match-rotation", "match-planes"}
-    del result["settings"][0]["chance"]
-    (tmp_path / "match.json").write_text(json.dumps(result))
-    with pytest.raises(ValueError, match=r"match\.json: .*'chance'.* Run saffe match again"):
+    assert "The rule for non-aligned features, that cross-attention wins at any size" in page
+    content = json.loads((tmp_path / "result.json").read_text())
+    del content["settings"][0]["chance"]
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"result\.json: it is damaged .*'chance'.* Run the command that writes it again"
+    ):
         make_page([str(tmp_path)], tmp_path / "page")
     assert (tmp_path / "page" / "data" / "match-1.csv").read_text().startswith("setting,system,metric,value")
 
 
-def test_photos_are_in_one_part_alone(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_photo_is_in_one_part(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Pairs]] = []
 
     def look(photo: Any, text: Any, parts: dict[str, Pairs], *_: Any) -> None:
@@ -141,24 +147,24 @@ def test_photos_are_in_one_part_alone(cache: str, tmp_path: Path, monkeypatch: p
     rows = {name: set(of.rows.tolist()) for name, of in parts.items()}
     assert len(set.union(*rows.values())) == sum(map(len, rows.values()))
     assert len(rows["test"]) == 60
-    assert len(rows["train"]) + len(rows["validation"]) == 115  # five stand in test too
+    assert len(rows["train"]) + len(rows["validation"]) == 115  # five are also in test
     hashes = open_cache(cache).table.inputs["image"].content_hash
     assert len({hashes[row].tobytes() for of in rows.values() for row in of}) == 175
 
 
-def test_photos_of_any_other_split_are_not_trained_on(tmp_path: Path) -> None:
+def test_photos_of_other_splits_are_not_trained_on(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c.zarr", {"train": 60, "test": 20, "unused": 20}, shared=5)
     opened = open_cache(cache)
     photo, text = (opened.encoder(kind) for kind in ("image", "text"))
     for validation in ("heldout", "unused"):
         config = config_of(cache, tmp_path, validation=validation)
-        parts = match_module._parts(config, opened, photo, text)
+        parts = split_parts(config, opened, photo, text)
         trained = {*parts["train"].ids, *(parts["validation"].ids if validation == "heldout" else ())}
         assert trained == {f"train/{number}" for number in range(5, 60)}
 
 
-def test_a_leak_fails_loudly(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A text that betrays whether it matches is found without the photo."""
+def test_leak_fails_a_control(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that reveals whether it matches is found without the photo."""
     photo, text = (open_cache(cache).encoder(kind) for kind in ("image", "text"))
     assert photo.key != text.key
     true = measuring.scores_of
@@ -170,18 +176,16 @@ def test_a_leak_fails_loudly(cache: str, tmp_path: Path, monkeypatch: pytest.Mon
     options = [f"--{name}={value}" for name, value in (("scales", "60"), ("seeds", "0,1"), ("epochs", 1))]
     options += ["--fusions=concat", "--negatives=1", "--tsne-pairs=0", "--noise=1", "--rotation=1", "--device=cpu"]
     assert main(["match", "--cache", cache, "--out", str(tmp_path), *options]) == 3
-    table = (tmp_path / "match.txt").read_text().splitlines()
-    assert table[0].startswith("CONTROL FAILED: 1:1 clean, 60 pairs, concat, photos shuffled: AUC ")
+    lines = (tmp_path / "report.txt").read_text().splitlines()
+    assert lines[0].startswith("CONTROL FAILED: 1:1 clean, 60 pairs, concat, photos shuffled: AUC is ")
 
 
-def test_a_killed_run_goes_on_and_a_finished_one_stays(
-    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_run_resumes_and_finished_one_stays(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(cache, tmp_path / "killed", scales=(60,))
     whole = result_of(config_of(cache, tmp_path / "whole", scales=(60,)))
     measure, calls = running.measure_cell, []
 
-    def dying(bench: Any, cell: Any, options: Any) -> dict[str, Any]:
+    def dying(bench: Any, cell: Any, options: Any) -> Any:
         calls.append(cell)
         if len(calls) == 4:
             raise KeyboardInterrupt
@@ -191,14 +195,12 @@ def test_a_killed_run_goes_on_and_a_finished_one_stays(
     with pytest.raises(KeyboardInterrupt):
         match(config)
     result = result_of(config)
-    assert len(calls) == 1 + len(list((tmp_path / "killed" / "cells").iterdir()))
+    assert len(calls) == 1 + len([name for name in result.seconds if name.startswith("1-to-1")])
     for part in ("settings", "controls", "verdict"):
-        seconds = {"seconds": 0} if part == "settings" else None
-        plain = [[one | seconds if seconds else one for one in of[part]] for of in (result, whole)]
-        assert plain[0] == plain[1], part
-    before = (tmp_path / "killed" / "match.json").read_bytes()
+        assert getattr(result, part) == getattr(whole, part), part
+    before = (tmp_path / "killed" / "result.json").read_bytes()
     match(config)
-    assert (tmp_path / "killed" / "match.json").read_bytes() == before
+    assert (tmp_path / "killed" / "result.json").read_bytes() == before
     with pytest.raises(ValueError, match=r"holds another result \(epochs: 3 there, 4 now"):
         match(replace(config, epochs=4))
 
@@ -213,11 +215,11 @@ def even_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 def aligning_bench(cache: str, config: MatchConfig) -> tuple[Bench, dict[str, Pairs]]:
     opened = open_cache(cache)
     photo, text = (opened.encoder(kind) for kind in ("image", "text"))
-    parts = match_module._parts(config, opened, photo, text)
+    parts = split_parts(config, opened, photo, text)
     return Bench(photo, text, parts, [], (3, 3)), parts
 
 
-def test_photos_that_align_are_in_no_pair(even_cache: str, tmp_path: Path) -> None:
+def test_aligning_photos_are_in_no_pair(even_cache: str, tmp_path: Path) -> None:
     config = config_of(even_cache, tmp_path, scales=(60, 120), noise=(0.1,), align_fraction=0.5)
     bench, parts = aligning_bench(even_cache, config)
     plain = aligning_bench(even_cache, replace(config, align_fraction=0.0))[1]
@@ -234,7 +236,7 @@ def test_photos_that_align_are_in_no_pair(even_cache: str, tmp_path: Path) -> No
     assert not used & aligning
 
 
-def test_features_are_aligned_by_the_ridge_regression_of_these_photos(even_cache: str, tmp_path: Path) -> None:
+def test_features_are_aligned_by_ridge_of_those_photos(even_cache: str, tmp_path: Path) -> None:
     bench, parts = aligning_bench(even_cache, config_of(even_cache, tmp_path, align_fraction=0.5))
     others = parts["aligning"]
     photos, texts = bench.own.of_photos(others.rows[others.owners]), bench.own.of_texts(others.texts.values)
@@ -245,7 +247,7 @@ def test_features_are_aligned_by_the_ridge_regression_of_these_photos(even_cache
     assert np.array_equal(bench.clean.texts, bench.own.texts)
 
 
-def test_what_is_made_pre_aligned_is_called_so(even_cache: str, tmp_path: Path) -> None:
+def test_pre_aligned_features_are_reported_as_such(even_cache: str, tmp_path: Path) -> None:
     """The cosine, at chance before, tells pairs apart; maps of permuted pairs leave it at chance."""
     options: dict[str, Any] = {"fusions": ("concat", "cross", "tokens"), "scales": (60, 9999), "rotation": (1.0,)}
     options |= {"token_scales": (60,), "tsne_pairs": 10, "epochs": 1}
@@ -253,33 +255,34 @@ def test_what_is_made_pre_aligned_is_called_so(even_cache: str, tmp_path: Path) 
     config = config_of(even_cache, tmp_path / "made", align_fraction=0.5, **options)
     made = result_of(config)
     before, after, parted = (
-        of["settings"][place]["systems"]["cosine"]["auc"]["mean"] for of, place in ((plain, 0), (made, 0), (made, 1))
+        of.settings[place].systems["cosine"]["auc"].mean for of, place in ((plain, 0), (made, 0), (made, 1))
     )
     assert before == pytest.approx(0.5, abs=0.1)
     assert after > 0.85
     assert parted < 0.7
-    assert made["settings"][0]["alignment"]["matching_pairs"] > made["settings"][0]["alignment"]["other_pairs"] + 0.3
-    found = made["made_alignment"]
-    assert (found["auc_before"], found["auc"]) == pytest.approx((before, after), abs=0.1)
-    assert np.mean(found["auc_permuted"]) == pytest.approx(0.5, abs=0.08)
-    [null] = [one for one in made["controls"] if "permuted pairs" in one["name"]]
-    assert null["passed"]
-    leak = null_control(found | {"auc_permuted": [0.8, 0.79, 0.81]}, 80)
-    assert judge_controls([leak])[0]["passed"] is False
-    assert (plain["features"], plain["made_alignment"], made["features"]) == ("non-aligned", None, "pre-aligned")
-    count = made["photos"]["aligning"]
-    assert made["features_in_words"] == f"features made pre-aligned by a ridge regression of {count} other photos"
-    rule = "the rule for {}, concatenation wins at any size, is undecided"
-    assert any(one.startswith(rule.format(made["features_in_words"])) for one in made["verdict"])
-    assert {"concat", "cross"} == set(made["cost"])
-    assert [reason.split(":")[0] for reason in made["left_out"]] == [
+    assert made.settings[0].alignment["matching_pairs"] > made.settings[0].alignment["other_pairs"] + 0.3
+    found = made.made_alignment
+    assert found is not None
+    assert (found.auc_before, found.auc) == pytest.approx((before, after), abs=0.1)
+    assert np.mean(found.auc_permuted) == pytest.approx(0.5, abs=0.08)
+    [null] = [one for one in made.controls if "permuted pairs" in one.name]
+    assert null.passed
+    leak = null_trials(replace(found, auc_permuted=(0.8, 0.79, 0.81)), 80)
+    assert judge_controls([leak])[0].passed is False
+    assert (plain.features, plain.made_alignment, made.features) == ("non-aligned", None, "pre-aligned")
+    count = made.photos["aligning"]
+    assert made.features_in_words == f"features made pre-aligned by a ridge regression of {count} other photos"
+    rule = "the rule for {}, that concatenation wins at any size, is undecided"
+    assert any(one.startswith(rule.format(made.features_in_words)) for one in made.verdict)
+    assert {"concat", "cross"} == set(made.cost)
+    assert [reason.split(":")[0] for reason in made.skipped] == [
         "9999 pairs at 1",
         "tokens",
         "cross_residual with noise or rotation",
     ]
-    assert f"which {made['photos']['train']} training photos" in made["left_out"][0]
-    assert made["features_in_words"] in " ".join((tmp_path / "made" / "match.txt").read_text().split())
-    assert made["features_in_words"] in make_page([str(tmp_path / "made")], tmp_path / "page")
+    assert f"which {made.photos['train']} training photos" in made.skipped[0]
+    assert made.features_in_words in " ".join((tmp_path / "made" / "report.txt").read_text().split())
+    assert made.features_in_words in make_page([str(tmp_path / "made")], tmp_path / "page")
     with pytest.raises(ValueError, match=r"another result .*align_fraction: 0\.5 there, 0\.25 now"):
         match(replace(config, align_fraction=0.25))
 
@@ -288,43 +291,43 @@ def test_what_is_made_pre_aligned_is_called_so(even_cache: str, tmp_path: Path) 
 def test_classes_match_their_names(tmp_path: Path, classes: int) -> None:
     cache = make_cache(tmp_path / "c.zarr", {"train": 90, "test": 60}, classes=classes, signal=8, width=32)
     result = result_of(config_of(cache, tmp_path / "out", scales=(120,), epochs=8))
-    [setting] = result["settings"]
-    assert setting["systems"]["concat"]["accuracy"]["mean"] > 0.7
-    assert result["failures"] == []
+    [setting] = result.settings
+    assert setting.systems["concat"]["accuracy"].mean > 0.7
+    assert result.failures == ()
 
 
-def test_a_ratio_that_few_classes_cannot_give_is_found_before_anything_is_measured(tmp_path: Path) -> None:
+def test_impossible_ratio_is_found_before_measuring(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c.zarr", {"train": 90, "test": 60}, classes=4, width=8)
     config = config_of(cache, tmp_path / "out", scales=(60,), seeds=(0,), epochs=1)
-    with pytest.raises(ValueError, match=r"--negatives: found 5, and the 4 different texts .* Ask for fewer"):
+    with pytest.raises(ValueError, match=r"--negatives: found 5, and the 4 different texts .* Use fewer"):
         match(replace(config, negatives=(5,)))
     result = result_of(replace(config, negatives=(1, 5)))  # in the same folder
-    assert [one["setting"] for one in result["settings"]] == ["1:1 clean"]
-    [reason] = result["left_out"]
+    assert [one.setting for one in result.settings] == ["1:1 clean"]
+    [reason] = result.skipped
     assert reason.startswith("60 pairs at 1:5: --negatives: found 5, and the 4 different texts")
-    assert "not measured: 60 pairs at 1:5:" in (tmp_path / "out" / "match.txt").read_text()
+    assert "not measured: 60 pairs at 1:5:" in (tmp_path / "out" / "report.txt").read_text()
 
 
-def test_fusions_that_are_left_out_are_told(cache: str, tmp_path: Path) -> None:
-    def told(**options: Any) -> list[str]:
+def test_skipped_fusions_are_reported(cache: str, tmp_path: Path) -> None:
+    def skipped(**options: Any) -> list[str]:
         config = config_of(cache, tmp_path, **{"fusions": ("concat", "tokens"), "seeds": (0,), **options})
         opened = open_cache(cache)
-        parts = match_module._parts(config, opened, *(opened.encoder(kind) for kind in ("image", "text")))
+        parts = split_parts(config, opened, *(opened.encoder(kind) for kind in ("image", "text")))
         return [reason.split(":")[0] for reason in plan_cells(config, parts)[1]]
 
-    assert told(token_scales=(60, 120)) == []
-    assert told(token_scales=(60, 512)) == ["tokens at 512 pairs"]
-    assert told(token_scales=(512, 1024)) == ["tokens at 512, 1024 pairs"]
-    assert told(token_scales=()) == ["tokens at any number of pairs"]
+    assert skipped(token_scales=(60, 120)) == []
+    assert skipped(token_scales=(60, 512)) == ["tokens at 512 pairs"]
+    assert skipped(token_scales=(512, 1024)) == ["tokens at 512, 1024 pairs"]
+    assert skipped(token_scales=()) == ["tokens at any number of pairs"]
     degraded = {"fusions": ("concat",), "degraded_fusions": ("concat", "cross", "tokens")}
-    assert told(**degraded) == []
+    assert skipped(**degraded) == []
     for kind in ("noise", "rotation"):
-        found = told(**degraded, **{kind: (0.5,)})
+        found = skipped(**degraded, **{kind: (0.5,)})
         assert found == ["cross with noise or rotation", "tokens with noise or rotation"]
 
 
-def test_layers_of_tokens_stay_when_a_run_goes_on(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer that was added in between would be the last one now."""
+def test_token_layers_stay_when_a_run_resumes(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that was added in between would now be the last one."""
     tokens = config_of(cache, tmp_path / "tokens", fusions=("tokens",), scales=(60,), token_scales=(60,), seeds=(0,))
     plain = config_of(cache, tmp_path / "plain", fusions=("concat",), scales=(60,), seeds=(0,), epochs=1)
 
@@ -339,9 +342,9 @@ def test_layers_of_tokens_stay_when_a_run_goes_on(cache: str, tmp_path: Path, mo
                 match(config)
     with pytest.raises(ValueError, match=r"another result \(layers: \[2, 2\] there, \[3, 3\] now\)"):
         match(tokens)
-    assert result_of(plain)["failures"] == []
+    assert result_of(plain).failures == ()
     chosen = replace(tokens, out=str(tmp_path / "chosen"), layers={"image": (2,)}, epochs=1)
-    assert result_of(chosen)["layers_of_tokens"] == [2, 3]
+    assert result_of(chosen).layers_of_tokens == (2, 3)
 
 
 def test_halves_of_one_model_are_aligned(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
@@ -357,14 +360,20 @@ def test_halves_of_one_model_are_aligned(tiny_model: Callable[[str], Path], tmp_
     extract(
         ExtractConfig(data=str(tmp_path / "data"), cache=cache, encoder={"image": both, "text": both}, device="cpu")
     )
-    options = {"fusions": ("concat", "tokens"), "scales": (8,), "token_scales": (8,), "seeds": (0,), "asks": "photo"}
+    options = {
+        "fusions": ("concat", "tokens"),
+        "scales": (8,),
+        "token_scales": (8,),
+        "seeds": (0,),
+        "query_modality": "photo",
+    }
     result = result_of(config_of(cache, tmp_path / "out", **options))
-    assert result["features"] == "pre-aligned"
-    [setting] = result["settings"]
-    assert {"cosine", "tokens"} < set(setting["systems"])
-    assert -1 <= setting["alignment"]["matching_pairs"] <= 1
+    assert result.features == "pre-aligned"
+    [setting] = result.settings
+    assert {"cosine", "tokens"} < set(setting.systems)
+    assert -1 <= setting.alignment["matching_pairs"] <= 1
     text = open_cache(cache).encoder("text")
-    with pytest.raises(ValueError, match=r"--align-fraction: found 0\.5, expected 0: .* aligned as they are"):
+    with pytest.raises(ValueError, match=r"--align-fraction: found 0\.5, expected 0: .* aligned already"):
         match(config_of(cache, tmp_path / "twice", align_fraction=0.5, **options))
     other = replace(text.manifest.fingerprint, fields={**text.manifest.fingerprint.fields, "model_id": "another"})
     photo = open_cache(cache).encoder("image")
@@ -373,10 +382,10 @@ def test_halves_of_one_model_are_aligned(tiny_model: Callable[[str], Path], tmp_
     assert not running.is_aligned(photo, text)
 
 
-def test_what_does_not_go_together_is_said(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_that_do_not_fit_are_refused(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"--fusions: found gated, expected concat or"):
         config_of(cache, tmp_path, fusions=("gated",))
-    with pytest.raises(ValueError, match=r"--fusions: found tokens alone, expected others too: --align-fraction"):
+    with pytest.raises(ValueError, match=r"--fusions: found only tokens, expected others too: --align-fraction"):
         config_of(cache, tmp_path, fusions=("tokens",), align_fraction=0.5)
     with pytest.raises(ValueError, match=r"--align-fraction: found 1\.0, expected 0 or more, below 1"):
         config_of(cache, tmp_path, align_fraction=1.0)
@@ -386,7 +395,7 @@ def test_what_does_not_go_together_is_said(cache: str, tmp_path: Path, monkeypat
         match(config_of(cache, tmp_path / "a", scales=(9999,)))
     with pytest.raises(ValueError, match="split 'dev' has no items"):
         match(config_of(cache, tmp_path / "b", split="dev"))
-    with pytest.raises(CacheError, match=r"hidden states of layers \[2, 3\], asked for \[1\]"):
+    with pytest.raises(CacheError, match=r"hidden states of layers \[2, 3\], requested \[1\]"):
         match(config_of(cache, tmp_path / "c", layers={"image": (1,)}))
     real = __import__
 

@@ -1,4 +1,4 @@
-"""What fusions are fed is what the cache holds, and the weights that are kept are those that validation chose."""
+"""Fusions get what the cache holds, and keep the weights that validation chose."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from synthetic_cache import make_cache
 from saffe_cache.inputs.pairs import select_pairs
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.studies.matching.examples import draw_examples, draw_judged
+from saffe_cache.studies.matching.features import PairTokens, PairVectors
 from saffe_cache.studies.matching.fitting import FitOptions, fit, scores_of
-from saffe_cache.studies.matching.inputs import Tokens, Vectors
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +22,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return open_cache(make_cache(path, {"train": 40, "test": 30}, signal=2, text_width=6))
 
 
-def test_tokens_and_vectors_are_those_of_their_rows(cache: Cache) -> None:
+def test_tokens_and_vectors_match_their_rows(cache: Cache) -> None:
     photo, text = cache.encoder("image"), cache.encoder("text")
     photo_rows, text_rows = np.array([2, 3, 7, 30]), np.array([0, 4, 5, 11, 20])
-    tokens = Tokens.read(photo, text, photo_rows, text_rows, (3, 2))
+    tokens = PairTokens.read(photo, text, photo_rows, text_rows, (3, 2))
     asked = np.array([30, 2, 2]), np.array([4, 20, 0])
     photos, texts, mask = tokens.batch(*asked)
     deviation = photo.array("hidden_states/3").read(np.arange(70)).std()
@@ -40,7 +40,7 @@ def test_tokens_and_vectors_are_those_of_their_rows(cache: Cache) -> None:
         own = stored.read(np.arange(text.offsets[row], text.offsets[row + 1])) / deviation
         assert np.allclose(texts[place, : len(own)], own, atol=0.02)
         assert not texts[place, len(own) :].any()
-    vectors = Vectors.read(photo, text, photo_rows, text_rows)
+    vectors = PairVectors.read(photo, text, photo_rows, text_rows)
     photos, texts, mask = vectors.batch(*asked)
     own = photo.vectors(asked[0])
     assert torch.allclose(photos.norm(dim=2), torch.tensor(photo.manifest.hidden_size**0.5))
@@ -48,12 +48,14 @@ def test_tokens_and_vectors_are_those_of_their_rows(cache: Cache) -> None:
     assert (tuple(texts.shape), tuple(mask.shape), bool(mask.all())) == ((3, 1, 6), (3, 1), True)
 
 
-def test_the_kept_weights_are_those_of_the_best_epoch_and_a_seed_repeats_them(cache: Cache) -> None:
+def test_weights_of_best_epoch_are_kept_and_repeatable(cache: Cache) -> None:
     photo, text = cache.encoder("image"), cache.encoder("text")
     train, judged = (select_pairs(cache.table, photo, text, split, "captions") for split in ("train", "test"))
     rows = np.union1d(train.rows, judged.rows), np.union1d(train.texts.values, judged.texts.values)
-    vectors = Vectors.read(photo, text, *rows)
-    options = FitOptions(epochs=6, batch_size=16, learning_rate=0.01, weight_decay=0.01, asks="text", device="cpu")
+    vectors = PairVectors.read(photo, text, *rows)
+    options = FitOptions(
+        epochs=6, batch_size=16, learning_rate=0.01, weight_decay=0.01, query_modality="text", device="cpu"
+    )
     training, validation = draw_examples(train, 80, 1, 0), draw_judged(judged, 1, 0)
     first, again, other = (fit("concat", vectors, training, validation, options, seed) for seed in (0, 0, 1))
     assert first.validation[first.epoch - 1] == max(first.validation)

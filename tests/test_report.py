@@ -24,7 +24,6 @@ from report_cases import (
     saved,
     sweep,
     sweep_point,
-    write,
 )
 
 from saffe_cache.cli import main
@@ -44,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Made:
 def page(made: Made) -> str:
     folder = made.data.parent
     others = [saved(sweep(), folder / "sweep"), saved(heat_map(12, 6), folder / "pairs")]
-    others.append(write(folder / "match", "match.json", matches()))
+    others.append(saved(matches(), folder / "match"))
     return make_page([made.run, *others], folder / "page", queries=("again",))
 
 

@@ -16,7 +16,6 @@ from saffe_cache.core.results import Measurement, Result
 from saffe_cache.core.sections import Section
 from saffe_cache.report.gallery import Gallery, Options, open_gallery
 from saffe_cache.report.ledger import costs_section
-from saffe_cache.report.old_results import OLD
 from saffe_cache.report.photos import Album
 from saffe_cache.report.plots import Plot, draw
 from saffe_cache.verbs import VERBS, load_result
@@ -81,7 +80,6 @@ def find_results(folders: Iterable[str]) -> list[Found]:
         below = sorted(folder.glob(f"*/{RESULT}"))
         places = [folder] if (folder / RESULT).exists() else []
         places += [path.parent for path in below]
-        places += [place for place in (folder, *folder.glob("*/")) if any((place / name).exists() for name in OLD)]
         if not places:
             writers = ", ".join(f"saffe {name}" for name, verb in VERBS.items() if verb.result)
             lack = f"no {RESULT} is in it or in a folder directly below" if folder.exists() else "nothing is there"
@@ -91,17 +89,10 @@ def find_results(folders: Iterable[str]) -> list[Found]:
             places.append(parent)
         for place in places:
             if place.resolve() not in found:
-                found[place.resolve()] = _read(place)
+                found[place.resolve()] = load_result(place)
     ordered = sorted(found.items(), key=lambda item: (item[1].verb == "train", item[1].verb != "evaluate"))
     names = short_names([path for path, _ in ordered])
     return [Found(path=path, name=name, result=of) for (path, of), name in zip(ordered, names, strict=True)]
-
-
-def _read(folder: Path) -> Result:
-    for name, read in OLD.items():
-        if (folder / name).exists():
-            return read(folder)
-    return load_result(folder)
 
 
 def make_content(found: Sequence[Found], album: Album, options: Options) -> Content:

@@ -32,7 +32,8 @@ from saffe_cache.studies.alignment.config import AlignConfig
 from saffe_cache.studies.binding.bind import BindConfig, bind
 from saffe_cache.studies.binding.names import NamePool, make_names
 from saffe_cache.studies.captioning.caption import CaptionConfig, caption
-from saffe_cache.studies.matching.match import MatchConfig, match
+from saffe_cache.studies.matching.config import MatchConfig
+from saffe_cache.studies.matching.match import match
 from saffe_cache.studies.sweep.ablate import ablate
 from saffe_cache.studies.sweep.config import AblateConfig
 
@@ -127,17 +128,19 @@ def bind_numbers(folder: Path) -> Numbers:
 
 
 def match_numbers(folder: Path) -> Numbers:
-    found = _read(folder / "match.json")
+    found = _read(folder / "result.json")
     numbers: Numbers = {"failures": len(found["failures"]), "controls": len(found["controls"])}
     for setting in found["settings"]:
         place = f"{setting['setting']}, {setting['scale']}"
-        numbers |= flat(setting, place, without=("seconds", "scale", "level", "negatives", "values"))
+        numbers |= flat(setting, place, without=("scale", "level", "negatives", "values"))
     for control in found["controls"]:
-        numbers |= flat(control, f"({control['name']})", without=("seconds",))
+        limit = None if control["limit"] is None else control["limit"] - control["level"]
+        verdict = {"auc": control["value"], "limit": limit, "passed": control["passed"]}
+        numbers |= flat(verdict, f"({control['name']})")
     for crossover in found["crossovers"]:
         place = " and ".join(crossover["names"])
         numbers |= flat(crossover, place, without=("curves",))
-        for name, curve in crossover.get("curves", {}).items():
+        for name, curve in (crossover["curves"] or {}).items():
             is_flat = curve["a"] < 1e-4  # a N^-b + c: b is then anything
             numbers |= flat(curve, f"{place}/{name}", without=("b",) if is_flat else ())
     for name, cost in found["cost"].items():

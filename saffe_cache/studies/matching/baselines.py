@@ -1,4 +1,10 @@
-"""What needs no fusion: the cosine, the cosine after a ridge regression, a logistic regression on products of these."""
+"""Baselines without a fusion, and features that a ridge regression makes pre-aligned.
+
+For pre-aligned features photos are mapped to texts by a ridge regression of photos that nothing else uses. All later
+steps see features as of an aligned encoder, though one that was aligned on photos of the same data set. The map is the
+same for all seeds. It is compared with the cosine without it, and with maps fitted on permuted pairs, which must align
+nothing. Their strength is that of the map, since choosing one for each would favour the luckiest.
+"""
 
 from __future__ import annotations
 
@@ -12,35 +18,32 @@ from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
-from saffe_cache.studies.matching.examples import Examples
-from saffe_cache.studies.matching.inputs import Vectors
+from saffe_cache.studies.matching.examples import Examples, matching_examples
+from saffe_cache.studies.matching.features import PairVectors
+from saffe_cache.studies.matching.findings import MadeAlignment
 from saffe_cache.studies.matching.scores import best_threshold
 
 Scorer = Callable[[Examples], np.ndarray]
 """Scores of pairs, [n]."""
-BASELINES: Mapping[str, str] = {
-    "cosine": "of the vectors that fusions are given, above a threshold",
-    "ridge_cosine": "the cosine after a ridge regression from photos to texts, above a threshold",
-    "ridge_products": "logistic regression on products of the same vectors, coordinate by coordinate",
-}
-"""What each is."""
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 """Inverse strengths of the logistic regression."""
 _FOLDS = 4
+_PERMUTATIONS = 10
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Scores, the threshold above which a pair is called a match, and what was tuned on validation."""
+    """Scores, the threshold above which a pair counts as a match, and what was tuned on validation."""
 
     scores: Scorer
     threshold: float
     chosen: float | None = None
 
 
-def fit_baselines(vectors: Vectors, training: Examples, validation: Examples) -> Mapping[str, Baseline]:
-    """Fitted on training pairs; strengths and thresholds by validation. The plain cosine only where widths agree."""
+def fit_baselines(vectors: PairVectors, training: Examples, validation: Examples) -> Mapping[str, Baseline]:
+    """Fitted on training pairs, with strengths and thresholds by validation; the plain cosine only if widths agree."""
     found = {}
     if vectors.widths[0] == vectors.widths[1]:
         found["cosine"] = _thresholded(lambda pairs: pair_cosines(vectors, vectors.photos, pairs), validation)
@@ -57,23 +60,23 @@ def _thresholded(scores: Scorer, validation: Examples, chosen: float | None = No
     return Baseline(scores, best_threshold(scores(validation), validation.labels), chosen)
 
 
-def _products(vectors: Vectors, photos: np.ndarray, pairs: Examples) -> np.ndarray:
-    """Of unit vectors, coordinate by coordinate: float32 [pairs, d]."""
+def _products(vectors: PairVectors, photos: np.ndarray, pairs: Examples) -> np.ndarray:
+    """Products of unit vectors' coordinates, float32 [pairs, d]."""
     return np.asarray(photos[np.searchsorted(vectors.photo_rows, pairs.photos)] * vectors.of_texts(pairs.texts))
 
 
-def pair_cosines(vectors: Vectors, photos: np.ndarray, pairs: Examples) -> np.ndarray:
-    """Float32 [pairs]; `photos` stand in for those of the vectors, row by row."""
+def pair_cosines(vectors: PairVectors, photos: np.ndarray, pairs: Examples) -> np.ndarray:
+    """Float32 [pairs]; `photos` replace those of the vectors, row by row."""
     return np.asarray(_products(vectors, photos, pairs).sum(axis=1))
 
 
-def _matches(vectors: Vectors, pairs: Examples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _matches(vectors: PairVectors, pairs: Examples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Vectors of photos and texts that belong together, and the photos' rows."""
     own = pairs.labels == 1
     return vectors.of_photos(pairs.photos[own]), vectors.of_texts(pairs.texts[own]), pairs.photos[own]
 
 
-def fit_ridge_map(vectors: Vectors, training: Examples, validation: Examples) -> LinearMap:
+def fit_ridge_map(vectors: PairVectors, training: Examples, validation: Examples) -> LinearMap:
     """From a photo's vector to its text's; the strength by the AUC of the cosine on validation."""
     photos, texts, _ = _matches(vectors, training)
     asked, against = vectors.of_photos(validation.photos), vectors.of_texts(validation.texts)
@@ -85,7 +88,7 @@ def fit_ridge_map(vectors: Vectors, training: Examples, validation: Examples) ->
 
 
 def _fit_products(
-    vectors: Vectors, mapped: np.ndarray, strength: float, training: Examples, validation: Examples
+    vectors: PairVectors, mapped: np.ndarray, strength: float, training: Examples, validation: Examples
 ) -> Baseline:
     """Logistic regression on products. Training photos are mapped by ridges that have not seen them."""
     unseen = _cross_fitted(vectors, strength, training)
@@ -102,8 +105,8 @@ def _fit_products(
     )
 
 
-def _cross_fitted(vectors: Vectors, strength: float, training: Examples) -> np.ndarray:
-    """Each training photo as the ridge maps it that was fitted without it, unit vectors [photos, d]."""
+def _cross_fitted(vectors: PairVectors, strength: float, training: Examples) -> np.ndarray:
+    """Each training photo mapped by a ridge that was fitted without it, unit vectors [photos, d]."""
     photos, texts, rows = _matches(vectors, training)
     mapped = np.zeros((len(vectors.photos), vectors.widths[1]), np.float32)
     folds = GroupKFold(min(_FOLDS, len(np.unique(rows))))
@@ -112,3 +115,37 @@ def _cross_fitted(vectors: Vectors, strength: float, training: Examples) -> np.n
         places = np.searchsorted(vectors.photo_rows, np.unique(rows[unseen]))
         mapped[places] = unit_rows(ridge(vectors.photos[places]))
     return mapped
+
+
+def fit_alignment(vectors: PairVectors, others: Pairs, validation: Examples) -> LinearMap:
+    """The ridge regression of these photos and all of their texts, with its strength by validation."""
+    return fit_ridge_map(vectors, matching_examples(others), validation)
+
+
+def judge_alignment(vectors: PairVectors, others: Pairs, ridge: LinearMap, test: Examples) -> MadeAlignment:
+    """AUC of the cosine on the report's pairs: before, after, and after maps of permuted pairs.
+
+    Args:
+        vectors: the encoders' own.
+        others: the photos that the map was fitted on.
+        ridge: the map.
+        test: pairs of the report.
+    """
+    permuted = []
+    for seed in range(_PERMUTATIONS):
+        photos, texts, _ = _matches(vectors, matching_examples(others.permuted(seed)))
+        permuted.append(_cosine_auc(vectors.mapped(fit_ridge(photos, texts, lambda _: 0.0, (ridge.strength,))), test))
+    num_matches = int(test.labels.sum())
+    return MadeAlignment(
+        photos=len(others),
+        matches=num_matches,
+        others=len(test) - num_matches,
+        strength=ridge.strength,
+        auc_before=_cosine_auc(vectors, test) if vectors.widths[0] == vectors.widths[1] else None,
+        auc=_cosine_auc(vectors.mapped(ridge), test),
+        auc_permuted=tuple(permuted),
+    )
+
+
+def _cosine_auc(vectors: PairVectors, test: Examples) -> float:
+    return float(roc_auc_score(test.labels, pair_cosines(vectors, vectors.photos, test)))

@@ -1,7 +1,7 @@
 """Pairs of a photo and a text, its own or another photo's.
 
-Every text stands in as many pairs with another's photo as the ratio says for each pair with its own, and so does every
-photo: neither tells anything alone. Within a split only; splits are by photo.
+Every text, and every photo, is in as many pairs with others as the ratio says for each pair of its own, so neither
+carries any information alone. Pairs stay within a split; splits are by photo.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ class Examples:
         return len(self.labels)
 
     def with_labels_permuted(self, seed: int) -> Examples:
-        """What a control is trained on."""
+        """For training a control."""
         return replace(self, labels=np.random.default_rng(seed).permutation(self.labels))
 
     def with_photos_shuffled(self, seed: int) -> Examples:
-        """At each photo's place another one, the same in all its pairs: what a control is judged on."""
+        """For judging a control: each photo replaced by another, by the same one in all its pairs."""
         distinct, place = np.unique(self.photos, return_inverse=True)
         order = np.random.default_rng(seed).permutation(len(distinct))
         others = np.empty_like(distinct)
-        others[order] = distinct[np.roll(order, 1)]  # one cycle: no photo keeps its place
+        others[order] = distinct[np.roll(order, 1)]  # one cycle, so no photo keeps its place
         return replace(self, photos=others[place])
 
 
 def num_kinds(pairs: Pairs) -> int:
-    """Of photos, as their texts tell them apart: in a cache of classes, these."""
+    """Number of photos that their texts distinguish: in a cache of classes, the number of classes."""
     return len({tuple(sorted(texts.tolist())) for texts in pairs.texts})
 
 
@@ -52,17 +52,17 @@ def matching_examples(pairs: Pairs) -> Examples:
 
 
 def draw_examples(pairs: Pairs, count: int, negatives: int, seed: int) -> Examples:
-    """For training: photos with one or several of their texts. A smaller count's matching pairs are among a larger's.
+    """For training: photos with one or several of their texts. A smaller set's matching pairs are among a larger's.
 
     Args:
         pairs: to draw from.
-        count: of examples, those of another's text included. Where few texts allow no other deal, each is used equally
-            often, and up to one of each stays unused.
+        count: of examples, including those with another's text. If few texts allow no other assignment, each is used
+            equally often, and up to one of each stays unused.
         negatives: texts of others for each of its own.
-        seed: of which, and in what order.
+        seed: of the choice and the order.
 
     Raises:
-        ValueError: there are too few, or they cannot be dealt so.
+        ValueError: there are too few, or no such assignment exists.
     """
     photos, texts = _positives(pairs, seed)
     kept = count // (1 + negatives)
@@ -76,10 +76,10 @@ def draw_examples(pairs: Pairs, count: int, negatives: int, seed: int) -> Exampl
 
 
 def draw_judged(pairs: Pairs, negatives: int, seed: int) -> Examples:
-    """For validation and test: every photo once with a text of its own, as far as each text is used equally often.
+    """For validation and test: every photo once with a text of its own, as long as each text is used equally often.
 
     Raises:
-        ValueError: they cannot be dealt so.
+        ValueError: no such assignment exists.
     """
     generator = np.random.default_rng([seed, 1])
     chosen = pairs.texts.offsets[:-1] + generator.integers(np.diff(pairs.texts.offsets))
@@ -94,7 +94,7 @@ def _positives(pairs: Pairs, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _evenly(photos: np.ndarray, texts: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """In random order, but each text for the first time before any for the second time: classes in turn."""
+    """In random order, but each text a first time before any a second time: classes in turn."""
     order = generator.permutation(len(texts))
     by_text = order[np.argsort(texts[order], kind="stable")]
     _, first, counts = np.unique(texts[by_text], return_index=True, return_counts=True)
@@ -105,17 +105,17 @@ def _evenly(photos: np.ndarray, texts: np.ndarray, generator: np.random.Generato
 
 
 def _with_negatives(pairs: Pairs, photos: np.ndarray, texts: np.ndarray, negatives: int, seed: int) -> Examples:
-    """Each photo also with texts of others, dealt from the same ones.
+    """Each photo also with texts of others, assigned from the same texts.
 
     Raises:
-        ValueError: they cannot be dealt so.
+        ValueError: no such assignment exists.
     """
     generator = np.random.default_rng([seed, 2])
     width = int(pairs.texts.values.max()) + 1
     own = pairs.rows[pairs.owners] * width + pairs.texts.values
     others = _exchanged(photos * width, texts, own, negatives, generator)
     if others is None:
-        whole = len(texts) - len(texts) % len(np.unique(texts))  # a text more of one class may leave no deal
+        whole = len(texts) - len(texts) % len(np.unique(texts))  # one more text of a class may leave no assignment
         photos, texts = photos[:whole], texts[:whole]
         others = _flown(photos * width, texts, own, negatives, generator)
     labels = np.repeat([1, 0], [len(texts), len(others)])
@@ -127,13 +127,13 @@ def _exchanged(
 ) -> np.ndarray | None:
     """Codes of photos with others' texts: the texts in random order, exchanged until no photo has one of its own.
 
-    None where chance finds no such order, as with few classes.
+    None if no such order is found by chance, as with few classes.
 
     Args:
         codes: of the photos; with a text added, those of pairs.
-        texts: what is dealt.
+        texts: to assign.
         own: codes of the photos with all of their own texts.
-        negatives: how often all of them are dealt.
+        negatives: how often all of them are assigned.
         generator: of the order.
     """
     taken = set(own.tolist())
@@ -157,7 +157,7 @@ def _exchanged(
 def _flown(
     codes: np.ndarray, texts: np.ndarray, own: np.ndarray, negatives: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """As `_exchanged`, by a maximum flow from photos to texts: it finds a deal wherever there is one.
+    """As `_exchanged`, by a maximum flow from photos to texts, which finds an assignment if there is one.
 
     Raises:
         ValueError: there is none.
@@ -169,7 +169,7 @@ def _flown(
     )
     impossible = ValueError(
         f"--negatives: found {negatives}, and the {len(distinct)} different texts of {len(texts)} pairs cannot be "
-        "dealt so that each photo gets so many of others. Ask for fewer, or for fewer pairs, or give more texts."
+        "assigned so that each photo gets that many of others. Use fewer, or fewer pairs, or more texts."
     )
     if of_text.max() * (1 + negatives) > negatives * len(texts):  # more than all others' pairs have room for
         raise impossible

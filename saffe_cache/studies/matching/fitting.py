@@ -6,9 +6,9 @@ By default the rest differs (arXiv 2606.01207, sec. 4.4):
 |---|---|---|
 | batch | 128 pairs | 32; `--batch-size 32` |
 | seeds | 0, 1, 2 | 42, 123, 456; `--seeds 42,123,456` |
-| parts | three, by photo: to train on, to choose by, to report on | two, 80/20 at random: to train on, to report on |
-| epoch | the best of these 10 by accuracy on photos to choose by | no choice is told: the last, it seems |
-| vectors | of length sqrt(d), see `inputs` | no scaling is told; of unit length where noise is added (eq. 4) |
+| parts | three, by photo: to train on, to choose on, to report on | two, 80/20 at random: to train on, to report on |
+| epoch | the best of these 10 by accuracy on photos to choose on | not stated; apparently the last |
+| vectors | of length sqrt(d), see `features` | no scaling is stated; of unit length where noise is added (eq. 4) |
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from saffe_cache.studies.matching.config import QueryModality
 from saffe_cache.studies.matching.examples import Examples
-from saffe_cache.studies.matching.fusions import Asks, make_fusion
-from saffe_cache.studies.matching.inputs import Inputs
+from saffe_cache.studies.matching.features import Inputs
+from saffe_cache.studies.matching.fusions import make_fusion
 
 _JUDGED_AT_ONCE = 512
 
@@ -35,7 +36,7 @@ class FitOptions:
     batch_size: int
     learning_rate: float
     weight_decay: float
-    asks: Asks
+    query_modality: QueryModality
     device: str
 
 
@@ -59,7 +60,7 @@ def fit(name: str, inputs: Inputs, training: Examples, validation: Examples, opt
     device = options.device
     with torch.random.fork_rng(devices=[] if device == "cpu" else None):
         torch.manual_seed(seed)
-        model = make_fusion(name, *inputs.widths, options.asks).to(device)
+        model = make_fusion(name, *inputs.widths, options.query_modality).to(device)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
         )
@@ -94,7 +95,7 @@ def fit(name: str, inputs: Inputs, training: Examples, validation: Examples, opt
 
 @torch.inference_mode()
 def scores_of(model: nn.Module, inputs: Inputs, examples: Examples, device: str) -> np.ndarray:
-    """Log odds of a match, float64 [examples]; above 0 it is called one."""
+    """Log odds of a match, float64 [examples]; above 0 a pair counts as one."""
     model.eval()
     parts = []
     for start in range(0, len(examples), _JUDGED_AT_ONCE):

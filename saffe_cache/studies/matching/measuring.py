@@ -1,34 +1,31 @@
-"""One cell: a system trained on so many pairs of features as they are or degraded, judged on photos never seen."""
+"""One cell: a system trained on pairs of features, clean or degraded, and judged on photos it has never seen."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
+from sklearn.manifold import TSNE
 
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.retrieval.baselines import LinearMap, unit_rows
 from saffe_cache.store.reader import EncoderCache
-from saffe_cache.studies.matching.aligning import fit_alignment, judge_alignment
-from saffe_cache.studies.matching.baselines import fit_baselines, fit_ridge_map
-from saffe_cache.studies.matching.degrading import Degradation, measure_alignment
-from saffe_cache.studies.matching.embedding import embed_pairs
+from saffe_cache.studies.matching.baselines import fit_alignment, fit_baselines, fit_ridge_map, judge_alignment
+from saffe_cache.studies.matching.config import FUSIONS
 from saffe_cache.studies.matching.examples import Examples, draw_examples, draw_judged
+from saffe_cache.studies.matching.features import Degradation, Inputs, PairTokens, PairVectors, measure_alignment
+from saffe_cache.studies.matching.findings import MadeAlignment, MatchCell, Plane, Planes, SystemScores
 from saffe_cache.studies.matching.fitting import FitOptions, fit, scores_of
-from saffe_cache.studies.matching.fusions import FUSIONS
-from saffe_cache.studies.matching.inputs import Inputs, Tokens, Vectors
 from saffe_cache.studies.matching.scores import judge
 
 BASELINE_CELL = "baselines"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
-    """What is measured together, once a seed."""
+class CellPlan:
+    """What is measured together, for one seed."""
 
     degradation: Degradation = field(default_factory=Degradation)
     negatives: int
@@ -45,17 +42,17 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Of its file, without suffix."""
         permuted = "-permuted" if self.is_permuted else ""
         setting = self.setting.replace(":", "-to-").replace(" ", "-")
         return f"{setting}-{self.scale}-{self.system}{permuted}-seed{self.seed}"
 
 
-def examples_of(parts: Mapping[str, Pairs], cell: Cell) -> tuple[Examples, Examples, Examples]:
-    """To train on, to choose by, to report on.
+def examples_of(parts: Mapping[str, Pairs], cell: CellPlan) -> tuple[Examples, Examples, Examples]:
+    """To train on, to choose on, to report on.
 
     Raises:
-        ValueError: the data do not allow them.
+        ValueError: the data cannot support them.
     """
     training = draw_examples(parts["train"], cell.scale, cell.negatives, cell.seed)
     if cell.is_permuted:
@@ -72,7 +69,7 @@ class Bench:
         photo: EncoderCache,
         text: EncoderCache,
         parts: Mapping[str, Pairs],
-        token_cells: Sequence[Cell],
+        token_cells: Sequence[CellPlan],
         layers: tuple[int, int],
     ) -> None:
         """
@@ -80,19 +77,19 @@ class Bench:
             photo: the encoder of photos (or sounds).
             text: that of texts.
             parts: "train", "validation" and "test"; "aligning" where features are made pre-aligned.
-            token_cells: all cells that will need hidden states.
+            token_cells: all cells that need hidden states.
             layers: of photos and texts, for these.
         """
         self._photo, self._text, self._parts = photo, text, parts
         self._token_cells, self._layers = token_cells, layers
-        self._degraded: tuple[tuple[Degradation, int], Vectors] | None = None
+        self._degraded: tuple[tuple[Degradation, int], PairVectors] | None = None
 
     @cached_property
-    def own(self) -> Vectors:
+    def own(self) -> PairVectors:
         """The encoders' own."""
         rows = [np.unique(np.concatenate([of.rows for of in self._parts.values()]))]
         rows.append(np.unique(np.concatenate([of.texts.values for of in self._parts.values()])))
-        return Vectors.read(self._photo, self._text, *rows)
+        return PairVectors.read(self._photo, self._text, *rows)
 
     @cached_property
     def alignment_map(self) -> LinearMap | None:
@@ -101,33 +98,32 @@ class Bench:
         return fit_alignment(self.own, others, draw_judged(self._parts["validation"], 1, 0)) if others else None
 
     @cached_property
-    def clean(self) -> Vectors:
-        """What is measured where nothing is degraded."""
+    def clean(self) -> PairVectors:
+        """The vectors that are measured without degradation."""
         return self.own.mapped(self.alignment_map) if self.alignment_map else self.own
 
-    def made_alignment(self) -> Mapping[str, Any] | None:
-        """What the map did to the report's pairs; None without one."""
-        if not self.alignment_map:
-            return None
+    def made_alignment(self) -> MadeAlignment:
+        """What the map did to the report's pairs."""
+        assert self.alignment_map
         test = draw_judged(self._parts["test"], 1, 0)
         return judge_alignment(self.own, self._parts["aligning"], self.alignment_map, test)
 
     @cached_property
-    def tokens(self) -> Tokens:
-        """Of the photos and texts of these cells alone."""
+    def tokens(self) -> PairTokens:
+        """Of the photos and texts of these cells only."""
         drawn = [examples for cell in self._token_cells for examples in self.examples(cell)]
         rows = [np.unique(np.concatenate([getattr(one, of) for one in drawn])) for of in ("photos", "texts")]
-        return Tokens.read(self._photo, self._text, rows[0], rows[1], self._layers)
+        return PairTokens.read(self._photo, self._text, rows[0], rows[1], self._layers)
 
     @property
     def num_tokens(self) -> tuple[int, int] | None:
-        """Of a photo, and of a text on average; None where no cell needs them."""
+        """Of a photo, and of a text on average; None if no cell needs them."""
         if not self._token_cells:
             return None
         return self.tokens.photos.shape[1], round(float(self.tokens.lengths.float().mean()))
 
-    def plane(self, cell: Cell, count: int) -> dict[str, Any]:
-        """Matching pairs of the report on a plane: as they are where widths agree, and with photos mapped to texts."""
+    def planes(self, cell: CellPlan, count: int) -> Planes:
+        """Matching pairs of the report on planes: as they are, if widths agree, and with photos mapped to texts."""
         training, validation, test = self.examples(cell)
         own = np.flatnonzero(test.labels == 1)[:count]
         photos, texts = self.clean.of_photos(test.photos[own]), self.clean.of_texts(test.texts[own])
@@ -135,21 +131,21 @@ class Bench:
         found = {"ridge": embed_pairs(unit_rows(ridge(photos)), texts, cell.seed)}
         if self.clean.widths[0] == self.clean.widths[1]:
             found = {"own": embed_pairs(photos, texts, cell.seed)} | found
-        return found
+        return Planes(planes=found)
 
-    def vectors(self, degradation: Degradation, seed: int) -> Vectors:
-        """The last ones are kept."""
+    def vectors(self, degradation: Degradation, seed: int) -> PairVectors:
+        """Those of a degradation; the last ones are kept in memory."""
         if degradation.kind == "clean":
             return self.clean
         if self._degraded is None or self._degraded[0] != (degradation, seed):
             self._degraded = (degradation, seed), self.clean.degraded(degradation, seed)
         return self._degraded[1]
 
-    def examples(self, cell: Cell) -> tuple[Examples, Examples, Examples]:
-        """To train on, to choose by, to report on."""
+    def examples(self, cell: CellPlan) -> tuple[Examples, Examples, Examples]:
+        """To train on, to choose on, to report on."""
         return examples_of(self._parts, cell)
 
-    def alignment(self, cell: Cell) -> Mapping[str, float]:
+    def alignment(self, cell: CellPlan) -> Mapping[str, float]:
         """Measured cosines of a cell's features."""
         test = self.examples(cell)[2]
         own = test.labels == 1
@@ -161,42 +157,60 @@ class Bench:
         return measure_alignment((self.clean.photos, self.clean.texts), (now.photos, now.texts), places)
 
 
-def measure_cell(bench: Bench, cell: Cell, options: FitOptions) -> dict[str, Any]:
+def measure_cell(bench: Bench, cell: CellPlan, options: FitOptions) -> MatchCell:
     """Scores of each system of a cell on test photos, and on these with the photos shuffled."""
-    started = time.perf_counter()
     training, validation, test = bench.examples(cell)
     shuffled = test.with_photos_shuffled(cell.seed)
-    found: dict[str, Any] = {
-        "setting": cell.setting,
-        "kind": cell.degradation.kind,
-        "level": cell.degradation.level,
-        "negatives": cell.negatives,
-        "scale": cell.scale,
-        "seed": cell.seed,
-        "permuted": cell.is_permuted,
-        "pairs": {"train": len(training), "validation": len(validation), "test": len(test)},
-        "majority": float(max(test.labels.mean(), 1 - test.labels.mean())),
-        "systems": {},
-    }
     vectors = bench.vectors(cell.degradation, cell.seed)
+    systems, alignment = {}, {}
     if cell.system == BASELINE_CELL:
         for name, baseline in fit_baselines(vectors, training, validation).items():
-            found["systems"][name] = {
-                "test": judge(baseline.scores(test), test.labels, baseline.threshold),
-                "shuffled": judge(baseline.scores(shuffled), test.labels, baseline.threshold),
-                "chosen": baseline.chosen,
-            }
-        found["alignment"] = dict(bench.alignment(cell))
+            systems[name] = SystemScores(
+                test=judge(baseline.scores(test), test.labels, baseline.threshold),
+                shuffled=judge(baseline.scores(shuffled), test.labels, baseline.threshold),
+                chosen=baseline.chosen,
+            )
+        alignment = dict(bench.alignment(cell))
     else:
         assert cell.system in FUSIONS
         inputs: Inputs = bench.tokens if cell.system == "tokens" else vectors
         fitted = fit(cell.system, inputs, training, validation, options, cell.seed)
-        found["systems"][cell.system] = {
-            "test": judge(scores_of(fitted.model, inputs, test, options.device), test.labels),
-            "shuffled": judge(scores_of(fitted.model, inputs, shuffled, options.device), test.labels),
-            "best_epoch": fitted.epoch,
-            "validation_accuracy": list(fitted.validation),
-            "losses": list(fitted.losses),
-            "parameters": fitted.num_parameters,
-        }
-    return found | {"seconds": round(time.perf_counter() - started, 2)}
+        systems[cell.system] = SystemScores(
+            test=judge(scores_of(fitted.model, inputs, test, options.device), test.labels),
+            shuffled=judge(scores_of(fitted.model, inputs, shuffled, options.device), test.labels),
+            best_epoch=fitted.epoch,
+            validation_accuracy=fitted.validation,
+            losses=fitted.losses,
+        )
+    return MatchCell(
+        setting=cell.setting,
+        kind=cell.degradation.kind,
+        level=cell.degradation.level,
+        negatives=cell.negatives,
+        scale=cell.scale,
+        permuted=cell.is_permuted,
+        pairs={"train": len(training), "validation": len(validation), "test": len(test)},
+        majority=float(max(test.labels.mean(), 1 - test.labels.mean())),
+        systems=systems,
+        alignment=alignment,
+    )
+
+
+def embed_pairs(photos: np.ndarray, texts: np.ndarray, seed: int) -> Plane:
+    """Matching pairs on a plane.
+
+    Args:
+        photos: unit vectors [pairs, d].
+        texts: unit vectors [pairs, d], in the same order.
+        seed: of the start.
+    """
+    count = len(photos)
+    method = TSNE(metric="cosine", init="random", random_state=seed, perplexity=min(30.0, (2 * count - 1) / 3))
+    places = method.fit_transform(np.concatenate([photos, texts]))
+    nearest = np.linalg.norm(places[:count, None] - places[None, count:], axis=2).argmin(axis=1)
+    rounded = np.round(places.astype(float), 3).tolist()
+    return Plane(
+        photos=tuple(map(tuple, rounded[:count])),
+        texts=tuple(map(tuple, rounded[count:])),
+        own_is_nearest=float((nearest == np.arange(count)).mean()),
+    )

@@ -1,152 +1,156 @@
-"""All cells of a comparison, those that are done already from their files, and what follows from them."""
+"""What a comparison measures, all of its cells, and the result."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+from saffe_cache.core.controls import failed
 from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError
-from saffe_cache.core.outputs import read_json, write_json
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.store.reader import EncoderCache
-from saffe_cache.studies.matching.baselines import BASELINES
+from saffe_cache.studies.harness import Study
 from saffe_cache.studies.matching.config import MatchConfig
-from saffe_cache.studies.matching.cost import measure_cost
 from saffe_cache.studies.matching.examples import num_kinds
+from saffe_cache.studies.matching.features import Degradation
+from saffe_cache.studies.matching.findings import Costs, MadeAlignment, MatchCell, Planes
 from saffe_cache.studies.matching.fitting import FitOptions
-from saffe_cache.studies.matching.fusions import FUSIONS
-from saffe_cache.studies.matching.measuring import Bench, Cell, measure_cell
-from saffe_cache.studies.matching.planning import plan_cells
-from saffe_cache.studies.matching.published import NOTES, published_results
+from saffe_cache.studies.matching.fusions import measure_cost
+from saffe_cache.studies.matching.measuring import BASELINE_CELL, Bench, CellPlan, examples_of, measure_cell
+from saffe_cache.studies.matching.result import MatchResult
 from saffe_cache.studies.matching.summary import summarise
 from saffe_cache.studies.matching.verdict import Features
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured."""
+    """What will be measured."""
 
     features: Features
-    cells: Sequence[Cell]
-    left_out: Sequence[str]
+    cells: Sequence[CellPlan]
+    skipped: Sequence[str]
     """What of the config is in no cell, and why."""
     layers: tuple[int, int]
-    """Of photos and texts, whose tokens are taken."""
+    """Of photos and texts, whose tokens are used."""
 
     @property
-    def token_cells(self) -> list[Cell]:
+    def token_cells(self) -> list[CellPlan]:
         """Those that need hidden states."""
         return [cell for cell in self.cells if cell.system == "tokens"]
 
 
 def plan(config: MatchConfig, photo: EncoderCache, text: EncoderCache, parts: Mapping[str, Pairs]) -> Plan:
-    """Whatever the data or the cache do not allow is found here, before anything is measured.
+    """Whatever the data or the cache cannot support is found here, before anything is measured.
 
     Args:
-        config: what is asked for.
+        config: the options.
         photo: the encoder of photos (or sounds).
         text: that of texts.
-        parts: "train", "validation" and "test", which share no photo; "aligning" where features are made pre-aligned.
+        parts: "train", "validation" and "test", which share no photo; "aligning" if features are made pre-aligned.
 
     Raises:
-        CacheError, ValueError: the cache lacks a layer; the data allow no pairs; features are aligned already.
+        CacheError, ValueError: the cache lacks a layer; the data support no pairs; features are aligned already.
     """
     features = _features(config, photo, text, parts)
     return Plan(features, *plan_cells(config, parts), _layers(config, photo, text))
 
 
 def compare(
-    config: MatchConfig, planned: Plan, photo: EncoderCache, text: EncoderCache, parts: Mapping[str, Pairs]
-) -> dict[str, Any]:
-    """Measure what `plan` gave, from the same arguments, and sum up.
-
-    Raises:
-        OSError: the disk is full or gone.
-    """
+    config: MatchConfig,
+    planned: Plan,
+    photo: EncoderCache,
+    text: EncoderCache,
+    parts: Mapping[str, Pairs],
+    study: Study,
+) -> MatchResult:
+    """Measure what `plan` returned, from the same arguments, and summarise it."""
     features, cells = planned.features, planned.cells
     bench = Bench(photo, text, parts, planned.token_cells, planned.layers)
-    found = _measured(config, bench, cells)
-    made = bench.made_alignment()
-    shown = max((cell for cell in cells if cell.setting == cells[0].setting), key=lambda cell: cell.scale)
-    return {
-        "features": features.kind,
-        "features_in_words": str(features),
-        "made_alignment": made,
-        "seeds": list(config.seeds),
-        **summarise(found, features, num_kinds(parts["test"]), made),
-        "cost": _costs(config, bench),
-        "planes": bench.plane(shown, config.tsne_pairs) if config.tsne_pairs else {},
-        "meanings": {**BASELINES, **{name: FUSIONS[name] for name in config.fusions_of_features}},
-        "left_out": list(planned.left_out),
-        "published": published_results(),
-        "published_notes": list(NOTES),
-        "photos": {name: len(of) for name, of in parts.items()},
-        "encoders": {"photo": photo.key, "text": text.key},
-        "layers_of_tokens": list(planned.layers),
-        "seconds": round(sum(cell["seconds"] for cell in found), 1),
-    }
+    options = FitOptions(
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        query_modality=config.query_modality,
+        device=choose_device(config.device),
+    )
+    measured = study.cells(MatchCell, {cell.name: partial(measure_cell, bench, cell, options) for cell in cells})
+    made = study.cell(MadeAlignment, "made-alignment", bench.made_alignment) if config.align_fraction else None
+    costs = study.cell(Costs, "costs", partial(_costs, config, bench))
+    planes: Planes | None = None
+    if config.tsne_pairs:
+        shown = max((cell for cell in cells if cell.setting == cells[0].setting), key=lambda cell: cell.scale)
+        planes = study.cell(Planes, "planes", partial(bench.planes, shown, config.tsne_pairs))
+    found = summarise(list(measured.values()), features, num_kinds(parts["test"]), made)
+    return MatchResult(
+        title=config.title or Path(config.cache).stem,
+        split=config.split,
+        failures=tuple(failed(found.controls)),
+        features=features.kind,
+        features_in_words=str(features),
+        made_alignment=made,
+        seeds=config.seeds,
+        settings=tuple(found.settings),
+        controls=tuple(found.controls),
+        rule=tuple(found.rule),
+        degradation=tuple(found.degradation),
+        crossovers=tuple(found.crossovers),
+        verdict=tuple(found.verdict),
+        cost=costs.costs,
+        planes=planes.planes if planes else {},
+        skipped=tuple(planned.skipped),
+        photos={name: len(of) for name, of in parts.items()},
+        encoders={"photo": photo.key, "text": text.key},
+        layers_of_tokens=planned.layers,
+        seconds=study.seconds,
+    )
+
+
+def _costs(config: MatchConfig, bench: Bench) -> Costs:
+    """Of each fusion at these widths."""
+    found = {}
+    for name in config.fusions_of_features:
+        if name != "tokens":
+            found[name] = measure_cost(name, bench.clean.widths, (1, 1), config.query_modality)
+        elif bench.num_tokens:
+            found[name] = measure_cost(name, bench.tokens.widths, bench.num_tokens, config.query_modality)
+    return Costs(costs=found)
 
 
 def _features(config: MatchConfig, photo: EncoderCache, text: EncoderCache, parts: Mapping[str, Pairs]) -> Features:
     """
     Raises:
-        ValueError: they are aligned, and asked to be made so.
+        ValueError: they are aligned already, but should be made so.
     """
     if not config.align_fraction:
         return Features(is_aligned(photo, text))
     if is_aligned(photo, text):
         raise ValueError(
             f"--align-fraction: found {config.align_fraction:g}, expected 0: {photo.key} and {text.key} are halves of "
-            "one model, whose features are aligned as they are."
+            "one model, whose features are aligned already."
         )
     return Features(True, len(parts["aligning"]))
 
 
 def _layers(config: MatchConfig, photo: EncoderCache, text: EncoderCache) -> tuple[int, int]:
-    """Of photos and texts, whose tokens are taken.
+    """Of photos and texts, whose tokens are used.
 
     Raises:
-        CacheError: it is not cached.
+        CacheError: one is not cached.
     """
     found = []
     for encoder in (photo, text):
-        asked = config.layers.get(encoder.manifest.modality, tuple(encoder.layers[-1:]))
-        if not set(asked) <= set(encoder.layers) or not asked:
+        wanted = config.layers.get(encoder.manifest.modality, tuple(encoder.layers[-1:]))
+        if not set(wanted) <= set(encoder.layers) or not wanted:
             raise CacheError(
-                f"{config.cache}: {encoder.key} has hidden states of layers {encoder.layers}, asked for "
-                f"{list(asked) or 'one'}. Choose another with --layers, or add it with saffe extract."
+                f"{config.cache}: {encoder.key} has hidden states of layers {encoder.layers}, requested "
+                f"{list(wanted) or 'one'}. Choose another with --layers, or add it with saffe extract."
             )
-        found.append(asked[0])
+        found.append(wanted[0])
     return found[0], found[1]
-
-
-def _measured(config: MatchConfig, bench: Bench, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Every cell, from the folder where it is done already."""
-
-    options = FitOptions(
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        asks=config.asks,
-        device=choose_device(config.device),
-    )
-    found = []
-    for number, cell in enumerate(cells, start=1):
-        path = Path(config.out) / "cells" / f"{cell.name}.json"
-        if not path.exists():
-            write_json(path, measure_cell(bench, cell, options))
-            told = read_json(path)
-            scores = ", ".join(f"{name} {100 * of['test']['accuracy']:.1f}" for name, of in told["systems"].items())
-            logger.info("%d of %d, %s: %s, %.1f s.", number, len(cells), cell.name, scores, told["seconds"])
-        found.append(read_json(path))
-    return found
 
 
 def is_aligned(photo: EncoderCache, text: EncoderCache) -> bool:
@@ -156,12 +160,90 @@ def is_aligned(photo: EncoderCache, text: EncoderCache) -> bool:
     return len(models) == 1 and all(of.vector == "projected" for of in manifests)
 
 
-def _costs(config: MatchConfig, bench: Bench) -> dict[str, Any]:
-    """Of each fusion at these widths."""
-    found = {}
-    for name in config.fusions_of_features:
-        if name != "tokens":
-            found[name] = dict(measure_cost(name, bench.clean.widths, (1, 1), config.asks))
-        elif bench.num_tokens:
-            found[name] = dict(measure_cost(name, bench.tokens.widths, bench.num_tokens, config.asks))
+def plan_cells(config: MatchConfig, parts: Mapping[str, Pairs]) -> tuple[list[CellPlan], list[str]]:
+    """All cells, and what of the config is in none of them, and why. Every cell's pairs can be drawn.
+
+    Raises:
+        ValueError: the data support no scale at the first ratio.
+    """
+    first = config.negatives[0]
+    cells: list[CellPlan] = []
+    skipped: list[str] = []
+    for negatives in config.negatives:
+        obstacles = {scale: _obstacle(config, parts, negatives, scale) for scale in sorted(config.scales)}
+        scales = [scale for scale, obstacle in obstacles.items() if not obstacle]
+        if not scales and negatives == first:
+            raise ValueError(obstacles[min(obstacles)])
+        skipped += [f"{scale} pairs at 1:{negatives}: {reason}" for scale, reason in obstacles.items() if reason]
+        for scale in scales if negatives == first else scales[-1:]:
+            cells += _clean_cells(config, negatives, scale)
+        if negatives == first:
+            cells += _control_cells(config, cells)
+            worse = max((scale for scale in scales if scale <= config.degraded_scale), default=scales[0])
+            cells += _degraded_cells(config, negatives, worse)
+    return cells, skipped + _tokens_skipped(config, cells) + _degraded_skipped(config)
+
+
+def _obstacle(config: MatchConfig, parts: Mapping[str, Pairs], negatives: int, scale: int) -> str:
+    """Why the pairs cannot be drawn with some seed; empty if they can."""
+    try:
+        for seed in config.seeds:
+            examples_of(parts, CellPlan(negatives=negatives, scale=scale, system=BASELINE_CELL, seed=seed))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _tokens_skipped(config: MatchConfig, cells: Sequence[CellPlan]) -> list[str]:
+    if "tokens" not in config.fusions:
+        return []
+    if config.align_fraction:
+        return ["tokens: --align-fraction maps vectors, not hidden states"]
+    measured = {cell.scale for cell in cells if cell.system == "tokens"}
+    missing = [f"{scale}" for scale in config.token_scales if scale not in measured]
+    if measured and not missing:
+        return []
+    sizes = ", ".join(missing) or "any number of"
+    return [f"tokens at {sizes} pairs: it needs sizes that --token-scales and --scales share and the data support"]
+
+
+def _degraded_skipped(config: MatchConfig) -> list[str]:
+    if not config.noise and not config.rotation:
+        return []
+    reasons = {name: "it is not among --fusions" for name in config.degraded_fusions if name not in config.fusions}
+    if "tokens" in config.degraded_fusions:
+        reasons["tokens"] = "vectors are degraded, not hidden states"
+    return [f"{name} with noise or rotation: {reason}" for name, reason in reasons.items()]
+
+
+def _clean_cells(config: MatchConfig, negatives: int, scale: int) -> list[CellPlan]:
+    """Hidden states are used only at the first ratio."""
+    with_tokens = scale in config.token_scales and negatives == config.negatives[0]
+    fusions = [name for name in config.fusions_of_features if name != "tokens" or with_tokens]
+    return [
+        CellPlan(negatives=negatives, scale=scale, system=system, seed=seed)
+        for seed in config.seeds
+        for system in (BASELINE_CELL, *fusions)
+    ]
+
+
+def _control_cells(config: MatchConfig, cells: list[CellPlan]) -> list[CellPlan]:
+    """Labels permuted: each fusion at the smallest scale at which it is measured."""
+    found = []
+    for fusion in config.fusions_of_features:
+        own = [cell for cell in cells if cell.system == fusion]
+        least = min((cell.scale for cell in own), default=0)
+        found += [replace(cell, is_permuted=True) for cell in own if cell.scale == least]
     return found
+
+
+def _degraded_cells(config: MatchConfig, negatives: int, scale: int) -> list[CellPlan]:
+    levels = [Degradation("noise", level) for level in config.noise]
+    levels += [Degradation("rotation", level) for level in config.rotation]
+    fusions = [name for name in config.degraded_fusions if name in config.fusions and name != "tokens"]
+    return [
+        CellPlan(degradation=level, negatives=negatives, scale=scale, system=system, seed=seed)
+        for level in levels
+        for seed in config.seeds
+        for system in (BASELINE_CELL, *fusions)
+    ]

@@ -1,18 +1,25 @@
-"""How well pairs are told apart: accuracy, F1, precision, recall and AUC, by scikit-learn."""
+"""How well pairs are told apart, by scikit-learn, and controls: shuffled photos, and permuted labels in training."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
+from scipy.stats import norm, t
 from sklearn import metrics
 
-METRICS = ("accuracy", "balanced_accuracy", "f1", "precision", "recall", "auc")
+from saffe_cache.core.controls import Control
+
+_FALSE_ALARMS = {False: 1e-3, True: 1e-2}
+"""Of all controls that are judged together; True for those that are trained."""
 
 
 def judge(scores: np.ndarray, labels: np.ndarray, threshold: float = 0.0) -> dict[str, float]:
-    """Fractions. What lies above the threshold is called a match; AUC needs none.
+    """Fractions. Pairs above the threshold count as matches; AUC needs none.
 
     Args:
-        scores: of pairs, [n]; the higher, the more alike.
+        scores: of pairs, [n]; higher for more similar ones.
         labels: 1 where they belong together, else 0.
         threshold: chosen elsewhere.
     """
@@ -29,7 +36,7 @@ def judge(scores: np.ndarray, labels: np.ndarray, threshold: float = 0.0) -> dic
 
 
 def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Of the highest accuracy, halfway between two scores; of several the highest."""
+    """The threshold with the highest accuracy, halfway between two scores; the highest of several."""
     false, true, thresholds = metrics.roc_curve(labels, scores, drop_intermediate=False)
     right = true * (labels == 1).sum() + (1 - false) * (labels == 0).sum()
     place = int(np.argmax(right))
@@ -40,5 +47,65 @@ def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def auc_error(num_matches: int, num_others: int) -> float:
-    """Standard error of the AUC of scores that know nothing (Hanley and McNeil, 1982, at 0.5)."""
+    """Standard error of the AUC of uninformative scores (Hanley and McNeil, 1982, at 0.5)."""
     return float(np.sqrt((num_matches + num_others + 1) / (12 * num_matches * num_others)))
+
+
+@dataclass(frozen=True)
+class Trials:
+    """AUC of one control, since accuracy at a ratio of 1:5 rewards always saying no."""
+
+    name: str
+    values: list[float]
+    """One for each seed."""
+    error: float
+    """Standard error of one of them, as far as it is known."""
+    is_trained: bool
+    """Trained on uninformative data: then seeds may differ by more than this error."""
+
+
+def shuffled_error(num_matches: int, num_others: int) -> float:
+    """Upper bound on the error of a seed's AUC with shuffled photos: a photo's scores may exclude each other."""
+    return float(2**0.5 * auc_error(num_matches, num_others))
+
+
+def permuted_error(num_matches: int, num_others: int, num_kinds: int) -> float:
+    """Error of a seed's AUC after training on permuted data.
+
+    A model that learned nothing still orders its inputs. It treats photos of one class alike, and texts of one class
+    too: that is an order of few things, good or bad by chance.
+
+    Args:
+        num_matches: matching pairs of the test.
+        num_others: its other pairs.
+        num_kinds: of the test's photos, as distinguished by their texts: classes, or all photos with captions.
+    """
+    return auc_error(min(num_matches, num_kinds), min(num_others, num_kinds * (num_kinds - 1)))
+
+
+def judge_controls(controls: Sequence[Trials]) -> list[Control]:
+    """Whether the mean AUC of each control is at 0.5.
+
+    The tolerance is a normal quantile of the known error of the mean over seeds; for trained controls it is at least
+    Student's quantile, with one degree of freedom less than seeds, of the error that the seeds show. If all is well,
+    all controls of shuffled photos pass 999 times in 1,000, and all trained ones 99 times in 100: with the stricter
+    level, three seeds could hardly ever decide. A control is undecided with one seed of a trained one, and wherever
+    the tolerance admits any AUC.
+    """
+    judged = []
+    for one in controls:
+        count = sum(other.is_trained == one.is_trained for other in controls)
+        tolerance = _tolerance(one, 1 - _FALSE_ALARMS[one.is_trained] / (2 * count))
+        mean = float(np.mean(one.values))
+        judged.append(Control.within(one.name, "AUC", mean, 0.5, tolerance if tolerance < 0.5 else None))
+    return judged
+
+
+def _tolerance(control: Trials, level: float) -> float:
+    num_seeds = len(control.values)
+    known = float(norm.ppf(level) * control.error / num_seeds**0.5)
+    if not control.is_trained:
+        return known
+    if num_seeds == 1:
+        return float("inf")
+    return max(known, float(t.ppf(level, num_seeds - 1) * np.std(control.values, ddof=1) / num_seeds**0.5))

@@ -1,119 +1,61 @@
-"""Cells into results: each system's scores over seeds, controls, risks and verdicts."""
+"""Cells into results: each system's scores over seeds, the controls, and the sentences of the verdict."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from saffe_cache.studies.matching.aligning import alignment_in_words, null_control
-from saffe_cache.studies.matching.controls import Control, failures, judge_controls, permuted_error, shuffled_error
-from saffe_cache.studies.matching.crossover import compare_risks
-from saffe_cache.studies.matching.fusions import FUSIONS
-from saffe_cache.studies.matching.scores import METRICS
+from saffe_cache.core.controls import Control
+from saffe_cache.core.tables import percent
+from saffe_cache.studies.matching.config import FUSIONS
+from saffe_cache.studies.matching.findings import (
+    Crossover,
+    Difference,
+    Lead,
+    MadeAlignment,
+    MatchCell,
+    MatchSetting,
+    OverSeeds,
+    Trend,
+)
+from saffe_cache.studies.matching.scores import Trials, judge_controls, permuted_error, shuffled_error
 from saffe_cache.studies.matching.verdict import (
     CONCAT,
     Features,
+    compare_risks,
     judge_degradation,
     judge_rule,
-    over_seeds,
-    paired,
-    points,
-    rule_in_words,
+    rule_sentences,
 )
 
-Found = Mapping[str, Any]
-"""What `measure_cell` gives."""
+
+class Summary(NamedTuple):
+    """What follows from all cells."""
+
+    settings: list[MatchSetting]
+    controls: list[Control]
+    rule: list[Lead]
+    degradation: list[Trend]
+    crossovers: list[Crossover]
+    verdict: list[str]
 
 
-def summarise(cells: Sequence[Found], features: Features, num_kinds: int, made: Found | None = None) -> dict[str, Any]:
+def summarise(cells: Sequence[MatchCell], features: Features, num_kinds: int, made: MadeAlignment | None) -> Summary:
     """Everything that follows from the cells.
 
     Args:
         cells: all of them.
-        features: what they were measured on.
+        features: that they were measured on.
         num_kinds: of the test's photos.
-        made: what `judge_alignment` gives of features made pre-aligned.
+        made: what made the features pre-aligned, if anything did.
     """
-    settings = _settings([cell for cell in cells if not cell["permuted"]])
-    controls = _controls(cells, num_kinds)
-    verdicts = _verdicts(settings, features)
-    if made:
-        controls.append(null_control(made, num_kinds))
-        verdicts["verdict"].insert(0, alignment_in_words(made))
-    judged = judge_controls(controls)
-    return {"failures": failures(judged), "settings": settings, "controls": judged, **verdicts}
-
-
-def _settings(cells: Iterable[Found]) -> list[dict[str, Any]]:
-    """One object for each setting and scale; values in the order of the seeds."""
-    groups: dict[tuple[str, int], list[Found]] = {}
-    for cell in cells:
-        groups.setdefault((cell["setting"], cell["scale"]), []).append(cell)
-    found = []
-    for (setting, scale), of in groups.items():
-        first = of[0]
-        share = first["majority"]
-        systems: dict[str, list[Found]] = {}
-        for cell in of:
-            for name, scores in cell["systems"].items():
-                systems.setdefault(name, []).append(scores)
-        measured = [cell["alignment"] for cell in of if "alignment" in cell]
-        found.append(
-            {
-                "setting": setting,
-                "kind": first["kind"],
-                "level": first["level"],
-                "negatives": first["negatives"],
-                "scale": scale,
-                "pairs": first["pairs"],
-                "chance": share**2 + (1 - share) ** 2,
-                "majority": share,
-                "alignment": {
-                    name: float(np.mean([one[name] for one in measured])) for name in (measured[0] if measured else {})
-                },
-                "systems": {
-                    name: {metric: _values([one["test"][metric] for one in scores]) for metric in METRICS}
-                    | {"shuffled_auc": _values([one["shuffled"]["auc"] for one in scores])}
-                    for name, scores in systems.items()
-                },
-                "seconds": sum(cell["seconds"] for cell in of),
-            }
-        )
-    return found
-
-
-def _values(values: Sequence[float]) -> dict[str, Any]:
-    return {"values": list(values), **over_seeds(values)}
-
-
-def _controls(cells: Sequence[Found], num_kinds: int) -> list[Control]:
-    found: dict[str, Control] = {}
-    for cell in cells:
-        matches = cell["pairs"]["test"] // (1 + cell["negatives"])
-        others = matches * cell["negatives"]
-        if cell["permuted"]:
-            which, judged, error = "labels permuted", "test", permuted_error(matches, others, num_kinds)
-        else:
-            which, judged, error = "photos shuffled", "shuffled", shuffled_error(matches, others)
-        for system, scores in cell["systems"].items():
-            name = f"{cell['setting']}, {cell['scale']} pairs, {system}, {which}"
-            control = found.setdefault(name, Control(name, [], error, is_trained=cell["permuted"]))
-            control.values.append(scores[judged]["auc"])
-    return list(found.values())
-
-
-def _verdicts(settings: Sequence[Found], features: Features) -> dict[str, Any]:
-    clean = [one for one in settings if one["kind"] == "clean"]
-    ratios = list(dict.fromkeys(one["negatives"] for one in clean))
-    accuracies: dict[str, dict[int, list[float]]] = {}
-    for one in clean:
-        if one["negatives"] == ratios[0]:
-            for name, scores in one["systems"].items():
-                accuracies.setdefault(name, {})[one["scale"]] = scores["accuracy"]["values"]
+    settings = _settings([cell for cell in cells if not cell.permuted])
+    trials = _trials(cells, num_kinds)
+    accuracies = _accuracies(settings)
     contenders = [name for name in accuracies if name in FUSIONS and not name.startswith(CONCAT)]
-    judged = judge_rule(features, accuracies, contenders)
+    rule = judge_rule(features, accuracies, contenders)
     errors = {
         name: {scale: [1 - value for value in values] for scale, values in of.items()}
         for name, of in accuracies.items()
@@ -121,43 +63,118 @@ def _verdicts(settings: Sequence[Found], features: Features) -> dict[str, Any]:
     crossovers = [
         compare_risks(errors[CONCAT], errors[name], (CONCAT, name)) for name in contenders if CONCAT in errors
     ]
-    degraded = [verdict for kind in ("noise", "rotation") for verdict in _degradations(settings, kind)]
-    best = _best_baselines(accuracies)
-    words = [*rule_in_words(features, judged), *(one["words"] for one in degraded)]
-    words += [one["words"] for one in crossovers] + best
-    return {"rule": judged, "degradation": degraded, "crossovers": crossovers, "verdict": words}
+    trends = [trend for kind in ("noise", "rotation") for trend in _trends(settings, kind)]
+    verdict = rule_sentences(features, rule)
+    verdict += [*(one.sentence for one in trends), *(one.sentence for one in crossovers)]
+    verdict += _best_baselines(accuracies)
+    if made:
+        trials.append(null_trials(made, num_kinds))
+        verdict.insert(0, alignment_sentence(made))
+    return Summary(settings, judge_controls(trials), rule, trends, crossovers, verdict)
 
 
-def _degradations(settings: Sequence[Found], kind: str) -> list[dict[str, Any]]:
-    """The lead of concat over each cross-attention from clean features to the worst, at the scale of these."""
-    of_kind = [one for one in settings if one["kind"] == kind]
-    if not of_kind:
-        return []
-    scale, negatives = of_kind[0]["scale"], of_kind[0]["negatives"]
-    clean = [
-        one for one in settings if one["kind"] == "clean" and (one["scale"], one["negatives"]) == (scale, negatives)
-    ]
+def alignment_sentence(made: MadeAlignment) -> str:
+    """What the map did to the report's pairs."""
+    before = "undefined, since the encoders' widths differ" if made.auc_before is None else percent(made.auc_before)
+    permuted = made.auc_permuted
+    return (
+        f"features were made pre-aligned by a ridge regression of {made.photos} other photos, which are in no pair of "
+        f"this result: AUC of the cosine on the report {percent(made.auc)}; before, {before}; with permuted pairs "
+        f"{percent(float(np.mean(permuted)))}, from {percent(min(permuted))} to {percent(max(permuted))} in "
+        f"{len(permuted)} permutations; chance 50.0"
+    )
+
+
+def null_trials(made: MadeAlignment, num_kinds: int) -> Trials:
+    """The control that permuted pairs align nothing. `num_kinds`: of the report's photos."""
+    error = permuted_error(made.matches, made.others, num_kinds)
+    return Trials("cosine, made pre-aligned by permuted pairs", list(made.auc_permuted), error, is_trained=True)
+
+
+def _settings(cells: Iterable[MatchCell]) -> list[MatchSetting]:
+    """One for each setting and scale, with values in the order of the seeds."""
+    groups: dict[tuple[str, int], list[MatchCell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.setting, cell.scale), []).append(cell)
     found = []
-    for name in of_kind[0]["systems"]:
-        if name not in FUSIONS or name.startswith(CONCAT) or CONCAT not in of_kind[0]["systems"]:
-            continue
-        leads = {
-            one["setting"].split(" ", 1)[1]: [
-                own - other
-                for own, other in zip(
-                    one["systems"][CONCAT]["accuracy"]["values"],
-                    one["systems"][name]["accuracy"]["values"],
-                    strict=True,
-                )
-            ]
-            for one in [*clean, *of_kind]
-        }
-        found.append(judge_degradation(leads, kind, name) | {"scale": scale})
+    for of in groups.values():
+        first = of[0]
+        systems = dict.fromkeys(name for cell in of for name in cell.systems)
+        scores = {name: [cell.systems[name] for cell in of if name in cell.systems] for name in systems}
+        measured = [cell.alignment for cell in of if cell.alignment]
+        found.append(
+            MatchSetting(
+                setting=first.setting,
+                kind=first.kind,
+                level=first.level,
+                negatives=first.negatives,
+                scale=first.scale,
+                pairs=first.pairs,
+                chance=first.majority**2 + (1 - first.majority) ** 2,
+                majority=first.majority,
+                alignment={
+                    name: float(np.mean([one[name] for one in measured])) for name in (measured[0] if measured else {})
+                },
+                systems={
+                    name: {metric: OverSeeds.of([one.test[metric] for one in of_seeds]) for metric in of_seeds[0].test}
+                    | {"shuffled_auc": OverSeeds.of([one.shuffled["auc"] for one in of_seeds])}
+                    for name, of_seeds in scores.items()
+                },
+            )
+        )
     return found
 
 
+def _trials(cells: Sequence[MatchCell], num_kinds: int) -> list[Trials]:
+    found: dict[str, Trials] = {}
+    for cell in cells:
+        matches = cell.pairs["test"] // (1 + cell.negatives)
+        others = matches * cell.negatives
+        if cell.permuted:
+            which, error = "labels permuted", permuted_error(matches, others, num_kinds)
+        else:
+            which, error = "photos shuffled", shuffled_error(matches, others)
+        for system, scores in cell.systems.items():
+            name = f"{cell.setting}, {cell.scale} pairs, {system}, {which}"
+            trials = found.setdefault(name, Trials(name, [], error, is_trained=cell.permuted))
+            trials.values.append((scores.test if cell.permuted else scores.shuffled)["auc"])
+    return list(found.values())
+
+
+def _accuracies(settings: Sequence[MatchSetting]) -> Mapping[str, Mapping[int, Sequence[float]]]:
+    """By system and size, on clean features at the first ratio."""
+    clean = [one for one in settings if one.kind == "clean"]
+    found: dict[str, dict[int, Sequence[float]]] = {}
+    for one in clean:
+        if one.negatives == clean[0].negatives:
+            for name, scores in one.systems.items():
+                found.setdefault(name, {})[one.scale] = scores["accuracy"].values
+    return found
+
+
+def _trends(settings: Sequence[MatchSetting], kind: str) -> list[Trend]:
+    """Concat's lead over each cross-attention from clean features to the most degraded, at the scale of these."""
+    of_kind = [one for one in settings if one.kind == kind]
+    if not of_kind or CONCAT not in of_kind[0].systems:
+        return []
+    place = of_kind[0].scale, of_kind[0].negatives
+    clean = [one for one in settings if one.kind == "clean" and (one.scale, one.negatives) == place]
+
+    def leads(one: MatchSetting, name: str) -> list[float]:
+        values = (one.systems[system]["accuracy"].values for system in (CONCAT, name))
+        return [own - other for own, other in zip(*values, strict=True)]
+
+    return [
+        judge_degradation(
+            {one.setting.split(" ", 1)[1]: leads(one, name) for one in [*clean, *of_kind]}, kind, name, place[0]
+        )
+        for name in of_kind[0].systems
+        if name in FUSIONS and not name.startswith(CONCAT)
+    ]
+
+
 def _best_baselines(accuracies: Mapping[str, Mapping[int, Sequence[float]]]) -> list[str]:
-    """At the largest scale: the best fusion less the best of what needs none."""
+    """At the largest scale: the best fusion less the best baseline."""
     fusions = {name: of for name, of in accuracies.items() if name in FUSIONS}
     others = {name: of for name, of in accuracies.items() if name not in FUSIONS}
     if not fusions or not others:
@@ -169,11 +186,9 @@ def _best_baselines(accuracies: Mapping[str, Mapping[int, Sequence[float]]]) -> 
     )
     if fusion is None or baseline is None:
         return []
-    lead = paired(fusions[fusion][scale], others[baseline][scale])
-    several = (
-        "" if lead["low"] is None else "; each interval of this page alone is 95 %, over seeds, on the same photos"
-    )
+    lead = Difference.paired(fusions[fusion][scale], others[baseline][scale])
+    several = "" if lead.low is None else "; each interval alone is 95 %, over seeds, on the same photos"
     return [
-        f"at {scale} pairs the best fusion, {fusion}, less the best of what needs none, {baseline}: {points(lead)} "
-        f"points (both chosen by these very numbers{several})"
+        f"at {scale} pairs the best fusion, {fusion}, less the best baseline, {baseline}: {lead.points()} points "
+        f"(both chosen by these numbers{several})"
     ]
