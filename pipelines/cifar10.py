@@ -20,22 +20,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ lies beside the package, not in it
 
-from pipelines.tables import Row, Table, failures, markdown
+from pipelines.tables import Variant, Variants, failures
 from saffe_cache.extraction.extract import ExtractConfig, extract
 
 
-def rows_of(layers: dict[str, object], epochs: int) -> list[Row]:
+def rows_of(layers: dict[str, object], epochs: int) -> list[Variant]:
     """The variants, on the layers of one pair of encoders."""
     alone = layers | {"epochs": epochs}
     pairs = alone | {"objective": {"pair": 1.0}, "negatives": 4, "pair_photos": 32, "batch_size": 128}
     pairs |= {"epochs": epochs // 2, "learning_rate": 5e-4}
     return [
-        Row("linear", {"fusion": "linear", "layers": {"image": (11, 12)}}),
-        Row("reuse", alone, ("class",)),
-        Row("paper", alone | {"fusion": "paper"}, ("class",)),
-        Row("reuse, pairs", pairs, ("candidate",)),
-        Row("paper, pairs", pairs | {"fusion": "paper"}, ("candidate",)),
-        Row("reference", alone | {"fusion": "reference"}),
+        Variant("linear", {"fusion": "linear", "layers": {"image": (11, 12)}}),
+        Variant("reuse", alone, ("class",)),
+        Variant("paper", alone | {"fusion": "paper"}, ("class",)),
+        Variant("reuse, pairs", pairs, ("candidate",)),
+        Variant("paper, pairs", pairs | {"fusion": "paper"}, ("candidate",)),
+        Variant("reference", alone | {"fusion": "reference"}),
     ]
 
 
@@ -68,7 +68,7 @@ def main() -> None:
             storage="float16",
         )
     )
-    table = Table(
+    table = Variants(
         cache=cache,
         work=options.work,
         rows=rows_of({"layers": {"image": (11,), "text": text_layers[:1]}}, options.epochs),
@@ -76,11 +76,11 @@ def main() -> None:
         split="test",
         seeds=options.seeds,
     )
-    reports = table.run()
-    for protocol, found in reports.items():
+    measured = table.run()
+    for protocol, found in measured.items():
         metrics = ("map", "map_at_100", "top1") + (("top1_prior_removed",) if protocol == "candidate" else ())
-        print(f"{protocol} protocol", markdown(found, metrics, "photos_shuffled"), sep="\n\n")
-    print(*failures(reports), sep="\n")
+        print(f"{protocol} protocol", found.table(metrics, "photos_shuffled").to_markdown(), sep="\n\n")
+    print(*failures(measured), sep="\n")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # data/ and pipelines/ lie b
 from data.encoders import fetch_encoders
 from data.notes import draw_notes, ideal_late_fusion, place_ordered_fusion, read_notes, text_only_chance
 from data.scenes import draw_scenes
-from pipelines.tables import Row, Table, failures, markdown
+from pipelines.tables import Variant, Variants, failures
 from saffe_cache.core.results import read_report
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate
@@ -40,8 +40,8 @@ from saffe_cache.training.train import train
 SCENES = {"train": 1000, "dev": 150, "test": 250}
 NOTES = {"train": 1800, "dev": 150, "test": 400}
 ROWS = [
-    Row("reuse", {"layers": {"image": (9,), "text": (5,)}}),
-    Row("linear (late fusion)", {"fusion": "linear"}),
+    Variant("reuse", {"layers": {"image": (9,), "text": (5,)}}),
+    Variant("linear (late fusion)", {"fusion": "linear"}),
 ]
 
 
@@ -75,7 +75,7 @@ def search_scenes(work: Path, encoders: Mapping[str, str]) -> str:
 def search_notes(work: Path, encoders: Mapping[str, str]) -> str:
     """Queries that neither the picture nor its note answers alone; the evaluation of the first row."""
     notes = draw_notes(work / "notes", NOTES, seed=0)
-    table = Table(
+    table = Variants(
         cache=cache_of(str(notes), str(work / "notes.zarr"), encoders),
         work=work / "notes-runs",
         rows=ROWS,
@@ -83,13 +83,14 @@ def search_notes(work: Path, encoders: Mapping[str, str]) -> str:
         split="test",
         shared={"gallery_text": "first_caption", "validation": "dev", "epochs": 9, "control_epochs": 1},
     )
-    reports = table.run()
+    measured = table.run()
     print("\nGrounded notes: pictures with a note about one object by its place, searched by what it is", end="\n\n")
-    print(markdown(reports["metadata"], ("map", "recall_at_1"), "photos_shuffled"), *failures(reports), sep="\n")
+    shown = measured["metadata"].table(("map", "recall_at_1"), "photos_shuffled")
+    print(shown.to_markdown(), *failures(measured), sep="\n")
     truth = read_notes(notes, "test")
     for reference in (ideal_late_fusion, place_ordered_fusion, text_only_chance):
         print(f"{reference.__name__}, from the ground truth: mAP {100 * reference(truth)['map']:.1f}")
-    return str(table.work / f"{ROWS[0].name}-seed0" / "test-metadata")
+    return str(measured["metadata"].first_folder)
 
 
 def cache_of(data: str, cache: str, encoders: Mapping[str, str]) -> str:

@@ -20,40 +20,40 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ lies beside the package, not in it
 
-from pipelines.tables import Row, Table, failures, markdown
+from pipelines.tables import Variant, Variants, failures
 from saffe_cache.extraction.extract import ExtractConfig, extract
 
 LAST_TWO = {"fusion": "linear", "layers": {"image": (11, 12)}, "epochs": 20}
 VARIANTS = [
-    Row("linear", LAST_TWO),
-    Row("linear, mean head", LAST_TWO | {"head": "mean"}),
-    Row("linear, flatten head", LAST_TWO | {"head": "flatten"}),
-    Row("reuse", {}),
-    Row("reuse, text asks", {"query_side": "text"}),
-    Row("reuse, frozen", {"freeze_decoder": True}),
-    Row("reuse, two layers", {"layers": {"image": (10, 11), "text": (4, 5)}}),
-    Row("reuse, two layers, shared", {"layers": {"image": (10, 11), "text": (4, 5)}, "share_decoder": True}),
-    Row("paper", {"fusion": "paper"}),
-    Row("reference", {"fusion": "reference", "layers": {"image": (10, 11), "text": (4, 5)}}),
+    Variant("linear", LAST_TWO),
+    Variant("linear, mean head", LAST_TWO | {"head": "mean"}),
+    Variant("linear, flatten head", LAST_TWO | {"head": "flatten"}),
+    Variant("reuse", {}),
+    Variant("reuse, text asks", {"query_side": "text"}),
+    Variant("reuse, frozen", {"freeze_decoder": True}),
+    Variant("reuse, two layers", {"layers": {"image": (10, 11), "text": (4, 5)}}),
+    Variant("reuse, two layers, shared", {"layers": {"image": (10, 11), "text": (4, 5)}, "share_decoder": True}),
+    Variant("paper", {"fusion": "paper"}),
+    Variant("reference", {"fusion": "reference", "layers": {"image": (10, 11), "text": (4, 5)}}),
 ]
 OBJECTIVES = [
-    Row("reuse", {}),
-    Row("siglip", {"objective": {"siglip": 1.0}}),
-    Row("info_nce + pair", {"objective": {"info_nce": 1.0, "pair": 1.0}}, ("caption", "rerank")),
-    Row("info_nce + matching", {"objective": {"info_nce": 1.0, "matching": 1.0}}, ("caption", "rerank")),
-    Row("info_nce, matched texts", {"gallery_text": "matched"}),
-    Row("info_nce, matched texts, half dropped", {"gallery_text": "matched", "text_dropout": 0.5}),
-    Row("soft_target, matched texts", {"gallery_text": "matched", "objective": {"soft_target": 1.0}}),
+    Variant("reuse", {}),
+    Variant("siglip", {"objective": {"siglip": 1.0}}),
+    Variant("info_nce + pair", {"objective": {"info_nce": 1.0, "pair": 1.0}}, ("caption", "rerank")),
+    Variant("info_nce + matching", {"objective": {"info_nce": 1.0, "matching": 1.0}}, ("caption", "rerank")),
+    Variant("info_nce, matched texts", {"gallery_text": "matched"}),
+    Variant("info_nce, matched texts, half dropped", {"gallery_text": "matched", "text_dropout": 0.5}),
+    Variant("soft_target, matched texts", {"gallery_text": "matched", "objective": {"soft_target": 1.0}}),
 ]
 BOTH = {"gallery_text": "first_caption", "learning_rate": 1e-3, "text_dropout": 0.3}
 METADATA = [
-    Row("linear (late fusion)", BOTH | LAST_TWO),
-    Row("concat", BOTH | LAST_TWO | {"fusion": "concat"}),
-    Row("reuse", BOTH),
-    Row("reuse, text asks", BOTH | {"query_side": "text"}),
-    Row("paper", BOTH | {"fusion": "paper"}),
+    Variant("linear (late fusion)", BOTH | LAST_TWO),
+    Variant("concat", BOTH | LAST_TWO | {"fusion": "concat"}),
+    Variant("reuse", BOTH),
+    Variant("reuse, text asks", BOTH | {"query_side": "text"}),
+    Variant("paper", BOTH | {"fusion": "paper"}),
 ]
-TABLES: dict[str, tuple[list[Row], str, tuple[str, ...]]] = {
+TABLES: dict[str, tuple[list[Variant], str, tuple[str, ...]]] = {
     "variants": (VARIANTS, "caption", ("mrr", "recall_at_1", "recall_at_5", "recall_at_10")),
     "objectives": (OBJECTIVES, "caption", ("mrr", "recall_at_1", "recall_at_5", "recall_at_10")),
     "metadata": (METADATA, "metadata", ("map", "recall_at_1", "recall_at_5", "mrr")),
@@ -84,7 +84,7 @@ def main() -> None:
     )
     for name in options.table:
         rows, protocol, metrics = TABLES[name]
-        table = Table(
+        table = Variants(
             cache=cache,
             work=options.work / protocol,  # both tables of captions hold the same `reuse`
             rows=[row for row in rows if options.rows is None or row.name in options.rows],
@@ -93,11 +93,11 @@ def main() -> None:
             seeds=options.seeds,
             shared={"layers": {"image": (11,), "text": (5,)}, "validation": "heldout", "epochs": 10},
         )
-        reports = table.run()
-        for of_protocol, found in reports.items():
+        measured = table.run()
+        for of_protocol, found in measured.items():
             columns = metrics if of_protocol == protocol else ("map", *metrics[1:])
-            print(f"{name}, {of_protocol} protocol", markdown(found, columns, "photos_shuffled"), sep="\n\n")
-        print(*failures(reports), sep="\n")
+            print(f"{name}, {of_protocol} protocol", found.table(columns, "photos_shuffled").to_markdown(), sep="\n\n")
+        print(*failures(measured), sep="\n")
 
 
 if __name__ == "__main__":

@@ -20,20 +20,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # data/ and pipelines/ lie beside the package, not in it
 
 from data.notes import SPLITS, chance, draw_notes, ideal_late_fusion, place_ordered_fusion, read_notes, text_only_chance
-from pipelines.tables import Row, Table, failures, markdown
+from pipelines.tables import Variant, Variants, failures
 from saffe_cache.extraction.extract import ExtractConfig, extract
 
 GALLERY_ASKS = {"layers": {"image": (9,), "text": (5,)}}
 ROWS = [
-    Row("reuse", GALLERY_ASKS),
-    Row("reuse, text asks", GALLERY_ASKS | {"query_side": "text", "epochs": 12}),
-    Row("reuse, frozen", GALLERY_ASKS | {"freeze_decoder": True}),
-    Row("paper", GALLERY_ASKS | {"fusion": "paper", "epochs": 16}),
-    Row("paper, text asks", GALLERY_ASKS | {"fusion": "paper", "query_side": "text", "epochs": 12}),
-    Row("linear (late fusion)", {"fusion": "linear", "layers": {"image": (9, 12)}, "epochs": 30}),
-    Row("concat", {"fusion": "concat", "layers": {"image": (9, 12)}, "epochs": 30}),
-    Row("concat, dropout 0.1", {"fusion": "concat", "layers": {"image": (9, 12)}, "epochs": 30, "dropout": 0.1}),
-    Row("reference", GALLERY_ASKS | {"fusion": "reference", "gallery_text": "first_caption"}),
+    Variant("reuse", GALLERY_ASKS),
+    Variant("reuse, text asks", GALLERY_ASKS | {"query_side": "text", "epochs": 12}),
+    Variant("reuse, frozen", GALLERY_ASKS | {"freeze_decoder": True}),
+    Variant("paper", GALLERY_ASKS | {"fusion": "paper", "epochs": 16}),
+    Variant("paper, text asks", GALLERY_ASKS | {"fusion": "paper", "query_side": "text", "epochs": 12}),
+    Variant("linear (late fusion)", {"fusion": "linear", "layers": {"image": (9, 12)}, "epochs": 30}),
+    Variant("concat", {"fusion": "concat", "layers": {"image": (9, 12)}, "epochs": 30}),
+    Variant("concat, dropout 0.1", {"fusion": "concat", "layers": {"image": (9, 12)}, "epochs": 30, "dropout": 0.1}),
+    Variant("reference", GALLERY_ASKS | {"fusion": "reference", "gallery_text": "first_caption"}),
 ]
 METRICS = ("map", "recall_at_1", "recall_at_5")
 
@@ -58,7 +58,7 @@ def main() -> None:
             storage="float16",
         )
     )
-    table = Table(
+    table = Variants(
         cache=cache,
         work=options.work,
         rows=[row for row in ROWS if row.name in options.rows],
@@ -67,8 +67,8 @@ def main() -> None:
         seeds=options.seeds,
         shared={"gallery_text": "first_caption", "validation": "dev", "epochs": 6, "batch_size": 256},
     )
-    reports = table.run()
-    print(markdown(reports["metadata"], METRICS, "photos_shuffled"), *failures(reports), sep="\n")
+    measured = table.run()
+    print(measured["metadata"].table(METRICS, "photos_shuffled").to_markdown(), *failures(measured), sep="\n")
     truth = read_notes(scenes, "test")
     for reference in (ideal_late_fusion, place_ordered_fusion, text_only_chance, chance):
         told = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in reference(truth).items())

@@ -26,8 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ lies beside the package, not in it
 
 from pipelines.flickr8k import LAST_TWO
-from pipelines.tables import Row, Table
-from saffe_cache.evaluation.results import EvaluationResult
+from pipelines.tables import Measured, Variant, Variants
 from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.dtypes import STORAGE_DTYPES
@@ -62,16 +61,16 @@ def main() -> None:
     caches = {dtype: convert(exact, options.work / f"{dtype}.zarr", dtype) for dtype in STORAGE_DTYPES}
     packed = {dtype: weigh_compressed(cache, options.work) for dtype, cache in caches.items()}
     speeds = reading_speeds(caches)
-    reports = {
-        dtype: Table(
+    measured = {
+        dtype: Variants(
             cache=cache,
             work=options.work / "runs" / dtype,
-            rows=[Row("linear", LAST_TWO)],
+            rows=[Variant("linear", LAST_TWO)],
             protocols=("caption",),
             split=options.split,
             seeds=options.seeds,
             shared={"validation": "heldout"},
-        ).run()["caption"]["linear"]
+        ).run()["caption"]
         for dtype, cache in caches.items()
     }
     print(
@@ -87,7 +86,7 @@ def main() -> None:
             *(f"{size:.1f}" for size in sizes),
             f"{speeds[dtype]:.2f}",
             errors(exact, cache),
-            *scores(reports, dtype),
+            *scores(measured, dtype),
         ]
         print("| " + " | ".join(cells) + " |")
 
@@ -146,13 +145,13 @@ def _tokens(cache: str, layer: int, rows: np.ndarray) -> np.ndarray:
     return np.asarray((states - states.mean(axis=-1, keepdims=True)).reshape(-1, states.shape[-1]))
 
 
-def scores(reports: Mapping[str, Sequence[EvaluationResult]], dtype: str) -> list[str]:
+def scores(measured: Mapping[str, Measured], dtype: str) -> list[str]:
     """R@1 of the FAM, what float32 has more, both over seeds; R@1 of the ridge regression."""
     found, exact = (
-        [100 * one.systems["fam"]["recall_at_1"].value for one in reports[name]] for name in (dtype, "float32")
+        [100 * value for value in measured[name].points[0].values["recall_at_1"]] for name in (dtype, "float32")
     )
     losses = [other - mine for mine, other in zip(found, exact, strict=True)]
-    ridge = 100 * reports[dtype][0].systems["ridge"]["recall_at_1"].value
+    ridge = 100 * measured[dtype].first.systems["ridge"]["recall_at_1"].value
     return [_spread(found), "" if dtype == "float32" else _spread(losses), f"{ridge:.2f}"]
 
 

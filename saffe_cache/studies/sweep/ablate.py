@@ -21,7 +21,7 @@ from saffe_cache.studies.sweep.config import AblateConfig
 from saffe_cache.studies.sweep.jobs import Job, Planner, run_jobs
 from saffe_cache.studies.sweep.recipe import Cell, Recipe, read_recipe
 from saffe_cache.studies.sweep.requirements import check_cache, stored_as
-from saffe_cache.studies.sweep.result import Level, SweepCost, SweepPoint, SweepResult, SweepSeries
+from saffe_cache.studies.sweep.result import Level, SweepCost, SweepPoint, SweepResult, SweepSeries, place_of
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.result import TrainResult
 
@@ -39,8 +39,12 @@ def ablate(config: AblateConfig) -> tuple[str, ...]:
         ValueError: a file is no recipe, or its options do not fit the cache.
         OSError: the disk is full or gone, or another process works in the folder.
     """
+    return sweep(config, {Path(path).stem: read_recipe(path) for path in config.recipe})
+
+
+def sweep(config: AblateConfig, recipes: Mapping[str, Recipe]) -> tuple[str, ...]:
+    """As `ablate`, for recipes by name that need not be files."""
     out = Path(config.out)
-    recipes = {Path(path).stem: read_recipe(path) for path in config.recipe}
     workers = config.workers or (min(_MOST_WORKERS, num_cores()) if choose_device(config.device) == "cpu" else 1)
     with hold_folder(out):
         base = open_cache(config.cache)
@@ -123,10 +127,10 @@ class _Plan:
             published=recipe.published,
             cost=_cost(self.distinct, next(iter(self.caches.values())), workers),
             failures=tuple(
-                f"{', '.join(filter(None, (cell.series, cell.x, cell.y)))}, seed {job.config.seed}: {failure}"
-                for cell, jobs, of_cell in zip(recipe.cells, self.jobs, reports, strict=True)
-                for job, report in zip(jobs, of_cell, strict=True)
-                for failure in report.failures
+                f"{place_of(name, point)}, {text}"
+                for name, points in series.items()
+                for point in points
+                for text in point.failures
             ),
         )
 
@@ -182,7 +186,11 @@ def _point(cell: Cell, jobs: Sequence[Job], reports: Sequence[EvaluationResult],
         baselines=systems,
         controls=_values([report.control_scores for report in reports]),
         best_epoch=tuple(result.best_epoch for result in results),
-        failures=tuple(failure for report in reports for failure in report.failures),
+        failures=tuple(
+            f"seed {job.config.seed}: {text}"
+            for job, report in zip(jobs, reports, strict=True)
+            for text in report.failures
+        ),
         trainable_parameters=results[0].trainable_parameters,
         fusing_flops=reports[0].cost.fusing_flops,
         training_seconds=tuple(result.seconds for result in results),

@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -163,15 +163,20 @@ def run_jobs(jobs: Sequence[Job], together: int, workers: int) -> None:
 
 
 def _side_by_side(tasks: Sequence[Sequence[Job]], workers: int) -> Iterator[int]:
-    """Tasks in processes of their own, as they are done."""
+    """Each task in a new process, so that its peak memory is its own; yields tasks' counts as they finish."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     threads = max(1, num_cores() // workers)
+
+    def run(task: Sequence[Job]) -> int:
+        with ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(threads,)) as process:
+            return process.submit(_work, task).result()
+
     with (
         _environment("TQDM_DISABLE", "1"),  # of the workers: this process has read it already
-        ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(threads,)) as pool,
+        ThreadPoolExecutor(workers) as pool,
     ):
-        started = [pool.submit(_work, task) for task in tasks]
+        started = [pool.submit(run, task) for task in tasks]
         try:
             for future in as_completed(started):
                 yield future.result()

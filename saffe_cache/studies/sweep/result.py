@@ -52,6 +52,7 @@ class SweepPoint:
     controls: Values
     best_epoch: tuple[int, ...]
     failures: tuple[str, ...]
+    """Failed controls, each with its seed."""
     trainable_parameters: int
     fusing_flops: int
     """For one photo of the gallery."""
@@ -78,6 +79,11 @@ class SweepSeries:
 
     name: str
     points: tuple[SweepPoint, ...]
+
+
+def place_of(series: str, point: SweepPoint) -> str:
+    """A point's name within a sweep."""
+    return ", ".join(filter(None, (series, point.x, point.y)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +164,7 @@ class SweepResult(Result):
     @property
     def points(self) -> list[tuple[str, SweepPoint]]:
         """With the names of their series and their place."""
-        return [
-            (", ".join(filter(None, (series.name, point.x, point.y))), point)
-            for series in self.series
-            for point in series.points
-        ]
+        return [(place_of(series.name, point), point) for series in self.series for point in series.points]
 
     @property
     def chance(self) -> list[float]:
