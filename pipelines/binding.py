@@ -28,7 +28,8 @@ import sys
 from pathlib import Path
 
 from saffe_cache.core.results import exit_status, read_report
-from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.extraction.config import ExtractConfig
+from saffe_cache.extraction.extract import extract
 from saffe_cache.studies.binding.bind import bind
 from saffe_cache.studies.binding.config import BindConfig
 

@@ -44,9 +44,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from saffe_cache.core.atomic_io import write_whole
 from saffe_cache.core.devices import num_cores
 from saffe_cache.core.outputs import read_json, write_json
-from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.extraction.config import ExtractConfig
+from saffe_cache.extraction.extract import extract
 from saffe_cache.retrieval.metrics import seed_interval
-from saffe_cache.sources import Columns, read_items
+from saffe_cache.sources.items import Columns
+from saffe_cache.sources.registry import read_items
 from saffe_cache.studies.captioning.caption import caption
 from saffe_cache.studies.captioning.config import CaptionConfig
 from saffe_cache.studies.captioning.fitting import rate_at, shuffled_batches

@@ -21,7 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ lies beside the package, not in it
 
 from pipelines.tables import Variant, Variants, failures
-from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.extraction.config import ExtractConfig
+from saffe_cache.extraction.extract import extract
 
 
 def rows_of(layers: dict[str, object], epochs: int) -> list[Variant]:

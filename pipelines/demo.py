@@ -32,7 +32,8 @@ from pipelines.tables import Variant, Variants, failures
 from saffe_cache.core.results import read_report
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate
-from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.extraction.config import ExtractConfig
+from saffe_cache.extraction.extract import extract
 from saffe_cache.report.report import ReportConfig, make_report
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.train import train

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # data/ and pipelines/ lie b
 
 from data.notes import SPLITS, chance, draw_notes, ideal_late_fusion, place_ordered_fusion, read_notes, text_only_chance
 from pipelines.tables import Variant, Variants, failures
-from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.extraction.config import ExtractConfig
+from saffe_cache.extraction.extract import extract
 
 GALLERY_ASKS = {"layers": {"image": (9,), "text": (5,)}}
 ROWS = [

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ lies beside the
 
 from pipelines.flickr8k import LAST_TWO
 from pipelines.tables import Measured, Variant, Variants
-from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.extraction.config import ExtractConfig
+from saffe_cache.extraction.extract import extract
 from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.dtypes import STORAGE_DTYPES
 from saffe_cache.store.reader import EncoderCache, open_cache

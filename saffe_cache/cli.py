@@ -180,7 +180,7 @@ def _sigterm_raised() -> Iterator[None]:
 
 
 def _lacks_memory(error: MemoryError | RuntimeError) -> bool:
-    from saffe_cache.extraction.oom_retry import is_out_of_memory
+    from saffe_cache.core.devices import is_out_of_memory
 
     return isinstance(error, MemoryError) or is_out_of_memory(error) or "can't start new thread" in str(error)
 

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from tiny_models import WORDS
 
-from saffe_cache.encoders.encoder import FrozenEncoder, Launched
-from saffe_cache.extraction.extract import ExtractConfig
+from saffe_cache.encoders.encoder import FrozenEncoder
+from saffe_cache.encoders.transfers import Launched
+from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.store.writer import EncoderWriter, Portion
 
 

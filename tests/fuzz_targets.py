@@ -26,8 +26,8 @@ from synthetic_cache import make_cache
 
 from saffe_cache.core import options
 from saffe_cache.core.features import CacheError
-from saffe_cache.sources import Columns
 from saffe_cache.sources.folders import folder_items
+from saffe_cache.sources.items import Columns
 from saffe_cache.store import inspect
 from saffe_cache.store.exchange import export_hdf5, import_hdf5
 from saffe_cache.store.layout import (
@@ -330,7 +330,7 @@ def _run_targets(work: Path) -> dict[str, Target]:
 
 def _option_targets(work: Path) -> dict[str, Target]:
     from saffe_cache.evaluation.evaluate import EvaluateConfig
-    from saffe_cache.extraction.extract import ExtractConfig
+    from saffe_cache.extraction.config import ExtractConfig
     from saffe_cache.training.config import TrainConfig
 
     read_once = cache(options.attribute_docstrings)

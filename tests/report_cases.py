@@ -12,7 +12,8 @@ from quick_runs import quick_train, report_of
 
 from saffe_cache.core.controls import Control
 from saffe_cache.core.results import Result
-from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.extraction.config import ExtractConfig
+from saffe_cache.extraction.extract import extract
 from saffe_cache.report.report import ReportConfig, make_report
 from saffe_cache.studies.matching.findings import Crossover, MatchCost, MatchSetting, OverSeeds, Plane, PowerLaw
 from saffe_cache.studies.matching.result import MatchResult

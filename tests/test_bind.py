@@ -14,7 +14,8 @@ from synthetic_cache import TEXT_WIDTH, make_cache
 from saffe_cache.core.controls import failed
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.results import exit_status
-from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.extraction.config import ExtractConfig
+from saffe_cache.extraction.extract import extract
 from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.binding import episodes
 from saffe_cache.studies.binding.bind import bind

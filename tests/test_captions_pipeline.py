@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ lies beside the
 from pipelines import captions
 from saffe_cache.core.json_schema import made_of
 from saffe_cache.encoders.causal_tokens import CausalTokens
-from saffe_cache.encoders.encoder import EncoderRequest, load_encoder
+from saffe_cache.encoders.encoder import load_encoder
+from saffe_cache.encoders.loading import EncoderRequest
 from saffe_cache.studies.captioning.result import CaptionResult
 
 

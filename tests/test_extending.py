@@ -17,8 +17,8 @@ from saffe_cache.cli import main
 from saffe_cache.fusion import registry as fusions
 from saffe_cache.protocols import registry as protocols
 from saffe_cache.retrieval import metrics
-from saffe_cache.sources import Columns
 from saffe_cache.sources import registry as formats
+from saffe_cache.sources.items import Columns
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,10 @@ from quick_runs import quick_train
 
 from saffe_cache.cli import extract_command, main
 from saffe_cache.core.features import CacheError
-from saffe_cache.encoders.encoder import Encoded, FrozenEncoder, Launched
-from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.encoders.encoder import FrozenEncoder
+from saffe_cache.encoders.transfers import Encoded, Launched
+from saffe_cache.extraction.config import ExtractConfig
+from saffe_cache.extraction.extract import extract
 from saffe_cache.inputs.splits import same_training_pairs
 from saffe_cache.store.inspect import verify_cache
 from saffe_cache.store.reader import open_cache
@@ -288,8 +290,8 @@ def test_class_prompt_of_a_cache_is_fixed(config: ExtractConfig, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"class_prompt": ("a photo",)}, "expected one {} where the text goes"),
-        ({"prompt": "{x}"}, "expected one {} where the text goes"),
+        ({"class_prompt": ("a photo",)}, "expected exactly one {} for the text"),
+        ({"prompt": "{x}"}, "expected exactly one {} for the text"),
         ({"batch_size": 0}, "--batch-size: found 0, expected a number above 0"),
         ({"max_invalid": 7.0}, "expected a fraction from 0 to 1"),
         ({"layers": {"audio": (1,)}}, "expected modalities that --encoder names"),
@@ -317,7 +319,7 @@ def test_changed_photo_is_encoded_as_a_new_one_on_request(
     before = open_cache(config.cache)
     draw(data / "train" / "005.png", 999)
     cache = open_cache(extract(replace(config, changed="reencode")))
-    assert "1 items have changed and are taken as they are now, for instance train/005.png (file)" in caplog.text
+    assert "1 items have changed and are encoded again, for instance train/005.png (file)" in caplog.text
     item = cache.table.ids.index("train/005.png")
     assert cache.table.ids == before.table.ids
     assert np.flatnonzero(cache.table.rows["image"] != before.table.rows["image"]).tolist() == [item]
@@ -442,7 +444,7 @@ def test_bfloat16_pass_stores_what_float32_does_but_for_rounding(config: Extract
 
 def test_storage_of_an_array_is_fixed(config: ExtractConfig) -> None:
     extract(config)
-    with pytest.raises(CacheError, match=r"stored as float32, asked for float16\. Use --storage float32"):
+    with pytest.raises(CacheError, match=r"stored as float32, requested: float16\. Use --storage float32"):
         extract(replace(config, storage="float16"))
 
 

@@ -13,10 +13,11 @@ from extraction_cases import dying_behind, files_of, tiny_config
 from tiny_models import load_tiny
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.encoders.encoder import FrozenEncoder, Launched
+from saffe_cache.encoders.encoder import FrozenEncoder, HalvingEncoder
+from saffe_cache.encoders.transfers import Launched
 from saffe_cache.extraction import planning
-from saffe_cache.extraction.extract import ExtractConfig, extract
-from saffe_cache.extraction.oom_retry import HalvingEncoder
+from saffe_cache.extraction.config import ExtractConfig
+from saffe_cache.extraction.extract import extract
 from saffe_cache.store.manifest import read_encoder, read_root
 from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage

@@ -74,7 +74,7 @@ def test_what_is_no_picture_of_pil_goes_to_the_processor(encoders: dict[str, Fro
 
 
 def test_an_input_of_another_shape_is_refused(encoders: dict[str, FrozenEncoder]) -> None:
-    with pytest.raises(ValueError, match=r"its pixel_values is \(3, 32, 32\), expected \(3, 32, 40\)"):
+    with pytest.raises(ValueError, match=r"its prepared pixel_values is \(3, 32, 32\), expected \(3, 32, 40\)"):
         encoders["vit"].prepare_into(picture(50, 40), {"pixel_values": torch.empty(3, 32, 40)})
 
 

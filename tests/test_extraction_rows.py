@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saffe_cache.encoders.encoder import Encoded
-from saffe_cache.extraction.rows import BlockRows
+from saffe_cache.encoders.transfers import Encoded
+from saffe_cache.extraction.encoding import BlockRows
 from saffe_cache.store.dtypes import STORAGE_DTYPES, to_storage
 from saffe_cache.store.layout import ArraySpec
 

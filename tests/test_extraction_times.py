@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from extraction_cases import full_disk_from, tiny_config
 
-from saffe_cache.encoders.encoder import FrozenEncoder, Launched
+from saffe_cache.encoders.encoder import FrozenEncoder
+from saffe_cache.encoders.transfers import Launched
+from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.encoding import Seconds
-from saffe_cache.extraction.extract import ExtractConfig, extract
-from saffe_cache.sources import Media
+from saffe_cache.extraction.extract import extract
+from saffe_cache.sources.items import MediaFile
 from saffe_cache.store.reader import open_cache
 from saffe_cache.store.writer import EncoderWriter
 
@@ -43,10 +45,10 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
 @pytest.mark.parametrize(
     ("owner", "method", "limit", "words"),
     [
-        (Media, "read", "data", "Reading and decoding was the limit: more --workers"),
-        (FrozenEncoder, "launch", "encoding", "The encoder was the limit"),
-        (Launched, "wait", "encoding", "The encoder was the limit"),
-        (EncoderWriter, "_write", "writer", "Writing was the limit: a quicker disk"),
+        (MediaFile, "read", "data", "Reading and decoding limited the speed: use more --workers"),
+        (FrozenEncoder, "launch", "encoding", "The encoder limited the speed"),
+        (Launched, "wait", "encoding", "The encoder limited the speed"),
+        (EncoderWriter, "_write", "writer", "Writing limited the speed: use a faster disk"),
     ],
 )
 def test_the_limit_is_found_and_named(

@@ -18,10 +18,12 @@ import torch
 from extraction_cases import files_of, full_disk_from, make_captioned, tiny_config
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.encoders.encoder import Encoded, FrozenEncoder, Launched
+from saffe_cache.encoders.encoder import FrozenEncoder
+from saffe_cache.encoders.transfers import Encoded, Launched
 from saffe_cache.extraction import loading
-from saffe_cache.extraction.extract import ExtractConfig, extract
-from saffe_cache.sources import Media
+from saffe_cache.extraction.config import ExtractConfig
+from saffe_cache.extraction.extract import extract
+from saffe_cache.sources.items import MediaFile
 from saffe_cache.store.reader import open_cache
 
 launch_for_real = FrozenEncoder.launch
@@ -92,18 +94,18 @@ def test_a_worker_that_dies_is_named_and_the_run_resumed(
 ) -> None:
     processes = replace(config, decode_in="processes", workers=2, shard_mb=0)
     whole = extract(replace(processes, cache=config.cache + ".whole"))
-    read = Media.read
+    read = MediaFile.read
     parent = os.getpid()
 
-    def dying(self: Media) -> bytes:
+    def dying(self: MediaFile) -> bytes:
         if os.getpid() != parent and self.path is not None and self.path.name == "015.png":
             os.kill(os.getpid(), signal.SIGKILL)
         return read(self)
 
-    monkeypatch.setattr(Media, "read", dying)
-    with pytest.raises(CacheError, match=r"a process that decodes was killed.*fewer --workers"):
+    monkeypatch.setattr(MediaFile, "read", dying)
+    with pytest.raises(CacheError, match=r"a decoding process was killed.*fewer --workers"):
         extract(processes)
-    monkeypatch.setattr(Media, "read", read)
+    monkeypatch.setattr(MediaFile, "read", read)
     assert files_of(extract(processes)) == files_of(whole)
 
 
@@ -124,7 +126,7 @@ def test_a_worker_whose_death_shows_when_it_is_given_work_is_named(
         return submit(self, *task)
 
     monkeypatch.setattr(ProcessPoolExecutor, "submit", late)
-    with pytest.raises(CacheError, match="a process that decodes was killed"):
+    with pytest.raises(CacheError, match="a decoding process was killed"):
         extract(replace(config, decode_in="processes", workers=2))
 
 
@@ -168,18 +170,18 @@ def test_a_file_that_cannot_be_read_any_more_ends_the_run(
     config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not the photo's fault: nothing is recorded as invalid, and the run can be resumed."""
-    read, reads = Media.read, []
+    read, reads = MediaFile.read, []
 
-    def failing(self: Media) -> bytes:
+    def failing(self: MediaFile) -> bytes:
         reads.append(self)
         if len(reads) > 40:  # 26 are read for their hashes
             raise OSError(5, "Input/output error")
         return read(self)
 
-    monkeypatch.setattr(Media, "read", failing)
+    monkeypatch.setattr(MediaFile, "read", failing)
     with pytest.raises(OSError, match="Input/output error"):
         extract(config)
-    monkeypatch.setattr(Media, "read", read)
+    monkeypatch.setattr(MediaFile, "read", read)
     assert open_cache(extract(config)).encoder("image").manifest.invalid == {}
 
 

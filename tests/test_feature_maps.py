@@ -21,8 +21,8 @@ from tiny_models import load_tiny, rand
 from torch.nn import functional
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.extraction.config import RepairConfig
-from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.extraction.config import ExtractConfig, RepairConfig
+from saffe_cache.extraction.extract import extract
 from saffe_cache.extraction.repair import repair
 from saffe_cache.fusion.known.insertion import inserted_tokens
 from saffe_cache.fusion.registry import FUSIONS

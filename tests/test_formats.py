@@ -13,8 +13,8 @@ from extraction_cases import tiny_config
 
 from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.extract import extract
-from saffe_cache.sources import Columns, SourceItem, registry
-from saffe_cache.sources.items import Format
+from saffe_cache.sources import registry
+from saffe_cache.sources.items import Columns, Format, SourceItem
 from saffe_cache.store.reader import open_cache
 
 

@@ -19,7 +19,8 @@ from synthetic_cache import make_cache
 from saffe_cache.cli import main
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.results import exit_status
-from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.extraction.config import ExtractConfig
+from saffe_cache.extraction.extract import extract
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.store.reader import EncoderCache, open_cache
 from saffe_cache.studies.matching import match as match_module

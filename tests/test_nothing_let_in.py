@@ -19,7 +19,8 @@ from saffe_cache.core.features import printable
 from saffe_cache.core.results import Measurement, Result
 from saffe_cache.core.sections import Section
 from saffe_cache.core.tables import Cell, Row, Table
-from saffe_cache.encoders.encoder import EncoderRequest, load_encoder
+from saffe_cache.encoders.encoder import load_encoder
+from saffe_cache.encoders.loading import EncoderRequest
 from saffe_cache.store.inspect import describe_cache
 from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.storage import Storage

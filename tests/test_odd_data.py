@@ -16,7 +16,8 @@ from extraction_cases import draw, tiny_config
 from quick_runs import quick_train
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.extraction.config import ExtractConfig
+from saffe_cache.extraction.extract import extract
 from saffe_cache.store.inspect import verify_cache
 from saffe_cache.store.reader import open_cache
 

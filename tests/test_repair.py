@@ -18,10 +18,11 @@ from store_cases import memory_folder, without_fsync
 from saffe_cache.cli import main
 from saffe_cache.core.atomic_io import FolderInUseError
 from saffe_cache.core.features import CacheError
-from saffe_cache.encoders.encoder import FrozenEncoder, Launched
-from saffe_cache.extraction.config import RepairConfig
-from saffe_cache.extraction.extract import ExtractConfig, extract
-from saffe_cache.extraction.history import past_extractions
+from saffe_cache.encoders.encoder import FrozenEncoder
+from saffe_cache.encoders.transfers import Launched
+from saffe_cache.extraction.config import ExtractConfig, RepairConfig
+from saffe_cache.extraction.extract import extract
+from saffe_cache.extraction.reencode import past_extractions
 from saffe_cache.extraction.repair import RepairReport, repair
 from saffe_cache.store.inspect import verify_cache
 from saffe_cache.store.manifest import read_encoder
@@ -198,7 +199,7 @@ def test_other_last_bits_are_told_and_recorded(cache: Damaged, monkeypatch: pyte
     cache.flip("image-tiny-dinov2*/pooled/c/1/0")
     nudge(monkeypatch)
     report = cache.repair()
-    assert "hidden_states/3, shard 1: restored, within rounding, not byte for byte: its checksum" in report.rounded[0]
+    assert "hidden_states/3, shard 1: restored within rounding, not byte for byte: its checksum" in report.rounded[0]
     assert [len(report.restored), len(report.rounded), len(report.left)] == [1, 1, 0]
     assert verify_cache(cache.path)[1] == []
     image = open_cache(cache.path).encoder("image", "dinov2")
@@ -250,7 +251,7 @@ def test_files_that_are_gone_or_changed_are_named_and_the_rest_is_repaired(
     assert order.tolist() == [0, 0, 1], "the dev split comes first"
     assert main(["cache", "repair", str(cache.path), *moved]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert sum("shard 0: damaged, and not repaired" in line for line in lines) == 3
+    assert sum("shard 0: damaged and not repaired" in line for line in lines) == 3
     for line in (line for line in lines if "not repaired" in line):
         assert "train/010.png: unreadable image: No such file" in line
         assert "train/011.png: the file has changed since it was extracted" in line
@@ -275,15 +276,15 @@ def test_data_and_encoder_that_have_moved_are_named(
         path.write_text(json.dumps(content))
     cache.flip("image-tiny-dinov2*/hidden_states/2/c/0/0/0")
     cache.flip("text-*/pooled/c/0/0")
-    assert all("image encoder /nowhere/x: no model" in line for line in cache.repair().left[:1])
+    assert all("image encoder /nowhere/x: found no model" in line for line in cache.repair().left[:1])
     models = {name: tmp_path / f"tiny-{name}" for name in ("dinov2", "bert", "vit")}
     for name, path in models.items():
         shutil.copytree(tiny_model(name), path)
     encoder = {"image": str(models["dinov2"]), "text": str(models["bert"])}
     [left] = cache.repair(encoder=encoder).left
-    assert "--data /nowhere/data: not a folder" in left
+    assert "--data /nowhere/data: found no dataset" in left
     [left] = cache.repair(encoder={"image": str(models["vit"])}, data=(str(cache.data),)).left
-    assert re.search(r"tiny-vit is not what the cache was made with \(.*model_id: 'tiny-vit' != 'tiny-dinov2'", left)
+    assert re.search(r"tiny-vit is not the encoder of the cache \(.*model_id: 'tiny-vit' != 'tiny-dinov2'", left)
     with pytest.raises(ValueError, match="--encoder: found smell=…"):
         cache.repair(encoder={"smell": "x"})
     key = open_cache(cache.path).encoder("image", "dinov2").key
@@ -299,7 +300,7 @@ def test_a_damaged_table_or_manifest_is_told_and_nothing_of_it_is_touched(cache:
     manifest.write_bytes(content[: len(content) // 2])
     report = cache.repair()
     [left] = report.left
-    assert re.search("image-tiny-vit.*: manifest: damaged, and not repaired: .*extract this encoder into a new", left)
+    assert re.search("image-tiny-vit.*: manifest: damaged and not repaired: .*extract this encoder into a new", left)
     assert len(report.restored) == 1
     assert manifest.read_bytes() == content[: len(content) // 2]
     manifest.write_bytes(content)
@@ -307,7 +308,7 @@ def test_a_damaged_table_or_manifest_is_told_and_nothing_of_it_is_touched(cache:
     flip(ids, 3)
     before = files_of(str(cache.path))
     report = cache.repair()
-    assert "item table: damaged, and not repaired: no data say" in report.left[0]
+    assert "item table: damaged and not repaired: no data tell" in report.left[0]
     assert len(report.left) == 2
     assert files_of(str(cache.path)) == before
     flip(ids, 3)
@@ -356,7 +357,7 @@ def test_a_changed_photo_leaves_a_row_that_can_be_lost(tiny_model: Callable[[str
         cache = Damaged(Path(config.cache), folder / "data", {})
         cache.flip("image-*/hidden_states/3/c/0/0/0")
         [rounded] = cache.repair().rounded
-        assert "; 1 inputs that no item points to are gone with their files" in rounded
+        assert "; 1 unused inputs were lost with their files" in rounded
         opened = open_cache(config.cache)
         assert list(opened.encoder("image").manifest.invalid.values()) == ["not among --data"]
         assert opened.encoder("image").usable(opened.table.rows["image"]).all()

@@ -23,7 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from saffe_cache.sources import Columns, SourceItem, decode, read_items
+from saffe_cache.sources.decoding import decode
+from saffe_cache.sources.items import Columns, SourceItem
+from saffe_cache.sources.registry import read_items
 
 RED, BLUE = (200, 30, 40), (20, 60, 220)
 NO_COLUMNS = Columns()

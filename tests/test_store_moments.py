@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from store_cases import make_spec
 
-from saffe_cache.store import moments
-from saffe_cache.store.dtypes import from_storage, to_storage
+from saffe_cache.store import dtypes
+from saffe_cache.store.dtypes import combine_statistics, from_storage, sampled_moments, to_storage
 from saffe_cache.store.layout import describe_shard
-from saffe_cache.store.moments import combine_statistics, sampled_moments
 
 pytestmark = pytest.mark.filterwarnings("error")
 quick = settings(deadline=None, max_examples=60, derandomize=True)
@@ -71,8 +70,8 @@ def test_a_sample_is_every_nth_row_however_the_rows_come(
     num_rows, shape = sum(portions), (3, 2)
     rows = to_storage(np.random.default_rng(n).normal(size=(num_rows, *shape)).astype(np.float32), dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moments, "_SAMPLE_NUMBERS", max(1, rows.size // n))
-        patch.setattr(moments, "_BLOCK_NUMBERS", block_tokens * rows.shape[-1])
+        patch.setattr(dtypes, "_SAMPLE_NUMBERS", max(1, rows.size // n))
+        patch.setattr(dtypes, "_BLOCK", block_tokens * rows.shape[-1])
         found = sampled_moments(np.split(rows, np.cumsum(portions)[:-1]), dtype)
         assert found == sampled_moments([rows], dtype)
     numbers = from_storage(rows[:: rows.size // max(1, rows.size // n)], dtype).astype(np.float64)

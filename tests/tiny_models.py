@@ -18,7 +18,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
-from saffe_cache.encoders.encoder import EncoderRequest, FrozenEncoder, load_encoder
+from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
+from saffe_cache.encoders.loading import EncoderRequest
 
 NUM_LAYERS = 3
 SHAPE = {

@@ -50,3 +50,15 @@ def peak_memory_mb() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)  # bytes on macOS, KiB elsewhere
+
+
+_OOM_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "_alloc_failed", "bad_alloc")
+"""Parts of RuntimeErrors from CUDA, CPU allocators and cuBLAS, in lower case."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error means that the memory of a device or of this machine is exhausted."""
+    import torch
+
+    text = str(error).lower()
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in text for sign in _OOM_SIGNS)

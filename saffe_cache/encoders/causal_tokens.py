@@ -1,4 +1,4 @@
-"""A language model's texts as tokens, and back: its begin token, the prompt with the text in it, its end token."""
+"""Convert a language model's texts to tokens and back: begin token, prompt with the text, end token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from saffe_cache.core.features import LanguageModelSpec
 
 
 class CausalTokens:
-    """Made of what a cache keeps, so that texts are cut alike when they are extracted and when they are learned."""
+    """Made from a cache's tokenizer, so that extraction and training tokenize texts in the same way."""
 
     def __init__(self, tokenizer: str, spec: LanguageModelSpec) -> None:
         """`tokenizer`: its JSON, as the library `tokenizers` writes it."""
@@ -20,9 +20,9 @@ class CausalTokens:
         self._tokenizer.no_padding()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text; one that is too long is cut in front of its end token.
+        """Token ids of each text; a long text is truncated before its end token.
 
-        A lone surrogate, which no tokenizer takes, becomes U+FFFD.
+        Lone surrogates, which tokenizers do not accept, become U+FFFD.
         """
         prompted = [without_surrogates(self._spec.prompt.replace("{}", text)) for text in texts]
         most, ends = self._spec.max_length - 2, (self._spec.begin_token, self._spec.end_token)
@@ -31,12 +31,12 @@ class CausalTokens:
 
     @cached_property
     def start(self) -> list[int]:
-        """The tokens that every text begins with: the begin token and the prompt's own, up to the place of the text."""
+        """The tokens at the start of every text: the begin token and the part of the prompt before the text."""
         prefix = self._spec.prompt.split("{}")[0].rstrip()
         return [self._spec.begin_token, *self._tokenizer.encode(prefix, add_special_tokens=False).ids]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens up to the first end token, begin token left out."""
+        """The text of tokens up to the first end token, without the begin token."""
         ids = list(token_ids)[1:] if token_ids and token_ids[0] == self._spec.begin_token else list(token_ids)
         if self._spec.end_token in ids:
             ids = ids[: ids.index(self._spec.end_token)]

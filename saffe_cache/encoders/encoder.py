@@ -1,20 +1,27 @@
-"""A frozen encoder: its inputs prepared, its truncated forward pass, its fingerprint.
+"""A frozen encoder: preparation of inputs, truncated forward pass, fingerprint.
 
-The forward pass runs no layer behind the deepest one that is asked for. Hidden states are taken by hooks
-on the layers themselves, so that `hidden_states[i]` is what layer i really receives.
+The forward pass stops after the deepest requested layer. Hidden states are captured by hooks on the layers themselves,
+so `hidden_states[i]` is exactly what layer i receives.
 
-What hidden states are stored as is computed on the device, unless that is a CPU: a GPU takes microseconds where one CPU
-thread would be slower than the encoder, and a smaller type leaves fewer bytes to copy back.
+Unless the device is a CPU, it also converts hidden states to their storage type: a GPU takes microseconds, where one
+CPU thread would take longer than the encoder, and smaller types leave fewer bytes to copy back.
 
-`launch` starts a batch, and on a GPU returns at once; what it returns is waited for, and converted, where and when the
-caller likes. `encode` does all three.
+`launch` starts a batch and, on a GPU, returns at once; the caller decides when to wait for and convert its result.
+`encode` does all three.
+
+A batch that does not fit into memory is encoded in halves. How it is split depends only on its shape and the available
+memory, not on earlier batches: it is tried as a whole, tried again with nothing else in flight, and then split in the
+middle, each half in the same way. Shapes that failed are remembered, which only skips attempts that would fail. A
+resumed extraction therefore splits the same batches as an uninterrupted one and produces the same bytes, as long as the
+encoder has the same memory. If other programs take memory, numbers may differ by rounding, because a matrix product of
+another height may add in another order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
 from typing import Any
@@ -23,73 +30,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from saffe_cache.core.features import BlockWeights, LanguageModelSpec, LanguageModelWeights
+from saffe_cache.core.devices import is_out_of_memory
+from saffe_cache.core.features import BlockWeights, CacheError, LanguageModelSpec, LanguageModelWeights
 from saffe_cache.encoders.causal_tokens import CausalTokens, without_surrogates
 from saffe_cache.encoders.families import Family, read_block, read_language_model
-from saffe_cache.encoders.fingerprint import fingerprint_of
-from saffe_cache.encoders.loading import EncoderRequest, load_model, load_processor, longest_text
+from saffe_cache.encoders.loading import EncoderRequest, fingerprint_of, load_model, load_processor, longest_text
 from saffe_cache.encoders.pictures import quick_pictures
-from saffe_cache.encoders.transfers import Transfers
+from saffe_cache.encoders.transfers import Converter, Encoded, Launched, Transfers
 
-Converted = tuple[torch.Tensor, ...]
-"""Hidden states as they are stored, [batch, tokens, …], and what else came of their conversion, [batch, tokens]."""
-Converter = Callable[[torch.Tensor], Converted]
-"""Takes hidden states [batch, tokens, hidden_size], on any device, and leaves there what it makes of them."""
-
-_LEAST_OF_TEXT = 3
-"""Tokens of a language model's text: begin, end, and one between."""
-
-__all__ = ["Converter", "Encoded", "EncoderRequest", "FrozenEncoder", "Launched", "load_encoder"]
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Output for one batch on the CPU."""
-
-    states: Mapping[int, np.ndarray]
-    """`hidden_states[i]`, float32 [batch, tokens, hidden_size]; of a convolutional stage [batch, places, channels]."""
-    vectors: Mapping[str, np.ndarray]
-    """"pooled" and, where the model projects, "projected", float32 [batch, d]."""
-    lengths: np.ndarray
-    """int64 [batch]: real tokens; of feature maps, which have more or fewer by layer, places of the first."""
-    converted: Mapping[int, Converted] = field(default_factory=dict)
-    """The hidden states that the device converted; `states` does not hold them."""
+_MIN_TEXT_TOKENS = 3
+"""Fewest tokens of a language model's text: begin token, one token, end token."""
 
 
-class Launched:
-    """A batch that the device has been given, in the type of the forward pass or of the storage."""
-
-    def __init__(
-        self,
-        states: Mapping[int, torch.Tensor],
-        vectors: Mapping[str, torch.Tensor],
-        lengths: np.ndarray,
-        event: Any,
-        converted: Mapping[int, Converted] | None = None,
-    ) -> None:
-        self._states, self._vectors, self._lengths, self._event = states, vectors, lengths, event
-        self._converted = converted or {}
-        parts = [*states.values(), *vectors.values(), *chain.from_iterable(self._converted.values())]
-        self.num_bytes = sum(tensor.nbytes for tensor in parts)
-
-    def wait(self) -> None:
-        """Until the device is through with it, and its inputs may be overwritten."""
-        if self._event is not None:
-            self._event.synchronize()
-
-    def encoded(self) -> Encoded:
-        """Waits, and converts. A float32 pass on a CPU is not copied."""
-        self.wait()
-        return Encoded(
-            {i: values.float().numpy() for i, values in self._states.items()},
-            {name: values.float().numpy() for name, values in self._vectors.items()},
-            self._lengths,
-            self._converted,
-        )
-
-
-class _ForwardDone(Exception):  # noqa: N818 — a way out, not an error
-    """Every selected layer has been seen."""
+class _ForwardDone(Exception):  # noqa: N818 — ends a forward pass early, no error
+    """All selected layers have been captured."""
 
 
 class FrozenEncoder:
@@ -120,23 +77,23 @@ class FrozenEncoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the forward pass."""
+        """Type of the forward pass."""
         dtype: torch.dtype = self._model.dtype
         return dtype
 
     @property
     def converts(self) -> bool:
-        """Does the device convert hidden states? On a CPU that would hold up the thread that launches batches."""
+        """Whether the device converts hidden states. On a CPU this would delay the thread that launches batches."""
         return torch.device(self.request.device).type != "cpu"
 
     @property
     def sampling_rate(self) -> int | None:
-        """Hz that sounds must have."""
+        """Sampling rate in Hz that sounds must have."""
         return getattr(self._processor, "sampling_rate", None)
 
     @property
     def vector_widths(self) -> dict[str, int]:
-        """Width of each vector that the model has."""
+        """Width of each of the model's vectors."""
         widths = {"pooled": self.hidden_size}
         if self.family.projection:
             widths["projected"] = int(self._config.projection_dim)
@@ -144,9 +101,9 @@ class FrozenEncoder:
 
     @property
     def blocks(self) -> Mapping[int, BlockWeights]:
-        """The block that consumes each selected layer; none consumes the last layer's output.
+        """The blocks that consume the selected layers; no block consumes the last layer's output.
 
-        All blocks of a language model: to generate takes them all. None of a convolutional encoder: it has none.
+        Language models return all their blocks, which generation needs. Convolutional encoders have none.
         """
         if self.family.is_convolutional:
             return {}
@@ -158,27 +115,26 @@ class FrozenEncoder:
 
     @cached_property
     def language_model(self) -> LanguageModelWeights | None:
-        """What a causal language model has besides its blocks; None for other encoders.
+        """The parts of a causal language model that are not blocks; None for other encoders.
 
         Raises:
-            ValueError: its tokenizer has no begin or end token, or none of the library `tokenizers` is in it; texts
-                have no room.
+            ValueError: its tokenizer has no begin or end token or is no fast tokenizer, or no tokens remain for texts.
         """
         if not self.family.language_model:
             return None
         assert self.max_length is not None
-        if self.max_length < _LEAST_OF_TEXT:
+        if self.max_length < _MIN_TEXT_TOKENS:
             raise ValueError(
-                f"text encoder {self.request.model_id}: {self.max_length} tokens are left to a text behind "
-                f"--position-offset {self.request.position_offset}, expected {_LEAST_OF_TEXT} or more. Choose a larger "
-                "--max-length or a smaller offset."
+                f"text encoder {self.request.model_id}: {self.max_length} tokens remain for a text after "
+                f"--position-offset {self.request.position_offset}, expected {_MIN_TEXT_TOKENS} or more. Choose a "
+                "larger --max-length or a smaller offset."
             )
         backend, end = getattr(self._processor, "backend_tokenizer", None), self._processor.eos_token_id
         begin = self._processor.bos_token_id
         if backend is None or end is None or begin is None:
             raise ValueError(
-                f"text encoder {self.request.model_id}: its tokenizer has begin token {begin} and end token {end}, and "
-                f"is a {type(self._processor).__name__}; expected both, and a fast tokenizer. Choose another model."
+                f"text encoder {self.request.model_id}: its tokenizer is a {type(self._processor).__name__} with begin "
+                f"token {begin} and end token {end}, expected a fast tokenizer with both. Choose another model."
             )
         tensors, eps = read_language_model(self.family, self._model)
         spec = LanguageModelSpec(
@@ -194,12 +150,12 @@ class FrozenEncoder:
     def select(
         self, layers: Sequence[int], *, vectors: bool, converters: Mapping[int, Converter] | None = None
     ) -> None:
-        """Choose what `encode` returns; without vectors it runs no layer behind the deepest one.
+        """Choose what `encode` returns; without vectors, the forward pass stops at the deepest layer.
 
         Args:
-            layers: whose hidden states.
-            vectors: also the encoder's own?
-            converters: of layers whose hidden states may be converted on the device.
+            layers: layers whose hidden states are returned.
+            vectors: whether the encoder's own vectors are returned as well.
+            converters: for layers whose hidden states may be converted on the device.
 
         Raises:
             ValueError: the model has no such layer.
@@ -209,28 +165,28 @@ class FrozenEncoder:
         self._converters = converters or {}
 
     def prepare(self, raw: Any) -> dict[str, torch.Tensor]:
-        """One picture or waveform into the model's input, each tensor [1, …]. Threads may call this."""
+        """Turn one picture or waveform into the model's input, each tensor [1, …]. Threads may call this."""
         if self.request.modality == "image":
             return dict(self._processor(images=[raw], return_tensors="pt"))
         return dict(self._processor([raw], sampling_rate=self.sampling_rate, return_tensors="pt"))
 
     def prepare_into(self, raw: Any, out: Mapping[str, torch.Tensor]) -> None:
-        """The same numbers, written to the input's row of a batch, in its types. Threads and forks may call this.
+        """As `prepare`, but write to the input's row of a batch, in its types. Threads and forks may call this.
 
         Raises:
-            ValueError: the input comes out in another shape than the batch's.
+            ValueError: the prepared input has another shape than the batch.
         """
         if self._quick is not None and self._quick.fill(raw, out["pixel_values"]):
             return
         for name, value in self.prepare(raw).items():
             if value.shape[1:] != out[name].shape:
-                raise ValueError(f"prepared, its {name} is {tuple(value.shape[1:])}, expected {tuple(out[name].shape)}")
+                raise ValueError(f"its prepared {name} is {tuple(value.shape[1:])}, expected {tuple(out[name].shape)}")
             out[name].copy_(value[0])
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, its prompt and special tokens included, cut at `max_length`.
+        """Token ids of each text with its prompt and special tokens, truncated at `max_length`.
 
-        A lone surrogate, which no tokenizer takes, becomes U+FFFD.
+        Lone surrogates, which tokenizers do not accept, become U+FFFD.
         """
         if self.language_model:
             return CausalTokens(self.language_model.tokenizer, self.language_model.spec).encode(texts)
@@ -252,7 +208,7 @@ class FrozenEncoder:
 
     @torch.inference_mode()
     def launch(self, inputs: Mapping[str, torch.Tensor]) -> Launched:
-        """Start the encoder on one batch; `inputs` must stay as they are until it has been waited for."""
+        """Start the encoder on one batch; `inputs` must not change until the batch has been waited for."""
         mask = inputs.get("attention_mask") if self.request.modality == "text" else None
         moved = self._arguments(inputs)
         states: dict[int, torch.Tensor] = {}
@@ -273,7 +229,7 @@ class FrozenEncoder:
         return Launched(states, vectors, lengths.astype(np.int64), event, converted)
 
     def _arguments(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """Of the model's forward: the inputs on its device and in its type, and what the family wants besides."""
+        """Arguments of the forward pass: the inputs on its device and in its type, and those of its family."""
         arguments: dict[str, Any] = self.transfers.to_device(inputs, self.dtype)
         if self.family.interpolates:
             arguments["interpolate_pos_encoding"] = True
@@ -289,7 +245,7 @@ class FrozenEncoder:
 
     @contextmanager
     def _captured(self, states: dict[int, torch.Tensor]) -> Iterator[None]:
-        """Collect `hidden_states[i]` of the selected layers, and leave the forward pass when no more is needed."""
+        """Capture `hidden_states[i]` of the selected layers, and end the forward pass when all are captured."""
         deepest = self.num_layers if self._with_vectors else max(self.layers)
 
         def keep_input(index: int) -> Any:
@@ -318,7 +274,7 @@ class FrozenEncoder:
                 handle.remove()
 
     def _as_tokens(self, state: torch.Tensor) -> torch.Tensor:
-        """[batch, tokens, width]: the places of a feature map [batch, width, height, width of the map] row by row."""
+        """[batch, tokens, channels]: the positions of a feature map [batch, channels, height, width], row by row."""
         return state.flatten(2).transpose(1, 2).contiguous() if self.family.is_convolutional else state
 
     def _vectors(self, output: Any, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -340,7 +296,7 @@ class FrozenEncoder:
 
 
 def _hidden_size(config: Any) -> int:
-    """Width of the encoder's own vector and of its last layer."""
+    """Width of the encoder's vector and of its last layer."""
     if hasattr(config, "hidden_sizes"):  # one for each stage
         return int(config.hidden_sizes[-1])
     return int(getattr(config, "hidden_size", 0) or config.d_model)
@@ -350,8 +306,62 @@ def load_encoder(request: EncoderRequest) -> FrozenEncoder:
     """Load a model and its processor or tokenizer.
 
     Raises:
-        ValueError: the model cannot be had, its family has no adapter, weights that the forward pass needs
-            are missing, or the layers do not exist.
+        ValueError: the model is unavailable, its family has no adapter, weights of the forward pass are missing, or
+            the layers do not exist.
     """
     family, model = load_model(request)
     return FrozenEncoder(request, family, model, load_processor(request))
+
+
+class HalvingEncoder:
+    """Launches the batches of one encoder, in halves where they do not fit into memory."""
+
+    def __init__(self, encoder: FrozenEncoder) -> None:
+        self._encoder = encoder
+        self.too_large: list[tuple[int, ...]] = []
+        """Shapes that did not fit: the number of inputs, then the shape of one."""
+
+    def launch(self, tensors: Mapping[str, torch.Tensor]) -> list[Launched]:
+        """Launch a batch in as many parts as needed, in order.
+
+        Raises:
+            CacheError: a single input does not fit into memory.
+        """
+        shape = tuple(next(iter(tensors.values())).shape)
+        if not self._is_too_large(shape):
+            launched = self._try(tensors)
+            if launched is None:
+                self._encoder.transfers.free_memory()
+                launched = self._try(tensors)
+            if launched is not None:
+                return [launched]
+            self._remember(shape)
+        middle = shape[0] // 2
+        return [
+            part
+            for rows in (slice(middle), slice(middle, None))
+            for part in self.launch({name: values[rows] for name, values in tensors.items()})
+        ]
+
+    def _try(self, tensors: Mapping[str, torch.Tensor]) -> Launched | None:
+        try:
+            return self._encoder.launch(tensors)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return None  # the error is dropped, and with it the tensors that its traceback holds
+
+    def _is_too_large(self, shape: tuple[int, ...]) -> bool:
+        return any(all(a >= b for a, b in zip(shape, failed, strict=True)) for failed in self.too_large)
+
+    def _remember(self, shape: tuple[int, ...]) -> None:
+        if shape[0] == 1:
+            raise CacheError(
+                f"{self._encoder.fingerprint.key}: a single input of shape {shape[1:]} does not fit into the memory of "
+                f"{self._encoder.request.device}. Choose a smaller --image-size or --max-length, or --device cpu."
+            )
+        self.too_large.append(shape)
+        logger.warning(
+            "%s: a batch of shape %s does not fit into the memory of %s; batches of this size are encoded in halves.",
+            *(self._encoder.fingerprint.key, shape, self._encoder.request.device),
+        )

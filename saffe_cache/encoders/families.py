@@ -1,7 +1,7 @@
-"""Where each family keeps its layers, its block's weights and its own vector. One entry a family.
+"""Where each model family keeps its layers, its blocks' weights and its vector, with one entry per family.
 
-Names are those of transformers 5. A test rebuilds a block of every family from what is read here, and
-compares it with the model's own next hidden state.
+Names are those of transformers 5. A test rebuilds a block of every family from these weights and compares its output
+with the model's own next hidden state.
 """
 
 from __future__ import annotations
@@ -84,15 +84,15 @@ _GPT2_BLOCK = {
 
 
 def first_token(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
-    """The class token behind the final norm."""
+    """The class token after the final norm."""
     tokens: torch.Tensor = output.last_hidden_state
     return tokens[:, 0]
 
 
 def model_pooler(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
-    """What the model itself pools, where that is part of its training: CLIP, AST, ResNet."""
+    """The model's own pooled output, if it was trained with it: CLIP, AST, ResNet."""
     pooled: torch.Tensor = output.pooler_output
-    return pooled.flatten(1)  # a ResNet's still has its one place as height and width
+    return pooled.flatten(1)  # a ResNet's still has height 1 and width 1
 
 
 def masked_mean(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
@@ -106,39 +106,39 @@ def masked_mean(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How to find one's way in a family of models."""
+    """Where a family of models keeps its parts."""
 
     modality: Modality
     model_class: str
-    """Class in transformers; loads the tower alone from a checkpoint of the whole model."""
+    """Class in transformers; loads one tower from a checkpoint of the whole model."""
     load_options: Mapping[str, Any]
-    """For from_pretrained: no pooler, which many checkpoints lack and transformers would fill at random; no
-    masking."""
+    """For from_pretrained: without a pooler, which many checkpoints lack and transformers would initialise at random;
+    without masking."""
     layers: str
     """Path of the list of layers below the loaded model."""
     core: str
-    """Path of the model that yields last_hidden_state; empty where it is the loaded one."""
+    """Path of the model that returns last_hidden_state; empty if it is the loaded one."""
     block: Mapping[str, str]
-    """Where a block's weights are, by their role; empty where there are no queries, keys and values."""
+    """Paths of a block's weights by their role; empty if there are no queries, keys and values."""
     pool: Pool
     pooling: str
     """Name of the pooling, for the fingerprint."""
     norm_first: bool
     projection: str | None = None
-    """Linear layer from the pooled vector into a space that two towers share."""
+    """Linear layer from the pooled vector into a space shared by two towers."""
     is_causal: bool = False
     is_convolutional: bool = False
-    """Its layers are stages that put out [batch, channels, height, width], each of its own; it has no blocks."""
+    """Its layers are stages with outputs [batch, channels, height, width] of different shapes; it has no blocks."""
     interpolates: bool = False
-    """Takes `interpolate_pos_encoding` for picture sizes other than its own."""
+    """Accepts `interpolate_pos_encoding` for picture sizes other than its own."""
     shuffles: bool = False
     """Sorts its patches by the input `noise`, which is random unless given; ascending noise keeps their order."""
     is_transposed: bool = False
-    """Linear weights of a block are (in, out), as GPT-2 has them."""
+    """Linear weights of a block are (in, out), as in GPT-2."""
     language_model: Mapping[str, str] = field(default_factory=dict)
-    """Of a causal language model: where its embeddings, final norm and output layer are."""
+    """Paths of a causal language model's embeddings, final norm and output layer."""
     expects: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of a model's config that the rebuilt block takes for granted."""
+    """Settings of a model's config that the rebuilt block assumes."""
 
 
 _VIT = Family(
@@ -272,12 +272,12 @@ FAMILIES: Mapping[tuple[str, Modality], Family] = {
 def find_family(model_type: str, modality: Modality) -> Family:
     """
     Raises:
-        ValueError: no adapter knows the family.
+        ValueError: there is no adapter for the family.
     """
     if (model_type, modality) not in FAMILIES:
         known = sorted(name for name, kind in FAMILIES if kind == modality)
         raise ValueError(
-            f"{modality} encoder: models of type {model_type!r} have no adapter; supported are {', '.join(known)}. "
+            f"{modality} encoder: found a model of type {model_type!r}, expected one of {', '.join(known)}. "
             "Choose one of these, or add an entry to saffe_cache/encoders/families.py."
         )
     return FAMILIES[model_type, modality]
@@ -318,7 +318,7 @@ def read_block(family: Family, model: Any, config: Any, layer: Any) -> BlockWeig
 
 
 def read_language_model(family: Family, model: Any) -> tuple[dict[str, np.ndarray], float]:
-    """What a causal language model has besides its blocks, as float32, and the final norm's eps."""
+    """The parts of a causal language model that are not blocks, as float32, and the final norm's eps."""
     parts = {name: model.get_submodule(path) for name, path in family.language_model.items()}
     tensors = {name: _to_numpy(parts[name].weight) for name in ("token_embedding", "position_embedding")}
     tensors |= {f"final_norm_{part}": _to_numpy(getattr(parts["final_norm"], part)) for part in ("weight", "bias")}
@@ -328,7 +328,7 @@ def read_language_model(family: Family, model: Any) -> tuple[dict[str, np.ndarra
 
 
 def _first(config: Any, *names: str) -> Any:
-    """The first of these fields that the config has: `encoder_attention_heads` before a decoder's."""
+    """The first of these fields in the config; for encoder-decoder models, the last."""
     if getattr(config, "is_encoder_decoder", False):
         names = names[::-1]
     return next(getattr(config, name) for name in names if hasattr(config, name))

@@ -1,11 +1,12 @@
-"""From a request to a model and its processor: what must be there, and what the repository prescribes.
+"""Load a model and its processor, and compute the fingerprint of what affects its output.
 
-A checkpoint that lacks a weight of the forward pass is refused, since transformers would fill it at random.
-A text repository that says how it pools (sentence-transformers) is obeyed. Code in a repository is never run.
+A checkpoint that lacks a weight of the forward pass raises an error, since transformers would initialise it at random.
+Text repositories that define their pooling (sentence-transformers) are followed. Code in a repository is never run.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import transformers
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from saffe_cache.core.features import Modality
+from saffe_cache.core.features import Fingerprint, Modality
 from saffe_cache.encoders.families import Family, find_family, first_token, masked_mean
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderRequest:
-    """Which encoder, and what of it. None takes what the model itself prescribes."""
+    """Which encoder to load, and what to compute with it. None takes the model's own setting."""
 
     modality: Modality
     model_id: str
@@ -36,32 +37,31 @@ class EncoderRequest:
     layers: tuple[int, ...] | None = None
     """Indices i of `hidden_states[i]`; None takes the last two."""
     image_size: int | None = None
-    """Pixels of a side."""
+    """Side of the pictures in pixels."""
     max_length: int | None = None
-    """Tokens of a text."""
+    """Longest text in tokens."""
     prompt: str = "{}"
-    """Every text is put into this."""
+    """Inserted around every text, which replaces the {}."""
     dtype: str = "float32"
-    """Of the forward pass."""
+    """Type of the forward pass."""
     attention: str | None = None
     """sdpa, eager or flash_attention_2."""
     position_offset: int = 0
-    """Position of a text's first token, for language models: so many places in front of it are left free."""
+    """Position of a text's first token, for language models: this many positions before it stay free."""
     pooled: bool = True
-    """Also keep the encoder's own vector, which needs all layers."""
+    """Also compute the encoder's own vector, which needs all layers."""
     device: str = "cpu"
 
 
-_NOT_OF_THE_PASS = ("position_ids", "num_batches_tracked")
-"""What checkpoints may lack: positions are counted, and a batch norm's number of training steps is not read."""
+_OPTIONAL_WEIGHTS = ("position_ids", "num_batches_tracked")
+"""Weights that checkpoints may lack: positions are computed, and a batch norm's number of training steps is unused."""
 
 
 def load_model(request: EncoderRequest) -> tuple[Family, Any]:
-    """The frozen model, and how to find one's way in it.
+    """The model and its family.
 
     Raises:
-        ValueError: the model cannot be had, its family has no adapter, or weights that the forward pass needs
-            are missing.
+        ValueError: the model is unavailable, its family has no adapter, or weights of the forward pass are missing.
     """
     where = f"{request.modality} encoder {request.model_id}"
     options = {"revision": request.revision}
@@ -69,7 +69,7 @@ def load_model(request: EncoderRequest) -> tuple[Family, Any]:
         config = transformers.AutoConfig.from_pretrained(request.model_id, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{where}: no model there ({str(error).splitlines()[0]}). Give a hub id or a folder with config.json."
+            f"{where}: found no model ({str(error).splitlines()[0]}). Use a hub id or a folder with config.json."
         ) from error
     family = find_family(config.model_type, request.modality)
     _check_config(where, family, config, request)
@@ -80,13 +80,13 @@ def load_model(request: EncoderRequest) -> tuple[Family, Any]:
             request.model_id,
             dtype=getattr(torch, request.dtype),
             output_loading_info=True,
-            use_safetensors=True,  # other checkpoints would be unpickled
+            use_safetensors=True,  # other formats would be unpickled
             **family.load_options,
             **options,
         )
-    missing = sorted(name for name in info["missing_keys"] if not name.endswith(_NOT_OF_THE_PASS))
+    missing = sorted(name for name in info["missing_keys"] if not name.endswith(_OPTIONAL_WEIGHTS))
     if family.projection and missing == [f"{family.projection}.weight"]:
-        # a tower that was saved without its projection; the one that transformers made up would enter the fingerprint
+        # a tower saved without its projection; the random one of transformers would enter the fingerprint
         model.set_submodule(family.projection, torch.nn.Identity())
         family = replace(family, projection=None)
     elif missing:
@@ -97,7 +97,7 @@ def load_model(request: EncoderRequest) -> tuple[Family, Any]:
 def _check_config(where: str, family: Family, config: Any, request: EncoderRequest) -> None:
     """
     Raises:
-        ValueError: the model computes something else than its family, or places are asked for that it cannot leave.
+        ValueError: the model differs from its family, or does not support the position offset.
     """
     for name, expected in family.expects.items():
         found = getattr(config, name, expected)
@@ -106,13 +106,13 @@ def _check_config(where: str, family: Family, config: Any, request: EncoderReque
     if request.position_offset and not family.language_model:
         raise ValueError(
             f"{where}: found --position-offset {request.position_offset}, expected 0: only language models (gpt2) "
-            "leave places free in front of a text. Leave it out."
+            "support an offset. Omit it."
         )
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """No list of weights left out, no bar for weights being read: what matters of it is checked above."""
+    """Hide the list of unused weights and the progress bar; missing weights are checked above."""
     logs = transformers.utils.logging
     verbosity, had_bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()
@@ -140,7 +140,7 @@ def load_processor(request: EncoderRequest) -> Any:
 
 
 def _resize(processor: Any, pixels: int) -> None:
-    """Make the processor's pictures `pixels` a side, keeping the ratio of its resize to its crop."""
+    """Set the side of the processor's pictures, keeping the ratio of resize to crop."""
     crop = dict(processor.crop_size or {}) if getattr(processor, "do_center_crop", False) else {}
     size = dict(processor.size)
     scale = pixels / (crop.get("height") or size.get("height") or size["shortest_edge"])
@@ -156,10 +156,10 @@ _SENTENCE_TRANSFORMER_POOLS = {
 
 
 def _with_repository_pooling(request: EncoderRequest, family: Family) -> Family:
-    """The family, pooling as its sentence-transformers repository says, where it is one.
+    """The family with the pooling of its sentence-transformers repository, if it is one.
 
     Raises:
-        ValueError: the repository pools, or goes on after pooling, in a way that is not supported.
+        ValueError: the repository's pooling, or a module after it, is not supported.
     """
     modules = _repository_file(request, "modules.json")
     if modules is None:
@@ -173,15 +173,15 @@ def _with_repository_pooling(request: EncoderRequest, family: Family) -> Family:
         or modes[0] not in _SENTENCE_TRANSFORMER_POOLS
     ):
         raise ValueError(
-            f"text encoder {request.model_id}: its modules {kinds} with {modes} are not supported; expected a "
-            f"Transformer and a Pooling by one of {list(_SENTENCE_TRANSFORMER_POOLS)}. Choose another encoder."
+            f"text encoder {request.model_id}: found modules {kinds} with {modes}, expected a Transformer and a "
+            f"Pooling by one of {list(_SENTENCE_TRANSFORMER_POOLS)}. Choose another encoder."
         )
     pooling, pool = _SENTENCE_TRANSFORMER_POOLS[modes[0]]
     return replace(family, pool=pool, pooling=pooling)
 
 
 def _repository_file(request: EncoderRequest, name: str) -> str | None:
-    """A file beside the model, local or on the hub; None where it has none."""
+    """A file of the model's repository, local or on the hub; None if it does not exist."""
     folder = Path(request.model_id).expanduser()
     if folder.is_dir():
         return (folder / name).read_text() if (folder / name).exists() else None
@@ -190,8 +190,8 @@ def _repository_file(request: EncoderRequest, name: str) -> str | None:
     except LocalEntryNotFoundError:
         if try_to_load_from_cache(request.model_id, name, revision=request.revision) is not _CACHED_NO_EXIST:
             logger.warning(
-                "text encoder %s: the hub cannot be asked whether it has %s; taken as if it had none. If it pools "
-                "its vectors in a way of its own, load it once with the hub in reach.",
+                "text encoder %s: the hub is unreachable, so it is assumed to have no %s. If it defines its own "
+                "pooling, load it once with the hub available.",
                 request.model_id,
                 name,
             )
@@ -201,7 +201,7 @@ def _repository_file(request: EncoderRequest, name: str) -> str | None:
 
 
 def longest_text(request: EncoderRequest, tokenizer: Any, config: Any) -> int:
-    """Tokens: the smallest of what was asked, what the repository says, and the positions there are."""
+    """Longest text in tokens: the smallest of the request, the repository's limit, and the model's positions."""
     said = _repository_file(request, "sentence_bert_config.json")
     limits = [request.max_length, tokenizer.model_max_length, json.loads(said).get("max_seq_length") if said else None]
     positions = getattr(config, "max_position_embeddings", None)
@@ -209,3 +209,61 @@ def longest_text(request: EncoderRequest, tokenizer: Any, config: Any) -> int:
         taken = 2 if config.model_type in ("roberta", "xlm-roberta", "mpnet") else request.position_offset
         limits.append(max(1, positions - taken))
     return min(int(limit) for limit in limits if limit)
+
+
+def fingerprint_of(
+    request: EncoderRequest,
+    model: Any,
+    processor: Any,
+    *,
+    pooling: str,
+    max_length: int | None,
+    is_language_model: bool = False,
+) -> Fingerprint:
+    """The fingerprint of a loaded encoder: plain JSON values, whose hash is part of the encoder's key in a cache.
+
+    Layers, device and batch size are excluded: they choose what is computed and where, not the meaning of the numbers.
+    """
+    of_language_model = {"position_offset": request.position_offset, "text_tokens": "begin, text, end"}
+    return Fingerprint(
+        {
+            **(of_language_model if is_language_model else {}),
+            "modality": request.modality,
+            "model_id": request.model_id if not Path(request.model_id).exists() else Path(request.model_id).name,
+            "revision": getattr(model.config, "_commit_hash", None) or request.revision,
+            "weights_sha256": _weights_hash(model),
+            "processor": json.loads(_processor_text(processor, request.modality)),
+            "max_length": max_length,
+            "prompt": request.prompt if request.modality == "text" else None,
+            "image_size": request.image_size,
+            "dtype": request.dtype,
+            "attention": model.config._attn_implementation,
+            "pooling": pooling,
+            "layer_convention": "hidden_states[i] is the input of layer i",
+            "library_versions": {
+                "torch": torch.__version__.split("+")[0],
+                "transformers": transformers.__version__,
+            },
+            "format_version": 1,
+        }
+    )
+
+
+def _weights_hash(model: Any) -> str:
+    """SHA-256 over names, shapes and bytes of all weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else b"")
+    return digest.hexdigest()
+
+
+def _processor_text(processor: Any, modality: Modality) -> str:
+    """A processor as JSON: its class (backends give different pixels) and settings; a tokenizer as a hash."""
+    if modality != "text":
+        settings = processor.to_dict()
+        settings.pop("processor_class", None)
+        return json.dumps({"class": type(processor).__name__, **settings}, default=str, sort_keys=True)
+    backend = getattr(processor, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(processor.get_vocab(), sort_keys=True)
+    return json.dumps({"class": type(processor).__name__, "sha256": hashlib.sha256(content.encode()).hexdigest()})

@@ -1,12 +1,11 @@
-"""A picture's way into the model: what its processor computes, bit for bit, at a fraction of the time.
+"""Prepare pictures for a model with the same result as its processor, bit for bit, in a fraction of the time.
 
-transformers' processors for PIL resize, crop, and then map each channel's 256 values to numbers; around that they copy
-between PIL and numpy and compute in float64, most of it under the interpreter's lock, so that threads would not help.
-Here the same picture goes through PIL's resize and crop, without the lock, and one look-up a number in a table that the
-processor itself has filled.
+The PIL processors of transformers resize, crop, and then map each channel's 256 values to numbers. Around that they
+copy between PIL and numpy and compute in float64, mostly while holding the interpreter's lock, so threads do not help.
+Here the picture goes through PIL's resize and crop without the lock, and then through a table filled by the processor.
 
-Taken over are only processors whose steps are transformers' own, and only where drawn pictures of several shapes come
-out equal; every other one is used as it is.
+This replaces only processors that use transformers' own steps, and only after random pictures of several shapes give
+equal results; all other processors are used directly.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from transformers.image_transforms import to_pil_image
 _STEPS = ("preprocess", "_preprocess", "process_image", "resize", "center_crop", "rescale", "normalize")
 _THEIR_MODULES = ("transformers.image_processing_backends", "transformers.image_processing_utils")
 _PROBES = ((40, 30), (31, 57), (64, 64), (301, 200), (9, 17))
-"""Width and height of the pictures that both ways must agree on."""
+"""Width and height of the pictures on which both must agree."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,30 +28,30 @@ class QuickPictures:
     """The steps of one processor."""
 
     resize: dict[str, int] | None
-    """`height` and `width`, or `shortest_edge`; None leaves the size."""
+    """`height` and `width`, or `shortest_edge`; None keeps the size."""
     resample: int
     """PIL's number of the filter."""
     crop: tuple[int, int] | None
-    """Height and width of the middle that is cut out; None cuts nothing."""
+    """Height and width of the centre crop; None for no crop."""
     table: torch.Tensor
-    """float32 [3, 256]: what each value of each channel becomes."""
+    """float32 [3, 256]: the number for each value of each channel."""
 
     def fill(self, picture: Any, out: torch.Tensor) -> bool:
         """Write a picture's numbers to `out`, [3, height, width] of any 2- or 4-byte type.
 
-        False, and nothing is written, where it is no RGB picture of PIL's or of another size in the end.
+        Returns False and writes nothing if it is no RGB picture of PIL, or has another size after its preparation.
         """
         pixels = self._pixels(picture) if getattr(picture, "mode", None) == "RGB" else None
         if pixels is None or pixels.shape[:2] != out.shape[1:]:
             return False
-        bits = torch.int16 if out.element_size() == 2 else torch.int32  # numpy has no bfloat16; bits are copied as well
+        bits = torch.int16 if out.element_size() == 2 else torch.int32  # numpy has no bfloat16, so bits are copied
         table = self.table.to(out.dtype).view(bits).numpy()
-        for channel in range(3):  # "clip" never clips here; it spares the buffer that the check for errors needs
+        for channel in range(3):  # "clip" never clips here, but avoids the buffer for error checks
             np.take(table[channel], pixels[..., channel], out=out[channel].view(bits).numpy(), mode="clip")
         return True
 
     def _pixels(self, picture: Any) -> np.ndarray | None:
-        """uint8 [height, width, 3]; None where the picture is smaller than what is cut out."""
+        """uint8 [height, width, 3]; None if the picture is smaller than the crop."""
         if self.resize:
             width, height = self._size(*picture.size)
             picture = picture.resize((width, height), resample=self.resample)
@@ -75,7 +74,7 @@ class QuickPictures:
 
 
 def quick_pictures(processor: Any) -> QuickPictures | None:
-    """The processor's steps; None where they are not those known here."""
+    """The processor's steps; None if they are not the known ones."""
     methods = [getattr(type(processor), step, None) for step in _STEPS]
     if getattr(processor, "backend", None) != "pil" or any(
         getattr(method, "__module__", None) not in _THEIR_MODULES for method in methods
@@ -97,14 +96,14 @@ def quick_pictures(processor: Any) -> QuickPictures | None:
 
 
 def _table(processor: Any) -> np.ndarray:
-    """What the processor makes of a picture that holds all values, unresized."""
+    """The processor's output for an unresized picture with all values."""
     values = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
     made = processor(images=[to_pil_image(values)], do_resize=False, do_center_crop=False, return_tensors="np")
     return np.asarray(made["pixel_values"][0]).reshape(-1, 256)
 
 
 def _agree(quick: QuickPictures, processor: Any, width: int, height: int) -> bool:
-    """Do both make the same of a drawn picture?"""
+    """Whether both give the same result for a random picture."""
     pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
     expected = processor(images=[to_pil_image(pixels)], return_tensors="pt")
     if set(expected) != {"pixel_values"}:

@@ -1,19 +1,76 @@
-"""Batches to the device, and what it computed back, beside its computing.
+"""Copy batches to the device and its results back, while it computes.
 
-On a GPU each direction has a stream of its own: batch i + 1 goes there and batch i - 1 comes back while batch i is
-computed, and the thread that launches them waits for none of it. On other devices the calls return when all is done.
+On a GPU each direction has its own stream: batch i + 1 is copied to the device and batch i - 1 is copied back while
+batch i is computed, and the launching thread waits for neither. On other devices the calls return when they are done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
+import numpy as np
 import torch
+
+Converted = tuple[torch.Tensor, ...]
+"""Stored hidden states [batch, tokens, …], and further results of their conversion, [batch, tokens]."""
+
+
+Converter = Callable[[torch.Tensor], Converted]
+"""Converts hidden states [batch, tokens, hidden_size] on their device."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The output for one batch, on the CPU."""
+
+    states: Mapping[int, np.ndarray]
+    """`hidden_states[i]`, float32 [batch, tokens, hidden_size], or convolutional [batch, positions, channels]."""
+    vectors: Mapping[str, np.ndarray]
+    """"pooled" and, if the model has a projection, "projected", float32 [batch, d]."""
+    lengths: np.ndarray
+    """int64 [batch]: number of real tokens; for feature maps, whose size differs by layer, positions of the first."""
+    converted: Mapping[int, Converted] = field(default_factory=dict)
+    """Hidden states that the device converted; these are not in `states`."""
+
+
+class Launched:
+    """A batch on the device, in the type of the forward pass or of the storage."""
+
+    def __init__(
+        self,
+        states: Mapping[int, torch.Tensor],
+        vectors: Mapping[str, torch.Tensor],
+        lengths: np.ndarray,
+        event: Any,
+        converted: Mapping[int, Converted] | None = None,
+    ) -> None:
+        self._states, self._vectors, self._lengths, self._event = states, vectors, lengths, event
+        self._converted = converted or {}
+        parts = [*states.values(), *vectors.values(), *chain.from_iterable(self._converted.values())]
+        self.num_bytes = sum(tensor.nbytes for tensor in parts)
+
+    def wait(self) -> None:
+        """Wait until the device has finished it; then its inputs may be overwritten."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def encoded(self) -> Encoded:
+        """Wait, and convert to float32. A float32 pass on a CPU is not copied."""
+        self.wait()
+        return Encoded(
+            {i: values.float().numpy() for i, values in self._states.items()},
+            {name: values.float().numpy() for name, values in self._vectors.items()},
+            self._lengths,
+            self._converted,
+        )
 
 
 class Transfers:
-    """The two ways between the CPU and one device."""
+    """Copies between the CPU and one device."""
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
@@ -23,7 +80,7 @@ class Transfers:
             self._back = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def to_device(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The tensors on the device, floating-point ones in a type. They must stay as they are until it has them."""
+        """Copy tensors to the device, converting floating-point ones. They must not change until they are copied."""
         if not self._is_cuda:
             return {name: _moved(value, self._device, dtype) for name, value in tensors.items()}
         computing = torch.cuda.current_stream(self._device)
@@ -31,11 +88,11 @@ class Transfers:
             moved = {name: _moved(value, self._device, dtype) for name, value in tensors.items()}
         computing.wait_stream(self._there)
         for value in moved.values():
-            value.record_stream(computing)  # its memory is not reused before the computing is through with it
+            value.record_stream(computing)  # its memory is not reused before the computation has finished
         return moved
 
     def to_host(self, tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
-        """The tensors on the CPU; they hold their numbers once the event, if there is one, has happened."""
+        """Copy tensors to the CPU; they are valid once the event, if there is one, has happened."""
         if not self._is_cuda:
             return [tensor.to("cpu") for tensor in tensors], None
         self._back.wait_stream(torch.cuda.current_stream(self._device))
@@ -48,14 +105,14 @@ class Transfers:
         return hosted, event
 
     def free_memory(self) -> None:
-        """Wait until nothing is computed any more, and give back what only the allocator holds."""
+        """Wait for all computation, and release memory that only the allocator holds."""
         if self._is_cuda:
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
 
     @contextmanager
     def pinned(self, memory: torch.Tensor) -> Iterator[None]:
-        """Lock memory in its place, so that a GPU reads it beside its computing."""
+        """Pin memory so that a GPU can copy it while it computes."""
         if not self._is_cuda:
             yield
             return

@@ -1,1 +1,1 @@
-"""What saffe extract does: what a cache lacks of an encoder, and the loop that encodes it."""
+"""The extraction of hidden states: planning what a cache lacks, encoding it, and repairing damage."""

@@ -1,4 +1,4 @@
-"""What an extraction is asked for, and what that means for an encoder. Manifests keep it, for a repair to ask again."""
+"""Options of extraction and repair. A manifest's history keeps those of each extraction, which repairs read again."""
 
 from __future__ import annotations
 
@@ -9,78 +9,79 @@ from typing import Any, Literal
 from saffe_cache.core.devices import choose_device, num_cores
 from saffe_cache.core.features import MODALITIES, Compression, StorageType
 from saffe_cache.core.options import positional, require, require_keys
-from saffe_cache.sources import Columns
+from saffe_cache.sources.items import Columns
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
     """Run frozen encoders once and write their hidden states, vectors and block weights to a cache.
 
-    Running it again does nothing; with more layers, encoders, splits or items it adds what is new.
+    Running it again changes nothing; with more layers, encoders, splits or items, it adds the new ones.
     """
 
     data: str
-    """Dataset: a folder of splits with class folders, one with SPLIT/metadata.jsonl (file_name, captions or
-    label), a folder saved by datasets.save_to_disk, or a dataset id of the Hugging Face hub."""
+    """Dataset: a folder of splits with class folders or with SPLIT/metadata.jsonl (file_name, captions or label),
+    a folder saved by datasets.save_to_disk, or a dataset id on the Hugging Face hub."""
     cache: str
     """The cache to write: a folder name such as data.zarr, or a URL that fsspec opens."""
     encoder: Mapping[str, str]
-    """Frozen encoder of a modality, as image=ID, text=ID or audio=ID: a hub id or a local folder. Repeat it."""
+    """Frozen encoder of a modality, as image=ID, text=ID or audio=ID, where ID is a hub id or a local folder. Repeat
+    the option for several."""
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Hidden states to keep, as image=11,12; hidden_states[i] is the input of layer i. Default: the last two."""
     image_size: int | None = None
-    """Side of the pictures in pixels. Default: what the model's processor says."""
+    """Side of the pictures in pixels. Default: the setting of the model's processor."""
     max_length: int | None = None
-    """Longest text in tokens. Default: what the model allows."""
+    """Longest text in tokens. Default: the model's limit."""
     prompt: str = "{}"
-    """Put around every text before its encoder, for models that want one, such as 'query: {}'."""
+    """Inserted around every text, for models that need a prompt, such as 'query: {}'."""
     position_offset: int = 0
-    """Of a language model: position of a text's first token. So many places in front of it stay free for the tokens of
-    a photo that `saffe caption` inserts at a later layer."""
+    """For language models: position of a text's first token. The positions before it stay free for photo tokens that
+    `saffe caption` inserts at a later layer."""
     class_prompt: tuple[str, ...] = ("a photo of a {}.",)
-    """Sentence for a class name; repeat it for several, whose vectors are averaged."""
+    """Sentence for a class name. Repeat the option for several; their vectors are averaged."""
     splits: tuple[str, ...] = ()
-    """Only this split; repeat it for several. Default: all."""
+    """Use only this split. Repeat the option for several. Default: all."""
     max_items: Mapping[str, int] = field(default_factory=dict)
-    """Most items of a split, as train=5000: a fixed random choice by the items' ids."""
+    """Maximum number of items of a split, as train=5000: a fixed random choice by item id."""
     column: Mapping[str, str] = field(default_factory=dict)
-    """Columns of a dataset, as image=NAME, audio=NAME, caption=NAME, label=NAME, id=NAME. Default: found by type
-    and usual names."""
+    """Columns of a dataset or fields of metadata.jsonl, as image=NAME, audio=NAME, caption=NAME, label=NAME, id=NAME.
+    Default: found by type and usual names."""
     revision: Mapping[str, str] = field(default_factory=dict)
     """Revision of a hub model, as image=COMMIT."""
     storage: StorageType | None = None
-    """Type of hidden states on disk; int8 and float8 have a scale for each token. Default: that of the encoder's other
-    layers, and float8 for a new one. Vectors are always float32."""
+    """Type of hidden states on disk; int8 and float8 have a scale per token. Default: the type of the encoder's other
+    layers, or float8 for a new encoder. Vectors are always float32."""
     compression: Compression = "none"
-    """Of hidden states on disk. zstd takes 5 to 25 % off, for slow networks and full disks; but such shards cannot be
-    memory-mapped, and are decompressed into memory instead."""
+    """Compression of hidden states on disk. zstd saves 5 to 25 %, for slow networks and full disks, but compressed
+    shards cannot be memory-mapped and are decompressed into memory."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the forward pass. auto: float32 on a CPU, bfloat16 on a GPU."""
     attention: str | None = None
     """Attention implementation: sdpa, eager or flash_attention_2. Default: the model's."""
     pooled: bool = True
-    """Also keep each encoder's own vector; without it the forward pass stops at the deepest layer kept."""
+    """Also keep each encoder's own vector; without it, the forward pass stops at the deepest kept layer."""
     device: str = "auto"
-    """auto takes a GPU where there is one; or cpu, cuda, cuda:1."""
+    """auto, cpu, cuda or cuda:1. auto uses a GPU if there is one."""
     batch_tokens: int | None = None
-    """Tokens in a batch, padding included; one that does not fit into memory is halved. Default: 2048 on a CPU, which
-    its caches hold, 32768 on a GPU."""
+    """Tokens per batch, including padding; a batch that does not fit into memory is halved. Default: 2048 on a CPU,
+    which fit into its caches, 32768 on a GPU."""
     batch_size: int | None = None
-    """Photos or sounds in a batch. Default: as many as have --batch-tokens."""
+    """Photos or sounds per batch. Default: as many as --batch-tokens allows."""
     workers: int | None = None
-    """How many read, decode and prepare photos and sounds at once. Default: one a processor core, at least 4."""
+    """Workers that read, decode and prepare photos and sounds. Default: one per processor core, at least 4."""
     decode_in: Literal["auto", "threads", "processes"] = "auto"
-    """What the workers are. auto: threads on a CPU; forked processes beside a GPU, which threads would slow down."""
+    """Kind of workers. auto: threads with a CPU; forked processes with a GPU, which threads would slow down."""
     shard_mb: int = 64
     """Size of a shard in MB: the unit of writing and resuming."""
     max_invalid: float = 0.01
-    """Fraction of unreadable items, 0 to 1, over which the run stops."""
+    """Largest fraction of unreadable items, 0 to 1; above it, the run stops."""
     changed: Literal["error", "reencode"] = "error"
-    """What to do about items whose file, captions or labels are not those in the cache any more. reencode takes them
-    as they are now: what is new of them is encoded, and what was is kept, but no item points to it. Runs that were
-    trained on them must be trained again."""
+    """What to do if an item's file, captions or labels have changed since extraction. error: stop and name it.
+    reencode: encode the new content; the old rows stay in the cache unused. Runs trained on changed items must be
+    trained again."""
     plan: bool = False
-    """Print items, bytes, files and an estimated time, and write nothing."""
+    """Print the number of items, bytes and files and the estimated time, and write nothing."""
 
     def __post_init__(self) -> None:
         for option, mapping in (("encoder", self.encoder), ("layers", self.layers), ("revision", self.revision)):
@@ -90,7 +91,7 @@ class ExtractConfig:
         idle = [name for name in self.layers if name not in self.encoder]
         require(not idle, "layers", f"{idle}=…", "modalities that --encoder names")
         for prompt in (self.prompt, *self.class_prompt):
-            require(prompt.count("{}") == 1, "prompt or --class-prompt", repr(prompt), "one {} where the text goes")
+            require(prompt.count("{}") == 1, "prompt or --class-prompt", repr(prompt), "exactly one {} for the text")
         for option in ("image_size", "max_length", "batch_size", "batch_tokens", "workers"):
             value = getattr(self, option)
             require(value is None or value > 0, option, value, "a number above 0")
@@ -102,21 +103,21 @@ class ExtractConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RepairConfig:
-    """Make again what is damaged in a cache."""
+    """Recompute the damaged parts of a cache from the data and the encoders."""
 
     cache: str = positional()
     """The cache."""
     data: tuple[str, ...] = ()
     """Where the data are now. Default: where each extraction found them."""
     encoder: Mapping[str, str] = field(default_factory=dict)
-    """Where an encoder is now, by its modality or, of several, by its key. Default: where the extraction found it."""
+    """Where an encoder is now, as MODALITY=ID or, if there are several, KEY=ID. Default: where extraction found it."""
     device: str | None = None
-    """Where encoders run, as for saffe extract. Default: where the extraction's did."""
+    """Where encoders run: auto, cpu, cuda or cuda:1. Default: as in the extraction."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
-    """How to encode and store; the fields are described in ExtractConfig."""
+    """How to encode and store, with all defaults resolved; ExtractConfig describes the fields."""
 
     storage: str | None
     compression: Compression
@@ -130,7 +131,7 @@ class EncodeOptions:
 
 
 def encode_options(config: ExtractConfig) -> EncodeOptions:
-    """The config's, with what it leaves to the machine."""
+    """The options of a config, with defaults that depend on the machine."""
     on_gpu = choose_device(config.device) != "cpu"
     return EncodeOptions(
         storage=config.storage,
@@ -146,10 +147,10 @@ def encode_options(config: ExtractConfig) -> EncodeOptions:
 
 
 def config_from_json(content: Mapping[str, Any]) -> ExtractConfig:
-    """A config that a manifest's history keeps; what another release knew besides is left out.
+    """A config from a manifest's history; fields that this release does not know are ignored.
 
     Raises:
-        ValueError, TypeError: it is no such config.
+        ValueError, TypeError: it is no valid config.
     """
     known = {one.name: content[one.name] for one in fields(ExtractConfig) if one.name in content}
     for name in ("class_prompt", "splits"):

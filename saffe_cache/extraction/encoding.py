@@ -1,8 +1,8 @@
-"""Doing a job: workers prepare batches ahead, the encoder runs, one thread converts, the writer's thread stores.
+"""Run a job: workers prepare batches ahead, the encoder runs, one thread converts rows, the writer's thread stores.
 
-The thread that launches batches does nothing else, so that a GPU always has one batch at work and one waiting: it takes
-a prepared batch, launches it, waits for the batch before, and hands that on as it came from the device. What it waits
-for is counted, and so tells what the extraction was limited by.
+The thread that launches batches does nothing else, so that a GPU always has one batch running and one waiting: it takes
+a prepared batch, launches it, waits for the previous batch, and passes that on as it came from the device. Its waiting
+times are measured and show what limited the extraction.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.encoders.encoder import Launched
+from saffe_cache.encoders.encoder import HalvingEncoder
+from saffe_cache.encoders.transfers import Encoded, Launched
 from saffe_cache.extraction.loading import Batch, load_batches
-from saffe_cache.extraction.oom_retry import HalvingEncoder
 from saffe_cache.extraction.planning import Job
-from saffe_cache.extraction.rows import PortionMaker
-from saffe_cache.sources import Media
-from saffe_cache.store.dtypes import to_storage
+from saffe_cache.sources.items import Media
+from saffe_cache.store.dtypes import Stored, as_tensor, convert, to_storage
 from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.manifest import language_model_group, write_encoder
 from saffe_cache.store.storage import Storage
@@ -34,15 +35,15 @@ from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks, write
 logger = logging.getLogger(__name__)
 
 _ADVICE = {
-    "data": "Reading and decoding was the limit: more --workers, smaller files or a quicker disk would help.",
-    "encoding": "The encoder was the limit, as it should be.",
-    "writer": "Writing was the limit: a quicker disk or fewer --layers would help.",
+    "data": "Reading and decoding limited the speed: use more --workers, smaller files or a faster disk.",
+    "encoding": "The encoder limited the speed, as it should.",
+    "writer": "Writing limited the speed: use a faster disk or fewer --layers.",
 }
 
 
 @dataclass(kw_only=True)
 class Seconds:
-    """Where the time of an extraction went. The writer works beside the rest; its last shards are waited for."""
+    """How an extraction spent its time. The writer works in parallel; only its last shards are waited for."""
 
     waiting_for_data: float = 0.0
     encoding: float = 0.0
@@ -52,7 +53,7 @@ class Seconds:
 
     @contextmanager
     def spent_on(self, name: str) -> Iterator[None]:
-        """Add what the block takes to a field."""
+        """Add the time of the block to a field."""
         started = time.perf_counter()
         try:
             yield
@@ -70,10 +71,10 @@ class Seconds:
 
 
 def run_job(storage: Storage, job: Job, media: Mapping[bytes, Media], record: Mapping[str, Any]) -> None:
-    """Encode and store what is left of a job; `record` goes into the manifest's history with its times.
+    """Encode and store the rest of a job; `record` is added to the manifest's history with the times.
 
     Raises:
-        CacheError: too many inputs are unreadable, a number overflows, or a single input does not fit into memory.
+        CacheError: too many inputs are unreadable, a number overflows, or an input does not fit into memory.
         OSError: the disk is full or gone; the job can be resumed.
     """
     if job.is_done:
@@ -94,66 +95,66 @@ def run_job(storage: Storage, job: Job, media: Mapping[bytes, Media], record: Ma
     if encoder.too_large:
         entry["halved"] = [list(shape) for shape in encoder.too_large]
     write_encoder(storage, job.manifest)
-    _say_what_took_time(job, seconds)
+    _log_times(job, seconds)
 
 
 def encode_portions(job: Job, media: Mapping[bytes, Media], specs: Mapping[str, ArraySpec]) -> Generator[Portion]:
-    """The rows of some arrays, block after block, for nobody's writer.
+    """Yield encoded rows of some arrays, block by block, without writing them.
 
     Raises:
-        CacheError: a number overflows, or a single input does not fit into memory.
-        OSError: a file that could be read for its hash cannot be read any more.
+        CacheError: a number overflows, or an input does not fit into memory.
+        OSError: a file that was read for its hash cannot be read again.
     """
-    maker, encoder = PortionMaker(job, specs), HalvingEncoder(job.encoder)
+    builder, encoder = PortionBuilder(job, specs), HalvingEncoder(job.encoder)
     total = sum(map(len, job.blocks()))
     with (
         load_batches(job, media) as batches,
         tqdm(total=total, unit=f" {job.encoder.request.modality}s", desc=job.manifest.key) as progress,
     ):
         for batch in batches:
-            portion = maker.take(batch, encoder.launch(batch.tensors) if batch.tensors else [])
+            portion = builder.add(batch, encoder.launch(batch.tensors) if batch.tensors else [])
             progress.update(len(batch.inputs) + len(batch.unreadable))
             if portion is not None:
                 yield portion
 
 
 def _encode(job: Job, batches: Iterator[Batch], encoder: HalvingEncoder, storing: _Storing, seconds: Seconds) -> None:
-    """Launch batch after batch, one ahead of the one that is waited for."""
+    """Launch one batch after another, each before waiting for the previous one."""
     unit = f" {job.encoder.request.modality}s"
-    before: tuple[Batch, list[Launched]] | None = None
+    previous: tuple[Batch, list[Launched]] | None = None
     with tqdm(total=job.num_inputs, initial=job.start, unit=unit, desc=job.manifest.key) as progress:
         while True:
             with seconds.spent_on("waiting_for_data"):
                 batch = next(batches, None)
             with seconds.spent_on("encoding"):
                 launched = encoder.launch(batch.tensors) if batch and batch.tensors else []
-                for part in before[1] if before else ():
+                for part in previous[1] if previous else ():
                     part.wait()
-            if before:
+            if previous:
                 with seconds.spent_on("waiting_for_writer"):
-                    storing.put(*before)
-                progress.update(len(before[0].inputs) + len(before[0].unreadable))
+                    storing.put(*previous)
+                progress.update(len(previous[0].inputs) + len(previous[0].unreadable))
             if batch is None:
                 break
-            before = batch, launched
+            previous = batch, launched
         with seconds.spent_on("waiting_for_writer"):
             storing.finish()
 
 
 class _Storing:
-    """Stores the blocks, then converts what was encoded and hands it to the writer, in order, in a thread of its own.
+    """Stores the blocks, then converts encoded batches and passes them to the writer, in order, in its own thread.
 
-    It may lag behind by as many bytes as the writer's open shards hold, so that the encoder goes on while they are
+    It may lag behind by as many bytes as the writer's open shards hold, so that the encoder continues while they are
     written.
     """
 
     def __init__(self, storage: Storage, job: Job, writer: EncoderWriter) -> None:
         self._storage, self._job, self._writer = storage, job, writer
         self._specs = {name: spec for name, (spec, _) in job.missing.items() if name != "offsets"}
-        self._most_bytes = job.options.shard_mb * 2**20 * len(self._specs)
+        self._max_bytes = job.options.shard_mb * 2**20 * len(self._specs)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="converting")
         self._tasks: deque[tuple[Future[Mapping[int, str]], int]] = deque()
-        self._portions = PortionMaker(job, self._specs)
+        self._portions = PortionBuilder(job, self._specs)
         self._invalid = {row: reason for row, reason in job.manifest.invalid.items() if job.is_wanted[row]}
 
     def __enter__(self) -> _Storing:
@@ -164,7 +165,7 @@ class _Storing:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def put(self, batch: Batch, parts: Sequence[Launched]) -> None:
-        """Hand over a batch; waits while too much is ahead.
+        """Queue a batch; blocks while too much is queued.
 
         Raises:
             CacheError: a number overflows, or too many inputs are unreadable.
@@ -172,17 +173,17 @@ class _Storing:
         """
         num_bytes = sum(part.num_bytes for part in parts)
         self._tasks.append((self._pool.submit(self._store, batch, parts), num_bytes))
-        while self._tasks[0][0].done() or (len(self._tasks) > 2 and self._bytes_ahead() > self._most_bytes):
+        while self._tasks[0][0].done() or (len(self._tasks) > 2 and self._queued_bytes() > self._max_bytes):
             self._take_oldest()
             if not self._tasks:
                 break
 
     def finish(self) -> None:
-        """Wait for all that was handed over; raises as `put` does."""
+        """Wait for all queued batches; raises as `put` does."""
         while self._tasks:
             self._take_oldest()
 
-    def _bytes_ahead(self) -> int:
+    def _queued_bytes(self) -> int:
         return sum(num_bytes for _, num_bytes in self._tasks)
 
     def _take_oldest(self) -> None:
@@ -193,8 +194,8 @@ class _Storing:
             row, reason = max(self._invalid.items())
             raise CacheError(
                 f"{self._job.manifest.key}: {len(self._invalid)} of {self._job.num_inputs} inputs are unreadable, more "
-                f"than --max-invalid {allowed:g} allows; for instance row {row}: {reason}. Mend the data, or raise "
-                "--max-invalid; what was encoded is kept."
+                f"than --max-invalid {allowed:g} allows; for instance row {row}: {reason}. Correct the data, or raise "
+                "--max-invalid; all encoded inputs are kept."
             )
 
     def _store_blocks(self) -> Mapping[int, str]:
@@ -205,20 +206,141 @@ class _Storing:
         return {}
 
     def _store(self, batch: Batch, parts: Sequence[Launched]) -> Mapping[int, str]:
-        """In the thread: convert a batch; at the end of its block write that. Returns what of the block is invalid."""
-        portion = self._portions.take(batch, parts)
+        """In the thread: convert a batch, and write its block at the end. Returns the block's invalid inputs."""
+        portion = self._portions.add(batch, parts)
         if portion is None:
             return {}
         self._writer.put(portion)
         return portion.invalid
 
 
-def _say_what_took_time(job: Job, seconds: Seconds) -> None:
+def _log_times(job: Job, seconds: Seconds) -> None:
     done = job.num_inputs - job.start
     logger.info(
-        "%s: %d %ss in %.1f s, %.1f a second: %.1f s waiting for data, %.1f s encoding, %.1f s waiting for the writer, "
-        "which wrote for %.1f s. %s %d inputs unreadable.",
+        "%s: %d %ss in %.1f s, %.1f per second: %.1f s waiting for data, %.1f s encoding, %.1f s waiting for the "
+        "writer, which wrote for %.1f s. %s %d inputs are unreadable.",
         *(job.manifest.key, done, job.encoder.request.modality, seconds.total, done / seconds.total),
         *(seconds.waiting_for_data, seconds.encoding, seconds.waiting_for_writer, seconds.writing),
         *(_ADVICE[seconds.limit], len(job.manifest.invalid)),
     )
+
+
+class PortionBuilder:
+    """Turns the batches of a job, in order, into one portion per block."""
+
+    def __init__(self, job: Job, specs: Mapping[str, ArraySpec]) -> None:
+        """`specs`: the arrays that need rows."""
+        self._job, self._specs = job, specs
+        self._rows: BlockRows | None = None
+
+    def add(self, batch: Batch, parts: Sequence[Launched]) -> Portion | None:
+        """Add a batch; returns the portion if the batch ends its block.
+
+        Raises:
+            CacheError: a finite number exceeds the range of the storage type.
+        """
+        if self._rows is None:
+            self._rows = BlockRows(self._job, batch.block, self._specs)
+        self._rows.invalid.update(batch.unreadable)
+        done = 0
+        for part in parts:
+            encoded = part.encoded()
+            self._rows.put(batch.inputs[done : done + len(encoded.lengths)], encoded)
+            done += len(encoded.lengths)
+        if not batch.ends_block:
+            return None
+        portion, self._rows = self._rows.to_portion(), None
+        return portion
+
+
+class BlockRows:
+    """The rows of one block of inputs, from batches in any order; inputs without a batch become rows of NaN."""
+
+    def __init__(self, job: Job, block: range, specs: Mapping[str, ArraySpec]) -> None:
+        """`specs`: the arrays that need rows."""
+        self._job, self._block, self._specs = job, block, specs
+        self._first = {name: job.first_row(name, block.start) for name in specs}
+        self._stored: dict[str, np.ndarray] = {}
+        self._missing = set(block)
+        self.invalid: dict[int, str] = {}
+
+    def put(self, inputs: Sequence[int], encoded: Encoded) -> None:
+        """Add a batch: one row of `encoded` per input. Inputs with non-finite numbers become invalid.
+
+        Raises:
+            CacheError: a finite number exceeds the range of the storage type.
+        """
+        owners = np.asarray(inputs)
+        for name in self._specs:
+            if self._job.is_flat(name):
+                lengths = encoded.lengths
+                self._put(name, self._rows(name, encoded), np.repeat(owners, lengths), _counted(lengths))
+            else:
+                self._put(name, self._rows(name, encoded), owners)
+        self._missing -= set(inputs)
+
+    def _rows(self, name: str, encoded: Encoded) -> Stored:
+        """A batch's rows of one array without padding, converted here unless the device has done so."""
+        converted = {f"hidden_states/{i}": Stored(*parts) for i, parts in encoded.converted.items()}
+        stored = converted.get(name)
+        states = {f"hidden_states/{i}": states for i, states in encoded.states.items()}
+        values = stored.rows if stored else as_tensor((states | dict(encoded.vectors))[name])
+        if not self._job.is_flat(name):
+            return stored or convert(values, self._specs[name].dtype)
+        is_real = torch.arange(values.shape[1]) < torch.from_numpy(encoded.lengths)[:, None]
+        return stored.select(is_real) if stored else convert(values[is_real], self._specs[name].dtype)
+
+    def to_portion(self) -> Portion:
+        """All rows of the block."""
+        if self._missing:
+            assert self._job.offsets is None, "texts can always be read"
+            missing = np.array(sorted(self._missing))
+            for name, spec in self._specs.items():
+                blank = to_storage(np.full((1, *spec.row_shape), np.nan, np.float32), spec.dtype)
+                self._room(name)[self._places(name, missing)] = blank
+        return Portion({name: (self._first[name], self._stored[name]) for name in self._specs}, self.invalid)
+
+    def _put(self, name: str, rows: Stored, owners: np.ndarray, within: np.ndarray | int = 0) -> None:
+        """Place rows of one array: `owners` are their inputs, `within` their positions among the rows of that input."""
+        is_finite = rows.is_finite.reshape(len(owners), -1).all(dim=1).numpy()
+        for owner in np.unique(owners[~is_finite]):
+            self.invalid.setdefault(int(owner), f"{name} is not finite")
+        stored = self._checked(name, rows, owners)
+        if not self._job.is_flat(name) and np.array_equal(owners, self._block):
+            # the whole block in order; copied only if it is a view, which would keep a larger array alive
+            self._stored[name] = np.ascontiguousarray(stored)
+        else:
+            self._room(name)[self._places(name, owners, within)] = stored
+
+    def _checked(self, name: str, rows: Stored, owners: np.ndarray) -> np.ndarray:
+        try:
+            return rows.to_numpy(self._specs[name].dtype)
+        except OverflowError as error:
+            worst = int(rows.lost.reshape(len(owners), -1).amax(dim=1).argmax())
+            raise CacheError(
+                f"{self._job.manifest.key}: {name} of input {owners[worst]}: {error}. "
+                "Extract into a new cache with --storage bfloat16 or float32."
+            ) from None
+
+    def _room(self, name: str) -> np.ndarray:
+        if name not in self._stored:
+            spec = self._specs[name]
+            self._stored[name] = np.empty((self._num_rows(name), *spec.stored_shape), spec.numpy_dtype)
+        return self._stored[name]
+
+    def _num_rows(self, name: str) -> int:
+        return self._job.first_row(name, self._block.stop) - self._first[name]
+
+    def _places(self, name: str, owners: np.ndarray, within: np.ndarray | int = 0) -> np.ndarray:
+        """Positions of the inputs' rows among the block's rows of an array."""
+        firsts = owners
+        if self._job.is_flat(name):
+            assert self._job.offsets is not None
+            firsts = self._job.offsets[owners]
+        return np.asarray(firsts - self._first[name] + within)
+
+
+def _counted(lengths: np.ndarray) -> np.ndarray:
+    """0 … n - 1 for each length n, concatenated."""
+    counted: np.ndarray = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return counted

@@ -1,7 +1,7 @@
-"""Run each frozen encoder once and write what a fusion needs into the cache.
+"""Run each frozen encoder once and write all that a fusion needs to the cache.
 
-The data's way: sources -> item table (distinct inputs, by content hash) -> a job for each encoder (what the
-cache lacks of it) -> encoding, which hands rows to the store's writer.
+Data flow: source -> item table (distinct inputs, by content hash) -> a job for each encoder (the rows that the cache
+lacks) -> encoding, which passes rows to the store's writer.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from saffe_cache.extraction.config import ExtractConfig, encode_options
 from saffe_cache.extraction.encoding import run_job
 from saffe_cache.extraction.loading import check_sources
 from saffe_cache.extraction.planning import Job, encoder_request, plan_job, seconds_per_input, wanted_inputs
-from saffe_cache.sources import Columns, SourceItem, read_items
+from saffe_cache.sources.items import Columns, SourceItem
+from saffe_cache.sources.registry import read_items
 from saffe_cache.store.manifest import RootManifest, layers_among, read_encoder, read_root, write_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import NewItem, TableBuilder, read_table, write_table
 from saffe_cache.store.writer import EncoderWriter
-
-__all__ = ["ExtractConfig", "extract"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +29,8 @@ def extract(config: ExtractConfig) -> str:
     """Extract, and return the cache's path.
 
     Raises:
-        ValueError: the data, an encoder or a layer is not there or not supported.
-        CacheError: the cache cannot take this, too many items are unreadable, or a number overflows.
+        ValueError: the data, an encoder or a layer is unavailable or unsupported.
+        CacheError: the cache does not match the config, too many items are unreadable, or a number overflows.
         OSError: the disk is full or gone; the extraction can be resumed.
     """
     items = read_items(config.data, Columns(**config.column), config.splits, config.max_items)
@@ -48,7 +47,7 @@ def extract(config: ExtractConfig) -> str:
         jobs = list(_plan_jobs(storage, table, config))
         for job in jobs:
             check_sources(job, media)
-        _say_what_happens(jobs, table, items)
+        _log_plan(jobs, table, items)
         _write_root(storage, table if changed else None, jobs)
         record = provenance(config)
         for job in jobs:
@@ -60,13 +59,13 @@ def _plan_jobs(storage: Storage, table: ItemTable, config: ExtractConfig) -> Ite
     options = encode_options(config)
     for modality in (name for name in MODALITIES if name in config.encoder):
         if modality not in table.inputs:
-            raise ValueError(f"--encoder {modality}=…: the data has no {modality} inputs. Leave it out.")
+            raise ValueError(f"--encoder {modality}=…: the data has no {modality} inputs. Omit this encoder.")
         request = encoder_request(config, modality)
         yield plan_job(storage, request, table.inputs[modality], wanted_inputs(table, modality), options)
 
 
 def _grow_table(storage: Storage, items: Sequence[SourceItem], config: ExtractConfig) -> tuple[ItemTable, bool]:
-    """The cache's table with the items added, and whether that changed it."""
+    """The cache's table with the items added, and whether it changed."""
     root = read_root(storage)
     old = read_table(storage, f"tables/{root.table}") if root else None
     may_change = config.changed == "reencode"
@@ -88,15 +87,15 @@ def _grow_table(storage: Storage, items: Sequence[SourceItem], config: ExtractCo
     if builder.changed:
         item_id, what = next(iter(builder.changed.items()))
         logger.warning(
-            "%d items have changed and are taken as they are now, for instance %s (%s). Runs that were trained on them "
-            "are of other data: train them again.",
+            "%d items have changed and are encoded again, for instance %s (%s). Runs that were trained on the old "
+            "items do not match the cache: train them again.",
             *(len(builder.changed), item_id, what),
         )
     return table, any(added)
 
 
 def _unencoded(storage: Storage, root: RootManifest | None, table: ItemTable | None) -> dict[Modality, set[int]]:
-    """Photos and sounds that no encoder holds: broken ones, and those that an interrupted run did not reach."""
+    """Photos and sounds that no encoder has encoded: broken ones, and those that an interrupted run did not reach."""
     found: dict[Modality, set[int]] = {}
     for modality, inputs in table.inputs.items() if table else ():
         found[modality] = set(range(len(inputs)))
@@ -108,7 +107,7 @@ def _unencoded(storage: Storage, root: RootManifest | None, table: ItemTable | N
 
 
 def _write_root(storage: Storage, table: ItemTable | None, jobs: Sequence[Job]) -> None:
-    """Commit a new table, if any, and name the encoders. Their own manifests come with their first write."""
+    """Commit a new table, if any, and register the encoders. Their manifests are written with their first rows."""
     root = read_root(storage) or RootManifest(0, ())
     generation = root.table
     if table is not None:
@@ -121,7 +120,7 @@ def _write_root(storage: Storage, table: ItemTable | None, jobs: Sequence[Job]) 
     keys = tuple(dict.fromkeys([*root.encoders, *(job.manifest.key for job in jobs)]))
     if (generation, keys) != (root.table, root.encoders):
         write_root(storage, RootManifest(generation, keys))
-    storage.remove_folder(f"tables/{generation - 1}")  # or what a kill left of it
+    storage.remove_folder(f"tables/{generation - 1}")  # or its remains after a crash
 
 
 def _check_unreadable(items: Sequence[SourceItem], config: ExtractConfig) -> None:
@@ -129,14 +128,14 @@ def _check_unreadable(items: Sequence[SourceItem], config: ExtractConfig) -> Non
     if len(broken) > config.max_invalid * len(items):
         raise CacheError(
             f"--data {config.data}: {len(broken)} of {len(items)} items are unreadable, more than --max-invalid "
-            f"{config.max_invalid:g} allows; for instance {broken[0].id}: {broken[0].problem}. Mend the data, or raise "
-            "--max-invalid."
+            f"{config.max_invalid:g} allows; for instance {broken[0].id}: {broken[0].problem}. Correct the data, or "
+            "raise --max-invalid."
         )
 
 
-def _say_what_happens(jobs: Sequence[Job], table: ItemTable, items: Sequence[SourceItem]) -> None:
+def _log_plan(jobs: Sequence[Job], table: ItemTable, items: Sequence[SourceItem]) -> None:
     unusable = sum(bool(item.problem) for item in items)
-    logger.info("%d items, of which %d unreadable; the table holds %d.", len(items), unusable, len(table))
+    logger.info("%d items, %d of them unreadable; the table has %d.", len(items), unusable, len(table))
     for job in jobs:
         layers = ",".join(map(str, layers_among(job.arrays)))
         left = job.num_inputs - job.start
@@ -145,7 +144,7 @@ def _say_what_happens(jobs: Sequence[Job], table: ItemTable, items: Sequence[Sou
 
 
 def _print_plan(jobs: Sequence[Job], items: Sequence[SourceItem], config: ExtractConfig) -> None:
-    """Tell what an extraction would do; the time is that of one batch, times the batches."""
+    """Print what an extraction would do; the time is extrapolated from one batch."""
     print(f"{len(items)} items in {config.data}, {sum(bool(item.problem) for item in items)} unreadable")
     total = 0.0
     for job in jobs:
@@ -157,4 +156,4 @@ def _print_plan(jobs: Sequence[Job], items: Sequence[SourceItem], config: Extrac
             shape = " x ".join(map(str, (rows, *spec.row_shape)))
             print(f"  {name}: {shape} {spec.described}, {rows * spec.row_bytes / 1e6:.1f} MB")
         print(f"  {job.num_bytes / 1e6:.1f} MB in about {job.num_files} files")
-    print(f"in all {sum(job.num_bytes for job in jobs) / 1e6:.1f} MB and about {total:.0f} s on this machine")
+    print(f"total: {sum(job.num_bytes for job in jobs) / 1e6:.1f} MB and about {total:.0f} s on this machine")

@@ -1,4 +1,4 @@
-"""What work costs, and what it would have cost to encode anew at every step, from rates that extractions measured."""
+"""The cost of extractions, and of encoding again at every training step instead, from measured rates."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 from saffe_cache.store.reader import Cache, EncoderCache
 
 _FEWEST = 100
-"""Inputs of an extraction whose rate counts, where there is one of so many."""
+"""Extractions of fewer inputs are ignored if there is a larger one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingRate:
-    """How fast an encoder is, as its cache was made."""
+    """Speed of an encoder during extraction."""
 
     seconds: float
-    """For one input."""
+    """Seconds per input."""
     threads: int
 
 
@@ -30,16 +30,16 @@ class _Extraction(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Reencoding:
-    """What encoders in the loop would have cost. Their forward passes alone; the SAFFE release also runs autograd
-    through them, which is left out, so that the true figure is larger."""
+    """The cost of encoders in the training loop. This counts forward passes only; the SAFFE release also runs autograd
+    through them, so the true cost is higher."""
 
     photos_seen: int
     texts_seen: int
     photo_seconds: float
-    """For one photo."""
+    """Seconds per photo."""
     text_seconds: float
     basis: str
-    """Where the rates are from, in words."""
+    """Where the rates come from, for people."""
 
     @property
     def seconds(self) -> float:
@@ -47,12 +47,12 @@ class Reencoding:
 
 
 def extraction_seconds(cache: Cache) -> float:
-    """That all extractions into the cache took, those killed left out."""
+    """Total time of all finished extractions into the cache."""
     return sum(one.total_seconds for encoder in cache.encoders.values() for one in _extractions(encoder))
 
 
 def encoding_rate(encoder: EncoderCache) -> EncodingRate | None:
-    """Its forward passes in the fastest of its extractions; None where its history holds none."""
+    """The rate of forward passes in its fastest extraction; None if its history has none."""
     measured = [one for one in _extractions(encoder) if one.inputs]
     if not measured:
         return None
@@ -62,7 +62,7 @@ def encoding_rate(encoder: EncoderCache) -> EncodingRate | None:
 
 
 def reencoding(gallery: EncoderCache, text: EncoderCache, results: Iterable[Mapping[str, Any]]) -> Reencoding | None:
-    """For some runs' results, as result.json holds them; None where nothing tells how long an encoder takes."""
+    """The cost for some runs, from their result.json; None if an encoder's rate is unknown."""
     photo, words, seen = encoding_rate(gallery), encoding_rate(text), list(results)
     if photo is None or words is None or any({"photos_seen", "texts_seen"} - one.keys() for one in seen):
         return None
@@ -71,7 +71,7 @@ def reencoding(gallery: EncoderCache, text: EncoderCache, results: Iterable[Mapp
         texts_seen=sum(one["texts_seen"] for one in seen),
         photo_seconds=photo.seconds,
         text_seconds=words.seconds,
-        basis=f"forward passes alone, as the extraction measured them: {_rate(photo)} photos/s and {_rate(words)} "
+        basis=f"forward passes only, as measured during extraction: {_rate(photo)} photos/s and {_rate(words)} "
         f"texts/s, {photo.threads} threads",
     )
 
@@ -81,7 +81,7 @@ def _rate(rate: EncodingRate) -> str:
 
 
 def _extractions(encoder: EncoderCache) -> list[_Extraction]:
-    """Those in the encoder's history that came to their end."""
+    """Finished extractions in the encoder's history."""
     return [
         _Extraction(
             inputs=entry["inputs"][1] - entry["inputs"][0],

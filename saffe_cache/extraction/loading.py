@@ -1,12 +1,12 @@
-"""Batches on their way to the encoder: read, decoded and prepared by workers, ahead of it.
+"""Prepare batches for the encoder: workers read, decode and preprocess ahead of it.
 
-Photos and sounds go straight from a worker into their rows of a batch, in a ring of a few batches that all workers
-share. Workers are threads or processes. PIL decodes and resizes without the interpreter's lock, so threads do where an
-encoder takes milliseconds a photo, and they start at once. But what is left of Python holds the lock for 0.1 to 0.2 ms
-a photo, so that threads end at some 5,000 photos a second however many cores there are, and an encoder on a GPU would
-wait for the lock as well: there they are processes.
+Workers write photos and sounds directly to their rows of a batch, in a ring buffer of a few batches that all workers
+share. Workers are threads or processes. PIL decodes and resizes without the interpreter's lock, so threads suffice for
+encoders that take milliseconds per photo, and they start at once. The remaining Python code holds the lock for 0.1 to
+0.2 ms per photo, which limits threads to about 5,000 photos per second on any number of cores and would also delay an
+encoder on a GPU; processes are used there.
 
-Texts are few bytes: one thread pads them.
+Texts are small, so one thread pads them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import ctypes
 import math
 import mmap
 import multiprocessing
+import os
 import signal
 import sys
 from collections import deque
@@ -29,38 +30,39 @@ import torch
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.extraction.planning import Job, blank_input
-from saffe_cache.sources import Media, decode, is_file_fault
+from saffe_cache.sources.decoding import decode
+from saffe_cache.sources.items import Media, is_file_fault
 
 _TASK_INPUTS = 4
-"""Photos or sounds that a worker takes at once: fewer hand-overs, and still several tasks a batch."""
+"""Photos or sounds per task: few enough for several tasks per batch."""
 _AHEAD = 2
-"""Batches that are prepared ahead, at least."""
+"""Fewest batches that are prepared ahead."""
 _IN_USE = 2
-"""Batches that the encoder may be busy with: one is computed while another is launched."""
+"""Batches in use by the encoder: one is computed while another is launched."""
 
 Task = TypeVar("Task")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What the encoder is given at once. Its tensors hold until the batch after the next one is asked for."""
+    """One batch for the encoder. Its tensors are valid until the second batch after it is requested."""
 
     block: range
-    """The inputs that are stored together; the batch is all of it, or a part."""
+    """The inputs that are stored together; the batch is a part of them or all."""
     inputs: Sequence[int]
-    """The input of each row."""
+    """Input of each row."""
     tensors: Mapping[str, torch.Tensor]
     unreadable: Mapping[int, str] = field(default_factory=dict)
-    """Inputs of the block that could not be read, with the reason."""
+    """Reason for each input of the block that could not be read."""
     ends_block: bool = True
 
 
 @contextmanager
 def load_batches(job: Job, media: Mapping[bytes, Media]) -> Iterator[Iterator[Batch]]:
-    """What is left of a job, batch by batch; at the end the workers are gone, whatever happened.
+    """The remaining batches of a job; the workers end with the context, also after errors.
 
     Raises:
-        OSError: a file that could be read for its hash cannot be read any more.
+        OSError: a file that was read for its hash cannot be read again.
         CacheError: a worker process died.
     """
     if job.offsets is not None:
@@ -68,7 +70,7 @@ def load_batches(job: Job, media: Mapping[bytes, Media]) -> Iterator[Iterator[Ba
             yield (future.result() for future in _ahead(_pad_texts(job, pool), _AHEAD))
         return
     ring = _Ring(job, media)
-    with _deaths_explained(job), ExitStack() as stack:
+    with _worker_deaths_explained(job), ExitStack() as stack:
         pool = stack.enter_context(_pool(_workers(job, ring)))
         pool.submit(int).result()  # processes are forked here, before any memory is pinned
         for memory in ring.memory.values():
@@ -77,14 +79,14 @@ def load_batches(job: Job, media: Mapping[bytes, Media]) -> Iterator[Iterator[Ba
 
 
 @contextmanager
-def _deaths_explained(job: Job) -> Iterator[None]:
-    """A dead worker shows where its work is waited for, or where it is given more."""
+def _worker_deaths_explained(job: Job) -> Iterator[None]:
+    """Explain the death of a worker process, which shows when its results are awaited or new tasks are submitted."""
     try:
         yield
     except BrokenExecutor:
         raise CacheError(
-            f"{job.manifest.key}: a process that decodes was killed, perhaps for its memory. The same command goes on "
-            "from here; fewer --workers take less, and --decode-in threads takes none."
+            f"{job.manifest.key}: a decoding process was killed, perhaps for lack of memory. Run the same command "
+            "again to resume, with fewer --workers or with --decode-in threads to save memory."
         ) from None
 
 
@@ -97,20 +99,20 @@ def _pool(pool: Executor) -> Iterator[Executor]:
 
 
 def _ahead(tasks: Iterator[Task], count: int) -> Iterator[Task]:
-    """The tasks, each once `count` more are under way; the first ones begin at once."""
-    begun = deque(islice(tasks, count))
+    """The tasks in order, with `count` more already started; the first ones start at once."""
+    started = deque(islice(tasks, count))
 
     def in_order() -> Iterator[Task]:
         for task in tasks:
-            begun.append(task)
-            yield begun.popleft()
-        yield from begun
+            started.append(task)
+            yield started.popleft()
+        yield from started
 
     return in_order()
 
 
 class _Ring:
-    """Batches of photos or sounds in shared memory, filled by workers one after the other, and over again."""
+    """A ring buffer of batches of photos or sounds in shared memory, filled by workers."""
 
     def __init__(self, job: Job, media: Mapping[bytes, Media]) -> None:
         self._job, self._media = job, media
@@ -122,7 +124,7 @@ class _Ring:
         self.memory = {name: _shared(value, shape, job.encoder.dtype) for name, value in blank.items()}
 
     def begin(self, pool: Executor) -> Iterator[tuple[range, int, list[Future[dict[int, str]]]]]:
-        """Hand the blocks to the workers: the block, its place in the ring, and the tasks."""
+        """Submit the blocks to the workers; yields the block, its place in the ring, and the tasks."""
         load = _load_in_fork if isinstance(pool, ProcessPoolExecutor) else self.load
         for number, block in enumerate(self._job.blocks()):
             place = number % self._batches
@@ -130,13 +132,13 @@ class _Ring:
             yield block, place, [pool.submit(load, place, block.start, part) for part in parts]
 
     def load(self, place: int, first: int, inputs: range) -> dict[int, str]:
-        """In a worker: fill the rows of some inputs; those that cannot be read, with the reason."""
+        """In a worker: fill the rows of some inputs. Returns the reason for each that cannot be read."""
         encoder, unreadable = self._job.encoder, {}
         for row in inputs:
             if self._hashes[row] not in self._media:
                 unreadable[row] = "not among --data"
                 continue
-            data = self._media[self._hashes[row]].read()  # it could be read for its hash: a failure now ends the run
+            data = self._media[self._hashes[row]].read()  # it was read for its hash before, so a failure ends the run
             try:
                 raw = decode(encoder.request.modality, data, encoder.sampling_rate)
                 encoder.prepare_into(raw, {name: values[place, row - first] for name, values in self.memory.items()})
@@ -147,7 +149,7 @@ class _Ring:
         return unreadable
 
     def finish(self, block: range, place: int, tasks: Sequence[Future[dict[int, str]]]) -> Batch:
-        """Wait for a batch, and leave out of it what could not be read."""
+        """Wait for a batch, and drop its unreadable inputs."""
         unreadable: dict[int, str] = {}
         for task in tasks:
             unreadable |= task.result()
@@ -158,7 +160,7 @@ class _Ring:
 
 
 def _shared(example: torch.Tensor, batches: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Memory for batches of inputs like the example [1, …], which forked processes share."""
+    """Memory for batches of inputs like the example [1, …], shared with forked processes."""
     kind = dtype if example.is_floating_point() else example.dtype
     shape = (*batches, *example.shape[1:])
     return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * kind.itemsize), dtype=kind).view(shape)
@@ -167,13 +169,17 @@ def _shared(example: torch.Tensor, batches: tuple[int, int], dtype: torch.dtype)
 def _workers(job: Job, ring: _Ring) -> Executor:
     if not decodes_in_processes(job):
         return ThreadPoolExecutor(job.options.workers)
+    if not hasattr(os, "fork"):
+        raise ValueError(
+            "--decode-in: found processes, expected threads: this system cannot fork. Use auto or threads."
+        )
     return ProcessPoolExecutor(
         job.options.workers, multiprocessing.get_context("fork"), initializer=_begin_fork, initargs=(ring,)
     )
 
 
 def decodes_in_processes(job: Job) -> bool:
-    """As asked; by itself beside a GPU, where processes can be forked."""
+    """Whether workers are processes: if requested, or by default for a GPU on Linux, where processes can be forked."""
     chosen = job.options.decode_in
     return chosen == "processes" or (
         chosen == "auto" and sys.platform == "linux" and job.encoder.request.device.startswith("cuda")
@@ -184,14 +190,14 @@ _ring_of_fork: _Ring | None = None
 
 
 def _begin_fork(ring: _Ring) -> None:
-    """A worker process: it ends with its parent, however that ends, leaves Ctrl-C to it, and is ended by SIGTERM."""
+    """Set up a worker process: it ends with its parent, ignores Ctrl-C, and can be ended by SIGTERM."""
     global _ring_of_fork
     _ring_of_fork = ring
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    torch.set_num_threads(1)  # the parent's threads did not come along
+    torch.set_num_threads(1)  # the parent's threads were not forked
 
 
 def _load_in_fork(place: int, first: int, inputs: range) -> dict[int, str]:
@@ -200,7 +206,7 @@ def _load_in_fork(place: int, first: int, inputs: range) -> dict[int, str]:
 
 
 def _pad_texts(job: Job, pool: Executor) -> Iterator[Future[Batch]]:
-    """Texts: sorted by length within a block, in batches whose padded size is about `batch_tokens`."""
+    """Batches of texts, sorted by length within a block, with a padded size of about `batch_tokens`."""
 
     def pad(block: range, inputs: list[int], ends_block: bool) -> Batch:
         tensors = job.encoder.pad([job.token_ids[row] for row in inputs])
@@ -214,7 +220,7 @@ def _pad_texts(job: Job, pool: Executor) -> Iterator[Future[Batch]]:
 
 
 def token_batches(order: Sequence[int], token_ids: Sequence[Sequence[Any]], budget: int) -> Iterator[list[int]]:
-    """Rows, already sorted by length, in batches whose padded size stays within the budget."""
+    """Split rows, sorted by length, into batches whose padded size stays within the budget."""
     batch: list[int] = []
     for row in order:
         if batch and (len(batch) + 1) * len(token_ids[row]) > budget:
@@ -228,7 +234,7 @@ def token_batches(order: Sequence[int], token_ids: Sequence[Sequence[Any]], budg
 def check_sources(job: Job, media: Mapping[bytes, Media]) -> None:
     """
     Raises:
-        CacheError: more photos or sounds than --max-invalid allows are in the cache, but not among `media`.
+        CacheError: more of the cache's photos or sounds than --max-invalid allows are missing in `media`.
     """
     hashes = [row.tobytes() for row in job.inputs.content_hash]
     wanted = [row for row in range(job.start, job.num_inputs) if job.is_wanted[row]]
@@ -236,5 +242,5 @@ def check_sources(job: Job, media: Mapping[bytes, Media]) -> None:
     if job.offsets is None and len(absent) > job.options.max_invalid * job.num_inputs:
         raise CacheError(
             f"{job.manifest.key}: {len(absent)} of its {job.encoder.request.modality} inputs are not in --data, "
-            f"the first is row {absent[0]}. Give the data that they came from, or raise --max-invalid to go without."
+            f"the first is row {absent[0]}. Use the data that they came from, or raise --max-invalid to skip them."
         )

@@ -1,8 +1,7 @@
-"""What is left to encode for one encoder: the arrays that its group has or shall have, against their rows.
+"""Plan the job of one encoder: which rows its arrays, existing or new, still lack.
 
-Inputs are encoded in blocks that are cut at fixed row numbers and batched by a fixed rule, so that a resumed
-extraction repeats the very batches of an uninterrupted one. Where a batch does not fit into memory, halving.py keeps to
-that: how it is split follows from the batch and the memory alone.
+Inputs are encoded in blocks that begin at fixed row numbers and are batched by a fixed rule, so that a resumed
+extraction repeats the same batches as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -19,7 +18,9 @@ import torch
 
 from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError, Inputs, ItemTable, Modality
-from saffe_cache.encoders.encoder import Converter, EncoderRequest, FrozenEncoder, load_encoder
+from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
+from saffe_cache.encoders.loading import EncoderRequest
+from saffe_cache.encoders.transfers import Converter
 from saffe_cache.extraction.config import EncodeOptions, ExtractConfig
 from saffe_cache.store.dtypes import convert
 from saffe_cache.store.layout import ArraySpec, choose_rows
@@ -29,31 +30,31 @@ from saffe_cache.store.storage import Storage
 logger = logging.getLogger(__name__)
 
 DEFAULT_STORAGE = "float8"
-"""The smallest type that costs no retrieval; unlike int8 it keeps small channels beside a very large one."""
+"""The smallest type without loss in retrieval; unlike int8, it preserves small channels next to a very large one."""
 TEXT_BLOCK_ROWS = 1024
 """Texts that are sorted by length together; padding is then a few percent of the tokens."""
 
 
 @dataclass(kw_only=True)
 class Job:
-    """What is left to do for one encoder."""
+    """The remaining work for one encoder."""
 
     encoder: FrozenEncoder
     manifest: EncoderManifest
     options: EncodeOptions
     inputs: Inputs
     is_wanted: np.ndarray
-    """bool [inputs]: does an item point to it? A broken photo that was mended is no longer wanted."""
+    """bool [inputs]: whether an item refers to it. A broken photo that was replaced is no longer wanted."""
     token_ids: list[list[int]] = field(default_factory=list)
-    """Of all texts; empty for photos and sounds."""
+    """Token ids of all texts; empty for photos and sounds."""
     offsets: np.ndarray | None = None
     """int64 [texts + 1]: where each text's tokens begin; None for photos and sounds."""
     arrays: dict[str, tuple[ArraySpec, int]] = field(default_factory=dict)
-    """All arrays of the group, and their rows when done."""
+    """All arrays of the group, with their final numbers of rows."""
     start: int = 0
-    """First input to encode; `num_inputs` where nothing is left."""
+    """First input to encode; `num_inputs` if none remains."""
     chosen: Sequence[range] | None = None
-    """The blocks to encode; None for all that are left."""
+    """The blocks to encode; None for all that remain."""
 
     @property
     def num_inputs(self) -> int:
@@ -70,7 +71,7 @@ class Job:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the encoder's group when done: shards, padded to whole chunks, and weights."""
+        """Final size of the encoder's group in bytes: shards, padded to whole chunks, and weights."""
         weights = sum(values.nbytes for block in self.encoder.blocks.values() for values in block.tensors.values())
         if self.encoder.language_model:
             weights += sum(values.nbytes for values in self.encoder.language_model.tensors.values())
@@ -78,7 +79,7 @@ class Job:
 
     @property
     def num_files(self) -> int:
-        """Files of the encoder's group when done; each array has one for its metadata."""
+        """Final number of files of the encoder's group, with one metadata file per array."""
         weights = sum(2 * len(block.tensors) + 1 for block in self.encoder.blocks.values())
         if self.encoder.language_model:
             weights += 2 * len(self.encoder.language_model.tensors) + 3
@@ -86,7 +87,7 @@ class Job:
 
     @property
     def block_rows(self) -> int:
-        """Inputs that are encoded and handed to the writer together."""
+        """Inputs that are encoded and written together."""
         return block_rows(self.options, [spec for name, (spec, _) in self.arrays.items() if layers_among([name])])
 
     def rows_of(self, name: str) -> int:
@@ -94,11 +95,11 @@ class Job:
         return self.manifest.arrays[name].rows if name in self.manifest.arrays else 0
 
     def is_flat(self, name: str) -> bool:
-        """Is a row of the array a token, rather than an input?"""
+        """Whether a row of the array is a token, not an input."""
         return self.offsets is not None and name.startswith("hidden_states/")
 
     def first_row(self, name: str, number: int) -> int:
-        """Where the rows of input `number` begin in an array."""
+        """First row of input `number` in an array."""
         return int(self.offsets[number]) if self.offsets is not None and self.is_flat(name) else number
 
     def blocks(self) -> Iterator[range]:
@@ -122,22 +123,22 @@ def cut_blocks(start: int, stop: int, rows: int) -> Iterator[range]:
 
 
 def begin_blocks(first: int, finished: int, rows: int) -> int:
-    """Where the blocks begin of an extraction whose first input to encode is `first`: where its block begins.
+    """Where the blocks of an extraction begin if its first input to encode is `first`: at the start of its block.
 
-    What was encoded with earlier ones is not encoded with new ones, unless it is encoded again.
+    Finished inputs do not share a block with new ones, unless they are encoded again.
     """
     begin = first // rows * rows
     return max(begin, finished) if finished <= first else begin
 
 
 def wanted_inputs(table: ItemTable, modality: Modality) -> np.ndarray:
-    """bool [inputs]: does an item point to it? Texts are always there, and so always wanted."""
+    """bool [inputs]: whether an item refers to it. Texts are always available, and so always wanted."""
     count = len(table.inputs[modality])
     return np.ones(count, bool) if modality == "text" else np.isin(np.arange(count), table.rows[modality])
 
 
 def encoder_request(config: ExtractConfig, modality: Modality) -> EncoderRequest:
-    """The config's encoder of a modality."""
+    """The request for a config's encoder of a modality."""
     device = choose_device(config.device)
     dtype = config.dtype
     if dtype == "auto":
@@ -161,10 +162,10 @@ def encoder_request(config: ExtractConfig, modality: Modality) -> EncoderRequest
 def plan_job(
     storage: Storage, request: EncoderRequest, inputs: Inputs, is_wanted: np.ndarray, options: EncodeOptions
 ) -> Job:
-    """Load the encoder and find out what the cache lacks of it.
+    """Load the encoder and determine what the cache lacks.
 
     Raises:
-        ValueError: the encoder cannot be had.
+        ValueError: the encoder is unavailable.
         CacheError: the cache stores its arrays in another type.
     """
     encoder = load_encoder(request)
@@ -182,13 +183,13 @@ def plan_job(
 
 
 def converters_of(arrays: Mapping[str, tuple[ArraySpec, int]]) -> dict[int, Converter]:
-    """To the storage types of the layers among some arrays; none to float32, of which there is more to copy back."""
+    """Converters to the storage types of the layers among some arrays; none for float32, which saves no copying."""
     types = {layer: arrays[f"hidden_states/{layer}"][0].dtype for layer in layers_among(arrays)}
     return {layer: partial(convert, dtype=dtype) for layer, dtype in types.items() if dtype != "float32"}
 
 
 def tokenize(job: Job) -> None:
-    """Give a job of texts its tokens."""
+    """Tokenize the texts of a job."""
     job.token_ids = job.encoder.tokenize(job.inputs.texts or ())
     job.offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in job.token_ids])]).astype(np.int64)
 
@@ -199,15 +200,15 @@ def _array_bytes(spec: ArraySpec, rows: int) -> int:
 
 
 def seconds_per_input(job: Job) -> float:
-    """Measured on one batch of blanks, or of texts of middling length."""
+    """Measured on one batch of blank inputs, or of texts of median length."""
     if job.offsets is None:
         count = job.block_rows
         one = job.encoder.prepare(blank_input(job.encoder))
         batch = {name: torch.cat([value] * count) for name, value in one.items()}
     else:
-        middling = sorted(job.token_ids, key=len)[len(job.token_ids) // 2]
-        count = max(1, min(64, job.options.batch_tokens // len(middling)))
-        batch = job.encoder.pad([middling] * count)
+        median = sorted(job.token_ids, key=len)[len(job.token_ids) // 2]
+        count = max(1, min(64, job.options.batch_tokens // len(median)))
+        batch = job.encoder.pad([median] * count)
     job.encoder.encode(batch)
     started = time.perf_counter()
     job.encoder.encode(batch)
@@ -215,7 +216,7 @@ def seconds_per_input(job: Job) -> float:
 
 
 def _manifest(storage: Storage, encoder: FrozenEncoder) -> EncoderManifest:
-    """The encoder's manifest, or a new one; says so where the same model is cached under another key."""
+    """The encoder's manifest, or a new one; warns if the same model is cached under another key."""
     root = read_root(storage)
     if root and encoder.fingerprint.key in root.encoders:
         return read_encoder(storage, encoder.fingerprint.key)
@@ -223,7 +224,7 @@ def _manifest(storage: Storage, encoder: FrozenEncoder) -> EncoderManifest:
         other = read_encoder(storage, key)
         if other.fingerprint.fields["model_id"] == encoder.fingerprint.fields["model_id"]:
             differences = "; ".join(encoder.fingerprint.differences(other.fingerprint))
-            logger.warning("%s is cached already, but made otherwise (%s): a second group.", key, differences)
+            logger.warning("%s is the same model with other settings (%s); a second group is added.", key, differences)
     return EncoderManifest(
         fingerprint=encoder.fingerprint,
         modality=encoder.request.modality,
@@ -236,7 +237,7 @@ def _manifest(storage: Storage, encoder: FrozenEncoder) -> EncoderManifest:
 
 
 def _arrays(job: Job) -> dict[str, tuple[ArraySpec, int]]:
-    """All arrays of the encoder's group, those asked for and those there already, and their rows when done."""
+    """All requested and existing arrays of the encoder's group, with their final numbers of rows."""
     wanted = _state_specs(job)
     if job.options.pooled:
         rows = next(iter(wanted.values())).shard_rows if job.offsets is None else TEXT_BLOCK_ROWS
@@ -252,7 +253,7 @@ def _arrays(job: Job) -> dict[str, tuple[ArraySpec, int]]:
     for name, array in job.manifest.arrays.items():
         if name in wanted and array.spec.dtype != wanted[name].dtype:
             raise CacheError(
-                f"{job.manifest.key}: {name} is stored as {array.spec.dtype}, asked for {wanted[name].dtype}. "
+                f"{job.manifest.key}: {name} is stored as {array.spec.dtype}, requested: {wanted[name].dtype}. "
                 f"Use --storage {array.spec.dtype}, or another --cache."
             )
         wanted[name] = array.spec
@@ -263,9 +264,9 @@ def _arrays(job: Job) -> dict[str, tuple[ArraySpec, int]]:
 
 
 def _state_specs(job: Job) -> dict[str, ArraySpec]:
-    """How hidden states are stored: [tokens, d] an input where their number is fixed, [d] a token elsewhere.
+    """How hidden states are stored: rows of [tokens, d] per photo or sound, rows of [d] per token of a text.
 
-    All in shards of equally many rows, as many as the largest layer may have.
+    All layers have shards with the same number of rows, which the largest layer determines.
     """
     shapes: dict[int, tuple[int, ...]] = dict.fromkeys(job.encoder.layers, (job.encoder.hidden_size,))
     names: tuple[str, ...] = ("text_token", "hidden")
@@ -291,16 +292,16 @@ def _state_specs(job: Job) -> dict[str, ArraySpec]:
 
 
 def blank_input(encoder: FrozenEncoder) -> Any:
-    """A picture or sound of nothing, to learn the number of tokens."""
+    """A blank picture or sound, to determine the number of tokens."""
     if encoder.request.modality == "audio":
         return np.zeros(encoder.sampling_rate or 16_000, np.float32)
     return np.zeros((64, 64, 3), np.uint8)
 
 
 def _first_input(job: Job) -> int:
-    """The first input that some array lacks, moved back to where its batch begins."""
+    """The first input that an array lacks, moved back to the start of its batch."""
     counts = [job.num_inputs]
-    for name in job.missing.keys() - {"offsets"}:  # offsets are known before anything is encoded
+    for name in job.missing.keys() - {"offsets"}:  # offsets are known before encoding
         rows = job.rows_of(name)
         if job.offsets is not None and job.is_flat(name):
             rows = int(np.searchsorted(job.offsets, rows, side="right")) - 1

@@ -1,56 +1,161 @@
-"""Rows of lost shards encoded again, in the blocks in which they were encoded first."""
+"""Encode rows of a cache again, with the same encoder, files and blocks as the extractions in its history.
+
+The last bits of a row can depend on the other inputs of its batch, because a matrix product of another height may add
+in another order. To produce the same bytes, inputs must therefore be cut into the same blocks as before.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 import numpy as np
 
-from saffe_cache.core.features import CacheError
-from saffe_cache.extraction.config import encode_options
+from saffe_cache.core.features import CacheError, ItemTable
+from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
+from saffe_cache.extraction.config import ExtractConfig, config_from_json, encode_options
 from saffe_cache.extraction.encoding import encode_portions
-from saffe_cache.extraction.history import PastExtraction
-from saffe_cache.extraction.planning import Job, converters_of
-from saffe_cache.sources import Media
+from saffe_cache.extraction.planning import (
+    Job,
+    begin_blocks,
+    block_rows,
+    converters_of,
+    cut_blocks,
+    encoder_request,
+)
+from saffe_cache.sources.items import Columns, Media, SourceItem
+from saffe_cache.sources.registry import read_named_items
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.layout import ArraySpec, ShardEntry, describe_shard
-from saffe_cache.store.manifest import layers_among
+from saffe_cache.store.manifest import EncoderManifest, layers_among
+
+
+@dataclass(frozen=True, kw_only=True)
+class PastExtraction:
+    """A finished extraction; interrupted runs before it encoded the same blocks."""
+
+    config: ExtractConfig
+    first_new: Mapping[str, int]
+    """For each array that it added rows to: the first input of these rows. Earlier rows were not changed."""
+    start: int
+    stop: int
+    """It encoded the inputs from `start` up to, but not including, `stop`."""
+    block_rows: int
+
+    def inputs_of(self, name: str, inputs: range) -> range:
+        """The inputs whose rows of an array come from this extraction."""
+        first = max(inputs.start, self.first_new.get(name, self.stop))
+        return range(first, max(first, min(inputs.stop, self.stop)))
+
+    def blocks_of(self, name: str, inputs: range) -> Iterator[range]:
+        """The blocks in which these inputs' rows of an array were encoded."""
+        mine = self.inputs_of(name, inputs)
+        begin = max(self.start, mine.start // self.block_rows * self.block_rows)
+        blocks = cut_blocks(begin, self.stop, self.block_rows) if mine else iter(())
+        return takewhile(lambda block: block.start < mine.stop, blocks)
+
+
+def past_extractions(manifest: EncoderManifest, device: str | None = None) -> list[PastExtraction]:
+    """The finished extractions in a manifest's history, oldest first.
+
+    `device` replaces the one in their configs.
+
+    Raises:
+        ValueError, TypeError: this release cannot read a config in the history, or its device is unavailable.
+    """
+    inputs_in: dict[str, int] = {}
+    finished = 0
+    found = []
+    for entry in manifest.extractions:
+        config, stop = config_from_json(entry["config"]), int(entry["inputs"][1])
+        config = replace(config, device=device or config.device)
+        names = (inputs_in.keys() | _requested(config, manifest)) & manifest.arrays.keys()
+        first_new = {name: inputs_in.get(name, 0) for name in names if inputs_in.get(name, 0) < stop}
+        rows = block_rows(
+            encode_options(config), [manifest.arrays[name].spec for name in names if layers_among([name])]
+        )
+        encoded = [first for name, first in first_new.items() if name != "offsets"]
+        start = begin_blocks(min(encoded, default=stop), finished, rows)
+        found.append(PastExtraction(config=config, first_new=first_new, start=start, stop=stop, block_rows=rows))
+        inputs_in |= dict.fromkeys(first_new, stop)
+        finished = stop
+    return found
+
+
+def _requested(config: ExtractConfig, manifest: EncoderManifest) -> set[str]:
+    """The arrays that a config requests."""
+    layers = config.layers.get(manifest.modality, (manifest.num_layers - 1, manifest.num_layers))
+    vectors = {"pooled", "projected"} if config.pooled else set()
+    return {f"hidden_states/{layer}" for layer in layers} | vectors | {"offsets"}
+
+
+def reload_encoder(
+    manifest: EncoderManifest, past: Sequence[PastExtraction], moved: str | None, option: str
+) -> FrozenEncoder:
+    """Load the encoder that a cache was made with.
+
+    Args:
+        past: its extractions, at least one.
+        moved: where the encoder is now; None for where the latest extraction found it.
+        option: the option for `moved`, for the error message.
+
+    Raises:
+        ValueError: the encoder is unavailable.
+        CacheError: it is another encoder.
+    """
+    recorded, made_with = past[-1].config, manifest.fingerprint
+    place = moved or recorded.encoder[manifest.modality]
+    request = replace(
+        encoder_request(recorded, manifest.modality),
+        model_id=place,
+        revision=made_with.fields.get("revision"),
+        dtype=str(made_with.fields.get("dtype", "float32")),
+        layers=None,
+    )
+    encoder = load_encoder(request)
+    if encoder.fingerprint.key != manifest.key:
+        differences = "; ".join(encoder.fingerprint.differences(made_with))
+        raise CacheError(
+            f"{place} is not the encoder of the cache ({differences}). Name that with {option}, "
+            "use the same library versions, or extract into a new cache."
+        )
+    return encoder
 
 
 @dataclass(kw_only=True, eq=False)
 class LostShard:
-    """A shard of hidden states or vectors, and what of it was encoded again."""
+    """A shard of hidden states or vectors, and its rows that were encoded again."""
 
     array: str
     index: int
     spec: ArraySpec
     entry: ShardEntry
     inputs: range
-    """Those that have a row in it."""
+    """Inputs with a row in it."""
     rows: np.ndarray | None = None
-    num_taken: int = 0
+    num_added: int = 0
     unreadable: dict[int, str] = field(default_factory=dict)
-    """Inputs that could not be encoded, with the reason."""
+    """Reason for each input that could not be encoded."""
 
     @property
-    def is_whole(self) -> bool:
-        return self.num_taken == self.entry.rows
+    def is_complete(self) -> bool:
+        return self.num_added == self.entry.rows
 
-    def take(self, first: int, rows: np.ndarray) -> None:
-        """Rows of the array from number `first` on; those of other shards are passed over."""
+    def add(self, first: int, rows: np.ndarray) -> None:
+        """Add rows of the array, starting with row `first`; rows of other shards are ignored."""
         begin = self.index * self.spec.shard_rows
         start, stop = max(first, begin), min(first + len(rows), begin + self.entry.rows)
         if start < stop:
             if self.rows is None:
                 self.rows = np.empty((self.entry.rows, *self.spec.stored_shape), self.spec.numpy_dtype)
             self.rows[start - begin : stop - begin] = rows[start - first : stop - first]
-            self.num_taken += stop - start
+            self.num_added += stop - start
 
 
 def lost_shard(job: Job, name: str, index: int) -> LostShard:
-    """A shard of a job's array, with nothing encoded yet."""
+    """A shard of a job's array without rows."""
     array = job.manifest.arrays[name]
     entry, begin = array.shards[index], index * array.spec.shard_rows
     inputs = range(begin, begin + entry.rows)
@@ -61,7 +166,7 @@ def lost_shard(job: Job, name: str, index: int) -> LostShard:
 
 
 def offset_rows(job: Job, index: int) -> np.ndarray:
-    """The rows of a shard of `offsets`, from the tokens."""
+    """The rows of a shard of `offsets`, computed from the tokens."""
     assert job.offsets is not None
     array = job.manifest.arrays["offsets"]
     begin = index * array.spec.shard_rows
@@ -71,25 +176,25 @@ def offset_rows(job: Job, index: int) -> np.ndarray:
 def check_tokens(job: Job) -> None:
     """
     Raises:
-        CacheError: the texts come out in other tokens than those whose places the cache keeps.
+        CacheError: the tokenizer gives other token counts than those in the cache.
     """
     array = job.manifest.arrays["offsets"]
     for index, entry in enumerate(array.shards):
         if describe_shard(array.spec, offset_rows(job, index)).crc32c != entry.crc32c:
             raise CacheError(
-                f"the tokenizer cuts texts otherwise than before (offsets, shard {index}). Install the versions that "
-                "the manifest's history names, or extract into a new cache."
+                f"the tokenizer gives other tokens than before (offsets, shard {index}). Install the library versions "
+                "in the manifest's history, or extract into a new cache."
             )
 
 
 def encode_lost(
     job: Job, lost: Sequence[LostShard], past: Sequence[PastExtraction], media: Mapping[bytes, Media]
 ) -> Iterator[LostShard]:
-    """Encode again what the shards hold, and give each when it is whole.
+    """Encode the rows of lost shards again; yields each shard when it is complete.
 
     Raises:
-        CacheError: a number overflows, or a single input does not fit into memory.
-        OSError: a file that could be read for its hash cannot be read any more.
+        CacheError: a number overflows, or an input does not fit into memory.
+        OSError: a file that was read for its hash cannot be read again.
     """
     for extraction in past:
         pending = [shard for shard in lost if extraction.inputs_of(shard.array, shard.inputs)]
@@ -111,6 +216,57 @@ def encode_lost(
                     mine = extraction.inputs_of(shard.array, shard.inputs)
                     start, stop = (job.first_row(shard.array, number) for number in (mine.start, mine.stop))
                     shard.unreadable |= {row: why for row, why in portion.invalid.items() if row in mine}
-                    shard.take(max(first, start), rows[max(0, start - first) : max(0, stop - first)])
-                yield from (shard for shard in pending if shard.is_whole)
-                pending = [shard for shard in pending if not shard.is_whole]
+                    shard.add(max(first, start), rows[max(0, start - first) : max(0, stop - first)])
+                yield from (shard for shard in pending if shard.is_complete)
+                pending = [shard for shard in pending if not shard.is_complete]
+
+
+class SourceFiles:
+    """The unchanged files of some inputs, found by item and content."""
+
+    def __init__(
+        self, job: Job, table: ItemTable, places: Iterable[tuple[str, Columns]], inputs: Collection[int]
+    ) -> None:
+        """`places`: datasets and columns that may contain the files; other inputs' files are not read."""
+        self._job = job
+        self.media: dict[bytes, Media] = {}
+        """By content hash."""
+        self._ids: dict[int, str] = {}
+        self._found: dict[str, SourceItem] = {}
+        self._failures: list[str] = []
+        modality = job.manifest.modality
+        if modality == "text" or not inputs:
+            return
+        ids = set()
+        for item, row in zip(table.ids, table.rows[modality].tolist(), strict=True):
+            if row in inputs:
+                ids.add(item)
+                self._ids.setdefault(row, item)
+        for data, columns in places:
+            try:
+                found = read_named_items(data, columns, ids)
+            except (ValueError, OSError) as error:
+                self._failures.append(str(error))
+                continue
+            self._found |= {item.id: item for item in found}
+            self.media |= {item.hashes[modality]: item.media[modality] for item in found if modality in item.hashes}
+
+    def absent(self, inputs: range) -> list[str]:
+        """Which inputs cannot be encoded again, and why; unused and invalid inputs need not be."""
+        job = self._job
+        if job.offsets is not None:
+            return []
+        return [
+            f"{self._ids[row]}: {self._why(self._ids[row])}"
+            for row in inputs
+            if job.is_wanted[row]
+            and row not in job.manifest.invalid
+            and job.inputs.content_hash[row].tobytes() not in self.media
+        ]
+
+    def _why(self, item_id: str) -> str:
+        item = self._found.get(item_id)
+        if item is None:
+            return " ".join(self._failures) or "it is no longer in the data"
+        has_changed = self._job.manifest.modality in item.hashes
+        return "the file has changed since it was extracted" if has_changed else item.problem

@@ -1,11 +1,11 @@
-"""Mend a damaged cache: what `saffe cache verify` finds is made again from the encoder and the data.
+"""Repair a damaged cache: recompute the parts that `saffe cache verify` finds damaged from the encoder and the data.
 
 The manifest keeps the config of each extraction: where the data and the encoder are, and which inputs were encoded
-together. So on the same machine a shard comes out byte for byte; elsewhere it differs by rounding, and its entry in the
-manifest is replaced.
+together. On the same machine, a shard is therefore restored byte for byte; elsewhere it may differ by rounding, and its
+entry in the manifest is replaced.
 
-A shard is written first, then its entry. Killed between the two, the cache has a shard that differs from its entry: it
-is damaged still, and mended by the next repair. All that was mended before stays.
+A shard is written before its entry. If the process is killed in between, the shard differs from its entry: it is still
+damaged, and the next repair restores it. All earlier repairs are kept.
 """
 
 from __future__ import annotations
@@ -18,12 +18,19 @@ from saffe_cache.core.options import require
 from saffe_cache.core.outputs import provenance
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.extraction.config import RepairConfig, encode_options
-from saffe_cache.extraction.history import PastExtraction, past_extractions
 from saffe_cache.extraction.planning import Job, tokenize, wanted_inputs
-from saffe_cache.extraction.reencode import LostShard, check_tokens, encode_lost, lost_shard, offset_rows
-from saffe_cache.extraction.reload_encoder import reopen_encoder
-from saffe_cache.extraction.source_files import OriginalFiles
-from saffe_cache.sources import Columns
+from saffe_cache.extraction.reencode import (
+    LostShard,
+    PastExtraction,
+    SourceFiles,
+    check_tokens,
+    encode_lost,
+    lost_shard,
+    offset_rows,
+    past_extractions,
+    reload_encoder,
+)
+from saffe_cache.sources.items import Columns
 from saffe_cache.store.inspect import Damage, find_damage
 from saffe_cache.store.layout import describe_shard, rows_without_index, shard_name
 from saffe_cache.store.manifest import encoder_group, existing_root, read_encoder, write_encoder
@@ -36,16 +43,16 @@ _NUM_NAMED = 3
 
 @dataclass(kw_only=True)
 class RepairReport:
-    """What became of each damaged part, one line each."""
+    """The result for each damaged part, in one line."""
 
     num_shards: int
-    """That were read."""
+    """Shards that were read."""
     restored: list[str] = field(default_factory=list)
-    """Byte for byte."""
+    """Parts restored byte for byte."""
     rounded: list[str] = field(default_factory=list)
-    """Restored, but with other last bits than before."""
+    """Parts restored with rounding differences."""
     left: list[str] = field(default_factory=list)
-    """Damaged still."""
+    """Parts that are still damaged."""
 
     @property
     def exit_status(self) -> int:
@@ -62,10 +69,10 @@ class RepairReport:
 
 
 def repair(config: RepairConfig) -> RepairReport:
-    """Repair what can be repaired; the report says what cannot, and why.
+    """Repair a cache; the report lists what was repaired and what was not, and why.
 
     Raises:
-        ValueError: `encoder` names none of the cache.
+        ValueError: `encoder` names no encoder of the cache.
         CacheError: there is no cache, or a number overflows.
         OSError: the disk is full or gone, or another process writes to the cache; the repair can be run again.
     """
@@ -79,7 +86,7 @@ def repair(config: RepairConfig) -> RepairReport:
         num_shards, damage = find_damage(storage)
         report = RepairReport(num_shards=num_shards)
         if any(one.part == "table" for one in damage):
-            report.left += [f"{one.place}: damaged, and not repaired: {_why_left(one)}" for one in damage]
+            report.left += [f"{one.place}: damaged and not repaired: {_why_left(one)}" for one in damage]
             return report
         table = read_table(storage, f"tables/{existing_root(storage).table}")
         for key in dict.fromkeys(one.encoder for one in damage):
@@ -89,12 +96,12 @@ def repair(config: RepairConfig) -> RepairReport:
 
 def _why_left(damage: Damage) -> str:
     if damage.part == "table":
-        return "no data say which rows its inputs have. Restore tables/ from a copy, or extract into a new cache."
-    return "the item table is damaged, by which its inputs are known. Restore that first."
+        return "no data tell the rows of its inputs. Restore tables/ from a copy, or extract into a new cache."
+    return "the item table, which lists its inputs, is damaged. Restore the table first."
 
 
 class _EncoderRepair:
-    """What is damaged of one encoder."""
+    """Repairs the damaged parts of one encoder."""
 
     def __init__(
         self, storage: Storage, table: ItemTable, config: RepairConfig, report: RepairReport, damage: Sequence[Damage]
@@ -104,16 +111,16 @@ class _EncoderRepair:
         self._rounded: list[str] = []
 
     def run(self) -> None:
-        """Repair each part by what it needs: the manifest alone, its own bytes, the encoder, or the data as well."""
+        """Repair each part from the manifest, its own bytes, the encoder, or the encoder and the data."""
         if self._damage[0].part == "manifest":
             self._leave(
                 self._damage[0],
-                "it alone says which rows count. Restore its zarr.json from a copy, or extract this encoder into a "
-                "new cache.",
+                "only the manifest lists the valid rows. Restore its zarr.json from a copy, or extract this encoder "
+                "into a new cache.",
             )
             return
         self._manifest = read_encoder(self._storage, self._key)
-        harder = [one for one in self._damage if not self._mend_from_cache(one)]
+        harder = [one for one in self._damage if not self._repair_from_cache(one)]
         if not harder:
             return
         try:
@@ -128,17 +135,17 @@ class _EncoderRepair:
             assert encoder.language_model is not None
             write_language_model(self._storage, self._key, encoder.language_model)
             self._restored(f"{self._key}: language_model")
-        self._mend_blocks([one.index for one in harder if one.part == "block"])
-        self._mend_shards([one for one in harder if one.part == "shard"], past)
+        self._repair_blocks([one.index for one in harder if one.part == "block"])
+        self._repair_shards([one for one in harder if one.part == "shard"], past)
 
     def _leave(self, damage: Damage, why: str) -> None:
-        self._report.left.append(f"{damage.place}: damaged, and not repaired: {why}")
+        self._report.left.append(f"{damage.place}: damaged and not repaired: {why}")
 
     def _restored(self, place: str) -> None:
         self._report.restored.append(f"{place}: restored, byte for byte")
 
-    def _mend_from_cache(self, damage: Damage) -> bool:
-        """An array's `zarr.json`, or a shard whose rows are whole and its index is not. False where it takes more."""
+    def _repair_from_cache(self, damage: Damage) -> bool:
+        """Repair an array's `zarr.json`, or a shard of which only the index is damaged; False if more is needed."""
         if damage.part == "metadata":
             write_array_metadata(self._storage, self._key, damage.array, self._manifest.arrays[damage.array])
         elif damage.part == "shard":
@@ -158,25 +165,25 @@ class _EncoderRepair:
         return True
 
     def _load_encoder(self, past: Sequence[PastExtraction]) -> FrozenEncoder:
-        """The very encoder that the cache was made with.
+        """Load the encoder that the cache was made with.
 
         Raises:
-            ValueError: it cannot be had.
-            CacheError: it is another, or the manifest does not say which it was.
+            ValueError: it is unavailable.
+            CacheError: it is another encoder, or the manifest does not name it.
         """
         manifest, modality = self._manifest, self._manifest.modality
         if not past:
             raise CacheError(
-                "the manifest does not say where data and encoder are, as its extraction is unfinished. Finish it with "
+                "its extraction is unfinished, so the manifest does not say where data and encoder are. Finish it with "
                 "saffe extract, then repair again."
             )
         moved = self._config.encoder.get(self._key) or self._config.encoder.get(modality)
-        return reopen_encoder(manifest, past, moved, f"--encoder {modality}=…")
+        return reload_encoder(manifest, past, moved, f"--encoder {modality}=…")
 
     def _plan(self, encoder: FrozenEncoder, past: Sequence[PastExtraction]) -> Job:
         """
         Raises:
-            CacheError: the texts come out in other tokens than before.
+            CacheError: the tokenizer gives other tokens than before.
         """
         modality = self._manifest.modality
         job = Job(
@@ -192,7 +199,7 @@ class _EncoderRepair:
             check_tokens(job)
         return job
 
-    def _mend_blocks(self, layers: Sequence[int]) -> None:
+    def _repair_blocks(self, layers: Sequence[int]) -> None:
         if layers:
             self._job.encoder.select(layers, vectors=False)
             blocks = self._job.encoder.blocks
@@ -200,7 +207,7 @@ class _EncoderRepair:
                 write_block(self._storage, self._key, layer, blocks[layer])
                 self._restored(f"{self._key}: block {layer}")
 
-    def _mend_shards(self, damage: Sequence[Damage], past: Sequence[PastExtraction]) -> None:
+    def _repair_shards(self, damage: Sequence[Damage], past: Sequence[PastExtraction]) -> None:
         job = self._job
         places: dict[LostShard, Damage] = {}
         for one in damage:
@@ -217,31 +224,29 @@ class _EncoderRepair:
             for block in extraction.blocks_of(shard.array, shard.inputs)
             for row in block
         }
-        sources = OriginalFiles(job, self._table, _places(self._config, past), needed)
+        sources = SourceFiles(job, self._table, _places(self._config, past), needed)
         lost = []
         for shard, one in places.items():
             if sum(len(extraction.inputs_of(shard.array, shard.inputs)) for extraction in past) < len(shard.inputs):
                 self._leave(
                     one,
-                    "its extraction is unfinished, and the manifest does not say where its data are. Finish it with "
+                    "its extraction is unfinished, so the manifest does not say where its data are. Finish it with "
                     "saffe extract, then repair again.",
                 )
             elif absent := sources.absent(shard.inputs):
-                self._leave(one, f"{_some(absent)}. Give the data that it was made of with --data.")
+                self._leave(one, f"{_some(absent)}. Name the data that it was made from with --data.")
             else:
                 lost.append(shard)
         for shard in encode_lost(job, lost, past, sources.media):
-            self._put_back(shard, places[shard])
+            self._store(shard, places[shard])
 
-    def _put_back(self, shard: LostShard, damage: Damage) -> None:
+    def _store(self, shard: LostShard, damage: Damage) -> None:
         manifest, rows, shard.rows = self._manifest, shard.rows, None
         assert rows is not None
         invalid = {row: why for row, why in shard.unreadable.items() if row not in manifest.invalid}
         broken = [f"input {row}: {why}" for row, why in invalid.items() if self._job.is_wanted[row]]
         if broken:
-            self._leave(
-                damage, f"{_some(broken)}. It was readable when it was extracted: use the same library versions."
-            )
+            self._leave(damage, f"{_some(broken)}. It was readable during extraction: use the same library versions.")
             return
         write_shard(self._storage, self._key, shard.array, shard.index, shard.spec, rows)
         entry = describe_shard(shard.spec, rows)
@@ -252,21 +257,21 @@ class _EncoderRepair:
             manifest.invalid |= invalid
             self._note(damage.place)
             write_encoder(self._storage, manifest)
-            gone = f"; {len(invalid)} inputs that no item points to are gone with their files" if invalid else ""
+            gone = f"; {len(invalid)} unused inputs were lost with their files" if invalid else ""
             self._report.rounded.append(
-                f"{damage.place}: restored, within rounding, not byte for byte: its checksum is now {entry.crc32c}, "
+                f"{damage.place}: restored within rounding, not byte for byte: its checksum is now {entry.crc32c}, "
                 f"was {shard.entry.crc32c}{gone}"
             )
 
     def _note(self, place: str) -> None:
-        """Tell the manifest's history that a checksum is not that of the extraction any more."""
+        """Record in the manifest's history that a checksum differs from that of the extraction."""
         if not self._rounded:
             self._manifest.history.append({**provenance(self._config), "repaired": self._rounded})
         self._rounded.append(place)
 
 
 def _places(config: RepairConfig, past: Sequence[PastExtraction]) -> list[tuple[str, Columns]]:
-    """Where the data are, each place once."""
+    """Where the data are, without duplicates."""
     recorded = [(one.config.data, Columns(**one.config.column)) for one in past]
     if config.data:
         recorded = [(data, columns) for data in config.data for _, columns in recorded]

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.report.gallery import Gallery
-from saffe_cache.sources import Columns, Media, read_named_items, thumbnail
+from saffe_cache.sources.decoding import thumbnail
+from saffe_cache.sources.items import Columns, Media
+from saffe_cache.sources.registry import read_named_items
 from saffe_cache.store.reader import open_cache
 
 SIDE = 160

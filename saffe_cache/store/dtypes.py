@@ -1,20 +1,26 @@
-"""Numbers as they are stored, and back. Pure: no file is touched here.
+"""Convert numbers to their storage types and back, and summarise stored numbers. No file I/O.
 
-| type | a number takes | error |
+| type | size of a number | error |
 |---|---|---|
 | `float32` | 4 bytes | none |
 | `float16` | 2 bytes | 2⁻¹¹ of its magnitude; at most 65,504 |
 | `bfloat16` | 2 bytes, the upper half of a float32, as uint16 | 2⁻⁸ of its magnitude |
-| `int8` | 1 byte, and 4 for each token | 1/254 of the token's largest magnitude |
-| `float8` | 1 byte (e4m3), and 4 for each token | 2⁻⁴ of its magnitude |
+| `int8` | 1 byte, plus 4 bytes per token | 1/254 of the token's largest magnitude |
+| `float8` | 1 byte (e4m3), plus 4 bytes per token | 2⁻⁴ of its magnitude |
 
-The scaled types, int8 and float8, divide each token (the last axis) by a scale of its own, so that nothing overflows:
-largest magnitude / 127, and / 448. The scale, a float32, follows the token's codes, in the same row: who reads the row
-has both. Sources: Dettmers et al. 2022 (vector-wise int8); Micikevicius et al. 2022 (e4m3).
+The scaled types, int8 and float8, divide each token (the last axis) by its own scale, so that nothing overflows: the
+largest magnitude / 127 or / 448. The scale, a float32, follows the token's codes in the same row.
+Sources: Dettmers et al. 2022 (vector-wise int8); Micikevicius et al. 2022 (e4m3).
+
+Mean, spread and largest magnitude only show people the range of an array, so large shards are sampled: every n-th row,
+with n chosen to give about two million numbers. Using all numbers would take longer than writing the shard.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -25,47 +31,46 @@ from saffe_cache.core.features import StorageType
 STORAGE_DTYPES = get_args(StorageType)
 _LARGEST_CODE = {"int8": 127.0, "float8": 448.0}
 _SCALE_BYTES = 4
-
-
 _NAN_BITS = {"float16": 0x7E00, "bfloat16": 0x7FC0}
-"""Of the types of two bytes: the one form in which they store NaN."""
+"""The one form in which two-byte types store NaN."""
 _BLOCK = 2**15
-"""Numbers that torch is given at once on a CPU. It uses one thread for them; the encoder needs the others."""
+"""Numbers that are processed at once on a CPU: they fit into its cache, and torch uses one thread for so few."""
+_SAMPLE_NUMBERS = 2**21
 _PORTION, _NOT_BIT_14 = 2**17, ~0x4000
 
 
 def stored_type(dtype: str) -> np.dtype:
-    """The little-endian type of what is stored: uint16 for bfloat16, uint8 for scaled types."""
+    """The little-endian type of stored values: uint16 for bfloat16, uint8 for scaled types."""
     return np.dtype({"bfloat16": "uint16", "int8": "uint8", "float8": "uint8"}.get(dtype, dtype)).newbyteorder("<")
 
 
 def is_scaled(dtype: str) -> bool:
-    """Whether each token has a scale of its own."""
+    """Whether each token has its own scale."""
     return dtype in _LARGEST_CODE
 
 
 def stored_shape(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
-    """The shape of what is stored for numbers of a shape: a scaled token is followed by its scale."""
+    """The stored shape of numbers of a shape: a scaled token is followed by its scale."""
     return (*shape[:-1], shape[-1] + _SCALE_BYTES) if is_scaled(dtype) else shape
 
 
 def fill_value(dtype: str) -> int | float:
-    """What rows hold that were not written: NaN as it is stored; -1 for integers."""
+    """The stored value of rows that were not written: NaN, or -1 for integers."""
     return {"bfloat16": 0x7FC0, "int8": 0xFF, "float8": 0xFF, "int64": -1}.get(dtype, float("nan"))
 
 
 class Stored(NamedTuple):
-    """Numbers as they are stored, and what became of each token (the last axis). Made by `convert`."""
+    """Numbers in a storage type, with the result for each token (the last axis). Made by `convert`."""
 
     rows: torch.Tensor
-    """[..., stored width] of float32, or of uint8 for scaled types, or of int16: torch knows little of uint16."""
+    """[..., stored width] of float32, of uint8 for scaled types, or of int16, as torch hardly supports uint16."""
     is_finite: torch.Tensor
-    """bool [...]: are all numbers of the token finite?"""
+    """bool [...]: whether all numbers of the token are finite."""
     lost: torch.Tensor
-    """float32 [...]: the largest finite magnitude of the token that became infinite; 0 if there is none."""
+    """float32 [...]: the token's largest finite magnitude that became infinite; 0 if none did."""
 
     def select(self, rows: np.ndarray | torch.Tensor) -> Stored:
-        """The same of some tokens, chosen by an index or a mask on the first axes."""
+        """The values of some tokens, chosen by an index or a mask on the first axes."""
         return Stored(*(part[rows] for part in self))
 
     def to_numpy(self, dtype: str) -> np.ndarray:
@@ -84,8 +89,8 @@ class Stored(NamedTuple):
 def convert(values: torch.Tensor, dtype: str) -> Stored:
     """Convert floating-point numbers to a storage type, on their device; the same bits on every device.
 
-    bfloat16, float16 and float8 round to nearest even. NaN and infinities are kept; in the scaled types they make a NaN
-    of their whole token. On a CPU a block of tokens at a time, which stays in the processor's cache.
+    bfloat16, float16 and float8 round to nearest even. NaN and infinities are kept; in the scaled types they turn their
+    whole token into NaN. On a CPU, tokens are processed in blocks that fit into its cache.
     """
     tokens = values.reshape(-1, values.shape[-1])
     is_cpu = tokens.device.type == "cpu"
@@ -99,7 +104,7 @@ def convert(values: torch.Tensor, dtype: str) -> Stored:
         rows = tokens.float()
     else:
         rows = _halved(tokens, dtype, block)
-        if not is_cpu or not is_finite.all():  # elsewhere to ask would mean to wait
+        if not is_cpu or not is_finite.all():  # on a GPU, checking would block
             rows.masked_fill_(tokens.isnan(), _NAN_BITS[dtype])
             magnitudes = tokens.nan_to_num(0.0, 0.0, 0.0).abs().amax(dim=1).float()
         lost = torch.where(magnitudes.to(getattr(torch, dtype)).isinf(), magnitudes, 0.0)
@@ -108,7 +113,7 @@ def convert(values: torch.Tensor, dtype: str) -> Stored:
 
 
 def to_storage(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Cast float32 numbers to a storage type, as `convert` does; of integers only the order of bytes changes.
+    """Convert float32 numbers to a storage type, as `convert` does; integers only change their byte order.
 
     Raises:
         OverflowError: a finite number becomes infinite in the storage type.
@@ -120,12 +125,12 @@ def to_storage(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def as_tensor(values: np.ndarray) -> torch.Tensor:
-    """A tensor of the same memory, or of a copy if that is read-only, of which torch warns."""
+    """A tensor that shares the array's memory; a copy if that is read-only, as torch warns about it."""
     return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
 def from_storage(stored: np.ndarray, dtype: str) -> np.ndarray:
-    """The numbers of stored rows: float32 for bfloat16 and the scaled types, else as they are stored."""
+    """The numbers of stored rows: float32 for bfloat16 and the scaled types, otherwise unchanged."""
     if dtype == "bfloat16":
         return (stored.astype("<u4") << 16).view("<f4")
     if not is_scaled(dtype):
@@ -134,7 +139,7 @@ def from_storage(stored: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def numbers_of(stored: torch.Tensor, dtype: str) -> torch.Tensor:
-    """float32 of stored rows, on their device; uint16 is to be given as int16, of which torch knows more."""
+    """The float32 numbers of stored rows, on their device; bfloat16 must be passed as int16, not uint16."""
     if dtype == "bfloat16":
         return stored.view(torch.bfloat16).float()
     if not is_scaled(dtype):
@@ -147,10 +152,10 @@ def numbers_of(stored: torch.Tensor, dtype: str) -> torch.Tensor:
 
 
 def _from_float8(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Three times as fast as torch's own conversion on a CPU.
+    """Decode float8 three times as fast as torch's own conversion on a CPU.
 
-    A code's sign, exponent and mantissa are put where float16 has its own, which makes it 2⁻⁸ of the number; a portion
-    at a time, so that what lies between stays in the processor's cache. NaN has no code: it is the token's scale.
+    A code's sign, exponent and mantissa are moved to their places in float16, which gives 2⁻⁸ of the number. This works
+    on portions so that intermediate results stay in the processor's cache. NaN has no code: the token's scale is NaN.
     """
     numbers = torch.empty(codes.shape, dtype=torch.float32)
     of_token, to, scales = codes.reshape(-1, codes.shape[-1]), numbers.view(-1, codes.shape[-1]), scales.view(-1, 1)
@@ -165,7 +170,7 @@ def _from_float8(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def _halved(tokens: torch.Tensor, dtype: str, block: int) -> torch.Tensor:
-    """The bits of the rounded numbers; NaN in any form."""
+    """The bits of the rounded numbers; NaN may have any form."""
     rows = torch.empty(tokens.shape, dtype=torch.int16, device=tokens.device)
     for to, part in zip(torch.split(rows, block), torch.split(tokens, block), strict=True):
         to.view(getattr(torch, dtype)).copy_(part)
@@ -173,8 +178,10 @@ def _halved(tokens: torch.Tensor, dtype: str, block: int) -> torch.Tensor:
 
 
 def _scaled(tokens: torch.Tensor, magnitudes: torch.Tensor, dtype: str, block: int) -> torch.Tensor:
-    """Codes of each token, and the bytes of its scale behind them; tokens that are not finite have magnitude NaN."""
-    largest_code = magnitudes.new_full((), _LARGEST_CODE[dtype])  # a GPU multiplies by the reciprocal of a plain number
+    """Each token's codes, followed by the bytes of its scale; tokens that are not finite have magnitude NaN."""
+    largest_code = magnitudes.new_full(
+        (), _LARGEST_CODE[dtype]
+    )  # a GPU would multiply by the reciprocal of a Python number
     scales = (magnitudes / largest_code)[:, None]
     divisors = torch.where(scales > 0, scales, 1.0)
     rows = torch.empty(len(tokens), tokens.shape[1] + _SCALE_BYTES, dtype=torch.uint8, device=tokens.device)
@@ -186,6 +193,102 @@ def _scaled(tokens: torch.Tensor, magnitudes: torch.Tensor, dtype: str, block: i
     ):
         divided = torch.div(part.float(), divisor, out=room[: len(part)])
         if dtype == "int8":
-            divided = divided.round_().nan_to_num_(0.0, 0.0, 0.0).to(torch.int32)  # of which int8 takes the last byte
+            divided = divided.round_().nan_to_num_(0.0, 0.0, 0.0).to(torch.int32)  # int8 takes the last byte
         to.copy_(divided)
     return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Moments of finite numbers; all 0 if there are none."""
+
+    mean: float = 0.0
+    m2: float = 0.0
+    """Sum of squared differences from the mean."""
+    count: int = 0
+    max_magnitude: float = 0.0
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of the sampled finite numbers of an array."""
+
+    mean: float
+    std: float
+    max_magnitude: float
+
+
+def sampled_moments(portions: Sequence[np.ndarray], dtype: str) -> Moments:
+    """Moments of every n-th row of a shard; they do not depend on how the stored rows are cut into portions."""
+    n = max(1, sum(rows.size for rows in portions) // _SAMPLE_NUMBERS)
+    return _merge(_moments(from_storage(block, dtype)) for block in _blocks(_every_nth(portions, n)))
+
+
+def combine_statistics(parts: Sequence[Moments]) -> Statistics:
+    """Statistics over all shards of an array."""
+    whole = _merge(parts)
+    return Statistics(whole.mean, math.sqrt(whole.m2 / whole.count) if whole.count else 0.0, whole.max_magnitude)
+
+
+def _every_nth(portions: Iterable[np.ndarray], n: int) -> Iterator[np.ndarray]:
+    """Rows 0, n, 2n, … of all portions together."""
+    position = 0
+    for rows in portions:
+        yield rows[-position % n :: n]
+        position += len(rows)
+
+
+def _blocks(portions: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Stored tokens, [tokens, last axis], in blocks of equal size, across the boundaries of portions."""
+    waiting: list[np.ndarray] = []
+    room = 0
+    for rows in portions:
+        tokens = rows.reshape(-1, math.prod(rows.shape[1:][-1:]))
+        size = max(1, _BLOCK // tokens.shape[1])
+        room = room or size
+        while len(tokens):
+            waiting.append(tokens[:room])
+            tokens, room = tokens[room:], room - len(waiting[-1])
+            if not room:
+                yield np.concatenate(waiting) if len(waiting) > 1 else waiting[0]
+                waiting, room = [], size
+    if waiting:
+        yield np.concatenate(waiting)
+
+
+def _moments(numbers: np.ndarray) -> Moments:
+    """Moments of the finite values among [tokens, d], in float64 because a float32's square may overflow."""
+    if numbers.dtype == np.float16:  # torch is eight times as fast as numpy
+        numbers = as_tensor(numbers).float().numpy()
+    values = numbers.astype(np.float64)
+    total = float(np.einsum("ij->", values))  # twice as fast as sum(), and without warnings for infinities
+    if not math.isfinite(total):
+        is_finite = np.isfinite(numbers)
+        numbers, values = numbers[is_finite][None], values[is_finite][None]
+        total = float(np.einsum("ij->", values))
+    if not values.size:
+        return Moments()
+    mean = total / values.size
+    squares = _sum_of_squares(values)
+    m2 = squares - mean * total
+    if m2 < squares / 1000:  # too many digits cancelled
+        values -= mean
+        m2 = _sum_of_squares(values)
+    return Moments(mean=mean, m2=m2, count=values.size, max_magnitude=float(max(numbers.max(), -numbers.min())))
+
+
+def _sum_of_squares(values: np.ndarray) -> float:
+    """Token by token: for longer products numpy's linear algebra would use every core without being faster."""
+    return float((values[:, None, :] @ values[:, :, None]).sum())
+
+
+def _merge(parts: Iterable[Moments]) -> Moments:
+    """The moments of all parts together. Source: Chan, Golub, LeVeque 1979, eq. 2.1."""
+    count, mean, m2, largest = 0, 0.0, 0.0, 0.0
+    for part in parts:
+        if part.count:
+            total, delta = count + part.count, part.mean - mean
+            mean += delta * part.count / total
+            m2 += part.m2 + delta * delta * count * part.count / total
+            count, largest = total, max(largest, part.max_magnitude)
+    return Moments(mean=mean, m2=m2, count=count, max_magnitude=largest)

@@ -31,8 +31,15 @@ from zarr.codecs import BloscCodec
 
 from saffe_cache.core.features import CacheError, Compression
 from saffe_cache.core.json_schema import made_of
-from saffe_cache.store.dtypes import STORAGE_DTYPES, fill_value, is_scaled, stored_shape, stored_type
-from saffe_cache.store.moments import Moments, sampled_moments
+from saffe_cache.store.dtypes import (
+    STORAGE_DTYPES,
+    Moments,
+    fill_value,
+    is_scaled,
+    sampled_moments,
+    stored_shape,
+    stored_type,
+)
 from saffe_cache.store.storage import ADVICE, FORMAT_VERSION, Storage, zarr_json
 
 COMPRESSIONS = get_args(Compression)

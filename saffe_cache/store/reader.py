@@ -20,6 +20,7 @@ from saffe_cache.core.features import (
     Tokens,
 )
 from saffe_cache.core.json_schema import made_of
+from saffe_cache.store.dtypes import Statistics, combine_statistics
 from saffe_cache.store.manifest import (
     LANGUAGE_MODEL,
     EncoderManifest,
@@ -30,7 +31,6 @@ from saffe_cache.store.manifest import (
     read_encoder,
     read_root,
 )
-from saffe_cache.store.moments import Statistics, combine_statistics
 from saffe_cache.store.rows import RowReader
 from saffe_cache.store.storage import ADVICE, Storage, read_group
 from saffe_cache.store.table import read_table

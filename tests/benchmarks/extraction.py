@@ -35,13 +35,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # data/
 
 from data.encoders import fetch_encoders
 from data.scenes import draw_scenes
-from saffe_cache.encoders.encoder import EncoderRequest
-from saffe_cache.encoders.loading import load_processor
+from saffe_cache.encoders.loading import EncoderRequest, load_processor
+from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.encoding import run_job
-from saffe_cache.extraction.extract import ExtractConfig, _grow_table, _plan_jobs
+from saffe_cache.extraction.extract import _grow_table, _plan_jobs
 from saffe_cache.extraction.loading import load_batches
 from saffe_cache.extraction.planning import Job
-from saffe_cache.sources import Columns, Media, read_items
+from saffe_cache.sources.items import Columns, Media
+from saffe_cache.sources.registry import read_items
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.writer import EncoderWriter, Portion

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny_models.py
 from tiny_models import WORDS, save_tiny
 
 from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
-from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.extraction.config import ExtractConfig
+from saffe_cache.extraction.extract import extract
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.train import train
 

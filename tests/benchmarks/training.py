@@ -22,7 +22,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from data.encoders import fetch_encoders
 from data.scenes import draw_scenes
 from saffe_cache.core.devices import choose_device
-from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.extraction.config import ExtractConfig
+from saffe_cache.extraction.extract import extract
 from saffe_cache.fusion.base import Texts
 from saffe_cache.fusion.losses import soft_target
 from saffe_cache.inputs.feature_loader import FamInputs

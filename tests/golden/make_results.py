@@ -25,7 +25,8 @@ from report_cases import make_run
 from synthetic_cache import TEXT_WIDTH, make_cache
 from tiny_models import save_tiny
 
-from saffe_cache.extraction.extract import ExtractConfig, extract
+from saffe_cache.extraction.config import ExtractConfig
+from saffe_cache.extraction.extract import extract
 from saffe_cache.store.reader import EncoderCache, open_cache
 from saffe_cache.studies.alignment.align import align
 from saffe_cache.studies.alignment.config import AlignConfig

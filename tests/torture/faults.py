@@ -17,7 +17,7 @@ from cases import Case, bytes_of, nothing
 from forked import Action, Outcome, at_call
 from table import Table, not_clean, not_recovered
 
-from saffe_cache.sources import Media
+from saffe_cache.sources.items import MediaFile
 
 _ROOM = 2**30
 _DISK_FULL = r"No space left on device\. Make room on the disk"
@@ -26,7 +26,7 @@ _READ_ONLY = r"Read-only file system\. Make the disk writable"
 _GONE = r"it vanished while it was written to.*Bring it back|No such file or directory|is missing"
 _HANDLES = r"Too many open files|open files"
 _MEMORY = r"memory|thread"
-_WORKER = r"a process that decodes was killed.*The same command goes on"
+_WORKER = r"a decoding process was killed.*The same command goes on"
 
 
 def on_disk(case: Case) -> Case:
@@ -142,16 +142,16 @@ def kill_workers(case: Case, table: Table, photos: range) -> None:
 
 
 def _die_at_photo(number: int) -> None:
-    read, parent, reads = Media.read, os.getpid(), 0
+    read, parent, reads = MediaFile.read, os.getpid(), 0
 
-    def dying(self: Media) -> bytes:
+    def dying(self: MediaFile) -> bytes:
         nonlocal reads
         reads += os.getpid() != parent
         if reads == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return read(self)
 
-    Media.read = dying  # type: ignore[method-assign]
+    MediaFile.read = dying  # type: ignore[method-assign]
 
 
 def stop_groups(case: Case, table: Table, calls: range) -> None:

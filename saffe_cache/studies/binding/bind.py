@@ -20,8 +20,7 @@ import torch
 
 from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError
-from saffe_cache.extraction.history import past_extractions
-from saffe_cache.extraction.reload_encoder import reopen_encoder
+from saffe_cache.extraction.reencode import past_extractions, reload_encoder
 from saffe_cache.inputs.feature_loader import summaries
 from saffe_cache.inputs.pairs import select_pairs
 from saffe_cache.inputs.spec import RunSpec
@@ -165,7 +164,7 @@ def _names(config: BindConfig, cache: Cache, spec: RunSpec, out: Path) -> NamePo
         )
     names = make_names(config.num_names, cache.table.class_names, config.seed)
     logger.info("Encoding %d made-up names, such as %s.", len(names), ", ".join(names[:3]))
-    encoder = reopen_encoder(manifest, past, config.text_encoder, "--text-encoder")
+    encoder = reload_encoder(manifest, past, config.text_encoder, "--text-encoder")
     vectors = encode_names(encoder, manifest.vector, names, past[-1].config.class_prompt)
     pool = NamePool(tuple(names), vectors, spec.text_key)
     pool.save(path)
