@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs bench torture clean
+.PHONY: demo test test-quick check docs bench torture clean
 
 demo: .venv/demo
 	$(BIN)/python pipelines/demo.py --work demo
 
 test: .venv/test
 	$(BIN)/python -m pytest
+
+# Without the tests that take over 5 seconds
+test-quick: .venv/test
+	$(BIN)/python -m pytest -m "not slow"
 
 check: .venv/test
 	$(BIN)/ruff format --check .

@@ -143,7 +143,7 @@ def test_a_wrong_recipe_is_refused_with_its_place(tmp_path: Path, before: str, a
     assert told in str(caught.value)
 
 
-def test_cells_of_several_protocols_are_refused_before_anything_is_trained(cache: str, tmp_path: Path) -> None:
+def test_cells_of_several_protocols_are_refused_before_training(cache: str, tmp_path: Path) -> None:
     """In either order; what one --protocol measures of all of them is one table, and what it cannot is refused too."""
     for texts in ('["null", "first_caption"]', '["first_caption", "null"]'):
         text = STORED.replace('storage = ["float32", "int8"]', f"gallery_text = {texts}").replace(
@@ -161,7 +161,7 @@ def test_cells_of_several_protocols_are_refused_before_anything_is_trained(cache
     assert outcome(config).protocol == "caption"
 
 
-def test_a_metric_that_the_protocol_has_not_is_refused_before_anything_is_trained(cache: str, tmp_path: Path) -> None:
+def test_unknown_metric_is_refused_before_training(cache: str, tmp_path: Path) -> None:
     for metric in ("recall@1", "top1"):
         path = recipe_file(tmp_path, f'metric = "{metric}"\n{RECIPE}')
         with pytest.raises(ValueError, match=rf"layers\.toml: metric: '{metric}', expected .* caption .*recall_at_1, "):
@@ -347,6 +347,7 @@ def test_a_report_of_classes_is_of_those_of_other_splits_too(tmp_path: Path) -> 
     assert found[0][1] != found[1][1]
 
 
+@pytest.mark.slow
 def test_runs_that_see_the_same_batches_are_trained_side_by_side(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,6 +363,7 @@ def test_runs_that_see_the_same_batches_are_trained_side_by_side(
     assert taken == [[None, None], [None, None], ["attention", "attention", "mean"], ["mean"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_sweep_goes_on(cache: str, tmp_path: Path, kill: signal.Signals) -> None:
     """Killed with two workers at their second runs; what was done stays, the workers end too, and the rest follows."""
@@ -388,7 +390,7 @@ def test_a_killed_sweep_goes_on(cache: str, tmp_path: Path, kill: signal.Signals
     assert (out / "layers" / "result.json").exists()
 
 
-def test_missing_layers_are_named_with_the_command_that_adds_them(cache: str, tmp_path: Path) -> None:
+def test_missing_layers_are_named_with_their_command(cache: str, tmp_path: Path) -> None:
     path = recipe_file(tmp_path, RECIPE.replace("[[2], [3]]", "[[0], [1], [2]]"))
     with pytest.raises(CacheError, match="lacks layers 0,1") as caught:
         ablate(AblateConfig(recipe=(path,), cache=cache, out=str(tmp_path / "out")))
@@ -432,7 +434,7 @@ def refused(cache: str, tmp_path: Path, *recipes: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
-def test_a_missing_encoder_is_named_with_the_command_that_adds_it(cache: str, tmp_path: Path) -> None:
+def test_missing_encoder_is_named_with_its_command(cache: str, tmp_path: Path) -> None:
     """The picture's size was asked for the other encoder; data and cache are the same."""
     series = '[[series]]\nname = "s"\nencoder = [{ image = "synthetic" }, { image = "a/vit" }]\n'
     told, command = refused(cache, tmp_path, series + "layers.image = [[2], [3]]\n")
@@ -444,7 +446,7 @@ def test_a_missing_encoder_is_named_with_the_command_that_adds_it(cache: str, tm
     assert command == f"saffe extract --data 'my data' --encoder image=vit --cache {cache}"  # with its last layers
 
 
-def test_missing_encoders_of_all_recipes_are_named_in_as_few_commands_as_can_be(cache: str, tmp_path: Path) -> None:
+def test_missing_encoders_of_all_recipes_take_few_commands(cache: str, tmp_path: Path) -> None:
     """Two of photos take two commands; one of texts goes with either, and so do layers of an encoder that is there."""
     two = '[[series]]\nname = "s"\nlayers.image = [3]\nencoder = [{ image = "a/vit" }, { image = "b/vit" }]\n'
     told, *commands = refused(
@@ -463,7 +465,7 @@ def test_missing_encoders_of_all_recipes_are_named_in_as_few_commands_as_can_be(
     ]
 
 
-def test_layers_that_are_there_and_a_missing_encoder_take_one_command(cache: str, tmp_path: Path) -> None:
+def test_missing_encoder_and_existing_layers_take_one_command(cache: str, tmp_path: Path) -> None:
     """The text encoder that is there lacks what runs on from its input; one that is not may have any depth."""
     series = '[[series]]\nname = "s"\nfusion = "limber"\nencoder = { image = "a/vit" }\nlayers.text = [0]\n'
     told, *commands = refused(cache, tmp_path, series + "layers.image = [3]\n")
@@ -540,6 +542,7 @@ def test_a_killed_conversion_begins_anew(cache: str, tmp_path: Path, monkeypatch
     assert [point.x for point in outcome(config).series[0].points] == ["float32", "int8"]
 
 
+@pytest.mark.slow
 def test_a_conversion_is_of_what_the_cache_holds_now(tmp_path: Path) -> None:
     """Another cache for the same folder, or the same one with more photos, has a conversion of its own."""
     out = str(tmp_path / "out")

@@ -56,7 +56,7 @@ def test_noise_does_not_count_as_a_better_fusion() -> None:
     assert [case.within_noise(fusion) for fusion in case.fusions] == [False, True]
 
 
-def test_a_threshold_is_proposed_where_it_holds_on_cases_left_out_alone() -> None:
+def test_threshold_is_proposed_if_it_holds_on_held_out_cases() -> None:
     rule = best_threshold(crossing(12))
     assert (rule.measure, rule.below, rule.above) == ("useful", "no FAM", "linear")
     assert 0.4 < rule.threshold < 0.6
@@ -68,7 +68,7 @@ def test_a_threshold_is_proposed_where_it_holds_on_cases_left_out_alone() -> Non
     assert proposal(always) == "always linear"
 
 
-def test_correlations_are_scipys_within_one_dataset_and_blind_to_what_tells_datasets_apart() -> None:
+def test_correlations_within_datasets_equal_scipys() -> None:
     generator = np.random.default_rng(1)
     one = cases_with([("a", float(generator.normal()), 0.3, 0.3 + generator.random()) for _ in range(10)])
     found = correlations(one, lambda case: case.mean("linear"))

@@ -60,7 +60,7 @@ def test_a_ratio_is_of_amounts_by_time_in_the_same_round() -> None:
     assert np.ptp(rounds.rates["ours"]) > 1
 
 
-def test_every_round_has_every_candidate_once_in_an_order_that_changes() -> None:
+def test_every_round_has_each_candidate_once_in_changing_order() -> None:
     clock = Clock()
     candidates = {name: clock.work(name, 1.0, 1) for name in "abc"}
     rounds = take_turns(candidates, 20, clock=clock)
@@ -70,7 +70,7 @@ def test_every_round_has_every_candidate_once_in_an_order_that_changes() -> None
     assert len(set(orders)) > 3
 
 
-def test_the_figure_is_the_median_of_ratios_not_the_ratio_of_medians() -> None:
+def test_figure_is_the_median_of_ratios() -> None:
     rounds = Rounds({"a": np.array([1.0, 4.0, 9.0]), "b": np.array([1.0, 2.0, 30.0])})
     figure = rounds.ratio("a", "b", "x")
     assert figure.value == 1
@@ -164,7 +164,7 @@ def test_every_way_of_reading_gives_what_was_written(
     assert ours.block(7, 7).shape == (0, 50, 768)
 
 
-def test_libraries_agree_on_rankings_of_which_some_scores_are_negative() -> None:
+def test_libraries_agree_on_rankings_with_negative_scores() -> None:
     """torchmetrics takes what scores below 0 for irrelevant, which would show in the second digit."""
     generator = np.random.default_rng(0)
     vectors = generator.normal(size=(330, 8)).astype(np.float32)

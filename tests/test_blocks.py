@@ -146,7 +146,7 @@ def test_every_tensor_counts(name: str, tiny_model: Models) -> None:
 
 
 @every_family
-def test_blocks_come_frozen_and_for_selected_layers_or_all_of_a_language_model(name: str, tiny_model: Models) -> None:
+def test_blocks_are_frozen_and_complete_for_language_models(name: str, tiny_model: Models) -> None:
     encoder = load_tiny(name, tiny_model(name), layers=(1, NUM_LAYERS))
     assert list(encoder.blocks) == (list(range(NUM_LAYERS)) if name == "gpt2" else [1])
     assert not any(parameter.requires_grad for parameter in EncoderBlock(encoder.blocks[1]).parameters())

@@ -88,6 +88,7 @@ def failed(controls: dict[str, Control]) -> set[str]:
     return {name for name, control in controls.items() if not control.passed}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["class", "candidate", "rerank", "image", "caption", "caption-rerank", "metadata"])
 def test_healthy_run_passes_every_control(name: str, request: pytest.FixtureRequest) -> None:
     if name == "metadata":

@@ -78,6 +78,7 @@ def test_recall_equals_a_count_by_hand(captioned: Reported) -> None:
     assert value(captioned.report, "recall_at_1") == pytest.approx(np.mean(hits))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["captioned", "classified", "beside"])
 def test_report_holds_what_the_readme_says(kind: str, request: pytest.FixtureRequest) -> None:
     report = request.getfixturevalue(kind).report
@@ -153,6 +154,7 @@ def test_linear_baselines_may_see_the_runs_layers_alone(classified: Reported, tm
     assert on_run["ridge"]["map"]["value"] != on_cache["ridge"]["map"]["value"]
 
 
+@pytest.mark.slow
 def test_rerank_and_candidate_share_their_baselines(classified: Reported) -> None:
     for protocol, metrics in (("candidate", {"map", "top1", "top1_prior_removed"}), ("rerank", {"map", "mrr"})):
         report = report_of(classified.cache, classified.run, protocol=protocol, baselines="all", rerank_k=200)

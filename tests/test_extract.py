@@ -165,6 +165,7 @@ def test_interrupted_extraction_resumes_to_the_same_bytes(config: ExtractConfig,
     assert files_of(extract(small)) == files_of(whole)
 
 
+@pytest.mark.slow
 def test_kill_dash_nine_costs_at_most_the_open_shard(config: ExtractConfig, tmp_path: Path) -> None:
     """A real process, killed as soon as something is committed; one batch a shard."""
     data = make_captioned(tmp_path / "many", {"train": 200})
@@ -457,7 +458,7 @@ def test_storage_is_that_of_the_other_layers_and_float8_at_first(config: Extract
         assert [image.array(f"hidden_states/{layer}").dtype for layer in (1, 2)] == [expected, expected]
 
 
-def test_data_that_the_cache_has_beyond_this_source_are_asked_for(config: ExtractConfig, tmp_path: Path) -> None:
+def test_data_of_another_source_in_the_cache_are_requested(config: ExtractConfig, tmp_path: Path) -> None:
     extract(config)
     other = make_captioned(tmp_path / "other", {"another": 3})
     with pytest.raises(CacheError, match=r"26 of its image inputs are not in --data"):

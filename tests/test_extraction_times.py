@@ -42,6 +42,7 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
     monkeypatch.setattr(owner, name, slowly)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "method", "limit", "words"),
     [

@@ -109,9 +109,7 @@ def test_a_worker_that_dies_is_named_and_the_run_resumed(
     assert files_of(extract(processes)) == files_of(whole)
 
 
-def test_a_worker_whose_death_shows_when_it_is_given_work_is_named(
-    config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_worker_found_dead_when_given_work_is_named(config: ExtractConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rather than when its work is waited for."""
     submit, tasks = ProcessPoolExecutor.submit, []
 
@@ -130,6 +128,7 @@ def test_a_worker_whose_death_shows_when_it_is_given_work_is_named(
         extract(replace(config, decode_in="processes", workers=2))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_workers_end_with_a_run_that_is_killed(config: ExtractConfig, tmp_path: Path) -> None:
     data = make_captioned(tmp_path / "many", {"train": 300})

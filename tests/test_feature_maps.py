@@ -77,7 +77,8 @@ def test_cached_stages_are_the_models_own(config: ExtractConfig) -> None:
     np.testing.assert_allclose(image.vectors(rows), output.last_hidden_state.mean(dim=(2, 3)), atol=1e-5)
 
 
-def test_a_cache_of_them_is_checked_repaired_converted_and_exchanged(config: ExtractConfig, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_their_cache_is_repaired_converted_and_exchanged(config: ExtractConfig, tmp_path: Path) -> None:
     """None of it looks for blocks; batches are smaller from where a stage has more places."""
     config = replace(config, batch_size=None, batch_tokens=64)
     extract(config)
@@ -101,6 +102,7 @@ def test_a_cache_of_them_is_checked_repaired_converted_and_exchanged(config: Ext
         assert open_cache(path).encoder("image").manifest.has_feature_maps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", ["linear", "deep_insert"])
 def test_a_resnet_is_trained_on_and_reported(config: ExtractConfig, tmp_path: Path, fusion: str) -> None:
     """By default on its last stage alone."""
@@ -112,6 +114,7 @@ def test_a_resnet_is_trained_on_and_reported(config: ExtractConfig, tmp_path: Pa
     assert {"fam", "ridge"} <= report["systems"].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", WITHOUT_BLOCKS.split(", "))
 def test_every_fusion_without_blocks_of_the_photo_encoder_learns(maps_path: str, tmp_path: Path, fusion: str) -> None:
     """And takes no place for the whole photo: but for insertion, which has a grid, their order is nothing to it."""
@@ -180,6 +183,7 @@ def test_inserted_are_means_of_places_alone() -> None:
         photo_side(50, has_class_token=False)
 
 
+@pytest.mark.slow
 def test_a_language_model_sees_them(config: ExtractConfig, tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
     """From a stage whose width is not the last one's; in the class token's stead the mean of its 4 x 4 places."""
     encoder = {**config.encoder, "text": str(tiny_model("gpt2"))}

@@ -143,9 +143,7 @@ def test_closed_gate_is_the_encoders_own_next_layer(gallery: str, text: str, tin
 
 @pytest.mark.parametrize("text", TEXT_FAMILIES)
 @pytest.mark.parametrize("gallery", ["dinov2", "clip-vision"])
-def test_closed_gate_is_the_text_encoders_next_layer_where_texts_ask(
-    gallery: str, text: str, tiny_model: Models
-) -> None:
+def test_closed_gate_of_text_queries_is_the_next_text_layer(gallery: str, text: str, tiny_model: Models) -> None:
     assert_next_hidden_states(text, gallery, "text", tiny_model)
 
 
@@ -471,7 +469,7 @@ def test_weights_survive_safetensors(fusion: str, side: str, shares: bool, tiny_
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("fusion", DECODERS)
-def test_frozen_decoder_leaves_the_head_and_the_text_maps_to_train(fusion: str, side: str, tiny_model: Models) -> None:
+def test_frozen_decoder_trains_only_head_and_text_maps(fusion: str, side: str, tiny_model: Models) -> None:
     fam = make_fam(
         blocks_for(tiny_model, fusion), fusion=fusion, query_side=side, freeze_decoder=True, pooled_text=True
     )
@@ -684,7 +682,7 @@ def test_queries_are_unit_vectors(maps: bool) -> None:
     assert torch.allclose(queries, functional.normalize(vectors, dim=-1), atol=1e-3) == (not maps)
 
 
-def test_matching_sets_retrieval_back_only_through_what_is_pooled(tiny_model: Models) -> None:
+def test_matching_affects_retrieval_only_through_the_pooled_part(tiny_model: Models) -> None:
     """The vectors pass no gradient to the match head: the retrieval head and the query map learn nothing from it."""
     fam = awake(make_fam(blocks_for(tiny_model, "reuse"), matches=True))
     queries = fam.encode_queries(rand(5, 10))

@@ -39,7 +39,7 @@ def test_changed_inputs_raise_what_is_promised(target: tuple[Target, int]) -> No
     assert refused < count or not count
 
 
-def test_changes_follow_from_the_seed_and_leave_the_odd_values_alone() -> None:
+def test_changes_follow_from_the_seed_and_keep_odd_values() -> None:
     for change in (changed_json, changed_bytes):
         runs = [[change(b'{"a": [1, {"b": "x"}], "c": null}', Random(seed)) for seed in range(300)] for _ in range(2)]
         assert runs[0] == runs[1]

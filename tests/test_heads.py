@@ -36,7 +36,7 @@ def numpy_gelu(values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("seen", ["own", "others", "beside"])
 @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
 @torch.no_grad()
-def test_attention_head_is_attention_with_its_key_projection_folded(mask: torch.Tensor | None, seen: str) -> None:
+def test_attention_head_is_attention_with_folded_key_projection(mask: torch.Tensor | None, seen: str) -> None:
     """Loops over an explicit key projection (its bias too) and values projected before pooling.
 
     The linear path sees the summary of these tokens or of others; the MLP sees a vector beside them too.

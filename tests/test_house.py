@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import house
 import pytest
 
@@ -17,3 +20,13 @@ def test_counts_see_the_package() -> None:
     assert counts.keys() == house.LIMITS.keys()
     assert all(count > 5 for count, _ in counts.values())
     assert counts["floors"][1].split(" > ")[-1].startswith("core.")
+
+
+def test_names_of_tests_are_short() -> None:
+    names = [
+        node.name
+        for path in Path(__file__).parent.glob("test_*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    assert not [name for name in names if len(name) > 60]

@@ -94,7 +94,7 @@ def test_layer_0_is_prepending(cache: str, gpt2: Any) -> None:
 
 @every_layer
 @torch.no_grad()
-def test_a_later_place_is_the_models_own_layers_on_the_joint_sequence(layer: int, cache: str, gpt2: Any) -> None:
+def test_later_insertion_equals_layers_on_both_sequences(layer: int, cache: str, gpt2: Any) -> None:
     """By transformers' layers, one by one: the text alone below, with the photo's tokens in front from there on."""
     source, model, rows = source_of(cache, layer), model_of(cache, layer), np.array([2, 8])
     photos = projector_of()(source.photo_tokens(np.array([0, 1])))
@@ -138,7 +138,7 @@ def test_photos_change_scores_and_nothing_below_their_layer(layer: int, cache: s
 
 @every_layer
 @torch.no_grad()
-def test_greedy_captions_with_lengths_of_two_kinds_are_those_of_recomputing_all(layer: int, cache: str) -> None:
+def test_greedy_captions_equal_those_without_a_key_value_cache(layer: int, cache: str) -> None:
     source, model = source_of(cache, layer), model_of(cache, layer)
     photos = projector_of()(source.photo_tokens(np.array([0, 1, 2, 3])))
     start, end, most = source.tokens.start, model.spec.end_token, 12
@@ -158,7 +158,7 @@ def test_greedy_captions_with_lengths_of_two_kinds_are_those_of_recomputing_all(
     assert decoding.lengths == (3,) * layer + (3 + PHOTO_TOKENS,) * (NUM_LAYERS - layer)
 
 
-def test_gradients_reach_the_projector_alone_and_its_size_is_told(cache: str) -> None:
+def test_gradients_reach_only_the_projector(cache: str) -> None:
     source, model, projector = source_of(cache, 1), model_of(cache, 1), projector_of()
     captions = source.captions(np.array([0, 1]))
     caption_losses(model, captions, projector(source.photo_tokens(np.array([0, 1])))).sum().backward()

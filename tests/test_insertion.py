@@ -113,7 +113,7 @@ def test_without_photo_tokens_it_is_the_plain_encoder(name: str, layer: int, giv
 
 @every_fusion
 @torch.no_grad()
-def test_at_layer_0_photo_tokens_are_put_in_front_of_what_the_embeddings_give(name: str, given: Given) -> None:
+def test_at_layer_0_photo_tokens_precede_the_embeddings(name: str, given: Given) -> None:
     """Behind their positions, types and norm: it is no prefix of `inputs_embeds`, unless the norm and these have been
     applied to the photo's tokens too, and the text keeps its positions."""
     fusion, photo, model = given.fusion(name, 0), rand(len(ROWS), 10, 32), given.model
@@ -136,7 +136,7 @@ def test_at_layer_0_photo_tokens_are_put_in_front_of_what_the_embeddings_give(na
 @every_layer
 @every_fusion
 @torch.no_grad()
-def test_from_cached_states_it_is_the_encoder_run_from_its_beginning(name: str, layer: int, given: Given) -> None:
+def test_running_from_cached_states_equals_the_whole_encoder(name: str, layer: int, given: Given) -> None:
     """The text alone below the layer, and both from there on."""
     fusion, photo = given.fusion(name, layer), rand(len(ROWS), 10, 32)
     alone, seen = given.states()[layer], with_photo(given.mask)

@@ -41,7 +41,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Models) -> str:
     return extract(replace(config, encoder=gpt2, layers={"image": (3,), "text": (1,)}, position_offset=OFFSET))
 
 
-def test_states_are_the_models_own_at_the_positions_behind_the_offset(cache: str, tiny_model: Models) -> None:
+def test_states_are_the_models_own_at_offset_positions(cache: str, tiny_model: Models) -> None:
     encoder = text_encoder(cache)
     texts = open_cache(cache).table.inputs["text"].texts
     assert texts is not None
@@ -94,6 +94,7 @@ def test_the_cache_holds_all_that_generating_takes(cache: str, tiny_model: Model
         torch.testing.assert_close(hidden @ embedding.T, model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_is_exchanged_converted_verified_and_repaired(cache: str, tmp_path: Path) -> None:
     copies = [
         import_hdf5(export_hdf5(cache, tmp_path / "cache.h5"), tmp_path / "imported.zarr"),
@@ -126,7 +127,7 @@ def test_other_text_encoders_are_none(tmp_path: Path, tiny_model: Models) -> Non
         load_tiny("bert", tiny_model("bert"), position_offset=2)
 
 
-def test_a_model_that_computes_otherwise_or_has_no_room_is_refused(tmp_path: Path, tiny_model: Models) -> None:
+def test_unsupported_model_or_too_long_prompt_is_refused(tmp_path: Path, tiny_model: Models) -> None:
     with pytest.raises(ValueError, match="2 tokens are left to a text behind --position-offset 200"):
         load_tiny("gpt2", tiny_model("gpt2"), position_offset=200).tokenize(["word1"])
     for path in tiny_model("gpt2").iterdir():

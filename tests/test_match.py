@@ -63,6 +63,7 @@ def result_of(config: MatchConfig) -> MatchResult:
     return MatchResult.load(match(config))
 
 
+@pytest.mark.slow
 def test_only_what_can_be_found_is_found(cache: str, tmp_path: Path) -> None:
     """Photos predict their texts linearly: ridge finds it; attention over one key does not see the text."""
     options: dict[str, Any] = {
@@ -248,6 +249,7 @@ def test_features_are_aligned_by_ridge_of_those_photos(even_cache: str, tmp_path
     assert np.array_equal(bench.clean.texts, bench.own.texts)
 
 
+@pytest.mark.slow
 def test_pre_aligned_features_are_reported_as_such(even_cache: str, tmp_path: Path) -> None:
     """The cosine, at chance before, tells pairs apart; maps of permuted pairs leave it at chance."""
     options: dict[str, Any] = {"fusions": ("concat", "cross", "tokens"), "scales": (60, 9999), "rotation": (1.0,)}
@@ -288,6 +290,7 @@ def test_pre_aligned_features_are_reported_as_such(even_cache: str, tmp_path: Pa
         match(replace(config, align_fraction=0.25))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 6])
 def test_classes_match_their_names(tmp_path: Path, classes: int) -> None:
     cache = make_cache(tmp_path / "c.zarr", {"train": 90, "test": 60}, classes=classes, signal=8, width=32)
@@ -348,6 +351,7 @@ def test_token_layers_stay_when_a_run_resumes(cache: str, tmp_path: Path, monkey
     assert result_of(chosen).layers_of_tokens == (2, 3)
 
 
+@pytest.mark.slow
 def test_halves_of_one_model_are_aligned(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     for split, count in (("train", 16), ("test", 6)):
         lines = []

@@ -100,6 +100,7 @@ def test_tokens_attend_and_padding_changes_nothing(query_modality: QueryModality
     assert torch.allclose(model(photos, padded, longer), model(photos, texts, mask), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_flops_are_counted_from_the_matrices() -> None:
     """Two a multiplication and addition, attention's own products included: the paper's .53 M and .40 M are of two
     units, and of projections alone."""

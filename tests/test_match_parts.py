@@ -244,6 +244,7 @@ def test_shuffled_photos_of_classes_stay_within_error(num_classes: int) -> None:
     assert all(one.passed for one in judged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_seeds", [1, 2, 3])
 @pytest.mark.parametrize("num_classes", [2, 4, 10])
 def test_order_of_few_classes_is_no_failure(num_classes: int, num_seeds: int) -> None:

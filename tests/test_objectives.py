@@ -204,7 +204,7 @@ def test_siglip_needs_its_learned_bias() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
-def test_soft_target_is_torchs_cross_entropy_with_label_smoothing(smoothing: float) -> None:
+def test_soft_target_is_cross_entropy_with_label_smoothing(smoothing: float) -> None:
     vectors, targets = unit_vectors(5, 1, 32), unit_vectors(5, 2, 32)
     expected = functional.cross_entropy(vectors, targets, label_smoothing=smoothing)
     torch.testing.assert_close(soft_target(vectors, targets, smoothing), expected)
@@ -224,7 +224,7 @@ def test_soft_target_is_a_pull_on_the_cosine_without_negatives() -> None:
         assert torch.corrcoef(torch.stack([losses, cosines]))[0, 1] < least
 
 
-def test_pair_info_nce_is_cross_entropy_with_the_first_as_the_answer() -> None:
+def test_pair_info_nce_is_cross_entropy_with_target_0() -> None:
     scores, temperature = unit_vectors(7, 1, 12), torch.tensor(0.07, dtype=torch.float64)
     expected = functional.cross_entropy(scores / temperature, torch.zeros(7, dtype=torch.int64))
     torch.testing.assert_close(pair_info_nce(scores, temperature), expected)
@@ -242,7 +242,7 @@ def test_matching_equals_the_plain_formula() -> None:
     assert matching(logits, is_match).item() == pytest.approx(sum(terms) / 9)
 
 
-def test_a_constant_answer_to_matching_is_right_two_times_in_three_and_ranks_nothing() -> None:
+def test_constant_matching_answer_ranks_nothing() -> None:
     is_match = torch.arange(300) < 100
     logit = torch.zeros((), requires_grad=True)
     optimizer = torch.optim.Adam([logit], lr=0.1)
@@ -256,7 +256,7 @@ def test_a_constant_answer_to_matching_is_right_two_times_in_three_and_ranks_not
     assert roc_auc_score(is_match, answers) == 0.5
 
 
-def test_negatives_are_never_positives_and_the_hard_ones_score_best() -> None:
+def test_negatives_are_never_positives_and_hard_ones_score_best() -> None:
     scores, positives = torch.randn(20, 30, generator=torch.Generator().manual_seed(0)), several_positives(20, 30, 1)
     torch.manual_seed(0)
     drawn = draw_negatives(scores, positives, num_hard=4, num_random=6)

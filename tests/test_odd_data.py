@@ -60,7 +60,7 @@ def test_strange_captions_are_encoded_and_kept(config: ExtractConfig) -> None:
     assert verify_cache(config.cache)[1] == []
 
 
-def test_a_dataset_of_one_item_is_extracted_and_too_small_to_train_on(config: ExtractConfig, tmp_path: Path) -> None:
+def test_dataset_of_one_item_is_extracted_but_not_trained_on(config: ExtractConfig, tmp_path: Path) -> None:
     write_items(config, {"caption": "word7"})
     extract(config)
     assert len(open_cache(config.cache).table) == 1

@@ -42,7 +42,7 @@ def test_products_and_sums_are_those_of_a_layer_norm(state: torch.Tensor) -> Non
         torch.testing.assert_close(actual.grad.double(), double.grad, atol=1e-4 * scale, rtol=1e-3)
 
 
-def test_nothing_as_large_as_cached_tokens_is_kept_for_the_backward_pass() -> None:
+def test_backward_pass_keeps_nothing_as_large_as_cached_tokens() -> None:
     kept: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

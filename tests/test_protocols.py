@@ -204,6 +204,7 @@ def test_intervals_hold_the_value(noise: float) -> None:
     assert found == 10  # mAP, top-1, and R@1, R@5, R@10 and MRR both ways
 
 
+@pytest.mark.slow
 def test_interval_of_map_is_centred_and_covers_the_truth() -> None:
     """Few photos a class, where copies of a drawn photo would raise every resample."""
     runs = [class_scores(*classed(150, 16, 0.8, seed), seed=seed)["map"] for seed in range(25)]
@@ -312,6 +313,7 @@ def test_noise_scores_chance_in_texts_and_images(collapsed: bool) -> None:
     assert_chance(image_runs)
 
 
+@pytest.mark.slow
 def test_interval_of_noise_holds_chance_as_often_as_it_says() -> None:
     """The queries of the text protocol are independent here, and so 95 in 100 intervals hold chance."""
     held = {"map": 0, "recall_at_5": 0, "mrr": 0}

@@ -64,6 +64,7 @@ def test_ranks_are_those_of_the_whole_order() -> None:
     np.testing.assert_array_equal(top_k(InnerProducts(gallery, queries), 9, seed=4, block=7), order[:, :9])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [3, 64, 512])
 def test_equal_vectors_tie_in_whatever_block_they_are(width: int) -> None:
     """BLAS adds in another order at the edge of a block, so that float32 products of equal vectors differ."""
@@ -81,6 +82,7 @@ def test_equal_vectors_tie_in_whatever_block_they_are(width: int) -> None:
     assert np.abs(whole - directions @ gallery.astype(np.float64).T).max() < 0.1 * ROUNDING
 
 
+@pytest.mark.slow
 def test_memory_mapped_gallery_stays_out_of_memory(tmp_path: Path) -> None:
     gallery, queries = unit_vectors(100_000, 32, seed=1), unit_vectors(20, 32, seed=2)
     np.save(tmp_path / "gallery.npy", gallery)
@@ -94,6 +96,7 @@ def test_memory_mapped_gallery_stays_out_of_memory(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.values, relevant_ranks(gallery, queries, relevant).values)
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_where_queries_and_items_are_many() -> None:
     gallery, queries = unit_vectors(6000, 16, seed=1), unit_vectors(4000, 16, seed=2)
     relevant = Ragged(np.arange(4001), np.arange(4000))

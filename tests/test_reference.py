@@ -131,7 +131,7 @@ def test_it_is_what_the_release_computes(shares: bool) -> None:
 
 
 @torch.no_grad()
-def test_weights_are_drawn_anew_by_every_forward_in_evaluation_too() -> None:
+def test_weights_are_redrawn_by_every_forward_pass() -> None:
     """Two equal calls differ; the matrices are Xavier's, whatever they were before."""
     fam, (states, texts) = make_fam(), draw()
     first, second = fam(states, None, texts), fam(states, None, texts)

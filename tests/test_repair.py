@@ -237,9 +237,7 @@ def test_killed_between_shard_and_manifest_it_is_damaged_still(cache: Damaged, m
     assert verify_cache(cache.path)[1] == []
 
 
-def test_files_that_are_gone_or_changed_are_named_and_the_rest_is_repaired(
-    cache: Damaged, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_files_are_named_and_the_rest_repaired(cache: Damaged, capsys: pytest.CaptureFixture[str]) -> None:
     """Photo 10 and 11 lie in shard 0, 70 in shard 1; a caption needs no file."""
     (cache.data / "train" / "010.png").unlink()
     draw(cache.data / "train" / "011.png", 4321)
@@ -292,7 +290,7 @@ def test_data_and_encoder_that_have_moved_are_named(
     cache.check_whole()
 
 
-def test_a_damaged_table_or_manifest_is_told_and_nothing_of_it_is_touched(cache: Damaged) -> None:
+def test_damaged_table_or_manifest_is_reported_and_untouched(cache: Damaged) -> None:
     cache.flip("image-tiny-vit*/hidden_states/2/c/1/0/0", 100)
     cache.flip("image-tiny-dinov2*/hidden_states/2/c/1/0/0")
     [manifest] = cache.find("image-tiny-vit*/zarr.json")
@@ -316,7 +314,7 @@ def test_a_damaged_table_or_manifest_is_told_and_nothing_of_it_is_touched(cache:
     cache.check_whole()
 
 
-def test_rows_that_were_never_finished_are_left_to_the_extraction(tiny_model: Callable[[str], Path]) -> None:
+def test_unfinished_rows_are_left_to_the_extraction(tiny_model: Callable[[str], Path]) -> None:
     with memory_folder() as folder:
         config = replace(tiny_config(folder, tiny_model, train=150), shard_mb=0)
         whole = extract(replace(config, cache=config.cache + ".whole"))

@@ -209,7 +209,7 @@ def test_captions_of_version_1_stay_as_they_are() -> None:
     ]
 
 
-def test_a_complete_set_is_left_as_it_is_and_other_settings_are_refused(tmp_path: Path) -> None:
+def test_complete_set_is_kept_and_other_settings_are_refused(tmp_path: Path) -> None:
     out = draw_scenes(tmp_path / "set", SPLITS, seed=0, size=28)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert draw_scenes(out, SPLITS, seed=0, size=28) == out

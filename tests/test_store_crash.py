@@ -101,6 +101,7 @@ def addition(path: Path) -> tuple[Contents, ...]:
     return before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prepare", [first, growth, addition])
 def test_death_at_every_single_write(prepare: Callable[[Path], tuple[Contents, ...]]) -> None:
     after = (image_contents(13), text_contents(13))
@@ -141,7 +142,7 @@ def test_resuming_keeps_what_is_committed(tmp_path: Path) -> None:
     assert shard_files(tmp_path / "cache") == shard_files(tmp_path / "whole")
 
 
-def test_an_error_reaches_the_caller_and_nothing_more_is_committed(tmp_path: Path) -> None:
+def test_error_reaches_the_caller_and_ends_committing(tmp_path: Path) -> None:
     """A full disk: the writer's thread raises, `put` or `finish` hands it on."""
     contents = image_contents(13)
     real = Storage.write
@@ -257,9 +258,7 @@ def test_a_second_writer_is_refused_until_the_first_is_dead(tmp_path: Path, hold
 
 
 @pytest.mark.locks
-def test_a_lock_file_that_its_last_holder_removed_is_not_taken_for_the_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lock_file_removed_by_its_holder_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """We open the file, the holder ends and removes it, we lock what has no name any more: another could too."""
     storage, real = Storage(tmp_path), atomic_io.lock_descriptor
     calls = []
@@ -288,7 +287,7 @@ def test_the_committed_rows_do_not_depend_on_the_portions(tmp_path: Path) -> Non
     assert (tmp_path / "1" / encoder_group(contents.key) / "pooled" / "c" / "6" / "0").exists()
 
 
-def test_a_layer_that_is_being_added_is_not_there_for_readers_yet(tmp_path: Path) -> None:
+def test_layer_that_is_being_added_is_hidden_from_readers(tmp_path: Path) -> None:
     """The manifest names it before its block and its first shard are written."""
     contents = image_contents(13)
     write_contents(tmp_path, contents.without("hidden_states/1"))

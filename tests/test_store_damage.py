@@ -129,7 +129,7 @@ def test_missing_and_truncated_shards_are_found_and_refused(
 
 
 @pytest.mark.parametrize("contents", [IMAGES, TEXTS], ids=lambda contents: contents.modality)
-def test_a_flipped_bit_is_found_before_a_row_of_its_shard_is_read(cache: Path, contents) -> None:
+def test_flipped_bit_is_found_before_its_shard_is_read(cache: Path, contents) -> None:
     """Also where the shard is memory-mapped; rows that lie in others can be read."""
     encoder = open_cache(cache).encoder(contents.modality)
     for name, (spec, rows) in contents.arrays.items():

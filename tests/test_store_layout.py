@@ -75,7 +75,7 @@ def test_shards_are_those_of_zarr_python(
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-def test_a_shard_longer_than_promised_passes_unless_it_is_garbage(compression: Compression) -> None:
+def test_longer_shard_passes_unless_it_is_garbage(compression: Compression) -> None:
     spec = make_spec("float32", (2,), 2, 3, compression=compression)
     rows = random_rows(spec, 6, 0)
     grown, entry = b"".join(encode_shard(spec, rows)), describe_shard(spec, rows[:3])

@@ -81,7 +81,7 @@ def test_a_sample_is_every_nth_row_however_the_rows_come(
     assert found.max_magnitude == np.abs(numbers).max()
 
 
-def test_a_large_shard_gives_two_million_numbers_and_a_small_one_all() -> None:
+def test_large_shard_is_sampled_and_a_small_one_read_whole() -> None:
     rows = np.zeros((2**16, 256), np.float16)
     assert sampled_moments([rows], "float16").count == 2**21
     assert sampled_moments([rows[:8]], "float16").count == 8 * 256

@@ -76,7 +76,7 @@ def test_many_threads_read_many_shards_of_which_few_stay_open(
     assert len(opened._mapped) + len(opened._loaded) == 3
 
 
-def test_shard_after_shard_each_is_fetched_once_and_the_next_one_ahead(tmp_path: Path) -> None:
+def test_sequential_reads_fetch_each_shard_once_and_prefetch(tmp_path: Path) -> None:
     storage, opened = open_shards(tmp_path)
     for index in range(15):
         opened[index]

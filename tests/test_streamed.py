@@ -57,7 +57,7 @@ def test_an_order_draws_all_pairs_window_by_window(shards: list[int], per_window
         assert not inside & outside
 
 
-def test_orders_differ_from_epoch_to_epoch_and_mix_the_shards_of_a_window() -> None:
+def test_orders_differ_by_epoch_and_mix_the_shards_of_a_window() -> None:
     shards = np.arange(400) // 10
     orders = [draw_order(shards, 5, 0, epoch) for epoch in range(3)]
     assert len({tuple(order.pairs) for order in orders}) == 3
@@ -68,6 +68,7 @@ def test_orders_differ_from_epoch_to_epoch_and_mix_the_shards_of_a_window() -> N
     assert draw_order(shards, None, 0, 0).windows is None
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_from_any_storage(caches: dict[str, str], tmp_path: Path) -> None:
     """One window holds all of this small cache, so that its order is the usual one."""
     runs = [Path(train(config(caches[name], tmp_path / name, residency="streamed"))) for name in caches]

@@ -12,6 +12,7 @@ import pytest
 TORTURE = Path(__file__).parent / "torture" / "torture.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="mount namespaces, /proc")
 def test_faults_end_as_promised(tmp_path: Path) -> None:
     command = [sys.executable, str(TORTURE), "--quick", "--work", str(tmp_path)]

@@ -159,6 +159,7 @@ def test_every_combination_runs(notes_path: str, deep_path: str, tmp_path: Path,
         assert data.validate(model) == pytest.approx(result.best_validation_score, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", ["linear", "concat", "reuse", "paper"])
 def test_text_beside_photos_helps_to_find_them(notes_path: str, tmp_path: Path, fusion: str) -> None:
     """Captions tell of both: the photo alone finds less, and, where the text is added as it is, the note alone."""
@@ -184,6 +185,7 @@ def text_only_score(path: str, out: Path) -> float:
     return search.validation_score(notes, unit_rows(search.queries.vectors))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal", [0.1, 1.0], ids=["dim", "clear"])
 def test_text_beside_photos_starts_as_late_fusion(tmp_path: Path, signal: float) -> None:
     """Before the first step no worse than the text alone, whether the photos tell much or little."""
@@ -245,6 +247,7 @@ def test_permuted_pairs_differ_in_their_photos_alone(notes_path: str) -> None:
 ALL_TERMS = {"info_nce": 1.0, "pair": 1.0, "matching": 1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -348,7 +351,7 @@ def test_gradients_are_clipped_as_torch_does(length: float) -> None:
         torch.testing.assert_close(mine.grad, plain.grad, rtol=0, atol=0, equal_nan=True)
 
 
-def test_finished_run_is_left_alone_and_another_config_is_refused(cache_path: str, tmp_path: Path) -> None:
+def test_finished_run_is_kept_and_another_config_refused(cache_path: str, tmp_path: Path) -> None:
     config = config_for(cache_path, tmp_path, epochs=1)
     train(config)
     before = (tmp_path / "model.safetensors").stat().st_mtime_ns
@@ -366,7 +369,7 @@ def test_seed_decides_everything(cache_path: str, tmp_path: Path) -> None:
     assert weights[0] != weights[2]
 
 
-def test_validation_is_held_out_by_photo_unless_a_dev_split_exists(cache_path: str, tmp_path: Path) -> None:
+def test_validation_is_held_out_by_photo_without_a_dev_split(cache_path: str, tmp_path: Path) -> None:
     cache = open_cache(cache_path)
     spec = resolve_run(config_for(cache_path, tmp_path), cache)
     assert spec.validation == "heldout"
@@ -390,7 +393,7 @@ def test_held_out_photos_stay_held_out_as_the_data_grow(cache_path: str) -> None
     assert set(of_half.rows) != set(hold_out(pairs.take(np.arange(60)), 0.2, 1, hashes)[1].rows)
 
 
-def test_a_smaller_part_lies_within_a_larger_one_and_what_is_held_out_stays(cache_path: str, tmp_path: Path) -> None:
+def test_smaller_part_lies_within_a_larger_one(cache_path: str, tmp_path: Path) -> None:
     cache = open_cache(cache_path)
     parts = {
         fraction: training_pairs(resolve_run(config_for(cache_path, tmp_path, train_fraction=fraction), cache), cache)
@@ -416,7 +419,7 @@ def test_an_untrained_run_is_its_start(cache_path: str, tmp_path: Path) -> None:
     assert scores["random"] < 2 * mrr_by_chance(12) < scores["ridge"]
 
 
-def test_an_option_that_a_folder_does_not_know_yet_has_its_default(cache_path: str, tmp_path: Path) -> None:
+def test_option_unknown_to_a_folder_has_its_default(cache_path: str, tmp_path: Path) -> None:
     """A run of an earlier release goes on, unless the new option is used."""
     config = config_for(cache_path, tmp_path, epochs=1)
     train(config)
@@ -446,6 +449,7 @@ def test_classes_train_with_several_photos_for_a_text(
     assert result_of(tmp_path)["best_validation_score"] > 0.8
 
 
+@pytest.mark.slow
 def test_pairs_alone_are_validated_as_pairs(cache_path: str, tmp_path: Path) -> None:
     """The score of the weights that are kept is that of the report's candidate protocol; null text means nothing."""
     cache = make_cache(tmp_path / "cache.zarr", {"train": 90, "dev": 30}, classes=3)
@@ -528,7 +532,7 @@ def test_text_is_added_by_default_where_there_is_one(notes_path: str, tmp_path: 
         assert not resolve_run(replace(beside, gallery_text="null"), cache).shape.pooled_text
 
 
-def test_the_attention_head_starts_as_the_ridge_and_is_never_worse_on_validation(tmp_path: Path) -> None:
+def test_attention_head_starts_as_ridge_and_never_falls_below_it(tmp_path: Path) -> None:
     path = make_cache(tmp_path / "cache.zarr", {"train": 60, "dev": 40})
     train(config_for(path, tmp_path / "run", fusion="linear", learning_rate=1.0))  # it diverges
     cache = open_cache(path)

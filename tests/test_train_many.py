@@ -58,7 +58,7 @@ def alone(cache: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     return files(out)
 
 
-def test_runs_side_by_side_are_those_alone_and_batches_are_read_once(
+def test_parallel_runs_equal_single_ones_and_share_batches(
     cache: str, alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, steps, fits = TrainingData._read, [], []
@@ -82,6 +82,7 @@ def test_runs_side_by_side_are_those_alone_and_batches_are_read_once(
     assert len(fits) == 2, "the regression to start from serves all runs, another one all controls"
 
 
+@pytest.mark.slow
 def test_killed_runs_that_stand_at_different_steps_go_on(
     cache: str, alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +103,7 @@ def test_killed_runs_that_stand_at_different_steps_go_on(
     assert files(tmp_path) == alone
 
 
+@pytest.mark.slow
 def test_runs_with_other_batches_are_trained_after_one_another(cache: str, tmp_path: Path) -> None:
     variants = [{"fusion": "linear"}, {"fusion": "linear", "data_seed": 1}, {"fusion": "linear", "batch_size": 64}]
     train_many(configs(cache, tmp_path / "many", variants, epochs=1))
@@ -112,6 +114,7 @@ def test_runs_with_other_batches_are_trained_after_one_another(cache: str, tmp_p
     assert hashes[0] == hashes[2] != hashes[1]
 
 
+@pytest.mark.slow
 def test_finished_runs_are_left_alone_and_folders_differ(cache: str, tmp_path: Path) -> None:
     first, second = configs(cache, tmp_path, VARIANTS[:2], epochs=1)
     train(first)
