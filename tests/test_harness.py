@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import pytest
 import tiny_study
 from tiny_study import CountConfig, CountResult, Share, count
 
+from saffe_cache.cli import main
 from saffe_cache.core.atomic_io import FolderInUseError, hold_folder
 from saffe_cache.core.results import exit_status, read_report
+from saffe_cache.report.report import ReportConfig, make_report
+from saffe_cache.verbs import VERBS, Verb
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, killed_at: int | None = None) -> list[int]:
@@ -93,3 +97,26 @@ def test_failed_control_is_exit_status_3_and_comes_first(tmp_path: Path) -> None
     assert read_report(out).startswith("CONTROL FAILED: below 3: 0.67, expected 0.5. Do not use these numbers.")
     passing = count(CountConfig(out=str(tmp_path / "passing"), limits=(2, 4)))
     assert exit_status(passing) == 0
+
+
+def test_added_study_is_a_command_and_part_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb = Verb(
+        summary="Count even numbers.",
+        config="studies.counting:CountConfig",
+        run="studies.counting:count",
+        result="studies.counting:CountResult",
+    )
+    monkeypatch.setitem(sys.modules, "saffe_cache.studies.counting", tiny_study)
+    monkeypatch.setitem(VERBS, "count", verb)  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        counted(patch, killed_at=5)
+        assert main(["count", "--out", str(tmp_path / "out"), "--limits", "2,3,5"]) == 130
+    measured = counted(monkeypatch)
+    assert main(["count", "--out", str(tmp_path / "out"), "--limits", "2,3,5"]) == 3
+    assert measured == [5]
+    assert read_report(tmp_path / "out") in capsys.readouterr().out
+    page = Path(make_report(ReportConfig(runs=(str(tmp_path / "out"),), out=str(tmp_path / "page")))).read_text()
+    assert "Even numbers." in page
+    assert "below 3: 0.67, expected 0.5" in page
