@@ -40,7 +40,7 @@ def zip_items(data: str, columns: Columns) -> Iterator[SourceItem]:
 
 ZIP_OF_PAIRS = Format(
     layout="a zip with SPLIT/NAME.png and SPLIT/NAME.txt",
-    recognises=lambda data: data.endswith(".zip"),
+    recognises=lambda data: data.endswith(".pairs"),
     read_items=zip_items,
 )
 
@@ -53,7 +53,7 @@ def folder_config(tmp_path: Path, tiny_model: Callable[[str], Path]) -> ExtractC
 @pytest.fixture
 def zip_config(folder_config: ExtractConfig, tmp_path: Path) -> ExtractConfig:
     """The same photos and captions in an archive."""
-    target = tmp_path / "pairs.zip"
+    target = tmp_path / "photos.pairs"
     with zipfile.ZipFile(target, "w") as archive:
         for item in registry.read_items(folder_config.data, Columns(), ()):
             archive.writestr(item.id, item.media["image"].read())
@@ -76,5 +76,7 @@ def test_new_format_extracts_as_a_folder_does(
 
 
 def test_unknown_data_names_every_format(zip_config: ExtractConfig) -> None:
-    with pytest.raises(ValueError, match=r"pairs\.zip: found no dataset, expected .*save_to_disk; or folders SPLIT/"):
+    with pytest.raises(
+        ValueError, match=r"photos\.pairs: found no dataset, expected .*save_to_disk; or folders SPLIT/"
+    ):
         extract(zip_config)

