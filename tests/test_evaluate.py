@@ -18,6 +18,7 @@ from saffe_cache.core.features import Ragged
 from saffe_cache.core.results import exit_status
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import differences, evaluate
+from saffe_cache.evaluation.results import EvaluationResult
 from saffe_cache.inputs.feature_loader import FamInputs, encode_gallery, encode_queries
 from saffe_cache.protocols.caption import CaptionProtocol
 from saffe_cache.protocols.setting import Queries
@@ -106,6 +107,24 @@ def test_report_holds_what_the_readme_says(kind: str, request: pytest.FixtureReq
     assert report["config"]["protocol"] == "auto"
     assert report["run"]["gallery_text"] == ("first_caption" if kind == "beside" else "null")
     assert set(report["sensitivity"]) == ({"to_image", "to_text"} if kind == "beside" else {"to_image"})
+
+
+@pytest.mark.parametrize("kind", ["captioned", "classified", "beside"])
+def test_result_reads_back_as_it_was_written(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    out = Path(request.getfixturevalue(kind).report["out"])
+    result = EvaluationResult.load(out)
+    result.save(tmp_path)
+    for name in ("result.json", "report.txt"):
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+    assert EvaluationResult.load(tmp_path) == result
+    frame = result.to_frame()
+    assert set(frame.system) == {*result.systems, *(f"control: {name}" for name in result.controls)}
+    chosen = frame[(frame.system == "fam") & (frame.metric == result.main_metric)]
+    assert chosen.value.tolist() == [result.main().value]
+    content = json.loads((out / "result.json").read_text())
+    (tmp_path / "result.json").write_text(json.dumps(content | {"systems": {}}))
+    with pytest.raises(ValueError, match=f"systems: {result.main_metric} of fam is missing"):
+        EvaluationResult.load(tmp_path)
 
 
 def test_caption_protocol_reports_baselines_and_chance(captioned: Reported) -> None:
