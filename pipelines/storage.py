@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -27,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ lies beside the
 
 from pipelines.flickr8k import LAST_TWO
 from pipelines.tables import Measured, Variant, Variants
+from saffe_cache.core.features import StorageType
 from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.extract import extract
+from saffe_cache.store.config import ConvertConfig
 from saffe_cache.store.convert import convert_cache
-from saffe_cache.store.dtypes import STORAGE_DTYPES
 from saffe_cache.store.reader import EncoderCache, open_cache
 
 ROUNDS, BATCHES, BATCH = 5, 8, 256
@@ -59,7 +61,7 @@ def main() -> None:
             storage="float32",
         )
     )
-    caches = {dtype: convert(exact, options.work / f"{dtype}.zarr", dtype) for dtype in STORAGE_DTYPES}
+    caches = {dtype: convert(exact, options.work / f"{dtype}.zarr", dtype) for dtype in get_args(StorageType)}
     packed = {dtype: weigh_compressed(cache, options.work) for dtype, cache in caches.items()}
     speeds = reading_speeds(caches)
     measured = {
@@ -92,17 +94,17 @@ def main() -> None:
         print("| " + " | ".join(cells) + " |")
 
 
-def convert(exact: str, path: Path, dtype: str) -> str:
+def convert(exact: str, path: Path, dtype: StorageType) -> str:
     """The cache in another type; what is there already stays."""
     if dtype == "float32" or (path / "zarr.json").exists():
         return str(path)
-    return convert_cache(exact, path, storage_type=dtype)
+    return convert_cache(ConvertConfig(cache=exact, new=str(path), storage=dtype))
 
 
 def weigh_compressed(cache: str, work: Path) -> float:
     """Bytes of a photo's layer when compressed; the compressed cache is not kept."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
-        return weigh(convert_cache(cache, Path(folder) / "zstd.zarr", compression="zstd"))
+        return weigh(convert_cache(ConvertConfig(cache=cache, new=f"{folder}/zstd.zarr", compression="zstd")))
 
 
 def weigh(cache: str) -> float:

@@ -34,16 +34,16 @@ if TYPE_CHECKING:  # for type checkers and editors: a selection of what _places 
     from saffe_cache.extraction.repair import repair as repair
     from saffe_cache.report.report import ReportConfig as ReportConfig
     from saffe_cache.report.report import make_report as make_report
-    from saffe_cache.store.commands import ConvertConfig as ConvertConfig
-    from saffe_cache.store.commands import ExportConfig as ExportConfig
-    from saffe_cache.store.commands import ImportConfig as ImportConfig
-    from saffe_cache.store.commands import InspectConfig as InspectConfig
-    from saffe_cache.store.commands import VerifyConfig as VerifyConfig
-    from saffe_cache.store.commands import convert_cache as convert_cache
-    from saffe_cache.store.commands import export_cache as export_cache
-    from saffe_cache.store.commands import import_cache as import_cache
-    from saffe_cache.store.commands import inspect_cache as inspect_cache
-    from saffe_cache.store.commands import verify_cache as verify_cache
+    from saffe_cache.store.config import ConvertConfig as ConvertConfig
+    from saffe_cache.store.config import ExportConfig as ExportConfig
+    from saffe_cache.store.config import ImportConfig as ImportConfig
+    from saffe_cache.store.config import InspectConfig as InspectConfig
+    from saffe_cache.store.config import VerifyConfig as VerifyConfig
+    from saffe_cache.store.convert import convert_cache as convert_cache
+    from saffe_cache.store.exchange import export_cache as export_cache
+    from saffe_cache.store.exchange import import_cache as import_cache
+    from saffe_cache.store.inspect import inspect_cache as inspect_cache
+    from saffe_cache.store.inspect import verify_cache as verify_cache
     from saffe_cache.store.reader import Cache as Cache
     from saffe_cache.store.reader import open_cache as open_cache
     from saffe_cache.studies.alignment.align import align as align

@@ -120,13 +120,13 @@ VERBS: Mapping[str, Verb] = {
     ),
     "cache inspect": Verb(
         summary="Show encoders, layers, shapes, splits, sizes, ranges and a few items.",
-        config="store.commands:InspectConfig",
-        run="store.commands:inspect_cache",
+        config="store.config:InspectConfig",
+        run="store.inspect:inspect_cache",
     ),
     "cache verify": Verb(
         summary="Read every shard and compare it with its checksum.",
-        config="store.commands:VerifyConfig",
-        run="store.commands:verify_cache",
+        config="store.config:VerifyConfig",
+        run="store.inspect:verify_cache",
     ),
     "cache repair": Verb(
         summary="Rebuild damaged parts from the data and the encoders.",
@@ -135,18 +135,18 @@ VERBS: Mapping[str, Verb] = {
     ),
     "cache convert": Verb(
         summary="Copy a cache, with hidden states of another type or compression.",
-        config="store.commands:ConvertConfig",
-        run="store.commands:convert_cache",
+        config="store.config:ConvertConfig",
+        run="store.convert:convert_cache",
     ),
     "cache export": Verb(
         summary="Write a cache as one HDF5 file.",
-        config="store.commands:ExportConfig",
-        run="store.commands:export_cache",
+        config="store.config:ExportConfig",
+        run="store.exchange:export_cache",
     ),
     "cache import": Verb(
         summary="Make a cache from such a file.",
-        config="store.commands:ImportConfig",
-        run="store.commands:import_cache",
+        config="store.config:ImportConfig",
+        run="store.exchange:import_cache",
     ),
 }
 

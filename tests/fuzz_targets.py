@@ -21,7 +21,16 @@ from unittest.mock import patch
 import google_crc32c
 import numpy as np
 from fuzz_inputs import changed_bytes, changed_json
-from store_cases import image_contents, make_spec, random_rows, text_contents, without_fsync, write_contents
+from store_cases import (
+    export_hdf5,
+    image_contents,
+    import_hdf5,
+    make_spec,
+    random_rows,
+    text_contents,
+    without_fsync,
+    write_contents,
+)
 from synthetic_cache import make_cache
 
 from saffe_cache.core import options
@@ -29,7 +38,6 @@ from saffe_cache.core.features import CacheError
 from saffe_cache.sources.folders import folder_items
 from saffe_cache.sources.items import Columns
 from saffe_cache.store import inspect
-from saffe_cache.store.exchange import export_hdf5, import_hdf5
 from saffe_cache.store.layout import (
     ShardEntry,
     check_array_metadata,

@@ -9,12 +9,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from saffe_cache.core.features import BlockSpec, BlockWeights, Compression, Fingerprint, Modality
+from saffe_cache.store.config import ConvertConfig, ExportConfig, ImportConfig, InspectConfig, VerifyConfig
+from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.dtypes import to_storage
+from saffe_cache.store.exchange import export_cache, import_cache
+from saffe_cache.store.inspect import inspect_cache, verify_cache
 from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.manifest import (
     EncoderManifest,
@@ -30,6 +35,28 @@ from saffe_cache.store.table import NewItem, TableBuilder, read_table, write_tab
 from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks
 
 NUM_LAYERS, WIDTH = 3, 4
+
+
+def verify(cache: str | Path) -> tuple[int, list[str]]:
+    """Number of shards read, and damaged parts."""
+    found = verify_cache(VerifyConfig(cache=str(cache)))
+    return found.num_shards, found.problems
+
+
+def describe(cache: str | Path) -> str:
+    return inspect_cache(InspectConfig(cache=str(cache)))
+
+
+def convert(cache: str | Path, new: str | Path, **options: Any) -> str:
+    return convert_cache(ConvertConfig(cache=str(cache), new=str(new), **options))
+
+
+def export_hdf5(cache: str | Path, file: str | Path) -> str:
+    return export_cache(ExportConfig(cache=str(cache), file=str(file)))
+
+
+def import_hdf5(file: str | Path, cache: str | Path) -> str:
+    return import_cache(ImportConfig(file=str(file), cache=str(cache)))
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import transformers
 from extraction_cases import draw, dying_behind, files_of, make_captioned, tiny_config
 from PIL import Image
 from quick_runs import quick_train
+from store_cases import verify
 
 from saffe_cache.cli import extract_command, main
 from saffe_cache.core.features import CacheError
@@ -29,7 +30,6 @@ from saffe_cache.encoders.transfers import Encoded, Launched
 from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.extract import extract
 from saffe_cache.inputs.splits import same_training_pairs
-from saffe_cache.store.inspect import verify_cache
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.runs import load_run
 
@@ -123,7 +123,7 @@ def test_new_items_extend_every_cached_layer(config: ExtractConfig, data: Path) 
     fresh = open_cache(
         extract(replace(config, cache=config.cache + ".fresh", layers={"image": (0, 2, 3), "text": (1, 3)}))
     )
-    assert verify_cache(config.cache)[1] == []
+    assert verify(config.cache)[1] == []
     for item_id in ("train/003.png", "dev/004.png"):
         states = []
         for one in (cache, fresh):

@@ -15,6 +15,7 @@ from extraction_cases import files_of, tiny_config
 from PIL import Image
 from quick_runs import quick_train, report_of
 from safetensors.torch import load_file, save_file
+from store_cases import convert, describe, export_hdf5, import_hdf5, verify
 from synthetic_cache import make_cache
 from test_encoders import row_by_row
 from tiny_models import load_tiny, rand
@@ -27,9 +28,6 @@ from saffe_cache.extraction.repair import repair
 from saffe_cache.fusion.known.insertion import inserted_tokens
 from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.inputs.feature_loader import FamInputs, summaries
-from saffe_cache.store.convert import convert_cache
-from saffe_cache.store.exchange import export_hdf5, import_hdf5
-from saffe_cache.store.inspect import describe_cache, verify_cache
 from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.captioning.caption import caption
 from saffe_cache.studies.captioning.config import CaptionConfig
@@ -84,21 +82,21 @@ def test_their_cache_is_repaired_converted_and_exchanged(config: ExtractConfig, 
     extract(config)
     extract(replace(config, layers={"image": (1, 2), "text": (1, 2, 3)}))
     whole = files_of(config.cache)
-    assert verify_cache(config.cache)[1] == []
-    assert "feature maps" in describe_cache(config.cache)
+    assert verify(config.cache)[1] == []
+    assert "feature maps" in describe(config.cache)
     damaged = [name for name in whole if name.startswith("encoders/image") and "/c/" in name]
     for name in damaged:
         path = Path(config.cache) / name
         path.write_bytes(path.read_bytes()[::-1])
-    assert len(verify_cache(config.cache)[1]) == len(damaged) == 4
+    assert len(verify(config.cache)[1]) == len(damaged) == 4
     repair(RepairConfig(cache=config.cache, device="cpu"))
     assert files_of(config.cache) == whole
-    converted = convert_cache(config.cache, tmp_path / "int8.zarr", storage_type="int8")
+    converted = convert(config.cache, tmp_path / "int8.zarr", storage="int8")
     exported = export_hdf5(config.cache, tmp_path / "cache.h5")
     imported = import_hdf5(exported, tmp_path / "imported.zarr")
     assert files_of(imported).keys() == whole.keys()
     for path in (converted, imported):
-        assert verify_cache(path)[1] == []
+        assert verify(path)[1] == []
         assert open_cache(path).encoder("image").manifest.has_feature_maps
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from extraction_cases import files_of, tiny_config
+from store_cases import convert, describe, export_hdf5, import_hdf5, verify
 from tiny_models import NUM_LAYERS, WORDS, load_tiny
 
 from saffe_cache.core.features import CacheError
@@ -20,9 +21,6 @@ from saffe_cache.extraction.config import RepairConfig
 from saffe_cache.extraction.extract import extract
 from saffe_cache.extraction.repair import repair
 from saffe_cache.fusion.block import EncoderBlock
-from saffe_cache.store.convert import convert_cache
-from saffe_cache.store.exchange import export_hdf5, import_hdf5
-from saffe_cache.store.inspect import describe_cache, verify_cache
 from saffe_cache.store.reader import EncoderCache, open_cache
 
 Models = Callable[[str], Path]
@@ -98,7 +96,7 @@ def test_the_cache_holds_all_that_generating_takes(cache: str, tiny_model: Model
 def test_it_is_exchanged_converted_verified_and_repaired(cache: str, tmp_path: Path) -> None:
     copies = [
         import_hdf5(export_hdf5(cache, tmp_path / "cache.h5"), tmp_path / "imported.zarr"),
-        convert_cache(cache, tmp_path / "converted.zarr", storage_type="float16"),
+        convert(cache, tmp_path / "converted.zarr", storage="float16"),
     ]
     whole = files_of(cache, "encoders")
     weights = {name: data for name, data in whole.items() if "/language_model/" in name or "/blocks/" in name}
@@ -106,12 +104,12 @@ def test_it_is_exchanged_converted_verified_and_repaired(cache: str, tmp_path: P
     for copy in copies:
         assert weights.items() <= files_of(copy, "encoders").items()
         assert text_encoder(copy).language_model().spec == text_encoder(cache).language_model().spec
-    assert "a language model, texts from position 5 on, all blocks" in describe_cache(cache)
+    assert "a language model, texts from position 5 on, all blocks" in describe(cache)
     lost = next(name for name in weights if "position_embedding/c" in name)
     (Path(cache) / lost).write_bytes(b"\0" * len(weights[lost]))
     (block,) = (Path(cache) / "encoders").glob("*gpt2*/blocks/2/query_weight/c/0/0")
     block.unlink()
-    assert len(verify_cache(cache)[1]) == 2
+    assert len(verify(cache)[1]) == 2
     with pytest.raises(CacheError, match="position_embedding differ from the checksums"):
         text_encoder(cache).language_model()
     assert len(repair(RepairConfig(cache=cache, device="cpu")).restored) == 2

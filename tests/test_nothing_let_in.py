@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from store_cases import image_contents, without_fsync, write_contents
+from store_cases import describe, image_contents, without_fsync, write_contents
 from test_architecture import modules
 
 from saffe_cache import cli
@@ -21,7 +21,6 @@ from saffe_cache.core.sections import Section
 from saffe_cache.core.tables import Cell, Row, Table
 from saffe_cache.encoders.encoder import load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
-from saffe_cache.store.inspect import describe_cache
 from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import NewItem, TableBuilder, write_table
@@ -114,7 +113,7 @@ def test_inspect_sends_nothing_to_the_terminal(tmp_path: Path) -> None:
         manifest.invalid[0] = f"broken{ESCAPES}"
         manifest.arrays[f"more{ESCAPES}"] = manifest.arrays["pooled"]
         write_encoder(Storage(tmp_path), manifest)
-    shown = describe_cache(tmp_path)
+    shown = describe(tmp_path)
     assert_plain(shown)
     assert shown.count("2J") == 9
     assert "\n  unreadable input 0: broken\\x1b]0;title" in shown

@@ -14,11 +14,11 @@ import pytest
 import transformers
 from extraction_cases import draw, tiny_config
 from quick_runs import quick_train
+from store_cases import verify
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.extract import extract
-from saffe_cache.store.inspect import verify_cache
 from saffe_cache.store.reader import open_cache
 
 
@@ -57,7 +57,7 @@ def test_strange_captions_are_encoded_and_kept(config: ExtractConfig) -> None:
     assert text.usable(np.arange(len(STRANGE))).all()
     assert np.isfinite(text.vectors(np.arange(len(STRANGE)))).all()
     assert np.diff(text.offsets).max() < 300, "a text is cut at what the model allows"
-    assert verify_cache(config.cache)[1] == []
+    assert verify(config.cache)[1] == []
 
 
 def test_dataset_of_one_item_is_extracted_but_not_trained_on(config: ExtractConfig, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from extraction_cases import draw, dying_behind, files_of, make_captioned, tiny_config
-from store_cases import memory_folder, without_fsync
+from store_cases import memory_folder, verify, without_fsync
 
 from saffe_cache.cli import main
 from saffe_cache.core.atomic_io import FolderInUseError
@@ -24,7 +24,6 @@ from saffe_cache.extraction.config import ExtractConfig, RepairConfig
 from saffe_cache.extraction.extract import extract
 from saffe_cache.extraction.reencode import past_extractions
 from saffe_cache.extraction.repair import RepairReport, repair
-from saffe_cache.store.inspect import verify_cache
 from saffe_cache.store.manifest import read_encoder
 from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage
@@ -54,7 +53,7 @@ class Damaged:
 
     def check_whole(self) -> None:
         assert files_of(str(self.path)) == self.files
-        assert verify_cache(self.path)[1] == []
+        assert verify(self.path)[1] == []
 
 
 def flip(path: Path, position: int) -> None:
@@ -170,10 +169,10 @@ def test_a_repair_that_was_killed_is_done_by_the_next_one(cache: Damaged, dies_a
     cache.flip("*/hidden_states/*/c/1/0*")
     cache.flip("*/hidden_states/*/c/1/0/0")
     cache.flip("*/blocks/2/query_weight/c/0/0")
-    damaged = len(verify_cache(cache.path)[1])
+    damaged = len(verify(cache.path)[1])
     with dying_behind(dies_at):
         cache.repair()
-    left = len(verify_cache(cache.path)[1])
+    left = len(verify(cache.path)[1])
     assert left < damaged
     assert len(cache.repair().restored) == left
     cache.check_whole()
@@ -201,7 +200,7 @@ def test_other_last_bits_are_told_and_recorded(cache: Damaged, monkeypatch: pyte
     report = cache.repair()
     assert "hidden_states/3, shard 1: restored within rounding, not byte for byte: its checksum" in report.rounded[0]
     assert [len(report.restored), len(report.rounded), len(report.left)] == [1, 1, 0]
-    assert verify_cache(cache.path)[1] == []
+    assert verify(cache.path)[1] == []
     image = open_cache(cache.path).encoder("image", "dinov2")
     np.testing.assert_allclose(image.array("hidden_states/3").read(np.arange(140)), before, rtol=1e-5)
     assert shard.read_bytes() != cache.files[shard.relative_to(cache.path).as_posix()]
@@ -231,10 +230,10 @@ def test_killed_between_shard_and_manifest_it_is_damaged_still(cache: Damaged, m
         with pytest.raises(KeyboardInterrupt):
             cache.repair()
     assert [name.split("/")[-1] for name in written] == ["0", "zarr.json"]
-    [problem] = verify_cache(cache.path)[1]
+    [problem] = verify(cache.path)[1]
     assert "hidden_states/3/c/1/0/0: its rows differ" in problem
     assert len(cache.repair().rounded) == 1
-    assert verify_cache(cache.path)[1] == []
+    assert verify(cache.path)[1] == []
 
 
 def test_missing_files_are_named_and_the_rest_repaired(cache: Damaged, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,7 +254,7 @@ def test_missing_files_are_named_and_the_rest_repaired(cache: Damaged, capsys: p
         assert "train/011.png: the file has changed since it was extracted" in line
         assert "--data" in line
     assert lines[-1].endswith("7 damaged, 4 repaired, 3 not")
-    problems = verify_cache(cache.path)[1]
+    problems = verify(cache.path)[1]
     assert len(problems) == 3
     assert all(re.search(r"dinov2.*/c/0/0/0: its rows differ.*saffe cache repair", problem) for problem in problems)
     for name in ("010.png", "011.png"):
@@ -361,7 +360,7 @@ def test_a_changed_photo_leaves_a_row_that_can_be_lost(tiny_model: Callable[[str
         assert opened.encoder("image").usable(opened.table.rows["image"]).all()
         rows = opened.table.rows["image"]
         np.testing.assert_allclose(opened.encoder("image").array("hidden_states/3").read(rows), before[rows], rtol=1e-4)
-        assert verify_cache(config.cache)[1] == []
+        assert verify(config.cache)[1] == []
 
 
 def test_past_extractions_tell_which_inputs_went_together(grown: tuple[Path, Path]) -> None:

@@ -8,13 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_cases import NUM_LAYERS, image_contents, shard_files, text_contents, without_fsync, write_contents
+from store_cases import (
+    NUM_LAYERS,
+    convert,
+    describe,
+    image_contents,
+    shard_files,
+    text_contents,
+    verify,
+    without_fsync,
+    write_contents,
+)
 
 from saffe_cache.cli import main
 from saffe_cache.core.features import CacheError, Compression
-from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage
-from saffe_cache.store.inspect import describe_cache, verify_cache
 from saffe_cache.store.reader import open_cache
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -33,8 +41,8 @@ def no_fsync() -> Iterator[None]:
 def test_a_converted_cache_holds_the_same(tmp_path: Path, dtype: str, compression: Compression | None) -> None:
     contents = [image_contents(13), text_contents(13)]
     write_contents(tmp_path / "old", *contents)
-    path = convert_cache(tmp_path / "old", tmp_path / "new", storage_type=dtype, compression=compression, shard_mb=0)
-    assert verify_cache(path)[1] == []
+    path = convert(tmp_path / "old", tmp_path / "new", storage=dtype, compression=compression, shard_mb=0)
+    assert verify(path)[1] == []
     old, new = open_cache(tmp_path / "old"), open_cache(path)
     assert (new.table.ids, list(new.encoders)) == (old.table.ids, list(old.encoders))
     for one in contents:
@@ -51,14 +59,14 @@ def test_a_converted_cache_holds_the_same(tmp_path: Path, dtype: str, compressio
             for tensor, values in old.encoder(one.modality).block(layer).tensors.items():
                 np.testing.assert_array_equal(encoder.block(layer).tensors[tensor], values)
         assert layer < NUM_LAYERS
-    assert f"{dtype} with zstd" in describe_cache(path) or compression is None
+    assert f"{dtype} with zstd" in describe(path) or compression is None
 
 
 def test_compression_and_back_gives_the_same_files(tmp_path: Path) -> None:
     write_contents(tmp_path / "a", image_contents(13))
-    convert_cache(tmp_path / "a", tmp_path / "b")
-    convert_cache(tmp_path / "b", tmp_path / "c", compression="zstd")
-    convert_cache(tmp_path / "c", tmp_path / "d", compression="none")
+    convert(tmp_path / "a", tmp_path / "b")
+    convert(tmp_path / "b", tmp_path / "c", compression="zstd")
+    convert(tmp_path / "c", tmp_path / "d", compression="none")
     assert shard_files(tmp_path / "b") == shard_files(tmp_path / "d")
     assert shard_files(tmp_path / "b").keys() == shard_files(tmp_path / "c").keys()
     assert shard_files(tmp_path / "b") != shard_files(tmp_path / "c")
@@ -67,13 +75,13 @@ def test_compression_and_back_gives_the_same_files(tmp_path: Path) -> None:
 def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
     write_contents(tmp_path / "old", image_contents(5, "float32"))
     with pytest.raises(CacheError, match="a cache exists there"):
-        convert_cache(tmp_path / "old", tmp_path / "old")
+        convert(tmp_path / "old", tmp_path / "old")
     zarr_json = next((tmp_path / "old" / "encoders").glob("image*/zarr.json"))
     content = json.loads(zarr_json.read_text())
     content["attributes"]["saffe_cache"]["finished_rows"] = 0
     zarr_json.write_text(json.dumps(content))
     with pytest.raises(CacheError, match="is unfinished"):
-        convert_cache(tmp_path / "old", tmp_path / "new")
+        convert(tmp_path / "old", tmp_path / "new")
     assert not (tmp_path / "new" / "zarr.json").exists()
 
 
@@ -82,11 +90,11 @@ def test_numbers_that_do_not_fit_are_named_and_leave_no_cache(tmp_path: Path) ->
     contents.arrays["hidden_states/3"][1][2, 1, 0] = 1e6
     write_contents(tmp_path / "old", contents)
     with pytest.raises(CacheError, match=r"image-tiny.*: hidden_states/3: magnitude 1e\+06 exceeds float16's 65504"):
-        convert_cache(tmp_path / "old", tmp_path / "new", storage_type="float16")
+        convert(tmp_path / "old", tmp_path / "new", storage="float16")
     with pytest.raises(CacheError, match="there is no feature cache"):
         open_cache(tmp_path / "new")
-    convert_cache(tmp_path / "old", tmp_path / "new", storage_type="bfloat16")
-    assert verify_cache(tmp_path / "new")[1] == []
+    convert(tmp_path / "old", tmp_path / "new", storage="bfloat16")
+    assert verify(tmp_path / "new")[1] == []
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

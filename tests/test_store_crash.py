@@ -22,6 +22,7 @@ from store_cases import (
     memory_folder,
     shard_files,
     text_contents,
+    verify,
     without_fsync,
     write_contents,
 )
@@ -30,7 +31,6 @@ from saffe_cache.core import atomic_io
 from saffe_cache.core.atomic_io import FolderInUseError
 from saffe_cache.core.features import CacheError, ItemTable
 from saffe_cache.store import reader
-from saffe_cache.store.inspect import verify_cache
 from saffe_cache.store.manifest import encoder_group, read_encoder, read_root
 from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage
@@ -120,11 +120,11 @@ def test_death_at_every_single_write(prepare: Callable[[Path], tuple[Contents, .
                 shutil.copytree(memory_path / "before", path)
             assert write_until(path, after, num_writes) == num_writes
             if before or read_root(Storage(path)) is not None:
-                assert verify_cache(path)[1] == []
+                assert verify(path)[1] == []
             if before:
                 check_readable(path, before)
             write_contents(path, *after)
-            assert verify_cache(path)[1] == []
+            assert verify(path)[1] == []
             check_readable(path, after)
             assert shard_files(path) == expected, f"after death at write {num_writes} of {total}"
             shutil.rmtree(path)
@@ -177,7 +177,7 @@ def test_files_under_temporary_names_are_passed_over_and_removed(tmp_path: Path)
     write_contents(tmp_path, contents)
     left = group_path(tmp_path, contents) / "pooled" / "c" / "1" / ".0.123.partial"
     left.write_bytes(b"half a shard")
-    assert verify_cache(tmp_path)[1] == []
+    assert verify(tmp_path)[1] == []
     write_contents(tmp_path, contents)
     assert not left.exists()
 
@@ -293,7 +293,7 @@ def test_layer_that_is_being_added_is_hidden_from_readers(tmp_path: Path) -> Non
     write_contents(tmp_path, contents.without("hidden_states/1"))
     storage, spec = Storage(tmp_path), contents.arrays["hidden_states/1"][0]
     EncoderWriter(storage, read_encoder(storage, contents.key), {"hidden_states/1": (spec, 13)})
-    assert verify_cache(tmp_path)[1] == []
+    assert verify(tmp_path)[1] == []
     encoder = open_cache(tmp_path).encoder("image")
     assert (encoder.layers, encoder.block_layers) == ([3], [])
     shutil.copytree(tmp_path, tmp_path / "copy")
@@ -304,7 +304,7 @@ def test_layer_that_is_being_added_is_hidden_from_readers(tmp_path: Path) -> Non
     assert open_cache(tmp_path).encoder("image").layers == [1, 3]
 
 
-@pytest.mark.parametrize("read", [open_cache, verify_cache])
+@pytest.mark.parametrize("read", [open_cache, verify])
 def test_readers_follow_a_table_that_is_replaced_meanwhile(
     tmp_path: Path, read: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Damaged caches are found by `verify_cache`, and refused by readers, in words that name the place."""
+"""Damaged caches are found by `verify`, and refused by readers, in words that name the place."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from store_cases import (
     make_spec,
     memory_folder,
     text_contents,
+    verify,
     without_fsync,
     write_contents,
 )
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.store.inspect import verify_cache
 from saffe_cache.store.layout import ShardEntry, decode_shard, describe_shard, encode_shard, shard_name
 from saffe_cache.store.manifest import encoder_group, read_encoder, read_root, write_encoder
 from saffe_cache.store.reader import open_cache
@@ -56,7 +56,7 @@ def flip(path: Path, position: int) -> None:
 
 
 def test_a_sound_cache_has_no_problems(sound_cache: Path) -> None:
-    assert verify_cache(sound_cache) == (SHARDS, [])
+    assert verify(sound_cache) == (SHARDS, [])
 
 
 @pytest.mark.parametrize("contents", [IMAGES, TEXTS], ids=lambda contents: contents.modality)
@@ -70,11 +70,11 @@ def test_every_flipped_bit_of_counted_rows_and_index_is_found(cache: Path, conte
         for position in [*range(0, counted, 7), counted - 1, *range(size - spec.index_bytes, size)]:
             flip(shard, position)
             part = "its rows differ" if position < counted else "its chunk index is damaged"
-            _, [problem] = verify_cache(cache)
+            _, [problem] = verify(cache)
             assert str(shard.relative_to(cache)) in problem
             assert part in problem
             flip(shard, position)
-    assert verify_cache(cache)[1] == []
+    assert verify(cache)[1] == []
 
 
 def test_every_flipped_bit_of_a_compressed_shard_is_found() -> None:
@@ -87,7 +87,7 @@ def test_every_flipped_bit_of_a_compressed_shard_is_found() -> None:
         assert len(starts) == 2
         for position in range(shard.stat().st_size):
             flip(shard, position)
-            problems = verify_cache(folder)[1]
+            problems = verify(folder)[1]
             array = open_cache(folder).encoder("image").array("hidden_states/1")
             if problems or not any(start <= position < start + 4 for start in starts):
                 assert len(problems) == 1
@@ -97,7 +97,7 @@ def test_every_flipped_bit_of_a_compressed_shard_is_found() -> None:
             else:
                 np.testing.assert_array_equal(array.read(np.arange(8)), contents.arrays["hidden_states/1"][1])
             flip(shard, position)
-        assert verify_cache(folder)[1] == []
+        assert verify(folder)[1] == []
 
 
 def remove(path: Path) -> None:
@@ -118,8 +118,8 @@ def test_missing_and_truncated_shards_are_found_and_refused(
 ) -> None:
     name = f"{encoder_group(IMAGES.key)}/hidden_states/3/c/1/0/0"
     damage(cache / name)
-    assert verify_cache(cache)[0] == SHARDS
-    [problem] = verify_cache(cache)[1]
+    assert verify(cache)[0] == SHARDS
+    [problem] = verify(cache)[1]
     assert name in problem
     assert words in problem
     array = open_cache(cache).encoder("image").array("hidden_states/3")
@@ -149,7 +149,7 @@ def test_swapped_shards_are_found(cache: Path) -> None:
     (folder / "0").rename(folder / "x")
     (folder / "1").rename(folder / "0")
     (folder / "x").rename(folder / "1")
-    problems = verify_cache(cache)[1]
+    problems = verify(cache)[1]
     assert len(problems) == 2
     assert all(f"hidden_states/1/c/{index}/0/0: its rows differ" in problems[index] for index in (0, 1))
 
@@ -158,7 +158,7 @@ def test_swapped_shards_are_found(cache: Path) -> None:
 @pytest.mark.parametrize("damage", [remove, cut, lambda path: flip(path, 0)])
 def test_tables_and_blocks_are_verified(cache: Path, name: str, damage: Callable[[Path], None]) -> None:
     damage(cache / name.format(key=IMAGES.key))
-    count, [problem] = verify_cache(cache)
+    count, [problem] = verify(cache)
     assert count == SHARDS
     assert name.format(key=IMAGES.key).rsplit("/c/")[0].rsplit("/", 1)[1] in problem
     with pytest.raises(CacheError):
@@ -169,9 +169,9 @@ def test_tables_and_blocks_are_verified(cache: Path, name: str, damage: Callable
 def test_metadata_for_other_programs_is_verified(cache: Path, change: dict[str, object]) -> None:
     path = group_path(cache, IMAGES) / "pooled" / "zarr.json"
     path.write_text(json.dumps({**json.loads(path.read_bytes()), **change}))
-    assert f"pooled/zarr.json misstates {next(iter(change))}" in verify_cache(cache)[1][0]
+    assert f"pooled/zarr.json misstates {next(iter(change))}" in verify(cache)[1][0]
     path.write_text("{")
-    assert "pooled/zarr.json is not JSON" in verify_cache(cache)[1][0]
+    assert "pooled/zarr.json is not JSON" in verify(cache)[1][0]
 
 
 def test_unreadable_files_are_problems_and_not_the_end(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,12 +183,12 @@ def test_unreadable_files_are_problems_and_not_the_end(cache: Path, monkeypatch:
         return real(self, name)
 
     monkeypatch.setattr(Storage, "read", read)
-    assert [problem.startswith("[Errno 5]") for problem in verify_cache(cache)[1]] == [True, True]
+    assert [problem.startswith("[Errno 5]") for problem in verify(cache)[1]] == [True, True]
 
 
 def test_no_cache_is_refused(tmp_path: Path) -> None:
     assert read_root(Storage(tmp_path)) is None
-    for action in (open_cache, verify_cache):
+    for action in (open_cache, verify):
         with pytest.raises(CacheError, match=r"there is no feature cache\. Make one with saffe extract"):
             action(tmp_path / "none")
 
@@ -218,7 +218,7 @@ def test_no_cache_is_refused(tmp_path: Path) -> None:
 )
 def test_other_roots_are_refused(cache: Path, text: str, words: str) -> None:
     (cache / "zarr.json").write_bytes(text.encode("latin-1"))
-    for action in (open_cache, verify_cache):
+    for action in (open_cache, verify):
         with pytest.raises(CacheError, match=words):
             action(cache)
 
@@ -235,7 +235,7 @@ def test_a_manifest_that_lacks_a_field_is_refused(cache: Path, field: str) -> No
     words = rf"{encoder_group(IMAGES.key)}: its manifest lacks or misstates '{field}'"
     with pytest.raises(CacheError, match=words):
         open_cache(cache)
-    count, [problem] = verify_cache(cache)  # the other encoder is verified all the same
+    count, [problem] = verify(cache)  # the other encoder is verified all the same
     assert 0 < count < SHARDS
     assert re.search(words, problem)
 

@@ -12,19 +12,20 @@ import numpy as np
 import pytest
 from store_cases import (
     block_weights,
+    export_hdf5,
     forget_encoder,
     group_path,
     image_contents,
+    import_hdf5,
     memory_folder,
     shard_files,
     text_contents,
+    verify,
     without_fsync,
     write_contents,
 )
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.store.exchange import export_hdf5, import_hdf5
-from saffe_cache.store.inspect import verify_cache
 from saffe_cache.store.manifest import encoder_group, read_encoder, read_root, write_encoder
 from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage, describe_group
@@ -62,8 +63,8 @@ def test_an_imported_cache_is_the_exported_one(cache: Path, file_path: Path, tmp
     assert shard_files(copy) == shard_files(cache)
     for file in cache.rglob("zarr.json"):
         assert json.loads((copy / file.relative_to(cache)).read_bytes()) == json.loads(file.read_bytes()), file
-    assert verify_cache(copy) == verify_cache(cache)
-    assert verify_cache(copy)[1] == []
+    assert verify(copy) == verify(cache)
+    assert verify(copy)[1] == []
     assert open_cache(copy).encoder("image").block(1).spec == block_weights(1).spec
     assert sorted(tmp_path.iterdir()) == [file_path, copy]
 
@@ -83,7 +84,7 @@ def test_other_programs_find_the_features_in_the_file(file_path: Path) -> None:
 def test_through_a_url(cache: Path, file_path: Path, tmp_path: Path) -> None:
     url = f"memory://{tmp_path.name}/imported"
     import_hdf5(file_path, url)
-    assert verify_cache(url)[1] == []
+    assert verify(url)[1] == []
     again = Path(export_hdf5(url, tmp_path / "again.h5"))
     import_hdf5(again, tmp_path / "copy")
     assert shard_files(tmp_path / "copy") == shard_files(cache)
@@ -102,7 +103,7 @@ def test_an_unfinished_cache_stays_unfinished(tmp_path: Path) -> None:
     import_hdf5(export_hdf5(tmp_path / "cache", tmp_path / "file.h5"), tmp_path / "copy")
     assert read_encoder(Storage(tmp_path / "copy"), contents.key) == manifest
     write_contents(tmp_path / "copy", contents)
-    assert verify_cache(tmp_path / "copy")[1] == []
+    assert verify(tmp_path / "copy")[1] == []
 
 
 def test_existing_files_and_caches_are_left_alone(cache: Path, file_path: Path, tmp_path: Path) -> None:
@@ -241,7 +242,7 @@ def test_damaged_files_are_refused(file_path: Path, tmp_path: Path, damage: Call
     assert not list(tmp_path.rglob("outside"))
     file_path.write_bytes(sound)
     import_hdf5(file_path, tmp_path / "copy")  # over what the refused import left
-    assert verify_cache(tmp_path / "copy")[1] == []
+    assert verify(tmp_path / "copy")[1] == []
 
 
 @pytest.mark.parametrize("kind", [SystemError, OverflowError, MemoryError, RecursionError])

@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 import xarray
 import zarr
-from store_cases import memory_folder, without_fsync
+from store_cases import export_hdf5, import_hdf5, memory_folder, verify, without_fsync
 
 from saffe_cache.core.features import BlockSpec, Fingerprint
-from saffe_cache.store.exchange import export_hdf5, import_hdf5
-from saffe_cache.store.inspect import verify_cache
 from saffe_cache.store.reader import open_cache
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -36,7 +34,7 @@ def numbers(*shape: int) -> np.ndarray:
 
 
 def test_version_1_is_sound(golden: Path) -> None:
-    assert verify_cache(golden) == (16, [])
+    assert verify(golden) == (16, [])
     cache = open_cache(golden)
     assert list(cache.encoders) == [IMAGE_KEY, TEXT_KEY]
 
@@ -112,4 +110,4 @@ def test_other_programs_read_version_1(golden: Path) -> None:
 
 def test_version_1_through_hdf5(golden: Path, tmp_path: Path) -> None:
     import_hdf5(export_hdf5(golden, tmp_path / "v1.h5"), tmp_path / "v1.zarr")
-    assert verify_cache(tmp_path / "v1.zarr") == (16, [])
+    assert verify(tmp_path / "v1.zarr") == (16, [])

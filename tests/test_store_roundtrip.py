@@ -18,6 +18,7 @@ from store_cases import (
     NUM_LAYERS,
     WIDTH,
     block_weights,
+    describe,
     fingerprint,
     group_path,
     image_contents,
@@ -25,6 +26,7 @@ from store_cases import (
     memory_folder,
     random_rows,
     text_contents,
+    verify,
     without_fsync,
     write_contents,
 )
@@ -32,7 +34,6 @@ from store_cases import (
 from saffe_cache.core.features import BlockSpec, BlockWeights, CacheError, Compression
 from saffe_cache.store import reader
 from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage, is_scaled
-from saffe_cache.store.inspect import describe_cache, verify_cache
 from saffe_cache.store.layout import COMPRESSIONS, ArraySpec
 from saffe_cache.store.manifest import EncoderManifest, RootManifest, encoder_group, read_encoder, write_root
 from saffe_cache.store.reader import EncoderCache, open_cache
@@ -194,7 +195,7 @@ def test_vectors_usable_rows_and_description(tmp_path: Path) -> None:
     found = encoder.statistics("pooled")
     numbers = contents.arrays["pooled"][1].astype(np.float64)
     assert (found.mean, found.std) == pytest.approx((numbers.mean(), numbers.std()))
-    described = describe_cache(tmp_path)
+    described = describe(tmp_path)
     assert f"{contents.key}: 3 layers of width 4, 10 inputs, 0 unreadable" in described
     assert f"hidden_states/2: {contents.offsets[-1]} x 4 bfloat16" in described
     assert "caption 'text 9'" in described
@@ -259,7 +260,7 @@ def test_a_cache_behind_a_url(tmp_path: Path, compression: Compression) -> None:
     for count in (7, 13):  # growth reads the tail shards back
         contents = [image_contents(count, compression=compression), text_contents(count)]
         write_contents(url, *contents)
-    assert verify_cache(url)[1] == []
+    assert verify(url)[1] == []
     cache = open_cache(url)
     assert len(cache.table) == 13
     for one in contents:
@@ -275,14 +276,14 @@ def test_a_cache_behind_a_url(tmp_path: Path, compression: Compression) -> None:
         files.rm(shard)
         if damaged is not None:
             files.pipe_file(shard, damaged)
-        assert "pooled/c/1/0" in verify_cache(url)[1][0]
+        assert "pooled/c/1/0" in verify(url)[1][0]
         with pytest.raises(CacheError, match="pooled/c/1/0"):
             open_cache(url).encoder("image").array("pooled").read(np.array([7]))
 
 
 def test_a_local_url_is_a_local_folder(tmp_path: Path) -> None:
     write_contents(f"file://{tmp_path}/cache", image_contents(5))
-    assert verify_cache(tmp_path / "cache") == (5, [])
+    assert verify(tmp_path / "cache") == (5, [])
     storage = Storage(f"file://{tmp_path}/cache")
     assert storage.local_path("zarr.json") == tmp_path / "cache" / "zarr.json"
 
@@ -305,5 +306,5 @@ def test_an_empty_table_and_no_encoder(tmp_path: Path) -> None:
     write_table(storage, "tables/1", TableBuilder(None, ()).build())
     write_root(storage, RootManifest(1, ()))
     assert len(read_table(storage, "tables/1")) == 0
-    assert verify_cache(tmp_path) == (0, [])
-    assert describe_cache(tmp_path).endswith(": 0 items")
+    assert verify(tmp_path) == (0, [])
+    assert describe(tmp_path).endswith(": 0 items")

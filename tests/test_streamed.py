@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from store_cases import convert
 from synthetic_cache import WIDTH, make_cache
 
 from saffe_cache.core.outputs import read_json
 from saffe_cache.inputs import feature_loader as fam_inputs
 from saffe_cache.inputs.feature_loader import FamInputs, choose_residency
 from saffe_cache.inputs.splits import training_pairs
-from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage
 from saffe_cache.training.batches import TrainingData
@@ -34,7 +34,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The same cache, mapped and compressed; shards of a few photos."""
     folder = tmp_path_factory.mktemp("streamed")
     plain = make_cache(folder / "plain", {"train": PHOTOS, "dev": 30}, captions=2, text_width=WIDTH, joint=True)
-    return {"plain": plain, "zstd": convert_cache(plain, folder / "zstd", compression="zstd", shard_mb=0)}
+    return {"plain": plain, "zstd": convert(plain, folder / "zstd", compression="zstd", shard_mb=0)}
 
 
 def config(cache: str, out: Path, **changes: Any) -> TrainConfig:

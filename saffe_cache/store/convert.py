@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
-from saffe_cache.core.features import CacheError, Compression
+from saffe_cache.core.features import CacheError
+from saffe_cache.store.config import ConvertConfig
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.layout import ArraySpec, choose_rows
 from saffe_cache.store.manifest import RootManifest, layers_among, read_root, write_root
@@ -24,29 +24,18 @@ from saffe_cache.store.table import ENCODING_TYPE as ITEMS
 from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks, write_language_model
 
 
-def convert_cache(
-    cache_path: str | Path,
-    new_path: str | Path,
-    *,
-    storage_type: str | None = None,
-    compression: Compression | None = None,
-    shard_mb: int = 64,
-) -> str:
+def convert_cache(config: ConvertConfig) -> str:
     """Write the new cache, and return its path.
-
-    Args:
-        storage_type: type of hidden states; None keeps it.
-        compression: compression of hidden states; None keeps it.
 
     Raises:
         CacheError: the new cache exists, the old one is damaged or unfinished, or a value exceeds the type's range.
     """
-    source, storage = open_cache(cache_path), Storage(new_path)
+    source, storage = open_cache(config.cache), Storage(config.new)
     if read_root(storage) is not None:
-        raise CacheError(f"{new_path}: a cache exists there. Convert into a new one.")
+        raise CacheError(f"{config.new}: a cache exists there. Convert into a new one.")
     unfinished = [key for key, encoder in source.encoders.items() if not encoder.manifest.finished_rows]
     if unfinished:
-        raise CacheError(f"{cache_path}: {unfinished[0]} is unfinished. Run saffe extract again, then convert.")
+        raise CacheError(f"{config.cache}: {unfinished[0]} is unfinished. Run saffe extract again, then convert.")
     root = read_root(source.storage)
     assert root is not None
     with storage.writer_lock():
@@ -55,19 +44,18 @@ def convert_cache(
         write_group(storage, "tables/1", attributes, columns)
         for encoder in source.encoders.values():
             specs = {
-                name: _new_spec(array.spec, storage_type, compression, shard_mb) if layers_among([name]) else array.spec
+                name: _new_spec(array.spec, config) if layers_among([name]) else array.spec
                 for name, array in encoder.manifest.arrays.items()
             }
-            _convert_encoder(storage, encoder, specs, f"{cache_path}: {encoder.key}")
+            _convert_encoder(storage, encoder, specs, f"{config.cache}: {encoder.key}")
         write_root(storage, RootManifest(1, tuple(source.encoders)))
-    return str(new_path)
+    return config.new
 
 
-def _new_spec(spec: ArraySpec, storage_type: str | None, compression: Compression | None, shard_mb: int) -> ArraySpec:
-    one = replace(
-        spec, dtype=storage_type or spec.dtype, compression=compression or spec.compression, chunk_rows=1, shard_rows=1
-    )
-    chunk_rows, shard_rows = choose_rows(one.row_bytes, shard_mb * 2**20)
+def _new_spec(spec: ArraySpec, config: ConvertConfig) -> ArraySpec:
+    dtype, compression = config.storage or spec.dtype, config.compression or spec.compression
+    one = replace(spec, dtype=dtype, compression=compression, chunk_rows=1, shard_rows=1)
+    chunk_rows, shard_rows = choose_rows(one.row_bytes, config.shard_mb * 2**20)
     return replace(one, chunk_rows=chunk_rows, shard_rows=shard_rows)
 
 

@@ -20,6 +20,7 @@ import h5py
 import numpy as np
 
 from saffe_cache.core.features import BlockSpec, CacheError, LanguageModelSpec
+from saffe_cache.store.config import ExportConfig, ImportConfig
 from saffe_cache.store.layout import decode_shard, shard_name
 from saffe_cache.store.manifest import (
     LANGUAGE_MODEL,
@@ -45,17 +46,17 @@ from saffe_cache.store.table import table_from_arrays
 from saffe_cache.store.writer import EncoderWriter, Portion
 
 
-def export_hdf5(cache_path: str | Path, file_path: str | Path) -> str:
+def export_cache(config: ExportConfig) -> str:
     """Write a cache as an HDF5 file, and return the file's path.
 
     Raises:
         CacheError: a part of the cache is missing or damaged.
         OSError: the file exists, or cannot be written.
     """
-    cache = open_cache(cache_path)
+    cache = open_cache(config.cache)
     root = read_root(cache.storage)
     assert root is not None
-    target, partial = Path(file_path), Path(f"{file_path}.partial")
+    target, partial = Path(config.file), Path(f"{config.file}.partial")
     if target.exists():
         raise FileExistsError(f"{target}: this file exists. Choose another name.")
     try:
@@ -72,16 +73,16 @@ def export_hdf5(cache_path: str | Path, file_path: str | Path) -> str:
     return str(target)
 
 
-def import_hdf5(file_path: str | Path, cache_path: str | Path) -> str:
-    """Make a new cache from a file written by `export_hdf5`, and return the cache's path.
+def import_cache(config: ImportConfig) -> str:
+    """Make a new cache from a file written by `export_cache`, and return the cache's path.
 
     Raises:
         CacheError: the cache exists, or the file is damaged or has another format.
         OSError: the file is missing, or the cache cannot be written.
     """
-    storage = Storage(cache_path)
+    storage, file_path = Storage(config.cache), config.file
     if read_root(storage) is not None:
-        raise CacheError(f"{cache_path}: a cache exists there. Import into a new one.")
+        raise CacheError(f"{config.cache}: a cache exists there. Import into a new one.")
     with _explained(file_path), h5py.File(file_path, "r") as file, storage.writer_lock():
         _refuse_links(file)
         root = json.loads(file.attrs["saffe_cache"])
@@ -96,7 +97,7 @@ def import_hdf5(file_path: str | Path, cache_path: str | Path) -> str:
         arrays, _ = _import_group(storage, "tables/1", ITEMS, file["items"], f"{file_path}: items")
         table_from_arrays(arrays, f"{file_path}: items")
         write_root(storage, RootManifest(1, tuple(root["encoders"])))
-    return str(cache_path)
+    return config.cache
 
 
 def _refuse_links(file: Any) -> None:
@@ -202,7 +203,7 @@ _DAMAGED = "The file is damaged. Export it again."
 
 
 @contextmanager
-def _explained(file_path: str | Path) -> Iterator[None]:
+def _explained(file_path: str) -> Iterator[None]:
     """Turn the many kinds of errors that h5py raises for damaged files into one.
 
     Raises:

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from saffe_cache.core.features import CacheError, ItemTable, printable
+from saffe_cache.store.config import InspectConfig, VerifyConfig
 from saffe_cache.store.layout import check_array_metadata, decode_shard, shard_name
 from saffe_cache.store.manifest import ArrayManifest, encoder_group, existing_root, read_encoder
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache, read_current_table
@@ -21,11 +21,15 @@ _NUM_EXAMPLES = 3
 _NUM_CLASSES = 10
 
 
-def describe_cache(path: str | Path) -> str:
-    """Items, splits, classes, encoders with their arrays, and a few items, as text."""
-    cache = open_cache(path)
+def inspect_cache(config: InspectConfig) -> str:
+    """Describe a cache: items, splits, classes, encoders with their arrays, and a few items.
+
+    Raises:
+        CacheError: there is no cache, or it is damaged.
+    """
+    cache = open_cache(config.cache)
     table = cache.table
-    lines = [f"{path}: {len(table)} items"]
+    lines = [f"{config.cache}: {len(table)} items"]
     for split, count in sorted(Counter(table.splits).items()):
         unusable = sum(bool(table.problems[i]) for i in table.in_split(split))
         lines.append(f"  split {split}: {count} items, {unusable} unreadable")
@@ -100,18 +104,36 @@ class Damage:
         return f"{self.encoder}: {within.get(self.part, self.part)}" if self.encoder else "item table"
 
 
-def verify_cache(path: str | Path) -> tuple[int, list[str]]:
-    """Read all committed data and compare it with its checksums: the number of shards read, and what is damaged.
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """The result of a check."""
+
+    num_shards: int
+    """Shards that were read."""
+    problems: list[str]
+    """Damaged parts, one line each."""
+
+    @property
+    def exit_status(self) -> int:
+        return 1 if self.problems else 0
+
+    def __str__(self) -> str:
+        total = f"{self.num_shards} shards read, {len(self.problems)} damaged"
+        return "\n".join([*map(printable, self.problems), total])
+
+
+def verify_cache(config: VerifyConfig) -> Verified:
+    """Read all committed data of a cache and compare it with its checksums.
 
     Raises:
         CacheError: there is no cache, or one of another format version.
     """
-    num_shards, found = find_damage(Storage(path))
-    return num_shards, [one.message for one in found]
+    num_shards, found = find_damage(Storage(config.cache))
+    return Verified(num_shards=num_shards, problems=[one.message for one in found])
 
 
 def find_damage(storage: Storage) -> tuple[int, list[Damage]]:
-    """As `verify_cache`, with each damaged part as a value.
+    """The number of shards read, and the damaged parts of a cache.
 
     Raises:
         CacheError: there is no cache, or one of another format version.

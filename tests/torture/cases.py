@@ -12,12 +12,12 @@ from typing import Any
 from extraction_cases import files_of, make_captioned
 from forked import Action, Child, Outcome, ask, preload
 from safetensors import safe_open
+from store_cases import verify
 from tiny_models import save_tiny
 
 import saffe_cache.training.train
 from saffe_cache.cli import evaluate_command, extract_command, train_command
 from saffe_cache.core.features import CacheError
-from saffe_cache.store.inspect import verify_cache
 
 SPLITS = {"train": 150, "dev": 12, "test": 20}
 """The smallest shard holds 64 photos."""
@@ -129,7 +129,7 @@ def cache_contents(cache: Path) -> Contents:
 
 def cache_problems(cache: Path) -> list[str]:
     try:
-        return verify_cache(cache)[1]
+        return verify(cache)[1]
     except CacheError as error:
         return [] if "there is no feature cache" in str(error) else [str(error)]
 

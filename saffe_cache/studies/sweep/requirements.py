@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from saffe_cache.core.features import MODALITIES, CacheError, Modality, hidden_states_index
+from saffe_cache.core.features import MODALITIES, CacheError, Modality, StorageType, hidden_states_index
 from saffe_cache.extraction.config import ExtractConfig, config_from_json
+from saffe_cache.store.config import ConvertConfig
 from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.manifest import content_hash, read_root
 from saffe_cache.store.reader import Cache, EncoderCache
@@ -191,7 +192,7 @@ _NARROWER: Mapping[str, tuple[str, ...]] = {
 """What a storage type holds enough for."""
 
 
-def stored_as(path: str, cache: Cache, storage: str | None, folder: Path) -> str:
+def stored_as(path: str, cache: Cache, storage: StorageType | None, folder: Path) -> str:
     """The path of the cache, or of one in `folder` with its hidden states in another type.
 
     The latter is named after what the cache holds: data that are added, or another cache, make another one.
@@ -213,5 +214,5 @@ def stored_as(path: str, cache: Cache, storage: str | None, folder: Path) -> str
         )
     converted = folder / f"{storage}-{content_hash(cache.storage)}.zarr"
     if read_root(Storage(converted)) is None:  # a conversion that was killed has none
-        convert_cache(path, converted, storage_type=storage)
+        convert_cache(ConvertConfig(cache=path, new=str(converted), storage=storage))
     return str(converted)
