@@ -18,11 +18,13 @@ from tiny_models import NUM_LAYERS
 from saffe_cache.core.controls import failed
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.results import exit_status
-from saffe_cache.inputs.pairs import Pairs
+from saffe_cache.inputs.pairs import Pairs, select_pairs
+from saffe_cache.inputs.spec import SplitOptions
+from saffe_cache.inputs.splits import split_pairs
 from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.captioning import caption as verb
 from saffe_cache.studies.captioning.caption import caption
-from saffe_cache.studies.captioning.captions import caption_losses, project, split_photos
+from saffe_cache.studies.captioning.captions import caption_losses, project
 from saffe_cache.studies.captioning.config import CaptionConfig
 from saffe_cache.studies.captioning.fitting import FitOptions, fit_projector, rate_at, shuffled_batches
 from saffe_cache.studies.captioning.measuring import Measured, Measuring, count_cost, judge_controls
@@ -38,8 +40,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Models) -> str:
 
 def parts_of(cache: str, seed: int = 0) -> tuple[Pairs, Pairs, Pairs]:
     found = open_cache(cache)
-    options: dict[str, Any] = {"train_split": "train", "split": "dev", "held_out": 0.25, "seed": seed}
-    return split_photos(found, found.encoder("image"), found.encoder("text"), **options)
+    encoders = found.encoder("image"), found.encoder("text")
+    reported = select_pairs(found.table, *encoders, "dev", "captions")
+    splits = SplitOptions(validation="heldout", validation_fraction=0.25)
+    training, validation, _ = split_pairs(found, encoders, "captions", splits, seed, reported=reported)
+    return training, validation, reported
 
 
 def measuring_of(cache: str, layer: int = 1) -> Measuring:

@@ -579,7 +579,7 @@ def test_cache_that_grew_or_is_another_one_is_refused(cache_path: str, tmp_path:
 
 def test_all_photos_in_another_split_too(tmp_path: Path) -> None:
     path = make_cache(tmp_path / "cache.zarr", {"train": 20, "test": 30}, shared=20)
-    with pytest.raises(ValueError, match="all of its 20 photos stand in other splits too"):
+    with pytest.raises(ValueError, match="all of its 20 photos belong to other splits too"):
         train(config_for(path, tmp_path / "run"))
 
 

@@ -1,41 +1,93 @@
-"""Splits by photo content: what a run trains on, and what it never sees."""
+"""Splits by photo content: what is trained on, what chooses, what is reported.
+
+One rule for all verbs: a photo that belongs to several splits is not trained on, and a photo that is reported does not
+choose either. Photos are compared by the hash of their bytes: equal files have one row in a cache.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from saffe_cache.core.features import ItemTable, Modality
 from saffe_cache.inputs.pairs import Pairs, select_pairs
-from saffe_cache.inputs.spec import RunSpec
-from saffe_cache.store.reader import Cache
+from saffe_cache.inputs.spec import PairKind, RunSpec, SplitOptions
+from saffe_cache.store.reader import Cache, EncoderCache
 
 
-def training_pairs(spec: RunSpec, cache: Cache) -> tuple[Pairs, Pairs, int]:
-    """The pairs that a run trains on, those that it is validated on, and the number of photos shared by splits.
+class Parts(NamedTuple):
+    """Pairs without a common photo."""
 
-    A photo that stands in another split too, by content, is not trained on.
+    training: Pairs
+    validation: Pairs
+    num_shared: int
+    """Photos of the train split that belong to other splits too, and are therefore left out."""
+
+
+def own_pairs(table: ItemTable, modality: Modality, split: str, pairs: Pairs) -> Pairs:
+    """Those of a split's pairs whose photo belongs to no other split.
+
+    Raises:
+        ValueError: there are none.
     """
-    gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
-    beside = spec.gallery_text == "first_caption"
-    pairs = select_pairs(cache.table, gallery, text, spec.train_split, spec.pairs, first_beside=beside)
-    rows = cache.table.rows[gallery.manifest.modality]
-    elsewhere = rows[np.array(cache.table.splits) != spec.train_split]
-    shared = np.isin(pairs.rows, elsewhere)
-    if shared.all():
+    elsewhere = table.rows[modality][np.array(table.splits) != split]
+    is_own = ~np.isin(pairs.rows, elsewhere)
+    if not is_own.any():
         raise ValueError(
-            f"--train-split {spec.train_split}: all of its {len(pairs)} photos stand in other splits too. "
-            "Keep a photo in one split."
+            f"split {split!r}: all of its {len(pairs)} photos belong to other splits too. Keep each photo in one split."
         )
-    pairs = pairs.take(np.flatnonzero(~shared))
-    hashes = cache.table.inputs[gallery.manifest.modality].content_hash
-    if spec.validation == "heldout":
-        pairs, validation = hold_out(pairs, spec.validation_fraction, spec.seed, hashes)
+    return pairs.take(np.flatnonzero(is_own))
+
+
+def split_pairs(
+    cache: Cache,
+    encoders: tuple[EncoderCache, EncoderCache],
+    kind: PairKind,
+    options: SplitOptions,
+    seed: int,
+    *,
+    reported: Pairs | None = None,
+    first_beside: bool = False,
+) -> Parts:
+    """Pairs to train on, and pairs to choose by.
+
+    Args:
+        cache: holds them.
+        encoders: the gallery's and the text's.
+        kind: which texts.
+        options: the splits' names and fractions; `validation` is a split's name or heldout.
+        seed: of what is held out.
+        reported: pairs that must not choose.
+        first_beside: see `select_pairs`.
+
+    Raises:
+        ValueError: a split has no usable pair, or no photo of its own.
+    """
+    modality, table = encoders[0].manifest.modality, cache.table
+    hashes = table.inputs[modality].content_hash
+    chosen = select_pairs(table, *encoders, options.train_split, kind, first_beside=first_beside)
+    training = own_pairs(table, modality, options.train_split, chosen)
+    num_shared = len(chosen) - len(training)
+    if options.validation == "heldout":
+        training, validation = hold_out(training, options.validation_fraction, seed, hashes)
     else:
-        validation = select_pairs(cache.table, gallery, text, spec.validation, spec.pairs, first_beside=beside)
-    return keep_part(pairs, spec.train_fraction, spec.seed, hashes), validation, int(shared.sum())
+        validation = select_pairs(table, *encoders, options.validation, kind, first_beside=first_beside)
+    if reported is not None:
+        is_free = ~np.isin(validation.rows, reported.rows)
+        if not is_free.any():
+            raise ValueError(f"--validation {options.validation}: all of its {len(validation)} photos are reported.")
+        validation = validation.take(np.flatnonzero(is_free))
+    return Parts(keep_part(training, options.train_fraction, seed, hashes), validation, num_shared)
+
+
+def training_pairs(spec: RunSpec, cache: Cache) -> Parts:
+    """The pairs that a run trains on and is validated on."""
+    encoders = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
+    first_beside = spec.gallery_text == "first_caption"
+    return split_pairs(cache, encoders, spec.pairs, spec, spec.seed, first_beside=first_beside)
 
 
 def data_fingerprint(cache: Cache, spec: RunSpec, *parts: Pairs) -> str:

@@ -20,6 +20,7 @@ from saffe_cache.core.options import require
 from saffe_cache.fusion.pooling import NormedTokens, mean_weights
 from saffe_cache.inputs.pairs import gallery_modality, pair_kind, select_pairs
 from saffe_cache.inputs.spec import PairKind
+from saffe_cache.inputs.splits import own_pairs
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 from saffe_cache.studies.alignment.advice import advise
@@ -116,11 +117,10 @@ def _draw(config: AlignConfig, cache: Cache, gallery: EncoderCache, text: Encode
     Raises:
         ValueError: there are too few.
     """
-    pairs = select_pairs(cache.table, gallery, text, config.split, kind)
-    rows = cache.table.rows[gallery.manifest.modality]
-    elsewhere = rows[np.array(cache.table.splits) != config.split]
+    found = select_pairs(cache.table, gallery, text, config.split, kind)
+    pairs = own_pairs(cache.table, gallery.manifest.modality, config.split, found)
     generator = np.random.default_rng(config.seed)
-    order = generator.permutation(np.flatnonzero(~np.isin(pairs.rows, elsewhere)))
+    order = generator.permutation(len(pairs))
     if kind == "captions":
         texts = np.array([generator.choice(pairs.texts[int(i)]) for i in order], np.int64)
         _, first = np.unique(texts, return_index=True)

@@ -24,6 +24,7 @@ from saffe_cache.extraction.reencode import past_extractions, reload_encoder
 from saffe_cache.inputs.feature_loader import summaries
 from saffe_cache.inputs.pairs import select_pairs
 from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.inputs.splits import own_pairs
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.studies.binding.config import BindConfig
@@ -56,10 +57,10 @@ def bind(config: BindConfig) -> str:
     cache = open_cache(config.cache)
     spec = resolve_run(_train_config(config, config.out, config.seed), cache)
     spec = replace(spec, shape=replace(spec.shape, dropout=0.0, maps_queries=False))
-    rows = {name: _photo_rows(cache, spec, name) for name in (config.split, config.train_split)}
-    known, labels = rows[config.train_split]
-    is_own = ~np.isin(known, rows[config.split][0])
-    rows[config.train_split] = known[is_own], labels[is_own]
+    rows = {
+        name: _photo_rows(cache, spec, name, trains=name == config.train_split)
+        for name in (config.split, config.train_split)
+    }
     spec = replace(spec, data=_fingerprint(cache, spec, rows))
     return run_study("bind", config, spec, partial(_measure, config, cache, spec, rows), ignored=("text_encoder",))
 
@@ -116,13 +117,16 @@ _Rows = tuple[np.ndarray, np.ndarray]
 """Rows of photos in their encoder's arrays, and their classes."""
 
 
-def _photo_rows(cache: Cache, spec: RunSpec, split: str) -> _Rows:
-    """The photos of a split that have exactly one class, each once.
+def _photo_rows(cache: Cache, spec: RunSpec, split: str, *, trains: bool) -> _Rows:
+    """The photos of a split that have exactly one class, each once; to train on, only those of no other split.
 
     Raises:
         ValueError: there are none.
     """
-    pairs = select_pairs(cache.table, cache.encoders[spec.gallery_key], cache.encoders[spec.text_key], split, "classes")
+    gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
+    pairs = select_pairs(cache.table, gallery, text, split, "classes")
+    if trains:
+        pairs = own_pairs(cache.table, gallery.manifest.modality, split, pairs)
     has_one = np.diff(pairs.labels.offsets) == 1
     if not has_one.any():
         raise ValueError(

@@ -22,10 +22,11 @@ from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.options import require
 from saffe_cache.core.tensors import read_tensors, write_tensors
-from saffe_cache.inputs.pairs import Pairs
-from saffe_cache.inputs.splits import content_fingerprint
+from saffe_cache.inputs.pairs import Pairs, select_pairs
+from saffe_cache.inputs.spec import SplitOptions
+from saffe_cache.inputs.splits import content_fingerprint, split_pairs
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
-from saffe_cache.studies.captioning.captions import CaptionSource, first_captions, project, split_photos
+from saffe_cache.studies.captioning.captions import CaptionSource, first_captions, project
 from saffe_cache.studies.captioning.config import CaptionConfig
 from saffe_cache.studies.captioning.fitting import FitOptions, fit_projector, new_projector
 from saffe_cache.studies.captioning.inserting import InsertedModel, Projector, greedy_captions
@@ -54,13 +55,9 @@ def caption(config: CaptionConfig) -> str:
     )
     room = source.num_positions - source.num_photo_tokens - len(source.tokens.start)
     require(config.max_tokens <= room, "max_tokens", config.max_tokens, f"at most {room}: the model's positions")
-    training, validation, reported = split_photos(
-        *(cache, photos, text),
-        train_split=config.train_split,
-        split=config.split,
-        held_out=config.held_out,
-        seed=config.seed,
-    )
+    reported = select_pairs(cache.table, photos, text, config.split, "captions")
+    splits = SplitOptions(train_split=config.train_split, validation="heldout", validation_fraction=config.held_out)
+    training, validation, _ = split_pairs(cache, (photos, text), "captions", splits, config.seed, reported=reported)
     drawn = np.random.default_rng(0).permutation(len(reported))[: config.report_photos]
     reported = reported.take(np.sort(drawn))
     require(config.others < len(reported), "others", config.others, f"fewer than {len(reported)}, the photos reported")

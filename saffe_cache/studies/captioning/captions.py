@@ -11,8 +11,7 @@ from torch.nn import functional
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.causal_tokens import CausalTokens
-from saffe_cache.inputs.pairs import Pairs, select_pairs
-from saffe_cache.inputs.splits import hold_out
+from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.store.reader import Cache, EncoderCache
 from saffe_cache.studies.captioning.inserting import InsertedModel, Projector, photo_side, pool_photos
 
@@ -135,25 +134,6 @@ def caption_losses(model: InsertedModel, captions: Captions, photos: torch.Tenso
 def num_said(captions: Captions) -> torch.Tensor:
     """Tokens that a caption's loss is summed over, int64 [batch]."""
     return captions.is_said.sum(dim=1)
-
-
-def split_photos(
-    cache: Cache, photos: EncoderCache, text: EncoderCache, *, train_split: str, split: str, held_out: float, seed: int
-) -> tuple[Pairs, Pairs, Pairs]:
-    """Photos to train on, to choose the best epoch on, and to report on. No photo, by content, is in two of them.
-
-    Raises:
-        ValueError: a split has no usable pair, or all training photos are reported on.
-    """
-    pairs, reported = (select_pairs(cache.table, photos, text, name, "captions") for name in (train_split, split))
-    shared = np.isin(pairs.rows, reported.rows)
-    if shared.all():
-        raise ValueError(
-            f"--train-split {train_split}: all of its photos are in {split} too. Keep each photo in one split."
-        )
-    hashes = cache.table.inputs["image"].content_hash
-    training, validation = hold_out(pairs.take(np.flatnonzero(~shared)), held_out, seed, hashes)
-    return training, validation, reported
 
 
 def first_captions(pairs: Pairs) -> np.ndarray:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
-
 from saffe_cache.inputs.pairs import Pairs, gallery_modality, pair_kind, select_pairs
-from saffe_cache.inputs.splits import content_fingerprint, hold_out
+from saffe_cache.inputs.spec import SplitOptions
+from saffe_cache.inputs.splits import content_fingerprint, hold_out, split_pairs
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 from saffe_cache.studies.harness import run_study
 from saffe_cache.studies.matching.config import MatchConfig
@@ -50,28 +49,19 @@ def match(config: MatchConfig) -> str:
 def split_parts(config: MatchConfig, cache: Cache, photo: EncoderCache, text: EncoderCache) -> dict[str, Pairs]:
     """Photos to train on, to choose on, to report on, and to align with; no photo, by content, is in two of them.
 
-    Photos to train on are in no other split of the cache at all.
-
     Raises:
         ValueError: a split is absent, or has no photo of its own.
     """
     kind = pair_kind(cache.table)
-    names = {"train": config.train_split, "test": config.split}
-    if config.validation != "heldout":
-        names["validation"] = config.validation
-    parts = {part: select_pairs(cache.table, photo, text, name, kind) for part, name in names.items()}
-    modality = photo.manifest.modality
-    elsewhere = cache.table.rows[modality][np.array(cache.table.splits) != config.train_split]
-    for part, others in (("validation", parts["test"].rows), ("train", elsewhere)):
-        if part in parts:
-            parts[part] = parts[part].take(np.flatnonzero(~np.isin(parts[part].rows, others)))
-            if not len(parts[part]):
-                raise ValueError(
-                    f"split {names[part]!r}: all of its photos are in other splits too. Keep each in one split."
-                )
-    hashes = cache.table.inputs[modality].content_hash
-    if config.validation == "heldout":
-        parts["train"], parts["validation"] = hold_out(parts["train"], config.validation_fraction, 0, hashes)
+    test = select_pairs(cache.table, photo, text, config.split, kind)
+    splits = SplitOptions(
+        train_split=config.train_split,
+        validation=config.validation,
+        validation_fraction=config.validation_fraction,
+    )
+    training, validation, _ = split_pairs(cache, (photo, text), kind, splits, 0, reported=test)
+    parts = {"train": training, "validation": validation, "test": test}
     if config.align_fraction:
-        parts["train"], parts["aligning"] = hold_out(parts["train"], config.align_fraction, 0, hashes)
+        hashes = cache.table.inputs[photo.manifest.modality].content_hash
+        parts["train"], parts["aligning"] = hold_out(training, config.align_fraction, 0, hashes)
     return parts
