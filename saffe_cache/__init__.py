@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors: a selection of what _places holds
     from saffe_cache.core.features import CacheError as CacheError
-    from saffe_cache.evaluation.evaluate import EvaluateConfig as EvaluateConfig
+    from saffe_cache.evaluation.config import EvaluateConfig as EvaluateConfig
     from saffe_cache.evaluation.evaluate import evaluate as evaluate
+    from saffe_cache.evaluation.results import EvaluationResult as EvaluationResult
     from saffe_cache.extraction.config import ExtractConfig as ExtractConfig
     from saffe_cache.extraction.config import RepairConfig as RepairConfig
     from saffe_cache.extraction.extract import extract as extract

@@ -102,8 +102,7 @@ def _run_verb(name: str, prog: str, arguments: Sequence[str] | None) -> int:
     config = parse_config(verb.load_config(), arguments, prog)
 
     def run() -> int:
-        function = verb.load_run()
-        found = function(config)
+        found = verb.load_run()(config)
         if verb.result is None:
             print(found)
             return getattr(found, "exit_status", 0)
