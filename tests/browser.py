@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import fcntl
 import json
 import os
 import shutil
@@ -13,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -95,6 +96,7 @@ class Page:
 @contextmanager
 def browsing(folder: Path) -> Iterator[Page]:
     """A browser whose profile lies in a folder of its own."""
+    fcntl = pytest.importorskip("fcntl")
     browser = find_browser()
     assert browser is not None
     ends = [*os.pipe(), *os.pipe()]

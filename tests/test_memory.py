@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ import pytest
 import torch
 
 from saffe_cache.training.memory import kept_memory
+
+resource = pytest.importorskip("resource")
 
 LARGE = 2**26
 """Bytes, of which glibc keeps none by itself."""

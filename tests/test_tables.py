@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -77,5 +76,6 @@ def test_failed_controls_name_variant_and_seed(table: Variants, tmp_path: Path) 
 def test_peak_memory_is_the_trainings_own(table: Variants, tmp_path: Path) -> None:
     ballast = np.ones(2**27)  # 1 GiB in this process
     alone = replace(table, work=tmp_path, rows=table.rows[:1], seeds=(0,), workers=2).run()["caption"]
+    resource = pytest.importorskip("resource")
     here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     assert 0 < alone.points[0].training_peak_memory_mb[0] < here - ballast.nbytes / 2**20 / 2

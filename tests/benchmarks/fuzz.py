@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -135,6 +134,8 @@ def work_off(name: str, inputs: int, seed: int, out: Path, work: Path) -> None:
 
 
 def limit_memory() -> None:
+    import resource
+
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + EXTRA_BYTES, resource.RLIM_INFINITY))
 
