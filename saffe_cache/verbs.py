@@ -26,12 +26,24 @@ class Verb:
     text and an `exit_status`)."""
     result: str | None = None
     """MODULE:CLASS of its result; None where it writes none."""
+    extra: str | None = None
+    """Its optional dependencies, as in pip install 'saffe-cache[EXTRA]'; None where it has none."""
 
     def load_config(self) -> type[Any]:
         return load_name(self.config)  # type: ignore[no-any-return]
 
     def load_run(self) -> Callable[[Any], Any]:
-        return load_name(self.run)  # type: ignore[no-any-return]
+        """
+        Raises:
+            ImportError: an optional dependency is not installed; the message says what to install.
+        """
+        try:
+            return load_name(self.run)  # type: ignore[no-any-return]
+        except ModuleNotFoundError as error:
+            if self.extra is None or str(error.name).startswith("saffe_cache"):
+                raise
+            what = f"It needs the package {error.name}: pip install 'saffe-cache[{self.extra}]'."
+            raise ImportError(what) from None
 
     def load_result(self) -> type[Any] | None:
         return None if self.result is None else load_name(self.result)
@@ -106,6 +118,7 @@ VERBS: Mapping[str, Verb] = {
         config="studies.matching.config:MatchConfig",
         run="studies.matching.match:match",
         result="studies.matching.result:MatchResult",
+        extra="match",
     ),
     "caption": Verb(
         summary="Feed photo tokens to a frozen language model and measure its captions.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,15 +25,15 @@ from saffe_cache.extraction.extract import extract
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.store.reader import EncoderCache, open_cache
 from saffe_cache.studies.matching import match as match_module
-from saffe_cache.studies.matching import measuring, running
+from saffe_cache.studies.matching import measuring
 from saffe_cache.studies.matching.config import MatchConfig
 from saffe_cache.studies.matching.examples import Examples
-from saffe_cache.studies.matching.match import match, split_parts
+from saffe_cache.studies.matching.match import is_aligned, match, plan_cells, split_parts
 from saffe_cache.studies.matching.measuring import Bench
 from saffe_cache.studies.matching.result import MatchResult
-from saffe_cache.studies.matching.running import plan_cells
 from saffe_cache.studies.matching.scores import judge_controls
-from saffe_cache.studies.matching.summary import null_trials
+from saffe_cache.studies.matching.verdict import null_trials
+from saffe_cache.verbs import VERBS
 
 SPLITS = {"train": 120, "test": 60}
 
@@ -142,7 +143,7 @@ def test_each_photo_is_in_one_part(cache: str, tmp_path: Path, monkeypatch: pyte
         seen.append(parts)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(running, "Bench", look)
+    monkeypatch.setattr(match_module, "Bench", look)
     with pytest.raises(KeyboardInterrupt):
         match(config_of(cache, tmp_path))
     [parts] = seen
@@ -185,15 +186,15 @@ def test_leak_fails_a_control(cache: str, tmp_path: Path, monkeypatch: pytest.Mo
 def test_killed_run_resumes_and_finished_one_stays(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(cache, tmp_path / "killed", scales=(60,))
     whole = result_of(config_of(cache, tmp_path / "whole", scales=(60,)))
-    measure, calls = running.measure_cell, []
+    measure, calls = match_module.measure_cell, []
 
-    def dying(bench: Any, cell: Any, options: Any) -> Any:
+    def dying(bench: Any, cell: Any, **options: Any) -> Any:
         calls.append(cell)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return measure(bench, cell, options)
+        return measure(bench, cell, **options)
 
-    monkeypatch.setattr(running, "measure_cell", dying)
+    monkeypatch.setattr(match_module, "measure_cell", dying)
     with pytest.raises(KeyboardInterrupt):
         match(config)
     result = result_of(config)
@@ -335,12 +336,12 @@ def test_token_layers_stay_when_a_run_resumes(cache: str, tmp_path: Path, monkey
     tokens = config_of(cache, tmp_path / "tokens", fusions=("tokens",), scales=(60,), token_scales=(60,), seeds=(0,))
     plain = config_of(cache, tmp_path / "plain", fusions=("concat",), scales=(60,), seeds=(0,), epochs=1)
 
-    def dying(*_: Any) -> None:
+    def dying(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as before:
         before.setattr(EncoderCache, "layers", [2])
-        before.setattr(running, "measure_cell", dying)
+        before.setattr(match_module, "measure_cell", dying)
         for config in (tokens, plain):
             with pytest.raises(KeyboardInterrupt):
                 match(config)
@@ -382,9 +383,9 @@ def test_halves_of_one_model_are_aligned(tiny_model: Callable[[str], Path], tmp_
         match(config_of(cache, tmp_path / "twice", align_fraction=0.5, **options))
     other = replace(text.manifest.fingerprint, fields={**text.manifest.fingerprint.fields, "model_id": "another"})
     photo = open_cache(cache).encoder("image")
-    assert running.is_aligned(photo, text)
+    assert is_aligned(photo, text)
     text.manifest.fingerprint = other
-    assert not running.is_aligned(photo, text)
+    assert not is_aligned(photo, text)
 
 
 def test_options_that_do_not_fit_are_refused(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,13 +403,12 @@ def test_options_that_do_not_fit_are_refused(cache: str, tmp_path: Path, monkeyp
         match(config_of(cache, tmp_path / "b", split="dev"))
     with pytest.raises(CacheError, match=r"hidden states of layers \[2, 3\], requested \[1\]"):
         match(config_of(cache, tmp_path / "c", layers={"image": (1,)}))
-    real = __import__
 
-    def lacking(name: str, *rest: Any) -> Any:
-        if name == "saffe_cache.studies.matching.running":
-            raise ImportError("No module named 'sklearn'", name="sklearn")
-        return real(name, *rest)
 
-    monkeypatch.setattr("builtins.__import__", lacking)
-    with pytest.raises(ImportError, match=r"saffe match needs the package sklearn: pip install 'saffe-cache\[match\]'"):
-        match_module.match(config_of(cache, tmp_path / "d"))
+def test_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "saffe_cache.studies.matching.match")
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # type: ignore[arg-type]
+    for name in [name for name in sys.modules if name.startswith("saffe_cache.studies.matching.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"needs the package sklearn.*: pip install 'saffe-cache\[match\]'"):
+        VERBS["match"].load_run()

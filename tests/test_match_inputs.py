@@ -11,9 +11,10 @@ from synthetic_cache import make_cache
 
 from saffe_cache.inputs.pairs import select_pairs
 from saffe_cache.store.reader import Cache, open_cache
+from saffe_cache.studies.matching.config import MatchConfig
 from saffe_cache.studies.matching.examples import draw_examples, draw_judged
 from saffe_cache.studies.matching.features import PairTokens, PairVectors
-from saffe_cache.studies.matching.fitting import FitOptions, fit, scores_of
+from saffe_cache.studies.matching.fitting import fit, scores_of
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +54,9 @@ def test_weights_of_best_epoch_are_kept_and_repeatable(cache: Cache) -> None:
     train, judged = (select_pairs(cache.table, photo, text, split, "captions") for split in ("train", "test"))
     rows = np.union1d(train.rows, judged.rows), np.union1d(train.texts.values, judged.texts.values)
     vectors = PairVectors.read(photo, text, *rows)
-    options = FitOptions(
-        epochs=6, batch_size=16, learning_rate=0.01, weight_decay=0.01, query_modality="text", device="cpu"
-    )
+    config = MatchConfig(cache="c", out="o", epochs=6, batch_size=16, learning_rate=0.01)
     training, validation = draw_examples(train, 80, 1, 0), draw_judged(judged, 1, 0)
-    first, again, other = (fit("concat", vectors, training, validation, options, seed) for seed in (0, 0, 1))
+    first, again, other = (fit("concat", vectors, training, validation, config, seed, "cpu") for seed in (0, 0, 1))
     assert first.validation[first.epoch - 1] == max(first.validation)
     scores = scores_of(first.model, vectors, validation, "cpu")
     assert ((scores > 0) == validation.labels).mean() == pytest.approx(max(first.validation))

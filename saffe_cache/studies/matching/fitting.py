@@ -20,24 +20,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.studies.matching.config import QueryModality
+from saffe_cache.studies.matching.config import MatchConfig
 from saffe_cache.studies.matching.examples import Examples
 from saffe_cache.studies.matching.features import Inputs
 from saffe_cache.studies.matching.fusions import make_fusion
 
 _JUDGED_AT_ONCE = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitOptions:
-    """The fields are described in MatchConfig."""
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    query_modality: QueryModality
-    device: str
 
 
 @dataclass(frozen=True)
@@ -54,27 +42,34 @@ class Fit:
     num_parameters: int
 
 
-def fit(name: str, inputs: Inputs, training: Examples, validation: Examples, options: FitOptions, seed: int) -> Fit:
+def fit(
+    name: str,
+    inputs: Inputs,
+    training: Examples,
+    validation: Examples,
+    config: MatchConfig,
+    seed: int,
+    device: str,
+) -> Fit:
     """Train on pairs. The same seed gives the same weights on the same device."""
     generator = np.random.default_rng([seed, 4])
-    device = options.device
     with torch.random.fork_rng(devices=[] if device == "cpu" else None):
         torch.manual_seed(seed)
-        model = make_fusion(name, *inputs.widths, options.query_modality).to(device)
+        model = make_fusion(name, *inputs.widths, config.query_modality).to(device)
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-        per_epoch = -(-len(training) // options.batch_size)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * per_epoch)
+        per_epoch = -(-len(training) // config.batch_size)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * per_epoch)
         labels = torch.from_numpy(training.labels).to(device)
         best: tuple[float, int, dict[str, torch.Tensor]] = (-1.0, 0, {})
         accuracies, losses = [], []
-        for epoch in range(1, options.epochs + 1):
+        for epoch in range(1, config.epochs + 1):
             model.train()
             order = generator.permutation(len(training))
             total = torch.zeros((), device=device)
-            for start in range(0, len(order), options.batch_size):
-                these = order[start : start + options.batch_size]
+            for start in range(0, len(order), config.batch_size):
+                these = order[start : start + config.batch_size]
                 batch = inputs.batch(training.photos[these], training.texts[these])
                 loss = functional.cross_entropy(model(*(part.to(device) for part in batch)), labels[these])
                 optimizer.zero_grad()

@@ -13,11 +13,11 @@ from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.retrieval.baselines import LinearMap, unit_rows
 from saffe_cache.store.reader import EncoderCache
 from saffe_cache.studies.matching.baselines import fit_alignment, fit_baselines, fit_ridge_map, judge_alignment
-from saffe_cache.studies.matching.config import FUSIONS
+from saffe_cache.studies.matching.config import FUSIONS, MatchConfig
 from saffe_cache.studies.matching.examples import Examples, draw_examples, draw_judged
 from saffe_cache.studies.matching.features import Degradation, Inputs, PairTokens, PairVectors, measure_alignment
 from saffe_cache.studies.matching.findings import MadeAlignment, MatchCell, Plane, Planes, SystemScores
-from saffe_cache.studies.matching.fitting import FitOptions, fit, scores_of
+from saffe_cache.studies.matching.fitting import fit, scores_of
 from saffe_cache.studies.matching.scores import judge
 
 BASELINE_CELL = "baselines"
@@ -80,22 +80,22 @@ class Bench:
             token_cells: all cells that need hidden states.
             layers: of photos and texts, for these.
         """
-        self._photo, self._text, self._parts = photo, text, parts
-        self._token_cells, self._layers = token_cells, layers
+        self.photo, self.text, self.parts, self.layers = photo, text, parts, layers
+        self._token_cells = token_cells
         self._degraded: tuple[tuple[Degradation, int], PairVectors] | None = None
 
     @cached_property
     def own(self) -> PairVectors:
         """The encoders' own."""
-        rows = [np.unique(np.concatenate([of.rows for of in self._parts.values()]))]
-        rows.append(np.unique(np.concatenate([of.texts.values for of in self._parts.values()])))
-        return PairVectors.read(self._photo, self._text, *rows)
+        rows = [np.unique(np.concatenate([of.rows for of in self.parts.values()]))]
+        rows.append(np.unique(np.concatenate([of.texts.values for of in self.parts.values()])))
+        return PairVectors.read(self.photo, self.text, *rows)
 
     @cached_property
     def alignment_map(self) -> LinearMap | None:
         """What makes features pre-aligned; None where they are taken as they are."""
-        others = self._parts.get("aligning")
-        return fit_alignment(self.own, others, draw_judged(self._parts["validation"], 1, 0)) if others else None
+        others = self.parts.get("aligning")
+        return fit_alignment(self.own, others, draw_judged(self.parts["validation"], 1, 0)) if others else None
 
     @cached_property
     def clean(self) -> PairVectors:
@@ -105,15 +105,15 @@ class Bench:
     def made_alignment(self) -> MadeAlignment:
         """What the map did to the report's pairs."""
         assert self.alignment_map
-        test = draw_judged(self._parts["test"], 1, 0)
-        return judge_alignment(self.own, self._parts["aligning"], self.alignment_map, test)
+        test = draw_judged(self.parts["test"], 1, 0)
+        return judge_alignment(self.own, self.parts["aligning"], self.alignment_map, test)
 
     @cached_property
     def tokens(self) -> PairTokens:
         """Of the photos and texts of these cells only."""
         drawn = [examples for cell in self._token_cells for examples in self.examples(cell)]
         rows = [np.unique(np.concatenate([getattr(one, of) for one in drawn])) for of in ("photos", "texts")]
-        return PairTokens.read(self._photo, self._text, rows[0], rows[1], self._layers)
+        return PairTokens.read(self.photo, self.text, rows[0], rows[1], self.layers)
 
     @property
     def num_tokens(self) -> tuple[int, int] | None:
@@ -143,7 +143,7 @@ class Bench:
 
     def examples(self, cell: CellPlan) -> tuple[Examples, Examples, Examples]:
         """To train on, to choose on, to report on."""
-        return examples_of(self._parts, cell)
+        return examples_of(self.parts, cell)
 
     def alignment(self, cell: CellPlan) -> Mapping[str, float]:
         """Measured cosines of a cell's features."""
@@ -157,7 +157,7 @@ class Bench:
         return measure_alignment((self.clean.photos, self.clean.texts), (now.photos, now.texts), places)
 
 
-def measure_cell(bench: Bench, cell: CellPlan, options: FitOptions) -> MatchCell:
+def measure_cell(bench: Bench, cell: CellPlan, config: MatchConfig, device: str) -> MatchCell:
     """Scores of each system of a cell on test photos, and on these with the photos shuffled."""
     training, validation, test = bench.examples(cell)
     shuffled = test.with_photos_shuffled(cell.seed)
@@ -174,10 +174,10 @@ def measure_cell(bench: Bench, cell: CellPlan, options: FitOptions) -> MatchCell
     else:
         assert cell.system in FUSIONS
         inputs: Inputs = bench.tokens if cell.system == "tokens" else vectors
-        fitted = fit(cell.system, inputs, training, validation, options, cell.seed)
+        fitted = fit(cell.system, inputs, training, validation, config, cell.seed, device)
         systems[cell.system] = SystemScores(
-            test=judge(scores_of(fitted.model, inputs, test, options.device), test.labels),
-            shuffled=judge(scores_of(fitted.model, inputs, shuffled, options.device), test.labels),
+            test=judge(scores_of(fitted.model, inputs, test, device), test.labels),
+            shuffled=judge(scores_of(fitted.model, inputs, shuffled, device), test.labels),
             best_epoch=fitted.epoch,
             validation_accuracy=fitted.validation,
             losses=fitted.losses,
