@@ -86,7 +86,7 @@ def test_another_picture_size_interpolates_the_positions(name: str, tiny_model: 
 
 
 @every_family
-def test_truncated_pass_gives_the_same_and_runs_nothing_deeper(name: str, tiny_model: Models) -> None:
+def test_truncated_pass_is_equal_and_runs_nothing_deeper(name: str, tiny_model: Models) -> None:
     encoder = load_tiny(name, tiny_model(name))
     inputs = inputs_of(name, encoder)
     full = encoder.encode(inputs)
@@ -150,7 +150,7 @@ def test_bfloat16_runs_in_it_and_returns_float32(tiny_model: Models) -> None:
         assert 0 < np.abs(states - expected).max() < 0.1 * np.abs(expected).max()
 
 
-def test_texts_are_prompted_cut_and_padded(tiny_model: Models) -> None:
+def test_texts_are_prompted_truncated_and_padded(tiny_model: Models) -> None:
     encoder = load_tiny("roberta", tiny_model("roberta"), prompt="word39 {}", max_length=5)
     ids = encoder.tokenize(["word0", "word0 word1 word2 word3"])
     assert ids == [[0, 43, 4, 2], [0, 43, 4, 5, 2]]
@@ -162,7 +162,7 @@ def test_texts_are_prompted_cut_and_padded(tiny_model: Models) -> None:
 @pytest.mark.parametrize(
     ("name", "positions"), [("bert", 202), ("roberta", 200), ("mpnet", 200), ("clip-text", 77), ("gpt2", 202)]
 )
-def test_a_text_may_use_all_positions_and_no_more(name: str, positions: int, tiny_model: Models) -> None:
+def test_text_may_use_all_positions_but_no_more(name: str, positions: int, tiny_model: Models) -> None:
     encoder = load_tiny(name, tiny_model(name))
     assert encoder.max_length == positions
     long = inputs_of(name, encoder, [" ".join(["word5"] * 300)])
@@ -170,7 +170,7 @@ def test_a_text_may_use_all_positions_and_no_more(name: str, positions: int, tin
 
 
 @pytest.mark.parametrize("name", ["dinov2", "bert", "clip-vision"])
-def test_a_launched_batch_is_its_own(name: str, tiny_model: Models) -> None:
+def test_launched_batch_keeps_its_own_results(name: str, tiny_model: Models) -> None:
     """Converted after others were launched, in the type of the pass; a selection that changes meanwhile is not its."""
     encoder = load_tiny(name, tiny_model(name), dtype="bfloat16")
     inputs = inputs_of(name, encoder)

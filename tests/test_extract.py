@@ -132,7 +132,7 @@ def test_new_items_extend_every_cached_layer(config: ExtractConfig, data: Path) 
         np.testing.assert_allclose(states[0], states[1], atol=1e-5)
 
 
-def test_what_a_kill_left_of_an_old_table_is_removed(config: ExtractConfig) -> None:
+def test_remains_of_an_old_table_are_removed(config: ExtractConfig) -> None:
     """It came behind the new root; nothing else is to be done."""
     extract(config)
     make_captioned(Path(config.data), {"test": 3})
@@ -144,7 +144,7 @@ def test_what_a_kill_left_of_an_old_table_is_removed(config: ExtractConfig) -> N
     assert sorted(path.name for path in tables.iterdir()) == ["2", "zarr.json"]
 
 
-def test_second_encoder_stands_beside_the_first(config: ExtractConfig, tiny_model: Callable[[str], Path]) -> None:
+def test_second_encoder_is_added_to_the_first(config: ExtractConfig, tiny_model: Callable[[str], Path]) -> None:
     extract(config)
     old = files_of(config.cache)
     extract(replace(config, encoder={"image": str(tiny_model("vit"))}, layers={}))
@@ -166,7 +166,7 @@ def test_interrupted_extraction_resumes_to_the_same_bytes(config: ExtractConfig,
 
 
 @pytest.mark.slow
-def test_kill_dash_nine_costs_at_most_the_open_shard(config: ExtractConfig, tmp_path: Path) -> None:
+def test_sigkill_loses_at_most_the_open_shard(config: ExtractConfig, tmp_path: Path) -> None:
     """A real process, killed as soon as something is committed; one batch a shard."""
     data = make_captioned(tmp_path / "many", {"train": 200})
     small = replace(config, data=str(data), shard_mb=0)
@@ -195,7 +195,7 @@ def test_kill_dash_nine_costs_at_most_the_open_shard(config: ExtractConfig, tmp_
 
 
 @pytest.mark.parametrize("place", ["saffe_cache.extraction.loading.decode", "saffe_cache.sources.items.MediaFile.read"])
-def test_a_machine_without_file_handles_blames_no_photo(
+def test_lack_of_file_handles_marks_no_photo_unreadable(
     config: ExtractConfig, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither where photos are hashed nor where they are decoded; the next extraction is an undisturbed one."""
@@ -230,7 +230,7 @@ def test_unreadable_items_are_recorded_counted_and_limited(config: ExtractConfig
     assert image.usable(cache.table.rows["image"]).sum() == 24
 
 
-def test_repaired_item_is_taken_up(config: ExtractConfig, data: Path) -> None:
+def test_corrected_item_is_encoded(config: ExtractConfig, data: Path) -> None:
     photo = data / "dev" / "002.png"
     content = photo.read_bytes()
     photo.unlink()
@@ -242,7 +242,7 @@ def test_repaired_item_is_taken_up(config: ExtractConfig, data: Path) -> None:
     assert cache.encoder("image").usable(cache.table.rows["image"][[item]])[0]
 
 
-def test_broken_photo_can_be_mended_or_left_out(config: ExtractConfig, data: Path) -> None:
+def test_broken_photo_can_be_corrected_or_omitted(config: ExtractConfig, data: Path) -> None:
     """After a run that stopped over --max-invalid, and after one that went through."""
     photo = data / "train" / "003.png"
     content = photo.read_bytes()
@@ -449,7 +449,7 @@ def test_storage_of_an_array_is_fixed(config: ExtractConfig) -> None:
         extract(replace(config, storage="float16"))
 
 
-def test_storage_is_that_of_the_other_layers_and_float8_at_first(config: ExtractConfig) -> None:
+def test_storage_defaults_to_that_of_other_layers_or_float8(config: ExtractConfig) -> None:
     one_layer = replace(config, layers={"image": (1,)}, encoder={"image": config.encoder["image"]})
     for asked, expected in ((None, "float8"), ("bfloat16", "bfloat16")):
         path = extract(replace(one_layer, storage=asked, cache=f"{config.cache}.{asked}"))

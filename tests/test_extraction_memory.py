@@ -58,7 +58,7 @@ def limit_memory(
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
-def test_extraction_goes_on_in_halves(
+def test_extraction_continues_in_halves(
     config: ExtractConfig,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -100,7 +100,7 @@ def test_halved_extraction_resumes_to_the_same_bytes(
     assert files_of(resumed) == files_of(whole)
 
 
-def test_what_cannot_fit_is_tried_once_more_and_then_not_again(
+def test_batch_that_does_not_fit_is_retried_once(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path]
 ) -> None:
     encoder = load_tiny("bert", tiny_model("bert"))
@@ -120,7 +120,7 @@ def test_what_cannot_fit_is_tried_once_more_and_then_not_again(
     assert tried(3, 5) == [(3, 5), (3, 5), (1, 5), (2, 5)]
 
 
-def test_a_passing_shortage_does_not_halve(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path]) -> None:
+def test_temporary_shortage_does_not_halve(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path]) -> None:
     """What was in flight held the memory: once it is through, the batch fits."""
     encoder, freed = load_tiny("bert", tiny_model("bert")), []
     monkeypatch.setattr(encoder.transfers, "free_memory", lambda: freed.append(True))
@@ -150,9 +150,7 @@ def test_a_single_input_that_does_not_fit_ends_the_run(config: ExtractConfig, mo
         extract(replace(config, encoder={"image": config.encoder["image"]}, layers={}, batch_size=2))
 
 
-def test_other_errors_of_the_device_are_not_taken_for_it(
-    config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_device_errors_are_not_out_of_memory(config: ExtractConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = limit_memory(monkeypatch, photos=3, error=RuntimeError("CUDA error: an illegal memory access"))
     with pytest.raises(RuntimeError, match="illegal memory access"):
         extract(config)

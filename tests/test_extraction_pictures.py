@@ -45,7 +45,7 @@ def encoders(tiny_model: Callable[[str], Path]) -> dict[str, FrozenEncoder]:
     height=st.integers(1, 130),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_every_shape_comes_out_as_the_processor_makes_it(
+def test_every_shape_equals_the_processors_result(
     encoders: dict[str, FrozenEncoder], name: str, width: int, height: int, dtype: torch.dtype
 ) -> None:
     out = room_for(encoders[name], dtype)
@@ -55,7 +55,7 @@ def test_every_shape_comes_out_as_the_processor_makes_it(
 
 
 @pytest.mark.parametrize("name", [name for name in IMAGE_FAMILIES if name not in ASKED])
-def test_the_quick_way_is_the_one_taken(
+def test_quick_preparation_is_used(
     encoders: dict[str, FrozenEncoder], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -67,7 +67,7 @@ def test_the_quick_way_is_the_one_taken(
     assert out["pixel_values"].isfinite().all()
 
 
-def test_what_is_no_picture_of_pil_goes_to_the_processor(encoders: dict[str, FrozenEncoder]) -> None:
+def test_other_inputs_go_to_the_processor(encoders: dict[str, FrozenEncoder]) -> None:
     encoder, out = encoders["vit"], room_for(encoders["vit"])
     encoder.prepare_into(np.asarray(picture(50, 40)), out)
     assert torch.equal(out["pixel_values"], encoder.prepare(picture(50, 40))["pixel_values"][0])
@@ -78,7 +78,7 @@ def test_an_input_of_another_shape_is_refused(encoders: dict[str, FrozenEncoder]
         encoders["vit"].prepare_into(picture(50, 40), {"pixel_values": torch.empty(3, 32, 40)})
 
 
-def test_a_processor_with_steps_of_its_own_is_left_alone(encoders: dict[str, FrozenEncoder]) -> None:
+def test_processor_with_its_own_steps_is_used(encoders: dict[str, FrozenEncoder]) -> None:
     theirs = encoders["dinov2"]._processor
 
     class Inverting(type(theirs)):  # type: ignore[misc]
@@ -89,7 +89,7 @@ def test_a_processor_with_steps_of_its_own_is_left_alone(encoders: dict[str, Fro
     assert quick_pictures(Inverting(**theirs.to_dict())) is None
 
 
-def test_a_release_that_computes_otherwise_is_found_out(
+def test_release_with_other_results_is_detected(
     encoders: dict[str, FrozenEncoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Same classes, same names, other pixels: the drawn pictures do not agree."""

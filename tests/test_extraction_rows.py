@@ -44,7 +44,7 @@ def spec_of(shape: tuple[int, ...], dtype: str) -> ArraySpec:
 @given(
     data=st.data(), lengths=st.lists(st.integers(1, 5), min_size=1, max_size=8), dtype=st.sampled_from(STORAGE_DTYPES)
 )
-def test_texts_stand_where_their_offsets_say(data: st.DataObject, lengths: list[int], dtype: str) -> None:
+def test_texts_are_placed_by_their_offsets(data: st.DataObject, lengths: list[int], dtype: str) -> None:
     """However they are ordered and batched: against rows put one after the other."""
     job: Any = Texts(lengths)
     generator = np.random.default_rng(len(lengths))

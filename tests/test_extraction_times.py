@@ -52,7 +52,7 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
         (EncoderWriter, "_write", "writer", "Writing limited the speed: use a faster disk"),
     ],
 )
-def test_the_limit_is_found_and_named(
+def test_bottleneck_is_found_and_logged(
     config: ExtractConfig,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -91,7 +91,7 @@ def test_seconds_add_up_also_when_something_fails() -> None:
     assert Seconds(waiting_for_writer=2, encoding=1, total=9).limit == "writer"
 
 
-def test_a_resumed_extraction_tells_of_its_own_part(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+def test_resumed_extraction_logs_its_own_part(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
     config = tiny_config(tmp_path / "more", tiny_model, train=80)
     small = replace(config, encoder={"image": config.encoder["image"]}, layers={}, shard_mb=0)
     with full_disk_from(72):

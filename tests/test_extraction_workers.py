@@ -52,7 +52,7 @@ class Late(Launched):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_a_device_that_lags_behind_gets_its_inputs_whole(
+def test_slow_device_gets_intact_inputs(
     config: ExtractConfig, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
     """Workers may not fill a batch again before the device is through with it."""
@@ -89,9 +89,7 @@ def test_beside_a_gpu_workers_are_processes(config: ExtractConfig) -> None:
     assert chosen("processes", "cpu")
 
 
-def test_a_worker_that_dies_is_named_and_the_run_resumed(
-    config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dead_worker_is_reported_and_the_run_resumes(config: ExtractConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     processes = replace(config, decode_in="processes", workers=2, shard_mb=0)
     whole = extract(replace(processes, cache=config.cache + ".whole"))
     read = MediaFile.read
@@ -109,7 +107,7 @@ def test_a_worker_that_dies_is_named_and_the_run_resumed(
     assert files_of(extract(processes)) == files_of(whole)
 
 
-def test_worker_found_dead_when_given_work_is_named(config: ExtractConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_found_dead_at_submission_is_reported(config: ExtractConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rather than when its work is waited for."""
     submit, tasks = ProcessPoolExecutor.submit, []
 
@@ -165,9 +163,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_a_file_that_cannot_be_read_any_more_ends_the_run(
-    config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_that_becomes_unreadable_ends_the_run(config: ExtractConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the photo's fault: nothing is recorded as invalid, and the run can be resumed."""
     read, reads = MediaFile.read, []
 
@@ -184,7 +180,7 @@ def test_a_file_that_cannot_be_read_any_more_ends_the_run(
     assert open_cache(extract(config)).encoder("image").manifest.invalid == {}
 
 
-def test_a_disk_that_fills_up_ends_the_run(config: ExtractConfig) -> None:
+def test_full_disk_ends_the_run(config: ExtractConfig) -> None:
     small = replace(config, shard_mb=0)
     whole = extract(replace(small, cache=config.cache + ".whole"))
     with full_disk_from(11):

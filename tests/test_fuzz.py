@@ -27,7 +27,7 @@ def target(request: pytest.FixtureRequest) -> Iterator[tuple[Target, int]]:
         yield make_target(request.param, folder), COUNTS.get(request.param, 60)
 
 
-def test_changed_inputs_raise_what_is_promised(target: tuple[Target, int]) -> None:
+def test_changed_inputs_raise_documented_errors(target: tuple[Target, int]) -> None:
     parser, count = target
     parser.call(parser.examples[0])
     random, refused = Random(0), 0
@@ -46,7 +46,7 @@ def test_changes_follow_from_the_seed_and_keep_odd_values() -> None:
         assert len(set(runs[0])) > 100
 
 
-def test_a_finding_is_written_once_for_each_place(tmp_path: Path) -> None:
+def test_finding_is_written_once_per_place(tmp_path: Path) -> None:
     def call(data: bytes) -> None:
         raise (KeyError if data else ValueError)("x")
 

@@ -61,7 +61,7 @@ def test_key_is_the_same_at_every_load(name: str, tiny_model: Models, tmp_path: 
     assert keys.pop().startswith(f"{CASES[name].modality}-tiny-{name}-")
 
 
-def test_key_leaves_out_what_does_not_change_the_numbers(tiny_model: Models) -> None:
+def test_key_ignores_what_does_not_change_the_output(tiny_model: Models) -> None:
     encoder = load_tiny("bert", tiny_model("bert"))
     key = encoder.fingerprint.key
     encoder.encode(inputs_of("bert", encoder))
@@ -81,7 +81,7 @@ def test_key_leaves_out_what_does_not_change_the_numbers(tiny_model: Models) -> 
         ("whisper", {"dtype": "float16"}, {"dtype", "weights_sha256"}),
     ],
 )
-def test_key_changes_with_what_changes_the_numbers(
+def test_key_changes_with_what_changes_the_output(
     name: str, change: dict[str, Any], fields: set[str], tiny_model: Models
 ) -> None:
     before, after = (load_tiny(name, tiny_model(name), **options).fingerprint for options in ({}, change))
@@ -170,7 +170,7 @@ def test_other_pooling_is_refused(kinds: list[str], modes: list[str], tiny_model
 
 
 @pytest.mark.parametrize("known_absent", [True, False])
-def test_a_hub_out_of_reach_is_told(
+def test_unreachable_hub_is_reported(
     known_absent: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Unless an earlier look at the hub found that the repository has no such file."""

@@ -68,7 +68,7 @@ def test_dataset_of_one_item_is_extracted_but_not_trained_on(config: ExtractConf
         quick_train(config.cache, tmp_path / "run", fusion="linear")
 
 
-def test_a_dataset_without_captions_or_classes_has_photos_alone(config: ExtractConfig, tmp_path: Path) -> None:
+def test_dataset_without_texts_has_photos_only(config: ExtractConfig, tmp_path: Path) -> None:
     write_items(config, {}, {}, {})
     with pytest.raises(ValueError, match=r"--encoder text=…: the data has no text inputs\. Leave it out"):
         extract(config)
@@ -78,7 +78,7 @@ def test_a_dataset_without_captions_or_classes_has_photos_alone(config: ExtractC
         quick_train(config.cache, tmp_path / "run", fusion="linear")
 
 
-def test_one_class_trains_but_nothing_is_to_be_told_apart(config: ExtractConfig, tmp_path: Path) -> None:
+def test_one_class_trains_without_any_ranking(config: ExtractConfig, tmp_path: Path) -> None:
     write_items(config, *({"label": "cat"} for _ in range(6)))
     extract(config)
     assert open_cache(config.cache).table.class_names == ("cat",)
@@ -92,7 +92,7 @@ def test_a_caption_that_is_empty_counts_as_unreadable(config: ExtractConfig) -> 
         extract(config)
 
 
-def test_a_revision_that_moved_is_a_second_encoder_and_said(
+def test_moved_revision_is_reported_as_second_encoder(
     config: ExtractConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The commit that the hub names is part of what an encoder is known by."""

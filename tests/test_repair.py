@@ -107,7 +107,7 @@ def cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [remove, cut, lambda path: flip(path, 5), lambda path: flip(path, -20)])
-def test_every_shard_comes_out_byte_for_byte(cache: Damaged, damage: Callable[[Path], None]) -> None:
+def test_every_shard_is_restored_byte_for_byte(cache: Damaged, damage: Callable[[Path], None]) -> None:
     """All shards of all encoders at once: full ones, tails, and those that were made by several extractions."""
     arrays = ("hidden_states/*", "pooled", "offsets")
     shards = [path for array in arrays for path in cache.find(f"*/{array}/c/**/*")]
@@ -120,7 +120,7 @@ def test_every_shard_comes_out_byte_for_byte(cache: Damaged, damage: Callable[[P
     cache.check_whole()
 
 
-def test_what_is_whole_is_neither_encoded_nor_written(cache: Damaged, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_intact_parts_are_neither_encoded_nor_written(cache: Damaged, monkeypatch: pytest.MonkeyPatch) -> None:
     """One photo's batch for one tail shard; no layer behind the one that is damaged."""
     [shard] = cache.find("image-tiny-dinov2*/hidden_states/1/c/2/0/0")
     flip(shard, 5)
@@ -158,14 +158,14 @@ def test_blocks_and_metadata_are_restored(cache: Damaged) -> None:
     assert cache.repair().restored == []
 
 
-def test_a_damaged_index_needs_no_data_and_no_encoder(cache: Damaged, tmp_path: Path) -> None:
+def test_damaged_index_needs_no_data_and_no_encoder(cache: Damaged, tmp_path: Path) -> None:
     cache.flip("image-tiny-dinov2*/hidden_states/3/c/1/0/0", -10)
     assert not cache.repair(data=(str(tmp_path / "none"),), encoder={"image": str(tmp_path / "none")}).left
     cache.check_whole()
 
 
 @pytest.mark.parametrize("dies_at", [0, 3, 9])
-def test_a_repair_that_was_killed_is_done_by_the_next_one(cache: Damaged, dies_at: int) -> None:
+def test_killed_repair_is_finished_by_the_next_one(cache: Damaged, dies_at: int) -> None:
     cache.flip("*/hidden_states/*/c/1/0*")
     cache.flip("*/hidden_states/*/c/1/0/0")
     cache.flip("*/blocks/2/query_weight/c/0/0")
@@ -191,7 +191,7 @@ def nudge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FrozenEncoder, "launch", nudged)
 
 
-def test_other_last_bits_are_told_and_recorded(cache: Damaged, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_differences_are_reported_and_recorded(cache: Damaged, monkeypatch: pytest.MonkeyPatch) -> None:
     [shard] = cache.find("image-tiny-dinov2*/hidden_states/3/c/1/0/0")
     before = open_cache(cache.path).encoder("image", "dinov2").array("hidden_states/3").read(np.arange(140))
     flip(shard, 5)
@@ -213,7 +213,7 @@ def test_other_last_bits_are_told_and_recorded(cache: Damaged, monkeypatch: pyte
     assert files_of(str(cache.path)) == cache.files
 
 
-def test_killed_between_shard_and_manifest_it_is_damaged_still(cache: Damaged, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kill_between_shard_and_manifest_leaves_damage(cache: Damaged, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.flip("image-tiny-dinov2*/hidden_states/3/c/1/0/0")
     nudge(monkeypatch)
     write = Storage.write
@@ -263,7 +263,7 @@ def test_missing_files_are_named_and_the_rest_repaired(cache: Damaged, capsys: p
     cache.check_whole()
 
 
-def test_data_and_encoder_that_have_moved_are_named(
+def test_moved_data_and_encoder_are_named(
     cache: Damaged, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for path in cache.path.glob("encoders/*/zarr.json"):
@@ -328,7 +328,7 @@ def test_unfinished_rows_are_left_to_the_extraction(tiny_model: Callable[[str], 
         cache.check_whole()
 
 
-def test_unreadable_and_abandoned_inputs_stay_what_they_are(tiny_model: Callable[[str], Path]) -> None:
+def test_unreadable_and_unused_inputs_are_kept(tiny_model: Callable[[str], Path]) -> None:
     """A broken photo is a row of NaN, also where its file is gone by now."""
     with memory_folder() as folder:
         config = replace(tiny_config(folder, tiny_model), max_invalid=0.1)
@@ -342,7 +342,7 @@ def test_unreadable_and_abandoned_inputs_stay_what_they_are(tiny_model: Callable
             cache.check_whole()
 
 
-def test_a_changed_photo_leaves_a_row_that_can_be_lost(tiny_model: Callable[[str], Path]) -> None:
+def test_row_of_a_changed_photo_may_be_lost(tiny_model: Callable[[str], Path]) -> None:
     """Its file is gone for good, and no item points to it: the shard is whole again, without it."""
     with memory_folder() as folder:
         config = tiny_config(folder, tiny_model)
@@ -363,7 +363,7 @@ def test_a_changed_photo_leaves_a_row_that_can_be_lost(tiny_model: Callable[[str
         assert verify(config.cache)[1] == []
 
 
-def test_past_extractions_tell_which_inputs_went_together(grown: tuple[Path, Path]) -> None:
+def test_past_extractions_give_the_blocks_of_inputs(grown: tuple[Path, Path]) -> None:
     manifest = open_cache(grown[0]).encoder("image", "dinov2").manifest
     past = past_extractions(manifest)
     assert [(one.start, one.stop, one.block_rows) for one in past] == [

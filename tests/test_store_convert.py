@@ -38,7 +38,7 @@ def no_fsync() -> Iterator[None]:
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
-def test_a_converted_cache_holds_the_same(tmp_path: Path, dtype: str, compression: Compression | None) -> None:
+def test_converted_cache_holds_the_same_rows(tmp_path: Path, dtype: str, compression: Compression | None) -> None:
     contents = [image_contents(13), text_contents(13)]
     write_contents(tmp_path / "old", *contents)
     path = convert(tmp_path / "old", tmp_path / "new", storage=dtype, compression=compression, shard_mb=0)
@@ -72,7 +72,7 @@ def test_compression_and_back_gives_the_same_files(tmp_path: Path) -> None:
     assert shard_files(tmp_path / "b") != shard_files(tmp_path / "c")
 
 
-def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
+def test_invalid_conversions_raise(tmp_path: Path) -> None:
     write_contents(tmp_path / "old", image_contents(5, "float32"))
     with pytest.raises(CacheError, match="a cache exists there"):
         convert(tmp_path / "old", tmp_path / "old")
@@ -85,7 +85,7 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "new" / "zarr.json").exists()
 
 
-def test_numbers_that_do_not_fit_are_named_and_leave_no_cache(tmp_path: Path) -> None:
+def test_overflow_in_conversion_is_named_and_leaves_no_cache(tmp_path: Path) -> None:
     contents = image_contents(5, "float32")
     contents.arrays["hidden_states/3"][1][2, 1, 0] = 1e6
     write_contents(tmp_path / "old", contents)

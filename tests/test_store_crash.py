@@ -164,7 +164,7 @@ def test_error_reaches_the_caller_and_ends_committing(tmp_path: Path) -> None:
     check_readable(tmp_path, (contents,))
 
 
-def test_a_damaged_tail_shard_is_not_built_upon(tmp_path: Path) -> None:
+def test_damaged_tail_shard_is_not_extended(tmp_path: Path) -> None:
     write_contents(tmp_path, image_contents(7))
     shard = group_path(tmp_path, image_contents(7)) / "pooled" / "c" / "1" / "0"
     shard.write_bytes(b"\xff" + shard.read_bytes()[1:])
@@ -172,7 +172,7 @@ def test_a_damaged_tail_shard_is_not_built_upon(tmp_path: Path) -> None:
         write_contents(tmp_path, image_contents(13))
 
 
-def test_files_under_temporary_names_are_passed_over_and_removed(tmp_path: Path) -> None:
+def test_temporary_files_are_ignored_and_removed(tmp_path: Path) -> None:
     contents = image_contents(7)
     write_contents(tmp_path, contents)
     left = group_path(tmp_path, contents) / "pooled" / "c" / "1" / ".0.123.partial"
@@ -209,7 +209,7 @@ def test_a_file_is_durable_under_its_name_when_write_returns(tmp_path: Path, mon
     assert (tmp_path / "a/b/file").read_bytes() == b"bytes"
 
 
-def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage(tmp_path)
     storage.write("file", b"old")
 
@@ -305,7 +305,7 @@ def test_layer_that_is_being_added_is_hidden_from_readers(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("read", [open_cache, verify])
-def test_readers_follow_a_table_that_is_replaced_meanwhile(
+def test_readers_follow_a_replaced_table(
     tmp_path: Path, read: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twice, each time between the root's reading and the table's."""

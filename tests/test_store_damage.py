@@ -55,7 +55,7 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-def test_a_sound_cache_has_no_problems(sound_cache: Path) -> None:
+def test_intact_cache_has_no_problems(sound_cache: Path) -> None:
     assert verify(sound_cache) == (SHARDS, [])
 
 
@@ -174,7 +174,7 @@ def test_metadata_for_other_programs_is_verified(cache: Path, change: dict[str, 
     assert "pooled/zarr.json is not JSON" in verify(cache)[1][0]
 
 
-def test_unreadable_files_are_problems_and_not_the_end(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_are_reported_as_problems(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Storage.read
 
     def read(self: Storage, name: str) -> bytes:
@@ -282,7 +282,7 @@ def test_a_manifest_whose_array_lacks_a_field_is_refused(cache: Path, field: str
         (lambda m: m.update({"fingerprint": [["model_id", "x"], ["modality", "image"], [1, 2]]}), "expected an object"),
     ],
 )
-def test_a_manifest_that_makes_no_sense_is_refused(cache: Path, change: Callable[[dict], None], words: str) -> None:
+def test_inconsistent_manifest_is_refused(cache: Path, change: Callable[[dict], None], words: str) -> None:
     path = group_path(cache, IMAGES) / "zarr.json"
     content = json.loads(path.read_bytes())
     change(content["attributes"]["saffe_cache"])
@@ -348,7 +348,7 @@ def test_offsets_that_do_not_ascend_are_refused(cache: Path, change: dict[int, i
         open_cache(cache).encoder("text").tokens(np.array([0, 1]), (2,))
 
 
-def test_a_chunk_that_needs_more_memory_than_there_is_is_refused() -> None:
+def test_chunk_larger_than_memory_is_refused() -> None:
     """Numpy is asked for it before a byte is decompressed."""
     spec = make_spec("float32", (2**20,), 500, 2**20, compression="zstd")
     index = np.full((spec.chunks_per_shard, 2), 2**64 - 1, "<u8")

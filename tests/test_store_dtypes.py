@@ -70,7 +70,7 @@ def test_bfloat16_ties_go_to_even() -> None:
 
 @pytest.mark.parametrize("others", [[1.0], [np.inf], [np.nan, -np.inf]])
 @pytest.mark.parametrize(("dtype", "number"), [("float16", 65520.0), ("float16", -1e6), ("bfloat16", 3.4e38)])
-def test_overflow_is_refused_whatever_stands_beside_it(dtype: str, number: float, others: list[float]) -> None:
+def test_overflow_raises_among_any_other_numbers(dtype: str, number: float, others: list[float]) -> None:
     with pytest.raises(OverflowError, match=f"magnitude .* exceeds {dtype}'s"):
         to_storage(np.array([*others, number], np.float32), dtype)
 
@@ -134,7 +134,7 @@ def test_conversion_of_a_bfloat16_pass_is_that_of_its_float32(dtype: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
-def test_conversion_tells_what_became_of_each_token(dtype: str) -> None:
+def test_conversion_reports_each_token(dtype: str) -> None:
     values = np.ones((2, 3, 8), np.float32)
     values[0, 1, 2], values[1, 0, 3], values[1, 0, 4], values[1, 2, 0] = np.nan, -1e9, np.inf, 7e4
     stored = convert(torch.from_numpy(values), dtype)
@@ -196,7 +196,7 @@ def test_a_large_token_does_not_coarsen_the_others(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8"])
-def test_a_token_that_is_not_finite_becomes_nan_alone(dtype: str) -> None:
+def test_token_that_is_not_finite_becomes_nan(dtype: str) -> None:
     values = np.ones((5, 4), np.float32)
     values[0, 2], values[1, 0], values[2, 1], values[3] = np.nan, np.inf, -np.inf, 0.0
     found = from_storage(to_storage(values, dtype), dtype)
@@ -205,7 +205,7 @@ def test_a_token_that_is_not_finite_becomes_nan_alone(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
-def test_shape_and_type_are_those_foretold(dtype: str) -> None:
+def test_stored_shape_and_type_are_as_declared(dtype: str) -> None:
     stored = to_storage(np.ones((2, 3, 5), np.float32), dtype)
     assert stored.shape == stored_shape((2, 3, 5), dtype)
     assert stored.dtype == stored_type(dtype)

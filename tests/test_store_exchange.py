@@ -57,7 +57,7 @@ def file_path(cache: Path, tmp_path: Path) -> Path:
     return Path(export_hdf5(cache, tmp_path / "cache.h5"))
 
 
-def test_an_imported_cache_is_the_exported_one(cache: Path, file_path: Path, tmp_path: Path) -> None:
+def test_imported_cache_equals_the_exported_one(cache: Path, file_path: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     assert import_hdf5(file_path, copy) == str(copy)
     assert shard_files(copy) == shard_files(cache)
@@ -106,7 +106,7 @@ def test_an_unfinished_cache_stays_unfinished(tmp_path: Path) -> None:
     assert verify(tmp_path / "copy")[1] == []
 
 
-def test_existing_files_and_caches_are_left_alone(cache: Path, file_path: Path, tmp_path: Path) -> None:
+def test_existing_files_and_caches_are_kept(cache: Path, file_path: Path, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"cache\.h5: this file exists"):
         export_hdf5(cache, file_path)
     with pytest.raises(CacheError, match="a cache exists there"):
@@ -246,7 +246,7 @@ def test_damaged_files_are_refused(file_path: Path, tmp_path: Path, damage: Call
 
 
 @pytest.mark.parametrize("kind", [SystemError, OverflowError, MemoryError, RecursionError])
-def test_whatever_h5py_raises_is_told_in_our_words(
+def test_all_errors_of_h5py_are_explained(
     file_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     """A fuzzer saw a SystemError of its links on a damaged file."""
@@ -260,13 +260,13 @@ def test_whatever_h5py_raises_is_told_in_our_words(
 
 
 @pytest.mark.parametrize("size", [0, 100, -1000])
-def test_files_cut_short_are_refused(file_path: Path, tmp_path: Path, size: int) -> None:
+def test_truncated_files_are_refused(file_path: Path, tmp_path: Path, size: int) -> None:
     file_path.write_bytes(file_path.read_bytes()[:size])
     with pytest.raises(CacheError, match=r"cache\.h5: found no complete exported cache"):
         import_hdf5(file_path, tmp_path / "copy")
 
 
-def test_flipped_bytes_are_refused_or_do_not_matter(file_path: Path, cache: Path, tmp_path: Path) -> None:
+def test_flipped_bytes_are_refused_or_harmless(file_path: Path, cache: Path, tmp_path: Path) -> None:
     """Anywhere in the file: what is imported equals the exported cache, else it is refused in our own words."""
     sound = file_path.read_bytes()
     refused = 0

@@ -33,7 +33,7 @@ def numbers(*shape: int) -> np.ndarray:
     return (np.arange(np.prod(shape)).reshape(shape) / 4).astype(np.float32)
 
 
-def test_version_1_is_sound(golden: Path) -> None:
+def test_version_1_is_intact(golden: Path) -> None:
     assert verify(golden) == (16, [])
     cache = open_cache(golden)
     assert list(cache.encoders) == [IMAGE_KEY, TEXT_KEY]

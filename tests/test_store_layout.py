@@ -87,7 +87,7 @@ def test_longer_shard_passes_unless_it_is_garbage(compression: Compression) -> N
 
 @quick
 @given(st.integers(1, 2**26), st.integers(1, 2**28))
-def test_shards_are_whole_chunks_of_about_the_size_asked_for(row_bytes: int, shard_bytes: int) -> None:
+def test_shards_are_whole_chunks_of_about_the_given_size(row_bytes: int, shard_bytes: int) -> None:
     chunk_rows, shard_rows = choose_rows(row_bytes, shard_bytes)
     assert 1 <= chunk_rows <= 64
     assert shard_rows % chunk_rows == 0

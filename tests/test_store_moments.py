@@ -64,9 +64,7 @@ def test_statistics_of_many_and_of_huge_numbers(dtype: str) -> None:
     st.integers(1, 12),
     st.integers(1, 9),
 )
-def test_a_sample_is_every_nth_row_however_the_rows_come(
-    dtype: str, portions: list[int], n: int, block_tokens: int
-) -> None:
+def test_sample_does_not_depend_on_portions(dtype: str, portions: list[int], n: int, block_tokens: int) -> None:
     num_rows, shape = sum(portions), (3, 2)
     rows = to_storage(np.random.default_rng(n).normal(size=(num_rows, *shape)).astype(np.float32), dtype)
     with pytest.MonkeyPatch.context() as patch:

@@ -72,7 +72,7 @@ def test_other_programs_read_the_same(tmp_path: Path, contents) -> None:
             assert dataset[leaf].dims == spec.dimension_names
 
 
-def test_other_programs_find_their_way_from_the_root(tmp_path: Path) -> None:
+def test_other_programs_find_all_arrays_from_the_root(tmp_path: Path) -> None:
     contents = image_contents(5)
     write_contents(tmp_path, contents)
     members = dict(zarr.open_group(tmp_path, mode="r").members(max_depth=None))
@@ -109,7 +109,7 @@ def writings(draw: st.DrawFn) -> list[tuple[ArraySpec, np.ndarray, list[list[tup
 
 @quick
 @given(writings(), st.randoms(use_true_random=False))
-def test_any_portions_in_any_sessions_read_back_equal(drawn, random) -> None:
+def test_any_portions_in_any_sessions_are_read_back(drawn, random) -> None:
     with memory_folder() as folder:
         storage = Storage(folder)
         manifest = EncoderManifest(fingerprint("image"), "image", NUM_LAYERS, WIDTH, "a0")
@@ -214,7 +214,7 @@ def test_an_encoder_is_chosen_by_modality_and_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("position_bias", [0, 32])
-def test_blocks_come_back_with_their_specification(tmp_path: Path, position_bias: int) -> None:
+def test_blocks_are_read_back_with_their_spec(tmp_path: Path, position_bias: int) -> None:
     spec = BlockSpec(
         num_attention_heads=12,
         norm_first=False,
@@ -239,13 +239,13 @@ def test_blocks_come_back_with_their_specification(tmp_path: Path, position_bias
 
 
 @pytest.mark.parametrize("layer", [0, NUM_LAYERS])
-def test_blocks_that_are_not_there_are_refused(tmp_path: Path, layer: int) -> None:
+def test_missing_blocks_are_refused(tmp_path: Path, layer: int) -> None:
     write_contents(tmp_path, image_contents(5))
     with pytest.raises(CacheError, match=rf"no block {layer}; blocks are cached for \[1\]"):
         open_cache(tmp_path).encoder("image").block(layer)
 
 
-def test_a_reader_meets_a_writer_that_replaces_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reader_survives_replacement_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_contents(tmp_path, image_contents(5))
     old = reader.read_root(Storage(tmp_path))
     write_contents(tmp_path, image_contents(8))
@@ -289,7 +289,7 @@ def test_a_local_url_is_a_local_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "a//b", ""])
-def test_names_that_lead_out_of_the_cache_are_refused(tmp_path: Path, name: str) -> None:
+def test_names_outside_the_cache_are_refused(tmp_path: Path, name: str) -> None:
     for storage in (Storage(tmp_path / "cache"), Storage("memory://cache")):
         for action, data in (
             (storage.read, ()),

@@ -54,7 +54,7 @@ def expected(index: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-def test_many_threads_read_many_shards_of_which_few_stay_open(
+def test_many_threads_read_many_shards_with_few_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: Compression
 ) -> None:
     monkeypatch.setattr(rows, "_MAX_MAPPED", 3)
@@ -85,14 +85,14 @@ def test_sequential_reads_fetch_each_shard_once_and_prefetch(tmp_path: Path) -> 
     assert sorted(storage.fetched) == list(range(15))
 
 
-def test_random_shards_fetch_nothing_that_was_not_asked_for(tmp_path: Path) -> None:
+def test_random_reads_fetch_only_requested_shards(tmp_path: Path) -> None:
     storage, opened = open_shards(tmp_path)
     for index in (0, 7, 3, 12):
         opened[index]
     assert storage.fetched == [0, 7, 3, 12]
 
 
-def test_what_is_held_is_fetched_ahead_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_shards_are_prefetched_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "_SPARE_BYTES", 1)
     monkeypatch.setattr(rows, "_MIN_SPARE", 1)
     storage, opened = open_shards(tmp_path)
@@ -107,7 +107,7 @@ def test_what_is_held_is_fetched_ahead_and_stays(tmp_path: Path, monkeypatch: py
     assert storage.fetched.count(4) == 1
 
 
-def test_a_shard_that_was_mended_is_read_again(tmp_path: Path) -> None:
+def test_repaired_shard_is_read_again(tmp_path: Path) -> None:
     _, opened = open_shards(tmp_path)
     name = next(name for name in shard_files(tmp_path) if f"{NAME}/c/3/" in name)
     sound = (tmp_path / name).read_bytes()
@@ -127,7 +127,7 @@ def test_mapped_shards_are_not_fetched(tmp_path: Path) -> None:
     assert storage.fetched == []
 
 
-def test_a_mapped_shard_is_compared_with_its_checksum_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mapped_shard_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "_MAX_MAPPED", 1)
     checked = []
     real = rows.check_rows

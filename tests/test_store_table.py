@@ -98,13 +98,13 @@ def tables(draw: st.DrawFn) -> ItemTable:
 
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(tables())
-def test_a_table_comes_back_equal(table: ItemTable) -> None:
+def test_table_is_read_back_equal(table: ItemTable) -> None:
     with memory_folder() as folder:
         write_table(Storage(folder), "tables/1", table)
         check_equal(read_table(Storage(folder), "tables/1"), table)
 
 
-def test_strange_texts_come_back_equal(tmp_path: Path) -> None:
+def test_unusual_texts_are_read_back_equal(tmp_path: Path) -> None:
     strange = ("", "\0", "\ud800 alone", "\ud83d\ude00 as two halves", "😀", "e\u0301", "\u202eright to left", "\r\n")
     table = build(photo(0, captions=strange, labels=strange[2:5]))
     write_table(Storage(tmp_path), "tables/1", table)
@@ -192,7 +192,7 @@ def test_changed_content_is_refused(change: dict[str, object]) -> None:
         np.testing.assert_array_equal(changed.inputs[modality].content_hash[: len(inputs)], inputs.content_hash)
 
 
-def test_an_item_that_was_mended_takes_its_old_place() -> None:
+def test_corrected_item_keeps_its_place() -> None:
     broken = photo(1, hashes={}, problem="no such file")
     old = build(photo(0), broken, photo(2, labels=("x",)))
     assert old.problems == ("", "no such file", "")
@@ -259,9 +259,7 @@ def test_damaged_columns_are_refused(tmp_path: Path, column: str, damage: str) -
         ("class_texts/offsets", np.array([0, 0, 2]), r"its columns have \[2, 2, 2, 2, 2\] items and 2 class"),
     ],
 )
-def test_columns_that_do_not_go_together_are_refused(
-    tmp_path: Path, column: str, values: np.ndarray, words: str
-) -> None:
+def test_contradictory_columns_are_refused(tmp_path: Path, column: str, values: np.ndarray, words: str) -> None:
     """With checksums that are true of them: each would be an index out of range later, or a wrong pair."""
     storage = Storage(tmp_path)
     arrays = table_to_arrays(build(photo(0, captions=("a",), labels=("x",)), photo(1))) | {column: values}
