@@ -70,7 +70,7 @@ def test_dataset_of_one_item_is_extracted_but_not_trained_on(config: ExtractConf
 
 def test_dataset_without_texts_has_photos_only(config: ExtractConfig, tmp_path: Path) -> None:
     write_items(config, {}, {}, {})
-    with pytest.raises(ValueError, match=r"--encoder text=…: the data has no text inputs\. Leave it out"):
+    with pytest.raises(ValueError, match=r"--encoder text=…: the data has no text inputs\. Omit this encoder"):
         extract(config)
     extract(replace(config, encoder={"image": config.encoder["image"]}, layers={}))
     assert len(open_cache(config.cache).encoder("image").usable(np.arange(3))) == 3
@@ -107,6 +107,6 @@ def test_moved_revision_is_reported_as_second_encoder(
     for commit in ("a" * 40, "b" * 40):
         monkeypatch.setattr(transformers.Dinov2Model, "from_pretrained", partial(moved_to, commit))
         extract(replace(config, encoder={"image": config.encoder["image"]}, layers={}))
-    assert f"made otherwise (revision: '{'b' * 40}' != '{'a' * 40}'): a second group" in caplog.text
+    assert f"same model with other settings (revision: '{'b' * 40}' != '{'a' * 40}'); a second group" in caplog.text
     with pytest.raises(CacheError, match=r"2 image encoders; it holds .* Choose one with --encoder image="):
         open_cache(config.cache).encoder("image")
