@@ -26,7 +26,7 @@ from saffe_cache.studies.captioning import caption as verb
 from saffe_cache.studies.captioning.caption import caption
 from saffe_cache.studies.captioning.captions import caption_losses, project
 from saffe_cache.studies.captioning.config import CaptionConfig
-from saffe_cache.studies.captioning.fitting import FitOptions, fit_projector, rate_at, shuffled_batches
+from saffe_cache.studies.captioning.fitting import fit_projector, rate_at, shuffled_batches
 from saffe_cache.studies.captioning.measuring import Measured, Measuring, count_cost, judge_controls
 from saffe_cache.studies.captioning.result import SYSTEMS, CaptionResult, Interval
 
@@ -59,10 +59,10 @@ def test_no_photo_is_in_two_parts(cache: str) -> None:
 
 def test_projector_learns_and_best_epoch_is_kept(cache: str) -> None:
     training, validation, _ = parts_of(cache)
-    options = FitOptions(epochs=6, batch_size=4, learning_rate=0.02, weight_decay=0.0, seed=1)
+    config = config_of(cache, Path("unused"), epochs=6, learning_rate=0.02, weight_decay=0.0, seed=1)
     source, model = source_of(cache, 1), model_of(cache, 1)
     frozen = {name: value.clone() for name, value in model.state_dict().items()}
-    fits = [fit_projector(source, model, training, validation, options) for _ in range(2)]
+    fits = [fit_projector(source, model, training, validation, config) for _ in range(2)]
     log, again = fits[0].log, fits[1].log
     assert [{**one} for one in log] == again
     assert log[-1]["training"] < log[1]["training"] - 0.1

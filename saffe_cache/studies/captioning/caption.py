@@ -28,7 +28,7 @@ from saffe_cache.inputs.splits import content_fingerprint, split_pairs
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 from saffe_cache.studies.captioning.captions import CaptionSource, first_captions, project
 from saffe_cache.studies.captioning.config import CaptionConfig
-from saffe_cache.studies.captioning.fitting import FitOptions, fit_projector, new_projector
+from saffe_cache.studies.captioning.fitting import fit_projector, new_projector
 from saffe_cache.studies.captioning.inserting import InsertedModel, Projector, greedy_captions
 from saffe_cache.studies.captioning.measuring import Measuring, count_cost, judge_controls
 from saffe_cache.studies.captioning.result import CaptionResult, EpochLosses, Example, Examples, Measurements, Training
@@ -145,14 +145,7 @@ def _measure(config: CaptionConfig, source: CaptionSource, parts: _Parts, study:
 
 def _train(config: CaptionConfig, source: CaptionSource, model: InsertedModel, parts: _Parts, path: Path) -> Training:
     """Train a projector, and write it to `path`."""
-    options = FitOptions(
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-    )
-    fit = fit_projector(source, model, parts.training, parts.validation, options)
+    fit = fit_projector(source, model, parts.training, parts.validation, config)
     write_tensors(path, fit.projector.state_dict())
     return Training(
         best_epoch=fit.best_epoch,

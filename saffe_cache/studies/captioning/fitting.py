@@ -1,4 +1,4 @@
-"""Training the projector, the only part that learns: the best epoch by the loss of captions of photos held out."""
+"""Training the projector, the only part that learns; the best epoch has the lowest loss on captions held out."""
 
 from __future__ import annotations
 
@@ -13,24 +13,14 @@ import torch
 
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.studies.captioning.captions import CaptionSource, caption_losses, first_captions, num_said, project
+from saffe_cache.studies.captioning.config import CaptionConfig
 from saffe_cache.studies.captioning.inserting import InsertedModel, Projector, typical_size
 
 _MEASURED_CAPTIONS = 256
-"""Of which the size of hidden states is taken."""
+"""From which the size of hidden states is measured."""
 _LARGEST_GRADIENT = 1.0
 _SORTED_BATCHES = 16
-"""Whose texts are sorted by length together."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitOptions:
-    """The fields are described in CaptionConfig."""
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    seed: int
+"""Batches whose texts are sorted by length together."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +29,25 @@ class Fit:
 
     projector: Projector
     log: list[dict[str, float]]
-    """Of each epoch: losses a token, in nats; epoch 0 is the start."""
+    """For each epoch: losses per token in nats; epoch 0 is the start."""
     best_epoch: int
     seconds_per_step: float
     """Median, reading included."""
 
 
 def fit_projector(
-    source: CaptionSource, model: InsertedModel, training: Pairs, validation: Pairs, options: FitOptions
+    source: CaptionSource, model: InsertedModel, training: Pairs, validation: Pairs, config: CaptionConfig
 ) -> Fit:
     """An epoch sees each photo once, with one of its captions drawn at random."""
-    projector = new_projector(source, model, training, options.seed)
-    steps = options.epochs * -(-len(training) // options.batch_size)
-    optimizer = torch.optim.AdamW(projector.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+    projector = new_projector(source, model, training, config.seed)
+    steps = config.epochs * -(-len(training) // config.batch_size)
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_at, steps=steps))
     log = [{"epoch": 0.0, "validation": validation_loss(source, model, projector, validation)}]
     best, best_state, times = log[0]["validation"], _copied(projector), []
-    for epoch in range(1, options.epochs + 1):
+    for epoch in range(1, config.epochs + 1):
         total, count = 0.0, 0
-        for photos, texts in _batches(training, np.diff(source.text.offsets), options, epoch):
+        for photos, texts in _batches(training, np.diff(source.text.offsets), config, epoch):
             started = time.perf_counter()
             captions = source.captions(texts)
             losses = caption_losses(model, captions, project(source, projector, photos))
@@ -79,13 +69,13 @@ def fit_projector(
 
 
 def rate_at(step: int, steps: int) -> float:
-    """Part of the highest learning rate: it rises in a tenth of the steps, then falls as a cosine."""
+    """Fraction of the highest learning rate: it rises over a tenth of the steps, then falls as a cosine."""
     rising = max(1, steps // 10)
     return min((step + 1) / rising, 0.5 + 0.5 * math.cos(math.pi * max(0, step - rising) / max(1, steps - rising)))
 
 
 def new_projector(source: CaptionSource, model: InsertedModel, training: Pairs, seed: int) -> Projector:
-    """With weights of a seed, and tokens of the size that hidden states of the layer have."""
+    """With weights from a seed, and tokens of the size of the layer's hidden states."""
     rows = first_captions(training)[:_MEASURED_CAPTIONS]
     captions = source.captions(rows)
     size = typical_size(captions.states, captions.is_said)
@@ -95,7 +85,7 @@ def new_projector(source: CaptionSource, model: InsertedModel, training: Pairs, 
 
 @torch.inference_mode()
 def validation_loss(source: CaptionSource, model: InsertedModel, projector: Projector, pairs: Pairs) -> float:
-    """Of the photos' first captions, in nats a token."""
+    """Loss of the photos' first captions, in nats per token."""
     total, count, texts = 0.0, 0, first_captions(pairs)
     for start in range(0, len(pairs), 64):
         captions = source.captions(texts[start : start + 64])
@@ -106,21 +96,21 @@ def validation_loss(source: CaptionSource, model: InsertedModel, projector: Proj
 
 
 def _batches(
-    pairs: Pairs, lengths: np.ndarray, options: FitOptions, epoch: int
+    pairs: Pairs, lengths: np.ndarray, config: CaptionConfig, epoch: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of photos and of a caption of each, in an order of seed and epoch. `lengths`: tokens of each text."""
-    generator = np.random.default_rng((options.seed, epoch))
+    """Rows of photos and of one caption of each, in an order by seed and epoch. `lengths`: tokens of each text."""
+    generator = np.random.default_rng((config.seed, epoch))
     offsets = pairs.texts.offsets
     drawn = offsets[:-1] + generator.integers(np.diff(offsets))
     texts = pairs.texts.values[drawn]
-    for chosen in shuffled_batches(lengths[texts], options.batch_size, generator):
+    for chosen in shuffled_batches(lengths[texts], config.batch_size, generator):
         yield pairs.rows[chosen], texts[chosen]
 
 
 def shuffled_batches(lengths: np.ndarray, batch_size: int, generator: np.random.Generator) -> list[np.ndarray]:
-    """Numbers of all texts in batches, each of texts about as long as one another: padding would be half of the work.
+    """Indices of all texts in batches of similar length, since padding would otherwise be half of the work.
 
-    Texts are shuffled, those of a few batches sorted by length, and the batches shuffled.
+    Texts are shuffled, those of a few batches are sorted by length, and the batches are shuffled.
     """
     order, together = generator.permutation(len(lengths)), _SORTED_BATCHES * batch_size
     batches = []
