@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saffe_cache.core.features import Ragged
-from saffe_cache.protocols.rerank import reranked, reranked_scores
+from saffe_cache.protocols.rerank import reranked
 from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks, relevant_ranks_of_scores, top_k
-from saffe_cache.retrieval.scores import Scores, candidate_scores, class_scores, text_scores
+from saffe_cache.retrieval.scores import Scores, candidate_scores, class_scores, rank_scores, text_scores
 
 seeded = settings(derandomize=True, deadline=None, database=None)
 
@@ -146,22 +146,22 @@ def searched(seed: int) -> tuple[np.ndarray, np.ndarray, Ragged]:
     return gallery, unit_rows(centers + 0.4 * generator.normal(size=centers.shape)), relevant
 
 
-def test_reranked_scores_equal_searching_with_both_scores() -> None:
+def test_reranking_equals_searching_with_both_scores() -> None:
     """The first stage lifts its first k above all others; the second orders them."""
     gallery, queries, relevant = searched(seed=0)
     units, ranks = np.arange(50) // 2, relevant_ranks(gallery, queries, relevant)
     candidates = top_k(InnerProducts(gallery, queries), 12)
     truth = np.stack([np.isin(row, items) for row, items in zip(candidates, relevant, strict=True)])
     second = truth + np.random.default_rng(1).normal(size=candidates.shape)
-    scores = reranked_scores(ranks, relevant, candidates, second, units, 80)
+    scores = rank_scores(reranked(ranks, relevant, candidates, second), units, 80)
     both = queries.astype(np.float64) @ gallery.astype(np.float64).T
     np.put_along_axis(both, candidates, 100 + second, axis=1)
     expected = relevant_ranks_of_scores(both, relevant)
     assert scores["mrr"].value == pytest.approx(np.mean([1 / row[0] for row in expected]))
     before = text_scores(gallery, queries, relevant, units)
     assert {name: score.chance for name, score in scores.items()} == {n: s.chance for n, s in before.items()}
-    assert reranked_scores(ranks, relevant, candidates, np.zeros((50, 12)), units, 80) == before
-    perfect = reranked_scores(ranks, relevant, candidates, truth.astype(float), units, 80)
+    assert rank_scores(reranked(ranks, relevant, candidates, np.zeros((50, 12))), units, 80) == before
+    perfect = rank_scores(reranked(ranks, relevant, candidates, truth.astype(float)), units, 80)
     assert perfect["recall_at_1"].value == pytest.approx(truth.any(axis=1).mean())
     assert perfect["map"].value > before["map"].value
 
@@ -175,7 +175,7 @@ def test_noise_at_both_stages_scores_chance() -> None:
         ranks = relevant_ranks(gallery, queries, relevant, seed=seed)
         candidates = top_k(InnerProducts(gallery, queries), 20, seed=seed)
         second = generator.normal(size=candidates.shape)
-        runs.append(reranked_scores(ranks, relevant, candidates, second, np.arange(50), 80, intervals=False))
+        runs.append(rank_scores(reranked(ranks, relevant, candidates, second), np.arange(50), 80, intervals=False))
     assert_chance(runs, ["map", "mrr", "recall_at_1", "recall_at_5", "recall_at_10"])
 
 

@@ -51,6 +51,7 @@ class CandidateProtocol(Protocol):
     fuses_pairs = True
     shows_photos_alone = False
     shows_classes = True
+    queries: Queries
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -86,7 +87,6 @@ class CandidateProtocol(Protocol):
     def _scores_of(self, model: Fusion) -> _Known:
         if model not in self._known:
             of, queries = self.setting, self.queries
-            assert queries is not None
             some = np.random.default_rng(of.seed).permutation(of.training_rows)[:_PRIOR_PHOTOS]
             own = score_all_pairs(model, of.inputs, of.pairs.rows, queries)
             self._known[model] = _Known(own, score_all_pairs(model, of.inputs, some, queries).cosine.mean(axis=0))
@@ -101,7 +101,6 @@ class CandidateProtocol(Protocol):
         return candidate_scores(answers.values, self.setting.pairs.labels, seed=self.setting.seed)
 
     def validate(self, model: Fusion) -> float:
-        assert self.queries is not None
         scores = score_all_pairs(model, self.setting.inputs, self.setting.pairs.rows, self.queries).cosine
         return candidate_scores(scores, self.setting.pairs.labels, intervals=False)[self.main_metric].value
 
@@ -109,7 +108,6 @@ class CandidateProtocol(Protocol):
         return label_units(metric, len(self.setting.pairs))
 
     def fused_texts(self) -> np.ndarray | None:
-        assert self.queries is not None
         return np.resize(self.queries.text_rows, len(self.setting.pairs))
 
     def dealt(self, model: Fusion) -> tuple[float, float]:

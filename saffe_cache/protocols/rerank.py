@@ -15,7 +15,7 @@ from saffe_cache.protocols.base import NUM_SHUFFLES, Protocol, SearchProtocol
 from saffe_cache.protocols.candidate import score_chosen_pairs
 from saffe_cache.protocols.caption import CaptionProtocol
 from saffe_cache.protocols.classes import ClassProtocol
-from saffe_cache.protocols.setting import Answered, Answers, Arrangement, Reordered, Setting, Vectors
+from saffe_cache.protocols.setting import Answered, Answers, Arrangement, Queries, Reordered, Setting, Vectors
 from saffe_cache.retrieval.metrics import metrics_of
 from saffe_cache.retrieval.ranking import ROUNDING, InnerProducts, queries_of, relevant_ranks, top_k
 from saffe_cache.retrieval.scores import Scores, rank_scores, text_scores
@@ -32,6 +32,7 @@ class RerankProtocol(Protocol):
     )
     baselines = ("ridge", "mlp", "zero_shot", "pooled_cosine")
     fuses_pairs = True
+    queries: Queries
 
     def __init__(self, setting: Setting, k: int = 16, most_queries: int = 500) -> None:
         super().__init__(setting)
@@ -63,7 +64,6 @@ class RerankProtocol(Protocol):
 
     def answer(self, model: Fusion, arrangement: Arrangement) -> Answered:
         of, texts = self.setting, self.queries
-        assert texts is not None
         gallery, queries = of.gallery(model, arrangement), of.queries(model, texts)
         ranks = relevant_ranks(gallery, queries, texts.relevant, seed=of.seed)
         first = top_k(InnerProducts(gallery, queries), self._k, seed=of.seed)
@@ -71,7 +71,8 @@ class RerankProtocol(Protocol):
         scores = second.cosine
         if second.matching is not None:
             scores = second.matching + np.take_along_axis(queries @ gallery.T, first, axis=1)
-        found = reranked_scores(ranks, texts.relevant, first, scores, texts.units, len(gallery), seed=of.seed)
+        after = reranked(ranks, texts.relevant, first, scores)
+        found = rank_scores(after, texts.units, len(gallery), seed=of.seed)
         return Answered(found, Reordered(Vectors(gallery, queries), reordered(first, scores)))
 
     def vectors_answer(self, gallery: np.ndarray, queries: np.ndarray | None) -> Answers:
@@ -90,42 +91,11 @@ class RerankProtocol(Protocol):
         return self.first_stage.dealt(model)
 
 
-def reranked_scores(
-    ranks: Ragged,
-    relevant: Ragged,
-    candidates: np.ndarray,
-    scores: np.ndarray,
-    units: np.ndarray,
-    num_gallery: int,
-    *,
-    intervals: bool = True,
-    seed: int = 0,
-) -> Scores:
-    """Retrieval after the first k items are put into the order of a second score (P3); metrics of `text_scores`.
-
-    Where second scores tie, the first order stays; below k it stays anyhow. BLIP's second score is the
-    matching logit plus the cosine of the first stage (Li et al., 2022): add them before.
-
-    Args:
-        ranks: of each query's relevant items at the first stage, from `relevant_ranks`.
-        relevant: the gallery items that they are the ranks of; at least one for each query.
-        candidates: int [queries, k], the first stage's first k items, from `top_k` with the same seed.
-        scores: [queries, k], the second score of each candidate, finite.
-        units: int [queries], the photo whose queries are drawn together in the bootstrap.
-        num_gallery: number of items ranked at the first stage.
-        seed: of the bootstrap.
-
-    Raises:
-        ValueError: a score is not finite, candidates and ranks are not of one order, or a query has nothing relevant.
-    """
-    after = reranked(ranks, relevant, candidates, scores)
-    return rank_scores(after, units, num_gallery, intervals=intervals, seed=seed)
-
-
 def reranked(ranks: Ragged, relevant: Ragged, candidates: np.ndarray, scores: np.ndarray) -> Ragged:
     """Ranks after the first k are reordered by a second score; items below keep their places.
 
-    Where second scores tie, the first order stays.
+    Where second scores tie, the first order stays. BLIP's second score is the matching logit plus the cosine of the
+    first stage (Li et al., 2022).
 
     Args:
         ranks: of the relevant items in the first order, from `relevant_ranks`.
