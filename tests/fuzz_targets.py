@@ -337,15 +337,13 @@ def _run_targets(work: Path) -> dict[str, Target]:
 
 
 def _option_targets(work: Path) -> dict[str, Target]:
-    from saffe_cache.evaluation.evaluate import EvaluateConfig
+    from saffe_cache.evaluation.config import EvaluateConfig
     from saffe_cache.extraction.config import ExtractConfig
     from saffe_cache.training.config import TrainConfig
 
     read_once = cache(options.attribute_docstrings)
 
-    def command_line(data: bytes) -> None:
-        kind, *arguments = data.decode("utf-8", "surrogateescape").split("\n")
-        config_class = {"e": ExtractConfig, "t": TrainConfig}.get(kind[:1], EvaluateConfig)
+    def parse(config_class: type[Any], arguments: list[str]) -> None:
         with (
             contextlib.redirect_stderr(io.StringIO()),
             contextlib.redirect_stdout(io.StringIO()),
@@ -354,13 +352,28 @@ def _option_targets(work: Path) -> dict[str, Target]:
         ):
             options.parse_config(config_class, arguments, "prog")
 
+    def command_line(data: bytes) -> None:
+        kind, *arguments = data.decode("utf-8", "surrogateescape").split("\n")
+        parse({"e": ExtractConfig, "t": TrainConfig}.get(kind[:1], EvaluateConfig), arguments)
+
+    def config_file(data: bytes) -> None:
+        (work / "options.toml").write_bytes(data)
+        parse(TrainConfig, ["--config", str(work / "options.toml"), "--print-config"])
+
     lines = [
         "extract\n--data\nd\n--cache\nc\n--encoder\nimage=x\n--layers\nimage=11,12\n--max-items\ntrain=5\n--max-invalid\n0.5",
         "train\n--cache\nc\n--out\no\n--fusion\nlinear\n--objective\ninfo_nce=1\n--seed\n3\n--no-tensorboard",
         "v\n--cache\nc\n--run\nr\n--rerank-k\n7\n--index\nivf\n--baselines\nlinear\n--seed\n1",
     ]
     examples = [line.encode() for line in lines]
-    return {"options": Target(call=command_line, examples=examples, change=changed_bytes)}
+    file = (
+        b'cache = "c"\nout = "o"\nlayers = {image = [11, 12]}\nobjective = {info_nce = 1}\n'
+        b"learning_rate = 1e-3\npooled_text = true"
+    )
+    return {
+        "options": Target(call=command_line, examples=examples, change=changed_bytes),
+        "options file": Target(call=config_file, examples=[file], change=changed_bytes),
+    }
 
 
 def _changed_header(data: bytes, random: Random) -> bytes:
@@ -400,6 +413,6 @@ _MAKERS = {
     **dict.fromkeys(("root", "manifest", "array zarr.json", "block", "shard", "item table"), _store_targets),
     **dict.fromkeys(("metadata.jsonl", "class folders"), _source_targets),
     **dict.fromkeys(("run config.json", "run result.json", "model.safetensors", "state.safetensors"), _run_targets),
-    "options": _option_targets,
+    **dict.fromkeys(("options", "options file"), _option_targets),
     "HDF5 import": _exchange_targets,
 }

@@ -1,6 +1,6 @@
 """A pytest plugin that hides what Windows and macOS lack: fcntl, resource, SC_AVPHYS_PAGES.
 
-    python -m pytest -p without_posix -m "not slow"
+    PYTHONPATH=tests python -m pytest -p without_posix -m "not slow"
 
 Python on Windows locks with msvcrt instead; here there are no locks at all, so tests of locks are skipped.
 """

@@ -44,6 +44,7 @@ SHARES = {
     "model.safetensors": 15,
     "state.safetensors": 4,
     "options": 12,
+    "options file": 12,
     "HDF5 import": 4,
 }
 """Of the inputs, in parts of their sum: fewer where one takes long."""
