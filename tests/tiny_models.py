@@ -97,7 +97,7 @@ def _tokenizer(folder: Path, specials: list[str], begin: str, end: str, pad: str
     tokenizer.save_pretrained(folder)
 
 
-def _bert_tokenizer(folder: Path) -> None:
+def bert_tokenizer(folder: Path) -> None:
     _tokenizer(folder, ["[PAD]", "[CLS]", "[SEP]", "[UNK]"], "[CLS]", "[SEP]", "[PAD]", specials_last=False)
 
 
@@ -281,7 +281,7 @@ CASES = {
             layers="encoder.layer",
         )
         for name, kind, save_processor in [
-            ("bert", "Bert", _bert_tokenizer),
+            ("bert", "Bert", bert_tokenizer),
             ("roberta", "Roberta", _roberta_tokenizer),
             ("xlm-roberta", "XLMRoberta", _roberta_tokenizer),
             ("mpnet", "MPNet", _roberta_tokenizer),

@@ -81,7 +81,7 @@ class Report:
             lines.append((f"{section} ({self.seconds[section]:.0f} s)", "", "", "", "", ""))
             for figure in found:
                 number = notes.setdefault(figure.note, len(notes) + 1) if _is_footnote(figure) else 0
-                lines.append((*_cells(figure), f"[{number}]" if number else ""))
+                lines.append((*cells(figure), f"[{number}]" if number else ""))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
@@ -95,7 +95,8 @@ def _is_footnote(figure: Figure) -> bool:
     return bool(figure.note) and figure.value is not None
 
 
-def _cells(figure: Figure) -> tuple[str, str, str, str, str]:
+def cells(figure: Figure) -> tuple[str, str, str, str, str]:
+    """Name, value, interval, target and verdict, as text."""
     if figure.value is None:
         return f"  {figure.name}", figure.note, "", _target(figure), ""
     interval = "–".join(_short(bound) for bound in figure.interval) if figure.interval else ""

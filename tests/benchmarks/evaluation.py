@@ -44,7 +44,7 @@ def measure(work: Path) -> list[Figure]:
     return [*average_precision(task, work), *pair_scores(), *indices(task, work)]
 
 
-def draw_task() -> Task:
+def draw_task(items: int = ITEMS, queries: int = QUERIES) -> Task:
     generator = np.random.default_rng(0)
 
     def normal(count: int) -> np.ndarray:
@@ -58,7 +58,7 @@ def draw_task() -> Task:
         vectors = centers[clusters] + normal(count)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True), of_cluster[clusters]
 
-    return Task(*draw(ITEMS), *draw(QUERIES))
+    return Task(*draw(items), *draw(queries))
 
 
 def average_precision(task: Task, work: Path) -> list[Figure]:

@@ -91,11 +91,14 @@ def media_of(data: Path) -> dict[bytes, Media]:
     return {item.hashes["image"]: item.media["image"] for item in read_items(str(data), Columns(), ())}
 
 
-def plan(data: Path, models: Mapping[str, str]) -> list[Job]:
-    """The jobs of a cache that does not exist yet."""
-    layers = {modality: LAYERS[modality] for modality in models}
+def plan(data: Path, models: Mapping[str, str], **options: Any) -> list[Job]:
+    """The jobs of a cache that does not exist yet; `options` are fields of ExtractConfig."""
+    usual = {
+        "layers": {modality: LAYERS[modality] for modality in models},
+        "storage": "float16",
+    }  # what the loop stores
     named = {"data": str(data), "cache": str(data.parent / "planned")}
-    config = ExtractConfig(**named, encoder=models, layers=layers, storage="float16")  # what the loop stores
+    config = ExtractConfig(**named, encoder=models, **(usual | options))
     table, _ = _grow_table(Storage(config.cache), read_items(str(data), Columns(), ()), config)
     return list(_plan_jobs(Storage(config.cache), table, config))
 
