@@ -17,7 +17,7 @@ from saffe_cache.sources import Media
 
 def parts(setting: Setting) -> Iterator[Callable[[], Iterator[Figure]]]:
     sizes = setting.sizes
-    yield partial(measure, setting, "640 px", sizes.size, sizes.distinct_photos, sizes.photos)
+    yield partial(measure, setting, "640 px", sizes.size, sizes.distinct_photos, sizes.photos * 2 // 3)
     yield partial(measure, setting, "12 MP", sizes.large_size, 16, sizes.large_photos)
 
 

@@ -132,7 +132,7 @@ def prepare(setting: Setting, model: Model) -> Bench:
 
 def measure_model(bench: Bench, model: Model) -> Iterator[Figure]:
     setting = bench.setting
-    name, count = model.name, amount_for(setting, bench.bare, bench.batch)
+    name, count = model.name, amount_for(bench.bare, bench.batch, setting.sizes.seconds)
     jobs = {storage: stored_as(repeat_inputs(bench.job, count), storage) for storage in STORAGES}
     candidates: dict[str, Candidate] = {
         "bare": partial(bench.bare, count),
@@ -172,7 +172,7 @@ def measure_compiled(bench: Bench, model: Model) -> Iterator[Figure]:
     if not setting.on_gpu:
         yield from no_gpu(*names)
         return
-    count = amount_for(setting, bench.bare, bench.batch)
+    count = amount_for(bench.bare, bench.batch, setting.sizes.seconds)
     plain = take_turns({"bare": partial(bench.bare, count)}, setting.sizes.rounds)
     with compiled(bench.encoder):
         job = stored_as(repeat_inputs(bench.job, count), "float8")
@@ -230,9 +230,11 @@ def breakdown(bench: Bench, name: str, rounds: Rounds) -> Iterator[Figure]:
     yield _microseconds(f"{name}: encode", rounds.rates["bare"], note)
     photos = repeat_inputs(bench.job, setting.sizes.photos)
     turns = {"decode": lambda: sum(len(batch.inputs) for batch in load_all(photos, bench.media))}
-    turns |= {part: partial(work, amount_for(setting, work, bench.batch)) for part, work in alone.items()}
+    turns |= {
+        part: partial(work, amount_for(work, bench.batch, setting.sizes.seconds / 4)) for part, work in alone.items()
+    }
     for part, turn in turns.items():
-        yield _microseconds(f"{name}: {part}", take_turns({part: turn}, setting.sizes.rounds).rates[part], note)
+        yield _microseconds(f"{name}: {part}", take_turns({part: turn}, 1).rates[part], note)
     if not setting.on_gpu:
         yield from no_gpu(f"{name}: transfer", unit="us a photo")
 

@@ -1,6 +1,6 @@
 """Search: faiss on the card against faiss on the CPU, and exact mAP. See gpu.py.
 
-faiss for a GPU is measured where it is installed. gpu_wheels.txt does without it: its wheels need CUDA 12's cuBLAS, which
+faiss for a GPU is measured where it is installed. gpu_wheels.txt leaves it out: its wheels need CUDA 12's cuBLAS, which
 takes hundreds of megabytes. A product and top 10 in torch show what the card can do.
 """
 

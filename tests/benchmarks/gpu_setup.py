@@ -34,15 +34,15 @@ from saffe_cache.extraction.planning import Job
 class Sizes:
     """How much is measured."""
 
-    seconds: float = 1.0
+    seconds: float = 0.75
     """That a turn of what is timed takes, about."""
     rounds: int = 2
     largest_batch: int = 1024
-    photos: int = 8192
+    photos: int = 6144
     """Read from JPEG in a turn; `distinct_photos` files, over and over."""
     distinct_photos: int = 256
     size: tuple[int, int] = (640, 480)
-    large_photos: int = 256
+    large_photos: int = 128
     large_size: tuple[int, int] = (4000, 3000)
     train_photos: int = 6000
     """Flickr8k's."""
@@ -120,12 +120,12 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return work(), time.perf_counter() - started
 
 
-def amount_for(setting: Setting, work: Callable[[int], Any], least: int = 1) -> int:
-    """How much of `work` takes a turn's time, in multiples of `least`. Twice that little goes ahead, uncounted."""
+def amount_for(work: Callable[[int], Any], least: int, seconds: float) -> int:
+    """How much of `work` takes so long, in multiples of `least`. Twice that little goes ahead, uncounted."""
     for _ in range(2):
         work(least)
-    _, seconds = timed(lambda: work(least))
-    return least * max(1, round(setting.sizes.seconds / seconds))
+    _, taken = timed(lambda: work(least))
+    return least * max(1, round(seconds / taken))
 
 
 # Models

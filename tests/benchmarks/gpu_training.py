@@ -1,4 +1,4 @@
-"""Training on the card from a cache of Flickr8k's size: against ready tensors, and against the release's loop. See gpu.py.
+"""Training on the card from a cache of Flickr8k's size: against ready tensors and the release's loop. See gpu.py.
 
 The section extracts the cache, so that it knows the memory of each stage: 6,000 + 1,000 photos of 500 x 375 with five
 captions each, DINOv2-S/14 at 224 px and MiniLM with random weights, three layers of each as float8.
