@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-quick check docs bench torture clean
+.PHONY: demo test test-quick check docs bench gpu-bench gpu-wheels torture clean
 
 demo: .venv/demo
 	$(BIN)/python pipelines/demo.py --work demo
@@ -25,6 +25,16 @@ docs: .venv/docs
 
 bench: .venv/bench
 	$(BIN)/python tests/benchmarks/bench.py --work runs/bench
+
+# on a machine whose Python has PyTorch for its GPU, and the packages of gpu-wheels
+gpu-bench:
+	$(PYTHON) tests/benchmarks/gpu.py --out runs/gpu
+
+# for a machine without a network: copy the folder there, and `pip install --no-index --no-deps .wheels/*.whl`
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 \
+		--platform manylinux2014_x86_64 --dest .wheels --requirement tests/benchmarks/gpu_wheels.txt
 
 torture: .venv/test
 	$(BIN)/python tests/torture/torture.py --work runs/torture

@@ -31,8 +31,17 @@ from saffe_cache.core.features import StorageType
 STORAGE_DTYPES = get_args(StorageType)
 _LARGEST_CODE = {"int8": 127.0, "float8": 448.0}
 _SCALE_BYTES = 4
-_NAN_BITS = {"float16": 0x7E00, "bfloat16": 0x7FC0}
-"""The one form in which two-byte types store NaN."""
+
+
+class _Half(NamedTuple):
+    """Bits of a type of two bytes."""
+
+    infinity: int
+    nan: int
+    """The one form in which NaN is stored."""
+
+
+_HALVES = {"float16": _Half(0x7C00, 0x7E00), "bfloat16": _Half(0x7F80, 0x7FC0)}
 _BLOCK = 2**15
 """Numbers that are processed at once on a CPU: they fit into its cache, and torch uses one thread for so few."""
 _SAMPLE_NUMBERS = 2**21
@@ -93,21 +102,23 @@ def convert(values: torch.Tensor, dtype: str) -> Stored:
     whole token into NaN. On a CPU, tokens are processed in blocks that fit into its cache.
     """
     tokens = values.reshape(-1, values.shape[-1])
-    is_cpu = tokens.device.type == "cpu"
-    block = max(1, _BLOCK // tokens.shape[1] if is_cpu else len(tokens))
-    magnitudes = torch.cat([part.abs().amax(dim=1) for part in torch.split(tokens, block)]).float()
-    is_finite = magnitudes.isfinite()
-    lost = torch.zeros_like(magnitudes)
+    block = max(1, _BLOCK // tokens.shape[1] if tokens.device.type == "cpu" else len(tokens))
+    lost = torch.zeros(len(tokens), device=tokens.device)
     if is_scaled(dtype):
+        magnitudes = torch.cat([part.abs().amax(dim=1) for part in torch.split(tokens, block)]).float()
+        is_finite = magnitudes.isfinite()
         rows = _scaled(tokens, magnitudes.masked_fill(~is_finite, torch.nan), dtype, block)
     elif dtype == "float32":
         rows = tokens.float()
+        is_finite = _are_finite(rows)
     else:
-        rows = _halved(tokens, dtype, block)
-        if not is_cpu or not is_finite.all():  # on a GPU, checking would block
-            rows.masked_fill_(tokens.isnan(), _NAN_BITS[dtype])
-            magnitudes = tokens.nan_to_num(0.0, 0.0, 0.0).abs().amax(dim=1).float()
-        lost = torch.where(magnitudes.to(getattr(torch, dtype)).isinf(), magnitudes, 0.0)
+        rows, all_finite = _halved(tokens, dtype, block)
+        is_finite = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+        if not all_finite:
+            is_finite = tokens.isfinite().all(dim=1)
+            rows.masked_fill_(tokens.isnan(), _HALVES[dtype].nan)
+            largest = tokens.nan_to_num(0.0, 0.0, 0.0).abs().amax(dim=1).float()
+            lost = torch.where(largest.to(getattr(torch, dtype)).isinf(), largest, 0.0)
     shape = values.shape[:-1]
     return Stored(rows.view(*shape, rows.shape[1]), is_finite.view(shape), lost.view(shape))
 
@@ -169,12 +180,25 @@ def _from_float8(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return numbers
 
 
-def _halved(tokens: torch.Tensor, dtype: str, block: int) -> torch.Tensor:
-    """The bits of the rounded numbers; NaN may have any form."""
+def _are_finite(rows: torch.Tensor) -> torch.Tensor:
+    """bool [tokens]: are all numbers finite? On a CPU, numpy is thirty times as fast as torch."""
+    if rows.device.type == "cpu":
+        return torch.from_numpy(np.isfinite(rows.numpy()).all(axis=1))
+    return rows.isfinite().all(dim=1)
+
+
+def _halved(tokens: torch.Tensor, dtype: str, block: int) -> tuple[torch.Tensor, bool]:
+    """The bits of the rounded numbers, with NaN in any form, and whether all are known to be finite.
+
+    That is unknown on other devices than the CPU, where checking would block.
+    """
     rows = torch.empty(tokens.shape, dtype=torch.int16, device=tokens.device)
+    all_finite = tokens.device.type == "cpu"
     for to, part in zip(torch.split(rows, block), torch.split(tokens, block), strict=True):
         to.view(getattr(torch, dtype)).copy_(part)
-    return rows
+        if all_finite and to.numel():  # numpy is three times as fast as torch here
+            all_finite = bool((to.numpy() & 0x7FFF).max() < _HALVES[dtype].infinity)
+    return rows, all_finite
 
 
 def _scaled(tokens: torch.Tensor, magnitudes: torch.Tensor, dtype: str, block: int) -> torch.Tensor:

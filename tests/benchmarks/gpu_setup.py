@@ -49,6 +49,7 @@ class Sizes:
     dev_photos: int = 1000
     flickr_size: tuple[int, int] = (500, 375)
     steps: int = 8
+    variants: int = 8
     released_batch: int = 20
     vectors: int = 1_000_000
     width: int = 768
@@ -71,6 +72,7 @@ TINY = Sizes(
     dev_photos=32,
     flickr_size=(50, 37),
     steps=2,
+    variants=2,
     released_batch=4,
     vectors=10_000,
     width=16,

@@ -28,7 +28,6 @@ from saffe_cache.training.train import TrainConfig, train, train_many
 
 GOAL, EPOCH_GOAL = 0.97, 100.0
 RESIDENCIES = ("device", "memory", "mapped", "streamed")
-VARIANTS = 8
 
 
 def parts(setting: Setting) -> Iterator[Callable[[], Iterator[Figure]]]:
@@ -149,16 +148,14 @@ def variants(setting: Setting) -> Iterator[Figure]:
 
     def configs(folder: str) -> list[TrainConfig]:
         options = {"data_seed": 0, "epochs": epochs, "start": "random"}
-        outs = [(seed, str(setting.work / folder / str(seed))) for seed in range(VARIANTS)]
+        outs = [(seed, str(setting.work / folder / str(seed))) for seed in range(setting.sizes.variants)]
         return [run_config(setting, cache, out, "linear", 2, seed=seed, **options) for seed, out in outs]
 
     alone, seconds_alone = timed(lambda: [train(config) for config in configs("alone")])
     together, seconds = timed(lambda: train_many(configs("together")))
-    note = f"{epochs} epochs each; validation included"
-    yield Figure(name=f"{VARIANTS} variants together", unit="s", value=seconds, note=note)
-    yield Figure(
-        name=f"{VARIANTS} variants together / one by one", unit="ratio", value=seconds_alone / seconds, note=note
-    )
+    name, note = f"{setting.sizes.variants} variants together", f"{epochs} epochs each; validation included"
+    yield Figure(name=name, unit="s", value=seconds, note=note)
+    yield Figure(name=f"{name} / one by one", unit="ratio", value=seconds_alone / seconds, note=note)
     differing = sum(weights(a) != weights(b) for a, b in zip(alone, together, strict=True))
     yield Figure(name="variants with other weights than alone", unit="runs", value=differing, at_most=0)
 
