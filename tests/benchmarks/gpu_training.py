@@ -19,11 +19,11 @@ from training import config_of, released_loops
 
 from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
 from saffe_cache.inputs.feature_loader import FamInputs, window_shards
-from saffe_cache.inputs.spec import training_pairs
+from saffe_cache.inputs.splits import training_pairs
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.batches import Batch, TrainingData
 from saffe_cache.training.loop import _step, start
-from saffe_cache.training.resolve import fit_options, resolve_run, term_options
+from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.train import TrainConfig, train, train_many
 
 GOAL, EPOCH_GOAL = 0.97, 100.0
@@ -95,17 +95,16 @@ def training_data(config: TrainConfig, residency: Any) -> TrainingData:
     if residency == "streamed":
         spec = replace(spec, shuffled_shards=window_shards(cache, spec))
     training, validation, _ = training_pairs(spec, cache)
-    inputs = FamInputs(cache, spec, fit_options(config).device, residency)
+    inputs = FamInputs(cache, spec, config.device, residency)
     return TrainingData(inputs, training, validation, config.batch_size, spec.seed)
 
 
 def stepper(config: TrainConfig, data: TrainingData) -> Callable[[Iterable[Batch]], int]:
     """Takes a step on each batch, and returns their number. A step waits for its loss, and so for the device."""
-    options = fit_options(config)
-    state = start(options, term_options(config), data.inputs.spec, data, resumes=True)
+    state = start(config, data.inputs.spec, data, resumes=True)
 
     def steps(batches: Iterable[Batch]) -> int:
-        return len([_step(options, state, batch, 1000) for batch in batches])
+        return len([_step(config, state, batch, 1000) for batch in batches])
 
     return steps
 
