@@ -57,7 +57,7 @@ torture: .venv/test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs,report]'
 	touch $@
 
-# LitData without what it asks for: with torchvision, transformers would take other image processors, and boto3 asks for
+# LitData without what it asks for: torchvision is of no use here, and boto3 asks for
 # an older dateutil than the tests have
 .venv/bench: .venv/base
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,bench]'
