@@ -22,6 +22,7 @@ from gpu_setup import TINY, Setting
 from timing import Figure
 
 
+@pytest.mark.slow
 def test_dry_run_measures_every_row(tmp_path: Path) -> None:
     out = tmp_path / "made" / "gpu"
     command = [sys.executable, str(gpu.__file__), "--tiny", "--device", "cpu", "--out", str(out)]

@@ -25,11 +25,11 @@ from gpu_setup import MODELS, Model, Setting, amount_for, draw_photos, no_gpu, r
 from timing import Candidate, Figure, Rounds, not_installed, take_turns
 from torch import nn
 
+from saffe_cache.core.devices import is_out_of_memory
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.extraction import encoding
 from saffe_cache.extraction.encoding import run_job
 from saffe_cache.extraction.loading import Batch
-from saffe_cache.extraction.oom_retry import is_out_of_memory
 from saffe_cache.extraction.planning import Job, converters_of
 from saffe_cache.sources import Media
 from saffe_cache.store.dtypes import to_storage
