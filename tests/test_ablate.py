@@ -28,7 +28,7 @@ from saffe_cache.protocols.setting import data_hash
 from saffe_cache.store import convert
 from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.reader import open_cache
-from saffe_cache.studies.sweep import jobs as running
+from saffe_cache.studies.sweep import ablate as running
 from saffe_cache.studies.sweep.ablate import ablate
 from saffe_cache.studies.sweep.config import AblateConfig
 from saffe_cache.studies.sweep.recipe import read_recipe
@@ -95,7 +95,7 @@ def modified(config: AblateConfig) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in (Path(config.out) / "runs").rglob("*") if path.is_file()}
 
 
-def test_a_recipe_is_the_grid_that_it_says(tmp_path: Path) -> None:
+def test_a_recipe_spans_its_grid(tmp_path: Path) -> None:
     recipe = read_recipe(recipe_file(tmp_path))
     places = [(cell.series, cell.x) for cell in recipe.cells]
     assert places == [("one", "2"), ("one", "3"), ("both, head attention", "2+3"), ("both, head mean", "2+3")]
@@ -304,7 +304,7 @@ def test_the_cost_adds_up_runs_and_reports(swept: AblateConfig) -> None:
         ablate(swept)
 
 
-def test_what_exists_is_not_run_again_and_recipes_share_runs(swept: AblateConfig, tmp_path: Path) -> None:
+def test_finished_runs_are_shared_and_not_repeated(swept: AblateConfig, tmp_path: Path) -> None:
     before = modified(swept)
     ablate(swept)
     assert modified(swept) == before
@@ -317,7 +317,7 @@ def test_what_exists_is_not_run_again_and_recipes_share_runs(swept: AblateConfig
     assert outcome(more, "other").series[0].points[0].seeds == (0, 1, 2)
 
 
-def test_a_report_of_what_the_split_was_before_is_made_anew(tmp_path: Path) -> None:
+def test_reports_of_a_changed_split_are_repeated(tmp_path: Path) -> None:
     """And so is one that does not say what it is of, as earlier releases wrote them. Nothing is trained again."""
     text = STORED.replace('["float32", "int8"]', '"float32"')
     path = make_cache(tmp_path / "cache.zarr", {"train": 40, "test": 20})
@@ -365,7 +365,7 @@ def test_runs_that_see_the_same_batches_are_trained_side_by_side(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_sweep_goes_on(cache: str, tmp_path: Path, kill: signal.Signals) -> None:
+def test_a_killed_sweep_resumes(cache: str, tmp_path: Path, kill: signal.Signals) -> None:
     """Killed with two workers at their second runs; what was done stays, the workers end too, and the rest follows."""
     out = tmp_path / "out"
     arguments = [recipe_file(tmp_path), "--cache", cache, "--out", str(out), "--device", "cpu", "--workers", "2"]
@@ -527,7 +527,7 @@ def test_storage_types_are_converted_once_and_never_widened(cache: str, tmp_path
         ablate(replace(config, cache=str(small), out=str(tmp_path / "wide")))
 
 
-def test_a_killed_conversion_begins_anew(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_conversion_starts_again(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = AblateConfig(recipe=(recipe_file(tmp_path, STORED),), cache=cache, out=str(tmp_path / "out"), workers=1)
 
     def killed(*_: object) -> None:

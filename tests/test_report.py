@@ -28,7 +28,7 @@ from report_cases import (
 
 from saffe_cache.cli import main
 from saffe_cache.evaluation.details import read_details
-from saffe_cache.report.content import find_results
+from saffe_cache.report.page import find_results
 from saffe_cache.report.plots import draw
 from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.sweep.figures import heat_maps, series_plot

@@ -46,6 +46,12 @@ class Table:
     folded: bool = False
     """Whether a page shows it only on request."""
 
+    @property
+    def text_columns(self) -> list[bool]:
+        """Whether each column after the headings holds texts, which are aligned on the left, and not numbers."""
+        columns = range(len(self.header) - 1)
+        return [not all(_is_number(row.cells[place]) for row in self.rows) for place in columns]
+
     def to_text(self, width: int = WIDTH) -> str:
         """Aligned columns below the caption, in blocks of columns that fit the width; the headings are repeated.
 
@@ -55,8 +61,8 @@ class Table:
         short = [cell if len(cell.note) <= _LONGEST_NOTE else Cell(cell.text) for cell in heads]
         first = _Column(_heading(self.header[0]) if self.header else "", list(map(_head_in_line, short)), is_text=True)
         columns = [
-            _column(_heading(name), [row.cells[place] for row in self.rows])
-            for place, name in enumerate(self.header[1:])
+            _column(_heading(name), [row.cells[place] for row in self.rows], is_text)
+            for place, (name, is_text) in enumerate(zip(self.header[1:], self.text_columns, strict=True))
         ]
         lines = textwrap.wrap(self.caption, width)
         for block in _blocks(first, columns, width):
@@ -170,9 +176,13 @@ _HEADING_WIDTH = 10
 """Characters of a line of a heading over narrow cells."""
 
 
-def _column(name: str, cells: Sequence[Cell]) -> _Column:
+def _is_number(cell: Cell) -> bool:
+    return bool(re.fullmatch(r"|–|[-+±]?[\d.,]+ ?[%\w]{0,3}", cell.text))
+
+
+def _column(name: str, cells: Sequence[Cell], is_text: bool) -> _Column:
     """Values below values, notes below notes."""
-    if not all(re.fullmatch(r"|–|[-+±]?[\d.,]+ ?[%\w]{0,3}", cell.text) for cell in cells):
+    if is_text:
         return _Column(name, list(map(_in_line, cells)), is_text=True)
     value, note = (max((len(getattr(cell, part)) for cell in cells), default=0) for part in ("text", "note"))
     shown = [f"{cell.text:>{value}}" + (f" {cell.note:<{note}}" if note else "") for cell in cells]

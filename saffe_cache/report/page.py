@@ -1,48 +1,227 @@
-"""The page: one HTML file that loads nothing and runs nothing. The only importer of jinja2.
+"""The page: notices first, then every result's sections with their drawings and galleries, then costs.
 
-All that comes from data is escaped by the template; drawings and style are our own. A policy in the page's head forbids
-scripts and every address, so that a mistake here could not let one in.
+One HTML file that loads nothing and runs nothing. The template escapes all that comes from data; drawings and style are
+our own. A policy in the page's head forbids scripts and every address, so that a mistake here could not let one in. The
+only importer of jinja2.
 """
 
 from __future__ import annotations
 
 import base64
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from saffe_cache.core.features import printable
+from saffe_cache.core.outputs import RESULT
+from saffe_cache.core.results import Measurement, Result
+from saffe_cache.core.sections import Section
 from saffe_cache.core.tables import percent
-from saffe_cache.report.content import Content
-from saffe_cache.report.photos import css_classes
+from saffe_cache.report.gallery import Album, Gallery, Options, open_gallery
+from saffe_cache.report.ledger import costs_section
+from saffe_cache.report.plots import Plot, draw
+from saffe_cache.verbs import VERBS, load_result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A result in its folder."""
+
+    path: Path
+    name: str
+    """As much of the end of the path as tells it from the others."""
+    result: Result
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What a reader must know before the numbers."""
+
+    kind: str
+    """failure, warning or note."""
+    where: str
+    text: str
+
+
+@dataclass(kw_only=True)
+class Part:
+    """A section on the page."""
+
+    anchor: str
+    section: Section
+    name: str = ""
+    """Of the result's folder."""
+    plots: list[Plot] = field(default_factory=list)
+    gallery: Gallery | None = None
+
+
+@dataclass(kw_only=True)
+class Content:
+    """All of a page, and the files beside it."""
+
+    notices: list[Notice]
+    num_controls: int
+    parts: list[Part]
+    album: Album
+    files: dict[str, bytes]
+    """Numbers, by their name in data/."""
+
+    @property
+    def plots(self) -> list[Plot]:
+        return [plot for part in self.parts for plot in part.plots]
+
+
+def find_results(folders: Iterable[str]) -> list[Found]:
+    """The results in some folders and directly below them, and the run that an evaluation is of, each once.
+
+    Raises:
+        ValueError: a folder holds no result, or a result is damaged.
+    """
+    found: dict[Path, Result] = {}
+    for folder in map(Path, folders):
+        below = sorted(folder.glob(f"*/{RESULT}"))
+        places = [folder] if (folder / RESULT).exists() else []
+        places += [path.parent for path in below]
+        if not places:
+            writers = ", ".join(f"saffe {name}" for name, verb in VERBS.items() if verb.result)
+            lack = f"no {RESULT} is in it or in a folder directly below" if folder.exists() else "nothing is there"
+            raise ValueError(f"{folder}: {lack}. Give an output folder of {writers}.")
+        parent = folder.resolve().parent
+        if (parent / RESULT).exists():
+            places.append(parent)
+        for place in places:
+            if place.resolve() not in found:
+                found[place.resolve()] = load_result(place)
+    ordered = sorted(found.items(), key=lambda item: (item[1].verb == "train", item[1].verb != "evaluate"))
+    names = short_names([path for path, _ in ordered])
+    return [Found(path=path, name=name, result=of) for (path, of), name in zip(ordered, names, strict=True)]
+
+
+def make_content(found: Sequence[Found], album: Album, options: Options) -> Content:
+    """Everything but the page itself."""
+    content = Content(
+        notices=_notices(found), num_controls=sum(map(_num_controls, found)), parts=[], album=album, files={}
+    )
+    counts: dict[str, int] = {}
+    for one in found:
+        number = counts[one.result.verb] = counts.get(one.result.verb, 0) + 1
+        anchor = f"{one.result.verb}-{number}"
+        parts = _parts(anchor, one.result.page_sections(one.path), one.name)
+        parts[0].gallery = open_gallery(one.path, one.result, options)
+        content.parts += parts
+        content.files[f"{anchor}.csv"] = as_csv(Measurement._fields, one.result.measurements())
+        if parts[0].gallery:
+            content.files[f"{anchor}-queries.csv"] = as_csv(*parts[0].gallery.queries())
+    for verb, number in counts.items():
+        same = {one.name: one.result for one in found if one.result.verb == verb}
+        if number > 1:
+            content.parts += _parts(f"{verb}-all", type(next(iter(same.values()))).compare(same))
+    costs = costs_section({one.name: (one.path, one.result) for one in found})
+    if costs:
+        content.parts += _parts("costs", [costs])
+    for part in content.parts:
+        for figure, plot in zip(part.section.figures, part.plots, strict=True):
+            content.files[f"{plot.name}.json"] = json.dumps(asdict(figure), default=list).encode()
+    _add_photos(content)
+    return content
+
+
+def _parts(anchor: str, sections: Sequence[Section], name: str = "") -> list[Part]:
+    anchors = [anchor if number == 0 else f"{anchor}-{number + 1}" for number in range(len(sections))]
+    return [
+        Part(anchor=place, section=section, name=name, plots=[draw(figure, place) for figure in section.figures])
+        for place, section in zip(anchors, sections, strict=True)
+    ]
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """As much of the end of each path as tells them apart."""
+    parts = [path.resolve().parts for path in paths]
+    depth = 2
+    while depth < 12 and len({part[-depth:] for part in parts}) < len(set(parts)):
+        depth += 1
+    return [" / ".join(part[-depth:]) for part in parts]
+
+
+def _notices(found: Sequence[Found]) -> list[Notice]:
+    """Failures first, then warnings, then notes."""
+    notices = []
+    for one in found:
+        kinds: Mapping[str, Iterable[str]] = {
+            "failure": (f"{text}. Do not use these numbers." for text in one.result.failures),
+            "warning": one.result.warnings,
+            "note": one.result.notes(),
+        }
+        notices += [Notice(kind, one.name, text) for kind, texts in kinds.items() for text in texts]
+    return sorted(notices, key=lambda notice: ("failure", "warning", "note").index(notice.kind))
+
+
+def _num_controls(found: Found) -> int:
+    measured = found.result.measurements()
+    return len({(one.setting, one.system) for one in measured if one.system.startswith("control: ")})
+
+
+def _add_photos(content: Content) -> None:
+    """Find the photos of all galleries, and say which are missing."""
+    parts = [part for part in content.parts if part.gallery]
+    for part in parts:
+        assert part.gallery
+        content.album.add(part.gallery)
+    content.album.keep_first(_in_turn([part.gallery for part in parts if part.gallery]))
+    for part in parts:
+        assert part.gallery
+        hashes = part.gallery.hashes()
+        reasons = [content.album.reasons[one] for one in hashes if one not in content.album.thumbnails]
+        if reasons and not part.gallery.is_sound:
+            common = max(sorted(set(reasons)), key=reasons.count)
+            text = f"{len(reasons)} of the {len(hashes)} photos of its gallery are not shown: {common}."
+            content.notices.append(Notice("note", part.name, text))
+
+
+def _in_turn(galleries: Sequence[Gallery]) -> Iterator[bytes]:
+    """The photos of every gallery's first card, then of every second, so that none takes another's room."""
+    for cards in zip_longest(*(gallery.cards for gallery in galleries)):
+        for gallery, card in zip(galleries, cards, strict=True):
+            if card is not None:
+                yield from (gallery.hash_of(place) for place in sorted(card.places))
+
+
+def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    """Unrounded numbers; what is None stays empty."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerows([header, *rows])
+    return file.getvalue().encode("utf-8", "backslashreplace")
 
 
 def render(content: Content, title: str) -> bytes:
-    """The page."""
+    """The page as HTML."""
     folder = Path(__file__).parent
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["percent"] = percent
-    environment.filters["printable"] = printable
+    environment.filters |= {"percent": percent, "printable": printable}
     template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
-    classes = css_classes(content.album.thumbnails)
-    style = (folder / "page.css").read_text(encoding="utf-8") + _photo_rules(content, classes)
+    thumbnails = content.album.thumbnails
+    classes = {photo: f"photo-{number}" for number, photo in enumerate(thumbnails)}
+    rules = (
+        f".{name}{{background-image:url(data:image/jpeg;base64,{base64.b64encode(thumbnails[photo]).decode()})}}"
+        for photo, name in classes.items()
+    )
     page = template.render(
         title=title,
         content=content,
-        style=Markup(style),  # ours, and thumbnails as base64
-        drawings={plot.name: Markup(plot.inline) for plot in content.plots},  # texts in them were escaped by matplotlib
+        style=Markup("\n".join([(folder / "page.css").read_text(encoding="utf-8"), *rules])),
+        drawings={plot.name: Markup(plot.inline) for plot in content.plots},  # matplotlib escaped the texts in them
         classes=classes,
         kinds={"failure": "Control failed", "warning": "Warning", "note": "Note"},
     )
     return page.encode("utf-8", "backslashreplace")
-
-
-def _photo_rules(content: Content, classes: dict[bytes, str]) -> str:
-    rules = (
-        f".{name}{{background-image:url(data:image/jpeg;base64,{base64.b64encode(content.album.thumbnails[photo]).decode()})}}"
-        for photo, name in classes.items()
-    )
-    return "\n".join(rules)

@@ -84,10 +84,12 @@ _SETTINGS: dict[Any, Any] = {
 }
 
 
-def _frames(height: float, columns: int = 1, rows: int = 1) -> tuple[matplotlib.figure.Figure, list[Axes]]:
-    """A figure of the page's width, and its axes, row after row; those of several rows share the vertical axis."""
+def _frames(
+    height: float, columns: int = 1, rows: int = 1, *, shared: bool = False
+) -> tuple[matplotlib.figure.Figure, list[Axes]]:
+    """A figure of the page's width, and its axes, row after row, which may share the vertical axis."""
     figure = matplotlib.figure.Figure(figsize=(_WIDTH, height), layout="constrained")
-    made = figure.subplots(rows, columns, squeeze=False, sharey=rows > 1)
+    made = figure.subplots(rows, columns, squeeze=False, sharey=shared)
     return figure, list(made.ravel())
 
 
@@ -173,7 +175,7 @@ def _training(of: figures.TrainingPlot) -> Drawn:
 
 
 def _classes(of: figures.ClassPlot) -> Drawn:
-    figure, (axes,) = _frames(0.9 + 0.2 * len(of.classes))
+    figure, (axes,) = _frames(0.7 + 0.2 * len(of.classes))
     places = np.arange(len(of.classes))
     for number, (system, values) in enumerate(of.systems):
         look = _Style.of(number)
@@ -182,7 +184,7 @@ def _classes(of: figures.ClassPlot) -> Drawn:
     axes.set_yticks(places, of.classes)
     axes.set_ylim(len(of.classes) - 0.4, -0.6)
     axes.set_xlabel(of.label)
-    axes.legend(fontsize=8, loc="lower left")
+    _draw_legend(figure, [axes])
     system, values = of.systems[0]
     shown = ", ".join(f"{name} {value:.1f}" for name, value in zip(of.classes, values, strict=True))
     return figure, f"{of.label}, {system}: {shown}"
@@ -239,7 +241,7 @@ _BASELINE_STYLES = (("v", "--"), ("P", "-."), ("d", ":"))
 def _series(of: figures.SeriesPlot) -> Drawn:
     columns = min(2, len(of.panels))
     rows = -(-len(of.panels) // columns)
-    figure, frames = _frames(0.8 + 2.1 * rows, columns, rows)
+    figure, frames = _frames(0.8 + 2.1 * rows, columns, rows, shared=True)
     number = 0
     kinds = list(dict.fromkeys(one.name for panel in of.panels for series in panel.series for one in series.baselines))
     for axes, panel in zip(frames, of.panels, strict=False):

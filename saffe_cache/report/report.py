@@ -52,10 +52,8 @@ def make_report(config: ReportConfig) -> str:
         OSError: the disk is full or gone, or another process writes to the output folder.
     """
     try:
-        from saffe_cache.report.content import find_results, make_content
-        from saffe_cache.report.gallery import Options
-        from saffe_cache.report.page import render
-        from saffe_cache.report.photos import Album
+        from saffe_cache.report.gallery import Album, Options
+        from saffe_cache.report.page import find_results, make_content, render
     except ImportError as error:
         if error.name not in _EXTRA:
             raise

@@ -1,29 +1,46 @@
-"""Run a recipe's grid from one cache, and collect what came of it."""
+"""Run a recipe's grid from one cache: train what sees the same batches side by side, in a few processes at once.
+
+A run's folder is named after a hash of its config and of the data and encoders that it sees, so that recipes share
+runs, and finished runs are not repeated. The same command resumes a killed sweep.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import multiprocessing
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from tqdm import tqdm
+
 from saffe_cache.core.atomic_io import hold_folder, make_folder
 from saffe_cache.core.devices import choose_device, num_cores
-from saffe_cache.core.outputs import CONFIG, provenance, read_json, write_json
+from saffe_cache.core.features import short_hash
+from saffe_cache.core.outputs import CONFIG, RESULT, provenance, read_json, write_json
 from saffe_cache.evaluation.config import EvaluateConfig
-from saffe_cache.evaluation.results import FAM, EvaluationResult, Numbers
-from saffe_cache.extraction.ledger import extraction_seconds, reencoding
+from saffe_cache.evaluation.evaluate import evaluate
+from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.inputs.splits import data_fingerprint, training_pairs
 from saffe_cache.protocols.registry import load_protocol, own_protocol
+from saffe_cache.protocols.setting import data_hash
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.studies.sweep.config import AblateConfig
-from saffe_cache.studies.sweep.jobs import Job, Planner, run_jobs
-from saffe_cache.studies.sweep.recipe import Cell, Recipe, read_recipe
+from saffe_cache.studies.sweep.outcome import Finished, collect
+from saffe_cache.studies.sweep.recipe import Recipe, read_recipe
 from saffe_cache.studies.sweep.requirements import check_cache, stored_as
-from saffe_cache.studies.sweep.result import Level, SweepCost, SweepPoint, SweepResult, SweepSeries, place_of
+from saffe_cache.studies.sweep.result import SweepResult
+from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.resolve import resolve_run
-from saffe_cache.training.result import TrainResult
+from saffe_cache.training.train import same_batches, train_many
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +75,8 @@ def sweep(config: AblateConfig, recipes: Mapping[str, Recipe]) -> tuple[str, ...
             run_jobs(plan.distinct, config.together, workers)
             make_folder(plan.out)
             write_json(plan.out / CONFIG, {"verb": SweepResult.verb, **provenance(config)})
-            plan.result(workers).save(plan.out)
+            finished = [[job.finished for job in jobs] for jobs in plan.jobs]
+            collect(plan.recipe, finished, base, plan.out, workers).save(plan.out)
     return tuple(str(plan.out) for plan in plans)
 
 
@@ -96,43 +114,11 @@ class _Plan:
     """Of its result."""
     jobs: Sequence[Sequence[Job]]
     """Of each cell, one for each seed."""
-    caches: Mapping[str, Cache]
 
     @property
     def distinct(self) -> list[Job]:
         """Each run once."""
-        return list({job.config.out: job for of_cell in self.jobs for job in of_cell}.values())
-
-    def result(self, workers: int) -> SweepResult:
-        """What came of it, once all jobs are done."""
-        recipe = self.recipe
-        series: dict[str, list[SweepPoint]] = {}
-        reports = [[job.found() for job in of_cell] for of_cell in self.jobs]
-        for cell, jobs, of_cell in zip(recipe.cells, self.jobs, reports, strict=True):
-            series.setdefault(cell.series, []).append(_point(cell, jobs, of_cell, self.out))
-        first = reports[0][0]
-        metric = recipe.metric or first.main_metric
-        return SweepResult(
-            title=recipe.title,
-            question=recipe.question,
-            dataset=Path(next(iter(self.caches))).name,
-            protocol=first.protocol,
-            definition=first.definition,
-            split=first.split,
-            metric=metric,
-            x_label=recipe.x_label,
-            y_label=recipe.y_label,
-            series=tuple(SweepSeries(name=name, points=tuple(points)) for name, points in series.items()),
-            levels=tuple(_levels(metric, [report for of_cell in reports for report in of_cell])),
-            published=recipe.published,
-            cost=_cost(self.distinct, next(iter(self.caches.values())), workers),
-            failures=tuple(
-                f"{place_of(name, point)}, {text}"
-                for name, points in series.items()
-                for point in points
-                for text in point.failures
-            ),
-        )
+        return list({job.config.out: job for jobs in self.jobs for job in jobs}.values())
 
 
 def _plan(config: AblateConfig, recipe: Recipe, out: Path, protocol: str, base: Cache) -> _Plan:
@@ -157,78 +143,188 @@ def _plan(config: AblateConfig, recipe: Recipe, out: Path, protocol: str, base: 
             planners[path] = Planner(caches[path], report, root / "runs")
         configs = (cell.config(path, config.out, seed, device) for seed in config.seeds or recipe.seeds)
         jobs.append([planners[path].job(one) for one in configs])
-    return _Plan(recipe, out, jobs, caches)
+    return _Plan(recipe, out, jobs)
 
 
-def _levels(metric: str, reports: Sequence[EvaluationResult]) -> list[Level]:
-    """Systems without layers and training, where all reports agree; cells of several encoders differ."""
-    found = []
-    for name in ("pooled_cosine", "zero_shot"):
-        numbers = [report.systems.get(name, {}).get(metric) for report in reports]
-        values = {number.value for number in numbers if number}
-        if all(numbers) and len(values) == 1:
-            found.append(Level(name=name, value=values.pop()))
+_PLACES = {"cache", "out", "device", "residency", "checkpoint_seconds", "tensorboard"}
+"""What does not change a run's outcome."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run and its report."""
+
+    config: TrainConfig
+    report: EvaluateConfig
+    reported: str
+    """Hash over the data that the report is of, as `data_hash` makes it."""
+    batches: str
+    """Equal for jobs whose runs can be trained side by side."""
+
+    @property
+    def is_done(self) -> bool:
+        return (Path(self.config.out) / "result.json").exists() and self._is_reported
+
+    @property
+    def _is_reported(self) -> bool:
+        folder = Path(self.report.out or "")
+        if not (folder / RESULT).exists():
+            return False
+        asked = json.loads(json.dumps(asdict(self.report)))
+        done = read_json(folder / CONFIG).get("config"), read_json(folder / RESULT).get("data")
+        return done == (asked, self.reported)
+
+    def evaluate(self) -> None:
+        if not self._is_reported:
+            evaluate(self.report)
+
+    @property
+    def finished(self) -> Finished:
+        return Finished(self.config.seed, self.config.out, self.report.out or "")
+
+
+class Planner:
+    """Makes jobs of configs over one cache."""
+
+    def __init__(self, cache: Cache, report: EvaluateConfig, folder: Path) -> None:
+        """
+        Args:
+            cache: what is trained on.
+            report: how each run is evaluated, by a protocol that is named; `run` and `out` are filled in.
+            folder: of the runs.
+        """
+        self._cache, self._report, self._folder = cache, report, folder
+        self._fingerprints: dict[tuple[Any, ...], str] = {}
+        self._reported: dict[tuple[str, ...], str] = {}
+
+    def job(self, config: TrainConfig) -> Job:
+        """
+        Raises:
+            CacheError, ValueError: the cache lacks what the config or its report asks for.
+        """
+        spec = resolve_run(config, self._cache)
+        spec = replace(spec, data=self._fingerprint(spec))
+        options = {name: value for name, value in _chosen(config).items() if name not in _PLACES}
+        identity = short_hash({"config": options, "run": _chosen(spec), "stored": self._stored(spec)})
+        layers = "+".join(map(str, spec.gallery_layers))
+        name = re.sub(r"[^A-Za-z0-9+-]+", "-", f"{config.fusion}-{layers}-seed{config.seed}")
+        out = self._folder / f"{name}-{identity}"
+        config = replace(config, out=str(out))
+        report = replace(self._report, run=str(out), out=str(out / f"{self._report.split}-{self._report.protocol}"))
+        return Job(config, report, self._of_report(spec), repr(same_batches(config, spec)))
+
+    def _fingerprint(self, spec: RunSpec) -> str:
+        """Hash over what a run sees."""
+        pairs = (spec.gallery_key, spec.text_key, spec.pairs, spec.train_split, spec.validation)
+        drawn = (spec.validation_fraction, spec.train_fraction, spec.seed, spec.gallery_text)
+        if (*pairs, *drawn) not in self._fingerprints:
+            training, validation, _ = training_pairs(spec, self._cache)
+            self._fingerprints[*pairs, *drawn] = data_fingerprint(self._cache, spec, training, validation)
+        return self._fingerprints[*pairs, *drawn]
+
+    def _of_report(self, spec: RunSpec) -> str:
+        """The same of what its report is of."""
+        split, protocol = self._report.split, self._report.protocol
+        assert protocol != "auto"
+        pairs = (spec.gallery_key, spec.text_key, spec.pairs, spec.gallery_text)
+        if pairs not in self._reported:
+            found = load_protocol(protocol).select(self._cache, spec, split)
+            self._reported[pairs] = data_hash(self._cache, spec, found)
+        return self._reported[pairs]
+
+    def _stored(self, spec: RunSpec) -> list[str]:
+        """The types of the hidden states that a run reads."""
+        sides = ((spec.gallery_key, spec.gallery_layers), (spec.text_key, spec.text_layers))
+        encoders = self._cache.encoders
+        return [encoders[key].array(f"hidden_states/{layer}").dtype for key, layers in sides for layer in layers]
+
+
+def _chosen(of: Any) -> dict[str, Any]:
+    """A dataclass's fields that are not at their default: an option of a later release leaves runs what they are."""
+    found = {}
+    for one in fields(of):
+        value = getattr(of, one.name)
+        default = one.default_factory() if callable(one.default_factory) else one.default
+        if default is MISSING or value != default:
+            found[one.name] = _chosen(value) if is_dataclass(value) else value
     return found
 
 
-def _point(cell: Cell, jobs: Sequence[Job], reports: Sequence[EvaluationResult], out: Path) -> SweepPoint:
-    results = [TrainResult.load(job.config.out) for job in jobs]
+def run_jobs(jobs: Sequence[Job], together: int, workers: int) -> None:
+    """Train and evaluate those that are not done.
 
-    systems = _values([report.systems for report in reports])
-    return SweepPoint(
-        x=cell.x,
-        y=cell.y,
-        settings=cell.settings,
-        seeds=tuple(job.config.seed for job in jobs),
-        reports=tuple(Path(os.path.relpath(job.report.out or "", out)).as_posix() for job in jobs),
-        values=systems.pop(FAM),
-        chance={metric: number.chance for metric, number in reports[0].systems[FAM].items()},
-        baselines=systems,
-        controls=_values([report.control_scores for report in reports]),
-        best_epoch=tuple(result.best_epoch for result in results),
-        failures=tuple(
-            f"seed {job.config.seed}: {text}"
-            for job, report in zip(jobs, reports, strict=True)
-            for text in report.failures
-        ),
-        trainable_parameters=results[0].trainable_parameters,
-        fusing_flops=reports[0].cost.fusing_flops,
-        training_seconds=tuple(result.seconds for result in results),
-        training_peak_memory_mb=tuple(result.peak_memory_mb for result in results),
-        evaluation_seconds=tuple(report.cost.evaluation_seconds for report in reports),
-    )
+    Args:
+        jobs: no two of the same run.
+        together: most runs that are trained side by side in one process.
+        workers: processes; 1 is this one.
+
+    Raises:
+        CacheError, ValueError, OSError: as train and evaluate; what was done until then stays.
+    """
+    pending = [job for job in jobs if not job.is_done]
+    groups: dict[str, list[Job]] = {}
+    for job in pending:
+        groups.setdefault(job.batches, []).append(job)
+    tasks = [group[i : i + together] for group in groups.values() for i in range(0, len(group), together)]
+    with tqdm(total=len(pending), unit=" runs", desc="sweep", smoothing=0, disable=not tasks) as progress:
+        for done in _side_by_side(tasks, workers) if workers > 1 else map(_work, tasks):
+            progress.update(done)
 
 
-def _values(of_seeds: Sequence[Mapping[str, Numbers]]) -> dict[str, dict[str, tuple[float, ...]]]:
-    """One value for each seed, of systems and metrics that all seeds have."""
-    return {
-        name: {metric: tuple(of[name][metric].value for of in of_seeds) for metric in numbers}
-        for name, numbers in of_seeds[0].items()
-        if all(name in of for of in of_seeds)
-    }
+def _side_by_side(tasks: Sequence[Sequence[Job]], workers: int) -> Iterator[int]:
+    """Each task in a new process, so that its peak memory is its own; yields tasks' counts as they finish."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    threads = max(1, num_cores() // workers)
+
+    def run(task: Sequence[Job]) -> int:
+        with ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(threads,)) as process:
+            return process.submit(_work, task).result()
+
+    with (
+        _environment("TQDM_DISABLE", "1"),  # of the workers: this process has read it already
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        started = [pool.submit(run, task) for task in tasks]
+        try:
+            for future in as_completed(started):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()  # or the end of this process would wait for that of their tasks
+            raise
 
 
-def _cost(jobs: Sequence[Job], cache: Cache, workers: int) -> SweepCost:
-    results = {job.config.out: TrainResult.load(job.config.out) for job in jobs}
-    by_encoders: dict[tuple[str, str], list[dict[str, Any]]] = {}
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    logging.getLogger("saffe_cache").setLevel(logging.WARNING)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker of a killed sweep would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(jobs: Sequence[Job]) -> int:
+    """Train some runs side by side, report on each, and return their number."""
+    train_many([job.config for job in jobs])
     for job in jobs:
-        spec = read_json(Path(job.config.out) / CONFIG)["run"]
-        by_encoders.setdefault((spec["gallery_key"], spec["text_key"]), []).append(vars(results[job.config.out]))
-    costs = [reencoding(cache.encoders[mine], cache.encoders[other], of) for (mine, other), of in by_encoders.items()]
-    known = [one for one in costs if one is not None]
-    arrays = [array for encoder in cache.encoders.values() for array in encoder.manifest.arrays.values()]
-    return SweepCost(
-        num_runs=len(jobs),
-        workers=workers,
-        extraction_seconds=extraction_seconds(cache),
-        training_seconds=sum(result.seconds for result in results.values()),
-        control_seconds=sum(result.control_seconds for result in results.values()),
-        evaluation_seconds=sum(job.found().cost.evaluation_seconds for job in jobs),
-        cache_bytes=sum(array.rows * array.spec.row_bytes for array in arrays),
-        photos_seen=sum(one.photos_seen for one in known),
-        texts_seen=sum(one.texts_seen for one in known),
-        re_encoding_seconds=sum(one.seconds for one in known) if len(known) == len(costs) else None,
-        photo_seconds=known[0].photo_seconds if known else None,
-        text_seconds=known[0].text_seconds if known else None,
-        basis=known[0].basis if known else "the cache does not say how long its encoders take",
-    )
+        job.evaluate()
+    return len(jobs)

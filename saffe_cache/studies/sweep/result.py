@@ -221,8 +221,8 @@ class SweepResult(Result):
         header = (self._place, self.metric, *names, *(f"control: {one}" for one in controls), "chance", "best epoch",
                   "parameters", "FLOPs a photo", "training s", "MB")  # fmt: skip
         caption = (
-            f"{self.metric} in percent, mean over seeds with its 95 % t-interval; of baselines, on the same layers and "
-            "photos, and of controls the mean."
+            f"{self.metric} in percent: the FAM's mean over seeds with its 95 % t-interval; means of baselines, on the "
+            "same layers and photos, and of controls."
         )
         return Table(caption, header, tuple(rows), folded=len(rows) > _MOST_ROWS)
 
