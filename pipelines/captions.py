@@ -26,6 +26,7 @@ by loss nobody does; a training step takes 1, 0.70 and 0.40 of layer 0's FLOPs, 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import multiprocessing
@@ -46,12 +47,13 @@ from saffe_cache.core.devices import num_cores
 from saffe_cache.core.outputs import read_json, write_json
 from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.extract import extract
+from saffe_cache.retrieval.fitting import adamw, update, warmed_cosine
 from saffe_cache.retrieval.metrics import seed_interval
 from saffe_cache.sources.items import Columns
 from saffe_cache.sources.registry import read_items
 from saffe_cache.studies.captioning.caption import caption
 from saffe_cache.studies.captioning.config import CaptionConfig
-from saffe_cache.studies.captioning.fitting import rate_at, shuffled_batches
+from saffe_cache.studies.captioning.fitting import shuffled_batches
 from saffe_cache.studies.captioning.result import CaptionResult
 
 END = "<|endoftext|>"
@@ -154,8 +156,7 @@ def small_gpt2(data: str, folder: Path, epochs: int) -> str:
     )
     lengths = np.array([len(joined(captions, end)) for captions in ids[False]])
     steps = epochs * -(-len(lengths) // BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps))
+    optimizer, step = adamw(model.parameters(), LEARNING_RATE, weight_decay=0.05), itertools.count()
     losses: list[float] = []
     for epoch in range(epochs):
         model.train()
@@ -165,11 +166,8 @@ def small_gpt2(data: str, folder: Path, epochs: int) -> str:
             )
             first = int(generator.integers(FIRST_POSITIONS))
             total, count = _loss(model, [joined(captions, end) for captions in shuffled], first)
-            (total / count).backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+            rate = warmed_cosine(next(step), steps, max(1, steps // 10))
+            update(optimizer, total / count, rate, tuple(model.parameters()), 1.0)
             if number % 100 == 0:
                 logger.info(
                     "Language model, epoch %d, step %d: %.3f nats a token.", epoch, number, total.item() / count

@@ -26,7 +26,7 @@ from saffe_cache.studies.captioning import caption as verb
 from saffe_cache.studies.captioning.caption import caption
 from saffe_cache.studies.captioning.captions import caption_losses, project
 from saffe_cache.studies.captioning.config import CaptionConfig
-from saffe_cache.studies.captioning.fitting import fit_projector, rate_at, shuffled_batches
+from saffe_cache.studies.captioning.fitting import fit_projector, shuffled_batches
 from saffe_cache.studies.captioning.measuring import Measured, Measuring, count_cost, judge_controls
 from saffe_cache.studies.captioning.result import SYSTEMS, CaptionResult, Interval
 
@@ -86,17 +86,6 @@ def test_batches_hold_each_text_once_with_little_padding() -> None:
     assert padded < 1.15 * lengths.sum()
     means = [lengths[batch].mean() for batch in batches]
     assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.5, "batches come in the order of their lengths"
-
-
-@pytest.mark.parametrize("steps", [1, 2, 10, 300])
-def test_learning_rate_rises_once_then_falls_to_zero(steps: int) -> None:
-    rates = [rate_at(step, steps) for step in range(steps + 1)]
-    top = int(np.argmax(rates))
-    assert rates[top] == 1.0
-    assert rates[0] > 0
-    assert (np.diff(rates[: top + 1]) > 0).all()
-    assert (np.diff(rates[top:]) <= 0).all()
-    assert rates[-1] == pytest.approx(0, abs=1e-9) or steps == 1
 
 
 def test_losses_equal_transformers_and_a_plain_loop(cache: str, tiny_model: Models) -> None:

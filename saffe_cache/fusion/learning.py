@@ -1,7 +1,8 @@
 """How fast parameters learn, and which of them decay: each module says it of its own.
 
-A module may have a class attribute `learning`: by the name of one of its own parameters, or "*" for all parameters in
-it and below, a `Learning`. Everything else learns at the run's rate, and its matrices decay.
+A module may have a class attribute `learning`: a `Learning` by the name of one of its parameters or submodules, or by
+"*" for everything in it. What is declared further inside wins. Everything else learns at the run's rate, and its
+matrices decay.
 """
 
 from __future__ import annotations
@@ -40,5 +41,5 @@ def _parameters(module: nn.Module, usual: Learning) -> Iterator[tuple[nn.Paramet
     usual = declared.get("*", usual)
     for name, parameter in module.named_parameters(recurse=False):
         yield parameter, declared.get(name, usual)
-    for child in module.children():
-        yield from _parameters(child, usual)
+    for name, child in module.named_children():
+        yield from _parameters(child, declared.get(name, usual))

@@ -6,8 +6,11 @@ Numpy in and out, torch inside.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +18,9 @@ from torch import nn
 from torch.nn import functional
 
 from saffe_cache.core.features import Ragged
+from saffe_cache.fusion.learning import Learning, parameter_groups
 from saffe_cache.fusion.losses import Temperature, distinct_positives, info_nce
+from saffe_cache.retrieval.fitting import adamw, fit_epochs, update
 
 INNER_SIZE = 1024
 DROPOUTS = (0.2, 0.5)
@@ -34,6 +39,7 @@ PATIENCE = 4
 class _Mlp(nn.Module):
     """Gallery side and query side, before they are made unit vectors."""
 
+    learning: ClassVar = dict.fromkeys(("text_map", "beside_map"), Learning(decays=False))
     center: torch.Tensor
     scale: torch.Tensor
 
@@ -175,33 +181,26 @@ def _train(
         torch.manual_seed(seed)
         model = _Mlp(data.features, data.texts.shape[1], dropout, data.beside is not None)
         temperature = Temperature()
-        optimizer = torch.optim.AdamW(_groups(model, temperature), lr=LEARNING_RATE, betas=(0.9, 0.98))
-        steps = epochs * len(data.batches(np.random.default_rng(seed)))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, LEARNING_RATE, steps, pct_start=0.1, cycle_momentum=False
-        )
-        best_epoch, best_score, best_weights = 0, -np.inf, model.state_dict()
-        for epoch in range(epochs + 1):
-            for chosen in data.batches(generator) if epoch else []:
-                model.train()
+        groups = [*parameter_groups(model, LEARNING_RATE, WEIGHT_DECAY), {"params": temperature.parameters()}]
+        optimizer = adamw(groups, LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.98))
+        total, steps = epochs * (len(data.features) // data.batch_size), count()
+
+        def run_epoch(epoch: int) -> float:
+            total_loss, batches = 0.0, data.batches(generator)
+            for chosen in batches:
                 loss = data.loss(model, temperature, chosen)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                schedule.step()
-            score = judge(MlpFit(model, dropout, epoch))
-            if score > best_score:
-                best_epoch, best_score = epoch, score
-                best_weights = {name: value.clone() for name, value in model.state_dict().items()}
-            if epoch - best_epoch >= PATIENCE:
-                break
-    model.load_state_dict(best_weights)
-    return best_score, MlpFit(model.eval(), dropout, best_epoch)
+                update(optimizer, loss, _one_cycle(next(steps), total))
+                total_loss += float(loss.detach())
+            return total_loss / len(batches)
+
+        fitted = fit_epochs(
+            model, epochs, run_epoch, lambda epoch: judge(MlpFit(model, dropout, epoch)), patience=PATIENCE
+        )
+    return fitted.best_score, MlpFit(model, dropout, fitted.best_epoch)
 
 
-def _groups(model: _Mlp, temperature: Temperature) -> list[dict[str, object]]:
-    """Weight decay on the MLP's matrices; not on what starts as the identity, nor on biases and temperature."""
-    decayed = [value for value in model.mlp.parameters() if value.ndim > 1]
-    kept = {id(value) for value in decayed}
-    others = [value for value in (*model.parameters(), *temperature.parameters()) if id(value) not in kept]
-    return [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+def _one_cycle(step: int, total: int) -> float:
+    """Fraction of the peak learning rate, as torch's OneCycleLR: a cosine up in a tenth of the steps, and one down."""
+    top, last = 0.1 * total - 1, total - 1
+    start, end, part = (1 / 25, 1.0, step / top) if step <= top else (1.0, 1 / 250_000, (step - top) / (last - top))
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * part))

@@ -7,7 +7,6 @@ uninterrupted one bit for bit on the same device.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from saffe_cache.fusion.base import Fusion
 from saffe_cache.fusion.learning import parameter_groups
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.baselines import unit_rows
+from saffe_cache.retrieval.fitting import adamw, update, warmed_cosine
 from saffe_cache.training.batches import Batch, TrainingData
 from saffe_cache.training.checkpoints import Log, TrainingState, resume, save_state
 from saffe_cache.training.config import TrainConfig
@@ -49,9 +49,7 @@ def start(config: TrainConfig, spec: RunSpec, data: TrainingData, *, resumes: bo
         for module in (model, objective)
         for group in parameter_groups(module, config.learning_rate, config.weight_decay)
     ]
-    for group in groups:
-        group["peak"] = group["lr"]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)  # one pass over the weights, not twelve
+    optimizer = adamw(groups, config.learning_rate, betas=(0.9, 0.98), fused=True)  # one pass over the weights, not 12
     return TrainingState(model=model, objective=objective, optimizer=optimizer)
 
 
@@ -135,33 +133,13 @@ def fit(trainings: Sequence[Training], data: TrainingData, name: str) -> None:
 def _step(config: TrainConfig, state: TrainingState, batch: Batch, total: int) -> float:
     """One update of the weights; returns the loss."""
     torch.manual_seed(config.seed * 1_000_003 + state.step)
-    rate = _schedule(state.step, total, config.warmup)
-    for group in state.optimizer.param_groups:
-        group["lr"] = group["peak"] * rate
+    rate = warmed_cosine(state.step, total, max(1, int(config.warmup * total)), floor=0.02)
     state.model.train()
     device = batch.vectors.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         loss = state.objective(state.model, batch)
-    state.optimizer.zero_grad()
-    loss.backward()
-    _clip(list(state.model.parameters()), config.clip)
-    state.optimizer.step()
+    update(state.optimizer, loss, rate, tuple(state.model.parameters()), config.clip)
     return float(loss.detach())
-
-
-def _clip(parameters: Sequence[torch.nn.Parameter], largest: float) -> None:
-    """`clip_grad_norm_`, but gradients that are short enough are left alone instead of multiplied by one."""
-    norm = torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
-    if not norm <= largest:
-        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-
-
-def _schedule(step: int, total: int, warmup: float) -> float:
-    """Linear warm-up, then a cosine down to 2 %."""
-    rising = max(1, int(warmup * total))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.02 + 0.98 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising))) / 2
 
 
 def _finish_epoch(state: TrainingState, data: TrainingData, log: Log, out: Path, loss: float | None) -> None:

@@ -22,9 +22,10 @@ from saffe_cache.inputs.feature_loader import FamInputs, window_shards
 from saffe_cache.inputs.splits import training_pairs
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.batches import Batch, TrainingData
+from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.loop import _step, start
 from saffe_cache.training.resolve import resolve_run
-from saffe_cache.training.train import TrainConfig, train, train_many
+from saffe_cache.training.train import train, train_many
 
 GOAL, EPOCH_GOAL = 0.97, 100.0
 RESIDENCIES = ("device", "memory", "mapped", "streamed")

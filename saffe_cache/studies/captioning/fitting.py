@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from itertools import count
 
 import numpy as np
 import torch
 
 from saffe_cache.inputs.pairs import Pairs
+from saffe_cache.retrieval.fitting import adamw, fit_epochs, update, warmed_cosine
 from saffe_cache.studies.captioning.captions import CaptionSource, caption_losses, first_captions, num_said, project
 from saffe_cache.studies.captioning.config import CaptionConfig
 from saffe_cache.studies.captioning.inserting import InsertedModel, Projector, typical_size
@@ -40,38 +40,30 @@ def fit_projector(
 ) -> Fit:
     """An epoch sees each photo once, with one of its captions drawn at random."""
     projector = new_projector(source, model, training, config.seed)
-    steps = config.epochs * -(-len(training) // config.batch_size)
-    optimizer = torch.optim.AdamW(projector.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_at, steps=steps))
-    log = [{"epoch": 0.0, "validation": validation_loss(source, model, projector, validation)}]
-    best, best_state, times = log[0]["validation"], _copied(projector), []
-    for epoch in range(1, config.epochs + 1):
-        total, count = 0.0, 0
-        for photos, texts in _batches(training, np.diff(source.text.offsets), config, epoch):
+    total, steps = config.epochs * -(-len(training) // config.batch_size), count()
+    optimizer = adamw(projector.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    lengths, times = np.diff(source.text.offsets), []
+
+    def run_epoch(epoch: int) -> float:
+        summed, num_tokens = 0.0, 0
+        for photos, texts in _batches(training, lengths, config, epoch):
             started = time.perf_counter()
             captions = source.captions(texts)
             losses = caption_losses(model, captions, project(source, projector, photos))
             said = int(num_said(captions).sum())
-            optimizer.zero_grad()
-            (losses.sum() / said).backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(projector.parameters(), _LARGEST_GRADIENT)
-            optimizer.step()
-            schedule.step()
-            total, count = total + float(losses.detach().sum()), count + said
+            rate = warmed_cosine(next(steps), total, max(1, total // 10))
+            update(optimizer, losses.sum() / said, rate, tuple(projector.parameters()), _LARGEST_GRADIENT)
+            summed, num_tokens = summed + float(losses.detach().sum()), num_tokens + said
             times.append(time.perf_counter() - started)
-        found = validation_loss(source, model, projector, validation)
-        log.append({"epoch": float(epoch), "training": total / count, "validation": found})
-        if found < best:
-            best, best_state = found, _copied(projector)
-    projector.load_state_dict(best_state)
-    best_epoch = min(range(len(log)), key=lambda epoch: log[epoch]["validation"])
-    return Fit(projector.eval(), log, best_epoch, float(np.median(times)))
+        return summed / num_tokens
 
-
-def rate_at(step: int, steps: int) -> float:
-    """Fraction of the highest learning rate: it rises over a tenth of the steps, then falls as a cosine."""
-    rising = max(1, steps // 10)
-    return min((step + 1) / rising, 0.5 + 0.5 * math.cos(math.pi * max(0, step - rising) / max(1, steps - rising)))
+    fitted = fit_epochs(
+        projector, config.epochs, run_epoch, lambda _: -validation_loss(source, model, projector, validation)
+    )
+    log = [{"epoch": 0.0, "validation": -fitted.scores[0]}]
+    for epoch, (loss, score) in enumerate(zip(fitted.losses, fitted.scores[1:], strict=True), start=1):
+        log.append({"epoch": float(epoch), "training": loss, "validation": -score})
+    return Fit(projector, log, fitted.best_epoch, float(np.median(times)))
 
 
 def new_projector(source: CaptionSource, model: InsertedModel, training: Pairs, seed: int) -> Projector:
@@ -119,7 +111,3 @@ def shuffled_batches(lengths: np.ndarray, batch_size: int, generator: np.random.
         some = some[np.argsort(lengths[some], kind="stable")]
         batches += [some[first : first + batch_size] for first in range(0, len(some), batch_size)]
     return [batches[number] for number in generator.permutation(len(batches))]
-
-
-def _copied(projector: Projector) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in projector.state_dict().items()}

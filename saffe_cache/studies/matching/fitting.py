@@ -14,12 +14,14 @@ By default the rest differs (arXiv 2606.01207, sec. 4.4):
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
+from saffe_cache.retrieval.fitting import adamw, fit_epochs, update, warmed_cosine
 from saffe_cache.studies.matching.config import MatchConfig
 from saffe_cache.studies.matching.examples import Examples
 from saffe_cache.studies.matching.features import Inputs
@@ -52,40 +54,30 @@ def fit(
     device: str,
 ) -> Fit:
     """Train on pairs. The same seed gives the same weights on the same device."""
-    generator = np.random.default_rng([seed, 4])
+    generator, labels = np.random.default_rng([seed, 4]), torch.from_numpy(training.labels).to(device)
+    total, steps = config.epochs * -(-len(training) // config.batch_size), count()
     with torch.random.fork_rng(devices=[] if device == "cpu" else None):
         torch.manual_seed(seed)
         model = make_fusion(name, *inputs.widths, config.query_modality).to(device)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
-        per_epoch = -(-len(training) // config.batch_size)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * per_epoch)
-        labels = torch.from_numpy(training.labels).to(device)
-        best: tuple[float, int, dict[str, torch.Tensor]] = (-1.0, 0, {})
-        accuracies, losses = [], []
-        for epoch in range(1, config.epochs + 1):
-            model.train()
-            order = generator.permutation(len(training))
-            total = torch.zeros((), device=device)
+        optimizer = adamw(model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+        def run_epoch(epoch: int) -> float:
+            order, summed = generator.permutation(len(training)), torch.zeros((), device=device)
             for start in range(0, len(order), config.batch_size):
                 these = order[start : start + config.batch_size]
                 batch = inputs.batch(training.photos[these], training.texts[these])
                 loss = functional.cross_entropy(model(*(part.to(device) for part in batch)), labels[these])
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                schedule.step()
-                total += loss.detach() * len(these)
-            losses.append(float(total) / len(order))
+                update(optimizer, loss, warmed_cosine(next(steps), total))
+                summed += loss.detach() * len(these)
+            return float(summed) / len(order)
+
+        def accuracy(epoch: int) -> float:
             called = scores_of(model, inputs, validation, device) > 0
-            accuracies.append(float((called == validation.labels).mean()))
-            if accuracies[-1] > best[0]:
-                weights = {name: value.clone() for name, value in model.state_dict().items()}
-                best = accuracies[-1], epoch, weights
-    model.load_state_dict(best[2])
+            return float((called == validation.labels).mean())
+
+        fitted = fit_epochs(model, config.epochs, run_epoch, accuracy, judges_start=False)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Fit(model.eval(), best[1], tuple(accuracies), tuple(losses), num_parameters)
+    return Fit(model, fitted.best_epoch, fitted.scores, fitted.losses, num_parameters)
 
 
 @torch.inference_mode()
