@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saffe_cache.core.features import BlockSpec, BlockWeights, Compression, Fingerprint, Modality
+from saffe_cache.core.features import BlockSpec, BlockWeights, Compression, Fingerprint, Item, Modality
 from saffe_cache.store.config import ConvertConfig, ExportConfig, ImportConfig, InspectConfig, VerifyConfig
 from saffe_cache.store.convert import convert_cache
 from saffe_cache.store.dtypes import to_storage
@@ -31,7 +31,7 @@ from saffe_cache.store.manifest import (
     write_root,
 )
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.table import NewItem, TableBuilder, read_table, write_table
+from saffe_cache.store.table import TableBuilder, read_table, write_table
 from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks
 
 NUM_LAYERS, WIDTH = 3, 4
@@ -227,9 +227,9 @@ def _new_manifest(contents: Contents) -> EncoderManifest:
     )
 
 
-def make_item(number: int) -> NewItem:
+def make_item(number: int) -> Item:
     digest = hashlib.sha256(str(number).encode()).digest()
-    return NewItem(id=f"item {number}", split="train", hashes={"image": digest}, captions=(f"text {number}",))
+    return Item(id=f"item {number}", split="train", hashes={"image": digest}, captions=(f"text {number}",))
 
 
 def forget_encoder(path: str | Path, contents: Contents, name: str) -> None:

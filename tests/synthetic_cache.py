@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from saffe_cache.core.features import BlockSpec, BlockWeights, Fingerprint, Modality
+from saffe_cache.core.features import BlockSpec, BlockWeights, Fingerprint, Item, Modality
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.manifest import EncoderManifest, RootManifest, write_root
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.table import NewItem, TableBuilder, write_table
+from saffe_cache.store.table import TableBuilder, write_table
 from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks
 
 TOKENS, WIDTH, TEXT_WIDTH, LAYERS = 5, 16, 12, 3
@@ -56,7 +56,7 @@ def make_cache(
             photo = f"{next(iter(splits))}/{number}" if is_copy else name
             label = number % classes if classes else 0
             builder.add(
-                NewItem(
+                Item(
                     id=name,
                     split=split,
                     hashes={"image": hashlib.sha256(photo.encode()).digest()},

@@ -15,7 +15,7 @@ from store_cases import describe, image_contents, without_fsync, write_contents
 from test_architecture import modules
 
 from saffe_cache import cli
-from saffe_cache.core.features import printable
+from saffe_cache.core.features import Item, printable
 from saffe_cache.core.results import Measurement, Result
 from saffe_cache.core.sections import Section
 from saffe_cache.core.tables import Cell, Row, Table
@@ -23,7 +23,7 @@ from saffe_cache.encoders.encoder import load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
 from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.table import NewItem, TableBuilder, write_table
+from saffe_cache.store.table import TableBuilder, write_table
 
 FORBIDDEN_BUILTINS = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_CALLS = {
@@ -106,8 +106,8 @@ def test_inspect_sends_nothing_to_the_terminal(tmp_path: Path) -> None:
         write_contents(tmp_path, contents)
         builder = TableBuilder(None, ("a {}",))
         fields = {"split": f"train{ESCAPES}", "captions": (f"caption{ESCAPES}",), "labels": (f"class{ESCAPES}",)}
-        builder.add(NewItem(id=f"id{ESCAPES}", hashes={"image": bytes(32)}, **fields))  # type: ignore[arg-type]
-        builder.add(NewItem(id="broken", split="train", problem=f"unreadable{ESCAPES}"))
+        builder.add(Item(id=f"id{ESCAPES}", hashes={"image": bytes(32)}, **fields))  # type: ignore[arg-type]
+        builder.add(Item(id="broken", split="train", problem=f"unreadable{ESCAPES}"))
         write_table(Storage(tmp_path), "tables/1", builder.build())
         manifest = read_encoder(Storage(tmp_path), contents.key)
         manifest.invalid[0] = f"broken{ESCAPES}"

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_cases import memory_folder, without_fsync
 
-from saffe_cache.core.features import CacheError, Inputs, ItemTable, Ragged
+from saffe_cache.core.features import CacheError, Inputs, Item, ItemTable, Ragged
 from saffe_cache.store.storage import Storage, describe_group, write_group
-from saffe_cache.store.table import NewItem, TableBuilder, read_table, table_to_arrays, text_hash, write_table
+from saffe_cache.store.table import TableBuilder, read_table, table_to_arrays, text_hash, write_table
 
 pytestmark = pytest.mark.filterwarnings("error")
 PROMPTS = ("a photo of a {}.", "{}")
@@ -31,12 +31,12 @@ def digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def photo(number: int, **fields: object) -> NewItem:
-    item = NewItem(id=f"photo {number}", split="train", hashes={"image": digest(f"photo {number}")})
+def photo(number: int, **fields: object) -> Item:
+    item = Item(id=f"photo {number}", split="train", hashes={"image": digest(f"photo {number}")})
     return replace(item, **fields)  # type: ignore[arg-type]
 
 
-def build(*items: NewItem, table: ItemTable | None = None) -> ItemTable:
+def build(*items: Item, table: ItemTable | None = None) -> ItemTable:
     builder = TableBuilder(table, PROMPTS)
     for item in items:
         builder.add(item)
@@ -133,7 +133,7 @@ def test_equal_inputs_are_one_row() -> None:
 
 names = st.sampled_from("abcdef")
 new_items = st.builds(
-    lambda number, image, captions, labels, problem: NewItem(
+    lambda number, image, captions, labels, problem: Item(
         id=f"item {number}",
         split="train",
         hashes={"image": digest(image)},
@@ -151,7 +151,7 @@ new_items = st.builds(
 
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(st.lists(new_items, max_size=12, unique_by=lambda item: item.id), st.integers(0, 12))
-def test_rows_never_move_and_adding_again_changes_nothing(items: list[NewItem], cut: int) -> None:
+def test_rows_never_move_and_adding_again_changes_nothing(items: list[Item], cut: int) -> None:
     """Grown in two sessions, by way of the disk's form or not, the table is that of one session."""
     old, new = build(*items[:cut]), build(*items)
     check_equal(build(*items[cut:], table=old), new)

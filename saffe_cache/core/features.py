@@ -188,6 +188,21 @@ class Inputs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Item:
+    """One item of a dataset; its photos and sounds are identified by their content hashes."""
+
+    id: str
+    """Unique in the dataset, and the same wherever the dataset lies."""
+    split: str
+    hashes: Mapping[Modality, bytes] = field(default_factory=dict)
+    """SHA-256 of each photo or sound."""
+    captions: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    problem: str = ""
+    """Why the item cannot be used; empty if it can."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ItemTable:
     """Items by id, and the rows of the distinct inputs that they are paired with."""
 

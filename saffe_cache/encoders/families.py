@@ -18,61 +18,36 @@ from saffe_cache.core.features import BlockSpec, BlockWeights, Modality
 Pool = Callable[[Any, torch.Tensor | None], torch.Tensor]
 """(model output, mask of real tokens) -> [batch, d]."""
 
-_VIT_BLOCK = {
-    "query": "attention.q_proj",
-    "key": "attention.k_proj",
-    "value": "attention.v_proj",
-    "output": "attention.o_proj",
-    "attention_norm": "layernorm_before",
-    "mlp_norm": "layernorm_after",
-    "mlp_in": "mlp.fc1",
-    "mlp_out": "mlp.fc2",
-}
-_DINOV2_BLOCK = _VIT_BLOCK | {
-    "attention_norm": "norm1",
-    "mlp_norm": "norm2",
-    "attention_layer_scale": "layer_scale1.lambda1",
-    "mlp_layer_scale": "layer_scale2.lambda1",
-}
-_DINOV2_SWIGLU_BLOCK = _DINOV2_BLOCK | {
-    "mlp_gate": "mlp.gate_proj",
-    "mlp_in": "mlp.up_proj",
-    "mlp_out": "mlp.down_proj",
-}
-_CLIP_BLOCK = {
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "output": "self_attn.out_proj",
-    "attention_norm": "layer_norm1",
-    "mlp_norm": "layer_norm2",
-    "mlp_in": "mlp.fc1",
-    "mlp_out": "mlp.fc2",
-}
-_BERT_BLOCK = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "output": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "mlp_norm": "output.LayerNorm",
-    "mlp_in": "intermediate.dense",
-    "mlp_out": "output.dense",
-}
-_MPNET_BLOCK = _BERT_BLOCK | {
-    "query": "attention.attn.q",
-    "key": "attention.attn.k",
-    "value": "attention.attn.v",
-    "output": "attention.attn.o",
-    "attention_norm": "attention.LayerNorm",
-}
-_WHISPER_BLOCK = _CLIP_BLOCK | {
-    "attention_norm": "self_attn_layer_norm",
-    "mlp_norm": "final_layer_norm",
-    "mlp_in": "fc1",
-    "mlp_out": "fc2",
-}
 
+def _block(attention: str, norms: str, mlp: str) -> Mapping[str, str]:
+    """Paths of a block's weights by role, from those of queries, keys, values and output, of both norms, and of the
+    MLP's two layers."""
+    roles = ("query", "key", "value", "output", "attention_norm", "mlp_norm", "mlp_in", "mlp_out")
+    return dict(zip(roles, f"{attention} {norms} {mlp}".split(), strict=True))
+
+
+_VIT_ATTENTION = "attention.q_proj attention.k_proj attention.v_proj attention.o_proj"
+_CLIP_ATTENTION = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj"
+_VIT_BLOCK = _block(_VIT_ATTENTION, "layernorm_before layernorm_after", "mlp.fc1 mlp.fc2")
+_LAYER_SCALES = {"attention_layer_scale": "layer_scale1.lambda1", "mlp_layer_scale": "layer_scale2.lambda1"}
+_DINOV2_BLOCK = {**_block(_VIT_ATTENTION, "norm1 norm2", "mlp.fc1 mlp.fc2"), **_LAYER_SCALES}
+_DINOV2_SWIGLU_BLOCK = {
+    **_block(_VIT_ATTENTION, "norm1 norm2", "mlp.up_proj mlp.down_proj"),
+    "mlp_gate": "mlp.gate_proj",
+    **_LAYER_SCALES,
+}
+_CLIP_BLOCK = _block(_CLIP_ATTENTION, "layer_norm1 layer_norm2", "mlp.fc1 mlp.fc2")
+_WHISPER_BLOCK = _block(_CLIP_ATTENTION, "self_attn_layer_norm final_layer_norm", "fc1 fc2")
+_BERT_BLOCK = _block(
+    "attention.self.query attention.self.key attention.self.value attention.output.dense",
+    "attention.output.LayerNorm output.LayerNorm",
+    "intermediate.dense output.dense",
+)
+_MPNET_BLOCK = _block(
+    "attention.attn.q attention.attn.k attention.attn.v attention.attn.o",
+    "attention.LayerNorm output.LayerNorm",
+    "intermediate.dense output.dense",
+)
 _GPT2_BLOCK = {
     "query_key_value": "attn.c_attn",
     "output": "attn.c_proj",

@@ -19,7 +19,7 @@ from saffe_cache.sources.items import Columns, SourceItem
 from saffe_cache.sources.registry import read_items
 from saffe_cache.store.manifest import RootManifest, layers_among, read_encoder, read_root, write_root
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.table import NewItem, TableBuilder, read_table, write_table
+from saffe_cache.store.table import TableBuilder, read_table, write_table
 from saffe_cache.store.writer import EncoderWriter
 
 logger = logging.getLogger(__name__)
@@ -70,19 +70,7 @@ def _grow_table(storage: Storage, items: Sequence[SourceItem], config: ExtractCo
     old = read_table(storage, f"tables/{root.table}") if root else None
     may_change = config.changed == "reencode"
     builder = TableBuilder(old, config.class_prompt, _unencoded(storage, root, old), may_change=may_change)
-    added = [
-        builder.add(
-            NewItem(
-                id=item.id,
-                split=item.split,
-                hashes=dict(item.hashes),
-                captions=item.captions,
-                labels=item.labels,
-                problem=item.problem,
-            )
-        )
-        for item in items
-    ]
+    added = [builder.add(item) for item in items]
     table = builder.build()
     if builder.changed:
         item_id, what = next(iter(builder.changed.items()))

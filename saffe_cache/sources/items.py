@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from saffe_cache.core.features import Modality
+from saffe_cache.core.features import Item, Modality
 
 Role = Literal["image", "audio", "caption", "label", "id"]
 _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -45,19 +45,10 @@ class MediaFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceItem:
-    """One item of a dataset, before its media are read."""
+class SourceItem(Item):
+    """One item of a dataset with its media. Formats leave `hashes` empty; `registry` fills it in."""
 
-    id: str
-    """Unique in the dataset, and the same wherever the dataset lies."""
-    split: str
     media: Mapping[Modality, Media]
-    captions: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
-    problem: str = ""
-    """Why the item cannot be used; empty if it can."""
-    hashes: Mapping[Modality, bytes] = field(default_factory=dict)
-    """SHA-256 of each medium. Formats leave this empty; `registry` fills it in."""
 
 
 @dataclass(frozen=True, kw_only=True)

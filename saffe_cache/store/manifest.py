@@ -7,11 +7,11 @@ authority on what is complete.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from saffe_cache.core.features import MODALITIES, CacheError, Fingerprint, Modality, short_hash
-from saffe_cache.core.json_schema import whole_number, whole_numbers
+from saffe_cache.core.json_schema import made_of, whole_number
 from saffe_cache.store.layout import ArraySpec, ShardEntry
 from saffe_cache.store.storage import FORMAT_VERSION, Storage, check_encoding, group_metadata, read_attributes
 
@@ -34,15 +34,8 @@ class ArrayManifest:
         return sum(entry.rows for entry in self.shards)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "row_shape": list(self.spec.row_shape),
-            "dtype": self.spec.dtype,
-            "chunk_rows": self.spec.chunk_rows,
-            "shard_rows": self.spec.shard_rows,
-            "dimension_names": list(self.spec.dimension_names),
-            **({} if self.spec.compression == "none" else {"compression": self.spec.compression}),
-            "shards": [entry.to_json() for entry in self.shards],
-        }
+        spec = {name: value for name, value in vars(self.spec).items() if (name, value) != ("compression", "none")}
+        return {**spec, "shards": [entry.to_json() for entry in self.shards]}
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> ArrayManifest:
@@ -50,14 +43,8 @@ class ArrayManifest:
         Raises:
             KeyError, TypeError, ValueError: a field is missing or has another type.
         """
-        spec = ArraySpec(
-            row_shape=whole_numbers(content, "row_shape", least=1),
-            dtype=str(content["dtype"]),
-            chunk_rows=whole_number(content, "chunk_rows", least=1),
-            shard_rows=whole_number(content, "shard_rows", least=1),
-            dimension_names=tuple(str(name) for name in content["dimension_names"]),
-            compression=content.get("compression", "none"),
-        )
+        content = {"compression": "none", **content}
+        spec = made_of(ArraySpec, {one.name: content[one.name] for one in fields(ArraySpec)})
         shards = [ShardEntry.from_json(entry) for entry in content["shards"]]
         full, last = shards[:-1], shards[-1:]
         if any(entry.rows != spec.shard_rows for entry in full) or any(not 0 < e.rows <= spec.shard_rows for e in last):

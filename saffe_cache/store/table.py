@@ -8,30 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from saffe_cache.core.features import MODALITIES, CacheError, Inputs, ItemTable, Modality, Ragged
+from saffe_cache.core.features import MODALITIES, CacheError, Inputs, Item, ItemTable, Modality, Ragged
 from saffe_cache.store.storage import Storage, describe_group, mark_group, read_group, write_group
 
 _NUM_NAMED = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewItem:
-    """One item from a source; files are identified by their content hash."""
-
-    id: str
-    split: str
-    hashes: dict[Modality, bytes] = field(default_factory=dict)
-    """SHA-256 of the item's photo or sound."""
-    captions: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
-    problem: str = ""
-    """Why the item cannot be used; empty if it can."""
 
 
 def text_hash(text: str) -> bytes:
@@ -79,7 +65,7 @@ class TableBuilder:
         if table is not None:
             self._take(table)
 
-    def add(self, item: NewItem) -> bool:
+    def add(self, item: Item) -> bool:
         """Add an item, and return whether the table changes.
 
         An existing item is left unchanged unless it was unusable or its content has changed.

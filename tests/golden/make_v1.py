@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from saffe_cache.core.features import BlockSpec, BlockWeights, Fingerprint
+from saffe_cache.core.features import BlockSpec, BlockWeights, Fingerprint, Item
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.manifest import EncoderManifest, RootManifest, write_root
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.table import NewItem, TableBuilder, write_table
+from saffe_cache.store.table import TableBuilder, write_table
 from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks
 
 NUM_IMAGES, NUM_TEXTS = 5, 7
@@ -38,7 +38,7 @@ def make_table(storage: Storage) -> None:
     builder = TableBuilder(None, ("a photo of a {}.",))
     for number in range(6):
         builder.add(
-            NewItem(
+            Item(
                 id=f"train/{number}.png",
                 split="test" if number == 4 else "train",
                 hashes={"image": hashlib.sha256(bytes([number])).digest()},
