@@ -269,7 +269,7 @@ def test_a_manifest_whose_array_lacks_a_field_is_refused(cache: Path, field: str
         (lambda m: m["arrays"]["pooled"]["shards"][0].update({"mean": "x"}), "mean: 'x', expected float"),
         (lambda m: m["arrays"]["pooled"]["shards"][0].update({"m2": -1.0}), r"m2: -1\.0, expected 0 or more"),
         (lambda m: m["arrays"]["pooled"]["shards"][0].update({"count": 10**30}), "count: 1000"),
-        (lambda m: m["arrays"]["pooled"].update({"row_shape": [0]}), r"row_shape \(0,\): expected lengths of 1 or more"),
+        (lambda m: m["arrays"]["pooled"].update({"row_shape": [0]}), r"row_shape \(0,\): expected lengths"),
         (lambda m: m["arrays"]["pooled"].update({"row_shape": "3"}), "row_shape: '3', expected a list"),
         (lambda m: m["arrays"]["pooled"].update({"chunk_rows": 2**40, "shard_rows": 2**40}), "expected below 2 GiB"),
         (lambda m: m["arrays"].update({"hidden_states/01": m["arrays"].pop("hidden_states/1")}), "hidden_states/01"),
