@@ -22,9 +22,8 @@ from synthetic_cache import WIDTH, make_cache
 from saffe_cache.cli import main
 from saffe_cache.core.features import CacheError
 from saffe_cache.fusion.options import FusionShape
-from saffe_cache.inputs.splits import data_fingerprint
+from saffe_cache.inputs.splits import data_fingerprint, reported_fingerprint
 from saffe_cache.protocols.registry import load_protocol
-from saffe_cache.protocols.setting import data_hash
 from saffe_cache.store import convert
 from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.reader import open_cache
@@ -342,7 +341,7 @@ def test_a_report_of_classes_is_of_those_of_other_splits_too(tmp_path: Path) -> 
         cache = open_cache(make_cache(tmp_path / f"{len(others)}", {"train": 4, "test": 4} | others, classes=6))
         spec = resolve_run(TrainConfig(cache="", out="", fusion="linear"), cache)
         pairs = load_protocol("class").select(cache, spec, "test")
-        found.append((data_fingerprint(cache, spec, pairs), data_hash(cache, spec, pairs)))
+        found.append((data_fingerprint(cache, spec, pairs), reported_fingerprint(cache, spec, pairs)))
     assert found[0][0] == found[1][0]
     assert found[0][1] != found[1][1]
 

@@ -23,7 +23,7 @@ from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import FamInputs
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.inputs.spec import RunSpec
-from saffe_cache.inputs.splits import same_training_pairs
+from saffe_cache.inputs.splits import reported_fingerprint, same_training_pairs
 from saffe_cache.protocols.base import LEAKY_GALLERY, NULL_GALLERY, Protocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Answered, Setting
@@ -129,7 +129,7 @@ def _result(
         definition=definition.replace(NULL_GALLERY, LEAKY_GALLERY) if config.leak_true_text else definition,
         main_metric=protocol.main_metric,
         split=config.split,
-        data=setting.fingerprint(),
+        data=reported_fingerprint(setting.cache, setting.spec, setting.pairs),
         num_photos=len(setting.pairs),
         num_queries=len(protocol.units),
         num_unusable_items=setting.pairs.num_unusable,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saffe_cache.core.features import ItemTable, Modality
+from saffe_cache.core.features import ItemTable, Modality, short_hash
 from saffe_cache.inputs.pairs import Pairs, select_pairs
 from saffe_cache.inputs.spec import PairKind, RunSpec, SplitOptions
 from saffe_cache.store.reader import Cache, EncoderCache
@@ -93,6 +93,13 @@ def training_pairs(spec: RunSpec, cache: Cache) -> Parts:
 def data_fingerprint(cache: Cache, spec: RunSpec, *parts: Pairs) -> str:
     """Hash over the content of pairs that a run sees."""
     return content_fingerprint(cache.table, cache.encoders[spec.gallery_key].manifest.modality, *parts)
+
+
+def reported_fingerprint(cache: Cache, spec: RunSpec, pairs: Pairs) -> str:
+    """Hash over the data that an evaluation measures on: the pairs' content, and all classes that search."""
+    hashes = cache.table.inputs["text"].content_hash
+    classes = [hashes[rows].tobytes().hex() for rows in cache.table.class_texts] if pairs.kind == "classes" else []
+    return short_hash([data_fingerprint(cache, spec, pairs), classes])
 
 
 def same_training_pairs(spec: RunSpec, cache: Cache, run_dir: str | Path) -> tuple[Pairs, Pairs]:

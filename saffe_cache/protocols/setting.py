@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saffe_cache.core.features import Ragged, short_hash
+from saffe_cache.core.features import Ragged
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import FamInputs, encode_gallery, encode_queries
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.inputs.spec import RunSpec
-from saffe_cache.inputs.splits import data_fingerprint
 from saffe_cache.retrieval.ranking import InnerProducts, ScoreMatrix, top_k
 from saffe_cache.retrieval.scores import Scores
 from saffe_cache.store.reader import Cache
@@ -99,10 +98,6 @@ class Setting:
         """g(text) of each query: unit vectors [queries, d]."""
         return encode_queries(model, queries.vectors, self.inputs.device)
 
-    def fingerprint(self) -> str:
-        """Hash over the data that are measured on: the pairs' content, and all classes that search."""
-        return data_hash(self.cache, self.spec, self.pairs)
-
     def with_true_texts(self) -> Setting:
         """The leak: each photo is fused with a text that searches for it, or with its own class's name.
 
@@ -118,13 +113,6 @@ class Setting:
         else:
             beside = np.array([table.class_texts[int(of_photo[0])][0] for of_photo in pairs.labels], np.int64)
         return self.on(replace(pairs, beside=beside))
-
-
-def data_hash(cache: Cache, spec: RunSpec, pairs: Pairs) -> str:
-    """As `Setting.fingerprint`."""
-    hashes = cache.table.inputs["text"].content_hash
-    classes = [hashes[rows].tobytes().hex() for rows in cache.table.class_texts] if pairs.kind == "classes" else []
-    return short_hash([data_fingerprint(cache, spec, pairs), classes])
 
 
 class Vectors(NamedTuple):

@@ -29,9 +29,8 @@ from saffe_cache.core.outputs import CONFIG, RESULT, provenance, read_json, writ
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate
 from saffe_cache.inputs.spec import RunSpec
-from saffe_cache.inputs.splits import data_fingerprint, training_pairs
+from saffe_cache.inputs.splits import data_fingerprint, reported_fingerprint, training_pairs
 from saffe_cache.protocols.registry import load_protocol, own_protocol
-from saffe_cache.protocols.setting import data_hash
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.studies.sweep.config import AblateConfig
 from saffe_cache.studies.sweep.outcome import Finished, collect
@@ -157,7 +156,7 @@ class Job:
     config: TrainConfig
     report: EvaluateConfig
     reported: str
-    """Hash over the data that the report is of, as `data_hash` makes it."""
+    """Hash over the data that the report is of, as `reported_fingerprint` makes it."""
     batches: str
     """Equal for jobs whose runs can be trained side by side."""
 
@@ -229,7 +228,7 @@ class Planner:
         pairs = (spec.gallery_key, spec.text_key, spec.pairs, spec.gallery_text)
         if pairs not in self._reported:
             found = load_protocol(protocol).select(self._cache, spec, split)
-            self._reported[pairs] = data_hash(self._cache, spec, found)
+            self._reported[pairs] = reported_fingerprint(self._cache, spec, found)
         return self._reported[pairs]
 
     def _stored(self, spec: RunSpec) -> list[str]:
