@@ -38,15 +38,8 @@ from saffe_cache.core.features import CacheError
 from saffe_cache.sources.folders import folder_items
 from saffe_cache.sources.items import Columns
 from saffe_cache.store import inspect
-from saffe_cache.store.layout import (
-    ShardEntry,
-    check_array_metadata,
-    compress,
-    decode_shard,
-    describe_shard,
-    encode_shard,
-)
-from saffe_cache.store.manifest import read_encoder, read_root
+from saffe_cache.store.layout import ShardEntry, compress, decode_shard, describe_shard, encode_shard
+from saffe_cache.store.manifest import check_array_metadata, read_encoder, read_root
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 from saffe_cache.store.storage import Storage, describe_group, group_metadata
 from saffe_cache.store.table import TableBuilder, read_table, table_to_arrays

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from saffe_cache.encoders.transfers import Encoded
 from saffe_cache.extraction.encoding import BlockRows
-from saffe_cache.store.dtypes import STORAGE_DTYPES, to_storage
-from saffe_cache.store.layout import ArraySpec
+from saffe_cache.store.dtypes import to_storage
+from saffe_cache.store.layout import STORAGE_DTYPES, ArraySpec
 
 WIDTH, FIRST = 3, 5
 

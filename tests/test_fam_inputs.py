@@ -13,7 +13,8 @@ from synthetic_cache import WIDTH, make_cache
 from saffe_cache.core.outputs import read_json
 from saffe_cache.inputs.feature_loader import FamInputs, choose_residency
 from saffe_cache.inputs.spec import RunSpec
-from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage, numbers_of, to_storage
+from saffe_cache.store.dtypes import from_storage, numbers_of, to_storage
+from saffe_cache.store.layout import STORAGE_DTYPES
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.resolve import resolve_run

@@ -22,7 +22,8 @@ from store_cases import (
 
 from saffe_cache.cli import main
 from saffe_cache.core.features import CacheError, Compression
-from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage
+from saffe_cache.store.dtypes import from_storage
+from saffe_cache.store.layout import STORAGE_DTYPES
 from saffe_cache.store.reader import open_cache
 
 pytestmark = pytest.mark.filterwarnings("error")

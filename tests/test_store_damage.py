@@ -355,5 +355,7 @@ def test_chunk_larger_than_memory_is_refused() -> None:
     index[:, 0], index[:, 1] = np.arange(len(index)), 1
     data = bytes(len(index)) + index.tobytes()
     data += google_crc32c.value(index.tobytes()).to_bytes(4, "little")
-    with pytest.raises(CacheError, match=r"shard: (not enough memory for its \d+ bytes|its chunk 0 cannot)"):
+    with pytest.raises(
+        CacheError, match=r"shard: (not enough memory for its \d+ decompressed bytes|its chunk 0 cannot)"
+    ):
         decode_shard(spec, ShardEntry(rows=spec.shard_rows, crc32c=0), data, "shard")

@@ -13,15 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from saffe_cache.store import dtypes
-from saffe_cache.store.dtypes import (
-    STORAGE_DTYPES,
-    convert,
-    from_storage,
-    numbers_of,
-    stored_shape,
-    stored_type,
-    to_storage,
-)
+from saffe_cache.store.dtypes import convert, from_storage, numbers_of, stored_shape, stored_type, to_storage
+from saffe_cache.store.layout import STORAGE_DTYPES
 
 pytestmark = pytest.mark.filterwarnings("error")
 quick = settings(deadline=None, max_examples=60, derandomize=True)

@@ -21,8 +21,8 @@ from saffe_cache.store.layout import (
     describe_shard,
     encode_shard,
     shard_name,
-    zarr_codec,
 )
+from saffe_cache.store.manifest import zarr_codec
 
 pytestmark = pytest.mark.filterwarnings("error")
 quick = settings(deadline=None, max_examples=60, derandomize=True)

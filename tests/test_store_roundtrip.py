@@ -33,8 +33,8 @@ from store_cases import (
 
 from saffe_cache.core.features import BlockSpec, BlockWeights, CacheError, Compression
 from saffe_cache.store import reader
-from saffe_cache.store.dtypes import STORAGE_DTYPES, from_storage, is_scaled
-from saffe_cache.store.layout import COMPRESSIONS, ArraySpec
+from saffe_cache.store.dtypes import from_storage, is_scaled
+from saffe_cache.store.layout import COMPRESSIONS, STORAGE_DTYPES, ArraySpec
 from saffe_cache.store.manifest import EncoderManifest, RootManifest, encoder_group, read_encoder, write_root
 from saffe_cache.store.reader import EncoderCache, open_cache
 from saffe_cache.store.storage import Storage

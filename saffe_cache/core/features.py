@@ -43,6 +43,10 @@ class CacheError(Exception):
     """The cache is invalid or cannot satisfy the request. The message says where, what was found and what to do."""
 
 
+REPAIR_ADVICE = "Repair it with `saffe cache repair`, or restore it from a copy."
+"""What to do about a damaged part of a cache."""
+
+
 def printable(text: str) -> str:
     """A text of any origin, with characters that control a terminal or are invisible written as escapes."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -21,14 +21,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from saffe_cache.core.features import StorageType
-
-STORAGE_DTYPES = get_args(StorageType)
 _LARGEST_CODE = {"int8": 127.0, "float8": 448.0}
 _SCALE_BYTES = 4
 
@@ -129,7 +126,7 @@ def to_storage(values: np.ndarray, dtype: str) -> np.ndarray:
     Raises:
         OverflowError: a finite number becomes infinite in the storage type.
     """
-    if dtype not in STORAGE_DTYPES or dtype == "float32":
+    if dtype not in _HALVES and not is_scaled(dtype):
         return np.ascontiguousarray(values, dtype=np.dtype(dtype).newbyteorder("<"))
     numbers = np.ascontiguousarray(values, dtype=np.float32)
     return convert(as_tensor(numbers), dtype).to_numpy(dtype)

@@ -12,8 +12,8 @@ import numpy as np
 
 from saffe_cache.core.features import CacheError, ItemTable, printable
 from saffe_cache.store.config import InspectConfig, VerifyConfig
-from saffe_cache.store.layout import check_array_metadata, decode_shard, shard_name
-from saffe_cache.store.manifest import ArrayManifest, encoder_group, existing_root, read_encoder
+from saffe_cache.store.layout import decode_shard, shard_name
+from saffe_cache.store.manifest import ArrayManifest, check_array_metadata, encoder_group, existing_root, read_encoder
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache, read_current_table
 from saffe_cache.store.storage import Storage
 

@@ -16,34 +16,22 @@ contains the old ones, and matches the old manifest until the new one is committ
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import google_crc32c
 import numpy as np
 from numcodecs.blosc import BITSHUFFLE, NOSHUFFLE, Blosc
-from zarr.codecs import BloscCodec
 
-from saffe_cache.core.features import CacheError, Compression
+from saffe_cache.core.features import REPAIR_ADVICE, CacheError, Compression, StorageType
 from saffe_cache.core.json_schema import made_of
-from saffe_cache.store.dtypes import (
-    STORAGE_DTYPES,
-    Moments,
-    fill_value,
-    is_scaled,
-    sampled_moments,
-    stored_shape,
-    stored_type,
-)
-from saffe_cache.store.storage import ADVICE, FORMAT_VERSION, Storage, zarr_json
+from saffe_cache.store.dtypes import Moments, fill_value, is_scaled, sampled_moments, stored_shape, stored_type
 
-COMPRESSIONS = get_args(Compression)
-_LEVEL = 1
+STORAGE_DTYPES, COMPRESSIONS = get_args(StorageType), get_args(Compression)
+COMPRESSION_LEVEL = 1
 """Higher levels take twice the time and save one percent."""
 _SIZES = struct.Struct("<4xIII")
 """In Blosc's header: decompressed bytes, bytes of a block, compressed bytes."""
@@ -220,11 +208,11 @@ def decode_shard(spec: ArraySpec, entry: ShardEntry, data: bytes, where: str) ->
     if spec.compression == "none" and len(data) < spec.shard_file_bytes(entry.rows):
         raise CacheError(
             f"{where}: {len(data)} bytes, the manifest implies {spec.shard_file_bytes(entry.rows)}: it is truncated. "
-            f"{ADVICE}"
+            f"{REPAIR_ADVICE}"
         )
     lengths = _chunk_lengths(spec, data)
     if lengths is None or len(lengths) < num_chunks:
-        raise CacheError(f"{where}: its chunk index is damaged. {ADVICE}")
+        raise CacheError(f"{where}: its chunk index is damaged. {REPAIR_ADVICE}")
     if spec.compression == "none":
         rows = _plain_rows(spec, entry, data)
     else:
@@ -240,7 +228,7 @@ def check_rows(entry: ShardEntry, portions: Iterable[np.ndarray], where: str) ->
         CacheError: a byte differs.
     """
     if _crc32c(portions) != entry.crc32c:
-        raise CacheError(f"{where}: its rows differ from the manifest's checksum. {ADVICE}")
+        raise CacheError(f"{where}: its rows differ from the manifest's checksum. {REPAIR_ADVICE}")
 
 
 def rows_without_index(spec: ArraySpec, entry: ShardEntry, data: bytes) -> np.ndarray | None:
@@ -273,13 +261,13 @@ def _decompressed(spec: ArraySpec, data: bytes, lengths: Sequence[int], where: s
         rows = np.empty((len(lengths) * spec.chunk_rows, *spec.stored_shape), spec.numpy_dtype)
     except (MemoryError, ValueError):
         size = len(lengths) * spec.chunk_bytes
-        raise CacheError(f"{where}: not enough memory for its {size} bytes after decompression. {ADVICE}") from None
+        raise CacheError(f"{where}: not enough memory for its {size} decompressed bytes. {REPAIR_ADVICE}") from None
     start = 0
     for number, (length, chunk) in enumerate(zip(lengths, np.split(rows, len(lengths)), strict=True)):
         try:
             decompress(data[start : start + length], chunk)
         except ValueError as error:
-            raise CacheError(f"{where}: its chunk {number} cannot be decompressed ({error}). {ADVICE}") from None
+            raise CacheError(f"{where}: its chunk {number} cannot be decompressed ({error}). {REPAIR_ADVICE}") from None
         start += length
     return rows
 
@@ -287,7 +275,7 @@ def _decompressed(spec: ArraySpec, data: bytes, lengths: Sequence[int], where: s
 def compress(chunk: np.ndarray) -> bytes:
     """The bytes of a contiguous array, compressed; the same on every machine."""
     shuffle = NOSHUFFLE if chunk.dtype.itemsize == 1 else BITSHUFFLE
-    return bytes(Blosc("zstd", clevel=_LEVEL, shuffle=shuffle).encode(chunk.reshape(-1)))
+    return bytes(Blosc("zstd", clevel=COMPRESSION_LEVEL, shuffle=shuffle).encode(chunk.reshape(-1)))
 
 
 def decompress(data: bytes, into: np.ndarray) -> None:
@@ -305,45 +293,6 @@ def decompress(data: bytes, into: np.ndarray) -> None:
         Blosc().decode(data, out=into.reshape(-1).view(np.uint8))
     except RuntimeError as error:
         raise ValueError(str(error)) from None
-
-
-def zarr_codec(dtype: np.dtype) -> Any:
-    """The codec in Zarr's metadata."""
-    shuffle: Literal["noshuffle", "bitshuffle"] = "noshuffle" if dtype.itemsize == 1 else "bitshuffle"
-    return BloscCodec(cname="zstd", clevel=_LEVEL, shuffle=shuffle, typesize=dtype.itemsize, blocksize=0)
-
-
-@lru_cache(maxsize=256)
-def array_metadata(spec: ArraySpec, num_rows: int) -> bytes:
-    """The `zarr.json` of a growing array with `num_rows` rows, sharded."""
-    attributes = {"encoding-type": "saffe-array", "encoding-version": FORMAT_VERSION, "dtype": spec.dtype}
-    return zarr_json(
-        shape=(num_rows, *spec.stored_shape),
-        chunks=(spec.chunk_rows, *spec.stored_shape),
-        shards=(spec.shard_rows, *spec.stored_shape),
-        dtype=spec.numpy_dtype,
-        fill_value=spec.fill_value,
-        dimension_names=spec.dimension_names,
-        attributes={"saffe_cache": attributes},
-        compressors=None if spec.compression == "none" else zarr_codec(spec.numpy_dtype),
-    )
-
-
-def check_array_metadata(storage: Storage, name: str, spec: ArraySpec, num_rows: int) -> None:
-    """Check that other programs can find the rows that the manifest counts; this package needs only the manifest.
-
-    Raises:
-        CacheError: the array's `zarr.json` is missing or damaged, or states another layout or fewer rows.
-    """
-    found = storage.read_json(f"{name}/zarr.json")
-    expected = json.loads(array_metadata(spec, num_rows))
-    shape = found.get("shape")
-    if isinstance(shape, list) and shape and isinstance(shape[0], int) and shape[0] > num_rows:
-        expected["shape"][0] = shape[0]  # written for the final number of rows
-    fields = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
-    wrong = [field for field in fields if found.get(field) != expected[field]]
-    if wrong:
-        raise CacheError(f"{storage.root}: {name}/zarr.json misstates {' and '.join(wrong)}. {ADVICE}")
 
 
 def shard_name(index: int, spec: ArraySpec) -> str:

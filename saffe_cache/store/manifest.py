@@ -1,4 +1,4 @@
-"""The cache's manifests: attributes of the root group and of each encoder's group.
+"""The cache's manifests: attributes of the root group and of each encoder's group, and Zarr's metadata of its arrays.
 
 An encoder's manifest is replaced in one atomic write after the shards that it lists are durable, so it is the only
 authority on what is complete.
@@ -6,14 +6,26 @@ authority on what is complete.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
-from saffe_cache.core.features import MODALITIES, CacheError, Fingerprint, Modality, short_hash
+import numpy as np
+from zarr.codecs import BloscCodec
+
+from saffe_cache.core.features import MODALITIES, REPAIR_ADVICE, CacheError, Fingerprint, Modality, short_hash
 from saffe_cache.core.json_schema import made_of, whole_number
-from saffe_cache.store.layout import ArraySpec, ShardEntry
-from saffe_cache.store.storage import FORMAT_VERSION, Storage, check_encoding, group_metadata, read_attributes
+from saffe_cache.store.layout import COMPRESSION_LEVEL, ArraySpec, ShardEntry
+from saffe_cache.store.storage import (
+    FORMAT_VERSION,
+    Storage,
+    check_encoding,
+    group_metadata,
+    read_attributes,
+    zarr_json,
+)
 
 LANGUAGE_MODEL = "saffe-language-model"
 """Encoding type of the parts of a language model that are not blocks."""
@@ -277,3 +289,42 @@ def content_hash(storage: Storage) -> str:
     root = existing_root(storage)
     encoders = [read_encoder(storage, key).to_json() | {"history": []} for key in root.encoders]
     return short_hash({"table": read_attributes(storage, f"tables/{root.table}"), "encoders": encoders})
+
+
+def zarr_codec(dtype: np.dtype) -> Any:
+    """The codec in Zarr's metadata."""
+    shuffle: Literal["noshuffle", "bitshuffle"] = "noshuffle" if dtype.itemsize == 1 else "bitshuffle"
+    return BloscCodec(cname="zstd", clevel=COMPRESSION_LEVEL, shuffle=shuffle, typesize=dtype.itemsize, blocksize=0)
+
+
+@lru_cache(maxsize=256)
+def array_metadata(spec: ArraySpec, num_rows: int) -> bytes:
+    """The `zarr.json` of a growing array with `num_rows` rows, sharded."""
+    attributes = {"encoding-type": "saffe-array", "encoding-version": FORMAT_VERSION, "dtype": spec.dtype}
+    return zarr_json(
+        shape=(num_rows, *spec.stored_shape),
+        chunks=(spec.chunk_rows, *spec.stored_shape),
+        shards=(spec.shard_rows, *spec.stored_shape),
+        dtype=spec.numpy_dtype,
+        fill_value=spec.fill_value,
+        dimension_names=spec.dimension_names,
+        attributes={"saffe_cache": attributes},
+        compressors=None if spec.compression == "none" else zarr_codec(spec.numpy_dtype),
+    )
+
+
+def check_array_metadata(storage: Storage, name: str, spec: ArraySpec, num_rows: int) -> None:
+    """Check that other programs can find the rows that the manifest counts; this package needs only the manifest.
+
+    Raises:
+        CacheError: the array's `zarr.json` is missing or damaged, or states another layout or fewer rows.
+    """
+    found = storage.read_json(f"{name}/zarr.json")
+    expected = json.loads(array_metadata(spec, num_rows))
+    shape = found.get("shape")
+    if isinstance(shape, list) and shape and isinstance(shape[0], int) and shape[0] > num_rows:
+        expected["shape"][0] = shape[0]  # written for the final number of rows
+    fields = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
+    wrong = [field for field in fields if found.get(field) != expected[field]]
+    if wrong:
+        raise CacheError(f"{storage.root}: {name}/zarr.json misstates {' and '.join(wrong)}. {REPAIR_ADVICE}")

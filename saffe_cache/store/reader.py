@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from saffe_cache.core.features import (
+    REPAIR_ADVICE,
     BlockSpec,
     BlockWeights,
     CacheError,
@@ -32,7 +33,7 @@ from saffe_cache.store.manifest import (
     read_root,
 )
 from saffe_cache.store.rows import RowReader
-from saffe_cache.store.storage import ADVICE, Storage, read_group
+from saffe_cache.store.storage import Storage, read_group
 from saffe_cache.store.table import read_table
 
 Read = TypeVar("Read")
@@ -168,7 +169,7 @@ class EncoderCache:
         try:
             tokenizer = tensors.pop("tokenizer").tobytes().decode()
         except (KeyError, ValueError) as error:
-            raise CacheError(f"{where}: its tokenizer is missing or damaged ({error}). {ADVICE}") from None
+            raise CacheError(f"{where}: its tokenizer is missing or damaged ({error}). {REPAIR_ADVICE}") from None
         return LanguageModelWeights(spec_of(LanguageModelSpec, attributes, where), tensors, tokenizer)
 
     def statistics(self, name: str) -> Statistics:

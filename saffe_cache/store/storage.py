@@ -28,10 +28,9 @@ from fsspec.implementations.local import LocalFileSystem
 from zarr.storage import MemoryStore
 
 from saffe_cache.core.atomic_io import Buffer, hold_folder, write_whole
-from saffe_cache.core.features import CacheError
+from saffe_cache.core.features import REPAIR_ADVICE, CacheError
 from saffe_cache.core.json_schema import whole_numbers
 
-ADVICE = "Repair it with `saffe cache repair`, or restore it from a copy."
 FORMAT_VERSION = 1
 _PLAIN_DTYPES = ("float32", "int64", "uint8")
 
@@ -72,7 +71,7 @@ class Storage:
                 return path.read_bytes()
             return bytes(self._filesystem.cat_file(f"{self._prefix}/{name}"))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise CacheError(f"{self.root}: {name} is missing. {ADVICE}") from None
+            raise CacheError(f"{self.root}: {name} is missing. {REPAIR_ADVICE}") from None
 
     def write(self, name: str, *parts: Buffer) -> None:
         """Write a file; it is durable and complete when this returns."""
@@ -202,7 +201,7 @@ def read_group(storage: Storage, name: str, encoding_type: str) -> tuple[dict[st
     for key, shape in shapes.items():
         data = storage.read(f"{name}/{key}/{_only_chunk(len(shape))}") if math.prod(shape) else b""
         if dtypes[key] not in _PLAIN_DTYPES or len(data) != math.prod(shape) * np.dtype(dtypes[key]).itemsize:
-            raise CacheError(f"{where}/{key}: {len(data)} bytes, expected {shape} {dtypes[key]}. {ADVICE}")
+            raise CacheError(f"{where}/{key}: {len(data)} bytes, expected {shape} {dtypes[key]}. {REPAIR_ADVICE}")
         arrays[key] = np.frombuffer(data, dtypes[key]).reshape(shape).copy()
     check_arrays(attributes, arrays, where)
     return attributes, arrays
@@ -219,7 +218,7 @@ def check_arrays(attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
     if promised != found or unknown:
         listed = promised if isinstance(promised, dict) else {}
         names = unknown or [name for name in {**listed, **found} if listed.get(name) != found.get(name)]
-        raise CacheError(f"{where}: {', '.join(sorted(names))} differ from the checksums. {ADVICE}")
+        raise CacheError(f"{where}: {', '.join(sorted(names))} differ from the checksums. {REPAIR_ADVICE}")
 
 
 @lru_cache(maxsize=256)

@@ -21,19 +21,12 @@ import numpy as np
 
 from saffe_cache.core.atomic_io import make_folder
 from saffe_cache.core.features import BlockWeights, LanguageModelWeights
-from saffe_cache.store.layout import (
-    ArraySpec,
-    ShardEntry,
-    array_metadata,
-    decode_shard,
-    describe_shard,
-    encode_shard,
-    shard_name,
-)
+from saffe_cache.store.layout import ArraySpec, ShardEntry, decode_shard, describe_shard, encode_shard, shard_name
 from saffe_cache.store.manifest import (
     LANGUAGE_MODEL,
     ArrayManifest,
     EncoderManifest,
+    array_metadata,
     encoder_group,
     language_model_group,
     layers_among,

@@ -22,7 +22,8 @@ from training import config_of
 from saffe_cache.core.outputs import read_json
 from saffe_cache.encoders.encoder import EncoderRequest, FrozenEncoder, load_encoder
 from saffe_cache.extraction.extract import ExtractConfig, extract
-from saffe_cache.store.dtypes import STORAGE_DTYPES, convert
+from saffe_cache.store.dtypes import convert
+from saffe_cache.store.layout import STORAGE_DTYPES
 from saffe_cache.training import loop
 from saffe_cache.training.train import train
 
