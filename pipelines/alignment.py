@@ -221,11 +221,11 @@ def hypothesis(kind: str, evidence: Evidence) -> str:
     """What the rule advised that these cases refuted: a decoder where an MLP or tokens find more, beyond noise."""
     without, mlp, tokens = evidence.without_map, evidence.mlp_gain, evidence.token_gain
     if kind == BESIDE:
-        return "decoder" if tokens.is_gain else "concat"
-    is_curved = mlp.is_gain and evidence.a_lin < 0.9 * evidence.a_mlp
-    if max(evidence.a_lin, evidence.a_mlp) <= evidence.null or (without is not None and without.is_gain):
+        return "decoder" if tokens.sign > 0 else "concat"
+    is_curved = mlp.sign > 0 and evidence.a_lin < 0.9 * evidence.a_mlp
+    if max(evidence.a_lin, evidence.a_mlp) <= evidence.null or (without is not None and without.sign > 0):
         return "no FAM"
-    return "decoder" if is_curved or tokens.is_gain else "linear"
+    return "decoder" if is_curved or tokens.sign > 0 else "linear"
 
 
 def measures_of(alignment: AlignmentResult) -> dict[str, float]:
@@ -238,10 +238,10 @@ def measures_of(alignment: AlignmentResult) -> dict[str, float]:
         **{name: value for name, grid in cells.items() if (value := grid[0][-1]) is not None},
         "A_lin": evidence.a_lin,
         "A_mlp": evidence.a_mlp,
-        "A_mlp - A_lin": evidence.mlp_gain.mean,
+        "A_mlp - A_lin": evidence.mlp_gain.value,
         "A_lin / A_mlp": evidence.a_lin / max(evidence.a_mlp, 1e-9),
         "A_tok": evidence.a_tok,
-        "A_tok - A_lin": evidence.token_gain.mean,
+        "A_tok - A_lin": evidence.token_gain.value,
     }
 
 

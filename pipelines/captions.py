@@ -235,9 +235,9 @@ def _run(config: CaptionConfig) -> CaptionResult:
 
 
 COLUMNS = {
-    "loss": ("losses", "photo", "loss"),
-    "photos shuffled": ("losses", "photos_shuffled", "loss"),
-    "no photo": ("losses", "no_photo", "loss"),
+    "loss": ("losses", "photo", "value"),
+    "photos shuffled": ("losses", "photos_shuffled", "value"),
+    "no photo": ("losses", "no_photo", "value"),
     "less the plain model": ("differences", "plain_model", "value"),
     "own caption by gain, %": ("own_caption", "photo, by gain", "value"),
     "by loss, %": ("own_caption", "photo, by loss", "value"),
@@ -278,7 +278,7 @@ def markdown(runs: Sequence[CaptionResult]) -> str:
             mine, theirs = (sum(cost_of(run) for run in of[one]) for one in (layer, layers[0]))
             cells.append(f"{mine / theirs:.2f}")
         lines.append(f"| {layer} | " + " | ".join(cells) + " |")
-    plain, unigram = (first.measured.losses[name].loss for name in ("plain_model", "unigram"))
+    plain, unigram = (first.measured.losses[name].value for name in ("plain_model", "unigram"))
     lines += [
         "",
         f"Plain language model: {plain:.3f}; unigram: {unigram:.3f}. Own caption among {round(1 / first.chance)}: "

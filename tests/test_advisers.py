@@ -15,7 +15,8 @@ from synthetic_cache import make_cache
 
 from pipelines import alignment
 from pipelines.advisers import Case, advisers, best_threshold, correlations, judged, proposal
-from saffe_cache.studies.alignment.advice import Evidence, Gap
+from saffe_cache.core.results import Estimate
+from saffe_cache.studies.alignment.advice import Evidence
 
 
 def cases_with(found: list[tuple[str, float, float, float]], noise: float = 0.001) -> list[Case]:
@@ -85,8 +86,8 @@ def test_correlations_within_datasets_equal_scipys() -> None:
     assert correlations(crossing(12), lambda case: case.mean("linear"))["useful"]["p"] < 0.02
 
 
-def gap(mean: float, low: float, high: float) -> Gap:
-    return Gap(mean=mean, low=low, high=high)
+def gap(mean: float, low: float, high: float) -> Estimate:
+    return Estimate(value=mean, low=low, high=high)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 
+from saffe_cache.core.results import Estimate
 from saffe_cache.retrieval.baselines import RIDGE_STRENGTHS, unit_rows
-from saffe_cache.studies.alignment.advice import Evidence, Gap, advise
+from saffe_cache.studies.alignment.advice import Evidence, advise
 from saffe_cache.studies.alignment.maps import (
     Ridge,
     RidgeMap,
@@ -265,8 +266,8 @@ def test_clipping_limits_one_large_channel() -> None:
     assert np.abs(unit_rows_clipped(vectors)[:, 3]).max() < 0.6
 
 
-def gap(mean: float, low: float, high: float) -> Gap:
-    return Gap(mean=mean, low=low, high=high)
+def gap(mean: float, low: float, high: float) -> Estimate:
+    return Estimate(value=mean, low=low, high=high)
 
 
 def evidence(**changes: object) -> Evidence:

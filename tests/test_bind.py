@@ -13,7 +13,7 @@ from synthetic_cache import TEXT_WIDTH, make_cache
 
 from saffe_cache.core.controls import failed
 from saffe_cache.core.features import CacheError
-from saffe_cache.core.results import exit_status
+from saffe_cache.core.results import Estimate, exit_status
 from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.extract import extract
 from saffe_cache.store.reader import open_cache
@@ -22,7 +22,7 @@ from saffe_cache.studies.binding.bind import bind
 from saffe_cache.studies.binding.config import BindConfig
 from saffe_cache.studies.binding.episodes import Task, draw_episodes, judge_controls, summary
 from saffe_cache.studies.binding.names import NamePool, make_names
-from saffe_cache.studies.binding.result import PUBLISHED, Accuracy, BindingResult
+from saffe_cache.studies.binding.result import PUBLISHED, BindingResult
 
 NUM_NAMES = 30
 
@@ -53,13 +53,14 @@ def test_visible_classes_are_bound_and_controls_at_chance(tmp_path: Path, monkey
     [setting] = result.settings
     systems, controls = setting.systems, setting.controls
     for name in ("class_means", "ridge", "fam from random, converged", "fam from ridge, converged"):
-        assert systems[name].mean > 0.8, name
+        assert systems[name].value > 0.8, name
     assert set(setting.differences) == {name for name in systems if name.startswith("fam")}
     for name, difference in setting.differences.items():
-        assert difference.mean == pytest.approx(systems[name].mean - systems["class_means"].mean)
-    assert controls["fam from random, blind"] == Accuracy(mean=0.5, half_interval=0.0)
+        assert difference.value == pytest.approx(systems[name].value - systems["class_means"].value)
+    assert controls["fam from random, blind"] == Estimate(value=0.5, low=0.5, high=0.5)
     shuffled = controls["fam from random, converged, photos shuffled"]
-    assert abs(shuffled.mean - 0.5) < 3 * shuffled.half_interval / 1.96 + 1e-9
+    assert shuffled.half is not None
+    assert abs(shuffled.value - 0.5) < 3 * shuffled.half / 1.96 + 1e-9
     assert result.failures == ()
     assert len(setting.verdicts) == len(controls)
     assert exit_status(str(tmp_path)) == 0
@@ -131,9 +132,9 @@ def test_names_are_encoded_once_with_the_caches_encoder(tiny_model: Callable[[st
         text_encoder=str(tmp_path / "gone"),
         device="cpu",
     )
-    with pytest.raises(ValueError, match="no model there"):
+    with pytest.raises(ValueError, match="found no model"):
         bind(config)
-    with pytest.raises(CacheError, match=r"is not what the cache was made with.*--text-encoder"):
+    with pytest.raises(CacheError, match=r"is not the encoder of the cache.*--text-encoder"):
         bind(replace(config, text_encoder=str(tiny_model("roberta"))))
     bind(replace(config, text_encoder=None))
     pool = NamePool.load(tmp_path / "out" / "names.npz")
@@ -173,7 +174,9 @@ def test_made_up_names_avoid_class_names() -> None:
 def test_interval_and_failed_controls() -> None:
     values = np.array([0.2, 0.4, 0.9, 0.5])
     deviation = np.sqrt(((values - 0.5) ** 2).sum() / 3)
-    assert summary(values) == Accuracy(mean=0.5, half_interval=pytest.approx(1.96 * deviation / 2))
+    assert summary(values) == Estimate(
+        value=0.5, low=pytest.approx(0.5 - 1.96 * deviation / 2), high=pytest.approx(0.5 + 1.96 * deviation / 2)
+    )
     task = Task(ways=2, shots=1, queries=5)
     assert failed(judge_controls(task, 0.5, {"shuffled": values, "blind": np.full(4, 0.5)})) == []
     [failure] = failed(judge_controls(task, 0.5, {"shuffled": np.array([0.7, 0.71, 0.72])}))
@@ -207,10 +210,10 @@ def test_result_is_shown_as_rows_and_text(cache: str, tmp_path: Path) -> None:
     result = result_of(config_of(cache, tmp_path, shots=(1,), head="mean"))
     rows = result.to_frame().set_index("system")
     ridge = result.settings[0].systems["ridge"]
-    assert rows.loc["ridge", ["setting", "value", "chance"]].tolist() == ["2-way 1-shot", ridge.mean, 0.5]
-    assert rows.loc["ridge", "high"] == ridge.mean + ridge.half_interval
+    assert rows.loc["ridge", ["setting", "value", "chance"]].tolist() == ["2-way 1-shot", ridge.value, 0.5]
+    assert rows.loc["ridge", "high"] == ridge.high
     assert "control: fam from random, blind" in rows.index
     text = (tmp_path / "report.txt").read_text()
     assert text == result.to_text()
-    assert f"{100 * ridge.mean:.1f} ± {100 * ridge.half_interval:.1f}" in text
+    assert f"{ridge.half_cell().text} {ridge.half_cell().note}" in text
     assert "SAFFE non-aligned, 2 epochs" in text

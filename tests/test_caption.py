@@ -17,7 +17,7 @@ from tiny_models import NUM_LAYERS
 
 from saffe_cache.core.controls import failed
 from saffe_cache.core.features import CacheError
-from saffe_cache.core.results import exit_status
+from saffe_cache.core.results import Estimate, exit_status
 from saffe_cache.inputs.pairs import Pairs, select_pairs
 from saffe_cache.inputs.spec import SplitOptions
 from saffe_cache.inputs.splits import split_pairs
@@ -28,7 +28,7 @@ from saffe_cache.studies.captioning.captions import caption_losses, project
 from saffe_cache.studies.captioning.config import CaptionConfig
 from saffe_cache.studies.captioning.fitting import fit_projector, shuffled_batches
 from saffe_cache.studies.captioning.measuring import Measured, Measuring, count_cost, judge_controls
-from saffe_cache.studies.captioning.result import SYSTEMS, CaptionResult, Interval
+from saffe_cache.studies.captioning.result import SYSTEMS, CaptionResult
 
 Models = Callable[[str], Path]
 
@@ -115,11 +115,10 @@ def test_losses_equal_transformers_and_a_plain_loop(cache: str, tiny_model: Mode
                     totals[name] += float(caption_losses(measuring.model, captions, projected))
             totals["unigram"] -= sum(np.log(counts[token] / sum(counts.values())) for token in ids[row][1:])
     for name, total in totals.items():
-        assert found[name].loss == pytest.approx(total / said, abs=1e-4), name
-        assert found[name].perplexity == pytest.approx(np.exp(total / said), rel=1e-3)
-        assert found[name].low < found[name].loss < found[name].high
+        assert found[name].value == pytest.approx(total / said, abs=1e-4), name
+        assert found[name].low < found[name].value < found[name].high  # type: ignore[operator]
         if name != "photo":
-            difference = found["photo"].loss - found[name].loss
+            difference = found["photo"].value - found[name].value
             assert report.differences[name].value == pytest.approx(difference, abs=1e-6)
     assert set(report.losses) == {*report.differences, "photo"} == set(SYSTEMS)
     assert sorted(measuring.other) == list(range(len(pairs)))
@@ -167,7 +166,7 @@ def test_own_captions_are_found_with_knowledge_or_by_chance(cache: str, monkeypa
 
 def test_control_above_chance_fails() -> None:
     values = {"photos_shuffled, by gain": 0.2, "photo, by gain": 0.9}
-    own = {name: Interval(value=value, low=0.0, high=1.0) for name, value in values.items()}
+    own = {name: Estimate(value=value, low=0.0, high=1.0) for name, value in values.items()}
     assert failed(judge_controls(own, 9, 50)) == []
     [failure] = failed(judge_controls(own, 9, 500))
     assert failure == "photos_shuffled, by gain: own caption found is 20.00, expected at most 14.02 (chance)"
@@ -214,7 +213,7 @@ def test_run_is_reported_and_resumes(cache: str, tmp_path: Path, monkeypatch: py
     assert [vars(one) | {"own": list(one.own)} for one in result.examples] == captions[:5]
     assert "plain_model" in (out / "report.txt").read_text()
     rows = result.to_frame().set_index(["system", "metric"])
-    assert rows.loc[("photo", "loss"), "value"] == result.measured.losses["photo"].loss
+    assert rows.loc[("photo", "loss"), "value"] == result.measured.losses["photo"].value
     assert rows.loc[("photo", "own caption by gain"), "chance"] == 0.25
     assert exit_status(out) == (3 if result.failures else 0)
     written = (out / "result.json").read_bytes()
@@ -232,7 +231,7 @@ def test_several_layers_are_compared_in_one_table(cache: str, tmp_path: Path) ->
     assert CaptionResult.compare({"alone": results["run 0"]}) == []
     [section] = CaptionResult.compare(results)
     assert [row.head.note for row in section.tables[0].rows] == ["run 0", "run 2"]
-    assert f"{results['run 2'].measured.losses['photo'].loss:.3f}" in section.to_text()
+    assert f"{results['run 2'].measured.losses['photo'].value:.3f}" in section.to_text()
 
 
 def test_seeds_are_compared_on_the_same_photos(cache: str, tmp_path: Path) -> None:

@@ -61,10 +61,7 @@ def run_of(layer: int, loss: float) -> CaptionResult:
         "captions": 20,
         "chance": 0.1,
         "measured": {
-            "losses": {
-                name: {"loss": loss + number, "low": 0.0, "high": 9.0, "perplexity": 1.0}
-                for number, name in enumerate(names)
-            },
+            "losses": {name: {"value": loss + number, "low": 0.0, "high": 9.0} for number, name in enumerate(names)},
             "differences": {"plain_model": {"value": -3.0, "low": -4.0, "high": -2.0}},
             "own_caption": {
                 f"{who}, by {by}": {"value": 0.25, "low": 0.2, "high": 0.3}

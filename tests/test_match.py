@@ -87,7 +87,7 @@ def test_only_what_can_be_found_is_found(cache: str, tmp_path: Path) -> None:
     settings = dict(zip(names, result.settings, strict=True))
     largest = settings["1:1 clean", 200]
     assert (largest.chance, largest.majority) == (0.5, 0.5)
-    accuracy = {name: scores["accuracy"].mean for name, scores in largest.systems.items()}
+    accuracy = {name: scores["accuracy"].value for name, scores in largest.systems.items()}
     assert accuracy["ridge_products"] > 0.8
     assert accuracy["concat"] > 0.6
     assert largest.systems["cross"]["accuracy"].values == (0.5,)
@@ -95,9 +95,9 @@ def test_only_what_can_be_found_is_found(cache: str, tmp_path: Path) -> None:
     assert math.isfinite(accuracy["tokens"])
     of_five = settings["1:5 clean", 200]
     assert of_five.majority == pytest.approx(5 / 6)
-    assert of_five.systems["cross"]["accuracy"].mean == pytest.approx(5 / 6)
-    parted = settings["1:1 rotation 1", 200].systems["ridge_products"]["accuracy"].mean
-    destroyed = settings["1:1 noise 2", 200].systems["ridge_products"]["accuracy"].mean
+    assert of_five.systems["cross"]["accuracy"].value == pytest.approx(5 / 6)
+    parted = settings["1:1 rotation 1", 200].systems["ridge_products"]["accuracy"].value
+    destroyed = settings["1:1 noise 2", 200].systems["ridge_products"]["accuracy"].value
     assert parted == pytest.approx(accuracy["ridge_products"], abs=0.02)
     assert destroyed < accuracy["ridge_products"] - 0.15
     assert {"concat", "cross", "tokens"} == set(result.cost)
@@ -259,7 +259,7 @@ def test_pre_aligned_features_are_reported_as_such(even_cache: str, tmp_path: Pa
     config = config_of(even_cache, tmp_path / "made", align_fraction=0.5, **options)
     made = result_of(config)
     before, after, parted = (
-        of.settings[place].systems["cosine"]["auc"].mean for of, place in ((plain, 0), (made, 0), (made, 1))
+        of.settings[place].systems["cosine"]["auc"].value for of, place in ((plain, 0), (made, 0), (made, 1))
     )
     assert before == pytest.approx(0.5, abs=0.1)
     assert after > 0.85
@@ -297,7 +297,7 @@ def test_classes_match_their_names(tmp_path: Path, classes: int) -> None:
     cache = make_cache(tmp_path / "c.zarr", {"train": 90, "test": 60}, classes=classes, signal=8, width=32)
     result = result_of(config_of(cache, tmp_path / "out", scales=(120,), epochs=8))
     [setting] = result.settings
-    assert setting.systems["concat"]["accuracy"].mean > 0.7
+    assert setting.systems["concat"]["accuracy"].value > 0.7
     assert result.failures == ()
 
 

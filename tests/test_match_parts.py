@@ -361,7 +361,7 @@ def test_rule_is_judged_by_intervals_paired_by_seed() -> None:
     leads = {"clean": [0.0, 0.01], "noise 0.1": [0.02, 0.03], "noise 0.2": [-0.02, 0.03]}
     found = judge_degradation(leads, "noise", "cross", 200)
     assert (found.grown, found.fallen) == (("noise 0.1",), ())
-    assert vars(found.changes["noise 0.2"]) == pytest.approx({"mean": 0.0, "low": -0.254, "high": 0.254}, abs=1e-3)
+    assert vars(found.changes["noise 0.2"]) == pytest.approx({"value": 0.0, "low": -0.254, "high": 0.254}, abs=1e-3)
     assert "over cross grows at 1 and falls at 0 of 2 levels; it is +0.5 points on clean features" in found.sentence
     single = judge_degradation({level: values[:1] for level, values in leads.items()}, "noise", "cross", 200)
     assert (single.grown, single.fallen) == ((), ())

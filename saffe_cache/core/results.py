@@ -15,6 +15,7 @@ from saffe_cache.core.atomic_io import write_whole
 from saffe_cache.core.json_schema import known_part, made_of
 from saffe_cache.core.outputs import RESULT, read_json, write_json
 from saffe_cache.core.sections import Section, to_text
+from saffe_cache.core.tables import Cell, interval_cell, percent
 
 if TYPE_CHECKING:
     import pandas
@@ -37,6 +38,42 @@ class Measurement(NamedTuple):
     high: float | None = None
     chance: float | None = None
     """What the metric would be by chance; None where that is undefined."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A value with its 95 % interval, if there is one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def half(self) -> float | None:
+        """Half of the interval's width."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 if the interval excludes 0; 0 if it does not, or there is none."""
+        if self.low is None or self.high is None:
+            return 0
+        return int(self.low > 0) - int(self.high < 0)
+
+    def cell(self) -> Cell:
+        """In percent, with the interval's ends."""
+        return interval_cell(self.value, self.low, self.high)
+
+    def half_cell(self) -> Cell:
+        """In percent, ± half of the interval."""
+        return Cell(percent(self.value), "" if self.half is None else f"± {percent(self.half)}")
+
+    def points(self) -> str:
+        """In signed percentage points, in a sentence."""
+        value = f"{100 * self.value:+.1f}"
+        if self.low is None or self.high is None:
+            return value
+        return f"{value} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from saffe_cache.core.features import Ragged
+from saffe_cache.core.results import Estimate
 
 
 def average_precision_of_ranks(ranks: Ragged, depth: int | None = None) -> np.ndarray:
@@ -328,3 +329,9 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float, float]:
         return mean, mean, mean
     half = _STUDENT[min(len(values) - 1, len(_STUDENT)) - 1] * float(np.std(values, ddof=1)) / len(values) ** 0.5
     return mean, mean - half, mean + half
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """As `seed_interval`; a single seed has no interval."""
+    mean, low, high = seed_interval(values)
+    return Estimate(value=mean, low=low, high=high) if len(values) > 1 else Estimate(value=mean)

@@ -110,7 +110,7 @@ def align_numbers(folder: Path) -> Numbers:
     numbers = flat(found, only=("photos", "num_texts", "measures"))
     for name, value in found["best_layer"]["evidence"].items():
         if isinstance(value, dict):
-            value = [value[part] for part in ("mean", "low", "high")]
+            value = [value[part] for part in ("value", "low", "high")]
         numbers |= flat({name: value}, "evidence")
     for maps in found["best_layer"]["maps"]:
         numbers |= flat(maps, f"layers {maps['gallery_layer']}, {maps['text_layer']}", only=("chance", "scores"))
@@ -121,7 +121,10 @@ def bind_numbers(folder: Path) -> Numbers:
     found = _read(folder / "result.json")
     numbers: Numbers = {"failures": len(found["failures"])}
     for setting in found["settings"]:
-        numbers |= flat(setting, f"{setting['ways']}-way {setting['shots']}-shot", without=("seconds", "failures"))
+        for part in ("systems", "differences", "controls"):
+            for name, one in setting[part].items():
+                setting[part][name] = {"mean": one["value"], "half_interval": (one["high"] - one["low"]) / 2}
+        numbers |= flat(setting, f"{setting['ways']}-way {setting['shots']}-shot", without=("verdicts",))
     for replaced in found["names_replaced"]:
         values = {name: {"values": of} for name, of in replaced["systems"].items()}
         numbers |= flat(values, f"names replaced/{replaced['metric']}")
@@ -133,6 +136,9 @@ def match_numbers(folder: Path) -> Numbers:
     numbers: Numbers = {"failures": len(found["failures"]), "controls": len(found["controls"])}
     for setting in found["settings"]:
         place = f"{setting['setting']}, {setting['scale']}"
+        for scores in setting["systems"].values():
+            for score in scores.values():
+                score["mean"] = score.pop("value")
         numbers |= flat(setting, place, without=("scale", "level", "negatives", "values"))
     for control in found["controls"]:
         limit = None if control["limit"] is None else control["limit"] - control["level"]
@@ -152,6 +158,8 @@ def match_numbers(folder: Path) -> Numbers:
 def caption_numbers(folder: Path) -> Numbers:
     found = _read(folder / "result.json")
     numbers = flat(found, without=("cost", "measured", "verdicts", "training", "examples", "failures", "epochs"))
+    for loss in found["measured"]["losses"].values():
+        loss |= {"loss": loss["value"], "perplexity": math.exp(loss["value"])}
     for part in ("measured", "training", "cost"):
         numbers |= flat(found[part], without=("seconds_per_step",))
     return numbers | {"failures": len(found["failures"])}

@@ -23,6 +23,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from saffe_cache.core.results import Estimate
+from saffe_cache.core.tables import percent
+
 Fusion = Literal["no FAM", "linear", "concat"]
 Gallery = Literal["photos alone", "photos with paired text"]
 
@@ -36,35 +39,21 @@ STANDING = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gap:
-    """A paired difference of R@1 and its 95 % bootstrap interval over photos."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def is_gain(self) -> bool:
-        """Whether it is above 0 beyond noise."""
-        return self.low > 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Evidence:
     """R@1 on the measured photos, as fractions; None where it is undefined."""
 
     a_0: float | None
     """By cosine of the encoders' own vectors."""
-    without_map: Gap | None
+    without_map: Estimate | None
     """A_0 less half of A_lin."""
     a_lin: float
     a_mlp: float
-    mlp_gain: Gap
+    mlp_gain: Estimate
     """A_mlp less A_lin."""
     null: float
     """The greater of both 95 % quantiles with permuted pairs."""
     a_tok: float
-    token_gain: Gap
+    token_gain: Estimate
     """A_tok less A_lin of the same hidden states."""
 
 
@@ -86,28 +75,20 @@ def advise(evidence: Evidence, *, has_paired_texts: bool) -> list[Advice]:
             photo would be the answer itself.
     """
     is_nothing_found = max(evidence.a_lin, evidence.a_mlp) <= evidence.null
-    is_aligned = evidence.without_map is not None and evidence.without_map.is_gain
+    is_aligned = evidence.without_map is not None and evidence.without_map.sign > 0
     alone: Fusion = "no FAM" if is_nothing_found or is_aligned else "linear"
     nothing = ": neither map finds more than the 95 % quantile of permuted pairs" if is_nothing_found else ""
-    own = "cannot be compared" if evidence.a_0 is None else f"find {_percent(evidence.a_0)}"
+    own = "cannot be compared" if evidence.a_0 is None else f"find {percent(evidence.a_0)}"
     because = (
-        f"the encoders' own vectors {own}, a linear map {_percent(evidence.a_lin)}, an MLP {_percent(evidence.a_mlp)} "
-        f"({_signed(evidence.mlp_gain)}); permuted pairs up to {_percent(evidence.null)}{nothing}"
+        f"the encoders' own vectors {own}, a linear map {percent(evidence.a_lin)}, an MLP {percent(evidence.a_mlp)} "
+        f"({evidence.mlp_gain.points()}); permuted pairs up to {percent(evidence.null)}{nothing}"
     )
     found = [Advice(gallery="photos alone", fusion=alone, because=because)]
     if has_paired_texts:
         because = (
-            f"no costlier fusion gained more than concat; tokens find {_percent(evidence.a_tok)} "
-            f"({_signed(evidence.token_gain)} over their means){nothing}"
+            f"no costlier fusion gained more than concat; tokens find {percent(evidence.a_tok)} "
+            f"({evidence.token_gain.points()} over their means){nothing}"
         )
         paired: Fusion = "no FAM" if is_nothing_found else "concat"
         found.append(Advice(gallery="photos with paired text", fusion=paired, because=because))
     return found
-
-
-def _signed(gap: Gap) -> str:
-    return f"{100 * gap.mean:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"

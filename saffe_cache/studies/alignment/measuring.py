@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from saffe_cache.core.controls import Control
+from saffe_cache.core.results import Estimate
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.retrieval.metrics import paired_bootstrap
-from saffe_cache.studies.alignment.advice import ENOUGH_WITHOUT_MAP, Evidence, Gap
+from saffe_cache.studies.alignment.advice import ENOUGH_WITHOUT_MAP, Evidence
 from saffe_cache.studies.alignment.config import AlignConfig
 from saffe_cache.studies.alignment.maps import (
     Answers,
@@ -352,8 +353,8 @@ def _layer_maps(
     )
 
 
-def _gap(system: Answers, other: Answers, part: float = 1.0) -> Gap:
+def _gap(system: Answers, other: Answers, part: float = 1.0) -> Estimate:
     """R@1 of a system less (a fraction of) another's."""
     difference = system.hits - part * other.hits
     mean, low, high = paired_bootstrap(difference, np.arange(len(difference)))
-    return Gap(mean=mean, low=low, high=high)
+    return Estimate(value=mean, low=low, high=high)

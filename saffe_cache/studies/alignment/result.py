@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from saffe_cache.core.controls import Control
 from saffe_cache.core.figures import HeatMap
-from saffe_cache.core.results import Measurement
+from saffe_cache.core.results import Estimate, Measurement
 from saffe_cache.core.sections import Section
-from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, interval_cell, percent, plain_row
+from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, percent, plain_row
 from saffe_cache.studies.alignment.advice import STANDING, Advice, Evidence
 from saffe_cache.studies.harness import StudyResult
 
@@ -82,12 +82,9 @@ class LayerMeasure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MapScore:
+class MapScore(Estimate):
     """R@1 after one map."""
 
-    value: float
-    low: float
-    high: float
     null_mean: float
     null_high: float
     median_rank: float
@@ -186,7 +183,7 @@ class AlignmentResult(StudyResult):
         for maps in self.best_layer.maps:
             for name, score in maps.scores.items():
                 cells = (
-                    interval_cell(score.value, score.low, score.high),
+                    score.cell(),
                     Cell(percent(score.null_high)),
                     Cell(percent(maps.chance)),
                     Cell(f"{score.median_rank:g}"),

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from saffe_cache.core.controls import STANDARD_ERRORS, Control, standard_error
+from saffe_cache.core.results import Estimate
 from saffe_cache.fusion.options import FusionShape
 from saffe_cache.studies.binding.baselines import LinearMaps, class_mean_accuracies, fit_ridges, name_accuracies
 from saffe_cache.studies.binding.config import BindConfig
@@ -28,7 +29,7 @@ from saffe_cache.studies.binding.fitting import (
     make_fams,
     photo_vectors,
 )
-from saffe_cache.studies.binding.result import Accuracy, Chosen, Epochs, FewShot
+from saffe_cache.studies.binding.result import Chosen, Epochs, FewShot
 from saffe_cache.training.memory import kept_memory
 
 StartName = Literal["random", "ridge"]
@@ -189,9 +190,10 @@ def measure(task: Task, reported: Photos, tuning: Photos, episodic: Episodic) ->
     )
 
 
-def summary(accuracies: np.ndarray) -> Accuracy:
-    """Over episodes."""
-    return Accuracy(mean=float(accuracies.mean()), half_interval=1.96 * standard_error(accuracies))
+def summary(accuracies: np.ndarray) -> Estimate:
+    """The mean over episodes with its normal interval."""
+    mean, half = float(accuracies.mean()), 1.96 * standard_error(accuracies)
+    return Estimate(value=mean, low=mean - half, high=mean + half)
 
 
 def judge_controls(task: Task, chance: float, controls: Mapping[str, np.ndarray]) -> list[Control]:

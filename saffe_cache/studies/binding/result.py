@@ -8,20 +8,11 @@ from typing import ClassVar, NamedTuple
 
 from saffe_cache.core.controls import Control, failed
 from saffe_cache.core.figures import Panel, Series, SeriesPlot
-from saffe_cache.core.results import Measurement
+from saffe_cache.core.results import Estimate, Measurement
 from saffe_cache.core.sections import Section
 from saffe_cache.core.tables import ABSENT, Cell, Row, RowKind, Table, duration, percent
-from saffe_cache.retrieval.metrics import seed_interval
+from saffe_cache.retrieval.metrics import over_seeds
 from saffe_cache.studies.harness import StudyResult
-
-
-@dataclass(frozen=True, kw_only=True)
-class Accuracy:
-    """A mean over episodes."""
-
-    mean: float
-    half_interval: float
-    """Half of the normal 95 % interval: 1.96 standard errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +44,10 @@ class FewShot:
     """Photos of each class to test on."""
     episodes: int
     chance: float
-    systems: Mapping[str, Accuracy]
-    differences: Mapping[str, Accuracy]
+    systems: Mapping[str, Estimate]
+    differences: Mapping[str, Estimate]
     """Each FAM less class_means, in the same episodes."""
-    controls: Mapping[str, Accuracy]
+    controls: Mapping[str, Estimate]
     """Accuracies where nothing can be learned."""
     verdicts: tuple[Control, ...]
     """Whether these are at chance."""
@@ -107,13 +98,14 @@ class BindingResult(StudyResult):
         for one in self.settings:
             for prefix, scores in (("", one.systems), ("control: ", one.controls)):
                 for system, score in scores.items():
-                    low, high = score.mean - score.half_interval, score.mean + score.half_interval
-                    yield Measurement(one.name, prefix + system, "accuracy", score.mean, low, high, one.chance)
+                    place = one.name, prefix + system, "accuracy"
+                    yield Measurement(*place, score.value, score.low, score.high, one.chance)
         for replaced in self.names_replaced:
             chance = replaced.systems["chance"][0]
             for system, values in replaced.systems.items():
-                found = Measurement(replaced.name, system, replaced.metric, *seed_interval(values), chance)
-                yield found if len(values) > 1 else found._replace(low=None, high=None)
+                score = over_seeds(values)
+                place = replaced.name, system, replaced.metric
+                yield Measurement(*place, score.value, score.low, score.high, chance)
 
     def sections(self) -> list[Section]:
         by_ways = [
@@ -157,7 +149,7 @@ def _few_shot_table(settings: Sequence[FewShot]) -> Table:
         ("controls", "control", "control: {}"),
     )
     rows = [
-        Row(Cell(shown.format(name)), tuple(_cell(getattr(one, part)[name]) for one in settings), kind)
+        Row(Cell(shown.format(name)), tuple(getattr(one, part)[name].half_cell() for one in settings), kind)
         for part, kind, shown in groups
         for name in getattr(first, part)
     ]
@@ -177,20 +169,13 @@ def _few_shot_table(settings: Sequence[FewShot]) -> Table:
     return Table(caption, ("", *(one.name for one in settings)), tuple(rows))
 
 
-def _cell(score: Accuracy) -> Cell:
-    return Cell(percent(score.mean), f"± {percent(score.half_interval)}")
-
-
 def _replaced_tables(replaced: Sequence[NamesReplaced]) -> list[Table]:
     if not replaced:
         return []
     rows = []
     for system in replaced[0].systems:
-        cells = []
-        for one in replaced:
-            mean, _, high = seed_interval(one.systems[system])
-            cells.append(Cell(percent(mean), f"± {percent(high - mean)}" if high > mean else ""))
-        rows.append(Row(Cell(system), tuple(cells), "chance" if system == "chance" else "plain"))
+        cells = tuple(over_seeds(one.systems[system]).half_cell() for one in replaced)
+        rows.append(Row(Cell(system), cells, "chance" if system == "chance" else "plain"))
     caption = f"{replaced[0].name}: percent, mean over seeds ± half of its 95 % t-interval."
     return [Table(caption, ("", *(one.metric for one in replaced)), tuple(rows))]
 
@@ -201,8 +186,8 @@ def _figure(settings: Sequence[FewShot]) -> SeriesPlot:
         Series(
             system,
             places,
-            [100 * one.systems[system].mean for one in settings],
-            [100 * one.systems[system].half_interval for one in settings],
+            [100 * one.systems[system].value for one in settings],
+            [100 * (one.systems[system].half or 0.0) for one in settings],
         )
         for system in settings[0].systems
     ]

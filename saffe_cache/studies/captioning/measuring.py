@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from saffe_cache.core.controls import Control
+from saffe_cache.core.results import Estimate
 from saffe_cache.fusion.flops import counted_flops
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.retrieval.metrics import bootstrap_interval
@@ -25,7 +26,7 @@ from saffe_cache.studies.captioning.captions import (
     project,
 )
 from saffe_cache.studies.captioning.inserting import InsertedModel, Projector
-from saffe_cache.studies.captioning.result import CONTROL, CaptionCost, Interval, Loss, Measurements
+from saffe_cache.studies.captioning.result import CONTROL, CaptionCost, Measurements
 
 _BATCH = 64
 
@@ -37,21 +38,20 @@ class Measured:
     losses: np.ndarray
     counts: np.ndarray
 
-    def report(self, photos: np.ndarray) -> Loss:
-        """`photos`: the photo of each text."""
-        loss, low, high = _ratio(self.losses, self.counts, photos)
-        return Loss(loss=loss, low=low, high=high, perplexity=math.exp(loss))
+    def report(self, photos: np.ndarray) -> Estimate:
+        """Nats per token. `photos`: the photo of each text."""
+        return _ratio(self.losses, self.counts, photos)
 
-    def less(self, other: Measured, photos: np.ndarray) -> Interval:
+    def less(self, other: Measured, photos: np.ndarray) -> Estimate:
         """By how many nats per token these losses exceed another system's on the same texts."""
-        value, low, high = _ratio(self.losses - other.losses, self.counts, photos)
-        return Interval(value=value, low=low, high=high)
+        return _ratio(self.losses - other.losses, self.counts, photos)
 
 
-def _ratio(values: np.ndarray, counts: np.ndarray, photos: np.ndarray) -> tuple[float, float, float]:
-    """Sum over sum, and its 95 % bootstrap interval over photos."""
+def _ratio(values: np.ndarray, counts: np.ndarray, photos: np.ndarray) -> Estimate:
+    """Sum over sum, with a bootstrap interval over photos."""
     totals, weights = (np.bincount(photos, weights=one.astype(np.float64)) for one in (values, counts))
-    return float(totals.sum() / weights.sum()), *bootstrap_interval(totals, weights)
+    low, high = bootstrap_interval(totals, weights)
+    return Estimate(value=float(totals.sum() / weights.sum()), low=low, high=high)
 
 
 class Measuring:
@@ -83,7 +83,7 @@ class Measuring:
             own_caption=self.own_captions(num_others),
         )
 
-    def own_captions(self, num_others: int) -> dict[str, Interval]:
+    def own_captions(self, num_others: int) -> dict[str, Estimate]:
         """How often a photo's own first caption is likelier than those of `num_others` other photos.
 
         By loss: by nats per token. By gain: by what the photo takes off the caption's loss.
@@ -92,15 +92,14 @@ class Measuring:
         shifts = np.stack([self._generator.choice(num - 1, num_others, replace=False) + 1 for _ in range(num)])
         candidates = np.hstack([np.arange(num)[:, None], (np.arange(num)[:, None] + shifts) % num])
         alone = self._without(texts).losses[candidates]
-        report: dict[str, Interval] = {}
+        report: dict[str, Estimate] = {}
         for system, photos in (("photo", np.arange(num)), (CONTROL, self.other)):
             seen = np.repeat(self.pairs.rows[photos], candidates.shape[1])
             measured = self._with_photos(texts[candidates.ravel()], seen)
             losses, counts = (one.reshape(candidates.shape) for one in (measured.losses, measured.counts))
             for by, scores in (("loss", losses / counts), ("gain", losses - alone)):
                 is_own = (scores[:, :1] < scores[:, 1:]).all(axis=1)
-                value, low, high = _ratio(is_own, np.ones(num), np.arange(num))
-                report[f"{system}, by {by}"] = Interval(value=value, low=low, high=high)
+                report[f"{system}, by {by}"] = _ratio(is_own, np.ones(num), np.arange(num))
         return report
 
     def _with_photos(self, texts: np.ndarray, photos: np.ndarray) -> Measured:
@@ -160,7 +159,7 @@ class Measuring:
         return found
 
 
-def judge_controls(own: Mapping[str, Interval], num_others: int, num_photos: int) -> list[Control]:
+def judge_controls(own: Mapping[str, Estimate], num_others: int, num_photos: int) -> list[Control]:
     """With another photo, a photo's own caption must not be found more often than chance allows."""
     chance = 1 / (num_others + 1)
     error = math.sqrt(chance * (1 - chance) / num_photos)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from saffe_cache.core.controls import Control
 from saffe_cache.core.figures import Curve, TrainingPlot
-from saffe_cache.core.results import Measurement
+from saffe_cache.core.results import Estimate, Measurement
 from saffe_cache.core.sections import Section
 from saffe_cache.core.tables import Cell, Row, Table, flops, percent
 from saffe_cache.studies.harness import StudyResult
@@ -22,25 +23,6 @@ SYSTEMS = {
 }
 """What each sees when it predicts a caption."""
 CONTROL = "photos_shuffled"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """Nats per token, with a 95 % interval over photos."""
-
-    loss: float
-    low: float
-    high: float
-    perplexity: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A mean with its 95 % bootstrap interval over photos."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +50,11 @@ class Training:
 class Measurements:
     """How well captions are predicted and found. A cell of the study."""
 
-    losses: Mapping[str, Loss]
-    differences: Mapping[str, Interval]
+    losses: Mapping[str, Estimate]
+    """Nats per token."""
+    differences: Mapping[str, Estimate]
     """The loss with the photo less that of each other system, in nats per token."""
-    own_caption: Mapping[str, Interval]
+    own_caption: Mapping[str, Estimate]
     """How often a photo's own caption is the likeliest, by the loss per token or by what the photo takes off it."""
 
 
@@ -126,7 +109,7 @@ class CaptionResult(StudyResult):
 
     def measurements(self) -> Iterator[Measurement]:
         for system, loss in self.measured.losses.items():
-            yield Measurement("", system, "loss", loss.loss, loss.low, loss.high)
+            yield Measurement("", system, "loss", loss.value, loss.low, loss.high)
         for name, found in self.measured.own_caption.items():
             system, _, by = name.partition(", ")
             yield Measurement("", system, f"own caption {by}", found.value, found.low, found.high, self.chance)
@@ -167,8 +150,8 @@ class CaptionResult(StudyResult):
             losses = (one.measured.losses[system] for system in systems)
             found = one.measured.own_caption["photo, by gain"]
             cells = (
-                *(_loss_cell(loss.loss, loss.low, loss.high) for loss in losses),
-                _share_cell(found),
+                *map(_loss_cell, losses),
+                found.cell(),
                 Cell(f"{flops(one.cost.training_step_flops)}FLOP"),
             )
             rows.append(Row(Cell(f"layer {one.layer} of {one.num_layers}", name), cells))
@@ -182,15 +165,15 @@ class CaptionResult(StudyResult):
         rows = []
         for name, of in self.measured.losses.items():
             difference = self.measured.differences.get(name)
-            less = Cell("") if difference is None else _loss_cell(difference.value, difference.low, difference.high)
-            cells = (_loss_cell(of.loss, of.low, of.high), Cell(f"{of.perplexity:.1f}"), less)
+            less = Cell("") if difference is None else _loss_cell(difference)
+            cells = (_loss_cell(of), Cell(f"{math.exp(of.value):.1f}"), less)
             rows.append(Row(Cell(name), cells, "control" if name == CONTROL else "plain"))
         caption = "Loss of people's captions in nats per token, with 95 % intervals over photos; lower is better."
         return Table(caption, ("", "loss", "perplexity", "photo less this"), tuple(rows))
 
     def _own_caption_table(self) -> Table:
         rows = [
-            Row(Cell(name), (_share_cell(found),), "control" if name.startswith(CONTROL) else "plain")
+            Row(Cell(name), (found.cell(),), "control" if name.startswith(CONTROL) else "plain")
             for name, found in self.measured.own_caption.items()
         ]
         rows.append(Row(Cell("chance"), (Cell(percent(self.chance)),), "chance"))
@@ -218,9 +201,5 @@ class CaptionResult(StudyResult):
         )
 
 
-def _loss_cell(value: float, low: float, high: float) -> Cell:
-    return Cell(f"{value:.3f}", f"[{low:.3f}, {high:.3f}]")
-
-
-def _share_cell(found: Interval) -> Cell:
-    return Cell(percent(found.value), f"[{percent(found.low)}, {percent(found.high)}]")
+def _loss_cell(loss: Estimate) -> Cell:
+    return Cell(f"{loss.value:.3f}", f"[{loss.low:.3f}, {loss.high:.3f}]")

@@ -7,59 +7,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saffe_cache.retrieval.metrics import seed_interval
+from saffe_cache.core.results import Estimate
+from saffe_cache.retrieval.metrics import over_seeds
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
-    """A mean with its 95 % t-interval over seeds, which takes several."""
-
-    mean: float
-    low: float | None
-    high: float | None
-
-    @classmethod
-    def over(cls, values: Sequence[float]) -> Difference:
-        """Over one value for each seed."""
-        mean, low, high = seed_interval(values)
-        return cls(mean=mean, low=low, high=high) if len(values) > 1 else cls(mean=mean, low=None, high=None)
-
-    @classmethod
-    def paired(cls, first: Sequence[float], second: Sequence[float]) -> Difference:
-        """First less second, by seed."""
-        return cls.over([a - b for a, b in zip(first, second, strict=True)])
-
-    @property
-    def sign(self) -> int:
-        """1 or -1 if the interval excludes 0; 0 if it does not, or there is none."""
-        if self.low is None or self.high is None:
-            return 0
-        return int(self.low > 0) - int(self.high < 0)
-
-    def points(self) -> str:
-        """In percentage points, with the interval."""
-        mean = f"{100 * self.mean:+.1f}"
-        if self.low is None or self.high is None:
-            return f"{mean} (one seed)"
-        return f"{mean} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
-
-
-@dataclass(frozen=True, kw_only=True)
-class OverSeeds:
-    """A score of each seed, with the mean and its interval."""
+class OverSeeds(Estimate):
+    """The mean of a score over seeds."""
 
     values: tuple[float, ...]
-    mean: float
-    low: float | None
-    high: float | None
+    """One for each seed."""
 
     @classmethod
     def of(cls, values: Sequence[float]) -> OverSeeds:
-        return cls(values=tuple(values), **vars(Difference.over(values)))
-
-    @property
-    def half(self) -> float | None:
-        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+        return cls(values=tuple(values), **vars(over_seeds(values)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +103,7 @@ class Lead:
 
     contender: str
     size: int
-    lead: Difference
+    lead: Estimate
     holds: bool | None
     """None where it is undecided."""
 
@@ -154,7 +115,7 @@ class Trend:
     kind: str
     contender: str
     scale: int
-    changes: Mapping[str, Difference]
+    changes: Mapping[str, Estimate]
     """By level, less the lead on clean features."""
     grown: tuple[str, ...]
     fallen: tuple[str, ...]

@@ -23,7 +23,6 @@ from saffe_cache.studies.matching.findings import (
     MadeAlignment,
     MatchCost,
     MatchSetting,
-    OverSeeds,
     Plane,
     Trend,
 )
@@ -69,7 +68,7 @@ class MatchResult(StudyResult):
                     if metric != "shuffled_auc":
                         chance = chances.get(metric)
                         place = f"{one.setting}, {one.scale} pairs"
-                        yield Measurement(place, system, metric, score.mean, score.low, score.high, chance)
+                        yield Measurement(place, system, metric, score.value, score.low, score.high, chance)
         for control in self.controls:
             yield Measurement("", f"control: {control.name}", "auc", control.value, chance=control.level)
 
@@ -192,15 +191,11 @@ def _seeds(setting: MatchSetting) -> str:
     return "with its 95 % t-interval over seeds" if setting.num_seeds > 1 else "one seed"
 
 
-def _score_cell(score: OverSeeds) -> Cell:
-    return Cell(percent(score.mean), "" if score.half is None else f"± {percent(score.half)}")
-
-
 def _setting_table(setting: MatchSetting) -> Table:
     rows = []
     for name, scores in setting.systems.items():
-        shuffled = Cell(percent(scores["shuffled_auc"].mean))
-        rows.append(Row(Cell(name), (*(_score_cell(scores[metric]) for metric in METRICS), shuffled)))
+        shuffled = Cell(percent(scores["shuffled_auc"].value))
+        rows.append(Row(Cell(name), (*(scores[metric].half_cell() for metric in METRICS), shuffled)))
     for name, value, auc in (("chance", setting.chance, "50.0"), ("majority class", setting.majority, "")):
         empty = [Cell("")] * (len(METRICS) - 2)
         rows.append(Row(Cell(name), (Cell(percent(value)), *empty, Cell(auc), Cell(auc)), "chance"))
@@ -222,7 +217,7 @@ def _series(settings: Sequence[MatchSetting]) -> list[Series]:
         if counts[name] > 1 or name in settings[-1].systems:
             places = [place for place, one in enumerate(settings) if name in one.systems]
             scores = [settings[place].systems[name]["accuracy"] for place in places]
-            means, halves = [100 * score.mean for score in scores], [100 * (score.half or 0.0) for score in scores]
+            means, halves = [100 * score.value for score in scores], [100 * (score.half or 0.0) for score in scores]
             found.append(Series(name, places, means, halves))
     return found
 

@@ -18,11 +18,12 @@ import numpy as np
 from scipy.optimize import brentq, minimize_scalar, nnls
 
 from saffe_cache.core.controls import Control
+from saffe_cache.core.results import Estimate
 from saffe_cache.core.tables import percent
+from saffe_cache.retrieval.metrics import over_seeds
 from saffe_cache.studies.matching.config import FUSIONS
 from saffe_cache.studies.matching.findings import (
     Crossover,
-    Difference,
     Lead,
     MadeAlignment,
     MatchCell,
@@ -61,6 +62,15 @@ class Features:
         if self.num_aligning:
             return f"features made pre-aligned by a ridge regression of {self.num_aligning} other photos"
         return f"{self.kind} features"
+
+
+def _paired(first: Sequence[float], second: Sequence[float]) -> Estimate:
+    """First less second, by seed."""
+    return over_seeds([a - b for a, b in zip(first, second, strict=True)])
+
+
+def _points(estimate: Estimate) -> str:
+    return estimate.points() + (" (one seed)" if estimate.half is None else "")
 
 
 class Summary(NamedTuple):
@@ -218,10 +228,10 @@ def _best_baselines(accuracies: Accuracies) -> list[str]:
     )
     if fusion is None or baseline is None:
         return []
-    lead = Difference.paired(fusions[fusion][scale], others[baseline][scale])
+    lead = _paired(fusions[fusion][scale], others[baseline][scale])
     several = "" if lead.low is None else "; each interval alone is 95 %, over seeds, on the same photos"
     return [
-        f"at {scale} pairs the best fusion, {fusion}, less the best baseline, {baseline}: {lead.points()} points "
+        f"at {scale} pairs the best fusion, {fusion}, less the best baseline, {baseline}: {_points(lead)} points "
         f"(both chosen by these numbers{several})"
     ]
 
@@ -238,7 +248,7 @@ def judge_rule(features: Features, accuracies: Accuracies, contenders: Sequence[
         for size, own in accuracies.get(contender, {}).items():
             if size not in accuracies.get(CONCAT, {}):
                 continue
-            lead = Difference.paired(accuracies[CONCAT][size], own)
+            lead = _paired(accuracies[CONCAT][size], own)
             holds = lead.sign == expected if lead.sign else None
             found.append(Lead(contender=contender, size=size, lead=lead, holds=holds))
     return found
@@ -250,7 +260,7 @@ def rule_sentences(features: Features, judged: Sequence[Lead]) -> list[str]:
     sentences = []
     for contender in dict.fromkeys(one.contender for one in judged):
         of_it = [one for one in judged if one.contender == contender]
-        leads = "; ".join(f"{one.size}: {one.lead.points()}" for one in of_it)
+        leads = "; ".join(f"{one.size}: {_points(one.lead)}" for one in of_it)
         by_verdict = {
             verdict: [f"{one.size}" for one in of_it if one.holds is held]
             for verdict, held in (("holds", True), ("fails", False), ("is undecided", None))
@@ -273,10 +283,10 @@ def judge_degradation(leads: Mapping[str, Sequence[float]], kind: str, contender
         scale: training pairs.
     """
     (_, clean), *others = leads.items()
-    changes = {level: Difference.paired(values, clean) for level, values in others}
+    changes = {level: _paired(values, clean) for level, values in others}
     grown, fallen = (tuple(level for level, change in changes.items() if change.sign == sign) for sign in (1, -1))
     trend = f"grows at {len(grown)} and falls at {len(fallen)} of {len(changes)} levels; it"
-    by_level = "; ".join(f"{level}: {change.points()}" for level, change in changes.items())
+    by_level = "; ".join(f"{level}: {_points(change)}" for level, change in changes.items())
     sentence = (
         f"with {kind} concat's lead over {contender} {trend if len(clean) > 1 else 'is not judged by one seed; it'} is "
         f"{100 * sum(clean) / len(clean):+.1f} points on clean features and changes by {by_level}"
