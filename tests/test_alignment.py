@@ -16,11 +16,9 @@ from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 
 from saffe_cache.core.results import Estimate
-from saffe_cache.retrieval.baselines import RIDGE_STRENGTHS, unit_rows
+from saffe_cache.retrieval.baselines import RIDGE_STRENGTHS, LinearMap, Ridge, unit_rows
 from saffe_cache.studies.alignment.advice import Evidence, advise
 from saffe_cache.studies.alignment.maps import (
-    Ridge,
-    RidgeMap,
     answers,
     answers_of_scores,
     maxsim,
@@ -163,7 +161,7 @@ def test_rotation_changes_only_the_plain_cosine() -> None:
         grams = [centered_gram(side)[None] for side in (photo, text)]
         near = [neighbours(side @ side.T, 10)[None] for side in (photo, text)]
         parts = [principal_components(side[150:], side[:150], 5) for side in (photo, text)]
-        fit = Ridge(photo[150:]).fit(text[150:])
+        fit, _ = Ridge(photo[150:]).fit_left_out(text[150:])
         return {
             "cka": float(cka(*grams)[0, 0]),
             "neighbours": float(mutual_neighbours(*near)[0, 0]),
@@ -200,7 +198,10 @@ def test_shared_structure_is_told_from_none() -> None:
             assert grid.null_mean[0, 0] == pytest.approx(chance, abs=0.05)
             assert (grid.low[0, 0] > grid.null_high[0, 0]) == shares
         found = answers(
-            Ridge(sides[0][120:]).fit(sides[1][120:])(judged[0]), judged[1], np.arange(120), texts_search=True
+            Ridge(sides[0][120:]).fit_left_out(sides[1][120:])[0](judged[0]),
+            judged[1],
+            np.arange(120),
+            texts_search=True,
         )
         assert (found.recall_at_1 > 2 * np.quantile(found.null(orders), 0.95)) == shares
 
@@ -213,9 +214,9 @@ def test_ridge_equals_scikit_learn_at_least_left_out_error() -> None:
         left_out = cross_val_predict(peer, features.astype(np.float64), targets, cv=LeaveOneOut())
         errors.append(((left_out - targets) ** 2).mean() / targets.var(axis=0).mean())
         peers.append(peer.fit(features, targets))
-    fit, best = Ridge(features).fit(targets), int(np.argmin(errors))
+    (fit, error), best = Ridge(features).fit_left_out(targets), int(np.argmin(errors))
     assert fit.strength == RIDGE_STRENGTHS[best]
-    assert fit.left_out_error == pytest.approx(errors[best], rel=1e-3)
+    assert error == pytest.approx(errors[best], rel=1e-3)
     np.testing.assert_allclose(fit(features), peers[best].predict(features), atol=1e-3)
 
 
@@ -235,7 +236,7 @@ def test_mlp_finds_what_a_linear_map_cannot() -> None:
     features = generator.normal(size=(700, 4)).astype(np.float32)
     labels = ((features[:, 0] > 0) ^ (features[:, 1] > 0)).astype(np.int64)
     texts = np.eye(2, 6, dtype=np.float32)
-    fit = Ridge(features[200:]).fit(texts[labels[200:]])
+    fit, _ = Ridge(features[200:]).fit_left_out(texts[labels[200:]])
     linear = answers(fit(features[:200]), texts, labels[:200], texts_search=False)
     mlp = mlp_answers(
         (features[200:], labels[200:]), (features[:200], labels[:200]), texts, 2, 15, 0, texts_search=False
@@ -248,13 +249,14 @@ def test_maxsim_is_mean_of_largest_cosines() -> None:
     generator = torch.Generator().manual_seed(0)
     photos = normed(torch.randn(3, 4, 6, generator=generator))
     texts = [normed(torch.randn(length, 5, generator=generator)) for length in (2, 1, 3)]
-    arrays = (np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in ((6,), (6, 5), (5,)))
-    ridge = RidgeMap(*arrays, 1.0, 0.5)
-    scores = maxsim(photos.split(2), texts, ridge)
+    shapes = ((5, 6), (5,), (5,))
+    weight, bias, mean = (np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in shapes)
+    ridge = LinearMap(weight, bias, 1.0)
+    scores = maxsim(photos.split(2), texts, ridge, mean)
     for photo, text in itertools.product(range(3), range(3)):
         best = []
-        for word in texts[text].numpy() - ridge.target_center:
-            mapped = ridge(photos[photo].numpy()) - ridge.target_center
+        for word in texts[text].numpy() - mean:
+            mapped = ridge(photos[photo].numpy()) - mean
             best.append(max(word @ one / np.linalg.norm(word) / np.linalg.norm(one) for one in mapped))
         assert scores[photo, text] == pytest.approx(np.mean(best), abs=1e-5)
 

@@ -22,13 +22,13 @@ from saffe_cache.core.features import CacheError
 from saffe_cache.core.results import exit_status
 from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.extract import extract
-from saffe_cache.inputs.pairs import Pairs
+from saffe_cache.inputs.pairs import Pairs, in_one_space
 from saffe_cache.store.reader import EncoderCache, open_cache
 from saffe_cache.studies.matching import match as match_module
 from saffe_cache.studies.matching import measuring
 from saffe_cache.studies.matching.config import MatchConfig
 from saffe_cache.studies.matching.examples import Examples
-from saffe_cache.studies.matching.match import is_aligned, match, plan_cells, split_parts
+from saffe_cache.studies.matching.match import match, plan_cells, split_parts
 from saffe_cache.studies.matching.measuring import Bench
 from saffe_cache.studies.matching.result import MatchResult
 from saffe_cache.studies.matching.scores import judge_controls
@@ -383,9 +383,9 @@ def test_halves_of_one_model_are_aligned(tiny_model: Callable[[str], Path], tmp_
         match(config_of(cache, tmp_path / "twice", align_fraction=0.5, **options))
     other = replace(text.manifest.fingerprint, fields={**text.manifest.fingerprint.fields, "model_id": "another"})
     photo = open_cache(cache).encoder("image")
-    assert is_aligned(photo, text)
+    assert in_one_space(photo, text)
     text.manifest.fingerprint = other
-    assert not is_aligned(photo, text)
+    assert not in_one_space(photo, text)
 
 
 def test_options_that_do_not_fit_are_refused(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

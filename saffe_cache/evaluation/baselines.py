@@ -18,7 +18,7 @@ import numpy as np
 from saffe_cache.core.features import Ragged
 from saffe_cache.evaluation.config import BaselineChoice
 from saffe_cache.inputs.feature_loader import summaries
-from saffe_cache.inputs.pairs import Pairs, mean_text_vectors
+from saffe_cache.inputs.pairs import Pairs, in_one_space, mean_text_vectors
 from saffe_cache.protocols.base import Protocol, SearchProtocol
 from saffe_cache.protocols.setting import Answered, Answers, ClassScores, Setting
 from saffe_cache.retrieval.baselines import (
@@ -104,13 +104,6 @@ class Material:
             return None
         return unit_rows(self.gallery.vectors(pairs.rows))
 
-    @property
-    def is_aligned(self) -> bool:
-        """Whether both encoders are halves of one model that project into one space."""
-        manifests = self.gallery.manifest, self.text.manifest
-        models = {manifest.fingerprint.fields["model_id"] for manifest in manifests}
-        return len(models) == 1 and all(manifest.vector == "projected" for manifest in manifests)
-
     def answers(self, gallery: np.ndarray, map_queries: Callable[[np.ndarray], np.ndarray] | None = None) -> Answers:
         """Of a baseline's unit vectors; `map_queries` maps the queries' unit vectors where the baseline does."""
         queries = self.queries
@@ -173,13 +166,13 @@ def _mlp(of: Material) -> Answers:
 
 
 def _zero_shot(of: Material) -> Answers:
-    if not of.is_aligned:
+    if not in_one_space(of.gallery, of.text):
         raise AbsentError
     return _own_vectors(of)
 
 
 def _pooled_cosine(of: Material) -> Answers:
-    if of.queries is not None and of.is_aligned:
+    if of.queries is not None and in_one_space(of.gallery, of.text):
         raise AbsentError
     return _own_vectors(of)
 

@@ -78,6 +78,13 @@ def gallery_modality(cache: Cache) -> Modality:
     return "audio" if "audio" in kinds and "image" not in kinds else "image"
 
 
+def in_one_space(gallery: EncoderCache, text: EncoderCache) -> bool:
+    """Whether both encoders are halves of one model, of one revision, and project into one space."""
+    manifests = gallery.manifest, text.manifest
+    models = {(of.fingerprint.fields["model_id"], of.fingerprint.fields.get("revision")) for of in manifests}
+    return len(models) == 1 and all(of.vector == "projected" for of in manifests)
+
+
 def select_pairs(
     table: ItemTable,
     gallery: EncoderCache,

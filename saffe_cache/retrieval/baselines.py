@@ -6,8 +6,9 @@ which higher is better.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -99,36 +100,85 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
     return np.asarray(vectors / np.maximum(norms, 1e-12), np.float32)
 
 
+class Ridge:
+    """Ridge regressions with intercept, W = (X'X + lambda n I)^-1 X'Y, from one set of features.
+
+    The features are decomposed once, for all strengths and all targets.
+    """
+
+    def __init__(self, features: np.ndarray) -> None:
+        """`features` [n, in]."""
+        self._features, self._center = features, features.mean(axis=0, dtype=np.float64)
+        own = np.zeros((len(self._center), len(self._center)))
+        for _, centered in self._blocks():
+            own += centered.T @ centered
+        eigenvalues, self._vectors = np.linalg.eigh(own)
+        self._eigenvalues = np.maximum(eigenvalues, 0)
+
+    def fit(
+        self,
+        targets: np.ndarray,
+        judge: Callable[[LinearMap], float],
+        strengths: Sequence[float] = RIDGE_STRENGTHS,
+    ) -> LinearMap:
+        """To targets [n, out]; `judge`, a validation score of which higher is better, picks lambda."""
+        center = targets.mean(axis=0, dtype=np.float64)
+        shared = np.zeros((len(self._center), len(center)))
+        for rows, centered in self._blocks():
+            shared += centered.T @ (targets[rows] - center)
+        projected = self._vectors.T @ shared
+        return max((self._map(projected, center, strength) for strength in strengths), key=judge)
+
+    def fit_left_out(self, targets: np.ndarray) -> tuple[LinearMap, float]:
+        """To targets [n, out], with the lambda that has the least squared error of left-out samples, and that error.
+
+        The error of a sample when it is left out of the fit is its residual divided by one less its leverage: no second
+        fit is needed. Source: Hastie et al., The Elements of Statistical Learning, eq. 7.64. It is a fraction of the
+        targets' variance; 1 means that nothing was learned.
+        """
+        rotated, squares = self._rotated
+        center = targets.mean(axis=0, dtype=np.float64)
+        centered = (targets - center).astype(np.float32)
+        projected = rotated.T @ centered
+        spread = float((centered**2).mean()) or 1.0
+        errors = []
+        for strength in RIDGE_STRENGTHS:
+            shrunk = (1 / (self._eigenvalues + strength * len(centered))).astype(np.float32)
+            leverages = squares @ shrunk + 1 / len(centered)
+            residuals = centered - rotated @ (shrunk[:, None] * projected)
+            errors.append(float(((residuals / np.maximum(1 - leverages, 1e-6)[:, None]) ** 2).mean()) / spread)
+        best = int(np.argmin(errors))
+        return self._map(projected, center, RIDGE_STRENGTHS[best]), errors[best]
+
+    def _map(self, projected: np.ndarray, center: np.ndarray, strength: float) -> LinearMap:
+        """`projected` [in, out]: X'Y of centered X and Y, rotated as the features' covariance is."""
+        shrunk = self._eigenvalues + strength * len(self._features)
+        weight = (self._vectors @ (projected / shrunk[:, None])).T
+        bias = center - weight @ self._center
+        return LinearMap(weight.astype(np.float32), bias.astype(np.float32), strength)
+
+    def _blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Centered features in float64, some rows at a time."""
+        for start in range(0, len(self._features), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            yield rows, np.subtract(self._features[rows], self._center, dtype=np.float64)
+
+    @cached_property
+    def _rotated(self) -> tuple[np.ndarray, np.ndarray]:
+        """The centered features in the axes of their covariance, float32 [n, in], and their squares."""
+        vectors = self._vectors.astype(np.float32)
+        rotated = np.concatenate([centered.astype(np.float32) @ vectors for _, centered in self._blocks()])
+        return rotated, rotated**2
+
+
 def fit_ridge(
     features: np.ndarray,
     targets: np.ndarray,
     judge: Callable[[LinearMap], float],
     strengths: Sequence[float] = RIDGE_STRENGTHS,
 ) -> LinearMap:
-    """Ridge regression with intercept, W = (X'X + lambda n I)^-1 X'Y; `judge` (higher is better) picks lambda.
-
-    One eigendecomposition serves all strengths.
-
-    Args:
-        features: [n, in].
-        targets: [n, out].
-        judge: a validation score.
-    """
-    center, target_center = features.mean(axis=0, dtype=np.float64), targets.mean(axis=0, dtype=np.float64)
-    own, shared = np.zeros((len(center), len(center))), np.zeros((len(center), len(target_center)))
-    for start in range(0, len(features), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        centered = np.subtract(features[rows], center, dtype=np.float64)
-        own += centered.T @ centered
-        shared += centered.T @ (targets[rows] - target_center)
-    eigenvalues, vectors = np.linalg.eigh(own)
-    projected = vectors.T @ shared
-    fits = []
-    for strength in strengths:
-        weight = (vectors @ (projected / (np.maximum(eigenvalues, 0) + strength * len(features))[:, None])).T
-        bias = target_center - weight @ center
-        fits.append(LinearMap(weight.astype(np.float32), bias.astype(np.float32), strength))
-    return max(fits, key=judge)
+    """One ridge regression; see `Ridge.fit`."""
+    return Ridge(features).fit(targets, judge, strengths)
 
 
 def fit_linear_probe(

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from saffe_cache.core.features import Ragged
-from saffe_cache.retrieval.baselines import RIDGE_STRENGTHS, unit_rows
+from saffe_cache.retrieval.baselines import LinearMap, unit_rows
 from saffe_cache.retrieval.metrics import bootstrap_interval
 from saffe_cache.retrieval.mlp import MlpFit, fit_mlp
 
@@ -89,63 +88,6 @@ def answers_of_scores(scores: np.ndarray, rows: np.ndarray, *, texts_search: boo
     return Answers(1 + (scores > of_own).sum(axis=1) + ties / 2, scores.argmax(axis=1), own)
 
 
-class Ridge:
-    """Ridge regressions from one set of features to many sets of targets: the features are decomposed once."""
-
-    def __init__(self, features: np.ndarray) -> None:
-        """`features` [n, d] of the photos to fit on."""
-        self._center = features.mean(axis=0, dtype=np.float64).astype(np.float32)
-        centered = np.subtract(features, self._center, dtype=np.float64)
-        eigenvalues, vectors = np.linalg.eigh(centered.T @ centered)
-        self._eigenvalues = np.maximum(eigenvalues, 0)
-        self._vectors = vectors.astype(np.float32)
-        self._rotated = centered.astype(np.float32) @ self._vectors
-
-    def fit(self, targets: np.ndarray) -> RidgeMap:
-        """To targets [n, t], with the strength that has the least squared error of left-out photos.
-
-        The error of a photo when it is left out of the fit is its residual divided by one less its leverage: no second
-        fit is needed. Source: Hastie et al., The Elements of Statistical Learning, eq. 7.64.
-        """
-        center = targets.mean(axis=0, dtype=np.float64).astype(np.float32)
-        centered = (targets - center).astype(np.float32)
-        shared = self._rotated.T @ centered
-        spread = float((centered**2).mean()) or 1.0
-        fits = []
-        for strength in RIDGE_STRENGTHS:
-            shrunk = (1 / (self._eigenvalues + strength * len(centered))).astype(np.float32)
-            leverages = self._squares @ shrunk + 1 / len(centered)
-            residuals = centered - self._rotated @ (shrunk[:, None] * shared)
-            error = float(((residuals / np.maximum(1 - leverages, 1e-6)[:, None]) ** 2).mean())
-            fits.append((error / spread, strength, shrunk))
-        error, strength, shrunk = min(fits, key=lambda fit: fit[0])
-        return RidgeMap(self._center, self._vectors @ (shrunk[:, None] * shared), center, strength, error)
-
-    @cached_property
-    def _squares(self) -> np.ndarray:
-        return np.asarray(self._rotated**2)
-
-
-@dataclass(frozen=True)
-class RidgeMap:
-    """A fitted ridge regression."""
-
-    center: np.ndarray
-    """Mean of the features, [d]."""
-    weight: np.ndarray
-    """[d, t]"""
-    target_center: np.ndarray
-    """Mean of the targets, [t]."""
-    strength: float
-    """Of the penalty."""
-    left_out_error: float
-    """Squared error of left-out photos as a fraction of the targets' variance; 1 means that nothing was learned."""
-
-    def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Of features [..., d], float32 [..., t]."""
-        return np.asarray((features - self.center) @ self.weight + self.target_center, np.float32)
-
-
 def mlp_answers(
     fitted: tuple[np.ndarray, np.ndarray],
     judged: tuple[np.ndarray, np.ndarray],
@@ -198,7 +140,9 @@ def normed(tokens: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def maxsim(photos: Iterable[torch.Tensor], texts: Sequence[torch.Tensor], ridge: RidgeMap) -> np.ndarray:
+def maxsim(
+    photos: Iterable[torch.Tensor], texts: Sequence[torch.Tensor], ridge: LinearMap, text_mean: np.ndarray
+) -> np.ndarray:
     """Mean over a text's tokens of the largest cosine with a photo's tokens, float32 [photos, texts].
 
     The ridge regression, which was fitted to means of tokens, maps each photo token. The mean over texts, which all
@@ -209,13 +153,15 @@ def maxsim(photos: Iterable[torch.Tensor], texts: Sequence[torch.Tensor], ridge:
         photos: normed tokens, some photos at a time, [photos, tokens, d].
         texts: normed tokens of each, [tokens, t].
         ridge: from means of photo tokens to means of text tokens.
+        text_mean: mean of the targets that it was fitted to, [t].
     """
-    weight, center = torch.from_numpy(ridge.weight), torch.from_numpy(ridge.center)
+    weight, mean = torch.from_numpy(ridge.weight), torch.from_numpy(text_mean)
+    bias = torch.from_numpy(ridge.bias) - mean
     lengths = [len(text) for text in texts]
-    words = functional.normalize(torch.cat(list(texts)) - torch.from_numpy(ridge.target_center), dim=-1)
+    words = functional.normalize(torch.cat(list(texts)) - mean, dim=-1)
     scores = []
     for some in photos:
-        mapped = functional.normalize((some - center) @ weight, dim=-1)
+        mapped = functional.normalize(some @ weight.T + bias, dim=-1)
         best = torch.cat([_nearest(mapped, part) for part in torch.split(words, _WORDS_AT_ONCE)], dim=1)
         scores.append(torch.stack([of.mean(dim=1) for of in torch.split(best, lengths, dim=1)], dim=1))
     return np.asarray(torch.cat(scores).numpy())

@@ -12,14 +12,12 @@ import torch
 
 from saffe_cache.core.controls import Control
 from saffe_cache.core.results import Estimate
-from saffe_cache.retrieval.baselines import unit_rows
+from saffe_cache.retrieval.baselines import LinearMap, Ridge, unit_rows
 from saffe_cache.retrieval.metrics import paired_bootstrap
 from saffe_cache.studies.alignment.advice import ENOUGH_WITHOUT_MAP, Evidence
 from saffe_cache.studies.alignment.config import AlignConfig
 from saffe_cache.studies.alignment.maps import (
     Answers,
-    Ridge,
-    RidgeMap,
     answers,
     answers_of_scores,
     maxsim,
@@ -167,7 +165,7 @@ def _linear(vectors: Vectors, config: AlignConfig, orders: Sequence[np.ndarray])
     for photos in vectors.photos.values():
         ridge = Ridge(photos[vectors.fitted])
         for name in vectors.texts:
-            fit = ridge.fit(vectors.texts_of(name, vectors.fitted))
+            fit, _ = ridge.fit_left_out(vectors.texts_of(name, vectors.fitted))
             found.append(vectors.searched(name, fit(photos[vectors.judged])))
     return _of_answers(vectors, found, [one.null(orders) for one in found], config.seed)
 
@@ -189,7 +187,7 @@ def _unseen_classes(vectors: Vectors, config: AlignConfig) -> LayerMeasure:
         for row, photos in enumerate(vectors.photos.values()):
             ridge = Ridge(photos[fitted])
             for column, (name, texts) in enumerate(vectors.texts.items()):
-                fit = ridge.fit(vectors.texts_of(name, fitted))
+                fit, _ = ridge.fit_left_out(vectors.texts_of(name, fitted))
                 found = answers(fit(photos[judged]), texts[classes], rows, texts_search=False)
                 values[half, row, column] = found.recall_at_1
                 nulls[:, half, row, column] = found.null_of_deals(deals)
@@ -242,9 +240,7 @@ def best_layer(vectors: Vectors) -> str:
     """
     targets = vectors.texts_of(OWN, vectors.others)
     errors = {
-        name: Ridge(of[vectors.others]).fit(targets).left_out_error
-        for name, of in vectors.photos.items()
-        if name != OWN
+        name: Ridge(of[vectors.others]).fit_left_out(targets)[1] for name, of in vectors.photos.items() if name != OWN
     }
     return min(errors, key=lambda name: errors[name])
 
@@ -267,9 +263,9 @@ def measure_best_layer(vectors: Vectors, tokens: TokenStates, config: AlignConfi
     layer, others, judged = tokens.gallery_layer, vectors.others, vectors.judged
     features = vectors.photos[layer]
     ridge = Ridge(features[others])
-    to_own, to_tokens = (ridge.fit(vectors.texts_of(name, others)) for name in (OWN, tokens.text_layer))
-    linear = vectors.searched(OWN, to_own(features[judged]))
-    linear_mean = vectors.searched(tokens.text_layer, to_tokens(features[judged]))
+    to_own, to_tokens = (ridge.fit_left_out(vectors.texts_of(name, others)) for name in (OWN, tokens.text_layer))
+    linear = vectors.searched(OWN, to_own[0](features[judged]))
+    linear_mean = vectors.searched(tokens.text_layer, to_tokens[0](features[judged]))
     mlp = mlp_answers(
         (features[others], vectors.text_of[others]),
         (features[judged], vectors.text_of[judged]),
@@ -279,7 +275,8 @@ def measure_best_layer(vectors: Vectors, tokens: TokenStates, config: AlignConfi
         config.seed,
         texts_search=vectors.has_captions,
     )
-    scores = maxsim(tokens.photos, tokens.texts, to_tokens)
+    text_mean = vectors.texts_of(tokens.text_layer, others).mean(axis=0)
+    scores = maxsim(tokens.photos, tokens.texts, to_tokens[0], text_mean)
     late = answers_of_scores(scores, vectors.text_of[judged], texts_search=vectors.has_captions)
     own = vectors.photos.get(OWN)
     is_comparable = own is not None and own.shape[1] == vectors.texts[OWN].shape[1]
@@ -317,7 +314,7 @@ def _permuted_control(vectors: Vectors, ridge: Ridge, layer: str, seed: int) -> 
     """
     targets, judged = vectors.texts_of(OWN, vectors.others), vectors.photos[layer][vectors.judged]
     found = [
-        vectors.searched(OWN, ridge.fit(targets[order])(judged)).recall_at_1
+        vectors.searched(OWN, ridge.fit_left_out(targets[order])[0](judged)).recall_at_1
         for order in permutations(len(targets), _PERMUTED_FITS, seed)
     ]
     chance = 1 / vectors.num_texts
@@ -328,10 +325,10 @@ def _permuted_control(vectors: Vectors, ridge: Ridge, layer: str, seed: int) -> 
 def _layer_maps(
     vectors: Vectors,
     layers: tuple[str, str],
-    ridge: RidgeMap | None,
+    ridge: tuple[LinearMap, float] | None,
     systems: Mapping[str, tuple[Answers, np.ndarray]],
 ) -> LayerMaps:
-    """`systems`: the answers of each, and its null."""
+    """`ridge` with its left-out error; `systems`: the answers of each, and its null."""
     scores = {}
     for name, (one, null) in systems.items():
         low, high = one.interval(0)
@@ -348,8 +345,8 @@ def _layer_maps(
         text_layer=layers[1],
         chance=1 / vectors.num_texts,
         scores=scores,
-        ridge_strength=None if ridge is None else ridge.strength,
-        left_out_error=None if ridge is None else ridge.left_out_error,
+        ridge_strength=None if ridge is None else ridge[0].strength,
+        left_out_error=None if ridge is None else ridge[1],
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from saffe_cache.core.controls import failed
 from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError
-from saffe_cache.inputs.pairs import Pairs, gallery_modality, pair_kind, select_pairs
+from saffe_cache.inputs.pairs import Pairs, gallery_modality, in_one_space, pair_kind, select_pairs
 from saffe_cache.inputs.spec import SplitOptions
 from saffe_cache.inputs.splits import content_fingerprint, hold_out, split_pairs
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
@@ -133,8 +133,8 @@ def _features(config: MatchConfig, photo: EncoderCache, text: EncoderCache, part
         ValueError: they are aligned already, but should be made so.
     """
     if not config.align_fraction:
-        return Features(is_aligned(photo, text))
-    if is_aligned(photo, text):
+        return Features(in_one_space(photo, text))
+    if in_one_space(photo, text):
         raise ValueError(
             f"--align-fraction: found {config.align_fraction:g}, expected 0: {photo.key} and {text.key} are halves of "
             "one model, whose features are aligned already."
@@ -158,13 +158,6 @@ def _layers(config: MatchConfig, photo: EncoderCache, text: EncoderCache) -> tup
             )
         found.append(wanted[0])
     return found[0], found[1]
-
-
-def is_aligned(photo: EncoderCache, text: EncoderCache) -> bool:
-    """Whether both are halves of one model that projects into one space."""
-    manifests = (photo.manifest, text.manifest)
-    models = {(of.fingerprint.fields["model_id"], of.fingerprint.fields.get("revision")) for of in manifests}
-    return len(models) == 1 and all(of.vector == "projected" for of in manifests)
 
 
 def plan_cells(config: MatchConfig, parts: Mapping[str, Pairs]) -> tuple[list[CellPlan], list[str]]:
