@@ -37,9 +37,9 @@ class Case:
     """What the values are."""
     chance: float = 0.0
     shuffled: float = 0.0
-    """Of `linear` with the photos shuffled, mean over seeds: beside texts what texts alone find."""
+    """Of `linear` with the photos shuffled, mean over seeds; with paired texts, what the texts alone find."""
     failures: Sequence[str] = ()
-    """Controls of a run that are not where they must be."""
+    """Failed controls of its runs."""
 
     @property
     def fusions(self) -> list[str]:
@@ -53,11 +53,11 @@ class Case:
         return max(self.values, key=self.mean)
 
     def regret(self, fusion: str) -> float:
-        """How much the best fusion finds more."""
+        """How much more the best fusion finds."""
         return self.mean(self.best) - self.mean(fusion)
 
     def within_noise(self, fusion: str) -> bool:
-        """Whether the best one is not better for sure: the 95 % t-interval of the paired difference reaches 0."""
+        """Whether the best fusion is not clearly better: the 95 % t-interval of the paired difference contains 0."""
         difference = np.subtract(self.values[self.best], self.values[fusion])
         return fusion == self.best or seed_interval(difference.tolist())[1] <= 0
 
@@ -102,7 +102,7 @@ def best_threshold(cases: Sequence[Case]) -> Rule:
 
 
 def left_out(cases: Sequence[Case], groups: Sequence[str], fit: Callable[[Sequence[Case]], Rule]) -> list[str]:
-    """What a rule advises in each case that is fitted to the cases of all other groups."""
+    """The advice for each case by a rule fitted to the cases of all other groups."""
     advised = []
     for case, group in zip(cases, groups, strict=True):
         others = [one for one, of in zip(cases, groups, strict=True) if of != group]
@@ -155,7 +155,7 @@ def correlations(cases: Sequence[Case], gain: Callable[[Case], float], seed: int
 
     Ranks are taken within each dataset, whose scores are of other metrics and sizes. The interval is a bootstrap over
     cases, p the share of permutations within datasets that correlate as much. Layers of one encoder are no independent
-    cases: both are too hopeful. Nothing is told of fewer than `LEAST_CASES` cases.
+    cases, so both are too optimistic. Fewer than `LEAST_CASES` cases give no correlation.
     """
     if len(cases) < LEAST_CASES:
         return {}

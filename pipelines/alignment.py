@@ -1,18 +1,18 @@
-"""Does saffe align advise well? Its measures, and its rule, against fusions that are trained.
+"""Does saffe align advise well? Its measures and its rule, compared with trained fusions.
 
     python pipelines/alignment.py --cache flickr8k.zarr cifar10.zarr --work runs/alignment
 
-For each cache and each of four photo layers: the measures, from the cache alone; then every fusion, trained on a part
-of the photos and reported on unseen ones: `linear` and `reuse` with photos alone in the gallery, and for captions also
-`linear`, `concat` and `reuse` with a caption beside each photo. No FAM is the ridge regression (beside captions: its
-late fusion with them) of the same photos and layer. A decoder holds an encoder's block, which makes hidden_states l of
-l - 1: it is given the layer before the one that is measured and that the others fuse, or it would win by a layer.
-Three seeds, which also draw the photos; the best epoch is chosen on a 20th of train. alignment-test.json and .md tell
-how each measure correlates with what a FAM gains, and how often the advised fusion was the best, beside advisers that
-look at nothing. A killed run goes on with the same command.
+For each cache and each of four photo layers, the script takes the measures from the cache alone, then trains every
+fusion on a part of the photos and reports it on unseen ones: `linear` and `reuse` with only photos in the gallery, and
+for captions also `linear`, `concat` and `reuse` with a caption paired with each photo. "No FAM" is the ridge regression
+of the same photos and layer (with paired captions: its late fusion with them). A decoder contains an encoder's block,
+which computes hidden_states l from l - 1, so it gets the layer before the measured one; otherwise it would win by a
+layer. There are three seeds, which also draw the photos; the best epoch is chosen on a 20th of train.
+alignment-test.json and .md report how each measure correlates with the gain of a FAM, and how often the advised fusion
+was the best, compared with advisers that look at nothing. The same command resumes a killed run.
 
-Needs scipy, which scikit-learn brings (the extra `test` or `bench`). Time on two CPU cores: about
-25 minutes as it is for two caches; --train-fraction 0.5 --epochs 6 takes three times as long, and tells more.
+Needs scipy, which scikit-learn brings (the extra `test` or `bench`). Time on two CPU cores: about 25 minutes for two
+caches; --train-fraction 0.5 --epochs 6 takes three times as long and gives clearer results.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ lies beside the package, not in it
+sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ is next to the package, not in it
 
 from pipelines.advisers import Case, advisers, correlations, proposal
 from saffe_cache.core.atomic_io import make_folder, write_whole

@@ -12,7 +12,7 @@
 class folders: its val, sorted into folders by val_annotations.txt, as test; 200 classes come close to miniImageNet's
 task, which has 64 pixels more and other classes. CIFAR-100's 20 superclasses are its coarse labels. The paper's
 two "all names replaced" experiments are the last two lines: every class gets a made-up name, and the FAM is trained on
-the whole train split, beside the same training on the true names.
+the whole train split, once with these names and once with the true ones.
 
 DINOv2-small at 112 px, hidden states 11 and 12, and MiniLM. Episodes: 600 of each setting, 15 queries a class. Time on
 one CPU core: 37 photos a second to extract, 3 to 6 min a setting, a minute for each training on 5,000 photos. Disk:
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--shots", nargs="+", type=int, default=[1, 3, 5])
     parser.add_argument("--episodes", type=int, default=600)
     parser.add_argument("--replaced-seeds", type=int, default=0, help="trainings with all names replaced")
-    parser.add_argument("--only-names", action="store_true", help="2-way 1-shot alone beside these")
+    parser.add_argument("--only-names", action="store_true", help="only 2-way 1-shot and the replaced names")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     limits = {"train": options.train, options.test_split: options.test}

@@ -5,22 +5,21 @@
     python pipelines/captions.py ... --language-model gpt2 --layers 0 2 4 6 8 10
 
 Without --language-model, a small GPT-2 (6 layers, 256 wide, 8 heads; byte-level BPE of 4,000 tokens) is trained first,
-on the captions of the train split alone, text only; the best epoch is chosen on the captions of a twentieth of its
-photos. It has seen no photo. The captions of one photo follow one another in its training, so that it has learned to
-heed what stands in front of a text, as language models have; the first begins at any of 33 positions. Then, with
-DINOv2-small at 112 px, hidden states 12, class token and 4 x 4 fields (17 photo tokens), a projector is trained for
-every layer and three seeds: 5 epochs of one caption a photo, the best epoch chosen on a tenth of train, by photo. All
-is measured on dev.
+on the text of the train split's captions; the best epoch is chosen on the captions of a twentieth of its photos. It
+never sees a photo. In its training the captions of one photo follow one another, so that it learns to use preceding
+text, as language models do; the first begins at any of 33 positions. Then, with DINOv2-small at 112 px, hidden states
+12, class token and 4 x 4 fields (17 photo tokens), a projector is trained for every layer and three seeds: 5 epochs
+with one caption per photo, the best epoch chosen on a tenth of train, by photo. Everything is measured on dev.
 
 Time on two CPU cores: 3 min for the language model, 2 min to extract 2,200 photos and their captions, 14 min for 18
-runs. Disk: 350 MB. A killed run goes on with the same command: runs that are done are not done again. Written are
-WORK/captions.md and WORK/captions.json. The photos of a cache that is there already, copied to WORK/captions.zarr, are
-not encoded again; all of them are then trained on, whatever --train says.
+runs. Disk: 350 MB. The same command resumes a killed run and does not repeat finished ones. It writes WORK/captions.md
+and WORK/captions.json. The photos of an existing cache, copied to WORK/captions.zarr, are not encoded again; all of
+them are then trained on, whatever --train says.
 
-What to expect, of a trial with 800 photos, one epoch of the language model, one seed and 120 photos reported: the photo
-takes 0.06 nats a token off the plain model's 3.88 at layer 0, 0.04 at 2 and 0.03 at 4, shuffled photos add to it at
-layers 0 and 2; 30, 27 and 30 % of the photos find their own caption among ten by gain, shuffled ones 8, 12 and 6 %, and
-by loss nobody does; a training step takes 1, 0.70 and 0.40 of layer 0's FLOPs, and as much of its time.
+What to expect, from a trial with 800 photos, one epoch of the language model, one seed and 120 reported photos: the
+photo lowers the plain model's loss of 3.88 nats per token by 0.06 at layer 0, 0.04 at 2 and 0.03 at 4; shuffled photos
+raise it at layers 0 and 2. By gain, 30, 27 and 30 % of the photos find their own caption among ten (shuffled: 8, 12 and
+6 %), by loss none. A training step takes 1, 0.70 and 0.40 of layer 0's FLOPs, and of its time.
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ def small_gpt2(data: str, folder: Path, epochs: int) -> str:
     if (folder / "training.json").exists():
         trained = len(read_json(folder / "training.json")["held_out_losses"])
         if trained != epochs:
-            raise ValueError(f"{folder}: trained for {trained} epochs, asked for {epochs}. Take another --work.")
+            raise ValueError(f"{folder}: trained for {trained} epochs, expected {epochs}. Choose another --work.")
         return str(folder)
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
@@ -184,7 +183,7 @@ def small_gpt2(data: str, folder: Path, epochs: int) -> str:
 
 
 def joined(captions: Sequence[list[int]], end: int) -> list[int]:
-    """Captions of one photo, one behind the other, each between end tokens; as many tokens as have positions."""
+    """The captions of one photo in a row, each between end tokens, cut to the available positions."""
     return [end, *(token for caption in captions for token in (*caption, end))][: POSITIONS - FIRST_POSITIONS + 1]
 
 

@@ -18,7 +18,7 @@ import logging
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ lies beside the package, not in it
+sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ is next to the package, not in it
 
 from pipelines.tables import Variant, Variants, failures
 from saffe_cache.extraction.config import ExtractConfig

@@ -6,10 +6,10 @@ Gets two pretrained encoders (DINOv2-small and MiniLM, 180 MB; from the hub, els
 pictures, extracts once, trains FAMs, indexes and evaluates, twice:
 
     scenes   captions search photos: the FAM against a ridge regression of the same cache, controls at chance
-    notes    each picture lies beside a note about one of its objects; only a fusion that fuses can answer. The short
-             form of pipelines/notes.py
+    notes    each picture is paired with a note about one of its objects; only a model that combines both can answer.
+             The short form of pipelines/notes.py
 
-and ends with a page of both, to be looked at in a browser.
+and ends with a page of both for a browser.
 
 5 to 7 minutes on two CPU cores after the downloads; 0.8 GB of disk. Figures with dates: LOG.md.
 """
@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # data/ and pipelines/ lie beside the package, not in it
+sys.path.insert(0, str(Path(__file__).parents[1]))  # data/ and pipelines/ are next to the package, not in it
 
 from data.encoders import fetch_encoders
 from data.notes import draw_notes, ideal_late_fusion, place_ordered_fusion, read_notes, text_only_chance
@@ -58,9 +58,7 @@ def main() -> None:
     page = make_report(
         ReportConfig(runs=evaluations, out=str(work / "report"), title="The demo: scenes and grounded notes")
     )
-    print(
-        f"{time.perf_counter() - started:.0f} s after the downloads. The results, to be looked at in a browser:", page
-    )
+    print(f"{time.perf_counter() - started:.0f} s after the downloads. Results, for a browser:", page)
 
 
 def search_scenes(work: Path, encoders: Mapping[str, str]) -> str:

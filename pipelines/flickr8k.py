@@ -5,10 +5,10 @@
     python pipelines/flickr8k.py ... --table metadata
 
 `--table variants`: the gallery is f(photo, null text). `objectives`: the same for one variant under each objective.
-`metadata`: each photo lies beside its first caption, the others search. `--data` is a folder of splits (train, and dev
-or test) with metadata.jsonl (file_name, captions). The best epoch is chosen on a tenth of train, by photo. (The recipe
-of `linear` was found with dev in sight: see the log.) Time on two CPU cores: 7 min to extract 7,000 photos and 35,000
-captions, 1 to 10 min a training. Disk: 2.2 GB. Results with dates: LOG.md.
+`metadata`: each photo is paired with its first caption; the other captions are the queries. `--data` is a folder of
+splits (train, and dev or test) with metadata.jsonl (file_name, captions). The best epoch is chosen on a tenth of train,
+by photo. (The recipe of `linear` was found with dev in sight: see the log.) Time on two CPU cores: 7 min to extract
+7,000 photos and 35,000 captions, 1 to 10 min a training. Disk: 2.2 GB. Results with dates: LOG.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import logging
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ lies beside the package, not in it
+sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ is next to the package, not in it
 
 from pipelines.tables import Variant, Variants, failures
 from saffe_cache.extraction.config import ExtractConfig

@@ -4,10 +4,10 @@
         --text-encoder sentence-transformers/all-MiniLM-L6-v2 --seeds 0 1 2
 
 Draws 7,000 pictures (data/notes.py), extracts DINOv2-small's hidden states 9 and 12 at 112 px and MiniLM's 5 and 6,
-trains each variant with the note beside the picture, and searches with "a fragile green triangle". What is asked for
-stands neither in the picture nor in the note; only both together tell. Beside the variants stand the baselines, and
-what follows from the ground truth. Disk: 1.2 GB. Time on two CPU cores: 4 min to extract, 1 to 3 min a training.
-Results with dates: LOG.md.
+trains each variant on pictures paired with their note, and searches with "a fragile green triangle". Neither the
+picture nor the note alone answers a query; both together do. The table also has the baselines, and what follows from
+the ground truth. Disk: 1.2 GB. Time on two CPU cores: 4 min to extract, 1 to 3 min a training. Results with dates:
+LOG.md.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import logging
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # data/ and pipelines/ lie beside the package, not in it
+sys.path.insert(0, str(Path(__file__).parents[1]))  # data/ and pipelines/ are next to the package, not in it
 
 from data.notes import SPLITS, chance, draw_notes, ideal_late_fusion, place_ordered_fusion, read_notes, text_only_chance
 from pipelines.tables import Variant, Variants, failures
@@ -72,8 +72,8 @@ def main() -> None:
     print(measured["metadata"].table(METRICS, "photos_shuffled").to_markdown(), *failures(measured), sep="\n")
     truth = read_notes(scenes, "test")
     for reference in (ideal_late_fusion, place_ordered_fusion, text_only_chance, chance):
-        told = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in reference(truth).items())
-        print(f"{reference.__name__}, from the ground truth: {told}")
+        values = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in reference(truth).items())
+        print(f"{reference.__name__}, from the ground truth: {values}")
 
 
 if __name__ == "__main__":

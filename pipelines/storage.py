@@ -4,10 +4,10 @@
         --image-encoder facebook/dinov2-small --text-encoder sentence-transformers/all-MiniLM-L6-v2
 
 Extracts once as float32, converts to every other type, plain and compressed, and trains the same FAM (`linear` of
-flickr8k.py) and the same ridge regression from each. The differences to float32 are of equal seeds; the errors are of
-tokens, relative to their own lengths without the mean and the 2 % largest channels, where information would be lost
-first. Disk: 8 GB. Time on two CPU cores: 7 min to extract, 2 min a training; `--train 1000` makes another pair
-of encoders affordable. Results with dates: LOG.md.
+flickr8k.py) and the same ridge regression from each. Differences from float32 compare equal seeds. Errors of tokens are
+relative to the tokens' norms, without the mean and the 2 % largest channels, where information would be lost first.
+Disk: 8 GB. Time on two CPU cores: 7 min to extract, 2 min a training; `--train 1000` makes another pair of encoders
+affordable. Results with dates: LOG.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import get_args
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ lies beside the package, not in it
+sys.path.insert(0, str(Path(__file__).parents[1]))  # pipelines/ is next to the package, not in it
 
 from pipelines.flickr8k import LAST_TWO
 from pipelines.tables import Measured, Variant, Variants
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def convert(exact: str, path: Path, dtype: StorageType) -> str:
-    """The cache in another type; what is there already stays."""
+    """The cache in another type; an existing one is kept."""
     if dtype == "float32" or (path / "zarr.json").exists():
         return str(path)
     return convert_cache(ConvertConfig(cache=exact, new=str(path), storage=dtype))

@@ -410,7 +410,7 @@ def test_missing_layers_are_named_with_their_command(cache: str, tmp_path: Path)
     with pytest.raises(CacheError, match=r"--layers image=0,1 --layers text=1$"):  # as many blocks of both
         ablate(AblateConfig(recipe=(path,), cache=cache, out=str(tmp_path / "out")))
     beyond = recipe_file(tmp_path, RECIPE.replace("[[2], [3]]", "[[4]]"))
-    with pytest.raises(CacheError, match="there are hidden_states 0 to 3, the recipe asks for 4"):
+    with pytest.raises(CacheError, match="found hidden_states 0 to 3, the recipe needs 4"):
         ablate(AblateConfig(recipe=(beyond,), cache=cache, out=str(tmp_path / "out")))
 
 
@@ -437,7 +437,7 @@ def test_missing_encoder_is_named_with_its_command(cache: str, tmp_path: Path) -
     """The picture's size was asked for the other encoder; data and cache are the same."""
     series = '[[series]]\nname = "s"\nencoder = [{ image = "synthetic" }, { image = "a/vit" }]\n'
     told, command = refused(cache, tmp_path, series + "layers.image = [[2], [3]]\n")
-    assert "it holds no image encoder 'a/vit'. Add them" in told
+    assert "it holds no image encoder 'a/vit'. Add them as follows" in told
     assert "a hub id or a folder" not in told
     assert command == f"saffe extract --data 'my data' --encoder image=a/vit --cache {cache} --layers image=2,3"
     told, command = refused(cache, tmp_path, '[[series]]\nname = "s"\nencoder = { image = "vit" }\n')
@@ -474,7 +474,7 @@ def test_missing_encoder_and_existing_layers_take_one_command(cache: str, tmp_pa
         "--layers text=0,1 --layers image=3"
     ]
     told, *commands = refused(cache, tmp_path, series.replace('"a/vit"', '"synthetic", text = "a/bert"'))
-    assert "a/bert runs on from its layer: let --layers text name all from there" in told
+    assert "runs blocks of a/bert: let --layers text name all from its first" in told
     assert commands == [f"saffe extract --data 'my data' --encoder text=a/bert --cache {cache} --layers text=0"]
 
 

@@ -28,7 +28,7 @@ def test_small_language_model_is_trained_and_used_as_encoder(tmp_path: Path) -> 
     written = (tmp_path / "gpt2" / "model.safetensors").stat().st_mtime_ns
     assert captions.small_gpt2(str(data), tmp_path / "gpt2", epochs=1) == folder
     assert (tmp_path / "gpt2" / "model.safetensors").stat().st_mtime_ns == written
-    with pytest.raises(ValueError, match="trained for 1 epochs, asked for 2"):
+    with pytest.raises(ValueError, match="trained for 1 epochs, expected 2"):
         captions.small_gpt2(str(data), tmp_path / "gpt2", epochs=2)
     encoder = load_encoder(EncoderRequest(modality="text", model_id=folder, position_offset=17))
     assert (encoder.num_layers, encoder.hidden_size, encoder.max_length) == (6, 256, 111)

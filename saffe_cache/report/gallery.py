@@ -189,7 +189,7 @@ def _card(details: Details, position: int, why: str, systems: Sequence[str]) -> 
 SIDE = 160
 """Pixels of a thumbnail's longer side."""
 MOST_BYTES = 3_400_000
-"""Of all thumbnails, which base64 makes 4.5 MB of."""
+"""Of all thumbnails; 4.5 MB in base64."""
 
 
 @dataclass
@@ -197,10 +197,10 @@ class Album:
     """Thumbnails by content hash, each once, however many evaluations show it."""
 
     data: Sequence[str]
-    """Where the data are now; empty for where the extraction found them."""
+    """Where the data are now; empty: where the extraction found them."""
     thumbnails: dict[bytes, bytes] = field(default_factory=dict)
     reasons: dict[bytes, str] = field(default_factory=dict)
-    """Why a photo has none."""
+    """Why photos have no thumbnail, by content hash."""
 
     def add(self, gallery: Gallery) -> None:
         """Find the photos of a gallery."""
@@ -224,7 +224,7 @@ class Album:
                 self.reasons[content] = str(error)
 
     def keep_first(self, wanted: Iterable[bytes]) -> None:
-        """Keep as many as a page has room for, in the order in which they are wanted."""
+        """Keep as many thumbnails as fit into a page, in this order."""
         kept: dict[bytes, bytes] = {}
         size = 0
         for content in wanted:
@@ -239,7 +239,7 @@ class Album:
         self.thumbnails = kept
 
     def _find(self, gallery: Gallery, wanted: dict[bytes, str]) -> tuple[_Found, str]:
-        """The files, and what kept some places from being read."""
+        """The files, and why some places could not be read."""
         found, failures = _Found(), []
         try:
             places = _places(gallery, self.data)
@@ -267,14 +267,14 @@ class Album:
 class _Found:
     media: dict[bytes, Media] = field(default_factory=dict)
     ids: dict[str, str] = field(default_factory=dict)
-    """Of the items that were read, with what is the matter where the photo is not there."""
+    """The items that were read, and why each lacks the photo."""
 
     def get(self, content: bytes) -> Media | None:
         return self.media.get(content)
 
 
 def _places(gallery: Gallery, data: Sequence[str]) -> list[tuple[str, Columns]]:
-    """Where the data may be, each place once: folders that are there first, then what may be the hub's."""
+    """Where the data may be, each place once: existing folders first, then names that may be on the hub."""
     try:
         cache = open_cache(gallery.cache)
         configs = [one["config"] for one in cache.encoders[gallery.encoder].manifest.extractions]

@@ -43,7 +43,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Notice:
-    """What a reader must know before the numbers."""
+    """Something to read before the numbers."""
 
     kind: str
     """failure, warning or note."""
@@ -65,7 +65,7 @@ class Part:
 
 @dataclass(kw_only=True)
 class Content:
-    """All of a page, and the files beside it."""
+    """Everything on a page, and the files next to it."""
 
     notices: list[Notice]
     num_controls: int
@@ -170,7 +170,7 @@ def _num_controls(found: Found) -> int:
 
 
 def _add_photos(content: Content) -> None:
-    """Find the photos of all galleries, and say which are missing."""
+    """Find the photos of all galleries, and add notes on missing ones."""
     parts = [part for part in content.parts if part.gallery]
     for part in parts:
         assert part.gallery
@@ -187,7 +187,7 @@ def _add_photos(content: Content) -> None:
 
 
 def _in_turn(galleries: Sequence[Gallery]) -> Iterator[bytes]:
-    """The photos of every gallery's first card, then of every second, so that none takes another's room."""
+    """The photos of every gallery's first card, then of every second, so that each gallery gets its share."""
     for cards in zip_longest(*(gallery.cards for gallery in galleries)):
         for gallery, card in zip(galleries, cards, strict=True):
             if card is not None:
@@ -195,7 +195,7 @@ def _in_turn(galleries: Sequence[Gallery]) -> Iterator[bytes]:
 
 
 def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
-    """Unrounded numbers; what is None stays empty."""
+    """Unrounded numbers; None is empty."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerows([header, *rows])

@@ -289,7 +289,7 @@ def _name_places(axes: Axes, places: Sequence[str], columns: int) -> None:
 
 
 def _draw_legend(figure: matplotlib.figure.Figure, frames: Sequence[Axes]) -> None:
-    """Each name once, below the frames, which keep their height; as many side by side as there is room for."""
+    """Each name once, below the frames, which keep their height; up to three names in a row."""
     found: dict[str, Any] = {}
     for axes in frames:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

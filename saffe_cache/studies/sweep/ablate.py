@@ -1,4 +1,4 @@
-"""Run a recipe's grid from one cache: train what sees the same batches side by side, in a few processes at once.
+"""Run a recipe's grid from one cache: runs that see the same batches train together, in a few processes at once.
 
 A run's folder is named after a hash of its config and of the data and encoders that it sees, so that recipes share
 runs, and finished runs are not repeated. The same command resumes a killed sweep.
@@ -48,7 +48,7 @@ _MOST_WORKERS = 4
 
 
 def ablate(config: AblateConfig) -> tuple[str, ...]:
-    """Run what is not done, and return the folder of each recipe's result.
+    """Run what is not finished, and return the folder of each recipe's result.
 
     Raises:
         CacheError: the cache lacks layers or encoders; the message names all, with the command that adds them.
@@ -145,8 +145,8 @@ def _plan(config: AblateConfig, recipe: Recipe, out: Path, protocol: str, base: 
     return _Plan(recipe, out, jobs)
 
 
-_PLACES = {"cache", "out", "device", "residency", "checkpoint_seconds", "tensorboard"}
-"""What does not change a run's outcome."""
+_WITHOUT_EFFECT = {"cache", "out", "device", "residency", "checkpoint_seconds", "tensorboard"}
+"""Options that do not change a run's result."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Job:
     config: TrainConfig
     report: EvaluateConfig
     reported: str
-    """Hash over the data that the report is of, as `reported_fingerprint` makes it."""
+    """Hash over the data that are reported on, by `reported_fingerprint`."""
     batches: str
     """Equal for jobs whose runs can be trained side by side."""
 
@@ -169,9 +169,8 @@ class Job:
         folder = Path(self.report.out or "")
         if not (folder / RESULT).exists():
             return False
-        asked = json.loads(json.dumps(asdict(self.report)))
-        done = read_json(folder / CONFIG).get("config"), read_json(folder / RESULT).get("data")
-        return done == (asked, self.reported)
+        found = read_json(folder / CONFIG).get("config"), read_json(folder / RESULT).get("data")
+        return found == (json.loads(json.dumps(asdict(self.report))), self.reported)
 
     def evaluate(self) -> None:
         if not self._is_reported:
@@ -188,7 +187,7 @@ class Planner:
     def __init__(self, cache: Cache, report: EvaluateConfig, folder: Path) -> None:
         """
         Args:
-            cache: what is trained on.
+            cache: the runs' cache.
             report: how each run is evaluated, by a protocol that is named; `run` and `out` are filled in.
             folder: of the runs.
         """
@@ -203,7 +202,7 @@ class Planner:
         """
         spec = resolve_run(config, self._cache)
         spec = replace(spec, data=self._fingerprint(spec))
-        options = {name: value for name, value in _chosen(config).items() if name not in _PLACES}
+        options = {name: value for name, value in _chosen(config).items() if name not in _WITHOUT_EFFECT}
         identity = short_hash({"config": options, "run": _chosen(spec), "stored": self._stored(spec)})
         layers = "+".join(map(str, spec.gallery_layers))
         name = re.sub(r"[^A-Za-z0-9+-]+", "-", f"{config.fusion}-{layers}-seed{config.seed}")
@@ -222,7 +221,7 @@ class Planner:
         return self._fingerprints[*pairs, *drawn]
 
     def _of_report(self, spec: RunSpec) -> str:
-        """The same of what its report is of."""
+        """Hash over what its report is measured on."""
         split, protocol = self._report.split, self._report.protocol
         assert protocol != "auto"
         pairs = (spec.gallery_key, spec.text_key, spec.pairs, spec.gallery_text)
@@ -239,7 +238,7 @@ class Planner:
 
 
 def _chosen(of: Any) -> dict[str, Any]:
-    """A dataclass's fields that are not at their default: an option of a later release leaves runs what they are."""
+    """A dataclass's fields that are not at their default: an option that a later release adds does not rename runs."""
     found = {}
     for one in fields(of):
         value = getattr(of, one.name)
@@ -250,15 +249,15 @@ def _chosen(of: Any) -> dict[str, Any]:
 
 
 def run_jobs(jobs: Sequence[Job], together: int, workers: int) -> None:
-    """Train and evaluate those that are not done.
+    """Train and evaluate the jobs that are not done.
 
     Args:
-        jobs: no two of the same run.
-        together: most runs that are trained side by side in one process.
-        workers: processes; 1 is this one.
+        jobs: each with a run of its own.
+        together: largest number of runs that train side by side in one process.
+        workers: processes; with 1, this one.
 
     Raises:
-        CacheError, ValueError, OSError: as train and evaluate; what was done until then stays.
+        CacheError, ValueError, OSError: as train and evaluate; finished jobs are kept.
     """
     pending = [job for job in jobs if not job.is_done]
     groups: dict[str, list[Job]] = {}
@@ -281,7 +280,7 @@ def _side_by_side(tasks: Sequence[Sequence[Job]], workers: int) -> Iterator[int]
             return process.submit(_work, task).result()
 
     with (
-        _environment("TQDM_DISABLE", "1"),  # of the workers: this process has read it already
+        _environment("TQDM_DISABLE", "1"),  # for the workers: this process has read it already
         ThreadPoolExecutor(workers) as pool,
     ):
         started = [pool.submit(run, task) for task in tasks]
@@ -291,7 +290,7 @@ def _side_by_side(tasks: Sequence[Sequence[Job]], workers: int) -> Iterator[int]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
-                child.terminate()  # or the end of this process would wait for that of their tasks
+                child.terminate()  # or this process could not end before their tasks
             raise
 
 
@@ -314,7 +313,7 @@ def _begin(threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker of a killed sweep would wait for work for ever."""
+    """End a worker whose sweep was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

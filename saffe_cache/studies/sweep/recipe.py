@@ -1,8 +1,8 @@
-"""Recipes: TOML files that name what is varied. Every option of a training may have several values.
+"""Recipes: TOML files that say what a sweep varies. Every option of a training may have several values.
 
     title = "Which layer?"
-    question = "The last layers are best."          the claim that is looked at
-    x = "layers.image"                              what the plot's x axis is, of each run
+    question = "The last layers are best."          the claim to test
+    x = "layers.image"                              the option on the plot's x axis
     x_label = "layer"
     seeds = [0, 1, 2]
 
@@ -14,8 +14,9 @@
     fusion = "linear"
     layers = { image = [[5], [11]] }                or [{ image = [5] }, { image = [11] }]
 
-`x` and `y` are an option's name, `layers.MODALITY`, or `num_layers`. With `y` the outcome is a heat map. What varies in
-a series besides x and y makes a line each, named after it. `storage` is an option too: the cache is converted for it.
+`x` and `y` are an option's name, `layers.MODALITY`, or `num_layers`. With `y` the figure is a heat map. Other options
+with several values split a series into one line for each combination. `storage` is an option too: the sweep converts
+the cache.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _OWN = {"cache", "out", "seed", "device"}
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One place of the grid; it is run once for each seed."""
+    """One place of the grid, with one run for each seed."""
 
     series: str
     x: str
@@ -56,16 +57,16 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is varied, and what is looked at."""
+    """What a sweep varies and measures."""
 
     path: str
-    """Where it was read, for messages."""
+    """Where it comes from, for messages."""
     title: str
     question: str
     x_label: str
     y_label: str | None
     metric: str | None
-    """Plotted; None for the protocol's main metric."""
+    """The metric to plot; None for the protocol's main metric."""
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
     published: tuple[Published, ...]
@@ -74,8 +75,8 @@ class Recipe:
 def read_recipe(path: str | Path) -> Recipe:
     """
     Raises:
-        ValueError: it is no recipe; says where.
-        OSError: it cannot be read.
+        ValueError: it is not a recipe; the message says where.
+        OSError: the file cannot be read.
     """
     try:
         content = tomllib.loads(Path(path).read_text())
@@ -163,7 +164,7 @@ def _cells(series: Mapping[str, Any], shared: Mapping[str, Any], axes: Sequence[
     cells = []
     for values in itertools.product(*lists.values()):
         settings = dict(zip(lists, values, strict=True))
-        varied = [f"{option} {_told(settings[option])}" for option in others]
+        varied = [f"{option} {_label(settings[option])}" for option in others]
         x, y = (None if axis is None else _place(settings, axis, name) for axis in axes)
         assert x is not None
         cell = Cell(series=", ".join([name, *varied]), x=x, y=y, settings=settings)
@@ -203,13 +204,13 @@ def _place(settings: Mapping[str, Any], axis: str, series: str) -> str:
     try:
         if axis == "num_layers":
             return str(len(next(iter(settings["layers"].values()))))
-        return _told(settings[option][part] if part else settings[option])
+        return _label(settings[option][part] if part else settings[option])
     except KeyError as error:
         raise ValueError(f"series {series!r} says no {error}, which axis {axis!r} needs") from None
 
 
-def _told(value: Any) -> str:
+def _label(value: Any) -> str:
     """For a label."""
     if isinstance(value, Mapping):
-        return " ".join(f"{key} {_told(one)}" for key, one in value.items())
+        return " ".join(f"{key} {_label(one)}" for key, one in value.items())
     return "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

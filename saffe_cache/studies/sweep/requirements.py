@@ -20,19 +20,19 @@ _OF_MODALITY: Mapping[str, tuple[str, ...]] = {
     "image": ("image_size",),
     "text": ("max_length", "prompt", "position_offset"),
 }
-"""Options of an extraction that are for one encoder: another one of the modality has them at their default."""
+"""Options of an extraction that belong to one encoder; for another encoder of the modality they have their default."""
 
 
 @dataclass
-class _Lacking:
-    """Hidden states that recipes ask for and a cache does not hold."""
+class _Missing:
+    """Hidden states that recipes need and a cache does not hold."""
 
     layers: dict[str, set[int]] = field(default_factory=dict)
-    """Of encoders that it holds, by key."""
+    """Of encoders that the cache holds, by key."""
     encoders: dict[tuple[Modality, str], set[int]] = field(default_factory=dict)
-    """Of those that it does not hold, by modality and the recipes' name; empty where a recipe names no layers."""
+    """Of encoders that it does not hold, by modality and the recipes' name; empty where a recipe names no layers."""
     run_on: set[tuple[Modality, str]] = field(default_factory=set)
-    """Of the latter, those whose blocks a fusion runs, from the first of these layers to the last."""
+    """Encoders not in the cache whose blocks a fusion runs, from the first of these layers to the last."""
 
     def __bool__(self) -> bool:
         return bool(self.layers or self.encoders)
@@ -41,88 +41,89 @@ class _Lacking:
 def check_cache(cache: Cache, configs: Iterable[TrainConfig]) -> None:
     """
     Raises:
-        CacheError: layers or encoders are missing; names all, and the command that adds them.
+        CacheError: layers or encoders are missing; the message names all, with the commands that add them.
     """
-    lacking = _Lacking()
+    missing = _Missing()
     for config in configs:
         for modality in (name for name in MODALITIES if name in config.layers or name in config.encoder):
-            _add(lacking, cache, config, modality)
-    if not lacking:
+            _add(missing, cache, config, modality)
+    if not missing:
         return
-    told = [f"{key} lacks layers {_listed(layers)}" for key, layers in lacking.layers.items()]
-    told += [f"it holds no {modality} encoder {name!r}" for modality, name in lacking.encoders]
+    problems = [f"{key} lacks layers {_joined(layers)}" for key, layers in missing.layers.items()]
+    problems += [f"it holds no {modality} encoder {name!r}" for modality, name in missing.encoders]
     hints = [
-        f" {name} runs on from its layer: let --layers {modality} name all from there to its last but one."
-        for modality, name in sorted(lacking.run_on)
+        f" The fusion runs blocks of {name}: let --layers {modality} name all from its first to its last but one."
+        for modality, name in sorted(missing.run_on)
     ]
-    if any("/" not in name for _, name in lacking.encoders):
-        hints.append(" --encoder takes a hub id or a folder: write it in full where the recipe names a part of it.")
-    commands = "\n".join(_commands(cache, lacking))
+    if any("/" not in name for _, name in missing.encoders):
+        hints.append(" --encoder takes a hub id or a folder: write it in full if the recipe names a part of it.")
+    commands = "\n".join(_commands(cache, missing))
     raise CacheError(
-        f"{cache.storage.root}: {'; '.join(told)}. Add them, then run this again.{''.join(hints)}\n{commands}"
+        f"{cache.storage.root}: {'; '.join(problems)}. Add them as follows, then run this again.{''.join(hints)}\n"
+        f"{commands}"
     )
 
 
-def _add(lacking: _Lacking, cache: Cache, config: TrainConfig, modality: Modality) -> None:
-    """What one run asks of one modality.
+def _add(missing: _Missing, cache: Cache, config: TrainConfig, modality: Modality) -> None:
+    """Add what one run needs of one modality.
 
     Raises:
-        CacheError: an encoder never has such a layer; or it is not clear which one is meant.
+        CacheError: the encoder has no such layer, or several encoders fit.
     """
-    asked = _asked(config, modality)
+    requested = _requested(config, modality)
     runs_on = modality == "text" and config.entry.continues_text
     name = config.encoder.get(modality)
     if name is not None and not cache.encoders_named(modality, name):
-        lacking.encoders.setdefault((modality, name), set()).update(asked)
-        if runs_on and asked:
-            lacking.run_on.add((modality, name))
+        missing.encoders.setdefault((modality, name), set()).update(requested)
+        if runs_on and requested:
+            missing.run_on.add((modality, name))
         return
     encoder = cache.encoder(modality, name)
     depth = encoder.manifest.num_layers
-    beyond = sorted(layer for layer in asked if not 0 <= layer <= depth)
+    beyond = sorted(layer for layer in requested if not 0 <= layer <= depth)
     if beyond:
         raise CacheError(
-            f"{encoder.key}: there are hidden_states 0 to {depth}, the recipe asks for {beyond[0]}. Change the "
-            "recipe's layers."
+            f"{encoder.key}: found hidden_states 0 to {depth}, the recipe needs {beyond[0]}. Change the recipe's "
+            "layers."
         )
-    if runs_on and asked:
-        asked = set(range(min(asked), depth))
-    elif asked and config.entry.blocks == "both":
-        asked |= set(range(min(asked), min(depth, min(asked) + _blocks_of_text(cache, config))))
-    missing = asked - set(encoder.layers)
-    if missing:
-        lacking.layers.setdefault(encoder.key, set()).update(missing)
+    if runs_on and requested:
+        requested = set(range(min(requested), depth))
+    elif requested and config.entry.blocks == "both":
+        requested |= set(range(min(requested), min(depth, min(requested) + _blocks_of_text(cache, config))))
+    uncached = requested - set(encoder.layers)
+    if uncached:
+        missing.layers.setdefault(encoder.key, set()).update(uncached)
 
 
-def _asked(config: TrainConfig, modality: Modality) -> set[int]:
+def _requested(config: TrainConfig, modality: Modality) -> set[int]:
     return {hidden_states_index(layer, config.index_convention) for layer in config.layers.get(modality, ())}
 
 
 def _blocks_of_text(cache: Cache, config: TrainConfig) -> int:
-    """How many of the text encoder's blocks a fusion runs that runs as many of the other; 0 where that is not known."""
-    named, asked = cache.encoders_named("text", config.encoder.get("text")), _asked(config, "text")
-    return cache.encoders[named[0]].manifest.num_layers - min(asked) if named and asked else 0
+    """Number of blocks of the text encoder that a fusion runs which runs as many of both; 0 where unknown."""
+    named, requested = cache.encoders_named("text", config.encoder.get("text")), _requested(config, "text")
+    return cache.encoders[named[0]].manifest.num_layers - min(requested) if named and requested else 0
 
 
 @dataclass
 class _Command:
-    """An extraction, and the layers of those encoders that it is for."""
+    """An extraction, and the layers of its encoders to add."""
 
     config: ExtractConfig
     layers: dict[Modality, set[int]]
 
 
-def _commands(cache: Cache, lacking: _Lacking) -> Iterator[str]:
-    """As few as can be: one takes one encoder of each modality, with the data and options of one extraction."""
+def _commands(cache: Cache, missing: _Missing) -> Iterator[str]:
+    """As few as possible: a command takes one encoder of each modality, with the data and options of one extraction."""
     commands: list[_Command] = []
-    for key, layers in lacking.layers.items():
+    for key, layers in missing.layers.items():
         encoder = cache.encoders[key]
         config = replace(_last_config(encoder), layers={})
         same = next((one for one in commands if _line(one.config, cache) == _line(config, cache)), None)
         if same is None:
             commands.append(same := _Command(config, {}))
         same.layers[encoder.manifest.modality] = layers
-    for (modality, name), layers in lacking.encoders.items():
+    for (modality, name), layers in missing.encoders.items():
         like = sorted(cache.encoders.values(), key=lambda one: (one.manifest.modality != modality, one.key))
         source = _last_config(like[0])
         free = (one for one in commands if modality not in one.layers and _data(one.config) == _data(source))
@@ -133,17 +134,17 @@ def _commands(cache: Cache, lacking: _Lacking) -> Iterator[str]:
         into.config = _with_encoder(into.config, {**others, modality: name}, modality)
         into.layers[modality] = layers
     for command in commands:
-        told = [f"--layers {modality}={_listed(layers)}" for modality, layers in command.layers.items() if layers]
-        yield " ".join([_line(command.config, cache), *told])
+        parts = [f"--layers {modality}={_joined(layers)}" for modality, layers in command.layers.items() if layers]
+        yield " ".join([_line(command.config, cache), *parts])
 
 
 def _data(config: ExtractConfig) -> tuple[object, ...]:
-    """What an extraction reads."""
+    """The options that say what an extraction reads."""
     return config.data, config.column, config.splits, config.max_items, config.class_prompt
 
 
 def _with_encoder(config: ExtractConfig, encoder: Mapping[str, str], changed: Modality) -> ExtractConfig:
-    """The same data with these encoders, of which that of modality `changed` is new to the cache."""
+    """The same data with these encoders; that of modality `changed` is new to the cache."""
     kept = encoder.keys() - {changed}
     default = ExtractConfig(data="", cache="", encoder=encoder)
     idle = [option for modality, own in _OF_MODALITY.items() if modality not in kept for option in own]
@@ -160,7 +161,7 @@ def _last_config(encoder: EncoderCache) -> ExtractConfig:
 
 
 def _line(config: ExtractConfig, cache: Cache) -> str:
-    """The command line of an extraction, but for its layers; options that were left at their default are left out."""
+    """The command line of an extraction without --layers and without options at their default."""
     parts = ["saffe", "extract", "--data", config.data]
     for option, mapping in (
         ("encoder", config.encoder),
@@ -181,7 +182,7 @@ def _line(config: ExtractConfig, cache: Cache) -> str:
     return shlex.join([*parts, "--cache", str(cache.storage.root)])
 
 
-def _listed(layers: Iterable[int]) -> str:
+def _joined(layers: Iterable[int]) -> str:
     return ",".join(map(str, sorted(layers)))
 
 
@@ -189,16 +190,16 @@ _NARROWER: Mapping[str, tuple[str, ...]] = {
     "float32": ("float16", "bfloat16", "int8", "float8"),
     "float16": ("int8", "float8"),
 }
-"""What a storage type holds enough for."""
+"""The types that can be made from each storage type."""
 
 
 def stored_as(path: str, cache: Cache, storage: StorageType | None, folder: Path) -> str:
     """The path of the cache, or of one in `folder` with its hidden states in another type.
 
-    The latter is named after what the cache holds: data that are added, or another cache, make another one.
+    The latter is named after the content of the cache: added data, or another cache, get another one.
 
     Raises:
-        CacheError: its own type has not the numbers of the other.
+        CacheError: its own type cannot represent the other.
     """
     own = {
         encoder.manifest.arrays[f"hidden_states/{layer}"].spec.dtype
@@ -213,6 +214,6 @@ def stored_as(path: str, cache: Cache, storage: StorageType | None, folder: Path
             "--storage float32."
         )
     converted = folder / f"{storage}-{content_hash(cache.storage)}.zarr"
-    if read_root(Storage(converted)) is None:  # a conversion that was killed has none
+    if read_root(Storage(converted)) is None:  # a killed conversion has none
         convert_cache(ConvertConfig(cache=path, new=str(converted), storage=storage))
     return str(converted)
