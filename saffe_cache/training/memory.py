@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,7 +21,7 @@ def kept_memory() -> Iterator[None]:
     Every step needs arrays of the same sizes. Those above 32 MB glibc gives back at once and asks for anew: the system
     then clears and maps each page, which took a quarter of a step of `paper`. Elsewhere nothing is changed.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None:
         yield
         return

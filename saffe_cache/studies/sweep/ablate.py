@@ -271,7 +271,8 @@ def run_jobs(jobs: Sequence[Job], together: int, workers: int) -> None:
 
 def _side_by_side(tasks: Sequence[Sequence[Job]], workers: int) -> Iterator[int]:
     """Each task in a new process, so that its peak memory is its own; yields tasks' counts as they finish."""
-    context = multiprocessing.get_context("forkserver")
+    can_fork = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if can_fork else "spawn")
     context.set_forkserver_preload([__name__])
     threads = max(1, num_cores() // workers)
 
