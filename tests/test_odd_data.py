@@ -70,7 +70,9 @@ def test_dataset_of_one_item_is_extracted_but_not_trained_on(config: ExtractConf
 
 def test_dataset_without_texts_has_photos_only(config: ExtractConfig, tmp_path: Path) -> None:
     write_items(config, {}, {}, {})
-    with pytest.raises(ValueError, match=r"--encoder text=…: the data has no text inputs\. Omit this encoder"):
+    with pytest.raises(
+        ValueError, match=r"the data has no text inputs; its columns are file_name\. Name one with --col"
+    ):
         extract(config)
     extract(replace(config, encoder={"image": config.encoder["image"]}, layers={}))
     assert len(open_cache(config.cache).encoder("image").usable(np.arange(3))) == 3

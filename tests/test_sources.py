@@ -93,7 +93,7 @@ def test_other_files_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     write(tmp_path / "train" / "loose.png", photo())
     with caplog.at_level(logging.WARNING):
         assert len(read(tmp_path)) == 1
-    assert "2 files are skipped, for instance loose.png" in caplog.text
+    assert "2 files are skipped: no photo or sound in a class folder; for instance train/cat/notes.txt" in caplog.text
 
 
 def test_metadata_lists_captions_and_labels(tmp_path: Path) -> None:

@@ -38,13 +38,13 @@ def extract(config: ExtractConfig) -> str:
     storage = Storage(config.cache)
     if config.plan:
         table, _ = _grow_table(storage, items, config)
-        _print_plan(list(_plan_jobs(storage, table, config)), items, config)
+        _print_plan(list(_plan_jobs(storage, table, config, items)), items, config)
         return f"nothing was written to {config.cache}"
     with storage.writer_lock():
         storage.remove_partial_files()
         table, changed = _grow_table(storage, items, config)
         media = {h: item.media[m] for item in items if not item.problem for m, h in item.hashes.items()}
-        jobs = list(_plan_jobs(storage, table, config))
+        jobs = list(_plan_jobs(storage, table, config, items))
         for job in jobs:
             check_sources(job, media)
         _log_plan(jobs, table, items)
@@ -55,11 +55,16 @@ def extract(config: ExtractConfig) -> str:
     return config.cache
 
 
-def _plan_jobs(storage: Storage, table: ItemTable, config: ExtractConfig) -> Iterator[Job]:
+def _plan_jobs(storage: Storage, table: ItemTable, config: ExtractConfig, items: Sequence[SourceItem]) -> Iterator[Job]:
     options = encode_options(config)
     for modality in (name for name in MODALITIES if name in config.encoder):
         if modality not in table.inputs:
-            raise ValueError(f"--encoder {modality}=…: the data has no {modality} inputs. Omit this encoder.")
+            columns = dict.fromkeys(name for item in items for name in item.columns)
+            role = "caption" if modality == "text" else modality
+            raise ValueError(
+                f"--encoder {modality}=…: the data has no {modality} inputs; its columns are "
+                f"{', '.join(columns) or 'none'}. Name one with --column {role}=NAME, or omit this encoder."
+            )
         request = encoder_request(config, modality)
         yield plan_job(storage, request, table.inputs[modality], wanted_inputs(table, modality), options)
 

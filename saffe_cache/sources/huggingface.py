@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saffe_cache.core.features import Modality
-from saffe_cache.sources.items import Columns, Format, SourceItem, texts_of
+from saffe_cache.sources.items import Columns, Format, SourceItem, as_list, texts_of
 
 
 def _is_saved_dataset(data: str) -> bool:
@@ -32,8 +32,7 @@ def saved_items(data: str, columns: Columns) -> Iterator[SourceItem]:
     loaded = datasets.load_from_disk(str(Path(data).expanduser()))
     if not isinstance(loaded, dict):
         loaded = {str(loaded.split or "train").partition("[")[0]: loaded}  # the split may be train[:100]
-    for split, dataset in loaded.items():
-        yield from _dataset_items(dataset, str(split), columns)
+    yield from _items_of_splits(data, loaded, columns)
 
 
 def hub_items(data: str, columns: Columns) -> Iterator[SourceItem]:
@@ -51,8 +50,7 @@ def hub_items(data: str, columns: Columns) -> Iterator[SourceItem]:
             f"--data {data}: no such folder here, and the hub provided no dataset with this id "
             f"({type(error).__name__}: {error}). Check the spelling and the network."
         ) from error
-    for split, dataset in loaded.items():
-        yield from _dataset_items(dataset, str(split), columns)
+    yield from _items_of_splits(data, loaded, columns)
 
 
 SAVED_DATASET = Format(
@@ -78,22 +76,29 @@ class _Cell:
         return Path(value["path"]).read_bytes()
 
 
+def _items_of_splits(data: str, splits: Mapping[Any, Any], columns: Columns) -> Iterator[SourceItem]:
+    columns.require(list(dict.fromkeys(name for one in splits.values() for name in one.features)), f"--data {data}")
+    for split, dataset in splits.items():
+        yield from _dataset_items(dataset, str(split), columns)
+
+
 def _dataset_items(dataset: Any, split: str, columns: Columns) -> Iterator[SourceItem]:
-    columns.require(list(dataset.features), f"split {split}")
     media = _media(dataset, split, columns)
     chosen = {role: columns.find(role, dataset.features) for role in ("caption", "label", "id")}
-    names = list(dict.fromkeys(name for name in chosen.values() if name))
+    names = list(dict.fromkeys(name for of_role in chosen.values() for name in of_role))
+    fields = tuple(dataset.features)
     entries: Iterable[Mapping[str, Any]] = dataset.select_columns(names) if names else ({} for _ in range(len(dataset)))
     for row, entry in enumerate(entries):
-        captions, caption_problem = texts_of(entry[chosen["caption"]] if chosen["caption"] else None)
+        captions, caption_problem = columns.texts("caption", entry)
         labels, label_problem = _labels_of(dataset.features, chosen["label"], entry)
         yield SourceItem(
-            id=f"{split}/{entry[chosen['id']] if chosen['id'] else row}",
+            id=f"{split}/{entry[chosen['id'][0]] if chosen['id'] else row}",
             split=split,
             media={modality: replace(cell, row=row) for modality, cell in media.items()},
             captions=captions,
             labels=labels,
             problem=caption_problem or label_problem,
+            columns=fields,
         )
 
 
@@ -109,7 +114,7 @@ def _media(dataset: Any, split: str, columns: Columns) -> dict[Modality, _Cell]:
     features: tuple[tuple[Literal["image", "audio"], Any], ...] = (("image", datasets.Image), ("audio", datasets.Audio))
     for modality, feature in features:
         of_type = (name for name, kind in dataset.features.items() if isinstance(kind, feature))
-        name = columns.find(modality, dataset.features) or next(of_type, None)
+        name = next(iter(columns.find(modality, dataset.features)), None) or next(of_type, None)
         if name is None:
             continue
         kind = dataset.features[name]
@@ -126,17 +131,17 @@ def _media(dataset: Any, split: str, columns: Columns) -> dict[Modality, _Cell]:
     return media
 
 
-def _labels_of(features: Any, column: str | None, entry: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+def _labels_of(features: Any, names: Iterable[str], entry: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
     """Class names, also where the dataset stores class numbers."""
     import datasets
 
-    if column is None:
-        return (), ""
-    value, feature = entry[column], features[column]
-    feature = getattr(feature, "feature", feature)  # of a list's elements
-    if not isinstance(feature, datasets.ClassLabel) or value is None:
-        return texts_of(value)
-    numbers = value if isinstance(value, list) else [value]
-    if any(number is None or number < 0 for number in numbers):  # -1 marks unlabelled items
-        return (), "no label"
-    return tuple(feature.int2str(number) for number in numbers), ""
+    values: list[Any] = []
+    for name in names:
+        feature = getattr(features[name], "feature", features[name])  # of a list's elements
+        found = as_list(entry[name])
+        if isinstance(feature, datasets.ClassLabel):
+            if any(number is None or number < 0 for number in found):  # -1 marks unlabelled items
+                return (), "no label"
+            found = [feature.int2str(number) for number in found]
+        values += found
+    return texts_of(values)

@@ -49,11 +49,16 @@ class SourceItem(Item):
     """One item of a dataset with its media. Formats leave `hashes` empty; `registry` fills it in."""
 
     media: Mapping[Modality, Media]
+    columns: tuple[str, ...] = ()
+    """All columns or fields of its row, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Names of a dataset's columns or fields; None finds them by their type and usual names."""
+    """Names of a dataset's columns or fields; None finds them by their type and usual names.
+
+    `caption` and `label` may be several, separated by commas.
+    """
 
     image: str | None = None
     audio: str | None = None
@@ -61,20 +66,34 @@ class Columns:
     label: str | None = None
     id: str | None = None
 
-    def find(self, role: Role, names: Collection[str]) -> str | None:
-        """The column of a role: the chosen one, otherwise the first usual name among `names`."""
-        return getattr(self, role) or next((name for name in _USUAL_NAMES.get(role, ()) if name in names), None)
+    def find(self, role: Role, names: Collection[str]) -> tuple[str, ...]:
+        """The columns of a role among `names`: the chosen ones, otherwise the first usual name."""
+        chosen = getattr(self, role)
+        if chosen is not None:
+            return tuple(name for name in _split(chosen, names) if name in names)
+        return tuple(name for name in _USUAL_NAMES.get(role, ()) if name in names)[:1]
+
+    def texts(self, role: Role, entry: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+        """The texts of a role in one row, and a problem if one of them is empty or no text."""
+        return texts_of([value for name in self.find(role, entry) for value in as_list(entry[name])])
 
     def require(self, names: Collection[str], where: str) -> None:
         """
         Raises:
-            ValueError: a chosen column is not among `names`.
+            ValueError: a chosen column is not among `names`, or a role that takes one column has several.
         """
-        for chosen in vars(self).values():
-            if chosen is not None and chosen not in names:
+        for role, chosen in vars(self).items():
+            parts = _split(chosen, names) if chosen is not None else ()
+            absent = [name for name in parts if name not in names]
+            if absent:
                 raise ValueError(
-                    f"{where}: no column {chosen}; the columns are {', '.join(names)}. Choose them with --column "
-                    "ROLE=NAME."
+                    f"{where}: no column {absent[0]}; the columns are {', '.join(names) or 'none'}. Choose them with "
+                    "--column ROLE=NAME."
+                )
+            if len(parts) > 1 and role not in _USUAL_NAMES:
+                raise ValueError(
+                    f"{where}: --column {role}={chosen}: found {len(parts)} columns, expected one. Several are only "
+                    "possible for caption and label."
                 )
 
 
@@ -96,8 +115,18 @@ class Format:
 
 def texts_of(value: Any) -> tuple[tuple[str, ...], str]:
     """The text or texts in a column's value, and a problem if one of them is empty or no text."""
-    values = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
+    values = as_list(value)
     texts = tuple(str(text).strip() for text in values if isinstance(text, (str, int)))
     if len(texts) < len(values) or not all(texts):
         return tuple(text for text in texts if text), "empty caption or label"
     return texts, ""
+
+
+def as_list(value: Any) -> list[Any]:
+    """The values in a cell, which holds none, one or a list."""
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _split(chosen: str, names: Collection[str]) -> tuple[str, ...]:
+    """The columns that an option names: one, also with commas in its name, or several."""
+    return (chosen,) if chosen in names else tuple(name.strip() for name in chosen.split(","))

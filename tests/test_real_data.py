@@ -1,0 +1,169 @@
+"""What users really bring: each kind is taken as it is meant, or reported by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas
+import pytest
+from extraction_cases import draw
+
+from saffe_cache.core.options import parse_config
+from saffe_cache.extraction.config import ExtractConfig
+from saffe_cache.sources.items import Columns, SourceItem
+from saffe_cache.sources.registry import read_items
+
+NO_COLUMNS = Columns()
+ROWS = [
+    {
+        "file_name": "0.png",
+        "text": "words in the photo",
+        "blip_caption": "a dog",
+        "caption_0": "one",
+        "caption_1": "two",
+    },
+    {"file_name": "1.png", "text": "more words", "blip_caption": "a cat", "caption_0": "three", "caption_1": None},
+]
+
+
+def write_photos(root: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        draw(root / name, number)
+    return root
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]] = ROWS) -> None:
+    frame = pandas.DataFrame(rows)
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_csv(path, sep="\t" if path.suffix == ".tsv" else ",", index=False)
+
+
+def read(data: Path, columns: Columns = NO_COLUMNS) -> list[SourceItem]:
+    return read_items(str(data), columns, ())
+
+
+def captions(items: Sequence[SourceItem]) -> dict[str, tuple[str, ...]]:
+    return {item.id: item.captions for item in items}
+
+
+# ---- hidden and helper files ----
+
+
+HELPERS = (".ipynb_checkpoints/2.png", "__MACOSX/2.png", "@eaDir/2.png", ".git/2.png", "lost+found/2.png", "._0.png")
+
+
+@pytest.mark.parametrize("name", [*HELPERS, "Thumbs.db", "desktop.ini"])
+def test_helpers_are_no_classes(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_photos(tmp_path, "train/cat/0.png", "train/dog/1.png")
+    clean = [item.id for item in read(tmp_path)]
+    assert not caplog.text
+    for folder in ("train", "train/cat"):
+        path = tmp_path / folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"no photo")
+    assert [item.id for item in read(tmp_path)] == clean
+    assert caplog.text.count("2 hidden files and helper folders are skipped; for instance train/") == 1
+
+
+# ---- columns ----
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+def test_captions_of_a_table_follow_column(suffix: str, tmp_path: Path) -> None:
+    write_photos(tmp_path, "train/0.png", "train/1.png")
+    write_table(tmp_path / "train" / f"metadata{suffix}")
+    assert captions(read(tmp_path)) == {"train/0.png": ("words in the photo",), "train/1.png": ("more words",)}
+    chosen = read(tmp_path, Columns(caption="blip_caption"))
+    assert captions(chosen) == {"train/0.png": ("a dog",), "train/1.png": ("a cat",)}
+    several = read(tmp_path, Columns(caption="caption_0, caption_1"))
+    assert captions(several) == {"train/0.png": ("one", "two"), "train/1.png": ("three",)}
+    with pytest.raises(
+        ValueError, match="no column nonsense; the columns are file_name, text, blip_caption, caption_0"
+    ):
+        read(tmp_path, Columns(caption="nonsense"))
+
+
+def test_captions_of_a_saved_dataset_follow_column(tmp_path: Path) -> None:
+    write_photos(tmp_path, "0.png", "1.png")
+    rows = [{**row, "image": {"bytes": (tmp_path / row["file_name"]).read_bytes(), "path": None}} for row in ROWS]
+    made = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    datasets.DatasetDict(train=made, test=made.remove_columns("caption_1")).save_to_disk(tmp_path / "saved")
+    found = captions(read(tmp_path / "saved", Columns(caption="caption_0,caption_1")))
+    assert found == {"train/0": ("one", "two"), "train/1": ("three",), "test/0": ("one",), "test/1": ("three",)}
+    with pytest.raises(ValueError, match="no column caption_2; the columns are file_name, text"):
+        read(tmp_path / "saved", Columns(caption="caption_0,caption_2"))
+    with pytest.raises(ValueError, match="found 2 columns, expected one"):
+        read(tmp_path / "saved", Columns(id="caption_0,caption_1"))
+
+
+def test_column_of_class_folders_is_refused(tmp_path: Path) -> None:
+    write_photos(tmp_path, "train/cat/0.png")
+    with pytest.raises(ValueError, match="no column title; the columns are none"):
+        read(tmp_path, Columns(caption="title"))
+
+
+def test_option_names_several_columns() -> None:
+    given = ["--data", "d", "--cache", "c", "--encoder", "image=m", "--column", "caption=caption_0,caption_1"]
+    assert parse_config(ExtractConfig, given, "saffe extract").column == {"caption": "caption_0,caption_1"}
+
+
+# ---- links, and tables beside class folders ----
+
+
+def test_links_to_folders_are_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_photos(tmp_path, "data/train/cat/0.png", "elsewhere/1.png", "elsewhere/deep/2.png")
+    (tmp_path / "data" / "train" / "cat" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "data" / "train" / "cat")
+    found = [item.id for item in read(tmp_path / "data")]
+    assert found == ["train/cat/0.png", "train/cat/more/1.png", "train/cat/more/deep/2.png"]
+    assert "1 links are skipped: they lead back to a folder above them; for instance train/cat/more/loop" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("table", "names"),
+    [
+        ("metadata.jsonl", ("train/cat/0.png", "train/dog/1.png")),
+        ("train/metadata.csv", ("cat/0.png", "dog/1.png")),
+        ("train/metadata.parquet", ("cat/0.png", "dog/1.png")),
+        ("train/metadata.json", ("cat/0.png", "dog/1.png")),
+        ("train/cat/metadata.jsonl", ("0.png", "1.png")),
+    ],
+)
+def test_table_beside_class_folders_is_read(
+    table: str, names: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = (tmp_path / table).parent
+    write_photos(folder, *names)
+    write_photos(tmp_path, "train/cat/unlisted.png")
+    write_table(tmp_path / table, [{"file_name": name, "text": f"caption {name}"} for name in names])
+    prefix = table.rpartition("/")[0] + "/" if "/" in table else ""
+    assert captions(read(tmp_path)) == {f"{prefix}{name}": (f"caption {name}",) for name in names}
+    assert (
+        "1 photos or sounds are left out: the metadata does not list them; for instance train/cat/unli" in caplog.text
+    )
+    assert ("whose names are not taken as classes" in caplog.text) == (names[0] != "0.png")
+
+
+def test_columns_of_files_may_have_a_prefix(tmp_path: Path) -> None:
+    write_photos(tmp_path, "train/0.png")
+    (tmp_path / "train" / "0.wav").write_bytes(b"x")
+    write_table(tmp_path / "train" / "metadata.csv", [{"image_file_name": "0.png", "audio_file_name": "0.wav"}])
+    (item,) = read(tmp_path)
+    assert sorted(item.media) == ["audio", "image"]
+
+
+def test_table_without_files_is_refused_by_name(tmp_path: Path) -> None:
+    write_photos(tmp_path, "train/cat/0.png")
+    (tmp_path / "metadata.csv").write_text("species,size\ncat,4\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv:2: expected a JSON object with file_name.*species, size"):
+        read(tmp_path)
