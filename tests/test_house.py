@@ -22,6 +22,12 @@ def test_counts_see_the_package() -> None:
     assert counts["floors"][1].split(" > ")[-1].startswith("core.")
 
 
+@pytest.mark.parametrize("name", ["floors", "longest function"])
+def test_limit_holds(name: str) -> None:
+    count, place = house.counts()[name]
+    assert count <= house.LIMITS[name], place
+
+
 def test_names_of_tests_are_short() -> None:
     names = [
         node.name
