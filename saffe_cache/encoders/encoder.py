@@ -33,6 +33,7 @@ from torch import nn
 from saffe_cache.core.devices import is_out_of_memory
 from saffe_cache.core.features import BlockWeights, CacheError, LanguageModelSpec, LanguageModelWeights
 from saffe_cache.encoders.causal_tokens import CausalTokens, without_surrogates
+from saffe_cache.encoders.checks import check_processor
 from saffe_cache.encoders.families import Family, read_block, read_language_model
 from saffe_cache.encoders.loading import EncoderRequest, fingerprint_of, load_model, load_processor, longest_text
 from saffe_cache.encoders.pictures import quick_pictures
@@ -306,11 +307,14 @@ def load_encoder(request: EncoderRequest) -> FrozenEncoder:
     """Load a model and its processor or tokenizer.
 
     Raises:
-        ValueError: the model is unavailable, its family has no adapter, weights of the forward pass are missing, or
-            the layers do not exist.
+        ValueError: the model is unavailable, its family has no adapter, weights of the forward pass are missing, the
+            tokenizer or processor is not the model's, or the layers do not exist.
     """
     family, model = load_model(request)
-    return FrozenEncoder(request, family, model, load_processor(request))
+    processor = load_processor(request)
+    where = f"{request.modality} encoder {request.model_id}"
+    check_processor(where, request.modality, family, model, processor, sized=request.image_size is not None)
+    return FrozenEncoder(request, family, model, processor)
 
 
 class HalvingEncoder:

@@ -79,6 +79,17 @@ def masked_mean(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
     return (tokens * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
+def _any_size(config: Any) -> tuple[int | None, ...]:
+    """Channels, height and width of the pictures of a model that takes any size."""
+    return config.num_channels, None, None
+
+
+def _square(config: Any) -> tuple[int | None, ...]:
+    """Channels, height and width of the pictures that a model has positions for."""
+    size = config.image_size
+    return config.num_channels, *((size, size) if isinstance(size, int) else size)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Where a family of models keeps its parts."""
@@ -99,6 +110,8 @@ class Family:
     pooling: str
     """Name of the pooling, for the fingerprint."""
     norm_first: bool
+    input_shape: Callable[[Any], tuple[int | None, ...]] = _any_size
+    """Config -> shape of one prepared photo or sound; None where any size will do."""
     projection: str | None = None
     """Linear layer from the pooled vector into a space shared by two towers."""
     is_causal: bool = False
@@ -126,6 +139,7 @@ _VIT = Family(
     pool=first_token,
     pooling="class token behind the final norm",
     norm_first=True,
+    input_shape=_square,
     interpolates=True,
 )
 _BERT = Family(
@@ -151,6 +165,7 @@ _CLIP_VISION = Family(
     pool=model_pooler,
     pooling="class token behind the final norm",
     norm_first=True,
+    input_shape=_square,
     projection="visual_projection",
     interpolates=True,
 )
@@ -175,6 +190,7 @@ FAMILIES: Mapping[tuple[str, Modality], Family] = {
         load_options={},
         layers="encoder.layer",
         block=_DINOV2_BLOCK,
+        input_shape=_any_size,
         interpolates=False,
     ),
     ("resnet", "image"): _RESNET,
@@ -231,6 +247,7 @@ FAMILIES: Mapping[tuple[str, Modality], Family] = {
         pool=masked_mean,
         pooling="mean of frames behind the final norm",
         norm_first=True,
+        input_shape=lambda config: (config.num_mel_bins, 2 * config.max_source_positions),
     ),
     ("audio-spectrogram-transformer", "audio"): replace(
         _VIT,
@@ -239,6 +256,7 @@ FAMILIES: Mapping[tuple[str, Modality], Family] = {
         load_options={},
         pool=model_pooler,
         pooling="mean of the class and distillation tokens behind the final norm",
+        input_shape=lambda config: (config.max_length, config.num_mel_bins),
         interpolates=False,
     ),
 }

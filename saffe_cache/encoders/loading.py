@@ -21,6 +21,7 @@ from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from saffe_cache.core.features import Fingerprint, Modality
+from saffe_cache.encoders.checks import explained
 from saffe_cache.encoders.families import Family, find_family, first_token, masked_mean
 
 logger = logging.getLogger(__name__)
@@ -65,17 +66,13 @@ def load_model(request: EncoderRequest) -> tuple[Family, Any]:
     """
     where = f"{request.modality} encoder {request.model_id}"
     options = {"revision": request.revision}
-    try:
+    with explained(where, request.model_id, "found no model", "Use a hub id or a folder with config.json."):
         config = transformers.AutoConfig.from_pretrained(request.model_id, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{where}: found no model ({str(error).splitlines()[0]}). Use a hub id or a folder with config.json."
-        ) from error
     family = find_family(config.model_type, request.modality)
     _check_config(where, family, config, request)
     if request.attention:
         options["attn_implementation"] = request.attention
-    with _quietly():
+    with _quietly(), explained(where, request.model_id, "its weights cannot be loaded", "Download it again."):
         model, info = getattr(transformers, family.model_class).from_pretrained(
             request.model_id,
             dtype=getattr(torch, request.dtype),
@@ -126,14 +123,20 @@ def _quietly() -> Iterator[None]:
 
 
 def load_processor(request: EncoderRequest) -> Any:
-    """The processor, feature extractor or tokenizer."""
-    options = {"revision": request.revision, "trust_remote_code": False}
-    if request.modality == "text":
-        return transformers.AutoTokenizer.from_pretrained(request.model_id, **options)
-    if request.modality == "audio":
-        return transformers.AutoFeatureExtractor.from_pretrained(request.model_id, **options)
-    # With torchvision installed, transformers would take classes that resize otherwise, and far more slowly.
-    processor = transformers.AutoImageProcessor.from_pretrained(request.model_id, backend="pil", **options)
+    """The processor, feature extractor or tokenizer.
+
+    Raises:
+        ValueError: its files are missing or damaged.
+    """
+    options: dict[str, Any] = {"revision": request.revision, "trust_remote_code": False}
+    kind = {"text": "AutoTokenizer", "audio": "AutoFeatureExtractor", "image": "AutoImageProcessor"}[request.modality]
+    name = "tokenizer" if request.modality == "text" else "preprocessor_config.json"
+    if request.modality == "image":
+        # With torchvision installed, transformers would take classes that resize otherwise, and far more slowly.
+        options["backend"] = "pil"
+    where = f"{request.modality} encoder {request.model_id}"
+    with explained(where, request.model_id, f"its {name} cannot be loaded", "Add the model's own, or download again."):
+        processor = getattr(transformers, kind).from_pretrained(request.model_id, **options)
     if request.image_size:
         _resize(processor, request.image_size)
     return processor
