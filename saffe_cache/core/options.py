@@ -67,16 +67,13 @@ def parse_config(config_class: type[Config], arguments: Sequence[str] | None, pr
     try:
         given = _from_file(config_class, Path(file)) if file else {}
         given |= _from_command_line(config_class, options)
-        lacking = [one for one in _required(config_class) if one.name not in given]
-        if is_printed and lacking:
-            print(_to_toml(config_class, given))
-            parser.exit()
-        if lacking:
-            parser.error(f"the following arguments are required: {', '.join(map(_option, lacking))}")
-        config = config_class(**given)
+        lacking = [_option(one) for one in _required(config_class) if one.name not in given]
+        if lacking and not is_printed:
+            raise ValueError(f"the following arguments are required: {', '.join(lacking)}")
+        config = None if lacking else config_class(**given)
     except ValueError as error:
         parser.error(str(error))
-    if is_printed:
+    if config is None or is_printed:
         print(_to_toml(config_class, given))
         parser.exit()
     return config
