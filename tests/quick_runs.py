@@ -16,8 +16,7 @@ from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import FamInputs
-from saffe_cache.inputs.pairs import select_pairs
-from saffe_cache.inputs.splits import same_training_pairs
+from saffe_cache.inputs.pairs import same_training_pairs, select_pairs
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.config import TrainConfig

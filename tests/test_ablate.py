@@ -22,7 +22,7 @@ from synthetic_cache import WIDTH, make_cache
 from saffe_cache.cli import main
 from saffe_cache.core.features import CacheError
 from saffe_cache.fusion.options import FusionShape
-from saffe_cache.inputs.splits import data_fingerprint, reported_fingerprint
+from saffe_cache.inputs.pairs import data_fingerprint, reported_fingerprint
 from saffe_cache.protocols.registry import load_protocol
 from saffe_cache.store import convert
 from saffe_cache.store.manifest import read_encoder, write_encoder

@@ -9,7 +9,7 @@ from sklearn.linear_model import Ridge
 from torch.nn import functional
 
 from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.fusion.learning import parameter_groups
+from saffe_cache.fusion.layers import parameter_groups
 from saffe_cache.fusion.losses import info_nce
 from saffe_cache.fusion.options import FusionShape
 from saffe_cache.fusion.registry import HeadName

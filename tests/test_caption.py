@@ -18,9 +18,8 @@ from tiny_models import NUM_LAYERS
 from saffe_cache.core.controls import failed
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.results import Estimate, exit_status
-from saffe_cache.inputs.pairs import Pairs, select_pairs
+from saffe_cache.inputs.pairs import Pairs, select_pairs, split_pairs
 from saffe_cache.inputs.spec import SplitOptions
-from saffe_cache.inputs.splits import split_pairs
 from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.captioning import caption as verb
 from saffe_cache.studies.captioning.caption import caption

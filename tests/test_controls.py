@@ -19,7 +19,7 @@ from saffe_cache.evaluation.baselines import Material, fit_baselines
 from saffe_cache.evaluation.controls import duplicates, failures, run_controls, sensitivity
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import encode_queries
-from saffe_cache.inputs.splits import same_training_pairs
+from saffe_cache.inputs.pairs import same_training_pairs
 from saffe_cache.protocols.base import Protocol
 from saffe_cache.protocols.candidate import CandidateProtocol
 from saffe_cache.protocols.caption import CaptionProtocol

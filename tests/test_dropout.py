@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import rand
 
-from saffe_cache.fusion.dropout import Dropout
+from saffe_cache.fusion.layers import Dropout
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])

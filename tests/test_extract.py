@@ -29,7 +29,7 @@ from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.encoders.transfers import Encoded, Launched
 from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.extract import extract
-from saffe_cache.inputs.splits import same_training_pairs
+from saffe_cache.inputs.pairs import same_training_pairs
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.runs import load_run
 

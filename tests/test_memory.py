@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saffe_cache.training.memory import kept_memory
+from saffe_cache.core.devices import kept_memory
 
 resource = pytest.importorskip("resource")
 

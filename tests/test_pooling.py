@@ -7,7 +7,7 @@ import torch
 from tiny_models import rand
 from torch.nn import functional
 
-from saffe_cache.fusion.pooling import NormedTokens, mean_weights, summary_weights
+from saffe_cache.fusion.layers import NormedTokens, mean_weights, summary_weights
 
 MASK = torch.tensor([[True] * 6, [True] * 3 + [False] * 3, [True] + [False] * 5])
 STATE = rand(3, 6, 12)

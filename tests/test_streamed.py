@@ -17,12 +17,11 @@ from synthetic_cache import WIDTH, make_cache
 from saffe_cache.core.outputs import read_json
 from saffe_cache.inputs import feature_loader as fam_inputs
 from saffe_cache.inputs.feature_loader import FamInputs, choose_residency
-from saffe_cache.inputs.splits import training_pairs
+from saffe_cache.inputs.pairs import training_pairs
 from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage
-from saffe_cache.training.batches import TrainingData
+from saffe_cache.training.batches import TrainingData, draw_order
 from saffe_cache.training.config import TrainConfig
-from saffe_cache.training.order import draw_order
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.train import train
 

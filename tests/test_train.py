@@ -19,8 +19,7 @@ from saffe_cache.core.outputs import read_json
 from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
 from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.inputs.feature_loader import FamInputs, summaries
-from saffe_cache.inputs.pairs import mean_text_vectors, select_pairs
-from saffe_cache.inputs.splits import hold_out, same_training_pairs, training_pairs
+from saffe_cache.inputs.pairs import hold_out, mean_text_vectors, same_training_pairs, select_pairs, training_pairs
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from saffe_cache.core.controls import Control, failed
-from saffe_cache.fusion.base import Fusion
-from saffe_cache.fusion.flops import counted_flops
+from saffe_cache.fusion.base import Fusion, counted_flops
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.protocols.base import Level, Protocol
 from saffe_cache.protocols.setting import Setting

@@ -21,9 +21,8 @@ from saffe_cache.evaluation.results import FAM, Cost, Difference, EvaluationResu
 from saffe_cache.evaluation.single_queries import details_of
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import FamInputs
-from saffe_cache.inputs.pairs import Pairs
+from saffe_cache.inputs.pairs import Pairs, reported_fingerprint, same_training_pairs
 from saffe_cache.inputs.spec import RunSpec
-from saffe_cache.inputs.splits import reported_fingerprint, same_training_pairs
 from saffe_cache.protocols.base import LEAKY_GALLERY, NULL_GALLERY, Protocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Answered, Setting

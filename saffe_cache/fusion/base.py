@@ -4,16 +4,19 @@ space of the queries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from saffe_cache.core.features import BlockWeights
 from saffe_cache.fusion.heads import TextMap, summarize
-from saffe_cache.fusion.learning import Learning
+from saffe_cache.fusion.layers import Learning
 from saffe_cache.fusion.options import FusionShape
 
 
@@ -158,3 +161,13 @@ class Fusion(nn.Module):
         if not self.shape.pooled_text:
             return vectors
         return functional.normalize(vectors + self.text_weight * self.text_map(texts) * is_text, dim=-1)
+
+
+@contextmanager
+def counted_flops() -> Iterator[FlopCounterMode]:
+    """Counts what runs within: products of matrices, two FLOPs a multiplication and addition.
+
+    Attention is computed plainly meanwhile, since torch counts nothing of its quick kernels on a CPU.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter

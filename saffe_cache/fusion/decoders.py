@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from saffe_cache.core.features import BlockWeights
 from saffe_cache.fusion.block import EncoderBlock, split_heads
-from saffe_cache.fusion.learning import Learning
+from saffe_cache.fusion.layers import Learning
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 """Each [batch, heads, keys, d / heads]."""

@@ -12,7 +12,7 @@ from torch.nn import functional
 from saffe_cache.fusion.base import Blocks, Fused, Fusion, Pairing, Texts, gathered
 from saffe_cache.fusion.decoders import PaperDecoder, ReuseDecoder
 from saffe_cache.fusion.heads import AttentionHead, FlattenHead, MatchHead, MeanHead, summarize
-from saffe_cache.fusion.learning import Learning
+from saffe_cache.fusion.layers import Learning
 from saffe_cache.fusion.options import FusionShape
 from saffe_cache.fusion.reference import ReferenceDecoder
 

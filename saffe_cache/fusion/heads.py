@@ -12,9 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.fusion.dropout import Dropout
-from saffe_cache.fusion.learning import Learning
-from saffe_cache.fusion.pooling import NormedTokens, mean_weights, summary_weights
+from saffe_cache.fusion.layers import Dropout, Learning, NormedTokens, mean_weights, summary_weights
 
 
 def summarize(
@@ -42,7 +40,7 @@ class AttentionHead(nn.Module):
 
     A learned query q needs no key projection: (K x) . q = x . (K^T q), so K is folded into it. Values are
     projected after pooling, which is the same by linearity. Both save a d x d product for every token, and
-    the head then costs little more than reading the tokens: three times, normed nowhere (pooling.py).
+    the head then costs little more than reading the tokens: three times, normed nowhere (layers.py).
 
         z = linear(summary) + mlp(norm([pooled; summary; beside]))
 

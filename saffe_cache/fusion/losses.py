@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from saffe_cache.fusion.base import Fused
-from saffe_cache.fusion.learning import Learning
+from saffe_cache.fusion.layers import Learning
 from saffe_cache.fusion.options import ObjectiveOptions
 
 

@@ -129,7 +129,7 @@ FUSIONS: Mapping[str, FusionEntry] = {
         without_text="linear",
     ),
     "late": FusionEntry(
-        made_by=f"{_KNOWN}.late:LateFusion",
+        made_by=f"{_KNOWN}.correction:LateFusion",
         summary="Late fusion: a linear map of the photo plus a linear map of the text.",
     ),
     "hadamard": FusionEntry(

@@ -1,16 +1,20 @@
-"""Which items are trained on and judged, and which texts describe them.
+"""Pairs of gallery inputs and texts, and splits by photo content: what is trained on, what chooses, what is reported.
 
-Whatever is split is split by photo: items that share a photo (by content hash) stay together.
+One rule for all verbs: a photo that belongs to several splits is not trained on, and a photo that is reported does not
+choose either. Photos are compared by the hash of their bytes: equal files have one row in a cache.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from saffe_cache.core.features import ItemTable, Modality, Ragged
-from saffe_cache.inputs.spec import PairKind
+from saffe_cache.core.features import ItemTable, Modality, Ragged, short_hash
+from saffe_cache.inputs.spec import PairKind, RunSpec, SplitOptions
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.store.reader import Cache, EncoderCache
 
@@ -155,3 +159,146 @@ def mean_text_vectors(pairs: Pairs, text: EncoderCache) -> np.ndarray:
 def class_vectors(table: ItemTable, text: EncoderCache) -> np.ndarray:
     """Mean of the unit vectors of each class's prompts, float32 [classes, d]."""
     return np.stack([unit_rows(text.vectors(rows)).mean(axis=0) for rows in table.class_texts]).astype(np.float32)
+
+
+class Parts(NamedTuple):
+    """Pairs without a common photo."""
+
+    training: Pairs
+    validation: Pairs
+    num_shared: int
+    """Photos of the train split that belong to other splits too, and are therefore left out."""
+
+
+def own_pairs(table: ItemTable, modality: Modality, split: str, pairs: Pairs) -> Pairs:
+    """Those of a split's pairs whose photo belongs to no other split.
+
+    Raises:
+        ValueError: there are none.
+    """
+    elsewhere = table.rows[modality][np.array(table.splits) != split]
+    is_own = ~np.isin(pairs.rows, elsewhere)
+    if not is_own.any():
+        raise ValueError(
+            f"split {split!r}: all of its {len(pairs)} photos belong to other splits too. Keep each photo in one split."
+        )
+    return pairs.take(np.flatnonzero(is_own))
+
+
+def split_pairs(
+    cache: Cache,
+    encoders: tuple[EncoderCache, EncoderCache],
+    kind: PairKind,
+    options: SplitOptions,
+    seed: int,
+    *,
+    reported: Pairs | None = None,
+    first_beside: bool = False,
+) -> Parts:
+    """Pairs to train on, and pairs to choose by.
+
+    Args:
+        cache: holds them.
+        encoders: the gallery's and the text's.
+        kind: which texts.
+        options: the splits' names and fractions; `validation` is a split's name or heldout.
+        seed: of what is held out.
+        reported: pairs that must not choose.
+        first_beside: see `select_pairs`.
+
+    Raises:
+        ValueError: a split has no usable pair, or no photo of its own.
+    """
+    modality, table = encoders[0].manifest.modality, cache.table
+    hashes = table.inputs[modality].content_hash
+    chosen = select_pairs(table, *encoders, options.train_split, kind, first_beside=first_beside)
+    training = own_pairs(table, modality, options.train_split, chosen)
+    num_shared = len(chosen) - len(training)
+    if options.validation == "heldout":
+        training, validation = hold_out(training, options.validation_fraction, seed, hashes)
+    else:
+        validation = select_pairs(table, *encoders, options.validation, kind, first_beside=first_beside)
+    if reported is not None:
+        is_free = ~np.isin(validation.rows, reported.rows)
+        if not is_free.any():
+            raise ValueError(f"--validation {options.validation}: all of its {len(validation)} photos are reported.")
+        validation = validation.take(np.flatnonzero(is_free))
+    return Parts(keep_part(training, options.train_fraction, seed, hashes), validation, num_shared)
+
+
+def training_pairs(spec: RunSpec, cache: Cache) -> Parts:
+    """The pairs that a run trains on and is validated on."""
+    encoders = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
+    first_beside = spec.gallery_text == "first_caption"
+    return split_pairs(cache, encoders, spec.pairs, spec, spec.seed, first_beside=first_beside)
+
+
+def data_fingerprint(cache: Cache, spec: RunSpec, *parts: Pairs) -> str:
+    """Hash over the content of pairs that a run sees."""
+    return content_fingerprint(cache.table, cache.encoders[spec.gallery_key].manifest.modality, *parts)
+
+
+def reported_fingerprint(cache: Cache, spec: RunSpec, pairs: Pairs) -> str:
+    """Hash over the data that an evaluation measures on: the pairs' content, and all classes that search."""
+    hashes = cache.table.inputs["text"].content_hash
+    classes = [hashes[rows].tobytes().hex() for rows in cache.table.class_texts] if pairs.kind == "classes" else []
+    return short_hash([data_fingerprint(cache, spec, pairs), classes])
+
+
+def same_training_pairs(spec: RunSpec, cache: Cache, run_dir: str | Path) -> tuple[Pairs, Pairs]:
+    """The pairs that a run was trained on and validated on, from the cache that it was trained on.
+
+    Raises:
+        ValueError: the cache holds other data than the run has seen: it is another one, or has grown.
+    """
+    training, validation, _ = training_pairs(spec, cache)
+    if data_fingerprint(cache, spec, training, validation) != spec.data:
+        raise ValueError(
+            f"--run {run_dir}: it was trained on other photos or texts than {cache.storage.root} holds now for "
+            f"split {spec.train_split!r}: what it has seen is unknown. Give the cache of its training, or train again."
+        )
+    return training, validation
+
+
+def hold_out(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray) -> tuple[Pairs, Pairs]:
+    """Split by photo into a part to train on and one that is kept from it.
+
+    Photos are ordered by a hash of their content and the seed, so the sides change little as the data grow.
+    """
+    order = _drawn_order(pairs, seed, content_hash)
+    count = max(1, round(fraction * len(pairs)))
+    if count >= len(pairs):
+        raise ValueError(f"{len(pairs)} pairs are too few to hold {fraction:.0%} out. Use more data.")
+    return pairs.take(np.sort(order[count:])), pairs.take(np.sort(order[:count]))
+
+
+def keep_part(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray) -> Pairs:
+    """A part of the pairs, at least one, drawn like `hold_out`'s: a smaller part lies within a larger one."""
+    if fraction == 1:
+        return pairs
+    last = _drawn_order(pairs, seed, content_hash)[::-1]
+    return pairs.take(np.sort(last[: max(1, round(fraction * len(pairs)))]))
+
+
+def _drawn_order(pairs: Pairs, seed: int, content_hash: np.ndarray) -> np.ndarray:
+    """The pairs in the order of a hash of their photo's content and the seed."""
+    draws = np.array(
+        [
+            int.from_bytes(hashlib.sha256(content_hash[row].tobytes() + seed.to_bytes(8, "big")).digest()[:8], "big")
+            for row in pairs.rows
+        ]
+    )
+    return np.argsort(draws, kind="stable")
+
+
+def content_fingerprint(table: ItemTable, modality: Modality, *parts: Pairs) -> str:
+    """Hash over the content of some pairs: photos by their bytes, texts by their characters, in order."""
+    photo_hash, text_hash = (table.inputs[name].content_hash for name in (modality, "text"))
+    digest = hashlib.sha256()
+    for pairs in parts:
+        digest.update(photo_hash[pairs.rows].tobytes())
+        digest.update(text_hash[pairs.texts.values].tobytes())
+        digest.update(np.diff(pairs.texts.offsets).astype("<i8").tobytes())
+        if pairs.beside is not None:
+            digest.update(text_hash[pairs.beside].tobytes())
+    return digest.hexdigest()[:16]

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from saffe_cache.core.features import Ragged
-from saffe_cache.fusion.learning import Learning, parameter_groups
+from saffe_cache.fusion.layers import Learning, parameter_groups
 from saffe_cache.fusion.losses import Temperature, distinct_positives, info_nce
 from saffe_cache.retrieval.fitting import adamw, fit_epochs, update
 

@@ -19,28 +19,37 @@ from saffe_cache.protocols.base import Protocol, SearchProtocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
-from saffe_cache.training.order import EpochOrder, draw_order
+from saffe_cache.training.objective import Batch
 
 _LEAST_BATCH, _LEAST_STEPS = 32, 8
 """Small data: batches are cut so that an epoch has at least 8 steps, but not below 32 photos."""
 
 
-class Batch(NamedTuple):
-    """What one step needs."""
+class EpochOrder(NamedTuple):
+    """Of one epoch."""
 
-    states: list[torch.Tensor]
-    """P times [photos, tokens, d]."""
-    mask: torch.Tensor | None
-    beside: Texts | None
-    """The texts that lie beside the photos; None for null text."""
-    text_rows: np.ndarray
-    """int64 [texts]: the batch's distinct texts."""
-    vectors: torch.Tensor
-    """The text encoder's own vectors of them, [texts, d]."""
-    positives: torch.Tensor
-    """bool [photos, texts]."""
-    own: torch.Tensor
-    """int64 [photos]: one text of each photo, drawn at random; the one beside it where texts are matched."""
+    epoch: int
+    pairs: np.ndarray
+    """int64 [pairs]: a permutation."""
+    windows: np.ndarray | None
+    """int64 [pairs]: the window that each place lies in, ascending; None where all are shuffled together."""
+
+
+def draw_order(shards: np.ndarray, shards_per_window: int | None, seed: int, epoch: int) -> EpochOrder:
+    """
+    Args:
+        shards: int64 [pairs], the shard that each lies in.
+        shards_per_window: None where all are shuffled together.
+    """
+    generator = np.random.default_rng((seed, epoch))
+    shuffled = generator.permutation(len(shards))
+    if shards_per_window is None:
+        return EpochOrder(epoch, shuffled, None)
+    names, members = np.unique(shards, return_inverse=True)
+    window_of_shard = generator.permutation(len(names)) // shards_per_window
+    windows = window_of_shard[members[shuffled]]
+    by_window = np.argsort(windows, kind="stable")
+    return EpochOrder(epoch, shuffled[by_window], windows[by_window])
 
 
 class TrainingData:

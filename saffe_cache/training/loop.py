@@ -15,17 +15,17 @@ import torch
 from tqdm import tqdm
 
 from saffe_cache.core.atomic_io import make_folder, remove_partial_files
+from saffe_cache.core.devices import kept_memory
 from saffe_cache.core.tensors import write_tensors
 from saffe_cache.fusion.base import Fusion
-from saffe_cache.fusion.learning import parameter_groups
+from saffe_cache.fusion.layers import parameter_groups
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.retrieval.fitting import adamw, update, warmed_cosine
-from saffe_cache.training.batches import Batch, TrainingData
+from saffe_cache.training.batches import TrainingData
 from saffe_cache.training.checkpoints import Log, TrainingState, resume, save_state
 from saffe_cache.training.config import TrainConfig
-from saffe_cache.training.memory import kept_memory
-from saffe_cache.training.objective import Objective
+from saffe_cache.training.objective import Batch, Objective
 from saffe_cache.training.runs import build_fusion
 
 _TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,24 @@ from saffe_cache.fusion.base import Fused, Fusion, Pairing, Texts
 from saffe_cache.fusion.losses import Contrast
 from saffe_cache.fusion.options import ObjectiveOptions
 from saffe_cache.fusion.registry import OBJECTIVES
-from saffe_cache.training.batches import Batch
+
+
+class Batch(NamedTuple):
+    """What one step needs."""
+
+    states: list[torch.Tensor]
+    """P times [photos, tokens, d]."""
+    mask: torch.Tensor | None
+    beside: Texts | None
+    """The texts that lie beside the photos; None for null text."""
+    text_rows: np.ndarray
+    """int64 [texts]: the batch's distinct texts."""
+    vectors: torch.Tensor
+    """The text encoder's own vectors of them, [texts, d]."""
+    positives: torch.Tensor
+    """bool [photos, texts]."""
+    own: torch.Tensor
+    """int64 [photos]: one text of each photo, drawn at random; the one beside it where texts are matched."""
 
 
 class Objective(nn.Module):

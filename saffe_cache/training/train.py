@@ -15,9 +15,8 @@ from saffe_cache.core.options import require
 from saffe_cache.core.outputs import is_begun, provenance, write_json
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import FamInputs, choose_residency, window_shards
-from saffe_cache.inputs.pairs import Pairs
+from saffe_cache.inputs.pairs import Pairs, data_fingerprint, training_pairs
 from saffe_cache.inputs.spec import Residency, RunSpec
-from saffe_cache.inputs.splits import data_fingerprint, training_pairs
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.training.batches import TrainingData

@@ -22,7 +22,7 @@ from saffe_cache.store.manifest import EncoderManifest, encoder_group
 from saffe_cache.store.reader import EncoderCache
 from saffe_cache.store.rows import RowReader
 from saffe_cache.store.storage import Storage
-from saffe_cache.training.order import draw_order
+from saffe_cache.training.batches import draw_order
 
 SHARD_MB, NUM_SHARDS, WINDOW, BATCH = 16, 12, 3, 64
 LATENCY = 0.1

@@ -13,7 +13,7 @@ from saffe_cache.fusion.base import Blocks, Texts
 from saffe_cache.fusion.block import EncoderBlock, split_heads
 from saffe_cache.fusion.heads import masked_mean
 from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked, zero_linear
-from saffe_cache.fusion.learning import Learning
+from saffe_cache.fusion.layers import Learning
 from saffe_cache.fusion.options import FusionShape
 
 _HEADS, _HEAD_SIZE, _LATENTS, _DEPTH = 8, 64, 64, 2

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from saffe_cache.fusion.base import Blocks, Fused, Fusion, Pairing, Texts, gathered
 from saffe_cache.fusion.heads import MatchHead
+from saffe_cache.fusion.layers import NormedTokens, summary_weights
 from saffe_cache.fusion.options import FusionShape
-from saffe_cache.fusion.pooling import NormedTokens, summary_weights
 
 
 class TwoTowerFusion(Fusion):

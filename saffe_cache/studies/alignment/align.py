@@ -17,10 +17,9 @@ import torch
 from saffe_cache.core.controls import failed
 from saffe_cache.core.features import CacheError, Ragged
 from saffe_cache.core.options import require
-from saffe_cache.fusion.pooling import NormedTokens, mean_weights
-from saffe_cache.inputs.pairs import gallery_modality, pair_kind, select_pairs
+from saffe_cache.fusion.layers import NormedTokens, mean_weights
+from saffe_cache.inputs.pairs import gallery_modality, own_pairs, pair_kind, select_pairs
 from saffe_cache.inputs.spec import PairKind
-from saffe_cache.inputs.splits import own_pairs
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 from saffe_cache.studies.alignment.advice import advise

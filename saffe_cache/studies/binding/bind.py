@@ -22,9 +22,8 @@ from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError
 from saffe_cache.extraction.reencode import past_extractions, reload_encoder
 from saffe_cache.inputs.feature_loader import summaries
-from saffe_cache.inputs.pairs import select_pairs
+from saffe_cache.inputs.pairs import own_pairs, select_pairs
 from saffe_cache.inputs.spec import RunSpec
-from saffe_cache.inputs.splits import own_pairs
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.studies.binding.config import BindConfig

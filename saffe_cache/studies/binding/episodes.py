@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from saffe_cache.core.controls import STANDARD_ERRORS, Control, standard_error
+from saffe_cache.core.devices import kept_memory
 from saffe_cache.core.results import Estimate
 from saffe_cache.fusion.options import FusionShape
 from saffe_cache.studies.binding.baselines import LinearMaps, class_mean_accuracies, fit_ridges, name_accuracies
@@ -30,7 +31,6 @@ from saffe_cache.studies.binding.fitting import (
     photo_vectors,
 )
 from saffe_cache.studies.binding.result import Chosen, Epochs, FewShot
-from saffe_cache.training.memory import kept_memory
 
 StartName = Literal["random", "ridge"]
 STARTS: tuple[StartName, ...] = ("random", "ridge")

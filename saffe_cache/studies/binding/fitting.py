@@ -21,7 +21,7 @@ import torch
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
 from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.fusion.learning import parameter_groups
+from saffe_cache.fusion.layers import parameter_groups
 from saffe_cache.fusion.losses import info_nce
 from saffe_cache.fusion.options import FusionShape
 from saffe_cache.studies.binding.config import BATCH_PHOTOS

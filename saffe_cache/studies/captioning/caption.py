@@ -22,9 +22,8 @@ from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.options import require
 from saffe_cache.core.tensors import read_tensors, write_tensors
-from saffe_cache.inputs.pairs import Pairs, select_pairs
+from saffe_cache.inputs.pairs import Pairs, content_fingerprint, select_pairs, split_pairs
 from saffe_cache.inputs.spec import SplitOptions
-from saffe_cache.inputs.splits import content_fingerprint, split_pairs
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 from saffe_cache.studies.captioning.captions import CaptionSource, first_captions, project
 from saffe_cache.studies.captioning.config import CaptionConfig

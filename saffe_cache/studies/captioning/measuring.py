@@ -14,7 +14,7 @@ import torch
 
 from saffe_cache.core.controls import Control
 from saffe_cache.core.results import Estimate
-from saffe_cache.fusion.flops import counted_flops
+from saffe_cache.fusion.base import counted_flops
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.retrieval.metrics import bootstrap_interval
 from saffe_cache.studies.captioning.captions import (

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.fusion.flops import counted_flops
+from saffe_cache.fusion.base import counted_flops
 from saffe_cache.studies.matching.config import FUSIONS, QueryModality
 from saffe_cache.studies.matching.findings import MatchCost
 

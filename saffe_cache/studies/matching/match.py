@@ -14,9 +14,17 @@ from pathlib import Path
 from saffe_cache.core.controls import failed
 from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError
-from saffe_cache.inputs.pairs import Pairs, gallery_modality, in_one_space, pair_kind, select_pairs
+from saffe_cache.inputs.pairs import (
+    Pairs,
+    content_fingerprint,
+    gallery_modality,
+    hold_out,
+    in_one_space,
+    pair_kind,
+    select_pairs,
+    split_pairs,
+)
 from saffe_cache.inputs.spec import SplitOptions
-from saffe_cache.inputs.splits import content_fingerprint, hold_out, split_pairs
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 from saffe_cache.studies.harness import Study, run_study
 from saffe_cache.studies.matching.config import MatchConfig

@@ -28,8 +28,8 @@ from saffe_cache.core.features import short_hash
 from saffe_cache.core.outputs import CONFIG, RESULT, provenance, read_json, write_json
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate
+from saffe_cache.inputs.pairs import data_fingerprint, reported_fingerprint, training_pairs
 from saffe_cache.inputs.spec import RunSpec
-from saffe_cache.inputs.splits import data_fingerprint, reported_fingerprint, training_pairs
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.studies.sweep.config import AblateConfig
