@@ -6,12 +6,13 @@ The folder's config.json holds the config, what it resolved to, and versions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from saffe_cache.core.atomic_io import write_whole
+from saffe_cache.core.figures import Series
 from saffe_cache.core.json_schema import known_part, made_of
 from saffe_cache.core.outputs import RESULT, read_json, write_json
 from saffe_cache.core.sections import Section, to_text
@@ -38,6 +39,11 @@ class Measurement(NamedTuple):
     high: float | None = None
     chance: float | None = None
     """What the metric would be by chance; None where that is undefined."""
+
+    @classmethod
+    def of(cls, setting: str, system: str, metric: str, estimate: Estimate, chance: float | None = None) -> Measurement:
+        """A row from an estimate."""
+        return cls(setting, system, metric, estimate.value, estimate.low, estimate.high, chance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +80,13 @@ class Estimate:
         if self.low is None or self.high is None:
             return value
         return f"{value} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
+
+def series_of(name: str, estimates: Sequence[Estimate | None]) -> Series:
+    """One series of a panel, in percent; None at a place without an estimate."""
+    known = [(place, one) for place, one in enumerate(estimates) if one is not None]
+    means, halves = [100 * one.value for _, one in known], [100 * (one.half or 0.0) for _, one in known]
+    return Series(name, [place for place, _ in known], means, halves)
 
 
 @dataclass(frozen=True, kw_only=True)

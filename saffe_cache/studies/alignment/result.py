@@ -145,7 +145,7 @@ class AlignmentResult(StudyResult):
         for maps in self.best_layer.maps:
             setting = _setting(maps.gallery_layer, maps.text_layer)
             for name, score in maps.scores.items():
-                yield Measurement(setting, name, "recall_at_1", score.value, score.low, score.high, maps.chance)
+                yield Measurement.of(setting, name, "recall_at_1", score, maps.chance)
                 yield Measurement(setting, name, "median_rank", score.median_rank)
 
     def sections(self) -> list[Section]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from saffe_cache.core.controls import Control, failed
-from saffe_cache.core.figures import Panel, Series, SeriesPlot
-from saffe_cache.core.results import Estimate, Measurement
+from saffe_cache.core.figures import Panel, SeriesPlot
+from saffe_cache.core.results import Estimate, Measurement, series_of
 from saffe_cache.core.sections import Section
 from saffe_cache.core.tables import ABSENT, Cell, Row, RowKind, Table, duration, percent
 from saffe_cache.retrieval.metrics import over_seeds
@@ -98,14 +98,11 @@ class BindingResult(StudyResult):
         for one in self.settings:
             for prefix, scores in (("", one.systems), ("control: ", one.controls)):
                 for system, score in scores.items():
-                    place = one.name, prefix + system, "accuracy"
-                    yield Measurement(*place, score.value, score.low, score.high, one.chance)
+                    yield Measurement.of(one.name, prefix + system, "accuracy", score, one.chance)
         for replaced in self.names_replaced:
             chance = replaced.systems["chance"][0]
             for system, values in replaced.systems.items():
-                score = over_seeds(values)
-                place = replaced.name, system, replaced.metric
-                yield Measurement(*place, score.value, score.low, score.high, chance)
+                yield Measurement.of(replaced.name, system, replaced.metric, over_seeds(values), chance)
 
     def sections(self) -> list[Section]:
         by_ways = [
@@ -181,22 +178,14 @@ def _replaced_tables(replaced: Sequence[NamesReplaced]) -> list[Table]:
 
 
 def _figure(settings: Sequence[FewShot]) -> SeriesPlot:
-    names, places = [one.name for one in settings], range(len(settings))
-    series = [
-        Series(
-            system,
-            places,
-            [100 * one.systems[system].value for one in settings],
-            [100 * (one.systems[system].half or 0.0) for one in settings],
-        )
-        for system in settings[0].systems
-    ]
+    series = [series_of(system, [one.systems[system] for one in settings]) for system in settings[0].systems]
+    chance = series_of("chance", [Estimate(value=one.chance) for one in settings])
     return SeriesPlot(
         name="episodes",
         caption="Accuracy with its 95 % interval over episodes.",
         x_label="episodes",
         y_label="accuracy, percent",
-        panels=[Panel(names, [*series, Series("chance", places, [100 * one.chance for one in settings])])],
+        panels=[Panel([one.name for one in settings], [*series, chance])],
     )
 
 

@@ -109,10 +109,10 @@ class CaptionResult(StudyResult):
 
     def measurements(self) -> Iterator[Measurement]:
         for system, loss in self.measured.losses.items():
-            yield Measurement("", system, "loss", loss.value, loss.low, loss.high)
+            yield Measurement.of("", system, "loss", loss)
         for name, found in self.measured.own_caption.items():
             system, _, by = name.partition(", ")
-            yield Measurement("", system, f"own caption {by}", found.value, found.low, found.high, self.chance)
+            yield Measurement.of("", system, f"own caption {by}", found, self.chance)
 
     def sections(self) -> list[Section]:
         cost, training = self.cost, self.training

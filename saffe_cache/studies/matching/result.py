@@ -12,7 +12,7 @@ import numpy as np
 from saffe_cache.core import figures
 from saffe_cache.core.controls import Control
 from saffe_cache.core.figures import Figure, Fit, FitPlot, Panel, PlanePlot, Series, SeriesPlot
-from saffe_cache.core.results import Measurement
+from saffe_cache.core.results import Measurement, series_of
 from saffe_cache.core.sections import Section
 from saffe_cache.core.tables import Cell, Row, Table, duration, flops, percent
 from saffe_cache.studies.harness import StudyResult
@@ -68,7 +68,7 @@ class MatchResult(StudyResult):
                     if metric != "shuffled_auc":
                         chance = chances.get(metric)
                         place = f"{one.setting}, {one.scale} pairs"
-                        yield Measurement(place, system, metric, score.value, score.low, score.high, chance)
+                        yield Measurement.of(place, system, metric, score, chance)
         for control in self.controls:
             yield Measurement("", f"control: {control.name}", "auc", control.value, chance=control.level)
 
@@ -211,15 +211,8 @@ def _setting_table(setting: MatchSetting) -> Table:
 
 def _series(settings: Sequence[MatchSetting]) -> list[Series]:
     """Accuracies of the drawn systems that the last setting or several have."""
-    counts = {name: sum(name in one.systems for one in settings) for name in _DRAWN}
-    found = []
-    for name in _DRAWN:
-        if counts[name] > 1 or name in settings[-1].systems:
-            places = [place for place, one in enumerate(settings) if name in one.systems]
-            scores = [settings[place].systems[name]["accuracy"] for place in places]
-            means, halves = [100 * score.value for score in scores], [100 * (score.half or 0.0) for score in scores]
-            found.append(Series(name, places, means, halves))
-    return found
+    found = {name: [one.systems.get(name, {}).get("accuracy") for one in settings] for name in _DRAWN}
+    return [series_of(name, of) for name, of in found.items() if of[-1] or len(of) - of.count(None) > 1]
 
 
 def _degradation_plot(levels: Sequence[MatchSetting], kind: str) -> SeriesPlot:

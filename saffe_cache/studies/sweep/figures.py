@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from saffe_cache.core.figures import HeatMap, Panel, Series, SeriesPlot
+from saffe_cache.core.results import series_of
 from saffe_cache.core.tables import percent
-from saffe_cache.retrieval.metrics import seed_interval
+from saffe_cache.retrieval.metrics import over_seeds
 
 if TYPE_CHECKING:
     from saffe_cache.studies.sweep.result import SweepPoint, SweepResult, SweepSeries
@@ -72,10 +73,7 @@ def _series(of: SweepSeries, places: Sequence[str], metric: str) -> Series:
 
 def _means(name: str, places: Sequence[str], values: Mapping[str, Sequence[float]]) -> Series:
     """Of fractions by place: means and half intervals in percent."""
-    found = [seed_interval(of) for of in values.values()]
-    halves = [100 * (high - mean) if len(of) > 1 else 0.0
-              for (mean, _, high), of in zip(found, values.values(), strict=True)]  # fmt: skip
-    return Series(name, [places.index(x) for x in values], [100 * mean for mean, *_ in found], halves)
+    return series_of(name, [over_seeds(values[x]) if x in values else None for x in places])
 
 
 def heat_maps(result: SweepResult) -> list[HeatMap]:
@@ -130,9 +128,9 @@ class _Grid:
         notes = [[""] * len(self.columns) for _ in self.rows]
         for (column, row), of in zip(self.places, values, strict=True):
             place = self.rows.index(row), self.columns.index(column)
-            mean, _, high = seed_interval(of)
-            cells[place[0]][place[1]] = 100 * mean
-            notes[place[0]][place[1]] = f"± {percent(high - mean)}" if len(of) > 1 else ""
+            score = over_seeds(of)
+            cells[place[0]][place[1]] = 100 * score.value
+            notes[place[0]][place[1]] = score.half_cell().note
         return HeatMap(
             name=name,
             caption=caption,

@@ -4,34 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from saffe_cache.core.figures import Figure
 from saffe_cache.core.results import Measurement, Result
 from saffe_cache.core.sections import Section
-from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, flops, percent, plain_row, size
-from saffe_cache.retrieval.metrics import seed_interval
+from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, flops, interval_cell, percent, plain_row, size
+from saffe_cache.retrieval.metrics import over_seeds
 from saffe_cache.studies.sweep.figures import heat_maps, series_plot
 
 Values = Mapping[str, Mapping[str, tuple[float, ...]]]
 """Of each system and metric: one value for each seed."""
-
-
-class Spread(NamedTuple):
-    """A mean over seeds with its 95 % t-interval, which several seeds have."""
-
-    mean: float
-    low: float | None
-    high: float | None
-
-    @property
-    def half(self) -> float | None:
-        return None if self.high is None else self.high - self.mean
-
-
-def spread(values: Sequence[float]) -> Spread:
-    mean, low, high = seed_interval(values)
-    return Spread(mean, low, high) if len(values) > 1 else Spread(mean, None, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +158,7 @@ class SweepResult(Result):
         for name, point in self.points:
             for system, scores in point.systems.items():
                 for metric, values in scores.items():
-                    yield Measurement(name, system, metric, *spread(values), point.chance.get(metric))
+                    yield Measurement.of(name, system, metric, over_seeds(values), point.chance.get(metric))
 
     def sections(self) -> list[Section]:
         figures: list[Figure] = [series_plot(self)] if self.y_label is None else [*heat_maps(self)]
@@ -271,10 +254,10 @@ def _score_cell(metric: str, values: Sequence[float] | None) -> Cell:
     """Mean and interval; shares lie between 0 and 100."""
     if values is None:
         return Cell(ABSENT)
-    mean, low, high = spread(values)
-    if metric.endswith("median_rank") or low is None or high is None:
+    score = over_seeds(values)
+    if metric.endswith("median_rank") or score.low is None or score.high is None:
         return _mean_cell(metric, values)
-    return Cell(percent(mean), f"[{percent(max(0, low))}, {percent(min(1, high))}]")
+    return interval_cell(score.value, max(0, score.low), min(1, score.high))
 
 
 def _mean_cell(metric: str, values: Sequence[float] | None) -> Cell:
