@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from golden.make_results import ADAPTERS, RESULTS, Number, Numbers, digits_of, make_results
 
+from saffe_cache.report.report import ReportConfig, make_report
+from saffe_cache.verbs import VERBS
+
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Numbers]:
-    return make_results(tmp_path_factory.mktemp("results"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, Numbers]:
+    return make_results(folder)
 
 
 def agree(one: Number, other: Number, digits: int) -> bool:
@@ -37,3 +46,19 @@ def test_verb_gives_the_golden_numbers(found: dict[str, Numbers], verb: str) -> 
 
 def test_golden_file_holds_all_verbs() -> None:
     assert set(json.loads(RESULTS.read_text())) == set(ADAPTERS)
+
+
+def test_the_page_shows_the_results_of_every_verb(found: dict[str, Numbers], folder: Path, tmp_path: Path) -> None:
+    verbs = {name for name, verb in VERBS.items() if verb.result} & found.keys()
+    folders: dict[str, str] = {}
+    for path in folder.rglob("result.json"):
+        folders.setdefault(json.loads(path.read_text())["verb"], str(path.parent))
+    page = Path(make_report(ReportConfig(runs=tuple(folders[verb] for verb in verbs), out=str(tmp_path))))
+    text = page.read_text()
+    for verb in verbs:
+        assert f'<section id="{verb}-1">' in text
+        header, *rows = (tmp_path / "data" / f"{verb}-1.csv").read_text().splitlines()
+        assert header == "setting,system,metric,value,low,high,chance"
+        assert rows
+    for path in (tmp_path / "figures").glob("*.svg"):
+        assert json.loads((tmp_path / "data" / f"{path.stem}.json").read_text())["caption"]
