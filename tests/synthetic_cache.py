@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ def make_cache(
     width: int = WIDTH,
     deep: bool = False,
     feature_maps: bool = False,
+    labels: Callable[[str, int], Sequence[int]] | None = None,
 ) -> str:
     """Write a cache, finished, with layers 2 and 3 of a photo encoder and of a text encoder.
 
@@ -45,6 +47,7 @@ def make_cache(
             beside its first caption a photo is found by both together.
         width: of the photos' tokens.
         deep: with layer 1 and its block, too.
+        labels: the classes of an item, by its split and number, if not one after another.
         feature_maps: photos' tokens are places of a CNN's feature maps, and have no blocks.
     """
     generator = np.random.default_rng(seed)
@@ -54,14 +57,14 @@ def make_cache(
             name = f"{split}/{number}"
             is_copy = split == list(splits)[-1] and number < shared
             photo = f"{next(iter(splits))}/{number}" if is_copy else name
-            label = number % classes if classes else 0
+            own = labels(split, number) if labels else [number % classes] if classes else []
             builder.add(
                 Item(
                     id=name,
                     split=split,
                     hashes={"image": hashlib.sha256(photo.encode()).digest()},
                     captions=() if classes else tuple(f"caption {i} of {name}" for i in range(captions)),
-                    labels=(f"class{label}",) if classes else (),
+                    labels=tuple(f"class{label}" for label in own),
                 )
             )
     table = builder.build()

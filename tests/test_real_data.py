@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import datasets
 import pandas
 import pytest
 from extraction_cases import draw
+from quick_runs import quick_train, report_of
+from synthetic_cache import make_cache
 
 from saffe_cache.core.options import parse_config
 from saffe_cache.extraction.config import ExtractConfig
@@ -167,3 +170,56 @@ def test_table_without_files_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("species,size\ncat,4\n")
     with pytest.raises(ValueError, match=r"metadata\.csv:2: expected a JSON object with file_name.*species, size"):
         read(tmp_path)
+
+
+# ---- splits that do not fit together ----
+
+
+@pytest.mark.parametrize(
+    ("split", "names", "message"),
+    [
+        ("val", ("images",), r"split val: 1 of its 1 classes are not in split train: images\. Check"),
+        ("val", ("cat",), "split val: its only class is cat, and split train has 2"),
+        (
+            "kag",
+            ("train", "test"),
+            "split kag: its classes test, train are usual names of splits. Perhaps --data should",
+        ),
+    ],
+)
+def test_odd_splits_are_reported(
+    split: str, names: Sequence[str], message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_photos(tmp_path, "train/cat/0.png", "train/dog/1.png", "dev/cat/2.png", "dev/dog/3.png")
+    read(tmp_path)
+    assert not caplog.text
+    write_photos(tmp_path, *(f"{split}/{name}/{number}.png" for number, name in enumerate(names)))
+    read(tmp_path)
+    assert re.search(message, caplog.text)
+
+
+def test_split_of_one_class_chooses_and_reports_nothing(tmp_path: Path) -> None:
+    def labels(split: str, number: int) -> list[int]:
+        return [0] if split == "val" else [number % 3]
+
+    cache = make_cache(tmp_path / "cache.zarr", {"train": 40, "dev": 12, "val": 12}, classes=3, labels=labels)
+    with pytest.raises(ValueError, match="split 'val': all of its 12 photos have the class 'class0', one of 3: every"):
+        quick_train(cache, tmp_path / "run", fusion="linear", validation="val")
+    run = quick_train(cache, tmp_path / "run", fusion="linear", epochs=1, control_epochs=0, validation="dev")
+    with pytest.raises(ValueError, match="split 'val': all of its 12 photos have the class"):
+        report_of(cache, run, split="val")
+
+
+@pytest.mark.parametrize("num_odd", [1, 40])
+def test_one_odd_photo_takes_no_baseline_away(num_odd: int, tmp_path: Path) -> None:
+    def labels(split: str, number: int) -> list[int]:
+        return [0, 1] if split == "train" and number < num_odd else [number % 3]
+
+    cache = make_cache(tmp_path / "cache.zarr", {"train": 60, "dev": 20, "test": 20}, classes=3, labels=labels)
+    run = quick_train(cache, tmp_path / "run", fusion="linear", epochs=1, control_epochs=0)
+    report = report_of(cache, run, baselines="linear")
+    if num_odd == 1:
+        assert {"linear_probe", "class_means"} <= report["systems"].keys()
+        assert "linear_probe, class_means: 1 of 60 training photos are left out" in report["text"]
+    else:
+        assert report["absent"]["linear_probe"] == "most photos have several classes"

@@ -9,7 +9,7 @@ A new baseline is one function and one entry of `BASELINES`; protocols name thos
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -144,17 +144,23 @@ class Material:
         scored = candidate_scores(scores, self.validation.labels, intervals=False)
         return scored[self.protocol.main_metric].value
 
-    def training_labels(self) -> tuple[np.ndarray, int]:
-        """The class of each training photo, and how many classes there are.
+    @cached_property
+    def of_one_class(self) -> np.ndarray:
+        """Positions of the training photos that have one class; classifiers are fitted on them."""
+        return np.flatnonzero(np.diff(self.training.labels.offsets) == 1)
+
+    def training_labels(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """Features and class of each training photo with one class, and how many classes there are.
 
         Raises:
             AbsentError: classifiers do not apply.
         """
-        num_classes = len(self.setting.cache.table.class_names)
-        several = any(len(of_one) != 1 for pairs in (self.training, self.validation) for of_one in pairs.labels)
-        if several or num_classes < 2:
-            raise AbsentError("some photos have several classes, or there is only one class")
-        return self.training.labels.values, num_classes
+        num_classes, labels = len(self.setting.cache.table.class_names), self.training.labels
+        if num_classes < 2:
+            raise AbsentError("there is only one class")
+        if 2 * len(self.of_one_class) < len(self.training):
+            raise AbsentError("most photos have several classes")
+        return self.features[0][self.of_one_class], labels.values[labels.offsets[self.of_one_class]], num_classes
 
 
 def _ridge(of: Material) -> Answers:
@@ -193,15 +199,13 @@ def _summary_cosine(of: Material) -> Answers:
 
 
 def _linear_probe(of: Material) -> Answers:
-    training, validation, reported = of.features
-    probe = fit_linear_probe(
-        training, *of.training_labels(), lambda fit: of.validate_classes(log_odds(fit(validation)))
-    )
+    _, validation, reported = of.features
+    probe = fit_linear_probe(*of.training_labels(), lambda fit: of.validate_classes(log_odds(fit(validation))))
     return ClassScores(log_odds(probe(reported)))
 
 
 def _class_means(of: Material) -> Answers:
-    return ClassScores(fit_class_means(of.features[0], *of.training_labels())(of.features[2]))
+    return ClassScores(fit_class_means(*of.training_labels())(of.features[2]))
 
 
 def _zlap(of: Material) -> Answers:
@@ -274,6 +278,8 @@ class Baseline:
     """Raises AbsentError where it does not apply."""
     is_slow: bool = False
     """Whether fitting takes minutes rather than seconds."""
+    needs_one_class: bool = False
+    """Whether it is fitted on the training photos that have exactly one class."""
 
 
 BASELINES: dict[str, Baseline] = {
@@ -282,8 +288,10 @@ BASELINES: dict[str, Baseline] = {
     "zero_shot": Baseline("the vectors of an image-text model, untrained", _zero_shot),
     "pooled_cosine": Baseline("the encoders' own vectors, untrained", _pooled_cosine),
     "summary_cosine": Baseline("centred photo features, untrained", _summary_cosine),
-    "linear_probe": Baseline("logistic regression of the class from photo features", _linear_probe),
-    "class_means": Baseline("the nearest mean of a class's photo features", _class_means),
+    "linear_probe": Baseline(
+        "logistic regression of the class from photo features", _linear_probe, needs_one_class=True
+    ),
+    "class_means": Baseline("the nearest mean of a class's photo features", _class_means, needs_one_class=True),
     "zlap": Baseline("label propagation from class texts over the training photos", _zlap, is_slow=True),
     "text_only": Baseline("the vector of the paired text, without the photo", _text_only),
     "text_only_linear": Baseline("ridge regression from the paired text, without the photo", _text_only_linear),
@@ -313,6 +321,15 @@ def fit_baselines(of: Material, choice: BaselineChoice = "all") -> tuple[dict[st
         else:
             found[name] = Answered(of.protocol.score(answers), answers)
     return found, absent
+
+
+def left_out(training: Pairs, fitted: Collection[str]) -> list[str]:
+    """Which fitted baselines leave training photos out, and how many."""
+    count = int((np.diff(training.labels.offsets) != 1).sum())
+    names = [name for name in fitted if BASELINES[name].needs_one_class]
+    if not count or not names:
+        return []
+    return [f"{', '.join(names)}: {count} of {len(training)} training photos are left out, which have several classes."]
 
 
 def log_odds(logits: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from saffe_cache.core.atomic_io import hold_folder, remove_partial_files
 from saffe_cache.core.devices import choose_device, peak_memory_mb
 from saffe_cache.core.options import require
 from saffe_cache.core.outputs import CONFIG, RESULT, provenance, write_json
-from saffe_cache.evaluation.baselines import BASELINES, Material, fit_baselines
+from saffe_cache.evaluation.baselines import BASELINES, Material, fit_baselines, left_out
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.controls import duplicates, failures, fusing_flops, run_controls, sensitivity
 from saffe_cache.evaluation.details import write_details
@@ -123,7 +123,7 @@ def _result(
     definition = protocol.definition
     return EvaluationResult(
         failures=tuple(failures(controls, moves, shared, run.permuted is not None)),
-        warnings=tuple(_warnings(config, protocol)),
+        warnings=(*_warnings(config, protocol), *left_out(run.training, fitted)),
         protocol=protocol.name,
         definition=definition.replace(NULL_GALLERY, LEAKY_GALLERY) if config.leak_true_text else definition,
         main_metric=protocol.main_metric,

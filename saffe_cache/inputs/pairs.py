@@ -218,12 +218,26 @@ def split_pairs(
         training, validation = hold_out(training, options.validation_fraction, seed, hashes)
     else:
         validation = select_pairs(table, *encoders, options.validation, kind, first_beside=first_beside)
+        require_classes(validation, table, options.validation)
     if reported is not None:
         is_free = ~np.isin(validation.rows, reported.rows)
         if not is_free.any():
             raise ValueError(f"--validation {options.validation}: all of its {len(validation)} photos are reported.")
         validation = validation.take(np.flatnonzero(is_free))
     return Parts(keep_part(training, options.train_fraction, seed, hashes), validation, num_shared)
+
+
+def require_classes(pairs: Pairs, table: ItemTable, split: str) -> None:
+    """
+    Raises:
+        ValueError: all photos of a split have the same one of several classes, so that every ranking is perfect.
+    """
+    present = np.unique(pairs.labels.values)
+    if pairs.kind == "classes" and len(present) == 1 < len(table.class_names):
+        raise ValueError(
+            f"split {split!r}: all of its {len(pairs)} photos have the class {table.class_names[int(present[0])]!r}, "
+            f"one of {len(table.class_names)}: every ranking is perfect. Correct its classes, or use another split."
+        )
 
 
 def training_pairs(spec: RunSpec, cache: Cache) -> Parts:

@@ -6,7 +6,7 @@ import numpy as np
 
 from saffe_cache.core.features import Ragged
 from saffe_cache.fusion.base import Fusion
-from saffe_cache.inputs.pairs import class_vectors
+from saffe_cache.inputs.pairs import Pairs, class_vectors, require_classes
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.base import NULL_GALLERY, SearchProtocol
 from saffe_cache.protocols.setting import Answers, ClassScores, Queries, Setting
@@ -38,6 +38,12 @@ class ClassProtocol(SearchProtocol):
     @classmethod
     def is_trained_for(cls, spec: RunSpec) -> bool:
         return spec.pairs == "classes" and not spec.trains_only_pairs
+
+    @classmethod
+    def select(cls, cache: Cache, spec: RunSpec, split: str) -> Pairs:
+        pairs = super().select(cache, spec, split)
+        require_classes(pairs, cache.table, split)
+        return pairs
 
     @classmethod
     def metric_names(cls, cache: Cache, spec: RunSpec) -> list[str]:

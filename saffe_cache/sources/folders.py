@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from saffe_cache.core.features import Modality
-from saffe_cache.sources.items import Columns, Format, MediaFile, SourceItem
+from saffe_cache.sources.items import SPLIT_NAMES, Columns, Format, MediaFile, SourceItem
 from saffe_cache.sources.tables import TABLE_SUFFIXES, table_rows
 
 logger = logging.getLogger(__name__)
@@ -28,8 +28,6 @@ _HELPERS = frozenset(
     | {"thumbs.db", "ehthumbs.db", "desktop.ini"}
 )
 """Names in lower case of what systems and tools leave in folders, besides names that begin with a dot."""
-_SPLITS = frozenset(["train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"])
-"""Names by which a table above the splits is recognised."""
 
 
 def _is_folder(data: str) -> bool:
@@ -175,7 +173,7 @@ def _read_table(root: Path, name: str, columns: Columns) -> _Table:
         _Row(where, entry, tuple(_files_of(where, entry, columns, root / folder)))
         for where, entry in table_rows(root / name, columns.image or columns.audio or "file_name")
     ]
-    has_splits = all("/" in row.files[0] and row.files[0].split("/")[0] in _SPLITS for row in rows)
+    has_splits = all("/" in row.files[0] and row.files[0].split("/")[0] in SPLIT_NAMES for row in rows)
     table = _Table(
         root=root,
         folder=folder,

@@ -15,6 +15,10 @@ _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     "caption": ("captions", "caption", "text", "sentences", "sentence", "raw"),
     "label": ("labels", "label", "fine_label", "category", "class"),
 }
+SPLIT_NAMES = frozenset(
+    ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation")
+)
+"""Usual names of splits."""
 _MACHINE_FAULTS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 

@@ -6,6 +6,7 @@ To add a format, write a module beside this one that defines a `Format`, and add
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,7 +15,9 @@ from tqdm import tqdm
 
 from saffe_cache.sources.folders import FOLDERS
 from saffe_cache.sources.huggingface import HUB_DATASET, SAVED_DATASET
-from saffe_cache.sources.items import Columns, Format, SourceItem, is_file_fault
+from saffe_cache.sources.items import SPLIT_NAMES, Columns, Format, SourceItem, is_file_fault
+
+logger = logging.getLogger(__name__)
 
 FORMATS: tuple[Format, ...] = (SAVED_DATASET, FOLDERS, HUB_DATASET)
 """The first one that recognises the data reads it, so special formats come before general ones."""
@@ -39,6 +42,7 @@ def read_items(
     absent = [split for split in (*splits, *(max_items or ())) if split not in existing]
     if absent:
         raise ValueError(f"--data {data}: no items in split {absent[0]}; its splits are {', '.join(existing)}.")
+    _report_odd_splits(items, splits, data)
     return _hashed(_limit([item for item in items if not splits or item.split in splits], max_items or {}), data)
 
 
@@ -68,6 +72,31 @@ def _all_items(data: str, columns: Columns) -> list[SourceItem]:
             )
         items[item.id] = item
     return list(items.values())
+
+
+def _report_odd_splits(items: Sequence[SourceItem], splits: Collection[str], data: str) -> None:
+    """Warn of splits whose classes do not fit those of the train split, or are splits themselves."""
+    classes: dict[str, dict[str, None]] = {}
+    for item in items:
+        classes.setdefault(item.split, {}).update(dict.fromkeys(item.labels))
+    train = classes.get("train", {})
+    for split, names in classes.items():
+        if not names or (splits and split not in splits):
+            continue
+        if names.keys() <= SPLIT_NAMES:
+            what = f"its classes {_some(names)} are usual names of splits. Perhaps --data should be {data}/{split}."
+            logger.warning("split %s: %s", split, what)
+        unseen = [name for name in names if name not in train]
+        if unseen and train:
+            what = f"{len(unseen)} of its {len(names)} classes are not in split train"
+            logger.warning("split %s: %s: %s. Check its folders unless this is meant.", split, what, _some(unseen))
+        if len(names) == 1 < len(train):
+            what = f"its only class is {_some(names)}, and split train has {len(train)}"
+            logger.warning("split %s: %s. Every ranking of its photos would be perfect.", split, what)
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:5]) + (", …" if len(names) > 5 else "")
 
 
 def _limit(items: Sequence[SourceItem], max_items: Mapping[str, int]) -> list[SourceItem]:
