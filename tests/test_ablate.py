@@ -24,7 +24,7 @@ from saffe_cache.core.features import CacheError
 from saffe_cache.fusion.options import FusionShape
 from saffe_cache.inputs.pairs import data_fingerprint, reported_fingerprint
 from saffe_cache.protocols.registry import load_protocol
-from saffe_cache.store import convert
+from saffe_cache.store import exchange
 from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.sweep import ablate as running
@@ -533,7 +533,7 @@ def test_a_killed_conversion_starts_again(cache: str, tmp_path: Path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(convert, "write_root", killed)
+        patched.setattr(exchange, "write_root", killed)
         with pytest.raises(KeyboardInterrupt):
             ablate(config)
     assert len(stored(config)) == 1

@@ -1,7 +1,7 @@
-"""Export a cache to one HDF5 file and import it again; HDF5 is the usual format for sharing features.
+"""Copies of a cache: one HDF5 file, the usual format for sharing features, and another cache with other storage.
 
-The file mirrors the cache's groups: `encoders/KEY/hidden_states/11` and so on; the item table is `items`. Each group's
-attribute `saffe_cache` holds the cache's own attributes as JSON. Damaged shards are not exported, and imported data is
+The HDF5 file mirrors the cache's groups: `encoders/KEY/hidden_states/11` and so on; the item table is `items`. Each
+group's attribute `saffe_cache` holds the cache's own attributes as JSON. Damaged shards are not exported, and imported data is
 compared with its checksums before it is committed. Nothing outside the file is read. The HDF5 library itself may hang
 on a damaged file, so set a time limit when importing untrusted files.
 """
