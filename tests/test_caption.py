@@ -70,7 +70,7 @@ def test_projector_learns_and_best_epoch_is_kept(cache: str) -> None:
     with torch.no_grad():
         captions = source.captions(validation.texts.values[validation.texts.offsets[:-1]])
         photos = project(source, fits[0].projector, validation.rows)
-        found = caption_losses(model, captions, photos).sum() / captions.is_said.sum()
+        found = caption_losses(model, captions, photos).sum() / captions.is_target.sum()
     assert float(found) == pytest.approx(min(losses), abs=1e-5)
     assert all(torch.equal(value, frozen[name]) for name, value in model.state_dict().items())
 
@@ -129,8 +129,8 @@ def test_prompt_tokens_are_not_counted(tmp_path: Path, tiny_model: Models) -> No
     captions = source.captions(np.array([0, 1]))
     ids, mask = source.token_ids(np.array([0, 1]))
     assert ids[:, :3].tolist() == [[41, 7, 8]] * 2
-    assert captions.is_said.sum(dim=1).tolist() == (mask.sum(dim=1) - 3).tolist()
-    assert captions.targets[0][captions.is_said[0]].tolist() == ids[0, 3 : mask[0].sum()].tolist()
+    assert captions.is_target.sum(dim=1).tolist() == (mask.sum(dim=1) - 3).tolist()
+    assert captions.targets[0][captions.is_target[0]].tolist() == ids[0, 3 : mask[0].sum()].tolist()
     source.tokens.start.append(9)  # as where a prompt runs into the text
     with pytest.raises(CacheError, match=r"begins with the tokens \[41, 7, 8, \d+\], expected \[41, 7, 8, 9\]"):
         source.captions(np.array([0]))

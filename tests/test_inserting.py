@@ -14,7 +14,7 @@ from captioning_cases import GRID, PHOTO_TOKENS, captioned_cache, model_of, proj
 from tiny_models import NUM_LAYERS, assert_rounded, rand
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.studies.captioning.captions import caption_losses, num_said
+from saffe_cache.studies.captioning.captions import caption_losses, num_targets
 from saffe_cache.studies.captioning.inserting import (
     Decoding,
     Projector,
@@ -65,11 +65,11 @@ def test_without_photo_tokens_it_is_the_plain_model(layer: int, cache: str, gpt2
         assert torch.equal(model.logits(model(model.text_states(ids, 0), photos))[mask], of_torch(ids).logits[mask])
     captions = source.plain_captions(rows, model)
     logits = model.logits(model(captions.states, None))
-    assert_rounded(logits[captions.is_said], gpt2(ids).logits[:, :-1][captions.is_said])
+    assert_rounded(logits[captions.is_target], gpt2(ids).logits[:, :-1][captions.is_target])
     behind = gpt2(ids, position_ids=torch.arange(PHOTO_TOKENS, PHOTO_TOKENS + ids.shape[1])[None]).logits[:, :-1]
     captions = source.captions(rows)
-    assert_rounded(model.logits(model(captions.states, None))[captions.is_said], behind[captions.is_said])
-    assert int(num_said(captions).sum()) == int(mask.sum()) - len(rows)
+    assert_rounded(model.logits(model(captions.states, None))[captions.is_target], behind[captions.is_target])
+    assert int(num_targets(captions).sum()) == int(mask.sum()) - len(rows)
     model, written_out = model.double(), load_gpt2(tiny_model, attn_implementation="eager").double()
     logits = model.logits(model(model.text_states(ids, 0), None))[mask]
     torch.testing.assert_close(logits, written_out(ids).logits[mask], atol=1e-13, rtol=0)
@@ -87,9 +87,9 @@ def test_layer_0_is_prepending(cache: str, gpt2: Any) -> None:
     output = gpt2(inputs_embeds=embedded, attention_mask=everywhere, labels=labels)
     captions = source.captions(rows)
     scores = model.logits(model(captions.states, photos))
-    assert_rounded(scores[captions.is_said], output.logits[:, PHOTO_TOKENS:-1][captions.is_said])
+    assert_rounded(scores[captions.is_target], output.logits[:, PHOTO_TOKENS:-1][captions.is_target])
     losses = caption_losses(model, captions, photos)
-    assert_rounded(losses.sum() / num_said(captions).sum(), output.loss)
+    assert_rounded(losses.sum() / num_targets(captions).sum(), output.loss)
 
 
 @every_layer
@@ -111,7 +111,7 @@ def test_later_insertion_equals_layers_on_both_sequences(layer: int, cache: str,
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
     expected = gpt2.lm_head(gpt2.transformer.ln_f(hidden))[:, PHOTO_TOKENS:-1]
     captions = source.captions(rows)
-    assert_rounded(model.logits(model(captions.states, photos))[captions.is_said], expected[captions.is_said])
+    assert_rounded(model.logits(model(captions.states, photos))[captions.is_target], expected[captions.is_target])
 
 
 @every_layer

@@ -125,7 +125,7 @@ def cka(photos: np.ndarray, texts: np.ndarray) -> np.ndarray:
 
         HSIC_1(K, L) / sqrt(HSIC_1(K, K) HSIC_1(L, L))
 
-    It may be a little below 0. (The usual, biased one says 0.43 of 1,024 independent Gaussians of width 768.)
+    It may be a little below 0. (The usual biased estimate is 0.43 for 1,024 independent Gaussians of width 768.)
     Source: Kornblith et al., ICML 2019, sec. 3, with HSIC_1 as in Nguyen et al., ICLR 2021, sec. 3.
 
     Args:

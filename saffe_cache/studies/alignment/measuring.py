@@ -121,12 +121,12 @@ def _cka(vectors: Vectors, config: AlignConfig, deals: Sequence[np.ndarray]) -> 
     judged = vectors.judged
     photos = np.stack([centered_gram(unit_rows(of[judged])) for of in vectors.photos.values()])
 
-    def dealt(deal: np.ndarray) -> np.ndarray:
+    def assigned(deal: np.ndarray) -> np.ndarray:
         """The texts' matrices after texts were assigned at random to photos or to classes."""
         return np.stack([centered_gram(of[deal[vectors.text_of[judged]]]) for of in vectors.texts.values()])
 
-    texts = dealt(np.arange(vectors.num_texts))
-    return _layer_measure(cka_grid(photos, texts, map(dealt, deals), config.half_samples, config.seed), 0.0)
+    texts = assigned(np.arange(vectors.num_texts))
+    return _layer_measure(cka_grid(photos, texts, map(assigned, deals), config.half_samples, config.seed), 0.0)
 
 
 def _mutual_neighbours(vectors: Vectors, config: AlignConfig, orders: Sequence[np.ndarray]) -> LayerMeasure:

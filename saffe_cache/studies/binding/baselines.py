@@ -53,11 +53,11 @@ def class_mean_accuracies(support: np.ndarray, queries: np.ndarray) -> np.ndarra
         queries: features [episodes, ways, queries, in].
     """
     ways, shots, num_queries = *support.shape[1:3], queries.shape[2]
-    known, asked = np.repeat(np.arange(ways), shots), np.repeat(np.arange(ways), num_queries)
+    known, own = np.repeat(np.arange(ways), shots), np.repeat(np.arange(ways), num_queries)
     found = []
     for learned, questions in zip(support, queries, strict=True):
         means = fit_class_means(learned.reshape(ways * shots, -1), known, ways)
-        found.append((means(questions.reshape(ways * num_queries, -1)).argmax(axis=1) == asked).mean())
+        found.append((means(questions.reshape(ways * num_queries, -1)).argmax(axis=1) == own).mean())
     return np.array(found)
 
 

@@ -1,7 +1,7 @@
 """Episodes: drawn, fitted, measured. The rates are chosen on training photos, then every system and control runs.
 
 An episode has a few classes, a few photos of each to learn from, others to test on, and a made-up name for each class.
-Photos are known by their content: a file that stands twice in a split is one photo, so an episode never learns from a
+Photos are known by their content: a file that occurs twice in a split is one photo, so an episode never learns from a
 photo that it tests on.
 """
 
@@ -78,8 +78,8 @@ class Episodes:
     def shuffled(self, seed: int) -> Episodes:
         """The photos of each support shuffled among its names: what a control learns from."""
         flat = self.support.reshape(len(self), -1)
-        dealt = np.random.default_rng(seed).permuted(flat, axis=1)
-        return replace(self, support=dealt.reshape(self.support.shape))
+        assigned = np.random.default_rng(seed).permuted(flat, axis=1)
+        return replace(self, support=assigned.reshape(self.support.shape))
 
 
 def draw_episodes(labels: np.ndarray, num_names: int, task: Task, num_episodes: int, seed: int) -> Episodes:

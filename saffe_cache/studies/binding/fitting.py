@@ -27,14 +27,14 @@ from saffe_cache.fusion.options import FusionShape
 from saffe_cache.studies.binding.config import BATCH_PHOTOS
 
 TEMPERATURE = 0.07
-"""Of InfoNCE, CLIP's start; fixed, as a support of a few photos tells nothing of it."""
+"""Of InfoNCE: CLIP's initial value; fixed, since a support of a few photos cannot determine it."""
 READ_AFTER = (1, 2)
 """Epochs."""
 WEIGHT_DECAY = 0.05
 _LEAST_FALL = 0.01
 """Of the loss, in nats: what falls less has not fallen."""
 _PATIENCE = 2
-"""A fit has converged after so many epochs without a fall."""
+"""Epochs without a fall after which a fit has converged."""
 _ACCELERATOR_BYTES = 2**33
 _CACHE_BYTES = 2**26
 """Of a processor: weights beyond it are read from memory in each step, however many are stacked."""

@@ -165,7 +165,7 @@ def probe_scores(run: str, cache: Cache, split: str) -> tuple[dict[str, float], 
     gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
     training, validation, _ = training_pairs(spec, cache)
     reported = select_pairs(cache.table, gallery, text, split, "classes")
-    known, held, asked = (
+    known, held, queries = (
         summaries(gallery, pairs.rows, spec.gallery_layers) for pairs in (training, validation, reported)
     )
 
@@ -173,5 +173,5 @@ def probe_scores(run: str, cache: Cache, split: str) -> tuple[dict[str, float], 
         return candidate_scores(fit(held), validation.labels, intervals=False)["top1"].value
 
     probe = fit_linear_probe(known, training.labels.values, len(cache.table.class_names), judge)
-    scores = candidate_scores(log_odds(probe(asked)), reported.labels, intervals=False)
+    scores = candidate_scores(log_odds(probe(queries)), reported.labels, intervals=False)
     return {metric: scores[metric].value for metric in METRICS}, {metric: scores[metric].chance for metric in METRICS}

@@ -23,7 +23,7 @@ class Captions(NamedTuple):
     """`hidden_states[l]` of all tokens but the last, float32 [batch, tokens, d]."""
     targets: torch.Tensor
     """The token after each, int64 [batch, tokens]."""
-    is_said: torch.Tensor
+    is_target: torch.Tensor
     """bool [batch, tokens]: whether the target belongs to the caption, not to padding or the prompt."""
 
 
@@ -118,22 +118,22 @@ class CaptionSource:
 
     def _captions(self, rows: np.ndarray, states: torch.Tensor) -> Captions:
         ids, mask = self.token_ids(rows)
-        is_said = mask[:, 1:].clone()
-        is_said[:, : len(self.tokens.start) - 1] = False
-        return Captions(states[:, :-1], ids[:, 1:], is_said)
+        is_target = mask[:, 1:].clone()
+        is_target[:, : len(self.tokens.start) - 1] = False
+        return Captions(states[:, :-1], ids[:, 1:], is_target)
 
 
 def caption_losses(model: InsertedModel, captions: Captions, photos: torch.Tensor | None) -> torch.Tensor:
     """Summed cross-entropy of each caption's tokens in nats, float32 [batch]. `photos`: projected tokens."""
-    hidden = model(captions.states, photos)[captions.is_said]  # scores of padding would be most of the work
-    losses = functional.cross_entropy(model.logits(hidden), captions.targets[captions.is_said], reduction="none")
-    owners = torch.nonzero(captions.is_said)[:, 0]
+    hidden = model(captions.states, photos)[captions.is_target]  # scores of padding would be most of the work
+    losses = functional.cross_entropy(model.logits(hidden), captions.targets[captions.is_target], reduction="none")
+    owners = torch.nonzero(captions.is_target)[:, 0]
     return torch.zeros(len(captions.targets), device=losses.device).index_add(0, owners, losses)
 
 
-def num_said(captions: Captions) -> torch.Tensor:
+def num_targets(captions: Captions) -> torch.Tensor:
     """Tokens that a caption's loss is summed over, int64 [batch]."""
-    return captions.is_said.sum(dim=1)
+    return captions.is_target.sum(dim=1)
 
 
 def first_captions(pairs: Pairs) -> np.ndarray:

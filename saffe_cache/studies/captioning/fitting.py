@@ -12,7 +12,7 @@ import torch
 
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.retrieval.fitting import adamw, fit_epochs, update, warmed_cosine
-from saffe_cache.studies.captioning.captions import CaptionSource, caption_losses, first_captions, num_said, project
+from saffe_cache.studies.captioning.captions import CaptionSource, caption_losses, first_captions, num_targets, project
 from saffe_cache.studies.captioning.config import CaptionConfig
 from saffe_cache.studies.captioning.inserting import InsertedModel, Projector, typical_size
 
@@ -50,10 +50,10 @@ def fit_projector(
             started = time.perf_counter()
             captions = source.captions(texts)
             losses = caption_losses(model, captions, project(source, projector, photos))
-            said = int(num_said(captions).sum())
+            count = int(num_targets(captions).sum())
             rate = warmed_cosine(next(steps), total, max(1, total // 10))
-            update(optimizer, losses.sum() / said, rate, tuple(projector.parameters()), _LARGEST_GRADIENT)
-            summed, num_tokens = summed + float(losses.detach().sum()), num_tokens + said
+            update(optimizer, losses.sum() / count, rate, tuple(projector.parameters()), _LARGEST_GRADIENT)
+            summed, num_tokens = summed + float(losses.detach().sum()), num_tokens + count
             times.append(time.perf_counter() - started)
         return summed / num_tokens
 
@@ -70,7 +70,7 @@ def new_projector(source: CaptionSource, model: InsertedModel, training: Pairs, 
     """With weights from a seed, and tokens of the size of the layer's hidden states."""
     rows = first_captions(training)[:_MEASURED_CAPTIONS]
     captions = source.captions(rows)
-    size = typical_size(captions.states, captions.is_said)
+    size = typical_size(captions.states, captions.is_target)
     torch.manual_seed(seed)
     return Projector(source.photo_size, model.hidden_size, size).to(source.device)
 
@@ -83,7 +83,7 @@ def validation_loss(source: CaptionSource, model: InsertedModel, projector: Proj
         captions = source.captions(texts[start : start + 64])
         photos = project(source, projector, pairs.rows[start : start + 64])
         total += float(caption_losses(model, captions, photos).sum())
-        count += int(num_said(captions).sum())
+        count += int(num_targets(captions).sum())
     return total / count
 
 

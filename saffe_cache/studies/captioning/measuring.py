@@ -1,6 +1,6 @@
-"""What a projector is worth: the loss of captions, with controls and trivial baselines, and how often own captions win.
+"""Measures of a projector: the loss of captions, with controls and trivial baselines, and how often own captions win.
 
-`result.SYSTEMS` says what each system sees.
+`result.SYSTEMS` defines what each system sees.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from saffe_cache.studies.captioning.captions import (
     CaptionSource,
     caption_losses,
     first_captions,
-    num_said,
+    num_targets,
     project,
 )
 from saffe_cache.studies.captioning.inserting import InsertedModel, Projector
@@ -138,18 +138,18 @@ class Measuring:
             chosen = order[start : start + _BATCH]
             captions = captions_of(texts[chosen])
             found.losses[chosen] = losses_of(chosen, captions).cpu().numpy()
-            found.counts[chosen] = num_said(captions).cpu().numpy()
+            found.counts[chosen] = num_targets(captions).cpu().numpy()
         return found
 
     def _unigram(self, texts: np.ndarray, training: Pairs) -> Measured:
         frequencies = np.ones(len(self.model.weights["token_embedding"]))
-        for said in self._said(training.texts.values):
-            frequencies += np.bincount(np.concatenate(said), minlength=len(frequencies))
+        for tokens in self._caption_tokens(training.texts.values):
+            frequencies += np.bincount(np.concatenate(tokens), minlength=len(frequencies))
         nats = -np.log(frequencies / frequencies.sum())
-        found = [(nats[ids].sum(), len(ids)) for said in self._said(texts) for ids in said]
+        found = [(nats[ids].sum(), len(ids)) for tokens in self._caption_tokens(texts) for ids in tokens]
         return Measured(*(np.array(column) for column in zip(*found, strict=True)))
 
-    def _said(self, texts: np.ndarray) -> list[list[np.ndarray]]:
+    def _caption_tokens(self, texts: np.ndarray) -> list[list[np.ndarray]]:
         """The tokens of each caption that count, in batches."""
         begin = len(self.source.tokens.start)
         found = []

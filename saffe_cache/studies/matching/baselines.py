@@ -79,10 +79,10 @@ def _matches(vectors: PairVectors, pairs: Examples) -> tuple[np.ndarray, np.ndar
 def fit_ridge_map(vectors: PairVectors, training: Examples, validation: Examples) -> LinearMap:
     """From a photo's vector to its text's; the strength by the AUC of the cosine on validation."""
     photos, texts, _ = _matches(vectors, training)
-    asked, against = vectors.of_photos(validation.photos), vectors.of_texts(validation.texts)
+    queries, against = vectors.of_photos(validation.photos), vectors.of_texts(validation.texts)
 
     def auc(ridge: LinearMap) -> float:
-        return float(roc_auc_score(validation.labels, (unit_rows(ridge(asked)) * against).sum(axis=1)))
+        return float(roc_auc_score(validation.labels, (unit_rows(ridge(queries)) * against).sum(axis=1)))
 
     return fit_ridge(photos, texts, auc)
 
@@ -93,12 +93,12 @@ def _fit_products(
     """Logistic regression on products. Training photos are mapped by ridges that have not seen them."""
     unseen = _cross_fitted(vectors, strength, training)
     features = _products(vectors, unseen, training)
-    asked = _products(vectors, mapped, validation)
+    queries = _products(vectors, mapped, validation)
     fits = []
     for penalty in PENALTIES:
         model = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=1000))
         model.fit(features, training.labels)
-        fits.append((accuracy_score(validation.labels, model.predict(asked)), penalty, model))
+        fits.append((accuracy_score(validation.labels, model.predict(queries)), penalty, model))
     _, penalty, model = max(fits, key=lambda one: one[0])
     return _thresholded(
         lambda pairs: np.asarray(model.decision_function(_products(vectors, mapped, pairs))), validation, penalty

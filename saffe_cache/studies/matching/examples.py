@@ -139,17 +139,20 @@ def _exchanged(
     taken = set(own.tolist())
     found = []
     for _ in range(negatives):
-        dealt = generator.permutation(texts)
+        assigned = generator.permutation(texts)
         for _ in range(_ROUNDS):
-            wrong = [place for place, code in enumerate((codes + dealt).tolist()) if code in taken]
+            wrong = [place for place, code in enumerate((codes + assigned).tolist()) if code in taken]
             if not wrong:
                 break
-            for place, other in zip(wrong, generator.integers(len(dealt), size=len(wrong)).tolist(), strict=True):
-                if int(codes[place] + dealt[other]) not in taken and int(codes[other] + dealt[place]) not in taken:
-                    dealt[place], dealt[other] = dealt[other], dealt[place]
+            for place, other in zip(wrong, generator.integers(len(assigned), size=len(wrong)).tolist(), strict=True):
+                if (
+                    int(codes[place] + assigned[other]) not in taken
+                    and int(codes[other] + assigned[place]) not in taken
+                ):
+                    assigned[place], assigned[other] = assigned[other], assigned[place]
         else:
             return None
-        found.append(codes + dealt)
+        found.append(codes + assigned)
         taken.update(found[-1].tolist())
     return np.concatenate(found)
 
@@ -182,5 +185,5 @@ def _flown(
     found = maximum_flow(csr_matrix((limits, (tails, heads)), shape=(sink + 1, sink + 1)), source, sink)
     if found.flow_value < negatives * len(texts):
         raise impossible
-    dealt: np.ndarray = pairs[found.flow[:first, first:source].nonzero()]
-    return dealt
+    assigned: np.ndarray = pairs[found.flow[:first, first:source].nonzero()]
+    return assigned
