@@ -32,7 +32,7 @@ from saffe_cache.core.features import StorageType
 from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.extract import extract
 from saffe_cache.store.config import ConvertConfig
-from saffe_cache.store.convert import convert_cache
+from saffe_cache.store.exchange import convert_cache
 from saffe_cache.store.reader import EncoderCache, open_cache
 
 ROUNDS, BATCHES, BATCH = 5, 8, 256

@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # for type checkers and editors: a selection of what _places 
     from saffe_cache.store.config import ImportConfig as ImportConfig
     from saffe_cache.store.config import InspectConfig as InspectConfig
     from saffe_cache.store.config import VerifyConfig as VerifyConfig
-    from saffe_cache.store.convert import convert_cache as convert_cache
+    from saffe_cache.store.exchange import convert_cache as convert_cache
     from saffe_cache.store.exchange import export_cache as export_cache
     from saffe_cache.store.exchange import import_cache as import_cache
     from saffe_cache.store.inspect import inspect_cache as inspect_cache

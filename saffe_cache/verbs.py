@@ -149,7 +149,7 @@ VERBS: Mapping[str, Verb] = {
     "cache convert": Verb(
         summary="Copy a cache, with hidden states of another type or compression.",
         config="store.config:ConvertConfig",
-        run="store.convert:convert_cache",
+        run="store.exchange:convert_cache",
     ),
     "cache export": Verb(
         summary="Write a cache as one HDF5 file.",

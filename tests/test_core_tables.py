@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saffe_cache.core.sections import Section, to_text
+from saffe_cache.core.results import Section, to_text
 from saffe_cache.core.tables import Cell, Row, Table, duration, interval_cell, plain_row, size
 
 

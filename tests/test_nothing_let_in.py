@@ -16,8 +16,7 @@ from test_architecture import modules
 
 from saffe_cache import cli
 from saffe_cache.core.features import Item, printable
-from saffe_cache.core.results import Measurement, Result
-from saffe_cache.core.sections import Section
+from saffe_cache.core.results import Measurement, Result, Section
 from saffe_cache.core.tables import Cell, Row, Table
 from saffe_cache.encoders.encoder import load_encoder
 from saffe_cache.encoders.loading import EncoderRequest

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from saffe_cache.core.results import Measurement
-from saffe_cache.core.sections import Section
+from saffe_cache.core.results import Measurement, Section
 from saffe_cache.core.tables import Cell, Row, Table, percent
 from saffe_cache.studies.harness import Study, StudyResult, run_study
 

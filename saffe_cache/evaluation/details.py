@@ -23,7 +23,7 @@ import numpy as np
 from saffe_cache.core.atomic_io import write_whole
 from saffe_cache.core.figures import ClassPlot, Curve, CurvePlot, HeatMap
 from saffe_cache.core.json_schema import made_of
-from saffe_cache.core.sections import Section
+from saffe_cache.core.results import Section
 from saffe_cache.core.tables import Table, percent, plain_row
 
 NAME = "details.npz"

@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 from saffe_cache.core.controls import Control
 from saffe_cache.core.figures import Dot, DotPlot
 from saffe_cache.core.outputs import CONFIG, read_json
-from saffe_cache.core.results import Measurement, Result
-from saffe_cache.core.sections import Section
+from saffe_cache.core.results import Measurement, Result, Section
 from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, flops, interval_cell, percent
 from saffe_cache.evaluation.details import NAME, check_means, read_details, show_classes
 from saffe_cache.inputs.spec import RunSpec

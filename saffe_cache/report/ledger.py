@@ -8,8 +8,7 @@ from pathlib import Path
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.outputs import CONFIG, read_json
-from saffe_cache.core.results import Result
-from saffe_cache.core.sections import Section
+from saffe_cache.core.results import Result, Section
 from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, size
 from saffe_cache.extraction.ledger import Reencoding, extraction_seconds, reencoding
 from saffe_cache.store.reader import open_cache

@@ -22,8 +22,7 @@ from markupsafe import Markup
 
 from saffe_cache.core.features import printable
 from saffe_cache.core.outputs import RESULT
-from saffe_cache.core.results import Measurement, Result
-from saffe_cache.core.sections import Section
+from saffe_cache.core.results import Measurement, Result, Section
 from saffe_cache.core.tables import percent
 from saffe_cache.report.gallery import Album, Gallery, Options, open_gallery
 from saffe_cache.report.ledger import costs_section

@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 from saffe_cache.core.figures import Curve, TrainingPlot
 from saffe_cache.core.json_schema import known_part, made_of
 from saffe_cache.core.outputs import CONFIG, read_json
-from saffe_cache.core.results import Measurement, Result
-from saffe_cache.core.sections import Section
+from saffe_cache.core.results import Measurement, Result, Section
 from saffe_cache.core.tables import duration, percent
 
 LOG, PERMUTED = "log.jsonl", "permuted"

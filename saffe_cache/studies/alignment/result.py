@@ -9,8 +9,7 @@ from typing import ClassVar
 
 from saffe_cache.core.controls import Control
 from saffe_cache.core.figures import HeatMap
-from saffe_cache.core.results import Estimate, Measurement
-from saffe_cache.core.sections import Section
+from saffe_cache.core.results import Estimate, Measurement, Section
 from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, percent, plain_row
 from saffe_cache.studies.alignment.advice import STANDING, Advice, Evidence
 from saffe_cache.studies.harness import StudyResult

@@ -8,8 +8,7 @@ from typing import ClassVar, NamedTuple
 
 from saffe_cache.core.controls import Control, failed
 from saffe_cache.core.figures import Panel, SeriesPlot
-from saffe_cache.core.results import Estimate, Measurement, series_of
-from saffe_cache.core.sections import Section
+from saffe_cache.core.results import Estimate, Measurement, Section, series_of
 from saffe_cache.core.tables import ABSENT, Cell, Row, RowKind, Table, duration, percent
 from saffe_cache.retrieval.metrics import over_seeds
 from saffe_cache.studies.harness import StudyResult

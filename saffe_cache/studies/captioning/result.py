@@ -9,8 +9,7 @@ from typing import ClassVar, Self
 
 from saffe_cache.core.controls import Control
 from saffe_cache.core.figures import Curve, TrainingPlot
-from saffe_cache.core.results import Estimate, Measurement
-from saffe_cache.core.sections import Section
+from saffe_cache.core.results import Estimate, Measurement, Section
 from saffe_cache.core.tables import Cell, Row, Table, flops, percent
 from saffe_cache.studies.harness import StudyResult
 

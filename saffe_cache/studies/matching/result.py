@@ -12,8 +12,7 @@ import numpy as np
 from saffe_cache.core import figures
 from saffe_cache.core.controls import Control
 from saffe_cache.core.figures import Figure, Fit, FitPlot, Panel, PlanePlot, Series, SeriesPlot
-from saffe_cache.core.results import Measurement, series_of
-from saffe_cache.core.sections import Section
+from saffe_cache.core.results import Measurement, Section, series_of
 from saffe_cache.core.tables import Cell, Row, Table, duration, flops, percent
 from saffe_cache.studies.harness import StudyResult
 from saffe_cache.studies.matching.config import BASELINES, FUSIONS

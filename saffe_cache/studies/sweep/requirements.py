@@ -10,7 +10,7 @@ from pathlib import Path
 from saffe_cache.core.features import MODALITIES, CacheError, Modality, StorageType, hidden_states_index
 from saffe_cache.extraction.config import ExtractConfig, config_from_json
 from saffe_cache.store.config import ConvertConfig
-from saffe_cache.store.convert import convert_cache
+from saffe_cache.store.exchange import convert_cache
 from saffe_cache.store.manifest import content_hash, read_root
 from saffe_cache.store.reader import Cache, EncoderCache
 from saffe_cache.store.storage import Storage

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from saffe_cache.core.figures import Figure
-from saffe_cache.core.results import Measurement, Result
-from saffe_cache.core.sections import Section
+from saffe_cache.core.results import Measurement, Result, Section
 from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, flops, interval_cell, percent, plain_row, size
 from saffe_cache.retrieval.metrics import over_seeds
 from saffe_cache.studies.sweep.figures import heat_maps, series_plot
