@@ -49,7 +49,7 @@ def test_cached_states_are_the_models_own(config: ExtractConfig, data: Path) -> 
     image, text = cache.encoder("image"), cache.encoder("text")
     item = cache.table.ids.index("train/007.png")
     model = transformers.Dinov2Model.from_pretrained(config.encoder["image"]).eval()
-    processor = transformers.AutoImageProcessor.from_pretrained(config.encoder["image"])
+    processor = transformers.AutoImageProcessor.from_pretrained(config.encoder["image"], backend="pil")
     with torch.inference_mode(), Image.open(data / "train" / "007.png") as photo:
         output = model(**processor(photo, return_tensors="pt"), output_hidden_states=True)
     row = cache.table.rows["image"][[item]]

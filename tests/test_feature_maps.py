@@ -64,7 +64,7 @@ def test_cached_stages_are_the_models_own(config: ExtractConfig) -> None:
     shapes = {layer: image.array(f"hidden_states/{layer}").row_shape for layer in image.layers}
     assert (shapes, image.block_layers) == ({1: (64, 16), 3: (4, 32)}, [])
     model = transformers.ResNetModel.from_pretrained(config.encoder["image"]).eval()
-    processor = transformers.AutoImageProcessor.from_pretrained(config.encoder["image"])
+    processor = transformers.AutoImageProcessor.from_pretrained(config.encoder["image"], backend="pil")
     photos = [Image.open(Path(config.data) / cache.table.ids[item]) for item in (7, 21)]
     with torch.inference_mode():
         output = model(**processor(photos, return_tensors="pt"), output_hidden_states=True)
