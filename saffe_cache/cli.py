@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import os
 import signal
 import sys
 import threading
@@ -138,7 +139,12 @@ def _guarded(prog: str, action: Callable[[], int]) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         with _sigterm_raised():
-            return action()
+            status = action()
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:  # nobody reads the standard output any more, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to print at the end
+        return 141  # as of a program that SIGPIPE ends
     except OSError as error:
         print(f"{prog}: {_plain(_explained(error))}", file=sys.stderr)
         return 1

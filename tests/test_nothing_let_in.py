@@ -114,8 +114,8 @@ def test_inspect_sends_nothing_to_the_terminal(tmp_path: Path) -> None:
         write_encoder(Storage(tmp_path), manifest)
     shown = describe(tmp_path)
     assert_plain(shown)
-    assert shown.count("2J") == 9
-    assert "\n  unreadable input 0: broken\\x1b]0;title" in shown
+    assert shown.count("2J") == 10
+    assert "\n  unreadable input id\\x1b]0;title" in shown
 
 
 @dataclass(frozen=True, kw_only=True)

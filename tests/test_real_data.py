@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas
 import pytest
-from extraction_cases import draw
+from extraction_cases import draw, tiny_config
+from PIL import Image
 from quick_runs import quick_train, report_of
 from synthetic_cache import make_cache
 
+from saffe_cache.core.features import CacheError
 from saffe_cache.core.options import parse_config
 from saffe_cache.extraction.config import ExtractConfig
+from saffe_cache.extraction.extract import extract
+from saffe_cache.sources.decoding import decode
 from saffe_cache.sources.items import Columns, SourceItem
 from saffe_cache.sources.registry import read_items
+from saffe_cache.store.config import InspectConfig
+from saffe_cache.store.inspect import inspect_cache
 
 NO_COLUMNS = Columns()
 ROWS = [
@@ -223,3 +237,73 @@ def test_one_odd_photo_takes_no_baseline_away(num_odd: int, tmp_path: Path) -> N
         assert "linear_probe, class_means: 1 of 60 training photos are left out" in report["text"]
     else:
         assert report["absent"]["linear_probe"] == "most photos have several classes"
+
+
+# ---- damaged photos, and photos with damaged metadata ----
+
+
+def chunk(kind: bytes, data: bytes, crc: int | None = None) -> bytes:
+    found = zlib.crc32(kind + data) if crc is None else crc
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", found)
+
+
+LARGE = zlib.compress(bytes(3_000_000))
+METADATA = {
+    "zTXt of 3 MB": chunk(b"zTXt", b"note\0\0" + LARGE),
+    "iTXt of 3 MB": chunk(b"iTXt", b"note\0\1\0\0\0" + LARGE),
+    "ICC profile of 3 MB": chunk(b"iCCP", b"profile\0\0" + LARGE),
+    "bad CRC": chunk(b"tEXt", b"note\0text", crc=1),
+    "broken EXIF": chunk(b"eXIf", b"MM\0*\0\0\0\x08\xff\xff broken"),
+    "no EXIF at all": chunk(b"eXIf", b"nonsense"),
+    "bad CRC of EXIF": chunk(b"eXIf", b"nonsense", crc=1),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of corrupt EXIF data
+@pytest.mark.parametrize("metadata", METADATA.values(), ids=METADATA.keys())
+def test_broken_metadata_does_not_matter(metadata: bytes, tmp_path: Path) -> None:
+    data = (write_photos(tmp_path, "0.png") / "0.png").read_bytes()
+    found = decode("image", data[:33] + metadata + data[33:])
+    assert np.array_equal(np.asarray(found), np.asarray(decode("image", data)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_broken_exif_does_not_matter(kind: str) -> None:
+    picture, made = Image.new("RGB", (8, 6), (200, 30, 40)), io.BytesIO()
+    picture.save(made, kind, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff broken")
+    assert decode("image", made.getvalue()).size == (8, 6)
+
+
+def test_rotation_survives_other_broken_metadata(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    made = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(made, "PNG", exif=exif)
+    data = made.getvalue()
+    assert decode("image", data[:33] + METADATA["bad CRC"] + data[33:]).size == (6, 8)
+
+
+def test_undecodable_photos_are_named_by_file(
+    tmp_path: Path, tiny_model: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(tmp_path, tiny_model, train=3)
+    config = replace(config, encoder={"image": config.encoder["image"]}, layers={})
+    (Path(config.data) / "train" / "001.png").write_bytes(b"no photo")
+    with pytest.raises(CacheError, match=r"for instance train/001\.png: OSError: cannot identify image file: it is no"):
+        extract(config)
+    with caplog.at_level("INFO"):
+        extract(replace(config, max_invalid=0.5))
+    assert "1 inputs are unreadable: train/001.png: OSError" in caplog.text
+    assert "unreadable input train/001.png: OSError" in inspect_cache(InspectConfig(cache=config.cache))
+
+
+def test_inspect_ends_quietly_where_nobody_reads(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache.zarr", {"train": 4})
+    program = "import sys; from saffe_cache.cli import main; sys.exit(main())"
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", program, "cache", "inspect", cache]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -500,10 +500,11 @@ def test_changed_pictures_decode_or_raise_documented_errors(kind: str, changes: 
 
 
 def test_parser_errors_become_value_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    def raise_type_error(image: Image.Image) -> None:
+    def raise_type_error(image: Image.Image, mode: str) -> None:
         raise TypeError("broken tag")
 
-    monkeypatch.setattr(ImageOps, "exif_transpose", raise_type_error)
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: image)
+    monkeypatch.setattr(Image.Image, "convert", raise_type_error)
     with pytest.raises(ValueError, match="TypeError: broken tag"):
         decode("image", photo())
 

@@ -229,6 +229,11 @@ class ItemTable:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def name_of(self, modality: Modality, row: int) -> str:
+        """The first item that has an input, for messages; its row where no item has it."""
+        owners = np.flatnonzero(self.rows[modality] == row) if modality in self.rows else np.zeros(0, np.int64)
+        return self.ids[int(owners[0])] if len(owners) else f"row {row}"
+
     def in_split(self, split: str) -> np.ndarray:
         """Indices of the items of a split, in order.
 

@@ -194,8 +194,8 @@ class _Storing:
             row, reason = max(self._invalid.items())
             raise CacheError(
                 f"{self._job.manifest.key}: {len(self._invalid)} of {self._job.num_inputs} inputs are unreadable, more "
-                f"than --max-invalid {allowed:g} allows; for instance row {row}: {reason}. Correct the data, or raise "
-                "--max-invalid; all encoded inputs are kept."
+                f"than --max-invalid {allowed:g} allows; for instance {self._job.name_of(row)}: {reason}. Correct the "
+                "data, or raise --max-invalid; all encoded inputs are kept."
             )
 
     def _store_blocks(self) -> Mapping[int, str]:
@@ -216,12 +216,13 @@ class _Storing:
 
 def _log_times(job: Job, seconds: Seconds) -> None:
     done = job.num_inputs - job.start
+    named = "; ".join(f"{job.name_of(row)}: {reason}" for row, reason in list(job.manifest.invalid.items())[:3])
     logger.info(
         "%s: %d %ss in %.1f s, %.1f per second: %.1f s waiting for data, %.1f s encoding, %.1f s waiting for the "
-        "writer, which wrote for %.1f s. %s %d inputs are unreadable.",
+        "writer, which wrote for %.1f s. %s %d inputs are unreadable%s",
         *(job.manifest.key, done, job.encoder.request.modality, seconds.total, done / seconds.total),
         *(seconds.waiting_for_data, seconds.encoding, seconds.waiting_for_writer, seconds.writing),
-        *(_ADVICE[seconds.limit], len(job.manifest.invalid)),
+        *(_ADVICE[seconds.limit], len(job.manifest.invalid), f": {named}." if named else "."),
     )
 
 

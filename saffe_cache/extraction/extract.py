@@ -14,7 +14,7 @@ from saffe_cache.core.outputs import provenance
 from saffe_cache.extraction.config import ExtractConfig, encode_options
 from saffe_cache.extraction.encoding import run_job
 from saffe_cache.extraction.loading import check_sources
-from saffe_cache.extraction.planning import Job, encoder_request, plan_job, seconds_per_input, wanted_inputs
+from saffe_cache.extraction.planning import Job, encoder_request, plan_job, seconds_per_input
 from saffe_cache.sources.items import Columns, SourceItem
 from saffe_cache.sources.registry import read_items
 from saffe_cache.store.manifest import RootManifest, layers_among, read_encoder, read_root, write_root
@@ -66,7 +66,7 @@ def _plan_jobs(storage: Storage, table: ItemTable, config: ExtractConfig, items:
                 f"{', '.join(columns) or 'none'}. Name one with --column {role}=NAME, or omit this encoder."
             )
         request = encoder_request(config, modality)
-        yield plan_job(storage, request, table.inputs[modality], wanted_inputs(table, modality), options)
+        yield plan_job(storage, request, table, options)
 
 
 def _grow_table(storage: Storage, items: Sequence[SourceItem], config: ExtractConfig) -> tuple[ItemTable, bool]:

@@ -242,5 +242,6 @@ def check_sources(job: Job, media: Mapping[bytes, Media]) -> None:
     if job.offsets is None and len(absent) > job.options.max_invalid * job.num_inputs:
         raise CacheError(
             f"{job.manifest.key}: {len(absent)} of its {job.encoder.request.modality} inputs are not in --data, "
-            f"the first is row {absent[0]}. Use the data that they came from, or raise --max-invalid to skip them."
+            f"the first is {job.name_of(absent[0])}. Use the data that they came from, or raise "
+            "--max-invalid to skip them."
         )

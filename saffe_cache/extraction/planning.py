@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -45,6 +45,8 @@ class Job:
     inputs: Inputs
     is_wanted: np.ndarray
     """bool [inputs]: whether an item refers to it. A broken photo that was replaced is no longer wanted."""
+    name_of: Callable[[int], str]
+    """The item of an input, for messages."""
     token_ids: list[list[int]] = field(default_factory=list)
     """Token ids of all texts; empty for photos and sounds."""
     offsets: np.ndarray | None = None
@@ -137,6 +139,15 @@ def wanted_inputs(table: ItemTable, modality: Modality) -> np.ndarray:
     return np.ones(count, bool) if modality == "text" else np.isin(np.arange(count), table.rows[modality])
 
 
+def table_parts(table: ItemTable, modality: Modality) -> dict[str, Any]:
+    """A job's fields that the table decides."""
+    return {
+        "inputs": table.inputs[modality],
+        "is_wanted": wanted_inputs(table, modality),
+        "name_of": partial(table.name_of, modality),
+    }
+
+
 def encoder_request(config: ExtractConfig, modality: Modality) -> EncoderRequest:
     """The request for a config's encoder of a modality."""
     device = choose_device(config.device)
@@ -159,9 +170,7 @@ def encoder_request(config: ExtractConfig, modality: Modality) -> EncoderRequest
     )
 
 
-def plan_job(
-    storage: Storage, request: EncoderRequest, inputs: Inputs, is_wanted: np.ndarray, options: EncodeOptions
-) -> Job:
+def plan_job(storage: Storage, request: EncoderRequest, table: ItemTable, options: EncodeOptions) -> Job:
     """Load the encoder and determine what the cache lacks.
 
     Raises:
@@ -170,7 +179,7 @@ def plan_job(
     """
     encoder = load_encoder(request)
     job = Job(
-        encoder=encoder, manifest=_manifest(storage, encoder), options=options, inputs=inputs, is_wanted=is_wanted
+        encoder=encoder, manifest=_manifest(storage, encoder), options=options, **table_parts(table, request.modality)
     )
     if request.modality == "text":
         tokenize(job)

@@ -18,7 +18,7 @@ from saffe_cache.core.options import require
 from saffe_cache.core.outputs import provenance
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.extraction.config import RepairConfig, encode_options
-from saffe_cache.extraction.planning import Job, tokenize, wanted_inputs
+from saffe_cache.extraction.planning import Job, table_parts, tokenize
 from saffe_cache.extraction.reencode import (
     LostShard,
     PastExtraction,
@@ -190,8 +190,7 @@ class _EncoderRepair:
             encoder=encoder,
             manifest=self._manifest,
             options=encode_options(past[-1].config),
-            inputs=self._table.inputs[modality],
-            is_wanted=wanted_inputs(self._table, modality),
+            **table_parts(self._table, modality),
             arrays={name: (array.spec, array.rows) for name, array in self._manifest.arrays.items()},
         )
         if modality == "text":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from saffe_cache.core.features import Modality
 
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Supported formats of pictures. PIL knows forty more, among them EPS, for which it runs Ghostscript on the file."""
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def decode(modality: Modality, data: bytes, sampling_rate: int | None = None) -> Any:
@@ -38,21 +40,64 @@ def thumbnail(data: bytes, side: int) -> bytes:
 
 
 def _decode_image(data: bytes) -> Any:
-    from PIL import Image, ImageOps
+    try:
+        return _decode_pixels(data)
+    except (OSError, ValueError):
+        pixels = _without_metadata(data)
+        if pixels is None:
+            raise
+    return _decode_pixels(pixels)
+
+
+def _decode_pixels(data: bytes) -> Any:
+    from PIL import Image, UnidentifiedImageError
 
     Image.init()
     try:
         with Image.open(io.BytesIO(data), formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
-            upright = ImageOps.exif_transpose(image)
+            image.load()
+            upright = _upright(image)
             if upright.mode == "F" or upright.mode.startswith("I"):
                 upright = Image.fromarray(_to_eight_bits(np.asarray(upright)))
             elif "transparency" in upright.info:  # avoids a warning of PIL
                 upright = upright.convert("RGBA")
             return upright.convert("RGB")
+    except UnidentifiedImageError:
+        raise OSError("cannot identify image file: it is no picture, or of an unsupported format") from None
     except OSError:
         raise
     except Exception as error:  # PIL's parsers raise SyntaxError, struct.error, TypeError and others
         raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def _upright(image: Any) -> Any:
+    """The picture turned as its EXIF data say; unreadable EXIF data say nothing."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # as above; the pixels are loaded and good
+        return image
+
+
+def _without_metadata(data: bytes) -> bytes | None:
+    """A PNG without what is not needed for its pixels, such as texts, profiles and damaged EXIF data.
+
+    None for other files, whose decoders pass over such data, and where there is nothing to leave out.
+    """
+    if not data.startswith(_PNG):
+        return None
+    kept, place = [_PNG], len(_PNG)
+    while place + 12 <= len(data):
+        size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        chunk = data[place : place + 12 + size]
+        is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        if not kind[:1].islower() or (kind in (b"tRNS", b"eXIf") and is_whole):  # upper case: needed for the pixels
+            kept.append(chunk)
+        place += len(chunk)
+    kept.append(data[place:])
+    without = b"".join(kept)
+    return None if len(without) == len(data) else without
 
 
 def _to_eight_bits(pixels: np.ndarray) -> np.ndarray:

@@ -39,11 +39,11 @@ def inspect_cache(config: InspectConfig) -> str:
     for modality, inputs in table.inputs.items():
         lines.append(f"  {len(inputs)} distinct {modality} inputs")
     for encoder in cache.encoders.values():
-        lines += _describe_encoder(encoder)
+        lines += _describe_encoder(encoder, table)
     return "\n".join(map(printable, [*lines, *_describe_items(cache)]))
 
 
-def _describe_encoder(encoder: EncoderCache) -> list[str]:
+def _describe_encoder(encoder: EncoderCache, table: ItemTable) -> list[str]:
     manifest = encoder.manifest
     fields = manifest.fingerprint.fields
     state = f"{manifest.finished_rows} inputs" if manifest.finished_rows else "UNFINISHED"
@@ -65,7 +65,7 @@ def _describe_encoder(encoder: EncoderCache) -> list[str]:
             line += f", mean {found.mean:.4g}, std {found.std:.4g}, max |x| {found.max_magnitude:.4g}"
         lines.append(line)
     for row, reason in list(manifest.invalid.items())[:_NUM_EXAMPLES]:
-        lines.append(f"  unreadable input {row}: {reason}")
+        lines.append(f"  unreadable input {table.name_of(manifest.modality, row)}: {reason}")
     return lines
 
 

@@ -99,8 +99,9 @@ def plan(data: Path, models: Mapping[str, str], **options: Any) -> list[Job]:
     }  # what the loop stores
     named = {"data": str(data), "cache": str(data.parent / "planned")}
     config = ExtractConfig(**named, encoder=models, **(usual | options))
-    table, _ = _grow_table(Storage(config.cache), read_items(str(data), Columns(), ()), config)
-    return list(_plan_jobs(Storage(config.cache), table, config))
+    items = read_items(str(data), Columns(), ())
+    table, _ = _grow_table(Storage(config.cache), items, config)
+    return list(_plan_jobs(Storage(config.cache), table, config, items))
 
 
 def first_inputs(job: Job, most: int) -> Job:
