@@ -197,13 +197,13 @@ class Section:
     def to_text(self) -> str:
         """For a terminal. Tables that a page folds are left out, except for the first table."""
         tables = [table.to_text() for place, table in enumerate(self.tables) if place == 0 or not table.folded]
-        named = [line for name, text in [*self.facts, *self.definitions] for line in wrapped(f"{name}: {text}", "  ")]
+        named = [f"{name}: {text}" for name, text in [*self.facts, *self.definitions]]
         parts = [
             "\n".join([*wrapped(self.title), *wrapped(self.lead)]),
             *tables[:1],
             "\n".join(line for text in self.texts for line in wrapped(text, "- ")),
             *tables[1:],
-            "\n".join(named),
+            "\n".join(line for text in named for line in wrapped(text, "  ", hang=2)),
         ]
         return "\n\n".join(filter(None, parts))
 

@@ -108,7 +108,7 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return "unknown"
     if seconds < 1:
-        return f"{1000 * seconds:.1f} ms"
+        return f"{1000 * seconds:.3g} ms"
     if seconds < 120:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -127,9 +127,9 @@ def flops(count: float | None) -> str:
     return f"{count / scale:.2f} {unit}"
 
 
-def wrapped(text: str, bullet: str = "") -> list[str]:
-    """Lines of a paragraph, indented below its bullet."""
-    return textwrap.wrap(printable(text), WIDTH, initial_indent=bullet, subsequent_indent=" " * len(bullet))
+def wrapped(text: str, bullet: str = "", hang: int = 0) -> list[str]:
+    """Lines of a paragraph, indented below its bullet and by `hang` columns more."""
+    return textwrap.wrap(printable(text), WIDTH, initial_indent=bullet, subsequent_indent=" " * (len(bullet) + hang))
 
 
 _LONGEST_NOTE = 24
