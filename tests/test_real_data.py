@@ -26,6 +26,8 @@ from synthetic_cache import make_cache
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.options import parse_config
+from saffe_cache.encoders.encoder import load_encoder
+from saffe_cache.encoders.loading import EncoderRequest
 from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.extract import extract
 from saffe_cache.sources.decoding import decode
@@ -307,3 +309,16 @@ def test_inspect_ends_quietly_where_nobody_reads(tmp_path: Path) -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("size", [(1, 65_000), (8_000, 1)])
+def test_narrow_strips_are_invalid_by_name(
+    size: tuple[int, int], tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    config = tiny_config(tmp_path, tiny_model, train=3)
+    path = Path(config.data) / "train" / "001.png"
+    Image.new("RGB", size).save(path)
+    encoder = load_encoder(EncoderRequest(modality="image", model_id=config.encoder["image"]))
+    encoder._processor.size = {"shortest_edge": 256}
+    with pytest.raises(ValueError, match=rf"{size[0]} x {size[1]} pixels would be resized to 256 x {max(size) * 256}"):
+        encoder.prepare_into(decode("image", path.read_bytes()), {})

@@ -36,7 +36,7 @@ from saffe_cache.encoders.causal_tokens import CausalTokens, without_surrogates
 from saffe_cache.encoders.checks import check_processor
 from saffe_cache.encoders.families import Family, read_block, read_language_model
 from saffe_cache.encoders.loading import EncoderRequest, fingerprint_of, load_model, load_processor, longest_text
-from saffe_cache.encoders.pictures import quick_pictures
+from saffe_cache.encoders.pictures import quick_pictures, require_resizable
 from saffe_cache.encoders.transfers import Converter, Encoded, Launched, Transfers
 
 logger = logging.getLogger(__name__)
@@ -175,8 +175,10 @@ class FrozenEncoder:
         """As `prepare`, but write to the input's row of a batch, in its types. Threads and forks may call this.
 
         Raises:
-            ValueError: the prepared input has another shape than the batch.
+            ValueError: the prepared input has another shape than the batch, or its picture is too narrow.
         """
+        if self.request.modality == "image":
+            require_resizable(raw, self._processor)
         if self._quick is not None and self._quick.fill(raw, out["pixel_values"]):
             return
         for name, value in self.prepare(raw).items():

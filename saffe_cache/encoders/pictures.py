@@ -22,6 +22,9 @@ _THEIR_MODULES = ("transformers.image_processing_backends", "transformers.image_
 _PROBES = ((40, 30), (31, 57), (64, 64), (301, 200), (9, 17))
 """Width and height of the pictures on which both must agree."""
 
+_LONGEST = 2**17
+"""Pixels of the longer edge after a resize; with 256 for the shorter one, these are 100 MB."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuickPictures:
@@ -93,6 +96,23 @@ def quick_pictures(processor: Any) -> QuickPictures | None:
         table=torch.from_numpy(table),
     )
     return quick if all(_agree(quick, processor, *probe) for probe in _PROBES) else None
+
+
+def require_resizable(picture: Any, processor: Any) -> None:
+    """
+    Raises:
+        ValueError: a resize of the shorter edge would make a very long picture, which no memory holds.
+    """
+    edge = dict(getattr(processor, "size", None) or {}).get("shortest_edge")
+    shape = getattr(picture, "size", None)
+    if not edge or not isinstance(shape, tuple):
+        return
+    shorter, longer = sorted(shape)
+    if longer * edge > _LONGEST * shorter:
+        raise ValueError(
+            f"{shape[0]} x {shape[1]} pixels would be resized to {edge} x {longer * edge // shorter}, expected at most "
+            f"{_LONGEST}; crop the picture"
+        )
 
 
 def _table(processor: Any) -> np.ndarray:
