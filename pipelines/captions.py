@@ -51,8 +51,8 @@ from saffe_cache.retrieval.metrics import seed_interval
 from saffe_cache.sources.items import Columns
 from saffe_cache.sources.registry import read_items
 from saffe_cache.studies.captioning.caption import caption
+from saffe_cache.studies.captioning.captions import shuffled_batches
 from saffe_cache.studies.captioning.config import CaptionConfig
-from saffe_cache.studies.captioning.fitting import shuffled_batches
 from saffe_cache.studies.captioning.result import CaptionResult
 
 END = "<|endoftext|>"

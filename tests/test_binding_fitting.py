@@ -13,14 +13,16 @@ from saffe_cache.fusion.layers import parameter_groups
 from saffe_cache.fusion.losses import info_nce
 from saffe_cache.fusion.options import FusionShape
 from saffe_cache.fusion.registry import HeadName
-from saffe_cache.studies.binding.baselines import class_mean_accuracies, fit_ridges, name_accuracies
 from saffe_cache.studies.binding.fitting import (
     TEMPERATURE,
     WEIGHT_DECAY,
     Reading,
     Support,
+    class_mean_accuracies,
     fit,
+    fit_ridges,
     make_fams,
+    name_accuracies,
     photo_vectors,
 )
 

@@ -14,7 +14,7 @@ from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.studies.matching.config import MatchConfig
 from saffe_cache.studies.matching.examples import draw_examples, draw_judged
 from saffe_cache.studies.matching.features import PairTokens, PairVectors
-from saffe_cache.studies.matching.fitting import fit, scores_of
+from saffe_cache.studies.matching.fusions import fit, scores_of
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +56,12 @@ def test_weights_of_best_epoch_are_kept_and_repeatable(cache: Cache) -> None:
     vectors = PairVectors.read(photo, text, *rows)
     config = MatchConfig(cache="c", out="o", epochs=6, batch_size=16, learning_rate=0.01)
     training, validation = draw_examples(train, 80, 1, 0), draw_judged(judged, 1, 0)
-    first, again, other = (fit("concat", vectors, training, validation, config, seed, "cpu") for seed in (0, 0, 1))
-    assert first.validation[first.epoch - 1] == max(first.validation)
-    scores = scores_of(first.model, vectors, validation, "cpu")
-    assert ((scores > 0) == validation.labels).mean() == pytest.approx(max(first.validation))
-    assert first.losses[-1] < first.losses[0]
-    assert np.array_equal(scores, scores_of(again.model, vectors, validation, "cpu"))
-    assert not np.allclose(scores, scores_of(other.model, vectors, validation, "cpu"))
+    (first, fitted), (again, _), (other, _) = (
+        fit("concat", vectors, training, validation, config, seed, "cpu") for seed in (0, 0, 1)
+    )
+    assert fitted.scores[fitted.best_epoch - 1] == max(fitted.scores)
+    scores = scores_of(first, vectors, validation, "cpu")
+    assert ((scores > 0) == validation.labels).mean() == pytest.approx(max(fitted.scores))
+    assert fitted.losses[-1] < fitted.losses[0]
+    assert np.array_equal(scores, scores_of(again, vectors, validation, "cpu"))
+    assert not np.allclose(scores, scores_of(other, vectors, validation, "cpu"))

@@ -19,15 +19,18 @@ from saffe_cache.core.controls import STANDARD_ERRORS, Control, standard_error
 from saffe_cache.core.devices import kept_memory
 from saffe_cache.core.results import Estimate
 from saffe_cache.fusion.options import FusionShape
-from saffe_cache.studies.binding.baselines import LinearMaps, class_mean_accuracies, fit_ridges, name_accuracies
 from saffe_cache.studies.binding.config import BindConfig
 from saffe_cache.studies.binding.fitting import (
     READ_AFTER,
+    LinearMaps,
     Support,
     Weights,
+    class_mean_accuracies,
     episodes_at_once,
     fit,
+    fit_ridges,
     make_fams,
+    name_accuracies,
     photo_vectors,
 )
 from saffe_cache.studies.binding.result import Chosen, Epochs, FewShot

@@ -25,12 +25,17 @@ from saffe_cache.core.tensors import read_tensors, write_tensors
 from saffe_cache.inputs.pairs import Pairs, content_fingerprint, select_pairs, split_pairs
 from saffe_cache.inputs.spec import SplitOptions
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
-from saffe_cache.studies.captioning.captions import CaptionSource, first_captions, project
+from saffe_cache.studies.captioning.captions import (
+    CaptionSource,
+    first_captions,
+    fit_projector,
+    new_projector,
+    project,
+)
 from saffe_cache.studies.captioning.config import CaptionConfig
-from saffe_cache.studies.captioning.fitting import fit_projector, new_projector
 from saffe_cache.studies.captioning.inserting import InsertedModel, Projector, greedy_captions
 from saffe_cache.studies.captioning.measuring import Measuring, count_cost, judge_controls
-from saffe_cache.studies.captioning.result import CaptionResult, EpochLosses, Example, Examples, Measurements, Training
+from saffe_cache.studies.captioning.result import CaptionResult, Example, Examples, Measurements, Training
 from saffe_cache.studies.harness import Study, run_study
 
 _NUM_EXAMPLES = 5
@@ -144,15 +149,9 @@ def _measure(config: CaptionConfig, source: CaptionSource, parts: _Parts, study:
 
 def _train(config: CaptionConfig, source: CaptionSource, model: InsertedModel, parts: _Parts, path: Path) -> Training:
     """Train a projector, and write it to `path`."""
-    fit = fit_projector(source, model, parts.training, parts.validation, config)
-    write_tensors(path, fit.projector.state_dict())
-    return Training(
-        best_epoch=fit.best_epoch,
-        seconds_per_step=fit.seconds_per_step,
-        training_photos=len(parts.training),
-        validation_photos=len(parts.validation),
-        log=tuple(EpochLosses(**one) for one in fit.log),
-    )
+    projector, training = fit_projector(source, model, parts.training, parts.validation, config)
+    write_tensors(path, projector.state_dict())
+    return training
 
 
 def _write_captions(

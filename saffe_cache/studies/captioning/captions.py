@@ -1,8 +1,13 @@
-"""Photos and their captions from a cache, as tensors: pooled photo tokens, states of layer l, tokens to predict."""
+"""Photos and their captions from a cache, as tensors, and the training of the projector that joins them.
+
+A batch has pooled photo tokens, states of layer l, and tokens to predict.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +17,23 @@ from torch.nn import functional
 from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.causal_tokens import CausalTokens
 from saffe_cache.inputs.pairs import Pairs
+from saffe_cache.retrieval.fitting import adamw, fit_epochs, update, warmed_cosine
 from saffe_cache.store.reader import Cache, EncoderCache
-from saffe_cache.studies.captioning.inserting import InsertedModel, Projector, photo_side, pool_photos
+from saffe_cache.studies.captioning.config import CaptionConfig
+from saffe_cache.studies.captioning.inserting import (
+    InsertedModel,
+    Projector,
+    photo_side,
+    pool_photos,
+    typical_size,
+)
+from saffe_cache.studies.captioning.result import EpochLosses, Training
+
+_MEASURED_CAPTIONS = 256
+"""From which the size of hidden states is measured."""
+_LARGEST_GRADIENT = 1.0
+_SORTED_BATCHES = 16
+"""Batches whose texts are sorted by length together."""
 
 
 class Captions(NamedTuple):
@@ -146,3 +166,90 @@ def project(source: CaptionSource, projector: Projector, rows: Sequence[int] | n
     """Photo tokens as the language model takes them, [n, m, d]."""
     projected: torch.Tensor = projector(source.photo_tokens(np.asarray(rows)))
     return projected
+
+
+def fit_projector(
+    source: CaptionSource, model: InsertedModel, training: Pairs, validation: Pairs, config: CaptionConfig
+) -> tuple[Projector, Training]:
+    """Train the only part that learns, and keep the epoch with the lowest loss on captions held out.
+
+    An epoch sees each photo once, with one of its captions drawn at random.
+    """
+    projector = new_projector(source, model, training, config.seed)
+    total, steps = config.epochs * -(-len(training) // config.batch_size), count()
+    optimizer = adamw(projector.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    lengths, times = np.diff(source.text.offsets), []
+
+    def run_epoch(epoch: int) -> float:
+        summed, num_tokens = 0.0, 0
+        for photos, texts in _batches(training, lengths, config, epoch):
+            started = time.perf_counter()
+            captions = source.captions(texts)
+            losses = caption_losses(model, captions, project(source, projector, photos))
+            targets = int(num_targets(captions).sum())
+            rate = warmed_cosine(next(steps), total, max(1, total // 10))
+            update(optimizer, losses.sum() / targets, rate, tuple(projector.parameters()), _LARGEST_GRADIENT)
+            summed, num_tokens = summed + float(losses.detach().sum()), num_tokens + targets
+            times.append(time.perf_counter() - started)
+        return summed / num_tokens
+
+    fitted = fit_epochs(
+        projector, config.epochs, run_epoch, lambda _: -validation_loss(source, model, projector, validation)
+    )
+    losses = zip((None, *fitted.losses), fitted.scores, strict=True)
+    return projector.eval(), Training(
+        best_epoch=fitted.best_epoch,
+        seconds_per_step=float(np.median(times)),
+        training_photos=len(training),
+        validation_photos=len(validation),
+        log=tuple(
+            EpochLosses(epoch=epoch, training=loss, validation=-score) for epoch, (loss, score) in enumerate(losses)
+        ),
+    )
+
+
+def new_projector(source: CaptionSource, model: InsertedModel, training: Pairs, seed: int) -> Projector:
+    """With weights from a seed, and tokens of the size of the layer's hidden states."""
+    rows = first_captions(training)[:_MEASURED_CAPTIONS]
+    captions = source.captions(rows)
+    size = typical_size(captions.states, captions.is_target)
+    torch.manual_seed(seed)
+    return Projector(source.photo_size, model.hidden_size, size).to(source.device)
+
+
+@torch.inference_mode()
+def validation_loss(source: CaptionSource, model: InsertedModel, projector: Projector, pairs: Pairs) -> float:
+    """Loss of the photos' first captions, in nats per token."""
+    total, count, texts = 0.0, 0, first_captions(pairs)
+    for start in range(0, len(pairs), 64):
+        captions = source.captions(texts[start : start + 64])
+        photos = project(source, projector, pairs.rows[start : start + 64])
+        total += float(caption_losses(model, captions, photos).sum())
+        count += int(num_targets(captions).sum())
+    return total / count
+
+
+def _batches(
+    pairs: Pairs, lengths: np.ndarray, config: CaptionConfig, epoch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows of photos and of one caption of each, in an order by seed and epoch. `lengths`: tokens of each text."""
+    generator = np.random.default_rng((config.seed, epoch))
+    offsets = pairs.texts.offsets
+    drawn = offsets[:-1] + generator.integers(np.diff(offsets))
+    texts = pairs.texts.values[drawn]
+    for chosen in shuffled_batches(lengths[texts], config.batch_size, generator):
+        yield pairs.rows[chosen], texts[chosen]
+
+
+def shuffled_batches(lengths: np.ndarray, batch_size: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """Indices of all texts in batches of similar length, since padding would otherwise be half of the work.
+
+    Texts are shuffled, those of a few batches are sorted by length, and the batches are shuffled.
+    """
+    order, together = generator.permutation(len(lengths)), _SORTED_BATCHES * batch_size
+    batches = []
+    for start in range(0, len(order), together):
+        some = order[start : start + together]
+        some = some[np.argsort(lengths[some], kind="stable")]
+        batches += [some[first : first + batch_size] for first in range(0, len(some), batch_size)]
+    return [batches[number] for number in generator.permutation(len(batches))]

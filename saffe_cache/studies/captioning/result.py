@@ -28,7 +28,7 @@ CONTROL = "photos_shuffled"
 class EpochLosses:
     """Nats per token; epoch 0 is the start, before any training."""
 
-    epoch: float
+    epoch: int
     validation: float
     training: float | None = None
 

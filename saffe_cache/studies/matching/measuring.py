@@ -17,7 +17,7 @@ from saffe_cache.studies.matching.config import FUSIONS, MatchConfig
 from saffe_cache.studies.matching.examples import Examples, draw_examples, draw_judged
 from saffe_cache.studies.matching.features import Degradation, Inputs, PairTokens, PairVectors, measure_alignment
 from saffe_cache.studies.matching.findings import MadeAlignment, MatchCell, Plane, Planes, SystemScores
-from saffe_cache.studies.matching.fitting import fit, scores_of
+from saffe_cache.studies.matching.fusions import fit, scores_of
 from saffe_cache.studies.matching.scores import judge
 
 BASELINE_CELL = "baselines"
@@ -174,12 +174,12 @@ def measure_cell(bench: Bench, cell: CellPlan, config: MatchConfig, device: str)
     else:
         assert cell.system in FUSIONS
         inputs: Inputs = bench.tokens if cell.system == "tokens" else vectors
-        fitted = fit(cell.system, inputs, training, validation, config, cell.seed, device)
+        model, fitted = fit(cell.system, inputs, training, validation, config, cell.seed, device)
         systems[cell.system] = SystemScores(
-            test=judge(scores_of(fitted.model, inputs, test, device), test.labels),
-            shuffled=judge(scores_of(fitted.model, inputs, shuffled, device), test.labels),
-            best_epoch=fitted.epoch,
-            validation_accuracy=fitted.validation,
+            test=judge(scores_of(model, inputs, test, device), test.labels),
+            shuffled=judge(scores_of(model, inputs, shuffled, device), test.labels),
+            best_epoch=fitted.best_epoch,
+            validation_accuracy=fitted.scores,
             losses=fitted.losses,
         )
     return MatchCell(
