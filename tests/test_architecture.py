@@ -37,7 +37,7 @@ OWNERS = {
     "huggingface_hub": {"encoders"},
     "tokenizers": {"encoders"},
     "faiss": {"retrieval"},
-    "safetensors": {"core", "training"},
+    "safetensors": {"core", "encoders", "training"},
     "jinja2": {"report"},
     "markupsafe": {"report"},
     "matplotlib": {"report"},
