@@ -322,3 +322,13 @@ def test_narrow_strips_are_invalid_by_name(
     encoder._processor.size = {"shortest_edge": 256}
     with pytest.raises(ValueError, match=rf"{size[0]} x {size[1]} pixels would be resized to 256 x {max(size) * 256}"):
         encoder.prepare_into(decode("image", path.read_bytes()), {})
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_low_bit_grey_is_scaled_by_its_stated_range(kind: str) -> None:
+    values, made = np.linspace(0, 4095, 64).astype(np.uint16).reshape(8, 8), io.BytesIO()
+    Image.fromarray(values).save(made, kind, **({"tiffinfo": {281: 4095}} if kind == "TIFF" else {}))
+    data = made.getvalue()
+    if kind == "PNG":
+        data = data[:33] + chunk(b"sBIT", b"\x0c") + data[33:]
+    np.testing.assert_allclose(np.asarray(decode("image", data))[..., 0], values / 4095 * 255, atol=0.51)

@@ -58,7 +58,7 @@ def _decode_pixels(data: bytes) -> Any:
             image.load()
             upright = _upright(image)
             if upright.mode == "F" or upright.mode.startswith("I"):
-                upright = Image.fromarray(_to_eight_bits(np.asarray(upright)))
+                upright = Image.fromarray(_to_eight_bits(np.asarray(upright), _stated_maximum(image, data)))
             elif "transparency" in upright.info:  # avoids a warning of PIL
                 upright = upright.convert("RGBA")
             return upright.convert("RGB")
@@ -92,7 +92,9 @@ def _without_metadata(data: bytes) -> bytes | None:
         size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
         chunk = data[place : place + 12 + size]
         is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-        if not kind[:1].islower() or (kind in (b"tRNS", b"eXIf") and is_whole):  # upper case: needed for the pixels
+        if not kind[:1].islower() or (
+            kind in (b"tRNS", b"sBIT", b"eXIf") and is_whole
+        ):  # upper case: needed for the pixels
             kept.append(chunk)
         place += len(chunk)
     kept.append(data[place:])
@@ -100,11 +102,24 @@ def _without_metadata(data: bytes) -> bytes | None:
     return None if len(without) == len(data) else without
 
 
-def _to_eight_bits(pixels: np.ndarray) -> np.ndarray:
-    """Scale 16-bit grey to 8 bits; PIL's own conversion would clip."""
+def _stated_maximum(image: Any, data: bytes) -> int:
+    """The largest grey value that a file with 16 bits says it uses: MaxSampleValue of TIFF, sBIT of PNG."""
+    if image.format == "TIFF":
+        return int(np.max(image.tag_v2.get(281, 65535)))
+    place = data.find(b"sBIT", 0, data.find(b"IDAT")) if image.format == "PNG" else -1
+    return 2 ** data[place + 4] - 1 if place > 0 else 65535
+
+
+def _to_eight_bits(pixels: np.ndarray, stated: int = 65535) -> np.ndarray:
+    """Scale 16-bit grey to 8 bits; PIL's own conversion would clip.
+
+    The stated maximum becomes white where no pixel exceeds it: PNG files may also be scaled to all 16 bits.
+    """
     if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError(f"{pixels.dtype} pixels from {pixels.min()} to {pixels.max()} have no known scale")
-    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if not pixels.max() <= stated < 65535 or stated < 1:
+        return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return ((pixels.astype(np.uint32) * 510 + stated) // (2 * stated)).astype(np.uint8)
 
 
 def _decode_audio(data: bytes, sampling_rate: int) -> np.ndarray:
