@@ -173,3 +173,53 @@ def test_missing_weights_are_refused_in_one_line(copied: Models) -> None:
     folder = copied("vit")
     (folder / "model.safetensors").unlink()
     refused("vit", folder, r"its weights cannot be loaded \(.*model.safetensors.*Download it again")
+
+
+# sentence-transformers
+
+
+def sentence_transformers_files(folder: Path, pooling: dict[str, Any], prompts: dict[str, Any]) -> None:
+    modules = [{"idx": i, "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(KINDS)]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+
+
+KINDS = ("Transformer", "Pooling")
+PROMPTS = {"query": "word39 ", "document": ""}
+
+
+@pytest.mark.parametrize(
+    ("default", "asked", "expected"),
+    [("query", "{}", "word39 {}"), ("query", "word1 {}", "word1 {}"), ("document", "{}", "{}"), (None, "{}", "{}")],
+)
+def test_default_prompt_of_a_repository_is_applied(
+    default: str | None, asked: str, expected: str, copied: Models, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied("bert")
+    prompts = {"prompts": PROMPTS, "default_prompt_name": default}
+    sentence_transformers_files(folder, {"pooling_mode_mean_tokens": True}, prompts)
+    encoder = load_tiny("bert", folder, prompt=asked)
+    assert encoder.fingerprint.fields["prompt"] == expected
+    words = expected.replace("{}", "word0").split()
+    assert encoder.tokenize(["word0"]) == [[1, *(4 + int(word.removeprefix("word")) for word in words), 2]]
+    assert ("its default prompt 'word39 ' (query) is put before every text" in caplog.text) == (
+        expected[:6] == "word39"
+    )
+
+
+def test_default_prompt_without_a_text_is_refused(copied: Models) -> None:
+    folder = copied("bert")
+    sentence_transformers_files(folder, {"pooling_mode_mean_tokens": True}, {"default_prompt_name": "query"})
+    refused("bert", folder, r"its config_sentence_transformers.json cannot be read")
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("mean", "mean of tokens"), ("cls", "first token"), ("max", None)])
+def test_new_form_of_pooling_configs_is_read(mode: str, expected: str | None, copied: Models) -> None:
+    folder = copied("bert")
+    sentence_transformers_files(folder, {"embedding_dimension": 32, "pooling_mode": mode}, {})
+    if expected:
+        assert load_tiny("bert", folder).fingerprint.fields["pooling"] == expected
+    else:
+        refused("bert", folder, r"found modules .* with \['max'\], expected a Transformer and a Pooling")

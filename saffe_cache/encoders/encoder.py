@@ -20,8 +20,10 @@ another height may add in another order.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain, islice
 from typing import Any
@@ -35,7 +37,14 @@ from saffe_cache.core.features import BlockWeights, CacheError, LanguageModelSpe
 from saffe_cache.encoders.causal_tokens import CausalTokens, without_surrogates
 from saffe_cache.encoders.checks import check_processor
 from saffe_cache.encoders.families import Family, read_block, read_language_model
-from saffe_cache.encoders.loading import EncoderRequest, fingerprint_of, load_model, load_processor, longest_text
+from saffe_cache.encoders.loading import (
+    EncoderRequest,
+    fingerprint_of,
+    load_model,
+    load_processor,
+    longest_text,
+    with_default_prompt,
+)
 from saffe_cache.encoders.pictures import quick_pictures, require_resizable
 from saffe_cache.encoders.transfers import Converter, Encoded, Launched, Transfers
 
@@ -44,6 +53,10 @@ logger = logging.getLogger(__name__)
 
 _MIN_TEXT_TOKENS = 3
 """Fewest tokens of a language model's text: begin token, one token, end token."""
+
+
+_SHORTEST_SOUND = 0.025
+"""Seconds of one window of a spectrogram, in all supported models; a shorter sound has no frames, only padding."""
 
 
 class _ForwardDone(Exception):  # noqa: N818 — ends a forward pass early, no error
@@ -166,9 +179,16 @@ class FrozenEncoder:
         self._converters = converters or {}
 
     def prepare(self, raw: Any) -> dict[str, torch.Tensor]:
-        """Turn one picture or waveform into the model's input, each tensor [1, …]. Threads may call this."""
+        """Turn one picture or waveform into the model's input, each tensor [1, …]. Threads may call this.
+
+        Raises:
+            ValueError: the sound is shorter than one window of a spectrogram.
+        """
         if self.request.modality == "image":
             return dict(self._processor(images=[raw], return_tensors="pt"))
+        shortest = round(_SHORTEST_SOUND * (self.sampling_rate or 0))
+        if len(raw) < shortest:
+            raise ValueError(f"the sound has {len(raw)} samples, expected {shortest} or more, one window of a spectrum")
         return dict(self._processor([raw], sampling_rate=self.sampling_rate, return_tensors="pt"))
 
     def prepare_into(self, raw: Any, out: Mapping[str, torch.Tensor]) -> None:
@@ -191,10 +211,21 @@ class FrozenEncoder:
 
         Lone surrogates, which tokenizers do not accept, become U+FFFD.
         """
+        return self._tokenize(texts, self.max_length)
+
+    def count_truncated(self, texts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> int:
+        """How many texts are longer than `max_length`; `token_ids` are theirs from `tokenize`."""
+        limit = self.max_length or sys.maxsize
+        candidates = [text for text, ids in zip(texts, token_ids, strict=True) if len(ids) >= limit]
+        return sum(len(ids) > limit for ids in self._tokenize(candidates, None)) if candidates else 0
+
+    def _tokenize(self, texts: Sequence[str], max_length: int | None) -> list[list[int]]:
         if self.language_model:
-            return CausalTokens(self.language_model.tokenizer, self.language_model.spec).encode(texts)
+            spec = replace(self.language_model.spec, max_length=max_length or sys.maxsize)
+            return CausalTokens(self.language_model.tokenizer, spec).encode(texts)
         prompted = [without_surrogates(self.request.prompt.replace("{}", text)) for text in texts]
-        return list(self._processor(prompted, truncation=True, max_length=self.max_length)["input_ids"])
+        cut = {"truncation": True, "max_length": max_length} if max_length else {"verbose": False}
+        return list(self._processor(prompted, **cut)["input_ids"])
 
     def pad(self, token_ids: Sequence[list[int]]) -> dict[str, torch.Tensor]:
         """A batch of texts, padded on the right, with its mask."""
@@ -313,6 +344,7 @@ def load_encoder(request: EncoderRequest) -> FrozenEncoder:
             tokenizer or processor is not the model's, or the layers do not exist.
     """
     family, model = load_model(request)
+    request = with_default_prompt(request)
     processor = load_processor(request)
     where = f"{request.modality} encoder {request.model_id}"
     check_processor(where, request.modality, family, model, processor, sized=request.image_size is not None)

@@ -156,6 +156,8 @@ _SENTENCE_TRANSFORMER_POOLS = {
     "pooling_mode_mean_tokens": ("mean of tokens", masked_mean),
     "pooling_mode_cls_token": ("first token", first_token),
 }
+_NEW_POOLS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
+"""Values of `pooling_mode` in newer configs, which name no other mode."""
 
 
 def _with_repository_pooling(request: EncoderRequest, family: Family) -> Family:
@@ -167,9 +169,12 @@ def _with_repository_pooling(request: EncoderRequest, family: Family) -> Family:
     modules = _repository_file(request, "modules.json")
     if modules is None:
         return family
-    kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in json.loads(modules)]
-    text = _repository_file(request, "1_Pooling/config.json") or "{}"
-    modes = [name for name, value in json.loads(text).items() if name.startswith("pooling_mode_") and value is True]
+    with explained(f"text encoder {request.model_id}", request.model_id, "its pooling is unknown", "Download again."):
+        kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in json.loads(modules)]
+        pooling_config = json.loads(_repository_file(request, "1_Pooling/config.json") or "{}")
+        modes = [name for name, value in pooling_config.items() if name.startswith("pooling_mode_") and value is True]
+    if "pooling_mode" in pooling_config:
+        modes.append(_NEW_POOLS.get(str(pooling_config["pooling_mode"]), str(pooling_config["pooling_mode"])))
     if (
         set(kinds) - {"Transformer", "Pooling", "Normalize"}
         or len(modes) != 1
@@ -181,6 +186,23 @@ def _with_repository_pooling(request: EncoderRequest, family: Family) -> Family:
         )
     pooling, pool = _SENTENCE_TRANSFORMER_POOLS[modes[0]]
     return replace(family, pool=pool, pooling=pooling)
+
+
+def with_default_prompt(request: EncoderRequest) -> EncoderRequest:
+    """The request with the default prompt of its sentence-transformers repository, unless it has one of its own."""
+    if request.modality != "text" or request.prompt != "{}":
+        return request
+    where, file = f"text encoder {request.model_id}", "config_sentence_transformers.json"
+    with explained(where, request.model_id, f"its {file} cannot be read", "Download it again."):
+        config = json.loads(_repository_file(request, file) or "{}")
+        name = config.get("default_prompt_name")
+        prompt = str(config["prompts"][name]) if name else ""
+    if not prompt:
+        return request
+    logger.warning(
+        "%s: its default prompt %r (%s) is put before every text. --prompt sets another.", where, prompt, name
+    )
+    return replace(request, prompt=prompt + "{}")
 
 
 def _repository_file(request: EncoderRequest, name: str) -> str | None:

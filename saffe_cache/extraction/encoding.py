@@ -92,6 +92,8 @@ def run_job(storage: Storage, job: Job, media: Mapping[bytes, Media], record: Ma
     seconds.writing += writer.seconds
     seconds.total = time.perf_counter() - started
     entry |= {"seconds": seconds.to_json(), "limit": seconds.limit}
+    if job.num_truncated:
+        entry["truncated"] = job.num_truncated
     if encoder.too_large:
         entry["halved"] = [list(shape) for shape in encoder.too_large]
     write_encoder(storage, job.manifest)

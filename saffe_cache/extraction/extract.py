@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from saffe_cache.core.features import MODALITIES, CacheError, ItemTable, Modality
 from saffe_cache.core.outputs import provenance
 from saffe_cache.extraction.config import ExtractConfig, encode_options
@@ -23,6 +25,9 @@ from saffe_cache.store.table import TableBuilder, read_table, write_table
 from saffe_cache.store.writer import EncoderWriter
 
 logger = logging.getLogger(__name__)
+
+_SHARED_TEXTS = 0.05
+"""Fraction of a split's distinct texts that may share their vector without a warning."""
 
 
 def extract(config: ExtractConfig) -> str:
@@ -134,6 +139,35 @@ def _log_plan(jobs: Sequence[Job], table: ItemTable, items: Sequence[SourceItem]
         left = job.num_inputs - job.start
         what = "nothing to do" if job.is_done else f"{left} to encode, {job.num_bytes / 1e6:.1f} MB when done"
         logger.info("%s: layers %s, %d inputs, %s.", job.manifest.key, layers, job.num_inputs, what)
+        if job.token_ids and not job.is_done:
+            _warn_of_texts(job, table)
+
+
+def _warn_of_texts(job: Job, table: ItemTable) -> None:
+    """Warn of truncated texts, and of splits in which many texts have the same tokens, and so the same vector."""
+    key = job.manifest.key
+    if job.num_truncated:
+        logger.warning(
+            "%s: %d of %d texts are longer than %s tokens and are truncated. Use shorter texts, or a larger "
+            "--max-length if the model allows it.",
+            *(key, job.num_truncated, job.num_inputs, job.encoder.max_length),
+        )
+    numbers: dict[tuple[int, ...], int] = {}
+    groups = np.array([numbers.setdefault(tuple(ids), len(numbers)) for ids in job.token_ids])
+    for split in sorted(set(table.splits)):
+        rows: set[int] = set()
+        for item in table.in_split(split):
+            rows.update(map(int, table.captions[int(item)]))
+            for label in table.labels[int(item)]:
+                rows.update(map(int, table.class_texts[int(label)]))
+        found = groups[sorted(rows)]
+        shared = int((np.bincount(found, minlength=1)[found] > 1).sum()) if rows else 0
+        if shared > _SHARED_TEXTS * len(rows):
+            logger.warning(
+                "%s, split %s: %d of %d distinct texts have the same tokens as another one, and so the same vector. "
+                "Check that the tokenizer fits the language of the texts, and --max-length.",
+                *(key, split, shared, len(rows)),
+            )
 
 
 def _print_plan(jobs: Sequence[Job], items: Sequence[SourceItem], config: ExtractConfig) -> None:

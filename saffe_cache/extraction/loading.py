@@ -142,7 +142,9 @@ class _Ring:
             try:
                 raw = decode(encoder.request.modality, data, encoder.sampling_rate)
                 encoder.prepare_into(raw, {name: values[place, row - first] for name, values in self.memory.items()})
-            except (OSError, ValueError) as error:
+            except (ImportError, MemoryError):
+                raise  # the machine's fault
+            except Exception as error:  # decoders and processors raise many kinds for inputs that they do not expect
                 if not is_file_fault(error):
                     raise
                 unreadable[row] = f"{type(error).__name__}: {error}"

@@ -51,6 +51,8 @@ class Job:
     """Token ids of all texts; empty for photos and sounds."""
     offsets: np.ndarray | None = None
     """int64 [texts + 1]: where each text's tokens begin; None for photos and sounds."""
+    num_truncated: int = 0
+    """Texts that are longer than the encoder's `max_length`."""
     arrays: dict[str, tuple[ArraySpec, int]] = field(default_factory=dict)
     """All arrays of the group, with their final numbers of rows."""
     start: int = 0
@@ -199,7 +201,9 @@ def converters_of(arrays: Mapping[str, tuple[ArraySpec, int]]) -> dict[int, Conv
 
 def tokenize(job: Job) -> None:
     """Tokenize the texts of a job."""
-    job.token_ids = job.encoder.tokenize(job.inputs.texts or ())
+    texts = job.inputs.texts or ()
+    job.token_ids = job.encoder.tokenize(texts)
+    job.num_truncated = job.encoder.count_truncated(texts, job.token_ids)
     job.offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in job.token_ids])]).astype(np.int64)
 
 

@@ -15,10 +15,15 @@ _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEB
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
+_CANCELLED = 0.01
+"""Power of a sound's mean, as a fraction of its loudest channel's, below which that channel replaces the mean."""
+
+
 def decode(modality: Modality, data: bytes, sampling_rate: int | None = None) -> Any:
     """Decode an upright RGB picture, or a mono float32 waveform at the sampling rate (Hz).
 
-    Transparency is dropped, as in transformers. 16-bit grey is scaled to 8 bits.
+    Transparency is dropped, as in transformers. 16-bit grey is scaled to 8 bits. Channels are averaged; if they cancel
+    out, the loudest is taken.
 
     Raises:
         OSError, ValueError: the bytes are no readable picture or sound.
@@ -132,7 +137,12 @@ def _decode_audio(data: bytes, sampling_rate: int) -> np.ndarray:
         waveform, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, MemoryError) as error:  # a broken header may state any length
         raise ValueError(f"{type(error).__name__}: {error}") from None
-    resampled = np.asarray(soxr.resample(waveform.mean(axis=1), rate, sampling_rate), dtype=np.float32)
+    mono = waveform.mean(axis=1)
+    if len(mono):
+        powers = np.square(waveform).mean(axis=0)
+        if np.square(mono).mean() < _CANCELLED * powers.max():  # channels of opposite phase
+            mono = np.ascontiguousarray(waveform[:, powers.argmax()])
+    resampled = np.asarray(soxr.resample(mono, rate, sampling_rate), dtype=np.float32)
     if not len(resampled):
         raise ValueError("the sound has no samples")
     return resampled
