@@ -103,14 +103,22 @@ def home_of(name: str, module: str) -> str:
     return defines[0]
 
 
-def files_naming(kind: str, name: str, home: str) -> set[str]:
-    """Modules that define, register or import it; the package of a study is one."""
-    naming = {home, f"{PACKAGE.name}.{REGISTRIES[kind][0]}"}
+@cache
+def importers() -> dict[tuple[str, str], set[str]]:
+    """For a module and a name, the modules that import it, also within functions."""
+    found: dict[tuple[str, str], set[str]] = {}
     for module, tree in trees().items():
         if module != PACKAGE.name:  # which lists public names for type checkers
             for node in ast.walk(tree):
-                if isinstance(node, ast.ImportFrom) and node.module == home:
-                    naming |= {module for alias in node.names if alias.name == name}
+                if isinstance(node, ast.ImportFrom):
+                    for alias in node.names:
+                        found.setdefault((str(node.module), alias.name), set()).add(module)
+    return found
+
+
+def files_naming(kind: str, name: str, home: str) -> set[str]:
+    """Modules that define, register or import it; the package of a study is one."""
+    naming = {home, f"{PACKAGE.name}.{REGISTRIES[kind][0]}", *importers().get((home, name), ())}
     package = home.rpartition(".")[0]
     return {package if kind == "study" and one.startswith(f"{package}.") else one for one in naming}
 

@@ -168,6 +168,7 @@ def test_unknown_metric_is_refused_before_training(cache: str, tmp_path: Path) -
     assert not list((tmp_path / "out").rglob("config.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("classes", "protocols"), [(0, ("caption", "metadata", "rerank")), (7, ("class", "candidate", "rerank", "image"))]
 )
@@ -190,6 +191,7 @@ def test_seeds_are_each_given_once(seeds: tuple[int, ...]) -> None:
         AblateConfig(recipe=("a.toml",), cache="c", out="o", seeds=seeds)
 
 
+@pytest.mark.slow
 def test_points_hold_the_numbers_of_their_reports(swept: AblateConfig) -> None:
     found = outcome(swept)
     points = dict(found.points)
@@ -217,6 +219,7 @@ def test_points_hold_the_numbers_of_their_reports(swept: AblateConfig) -> None:
     assert line.split()[2] == f"{100 * statistics.mean(values):.1f}"
 
 
+@pytest.mark.slow
 def test_levels_are_what_all_cells_agree_on(swept: AblateConfig) -> None:
     """Cells of several encoders have cosines of their own, and some have none."""
     [level] = outcome(swept).levels
@@ -264,6 +267,7 @@ def test_a_failed_control_of_a_cell_sets_the_exit_status(
         ablate(swept)
 
 
+@pytest.mark.slow
 def test_the_cost_counts_what_was_seen(swept: AblateConfig) -> None:
     """80 photos, 8 of them held out: one epoch of 2 steps of 32, and two validations."""
     cost = outcome(swept).cost
@@ -276,6 +280,7 @@ def test_the_cost_counts_what_was_seen(swept: AblateConfig) -> None:
     assert "10 photos/s and 10 texts/s, 3 threads" in cost.basis
 
 
+@pytest.mark.slow
 def test_the_cost_adds_up_runs_and_reports(swept: AblateConfig) -> None:
     """Whichever of several commands made them."""
     runs = sorted((Path(swept.out) / "runs").iterdir())
@@ -303,6 +308,7 @@ def test_the_cost_adds_up_runs_and_reports(swept: AblateConfig) -> None:
         ablate(swept)
 
 
+@pytest.mark.slow
 def test_finished_runs_are_shared_and_not_repeated(swept: AblateConfig, tmp_path: Path) -> None:
     before = modified(swept)
     ablate(swept)
@@ -316,6 +322,7 @@ def test_finished_runs_are_shared_and_not_repeated(swept: AblateConfig, tmp_path
     assert outcome(more, "other").series[0].points[0].seeds == (0, 1, 2)
 
 
+@pytest.mark.slow
 def test_reports_of_a_changed_split_are_repeated(tmp_path: Path) -> None:
     """And so is one that does not say what it is of, as earlier releases wrote them. Nothing is trained again."""
     text = STORED.replace('["float32", "int8"]', '"float32"')
@@ -510,6 +517,7 @@ def stored(config: AblateConfig) -> list[Path]:
     return sorted((Path(config.out) / "caches").iterdir())
 
 
+@pytest.mark.slow
 def test_storage_types_are_converted_once_and_never_widened(cache: str, tmp_path: Path) -> None:
     config = AblateConfig(recipe=(recipe_file(tmp_path, STORED),), cache=cache, out=str(tmp_path / "out"), workers=1)
     ablate(config)
@@ -526,6 +534,7 @@ def test_storage_types_are_converted_once_and_never_widened(cache: str, tmp_path
         ablate(replace(config, cache=str(small), out=str(tmp_path / "wide")))
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_starts_again(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = AblateConfig(recipe=(recipe_file(tmp_path, STORED),), cache=cache, out=str(tmp_path / "out"), workers=1)
 

@@ -110,6 +110,7 @@ def test_earlier_rule_advised_decoders_beyond_noise(changes: dict[str, Any], alo
     assert [alignment.hypothesis(kind, evidence) for kind in (alignment.ALONE, alignment.BESIDE)] == [alone, paired]
 
 
+@pytest.mark.slow
 def test_pipeline_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     caches = [make_cache(tmp_path / f"{name}.zarr", {"train": 120, "dev": 30}, captions=3, classes=classes, signal=4)
               for name, classes in (("captions", 0), ("classes", 4))]  # fmt: skip
@@ -140,6 +141,7 @@ def test_pipeline_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert json.loads(path.read_text()) == result
 
 
+@pytest.mark.slow
 def test_grown_cache_is_measured_again(tmp_path: Path) -> None:
     path, judged = tmp_path / "cache.zarr", []
     for count in (100, 120):

@@ -24,6 +24,7 @@ def result_of(cache: str, out: Path, **options: Any) -> AlignmentResult:
     return AlignmentResult.load(align(AlignConfig(cache=cache, out=str(out), **(QUICK | options))))
 
 
+@pytest.mark.slow
 def test_captions(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c.zarr", {"train": 200, "dev": 20}, signal=4, shared=10)
     result = result_of(cache, tmp_path / "out", max_photos=90)
@@ -70,6 +71,7 @@ def test_photos_search_classes_and_names_are_permuted(tmp_path: Path) -> None:
     assert not shown
 
 
+@pytest.mark.slow
 def test_map_carries_over_to_unseen_classes(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c.zarr", {"train": 360}, classes=24, signal=8, text_width=4)
     result = result_of(cache, tmp_path / "out", layers={"image": (3,), "text": (3,)})

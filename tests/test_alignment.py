@@ -231,6 +231,7 @@ def test_ranks_of_captions_and_of_classes() -> None:
     assert classes.null([np.array([3, 2, 1, 0])]).tolist() == [0.75]
 
 
+@pytest.mark.slow
 def test_mlp_finds_what_a_linear_map_cannot() -> None:
     generator = np.random.default_rng(0)
     features = generator.normal(size=(700, 4)).astype(np.float32)

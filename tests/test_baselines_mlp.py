@@ -124,6 +124,7 @@ def notes(num_photos: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return (shown @ mixing).astype(np.float32), unit(said), captions, positives
 
 
+@pytest.mark.slow
 def test_concatenation_uses_photo_and_text() -> None:
     features, beside, captions, positives = notes(600, seed=0)
     validation, validation_beside, queries, _ = notes(150, seed=1)

@@ -46,6 +46,7 @@ def result_of(config: BindConfig) -> BindingResult:
     return BindingResult.load(bind(config))
 
 
+@pytest.mark.slow
 def test_visible_classes_are_bound_and_controls_at_chance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(episodes, "LEARNING_RATES", {"random": (1e-3,), "ridge": (3e-5,)})
     cache = make_cache(tmp_path / "c.zarr", {"train": 60, "test": 60}, classes=4, signal=8, width=128)
@@ -67,6 +68,7 @@ def test_visible_classes_are_bound_and_controls_at_chance(tmp_path: Path, monkey
     assert "CONTROL FAILED" not in (tmp_path / "report.txt").read_text()
 
 
+@pytest.mark.slow
 def test_ridge_start_equals_ridge_baseline(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(episodes, "LEARNING_RATES", {"random": (1e-3,), "ridge": (1e-12,)})
     [setting] = result_of(config_of(cache, tmp_path, shots=(1,))).settings
@@ -74,6 +76,7 @@ def test_ridge_start_equals_ridge_baseline(cache: str, tmp_path: Path, monkeypat
         assert setting.systems[f"fam from ridge, {reading}"] == setting.systems["ridge"]
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_and_finished_one_stays(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(cache, tmp_path / "killed", shots=(1, 2), head="mean")
     whole = result_of(replace(config_of(cache, tmp_path / "whole", shots=(1, 2), head="mean")))
@@ -99,6 +102,7 @@ def test_killed_run_resumes_and_finished_one_stays(cache: str, tmp_path: Path, m
         bind(replace(config, seed=1))
 
 
+@pytest.mark.slow
 def test_all_names_replaced(cache: str, tmp_path: Path) -> None:
     config = config_of(cache, tmp_path, episodes=2, shots=(1,), replaced_seeds=2, replaced_epochs=4)
     top1, by_map = result_of(config).names_replaced

@@ -135,6 +135,7 @@ def test_prompt_tokens_are_not_counted(tmp_path: Path, tiny_model: Models) -> No
         source.captions(np.array([0]))
 
 
+@pytest.mark.slow
 def test_own_captions_are_found_with_knowledge_or_by_chance(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     measuring = measuring_of(cache)
     owner = dict(

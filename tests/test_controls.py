@@ -126,6 +126,7 @@ def labels_in_the_gallery(setting: Setting) -> Any:
     return gallery
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["classes", "captions"])
 def test_gallery_that_holds_its_labels_by_place(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch

@@ -109,6 +109,7 @@ def test_report_holds_what_the_readme_says(kind: str, request: pytest.FixtureReq
     assert set(report["sensitivity"]) == ({"to_image", "to_text"} if kind == "beside" else {"to_image"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["captioned", "classified", "beside"])
 def test_result_reads_back_as_it_was_written(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     out = Path(request.getfixturevalue(kind).report["out"])
@@ -161,6 +162,7 @@ def test_metadata_protocol_reports_each_side_and_late_fusion(beside: Reported) -
     assert systems["late_fusion_ridge"]["map"]["value"] > alone
 
 
+@pytest.mark.slow
 def test_linear_baselines_may_see_the_runs_layers_alone(classified: Reported, tmp_path: Path) -> None:
     """Those of a cache with more layers are other ones; those on the run's own layers are found in the whole report."""
     run = quick_train(classified.cache, tmp_path / "run", fusion="linear", layers={"image": (3,)}, epochs=1)

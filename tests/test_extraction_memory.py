@@ -49,6 +49,7 @@ def limit_memory(
     return shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -76,6 +77,7 @@ def test_extraction_continues_in_halves(
     assert halved.encoder("image").manifest.history[-1]["halved"] == [[4, 3, 32, 32], [2, 3, 32, 32]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dies_at", "in_the_middle_of"), [(9, ""), (60, "image"), (110, "text"), (150, "text")])
 def test_halved_extraction_resumes_to_the_same_bytes(
     tmp_path: Path,

@@ -51,6 +51,7 @@ class Late(Launched):
         return self._launched.encoded()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_slow_device_gets_intact_inputs(
     config: ExtractConfig, monkeypatch: pytest.MonkeyPatch, batch_size: int
@@ -62,6 +63,7 @@ def test_slow_device_gets_intact_inputs(
     assert files_of(extract(config)) == expected
 
 
+@pytest.mark.slow
 def test_processes_store_what_threads_store(config: ExtractConfig) -> None:
     """Also of a photo that is broken."""
     photo = Path(config.data) / "train" / "003.png"
@@ -180,6 +182,7 @@ def test_file_that_becomes_unreadable_ends_the_run(config: ExtractConfig, monkey
     assert open_cache(extract(config)).encoder("image").manifest.invalid == {}
 
 
+@pytest.mark.slow
 def test_full_disk_ends_the_run(config: ExtractConfig) -> None:
     small = replace(config, shard_mb=0)
     whole = extract(replace(small, cache=config.cache + ".whole"))

@@ -26,6 +26,8 @@ from saffe_cache.protocols.classes import ClassProtocol
 from saffe_cache.retrieval.scores import candidate_scores, class_scores
 from saffe_cache.training import loop as fitting
 
+pytestmark = pytest.mark.slow
+
 SEED = 0
 CLASSES, SPLITS = 10, {"train": 600, "dev": 120, "test": 300}
 FUSIONS: dict[str, dict[str, Any]] = {
@@ -88,7 +90,6 @@ def matched(cache: str, out: Path, **options: Any) -> str:
     return quick_train(cache, out, **(usual | options))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("keeps_last")
 @pytest.mark.parametrize("objective", ["soft_target", "info_nce"])
 def test_matched_texts_are_copied(
@@ -123,7 +124,6 @@ def test_null_text_does_not_copy(faint: str, honest: str) -> None:
     assert value(report, "top1", "photos_shuffled") < 1.6 / CLASSES
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("keeps_last")
 def test_text_dropout_still_leaks_where_texts_lie_in_the_gallery(faint: str, tmp_path: Path) -> None:
     run = matched(faint, tmp_path / "run", text_dropout=0.5, epochs=24)
@@ -189,7 +189,6 @@ def matching_logits(cache: str, run: str) -> tuple[np.ndarray, np.ndarray]:
     return np.take_along_axis(scores, columns, axis=1).ravel(), np.tile([True, False, False], len(labels))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("keeps_last")
 def test_matching_accuracy_says_nothing_and_ranking_tells(folder: Path, noise: str, tmp_path: Path) -> None:
     clear = make_cache(tmp_path / "clear.zarr", SPLITS, classes=CLASSES, signal=1.0, seed=SEED)
@@ -203,7 +202,6 @@ def test_matching_accuracy_says_nothing_and_ranking_tells(folder: Path, noise: s
     assert area["clear"] > 0.85
 
 
-@pytest.mark.slow
 def test_reference_loses_to_ridge_and_ignores_its_text(tmp_path: Path) -> None:
     options = {"classes": CLASSES, "signal": 0.1, "width": 32, "text_width": 32, "seed": SEED}
     cache = make_cache(tmp_path / "cache.zarr", SPLITS, **options)
@@ -245,7 +243,6 @@ def is_within(report: Report) -> bool:
     return bool(score["value"] <= level + errors * error_of(score))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fusion", list(FUSIONS))
 def test_photos_of_pure_noise_are_never_found(
     fusion: str, noisy_captions: str, wide_noise: str, tmp_path: Path

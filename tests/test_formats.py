@@ -61,6 +61,7 @@ def zip_config(folder_config: ExtractConfig, tmp_path: Path) -> ExtractConfig:
     return replace(folder_config, data=str(target), cache=str(tmp_path / "from-zip.zarr"))
 
 
+@pytest.mark.slow
 def test_new_format_extracts_as_a_folder_does(
     folder_config: ExtractConfig, zip_config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,8 @@ from golden.make_results import ADAPTERS, RESULTS, Number, Numbers, digits_of, m
 from saffe_cache.report.report import ReportConfig, make_report
 from saffe_cache.verbs import VERBS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -78,6 +78,7 @@ def test_other_options_are_refused_in_one_folder(tmp_path: Path) -> None:
         count(CountConfig(out=str(tmp_path), limits=(7,)))
 
 
+@pytest.mark.locks
 def test_folder_in_use_is_refused(tmp_path: Path) -> None:
     with hold_folder(tmp_path), pytest.raises(FolderInUseError):
         count(CountConfig(out=str(tmp_path)))

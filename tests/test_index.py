@@ -182,6 +182,7 @@ def test_an_index_that_finds_too_few_says_so() -> None:
     assert recall == pytest.approx((found >= 0).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ivf", "ivf_pq"])
 def test_clusters_follow_from_the_seed_alone(kind: IndexKind, tmp_path: Path) -> None:
     indices = {"first": built(kind), "again": built.__wrapped__(kind), "other": built(kind, seed=1)}

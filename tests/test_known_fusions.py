@@ -81,6 +81,7 @@ def unit(vectors: torch.Tensor) -> torch.Tensor:
     return vectors / vectors.norm(dim=-1, keepdim=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", CORRECTING)
 @torch.no_grad()
 def test_all_start_as_the_same_late_fusion(fusion: str, tiny_model: Models) -> None:
@@ -384,6 +385,7 @@ def test_documented_fusion_is_one_class_and_one_entry(tmp_path: Path, monkeypatc
     assert idle == {"gate", "out"}
 
 
+@pytest.mark.slow
 def test_added_fusion_trains_and_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One class and one registry entry are all that training, evaluation and the command line need."""
     (tmp_path / "added_fusion.py").write_text(f"{IMPORTS}\n{ADDED_FUSION}\n")

@@ -126,7 +126,7 @@ def test_other_text_encoders_are_none(tmp_path: Path, tiny_model: Models) -> Non
 
 
 def test_unsupported_model_or_too_long_prompt_is_refused(tmp_path: Path, tiny_model: Models) -> None:
-    with pytest.raises(ValueError, match="2 tokens are left to a text behind --position-offset 200"):
+    with pytest.raises(ValueError, match="2 tokens remain for a text after --position-offset 200"):
         load_tiny("gpt2", tiny_model("gpt2"), position_offset=200).tokenize(["word1"])
     for path in tiny_model("gpt2").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -183,6 +183,7 @@ def test_leak_fails_a_control(cache: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert lines[0].startswith("CONTROL FAILED: 1:1 clean, 60 pairs, concat, photos shuffled: AUC is ")
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_and_finished_one_stays(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(cache, tmp_path / "killed", scales=(60,))
     whole = result_of(config_of(cache, tmp_path / "whole", scales=(60,)))

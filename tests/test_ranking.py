@@ -107,6 +107,7 @@ def test_memory_is_bounded_where_queries_and_items_are_many() -> None:
     assert peak < 30e6  # all scores would be 192 MB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [4, 96])
 def test_ties_favour_no_position(width: int) -> None:
     """All vectors equal: over seeds each item has the mean rank (n + 1) / 2, and AP is that of chance."""

@@ -106,6 +106,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-70_000] or b"x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [remove, cut, lambda path: flip(path, 5), lambda path: flip(path, -20)])
 def test_every_shard_is_restored_byte_for_byte(cache: Damaged, damage: Callable[[Path], None]) -> None:
     """All shards of all encoders at once: full ones, tails, and those that were made by several extractions."""

@@ -266,6 +266,7 @@ def test_truncated_files_are_refused(file_path: Path, tmp_path: Path, size: int)
         import_hdf5(file_path, tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_flipped_bytes_are_refused_or_harmless(file_path: Path, cache: Path, tmp_path: Path) -> None:
     """Anywhere in the file: what is imported equals the exported cache, else it is refused in our own words."""
     sound = file_path.read_bytes()

@@ -14,6 +14,8 @@ from synthetic_cache import make_cache
 from pipelines.tables import Measured, Variant, Variants, failures
 from saffe_cache.evaluation.results import EvaluationResult
 
+pytestmark = pytest.mark.slow
+
 COLUMNS = ("mrr", "recall_at_1")
 
 
@@ -42,7 +44,6 @@ def reports_of(table: Variants, measured: Measured, place: int) -> Sequence[Eval
     return [EvaluationResult.load(table.work / "caption" / name) for name in measured.points[place].reports]
 
 
-@pytest.mark.slow
 def test_cells_are_means_over_the_reports(table: Variants, measured: Measured) -> None:
     cells = cells_of(measured)
     assert list(cells)[:4] == ["variant", "---", "attention", "mean"]
@@ -64,7 +65,6 @@ def test_baselines_are_fitted_once_and_nothing_twice(table: Variants, measured: 
     assert {path: path.stat().st_mtime_ns for path in table.work.glob("runs/**/result.json")} == before
 
 
-@pytest.mark.slow
 def test_failed_controls_name_variant_and_seed(table: Variants, tmp_path: Path) -> None:
     shared = {**table.shared, "control_epochs": 0}
     found = replace(table, work=tmp_path, rows=table.rows[1:], seeds=(3,), shared=shared).run()
@@ -72,7 +72,6 @@ def test_failed_controls_name_variant_and_seed(table: Variants, tmp_path: Path) 
     assert "1 of 1 fail" in cells_of(found["caption"])["mean"]
 
 
-@pytest.mark.slow
 def test_peak_memory_is_the_trainings_own(table: Variants, tmp_path: Path) -> None:
     ballast = np.ones(2**27)  # 1 GiB in this process
     alone = replace(table, work=tmp_path, rows=table.rows[:1], seeds=(0,), workers=2).run()["caption"]

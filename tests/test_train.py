@@ -320,7 +320,6 @@ def train_until(module: object, name: str, config: TrainConfig) -> None:
 
 
 @pytest.mark.locks
-@pytest.mark.locks
 def test_a_folder_that_another_process_trains_into_is_refused(cache_path: str, tmp_path: Path) -> None:
     config = config_for(cache_path, tmp_path / "run", epochs=1)
     with hold_folder(tmp_path / "run"), pytest.raises(FolderInUseError, match="another process is writing to it"):
