@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from saffe_cache.retrieval import propagation
-from saffe_cache.retrieval.propagation import LabelPropagation, fit_zlap
+from saffe_cache.retrieval import baselines
+from saffe_cache.retrieval.baselines import LabelPropagation, fit_zlap
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -61,8 +61,8 @@ def dense_scores(
 
 @pytest.mark.parametrize(("k", "gamma", "alpha"), [(3, 1.0, 0.3), (5, 3.0, 0.9), (12, 5.0, 0.7)])
 def test_scores_equal_a_dense_solve(k: int, gamma: float, alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(propagation, "_PHOTOS_AT_ONCE", 16)  # several blocks, the last one short
-    monkeypatch.setattr(propagation, "_CLASSES_AT_ONCE", 4)
+    monkeypatch.setattr(baselines, "_PHOTOS_AT_ONCE", 16)  # several blocks, the last one short
+    monkeypatch.setattr(baselines, "_CLASSES_AT_ONCE", 4)
     generator = np.random.default_rng(0)
     images, texts = unit(generator.normal(size=(50, 6)) + 0.4), unit(generator.normal(size=(7, 6)) + 0.2)
     train, test = (images[:40], images[:40] @ texts.T), (images[40:], images[40:] @ texts.T)
@@ -107,7 +107,7 @@ def test_every_candidate_is_judged_once_and_the_best_is_taken() -> None:
 
     fit = fit_zlap(images, image_text, judge)
     assert (fit.k, fit.gamma, fit.alpha) == (10, 5.0, 0.3)
-    assert seen == list(product(propagation.NEIGHBOURS, propagation.GAMMAS, propagation.ALPHAS))
+    assert seen == list(product(baselines.NEIGHBOURS, baselines.GAMMAS, baselines.ALPHAS))
 
 
 def test_answers_do_not_depend_on_what_was_asked_before() -> None:
@@ -141,10 +141,10 @@ def test_too_few_photos_are_refused() -> None:
 
 def test_conjugate_gradients_converge_at_every_default_alpha() -> None:
     images, image_text, _ = clusters(400, seed=0)
-    for alpha in propagation.ALPHAS:
+    for alpha in baselines.ALPHAS:
         fit = one(images, image_text, 5, 3.0, alpha)
         more = torch.from_numpy(fit.spread).double()
         found, weights = fit.search.nearest_others(5)
-        graph = propagation._graph(found, weights, propagation._text_weights(image_text.clip(0), 5, 3.0))
+        graph = baselines._graph(found, weights, baselines._text_weights(image_text.clip(0), 5, 3.0))
         residual = more - alpha * (graph @ more) - torch.eye(403, 3, dtype=torch.float64)
         assert float(residual.abs().max()) < 1e-5

@@ -16,17 +16,14 @@ from synthetic_cache import make_cache
 from saffe_cache.core.controls import Control
 from saffe_cache.core.features import Ragged
 from saffe_cache.evaluation.baselines import Material, fit_baselines
-from saffe_cache.evaluation.controls import duplicates, failures, run_controls, sensitivity
+from saffe_cache.evaluation.evaluate import duplicates, failures, run_controls, sensitivity
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import encode_queries
 from saffe_cache.inputs.pairs import same_training_pairs
 from saffe_cache.protocols.base import Protocol
-from saffe_cache.protocols.candidate import CandidateProtocol
-from saffe_cache.protocols.caption import CaptionProtocol
-from saffe_cache.protocols.classes import ClassProtocol, dealt_map
-from saffe_cache.protocols.image import ImageProtocol
-from saffe_cache.protocols.metadata import MetadataProtocol
-from saffe_cache.protocols.rerank import RerankProtocol
+from saffe_cache.protocols.caption import CaptionProtocol, MetadataProtocol
+from saffe_cache.protocols.classes import ClassProtocol, ImageProtocol, dealt_map
+from saffe_cache.protocols.fused_pairs import CandidateProtocol, RerankProtocol
 from saffe_cache.protocols.setting import Answered, Arrangement, Setting, Vectors
 from saffe_cache.retrieval.scores import Score
 from saffe_cache.training.runs import load_permuted

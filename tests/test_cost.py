@@ -10,11 +10,11 @@ from quick_runs import quick_train, report_of
 from synthetic_cache import TEXT_WIDTH, TOKENS, WIDTH, make_cache
 
 from saffe_cache.core.tables import flops as flops_in_words
-from saffe_cache.evaluation.controls import fusing_flops
+from saffe_cache.evaluation.evaluate import fusing_flops
 from saffe_cache.fusion.registry import FUSIONS, GalleryText
 from saffe_cache.inputs.feature_loader import FamInputs
 from saffe_cache.inputs.pairs import select_pairs
-from saffe_cache.protocols.metadata import MetadataProtocol
+from saffe_cache.protocols.caption import MetadataProtocol
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.config import TrainConfig

@@ -18,7 +18,6 @@ from saffe_cache.evaluation.baselines import BASELINES, Baseline, Material
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate
 from saffe_cache.evaluation.results import EvaluationResult
-from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.base import SearchProtocol
 from saffe_cache.protocols.registry import PROTOCOLS, Entry
@@ -51,9 +50,6 @@ class FirstCaptions(SearchProtocol):
 
     def score_vectors(self, gallery: np.ndarray, queries: np.ndarray, *, intervals: bool = True) -> Scores:
         return text_scores(gallery, queries, self.relevant, self.units, intervals=intervals, seed=self.setting.seed)
-
-    def own_controls(self, model: Fusion, shuffled: np.ndarray) -> dict[str, Scores]:
-        return {"queries_constant": self.with_constant_queries(model)}
 
 
 def random_vectors(of: Material) -> Answers:

@@ -22,16 +22,17 @@ from saffe_cache.inputs.pairs import Pairs, in_one_space, mean_text_vectors
 from saffe_cache.protocols.base import Protocol, SearchProtocol
 from saffe_cache.protocols.setting import Answered, Answers, ClassScores, Setting
 from saffe_cache.retrieval.baselines import (
+    LabelPropagation,
     LinearMap,
     fit_class_means,
     fit_linear_probe,
     fit_ridge,
+    fit_zlap,
     fuse_late,
     tune_late_fusion,
     unit_rows,
 )
 from saffe_cache.retrieval.mlp import MlpFit, fit_mlp
-from saffe_cache.retrieval.propagation import LabelPropagation, fit_zlap
 from saffe_cache.retrieval.scores import candidate_scores
 from saffe_cache.store.reader import EncoderCache
 
@@ -65,20 +66,20 @@ class Material:
     def text(self) -> EncoderCache:
         return self.setting.inputs.text
 
+    @property
+    def all_pairs(self) -> tuple[Pairs, Pairs, Pairs]:
+        """Of training, of validation, and reported."""
+        return self.training, self.validation, self.setting.pairs
+
     @cached_property
-    def features(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def features(self) -> list[np.ndarray]:
         """Summaries of the training, validation and reported photos, [photos, 2 P d] each."""
-        training, validation, reported = (
-            summaries(self.gallery, pairs.rows, self.layers)
-            for pairs in (self.training, self.validation, self.setting.pairs)
-        )
-        return training, validation, reported
+        return [summaries(self.gallery, pairs.rows, self.layers) for pairs in self.all_pairs]
 
     @cached_property
     def validation_search(self) -> SearchProtocol:
         """The search over the validation pairs whose score tunes every baseline."""
-        spec = self.setting.spec
-        return self.protocol.search_kind(spec)(Setting(self.setting.inputs, self.validation))
+        return self.protocol.search_kind(self.setting.spec)(Setting(self.setting.inputs, self.validation))
 
     def validate(self, gallery: np.ndarray, queries: np.ndarray) -> float:
         """The validation score of unit vectors."""
@@ -111,13 +112,17 @@ class Material:
             queries = map_queries(queries)
         return self.protocol.vectors_answer(gallery, queries)
 
+    def fit_ridge(self, training: np.ndarray, validation: np.ndarray) -> LinearMap:
+        """From photos' features, or the texts that they are fused with, to the mean of their texts' vectors."""
+        return fit_ridge(
+            training,
+            mean_text_vectors(self.training, self.text),
+            lambda fit: self.validate(unit_rows(fit(validation)), self.validation_queries),
+        )
+
     @cached_property
     def ridge(self) -> LinearMap:
-        return fit_ridge(
-            self.features[0],
-            mean_text_vectors(self.training, self.text),
-            lambda fit: self.validate(unit_rows(fit(self.features[1])), self.validation_queries),
-        )
+        return self.fit_ridge(*self.features[:2])
 
     @cached_property
     def mlp(self) -> MlpFit:
@@ -215,10 +220,8 @@ def _zlap(of: Material) -> Answers:
         raise AbsentError("fewer than 100 photos to propagate over")
     assert of.queries is not None
     classes = of.queries.T
-    own = [of.own_vectors(pairs) for pairs in (of.training, of.validation, of.setting.pairs)]
-    images = [
-        unit_rows(features) if vectors is None else vectors for features, vectors in zip(of.features, own, strict=True)
-    ]
+    own = map(of.own_vectors, of.all_pairs)
+    images = [unit_rows(features) if one is None else one for features, one in zip(of.features, own, strict=True)]
     similar = [unit_rows(of.ridge(features)) @ classes for features in of.features]
 
     def validate(fit: LabelPropagation) -> float:
@@ -232,26 +235,13 @@ def _text_only(of: Material) -> Answers:
 
 
 def _text_only_linear(of: Material) -> Answers:
-    known, validation, reported = (of.paired_texts(pairs) for pairs in (of.training, of.validation, of.setting.pairs))
-    linear = fit_ridge(
-        known,
-        mean_text_vectors(of.training, of.text),
-        lambda fit: of.validate(unit_rows(fit(validation)), of.validation_queries),
-    )
-    return of.answers(unit_rows(linear(reported)))
+    training, validation, reported = map(of.paired_texts, of.all_pairs)
+    return of.answers(unit_rows(of.fit_ridge(training, validation)(reported)))
 
 
 def _concat_mlp(of: Material) -> Answers:
     texts = of.paired_texts(of.setting.pairs)
     return of.answers(of.concat_mlp.gallery(of.features[2], texts), of.concat_mlp.queries)
-
-
-def _late_fusion_ridge(of: Material) -> Answers:
-    return _late_fusion(of, lambda features: unit_rows(of.ridge(features)), None)
-
-
-def _late_fusion_mlp(of: Material) -> Answers:
-    return _late_fusion(of, of.mlp.gallery, of.mlp.queries)
 
 
 def _late_fusion(
@@ -298,8 +288,15 @@ BASELINES: dict[str, Baseline] = {
     "image_only_ridge": Baseline("ridge regression from photo features, without the paired text", _ridge),
     "image_only_mlp": Baseline("an MLP on photo features, without the paired text", _mlp, is_slow=True),
     "concat_mlp": Baseline("an MLP on photo features and the paired text's vector", _concat_mlp, is_slow=True),
-    "late_fusion_ridge": Baseline("a weighted sum of image_only_ridge and text_only", _late_fusion_ridge),
-    "late_fusion_mlp": Baseline("a weighted sum of image_only_mlp and its text vector", _late_fusion_mlp, is_slow=True),
+    "late_fusion_ridge": Baseline(
+        "a weighted sum of image_only_ridge and text_only",
+        lambda of: _late_fusion(of, lambda features: unit_rows(of.ridge(features)), None),
+    ),
+    "late_fusion_mlp": Baseline(
+        "a weighted sum of image_only_mlp and its text vector",
+        lambda of: _late_fusion(of, of.mlp.gallery, of.mlp.queries),
+        is_slow=True,
+    ),
 }
 
 
@@ -337,13 +334,9 @@ def log_odds(logits: np.ndarray) -> np.ndarray:
     rows, top = np.arange(len(logits)), logits.argmax(axis=1)
     highest, rest = logits[rows, top].astype(np.float64), logits.astype(np.float64)
     rest[rows, top] = -np.inf
-    others = _log_sum(rest)
+    most = rest.max(axis=1)
+    others = most + np.log(np.exp(rest - most[:, None]).sum(axis=1))
     chances = logits - np.logaddexp(highest, others)[:, None]
     odds = np.asarray(chances - np.log1p(-np.exp(chances).clip(max=0.5)))  # but the highest, none has more than a half
     odds[rows, top] = highest - others
     return odds
-
-
-def _log_sum(values: np.ndarray) -> np.ndarray:
-    most = values.max(axis=1, keepdims=True)
-    return np.asarray(most[:, 0] + np.log(np.exp(values - most).sum(axis=1)))

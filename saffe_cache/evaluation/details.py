@@ -122,19 +122,13 @@ def write_details(out: Path, details: Details) -> None:
 
 
 def read_details(out: Path) -> Details:
-    """
-    Raises:
-        ValueError: it is damaged, or of another version.
-        FileNotFoundError: there is none.
-    """
+    """What `write_details` wrote; ValueError where it is damaged or of another version."""
     path = out / NAME
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if int(arrays["version"]) != _VERSION:
                 raise ValueError(f"version {arrays['version']}, this release reads {_VERSION}")
-            details = _read(arrays)
-            _check(details)
-            return details
+            return _read(arrays)
     except (KeyError, ValueError, TypeError, IndexError, EOFError, RecursionError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: damaged or of another version ({error}). Evaluate again.") from None
 
@@ -150,14 +144,13 @@ def _read(arrays: Mapping[str, np.ndarray]) -> Details:
             )
         systems[name] = SystemDetails(**own)
     plain: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
-    return Details(systems=systems, **plain, **texts)
+    details = Details(systems=systems, **plain, **texts)
+    _check(details)
+    return details
 
 
 def _check(details: Details) -> None:
-    """
-    Raises:
-        ValueError: arrays do not fit each other, or name a photo that is none.
-    """
+    """Raise ValueError where arrays do not fit each other, or name a photo that is none."""
     count, num_photos = len(details.shown), len(details.photo_ids)
     fits = [
         all(len(of) == count for of in (details.answers, details.asking, details.num_relevant)),
@@ -183,18 +176,13 @@ def _check(details: Details) -> None:
 
 
 def check_means(folder: Path, details: Details, means: Mapping[str, float]) -> None:
-    """
-    Raises:
-        ValueError: the details belong to another evaluation than the main metric of each system.
-    """
+    """Raise ValueError where details belong to another evaluation than `means`, the main metric of each system."""
     for name, system in details.systems.items():
         found, expected = float(system.metric.mean()), means.get(name)
         if expected is None or abs(found - expected) > 1e-9:
             other = "nothing" if expected is None else f"{expected:.6f}"
-            raise ValueError(
-                f"{folder / NAME}: {details.main_metric} of {name} is {found:.6f}, result.json says {other}: they "
-                "belong to two evaluations. Evaluate again."
-            )
+            both = f"{details.main_metric} of {name} is {found:.6f}, result.json says {other}"
+            raise ValueError(f"{folder / NAME}: {both}: they belong to two evaluations. Evaluate again.")
 
 
 def _inside(numbers: np.ndarray, low: int, high: int) -> bool:
@@ -207,11 +195,10 @@ def show_classes(section: Section, details: Details, ranked: list[str]) -> None:
     `ranked`: the systems to draw, the FAM first and the best baselines next.
     """
     shown = [name for name in ranked if name in details.systems]
-    if details.systems[shown[0]].classes is None:
+    classes = details.systems[shown[0]].classes
+    if classes is None:
         return
     section.figures += [_precision_recall(details, shown[:_MOST_CURVES]), _per_class(details, shown[:_MOST_BARS])]
-    classes = details.systems[shown[0]].classes
-    assert classes is not None
     counts, names = classes.confusion, details.class_names
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     if len(names) <= _MOST_CLASSES:
@@ -227,16 +214,24 @@ def show_classes(section: Section, details: Details, ranked: list[str]) -> None:
                 texts=[[f"{100 * share:.0f}" if share >= 0.005 else "" for share in row] for row in shares],
             )
         )
-    confused = _confused(names, counts, shares)
-    section.tables += [confused] if confused.rows else []
+    wrong = counts - np.diag(np.diag(counts))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_CONFUSED]
+    rows = tuple(
+        plain_row(names[true], names[nearest], str(wrong[true, nearest]), percent(shares[true, nearest]))
+        for true, nearest in zip(*np.unravel_index(order, wrong.shape), strict=True)
+        if wrong[true, nearest]
+    )
+    if rows:
+        header = ("true class", "nearest class text", "photos", "percent of the class")
+        section.tables.append(Table("What the FAM confuses most.", header, rows, folded=True))
 
 
 def _precision_recall(details: Details, shown: list[str]) -> CurvePlot:
-    curves = []
-    for name in shown:
-        of = details.systems[name].classes
-        if of is not None:
-            curves.append(Curve(_label(name), (100 * RECALLS).tolist(), (100 * of.precision.mean(axis=0)).tolist()))
+    curves = [
+        Curve(_label(name), (100 * RECALLS).tolist(), (100 * of.precision.mean(axis=0)).tolist())
+        for name in shown
+        if (of := details.systems[name].classes)
+    ]
     return CurvePlot(
         name="precision-recall",
         caption="Precision over recall, mean over classes; interpolated for this drawing only (map is not).",
@@ -258,20 +253,6 @@ def _per_class(details: Details, shown: list[str]) -> ClassPlot:
         classes=[details.query_classes[query] for query in worst],
         systems=[(_label(name), (100 * details.systems[name].metric[worst]).tolist()) for name in shown],
     )
-
-
-def _confused(names: tuple[str, ...], counts: np.ndarray, shares: np.ndarray) -> Table:
-    """The pairs of classes that are confused most."""
-    wrong = counts - np.diag(np.diag(counts))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_CONFUSED]
-    places = zip(*np.unravel_index(order, wrong.shape), strict=True)
-    rows = tuple(
-        plain_row(names[true], names[nearest], str(wrong[true, nearest]), percent(shares[true, nearest]))
-        for true, nearest in places
-        if wrong[true, nearest]
-    )
-    header = ("true class", "nearest class text", "photos", "percent of the class")
-    return Table("What the FAM confuses most.", header, rows, folded=True)
 
 
 def _label(name: str) -> str:

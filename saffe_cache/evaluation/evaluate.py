@@ -1,35 +1,40 @@
-"""Index a run's fused vectors, search them, and report every number with baselines, controls and chance."""
+"""Index a run's fused vectors, search them, and report every number with baselines, controls and chance.
+
+Protocols measure their controls (see `Protocol.measure_controls`) and know their levels. With null text in the gallery
+each must be at chance; with paired texts, at what the texts or the photos find alone.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from saffe_cache.core.atomic_io import hold_folder, remove_partial_files
+from saffe_cache.core.controls import Control, failed
 from saffe_cache.core.devices import choose_device, peak_memory_mb
 from saffe_cache.core.options import require
 from saffe_cache.core.outputs import CONFIG, RESULT, provenance, write_json
 from saffe_cache.evaluation.baselines import BASELINES, Material, fit_baselines, left_out
 from saffe_cache.evaluation.config import EvaluateConfig
-from saffe_cache.evaluation.controls import duplicates, failures, fusing_flops, run_controls, sensitivity
 from saffe_cache.evaluation.details import write_details
 from saffe_cache.evaluation.results import FAM, Cost, Difference, EvaluationResult, Index, numbers_of
 from saffe_cache.evaluation.single_queries import details_of
-from saffe_cache.fusion.base import Fusion
+from saffe_cache.fusion.base import Fusion, counted_flops
 from saffe_cache.inputs.feature_loader import FamInputs
 from saffe_cache.inputs.pairs import Pairs, reported_fingerprint, same_training_pairs
-from saffe_cache.inputs.spec import RunSpec
-from saffe_cache.protocols.base import LEAKY_GALLERY, NULL_GALLERY, Protocol
+from saffe_cache.protocols.base import LEAKY_GALLERY, NULL_GALLERY, Level, Protocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
-from saffe_cache.protocols.setting import Answered, Setting
+from saffe_cache.protocols.setting import Setting
 from saffe_cache.retrieval.index import build_index, recall_of_index, require_size, save_index
 from saffe_cache.retrieval.metrics import paired_bootstrap
 from saffe_cache.retrieval.scores import Scores
-from saffe_cache.store.reader import Cache, open_cache
+from saffe_cache.store.reader import open_cache
 from saffe_cache.training.result import TrainResult
 from saffe_cache.training.runs import load_permuted, load_run
 
@@ -39,29 +44,22 @@ logger = logging.getLogger(__name__)
 
 INDEX_KS = (10, 100)
 """At which an approximate index is compared with a flat one."""
+LEAST_SENSITIVITY = {"image": 0.2, "text": 0.05}
+"""Mean distances of unit vectors below which a fusion does not look at its photo, or at its text."""
+_SENSITIVITY_PHOTOS = 256
+_FLOPS_BATCH = 8
 
 
 @dataclass(frozen=True)
 class _Run:
     """A finished run, loaded."""
 
-    spec: RunSpec
     model: Fusion
     permuted: Fusion | None
     """The control that was trained on permuted pairs."""
     result: TrainResult
     training: Pairs
     validation: Pairs
-
-    @staticmethod
-    def load(folder: str, cache: Cache, device: str) -> _Run:
-        spec, model, result = load_run(folder, cache)
-        training, validation = same_training_pairs(spec, cache, folder)
-        permuted = load_permuted(folder, spec, cache)
-        for one in (model, permuted):
-            if one is not None:
-                one.to(device)
-        return _Run(spec, model, permuted, result, training, validation)
 
 
 def evaluate(config: EvaluateConfig) -> str:
@@ -74,31 +72,36 @@ def evaluate(config: EvaluateConfig) -> str:
     started = time.perf_counter()
     torch.manual_seed(config.seed)
     cache, device = open_cache(config.cache), choose_device(config.device)
-    run = _Run.load(config.run, cache, device)
-    name = own_protocol(run.spec) if config.protocol == "auto" else config.protocol
-    protocol = _protocol(config, cache, run, name, device)
+    spec, model, trained = load_run(config.run, cache)
+    permuted = load_permuted(config.run, spec, cache)
+    permuted = None if permuted is None else permuted.to(device)
+    run = _Run(model.to(device), permuted, trained, *same_training_pairs(spec, cache, config.run))
+    name = own_protocol(spec) if config.protocol == "auto" else config.protocol
+    protocol = _protocol(config, FamInputs(cache, spec, device), run, name)
     logger.info("%s protocol: %d photos of split %s.", name, len(protocol.setting.pairs), config.split)
     leak = "-leak" if config.leak_true_text else ""
     out = Path(config.out or Path(config.run) / f"{config.split}-{name}{leak}")
     with hold_folder(out):
         remove_partial_files(out)
         fam = protocol.answer(run.model, protocol.setting.honest())
-        layers = tuple(cache.encoders[run.spec.gallery_key].layers)
-        layers = layers if config.baseline_layers == "cache" else run.spec.gallery_layers
+        is_all = config.baseline_layers == "cache"
+        layers = tuple(cache.encoders[spec.gallery_key].layers) if is_all else spec.gallery_layers
         baselines, absent = fit_baselines(Material(protocol, run.training, run.validation, layers), config.baselines)
         (out / RESULT).unlink(missing_ok=True)  # of an evaluation with other options
-        write_json(out / CONFIG, {"run": asdict(run.spec), **provenance(config)})
-        write_details(out, details_of(protocol, {FAM: fam, **baselines}))
-        _result(config, protocol, run, fam, baselines, absent, out, started).save(out)
+        write_json(out / CONFIG, {"run": asdict(spec), **provenance(config)})
+        systems = {FAM: fam, **baselines}
+        write_details(out, details_of(protocol, systems))
+        scores = {name: of.scores for name, of in systems.items()}
+        _result(config, protocol, run, scores, absent, out, started).save(out)
     return str(out)
 
 
-def _protocol(config: EvaluateConfig, cache: Cache, run: _Run, name: str, device: str) -> Protocol:
+def _protocol(config: EvaluateConfig, inputs: FamInputs, run: _Run, name: str) -> Protocol:
     """The protocol over the pairs of the split."""
     kind = load_protocol(name)
-    pairs = kind.select(cache, run.spec, config.split)
+    pairs = kind.select(inputs.cache, inputs.spec, config.split)
     require_size(config.index, len(pairs))
-    setting = Setting(FamInputs(cache, run.spec, device), pairs, run.training.rows, config.seed)
+    setting = Setting(inputs, pairs, run.training.rows, config.seed)
     if config.leak_true_text:
         require(kind.can_leak, "leak_true_text", f"--protocol {name}", "one that searches photos with null text")
         setting = setting.with_true_texts()
@@ -109,14 +112,12 @@ def _result(
     config: EvaluateConfig,
     protocol: Protocol,
     run: _Run,
-    fam: Answered,
-    baselines: dict[str, Answered],
+    systems: dict[str, Scores],
     absent: dict[str, str],
     out: Path,
     started: float,
 ) -> EvaluationResult:
-    setting = protocol.setting
-    fitted = {name: of.scores for name, of in baselines.items()}
+    setting, fitted = protocol.setting, {name: of for name, of in systems.items() if name != FAM}
     controls, measured = run_controls(protocol, run.model, run.permuted, fitted)
     moves, shared = sensitivity(setting, run.model), duplicates(setting.pairs, run.training)
     why_no_permuted = protocol.why_no_permuted()
@@ -132,10 +133,10 @@ def _result(
         num_photos=len(setting.pairs),
         num_queries=len(protocol.units),
         num_unusable_items=setting.pairs.num_unusable,
-        systems={name: numbers_of(scores) for name, scores in {FAM: fam.scores, **fitted}.items()},
+        systems={name: numbers_of(scores) for name, scores in systems.items()},
         descriptions={name: BASELINES[name].description for name in fitted},
         absent=absent | ({"control pairs_permuted": why_no_permuted} if why_no_permuted else {}),
-        differences={} if config.baselines == "none" else differences(fam.scores, fitted, protocol),
+        differences={} if config.baselines == "none" else differences(systems[FAM], fitted, protocol),
         controls=controls,
         control_scores={name: numbers_of(scores) for name, scores in measured.items()},
         sensitivity=moves,
@@ -149,7 +150,7 @@ def _result(
             evaluation_seconds=round(time.perf_counter() - started, 1),
             evaluation_peak_memory_mb=peak_memory_mb(),
         ),
-        run=run.spec,
+        run=setting.spec,
     )
 
 
@@ -184,8 +185,7 @@ def _warnings(config: EvaluateConfig, protocol: Protocol) -> list[str]:
     found += protocol.warnings()
     if not spec.shape.entry.is_deterministic:
         found.append(f"fusion {spec.shape.fusion} draws random numbers in evaluation too: repeated runs differ.")
-    if protocol.setting.pairs.num_unusable:
-        num_unusable = protocol.setting.pairs.num_unusable
+    if num_unusable := protocol.setting.pairs.num_unusable:
         found.append(f"{num_unusable} items of the split are left out: see saffe cache inspect.")
     return found
 
@@ -201,3 +201,77 @@ def _write_index(config: EvaluateConfig, protocol: Protocol, model: Fusion, out:
         flat = build_index(vectors, ids, setting.seed)
         recall = {str(k): recall_of_index(index, flat, queries, k) for k in INDEX_KS if k <= len(vectors)}
     return Index(kind=config.index, bytes_per_vector=bytes_per_vector, parameters=index.parameters, recall=recall)
+
+
+def run_controls(
+    protocol: Protocol, model: Fusion, permuted: Fusion | None, baselines: Mapping[str, Scores]
+) -> tuple[dict[str, Control], dict[str, Scores]]:
+    """The verdict on every control of a protocol, and all its scores; `baselines` are what some are compared with."""
+    measured = protocol.measure_controls(model, permuted)
+    levels = protocol.control_levels(model, permuted, measured, baselines)
+    verdicts = {}
+    for name, scores in measured.items():
+        metric = protocol.control_metric(name)
+        level = levels.get(name) or Level(scores[metric].chance, scores[metric].error)
+        verdicts[name] = Control.at_most(name, metric, scores[metric].value, *level)
+    return verdicts, measured
+
+
+@torch.inference_mode()
+def sensitivity(setting: Setting, model: Fusion) -> dict[str, float]:
+    """How far the fused vector moves when another photo, or another text, takes the place: mean distances, 0 to 2.
+
+    `to_image` = E |f(x, t) - f(x', t)|, and with paired texts `to_text` = E |f(x, t) - f(x, t')|.
+    """
+    pairs, inputs = setting.pairs, setting.inputs
+    chosen = np.random.default_rng(setting.seed).permutation(len(pairs))[:_SENSITIVITY_PHOTOS]
+    rolled = np.roll(chosen, 1)
+
+    def vectors(photos: np.ndarray, texts: np.ndarray) -> torch.Tensor:
+        states, mask = inputs.photos(pairs.rows[photos])
+        beside = None if pairs.beside is None else inputs.texts(pairs.beside[texts])
+        return model(states, mask, beside)  # type: ignore[no-any-return]
+
+    others = {"to_image": (rolled, chosen)} | ({} if pairs.beside is None else {"to_text": (chosen, rolled)})
+    own = vectors(chosen, chosen)
+    return {part: float((own - vectors(*other)).norm(dim=1).mean()) for part, other in others.items()}
+
+
+def duplicates(pairs: Pairs, training: Pairs) -> dict[str, int]:
+    """Photos and texts, by content, that the reported pairs share with those that the run was trained on."""
+    return {
+        "photos": int(np.isin(pairs.rows, training.rows).sum()),
+        "texts": int(np.isin(np.unique(pairs.texts.values), training.texts.values).sum()),
+    }
+
+
+@torch.enable_grad()
+def fusing_flops(model: Fusion, protocol: Protocol) -> int:
+    """FLOPs of fusing one photo, two for each multiplication and addition: mean over the gallery's first photos.
+
+    The encoders are not counted, but blocks of theirs that the fusion runs are. A photo's text is its own, or with
+    candidates a class's, padded to the longest of the batch; re-ranking counts the first stage, the photo alone.
+    With gradients, without which torch's counter fails on parameters that a module is called with.
+    """
+    pairs, inputs, texts = protocol.setting.pairs, protocol.setting.inputs, protocol.fused_texts()
+    states, mask = inputs.photos(pairs.rows[:_FLOPS_BATCH])
+    with_texts = None if texts is None else inputs.texts(texts[:_FLOPS_BATCH])
+    with counted_flops() as counter:
+        model(states, mask, with_texts)
+    return round(int(counter.get_total_flops()) / len(states[0]))
+
+
+def failures(
+    controls: Mapping[str, Control], moves: Mapping[str, float], shared: Mapping[str, int], has_permuted: bool
+) -> list[str]:
+    """Why the numbers must not be used, one line each; nothing where they may be."""
+    found = failed(controls.values())
+    if not has_permuted:
+        found.append("no control was trained on permuted pairs (train with --control-epochs above 0)")
+    for part, least in LEAST_SENSITIVITY.items():
+        moved = moves.get(f"to_{part}")
+        if moved is not None and moved < least:
+            found.append(f"another {part} moves the fused vector by {moved:.3f}, expected at least {least}")
+    if shared["photos"]:
+        found.append(f"{shared['photos']} photos were trained on")
+    return found

@@ -11,7 +11,7 @@ from saffe_cache.core.controls import Control
 from saffe_cache.core.figures import Dot, DotPlot
 from saffe_cache.core.outputs import CONFIG, read_json
 from saffe_cache.core.results import Measurement, Result, Section
-from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, flops, interval_cell, percent
+from saffe_cache.core.tables import ABSENT, Cell, Row, RowKind, Table, duration, flops, interval_cell, percent
 from saffe_cache.evaluation.details import NAME, check_means, read_details, show_classes
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.metrics import metric_named
@@ -171,10 +171,8 @@ class EvaluationResult(Result):
         for best in self.ranked_baselines()[:1]:
             value = self.main(best).value
             if (value > own) if metric.higher_is_better else (value < own):
-                return [
-                    f"the baseline {best} is better than the FAM: {self.main_metric} {metric.show(value)} against "
-                    f"{metric.show(own)}."
-                ]
+                numbers = f"{self.main_metric} {metric.show(value)} against {metric.show(own)}"
+                return [f"the baseline {best} is better than the FAM: {numbers}."]
         return []
 
     def _metrics(self) -> list[str]:
@@ -186,24 +184,18 @@ class EvaluationResult(Result):
         names, fam = self._metrics(), self.systems[FAM]
         chances = tuple(Cell(metric_named(name).show(fam[name].chance)) for name in names)
         rows = [Row(Cell("chance", "a random order"), chances, "chance")]
-        for name, control in self.controls.items():
-            verdict = "holds" if control.passed else "FAILED"
-            head = Cell(f"control: {name}", f"{verdict}: {control.sentence.partition(': ')[2]}")
-            rows.append(
-                Row(head, self._cells(self.control_scores[name], names), "control" if control.passed else "failed")
-            )
-        rows.append(Row(Cell("FAM", "this run"), self._cells(self.systems[FAM], names), "fam"))
-        ranked = self.ranked_baselines()
-        rows += [
-            Row(Cell(system, "baseline"), self._cells(self.systems[system], names), "baseline")
-            for system in [*ranked, *(name for name in self.systems if name not in (FAM, *ranked))]
-        ]
-        caption = "Percent, with 95 % bootstrap intervals over photos."
-        return Table(caption, ("", *names), tuple(rows))
 
-    @staticmethod
-    def _cells(numbers: Numbers, names: list[str]) -> tuple[Cell, ...]:
-        return tuple(_cell(name, numbers.get(name)) for name in names)
+        def add(numbers: Numbers, name: str, note: str, kind: RowKind) -> None:
+            rows.append(Row(Cell(name, note), tuple(_cell(metric, numbers.get(metric)) for metric in names), kind))
+
+        for name, control in self.controls.items():
+            note = f"{'holds' if control.passed else 'FAILED'}: {control.sentence.partition(': ')[2]}"
+            add(self.control_scores[name], f"control: {name}", note, "control" if control.passed else "failed")
+        add(fam, "FAM", "this run", "fam")
+        ranked = self.ranked_baselines()
+        for name in [*ranked, *(name for name in self.systems if name not in (FAM, *ranked))]:
+            add(self.systems[name], name, "baseline", "baseline")
+        return Table("Percent, with 95 % bootstrap intervals over photos.", ("", *names), tuple(rows))
 
     def _texts(self) -> list[str]:
         """What does not fit a table: differences, sensitivity, duplicates, the index, absent systems."""
@@ -219,10 +211,9 @@ class EvaluationResult(Result):
         found.append(f"How far the fused vector moves with another input, 0 to 2: {moves}.")
         found.append(f"Shared with training: {shared}.")
         if self.index.recall:
-            parts = [f"{percent(share)} % of the first {k}" for k, share in self.index.recall.items()]
+            shares = " and ".join(f"{percent(share)} % of the first {k}" for k, share in self.index.recall.items())
             found.append(
-                f"Index {self.index.kind} finds {' and '.join(parts)} that a flat index finds; the numbers above are "
-                "exact."
+                f"Index {self.index.kind} finds {shares} that a flat index finds; the numbers above are exact."
             )
         return [*found, *(f"{name} is absent: {why}." for name, why in self.absent.items())]
 
@@ -241,13 +232,13 @@ class EvaluationResult(Result):
 
     def _dots(self) -> DotPlot:
         """The main metric of every system."""
-        main, dots = self.main_metric, []
-        for system in [FAM, *self.ranked_baselines()]:
-            label, kind = ("FAM", "fam") if system == FAM else (system, "baseline")
-            dots.append(_dot(label, self.main(system), kind))
-        for name, control in self.controls.items():
-            if control.metric == main:
-                dots.append(_dot(name, self.control_scores[name][main], "control"))
+        main, dots = self.main_metric, [_dot("FAM", self.main(), "fam")]
+        dots += [_dot(system, self.main(system), "baseline") for system in self.ranked_baselines()]
+        dots += [
+            _dot(name, self.control_scores[name][main], "control")
+            for name, control in self.controls.items()
+            if control.metric == main
+        ]
         return DotPlot(
             name="systems",
             caption=f"{main} of the FAM, baselines and controls, with 95 % intervals. Across: chance.",
@@ -258,12 +249,9 @@ class EvaluationResult(Result):
 
 
 def _cell(name: str, number: Number | None) -> Cell:
-    if number is None:
-        return Cell(ABSENT)
-    metric = metric_named(name)
-    if metric.is_rank:
-        return Cell(metric.show(number.value))
-    return interval_cell(number.value, number.low, number.high)
+    if number is not None and metric_named(name).is_rank:
+        return Cell(metric_named(name).show(number.value))
+    return Cell(ABSENT) if number is None else interval_cell(number.value, number.low, number.high)
 
 
 def _dot(label: str, number: Number, kind: Any) -> Dot:

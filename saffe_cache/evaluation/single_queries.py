@@ -1,12 +1,11 @@
-"""Collect what single queries find: the first photos of each system, and how it ranks classes; see `details`."""
+"""Collect what `details` stores: the first photos of each system for single queries, and how it ranks classes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from saffe_cache.core.features import Ragged
 from saffe_cache.evaluation.details import RECALLS, ClassDetails, Details, SystemDetails
 from saffe_cache.protocols.base import Protocol
 from saffe_cache.protocols.setting import Answered, Answers, Setting
@@ -26,27 +25,29 @@ def details_of(protocol: Protocol, systems: Mapping[str, Answered]) -> Details:
         shown = np.sort(np.random.default_rng(setting.seed).choice(shown, MOST_QUERIES, replace=False))
     chosen = queries[shown]
     first = {name: _first(of.answers, chosen, setting.seed, by_photo) for name, of in systems.items()}
-    answers = np.array([relevant[int(query)][0] for query in chosen], np.int64)
+    answers = np.array([relevant[query][0] for query in chosen], np.int64)
     asking = chosen if by_photo else answers
     named = np.unique(np.concatenate([answers, asking, *(of.ravel() for of in first.values())]))
-    hashes = setting.cache.table.inputs[setting.inputs.gallery.manifest.modality].content_hash
+    inputs = setting.cache.table.inputs
+    hashes, texts = inputs[setting.inputs.gallery.manifest.modality].content_hash, inputs["text"].texts
+    assert texts is not None
     return Details(
         main_metric=protocol.main_metric,
         shown=shown,
-        texts=_query_texts(protocol, chosen),
+        texts=() if protocol.queries is None else tuple(texts[row] for row in protocol.queries.text_rows[chosen]),
         answers=np.searchsorted(named, answers),
         asking=np.searchsorted(named, chosen) if by_photo else np.full(len(chosen), -1),
         num_relevant=np.diff(relevant.offsets)[chosen],
         photo_ids=tuple(setting.pairs.ids[place] for place in named),
         photo_hashes=hashes[setting.pairs.rows[named]],
-        photo_texts=tuple(_photo_text(setting, int(place)) for place in named),
+        photo_texts=tuple(_photo_text(setting, texts, place) for place in named),
         query_classes=tuple(protocol.class_names[query] for query in queries) if protocol.shows_classes else (),
         class_names=protocol.class_names,
         systems={
             name: SystemDetails(
                 metric=of.scores[protocol.main_metric].of_queries,
                 first=np.searchsorted(named, first[name]),
-                is_relevant=_is_relevant(relevant, chosen, first[name]),
+                is_relevant=np.array([np.isin(row, relevant[q]) for q, row in zip(chosen, first[name], strict=True)]),
                 classes=_class_details(of.answers, protocol) if protocol.shows_classes else None,
             )
             for name, of in systems.items()
@@ -65,29 +66,11 @@ def _first(answers: Answers, queries: np.ndarray, seed: int, by_photo: bool) -> 
     return np.asarray(first[~is_own].reshape(len(first), -1))
 
 
-def _is_relevant(relevant: Ragged, queries: np.ndarray, first: np.ndarray) -> np.ndarray:
-    return np.array([np.isin(of, relevant[int(query)]) for query, of in zip(queries, first, strict=True)])
-
-
-def _query_texts(protocol: Protocol, queries: np.ndarray) -> tuple[str, ...]:
-    if protocol.queries is None:
-        return ()
-    return tuple(_text(protocol.setting, int(row)) for row in protocol.queries.text_rows[queries])
-
-
-def _text(setting: Setting, row: int) -> str:
-    texts = setting.cache.table.inputs["text"].texts
-    assert texts is not None
-    return texts[row]
-
-
-def _photo_text(setting: Setting, place: int) -> str:
+def _photo_text(setting: Setting, texts: Sequence[str], place: int) -> str:
     pairs = setting.pairs
-    if pairs.beside is not None:
-        return _text(setting, int(pairs.beside[place]))
-    if pairs.kind == "classes":
+    if pairs.beside is None and pairs.kind == "classes":
         return ", ".join(setting.cache.table.class_names[label] for label in pairs.labels[place])
-    return _text(setting, int(pairs.texts[place][0]))
+    return texts[int(pairs.texts[place][0] if pairs.beside is None else pairs.beside[place])]
 
 
 def _class_details(answers: Answers, protocol: Protocol) -> ClassDetails:

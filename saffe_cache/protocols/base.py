@@ -90,11 +90,7 @@ class Protocol(ABC):
 
     @classmethod
     def select(cls, cache: Cache, spec: RunSpec, split: str) -> Pairs:
-        """The pairs of a split that a run is measured on.
-
-        Raises:
-            ValueError: the protocol is none for the run, or the split has no usable pair.
-        """
+        """The pairs of a split that a run is measured on; ValueError where protocol, run and split do not fit."""
         gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
         return select_pairs(cache.table, gallery, text, split, cls.pair_kind)
 
@@ -137,9 +133,10 @@ class Protocol(ABC):
     def measure(self, model: Fusion, arrangement: Arrangement) -> Scores:
         return self.answer(model, arrangement).scores
 
-    @abstractmethod
     def vectors_answer(self, gallery: np.ndarray, queries: np.ndarray | None) -> Answers:
         """How a baseline's unit vectors order the gallery; `queries` are None where photos search."""
+        assert queries is not None
+        return Vectors(gallery, queries)
 
     @abstractmethod
     def score(self, answers: Answers) -> Scores:
@@ -206,7 +203,12 @@ class Protocol(ABC):
         metric = self.main_metric
         found: dict[str, Level] = {}
         if self.num_shuffles or measured["photos_shuffled"][metric].interval is None:
-            error = self._spread_of_shuffles(model)
+            generator, texts = np.random.default_rng((self.setting.seed, 1)), self.setting.honest().texts
+            values = [
+                self.measure(model, Arrangement(generator.permutation(texts), texts))[metric].value
+                for _ in range(self.num_shuffles or FEWEST_SHUFFLES)
+            ]
+            error = float(np.std(values, ddof=1))
             found = {name: Level(scores[metric].chance, error) for name, scores in measured.items()}
         dealt = None if permuted is None else self.dealt(permuted)
         return found if dealt is None else found | {"pairs_permuted": Level(*dealt, "class names dealt at random")}
@@ -218,16 +220,6 @@ class Protocol(ABC):
         alike to it, so that a ranking that knows nothing holds them together, early or late.
         """
         return None
-
-    def _spread_of_shuffles(self, model: Fusion) -> float:
-        """Standard deviation of the main metric over shuffles of the photos."""
-        generator = np.random.default_rng((self.setting.seed, 1))
-        texts = self.setting.honest().texts
-        values = [
-            self.measure(model, Arrangement(generator.permutation(texts), texts))[self.main_metric].value
-            for _ in range(self.num_shuffles or FEWEST_SHUFFLES)
-        ]
-        return float(np.std(values, ddof=1))
 
 
 class SearchProtocol(Protocol):
@@ -258,19 +250,15 @@ class SearchProtocol(Protocol):
         vectors = Vectors(self.setting.gallery(model, arrangement), self.setting.queries(model, self.queries))
         return Answered(self.score_vectors(*vectors), vectors)
 
-    def vectors_answer(self, gallery: np.ndarray, queries: np.ndarray | None) -> Answers:
-        assert queries is not None
-        return Vectors(gallery, queries)
-
     def score(self, answers: Answers) -> Scores:
         assert isinstance(answers, Vectors)
         return self.score_vectors(*answers)
 
-    def with_constant_queries(self, model: Fusion) -> Scores:
-        """The control queries_constant: every text that searches is the same."""
+    def own_controls(self, model: Fusion, shuffled: np.ndarray) -> dict[str, Scores]:
+        """queries_constant: every text that searches is the same."""
         same = replace(self.queries, vectors=np.tile(self.queries.vectors[:1], (len(self.queries), 1)))
         gallery = self.setting.gallery(model, self.setting.honest())
-        return self.score_vectors(gallery, self.setting.queries(model, same))
+        return {"queries_constant": self.score_vectors(gallery, self.setting.queries(model, same))}
 
     def validation_score(self, gallery: np.ndarray, queries: np.ndarray) -> float:
         """The main metric of unit vectors."""

@@ -1,6 +1,8 @@
-"""Class names search photos (M1)."""
+"""Class names search photos (M1); and photos search the other photos of their class (M4)."""
 
 from __future__ import annotations
+
+from functools import cached_property
 
 import numpy as np
 
@@ -8,11 +10,12 @@ from saffe_cache.core.features import Ragged
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.pairs import Pairs, class_vectors, require_classes
 from saffe_cache.inputs.spec import RunSpec
-from saffe_cache.protocols.base import NULL_GALLERY, SearchProtocol
-from saffe_cache.protocols.setting import Answers, ClassScores, Queries, Setting
+from saffe_cache.protocols.base import NULL_GALLERY, NUM_SHUFFLES, Protocol, SearchProtocol
+from saffe_cache.protocols.registry import load_protocol, own_protocol
+from saffe_cache.protocols.setting import Answered, Answers, Arrangement, ClassScores, Queries, Setting, Vectors
 from saffe_cache.retrieval.metrics import metric_named, metrics_of
 from saffe_cache.retrieval.ranking import members, top_k
-from saffe_cache.retrieval.scores import Scores, candidate_scores, class_scores
+from saffe_cache.retrieval.scores import Scores, candidate_scores, class_scores, image_scores, others_of_classes
 from saffe_cache.store.reader import Cache
 
 CLASS_BASELINES = ("ridge", "mlp", "zero_shot", "pooled_cosine", "linear_probe", "class_means", "zlap")
@@ -69,9 +72,6 @@ class ClassProtocol(SearchProtocol):
     def difference_units(self, metric: str) -> np.ndarray | None:
         return label_units(metric, len(self.setting.pairs))
 
-    def own_controls(self, model: Fusion, shuffled: np.ndarray) -> dict[str, Scores]:
-        return {"queries_constant": self.with_constant_queries(model)}
-
     def control_metric(self, control: str) -> str:
         # the same query for all classes ranks one class first, which AP sees; which class is nearest stays open
         return "top1" if control == "queries_constant" else self.main_metric
@@ -92,13 +92,7 @@ def dealt_map(scores: np.ndarray, labels: Ragged, *, deals: int = 200, seed: int
     """Mean and standard deviation of mAP when the class names are dealt at random to the rankings.
 
     This is the level of rankings that cannot distinguish the classes. It is above the chance of a random order where
-    photos of a class are similar: a whole class then ranks high or low.
-
-    Args:
-        scores: [photos, classes].
-        labels: the classes of each photo.
-        deals: number of draws.
-        seed: of the draws.
+    photos of a class are similar: a whole class then ranks high or low. `scores` [photos, classes].
     """
     num_photos, num_classes = scores.shape
     of_classes = members(labels, num_classes)
@@ -117,3 +111,42 @@ def dealt_map(scores: np.ndarray, labels: Ragged, *, deals: int = 200, seed: int
     columns = np.arange(len(present))
     drawn = [precision[generator.permutation(num_classes)[: len(present)], columns].mean() for _ in range(deals)]
     return float(np.mean(drawn)), float(np.std(drawn))
+
+
+class ImageProtocol(Protocol):
+    """The gallery searches itself; a photo is not among its own results."""
+
+    name = "image"
+    definition = f"each photo searches the other photos of its class (M4); {NULL_GALLERY}"
+    baselines = ("summary_cosine", "ridge", "pooled_cosine")
+    num_shuffles = NUM_SHUFFLES
+
+    @classmethod
+    def metric_names(cls, cache: Cache, spec: RunSpec) -> list[str]:
+        return list(metrics_of("images"))
+
+    @classmethod
+    def search_kind(cls, spec: RunSpec) -> type[SearchProtocol]:
+        return load_protocol(own_protocol(spec)).search_kind(spec)
+
+    @cached_property
+    def relevant(self) -> Ragged:
+        return others_of_classes(self.setting.pairs.labels)
+
+    @property
+    def units(self) -> np.ndarray:
+        return np.arange(len(self.setting.pairs))
+
+    def answer(self, model: Fusion, arrangement: Arrangement) -> Answered:
+        answers = self.vectors_answer(self.setting.gallery(model, arrangement))
+        return Answered(self.score(answers), answers)
+
+    def vectors_answer(self, gallery: np.ndarray, queries: np.ndarray | None = None) -> Vectors:
+        return Vectors(gallery, gallery)
+
+    def score(self, answers: Answers) -> Scores:
+        assert isinstance(answers, Vectors)
+        return image_scores(answers.gallery, self.setting.pairs.labels, seed=self.setting.seed)
+
+    def why_no_permuted(self) -> str:
+        return "photos of a class are similar whatever the run was trained on"

@@ -25,10 +25,10 @@ class Entry(NamedTuple):
 PROTOCOLS: dict[str, Entry] = {
     "caption": Entry("caption:CaptionProtocol", "captions search photos, and photos search captions"),
     "class": Entry("classes:ClassProtocol", "class names search photos"),
-    "metadata": Entry("metadata:MetadataProtocol", "captions search photos that are fused with their first caption"),
-    "candidate": Entry("candidate:CandidateProtocol", "every photo is fused with every class and scored"),
-    "rerank": Entry("rerank:RerankProtocol", "the first results of caption or class are fused with the query"),
-    "image": Entry("image:ImageProtocol", "photos search photos of their class"),
+    "metadata": Entry("caption:MetadataProtocol", "captions search photos that are fused with their first caption"),
+    "candidate": Entry("fused_pairs:CandidateProtocol", "every photo is fused with every class and scored"),
+    "rerank": Entry("fused_pairs:RerankProtocol", "the first results of caption or class are fused with the query"),
+    "image": Entry("classes:ImageProtocol", "photos search photos of their class"),
 }
 
 

@@ -50,12 +50,8 @@ class Queries:
         usable = np.flatnonzero(np.diff(self.relevant.offsets))
         if len(usable) > most:
             usable = np.sort(np.random.default_rng(seed).choice(usable, most, replace=False))
-        return Queries(
-            text_rows=self.text_rows[usable],
-            vectors=self.vectors[usable],
-            relevant=Ragged.from_rows(self.relevant[int(i)] for i in usable),
-            units=self.units[usable],
-        )
+        relevant = Ragged.from_rows(self.relevant[int(i)] for i in usable)
+        return Queries(self.text_rows[usable], self.vectors[usable], relevant, self.units[usable])
 
 
 @dataclass(frozen=True)
@@ -77,10 +73,6 @@ class Setting:
     def spec(self) -> RunSpec:
         return self.inputs.spec
 
-    def on(self, pairs: Pairs) -> Setting:
-        """The same run on other pairs."""
-        return replace(self, pairs=pairs, _vectors={})
-
     def honest(self) -> Arrangement:
         places = np.arange(len(self.pairs))
         return Arrangement(places, places)
@@ -99,11 +91,7 @@ class Setting:
         return encode_queries(model, queries.vectors, self.inputs.device)
 
     def with_true_texts(self) -> Setting:
-        """The leak: each photo is fused with a text that searches for it, or with its own class's name.
-
-        Raises:
-            ValueError: no text enters the run's fusion.
-        """
+        """The leak: each photo is fused with a text that searches for it, or with its own class's name."""
         if not self.spec.shape.takes_text:
             fusion = self.spec.shape.fusion
             raise ValueError(f"--leak-true-text: no text enters fusion {fusion}, so nothing can leak. Leave it out.")
@@ -112,7 +100,7 @@ class Setting:
             beside = pairs.texts.values[pairs.texts.offsets[:-1]]
         else:
             beside = np.array([table.class_texts[int(of_photo[0])][0] for of_photo in pairs.labels], np.int64)
-        return self.on(replace(pairs, beside=beside))
+        return replace(self, pairs=replace(pairs, beside=beside), _vectors={})
 
 
 class Vectors(NamedTuple):

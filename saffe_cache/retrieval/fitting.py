@@ -30,14 +30,9 @@ def update(
     clipped: Sequence[nn.Parameter] = (),
     largest_norm: float = math.inf,
 ) -> None:
-    """One step downhill.
+    """One step downhill with an optimiser from `adamw`, at the fraction `rate` of its peak learning rates.
 
-    Args:
-        optimizer: from `adamw`.
-        loss: a scalar.
-        rate: fraction of the peak learning rates.
-        clipped: parameters whose gradient is scaled down, where it is longer than `largest_norm`.
-        largest_norm: of all their gradients together.
+    The gradient of the `clipped` parameters together is scaled down where it is longer than `largest_norm`.
     """
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * rate
@@ -56,13 +51,9 @@ def clip_gradient(parameters: Sequence[nn.Parameter], largest_norm: float) -> No
 
 
 def warmed_cosine(step: int, total: int, rising: int = 0, floor: float = 0.0) -> float:
-    """Fraction of the peak learning rate: a linear rise, then a cosine down to `floor`.
+    """Fraction of the peak learning rate of an update, from 0 to below `total`.
 
-    Args:
-        step: of the update, from 0.
-        total: number of updates.
-        rising: updates of the rise; the last of them is at the peak.
-        floor: what the cosine ends at.
+    A linear rise over `rising` updates, of which the last is at the peak, then a cosine down to `floor`.
     """
     if step < rising:
         return (step + 1) / rising

@@ -28,6 +28,7 @@ import numpy as np
 
 from saffe_cache.core.atomic_io import write_whole
 from saffe_cache.core.features import IndexKind
+from saffe_cache.retrieval.ranking import require_k, require_queries, require_unit_length
 
 _GPU_MOST_RANKS = 2048
 """The longest ranking that faiss returns from a GPU."""
@@ -52,22 +53,15 @@ class RetrievalIndex:
     def rank(self, queries: np.ndarray, k: int | None = None, block: int = 256) -> Iterator[np.ndarray]:
         """Positions of the k best vectors (all by default) in the order in which they were given.
 
-        -1 stands at the end of a row where an approximate index finds fewer.
-
-        Returns int64 [at most `block`, k] for consecutive blocks of queries, so that memory stays bounded.
+        -1 stands at the end of a row where an approximate index finds fewer. Yields int64 [at most `block`, k] for
+        consecutive blocks of queries, so that memory stays bounded.
 
         Raises:
             ValueError: k exceeds the gallery, or the queries are not finite or of another width.
         """
-        size, width = self.index.ntotal, self.index.d
-        k = size if k is None else k
-        if not 1 <= k <= size:
-            raise ValueError(f"k={k} exceeds the gallery ({size} items). Use 1 to {size}.")
-        if queries.ndim != 2 or queries.shape[1] != width:
-            raise ValueError(f"queries: shape {queries.shape}, the index has vectors of width {width}. Give those.")
-        finite = np.isfinite(queries).all(axis=1)
-        if not finite.all():
-            raise ValueError(f"queries: row {int(finite.argmin())} is not finite. Leave it out, or fix the model.")
+        k = self.index.ntotal if k is None else k
+        require_k(k, self.index.ntotal)
+        require_queries(queries, self.index.d, "index")
         return self._rank_blocks(queries, k, block)
 
     def _rank_blocks(self, queries: np.ndarray, k: int, block: int) -> Iterator[np.ndarray]:
@@ -97,9 +91,8 @@ def require_size(kind: IndexKind, num_vectors: int) -> None:
     """
     least = _FEWEST_CLUSTERS.get(kind, 0) * _LEAST_PER_CLUSTER
     if num_vectors < least:
-        raise ValueError(
-            f"index {kind}: {num_vectors} vectors, it learns its clusters from {least} or more. Use flat or hnsw."
-        )
+        found = f"index {kind}: {num_vectors} vectors"
+        raise ValueError(f"{found}, it learns its clusters from {least} or more. Use flat or hnsw.")
 
 
 def build_index(vectors: np.ndarray, ids: tuple[str, ...], seed: int = 0, kind: IndexKind = "flat") -> RetrievalIndex:
@@ -112,11 +105,7 @@ def build_index(vectors: np.ndarray, ids: tuple[str, ...], seed: int = 0, kind: 
     require_size(kind, len(vectors))
     if len(ids) != len(vectors):
         raise ValueError(f"index: {len(vectors)} vectors, {len(ids)} ids. Give one id for each vector.")
-    norms = np.linalg.norm(vectors, axis=1)
-    errors = np.nan_to_num(np.abs(norms - 1), nan=np.inf)
-    if (errors > 1e-3).any():
-        worst = int(errors.argmax())
-        raise ValueError(f"index: the vector of {ids[worst]} has length {norms[worst]:.4g}, expected 1. Normalise it.")
+    require_unit_length(vectors, "index", ids.__getitem__)
     order = np.random.default_rng(seed).permutation(len(vectors))
     index, ordered = _empty_index(kind, len(vectors), vectors.shape[1], seed), vectors[order].astype(np.float32)
     index.train(ordered)
@@ -150,11 +139,7 @@ def _empty_index(kind: IndexKind, num_vectors: int, width: int, seed: int) -> An
 
 
 def recall_of_index(index: RetrievalIndex, exact: RetrievalIndex, queries: np.ndarray, k: int) -> float:
-    """Share of an exact index's first k that another finds among its own first k, mean over queries.
-
-    Raises:
-        ValueError: as for `RetrievalIndex.rank`.
-    """
+    """Share of an exact index's first k that another finds among its own first k, mean over queries."""
     found = [
         np.isin(of_query, expected).mean()
         for blocks in zip(index.rank(queries, k), exact.rank(queries, k), strict=True)
@@ -164,11 +149,7 @@ def recall_of_index(index: RetrievalIndex, exact: RetrievalIndex, queries: np.nd
 
 
 def save_index(index: RetrievalIndex, folder: Path) -> int:
-    """Write `index.faiss`, and `index_ids.json` with the item of each row and the SHA-256 of the other file.
-
-    Returns:
-        The bytes of the former.
-    """
+    """Write `index.faiss`, whose size in bytes is returned, and `index_ids.json` with its SHA-256 and its items."""
     data = faiss.serialize_index(index.index).tobytes()
     content = {"sha256": hashlib.sha256(data).hexdigest(), "ids": list(index.ids), "order": index.order.tolist()}
     write_whole(folder / "index.faiss", data)

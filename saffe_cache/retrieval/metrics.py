@@ -46,11 +46,7 @@ def average_precision_of_ranks(ranks: Ragged, depth: int | None = None) -> np.nd
 
 
 def first_ranks(ranks: Ragged) -> np.ndarray:
-    """Rank of each query's first relevant item, int64 [queries].
-
-    Raises:
-        ValueError: some query has no relevant item.
-    """
+    """Rank of each query's first relevant item, int64 [queries]; every query needs one."""
     _refuse_queries_without_relevant_items(ranks)
     return np.asarray(ranks.values[ranks.offsets[:-1]])
 
@@ -243,12 +239,7 @@ def bootstrap_interval(
 
 
 def unit_totals(values: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and number of the queries' values of each unit that has queries, for `bootstrap_interval`.
-
-    Args:
-        values: [queries].
-        units: int [queries], the photo of each query.
-    """
+    """Sum and number of the queries' values of each unit, for `bootstrap_interval`; `units` int [queries]."""
     _, rows = np.unique(units, return_inverse=True)
     return np.bincount(rows, weights=values), np.bincount(rows)
 
@@ -266,8 +257,6 @@ def paired_bootstrap(
     Args:
         difference: value of the first system minus that of the second, [queries].
         units: int [queries], the photo of each query; a photo's queries are drawn together.
-        seed: of the draws.
-        resamples: number of draws.
 
     Returns:
         mean, low, high.
@@ -290,7 +279,6 @@ def map_interval(order: np.ndarray, ranked: np.ndarray, *, seed: int = 0) -> tup
     Args:
         order: [classes, n], the photo at each rank.
         ranked: bool [classes, n], whether it is relevant; at least one is in each row.
-        seed: of the draws.
     """
     generator = np.random.default_rng(seed)
     num_photos = order.shape[1]

@@ -143,8 +143,7 @@ def fit_mlp(
         seed: of starting weights, order and dropout.
     """
     data = _Data(_tensor(features), _tensor(texts), positives, None if beside is None else _tensor(beside))
-    fits = [_train(data, judge, dropout, epochs, seed) for dropout in dropouts]
-    return max(fits, key=lambda scored: scored[0])[1]
+    return max((_train(data, judge, dropout, epochs, seed) for dropout in dropouts), key=lambda scored: scored[0])[1]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ may therefore be a memory-mapped file that is larger than memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,54 +56,64 @@ class InnerProducts:
     """The scores of vectors, computed exactly, block by block, on reading."""
 
     def __init__(self, gallery: Vectors, queries: np.ndarray) -> None:
-        """Keep the gallery as it is.
-
-        Args:
-            gallery: [n, d], of unit length.
-            queries: [m, d]; only their directions count.
+        """The gallery [n, d], of unit length, is kept as it is; of the queries [m, d] only the directions count.
 
         Raises:
             ValueError: a query is not finite or of another width; on reading, a gallery vector that is not
                 finite or not of unit length.
         """
-        width = gallery.shape[1]
-        if queries.ndim != 2 or queries.shape[1] != width:
-            raise ValueError(f"queries: shape {queries.shape}, the gallery has vectors of width {width}. Give those.")
-        finite = np.isfinite(queries).all(axis=1)
-        if not finite.all():
-            raise ValueError(f"queries: row {int(finite.argmin())} is not finite. Leave it out, or fix the model.")
+        require_queries(queries, gallery.shape[1], "gallery")
         self.shape = (len(queries), gallery.shape[0])
         self._gallery, self._queries = gallery, queries
         self._items: slice | None = None
-        self._columns = np.zeros((width, 0))
+        self._columns = np.zeros((gallery.shape[1], 0))
 
     def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
         """Float64 scores of some queries with some gallery items."""
         rows, items = block
         if items != self._items:
-            self._items, self._columns = items, self._read(items)
-        scores: np.ndarray = self._directions(rows) @ self._columns
+            vectors = np.asarray(self._gallery[items], np.float64)
+            require_unit_length(vectors, "gallery", lambda row: f"row {(items.start or 0) + row}")
+            self._items, self._columns = items, np.asarray(np.rint(vectors * _SCALE).T)
+        queries = np.asarray(self._queries[rows], np.float64)
+        lengths = np.linalg.norm(queries, axis=1, keepdims=True)
+        scores: np.ndarray = np.rint(queries / np.where(lengths > 0, lengths, 1) * _SCALE) @ self._columns
         scores *= _SCALE**-2
         return scores
 
-    def _directions(self, rows: slice) -> np.ndarray:
-        """Queries of unit length in multiples of 2^-26, [queries, d]."""
-        queries = np.asarray(self._queries[rows], np.float64)
-        lengths = np.linalg.norm(queries, axis=1, keepdims=True)
-        return np.rint(queries / np.where(lengths > 0, lengths, 1) * _SCALE)
 
-    def _read(self, items: slice) -> np.ndarray:
-        """Vectors in multiples of 2^-26, [d, items]."""
-        vectors = np.asarray(self._gallery[items], np.float64)
-        lengths = np.linalg.norm(vectors, axis=1)
-        errors = np.nan_to_num(np.abs(lengths - 1), nan=np.inf)
-        if (errors > 1e-3).any():
-            worst = int(errors.argmax())
-            row = (items.start or 0) + worst
-            raise ValueError(
-                f"gallery: the vector of row {row} has length {lengths[worst]:.4g}, expected 1. Normalise it."
-            )
-        return np.asarray(np.rint(vectors * _SCALE).T)
+def require_k(k: int, num_items: int) -> None:
+    """
+    Raises:
+        ValueError: more results are requested than there are items, or none.
+    """
+    if not 1 <= k <= num_items:
+        raise ValueError(f"k={k} exceeds the gallery ({num_items} items). Use 1 to {num_items}.")
+
+
+def require_queries(queries: np.ndarray, width: int, searched: str) -> None:
+    """
+    Raises:
+        ValueError: the queries do not have the width of what they search, or are not finite.
+    """
+    if queries.ndim != 2 or queries.shape[1] != width:
+        raise ValueError(f"queries: shape {queries.shape}, the {searched} has vectors of width {width}. Give those.")
+    finite = np.isfinite(queries).all(axis=1)
+    if not finite.all():
+        raise ValueError(f"queries: row {int(finite.argmin())} is not finite. Leave it out, or fix the model.")
+
+
+def require_unit_length(vectors: np.ndarray, where: str, name: Callable[[int], str]) -> None:
+    """
+    Raises:
+        ValueError: a vector is not finite or not of unit length; `name` says which.
+    """
+    lengths = np.linalg.norm(vectors, axis=1)
+    errors = np.nan_to_num(np.abs(lengths - 1), nan=np.inf)
+    if (errors > 1e-3).any():
+        worst = int(errors.argmax())
+        length = f"{lengths[worst]:.4g}"
+        raise ValueError(f"{where}: the vector of {name(worst)} has length {length}, expected 1. Normalise it.")
 
 
 def relevant_ranks(
@@ -115,22 +125,7 @@ def relevant_ranks(
     seed: int = 0,
     block: int = BLOCK,
 ) -> Ragged:
-    """Ranks of each query's relevant items among all gallery items by inner product.
-
-    Args:
-        gallery: [n, d], of unit length; read twice, block by block.
-        queries: [m, d]; only their directions count.
-        relevant: gallery items of each query, in any order; may be none. One that is named twice counts once.
-        exclude: int [m], a gallery item of each query that is not ranked: the query itself.
-        seed: of the order of ties.
-        block: gallery items at a time; the ranks do not depend on it.
-
-    Returns:
-        From 1, ascending, int64; as many for each query as it has distinct relevant items.
-
-    Raises:
-        ValueError: a vector is not finite or not of unit length, or an item is named that cannot be.
-    """
+    """`relevant_ranks_of_scores` by the inner products of a gallery [n, d] with queries [m, d]; see `InnerProducts`."""
     return relevant_ranks_of_scores(InnerProducts(gallery, queries), relevant, exclude=exclude, seed=seed, block=block)
 
 
@@ -142,18 +137,24 @@ def relevant_ranks_of_scores(
     seed: int = 0,
     block: int = BLOCK,
 ) -> Ragged:
-    """Ranks of each query's relevant items by scores that are there, or that are computed on reading.
+    """Ranks of each query's relevant items among all items, by scores that are there, or are computed on reading.
 
     Args:
-        scores: [queries, items], the higher the better, in any unit in which `ROUNDING` is nothing.
-        relevant, exclude, seed, block: as for `relevant_ranks`.
+        scores: [queries, items], the higher the better, in any unit in which `ROUNDING` is nothing; read twice.
+        relevant: items of each query, in any order; may be none. One that is named twice counts once.
+        exclude: int [queries], an item of each query that is not ranked: the query itself.
+        seed: of the order of ties.
+        block: items at a time; the ranks do not depend on it.
+
+    Returns:
+        From 1, ascending, int64; as many for each query as it has distinct relevant items.
 
     Raises:
         ValueError: a score is not finite or too large for the rounding, or an item is named that cannot be.
     """
     num_items = scores.shape[1]
     relevant = _distinct(relevant, exclude, scores.shape)
-    places = np.argsort(_random_order(num_items, seed))
+    places = np.argsort(np.random.default_rng(seed).permutation(num_items))
     keys = _relevant_keys(scores, relevant, places, block)
     above = np.zeros(len(keys), np.int64)
     for rows, items in _tiles(scores.shape, block):
@@ -169,24 +170,16 @@ def relevant_ranks_of_scores(
 
 
 def top_k(scores: ScoreMatrix, k: int, *, seed: int = 0, block: int = BLOCK) -> np.ndarray:
-    """The first k items of each query, best first, in the order in which `relevant_ranks` counts.
+    """The first k items of each query, best first, int64 [queries, k], in the order in which `relevant_ranks` counts.
 
-    Args:
-        scores: [queries, items]; `InnerProducts` for vectors.
-        k: all items for the whole order.
-        seed: of the order of ties; that of the ranks.
-        block: items at a time; the result does not depend on it.
-
-    Returns:
-        int64 [queries, k].
+    Arguments are those of `relevant_ranks_of_scores`, with the same seed.
 
     Raises:
         ValueError: k exceeds the number of items, or a score is not finite or too large for the rounding.
     """
     num_queries, num_items = scores.shape
-    if not 1 <= k <= num_items:
-        raise ValueError(f"k={k} exceeds the gallery ({num_items} items). Use 1 to {num_items}.")
-    order = _random_order(num_items, seed)
+    require_k(k, num_items)
+    order = np.random.default_rng(seed).permutation(num_items)
     places = np.argsort(order)
     best = np.full((num_queries, k), _LAST)
     for rows, items in _tiles(scores.shape, block):
@@ -209,11 +202,6 @@ def members(labels: Ragged, num_classes: int) -> Ragged:
     return Ragged(np.searchsorted(classes, np.arange(num_classes + 1)), photos)
 
 
-def _random_order(num_items: int, seed: int) -> np.ndarray:
-    """The items from the first to the last place."""
-    return np.random.default_rng(seed).permutation(num_items)
-
-
 def queries_of(ragged: Ragged) -> np.ndarray:
     """The row of each value."""
     return np.repeat(np.arange(len(ragged)), np.diff(ragged.offsets))
@@ -228,11 +216,7 @@ def _tiles(shape: tuple[int, ...], block: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _keys(scores: np.ndarray, places: np.ndarray, num_items: int) -> np.ndarray:
-    """One integer for each score and place, all distinct: the smaller, the better.
-
-    Raises:
-        ValueError: a score is not finite, or so large that the integers would overflow.
-    """
+    """One integer for each score and place, all distinct: the smaller, the better."""
     scores = np.asarray(scores, np.float64)
     most = float(_LAST // 2 // num_items) * ROUNDING
     if scores.size and not np.maximum(scores.max(), -scores.min()) <= most:  # also false for NaN

@@ -12,7 +12,10 @@ Mean average precision of a class over photos is also M3, the multi-label classi
 interpolated: it is `map` of `class_scores`.
 
 All take `intervals`, whether to compute 95 % bootstrap intervals, and `seed`, of the order of ties and the bootstrap.
-`saffe_cache.retrieval.metrics.METRICS` says which metrics each reports.
+Galleries and photos are vectors [n, d] of unit length; of queries [m, d] only the directions count; `labels` are the
+classes of each photo; `units` int [m] are the photos whose queries are drawn together in the bootstrap. ValueError is
+raised where a vector or score is not finite, a gallery's vector is not of unit length, or a query, or all of them, have
+nothing relevant. `saffe_cache.retrieval.metrics.METRICS` says which metrics each reports.
 """
 
 from __future__ import annotations
@@ -25,7 +28,6 @@ import numpy as np
 from saffe_cache.core.controls import interval_error
 from saffe_cache.core.features import Ragged
 from saffe_cache.retrieval.metrics import (
-    Metric,
     RandomOrder,
     Ranking,
     bootstrap_interval,
@@ -85,22 +87,14 @@ def caption_scores(
 ) -> Scores:
     """Both directions of caption retrieval; mAP = MRR, as one photo is relevant to a caption.
 
-    Args:
-        photos: [n, d], of unit length; the gallery.
-        captions: [m, d], of unit length; the queries.
-        owners: int [m], which photo each caption describes; each photo owns at least one.
-
-    Raises:
-        ValueError: a vector is not finite or not of unit length, or a photo has no caption.
+    `owners` int [m] says which photo each caption describes; each photo owns at least one.
     """
-    indices, photo_of = np.arange(len(photos)), Ragged(np.arange(len(owners) + 1), owners)
+    photo_of = Ragged(np.arange(len(owners) + 1), owners)
     to_photo = relevant_ranks(photos, captions, photo_of, seed=seed)
     to_caption = relevant_ranks(captions, photos, members(photo_of, len(photos)), seed=seed)
-    backwards = _scores_of("captions", to_caption, indices, len(captions), intervals, seed)
-    return {
-        **_scores_of("captions", to_photo, owners, len(photos), intervals, seed),
-        **{f"image_to_text_{name}": score for name, score in backwards.items()},
-    }
+    forwards = _scores_of("captions", to_photo, owners, len(photos), intervals, seed)
+    backwards = _scores_of("captions", to_caption, np.arange(len(photos)), len(captions), intervals, seed)
+    return forwards | {f"image_to_text_{name}": score for name, score in backwards.items()}
 
 
 def text_scores(
@@ -115,32 +109,15 @@ def text_scores(
     """Texts search gallery items, of which several may be relevant to a text.
 
     `recall_at_k` is the share of texts with a relevant item among the first k, `mrr` and `median_rank` are
-    those of the first relevant item, `map` counts all of them (M2 where each text has one).
-
-    Args:
-        gallery: [n, d], of unit length; read block by block, so it may be a memory-mapped file.
-        queries: [m, d]; only their directions count.
-        relevant: the gallery items of each query, at least one.
-        units: int [m], the photo whose queries are drawn together in the bootstrap.
-
-    Raises:
-        ValueError: a vector is not finite or not of unit length, or a query has no relevant item.
+    those of the first relevant item, `map` counts all of them (M2 where each text has one). The gallery is read block
+    by block, so it may be a memory-mapped file.
     """
     ranks = relevant_ranks(gallery, queries, relevant, seed=seed)
     return rank_scores(ranks, units, gallery.shape[0], intervals=intervals, seed=seed)
 
 
 def rank_scores(ranks: Ragged, units: np.ndarray, num_gallery: int, *, intervals: bool = True, seed: int = 0) -> Scores:
-    """The scores of given ranks, as `text_scores` returns them.
-
-    Args:
-        ranks: of all relevant items of each query, from 1, ascending; at least one.
-        units: int [queries], the photo whose queries are drawn together in the bootstrap.
-        num_gallery: number of items ranked.
-
-    Raises:
-        ValueError: a query has no relevant item.
-    """
+    """As `text_scores`, from the ranks of all relevant items of each query among `num_gallery`, from 1, ascending."""
     return _scores_of("texts", ranks, units, num_gallery, intervals, seed)
 
 
@@ -151,18 +128,9 @@ def class_scores(
 
     The interval of map resamples the gallery, for which it needs each whole ranking: it is None where photos
     times classes exceed 2e7.
-
-    Args:
-        photos: [n, d], of unit length; the gallery.
-        classes: [c, d], of which only the directions count; the queries.
-        labels: the classes of each photo.
-
-    Raises:
-        ValueError: no photo has a class, or a vector is not finite or not of unit length.
     """
     scores = InnerProducts(photos, classes)
-    of_classes = _class_map_scores(scores, labels, intervals, seed)
-    return of_classes | _label_scores("labels", scores, labels, intervals, seed)
+    return _class_map_scores(scores, labels, intervals, seed) | _label_scores("labels", scores, labels, intervals, seed)
 
 
 def candidate_scores(
@@ -175,14 +143,10 @@ def candidate_scores(
     log p / (1 - p), which order photos and classes alike.
 
     Args:
-        scores: [photos, classes], finite.
+        scores: [photos, classes].
         labels: the classes of each photo.
         prior: [classes], the mean score of each class over training photos: how easily its text is rebuilt from any
-            photo. It is subtracted for top1 and top5; it cannot change the order of the photos of one class. None
-            for none.
-
-    Raises:
-        ValueError: a score is not finite, the prior or the labels do not fit the scores, or no photo has a class.
+            photo. It is subtracted for top1 and top5; it cannot change the order of the photos of one class.
     """
     num_photos, num_classes = scores.shape
     if len(labels) != num_photos:
@@ -201,13 +165,6 @@ def image_scores(photos: np.ndarray, labels: Ragged, *, intervals: bool = True, 
     query, but remains in the gallery; `len(values)` of a score is the number of queries. Intervals resample
     the queries and take the gallery as given. Memory grows with the relevant pairs, by about 50 bytes
     each: 1.2 GB for 5,000 photos that all share a class, 0.2 GB with 10 classes.
-
-    Args:
-        photos: [n, d], of unit length.
-        labels: the classes of each photo.
-
-    Raises:
-        ValueError: no two photos share a class, or a vector is not finite or not of unit length.
     """
     relevant = others_of_classes(labels)
     searching = np.flatnonzero(np.diff(relevant.offsets))
@@ -231,16 +188,15 @@ def _scores_of(
 
     `num_relevant`: relevant items of each query, where `ranks` holds the first one alone.
     """
-    order = RandomOrder(num_gallery, np.diff(ranks.offsets) if num_relevant is None else num_relevant)
-
-    def score(metric: Metric) -> Score:
+    order, found = RandomOrder(num_gallery, np.diff(ranks.offsets) if num_relevant is None else num_relevant), {}
+    for name, metric in metrics_of(ranking, num_gallery).items():
         values, chance = metric.values(ranks), metric.chance(order)
         if metric.is_rank:
-            return Score(float(np.median(values)), chance)
+            found[name] = Score(float(np.median(values)), chance)
+            continue
         interval = bootstrap_interval(*unit_totals(values, units), seed=seed) if intervals else None
-        return Score(float(values.mean()), chance, interval, values)
-
-    return {name: score(metric) for name, metric in metrics_of(ranking, num_gallery).items()}
+        found[name] = Score(float(values.mean()), chance, interval, values)
+    return found
 
 
 def _class_map_scores(scores: ScoreMatrix, labels: Ragged, intervals: bool, seed: int) -> Scores:
@@ -275,30 +231,24 @@ def others_of_classes(labels: Ragged) -> Ragged:
 
 
 def _label_scores(ranking: Ranking, scores: ScoreMatrix, labels: Ragged, intervals: bool, seed: int) -> Scores:
-    """The metrics of each photo's ranking of the classes, by scores [classes, photos]."""
+    """The metrics of each photo's ranking of the classes, by scores [classes, photos].
+
+    The rank is that of the first of a photo's own classes; one more than there are classes for a photo without.
+    """
     num_classes, num_photos = scores.shape
     num_own = np.array([len(np.unique(of_photo)) for of_photo in labels])
-    ranks = Ragged(np.arange(num_photos + 1), _first_class_ranks(scores, labels, seed))
-    return _scores_of(ranking, ranks, np.arange(num_photos), num_classes, intervals, seed, num_relevant=num_own)
-
-
-def _first_class_ranks(scores: ScoreMatrix, labels: Ragged, seed: int) -> np.ndarray:
-    """Rank of the first of each photo's own classes among all; one more than there are for a photo without."""
-    ranks = np.empty(scores.shape[1], np.int64)
+    first = np.empty(num_photos, np.int64)
     for start, below in _class_orders(scores, seed):
-        own = np.full(len(below), np.inf)
-        for row in range(len(below)):
-            own[row] = below[row, labels[start + row]].min(initial=np.inf)
-        ranks[start : start + len(below)] = 1 + (below < own[:, None]).sum(axis=1)
-    return ranks
+        own = np.array([of[labels[photo]].min(initial=np.inf) for photo, of in enumerate(below, start)])
+        first[start : start + len(below)] = 1 + (below < own[:, None]).sum(axis=1)
+    ranks, photos = Ragged(np.arange(num_photos + 1), first), np.arange(num_photos)
+    return _scores_of(ranking, ranks, photos, num_classes, intervals, seed, num_relevant=num_own)
 
 
 def nearest_classes(scores: ScoreMatrix, seed: int) -> np.ndarray:
-    """The class that scores highest with each photo, int64 [photos]: whose right answers top1 counts.
+    """The class that scores [classes, photos] highest with each photo, int64 [photos]: whose right answers top1 counts.
 
-    Args:
-        scores: [classes, photos].
-        seed: of the breaking of ties; that of the scores.
+    `seed`, of the breaking of ties, is that of the scores.
     """
     return np.concatenate([below.argmin(axis=1) for _, below in _class_orders(scores, seed)])
 

@@ -24,7 +24,7 @@ from saffe_cache.core.features import BlockSpec, BlockWeights, IndexKind
 from saffe_cache.fusion.base import Blocks, Texts
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.options import FusionShape
-from saffe_cache.protocols.candidate import score_all_pairs
+from saffe_cache.protocols.fused_pairs import score_all_pairs
 from saffe_cache.retrieval.index import build_index, recall_of_index, save_index
 from saffe_cache.retrieval.metrics import average_precision_of_ranks
 from saffe_cache.retrieval.ranking import relevant_ranks

@@ -1,0 +1,285 @@
+"""Photos fused with the texts that search for them, one forward pass a pair: every class, or the first results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+
+from saffe_cache.core.features import Ragged
+from saffe_cache.fusion.base import Fusion, Pairing, Texts
+from saffe_cache.inputs.feature_loader import FamInputs
+from saffe_cache.inputs.pairs import Pairs
+from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.protocols.base import NUM_SHUFFLES, Protocol, SearchProtocol
+from saffe_cache.protocols.caption import CaptionProtocol
+from saffe_cache.protocols.classes import CLASS_BASELINES, ClassProtocol, dealt_map, label_units
+from saffe_cache.protocols.setting import (
+    Answered,
+    Answers,
+    Arrangement,
+    ClassScores,
+    Queries,
+    Reordered,
+    Setting,
+    Vectors,
+)
+from saffe_cache.retrieval.metrics import metrics_of
+from saffe_cache.retrieval.ranking import ROUNDING, InnerProducts, queries_of, relevant_ranks, top_k
+from saffe_cache.retrieval.scores import Scores, candidate_scores, rank_scores, text_scores
+from saffe_cache.store.reader import Cache
+
+_PRIOR_PHOTOS = 500
+_PAIRS_AT_ONCE = 256
+
+
+class PairScores(NamedTuple):
+    """Scores of photos fused with texts."""
+
+    cosine: np.ndarray
+    """cos(f(x, t), g(t))"""
+    matching: np.ndarray | None
+    """The matching head's logits, where there is one."""
+
+
+class CandidateProtocol(Protocol):
+    """All classes are candidates for every photo."""
+
+    name = "candidate"
+    definition = (
+        "every photo is fused with every class's text and scored by the cosine of the two (re-ranking, one forward "
+        "pass a pair): map over each class's ranking of the photos, top1 and top5 over the classes of each photo; "
+        "prior_removed subtracts each class's mean score over training photos; matching scores by the matching head"
+    )
+    baselines = CLASS_BASELINES
+    fuses_pairs = True
+    shows_photos_alone = False
+    shows_classes = True
+    queries: Queries
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.queries = ClassProtocol(setting).queries
+        self.class_names = setting.cache.table.class_names
+        self._known: dict[Fusion, tuple[PairScores, np.ndarray]] = {}
+
+    @classmethod
+    def is_trained_for(cls, spec: RunSpec) -> bool:
+        return spec.pairs == "classes" and spec.trains_only_pairs
+
+    @classmethod
+    def search_kind(cls, spec: RunSpec) -> type[SearchProtocol]:
+        return ClassProtocol
+
+    @classmethod
+    def metric_names(cls, cache: Cache, spec: RunSpec) -> list[str]:
+        matching = ["map_matching", "top1_matching"] if spec.shape.matches else []
+        of_labels = metrics_of("candidates", len(cache.table.class_names))
+        return [*metrics_of("classes"), *of_labels, "top1_prior_removed", *matching]
+
+    def answer(self, model: Fusion, arrangement: Arrangement) -> Answered:
+        pairs, prior = self._scores_of(model)
+        labels, seed = self.setting.pairs.labels, self.setting.seed
+        cosine = pairs.cosine[arrangement.photos]
+        scores = candidate_scores(cosine, labels, seed=seed)
+        scores["top1_prior_removed"] = candidate_scores(cosine, labels, prior=prior, seed=seed)["top1"]
+        if pairs.matching is not None:
+            matched = candidate_scores(pairs.matching[arrangement.photos], labels, seed=seed)
+            scores |= {"map_matching": matched["map"], "top1_matching": matched["top1"]}
+        return Answered(scores, ClassScores(cosine))
+
+    def _scores_of(self, model: Fusion) -> tuple[PairScores, np.ndarray]:
+        """A model's scores of all pairs, and the mean score of each class over training photos."""
+        if model not in self._known:
+            of, queries = self.setting, self.queries
+            some = np.random.default_rng(of.seed).permutation(of.training_rows)[:_PRIOR_PHOTOS]
+            own, trained = (score_all_pairs(model, of.inputs, rows, queries) for rows in (of.pairs.rows, some))
+            self._known[model] = own, trained.cosine.mean(axis=0)
+        return self._known[model]
+
+    def vectors_answer(self, gallery: np.ndarray, queries: np.ndarray | None) -> Answers:
+        assert queries is not None
+        return ClassScores(gallery @ queries.T)
+
+    def score(self, answers: Answers) -> Scores:
+        assert isinstance(answers, ClassScores)
+        return candidate_scores(answers.values, self.setting.pairs.labels, seed=self.setting.seed)
+
+    def validate(self, model: Fusion) -> float:
+        scores = score_all_pairs(model, self.setting.inputs, self.setting.pairs.rows, self.queries).cosine
+        return candidate_scores(scores, self.setting.pairs.labels, intervals=False)[self.main_metric].value
+
+    def difference_units(self, metric: str) -> np.ndarray | None:
+        return label_units(metric, len(self.setting.pairs))
+
+    def fused_texts(self) -> np.ndarray | None:
+        return np.resize(self.queries.text_rows, len(self.setting.pairs))
+
+    def dealt(self, model: Fusion) -> tuple[float, float]:
+        return dealt_map(self._scores_of(model)[0].cosine, self.setting.pairs.labels, seed=self.setting.seed)
+
+
+@torch.inference_mode()
+def score_all_pairs(model: Fusion, inputs: FamInputs, rows: np.ndarray, search: Queries) -> PairScores:
+    """Each photo with the text of each query: [photos, queries].
+
+    The part of a fusion that needs the photo alone is computed once for it.
+    """
+    num_texts = len(search.text_rows)
+    block = max(1, _PAIRS_AT_ONCE // num_texts)
+    texts, vectors = _texts_of(model, inputs, search, np.arange(num_texts))
+    parts = []
+    for start in range(0, len(rows), block):
+        photos = rows[start : start + block]
+        pairing = np.divmod(np.arange(len(photos) * num_texts), num_texts)
+        parts.append(_score_pairs(model, inputs, photos, texts, vectors, pairing))
+    return _stack(parts, num_texts)
+
+
+@torch.inference_mode()
+def score_chosen_pairs(model: Fusion, inputs: FamInputs, rows: np.ndarray, search: Queries) -> PairScores:
+    """The photos `rows` [queries, k] with the text of their query: [queries, k]."""
+    k = rows.shape[1]
+    block = max(1, _PAIRS_AT_ONCE // k)
+    parts = []
+    for start in range(0, len(rows), block):
+        distinct, position = np.unique(rows[start : start + block], return_inverse=True)
+        queries = np.arange(start, min(start + block, len(rows)))
+        texts, vectors = _texts_of(model, inputs, search, queries)
+        pairing = position.ravel(), np.arange(len(queries)).repeat(k)
+        parts.append(_score_pairs(model, inputs, distinct, texts, vectors, pairing))
+    return _stack(parts, k)
+
+
+def _texts_of(model: Fusion, inputs: FamInputs, search: Queries, queries: np.ndarray) -> tuple[Texts, torch.Tensor]:
+    """Texts of some queries, to be fused, and their unit vectors."""
+    texts = inputs.texts(search.text_rows[queries])
+    return texts, model.encode_queries(torch.from_numpy(search.vectors[queries]).to(inputs.device))
+
+
+def _score_pairs(
+    model: Fusion,
+    inputs: FamInputs,
+    rows: np.ndarray,
+    texts: Texts,
+    vectors: torch.Tensor,
+    pairing: tuple[np.ndarray, np.ndarray],
+) -> PairScores:
+    """Scores [pairs] of photos by row and texts, paired by position; `vectors` are the texts' as queries."""
+    states, mask = inputs.photos(rows)
+    index = Pairing(*(torch.from_numpy(side).to(inputs.device) for side in pairing))
+    fused, queries = model.fuse(states, mask, texts, index), vectors[index.text]
+    matching = model.match(fused, queries).float().cpu().numpy() if model.shape.matches else None
+    return PairScores((fused.vectors * queries).sum(dim=-1).float().cpu().numpy(), matching)
+
+
+def _stack(parts: list[PairScores], width: int) -> PairScores:
+    cosine, matching = (
+        None if side[0] is None else np.concatenate(side).reshape(-1, width) for side in zip(*parts, strict=True)
+    )
+    assert cosine is not None
+    return PairScores(cosine, matching)
+
+
+class RerankProtocol(Protocol):
+    """The first stage searches photos with null text, by captions or by classes; its first results are fused."""
+
+    name = "rerank"
+    definition = (
+        "the first k results of the search with null text are reordered by the score of the fused pair, or by the "
+        "matching logit plus the cosine; those below keep their places"
+    )
+    baselines = ("ridge", "mlp", "zero_shot", "pooled_cosine")
+    fuses_pairs = True
+    queries: Queries
+
+    def __init__(self, setting: Setting, k: int = 16, most_queries: int = 500) -> None:
+        super().__init__(setting)
+        self.first_stage = _first_stage(setting.pairs.kind)(setting)
+        self.queries = self.first_stage.queries.sample(most_queries, setting.seed)
+        self.class_names = self.first_stage.class_names
+        self.num_shuffles = NUM_SHUFFLES if self.class_names else 0
+        self._k = min(k, len(setting.pairs))
+
+    @classmethod
+    def from_options(cls, setting: Setting, options: Mapping[str, Any]) -> Self:
+        return cls(setting, options["rerank_k"], options["rerank_queries"])
+
+    @classmethod
+    def select(cls, cache: Cache, spec: RunSpec, split: str) -> Pairs:
+        return _first_stage(spec.pairs).select(cache, spec, split)
+
+    @classmethod
+    def metric_names(cls, cache: Cache, spec: RunSpec) -> list[str]:
+        return list(metrics_of("texts"))
+
+    @classmethod
+    def search_kind(cls, spec: RunSpec) -> type[SearchProtocol]:
+        return _first_stage(spec.pairs)
+
+    def answer(self, model: Fusion, arrangement: Arrangement) -> Answered:
+        of, texts = self.setting, self.queries
+        gallery, queries = of.gallery(model, arrangement), of.queries(model, texts)
+        ranks = relevant_ranks(gallery, queries, texts.relevant, seed=of.seed)
+        first = top_k(InnerProducts(gallery, queries), self._k, seed=of.seed)
+        second = score_chosen_pairs(model, of.inputs, of.pairs.rows[arrangement.photos][first], texts)
+        scores = second.cosine
+        if second.matching is not None:
+            scores = second.matching + np.take_along_axis(queries @ gallery.T, first, axis=1)
+        after = reranked(ranks, texts.relevant, first, scores)
+        found = rank_scores(after, texts.units, len(gallery), seed=of.seed)
+        reordered = np.take_along_axis(first, _second_order(scores), axis=1)
+        return Answered(found, Reordered(Vectors(gallery, queries), reordered))
+
+    def score(self, answers: Answers) -> Scores:
+        """Of the first stage: baselines do not fuse."""
+        assert isinstance(answers, Vectors)
+        return text_scores(*answers, self.relevant, self.units, seed=self.setting.seed)
+
+    def difference_units(self, metric: str) -> np.ndarray | None:
+        return None if self.class_names else self.units
+
+    def dealt(self, model: Fusion) -> tuple[float, float] | None:
+        return self.first_stage.dealt(model)
+
+
+def _first_stage(kind: str) -> type[SearchProtocol]:
+    return ClassProtocol if kind == "classes" else CaptionProtocol
+
+
+def reranked(ranks: Ragged, relevant: Ragged, candidates: np.ndarray, scores: np.ndarray) -> Ragged:
+    """Ranks after the first k are reordered by a second score; items below keep their places.
+
+    Where second scores tie, the first order stays. BLIP's second score is the matching logit plus the cosine of the
+    first stage (Li et al., 2022).
+
+    Args:
+        ranks: of the relevant items in the first order, from `relevant_ranks`.
+        relevant: the items that they are the ranks of.
+        candidates: int [queries, k], the first k items of the same order, from `top_k` with the same seed.
+        scores: [queries, k], the second score of each candidate, finite.
+    """
+    if scores.shape != candidates.shape or not np.isfinite(scores).all():
+        found = f"second scores: {scores.shape} for {candidates.shape} candidates"
+        raise ValueError(f"{found}. Give a finite one for each.")
+    num_items = 1 + max(int(candidates.max()), int(relevant.values.max(initial=0)))
+    queries = queries_of(ranks)
+    is_relevant = np.isin(
+        candidates + num_items * np.arange(len(candidates))[:, None],
+        relevant.values + num_items * queries_of(relevant),
+    )
+    inside = np.flatnonzero(ranks.values <= candidates.shape[1])
+    found = is_relevant[queries[inside], ranks.values[inside] - 1]
+    if not found.all() or is_relevant.sum() != len(inside):
+        raise ValueError("re-ranking: candidates and ranks are not of one order. Take both with the same seed.")
+    order = _second_order(scores)
+    moved = ranks.values.copy()
+    moved[inside] = 1 + np.argsort(order, axis=1)[queries[inside], ranks.values[inside] - 1]
+    return Ragged(ranks.offsets, moved[np.lexsort((moved, queries))])
+
+
+def _second_order(scores: np.ndarray) -> np.ndarray:
+    """Places in the first order, best first; where scores tie, the first order stays."""
+    return np.argsort(-np.rint(scores / ROUNDING), axis=1, kind="stable")
