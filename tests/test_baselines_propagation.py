@@ -144,7 +144,7 @@ def test_conjugate_gradients_converge_at_every_default_alpha() -> None:
     for alpha in baselines.ALPHAS:
         fit = one(images, image_text, 5, 3.0, alpha)
         more = torch.from_numpy(fit.spread).double()
-        found, weights = fit.search.nearest_others(5)
+        found, weights = fit.search.find(fit.search.images, 5, is_training=True)
         graph = baselines._graph(found, weights, baselines._text_weights(image_text.clip(0), 5, 3.0))
         residual = more - alpha * (graph @ more) - torch.eye(403, 3, dtype=torch.float64)
         assert float(residual.abs().max()) < 1e-5

@@ -36,6 +36,7 @@ from saffe_cache.retrieval.mlp import MlpFit, fit_mlp
 from saffe_cache.retrieval.scores import candidate_scores
 from saffe_cache.store.reader import EncoderCache
 
+_Map = Callable[[np.ndarray], np.ndarray]
 _LEAST_GRAPH_PHOTOS = 100
 """Training photos above which label propagation is fitted."""
 
@@ -105,7 +106,7 @@ class Material:
             return None
         return unit_rows(self.gallery.vectors(pairs.rows))
 
-    def answers(self, gallery: np.ndarray, map_queries: Callable[[np.ndarray], np.ndarray] | None = None) -> Answers:
+    def answers(self, gallery: np.ndarray, map_queries: _Map | None = None) -> Answers:
         """Of a baseline's unit vectors; `map_queries` maps the queries' unit vectors where the baseline does."""
         queries = self.queries
         if queries is not None and map_queries is not None:
@@ -127,14 +128,10 @@ class Material:
     @cached_property
     def mlp(self) -> MlpFit:
         """On photos alone."""
-        return self._fit_mlp(None, None)
+        return self.fit_mlp(None, None)
 
-    @cached_property
-    def concat_mlp(self) -> MlpFit:
-        """On photos and the texts that they are fused with."""
-        return self._fit_mlp(self.paired_texts(self.training), self.paired_texts(self.validation))
-
-    def _fit_mlp(self, known: np.ndarray | None, texts: np.ndarray | None) -> MlpFit:
+    def fit_mlp(self, known: np.ndarray | None, texts: np.ndarray | None) -> MlpFit:
+        """On photos, and the texts that those of training and of validation are fused with, if any."""
         distinct, position = np.unique(self.training.texts.values, return_inverse=True)
         return fit_mlp(
             self.features[0],
@@ -176,19 +173,11 @@ def _mlp(of: Material) -> Answers:
     return of.answers(of.mlp.gallery(of.features[2]), of.mlp.queries)
 
 
-def _zero_shot(of: Material) -> Answers:
-    if not in_one_space(of.gallery, of.text):
+def _own_vectors(of: Material, is_zero_shot: bool) -> Answers:
+    """Those of an image-text model are zero_shot where texts search, all others pooled_cosine."""
+    is_one_space = in_one_space(of.gallery, of.text)
+    if not is_one_space if is_zero_shot else (is_one_space and of.queries is not None):
         raise AbsentError
-    return _own_vectors(of)
-
-
-def _pooled_cosine(of: Material) -> Answers:
-    if of.queries is not None and in_one_space(of.gallery, of.text):
-        raise AbsentError
-    return _own_vectors(of)
-
-
-def _own_vectors(of: Material) -> Answers:
     own = of.own_vectors(of.setting.pairs)
     if own is None:
         raise AbsentError("no vector of the photo encoder is cached")
@@ -240,15 +229,12 @@ def _text_only_linear(of: Material) -> Answers:
 
 
 def _concat_mlp(of: Material) -> Answers:
-    texts = of.paired_texts(of.setting.pairs)
-    return of.answers(of.concat_mlp.gallery(of.features[2], texts), of.concat_mlp.queries)
+    training, validation, reported = map(of.paired_texts, of.all_pairs)
+    mlp = of.fit_mlp(training, validation)
+    return of.answers(mlp.gallery(of.features[2], reported), mlp.queries)
 
 
-def _late_fusion(
-    of: Material,
-    map_photos: Callable[[np.ndarray], np.ndarray],
-    map_texts: Callable[[np.ndarray], np.ndarray] | None,
-) -> Answers:
+def _late_fusion(of: Material, map_photos: _Map, map_texts: _Map | None) -> Answers:
     """A weighted sum of the photo's vector and the text's; validation picks the weight."""
     texts = [of.paired_texts(pairs) for pairs in (of.validation, of.setting.pairs)]
     queries = of.validation_queries
@@ -275,8 +261,8 @@ class Baseline:
 BASELINES: dict[str, Baseline] = {
     "ridge": Baseline("ridge regression from photo features to the mean vector of the photo's texts", _ridge),
     "mlp": Baseline("an MLP from photo features to the texts' space, trained with InfoNCE", _mlp, is_slow=True),
-    "zero_shot": Baseline("the vectors of an image-text model, untrained", _zero_shot),
-    "pooled_cosine": Baseline("the encoders' own vectors, untrained", _pooled_cosine),
+    "zero_shot": Baseline("the vectors of an image-text model, untrained", lambda of: _own_vectors(of, True)),
+    "pooled_cosine": Baseline("the encoders' own vectors, untrained", lambda of: _own_vectors(of, False)),
     "summary_cosine": Baseline("centred photo features, untrained", _summary_cosine),
     "linear_probe": Baseline(
         "logistic regression of the class from photo features", _linear_probe, needs_one_class=True

@@ -62,30 +62,41 @@ class SystemDetails:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Details:
-    """What details.npz holds."""
+class _Texts:
+    """What is stored as JSON."""
 
     main_metric: str
-    shown: np.ndarray
-    """int64 [shown]: which of the queries have their first photos kept, ascending."""
     texts: tuple[str, ...]
     """Of the queries that are shown; empty where a photo searches."""
-    answers: np.ndarray
-    """int64 [shown]: the place in `photos` of a relevant one, the first in the gallery."""
-    asking: np.ndarray
-    """int64 [shown]: where photos search, the place in `photos` of the one that does, else -1."""
-    num_relevant: np.ndarray
-    """int64 [shown]: relevant photos in the gallery."""
     photo_ids: tuple[str, ...]
     """Of the photos that are named here."""
-    photo_hashes: np.ndarray
-    """uint8 [photos, 32]: SHA-256 of their files."""
     photo_texts: tuple[str, ...]
     """What describes them: their paired text, their classes, or their first caption."""
     query_classes: tuple[str, ...]
     """Where classes search: the class of each query."""
     class_names: tuple[str, ...]
     """Where classes search: all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StoredTexts(_Texts):
+    systems: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Details(_Texts):
+    """What details.npz holds."""
+
+    shown: np.ndarray
+    """int64 [shown]: which of the queries have their first photos kept, ascending."""
+    answers: np.ndarray
+    """int64 [shown]: the place in `photos` of a relevant one, the first in the gallery."""
+    asking: np.ndarray
+    """int64 [shown]: where photos search, the place in `photos` of the one that does, else -1."""
+    num_relevant: np.ndarray
+    """int64 [shown]: relevant photos in the gallery."""
+    photo_hashes: np.ndarray
+    """uint8 [photos, 32]: SHA-256 of the files of the photos that are named here."""
     systems: Mapping[str, SystemDetails]
 
 
@@ -93,22 +104,9 @@ _ARRAYS = ("shown", "answers", "asking", "num_relevant", "photo_hashes")
 _TEXTS = "json"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Texts:
-    """The file's JSON object: fields of `Details`, and the names of its systems."""
-
-    main_metric: str
-    systems: tuple[str, ...]
-    texts: tuple[str, ...]
-    photo_ids: tuple[str, ...]
-    photo_texts: tuple[str, ...]
-    query_classes: tuple[str, ...]
-    class_names: tuple[str, ...]
-
-
 def write_details(out: Path, details: Details) -> None:
     """details.npz, whole or not at all."""
-    texts = {one.name: getattr(details, one.name) for one in fields(_Texts)} | {"systems": list(details.systems)}
+    texts = {one.name: getattr(details, one.name) for one in fields(_StoredTexts)} | {"systems": list(details.systems)}
     arrays = {name: getattr(details, name) for name in _ARRAYS}
     arrays |= {"version": np.array(_VERSION), _TEXTS: np.frombuffer(json.dumps(texts).encode(), np.uint8)}
     for number, system in enumerate(details.systems.values()):
@@ -134,7 +132,7 @@ def read_details(out: Path) -> Details:
 
 
 def _read(arrays: Mapping[str, np.ndarray]) -> Details:
-    texts = vars(made_of(_Texts, json.loads(arrays[_TEXTS].tobytes())))
+    texts = vars(made_of(_StoredTexts, json.loads(arrays[_TEXTS].tobytes())))
     systems = {}
     for number, name in enumerate(texts.pop("systems")):
         own: dict[str, Any] = {part: arrays[f"{number}.{part}"] for part in ("metric", "first", "is_relevant")}

@@ -8,8 +8,8 @@ import numpy as np
 
 from saffe_cache.evaluation.details import RECALLS, ClassDetails, Details, SystemDetails
 from saffe_cache.protocols.base import Protocol
-from saffe_cache.protocols.setting import Answered, Answers, Setting
-from saffe_cache.retrieval.ranking import members, relevant_ranks_of_scores
+from saffe_cache.protocols.setting import Answered, Answers, Reordered, Setting
+from saffe_cache.retrieval.ranking import members, relevant_ranks_of_scores, top_k
 from saffe_cache.retrieval.scores import nearest_classes
 
 FIRST_K = 10
@@ -57,8 +57,11 @@ def details_of(protocol: Protocol, systems: Mapping[str, Answered]) -> Details:
 
 def _first(answers: Answers, queries: np.ndarray, seed: int, by_photo: bool) -> np.ndarray:
     """The first photos of some queries; a photo that searches is not among its own."""
-    num_gallery = answers.scores().shape[1]
-    first = answers.first(queries, min(FIRST_K + by_photo, num_gallery), seed)
+    scores = answers.scores(queries)
+    first = top_k(scores, min(FIRST_K + by_photo, scores.shape[1]), seed=seed)
+    if isinstance(answers, Reordered):
+        width = min(first.shape[1], answers.positions.shape[1])
+        first[:, :width] = answers.positions[queries, :width]
     if not by_photo:
         return first
     is_own = first == queries[:, None]

@@ -12,7 +12,7 @@ from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import FamInputs, encode_gallery, encode_queries
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.inputs.spec import RunSpec
-from saffe_cache.retrieval.ranking import InnerProducts, ScoreMatrix, top_k
+from saffe_cache.retrieval.ranking import InnerProducts, ScoreMatrix
 from saffe_cache.retrieval.scores import Scores
 from saffe_cache.store.reader import Cache
 
@@ -115,10 +115,6 @@ class Vectors(NamedTuple):
         """Scores of some queries with the gallery, [chosen, n]."""
         return InnerProducts(self.gallery, self.queries[chosen])
 
-    def first(self, chosen: np.ndarray, k: int, seed: int) -> np.ndarray:
-        """The first k positions in the gallery of some queries, best first, int64 [chosen, k]."""
-        return top_k(self.scores(chosen), k, seed=seed)
-
 
 class ClassScores(NamedTuple):
     """A score of each photo with each class; the classes are the queries."""
@@ -129,10 +125,6 @@ class ClassScores(NamedTuple):
     def scores(self, chosen: slice | np.ndarray = ALL) -> ScoreMatrix:
         """As `Vectors.scores`."""
         return self.values[:, chosen].T
-
-    def first(self, chosen: np.ndarray, k: int, seed: int) -> np.ndarray:
-        """As `Vectors.first`."""
-        return top_k(self.scores(chosen), k, seed=seed)
 
 
 class Reordered(NamedTuple):
@@ -146,13 +138,6 @@ class Reordered(NamedTuple):
     def scores(self, chosen: slice | np.ndarray = ALL) -> ScoreMatrix:
         """Of the first order."""
         return self.vectors.scores(chosen)
-
-    def first(self, chosen: np.ndarray, k: int, seed: int) -> np.ndarray:
-        """As `Vectors.first`."""
-        first = self.vectors.first(chosen, k, seed)
-        width = min(k, self.positions.shape[1])
-        first[:, :width] = self.positions[chosen, :width]
-        return first
 
 
 Answers = Vectors | ClassScores | Reordered

@@ -116,7 +116,6 @@ class Ridge:
     """
 
     def __init__(self, features: np.ndarray) -> None:
-        """`features` [n, in]."""
         self._features, self._center = features, features.mean(axis=0, dtype=np.float64)
         own = np.zeros((len(self._center), len(self._center)))
         for _, centered in self._blocks():
@@ -266,7 +265,6 @@ def fit_zlap(
     Args:
         images: unit vectors of the training photos, [n, d].
         image_text: their similarities to the class texts, [n, c].
-        judge: a validation score.
         neighbours: values of k, below n.
         gammas: exponents of the similarities to texts, above 0.
         alphas: how far labels spread, 0 to below 1.
@@ -277,7 +275,7 @@ def fit_zlap(
     if max(neighbours) >= len(images):
         raise ValueError(f"ZLaP: k={max(neighbours)} with {len(images)} training photos. Use k below their number.")
     search = _Search(images)
-    found, weights = search.nearest_others(max(neighbours))
+    found, weights = search.find(search.images, max(neighbours), is_training=True)
 
     def solved() -> Iterator[LabelPropagation]:
         for k, gamma in product(neighbours, gammas):
@@ -292,24 +290,20 @@ class _Search:
     """Nearest training photos. Remembers its last answer: each candidate is judged on the same photos."""
 
     def __init__(self, images: np.ndarray) -> None:
-        """`images` [n, d], unit vectors."""
-        self._images = _tensor(images)
+        self.images = _tensor(images)
         self._last: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Training photos int64 [m, k], nearest first, and their cosines clipped at 0, float32 [m, k]."""
         if self._last is None or self._last[0] is not queries or self._last[1].shape[1] < k:
-            self._last = queries, *self._find(_tensor(queries), k, is_training=False)
+            self._last = queries, *self.find(_tensor(queries), k)
         return self._last[1][:, :k], self._last[2][:, :k]
 
-    def nearest_others(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same of each training photo among the others."""
-        return self._find(self._images, k, is_training=True)
-
-    def _find(self, queries: torch.Tensor, k: int, is_training: bool) -> tuple[np.ndarray, np.ndarray]:
+    def find(self, queries: torch.Tensor, k: int, is_training: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """As `nearest`; of each training photo among the others."""
         found, weights = [], []
         for start in range(0, len(queries), _PHOTOS_AT_ONCE):
-            cosines = queries[start : start + _PHOTOS_AT_ONCE] @ self._images.T
+            cosines = queries[start : start + _PHOTOS_AT_ONCE] @ self.images.T
             if is_training:
                 cosines.diagonal(start).fill_(-torch.inf)
             best = cosines.topk(k, dim=1)

@@ -25,18 +25,13 @@ def average_precision_of_ranks(ranks: Ragged, depth: int | None = None) -> np.nd
         AP = (1 / R) * sum over j of j / rank_j        with R ranks, of all relevant items
 
     With a depth k only ranks up to k count, and R becomes min(R, k), so that a perfect ranking has 1.
-    (trec_eval's `map_cut` divides by R also then.)
+    (trec_eval's `map_cut` divides by R also then.) The query itself is not ranked.
     Source: Manning et al., Introduction to Information Retrieval, sec. 8.4.
-
-    Args:
-        ranks: of all relevant items of each query; the query itself is not ranked.
-        depth: k; None for the whole ranking.
 
     Raises:
         ValueError: some query has R = 0; the caller drops and reports those.
     """
-    _refuse_queries_without_relevant_items(ranks)
-    sizes = np.diff(ranks.offsets)
+    sizes = _numbers_of_relevant(ranks)
     position = 1 + np.arange(len(ranks.values)) - np.repeat(ranks.offsets[:-1], sizes)
     precision = position / ranks.values
     if depth is not None:
@@ -47,13 +42,15 @@ def average_precision_of_ranks(ranks: Ragged, depth: int | None = None) -> np.nd
 
 def first_ranks(ranks: Ragged) -> np.ndarray:
     """Rank of each query's first relevant item, int64 [queries]; every query needs one."""
-    _refuse_queries_without_relevant_items(ranks)
+    _numbers_of_relevant(ranks)
     return np.asarray(ranks.values[ranks.offsets[:-1]])
 
 
-def _refuse_queries_without_relevant_items(ranks: Ragged) -> None:
-    if (np.diff(ranks.offsets) < 1).any():
+def _numbers_of_relevant(ranks: Ragged) -> np.ndarray:
+    sizes = np.diff(ranks.offsets)
+    if (sizes < 1).any():
         raise ValueError("ranks: a query has no relevant item. Drop such queries and report their number.")
+    return sizes
 
 
 def recall_at_k(ranks: np.ndarray, k: int) -> np.ndarray:

@@ -84,11 +84,7 @@ class MlpFit:
     """After which these weights were, 0 for before the first step."""
 
     def gallery(self, features: np.ndarray, beside: np.ndarray | None = None) -> np.ndarray:
-        """Unit vectors, float32 [n, d], of features [n, in] and, where fitted with it, unit text vectors [n, d].
-
-        Raises:
-            ValueError: a text beside is absent or superfluous.
-        """
+        """Unit vectors, float32 [n, d], of features [n, in] and, where fitted with it, unit text vectors [n, d]."""
         if (beside is None) != (self.model.beside_map is None):
             given, expected = ("no", "one") if beside is None else ("a", "none")
             raise ValueError(f"MLP: {given} text beside the photos, it was fitted with {expected}. Give the same.")
@@ -135,10 +131,8 @@ def fit_mlp(
         features: [n, in].
         texts: unit vectors of the distinct texts, [m, d].
         positives: for each photo, rows of `texts`; at least one.
-        judge: a validation score.
         beside: unit vectors of a text that lies beside each photo in the gallery, [n, d]; it should not be among
             the photo's own positives.
-        epochs: passes over the photos.
         dropouts: of inputs and inner layer, tried in turn.
         seed: of starting weights, order and dropout.
     """
@@ -163,8 +157,7 @@ class _Data:
         return [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
 
     def loss(self, model: _Mlp, temperature: Temperature, chosen: np.ndarray) -> torch.Tensor:
-        rows = [self.positives[int(photo)] for photo in chosen]
-        distinct, _, positives = distinct_positives(rows)
+        distinct, _, positives = distinct_positives([self.positives[int(photo)] for photo in chosen])
         gallery = model(self.features[chosen], None if self.beside is None else self.beside[chosen])
         queries = model.text_map(self.texts[distinct])
         gallery, queries = functional.normalize(gallery, dim=1), functional.normalize(queries, dim=1)
