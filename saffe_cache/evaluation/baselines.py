@@ -146,23 +146,18 @@ class Material:
         scored = candidate_scores(scores, self.validation.labels, intervals=False)
         return scored[self.protocol.main_metric].value
 
-    @cached_property
-    def of_one_class(self) -> np.ndarray:
-        """Positions of the training photos that have one class; classifiers are fitted on them."""
-        return np.flatnonzero(np.diff(self.training.labels.offsets) == 1)
-
     def training_labels(self) -> tuple[np.ndarray, np.ndarray, int]:
         """Features and class of each training photo with one class, and how many classes there are.
 
-        Raises:
-            AbsentError: classifiers do not apply.
+        Classifiers are fitted on them; AbsentError says why none applies.
         """
         num_classes, labels = len(self.setting.cache.table.class_names), self.training.labels
+        chosen = np.flatnonzero(np.diff(labels.offsets) == 1)
         if num_classes < 2:
             raise AbsentError("there is only one class")
-        if 2 * len(self.of_one_class) < len(self.training):
+        if 2 * len(chosen) < len(self.training):
             raise AbsentError("most photos have several classes")
-        return self.features[0][self.of_one_class], labels.values[labels.offsets[self.of_one_class]], num_classes
+        return self.features[0][chosen], labels.values[labels.offsets[chosen]], num_classes
 
 
 def _ridge(of: Material) -> Answers:

@@ -85,10 +85,7 @@ class RetrievalIndex:
 
 
 def require_size(kind: IndexKind, num_vectors: int) -> None:
-    """
-    Raises:
-        ValueError: the gallery is too small for what the kind of index has to learn from it.
-    """
+    """Raise ValueError if the gallery is too small for what the kind of index has to learn from it."""
     least = _FEWEST_CLUSTERS.get(kind, 0) * _LEAST_PER_CLUSTER
     if num_vectors < least:
         found = f"index {kind}: {num_vectors} vectors"
@@ -158,11 +155,7 @@ def save_index(index: RetrievalIndex, folder: Path) -> int:
 
 
 def load_index(folder: Path) -> RetrievalIndex:
-    """Read what `save_index` wrote.
-
-    Raises:
-        ValueError: the two files do not belong together.
-    """
+    """Read what `save_index` wrote; ValueError where the two files do not belong together."""
     data = (folder / "index.faiss").read_bytes()
     content = json.loads((folder / "index_ids.json").read_text())
     if hashlib.sha256(data).hexdigest() != content["sha256"]:

@@ -200,11 +200,7 @@ def metrics_of(ranking: Ranking, num_items: float = np.inf) -> dict[str, Metric]
 
 
 def metric_named(name: str) -> Metric:
-    """A metric, or a variant of one such as `top1_matching`.
-
-    Raises:
-        ValueError: no such metric is registered.
-    """
+    """A metric, or a variant of one such as `top1_matching`; ValueError where none is registered."""
     if name in METRICS:
         return METRICS[name]
     for variant, description in _VARIANTS.items():
@@ -220,11 +216,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """95 % percentile interval of sum(totals) / sum(counts), resampling units (photos) with replacement.
 
-    Captions of one photo are not independent; a photo's captions are drawn together.
-
-    Args:
-        totals: sum of the metric over each unit's queries, float [units].
-        counts: number of queries of each unit, [units].
+    Captions of one photo are not independent; a photo's captions are drawn together. Totals and counts are the sum of
+    the metric over each unit's queries and their number, [units] each; see `unit_totals`.
     """
     generator = np.random.default_rng(seed)
     values = np.empty(resamples)
@@ -257,9 +250,6 @@ def paired_bootstrap(
 
     Returns:
         mean, low, high.
-
-    Raises:
-        ValueError: not one unit for each difference, or none at all.
     """
     if difference.shape != units.shape or not len(units):
         raise ValueError(f"paired bootstrap: {difference.shape} differences, {units.shape} units. Give one for each.")

@@ -83,19 +83,13 @@ class InnerProducts:
 
 
 def require_k(k: int, num_items: int) -> None:
-    """
-    Raises:
-        ValueError: more results are requested than there are items, or none.
-    """
+    """Raise ValueError if more results are requested than there are items, or none."""
     if not 1 <= k <= num_items:
         raise ValueError(f"k={k} exceeds the gallery ({num_items} items). Use 1 to {num_items}.")
 
 
 def require_queries(queries: np.ndarray, width: int, searched: str) -> None:
-    """
-    Raises:
-        ValueError: the queries do not have the width of what they search, or are not finite.
-    """
+    """Raise ValueError if queries do not have the width of what they search, or are not finite."""
     if queries.ndim != 2 or queries.shape[1] != width:
         raise ValueError(f"queries: shape {queries.shape}, the {searched} has vectors of width {width}. Give those.")
     finite = np.isfinite(queries).all(axis=1)
@@ -104,10 +98,7 @@ def require_queries(queries: np.ndarray, width: int, searched: str) -> None:
 
 
 def require_unit_length(vectors: np.ndarray, where: str, name: Callable[[int], str]) -> None:
-    """
-    Raises:
-        ValueError: a vector is not finite or not of unit length; `name` says which.
-    """
+    """Raise ValueError if a vector is not finite or not of unit length; `name` says which."""
     lengths = np.linalg.norm(vectors, axis=1)
     errors = np.nan_to_num(np.abs(lengths - 1), nan=np.inf)
     if (errors > 1e-3).any():
