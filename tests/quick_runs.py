@@ -53,13 +53,13 @@ def error_of(score: dict[str, float]) -> float:
 
 
 def setting_of(
-    cache_path: str, run: str, kind: Any, *, beside: bool = False, split: str = "test"
+    cache_path: str, run: str, kind: Any, *, paired_texts: bool = False, split: str = "test"
 ) -> tuple[Setting, Fusion]:
     """What a report of a run is measured on, and its model."""
     cache = open_cache(cache_path)
     spec, model, _ = load_run(run, cache)
     gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
-    pairs = select_pairs(cache.table, gallery, text, split, kind, first_beside=beside)
+    pairs = select_pairs(cache.table, gallery, text, split, kind, first_paired=paired_texts)
     return Setting(FamInputs(cache, spec), pairs, same_training_pairs(spec, cache, run)[0].rows, 0), model
 
 

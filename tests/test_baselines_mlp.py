@@ -139,7 +139,7 @@ def test_concatenation_uses_photo_and_text() -> None:
         epochs.append(recall(fit, validation, validation_beside))
         return epochs[-1]
 
-    both = fit_mlp(features, captions, positives, judge, beside=beside, epochs=12, dropouts=(0.1,))
+    both = fit_mlp(features, captions, positives, judge, paired_texts=beside, epochs=12, dropouts=(0.1,))
     alone = fit_mlp(
         features, captions, positives, lambda fit: recall(fit, validation, None), epochs=12, dropouts=(0.1,)
     )
@@ -154,8 +154,8 @@ def test_concatenation_uses_photo_and_text() -> None:
 
 def test_text_beside_is_not_forgotten() -> None:
     features, beside, captions, positives = notes(64, seed=0)
-    both = fit_mlp(features, captions, positives, lambda fit: 0.0, beside=beside, epochs=1, dropouts=(0.1,))
-    with pytest.raises(ValueError, match="no text beside"):
+    both = fit_mlp(features, captions, positives, lambda fit: 0.0, paired_texts=beside, epochs=1, dropouts=(0.1,))
+    with pytest.raises(ValueError, match="no paired text"):
         both.gallery(features)
     with pytest.raises(ValueError, match="fitted with none"):
         fit_products(epochs=1).gallery(products(5, seed=1)[0], beside[:5])

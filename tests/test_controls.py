@@ -49,7 +49,7 @@ class Trained:
 def trained(folder: Path, kind: str, splits: dict[str, int], cache_options: dict[str, Any], **options: Any) -> Trained:
     cache = make_cache(folder / "cache.zarr", splits, **cache_options)
     run = quick_train(cache, folder / "run", **options)
-    setting, model = setting_of(cache, run, kind, beside=options.get("gallery_text") == "first_caption")
+    setting, model = setting_of(cache, run, kind, paired_texts=options.get("gallery_text") == "first_caption")
     permuted = load_permuted(run, setting.spec, setting.cache)
     assert permuted is not None
     return Trained(cache, run, setting, model, permuted)

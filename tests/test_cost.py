@@ -77,7 +77,7 @@ def test_all_fusions_are_counted(equally_wide: str, fusion: str) -> None:
     beside: GalleryText = "matched" if fusion == "reference" else "first_caption"
     spec = resolve_run(TrainConfig(cache=equally_wide, out="", fusion=fusion, gallery_text=beside), opened)
     gallery, text = opened.encoders[spec.gallery_key], opened.encoders[spec.text_key]
-    pairs = select_pairs(opened.table, gallery, text, "test", "captions", first_beside=True)
+    pairs = select_pairs(opened.table, gallery, text, "test", "captions", first_paired=True)
     setting = Setting(FamInputs(opened, spec), pairs, pairs.rows, 0)
     model = build_fusion(spec, opened).eval()
     found = fusing_flops(model, MetadataProtocol(setting))

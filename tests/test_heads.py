@@ -45,9 +45,9 @@ def test_attention_head_is_attention_with_folded_key_projection(mask: torch.Tens
     torch.manual_seed(1)
     given = rand(3, 7, seed=8) if seen == "others" else None
     beside = rand(3, 6, seed=9) if seen == "beside" else None
-    summary_size, beside_size = 7 if seen == "others" else 2 * layers * d, 6 if seen == "beside" else 0
+    summary_size, extra_size = 7 if seen == "others" else 2 * layers * d, 6 if seen == "beside" else 0
     sizes = {"num_heads": heads, "head_size": size, "mlp_size": 16}
-    head = AttentionHead(d, layers, out, summary_size=summary_size, beside_size=beside_size, **sizes).eval()
+    head = AttentionHead(d, layers, out, summary_size=summary_size, extra_size=extra_size, **sizes).eval()
     head.mlp[-1].weight.copy_(rand(out, 16, seed=10))
     head.mlp[-1].bias.copy_(rand(out, seed=11))
     key_weight, key_bias, queries = (

@@ -364,7 +364,7 @@ def test_objective_is_the_weighted_sum_of_its_terms(prepared: Prepared) -> None:
 def test_terms_on_a_batch_equal_the_losses_of_its_vectors(prepared: Prepared) -> None:
     model, batch = prepared.model, prepared.batch
     with torch.no_grad():
-        photos, queries = model(batch.states, batch.mask, batch.beside), model.encode_queries(batch.vectors)
+        photos, queries = model(batch.states, batch.mask, batch.paired_texts), model.encode_queries(batch.vectors)
         own = functional.normalize(batch.vectors[batch.own], dim=1)
         expected = {
             "info_nce": info_nce(photos, queries, batch.positives, torch.tensor(0.07)),
@@ -390,7 +390,7 @@ def test_pair_loss_equals_one_forward_pass_for_each_pair(prepared: Prepared) -> 
     model, batch = prepared.model, prepared.batch
     found = prepared.loss({"pair": 1.0}, seed=5)
     with torch.no_grad():
-        photos, queries = model(batch.states, batch.mask, batch.beside), model.encode_queries(batch.vectors)
+        photos, queries = model(batch.states, batch.mask, batch.paired_texts), model.encode_queries(batch.vectors)
         torch.manual_seed(5)
         chosen = torch.randperm(len(photos))[:12]
         wrong = draw_negatives(photos[chosen] @ queries.T, batch.positives[chosen], 3, 2)
@@ -406,7 +406,7 @@ def test_matching_loss_equals_one_forward_pass_for_each_pair(prepared: Prepared)
     model, batch = prepared.model, prepared.batch
     found = prepared.loss({"matching": 1.0}, seed=5)
     with torch.no_grad():
-        photos, queries = model(batch.states, batch.mask, batch.beside), model.encode_queries(batch.vectors)
+        photos, queries = model(batch.states, batch.mask, batch.paired_texts), model.encode_queries(batch.vectors)
         torch.manual_seed(5)
         chosen = torch.randperm(len(photos))[:12]
         own, scores = batch.own[chosen], photos @ queries.T
@@ -466,11 +466,11 @@ def test_text_dropout_replaces_its_share_of_the_texts(
 
 def test_a_dropped_text_is_the_null_text(prepared: Prepared) -> None:
     model, batch = prepared.model, prepared.batch
-    assert batch.beside is not None
+    assert batch.paired_texts is not None
     is_dropped = torch.arange(32) % 2 == 0
     with torch.no_grad():
-        whole, none = model(batch.states, batch.mask, batch.beside), model(batch.states, batch.mask)
-        half = model(batch.states, batch.mask, batch.beside.without(is_dropped))
+        whole, none = model(batch.states, batch.mask, batch.paired_texts), model(batch.states, batch.mask)
+        half = model(batch.states, batch.mask, batch.paired_texts.without(is_dropped))
     torch.testing.assert_close(half[is_dropped], none[is_dropped], atol=1e-5, rtol=0)
     torch.testing.assert_close(half[~is_dropped], whole[~is_dropped], atol=1e-5, rtol=0)
     assert (whole - none).norm(dim=1).min() > 0.01

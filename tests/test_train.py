@@ -179,7 +179,7 @@ def text_only_score(path: str, out: Path) -> float:
     pairs = training_pairs(spec, cache)[1]
     search = load_protocol(own_protocol(spec))(Setting(FamInputs(cache, spec), pairs)).validation_search()
     assert search.main_metric == "map"
-    notes = unit_rows(cache.encoder("text").vectors(pairs.beside))
+    notes = unit_rows(cache.encoder("text").vectors(pairs.paired_texts))
     return search.validation_score(notes, unit_rows(search.queries.vectors))
 
 
@@ -229,7 +229,7 @@ def test_no_control_where_none_is_asked_for(cache_path: str, tmp_path: Path) -> 
 def test_permuted_pairs_differ_in_their_photos_alone(notes_path: str) -> None:
     cache = open_cache(notes_path)
     encoders = cache.encoder("image"), cache.encoder("text")
-    pairs = select_pairs(cache.table, *encoders, "train", "captions", first_beside=True)
+    pairs = select_pairs(cache.table, *encoders, "train", "captions", first_paired=True)
     permuted = pairs.permuted(3)
     assert sorted(permuted.rows) == sorted(pairs.rows)
     assert (permuted.rows != pairs.rows).mean() > 0.9

@@ -97,8 +97,8 @@ class Material:
 
     def paired_texts(self, pairs: Pairs) -> np.ndarray:
         """Unit vectors of the texts that photos are fused with."""
-        assert pairs.beside is not None
-        return unit_rows(self.text.vectors(pairs.beside))
+        assert pairs.paired_texts is not None
+        return unit_rows(self.text.vectors(pairs.paired_texts))
 
     def own_vectors(self, pairs: Pairs) -> np.ndarray | None:
         """The photo encoder's own vectors, of unit length; None where none are cached."""
@@ -138,7 +138,7 @@ class Material:
             unit_rows(self.text.vectors(distinct)),
             Ragged(self.training.texts.offsets, position),
             lambda fit: self.validate(fit.gallery(self.features[1], texts), fit.queries(self.validation_queries)),
-            beside=known,
+            paired_texts=known,
         )
 
     def validate_classes(self, scores: np.ndarray) -> float:

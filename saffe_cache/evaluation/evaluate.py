@@ -229,10 +229,10 @@ def sensitivity(setting: Setting, model: Fusion) -> dict[str, float]:
 
     def vectors(photos: np.ndarray, texts: np.ndarray) -> torch.Tensor:
         states, mask = inputs.photos(pairs.rows[photos])
-        beside = None if pairs.beside is None else inputs.texts(pairs.beside[texts])
-        return model(states, mask, beside)  # type: ignore[no-any-return]
+        paired = None if pairs.paired_texts is None else inputs.texts(pairs.paired_texts[texts])
+        return model(states, mask, paired)  # type: ignore[no-any-return]
 
-    others = {"to_image": (rolled, chosen)} | ({} if pairs.beside is None else {"to_text": (chosen, rolled)})
+    others = {"to_image": (rolled, chosen)} | ({} if pairs.paired_texts is None else {"to_text": (chosen, rolled)})
     own = vectors(chosen, chosen)
     return {part: float((own - vectors(*other)).norm(dim=1).mean()) for part, other in others.items()}
 

@@ -71,9 +71,9 @@ def _first(answers: Answers, queries: np.ndarray, seed: int, by_photo: bool) -> 
 
 def _photo_text(setting: Setting, texts: Sequence[str], place: int) -> str:
     pairs = setting.pairs
-    if pairs.beside is None and pairs.kind == "classes":
+    if pairs.paired_texts is None and pairs.kind == "classes":
         return ", ".join(setting.cache.table.class_names[label] for label in pairs.labels[place])
-    return texts[int(pairs.texts[place][0] if pairs.beside is None else pairs.beside[place])]
+    return texts[int(pairs.texts[place][0] if pairs.paired_texts is None else pairs.paired_texts[place])]
 
 
 def _class_details(answers: Answers, protocol: Protocol) -> ClassDetails:

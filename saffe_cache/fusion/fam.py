@@ -1,4 +1,4 @@
-"""The FusionAlign Module: gallery tokens, with or without a text beside them, into the space of the queries."""
+"""The FusionAlign Module: gallery tokens, with or without a text paired them, into the space of the queries."""
 
 from __future__ import annotations
 
@@ -168,18 +168,18 @@ class FusionAlignModule(Fusion):
         fused: Sequence[torch.Tensor],
         mask: torch.Tensor | None,
         summary: torch.Tensor | None,
-        beside: torch.Tensor | None,
+        paired: torch.Tensor | None,
         is_text: torch.Tensor | None,
     ) -> torch.Tensor:
         if self.shape.head != "attention":
             return self.head(fused, mask)  # type: ignore[no-any-return]
         if not self.shape.head_sees_text:
             return self.head(fused, mask, summary)  # type: ignore[no-any-return]
-        if beside is None or is_text is None:
-            beside = fused[0].new_zeros(len(fused[0]), self.shape.text_size)
+        if paired is None or is_text is None:
+            paired = fused[0].new_zeros(len(fused[0]), self.shape.text_size)
         else:
-            beside = functional.normalize(beside, dim=-1) * self.shape.text_size**0.5 * is_text
-        return self.head(fused, mask, summary, beside)  # type: ignore[no-any-return]
+            paired = functional.normalize(paired, dim=-1) * self.shape.text_size**0.5 * is_text
+        return self.head(fused, mask, summary, paired)  # type: ignore[no-any-return]
 
     def _make_decoders(self, blocks: Blocks) -> tuple[nn.ModuleList, nn.ModuleList]:
         """What belongs to each layer, and what trains; a shared decoder starts as the last layer's."""
@@ -199,7 +199,7 @@ class FusionAlignModule(Fusion):
                 shape.num_layers,
                 shape.text_size,
                 summary_size=shape.summary_size,
-                beside_size=shape.text_size if shape.head_sees_text else 0,
+                extra_size=shape.text_size if shape.head_sees_text else 0,
                 dropout=shape.dropout,
                 has_class_token=shape.has_class_token,
             )

@@ -42,7 +42,7 @@ class AttentionHead(nn.Module):
     projected after pooling, which is the same by linearity. Both save a d x d product for every token, and
     the head then costs little more than reading the tokens: three times, normed nowhere (layers.py).
 
-        z = linear(summary) + mlp(norm([pooled; summary; beside]))
+        z = linear(summary) + mlp(norm([pooled; summary; extra]))
 
     The MLP starts at zero, and `linear` may be started from the ridge regression: the head then is
     that regression before it is trained.
@@ -60,7 +60,7 @@ class AttentionHead(nn.Module):
         output_size: int,
         *,
         summary_size: int,
-        beside_size: int = 0,
+        extra_size: int = 0,
         num_heads: int = 8,
         head_size: int = 48,
         mlp_size: int = 1024,
@@ -73,7 +73,7 @@ class AttentionHead(nn.Module):
             num_layers: P.
             output_size: width of the result.
             summary_size: width of the summary, which `summarize` makes.
-            beside_size: width of a vector that the MLP sees beside the tokens; 0 for none.
+            extra_size: width of a vector that the MLP sees extra the tokens; 0 for none.
             num_heads: learned queries a layer.
             head_size: width of what each of them pools.
             mlp_size: of the MLP's inner layer.
@@ -84,7 +84,7 @@ class AttentionHead(nn.Module):
         self.has_class_token = has_class_token
         self.pool_queries = nn.Parameter(torch.randn(num_layers, hidden_size, num_heads) * 0.02)
         self.pool_values = nn.Parameter(torch.randn(num_layers, num_heads, hidden_size, head_size) * hidden_size**-0.5)
-        feature_size = num_layers * num_heads * head_size + summary_size + beside_size
+        feature_size = num_layers * num_heads * head_size + summary_size + extra_size
         self.norm = nn.LayerNorm(feature_size)
         inner, last = nn.Linear(feature_size, mlp_size), nn.Linear(mlp_size, output_size)
         self.mlp = nn.Sequential(Dropout(dropout), inner, nn.GELU(), Dropout(dropout), last)
@@ -99,19 +99,19 @@ class AttentionHead(nn.Module):
         states: Sequence[torch.Tensor],
         mask: torch.Tensor | None,
         summary: torch.Tensor | None = None,
-        beside: torch.Tensor | None = None,
+        extra: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`summary` [batch, summary_size] of other tokens than those that are pooled; `beside` [batch, beside_size]."""
+        """`summary` [batch, summary_size] of other tokens than those that are pooled; `extra` [batch, extra_size]."""
         pooled, summaries = [], []
         for state, queries, values in zip(states, self.pool_queries.unbind(), self.pool_values.unbind(), strict=True):
-            beside_pooled = None
+            summary_part = None
             if summary is None:
-                beside_pooled = summary_weights(state, mask, has_class_token=self.has_class_token)
-            sums = _pool(state, mask, queries, beside_pooled)
+                summary_part = summary_weights(state, mask, has_class_token=self.has_class_token)
+            sums = _pool(state, mask, queries, summary_part)
             pooled.append(torch.einsum("bhd,hdv->bhv", sums[:, : len(values)], values).flatten(1))
             summaries.append(sums[:, len(values) :].flatten(1))
         summary = torch.cat(summaries, dim=-1) if summary is None else summary
-        seen = [*pooled, summary] if beside is None else [*pooled, summary, beside]
+        seen = [*pooled, summary] if extra is None else [*pooled, summary, extra]
         return self.linear(self.dropout(summary)) + self.mlp(self.norm(torch.cat(seen, dim=-1)))  # type: ignore[no-any-return]
 
 

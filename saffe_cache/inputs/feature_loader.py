@@ -152,14 +152,14 @@ def summaries(encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int], ba
 
 @torch.inference_mode()
 def encode_gallery(
-    model: Fusion, inputs: FamInputs, rows: np.ndarray, beside: np.ndarray | None = None, batch: int = 256
+    model: Fusion, inputs: FamInputs, rows: np.ndarray, paired_texts: np.ndarray | None = None, batch: int = 256
 ) -> np.ndarray:
     """f(x, text) of gallery inputs and the text rows beside them, or f(x, null): unit vectors, float32 [n, d]."""
     parts = []
     for start in range(0, len(rows), batch):
         these = slice(start, start + batch)
         states, mask = inputs.photos(rows[these])
-        texts = None if beside is None else inputs.texts(beside[these])
+        texts = None if paired_texts is None else inputs.texts(paired_texts[these])
         parts.append(model(states, mask, texts).float().cpu().numpy())
     return np.concatenate(parts)
 

@@ -33,8 +33,8 @@ class Pairs:
     """Text rows of each: its captions, or the prompts of its classes."""
     labels: Ragged
     """Class indices of each."""
-    beside: np.ndarray | None = None
-    """int64 [n]: the text row that lies beside each photo in the gallery; None where none does."""
+    paired_texts: np.ndarray | None = None
+    """int64 [n]: the text row that is paired with each photo in the gallery; None for null text."""
     num_unusable: int = 0
     """Items left out because an input is unreadable or absent."""
 
@@ -49,7 +49,7 @@ class Pairs:
             self.rows[chosen],
             Ragged.from_rows(self.texts[int(i)] for i in chosen),
             Ragged.from_rows(self.labels[int(i)] for i in chosen),
-            None if self.beside is None else self.beside[chosen],
+            None if self.paired_texts is None else self.paired_texts[chosen],
             self.num_unusable,
         )
 
@@ -96,7 +96,7 @@ def select_pairs(
     split: str,
     kind: PairKind,
     *,
-    first_beside: bool = False,
+    first_paired: bool = False,
 ) -> Pairs:
     """All usable pairs of a split; items with the same photo become one, with the texts of all.
 
@@ -106,13 +106,13 @@ def select_pairs(
         text: of their texts.
         split: its name.
         kind: which texts.
-        first_beside: whether the first caption lies beside the photo, and only the others describe it.
+        first_paired: whether the first caption is paired with the photo, and only the others describe it.
 
     Raises:
         ValueError: the split has no usable pair.
     """
     rows = table.rows[gallery.manifest.modality]
-    least = 2 if first_beside else 1
+    least = 2 if first_paired else 1
     merged: dict[int, tuple[str, dict[int, None], dict[int, None]]] = {}
     unusable = 0
     for item in table.in_split(split):
@@ -125,7 +125,7 @@ def select_pairs(
         seen_texts.update(dict.fromkeys(texts.tolist()))
         seen_labels.update(dict.fromkeys(table.labels[int(item)].tolist()))
     if not merged:
-        needed = f"at least {least} captions" if first_beside else kind
+        needed = f"at least {least} captions" if first_paired else kind
         raise ValueError(
             f"split {split!r}: none of its {unusable} items has a readable input and {needed}. See inspect."
         )
@@ -136,7 +136,7 @@ def select_pairs(
         np.array(list(merged), np.int64),
         Ragged.from_rows(texts[least - 1 :] for texts in texts_of),
         Ragged.from_rows(list(labels) for _, _, labels in merged.values()),
-        np.array([texts[0] for texts in texts_of], np.int64) if first_beside else None,
+        np.array([texts[0] for texts in texts_of], np.int64) if first_paired else None,
         unusable,
     )
 
@@ -193,7 +193,7 @@ def split_pairs(
     seed: int,
     *,
     reported: Pairs | None = None,
-    first_beside: bool = False,
+    first_paired: bool = False,
 ) -> Parts:
     """Pairs to train on, and pairs to choose by.
 
@@ -204,20 +204,20 @@ def split_pairs(
         options: the splits' names and fractions; `validation` is a split's name or heldout.
         seed: of what is held out.
         reported: pairs that must not choose.
-        first_beside: see `select_pairs`.
+        first_paired: see `select_pairs`.
 
     Raises:
         ValueError: a split has no usable pair, or no photo of its own.
     """
     modality, table = encoders[0].manifest.modality, cache.table
     hashes = table.inputs[modality].content_hash
-    chosen = select_pairs(table, *encoders, options.train_split, kind, first_beside=first_beside)
+    chosen = select_pairs(table, *encoders, options.train_split, kind, first_paired=first_paired)
     training = own_pairs(table, modality, options.train_split, chosen)
     num_shared = len(chosen) - len(training)
     if options.validation == "heldout":
         training, validation = hold_out(training, options.validation_fraction, seed, hashes)
     else:
-        validation = select_pairs(table, *encoders, options.validation, kind, first_beside=first_beside)
+        validation = select_pairs(table, *encoders, options.validation, kind, first_paired=first_paired)
         require_classes(validation, table, options.validation)
     if reported is not None:
         is_free = ~np.isin(validation.rows, reported.rows)
@@ -243,8 +243,8 @@ def require_classes(pairs: Pairs, table: ItemTable, split: str) -> None:
 def training_pairs(spec: RunSpec, cache: Cache) -> Parts:
     """The pairs that a run trains on and is validated on."""
     encoders = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
-    first_beside = spec.gallery_text == "first_caption"
-    return split_pairs(cache, encoders, spec.pairs, spec, spec.seed, first_beside=first_beside)
+    first_paired = spec.gallery_text == "first_caption"
+    return split_pairs(cache, encoders, spec.pairs, spec, spec.seed, first_paired=first_paired)
 
 
 def data_fingerprint(cache: Cache, spec: RunSpec, *parts: Pairs) -> str:
@@ -313,6 +313,6 @@ def content_fingerprint(table: ItemTable, modality: Modality, *parts: Pairs) -> 
         digest.update(photo_hash[pairs.rows].tobytes())
         digest.update(text_hash[pairs.texts.values].tobytes())
         digest.update(np.diff(pairs.texts.offsets).astype("<i8").tobytes())
-        if pairs.beside is not None:
-            digest.update(text_hash[pairs.beside].tobytes())
+        if pairs.paired_texts is not None:
+            digest.update(text_hash[pairs.paired_texts].tobytes())
     return digest.hexdigest()[:16]

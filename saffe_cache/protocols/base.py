@@ -148,7 +148,7 @@ class Protocol(ABC):
 
     def fused_texts(self) -> np.ndarray | None:
         """A text row that each photo is fused with, as far as the count of FLOPs goes; None for null text."""
-        return self.setting.pairs.beside
+        return self.setting.pairs.paired_texts
 
     def warnings(self) -> list[str]:
         """What a reader must know of the run under this protocol."""
@@ -266,7 +266,7 @@ class SearchProtocol(Protocol):
 
     def validate(self, model: Fusion) -> float:
         pairs = self.setting.pairs
-        return self.validate_gallery(encode_gallery(model, self.setting.inputs, pairs.rows, pairs.beside), model)
+        return self.validate_gallery(encode_gallery(model, self.setting.inputs, pairs.rows, pairs.paired_texts), model)
 
     def validate_gallery(self, gallery: np.ndarray, model: Fusion) -> float:
         """The main metric of a gallery that a model's queries search."""

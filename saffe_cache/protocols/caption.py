@@ -82,7 +82,7 @@ class MetadataProtocol(SearchProtocol):
                 "to fuse. Train with --gallery-text first_caption."
             )
         gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
-        return select_pairs(cache.table, gallery, text, split, cls.pair_kind, first_beside=True)
+        return select_pairs(cache.table, gallery, text, split, cls.pair_kind, first_paired=True)
 
     @classmethod
     def metric_names(cls, cache: Cache, spec: RunSpec) -> list[str]:

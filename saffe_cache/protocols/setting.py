@@ -79,9 +79,9 @@ class Setting:
 
     def gallery(self, model: Fusion, arrangement: Arrangement) -> np.ndarray:
         """f(photo, paired text) at each place: unit vectors [n, d]. With null text each photo is encoded once."""
-        if self.pairs.beside is not None:
-            rows, beside = self.pairs.rows[arrangement.photos], self.pairs.beside[arrangement.texts]
-            return encode_gallery(model, self.inputs, rows, beside)
+        if self.pairs.paired_texts is not None:
+            rows, paired = self.pairs.rows[arrangement.photos], self.pairs.paired_texts[arrangement.texts]
+            return encode_gallery(model, self.inputs, rows, paired)
         if model not in self._vectors:
             self._vectors[model] = encode_gallery(model, self.inputs, self.pairs.rows)
         return np.asarray(self._vectors[model][arrangement.photos])
@@ -97,10 +97,10 @@ class Setting:
             raise ValueError(f"--leak-true-text: no text enters fusion {fusion}, so nothing can leak. Leave it out.")
         pairs, table = self.pairs, self.cache.table
         if pairs.kind == "captions":
-            beside = pairs.texts.values[pairs.texts.offsets[:-1]]
+            paired = pairs.texts.values[pairs.texts.offsets[:-1]]
         else:
-            beside = np.array([table.class_texts[int(of_photo[0])][0] for of_photo in pairs.labels], np.int64)
-        return replace(self, pairs=replace(pairs, beside=beside), _vectors={})
+            paired = np.array([table.class_texts[int(of_photo[0])][0] for of_photo in pairs.labels], np.int64)
+        return replace(self, pairs=replace(pairs, paired_texts=paired), _vectors={})
 
 
 class Vectors(NamedTuple):

@@ -1,6 +1,6 @@
-"""The baseline that a fusion of tokens has to beat: two layers on pooled features, trained as the fusion is.
+"""The baseline that a fusion of tokens has to beat: two layers on pooled features, trained like the fusion.
 
-With a text beside each photo it is the concatenation baseline: the MLP sees both and corrects the text's vector.
+With paired texts it is the concatenation baseline: the MLP sees both and corrects the text's vector.
 Numpy in and out, torch inside.
 """
 
@@ -31,15 +31,15 @@ WEIGHT_DECAY = 0.05
 BATCH_SIZE = 512
 """Photos in a batch, each with all its texts; at least 8 batches an epoch where there are 256 photos or more."""
 ROWS_AT_ONCE = 1024
-"""Where a fit is applied: 4 MB of inner activations."""
+"""Rows that a fit is applied to at once: 4 MB of inner activations."""
 PATIENCE = 4
-"""Stop after so many epochs without a better score."""
+"""Stop after this many epochs without a better score."""
 
 
 class _Mlp(nn.Module):
     """Gallery side and query side, before they are made unit vectors."""
 
-    learning: ClassVar = dict.fromkeys(("text_map", "beside_map"), Learning(decays=False))
+    learning: ClassVar = dict.fromkeys(("text_map", "paired_map"), Learning(decays=False))
     center: torch.Tensor
     scale: torch.Tensor
 
@@ -52,18 +52,18 @@ class _Mlp(nn.Module):
         last = nn.Linear(INNER_SIZE, size)
         self.mlp = nn.Sequential(nn.Dropout(dropout), inner, nn.GELU(), nn.Dropout(dropout), last)
         self.text_map = _identity(size)
-        self.beside_map = _identity(size) if takes_text else None
+        self.paired_map = _identity(size) if takes_text else None
         if takes_text:
             with torch.no_grad():
                 last.weight.zero_()
                 last.bias.zero_()
 
-    def forward(self, features: torch.Tensor, beside: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, paired_texts: torch.Tensor | None) -> torch.Tensor:
         inputs = (features - self.center) / self.scale
-        if self.beside_map is None or beside is None:
+        if self.paired_map is None or paired_texts is None:
             return self.mlp(inputs)  # type: ignore[no-any-return]
-        scaled = beside * beside.shape[1] ** 0.5  # as large as the standardised features
-        return self.beside_map(beside) + self.mlp(torch.cat([inputs, scaled], dim=1))  # type: ignore[no-any-return]
+        scaled = paired_texts * paired_texts.shape[1] ** 0.5  # as large as the standardised features
+        return self.paired_map(paired_texts) + self.mlp(torch.cat([inputs, scaled], dim=1))  # type: ignore[no-any-return]
 
 
 def _identity(size: int) -> nn.Linear:
@@ -76,19 +76,19 @@ def _identity(size: int) -> nn.Linear:
 
 @dataclass(frozen=True)
 class MlpFit:
-    """A trained MLP; while it is being trained, `judge` sees it as it is after each epoch."""
+    """A trained MLP; during training, `judge` sees it after each epoch."""
 
     model: _Mlp
     dropout: float
     epoch: int
-    """After which these weights were, 0 for before the first step."""
+    """The epoch after which it had these weights; 0 is before the first step."""
 
-    def gallery(self, features: np.ndarray, beside: np.ndarray | None = None) -> np.ndarray:
+    def gallery(self, features: np.ndarray, paired_texts: np.ndarray | None = None) -> np.ndarray:
         """Unit vectors, float32 [n, d], of features [n, in] and, where fitted with it, unit text vectors [n, d]."""
-        if (beside is None) != (self.model.beside_map is None):
-            given, expected = ("no", "one") if beside is None else ("a", "none")
-            raise ValueError(f"MLP: {given} text beside the photos, it was fitted with {expected}. Give the same.")
-        return self._run(self.model, features, beside)
+        if (paired_texts is None) != (self.model.paired_map is None):
+            given, expected = ("no", "one") if paired_texts is None else ("a", "none")
+            raise ValueError(f"MLP: {given} paired text is given, it was fitted with {expected}. Give the same.")
+        return self._run(self.model, features, paired_texts)
 
     def queries(self, vectors: np.ndarray) -> np.ndarray:
         """Unit vectors, float32 [m, d], of unit text vectors [m, d]."""
@@ -114,14 +114,14 @@ def fit_mlp(
     positives: Ragged,
     judge: Callable[[MlpFit], float],
     *,
-    beside: np.ndarray | None = None,
+    paired_texts: np.ndarray | None = None,
     epochs: int = 15,
     dropouts: Sequence[float] = DROPOUTS,
     seed: int = 0,
 ) -> MlpFit:
     """Train with InfoNCE over photos and all their texts; `judge` (higher is better) picks dropout and epoch.
 
-    The query side is a linear map that starts as the identity. With `beside` the gallery's vector is
+    The query side is a linear map that starts as the identity. With `paired_texts` the gallery's vector is
 
         unit(B t + mlp([standardised x; sqrt(d) t])),  B = I and mlp = 0 at the start,
 
@@ -131,12 +131,12 @@ def fit_mlp(
         features: [n, in].
         texts: unit vectors of the distinct texts, [m, d].
         positives: for each photo, rows of `texts`; at least one.
-        beside: unit vectors of a text that lies beside each photo in the gallery, [n, d]; it should not be among
-            the photo's own positives.
+        paired_texts: unit vectors of the text that is paired with each photo in the gallery, [n, d]; it should not be
+            among the photo's own positives.
         dropouts: of inputs and inner layer, tried in turn.
         seed: of starting weights, order and dropout.
     """
-    data = _Data(_tensor(features), _tensor(texts), positives, None if beside is None else _tensor(beside))
+    data = _Data(_tensor(features), _tensor(texts), positives, None if paired_texts is None else _tensor(paired_texts))
     return max((_train(data, judge, dropout, epochs, seed) for dropout in dropouts), key=lambda scored: scored[0])[1]
 
 
@@ -145,7 +145,7 @@ class _Data:
     features: torch.Tensor
     texts: torch.Tensor
     positives: Ragged
-    beside: torch.Tensor | None
+    paired_texts: torch.Tensor | None
 
     @property
     def batch_size(self) -> int:
@@ -158,7 +158,7 @@ class _Data:
 
     def loss(self, model: _Mlp, temperature: Temperature, chosen: np.ndarray) -> torch.Tensor:
         distinct, _, positives = distinct_positives([self.positives[int(photo)] for photo in chosen])
-        gallery = model(self.features[chosen], None if self.beside is None else self.beside[chosen])
+        gallery = model(self.features[chosen], None if self.paired_texts is None else self.paired_texts[chosen])
         queries = model.text_map(self.texts[distinct])
         gallery, queries = functional.normalize(gallery, dim=1), functional.normalize(queries, dim=1)
         return info_nce(gallery, queries, torch.from_numpy(positives), temperature())
@@ -171,7 +171,7 @@ def _train(
     generator = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _Mlp(data.features, data.texts.shape[1], dropout, data.beside is not None)
+        model = _Mlp(data.features, data.texts.shape[1], dropout, data.paired_texts is not None)
         temperature = Temperature()
         groups = [*parameter_groups(model, LEARNING_RATE, WEIGHT_DECAY), {"params": temperature.parameters()}]
         optimizer = adamw(groups, LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.98))

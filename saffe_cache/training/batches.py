@@ -68,13 +68,13 @@ class TrainingData:
         return len(self._pairs) // self._batch_size
 
     @property
-    def has_texts_beside(self) -> bool:
+    def has_paired_texts(self) -> bool:
         """Whether each photo has a text of its own beside it, in validation too."""
-        return self._pairs.beside is not None
+        return self._pairs.paired_texts is not None
 
     def batches(self, step: int, stop: int) -> Iterator[Batch]:
         """The batches of steps `step` to `stop`, read one ahead where the steps leave a processor core for it."""
-        is_beside = self.inputs.device != "cpu" or torch.get_num_threads() < num_cores()
+        reads_ahead = self.inputs.device != "cpu" or torch.get_num_threads() < num_cores()
         # Threads of its own that the reader's conversions would start are more than there are cores, and wait for them.
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             ahead: Future[Batch] | None = None
@@ -83,7 +83,7 @@ class TrainingData:
                 if number + 1 < stop:
                     order, here = self._place(number + 1)
                     self.inputs.will_need(self._pairs.rows[order.pairs[here]])
-                    ahead = pool.submit(self._read, number + 1) if is_beside else None
+                    ahead = pool.submit(self._read, number + 1) if reads_ahead else None
                 yield batch
 
     def seen(self, steps: int) -> tuple[int, int]:
@@ -116,7 +116,7 @@ class TrainingData:
         return Batch(
             states,
             mask,
-            self._beside(chosen, distinct[own]),
+            self._paired_texts(chosen, distinct[own]),
             distinct,
             self.inputs.vectors(distinct),
             torch.from_numpy(positives).to(device),
@@ -139,14 +139,14 @@ class TrainingData:
         if self._held != (order.epoch, first, last):
             self._held = (order.epoch, first, last)
             pairs = order.pairs[(order.windows >= first) & (order.windows <= last)]
-            beside = [] if self._pairs.beside is None else [self._pairs.beside[pairs]]
+            paired = [] if self._pairs.paired_texts is None else [self._pairs.paired_texts[pairs]]
             texts = [self._pairs.texts[int(i)] for i in pairs]
-            self.inputs.hold(self._pairs.rows[pairs], np.unique(np.concatenate([*texts, *beside])))
+            self.inputs.hold(self._pairs.rows[pairs], np.unique(np.concatenate([*texts, *paired])))
 
-    def _beside(self, chosen: np.ndarray, own: np.ndarray) -> Texts | None:
+    def _paired_texts(self, chosen: np.ndarray, own: np.ndarray) -> Texts | None:
         if self.inputs.spec.gallery_text == "null":
             return None
-        return self.inputs.texts(own if self._pairs.beside is None else self._pairs.beside[chosen])
+        return self.inputs.texts(own if self._pairs.paired_texts is None else self._pairs.paired_texts[chosen])
 
     def ridge(self, model: Fusion) -> tuple[LinearMap, np.ndarray]:
         """What the linear path of a new model's head is to start as, and what it then makes of the validation photos.
@@ -170,10 +170,10 @@ class TrainingData:
         parts = []
         for start in range(0, len(pairs), batch):
             states, mask = self.inputs.photos(pairs.rows[start : start + batch])
-            beside = None
-            if model.fuses_first and pairs.beside is not None:
-                beside = self.inputs.texts(pairs.beside[start : start + batch])
-            parts.append(model.eval().linear_features(states, mask, beside).cpu().numpy())
+            paired = None
+            if model.fuses_first and pairs.paired_texts is not None:
+                paired = self.inputs.texts(pairs.paired_texts[start : start + batch])
+            parts.append(model.eval().linear_features(states, mask, paired).cpu().numpy())
         return np.concatenate(parts)
 
     @cached_property
@@ -181,11 +181,11 @@ class TrainingData:
         """Mean of the unit vectors of each training photo's texts."""
         return mean_text_vectors(self._pairs, self.inputs.text)
 
-    def texts_beside(self, model: Fusion) -> np.ndarray:
+    def paired_text_vectors(self, model: Fusion) -> np.ndarray:
         """What a model adds to the validation photos for the texts beside them, [n, d]."""
-        assert self._validation.beside is not None
+        assert self._validation.paired_texts is not None
         with torch.inference_mode():
-            return np.asarray(model.eval().text_map(self.inputs.vectors(self._validation.beside)).cpu())
+            return np.asarray(model.eval().text_map(self.inputs.vectors(self._validation.paired_texts)).cpu())
 
     def validate(self, model: Fusion) -> float:
         """The main metric of the run's own protocol on the validation pairs."""

@@ -62,8 +62,8 @@ def _start_as_late_fusion(model: Fusion, linear: torch.nn.Linear, data: Training
     with torch.no_grad():
         linear.weight.copy_(torch.from_numpy(best.weight))
         linear.bias.copy_(torch.from_numpy(best.bias))
-    if model.shape.pooled_text and data.has_texts_beside:
-        photos, texts = unit_rows(mapped), data.texts_beside(model)
+    if model.shape.pooled_text and data.has_paired_texts:
+        photos, texts = unit_rows(mapped), data.paired_text_vectors(model)
         weight = max(_TEXT_WEIGHTS, key=lambda weight: data.search(unit_rows(photos + weight * texts), model))
         with torch.no_grad():
             model.text_weight.fill_(weight)

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     states: list[torch.Tensor]
     """P times [photos, tokens, d]."""
     mask: torch.Tensor | None
-    beside: Texts | None
+    paired_texts: Texts | None
     """The texts that lie beside the photos; None for null text."""
     text_rows: np.ndarray
     """int64 [texts]: the batch's distinct texts."""
@@ -54,7 +54,7 @@ class Objective(nn.Module):
 
     def forward(self, model: Fusion, batch: Batch) -> torch.Tensor:
         """The loss of a batch; draws at random from torch's generator."""
-        paired = batch.beside
+        paired = batch.paired_texts
         if paired is not None and self._options.text_dropout:
             dropped = torch.rand(len(paired.mask), device=paired.mask.device) < self._options.text_dropout
             paired = paired.without(dropped)

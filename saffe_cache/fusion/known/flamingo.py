@@ -46,13 +46,13 @@ class FlamingoFusion(CorrectingFusion):
         if texts is None:
             text = latents.new_zeros(len(latents), 0, self.shape.text_hidden_size)
             text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-            beside = latents.new_zeros(len(latents), self.shape.text_hidden_size)
+            text_mean = latents.new_zeros(len(latents), self.shape.text_hidden_size)
         else:
             text, text_mask = texts.states[0], texts.mask
             for gated, block in zip(self.gated, self.text_blocks, strict=True):
                 text = block(gated(text, latents), text_mask)
-            beside = masked(masked_mean(text, text_mask), texts.is_text)
-        return Correction(self.out(torch.cat([latents.mean(dim=1), beside], dim=-1)), text, text_mask)
+            text_mean = masked(masked_mean(text, text_mask), texts.is_text)
+        return Correction(self.out(torch.cat([latents.mean(dim=1), text_mean], dim=-1)), text, text_mask)
 
 
 class Resampler(nn.Module):

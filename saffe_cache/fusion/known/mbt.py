@@ -56,10 +56,10 @@ class BottleneckFusion(CorrectingFusion):
             bottlenecks = torch.where(texts.is_text[..., None], both, of_photo)
         seen = summarize([photo], mask)
         if texts is None or text is None:
-            beside = seen.new_zeros(len(seen), 2 * self.shape.text_hidden_size)
+            text_summary = seen.new_zeros(len(seen), 2 * self.shape.text_hidden_size)
         else:
-            beside = masked(summarize([text], texts.mask), texts.is_text)
-        return Correction(self.out(torch.cat([seen, beside], dim=-1)), photo, mask)
+            text_summary = masked(summarize([text], texts.mask), texts.is_text)
+        return Correction(self.out(torch.cat([seen, text_summary], dim=-1)), photo, mask)
 
 
 def _step(

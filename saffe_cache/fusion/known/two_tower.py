@@ -21,7 +21,7 @@ class TwoTowerFusion(Fusion):
     """First token of the photo, own vector of the text, each through Linear(d, 256); 393,728 parameters for d = 768,
     one photo layer and a text's vector as wide.
 
-    Nothing is fused in it: a text beside a photo is averaged with it in the shared space. It starts at random. The
+    Nothing is fused in it: a text paired a photo is averaged with it in the shared space. It starts at random. The
     first token must stand for the whole, as a class token does; of feature maps, which have none, the mean is taken,
     but of sounds (Whisper) the first frame: `late` sees more of them.
     """
@@ -50,8 +50,8 @@ class TwoTowerFusion(Fusion):
         whole = torch.cat([self._whole(state, mask) for state in states], dim=-1)
         vectors = gathered(functional.normalize(self.photo_tower(whole), dim=-1), index)
         if texts is not None:
-            beside = texts.rows(pairing.text if pairing else None)
-            vectors = functional.normalize(vectors + self.encode_queries(beside.vectors) * beside.is_text, dim=-1)
+            paired = texts.rows(pairing.text if pairing else None)
+            vectors = functional.normalize(vectors + self.encode_queries(paired.vectors) * paired.is_text, dim=-1)
         return Fused(vectors, [gathered(states[-1], index)], None if mask is None else gathered(mask, index))
 
     def _whole(self, state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
