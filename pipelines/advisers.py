@@ -30,7 +30,7 @@ class Case:
     """Of each fusion, "no FAM" among them, for each seed: fractions."""
     measures: Mapping[str, float]
     advised: str
-    """By the rule of saffe_cache.studies.alignment.advice."""
+    """By the rule of saffe_cache.studies.alignment.result."""
     hypothesis: str
     """By the rule that it replaced."""
     metric: str = ""

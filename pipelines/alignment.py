@@ -40,12 +40,11 @@ from saffe_cache.retrieval.metrics import seed_interval
 from saffe_cache.store.manifest import content_hash
 from saffe_cache.store.reader import EncoderCache, open_cache
 from saffe_cache.store.storage import Storage
-from saffe_cache.studies.alignment.advice import Evidence
 from saffe_cache.studies.alignment.align import align
 from saffe_cache.studies.alignment.config import AlignConfig
-from saffe_cache.studies.alignment.result import AlignmentResult
+from saffe_cache.studies.alignment.result import AlignmentResult, Evidence
 from saffe_cache.studies.sweep.ablate import ablate
-from saffe_cache.studies.sweep.config import AblateConfig
+from saffe_cache.studies.sweep.recipe import AblateConfig
 from saffe_cache.studies.sweep.result import SweepResult
 
 ALONE, BESIDE = "photos alone", "photos with paired text"

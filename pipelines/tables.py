@@ -19,7 +19,7 @@ from saffe_cache.evaluation.evaluate import evaluate
 from saffe_cache.evaluation.results import FAM, EvaluationResult
 from saffe_cache.studies.sweep import recipe
 from saffe_cache.studies.sweep.ablate import sweep
-from saffe_cache.studies.sweep.config import AblateConfig
+from saffe_cache.studies.sweep.recipe import AblateConfig
 from saffe_cache.studies.sweep.result import SweepPoint, SweepResult
 
 

@@ -60,7 +60,7 @@ if TYPE_CHECKING:  # for type checkers and editors: a selection of what _places 
     from saffe_cache.studies.matching.match import match as match
     from saffe_cache.studies.matching.result import MatchResult as MatchResult
     from saffe_cache.studies.sweep.ablate import ablate as ablate
-    from saffe_cache.studies.sweep.config import AblateConfig as AblateConfig
+    from saffe_cache.studies.sweep.recipe import AblateConfig as AblateConfig
     from saffe_cache.studies.sweep.result import SweepResult as SweepResult
     from saffe_cache.training.config import TrainConfig as TrainConfig
     from saffe_cache.training.result import TrainResult as TrainResult

@@ -103,7 +103,7 @@ VERBS: Mapping[str, Verb] = {
     ),
     "ablate": Verb(
         summary="Train and evaluate every cell of a recipe.",
-        config="studies.sweep.config:AblateConfig",
+        config="studies.sweep.recipe:AblateConfig",
         run="studies.sweep.ablate:ablate",
         result="studies.sweep.result:SweepResult",
     ),

@@ -273,8 +273,8 @@ def _run_targets(work: Path) -> dict[str, Target]:
     from saffe_cache.core.outputs import provenance, write_json
     from saffe_cache.core.tensors import write_tensors
     from saffe_cache.training import runs
-    from saffe_cache.training.checkpoints import TrainingState, resume, save_state
     from saffe_cache.training.config import TrainConfig
+    from saffe_cache.training.loop import TrainingState, resume, save_state
     from saffe_cache.training.resolve import resolve_run
     from saffe_cache.training.result import TrainResult
 

@@ -29,8 +29,7 @@ from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.sweep import ablate as running
 from saffe_cache.studies.sweep.ablate import ablate
-from saffe_cache.studies.sweep.config import AblateConfig
-from saffe_cache.studies.sweep.recipe import read_recipe
+from saffe_cache.studies.sweep.recipe import AblateConfig, read_recipe
 from saffe_cache.studies.sweep.result import SweepResult
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.resolve import resolve_run

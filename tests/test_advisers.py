@@ -16,7 +16,7 @@ from synthetic_cache import make_cache
 from pipelines import alignment
 from pipelines.advisers import Case, advisers, best_threshold, correlations, judged, proposal
 from saffe_cache.core.results import Estimate
-from saffe_cache.studies.alignment.advice import Evidence
+from saffe_cache.studies.alignment.result import Evidence
 
 
 def cases_with(found: list[tuple[str, float, float, float]], noise: float = 0.001) -> list[Case]:

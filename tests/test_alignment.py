@@ -17,7 +17,6 @@ from sklearn.neighbors import NearestNeighbors
 
 from saffe_cache.core.results import Estimate
 from saffe_cache.retrieval.baselines import RIDGE_STRENGTHS, LinearMap, Ridge, unit_rows
-from saffe_cache.studies.alignment.advice import Evidence, advise
 from saffe_cache.studies.alignment.maps import (
     answers,
     answers_of_scores,
@@ -41,6 +40,7 @@ from saffe_cache.studies.alignment.measures import (
     u_centered,
     unit_rows_clipped,
 )
+from saffe_cache.studies.alignment.result import Evidence, advise
 
 
 def related(n: int, width: int, noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

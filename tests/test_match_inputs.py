@@ -12,8 +12,7 @@ from synthetic_cache import make_cache
 from saffe_cache.inputs.pairs import select_pairs
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.studies.matching.config import MatchConfig
-from saffe_cache.studies.matching.examples import draw_examples, draw_judged
-from saffe_cache.studies.matching.features import PairTokens, PairVectors
+from saffe_cache.studies.matching.examples import PairTokens, PairVectors, draw_examples, draw_judged
 from saffe_cache.studies.matching.fusions import fit, scores_of
 
 

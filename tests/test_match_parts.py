@@ -15,8 +15,15 @@ from saffe_cache.core.features import Ragged
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.studies.matching.baselines import fit_baselines
-from saffe_cache.studies.matching.examples import Examples, draw_examples, draw_judged
-from saffe_cache.studies.matching.features import Degradation, PairVectors, measure_alignment, partial_rotation
+from saffe_cache.studies.matching.examples import (
+    Degradation,
+    Examples,
+    PairVectors,
+    draw_examples,
+    draw_judged,
+    measure_alignment,
+    partial_rotation,
+)
 from saffe_cache.studies.matching.findings import PowerLaw
 from saffe_cache.studies.matching.measuring import embed_pairs
 from saffe_cache.studies.matching.result import PUBLISHED

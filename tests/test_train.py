@@ -28,8 +28,8 @@ from saffe_cache.store.reader import open_cache
 from saffe_cache.training import batches
 from saffe_cache.training import loop as fitting
 from saffe_cache.training import train as train_module
-from saffe_cache.training.checkpoints import TrainingState
 from saffe_cache.training.config import TrainConfig
+from saffe_cache.training.loop import TrainingState
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.runs import load_permuted, load_run
 from saffe_cache.training.train import train

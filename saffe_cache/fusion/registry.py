@@ -133,13 +133,13 @@ FUSIONS: Mapping[str, FusionEntry] = {
         summary="Late fusion: a linear map of the photo plus a linear map of the text.",
     ),
     "hadamard": FusionEntry(
-        made_by=f"{_KNOWN}.hadamard:HadamardFusion",
+        made_by=f"{_KNOWN}.vectors:HadamardFusion",
         summary="Low-rank bilinear pooling (MLB).",
         without_text="late",
         text_objectives=("pair",),
     ),
     "two_tower": FusionEntry(
-        made_by=f"{_KNOWN}.two_tower:TwoTowerFusion",
+        made_by=f"{_KNOWN}.vectors:TwoTowerFusion",
         summary="One linear map for each encoder into a shared space.",
         options=frozenset(),
         pooled_text=False,

@@ -20,9 +20,8 @@ from saffe_cache.inputs.spec import Residency, RunSpec
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.training.batches import TrainingData
-from saffe_cache.training.checkpoints import TrainingState
 from saffe_cache.training.config import TrainConfig
-from saffe_cache.training.loop import Training, fit
+from saffe_cache.training.loop import Training, TrainingState, fit
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.result import PERMUTED, TrainResult
 

@@ -36,7 +36,7 @@ from saffe_cache.studies.captioning.caption import CaptionConfig, caption
 from saffe_cache.studies.matching.config import MatchConfig
 from saffe_cache.studies.matching.match import match
 from saffe_cache.studies.sweep.ablate import ablate
-from saffe_cache.studies.sweep.config import AblateConfig
+from saffe_cache.studies.sweep.recipe import AblateConfig
 
 RESULTS = Path(__file__).with_name("results.json")
 

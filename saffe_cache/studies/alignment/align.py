@@ -22,7 +22,6 @@ from saffe_cache.inputs.pairs import gallery_modality, own_pairs, pair_kind, sel
 from saffe_cache.inputs.spec import PairKind
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
-from saffe_cache.studies.alignment.advice import advise
 from saffe_cache.studies.alignment.config import AlignConfig
 from saffe_cache.studies.alignment.maps import normed
 from saffe_cache.studies.alignment.measuring import (
@@ -33,7 +32,7 @@ from saffe_cache.studies.alignment.measuring import (
     measure_best_layer,
     measures_of,
 )
-from saffe_cache.studies.alignment.result import AlignmentResult, BestLayer, LayerMeasure
+from saffe_cache.studies.alignment.result import AlignmentResult, BestLayer, LayerMeasure, advise
 from saffe_cache.studies.harness import Study, run_study
 
 _BATCH = 256

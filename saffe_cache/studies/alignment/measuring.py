@@ -14,7 +14,6 @@ from saffe_cache.core.controls import Control
 from saffe_cache.core.results import Estimate
 from saffe_cache.retrieval.baselines import LinearMap, Ridge, unit_rows
 from saffe_cache.retrieval.metrics import paired_bootstrap
-from saffe_cache.studies.alignment.advice import ENOUGH_WITHOUT_MAP, Evidence
 from saffe_cache.studies.alignment.config import AlignConfig
 from saffe_cache.studies.alignment.maps import (
     Answers,
@@ -35,7 +34,15 @@ from saffe_cache.studies.alignment.measures import (
     svcca_grid,
     unit_rows_clipped,
 )
-from saffe_cache.studies.alignment.result import BestLayer, Cells, LayerMaps, LayerMeasure, MapScore
+from saffe_cache.studies.alignment.result import (
+    ENOUGH_WITHOUT_MAP,
+    BestLayer,
+    Cells,
+    Evidence,
+    LayerMaps,
+    LayerMeasure,
+    MapScore,
+)
 
 OWN = "own"
 """Instead of a layer's number: the encoder's own vector."""

@@ -20,8 +20,7 @@ from sklearn.preprocessing import StandardScaler
 
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
-from saffe_cache.studies.matching.examples import Examples, matching_examples
-from saffe_cache.studies.matching.features import PairVectors
+from saffe_cache.studies.matching.examples import Examples, PairVectors, matching_examples
 from saffe_cache.studies.matching.findings import MadeAlignment
 from saffe_cache.studies.matching.scores import best_threshold
 

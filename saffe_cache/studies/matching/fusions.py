@@ -26,8 +26,7 @@ from torch.nn import functional
 from saffe_cache.fusion.base import counted_flops
 from saffe_cache.retrieval.fitting import Fitted, adamw, fit_epochs, update, warmed_cosine
 from saffe_cache.studies.matching.config import FUSIONS, MatchConfig, QueryModality
-from saffe_cache.studies.matching.examples import Examples
-from saffe_cache.studies.matching.features import Inputs
+from saffe_cache.studies.matching.examples import Examples, Inputs
 from saffe_cache.studies.matching.findings import MatchCost
 
 HIDDEN, HEAD_HIDDEN, HEADS, DROPOUT = 256, 128, 4, 0.1

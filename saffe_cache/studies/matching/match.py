@@ -28,8 +28,7 @@ from saffe_cache.inputs.spec import SplitOptions
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 from saffe_cache.studies.harness import Study, run_study
 from saffe_cache.studies.matching.config import MatchConfig
-from saffe_cache.studies.matching.examples import num_kinds
-from saffe_cache.studies.matching.features import Degradation
+from saffe_cache.studies.matching.examples import Degradation, num_kinds
 from saffe_cache.studies.matching.findings import Costs, MadeAlignment, MatchCell, Plane, Planes
 from saffe_cache.studies.matching.fusions import measure_cost
 from saffe_cache.studies.matching.measuring import BASELINE_CELL, Bench, CellPlan, examples_of, measure_cell

@@ -14,8 +14,16 @@ from saffe_cache.retrieval.baselines import LinearMap, unit_rows
 from saffe_cache.store.reader import EncoderCache
 from saffe_cache.studies.matching.baselines import fit_alignment, fit_baselines, fit_ridge_map, judge_alignment
 from saffe_cache.studies.matching.config import FUSIONS, MatchConfig
-from saffe_cache.studies.matching.examples import Examples, draw_examples, draw_judged
-from saffe_cache.studies.matching.features import Degradation, Inputs, PairTokens, PairVectors, measure_alignment
+from saffe_cache.studies.matching.examples import (
+    Degradation,
+    Examples,
+    Inputs,
+    PairTokens,
+    PairVectors,
+    draw_examples,
+    draw_judged,
+    measure_alignment,
+)
 from saffe_cache.studies.matching.findings import MadeAlignment, MatchCell, Plane, Planes, SystemScores
 from saffe_cache.studies.matching.fusions import fit, scores_of
 from saffe_cache.studies.matching.scores import judge

@@ -32,9 +32,8 @@ from saffe_cache.inputs.pairs import data_fingerprint, reported_fingerprint, tra
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.store.reader import Cache, open_cache
-from saffe_cache.studies.sweep.config import AblateConfig
 from saffe_cache.studies.sweep.outcome import Finished, collect
-from saffe_cache.studies.sweep.recipe import Recipe, read_recipe
+from saffe_cache.studies.sweep.recipe import AblateConfig, Recipe, read_recipe
 from saffe_cache.studies.sweep.requirements import check_cache, stored_as
 from saffe_cache.studies.sweep.result import SweepResult
 from saffe_cache.training.config import TrainConfig
