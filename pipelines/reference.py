@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from saffe_cache.fusion.base import Fusion
-from saffe_cache.inputs.feature_loader import FamInputs
+from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import Pairs, select_pairs
 from saffe_cache.protocols.classes import ClassProtocol
 from saffe_cache.protocols.setting import Setting
@@ -34,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     cache = open_cache(options.cache)
     spec, model, _ = load_run(options.run, cache)
-    inputs = FamInputs(cache, spec)
+    inputs = FeatureLoader(cache, spec)
     pairs = select_pairs(cache.table, inputs.gallery, inputs.text, options.split, "classes")
     torch.manual_seed(0)
     for name, value in measure(inputs, model, pairs).items():
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def measure(inputs: FamInputs, model: Fusion, pairs: Pairs) -> dict[str, float]:
+def measure(inputs: FeatureLoader, model: Fusion, pairs: Pairs) -> dict[str, float]:
     """Mean distances of unit vectors, and accuracies as fractions."""
     search = ClassProtocol(Setting(inputs, pairs)).queries
     queries = model.encode_queries(torch.from_numpy(search.vectors))

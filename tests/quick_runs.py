@@ -15,7 +15,7 @@ from saffe_cache.core.results import exit_status
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate
 from saffe_cache.fusion.base import Fusion
-from saffe_cache.inputs.feature_loader import FamInputs
+from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import same_training_pairs, select_pairs
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.store.reader import open_cache
@@ -60,7 +60,7 @@ def setting_of(
     spec, model, _ = load_run(run, cache)
     gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
     pairs = select_pairs(cache.table, gallery, text, split, kind, first_paired=paired_texts)
-    return Setting(FamInputs(cache, spec), pairs, same_training_pairs(spec, cache, run)[0].rows, 0), model
+    return Setting(FeatureLoader(cache, spec), pairs, same_training_pairs(spec, cache, run)[0].rows, 0), model
 
 
 def first_labels(labels: Ragged) -> np.ndarray:

@@ -12,7 +12,7 @@ from synthetic_cache import TEXT_WIDTH, TOKENS, WIDTH, make_cache
 from saffe_cache.core.tables import flops as flops_in_words
 from saffe_cache.evaluation.evaluate import fusing_flops
 from saffe_cache.fusion.registry import FUSIONS, GalleryText
-from saffe_cache.inputs.feature_loader import FamInputs
+from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import select_pairs
 from saffe_cache.protocols.caption import MetadataProtocol
 from saffe_cache.protocols.setting import Setting
@@ -78,7 +78,7 @@ def test_all_fusions_are_counted(equally_wide: str, fusion: str) -> None:
     spec = resolve_run(TrainConfig(cache=equally_wide, out="", fusion=fusion, gallery_text=beside), opened)
     gallery, text = opened.encoders[spec.gallery_key], opened.encoders[spec.text_key]
     pairs = select_pairs(opened.table, gallery, text, "test", "captions", first_paired=True)
-    setting = Setting(FamInputs(opened, spec), pairs, pairs.rows, 0)
+    setting = Setting(FeatureLoader(opened, spec), pairs, pairs.rows, 0)
     model = build_fusion(spec, opened).eval()
     found = fusing_flops(model, MetadataProtocol(setting))
     assert found > 2 * WIDTH * WIDTH

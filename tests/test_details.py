@@ -13,7 +13,7 @@ from synthetic_cache import make_cache
 from saffe_cache.evaluation import single_queries
 from saffe_cache.evaluation.details import NAME, RECALLS, Details, read_details
 from saffe_cache.evaluation.single_queries import interpolated_precision
-from saffe_cache.inputs.feature_loader import FamInputs, encode_gallery, encode_queries
+from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries
 from saffe_cache.inputs.pairs import class_vectors
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.runs import load_run
@@ -70,7 +70,7 @@ def test_first_photos_are_those_of_largest_products(captioned: tuple[str, str], 
     cache = open_cache(captioned[0])
     spec, model, _ = load_run(captioned[1], cache)
     table, items = cache.table, cache.table.in_split("test")
-    photos = encode_gallery(model, FamInputs(cache, spec), table.rows["image"][items])
+    photos = encode_gallery(model, FeatureLoader(cache, spec), table.rows["image"][items])
     rows = np.concatenate([table.captions[int(item)] for item in items])
     queries = encode_queries(model, cache.encoders[spec.text_key].vectors(rows))
     texts = table.inputs["text"].texts
@@ -93,7 +93,7 @@ def test_curves_and_confusion_are_those_of_scikit_learn(classified: tuple[str, s
     spec, model, _ = load_run(classified[1], cache)
     items = cache.table.in_split("test")
     labels = np.array([cache.table.labels[int(item)][0] for item in items])
-    photos = encode_gallery(model, FamInputs(cache, spec), cache.table.rows["image"][items])
+    photos = encode_gallery(model, FeatureLoader(cache, spec), cache.table.rows["image"][items])
     classes = encode_queries(model, class_vectors(cache.table, cache.encoders[spec.text_key]))
     scores = photos @ classes.T
     of_fam = found.systems["fam"].classes

@@ -19,7 +19,7 @@ from saffe_cache.core.results import exit_status
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import differences, evaluate
 from saffe_cache.evaluation.results import EvaluationResult
-from saffe_cache.inputs.feature_loader import FamInputs, encode_gallery, encode_queries
+from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries
 from saffe_cache.protocols.caption import CaptionProtocol
 from saffe_cache.protocols.setting import Queries
 from saffe_cache.retrieval.index import load_index
@@ -70,7 +70,7 @@ def test_recall_equals_a_count_by_hand(captioned: Reported) -> None:
     cache = open_cache(captioned.cache)
     spec, model, _ = load_run(captioned.run, cache)
     items = cache.table.in_split("test")
-    photos = encode_gallery(model, FamInputs(cache, spec), cache.table.rows["image"][items])
+    photos = encode_gallery(model, FeatureLoader(cache, spec), cache.table.rows["image"][items])
     hits = []
     for position, item in enumerate(items):
         for caption in cache.table.captions[int(item)]:
@@ -239,7 +239,7 @@ def test_saved_index_finds_what_the_model_finds(captioned: Reported) -> None:
     cache = open_cache(captioned.cache)
     spec, model, _ = load_run(captioned.run, cache)
     item = cache.table.ids.index("test/7")
-    vector = encode_gallery(model, FamInputs(cache, spec), cache.table.rows["image"][[item]])
+    vector = encode_gallery(model, FeatureLoader(cache, spec), cache.table.rows["image"][[item]])
     _, found = index.index.search(vector, 1)
     assert index.ids[found[0, 0]] == "test/7"
 

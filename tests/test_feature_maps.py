@@ -27,7 +27,7 @@ from saffe_cache.extraction.extract import extract
 from saffe_cache.extraction.repair import repair
 from saffe_cache.fusion.known.insertion import inserted_tokens
 from saffe_cache.fusion.registry import FUSIONS
-from saffe_cache.inputs.feature_loader import FamInputs, summaries
+from saffe_cache.inputs.feature_loader import FeatureLoader, summaries
 from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.captioning.caption import caption
 from saffe_cache.studies.captioning.config import CaptionConfig
@@ -121,7 +121,7 @@ def test_every_fusion_without_blocks_of_the_photo_encoder_learns(maps_path: str,
     cache = open_cache(maps_path)
     spec, model, result = load_run(run, cache)
     assert result.best_validation_score > 1.5 * np.mean(1 / np.arange(1, 41))  # chance among 40 photos
-    states, _ = FamInputs(cache, spec).photos(np.arange(6))
+    states, _ = FeatureLoader(cache, spec).photos(np.arange(6))
     with torch.inference_mode():
         vectors, of_shuffled = model(states), model([state[:, [3, 0, 4, 1, 2]] for state in states])
     assert fusion in ("limber", "magma", "deep_insert") or torch.allclose(vectors, of_shuffled, atol=1e-5)

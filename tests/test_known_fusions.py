@@ -450,10 +450,10 @@ def test_what_each_reads_and_runs(notes_path: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"fusion": "mbt"}, ValueError, "found image=2 and text=2, expected layers with two blocks or more"),
+        ({"fusion": "mbt"}, ValueError, "found image=2 and text=2, expected layers followed by two blocks or more"),
         ({"fusion": "hadamard"}, ValueError, "found hadamard with null text"),
-        ({"fusion": "limber", "layers": {"text": (1,)}}, CacheError, r"can use layers \[2\].*asked for \[1\]"),
-        ({"fusion": "limber", "layers": {"text": (3,)}}, CacheError, r"asked for \[3\]"),
+        ({"fusion": "limber", "layers": {"text": (1,)}}, CacheError, r"can use layers \[2\].*requested \[1\]"),
+        ({"fusion": "limber", "layers": {"text": (3,)}}, CacheError, r"requested \[3\]"),
         ({"fusion": "late", "layers": {"text": (2,)}}, ValueError, "late takes no tokens"),
         ({"fusion": "flamingo", "head": "mean"}, ValueError, "flamingo has no such option"),
         (

@@ -25,7 +25,7 @@ from saffe_cache.fusion.losses import (
     soft_target,
 )
 from saffe_cache.fusion.options import ObjectiveOptions
-from saffe_cache.inputs.feature_loader import FamInputs
+from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import training_pairs
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.batches import TrainingData
@@ -350,7 +350,7 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             decoder.gate.fill_(0.7)  # at 0 no text passes
         for linear in (model.head.mlp[-1], model.query_map.mlp[-1]):
             torch.nn.init.normal_(linear.weight, std=0.1)  # at 0 there is no MLP
-    data = TrainingData(FamInputs(cache, spec), training, validation, 32, 0)
+    data = TrainingData(FeatureLoader(cache, spec), training, validation, 32, 0)
     return Prepared(model, next(data.batches(0, 1)), data)
 
 

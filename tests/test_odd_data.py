@@ -64,7 +64,7 @@ def test_dataset_of_one_item_is_extracted_but_not_trained_on(config: ExtractConf
     write_items(config, {"caption": "word7"})
     extract(config)
     assert len(open_cache(config.cache).table) == 1
-    with pytest.raises(ValueError, match=r"1 pairs are too few to hold 10% out\. Use more data"):
+    with pytest.raises(ValueError, match=r"1 pairs are too few to hold out 10%\. Use more data"):
         quick_train(config.cache, tmp_path / "run", fusion="linear")
 
 

@@ -94,5 +94,5 @@ def test_a_damaged_state_is_not_resumed_from(trained: tuple[Cache, Path], tmp_pa
         save_file({"model.x": torch.zeros(1)}, state)
     else:
         state.write_bytes(damage)
-    with pytest.raises(ValueError, match=r"state\.safetensors: not this run's state .* Delete it to begin anew"):
+    with pytest.raises(ValueError, match=r"state\.safetensors: not this run's state .* Delete it to start again"):
         quick_train(trained[0].storage.root, state.parent, fusion="linear")

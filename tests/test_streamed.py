@@ -15,8 +15,8 @@ from store_cases import convert
 from synthetic_cache import WIDTH, make_cache
 
 from saffe_cache.core.outputs import read_json
-from saffe_cache.inputs import feature_loader as fam_inputs
-from saffe_cache.inputs.feature_loader import FamInputs, choose_residency
+from saffe_cache.inputs import feature_loader
+from saffe_cache.inputs.feature_loader import FeatureLoader, choose_residency
 from saffe_cache.inputs.pairs import training_pairs
 from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage
@@ -106,12 +106,12 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def streamed(cache: str, tmp_path: Path, window_bytes: int) -> TrainingData:
     opened = open_cache(cache)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fam_inputs, "_WINDOW_BYTES", window_bytes)
+        patch.setattr(feature_loader, "_WINDOW_BYTES", window_bytes)
         spec = resolve_run(config(cache, tmp_path), opened)
-        window = fam_inputs.window_shards(opened, spec)
+        window = feature_loader.window_shards(opened, spec)
     spec = type(spec)(**{**vars(spec), "shuffled_shards": window})
     training, validation, _ = training_pairs(spec, opened)
-    return TrainingData(FamInputs(opened, spec, "cpu", "streamed"), training, validation, 32, 0)
+    return TrainingData(FeatureLoader(opened, spec, "cpu", "streamed"), training, validation, 32, 0)
 
 
 def test_auto_streams_what_cannot_be_mapped_and_is_too_large(
@@ -120,7 +120,7 @@ def test_auto_streams_what_cannot_be_mapped_and_is_too_large(
     cache = open_cache(caches["zstd"])
     spec = resolve_run(config(caches["zstd"], tmp_path), cache)
     assert choose_residency("auto", cache, spec, "cpu") == "memory"
-    monkeypatch.setattr(fam_inputs, "_MEMORY_PART", 0)
+    monkeypatch.setattr(feature_loader, "_MEMORY_PART", 0)
     assert choose_residency("auto", cache, spec, "cpu") == "streamed"
     plain = open_cache(caches["plain"])
     assert choose_residency("auto", plain, resolve_run(config(caches["plain"], tmp_path), plain), "cpu") == "mapped"

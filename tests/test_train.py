@@ -18,7 +18,7 @@ from saffe_cache.core.features import CacheError
 from saffe_cache.core.outputs import read_json
 from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
 from saffe_cache.fusion.registry import FUSIONS
-from saffe_cache.inputs.feature_loader import FamInputs, summaries
+from saffe_cache.inputs.feature_loader import FeatureLoader, summaries
 from saffe_cache.inputs.pairs import hold_out, mean_text_vectors, same_training_pairs, select_pairs, training_pairs
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Setting
@@ -152,7 +152,7 @@ def test_every_combination_runs(notes_path: str, deep_path: str, tmp_path: Path,
     assert [line["epoch"] for line in lines] == [0, 1]
     assert np.isfinite(lines[1]["loss"])
     _, validation, _ = training_pairs(spec, cache)
-    data = batches.TrainingData(FamInputs(cache, spec), validation, validation, 32, 0)
+    data = batches.TrainingData(FeatureLoader(cache, spec), validation, validation, 32, 0)
     if spec.shape.fusion != "reference":  # which scores something else each time
         assert data.validate(model) == pytest.approx(result.best_validation_score, abs=1e-6)
 
@@ -177,7 +177,7 @@ def text_only_score(path: str, out: Path) -> float:
     cache = open_cache(path)
     spec = resolve_run(config_for(path, out, gallery_text="first_caption"), cache)
     pairs = training_pairs(spec, cache)[1]
-    search = load_protocol(own_protocol(spec))(Setting(FamInputs(cache, spec), pairs)).validation_search()
+    search = load_protocol(own_protocol(spec))(Setting(FeatureLoader(cache, spec), pairs)).validation_search()
     assert search.main_metric == "map"
     notes = unit_rows(cache.encoder("text").vectors(pairs.paired_texts))
     return search.validation_score(notes, unit_rows(search.queries.vectors))
@@ -469,7 +469,7 @@ def test_layers_are_counted_as_asked(cache_path: str, tmp_path: Path, convention
     assert resolve_run(decoder, cache).gallery_layers == resolve_run(decoder, cache).text_layers == (2,)
     linear = config_for(cache_path, tmp_path, fusion="linear", layers={"image": (given, given + 1)}, **asked)
     assert resolve_run(linear, cache).gallery_layers == (2, 3)
-    with pytest.raises(CacheError, match=r"asked for \[4\]"):
+    with pytest.raises(CacheError, match=r"requested \[4\]"):
         resolve_run(replace(linear, layers={"image": (given + 2,)}), cache)
 
 

@@ -26,7 +26,7 @@ from saffe_cache.evaluation.details import write_details
 from saffe_cache.evaluation.results import FAM, Cost, Difference, EvaluationResult, Index, numbers_of
 from saffe_cache.evaluation.single_queries import details_of
 from saffe_cache.fusion.base import Fusion, counted_flops
-from saffe_cache.inputs.feature_loader import FamInputs
+from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import Pairs, reported_fingerprint, same_training_pairs
 from saffe_cache.protocols.base import LEAKY_GALLERY, NULL_GALLERY, Level, Protocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
@@ -77,7 +77,7 @@ def evaluate(config: EvaluateConfig) -> str:
     permuted = None if permuted is None else permuted.to(device)
     run = _Run(model.to(device), permuted, trained, *same_training_pairs(spec, cache, config.run))
     name = own_protocol(spec) if config.protocol == "auto" else config.protocol
-    protocol = _protocol(config, FamInputs(cache, spec, device), run, name)
+    protocol = _protocol(config, FeatureLoader(cache, spec, device), run, name)
     logger.info("%s protocol: %d photos of split %s.", name, len(protocol.setting.pairs), config.split)
     leak = "-leak" if config.leak_true_text else ""
     out = Path(config.out or Path(config.run) / f"{config.split}-{name}{leak}")
@@ -96,7 +96,7 @@ def evaluate(config: EvaluateConfig) -> str:
     return str(out)
 
 
-def _protocol(config: EvaluateConfig, inputs: FamInputs, run: _Run, name: str) -> Protocol:
+def _protocol(config: EvaluateConfig, inputs: FeatureLoader, run: _Run, name: str) -> Protocol:
     """The protocol over the pairs of the split."""
     kind = load_protocol(name)
     pairs = kind.select(inputs.cache, inputs.spec, config.split)

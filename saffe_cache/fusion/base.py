@@ -1,6 +1,4 @@
-"""What every fusion is to training, search and report: gallery tokens, with or without a text beside them, into the
-space of the queries.
-"""
+"""The interface of fusions: they map gallery tokens, with or without paired texts, into the space of the queries."""
 
 from __future__ import annotations
 
@@ -21,39 +19,39 @@ from saffe_cache.fusion.options import FusionShape
 
 
 class Blocks(NamedTuple):
-    """Encoder blocks that a fusion runs or starts from, in order."""
+    """Encoder blocks that a fusion runs or is initialised from, in order."""
 
     gallery: Sequence[BlockWeights] = ()
     text: Sequence[BlockWeights] = ()
 
 
 def gathered(values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """Rows by number; all of them where there is no index."""
+    """The rows of an index; all rows if it is None."""
     return values if index is None else values[index]
 
 
 class Texts(NamedTuple):
-    """Texts that lie beside gallery inputs; a row whose mask holds no True is the null text."""
+    """Texts that are paired with gallery inputs; a row whose mask has no True is the null text."""
 
     states: Sequence[torch.Tensor]
     """P times [texts, tokens, text width]; empty for a fusion that takes no tokens."""
     mask: torch.Tensor
     """bool [texts, tokens]"""
     vectors: torch.Tensor
-    """[texts, text_size], the text encoder's own."""
+    """[texts, text_size]: the text encoder's own output."""
 
     @property
     def is_text(self) -> torch.Tensor:
-        """bool [texts, 1]: all but the null texts."""
+        """bool [texts, 1]: False for null texts."""
         return self.mask.any(dim=1, keepdim=True)
 
     def rows(self, index: torch.Tensor | None) -> Texts:
-        """Some of them, by number; all where there is no index."""
+        """The texts of an index; all if it is None."""
         states = tuple(gathered(state, index) for state in self.states)
         return Texts(states, gathered(self.mask, index), gathered(self.vectors, index))
 
     def without(self, is_dropped: torch.Tensor) -> Texts:
-        """The same, with the null text in some rows, bool [texts]."""
+        """The same texts, with the null text where bool [texts] is True."""
         return self._replace(mask=self.mask & ~is_dropped[:, None])
 
 
@@ -65,7 +63,7 @@ class Pairing(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """One row each pair."""
+    """What a fusion makes of pairs, one row for each."""
 
     vectors: torch.Tensor
     """Unit vectors [pairs, text_size]."""
@@ -83,7 +81,7 @@ class Fusion(nn.Module):
 
     learning: ClassVar[Mapping[str, Learning]] = {"text_weight": Learning(20.0, decays=False)}
     idle_with_null: ClassVar[tuple[str, ...]] = ()
-    """Beginnings of parameters' names: what no gradient reaches with null text alone."""
+    """Prefixes of the names of parameters that get no gradient if only null text is fused."""
 
     match_head: nn.Module
 
@@ -92,7 +90,7 @@ class Fusion(nn.Module):
         self.shape = shape
 
     def _make_text_maps(self) -> None:
-        """Of the queries, and of the texts beside gallery inputs."""
+        """Make the maps of queries and of paired texts."""
         shape = self.shape
         self.query_map = TextMap(shape.text_size, shape.dropout) if shape.maps_queries else nn.Identity()
         if shape.pooled_text:
@@ -123,7 +121,7 @@ class Fusion(nn.Module):
         texts: Texts | None = None,
         pairing: Pairing | None = None,
     ) -> Fused:
-        """The vectors, and what a matching head sees of the pairs; arguments as in `forward`."""
+        """The vectors, and what a matching head sees of the pairs; same arguments as `forward`."""
         raise NotImplementedError
 
     def encode_queries(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -136,28 +134,28 @@ class Fusion(nn.Module):
 
     @property
     def fuses_first(self) -> bool:
-        """Whether the linear path sees what was fused already, and not the gallery's tokens as they are cached."""
+        """Whether the linear path sees fused tokens instead of the cached ones."""
         return False
 
     def linear_features(
         self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, texts: Texts | None
     ) -> torch.Tensor:
-        """What the linear path sees, [inputs, width of a summary]; arguments as in `forward`."""
+        """What the linear path sees, [inputs, summary_size]; same arguments as `forward`."""
         return summarize(states, mask, has_class_token=self.shape.has_class_token)
 
     @property
     def linear_start(self) -> nn.Linear | None:
-        """The linear path from the photo's summary, [out, its width], where all else of the photo starts at zero."""
+        """The linear path from the photo's summary, if everything else that reads the photo starts at zero."""
         return None
 
     def freeze_unused(self, *, null_only: bool) -> None:
-        """Take out of training what is not to train, and, with null text alone, what no gradient reaches."""
+        """Freeze what must not train and, if only null text is fused, what gets no gradient."""
         for name, parameter in self.named_parameters():
             if null_only and name.startswith(self.idle_with_null):
                 parameter.requires_grad_(False)
 
     def _add_text(self, vectors: torch.Tensor, texts: torch.Tensor, is_text: torch.Tensor) -> torch.Tensor:
-        """Unit vectors with the texts' own vectors [pairs, text_size] added, where bool [pairs, 1] says so."""
+        """Unit vectors, plus the mapped vectors of texts [pairs, text_size] where bool [pairs, 1] is True."""
         if not self.shape.pooled_text:
             return vectors
         return functional.normalize(vectors + self.text_weight * self.text_map(texts) * is_text, dim=-1)
@@ -165,9 +163,9 @@ class Fusion(nn.Module):
 
 @contextmanager
 def counted_flops() -> Iterator[FlopCounterMode]:
-    """Counts what runs within: products of matrices, two FLOPs a multiplication and addition.
+    """Count the matrix products inside, two FLOPs for a multiplication and an addition.
 
-    Attention is computed plainly meanwhile, since torch counts nothing of its quick kernels on a CPU.
+    Attention uses its plain implementation meanwhile, since torch does not count its fast kernels on a CPU.
     """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         yield counter

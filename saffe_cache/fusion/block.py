@@ -12,10 +12,10 @@ from torch.nn import functional
 from saffe_cache.core.features import BlockSpec, BlockWeights
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
-"""Of the tokens that a causal block has seen, each [batch, heads, tokens, d / heads]."""
+"""Keys and values of the tokens that a causal block has seen, each [batch, heads, tokens, d / heads]."""
 
 _PORTION_TOKENS = 1024
-"""That pass a block together on a CPU."""
+"""Tokens that pass a block together on a CPU."""
 
 
 class EncoderBlock(nn.Module):
@@ -40,13 +40,16 @@ class EncoderBlock(nn.Module):
 
     def attend(self, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """The first half: self-attention with its residual and norm."""
-        if self.weights["output_weight"].requires_grad:  # portions' gradients of weights would have to be added up
+        if self.weights["output_weight"].requires_grad:  # each portion would add its own gradient of the weights
             return self._attend(hidden, mask)
         return _in_portions(self._attend, hidden) if mask is None else _in_portions(self._attend, hidden, mask)
 
     def extend(self, hidden: torch.Tensor, past: KeysValues | None) -> tuple[torch.Tensor, KeysValues]:
-        """New tokens of a causal block, behind those whose keys and values it has given before: their output, and keys
-        and values of all."""
+        """Run a causal block on new tokens, given the keys and values of the tokens before them.
+
+        Returns:
+            The output of the new tokens, and the keys and values of all tokens.
+        """
         assert self.spec.is_causal
         queries, keys, values = self.project(self._norm("attention_norm", hidden) if self.spec.norm_first else hidden)
         if past is not None:
@@ -67,7 +70,7 @@ class EncoderBlock(nn.Module):
         return self._attended(functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias), hidden)
 
     def _attended(self, attended: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """What the attention's heads gave, [batch, heads, tokens, d / heads], with residual and norm."""
+        """Output projection, residual and norm of the heads' output [batch, heads, tokens, d / heads]."""
         attended = self._linear("output", attended.transpose(1, 2).flatten(2))
         if "attention_layer_scale" in self.weights:
             attended = attended * self.weights["attention_layer_scale"]
@@ -86,7 +89,7 @@ class EncoderBlock(nn.Module):
         return outer if self.spec.norm_first else self._norm("mlp_norm", outer)
 
     def project(self, entering: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values, each [batch, heads, tokens, d / heads], of what enters the attention."""
+        """Queries, keys and values, each [batch, heads, tokens, d / heads], of the attention's input."""
         queries, keys, values = (
             split_heads(self._linear(role, entering), self.spec.num_attention_heads)
             for role in ("query", "key", "value")
@@ -114,10 +117,10 @@ class EncoderBlock(nn.Module):
 
 
 def _in_portions(half: Callable[..., torch.Tensor], hidden: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-    """One half of a block over the rows of a batch, on a CPU some at a time.
+    """Run one half of a block over a batch, on a CPU a few rows at a time.
 
-    What lies between is then small enough to stay in the processor's caches, and for the C library to hand out the
-    same memory again: above 32 MB it asks the system anew for every array, and each page is cleared and faulted in.
+    Intermediate results are then small enough to stay in the processor's caches, and for the C library to reuse their
+    memory: above 32 MB it requests every array from the system, which clears each page and maps it again.
     """
     rows = max(1, _PORTION_TOKENS // hidden.shape[1])
     if hidden.device.type != "cpu" or len(hidden) <= rows:
@@ -130,7 +133,7 @@ def _in_portions(half: Callable[..., torch.Tensor], hidden: torch.Tensor, *other
 def attention_bias(
     mask: torch.Tensor | None, spec: BlockSpec, position_bias: torch.Tensor | None, length: int, like: torch.Tensor
 ) -> torch.Tensor | None:
-    """What is added to attention scores, broadcastable to [batch, heads, tokens, tokens]; None for nothing."""
+    """The bias of attention scores, broadcastable to [batch, heads, tokens, tokens]; None for no bias."""
     bias = position_bias
     allowed: torch.Tensor | None = None if mask is None else mask[:, None, None, :]
     if spec.is_causal:

@@ -1,14 +1,14 @@
-"""Decoders that are worth training: an encoder's next layer, with attention to the other modality.
+"""Decoders: an encoder's next layer, with attention to the other modality.
 
-A decoder works in three steps, so that what needs one modality alone is computed once for each of its inputs,
+A decoder works in three steps, so that whatever depends on one modality is computed once for each of its inputs,
 however many partners it is fused with:
 
-    entered     = decoder.enter(layer, hidden, mask)         the querying modality, one row each input
-    keys_values = decoder.keys_values(layer, context)        the other modality, one row each input
-    fused       = decoder(layer, hidden, entered, keys_values, context_mask)      one row each pair
+    entered     = decoder.enter(layer, hidden, mask)         the querying modality, one row for each input
+    keys_values = decoder.keys_values(layer, context)        the other modality, one row for each input
+    fused       = decoder(layer, hidden, entered, keys_values, context_mask)      one row for each pair
 
-`layer` is what belongs to one layer and does not train; the decoder itself is what trains, and may serve several
-layers. The SAFFE paper's eq. 1-4 are `PaperDecoder`; what its authors released is in reference.py.
+`layer` holds what belongs to one layer and does not train; the decoder itself trains, and may serve several layers.
+`PaperDecoder` is eq. 1-4 of the SAFFE paper; its authors' released code is in reference.py.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 class CrossAttention(nn.Module):
-    """Attention from one modality's tokens to the other's, started from both encoders' own projections.
+    """Attention from one modality's tokens to the other's, initialised from both encoders' own projections.
 
-    Queries start as the querying block's, keys and values as the context block's where the widths agree;
-    where they differ the context is projected first and the querying block's projections serve for all.
-    The queries and keys come from models that never met, so all four projections train.
+    If the widths agree, queries start as the querying block's, and keys and values as the context block's. If they
+    differ, the context is projected first and all projections start as the querying block's. Queries and keys come
+    from models that were trained apart, so all four projections train.
     """
 
     def __init__(self, query_block: BlockWeights, context_block: BlockWeights, *, has_norms: bool) -> None:
-        """`has_norms`: whether both sides pass the norm in front of their block's attention first."""
+        """`has_norms`: whether both sides first pass the norm that precedes their block's attention."""
         super().__init__()
         width, context_width = (len(block.tensors["output_weight"]) for block in (query_block, context_block))
         self.num_heads = query_block.spec.num_attention_heads
@@ -50,7 +50,7 @@ class CrossAttention(nn.Module):
         self.output = _linear_from(query_block, "output")
 
     def keys_values(self, context: torch.Tensor) -> KeysValues:
-        """Of `context` [batch, keys, d of the context]."""
+        """Keys and values of `context` [batch, keys, width of the context]."""
         entering = self.context_projection(self.context_norm(context))
         keys, values = (split_heads(part(entering), self.num_heads) for part in (self.key, self.value))
         return keys, values
@@ -76,7 +76,8 @@ class ReuseDecoder(nn.Module):
     With g = 0, where it starts, y is the encoder's own next hidden state. Deviates from the SAFFE paper's
     eq. 2-4, which has no gate and no MLP; the gate is Flamingo's (Alayrac et al. 2022, eq. 1).
 
-    4 d² + 6 d + 2 e + 1 parameters where tokens of width d ask tokens of width e, and (e + 1) d where these differ.
+    4 d² + 6 d + 2 e + 1 parameters for queries of width d and a context of width e, and (e + 1) d more if d and e
+    differ.
     """
 
     learning: ClassVar = {"gate": Learning(5.0)}
@@ -115,12 +116,12 @@ class PaperDecoder(nn.Module):
         u' = MSA(LN(h_A)) + h_A,   Z' = MCA(h_A, h_B) + u',   D = LN(Z')
         MCA(A, B) = Attention(W^Q A, W^K B, W^V B)
 
-    MCA takes the raw hidden states of both modalities, as written there; heads and output projection, of which
-    the paper says nothing, are the querying block's. There is no MLP. A post-LN encoder's self-attention keeps its
+    MCA takes the raw hidden states of both modalities, as the paper writes it. The paper does not specify heads and
+    output projection; they are the querying block's. There is no MLP. A post-LN encoder's self-attention keeps its
     own order of norm and residual.
 
-    8 d² + 12 d parameters where tokens of width d ask, d of layer scales where the encoder has them (DINOv2), and
-    (e + 1) d where the width e of those that are asked differs.
+    8 d² + 12 d parameters for queries of width d, d more of layer scales if the encoder has them (DINOv2), and
+    (e + 1) d more for a context of another width e.
     """
 
     def __init__(self, query_block: BlockWeights, context_block: BlockWeights) -> None:
@@ -132,7 +133,7 @@ class PaperDecoder(nn.Module):
 
     @staticmethod
     def layer_of(query_block: BlockWeights, context_block: BlockWeights) -> nn.Module:
-        """Nothing: all trains."""
+        """Nothing: everything trains."""
         return nn.Identity()
 
     def enter(self, layer: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -163,7 +164,7 @@ def _linear_from(block: BlockWeights, role: str) -> nn.Linear:
 
 
 def norm_of(block: BlockWeights) -> nn.LayerNorm:
-    """The norm in front of the block's attention; a plain one for post-LN blocks, whose input is normed."""
+    """The norm that precedes the block's attention; a plain one for post-LN blocks, whose input is normed already."""
     norm = nn.LayerNorm(len(block.tensors["output_weight"]), eps=block.spec.layer_norm_eps)
     if block.spec.norm_first:
         with torch.no_grad():

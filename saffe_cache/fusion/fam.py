@@ -1,4 +1,4 @@
-"""The FusionAlign Module: gallery tokens, with or without a text paired them, into the space of the queries."""
+"""The FusionAlign Module: maps gallery tokens, with or without a paired text, into the space of the queries."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class FusionAlignModule(Fusion):
     learning: ClassVar = {**Fusion.learning, "null_text": Learning(decays=False)}
     decoder_class: ClassVar[type[ReuseDecoder | PaperDecoder | ReferenceDecoder] | None] = None
     freezes_idle: ClassVar[bool] = True
-    """Whether parameters that get no gradient with null text alone are taken out of training."""
+    """Whether parameters that get no gradient from null text are frozen if only null text is fused."""
     flatten_relu: ClassVar[bool] = False
     """Whether a flatten head ends with a ReLU."""
 
@@ -75,7 +75,7 @@ class FusionAlignModule(Fusion):
         texts: Texts | None = None,
         pairing: Pairing | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """What the head pools, and its mask: the states themselves, or the decoders' outputs, one row each pair."""
+        """What the head pools, one row for each pair, and its mask: the states themselves or the decoders' outputs."""
         if not self.decoder_class:
             index = pairing.gallery if pairing else None
             return [gathered(state, index) for state in states], _mask_rows(mask, index)
@@ -117,10 +117,10 @@ class FusionAlignModule(Fusion):
         return self.head.linear if isinstance(self.head, AttentionHead) else None
 
     def freeze_unused(self, *, null_only: bool) -> None:
-        """Take out of training what must not train, and what gets no gradient.
+        """Freeze what must not train and, if only null text is fused, what gets no gradient.
 
-        With null text alone a softmax is over one token: in the cross-attention where the gallery asks, in the
-        self-attention and the pooling where the text does.
+        A softmax is then over one token: in the cross-attention if the gallery has the queries, in the self-attention
+        and the pooling if the text has them.
         """
         if self.shape.freeze_decoder and self.decoder_class:
             self.decoders.requires_grad_(False)
@@ -133,7 +133,7 @@ class FusionAlignModule(Fusion):
                 parameter.requires_grad_(False)
 
     def _with_null(self, texts: Texts | None) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """The texts' states, with the learned token in the place of a null text."""
+        """The texts' states and mask; a null text is one learned token."""
         if texts is None:
             return [token[None, None] for token in self.null_text], None
         is_null = ~texts.mask.any(dim=1)
@@ -146,7 +146,7 @@ class FusionAlignModule(Fusion):
         return states, mask
 
     def _indices(self, num_inputs: int, texts: Texts | None, pairing: Pairing | None) -> _Indices:
-        """Rows of each side; the one row of a null text serves all inputs."""
+        """Which row of each side each pair takes; the one row of a null text serves all inputs."""
         gallery = pairing.gallery if pairing else None
         if texts is not None:
             return _Indices(gallery, pairing.text if pairing else None)
@@ -158,7 +158,10 @@ class FusionAlignModule(Fusion):
     def _summary(
         self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, pairing: Pairing | None
     ) -> torch.Tensor | None:
-        """Of the gallery's own tokens, where texts ask and the fused tokens are theirs; else of what is pooled."""
+        """Summary of the gallery's own tokens if the text has the queries, so that fused tokens are the text's.
+
+        None otherwise: the head then summarises what it pools.
+        """
         if not self.decoder_class or self.shape.query_side == "gallery" or self.shape.head != "attention":
             return None
         return gathered(summarize(states, mask), pairing.gallery if pairing else None)
@@ -236,7 +239,7 @@ class _Indices(NamedTuple):
 
 _IDLE_WHERE_GALLERY_ASKS = ("cross_attention.query", "cross_attention.key.")
 _IDLE_WHERE_TEXT_ASKS = ("self_attention.weights.query", "self_attention.weights.key", "head.pool_queries")
-"""Parts of parameters' names: what no gradient reaches with null text alone."""
+"""Parts of the names of parameters that get no gradient if only null text is fused."""
 
 
 def _mask_rows(mask: torch.Tensor | None, index: torch.Tensor | None) -> torch.Tensor | None:

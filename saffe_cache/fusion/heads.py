@@ -1,6 +1,6 @@
-"""From token states of P layers to one vector: every head maps ([batch, tokens, d] x P, mask) to [batch, out].
+"""Heads: from token states of P layers, P times [batch, tokens, d], and their mask to one vector, [batch, out].
 
-And the map of a text's own vector into the same space.
+Also the map of a text's own vector into the same space.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def summarize(
 ) -> torch.Tensor:
     """First token and mean of the other tokens of each layer, each token normed: [batch, 2 P d].
 
-    Where no first token stands for the whole, the mean of all tokens: [batch, P d]. What the linear baselines see, and
-    what the attention head's linear path sees.
+    Without a class token, the mean of all tokens: [batch, P d]. The linear baselines and the attention head's linear
+    path see this.
     """
     weights = [summary_weights(state, mask, has_class_token=has_class_token) for state in states]
     sums = [NormedTokens(state).sums(one).flatten(1) for state, one in zip(states, weights, strict=True)]
@@ -48,7 +48,7 @@ class AttentionHead(nn.Module):
     that regression before it is trained.
 
     392 P d + 1,026 f + 1,024 + (s + 1,026) k parameters by default: P layers of width d, a summary of s, of which the
-    MLP sees f = 384 P + s + the width beside, and results of width k.
+    MLP sees f = 384 P + s + extra_size, and results of width k.
     """
 
     learning: ClassVar = {"pool_queries": Learning(2.5, decays=False)}
@@ -72,13 +72,13 @@ class AttentionHead(nn.Module):
             hidden_size: width of the tokens that are pooled.
             num_layers: P.
             output_size: width of the result.
-            summary_size: width of the summary, which `summarize` makes.
-            extra_size: width of a vector that the MLP sees extra the tokens; 0 for none.
-            num_heads: learned queries a layer.
+            summary_size: width of what `summarize` returns.
+            extra_size: width of a vector that the MLP sees besides the tokens; 0 for none.
+            num_heads: learned queries for each layer.
             head_size: width of what each of them pools.
             mlp_size: of the MLP's inner layer.
             dropout: of the summary and in the MLP.
-            has_class_token: whether the first token stands for the whole, for the summary.
+            has_class_token: whether the first token stands for the whole input.
         """
         super().__init__()
         self.has_class_token = has_class_token
@@ -101,7 +101,7 @@ class AttentionHead(nn.Module):
         summary: torch.Tensor | None = None,
         extra: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`summary` [batch, summary_size] of other tokens than those that are pooled; `extra` [batch, extra_size]."""
+        """`summary` [batch, summary_size]: of other tokens than those that are pooled. `extra` [batch, extra_size]."""
         pooled, summaries = [], []
         for state, queries, values in zip(states, self.pool_queries.unbind(), self.pool_values.unbind(), strict=True):
             summary_part = None
@@ -118,9 +118,9 @@ class AttentionHead(nn.Module):
 def _pool(
     state: torch.Tensor, mask: torch.Tensor | None, queries: torch.Tensor, summary: torch.Tensor | None
 ) -> torch.Tensor:
-    """What each of `queries` [d, heads] pools of a layer, [batch, heads, d].
+    """What each of `queries` [d, heads] pools from a layer, [batch, heads, d].
 
-    With `summary`, the weights [batch, n, tokens] of the layer's part of it, this lies behind: [batch, heads + n, d].
+    With `summary`, weights [batch, n, tokens], the n sums with these weights follow: [batch, heads + n, d].
     """
     tokens = NormedTokens(state)
     scores = tokens.products(queries)
@@ -142,15 +142,15 @@ class MeanHead(nn.Module):
 
 
 class FlattenHead(nn.Module):
-    """All tokens of all layers, one after the other, into one linear map: the SAFFE paper's head.
+    """All tokens of all layers, concatenated, enter one linear map: the SAFFE paper's head.
 
-    For reproduction: on Flickr8k it over-fits at once and loses to a ridge regression on two pooled vectors.
+    For reproduction: on Flickr8k it overfits at once and loses to a ridge regression on two pooled vectors.
     """
 
     def __init__(
         self, hidden_size: int, num_layers: int, num_tokens: int, output_size: int, *, has_relu: bool = False
     ) -> None:
-        """`has_relu`: as the release has it; no cosine to a target of both signs can then exceed about 0.7."""
+        """`has_relu`: as in the release; cosines to targets of both signs then cannot exceed about 0.7."""
         super().__init__()
         self.linear = nn.Linear(num_layers * num_tokens * hidden_size, output_size)
         self.has_relu = has_relu
@@ -162,10 +162,10 @@ class FlattenHead(nn.Module):
 
 
 class MatchHead(nn.Module):
-    """Do this photo and this text belong together? One logit, from the fused tokens and how far the two vectors agree.
+    """Do this photo and this text belong together? One logit, from the fused tokens and the agreement of both vectors.
 
-    Separate from the head that retrieval uses, as in ALBEF (Li et al. 2021), so that matching does not set retrieval
-    back; what it sees of the two vectors passes no gradient.
+    Separate from the head that retrieval uses, as in ALBEF (Li et al. 2021), so that matching does not harm retrieval:
+    no gradient passes to the two vectors.
     """
 
     def __init__(self, hidden_size: int, num_layers: int, output_size: int, inner_size: int = 512) -> None:
@@ -183,7 +183,7 @@ class MatchHead(nn.Module):
 
 
 class TextMap(nn.Module):
-    """The text encoder's vector into the shared space: starts as the identity, learns a small correction.
+    """Maps the text encoder's vector into the shared space: starts as the identity, learns a small correction.
 
     k² + 1,026 k + 512 parameters for vectors of width k.
     """
@@ -201,6 +201,6 @@ class TextMap(nn.Module):
                 zeroed.zero_()
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        """`vectors` [batch, size] of any length; their direction alone counts."""
+        """`vectors` [batch, size] of any length; only their direction counts."""
         unit = functional.normalize(vectors, dim=-1)
         return self.linear(unit) + self.mlp(unit * unit.shape[-1] ** 0.5)  # type: ignore[no-any-return]

@@ -1,13 +1,13 @@
-"""What several modules of fusions are built from: dropout, sums over normed tokens, and how fast parameters learn.
+"""Building blocks of fusions: dropout, sums over normed tokens, and learning rates of parameters.
 
-Sums over normed tokens do not make the normed tokens. A layer norm without gain and bias is s (x - mean(x)), with a
-scale s of each token. Subtracting the mean commutes with sums over tokens, and can be left to the other factor of a
-product with a vector:
+Sums over normed tokens are computed without the normed tokens. A layer norm without gain and bias is s (x - mean(x)),
+with a scale s of each token. Subtracting the mean commutes with sums over tokens, and can be left to the other factor
+of a product with a vector:
 
     LN(x) . q = s x . (q - mean(q))        sum_t w_t LN(x_t) = y - mean(y)   with   y = sum_t w_t s_t x_t
 
-So what pools normed tokens reads the tokens as they are, and never makes a second array of their size, neither
-forward nor, where they are cached and take no gradient, backward.
+So pooling normed tokens reads the tokens as they are and never allocates a second array of their size: not in the
+forward pass and, since cached tokens take no gradient, not in the backward pass.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _LEVELS = 2**16
 
 
 class Dropout(nn.Dropout):
-    """torch's own on an accelerator; on a CPU, where that draws a double for every number, 16 random bits decide.
+    """torch's dropout on an accelerator. On a CPU, where torch draws a double for every number, 16 random bits decide.
 
-    The probability is the nearest multiple of 2^-16, and the numbers that stay are divided by what that leaves.
+    The probability is rounded to a multiple of 2^-16, and the numbers that are kept are scaled accordingly.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -39,11 +39,11 @@ class Dropout(nn.Dropout):
 
 
 _EPS = 1e-5
-"""torch's own for layer norms."""
+"""torch's default for layer norms."""
 
 
 class NormedTokens:
-    """A layer's tokens [batch, tokens, d], each normed where it is used. Float32, under autocast too."""
+    """A layer's tokens [batch, tokens, d], normed where they are used. Float32, also under autocast."""
 
     def __init__(self, state: torch.Tensor) -> None:
         self._state = state.float()
@@ -52,29 +52,29 @@ class NormedTokens:
         self._scales = (variances.clamp(min=0) + _EPS).rsqrt().unsqueeze(1)
 
     def products(self, vectors: torch.Tensor) -> torch.Tensor:
-        """With each of `vectors` [d, n]: [batch, n, tokens]."""
-        centred = (vectors - vectors.mean(dim=0)).T.contiguous()  # in this order the backward product is fast on a CPU
+        """Products of the tokens with each of `vectors` [d, n]: [batch, n, tokens]."""
+        centred = (vectors - vectors.mean(dim=0)).T.contiguous()  # this layout makes the backward product fast on a CPU
         with torch.autocast(vectors.device.type, enabled=False):
             products = functional.linear(self._state, centred)
         return products.transpose(1, 2) * self._scales  # type: ignore[no-any-return]
 
     def sums(self, weights: torch.Tensor) -> torch.Tensor:
-        """[batch, n, d], weighted by `weights` [batch, n, tokens]."""
+        """Sums over the tokens with `weights` [batch, n, tokens]: [batch, n, d]."""
         with torch.autocast(weights.device.type, enabled=False):
             sums = (weights * self._scales) @ self._state
         return sums - sums.mean(dim=-1, keepdim=True)  # type: ignore[no-any-return]
 
 
 def mean_weights(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """[batch, 1, tokens]: those of the mean over the tokens that the mask keeps; zeros where it keeps none."""
+    """Weights of the mean over the tokens that the mask keeps, [batch, 1, tokens]; zeros if it keeps none."""
     kept = state.new_ones(state.shape[:2]) if mask is None else mask.to(state.dtype)
     return (kept / kept.sum(dim=1, keepdim=True).clamp(min=1)).unsqueeze(1)
 
 
 def summary_weights(state: torch.Tensor, mask: torch.Tensor | None, *, has_class_token: bool = True) -> torch.Tensor:
-    """[batch, 2, tokens]: those of the first token, and of the mean of the others.
+    """Weights of the first token, and of the mean of the others: [batch, 2, tokens].
 
-    [batch, 1, tokens] where the first token is one of many: those of the mean of all.
+    Without a class token, weights of the mean of all tokens: [batch, 1, tokens].
     """
     if not has_class_token:
         return mean_weights(state, mask)

@@ -3,10 +3,10 @@
 What each can be trusted with, by how it fails (tests/test_failure_modes.py shows each):
 
     info_nce        with the null text in the gallery: honest. With matched texts: copies the text.
-    siglip          needs its learned bias: with a wrong one all pairs stay negative for long.
+    siglip          needs its learned bias: with a wrong one, all pairs stay negative for a long time.
     soft_target     the SAFFE release's: no negatives; matched texts are copied, photos ignored.
     pair_info_nce   cannot be won by copying; each candidate keeps a prior of its own, to be subtracted.
-    matching        a constant answer is right two times in three: judge it by ranking, not by accuracy.
+    matching        a constant answer is right two times in three: measure its ranking, not its accuracy.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def info_nce(
         l(S, P) = -mean_i 1/|P_i| sum_{j in P_i} log softmax(S_i)_j
 
     With one positive per row it is CLIP's loss (Radford et al. 2021, fig. 3); averaging over the positives
-    is SupCon's "out" form (Khosla et al. 2020, eq. 2). It does not reach 0 where a row has several.
+    is SupCon's "out" form (Khosla et al. 2020, eq. 2). It cannot reach 0 if a row has several.
 
     Args:
         gallery: unit vectors [n, d].
@@ -47,7 +47,7 @@ def info_nce(
 
 
 def _cosines(gallery: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """In full precision under autocast too: at a temperature of 0.01, bfloat16 products would be off by 0.4."""
+    """In full precision, also under autocast: at a temperature of 0.01, bfloat16 products would be off by 0.4."""
     with torch.autocast(gallery.device.type, enabled=False):
         return gallery @ queries.T
 
@@ -116,7 +116,7 @@ def matching(logits: torch.Tensor, is_match: torch.Tensor) -> torch.Tensor:
 
 
 def distinct_positives(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The distinct texts of some photos, and which are whose.
+    """The distinct texts of some photos, and which text belongs to which photo.
 
     Args:
         rows: for each photo, the numbers of its texts.
@@ -131,28 +131,27 @@ def distinct_positives(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarr
 
 
 def draw_negatives(scores: torch.Tensor, positives: torch.Tensor, num_hard: int, num_random: int) -> torch.Tensor:
-    """Wrong columns for each row, int64 [rows, negatives]: the best scored ones, and others at random.
+    """Wrong columns for each row, int64 [rows, negatives]: those with the best scores, and random ones.
 
-    There are num_random and at most num_hard of them, fewer where there are fewer columns. A column may come twice
-    where a row has few wrong ones.
+    There are num_random random ones and at most num_hard others. A column may be repeated if a row has few wrong ones.
 
     Args:
         scores: how much column j looks like a match of row i, [rows, columns].
-        positives: bool [rows, columns], which never come; each row has a wrong column.
-        num_hard: at most this many are the best scored.
+        positives: bool [rows, columns], never drawn; each row has a wrong column.
+        num_hard: at most this many have the best scores.
         num_random: drawn with torch's generator.
     """
     wrong = ~positives
     assert wrong.any(dim=1).all(), "a row has no wrong column"
     hard = scores.masked_fill(positives, -math.inf).topk(min(num_hard, scores.shape[1]), dim=1).indices
     is_wrong = wrong.gather(1, hard)
-    best = hard[:, :1].expand_as(hard)  # where a row has too few, its hardest comes again
+    best = hard[:, :1].expand_as(hard)  # if a row has too few, its hardest one is repeated
     drawn = torch.multinomial(wrong.float(), num_random, replacement=True) if num_random else hard[:, :0]
     return torch.cat([torch.where(is_wrong, hard, best), drawn], dim=1)
 
 
 class SigmoidScale(nn.Module):
-    """SigLIP's learned scale and bias, started at 10 and -10 (Zhai et al. 2023, sec. 3.2)."""
+    """SigLIP's learned scale and bias, which start at 10 and -10 (Zhai et al. 2023, sec. 3.2)."""
 
     learning: ClassVar = {"*": Learning(1.5)}
 
@@ -166,7 +165,7 @@ class SigmoidScale(nn.Module):
 
 
 class Temperature(nn.Module):
-    """A learned temperature, kept within [0.01, 0.5]. Start 0.07 as in CLIP."""
+    """A learned temperature, kept within [0.01, 0.5]. It starts at 0.07, as in CLIP."""
 
     learning: ClassVar = {"*": Learning(1.5)}
 
@@ -175,8 +174,8 @@ class Temperature(nn.Module):
         self.log = nn.Parameter(torch.tensor(start).log())
 
     def forward(self) -> torch.Tensor:
-        # The parameter itself is kept in range, as in CLIP: clamping its value has no gradient outside, from
-        # where it would never come back.
+        # The parameter itself is kept in range, as in CLIP: a clamped value would have no gradient outside the range
+        # and could never return.
         with torch.no_grad():
             self.log.clamp_(math.log(0.01), math.log(0.5))
         return self.log.exp()

@@ -1,9 +1,9 @@
-"""What the SAFFE authors' released code computes, so that its behaviour can be shown. Not for use.
+"""What the SAFFE authors' released code computes, to show its behaviour. Not for use.
 
-Its attention outputs and its MLP's input are detached, and W_o, W_1 and W_2 are drawn anew after every forward,
-in evaluation too. So no gradient trains the attention, and each input meets other random matrices: their mean
-contribution is zero. What learns is the final linear map, three norms and one bias; what comes out is a linear
-regression of the photo's tokens with multiplicative noise. pipelines/REFERENCE.md tells the rest.
+Its attention outputs and its MLP's input are detached, and W_o, W_1 and W_2 are redrawn after every forward pass, also
+in evaluation. So no gradient trains the attention, and each input meets different random matrices, whose mean
+contribution is zero. Only the final linear map, three norms and one bias learn; the result is a linear regression of
+the photo's tokens with multiplicative noise. See pipelines/REFERENCE.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DROPOUT = 0.1
 class ReferenceLayer(nn.Module):
     """One layer's projections, frozen: queries, keys and values of the photo, keys and values of the text.
 
-    The release applies them without the norm that stands before them in the encoder.
+    The release applies them without the norm that precedes them in the encoder.
     """
 
     def __init__(self, query_block: BlockWeights, context_block: BlockWeights) -> None:
@@ -48,14 +48,14 @@ class ReferenceLayer(nn.Module):
 
 
 class ReferenceDecoder(nn.Module):
-    """One decoder of the release; it serves all layers.
+    """The release's decoder; one serves all layers.
 
         y1 = LN1(drop(sg(W_o1 MHA(q y0, k y0, v y0))) + y0)        sg: no gradient passes
         y2 = LN2(drop(sg(W_o2 MHA(q y0, k' x, v' x))) + y1)
         y3 = LN3(drop(W_2 sg(drop(relu(W_1 y2)))) + y2)
 
-    `qkv_layer`, `kv_layer` and `q_layer` are never used; they count among its parameters, 67 M with two layers and the
-    head: the decoder has 8 d² + 4,111 d + 2,048, and 6 d² + 6 d of them are theirs.
+    `qkv_layer`, `kv_layer` and `q_layer` are never used but count among its parameters, 67 M with two layers and the
+    head: the decoder has 8 d² + 4,111 d + 2,048, of which 6 d² + 6 d belong to them.
     Here padded text is masked; the release attends to it.
     """
 

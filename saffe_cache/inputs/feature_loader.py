@@ -1,16 +1,17 @@
-"""What a FAM is fed: cached features as tensors on one device, wherever they are kept meanwhile.
+"""Cached features as tensors on one device, wherever they are kept.
 
-| residency | where the hidden states lie | good |
+| residency | where the hidden states are kept | use it |
 |---|---|---|
-| `device` | all in the accelerator's memory | where they fit: no batch is copied again |
-| `memory` | all in main memory, pinned for an accelerator | where that is too small; for shards that cannot be mapped |
+| `device` | all in the accelerator's memory | if they fit: no batch is copied again |
+| `memory` | all in main memory, pinned for an accelerator | if that is too small, or shards cannot be mapped |
 | `mapped` | in their files, memory-mapped; the system keeps in memory what fits | on a CPU, and for larger caches |
-| `streamed` | compressed or behind a URL; the shards of two windows of photos are in memory | where all is too large |
+| `streamed` | compressed or behind a URL; the shards of two windows of photos are in memory | if all are too large |
 
-A window is what a streamed training shuffles at a time: a few shards of photos, drawn at random. While one is trained
-on, the next one is fetched and decompressed.
+A window is what a streamed training shuffles at a time: a few random shards of photos. While training uses one window,
+the next one is fetched and decompressed.
 
-They lie and travel in their storage type, half or a quarter of a float32's bytes, and become float32 on the device.
+Hidden states are kept and copied in their storage type, half or a quarter of a float32's bytes, and become float32 on
+the device.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from saffe_cache.store.dtypes import numbers_of
 from saffe_cache.store.reader import Cache, EncoderCache
 
 _DEVICE_PART, _MEMORY_PART = 0.6, 0.5
-"""Of the memory that is free: what hidden states may take of it."""
+"""Fractions of the free memory that hidden states may use."""
 _WINDOW_BYTES = 2**29
-"""Hidden states of one window of a streamed training, about."""
+"""Approximate size of one window of a streamed training."""
 
 
-class FamInputs:
-    """A cache as one run sees it."""
+class FeatureLoader:
+    """Reads the features of one run from a cache."""
 
     def __init__(self, cache: Cache, spec: RunSpec, device: str = "cpu", residency: Residency = "mapped") -> None:
         self.cache, self.spec, self.device, self.residency = cache, spec, device, residency
@@ -51,7 +52,7 @@ class FamInputs:
         return self._tokens(self.gallery, rows, self.spec.gallery_layers)
 
     def texts(self, rows: np.ndarray) -> Texts:
-        """Texts to lie beside gallery inputs; for a fusion without text layers their own vectors alone."""
+        """Texts to pair with gallery inputs; for a fusion without text layers, only their own vectors."""
         vectors = self.vectors(rows)
         if not self.spec.text_layers:
             return Texts((), torch.ones(len(rows), 1, dtype=torch.bool, device=self.device), vectors)
@@ -60,13 +61,13 @@ class FamInputs:
         return Texts(tuple(states), mask, vectors)
 
     def hold(self, photos: np.ndarray, texts: np.ndarray) -> None:
-        """Have these inputs, which are needed next, read ahead, and let go of all others."""
+        """Prefetch these inputs, which are needed next, and release all others."""
         for encoder, name in _arrays(self.cache, self.spec):
             encoder.array(name).hold(encoder.token_rows(photos if encoder is self.gallery else texts)[0])
         self.text.array(self.text.manifest.vector).hold(texts)
 
     def will_need(self, photos: np.ndarray) -> None:
-        """Have the system read these photos, which are needed next, ahead, where they are memory-mapped."""
+        """Have the system read these photos ahead, which are needed next, if they are memory-mapped."""
         if self.residency == "mapped":
             rows, _ = self.gallery.token_rows(photos)
             for layer in self.spec.gallery_layers:
@@ -104,21 +105,20 @@ class FamInputs:
         return stored if self.device == "cpu" else stored.pin_memory()
 
 
-def choose_residency(asked: Residency | Literal["auto"], cache: Cache, spec: RunSpec, device: str) -> Residency:
-    """Where the hidden states of a training shall lie; "auto" takes the fastest place that has room for them.
+def choose_residency(requested: Residency | Literal["auto"], cache: Cache, spec: RunSpec, device: str) -> Residency:
+    """Where to keep the hidden states of a training; "auto" takes the fastest place that has room for them.
 
     Raises:
-        ValueError: the memory of an accelerator is asked for, and there is none; or memory maps, and shards are
-            compressed or behind a URL.
+        ValueError: device is requested on a CPU, or mapped for shards that are compressed or behind a URL.
     """
     can_map = all(encoder.array(name).is_mapped for encoder, name in _arrays(cache, spec))
-    require(asked != "device" or device != "cpu", "residency", "device on a CPU", "memory or mapped")
+    require(requested != "device" or device != "cpu", "residency", "device on a CPU", "memory or mapped")
     require(
-        asked != "mapped" or can_map,
+        requested != "mapped" or can_map,
         *("residency", "mapped, of shards that are compressed or behind a URL", "memory or streamed"),
     )
-    if asked != "auto":
-        return asked
+    if requested != "auto":
+        return requested
     needed = sum(len(encoder.array(name)) * encoder.array(name).row_bytes for encoder, name in _arrays(cache, spec))
     if device != "cpu" and needed < _DEVICE_PART * torch.cuda.mem_get_info()[0]:
         return "device"
@@ -128,7 +128,7 @@ def choose_residency(asked: Residency | Literal["auto"], cache: Cache, spec: Run
 
 
 def window_shards(cache: Cache, spec: RunSpec) -> int:
-    """Shards of photos in a window of a streamed training; it depends on the cache alone."""
+    """Shards of photos in a window of a streamed training; depends only on the cache."""
     arrays = [encoder.array(name) for encoder, name in _arrays(cache, spec)]
     photos = cache.encoders[spec.gallery_key].array(f"hidden_states/{spec.gallery_layers[0]}")
     of_photo = sum(len(array) * array.row_bytes for array in arrays) / max(1, len(photos))
@@ -136,9 +136,9 @@ def window_shards(cache: Cache, spec: RunSpec) -> int:
 
 
 def summaries(encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int], batch: int = 256) -> np.ndarray:
-    """First token and mean of the others, of each layer: float32 [n, 2 P d]. What linear baselines see.
+    """First token and mean of the others, of each layer: float32 [n, 2 P d]. Linear baselines see this.
 
-    Of feature maps the mean of all places: [n, P d].
+    For feature maps, the mean of all positions: [n, P d].
     """
     has_class_token = not encoder.manifest.has_feature_maps
     parts = []
@@ -152,9 +152,9 @@ def summaries(encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int], ba
 
 @torch.inference_mode()
 def encode_gallery(
-    model: Fusion, inputs: FamInputs, rows: np.ndarray, paired_texts: np.ndarray | None = None, batch: int = 256
+    model: Fusion, inputs: FeatureLoader, rows: np.ndarray, paired_texts: np.ndarray | None = None, batch: int = 256
 ) -> np.ndarray:
-    """f(x, text) of gallery inputs and the text rows beside them, or f(x, null): unit vectors, float32 [n, d]."""
+    """f(x, text) of gallery inputs and the rows of their paired texts, or f(x, null): unit vectors, float32 [n, d]."""
     parts = []
     for start in range(0, len(rows), batch):
         these = slice(start, start + batch)
@@ -181,12 +181,12 @@ def _arrays(cache: Cache, spec: RunSpec) -> list[tuple[EncoderCache, str]]:
 
 
 def _as_tensor(stored: np.ndarray) -> torch.Tensor:
-    """torch does next to nothing with uint16."""
+    """As int16 if it is uint16, which torch hardly supports."""
     return torch.from_numpy(stored.view(np.int16) if stored.dtype == np.uint16 else stored)
 
 
 def _padded(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """[n, tokens, d] with zeros where the mask is False, of the tokens [real tokens, d]."""
+    """Real tokens [real tokens, d] as [n, tokens, d], with zeros where the mask is False."""
     padded = flat.new_zeros(*mask.shape, flat.shape[-1])
     padded[mask] = flat
     return padded

@@ -1,4 +1,4 @@
-"""Pairs of gallery inputs and texts, and splits by photo content: what is trained on, what chooses, what is reported.
+"""Pairs of gallery inputs and texts, and splits by photo content: for training, choosing and reporting.
 
 One rule for all verbs: a photo that belongs to several splits is not trained on, and a photo that is reported does not
 choose either. Photos are compared by the hash of their bytes: equal files have one row in a cache.
@@ -23,7 +23,7 @@ VALIDATION_SPLITS = ("dev", "val", "valid", "validation")
 
 @dataclass(frozen=True)
 class Pairs:
-    """Gallery inputs, one row each, and the texts that describe them."""
+    """Gallery inputs, one row for each, and the texts that describe them."""
 
     kind: PairKind
     ids: tuple[str, ...]
@@ -36,13 +36,13 @@ class Pairs:
     paired_texts: np.ndarray | None = None
     """int64 [n]: the text row that is paired with each photo in the gallery; None for null text."""
     num_unusable: int = 0
-    """Items left out because an input is unreadable or absent."""
+    """Items that are left out because an input is unreadable or missing."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, chosen: np.ndarray) -> Pairs:
-        """Some of them, in the given order."""
+        """The chosen pairs, in the given order."""
         return Pairs(
             self.kind,
             tuple(self.ids[i] for i in chosen),
@@ -54,17 +54,17 @@ class Pairs:
         )
 
     def permuted(self, seed: int) -> Pairs:
-        """The same photos, each with what belongs to another: what a control is trained on."""
+        """The same photos with permuted texts, to train a control on."""
         return replace(self, rows=self.rows[np.random.default_rng(seed).permutation(len(self))])
 
     @property
     def owners(self) -> np.ndarray:
-        """int64: which of the pairs each of `texts.values` belongs to."""
+        """int64: the pair that each of `texts.values` belongs to."""
         return np.repeat(np.arange(len(self)), np.diff(self.texts.offsets))
 
 
 def pair_kind(table: ItemTable) -> PairKind:
-    """Captions where the items have any, else classes.
+    """Captions if the items have any, else classes.
 
     Raises:
         ValueError: the items have neither.
@@ -73,7 +73,9 @@ def pair_kind(table: ItemTable) -> PairKind:
         return "captions"
     if len(table.labels.values):
         return "classes"
-    raise ValueError("the cache's items have neither captions nor labels: there is nothing to align. Extract some.")
+    raise ValueError(
+        "the cache's items have neither captions nor labels: there is nothing to align. Extract data with either."
+    )
 
 
 def gallery_modality(cache: Cache) -> Modality:
@@ -105,7 +107,7 @@ def select_pairs(
         gallery: of photos or sounds.
         text: of their texts.
         split: its name.
-        kind: which texts.
+        kind: which texts describe an item.
         first_paired: whether the first caption is paired with the photo, and only the others describe it.
 
     Raises:
@@ -149,7 +151,7 @@ def _texts_of(table: ItemTable, item: int, kind: PairKind) -> np.ndarray:
 
 
 def mean_text_vectors(pairs: Pairs, text: EncoderCache) -> np.ndarray:
-    """Mean of the unit vectors of each pair's texts, float32 [n, d]: what a ridge regression aims at."""
+    """Mean of the unit vectors of each pair's texts, float32 [n, d]: the target of a ridge regression."""
     distinct, position = np.unique(pairs.texts.values, return_inverse=True)
     vectors = unit_rows(text.vectors(distinct))[position]
     sums = np.add.reduceat(vectors, pairs.texts.offsets[:-1], axis=0)
@@ -167,11 +169,11 @@ class Parts(NamedTuple):
     training: Pairs
     validation: Pairs
     num_shared: int
-    """Photos of the train split that belong to other splits too, and are therefore left out."""
+    """Photos of the train split that are left out because they belong to other splits too."""
 
 
 def own_pairs(table: ItemTable, modality: Modality, split: str, pairs: Pairs) -> Pairs:
-    """Those of a split's pairs whose photo belongs to no other split.
+    """The pairs of a split whose photo belongs to no other split.
 
     Raises:
         ValueError: there are none.
@@ -200,7 +202,7 @@ def split_pairs(
     Args:
         cache: holds them.
         encoders: the gallery's and the text's.
-        kind: which texts.
+        kind: which texts describe an item.
         options: the splits' names and fractions; `validation` is a split's name or heldout.
         seed: of what is held out.
         reported: pairs that must not choose.
@@ -248,7 +250,7 @@ def training_pairs(spec: RunSpec, cache: Cache) -> Parts:
 
 
 def data_fingerprint(cache: Cache, spec: RunSpec, *parts: Pairs) -> str:
-    """Hash over the content of pairs that a run sees."""
+    """Hash of the content of pairs that a run sees."""
     return content_fingerprint(cache.table, cache.encoders[spec.gallery_key].manifest.modality, *parts)
 
 
@@ -260,10 +262,10 @@ def reported_fingerprint(cache: Cache, spec: RunSpec, pairs: Pairs) -> str:
 
 
 def same_training_pairs(spec: RunSpec, cache: Cache, run_dir: str | Path) -> tuple[Pairs, Pairs]:
-    """The pairs that a run was trained on and validated on, from the cache that it was trained on.
+    """The pairs that a run was trained and validated on, from the cache that it was trained on.
 
     Raises:
-        ValueError: the cache holds other data than the run has seen: it is another one, or has grown.
+        ValueError: the cache holds other data than the run has seen: it is another cache, or has grown.
     """
     training, validation, _ = training_pairs(spec, cache)
     if data_fingerprint(cache, spec, training, validation) != spec.data:
@@ -275,19 +277,19 @@ def same_training_pairs(spec: RunSpec, cache: Cache, run_dir: str | Path) -> tup
 
 
 def hold_out(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray) -> tuple[Pairs, Pairs]:
-    """Split by photo into a part to train on and one that is kept from it.
+    """Split by photo into a part to train on and a part that is held out.
 
-    Photos are ordered by a hash of their content and the seed, so the sides change little as the data grow.
+    Photos are ordered by a hash of their content and the seed, so the parts change little as the data grow.
     """
     order = _drawn_order(pairs, seed, content_hash)
     count = max(1, round(fraction * len(pairs)))
     if count >= len(pairs):
-        raise ValueError(f"{len(pairs)} pairs are too few to hold {fraction:.0%} out. Use more data.")
+        raise ValueError(f"{len(pairs)} pairs are too few to hold out {fraction:.0%}. Use more data.")
     return pairs.take(np.sort(order[count:])), pairs.take(np.sort(order[:count]))
 
 
 def keep_part(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray) -> Pairs:
-    """A part of the pairs, at least one, drawn like `hold_out`'s: a smaller part lies within a larger one."""
+    """A fraction of the pairs, at least one, drawn as in `hold_out`: a smaller part lies within a larger one."""
     if fraction == 1:
         return pairs
     last = _drawn_order(pairs, seed, content_hash)[::-1]
@@ -306,7 +308,7 @@ def _drawn_order(pairs: Pairs, seed: int, content_hash: np.ndarray) -> np.ndarra
 
 
 def content_fingerprint(table: ItemTable, modality: Modality, *parts: Pairs) -> str:
-    """Hash over the content of some pairs: photos by their bytes, texts by their characters, in order."""
+    """Hash of the content of some pairs: photos by their bytes, texts by their characters, in order."""
     photo_hash, text_hash = (table.inputs[name].content_hash for name in (modality, "text"))
     digest = hashlib.sha256()
     for pairs in parts:

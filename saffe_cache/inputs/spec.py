@@ -1,4 +1,4 @@
-"""What a run trains on, in terms of a cache: encoders, layers, pairs, splits. Torch-free."""
+"""The specification of a run on a cache: encoders, layers, pairs, splits. Torch-free."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class RunSpec(SplitOptions, ObjectiveOptions):
     """Empty where no text tokens enter the fusion."""
     pairs: PairKind
     gallery_text: GalleryText
-    """What is paired with a photo in training."""
+    """The text that is paired with each photo in training."""
     seed: int
     """Seed of the order of photos and of what is held out."""
     shape: FusionShape

@@ -10,7 +10,7 @@ import torch
 
 from saffe_cache.core.features import Ragged
 from saffe_cache.fusion.base import Fusion, Pairing, Texts
-from saffe_cache.inputs.feature_loader import FamInputs
+from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.base import NUM_SHUFFLES, Protocol, SearchProtocol
@@ -122,7 +122,7 @@ class CandidateProtocol(Protocol):
 
 
 @torch.inference_mode()
-def score_all_pairs(model: Fusion, inputs: FamInputs, rows: np.ndarray, search: Queries) -> PairScores:
+def score_all_pairs(model: Fusion, inputs: FeatureLoader, rows: np.ndarray, search: Queries) -> PairScores:
     """Each photo with the text of each query: [photos, queries].
 
     The part of a fusion that needs the photo alone is computed once for it.
@@ -139,7 +139,7 @@ def score_all_pairs(model: Fusion, inputs: FamInputs, rows: np.ndarray, search: 
 
 
 @torch.inference_mode()
-def score_chosen_pairs(model: Fusion, inputs: FamInputs, rows: np.ndarray, search: Queries) -> PairScores:
+def score_chosen_pairs(model: Fusion, inputs: FeatureLoader, rows: np.ndarray, search: Queries) -> PairScores:
     """The photos `rows` [queries, k] with the text of their query: [queries, k]."""
     k = rows.shape[1]
     block = max(1, _PAIRS_AT_ONCE // k)
@@ -153,7 +153,7 @@ def score_chosen_pairs(model: Fusion, inputs: FamInputs, rows: np.ndarray, searc
     return _stack(parts, k)
 
 
-def _texts_of(model: Fusion, inputs: FamInputs, search: Queries, queries: np.ndarray) -> tuple[Texts, torch.Tensor]:
+def _texts_of(model: Fusion, inputs: FeatureLoader, search: Queries, queries: np.ndarray) -> tuple[Texts, torch.Tensor]:
     """Texts of some queries, to be fused, and their unit vectors."""
     texts = inputs.texts(search.text_rows[queries])
     return texts, model.encode_queries(torch.from_numpy(search.vectors[queries]).to(inputs.device))
@@ -161,7 +161,7 @@ def _texts_of(model: Fusion, inputs: FamInputs, search: Queries, queries: np.nda
 
 def _score_pairs(
     model: Fusion,
-    inputs: FamInputs,
+    inputs: FeatureLoader,
     rows: np.ndarray,
     texts: Texts,
     vectors: torch.Tensor,

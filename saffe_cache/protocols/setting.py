@@ -9,7 +9,7 @@ import numpy as np
 
 from saffe_cache.core.features import Ragged
 from saffe_cache.fusion.base import Fusion
-from saffe_cache.inputs.feature_loader import FamInputs, encode_gallery, encode_queries
+from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.ranking import InnerProducts, ScoreMatrix
@@ -58,7 +58,7 @@ class Queries:
 class Setting:
     """A run, and the pairs that it is measured on."""
 
-    inputs: FamInputs
+    inputs: FeatureLoader
     pairs: Pairs
     training_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """Photos of the training pairs; empty where no trained model is measured."""

@@ -1,12 +1,12 @@
-"""Fits that any fusion has to beat: class means, ridge, linear probe, late fusion, label propagation.
+"""Baselines that a fusion should beat: class means, ridge, linear probe, late fusion, label propagation.
 
-The MLP is in `mlp`. What is tuned is tuned by a `judge`, a validation score of which higher is better.
+The MLP is in `mlp`. Parameters are chosen by a `judge`, a validation score of which higher is better.
 
 Label propagation (`fit_zlap`) goes from class texts over unlabelled photos, for photos that were not in the graph.
 Source: Stojnić et al., Label Propagation for Zero-shot Classification with Vision-Language Models, CVPR 2024.
-Nodes are c class texts and n training photos, whose labels nobody looks at. Each photo has edges to its k nearest
+Nodes are c class texts and n training photos, whose labels are not used. Each photo has edges to its k nearest
 other photos, weighted by their cosine, and to its k nearest texts, weighted by cosine ** gamma; negative cosines
-count 0. With W the sum of these weights and their transpose, S = D^-1/2 W D^-1/2,
+count as 0. With W the sum of these weights and their transpose, S = D^-1/2 W D^-1/2,
 
     (I - alpha S) Z = E,  E the first c columns of the identity,
 
@@ -29,19 +29,19 @@ import torch
 from torch.nn import functional
 
 RIDGE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Multiples of the number of samples."""
+"""Penalties, as multiples of the number of samples."""
 PROBE_STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 LATE_WEIGHTS = tuple(step / 20 for step in range(21))
-"""Of the photo's vector; the text's has the rest."""
+"""Weights of the photo's vector; the text's vector has the rest."""
 _ROWS_AT_ONCE, _COLUMNS_AT_ONCE = 16384, 64
-"""Of features in float64."""
+"""Rows and columns of features that are float64 at a time."""
 NEIGHBOURS = (5, 10, 20)
 GAMMAS = (3.0, 5.0, 10.0)
 ALPHAS = (0.3, 0.7, 0.9)
 TOLERANCE = 1e-6
-"""Of the residual of label propagation, relative to the right side."""
+"""Residual at which label propagation stops, relative to the right side."""
 MOST_STEPS = 100
-"""Of conjugate gradients; alpha = 0.9 needs about 30."""
+"""Steps of conjugate gradients; alpha = 0.9 needs about 30."""
 _PHOTOS_AT_ONCE, _CLASSES_AT_ONCE = 512, 64
 """Bounds on memory: no array is [n, n]."""
 
@@ -54,7 +54,7 @@ class LinearMap:
     """[out, in]"""
     bias: np.ndarray
     strength: float
-    """Of the penalty that was chosen."""
+    """The chosen penalty."""
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         return np.asarray(features @ self.weight.T + self.bias, np.float32)
@@ -99,7 +99,7 @@ def fuse_late(image: np.ndarray, text: np.ndarray, weight: float) -> np.ndarray:
 
 
 def tune_late_fusion(image: np.ndarray, text: np.ndarray, judge: Callable[[np.ndarray], float]) -> float:
-    """The weight of `fuse_late` on validation photos whose gallery `judge` likes best; of several, the least."""
+    """The weight of `fuse_late` on validation photos whose gallery `judge` scores best; the smallest of equal ones."""
     return max(LATE_WEIGHTS, key=lambda weight: judge(fuse_late(image, text, weight)))
 
 

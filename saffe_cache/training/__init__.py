@@ -1,1 +1,1 @@
-"""What saffe train does: what is asked for, batches, the objective, the loop, and what it resumes from."""
+"""Training: options, batches, the objective, the loop, checkpoints, and the folder of a run."""

@@ -13,7 +13,7 @@ import torch
 from saffe_cache.core.devices import num_cores
 from saffe_cache.fusion.base import Fusion, Texts
 from saffe_cache.fusion.losses import distinct_positives
-from saffe_cache.inputs.feature_loader import FamInputs
+from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import Pairs, mean_text_vectors
 from saffe_cache.protocols.base import Protocol, SearchProtocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
@@ -22,24 +22,30 @@ from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
 from saffe_cache.training.objective import Batch
 
 _LEAST_BATCH, _LEAST_STEPS = 32, 8
-"""Small data: batches are cut so that an epoch has at least 8 steps, but not below 32 photos."""
+"""For small data, batches shrink so that an epoch has at least 8 steps, but not below 32 photos."""
 
 
 class EpochOrder(NamedTuple):
-    """Of one epoch."""
+    """The order in which one epoch sees the pairs."""
 
     epoch: int
     pairs: np.ndarray
     """int64 [pairs]: a permutation."""
     windows: np.ndarray | None
-    """int64 [pairs]: the window that each place lies in, ascending; None where all are shuffled together."""
+    """int64 [pairs]: the window of each position, ascending; None if all pairs are shuffled together."""
 
 
 def draw_order(shards: np.ndarray, shards_per_window: int | None, seed: int, epoch: int) -> EpochOrder:
-    """
+    """The order of an epoch; it follows from seed and epoch alone.
+
+    If reading a row costs the same anywhere, all pairs are shuffled. If it costs a whole shard, shards are drawn at
+    random, a window of several at a time, and the pairs of a window are shuffled.
+
     Args:
-        shards: int64 [pairs], the shard that each lies in.
-        shards_per_window: None where all are shuffled together.
+        shards: int64 [pairs], the shard of each.
+        shards_per_window: None shuffles all pairs together.
+        seed: of the order.
+        epoch: from 0.
     """
     generator = np.random.default_rng((seed, epoch))
     shuffled = generator.permutation(len(shards))
@@ -55,7 +61,7 @@ def draw_order(shards: np.ndarray, shards_per_window: int | None, seed: int, epo
 class TrainingData:
     """Batches of the training pairs, and the validation score."""
 
-    def __init__(self, inputs: FamInputs, pairs: Pairs, validation: Pairs, batch_size: int, seed: int) -> None:
+    def __init__(self, inputs: FeatureLoader, pairs: Pairs, validation: Pairs, batch_size: int, seed: int) -> None:
         self.inputs, self._pairs, self._validation, self._seed = inputs, pairs, validation, seed
         self._order: EpochOrder | None = None
         self._held: tuple[int, ...] = ()
@@ -64,18 +70,18 @@ class TrainingData:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches; the photos of a short last one have their turn in another epoch."""
+        """Whole batches; the photos of a short last batch take part in other epochs."""
         return len(self._pairs) // self._batch_size
 
     @property
     def has_paired_texts(self) -> bool:
-        """Whether each photo has a text of its own beside it, in validation too."""
+        """Whether each photo is paired with a text of its own, also in validation."""
         return self._pairs.paired_texts is not None
 
     def batches(self, step: int, stop: int) -> Iterator[Batch]:
-        """The batches of steps `step` to `stop`, read one ahead where the steps leave a processor core for it."""
+        """The batches of steps `step` to `stop`, read one ahead if the steps leave a processor core for it."""
         reads_ahead = self.inputs.device != "cpu" or torch.get_num_threads() < num_cores()
-        # Threads of its own that the reader's conversions would start are more than there are cores, and wait for them.
+        # The reader gets one thread: more would exceed the cores and slow down the steps.
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             ahead: Future[Batch] | None = None
             for number in range(step, stop):
@@ -87,9 +93,9 @@ class TrainingData:
                 yield batch
 
     def seen(self, steps: int) -> tuple[int, int]:
-        """Photos and texts that went through a model in so many steps and the validations between them.
+        """Photos and texts that passed through the model in this number of steps and in the validations between them.
 
-        What encoders in the loop would have had to encode.
+        Without a cache, the encoders would have had to encode these.
         """
         texts, validations = self._pairs.texts, steps // self.steps_per_epoch + 1
         of_batch = min(len(np.unique(texts.values)), round(self._batch_size * len(texts.values) / len(self._pairs)))
@@ -97,7 +103,7 @@ class TrainingData:
         return photos, steps * of_batch + validations * len(self._search.queries)
 
     def _place(self, step: int) -> tuple[EpochOrder, slice]:
-        """The order of a step's epoch, and where in it the step's batch lies."""
+        """The order of a step's epoch, and the slice of it that is the step's batch."""
         epoch, within = divmod(step, self.steps_per_epoch)
         return self._order_of(epoch), slice(within * self._batch_size, (within + 1) * self._batch_size)
 
@@ -132,7 +138,7 @@ class TrainingData:
         return self._order
 
     def _hold(self, order: EpochOrder, here: slice) -> None:
-        """Where photos are streamed: have the windows of a batch, and the next one, ahead."""
+        """If photos are streamed, load the windows of a batch and prefetch the next one."""
         if order.windows is None:
             return
         first, last = int(order.windows[here][0]), int(order.windows[here][-1]) + 1
@@ -149,14 +155,14 @@ class TrainingData:
         return self.inputs.texts(own if self._pairs.paired_texts is None else self._pairs.paired_texts[chosen])
 
     def ridge(self, model: Fusion) -> tuple[LinearMap, np.ndarray]:
-        """What the linear path of a new model's head is to start as, and what it then makes of the validation photos.
+        """The start of the linear path of a new model's head, and the validation photos that it maps.
 
-        The regression from what that path sees to the photos' texts; validation picks its strength.
+        The ridge regression from what that path sees to the photos' texts; validation picks its strength.
         """
         if model.fuses_first:
             return self._fit(model)
         maps_queries = model.shape.maps_queries
-        if maps_queries not in self._ridges:  # else new models differ in this alone
+        if maps_queries not in self._ridges:  # otherwise, new models differ only in this
             self._ridges[maps_queries] = self._fit(model)
         return self._ridges[maps_queries]
 
@@ -182,7 +188,7 @@ class TrainingData:
         return mean_text_vectors(self._pairs, self.inputs.text)
 
     def paired_text_vectors(self, model: Fusion) -> np.ndarray:
-        """What a model adds to the validation photos for the texts beside them, [n, d]."""
+        """What a model adds to the validation photos for their paired texts, [n, d]."""
         assert self._validation.paired_texts is not None
         with torch.inference_mode():
             return np.asarray(model.eval().text_map(self.inputs.vectors(self._validation.paired_texts)).cpu())

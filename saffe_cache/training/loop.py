@@ -1,8 +1,8 @@
-"""The training loop: steps, validation, early stopping, and states that a killed run resumes from.
+"""The training loop: steps, validation, early stopping, and checkpoints.
 
-Every random choice follows from the seed and the step: the order of an epoch from (seed, epoch), dropout
-from (seed, step). So a resumed run needs the step, the weights and the optimiser, and then repeats an
-uninterrupted one bit for bit on the same device.
+Every random choice follows from the seed and the step: the order of an epoch from (seed, epoch), dropout from
+(seed, step). So a resumed run needs only the step, the weights and the optimiser, and equals an uninterrupted run bit
+for bit on the same device.
 """
 
 from __future__ import annotations
@@ -33,143 +33,15 @@ from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.objective import Batch, Objective
 from saffe_cache.training.runs import build_fusion
 
-_TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
-"""Of the text beside a photo against the ridge's vector of the photo, to start from."""
-
-
-def start(config: TrainConfig, spec: RunSpec, data: TrainingData, *, resumes: bool = False) -> TrainingState:
-    """The model before the first step; an attention head starts as a late fusion, as validation likes it best.
-
-    `resumes`: leave that out, since other weights follow.
-    """
-    torch.manual_seed(config.seed)
-    model = build_fusion(spec, data.inputs.cache).to(config.device)
-    sees_text = spec.gallery_text != "null" or spec.fuses_pairs
-    model.freeze_unused(null_only=not sees_text)
-    if config.start == "ridge" and model.linear_start is not None and not resumes:
-        _start_as_late_fusion(model, model.linear_start, data)
-    objective = Objective(spec, data.inputs.texts).to(config.device)
-    groups = [
-        group
-        for module in (model, objective)
-        for group in parameter_groups(module, config.learning_rate, config.weight_decay)
-    ]
-    optimizer = adamw(groups, config.learning_rate, betas=(0.9, 0.98), fused=True)  # one pass over the weights, not 12
-    return TrainingState(model=model, objective=objective, optimizer=optimizer)
-
-
-def _start_as_late_fusion(model: Fusion, linear: torch.nn.Linear, data: TrainingData) -> None:
-    """The ridge regression of the photo, and the weight of the text beside it, both as validation likes them.
-
-    All else starts at zero, so that what the model will make of a photo is known without running it.
-    """
-    best, mapped = data.ridge(model)
-    with torch.no_grad():
-        linear.weight.copy_(torch.from_numpy(best.weight))
-        linear.bias.copy_(torch.from_numpy(best.bias))
-    if model.shape.pooled_text and data.has_paired_texts:
-        photos, texts = unit_rows(mapped), data.paired_text_vectors(model)
-        weight = max(_TEXT_WEIGHTS, key=lambda weight: data.search(unit_rows(photos + weight * texts), model))
-        with torch.no_grad():
-            model.text_weight.fill_(weight)
-
-
-class Training:
-    """One training under way, in its folder; a killed one goes on where it was."""
-
-    def __init__(self, config: TrainConfig, spec: RunSpec, data: TrainingData, out: Path) -> None:
-        make_folder(out)
-        remove_partial_files(out)
-        self._config, self._data, self._out = config, data, out
-        self.num_steps = config.epochs * data.steps_per_epoch
-        self.state = start(config, spec, data, resumes=(out / "state.safetensors").exists())
-        resumed = resume(out, self.state)
-        self._log = Log(out, self.state.step if resumed else None, config.tensorboard)
-        self._saved = time.perf_counter()
-        if self.state.best_epoch < 0:
-            _finish_epoch(self.state, data, self._log, out, None)
-
-    @property
-    def is_over(self) -> bool:
-        """All steps are taken, or validation has not become better for `patience` epochs."""
-        epoch = self.state.step // self._data.steps_per_epoch
-        return self.state.step >= self.num_steps or epoch - self.state.best_epoch >= self._config.patience
-
-    def take(self, batch: Batch, waited: float) -> None:
-        """One step, and validation at the end of an epoch. `waited`: seconds for the batch."""
-        state, per_epoch, started = self.state, self._data.steps_per_epoch, time.perf_counter()
-        state.loss_sum += _step(self._config, state, batch, self.num_steps)
-        state.step += 1
-        state.seconds += waited + time.perf_counter() - started
-        if state.step % per_epoch == 0:
-            started = time.perf_counter()
-            _finish_epoch(state, self._data, self._log, self._out, state.loss_sum / per_epoch)
-            state.loss_sum = 0.0
-            state.seconds += time.perf_counter() - started
-        if time.perf_counter() - self._saved > self._config.checkpoint_seconds:
-            save_state(self._out, state)
-            self._saved = time.perf_counter()
-
-    def close(self) -> None:
-        save_state(self._out, self.state)
-        self._log.close()
-
-
-@kept_memory()
-def fit(trainings: Sequence[Training], data: TrainingData, name: str) -> None:
-    """Train side by side on the same batches: each is read once. A resumed one that is ahead waits for the others."""
-    first = min((training.state.step for training in trainings if not training.is_over), default=0)
-    total = max((training.num_steps for training in trainings if not training.is_over), default=0)
-    asked = time.perf_counter()
-    with tqdm(total=total, initial=first, unit=" steps", desc=name) as progress:
-        for step, batch in enumerate(data.batches(first, total), first):
-            able = [training for training in trainings if training.state.step == step and not training.is_over]
-            waited = time.perf_counter() - asked
-            for training in able:
-                training.take(batch, waited / len(able))
-            progress.update()
-            if all(training.is_over for training in trainings):
-                break
-            asked = time.perf_counter()
-        for training in trainings:
-            training.close()
-
-
-def _step(config: TrainConfig, state: TrainingState, batch: Batch, total: int) -> float:
-    """One update of the weights; returns the loss."""
-    torch.manual_seed(config.seed * 1_000_003 + state.step)
-    rate = warmed_cosine(state.step, total, max(1, int(config.warmup * total)), floor=0.02)
-    state.model.train()
-    device = batch.vectors.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        loss = state.objective(state.model, batch)
-    update(state.optimizer, loss, rate, tuple(state.model.parameters()), config.clip)
-    return float(loss.detach())
-
-
-def _finish_epoch(state: TrainingState, data: TrainingData, log: Log, out: Path, loss: float | None) -> None:
-    """Validate, and keep the weights where they are the best so far. Epoch 0 is before the first step."""
-    epoch = state.step // data.steps_per_epoch
-    score = data.validate(state.model.eval())
-    if score > state.best_score:
-        state.best_score, state.best_epoch = score, epoch
-        write_tensors(out / "model.safetensors", state.model.state_dict())
-    values = {
-        "loss": loss,
-        "validation_score": score,
-        **state.objective.scalars(),
-        "learning_rate": state.optimizer.param_groups[0]["lr"],
-        "seconds": round(state.seconds, 2),
-    }
-    log.write({"step": state.step, "epoch": epoch, **values})
-
-
 logger = logging.getLogger(__name__)
+
+_TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
+"""Candidates for the starting weight of the paired text's vector, relative to the photo's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Numbers:
-    """Those of a state, beside the tensors."""
+    """The numbers of a state; the rest are tensors."""
 
     step: int
     best_score: float
@@ -180,7 +52,7 @@ class _Numbers:
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """What a resumed run needs."""
+    """Everything that a resumed run needs."""
 
     model: Fusion
     objective: Objective
@@ -188,14 +60,14 @@ class TrainingState:
     step: int = 0
     best_score: float = -1.0
     best_epoch: int = -1
-    """0 stands for the weights before the first step."""
+    """0 means the weights before the first step."""
     loss_sum: float = 0.0
-    """Over the steps of the running epoch."""
+    """Sum of the losses of the current epoch's steps."""
     seconds: float = 0.0
 
 
 def save_state(out: Path, state: TrainingState) -> None:
-    """All that `resume` needs, in one file."""
+    """Write everything that `resume` needs into one file."""
     tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
     tensors |= {f"objective.{name}": value for name, value in state.objective.state_dict().items()}
     for number, moments in state.optimizer.state_dict()["state"].items():
@@ -205,10 +77,10 @@ def save_state(out: Path, state: TrainingState) -> None:
 
 
 def resume(out: Path, state: TrainingState) -> bool:
-    """Continue from the last saved state; False where there is none.
+    """Load the last saved state; False if there is none.
 
     Raises:
-        ValueError: it is damaged, or another run's.
+        ValueError: it is damaged or belongs to another run.
     """
     path = out / "state.safetensors"
     if not path.exists():
@@ -216,7 +88,7 @@ def resume(out: Path, state: TrainingState) -> bool:
     try:
         _take(path, state)
     except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not this run's state ({error}). Delete it to begin anew.") from None
+        raise ValueError(f"{path}: not this run's state ({error}). Delete it to start again.") from None
     logger.info("resuming from step %d", state.step)
     return True
 
@@ -241,7 +113,7 @@ def _take(path: Path, state: TrainingState) -> None:
 
 
 class Log:
-    """log.jsonl, and TensorBoard where it is installed. Lines behind the resumed step are dropped; without one, all."""
+    """log.jsonl, and TensorBoard if it is installed. Lines after the resumed step are dropped; without one, all."""
 
     def __init__(self, out: Path, resumed_step: int | None, tensorboard: bool) -> None:
         self._path = out / "log.jsonl"
@@ -267,3 +139,130 @@ class Log:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+
+
+def start(config: TrainConfig, spec: RunSpec, data: TrainingData, *, resumes: bool = False) -> TrainingState:
+    """The model before the first step; an attention head starts as the late fusion with the best validation score.
+
+    `resumes`: skip that start, since a checkpoint replaces the weights.
+    """
+    torch.manual_seed(config.seed)
+    model = build_fusion(spec, data.inputs.cache).to(config.device)
+    sees_text = spec.gallery_text != "null" or spec.fuses_pairs
+    model.freeze_unused(null_only=not sees_text)
+    if config.start == "ridge" and model.linear_start is not None and not resumes:
+        _start_as_late_fusion(model, model.linear_start, data)
+    objective = Objective(spec, data.inputs.texts).to(config.device)
+    groups = [
+        group
+        for module in (model, objective)
+        for group in parameter_groups(module, config.learning_rate, config.weight_decay)
+    ]
+    optimizer = adamw(groups, config.learning_rate, betas=(0.9, 0.98), fused=True)  # one pass over the weights, not 12
+    return TrainingState(model=model, objective=objective, optimizer=optimizer)
+
+
+def _start_as_late_fusion(model: Fusion, linear: torch.nn.Linear, data: TrainingData) -> None:
+    """Set the ridge regression of the photo and the weight of the paired text, both chosen by validation.
+
+    Everything else starts at zero, so the model's output for a photo is known without running it.
+    """
+    best, mapped = data.ridge(model)
+    with torch.no_grad():
+        linear.weight.copy_(torch.from_numpy(best.weight))
+        linear.bias.copy_(torch.from_numpy(best.bias))
+    if model.shape.pooled_text and data.has_paired_texts:
+        photos, texts = unit_rows(mapped), data.paired_text_vectors(model)
+        weight = max(_TEXT_WEIGHTS, key=lambda weight: data.search(unit_rows(photos + weight * texts), model))
+        with torch.no_grad():
+            model.text_weight.fill_(weight)
+
+
+class Training:
+    """A training run in its folder, which resumes from its last checkpoint."""
+
+    def __init__(self, config: TrainConfig, spec: RunSpec, data: TrainingData, out: Path) -> None:
+        make_folder(out)
+        remove_partial_files(out)
+        self._config, self._data, self._out = config, data, out
+        self.num_steps = config.epochs * data.steps_per_epoch
+        self.state = start(config, spec, data, resumes=(out / "state.safetensors").exists())
+        resumed = resume(out, self.state)
+        self._log = Log(out, self.state.step if resumed else None, config.tensorboard)
+        self._saved = time.perf_counter()
+        if self.state.best_epoch < 0:
+            _finish_epoch(self.state, data, self._log, out, None)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are done, or validation has not improved for `patience` epochs."""
+        epoch = self.state.step // self._data.steps_per_epoch
+        return self.state.step >= self.num_steps or epoch - self.state.best_epoch >= self._config.patience
+
+    def take(self, batch: Batch, waited: float) -> None:
+        """Do one step, and validate at the end of an epoch. `waited`: seconds spent waiting for the batch."""
+        state, per_epoch, started = self.state, self._data.steps_per_epoch, time.perf_counter()
+        state.loss_sum += _step(self._config, state, batch, self.num_steps)
+        state.step += 1
+        state.seconds += waited + time.perf_counter() - started
+        if state.step % per_epoch == 0:
+            started = time.perf_counter()
+            _finish_epoch(state, self._data, self._log, self._out, state.loss_sum / per_epoch)
+            state.loss_sum = 0.0
+            state.seconds += time.perf_counter() - started
+        if time.perf_counter() - self._saved > self._config.checkpoint_seconds:
+            save_state(self._out, state)
+            self._saved = time.perf_counter()
+
+    def close(self) -> None:
+        save_state(self._out, self.state)
+        self._log.close()
+
+
+@kept_memory()
+def fit(trainings: Sequence[Training], data: TrainingData, name: str) -> None:
+    """Train side by side on the same batches, each read once. A resumed run that is ahead waits for the others."""
+    first = min((training.state.step for training in trainings if not training.is_over), default=0)
+    total = max((training.num_steps for training in trainings if not training.is_over), default=0)
+    requested = time.perf_counter()
+    with tqdm(total=total, initial=first, unit=" steps", desc=name) as progress:
+        for step, batch in enumerate(data.batches(first, total), first):
+            able = [training for training in trainings if training.state.step == step and not training.is_over]
+            waited = time.perf_counter() - requested
+            for training in able:
+                training.take(batch, waited / len(able))
+            progress.update()
+            if all(training.is_over for training in trainings):
+                break
+            requested = time.perf_counter()
+        for training in trainings:
+            training.close()
+
+
+def _step(config: TrainConfig, state: TrainingState, batch: Batch, total: int) -> float:
+    """One update of the weights; returns the loss."""
+    torch.manual_seed(config.seed * 1_000_003 + state.step)
+    rate = warmed_cosine(state.step, total, max(1, int(config.warmup * total)), floor=0.02)
+    state.model.train()
+    device = batch.vectors.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        loss = state.objective(state.model, batch)
+    update(state.optimizer, loss, rate, tuple(state.model.parameters()), config.clip)
+    return float(loss.detach())
+
+
+def _finish_epoch(state: TrainingState, data: TrainingData, log: Log, out: Path, loss: float | None) -> None:
+    """Validate, and save the weights if they are the best so far. Epoch 0 is before the first step."""
+    epoch = state.step // data.steps_per_epoch
+    score = data.validate(state.model.eval())
+    if score > state.best_score:
+        state.best_score, state.best_epoch = score, epoch
+        write_tensors(out / "model.safetensors", state.model.state_dict())
+    values = {
+        "loss": loss,
+        "validation_score": score,
+        **state.objective.scalars(),
+        "learning_rate": state.optimizer.param_groups[0]["lr"],
+        "seconds": round(state.seconds, 2),
+    }
+    log.write({"step": state.step, "epoch": epoch, **values})

@@ -22,28 +22,28 @@ from saffe_cache.fusion.registry import OBJECTIVES
 
 
 class Batch(NamedTuple):
-    """What one step needs."""
+    """The data of one step."""
 
     states: list[torch.Tensor]
     """P times [photos, tokens, d]."""
     mask: torch.Tensor | None
     paired_texts: Texts | None
-    """The texts that lie beside the photos; None for null text."""
+    """The texts that are paired with the photos; None for null text."""
     text_rows: np.ndarray
     """int64 [texts]: the batch's distinct texts."""
     vectors: torch.Tensor
-    """The text encoder's own vectors of them, [texts, d]."""
+    """The text encoder's own vectors of these texts, [texts, d]."""
     positives: torch.Tensor
-    """bool [photos, texts]."""
+    """bool [photos, texts]: which texts describe which photo."""
     own: torch.Tensor
-    """int64 [photos]: one text of each photo, drawn at random; the one beside it where texts are matched."""
+    """int64 [photos]: one text of each photo, drawn at random; the paired one if texts are matched."""
 
 
 class Objective(nn.Module):
     """The weighted sum, and the losses' own learned scalars."""
 
     def __init__(self, options: ObjectiveOptions, read_texts: Callable[[np.ndarray], Texts]) -> None:
-        """`read_texts` gives texts by their rows, to be fused."""
+        """`read_texts` reads texts by their rows."""
         super().__init__()
         self._options, self._read_texts = options, read_texts
         self.losses = nn.ModuleDict({name: OBJECTIVES[name].make(options) for name in options.objective})
@@ -81,7 +81,7 @@ class Objective(nn.Module):
             )
 
     def _fuse(self, model: Fusion, batch: Batch, photos: torch.Tensor, columns: torch.Tensor) -> Fused:
-        """Photos of the batch by position, each with a text of the batch by column; each side is computed once."""
+        """Fuse photos of the batch, by position, with texts of the batch, by column; each side is computed once."""
         distinct_photos, gallery = torch.unique(photos, return_inverse=True)
         distinct_columns, text = torch.unique(columns, return_inverse=True)
         texts = self._read_texts(batch.text_rows[distinct_columns.cpu().numpy()])

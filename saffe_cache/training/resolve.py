@@ -1,4 +1,4 @@
-"""From a training's options to what they mean for a cache: encoders, layers, the fusion's shape, defaults."""
+"""Resolve the options of a training for a cache: encoders, layers, the fusion's shape, defaults."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _options(config: TrainConfig, group: type[SplitOptions | ObjectiveOptions | 
 
 @dataclass(frozen=True)
 class _Layers:
-    """Which hidden states a run reads, and how many blocks it runs from them on."""
+    """The hidden states that a run reads, and the number of blocks that it runs from there."""
 
     gallery: tuple[int, ...]
     text: tuple[int, ...] = ()
@@ -97,7 +97,7 @@ def _shape(
 
 
 def _root_mean_square(encoder: EncoderCache, layer: int) -> float:
-    """Of a layer's numbers."""
+    """Root mean square of a layer's numbers."""
     found = encoder.statistics(f"hidden_states/{layer}")
     return math.hypot(found.mean, found.std)
 
@@ -165,14 +165,14 @@ def _check_together(spec: RunSpec) -> None:
 def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCache) -> _Layers:
     """
     Raises:
-        CacheError: the cache lacks a layer, or the block behind one; or the encoder has no blocks.
+        CacheError: the cache lacks a layer or the block that follows it, or the encoder has no blocks.
         ValueError: several text layers are given to a fusion that continues the text encoder from one.
     """
     if gallery.manifest.has_feature_maps and config.entry.needs_gallery_blocks:
         others = ", ".join(name for name, entry in FUSIONS.items() if not entry.needs_gallery_blocks)
         raise CacheError(
             f"{gallery.key}: a convolutional encoder, whose layers have no queries, keys and values; --fusion "
-            f"{config.fusion} needs the block behind a layer. Use another encoder, or one of --fusion {others}."
+            f"{config.fusion} needs the block that follows a layer. Use another encoder, or one of --fusion {others}."
         )
     match config.entry.blocks:
         case "none":
@@ -190,7 +190,7 @@ def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCach
             default = [layer for layer in (begins, depth) if layer in gallery.layers]
             layers = _layers_of(config, gallery, gallery.layers, default)
             num_blocks = min(depth - layers[0], text.manifest.num_layers - first)
-            expected = "layers with two blocks or more behind them: with one nothing passes between the encoders"
+            expected = "layers followed by two blocks or more: with one, nothing passes between the encoders"
             require(num_blocks > 1, "layers", f"image={layers[0]} and text={first}", expected)
             _check_blocks(config, gallery, layers[0], num_blocks)
             return _Layers(layers, (first,), num_blocks)
@@ -199,10 +199,10 @@ def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCach
 def _layers_of(
     config: TrainConfig, encoder: EncoderCache, usable: Sequence[int], default: Sequence[int] | None = None
 ) -> tuple[int, ...]:
-    """The layers given, or by default all that are usable and whose tokens are as many and as wide as the last one's.
+    """The given layers; by default all usable ones whose tokens have the shape of the last one's.
 
     Raises:
-        CacheError: some of them are not usable, or not of one shape.
+        CacheError: a layer is not usable, or shapes differ.
     """
     given = config.layers.get(encoder.manifest.modality)
     if given is None:
@@ -213,10 +213,10 @@ def _layers_of(
         chosen = tuple(sorted(chosen))
     wrong = [layer for layer in chosen if layer not in usable]
     if wrong or not chosen:
-        why = "" if encoder.layers == usable else " (it needs the block behind a layer)"
+        why = "" if encoder.layers == usable else " (it needs the block that follows a layer)"
         raise CacheError(
             f"{encoder.key}: --fusion {config.fusion} can use layers {list(usable)}{why}, "
-            f"{f'asked for {list(chosen)}' if given else 'none of them by default'}. "
+            f"{f'requested {list(chosen)}' if given else 'found none'}. "
             f"Add layers with saffe extract --layers {encoder.manifest.modality}=…."
         )
     alike = _of_last_shape(encoder, chosen)
@@ -230,22 +230,22 @@ def _layers_of(
 
 
 def _of_last_shape(encoder: EncoderCache, layers: Sequence[int]) -> Sequence[int]:
-    """Those of the layers with the last one's shape: all but for a CNN, whose stages have shapes of their own."""
+    """The layers with the last one's shape: all layers, except for a CNN, whose stages differ in shape."""
     if not encoder.manifest.has_feature_maps:
         return layers
     return [layer for layer in layers if _shape_of(encoder, layer) == _shape_of(encoder, layers[-1])]
 
 
 def _shape_of(encoder: EncoderCache, layer: int) -> tuple[int, ...]:
-    """Of a photo's row: tokens and their width."""
+    """Shape of a photo's row: tokens and their width."""
     return encoder.array(f"hidden_states/{layer}").row_shape
 
 
 def _first_layer(config: TrainConfig, text: EncoderCache) -> int:
-    """Where the text encoder runs on from: the layer given, or the first of its upper half that is cached."""
+    """The layer that the text encoder continues from: the given one, or the first cached one of its upper half."""
     half, depth = text.manifest.num_layers // 2, text.manifest.num_layers
     chosen = _layers_of(config, text, text.block_layers, [layer for layer in text.block_layers if layer >= half][:1])
-    require(len(chosen) == 1, "layers", f"text={','.join(map(str, chosen))}", "one: from it the text encoder runs on")
+    require(len(chosen) == 1, "layers", f"text={','.join(map(str, chosen))}", "one: the text encoder continues from it")
     _check_blocks(config, text, chosen[0], depth - chosen[0])
     return chosen[0]
 
@@ -258,7 +258,7 @@ def _check_blocks(config: TrainConfig, encoder: EncoderCache, first: int, count:
     missing = [layer for layer in range(first, first + count) if layer not in encoder.block_layers]
     if missing:
         raise CacheError(
-            f"{encoder.key}: --fusion {config.fusion} runs the blocks from layer {first} on, found "
+            f"{encoder.key}: --fusion {config.fusion} runs the blocks from layer {first}, found "
             f"{encoder.block_layers}, expected {missing} too. Add them with "
             f"saffe extract --layers {encoder.manifest.modality}={','.join(map(str, missing))}."
         )

@@ -1,4 +1,4 @@
-"""What a training leaves in result.json, and its log."""
+"""The result of a training, and its log."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LogLine:
     """Mean over the epoch's steps; None before the first."""
     validation_score: float | None
     seconds: float
-    """Of training until then."""
+    """Seconds of training so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +51,10 @@ class TrainResult(Result):
     """In training and validation; a photo counts each time."""
     texts_seen: int
     residency: str
-    """Where the hidden states lay: device, memory, mapped or streamed."""
+    """Where the hidden states were kept: device, memory, mapped or streamed."""
     seconds: float
     control_seconds: float
-    """Of the control's training on permuted pairs; 0 without one."""
+    """Seconds of the control's training on permuted pairs; 0 without a control."""
     peak_memory_mb: int
 
     def measurements(self) -> Iterator[Measurement]:
@@ -75,7 +75,7 @@ class TrainResult(Result):
         ]
 
     def page_sections(self, folder: Path) -> list[Section]:
-        """With the objective and the training curves."""
+        """The section for a page: also the objective and the training curves."""
         [section] = self.sections()
         losses = dict(read_json(folder / CONFIG)["config"].get("objective") or {})
         weights = ", ".join(f"{name}={weight}" for name, weight in losses.items())
@@ -101,7 +101,7 @@ class TrainResult(Result):
 
 
 def read_log(path: Path) -> list[LogLine]:
-    """The lines of a log; none where there is no file. A half-written last line, as a kill leaves it, is left out.
+    """The lines of a log; none if there is no file. A half-written last line of an interrupted run is skipped.
 
     Raises:
         ValueError: a line is damaged.

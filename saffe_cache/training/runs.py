@@ -1,11 +1,11 @@
-"""A run's folder: what was trained, on what, and the weights. safetensors and JSON; nothing is unpickled.
+"""The folder of a run: options, data and weights. safetensors and JSON; nothing is unpickled.
 
-config.json           the stage's config, the resolved run (encoders' keys, layers, shape), versions
+config.json           the config, the resolved run (encoders' keys, layers, shape), versions
 model.safetensors     the best weights by validation
 permuted/             the control that was trained on permuted pairs: its weights and log
-log.jsonl             one line a validation
-result.json           the outcome; written last, so its presence means that the run is complete
-state.safetensors     what a killed run resumes from
+log.jsonl             one line for each validation
+result.json           the result; written last, so its presence means that the run is complete
+state.safetensors     the checkpoint that an interrupted run resumes from
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from saffe_cache.training.result import PERMUTED, TrainResult
 
 
 def build_fusion(spec: RunSpec, cache: Cache) -> Fusion:
-    """A fusion with its starting weights, and the cached blocks of both encoders that it runs or begins as."""
+    """A fusion with its starting weights and the cached encoder blocks that it runs or is initialised from."""
     entry, count = spec.shape.entry, spec.shape.num_blocks
     gallery: Sequence[int] = ()
     text: Sequence[int] = ()
@@ -44,7 +44,7 @@ def load_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, TrainR
     """A finished run: its spec, its best model in evaluation mode, and its result.
 
     Raises:
-        ValueError: the run is absent, unfinished or damaged, or was trained on another cache.
+        ValueError: the run is missing, unfinished or damaged, or was trained on another cache.
         CacheError: the cache lacks a layer that it was trained on.
     """
     folder = Path(run_dir)
@@ -72,7 +72,7 @@ def load_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, TrainR
 def _check_widths(run_dir: str | Path, spec: RunSpec, cache: Cache) -> None:
     """
     Raises:
-        ValueError: what the run fuses has another shape than what the cache holds.
+        ValueError: the run fuses other shapes than the cache holds.
         CacheError: the cache lacks one of the layers.
     """
     gallery, text, shape = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key], spec.shape
@@ -96,7 +96,7 @@ def _check_widths(run_dir: str | Path, spec: RunSpec, cache: Cache) -> None:
 
 
 def load_permuted(run_dir: str | Path, spec: RunSpec, cache: Cache) -> Fusion | None:
-    """The run's control, trained on permuted pairs; None where it was trained without one."""
+    """The run's control, trained on permuted pairs; None if it has none."""
     path = Path(run_dir) / PERMUTED / "model.safetensors"
     return _load_model(path, spec, cache) if path.exists() else None
 

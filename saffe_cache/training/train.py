@@ -1,4 +1,4 @@
-"""Train the FAM alone, straight from the cache."""
+"""Train fusions from a cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from saffe_cache.core.devices import choose_device, peak_memory_mb
 from saffe_cache.core.options import require
 from saffe_cache.core.outputs import is_begun, provenance, write_json
 from saffe_cache.fusion.base import Fusion
-from saffe_cache.inputs.feature_loader import FamInputs, choose_residency, window_shards
+from saffe_cache.inputs.feature_loader import FeatureLoader, choose_residency, window_shards
 from saffe_cache.inputs.pairs import Pairs, data_fingerprint, training_pairs
 from saffe_cache.inputs.spec import Residency, RunSpec
 from saffe_cache.protocols.registry import load_protocol, own_protocol
@@ -28,7 +28,7 @@ from saffe_cache.training.result import PERMUTED, TrainResult
 logger = logging.getLogger(__name__)
 
 _NOT_COMPARED = ("cache", "out", "device", "residency", "checkpoint_seconds", "tensorboard")
-"""Fields of the config in which two commands for one folder may differ."""
+"""Fields of the config that may differ between two commands for the same folder."""
 _PLACES = {"device": "in its memory", "memory": "in main memory", "mapped": "memory-mapped", "streamed": "streamed"}
 
 
@@ -38,20 +38,20 @@ def train(config: TrainConfig) -> str:
     Raises:
         CacheError: the cache lacks what the fusion needs.
         ValueError: the options do not fit the cache, or the folder holds another run.
-        OSError: the disk is full or gone, or another process trains into the folder.
+        OSError: the disk is full or gone, or another process is writing to the folder.
     """
     return train_many([config])[0]
 
 
 def train_many(configs: Sequence[TrainConfig], opened: Mapping[str, Cache] | None = None) -> list[str]:
-    """Train several, and return their folders. Those that see the same batches take them side by side.
+    """Train several runs, and return their folders. Runs that see the same batches are trained side by side.
 
-    The same batches: of one cache, with equal layers, data, batch size and `data_seed`. The batches are then read, and
-    prepared, once for all of them; each run is what it would be alone.
+    These are runs on one cache with equal layers, data, batch size and `data_seed`. Their batches are read and prepared
+    once for all of them; each run is the same as if it were trained alone.
 
     Args:
         configs: of the runs.
-        opened: caches by their path, in the place of what would be opened there; for classes under other names.
+        opened: caches by path, used instead of opening the path; for example a cache with renamed classes.
 
     Raises:
         CacheError, ValueError, OSError: as `train`; two runs have the same folder.
@@ -65,11 +65,11 @@ def train_many(configs: Sequence[TrainConfig], opened: Mapping[str, Cache] | Non
     with ExitStack() as held:
         for config in configs:
             plan = _plan(config, caches[config.cache])
-            if not plan.is_finished or (plan.out / LOCK_NAME).exists():  # which a kill behind the result left
+            if not plan.is_finished or (plan.out / LOCK_NAME).exists():  # left if it was killed after its result
                 held.enter_context(hold_folder(plan.out))
-            is_begun(plan.out, _told(plan), {"run": RunSpec, "config": TrainConfig}, _NOT_COMPARED)
+            is_begun(plan.out, _content(plan), {"run": RunSpec, "config": TrainConfig}, _NOT_COMPARED)
             if plan.is_finished:
-                _remove_states(plan.out)  # of such a kill too
+                _remove_states(plan.out)  # of such a run too
                 logger.info("%s is finished already, nothing to do.", plan.out)
             else:
                 groups.setdefault(plan.batches, []).append(plan)
@@ -80,18 +80,18 @@ def train_many(configs: Sequence[TrainConfig], opened: Mapping[str, Cache] | Non
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """One run that is to be trained."""
+    """A run to train."""
 
     config: TrainConfig
     cache: Cache
     spec: RunSpec
     device: str
-    """The one that --device means."""
+    """The resolved --device."""
     residency: Residency
     training: Pairs
     validation: Pairs
     num_shared: int
-    """Photos of the training split that stand in other splits too."""
+    """Photos of the train split that belong to other splits too."""
 
     @property
     def out(self) -> Path:
@@ -103,12 +103,12 @@ class _Plan:
 
     @property
     def batches(self) -> tuple[object, ...]:
-        """What decides the batches, and how a run is validated: equal for runs that train side by side."""
+        """Equal for runs that train side by side: what decides the batches and the validation."""
         return (*same_batches(self.config, self.spec), self.device, self.residency)
 
 
 def same_batches(config: TrainConfig, spec: RunSpec) -> tuple[object, ...]:
-    """Equal for runs that see the same batches in the same order, and can so be trained side by side."""
+    """Equal for runs that see the same batches in the same order, and can be trained side by side."""
     data = (config.cache, spec.gallery_key, spec.text_key, spec.gallery_layers, spec.text_layers, spec.data)
     return (*data, spec.gallery_text, own_protocol(spec), config.batch_size, spec.seed)
 
@@ -132,19 +132,19 @@ def _plan(config: TrainConfig, cache: Cache) -> _Plan:
     )
 
 
-def _told(plan: _Plan) -> dict[str, Any]:
-    """What config.json says of a run."""
+def _content(plan: _Plan) -> dict[str, Any]:
+    """The content of config.json."""
     return {"stage": "train", "run": asdict(plan.spec), **provenance(plan.config)}
 
 
 def _train_group(plans: Sequence[_Plan]) -> None:
-    """The runs, then their controls on permuted pairs, each side by side."""
+    """Train the runs, then their controls on permuted pairs, each side by side."""
     first, seed = plans[0], plans[0].spec.seed
     training, validation = first.training, first.validation
     for plan in plans:
         _tell(plan)
-        write_json(plan.out / "config.json", _told(plan))
-    inputs = FamInputs(first.cache, first.spec, first.device, first.residency)
+        write_json(plan.out / "config.json", _content(plan))
+    inputs = FeatureLoader(first.cache, first.spec, first.device, first.residency)
     states = _fit([(plan, plan.config, plan.out) for plan in plans], inputs, training, validation)
     controls = [
         (plan, replace(plan.config, epochs=plan.config.control_epochs, tensorboard=False), plan.out / PERMUTED)
@@ -160,11 +160,12 @@ def _train_group(plans: Sequence[_Plan]) -> None:
 
 
 def _fit(
-    runs: Sequence[tuple[_Plan, TrainConfig, Path]], inputs: FamInputs, training: Pairs, validation: Pairs
+    runs: Sequence[tuple[_Plan, TrainConfig, Path]], inputs: FeatureLoader, training: Pairs, validation: Pairs
 ) -> list[tuple[TrainingState, tuple[int, int]]]:
-    """Train on some pairs and choose the epoch on others; resumes what the folders hold.
+    """Train on some pairs and choose the epoch on others; resumes from the folders' checkpoints.
 
-    Beside each state the photos and texts that the training saw.
+    Returns:
+        For each run, its state, and the numbers of photos and texts that it saw.
     """
     data = TrainingData(inputs, training, validation, runs[0][1].batch_size, inputs.spec.seed)
     trainings = [Training(replace(config, device=plan.device), plan.spec, data, out) for plan, config, out in runs]
@@ -173,7 +174,7 @@ def _fit(
 
 
 def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int], control_seconds: float) -> None:
-    """Save the result, which makes the run a finished one."""
+    """Save the result, which marks the run as finished."""
     score_name = load_protocol(own_protocol(plan.spec)).main_metric
     TrainResult(
         best_epoch=state.best_epoch,
@@ -213,7 +214,7 @@ def _tell(plan: _Plan) -> None:
         *(f" and {_names(spec.text_layers)} of the text" if spec.text_layers else "", spec.pairs, spec.text_key),
     )
     logger.info(
-        "%d items to train on, %d to validate on (%s); left out %d unusable ones and %d that are in other splits too.",
+        "%d items to train on, %d to validate on (%s); skipped %d unusable ones and %d that are in other splits too.",
         *(len(plan.training), len(plan.validation), spec.validation, plan.training.num_unusable, plan.num_shared),
     )
 

@@ -18,7 +18,7 @@ from timing import Candidate, Figure, take_turns
 from training import config_of, released_loops
 
 from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
-from saffe_cache.inputs.feature_loader import FamInputs, window_shards
+from saffe_cache.inputs.feature_loader import FeatureLoader, window_shards
 from saffe_cache.inputs.pairs import training_pairs
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.batches import TrainingData
@@ -97,7 +97,7 @@ def training_data(config: TrainConfig, residency: Any) -> TrainingData:
     if residency == "streamed":
         spec = replace(spec, shuffled_shards=window_shards(cache, spec))
     training, validation, _ = training_pairs(spec, cache)
-    inputs = FamInputs(cache, spec, config.device, residency)
+    inputs = FeatureLoader(cache, spec, config.device, residency)
     return TrainingData(inputs, training, validation, config.batch_size, spec.seed)
 
 

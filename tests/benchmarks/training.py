@@ -26,7 +26,7 @@ from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.extract import extract
 from saffe_cache.fusion.base import Texts
 from saffe_cache.fusion.losses import soft_target
-from saffe_cache.inputs.feature_loader import FamInputs
+from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import training_pairs
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.training.batches import TrainingData
@@ -62,7 +62,7 @@ def against_memory(cache: str, fusion: str, num_steps: int) -> list[Figure]:
     training, validation, _ = training_pairs(spec, opened)
 
     from_cache, from_tensors = (
-        TrainingData(FamInputs(opened, spec, config.device, residency), training, validation, 256, 0)
+        TrainingData(FeatureLoader(opened, spec, config.device, residency), training, validation, 256, 0)
         for residency in ("mapped", "memory")
     )
     encoder = from_tensors.inputs.text
@@ -151,7 +151,7 @@ def released_loops(
     config = config_of(cache, "unused", fusion="reference", **options)
     opened = open_cache(cache)
     spec = resolve_run(config, opened)
-    inputs = FamInputs(opened, spec, config.device)
+    inputs = FeatureLoader(opened, spec, config.device)
     pairs, _, _ = training_pairs(spec, opened)
     rows = np.arange(batch_size * num_steps).reshape(num_steps, batch_size)
     model = build_fusion(spec, opened).to(inputs.device)
@@ -185,7 +185,7 @@ def released_loops(
 class LiveEncoders:
     """Decodes, prepares and encodes a batch, as the release does in every step."""
 
-    def __init__(self, encoders: Mapping[str, str], inputs: FamInputs, data: Path, pixels: int) -> None:
+    def __init__(self, encoders: Mapping[str, str], inputs: FeatureLoader, data: Path, pixels: int) -> None:
         self._inputs = inputs
         self._image = AutoModel.from_pretrained(encoders["image"]).to(inputs.device).eval()
         self._text = AutoModel.from_pretrained(encoders["text"]).to(inputs.device).eval()

@@ -1,1 +1,1 @@
-"""Fusions from elsewhere, each a correction of the same late fusion (correction.py)."""
+"""Published fusions, each implemented as a correction of the same late fusion (correction.py)."""

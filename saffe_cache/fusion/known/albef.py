@@ -18,12 +18,12 @@ class AlbefFusion(CorrectingFusion):
     """Upper blocks of the text encoder, each with a cross-attention to the photo's tokens between its halves.
 
     With null text in the gallery the contrast (`info_nce`) is between photo and text alone, as in the source, and `out`
-    does not train; where texts lie beside photos it trains the fused vector too. `matching` reads the fused first
-    token, the last one of a causal text encoder, through Linear(e, 2), 1,538 parameters for e = 768. The source trains
-    both encoders, with momentum copies, a queue and masked language modelling; here the blocks are frozen, each
-    cross-attention trains and starts closed.
+    does not train; with paired texts it trains the fused vector too. `matching` reads the first fused token (the last
+    one of a causal text encoder) through Linear(e, 2), 1,538 parameters for e = 768. The source trains both encoders,
+    with momentum copies, a queue and masked language modelling; here the blocks are frozen, and each cross-attention
+    trains and starts closed.
 
-    It adds 2 e² + 2 d e + 6 e + 2 d parameters for each block, (e + 1) k, and 2 (e + 1) where it matches.
+    It adds 2 e² + 2 d e + 6 e + 2 d parameters for each block, (e + 1) k, and 2 (e + 1) if it matches.
     """
 
     idle_with_null = ("cross_attentions.", "out.")
@@ -63,7 +63,7 @@ class AlbefFusion(CorrectingFusion):
 
 
 class _CrossAttention(nn.Module):
-    """torch's own, normed on both sides, its output starting at zero."""
+    """torch's attention, with a norm on both sides, whose output starts at zero."""
 
     def __init__(self, width: int, context_width: int, num_heads: int) -> None:
         super().__init__()

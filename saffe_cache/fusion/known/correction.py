@@ -1,11 +1,11 @@
-"""The frame of fusions from elsewhere: what each of them corrects is the same late fusion.
+"""The frame of published fusions: each of them corrects the same late fusion.
 
     v = unit( linear(summary(x)) + correction(x, t) )          z = unit( v + w map(t) )
 
-`linear` may start as the ridge regression, `w` as validation likes it, and every correction starts at zero: all of them
-begin at one point, and a table of them tells what a fusion adds to it. The systems that they come from have no such
-frame; what else differs from the source is said in each file, and what it adds to the frame's parameters. Throughout,
-d is the width of the photo's tokens, e of the text's, k of the text's own vector.
+`linear` may start as the ridge regression and `w` at its best value on validation, and every correction starts at zero.
+So all of them start at the same point, and a table shows what each fusion adds. The original systems have no such
+frame; each file says what else differs from its source, and which parameters it adds. Throughout, d is the width of the
+photo's tokens, e of the text's, k of the text's own vector.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from saffe_cache.fusion.options import FusionShape
 
 
 class Correction(NamedTuple):
-    """What a fusion makes of gallery inputs and the texts beside them, one row each pair."""
+    """What a fusion adds for gallery inputs and their paired texts, one row for each pair."""
 
     vectors: torch.Tensor | None
     """[pairs, text_size]; None for no correction."""
@@ -37,7 +37,8 @@ class Correction(NamedTuple):
 class CorrectingFusion(Fusion):
     """A late fusion that `correct` corrects. `matched_size`: width of the tokens that a matching head pools.
 
-    (2 P d + 1) k parameters for P photo layers, and the maps of queries (`TextMap`) and, with a weight, of texts.
+    (2 P d + 1) k parameters for P photo layers, and those of the maps of queries and paired texts (`TextMap`) and of
+    the texts' weight.
     """
 
     def __init__(self, shape: FusionShape, matched_size: int | None = None) -> None:
@@ -59,12 +60,12 @@ class CorrectingFusion(Fusion):
         texts: Texts | None,
         summary: torch.Tensor,
     ) -> Correction:
-        """One row each pair.
+        """The correction, one row for each pair.
 
         Args:
             states: P times [pairs, tokens, hidden_size].
             mask: bool [pairs, tokens]; None where no token is padded.
-            texts: [pairs, …], the null text where a row's mask holds no True; None for nulls alone.
+            texts: [pairs, …], the null text where a row's mask has no True; None for null text only.
             summary: of the states, [pairs, shape.summary_size].
         """
         raise NotImplementedError
@@ -91,7 +92,7 @@ class CorrectingFusion(Fusion):
 
 
 def zero_linear(in_size: int, out_size: int) -> nn.Linear:
-    """A linear map that starts at zero: the last one of a correction."""
+    """A linear map that starts at zero, for the end of a correction."""
     linear = nn.Linear(in_size, out_size)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -104,9 +105,9 @@ def masked(tokens: torch.Tensor, is_text: torch.Tensor) -> torch.Tensor:
 
 
 class LateFusion(CorrectingFusion):
-    """Nothing is corrected: a linear map of the photo's summary, and the mapped vector of the text.
+    """No correction: a linear map of the photo's summary, plus the mapped vector of the text.
 
-    The frame's parameters alone, 1,379,201 of them where d = e = k = 384, with one layer and texts beside photos.
+    Only the frame's parameters: 1,379,201 for d = e = k = 384, one layer and paired texts.
     """
 
     def __init__(self, shape: FusionShape, blocks: Blocks) -> None:

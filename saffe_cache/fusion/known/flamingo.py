@@ -22,8 +22,8 @@ _HEADS, _HEAD_SIZE, _LATENTS, _DEPTH = 8, 64, 64, 2
 class FlamingoFusion(CorrectingFusion):
     """The photo becomes 64 latents; the text's tokens attend to them before each frozen block, from its layer on.
 
-    Read are the text's tokens behind the last block, and the latents. Two layers of resampling, as 6 are many for one
-    photo. Its text encoder is a causal language model, this one's is any.
+    The output reads the text's tokens after the last block, and the latents. There are two resampler layers, since the
+    source's 6 are many for one photo. The source has a causal language model; here any text encoder works.
 
     It adds 16 d² + 4,175 d parameters of the resampler (12,643,584 for d = 768), 8 e² + 1,028 e + 1,024 d + 2 for each
     block of the text encoder (6,294,530 for d = e = 768), and (d + e + 1) k.
@@ -56,7 +56,7 @@ class FlamingoFusion(CorrectingFusion):
 
 
 class Resampler(nn.Module):
-    """Learned latents attend to a photo's tokens and themselves (sec. 3.1.1, and the pseudocode in its appendix)."""
+    """Learned latents attend to a photo's tokens and to themselves (sec. 3.1.1 and the pseudocode in the appendix)."""
 
     def __init__(self, width: int, num_latents: int = _LATENTS, depth: int = _DEPTH) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Gate(nn.Module):
 class _Attention(nn.Module):
     """Pre-normed attention of 8 heads of width 64, without biases.
 
-    `norms_context`: of the resampler, whose latents are keys and values too, and where the context is normed.
+    `norms_context`: as in the resampler, which norms the context and uses the latents as keys and values too.
     """
 
     def __init__(self, width: int, context_width: int, *, norms_context: bool) -> None:

@@ -1,4 +1,4 @@
-"""Photo tokens inserted into a frozen text encoder, in front of the text, at its input or at a later layer."""
+"""Photo tokens are inserted into a frozen text encoder, before the text, at its input or at a later layer."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, ma
 from saffe_cache.fusion.options import FusionShape
 
 GRID = 4
-"""A photo's patches are averaged over a grid of so many by so many; its class token stays."""
+"""A photo's patches are averaged over a grid with this number of rows and columns; its class token is kept."""
 
 
 class LimberFusion(CorrectingFusion):
-    """LiMBeR (Merullo et al. 2022, arXiv 2209.15162): one linear map of a photo's tokens is all that enters the text.
+    """LiMBeR (Merullo et al. 2022, arXiv 2209.15162): only a linear map of a photo's tokens enters the text encoder.
 
-    The source has a causal language model and its loss; here any text encoder runs on from its layer, which is its
-    input where `--layers text=0`, and the means over photo and text tokens are read. A photo's many tokens are averaged
-    to 17. Layer 0 is what the text encoder's embeddings give: photo tokens stand in front of that, behind the norm that
-    BERT's embeddings end with, and get no position and no type. A prefix of `inputs_embeds` would get all three, and
-    move the text's positions by as many; here the text keeps those that it has alone, as its cached states have them.
-    Without photo tokens it is the plain encoder.
+    The source has a causal language model and its loss. Here any text encoder continues from its layer, its input for
+    `--layers text=0`, and the output reads the means over photo and text tokens. A photo's tokens are averaged to 17.
+    Layer 0 is the output of the text encoder's embeddings: photo tokens are put before it, after the norm that ends
+    BERT's embeddings, without position and type. A prefix of `inputs_embeds` would get norm, position and type, and
+    would shift the text's positions; here the text keeps the positions of its cached states. Without photo tokens this
+    is the plain encoder.
 
     It adds the (d + 1) e parameters of that map (590,592 between widths of 768), and (2 e + 1) k to read both means.
     """
@@ -39,11 +39,11 @@ class LimberFusion(CorrectingFusion):
         self.out = zero_linear(2 * width, shape.text_size)
 
     def insert(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Photo tokens as the text encoder shall see them."""
+        """Photo tokens as the text encoder sees them."""
         return self.project(tokens)  # type: ignore[no-any-return]
 
     def run(self, number: int, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """One of the text encoder's blocks."""
+        """Run one of the text encoder's blocks."""
         return self.text_blocks[number](tokens, mask)  # type: ignore[no-any-return]
 
     def correct(
@@ -63,9 +63,9 @@ class LimberFusion(CorrectingFusion):
 
 
 class MagmaFusion(LimberFusion):
-    """MAGMA (Eichenberg et al. 2021, arXiv 2112.05253): an adapter, a quarter as wide, behind each frozen block.
+    """MAGMA (Eichenberg et al. 2021, arXiv 2112.05253): an adapter, a quarter as wide, after each frozen block.
 
-    The source has it on the output of a block's halves, before the residual sum; here it is on the block's output. The
+    The source applies it to the outputs of a block's halves, before the residual sum; here it follows the block. The
     source also trains its image encoder, which a cache cannot. Each adapter adds e² / 2 + 5 e / 4
     parameters to LiMBeR's.
     """
@@ -83,11 +83,11 @@ class MagmaFusion(LimberFusion):
 
 
 class DeepInsertFusion(LimberFusion):
-    """DeepInsert (arXiv 2504.19327): photo tokens enter at a layer above the input, which earlier layers never see.
+    """DeepInsert (arXiv 2504.19327): photo tokens enter at a layer above the input; earlier layers never see them.
 
-    The source retrains its language model and counts the photo's tokens in the text's positions; here all is frozen,
-    and positions are the text's alone. That the projection is normed, and starts at the root mean square of that
-    layer's tokens, is ours. The norm adds 2 e parameters to LiMBeR's.
+    The source retrains its language model and counts the photo's tokens in the text's positions; here everything is
+    frozen, and only the text has positions. The norm of the projection, which starts at the root mean square of that
+    layer's tokens, is our addition. The norm adds 2 e parameters to LiMBeR's.
     """
 
     def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
@@ -102,10 +102,10 @@ class DeepInsertFusion(LimberFusion):
 def inserted_tokens(
     state: torch.Tensor, mask: torch.Tensor | None, *, has_class_token: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens of a photo are inserted, and their mask: the first, and means over a 4 by 4 grid of the others.
+    """The tokens of a photo that are inserted, and their mask: the first, and means over a 4 by 4 grid of the others.
 
-    Over 16 stretches of them where they form no square. All, where they are padded or fewer than 17. Without a class
-    token the grid is over all tokens, and nothing stands in front of it.
+    If the others form no square, means over 16 equal stretches of them. If they are padded or fewer than 17, all
+    tokens. Without a class token, the grid covers all tokens.
     """
     in_front = 1 if has_class_token else 0
     first, others = state[:, :in_front], state[:, in_front:].transpose(1, 2)

@@ -15,16 +15,16 @@ from saffe_cache.fusion.options import FusionShape
 
 
 class BottleneckFusion(CorrectingFusion):
-    """Both encoders run on from their first layer given, and exchange what they know through 4 tokens alone.
+    """Both encoders continue from their first given layer and exchange information only through 4 tokens.
 
         [x; z_x] = block_x([x; z]),   [t; z_t] = block_t([t; z]),   z = (z_x + z_t) / 2
 
-    Here the blocks stay frozen: trained are the 4 tokens, two maps between the widths where these differ, and a linear
-    map of both outputs' summaries in the place of the averaged logits. Without a text z is z_x. Bottlenecks stand in
-    front of the tokens, so that padding does not move them (MPNet counts places); in a causal text encoder they stand
-    behind, where its tokens do not see them.
+    Here the blocks stay frozen. The 4 tokens train, two maps between the widths if these differ, and a linear map of
+    both outputs' summaries, which replaces the averaged logits. Without a text, z is z_x. Bottlenecks precede the
+    tokens, so that padding does not move them (MPNet counts positions); in a causal text encoder they follow the
+    tokens, which then do not see them.
 
-    It adds 4 d + (2 d + 2 e + 1) k parameters, and between differing widths 2 d e + d + e.
+    It adds 4 d + (2 d + 2 e + 1) k parameters, and 2 d e + d + e more if the widths differ.
     """
 
     idle_with_null = ("to_text.", "to_photo.")
@@ -65,7 +65,7 @@ class BottleneckFusion(CorrectingFusion):
 def _step(
     block: nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None, bottlenecks: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One block over tokens and bottlenecks: both, updated."""
+    """Run one block over tokens and bottlenecks, and return both."""
     assert isinstance(block, EncoderBlock)
     parts = [bottlenecks, tokens]
     masks = None if mask is None else [mask.new_ones(bottlenecks.shape[:2]), mask]

@@ -1,4 +1,4 @@
-"""Fusions of one vector of each side: a low-rank bilinear product, and two towers that meet in the loss alone.
+"""Fusions of one vector of each side: a low-rank bilinear product, and two towers that meet only in the loss.
 
 Hadamard: low-rank bilinear pooling (MLB, Kim et al. 2017, arXiv 1610.04325, eq. 6). Two towers: one linear map of each
 encoder's frozen output into a shared space, ALBEF's and SigLIP's heads for retrieval (Li et al. 2021, sec. 3.1; Zhai et
@@ -21,7 +21,7 @@ from saffe_cache.fusion.options import FusionShape
 
 
 class HadamardFusion(CorrectingFusion):
-    """P^T (tanh(U^T s) * tanh(V^T t)) + b of the photo's summary s and the text's own vector t; 0 for the null text.
+    """P^T (tanh(U^T s) * tanh(V^T t)) + b for the photo's summary s and the text's own vector t; 0 for the null text.
 
     It adds (2 P d + 1) r + (k + 1) r + (r + 1) k parameters, for P layers and r = 1,200 as in the paper.
     """
@@ -46,12 +46,12 @@ class HadamardFusion(CorrectingFusion):
 
 
 class TwoTowerFusion(Fusion):
-    """First token of the photo, own vector of the text, each through Linear(d, 256); 393,728 parameters for d = 768,
-    one photo layer and a text's vector as wide.
+    """The photo's first token and the text's own vector, each through Linear(d, 256): 393,728 parameters for d = 768,
+    one photo layer and a text vector of the same width.
 
-    Nothing is fused in it: a text paired a photo is averaged with it in the shared space. It starts at random. The
-    first token must stand for the whole, as a class token does; of feature maps, which have none, the mean is taken,
-    but of sounds (Whisper) the first frame: `late` sees more of them.
+    Nothing is fused: a paired text is averaged with the photo in the shared space. The weights start at random. The
+    first token must stand for the whole input, as a class token does. Feature maps have none, and their mean is used;
+    for sounds (Whisper) it is only the first frame, and `late` sees more of them.
     """
 
     WIDTH = 256
@@ -83,6 +83,6 @@ class TwoTowerFusion(Fusion):
         return Fused(vectors, [gathered(states[-1], index)], None if mask is None else gathered(mask, index))
 
     def _whole(self, state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """What stands for the whole of each photo, [inputs, d], normed."""
+        """The normed token, or mean, that stands for each whole photo, [inputs, d]."""
         weights = summary_weights(state, mask, has_class_token=self.shape.has_class_token)[:, :1]
         return NormedTokens(state).sums(weights).squeeze(1)

@@ -19,7 +19,7 @@ from saffe_cache.core.atomic_io import write_whole
 from saffe_cache.core.features import Inputs, Ragged
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.evaluation.baselines import log_odds
-from saffe_cache.inputs.feature_loader import FamInputs, encode_gallery, encode_queries, summaries
+from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries, summaries
 from saffe_cache.inputs.pairs import select_pairs, training_pairs
 from saffe_cache.protocols.classes import ClassProtocol
 from saffe_cache.protocols.setting import Setting
@@ -150,7 +150,7 @@ def renamed_cache(cache: Cache, text_key: str, names: Sequence[str], vectors: np
 def run_scores(run: str, cache: Cache, split: str, device: str) -> dict[str, float]:
     """top1 and map of a run when class names search a split."""
     spec, model, _ = load_run(run, cache)
-    inputs = FamInputs(cache, spec, device)
+    inputs = FeatureLoader(cache, spec, device)
     pairs = select_pairs(cache.table, inputs.gallery, inputs.text, split, "classes")
     search = ClassProtocol(Setting(inputs, pairs))
     model.to(device)

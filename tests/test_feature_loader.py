@@ -11,7 +11,7 @@ import torch
 from synthetic_cache import WIDTH, make_cache
 
 from saffe_cache.core.outputs import read_json
-from saffe_cache.inputs.feature_loader import FamInputs, choose_residency
+from saffe_cache.inputs.feature_loader import FeatureLoader, choose_residency
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.store.dtypes import from_storage, numbers_of, to_storage
 from saffe_cache.store.layout import STORAGE_DTYPES
@@ -51,7 +51,7 @@ def test_numbers_of_tensors_are_those_of_arrays(dtype: str) -> None:
 @pytest.mark.parametrize("residency", ["mapped", "memory"])
 def test_tokens_are_those_of_the_cache(opened: tuple[Cache, RunSpec], residency: Literal["mapped", "memory"]) -> None:
     cache, spec = opened
-    inputs = FamInputs(cache, spec, "cpu", residency)
+    inputs = FeatureLoader(cache, spec, "cpu", residency)
     rows = np.array([5, 0, 69, 5])
     for encoder, layers, (states, mask) in (
         (inputs.gallery, spec.gallery_layers, inputs.photos(rows)),
