@@ -100,6 +100,7 @@ def _store_targets(work: Path) -> dict[str, Target]:
     keys = [f"encoders/{one.key}/zarr.json" for one in (images, texts)]
     pooled = f"encoders/{images.key}/pooled/zarr.json"
     block = f"encoders/{images.key}/blocks/1/zarr.json"
+    table = open_cache(work / "cache").table
 
     def with_file(name: str, data: bytes) -> MemoryStorage:
         return MemoryStorage({**files, name: data})
@@ -116,7 +117,7 @@ def _store_targets(work: Path) -> dict[str, Target]:
         one, name = (images, keys[0]) if b"tiny image" in data else (texts, keys[1])
         storage = with_file(name, data)
         encoder = EncoderCache(storage, read_encoder(storage, one.key))
-        inspect._describe_encoder(encoder)
+        inspect._describe_encoder(encoder, table)
         encoder.manifest.to_json()
         encoder.usable(np.arange(-1, 20))
         for layer in encoder.block_layers:

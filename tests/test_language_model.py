@@ -104,7 +104,7 @@ def test_it_is_exchanged_converted_verified_and_repaired(cache: str, tmp_path: P
     for copy in copies:
         assert weights.items() <= files_of(copy, "encoders").items()
         assert text_encoder(copy).language_model().spec == text_encoder(cache).language_model().spec
-    assert "a language model, texts from position 5 on, all blocks" in describe(cache)
+    assert "a language model: texts start at position 5, all blocks kept" in describe(cache)
     lost = next(name for name in weights if "position_embedding/c" in name)
     (Path(cache) / lost).write_bytes(b"\0" * len(weights[lost]))
     (block,) = (Path(cache) / "encoders").glob("*gpt2*/blocks/2/query_weight/c/0/0")

@@ -56,9 +56,9 @@ def _describe_encoder(encoder: EncoderCache, table: ItemTable) -> list[str]:
         lines.append("  feature maps: tokens are spatial positions, row by row; there are no blocks")
     if manifest.is_language_model:
         lines.append(f"  a language model: texts start at position {fields.get('position_offset')}, all blocks kept")
-    truncated = max((int(entry.get("truncated", 0)) for entry in manifest.extractions), default=0)
-    if truncated:
-        lines.append(f"  {truncated} texts are longer than {fields.get('max_length')} tokens and were truncated")
+    truncated = [count for entry in manifest.extractions if isinstance(count := entry.get("truncated"), int)]
+    if any(truncated):
+        lines.append(f"  {max(truncated)} texts are longer than {fields.get('max_length')} tokens and were truncated")
     for name, array in sorted(manifest.arrays.items()):
         shape = " x ".join(map(str, (array.rows, *array.spec.row_shape)))
         megabytes = array.rows * array.spec.row_bytes / 1e6

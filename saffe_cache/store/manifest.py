@@ -144,7 +144,7 @@ class EncoderManifest:
                 is_language_model=content.get("language_model") is True,
                 arrays={_array_name(name): ArrayManifest.from_json(one) for name, one in content["arrays"].items()},
                 finished_rows=whole_number(content, "finished_rows"),
-                history=list(content["history"]),
+                history=[dict(entry) for entry in content["history"]],
                 invalid={_row(row): str(reason) for row, reason in content["invalid"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

@@ -203,12 +203,13 @@ def save_text_model(setting: Setting) -> Path:
     """all-MiniLM-L6-v2's config, with a tokenizer of a few words."""
     folder = setting.work / "models" / "MiniLM"
     if not folder.exists():
+        bert_tokenizer(folder)
+        vocabulary = {"vocab_size": len(transformers.AutoTokenizer.from_pretrained(folder))}
         shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-        config = transformers.BertConfig(**(SHAPE if setting.is_tiny else shape))
+        config = transformers.BertConfig(**{**(SHAPE if setting.is_tiny else shape), **vocabulary})
         with torch.device(setting.device):
             built = transformers.BertModel(config, add_pooling_layer=False)
         built.save_pretrained(folder)
-        bert_tokenizer(folder)
     return folder
 
 

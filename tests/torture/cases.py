@@ -21,7 +21,7 @@ from saffe_cache.core.features import CacheError
 
 SPLITS = {"train": 150, "dev": 12, "test": 20}
 """The smallest shard holds 64 photos."""
-TIMES = {"seconds", "peak_memory_mb", "cost"}
+TIMES = {"seconds", "control_seconds", "peak_memory_mb", "cost"}
 
 Contents = dict[str, Any]
 Command = Callable[[Sequence[str]], int]

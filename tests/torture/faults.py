@@ -26,7 +26,7 @@ _READ_ONLY = r"Read-only file system\. Make the disk writable"
 _GONE = r"it vanished while it was written to.*Bring it back|No such file or directory|is missing"
 _HANDLES = r"Too many open files|open files"
 _MEMORY = r"memory|thread"
-_WORKER = r"a decoding process was killed.*The same command goes on"
+_WORKER = r"a decoding process was killed.*Run the same command again to resume"
 
 
 def on_disk(case: Case) -> Case:
