@@ -10,9 +10,9 @@ demo: .venv/demo
 test: .venv/test
 	$(BIN)/python -m pytest
 
-# Without the tests that take over 5 seconds
+# without the tests that take over 5 seconds, on all cores
 test-quick: .venv/test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
 
 check: .venv/test
 	$(BIN)/ruff format --check .
