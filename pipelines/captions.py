@@ -60,7 +60,7 @@ VOCABULARY, POSITIONS, BATCH, LEARNING_RATE = 4000, 128, 16, 1.5e-3
 FIRST_POSITIONS = 33
 """Where the first text may begin in training: a text behind nothing has to be known behind a photo's places too."""
 HELD_OUT = 20
-"""Of so many photos one, by content hash, is held out to choose the language model's epoch."""
+"""One photo in this many, by content hash, is held out to choose the language model's epoch."""
 GRID = 4
 
 logger = logging.getLogger(__name__)

@@ -42,7 +42,7 @@ def make_cache(
         classes: > 0 gives each item one class instead of captions.
         captions: texts of each item.
         signal: how much of the tokens' second one tells of the text; 0 for none.
-        shared: so many photos of the first split stand in the last one too.
+        shared: this many photos of the first split are in the last one too.
         joint: the captions after the first tell of it and of the photo, half each, and the photo nothing of the first:
             beside its first caption a photo is found by both together.
         width: of the photos' tokens.

@@ -1,4 +1,4 @@
-"""Recipes and sweeps: what is asked for is run, once; interrupted ones go on; tables hold the reports' numbers."""
+"""Recipes and sweeps: each run is made once, killed sweeps resume, tables hold the reports' numbers."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_neighbours_of_classes_are_classmates() -> None:
 
 
 def test_kernel_intervals_match_spread_over_fresh_photos() -> None:
-    """Spread over data drawn anew, against what halves of one data set say of it."""
+    """Spread over redrawn data, against what halves of one data set say of it."""
     values, said = [], []
     for seed in range(40):
         sides = [unit_rows(side) for side in related(120, 10, 2.0, seed)]

@@ -78,7 +78,7 @@ _KEPT = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_THRESHOLD: 2**30}
 def kept_memory() -> Iterator[None]:
     """Let glibc keep what is freed, for the whole process; afterwards it goes back to the system.
 
-    Every step needs arrays of the same sizes. Those above 32 MB glibc gives back at once and asks for anew: the system
+    Every step needs arrays of the same sizes. Those above 32 MB glibc returns at once and requests again: the system
     then clears and maps each page, which took a quarter of a step of `paper`. Elsewhere nothing is changed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

@@ -289,7 +289,7 @@ def flickr_cache(setting: Setting) -> str:
 def peaks(setting: Setting, stage: Callable[[], Any]) -> tuple[float, float | None]:
     """MB of main memory and of the card's that a stage has at most, in this process; what was there before counts."""
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, see proc_pid_clear_refs(5)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc_pid_clear_refs(5)
     if setting.on_gpu:
         torch.cuda.reset_peak_memory_stats()
     stage()
