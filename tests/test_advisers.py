@@ -136,7 +136,7 @@ def test_pipeline_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(beside["cases"][0]["values"]) == ["no FAM", "linear", "concat", "decoder"]
     linear = alone["cases"][0]["values"]
     assert linear["linear"] == pytest.approx(linear["no FAM"], abs=1e-3)  # untrained it is the ridge regression
-    monkeypatch.setattr("saffe_cache.studies.alignment.align._vectors", lambda *_: pytest.fail("measured twice"))
+    monkeypatch.setattr("saffe_cache.studies.alignment.align._measure", lambda *_: pytest.fail("measured twice"))
     alignment.main()
     assert json.loads(path.read_text()) == result
 

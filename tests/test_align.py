@@ -12,7 +12,7 @@ from synthetic_cache import make_cache
 from saffe_cache.cli import main
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.results import exit_status
-from saffe_cache.studies.alignment import measuring
+from saffe_cache.studies.alignment import measures
 from saffe_cache.studies.alignment.align import align
 from saffe_cache.studies.alignment.config import AlignConfig
 from saffe_cache.studies.alignment.result import AlignmentResult
@@ -95,7 +95,7 @@ def test_chosen_layers_and_killed_runs_repeat_results(tmp_path: Path, monkeypatc
         patch.setattr("saffe_cache.studies.alignment.align.measure_best_layer", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             result_of(cache, tmp_path / "b", **options)
-    monkeypatch.setattr(measuring, "cka_grid", lambda *_: pytest.fail("it is measured already"))
+    monkeypatch.setattr(measures, "measure_cka", lambda *_: pytest.fail("it is measured already"))
     second = result_of(cache, tmp_path / "b", **options)
     assert first.gallery_layers == ("3", "own")
     assert first.text_layers == ("2", "own")

@@ -27,16 +27,15 @@ from saffe_cache.studies.alignment.maps import (
 from saffe_cache.studies.alignment.measures import (
     canonical_variates,
     centered_gram,
-    chance_of_neighbours,
     cka,
-    cka_grid,
     mean_correlation,
+    measure_cka,
+    measure_mutual_neighbours,
+    measure_svcca,
     mutual_neighbours,
-    mutual_neighbours_grid,
     neighbours,
     permutations,
     principal_components,
-    svcca_grid,
     u_centered,
     unit_rows_clipped,
 )
@@ -97,7 +96,7 @@ def test_neighbours_equal_scikit_learn() -> None:
     ]
     for mine, other in zip(*lists, strict=True):
         shared += len(set(mine) & set(other))
-    near = [neighbours(side @ side.T, k)[None] for side in (first, second)]
+    near = [neighbours((side @ side.T)[None], k) for side in (first, second)]
     assert mutual_neighbours(*near)[0, 0] == pytest.approx(shared / 40 / k)
 
 
@@ -105,10 +104,10 @@ def test_neighbours_of_classes_are_classmates() -> None:
     first, labels = unit_rows(related(30, 8, 1.0)[0]), np.arange(30) % 3
     near = NearestNeighbors(n_neighbors=4, metric="cosine").fit(first).kneighbors(return_distance=False)
     same = labels[:, None] == labels
-    grid = mutual_neighbours_grid((first @ first.T)[None], same[None], 4, permutations(30, 200, 0), 2, 0)
-    assert grid.value[0, 0] == pytest.approx((labels[near] == labels[:, None]).mean())
-    assert chance_of_neighbours(same, 4) == pytest.approx(9 / 29)
-    assert grid.null_mean[0, 0] == pytest.approx(9 / 29, abs=0.02)
+    grid = measure_mutual_neighbours((first @ first.T)[None], same[None], 4, permutations(30, 200, 0), 2, 0)
+    assert grid.value[0][0] == pytest.approx((labels[near] == labels[:, None]).mean())
+    assert grid.chance == pytest.approx(9 / 29)
+    assert grid.null_mean[0][0] == pytest.approx(9 / 29, abs=0.02)
 
 
 def test_kernel_intervals_match_spread_over_fresh_photos() -> None:
@@ -125,11 +124,11 @@ def test_kernel_intervals_match_spread_over_fresh_photos() -> None:
         similar = [(side @ side.T)[None] for side in sides]
         orders = permutations(120, 2, 0)
         grids = [
-            cka_grid(*grams, [grams[1]], 30, seed),
-            mutual_neighbours_grid(*similar, 10, orders, 30, seed),
+            measure_cka(*grams, [grams[1]], 30, seed),
+            measure_mutual_neighbours(*similar, 10, orders, 30, seed),
         ]
-        values.append([grid.value[0, 0] for grid in grids])
-        said.append([(grid.high - grid.low)[0, 0] / 3.92 for grid in grids])
+        values.append([grid.value[0][0] for grid in grids])
+        said.append([(grid.high[0][0] - grid.low[0][0]) / 3.92 for grid in grids])
     ratios = np.mean(said, axis=0) / np.std(values, axis=0, ddof=1)
     assert (ratios > 0.75).all(), ratios
     assert (ratios < 1.7).all(), ratios
@@ -159,7 +158,7 @@ def test_rotation_changes_only_the_plain_cosine() -> None:
 
     def measured(photo: np.ndarray) -> dict[str, float]:
         grams = [centered_gram(side)[None] for side in (photo, text)]
-        near = [neighbours(side @ side.T, 10)[None] for side in (photo, text)]
+        near = [neighbours((side @ side.T)[None], 10) for side in (photo, text)]
         parts = [principal_components(side[150:], side[:150], 5) for side in (photo, text)]
         fit, _ = Ridge(photo[150:]).fit_left_out(text[150:])
         return {
@@ -190,13 +189,13 @@ def test_shared_structure_is_told_from_none() -> None:
         shuffled = [centered_gram(judged[1][order])[None] for order in orders]
         parts = [[principal_components(side[120:], side[:120], 4)] for side in sides]
         grids = [
-            cka_grid(*grams, shuffled, 10, 0),
-            mutual_neighbours_grid(*((side @ side.T)[None] for side in judged), 10, orders, 10, 0),
-            svcca_grid(*parts, 20, 20, 0),
+            measure_cka(*grams, shuffled, 10, 0),
+            measure_mutual_neighbours(*((side @ side.T)[None] for side in judged), 10, orders, 10, 0),
+            measure_svcca(*parts, 20, 20, 0),
         ]
         for grid, chance in zip(grids, (0, 10 / 119, 0), strict=True):
-            assert grid.null_mean[0, 0] == pytest.approx(chance, abs=0.05)
-            assert (grid.low[0, 0] > grid.null_high[0, 0]) == shares
+            assert grid.null_mean[0][0] == pytest.approx(chance, abs=0.05)
+            assert (grid.low[0][0] > grid.null_high[0][0]) == shares
         found = answers(
             Ridge(sides[0][120:]).fit_left_out(sides[1][120:])[0](judged[0]),
             judged[1],

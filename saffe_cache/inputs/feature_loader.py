@@ -135,12 +135,14 @@ def window_shards(cache: Cache, spec: RunSpec) -> int:
     return max(1, round(_WINDOW_BYTES / of_photo / photos.shard_rows))
 
 
-def summaries(encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int], batch: int = 256) -> np.ndarray:
+def summaries(
+    encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int], batch: int = 256, *, splits_first: bool = True
+) -> np.ndarray:
     """First token and mean of the others, of each layer: float32 [n, 2 P d]. Linear baselines see this.
 
-    For feature maps, the mean of all positions: [n, P d].
+    For feature maps, or where the first is not split off, the mean of all positions: [n, P d].
     """
-    has_class_token = not encoder.manifest.has_feature_maps
+    has_class_token = splits_first and not encoder.manifest.has_feature_maps
     parts = []
     for start in range(0, len(rows), batch):
         tokens = encoder.tokens(rows[start : start + batch], tuple(layers))

@@ -8,24 +8,25 @@ tokens with tokens rather than mean with mean.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from saffe_cache.core.features import Ragged
+from saffe_cache.core.results import Estimate
 from saffe_cache.retrieval.baselines import LinearMap, unit_rows
-from saffe_cache.retrieval.metrics import bootstrap_interval
+from saffe_cache.retrieval.metrics import bootstrap_interval, paired_bootstrap, recall_at_k
 from saffe_cache.retrieval.mlp import MlpFit, fit_mlp
+from saffe_cache.studies.alignment.result import MapScore
 
 _VALIDATION_PART = 5
 """The fraction of the photos to fit on that chooses the MLP's epoch and dropout is one divided by this."""
 _WORDS_AT_ONCE = 512
 
 
-@dataclass(frozen=True)
-class Answers:
+class Answers(NamedTuple):
     """How judged photos and their texts find each other."""
 
     ranks: np.ndarray
@@ -38,19 +39,11 @@ class Answers:
     @property
     def hits(self) -> np.ndarray:
         """1.0 where the right one comes first, [queries]."""
-        return np.asarray(self.ranks == 1, np.float64)
+        return recall_at_k(self.ranks, 1)
 
     @property
     def recall_at_1(self) -> float:
         return float(self.hits.mean())
-
-    @property
-    def median_rank(self) -> float:
-        return float(np.median(self.ranks))
-
-    def interval(self, seed: int) -> tuple[float, float]:
-        """The 95 % bootstrap interval of R@1 over photos, with the gallery as it is, as in saffe evaluate."""
-        return bootstrap_interval(self.hits, np.ones(len(self.hits)), seed=seed)
 
     def null(self, orders: Sequence[np.ndarray]) -> np.ndarray:
         """R@1 with the judged pairs permuted, one for each order.
@@ -66,6 +59,24 @@ class Answers:
         For vectors without a fit. All photos of a class then miss or hit together, as they do in truth.
         """
         return np.array([(self.first == deal[self.own]).mean() for deal in deals])
+
+    def score(self, nulls: np.ndarray, seed: int) -> MapScore:
+        """R@1 with its bootstrap interval over photos, with the gallery as it is, as in saffe evaluate."""
+        low, high = bootstrap_interval(self.hits, np.ones(len(self.hits)), seed=seed)
+        return MapScore(
+            value=self.recall_at_1,
+            low=low,
+            high=high,
+            null_mean=float(nulls.mean()),
+            null_high=float(np.quantile(nulls, 0.95)),
+            median_rank=float(np.median(self.ranks)),
+        )
+
+    def gap(self, other: Answers, part: float = 1.0) -> Estimate:
+        """R@1 less (a fraction of) another system's."""
+        difference = self.hits - part * other.hits
+        mean, low, high = paired_bootstrap(difference, np.arange(len(difference)))
+        return Estimate(value=mean, low=low, high=high)
 
 
 def answers(photos: np.ndarray, texts: np.ndarray, rows: np.ndarray, *, texts_search: bool) -> Answers:
@@ -122,14 +133,7 @@ def mlp_answers(
         return float((1 / found.ranks).mean())
 
     positives = Ragged.from_rows([row] for row in rows[~held])
-    fit = fit_mlp(
-        features[~held],
-        texts,
-        positives,
-        judge,
-        epochs=epochs,
-        seed=seed,
-    )
+    fit = fit_mlp(features[~held], texts, positives, judge, epochs=epochs, seed=seed)
     queries = fit.queries(texts[:num_judged_texts])
     return answers(fit.gallery(judged[0]), queries, judged[1], texts_search=texts_search)
 
@@ -161,12 +165,8 @@ def maxsim(
     words = functional.normalize(torch.cat(list(texts)) - mean, dim=-1)
     scores = []
     for some in photos:
-        mapped = functional.normalize(some @ weight.T + bias, dim=-1)
-        best = torch.cat([_nearest(mapped, part) for part in torch.split(words, _WORDS_AT_ONCE)], dim=1)
+        mapped = functional.normalize(some @ weight.T + bias, dim=-1).flatten(0, 1)
+        cosines = (mapped @ part.T for part in torch.split(words, _WORDS_AT_ONCE))
+        best = torch.cat([part.view(*some.shape[:2], -1).amax(dim=1) for part in cosines], dim=1)
         scores.append(torch.stack([of.mean(dim=1) for of in torch.split(best, lengths, dim=1)], dim=1))
     return np.asarray(torch.cat(scores).numpy())
-
-
-def _nearest(photos: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """Largest product of each word [words, t] with a token of each photo [photos, tokens, t]: [photos, words]."""
-    return (photos.flatten(0, 1) @ words.T).view(*photos.shape[:2], -1).amax(dim=1)

@@ -1,61 +1,65 @@
 """Measures of how well two encoders agree on the same items, for all pairs of layers, with intervals and nulls.
 
 CKA and shared nearest neighbours compare which items are alike. Both ignore rotations of either space, so they need no
-map between the spaces, and say nothing about whether a cosine between them means anything. A Gram matrix is computed
-once for each layer; n photos take 4 n² bytes for each.
+map between the spaces, and say nothing about whether a cosine between them means anything. A matrix of similarities is
+computed once for each layer; n photos take 4 n² bytes for each.
 
 SVCCA finds directions of both spaces that go together, and is measured on photos that it was not fitted on. On the same
 photos, canonical correlations are high for anything: about sqrt(r / n) for r random directions each. So principal
 components and canonical directions come from one part of the photos, correlations from another. Source: Raghu et al.,
 NeurIPS 2017, sec. 2.
+
+Arrays of all pairs of layers are float64 [photo layers, text layers]; nulls are [permutations, photo layers, text
+layers].
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+from saffe_cache.retrieval.baselines import unit_rows
+from saffe_cache.studies.alignment.result import LayerMeasure
 
 _LEAST = 1e-6
 """Share of the largest deviation below which a component is rounding."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """One measure of all photo layers with all text layers: float64 [photo layers, text layers]; NaN where absent."""
-
-    value: np.ndarray
-    low: np.ndarray
-    """Of the 95 % interval over photos."""
-    high: np.ndarray
-    null_mean: np.ndarray
-    """The mean of the same measure over permutations of the pairs."""
-    null_high: np.ndarray
-    """Their 95 % quantile."""
-
-
-def grid_of(value: np.ndarray, deviations: np.ndarray, nulls: np.ndarray) -> Grid:
-    """A grid whose interval extends 1.96 standard deviations to each side.
-
-    Args:
-        value: [photo layers, text layers].
-        deviations: standard deviation of each.
-        nulls: [permutations, photo layers, text layers].
-    """
-    return Grid(
-        value=value,
-        low=value - 1.96 * deviations,
-        high=value + 1.96 * deviations,
-        null_mean=nulls.mean(axis=0),
-        null_high=np.quantile(nulls, 0.95, axis=0),
-    )
+def layer_measure(
+    value: np.ndarray,
+    deviations: np.ndarray,
+    nulls: np.ndarray,
+    chance: float = 0.0,
+    limits: tuple[float, float] = (-math.inf, math.inf),
+    **others: np.ndarray,
+) -> LayerMeasure:
+    """A measure whose interval extends 1.96 standard deviations to each side, within the limits; NaN becomes None."""
+    grids = {
+        "value": value,
+        "low": np.clip(value - 1.96 * deviations, *limits),
+        "high": np.clip(value + 1.96 * deviations, *limits),
+        "null_mean": nulls.mean(axis=0),
+        "null_high": np.quantile(nulls, 0.95, axis=0),
+        **others,
+    }
+    cells = {
+        name: tuple(tuple(None if math.isnan(one) else one for one in row) for row in grid.tolist())
+        for name, grid in grids.items()
+    }
+    return LayerMeasure(chance=chance, **cells)
 
 
 def half_sample_deviations(
-    num_photos: int, statistic: Callable[[np.ndarray], np.ndarray], num_samples: int, seed: int
+    photos: np.ndarray,
+    texts: np.ndarray,
+    statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    num_samples: int,
+    seed: int,
 ) -> np.ndarray:
-    """Standard deviation of a statistic of all photos, from random halves of them.
+    """Standard deviation of a statistic of matrices of all photos, from random halves of them.
 
     A photo drawn twice, as in a bootstrap, is its own nearest neighbour and most similar to itself, in both encoders,
     which raises kernel measures. Halves hold each photo once. They are drawn without replacement, so the
@@ -63,14 +67,33 @@ def half_sample_deviations(
     of n photos does. Source: Shao and Wu, Annals of Statistics 17 (1989), the delete-d jackknife with d = n / 2.
 
     Args:
-        num_photos: n.
-        statistic: of the photos with these positions, int [n / 2].
+        photos: a matrix for each photo layer, [photo layers, n, n].
+        texts: the same of text layers.
+        statistic: of both matrices of n / 2 photos.
         num_samples: halves drawn.
         seed: of the draws.
     """
+    num_photos, drawn = photos.shape[1], []
+    for order in permutations(num_photos, num_samples, seed):
+        half = order[: num_photos // 2]
+        drawn.append(statistic(part(photos, half), part(texts, half)))
+    return np.asarray(np.std(drawn, axis=0, ddof=1))
+
+
+def permutations(num: int, count: int, seed: int) -> list[np.ndarray]:
+    """Random orders of `num` things."""
     generator = np.random.default_rng(seed)
-    drawn = [statistic(generator.permutation(num_photos)[: num_photos // 2]) for _ in range(num_samples)]
-    return np.asarray(np.std(np.stack(drawn), axis=0, ddof=1))
+    return [generator.permutation(num) for _ in range(count)]
+
+
+def part(matrices: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Rows and columns of some photos, in their order, of [..., n, n]."""
+    return np.asarray(matrices[..., chosen[:, None], chosen])
+
+
+def _products(photos: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Sums of products of all pairs of matrices."""
+    return np.asarray(np.tensordot(photos, texts, axes=((1, 2), (1, 2))), np.float64)
 
 
 def unit_rows_clipped(vectors: np.ndarray, quantile: float = 0.95) -> np.ndarray:
@@ -80,26 +103,16 @@ def unit_rows_clipped(vectors: np.ndarray, quantile: float = 0.95) -> np.ndarray
     Source: Huh et al., The Platonic Representation Hypothesis (2024), their released code.
     """
     most = np.quantile(np.abs(vectors), quantile, axis=1).mean()
-    clipped = np.clip(vectors, -most, most)
-    return np.asarray(clipped / np.maximum(np.linalg.norm(clipped, axis=1, keepdims=True), 1e-12), np.float32)
-
-
-def permutations(num: int, count: int, seed: int) -> Sequence[np.ndarray]:
-    """Random orders of `num` things."""
-    generator = np.random.default_rng(seed)
-    return [generator.permutation(num) for _ in range(count)]
+    return unit_rows(np.clip(vectors, -most, most))
 
 
 def centered_gram(vectors: np.ndarray) -> np.ndarray:
-    """Inner products, centred so that the estimate of dependence has no bias, float32 [n, n].
-
-    See `u_centered`.
-    """
+    """Inner products, centred so that the estimate of dependence has no bias, float32 [n, n]; see `u_centered`."""
     return u_centered(vectors.astype(np.float32) @ vectors.T.astype(np.float32))
 
 
-def u_centered(gram: np.ndarray) -> np.ndarray:
-    """A Gram matrix without diagonal whose rows sum to zero; sums of products of two are n (n - 3) HSIC_1.
+def u_centered(grams: np.ndarray) -> np.ndarray:
+    """Gram matrices without diagonal whose rows sum to zero; sums of products of two are n (n - 3) HSIC_1.
 
         k_ij - r_i / (n - 2) - r_j / (n - 2) + s / ((n - 1) (n - 2)),   r row sums and s sum without diagonal
 
@@ -107,21 +120,21 @@ def u_centered(gram: np.ndarray) -> np.ndarray:
     Source: Székely and Rizzo, Annals of Statistics 42 (2014), sec. 2; HSIC_1 of Song et al., JMLR 13 (2012).
 
     Args:
-        gram: [n, n], n at least 4.
+        grams: [..., n, n], n at least 4.
     """
-    n = len(gram)
-    centered = gram.copy()
-    np.fill_diagonal(centered, 0)
-    rows = centered.sum(axis=1, dtype=np.float64)
-    offsets = (rows / (n - 2) - rows.sum() / (2 * (n - 1) * (n - 2))).astype(gram.dtype)
-    centered -= offsets
-    centered -= offsets[:, None]
-    np.fill_diagonal(centered, 0)
+    n = grams.shape[-1]
+    centered, diagonal = grams.copy(), np.arange(n)
+    centered[..., diagonal, diagonal] = 0
+    rows = centered.sum(axis=-1, dtype=np.float64)
+    offsets = (rows / (n - 2) - rows.sum(axis=-1, keepdims=True) / (2 * (n - 1) * (n - 2))).astype(grams.dtype)
+    centered -= offsets[..., None, :]
+    centered -= offsets[..., None]
+    centered[..., diagonal, diagonal] = 0
     return centered
 
 
 def cka(photos: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Unbiased linear CKA of all pairs, float64 [photo layers, text layers]: 0 on average where nothing is shared.
+    """Unbiased linear CKA of all pairs: 0 on average where nothing is shared.
 
         HSIC_1(K, L) / sqrt(HSIC_1(K, K) HSIC_1(L, L))
 
@@ -132,11 +145,13 @@ def cka(photos: np.ndarray, texts: np.ndarray) -> np.ndarray:
         photos: `centered_gram` of each photo layer, [photo layers, n, n].
         texts: the same of text layers.
     """
-    lengths = [np.linalg.norm(_flat(side), axis=1).astype(np.float64) for side in (photos, texts)]
+    lengths = [np.linalg.norm(side.reshape(len(side), -1), axis=1).astype(np.float64) for side in (photos, texts)]
     return np.asarray(_products(photos, texts) / np.maximum(np.outer(*lengths), 1e-30))
 
 
-def cka_grid(photos: np.ndarray, texts: np.ndarray, shuffled: Iterable[np.ndarray], num_halves: int, seed: int) -> Grid:
+def measure_cka(
+    photos: np.ndarray, texts: np.ndarray, shuffled: Iterable[np.ndarray], num_halves: int, seed: int
+) -> LayerMeasure:
     """CKA with its interval by halves of the photos, and its null.
 
     Args:
@@ -145,102 +160,69 @@ def cka_grid(photos: np.ndarray, texts: np.ndarray, shuffled: Iterable[np.ndarra
         num_halves: see `half_sample_deviations`.
         seed: of the halves.
     """
-
-    def of_half(chosen: np.ndarray) -> np.ndarray:
-        return cka(*(np.stack([u_centered(_part(gram, chosen)) for gram in side]) for side in (photos, texts)))
-
-    deviations = half_sample_deviations(photos.shape[1], of_half, num_halves, seed)
-    return grid_of(cka(photos, texts), deviations, np.stack([cka(photos, others) for others in shuffled]))
+    deviations = half_sample_deviations(
+        photos, texts, lambda ours, theirs: cka(u_centered(ours), u_centered(theirs)), num_halves, seed
+    )
+    return layer_measure(cka(photos, texts), deviations, np.stack([cka(photos, others) for others in shuffled]))
 
 
 def neighbours(similarities: np.ndarray, k: int) -> np.ndarray:
-    """Which others are among the k nearest of each: float32 [n, n] of 0 and 1."""
-    others = similarities.copy()
-    np.fill_diagonal(others, -np.inf)
-    nearest = np.argpartition(-others, k - 1, axis=1)[:, :k]
-    found = np.zeros(others.shape, np.float32)
-    np.put_along_axis(found, nearest, 1, axis=1)
+    """Which others are among the k nearest of each, by similarities [layers, n, n]: float32 of 0 and 1.
+
+    By bool [layers, n, n], who is of the same class: which others are.
+    """
+    own = np.eye(similarities.shape[-1], dtype=bool)
+    if similarities.dtype == bool:
+        return (similarities & ~own).astype(np.float32)
+    found = np.zeros(similarities.shape, np.float32)
+    for near, of in zip(found, similarities, strict=True):
+        nearest = np.argpartition(np.where(own, np.inf, -of), k - 1, axis=1)[:, :k]
+        np.put_along_axis(near, nearest, 1, axis=1)
     return found
 
 
 def mutual_neighbours(photos: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Mean share of each one's nearest that are also near in the other space, float64 [photo layers, text layers].
+    """Mean share of each one's nearest that are also near in the other space.
 
         (1 / n) sum over i of |N_photo(i) and N_text(i)| / k
 
-    It depends on n: chance is k / (n - 1), and real values also shrink with n. Compare only equal n.
-    Source: Huh et al., The Platonic Representation Hypothesis (2024), appendix A.
+    It depends on n: chance is k / (n - 1), or the share of classmates, and real values also shrink with n. Compare only
+    equal n. Source: Huh et al., The Platonic Representation Hypothesis (2024), appendix A.
 
     Args:
         photos: `neighbours` of each photo layer, [photo layers, n, n].
-        texts: the same of text layers; or, of classes, who else is of the same class.
+        texts: the same of text layers.
     """
     return np.asarray(_products(photos, texts) / photos[0].sum())
 
 
-def mutual_neighbours_grid(
+def measure_mutual_neighbours(
     photos: np.ndarray, texts: np.ndarray, k: int, orders: Sequence[np.ndarray], num_halves: int, seed: int
-) -> Grid:
+) -> LayerMeasure:
     """Shared neighbours with their interval by halves of the photos, and their null.
 
     In a half, k / 2 nearest are the same share of the photos as k among all. So few vary slightly more, which makes the
     interval too wide rather than too narrow (on simulated photos it covered 98 %, that of CKA 90 to 96 %).
 
     Args:
-        photos: similarities within each photo layer, [photo layers, n, n].
-        texts: the same of text layers; of classes bool, who is of the same class.
+        photos, texts: as for `neighbours`.
         k: number of neighbours, even.
         orders: permutations of the n photos.
         num_halves: see `half_sample_deviations`.
         seed: of the halves.
     """
 
-    def near(side: np.ndarray, k: int) -> np.ndarray:
-        return np.stack([_classmates(one) if one.dtype == bool else neighbours(one, k) for one in side])
+    def of_half(*halves: np.ndarray) -> np.ndarray:
+        return mutual_neighbours(*(neighbours(half, k // 2) for half in halves))
 
-    def of_half(chosen: np.ndarray) -> np.ndarray:
-        halves = (np.stack([_part(one, chosen) for one in side]) for side in (photos, texts))
-        return mutual_neighbours(*(near(side, k // 2) for side in halves))
-
-    deviations = half_sample_deviations(photos.shape[1], of_half, num_halves, seed)
-    ours, theirs = near(photos, k), near(texts, k)
-    nulls = [mutual_neighbours(ours, np.stack([_part(one, order) for one in theirs])) for order in orders]
-    return grid_of(mutual_neighbours(ours, theirs), deviations, np.stack(nulls))
+    n, deviations = photos.shape[1], half_sample_deviations(photos, texts, of_half, num_halves, seed)
+    ours, theirs = neighbours(photos, k), neighbours(texts, k)
+    value, chance = mutual_neighbours(ours, theirs), float(theirs[0].sum(dtype=np.float64)) / n / (n - 1)
+    nulls = np.stack([mutual_neighbours(ours, part(theirs, order)) for order in orders])
+    return layer_measure(value, deviations, nulls, chance, normalised=(value - chance) / (1 - chance))
 
 
-def chance_of_neighbours(texts: np.ndarray, k: int) -> float:
-    """The mean of `mutual_neighbours` where nothing is shared: k / (n - 1); for classes, the share of classmates.
-
-    Args:
-        texts: as for `mutual_neighbours_grid`, of one layer, [n, n].
-        k: number of neighbours.
-    """
-    n = len(texts)
-    return float(_classmates(texts).sum()) / n / (n - 1) if texts.dtype == bool else k / (n - 1)
-
-
-def _classmates(same: np.ndarray) -> np.ndarray:
-    others = same.astype(np.float32)
-    np.fill_diagonal(others, 0)
-    return others
-
-
-def _part(matrix: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Rows and columns of some photos, in their order."""
-    return np.asarray(matrix[chosen[:, None], chosen])
-
-
-def _flat(side: np.ndarray) -> np.ndarray:
-    return side.reshape(len(side), -1)
-
-
-def _products(photos: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Sums of products of all pairs of matrices."""
-    return np.asarray(_flat(photos) @ _flat(texts).T, np.float64)
-
-
-@dataclass(frozen=True)
-class Components:
+class Components(NamedTuple):
     """The first principal components of a layer, of unit variance over the photos that they were fitted on."""
 
     fitted: np.ndarray
@@ -265,14 +247,9 @@ def canonical_variates(photos: Components, texts: Components) -> tuple[np.ndarra
 
 
 def mean_correlation(photos: np.ndarray, texts: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
-    """Mean over columns of the correlation of two sets of variates [m, r], with a weight for each row.
+    """Mean over columns of the correlation of two sets of variates [m, r], float64 [resamples] or [1].
 
-    Args:
-        photos, texts: variates.
-        counts: how often each row counts, [resamples, m]; None for once.
-
-    Returns:
-        float64 [resamples], or [1].
+    `counts`: how often each row counts, [resamples, m]; None for once.
     """
     weights = np.ones((1, len(photos))) if counts is None else counts
     weights = weights / weights.sum(axis=1, keepdims=True)
@@ -282,9 +259,9 @@ def mean_correlation(photos: np.ndarray, texts: np.ndarray, counts: np.ndarray |
     return np.asarray((covariances / np.sqrt(np.maximum(variances, 1e-30))).mean(axis=1))
 
 
-def svcca_grid(
+def measure_svcca(
     photos: Sequence[Components], texts: Sequence[Components], num_permutations: int, resamples: int, seed: int
-) -> Grid:
+) -> LayerMeasure:
     """Mean canonical correlation of all pairs on the judged photos, with intervals and null.
 
     The interval is a bootstrap over judged photos, given the directions: drawing a photo twice does not bias a
@@ -303,4 +280,4 @@ def svcca_grid(
             value[row, column] = mean_correlation(*variates)[0]
             deviation[row, column] = mean_correlation(*variates, counts).std(ddof=1)
             nulls[:, row, column] = [mean_correlation(*canonical_variates(photo, one))[0] for one in permuted]
-    return grid_of(value, deviation, nulls)
+    return layer_measure(value, deviation, nulls)

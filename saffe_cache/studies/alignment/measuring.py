@@ -1,39 +1,24 @@
-"""Every measure of every pair of layers, and maps from the best photo layer, from vectors that are already read."""
+"""Every measure of every pair of layers, and maps from the best photo layer, on a sample of a cache."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 
 from saffe_cache.core.controls import Control
-from saffe_cache.core.results import Estimate
-from saffe_cache.retrieval.baselines import LinearMap, Ridge, unit_rows
-from saffe_cache.retrieval.metrics import paired_bootstrap
+from saffe_cache.core.features import Ragged
+from saffe_cache.inputs.feature_loader import summaries
+from saffe_cache.inputs.spec import PairKind
+from saffe_cache.retrieval.baselines import Ridge, unit_rows
+from saffe_cache.store.reader import EncoderCache
+from saffe_cache.studies.alignment import maps, measures
 from saffe_cache.studies.alignment.config import AlignConfig
-from saffe_cache.studies.alignment.maps import (
-    Answers,
-    answers,
-    answers_of_scores,
-    maxsim,
-    mlp_answers,
-)
-from saffe_cache.studies.alignment.measures import (
-    Grid,
-    centered_gram,
-    chance_of_neighbours,
-    cka_grid,
-    grid_of,
-    mutual_neighbours_grid,
-    permutations,
-    principal_components,
-    svcca_grid,
-    unit_rows_clipped,
-)
+from saffe_cache.studies.alignment.maps import Answers
 from saffe_cache.studies.alignment.result import (
     ENOUGH_WITHOUT_MAP,
     BestLayer,
@@ -54,21 +39,30 @@ _LEAST_CLASSES = 4
 _MLP_EPOCHS = 15
 _PERMUTED_FITS = 10
 """Maps fitted on permuted pairs, for the control."""
+_BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vectors:
-    """One vector of each photo and text for each layer, and for "own"."""
+class Sample:
+    """Photos in random order, and the text of each; those that are measured on, the judged ones, come first."""
 
-    photos: Mapping[str, np.ndarray]
-    """[photos, d] of each layer; those that are measured on, the judged ones, come first."""
-    texts: Mapping[str, np.ndarray]
-    """Unit vectors of the distinct texts [texts, t] of each layer."""
+    config: AlignConfig
+    encoders: tuple[EncoderCache, EncoderCache]
+    """Of photos and of texts."""
+    layers: tuple[list[int], list[int]]
+    kind: PairKind
+    rows: np.ndarray
+    """int64 [photos]: in their encoder's arrays."""
+    prompts: Ragged
+    """Text rows of each distinct text: one caption, or the prompts of a class."""
     text_of: np.ndarray
     """int64 [photos]: which of the texts; a caption has the number of its photo."""
     num_judged: int
-    has_captions: bool
-    """Whether each photo has a text of its own, rather than that of its class."""
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether each photo has a text of its own, rather than that of its class."""
+        return self.kind == "captions"
 
     @property
     def judged(self) -> np.ndarray:
@@ -88,277 +82,256 @@ class Vectors:
     @property
     def num_texts(self) -> int:
         """The number that takes part in the search on judged photos: their captions, or all classes."""
-        return self.num_judged if self.has_captions else len(self.texts[OWN])
+        return self.num_judged if self.has_captions else len(self.prompts)
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.num_texts
+
+    @cached_property
+    def photos(self) -> dict[str, np.ndarray]:
+        """[photos, d] of each layer, the mean of all tokens, each normed; and the encoder's own where it is cached."""
+        encoder = self.encoders[0]
+        found = {str(layer): summaries(encoder, self.rows, (layer,), splits_first=False) for layer in self.layers[0]}
+        has_own = encoder.manifest.vector in encoder.manifest.arrays
+        return found | ({OWN: encoder.vectors(self.rows)} if has_own else {})
+
+    @cached_property
+    def texts(self) -> dict[str, np.ndarray]:
+        """Unit vectors of the distinct texts, [texts, t], of each layer and of the encoder's own."""
+        encoder, rows = self.encoders[1], self.prompts.values
+        read = {str(layer): summaries(encoder, rows, (layer,), splits_first=False) for layer in self.layers[1]}
+        read[OWN] = encoder.vectors(rows)
+        starts = self.prompts.offsets[:-1]
+        return {name: unit_rows(np.add.reduceat(unit_rows(of), starts, axis=0)) for name, of in read.items()}
 
     def texts_of(self, layer: str, photos: np.ndarray) -> np.ndarray:
         """One row for each of some photos."""
         return np.asarray(self.texts[layer][self.text_of[photos]])
 
+    def photo_tokens(self, layer: int) -> Iterator[torch.Tensor]:
+        """Normed tokens of the judged photos [photos, tokens, d], some at a time."""
+        for rows in np.split(self.rows[: self.num_judged], range(_BATCH, self.num_judged, _BATCH)):
+            yield maps.normed(torch.from_numpy(self.encoders[0].tokens(rows, (layer,)).states[0]))
+
+    def text_tokens(self, layer: int) -> list[torch.Tensor]:
+        """Normed tokens [tokens, t] of each text in the search; for a class, those of its first prompt."""
+        tokens = self.encoders[1].tokens(self.prompts.values[self.prompts.offsets[: self.num_texts]], (layer,))
+        assert tokens.mask is not None
+        return [
+            maps.normed(torch.from_numpy(one[mask])) for one, mask in zip(tokens.states[0], tokens.mask, strict=True)
+        ]
+
+    @cached_property
+    def orders(self) -> list[np.ndarray]:
+        """Random orders of the judged photos, for nulls."""
+        return measures.permutations(self.num_judged, self.config.permutations, self.config.seed)
+
+    @cached_property
+    def deals(self) -> list[np.ndarray]:
+        """Random orders of the texts."""
+        return measures.permutations(self.num_texts, self.config.permutations, self.config.seed)
+
     def searched(self, text_layer: str, photos: np.ndarray) -> Answers:
         """How the judged photos' vectors [judged, t] and the texts find each other."""
         texts = self.texts[text_layer][: self.num_texts]
-        return answers(photos, texts, self.text_of[self.judged], texts_search=self.has_captions)
+        return maps.answers(photos, texts, self.text_of[self.judged], texts_search=self.has_captions)
+
+    def without_map(self, photo_layer: str, text_layer: str, seed: int) -> tuple[Answers, MapScore] | None:
+        """By the plain cosine; None where the widths differ, or no such vector is cached."""
+        photos, texts = self.photos.get(photo_layer), self.texts[text_layer]
+        if photos is None or photos.shape[1] != texts.shape[1]:
+            return None
+        found = self.searched(text_layer, photos[self.judged])
+        return found, found.score(found.null_of_deals(self.deals), seed)
 
 
-def measures_of(vectors: Vectors, config: AlignConfig) -> tuple[dict[str, Callable[[], LayerMeasure]], dict[str, str]]:
+def measures_of(sample: Sample) -> tuple[dict[str, Callable[[], LayerMeasure]], dict[str, str]]:
     """What measures each of all pairs of layers, by name; and why a measure is absent."""
-    orders = permutations(vectors.num_judged, config.permutations, config.seed)
-    deals = permutations(vectors.num_texts, config.permutations, config.seed)
-    measures: dict[str, Callable[[], LayerMeasure]] = {
-        "cka": partial(_cka, vectors, config, deals),
-        "mutual_neighbours": partial(_mutual_neighbours, vectors, config, orders),
-        "svcca": partial(_svcca, vectors, config),
-        "a_lin": partial(_linear, vectors, config, orders),
+    wanted = {
+        "cka": _cka,
+        "mutual_neighbours": _mutual_neighbours,
+        "svcca": _svcca,
+        "a_lin": _linear,
+        "a_0": _without_map,
     }
     absent = {}
-    widths = [{of.shape[1] for of in side.values()} for side in (vectors.photos, vectors.texts)]
-    if widths[0] & widths[1]:
-        measures["a_0"] = partial(_without_map, vectors, config, deals)
-    else:
-        ours, theirs = (next(iter(side.values())).shape[1] for side in (vectors.photos, vectors.texts))
-        absent["a_0"] = f"vectors of widths {ours} and {theirs} have no cosine"
-    if not vectors.has_captions and vectors.num_texts < _LEAST_CLASSES:
-        absent["a_new"] = f"{vectors.num_texts} classes; leaving half of them out takes {_LEAST_CLASSES} or more"
-    elif not vectors.has_captions:
-        measures["a_new"] = partial(_unseen_classes, vectors, config)
-    return measures, absent
+    ours, theirs = ([of.shape[1] for of in side.values()] for side in (sample.photos, sample.texts))
+    if not set(ours) & set(theirs):
+        absent["a_0"] = f"vectors of widths {ours[0]} and {theirs[0]} have no cosine"
+    if not sample.has_captions:
+        wanted["a_new"] = _unseen_classes
+        if sample.num_texts < _LEAST_CLASSES:
+            absent["a_new"] = f"{sample.num_texts} classes; leaving half of them out takes {_LEAST_CLASSES} or more"
+    return {name: partial(measure, sample) for name, measure in wanted.items() if name not in absent}, absent
 
 
-def _cka(vectors: Vectors, config: AlignConfig, deals: Sequence[np.ndarray]) -> LayerMeasure:
-    judged = vectors.judged
-    photos = np.stack([centered_gram(unit_rows(of[judged])) for of in vectors.photos.values()])
+def _cka(sample: Sample) -> LayerMeasure:
+    text_of = sample.text_of[sample.judged]
 
     def assigned(deal: np.ndarray) -> np.ndarray:
         """The texts' matrices after texts were assigned at random to photos or to classes."""
-        return np.stack([centered_gram(of[deal[vectors.text_of[judged]]]) for of in vectors.texts.values()])
+        return np.stack([measures.centered_gram(of[deal[text_of]]) for of in sample.texts.values()])
 
-    texts = assigned(np.arange(vectors.num_texts))
-    return _layer_measure(cka_grid(photos, texts, map(assigned, deals), config.half_samples, config.seed), 0.0)
+    photos = np.stack([measures.centered_gram(unit_rows(of[sample.judged])) for of in sample.photos.values()])
+    texts = assigned(np.arange(sample.num_texts))
+    return measures.measure_cka(
+        photos, texts, map(assigned, sample.deals), sample.config.half_samples, sample.config.seed
+    )
 
 
-def _mutual_neighbours(vectors: Vectors, config: AlignConfig, orders: Sequence[np.ndarray]) -> LayerMeasure:
-    judged, k = vectors.judged, config.neighbours
-    photos = np.stack([_similarities(of[judged]) for of in vectors.photos.values()])
-    if vectors.has_captions:
-        texts = np.stack([_similarities(vectors.texts_of(name, judged)) for name in vectors.texts])
+def _mutual_neighbours(sample: Sample) -> LayerMeasure:
+    config, judged = sample.config, sample.judged
+    photos = np.stack([_similarities(of[judged]) for of in sample.photos.values()])
+    if sample.has_captions:
+        texts = np.stack([_similarities(sample.texts_of(name, judged)) for name in sample.texts])
     else:
-        classes = vectors.text_of[judged]
-        texts = np.repeat((classes[:, None] == classes)[None], len(vectors.texts), axis=0)
-    grid = mutual_neighbours_grid(photos, texts, k, orders, config.half_samples, config.seed)
-    chance = chance_of_neighbours(texts[0], k)
-    return replace(_layer_measure(grid, chance), normalised=_cells((grid.value - chance) / (1 - chance)))
+        classes = sample.text_of[judged]
+        texts = np.repeat((classes[:, None] == classes)[None], len(sample.texts), axis=0)
+    return measures.measure_mutual_neighbours(
+        photos, texts, config.neighbours, sample.orders, config.half_samples, config.seed
+    )
 
 
 def _similarities(vectors: np.ndarray) -> np.ndarray:
-    clipped = unit_rows_clipped(vectors)
+    clipped = measures.unit_rows_clipped(vectors)
     return np.asarray(clipped @ clipped.T)
 
 
-def _svcca(vectors: Vectors, config: AlignConfig) -> LayerMeasure:
-    fitted, judged = vectors.fitted, vectors.judged
-    photos = [
-        principal_components(unit_rows(of[fitted]), unit_rows(of[judged]), config.components)
-        for of in vectors.photos.values()
-    ]
-    texts = [
-        principal_components(vectors.texts_of(name, fitted), vectors.texts_of(name, judged), config.components)
-        for name in vectors.texts
-    ]
-    return _layer_measure(svcca_grid(photos, texts, config.permutations, _RESAMPLES, config.seed), 0.0)
+def _svcca(sample: Sample) -> LayerMeasure:
+    config, parts = sample.config, (sample.fitted, sample.judged)
+    photos = [[unit_rows(of[part]) for part in parts] for of in sample.photos.values()]
+    texts = [[sample.texts_of(name, part) for part in parts] for name in sample.texts]
+    ours, theirs = (
+        [measures.principal_components(fitted, judged, config.components) for fitted, judged in side]
+        for side in (photos, texts)
+    )
+    return measures.measure_svcca(ours, theirs, config.permutations, _RESAMPLES, config.seed)
 
 
-def _linear(vectors: Vectors, config: AlignConfig, orders: Sequence[np.ndarray]) -> LayerMeasure:
-    found = []
-    for photos in vectors.photos.values():
-        ridge = Ridge(photos[vectors.fitted])
-        for name in vectors.texts:
-            fit, _ = ridge.fit_left_out(vectors.texts_of(name, vectors.fitted))
-            found.append(vectors.searched(name, fit(photos[vectors.judged])))
-    return _of_answers(vectors, found, [one.null(orders) for one in found], config.seed)
+def _linear(sample: Sample) -> LayerMeasure:
+    scores: list[list[MapScore | None]] = []
+    for photos in sample.photos.values():
+        ridge = Ridge(photos[sample.fitted])
+        scores.append([])
+        for name in sample.texts:
+            fit, _ = ridge.fit_left_out(sample.texts_of(name, sample.fitted))
+            found = sample.searched(name, fit(photos[sample.judged]))
+            scores[-1].append(found.score(found.null(sample.orders), sample.config.seed))
+    return _of_scores(sample, scores)
 
 
-def _unseen_classes(vectors: Vectors, config: AlignConfig) -> LayerMeasure:
+def _without_map(sample: Sample) -> LayerMeasure:
+    """Cosines where both vectors have one width."""
+    found = [[sample.without_map(layer, name, sample.config.seed) for name in sample.texts] for layer in sample.photos]
+    return _of_scores(sample, [[one and one[1] for one in row] for row in found])
+
+
+def _of_scores(sample: Sample, scores: list[list[MapScore | None]]) -> LayerMeasure:
+    """R@1 and median ranks of all pairs."""
+    cells: dict[str, Cells] = {
+        field.name: tuple(tuple(None if one is None else getattr(one, field.name) for one in row) for row in scores)
+        for field in fields(MapScore)
+    }
+    return LayerMeasure(chance=sample.chance, **cells)
+
+
+def _unseen_classes(sample: Sample) -> LayerMeasure:
     """R@1 of classes that the ridge regression has not seen, among these; mean over random halves of the classes.
 
     Half of the classes vary as all would: see `half_sample_deviations`. With few classes they vary much.
     """
-    orders = permutations(vectors.num_texts, _CLASS_HALVES, config.seed)
-    unseen = [np.sort(order[vectors.num_texts // 2 :]) for order in orders]
-    deals = permutations(len(unseen[0]), config.permutations, config.seed)
-    shape = (_CLASS_HALVES, len(vectors.photos), len(vectors.texts))
-    values, nulls = np.zeros(shape), np.zeros((config.permutations, *shape))
+    orders = measures.permutations(sample.num_texts, _CLASS_HALVES, sample.config.seed)
+    unseen = [np.sort(order[sample.num_texts // 2 :]) for order in orders]
+    deals = measures.permutations(len(unseen[0]), sample.config.permutations, sample.config.seed)
+    shape = (_CLASS_HALVES, len(sample.photos), len(sample.texts))
+    values, nulls = np.zeros(shape), np.zeros((len(deals), *shape))
     for half, classes in enumerate(unseen):
-        fitted = vectors.fitted[~np.isin(vectors.text_of[vectors.fitted], classes)]
-        judged = vectors.judged[np.isin(vectors.text_of[vectors.judged], classes)]
-        rows = np.searchsorted(classes, vectors.text_of[judged])
-        for row, photos in enumerate(vectors.photos.values()):
+        fitted = sample.fitted[~np.isin(sample.text_of[sample.fitted], classes)]
+        judged = sample.judged[np.isin(sample.text_of[sample.judged], classes)]
+        rows = np.searchsorted(classes, sample.text_of[judged])
+        for row, photos in enumerate(sample.photos.values()):
             ridge = Ridge(photos[fitted])
-            for column, (name, texts) in enumerate(vectors.texts.items()):
-                fit, _ = ridge.fit_left_out(vectors.texts_of(name, fitted))
-                found = answers(fit(photos[judged]), texts[classes], rows, texts_search=False)
+            for column, (name, texts) in enumerate(sample.texts.items()):
+                fit, _ = ridge.fit_left_out(sample.texts_of(name, fitted))
+                found = maps.answers(fit(photos[judged]), texts[classes], rows, texts_search=False)
                 values[half, row, column] = found.recall_at_1
                 nulls[:, half, row, column] = found.null_of_deals(deals)
-    grid = grid_of(values.mean(axis=0), values.std(axis=0, ddof=1), nulls.mean(axis=1))
-    of_shares = replace(grid, low=np.maximum(grid.low, 0), high=np.minimum(grid.high, 1))
-    return _layer_measure(of_shares, 1 / len(unseen[0]))
+    deviations = values.std(axis=0, ddof=1)
+    return measures.layer_measure(values.mean(axis=0), deviations, nulls.mean(axis=1), 1 / len(unseen[0]), (0, 1))
 
 
-def _without_map(vectors: Vectors, config: AlignConfig, deals: Sequence[np.ndarray]) -> LayerMeasure:
-    """Cosines where both vectors have one width."""
-    found = [
-        vectors.searched(name, photos[vectors.judged]) if photos.shape[1] == texts.shape[1] else None
-        for photos in vectors.photos.values()
-        for name, texts in vectors.texts.items()
-    ]
-    nulls = [None if one is None else one.null_of_deals(deals) for one in found]
-    return _of_answers(vectors, found, nulls, config.seed)
-
-
-def _of_answers(
-    vectors: Vectors, found: Sequence[Answers | None], nulls: Sequence[np.ndarray | None], seed: int
-) -> LayerMeasure:
-    """R@1 and median ranks of all pairs."""
-    absent, shape = math.nan, (len(vectors.photos), len(vectors.texts))
-    intervals = np.array([(absent, absent) if one is None else one.interval(seed) for one in found])
-    grid = Grid(
-        value=np.array([absent if one is None else one.recall_at_1 for one in found]).reshape(shape),
-        low=intervals[:, 0].reshape(shape),
-        high=intervals[:, 1].reshape(shape),
-        null_mean=np.array([absent if null is None else null.mean() for null in nulls]).reshape(shape),
-        null_high=np.array([absent if null is None else np.quantile(null, 0.95) for null in nulls]).reshape(shape),
-    )
-    ranks = np.array([absent if one is None else one.median_rank for one in found]).reshape(shape)
-    return replace(_layer_measure(grid, 1 / vectors.num_texts), median_rank=_cells(ranks))
-
-
-def _layer_measure(grid: Grid, chance: float) -> LayerMeasure:
-    return LayerMeasure(chance=chance, **{name: _cells(of) for name, of in vars(grid).items()})
-
-
-def _cells(values: np.ndarray) -> Cells:
-    """None where a value is NaN, which JSON does not have."""
-    return tuple(tuple(None if math.isnan(value) else float(value) for value in row) for row in values)
-
-
-def best_layer(vectors: Vectors) -> str:
+def best_layer(sample: Sample) -> str:
     """The photo layer that predicts the texts' own vectors best.
 
     By the error of left-out photos among those that maps are fitted on; the judged ones play no part in the choice.
     """
-    targets = vectors.texts_of(OWN, vectors.others)
-    errors = {
-        name: Ridge(of[vectors.others]).fit_left_out(targets)[1] for name, of in vectors.photos.items() if name != OWN
-    }
-    return min(errors, key=lambda name: errors[name])
+    targets = sample.texts_of(OWN, sample.others)
+    layers = [name for name in sample.photos if name != OWN]
+    return min(layers, key=lambda name: Ridge(sample.photos[name][sample.others]).fit_left_out(targets)[1])
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenStates:
-    """Normed tokens of the judged photos and of the texts that take part in the search."""
-
-    gallery_layer: str
-    photos: Iterable[torch.Tensor]
-    """[photos, tokens, d], some at a time"""
-    text_layer: str
-    texts: Sequence[torch.Tensor]
-    """[tokens, t] of each."""
-
-
-def measure_best_layer(vectors: Vectors, tokens: TokenStates, config: AlignConfig) -> BestLayer:
+def measure_best_layer(sample: Sample) -> BestLayer:
     """R@1 of each kind of map on the judged photos, and the evidence for the advice."""
-    orders = permutations(vectors.num_judged, config.permutations, config.seed)
-    layer, others, judged = tokens.gallery_layer, vectors.others, vectors.judged
-    features = vectors.photos[layer]
+    layer, text_layer, others, judged = best_layer(sample), str(sample.layers[1][-1]), sample.others, sample.judged
+    features, text_of = sample.photos[layer], sample.text_of
     ridge = Ridge(features[others])
-    to_own, to_tokens = (ridge.fit_left_out(vectors.texts_of(name, others)) for name in (OWN, tokens.text_layer))
-    linear = vectors.searched(OWN, to_own[0](features[judged]))
-    linear_mean = vectors.searched(tokens.text_layer, to_tokens[0](features[judged]))
-    mlp = mlp_answers(
-        (features[others], vectors.text_of[others]),
-        (features[judged], vectors.text_of[judged]),
-        vectors.texts[OWN],
-        vectors.num_texts,
+    fits = {name: ridge.fit_left_out(sample.texts_of(name, others)) for name in (OWN, text_layer)}
+    linear, linear_mean = (sample.searched(name, fit(features[judged])) for name, (fit, _) in fits.items())
+    mlp = maps.mlp_answers(
+        (features[others], text_of[others]),
+        (features[judged], text_of[judged]),
+        sample.texts[OWN],
+        sample.num_texts,
         _MLP_EPOCHS,
-        config.seed,
-        texts_search=vectors.has_captions,
+        sample.config.seed,
+        texts_search=sample.has_captions,
     )
-    text_mean = vectors.texts_of(tokens.text_layer, others).mean(axis=0)
-    scores = maxsim(tokens.photos, tokens.texts, to_tokens[0], text_mean)
-    late = answers_of_scores(scores, vectors.text_of[judged], texts_search=vectors.has_captions)
-    own = vectors.photos.get(OWN)
-    is_comparable = own is not None and own.shape[1] == vectors.texts[OWN].shape[1]
-    zero = vectors.searched(OWN, own[judged]) if own is not None and is_comparable else None
-    found = []
-    if zero is not None:
-        deals = permutations(vectors.num_texts, config.permutations, config.seed)
-        found.append(_layer_maps(vectors, (OWN, OWN), None, {"a_0": (zero, zero.null_of_deals(deals))}))
-    for layers, fit, systems in (
-        ((layer, OWN), to_own, {"a_lin": linear, "a_mlp": mlp}),
-        ((layer, tokens.text_layer), to_tokens, {"a_lin": linear_mean, "a_tok": late}),
-    ):
-        found.append(
-            _layer_maps(vectors, layers, fit, {name: (one, one.null(orders)) for name, one in systems.items()})
+    text_mean = sample.texts_of(text_layer, others).mean(axis=0)
+    tokens = sample.photo_tokens(int(layer)), sample.text_tokens(int(text_layer))
+    late = maps.answers_of_scores(
+        maps.maxsim(*tokens, fits[text_layer][0], text_mean), text_of[judged], texts_search=sample.has_captions
+    )
+    a_lin, a_mlp, a_lin_mean, a_tok = (
+        one.score(one.null(sample.orders), seed=0) for one in (linear, mlp, linear_mean, late)
+    )
+    scores = {OWN: {"a_lin": a_lin, "a_mlp": a_mlp}, text_layer: {"a_lin": a_lin_mean, "a_tok": a_tok}}
+    found = [
+        LayerMaps(
+            gallery_layer=layer,
+            text_layer=name,
+            chance=sample.chance,
+            scores=scores[name],
+            ridge_strength=fit.strength,
+            left_out_error=error,
         )
+        for name, (fit, error) in fits.items()
+    ]
+    plain = sample.without_map(OWN, OWN, seed=0)
+    if plain:
+        found.insert(0, LayerMaps(gallery_layer=OWN, text_layer=OWN, chance=sample.chance, scores={"a_0": plain[1]}))
     evidence = Evidence(
-        a_0=None if zero is None else zero.recall_at_1,
-        without_map=None if zero is None else _gap(zero, linear, ENOUGH_WITHOUT_MAP),
-        a_lin=linear.recall_at_1,
-        a_mlp=mlp.recall_at_1,
-        mlp_gain=_gap(mlp, linear),
-        null=max(float(np.quantile(one.null(orders), 0.95)) for one in (linear, mlp)),
-        a_tok=late.recall_at_1,
-        token_gain=_gap(late, linear_mean),
+        a_0=plain and plain[1].value,
+        without_map=plain and plain[0].gap(linear, ENOUGH_WITHOUT_MAP),
+        a_lin=a_lin.value,
+        a_mlp=a_mlp.value,
+        mlp_gain=mlp.gap(linear),
+        null=max(a_lin.null_high, a_mlp.null_high),
+        a_tok=a_tok.value,
+        token_gain=late.gap(linear_mean),
     )
-    return BestLayer(
-        maps=tuple(found), evidence=evidence, control=_permuted_control(vectors, ridge, layer, config.seed)
-    )
+    return BestLayer(maps=tuple(found), evidence=evidence, control=_permuted_control(sample, ridge, features[judged]))
 
 
-def _permuted_control(vectors: Vectors, ridge: Ridge, layer: str, seed: int) -> Control:
+def _permuted_control(sample: Sample, ridge: Ridge, judged: np.ndarray) -> Control:
     """Maps fitted on permuted pairs, which must find nothing.
 
     Photos of one class are found or missed together, so no more answers are independent than there are texts.
     """
-    targets, judged = vectors.texts_of(OWN, vectors.others), vectors.photos[layer][vectors.judged]
+    targets, chance = sample.texts_of(OWN, sample.others), sample.chance
     found = [
-        vectors.searched(OWN, ridge.fit_left_out(targets[order])[0](judged)).recall_at_1
-        for order in permutations(len(targets), _PERMUTED_FITS, seed)
+        sample.searched(OWN, ridge.fit_left_out(targets[order])[0](judged)).recall_at_1
+        for order in measures.permutations(len(targets), _PERMUTED_FITS, sample.config.seed)
     ]
-    chance = 1 / vectors.num_texts
-    error = math.sqrt(chance * (1 - chance) / (min(vectors.num_judged, vectors.num_texts) * _PERMUTED_FITS))
+    error = math.sqrt(chance * (1 - chance) / (min(sample.num_judged, sample.num_texts) * _PERMUTED_FITS))
     return Control.at_most("linear map of permuted pairs", "R@1", float(np.mean(found)), chance, error)
-
-
-def _layer_maps(
-    vectors: Vectors,
-    layers: tuple[str, str],
-    ridge: tuple[LinearMap, float] | None,
-    systems: Mapping[str, tuple[Answers, np.ndarray]],
-) -> LayerMaps:
-    """`ridge` with its left-out error; `systems`: the answers of each, and its null."""
-    scores = {}
-    for name, (one, null) in systems.items():
-        low, high = one.interval(0)
-        scores[name] = MapScore(
-            value=one.recall_at_1,
-            low=low,
-            high=high,
-            null_mean=float(null.mean()),
-            null_high=float(np.quantile(null, 0.95)),
-            median_rank=one.median_rank,
-        )
-    return LayerMaps(
-        gallery_layer=layers[0],
-        text_layer=layers[1],
-        chance=1 / vectors.num_texts,
-        scores=scores,
-        ridge_strength=None if ridge is None else ridge[0].strength,
-        left_out_error=None if ridge is None else ridge[1],
-    )
-
-
-def _gap(system: Answers, other: Answers, part: float = 1.0) -> Estimate:
-    """R@1 of a system less (a fraction of) another's."""
-    difference = system.hits - part * other.hits
-    mean, low, high = paired_bootstrap(difference, np.arange(len(difference)))
-    return Estimate(value=mean, low=low, high=high)

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain, product
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from saffe_cache.core.controls import Control
 from saffe_cache.core.figures import HeatMap
 from saffe_cache.core.results import Estimate, Measurement, Section
-from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, percent, plain_row
+from saffe_cache.core.tables import Cell, Row, RowKind, Table, duration, interval_cell, percent
 from saffe_cache.studies.harness import StudyResult
 
-NAMES: Mapping[str, str] = {
-    "cka": "CKA",
-    "mutual_neighbours": "shared neighbours",
-    "svcca": "SVCCA",
-    "a_0": "A_0",
-    "a_lin": "A_lin",
-    "a_new": "A_new",
-    "a_mlp": "A_mlp",
-    "a_tok": "A_tok",
+NAMES: Mapping[str, str] = {"cka": "CKA", "mutual_neighbours": "shared neighbours", "svcca": "SVCCA"} | {
+    name: name.capitalize() for name in ("a_0", "a_lin", "a_new", "a_mlp", "a_tok")
 }
 """Measures as reports show them."""
 
@@ -96,8 +90,8 @@ class LayerMaps:
     text_layer: str
     chance: float
     scores: Mapping[str, MapScore]
-    ridge_strength: float | None
-    left_out_error: float | None
+    ridge_strength: float | None = None
+    left_out_error: float | None = None
     """Squared error of left-out photos as a fraction of the targets' variance."""
 
 
@@ -132,13 +126,15 @@ class AlignmentResult(StudyResult):
     advice: tuple[Advice, ...]
 
     def measurements(self) -> Iterator[Measurement]:
+        layers = list(product(enumerate(self.gallery_layers), enumerate(self.text_layers)))
         for name, of in self.measures.items():
-            for row, column, setting in self._layer_pairs():
-                value, null = of.value[row][column], of.null_mean[row][column]
+            for (row, layer), (column, text_layer) in layers:
+                value, low, high, null, null_high = (
+                    grid[row][column] for grid in (of.value, of.low, of.high, of.null_mean, of.null_high)
+                )
                 if value is not None and null is not None:
-                    low, high = of.low[row][column], of.high[row][column]
+                    setting = _setting(layer, text_layer)
                     yield Measurement(setting, "layers", name, value, low, high, of.chance)
-                    null_high = of.null_high[row][column]
                     yield Measurement(setting, "control: permuted pairs", name, null, None, null_high, of.chance)
         for maps in self.best_layer.maps:
             setting = _setting(maps.gallery_layer, maps.text_layer)
@@ -148,6 +144,7 @@ class AlignmentResult(StudyResult):
 
     def sections(self) -> list[Section]:
         definitions = DEFINITIONS[self.pairs]
+        grids = [self._grid(name, of) for name, of in self.measures.items()]
         return [
             Section(
                 title=f"Which fusion? {self.title}",
@@ -159,10 +156,10 @@ class AlignmentResult(StudyResult):
             Section(
                 title="Agreement of all pairs of layers",
                 lead=f"Measured on {self.photos['judged']} photos of split {self.split}.",
-                tables=[self._grid_table(name, of) for name, of in self.measures.items()],
+                tables=[table for table, _ in grids],
                 definitions=[(NAMES[name], definitions[name]) for name in self.measures],
                 facts=[(f"no {NAMES[name]}", reason) for name, reason in self.absent.items()],
-                figures=[self._heat_map(name, of) for name, of in self.measures.items()],
+                figures=[heat_map for _, heat_map in grids],
             ),
         ]
 
@@ -171,25 +168,17 @@ class AlignmentResult(StudyResult):
         advice, agreement = self.sections()
         return [advice, replace(agreement, tables=[replace(table, folded=True) for table in agreement.tables])]
 
-    def _layer_pairs(self) -> Iterator[tuple[int, int, str]]:
-        for row, layer in enumerate(self.gallery_layers):
-            for column, text_layer in enumerate(self.text_layers):
-                yield row, column, _setting(layer, text_layer)
-
     def _map_table(self) -> Table:
         rows = []
         for maps in self.best_layer.maps:
             for name, score in maps.scores.items():
-                cells = (
-                    score.cell(),
-                    Cell(percent(score.null_high)),
-                    Cell(percent(maps.chance)),
-                    Cell(f"{score.median_rank:g}"),
-                )
-                rows.append(Row(Cell(f"{NAMES[name]}, {_setting(maps.gallery_layer, maps.text_layer)}"), cells))
+                numbers = (percent(score.null_high), percent(maps.chance), f"{score.median_rank:g}")
+                head = f"{NAMES[name]}, {_setting(maps.gallery_layer, maps.text_layer)}"
+                rows.append(Row(Cell(head), (score.cell(), *map(Cell, numbers))))
         control = self.best_layer.control
-        cells = (Cell(percent(control.value)), Cell(""), Cell(percent(control.level)), Cell(""))
-        rows.append(Row(Cell(f"control: {control.name}"), cells, "failed" if control.passed is False else "control"))
+        texts = (percent(control.value), "", percent(control.level), "")
+        kind: RowKind = "failed" if control.passed is False else "control"
+        rows.append(Row(Cell(f"control: {control.name}"), tuple(map(Cell, texts)), kind))
         caption = (
             f"R@1 in percent on {self.photos['judged']} photos with its 95 % bootstrap interval, of no map (A_0), a "
             f"linear map, an MLP and tokens; fitted on {self.photos['fitted_closer']} others. Null: 95 % quantile with "
@@ -197,55 +186,33 @@ class AlignmentResult(StudyResult):
         )
         return Table(caption, ("", "R@1", "null", "chance", "median rank"), tuple(rows))
 
-    def _grid_table(self, name: str, measure: LayerMeasure) -> Table:
+    def _grid(self, name: str, of: LayerMeasure) -> tuple[Table, HeatMap]:
         """Photo layers downwards, text layers across, and the highest null of each text layer."""
-        rows = [
-            plain_row(layer, *map(_percent, values))
-            for layer, values in zip(self.gallery_layers, measure.value, strict=True)
-        ]
-        rows.append(plain_row("null", *map(_percent, _highest_nulls(measure))))
-        return Table(_grid_caption(name, measure), ("photo \\ text", *self.text_layers), tuple(rows))
-
-    def _heat_map(self, name: str, measure: LayerMeasure) -> HeatMap:
-        grid = [*measure.value, tuple(_highest_nulls(measure))]
-        return HeatMap(
+        columns = zip(*of.null_high, strict=True)
+        nulls = tuple(max((one for one in column if one is not None), default=None) for column in columns)
+        heads, values = (*self.gallery_layers, "null"), (*of.value, nulls)
+        ends = zip(chain(*of.low), chain(*of.high), strict=True)
+        widest = max(high - low for low, high in ends if low is not None and high is not None)
+        caption = (
+            f"{NAMES[name]} in percent. Chance is {percent(of.chance)}; half of a 95 % interval is at most "
+            f"{percent(widest / 2)}. Null: the highest 95 % quantile with permuted pairs."
+        )
+        rows = [Row(Cell(head), tuple(map(interval_cell, row))) for head, row in zip(heads, values, strict=True)]
+        heat_map = HeatMap(
             name=name.replace("_", "-"),
-            caption=_grid_caption(name, measure),
+            caption=caption,
             row_label="photo layer",
             column_label="text layer",
-            rows=[*self.gallery_layers, "null"],
+            rows=heads,
             columns=self.text_layers,
-            cells=[[None if value is None else 100 * value for value in row] for row in grid],
+            cells=[[None if value is None else 100 * value for value in row] for row in values],
         )
+        return Table(caption, ("photo \\ text", *self.text_layers), tuple(rows)), heat_map
 
 
 def _setting(gallery_layer: str, text_layer: str) -> str:
-    return f"photo {_layer(gallery_layer)}, text {_layer(text_layer)}"
-
-
-def _layer(name: str) -> str:
-    return "vector" if name == "own" else f"layer {name}"
-
-
-def _highest_nulls(measure: LayerMeasure) -> list[float | None]:
-    return [max((one for one in of if one is not None), default=None) for of in zip(*measure.null_high, strict=True)]
-
-
-def _grid_caption(name: str, measure: LayerMeasure) -> str:
-    halves = [
-        (high - low) / 2
-        for lows, highs in zip(measure.low, measure.high, strict=True)
-        for low, high in zip(lows, highs, strict=True)
-        if low is not None and high is not None
-    ]
-    return (
-        f"{NAMES[name]} in percent. Chance is {percent(measure.chance)}; half of a 95 % interval is at most "
-        f"{percent(max(halves))}. Null: the highest 95 % quantile with permuted pairs."
-    )
-
-
-def _percent(value: float | None) -> str:
-    return ABSENT if value is None else percent(value)
+    photo, text = ("vector" if name == "own" else f"layer {name}" for name in (gallery_layer, text_layer))
+    return f"photo {photo}, text {text}"
 
 
 Fusion = Literal["no FAM", "linear", "concat"]
@@ -303,10 +270,8 @@ def advise(evidence: Evidence, *, has_paired_texts: bool) -> list[Advice]:
         no FAM     if no map finds anything: the photos carry no information about the texts
         concat     otherwise
 
-    A decoder is never recommended. An earlier rule recommended one where an MLP found more than a linear map
-    (A_lin < 0.9 A_mlp), or tokens more than their means, beyond noise. Trained fusions did not confirm it: what an MLP
-    or tokens find, `linear` finds too, which pools tokens and has an MLP, and starts as the ridge regression. Both
-    measures are still reported.
+    A decoder is never recommended: what an MLP or tokens find, `linear` finds too, which pools tokens and has an MLP,
+    and starts as the ridge regression. Both measures are reported all the same.
 
     Args:
         evidence: what was measured.
