@@ -86,14 +86,14 @@ def dying_behind(launches: int) -> Iterator[None]:
 @contextmanager
 def full_disk_from(row: int) -> Iterator[None]:
     """What is done within ends with an error of the disk, when a portion from this row on is written."""
-    write = EncoderWriter._write
+    put = EncoderWriter.put
 
     def full(self: EncoderWriter, portion: Portion) -> None:
         if any(first >= row for first, _ in portion.rows.values()):
             raise OSError(28, "No space left on device")
-        write(self, portion)
+        put(self, portion)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EncoderWriter, "_write", full)
+        patch.setattr(EncoderWriter, "put", full)
         with pytest.raises(OSError, match="No space left"):
             yield

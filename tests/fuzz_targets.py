@@ -39,7 +39,7 @@ from saffe_cache.sources.folders import folder_items
 from saffe_cache.sources.items import Columns
 from saffe_cache.store import inspect
 from saffe_cache.store.layout import ShardEntry, compress, decode_shard, describe_shard, encode_shard
-from saffe_cache.store.manifest import check_array_metadata, read_encoder, read_root
+from saffe_cache.store.manifest import ArrayFiles, read_encoder, read_root
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 from saffe_cache.store.storage import Storage, describe_group, group_metadata
 from saffe_cache.store.table import TableBuilder, read_table, table_to_arrays
@@ -126,8 +126,7 @@ def _store_targets(work: Path) -> dict[str, Target]:
             encoder.token_rows(np.arange(min(3, encoder.manifest.finished_rows)))
 
     def array(data: bytes) -> None:
-        folder = pooled.removesuffix("/zarr.json")
-        check_array_metadata(with_file(pooled, data), folder, images.arrays["pooled"][0], 13)
+        ArrayFiles(with_file(pooled, data), images.key, "pooled", images.arrays["pooled"][0]).check_metadata(13)
 
     def plain_group(data: bytes) -> None:
         EncoderCache(with_file(block, data), read_encoder(MemoryStorage(files), images.key)).block(1)

@@ -19,7 +19,7 @@ from saffe_cache.extraction.encoding import Seconds
 from saffe_cache.extraction.extract import extract
 from saffe_cache.sources.items import MediaFile
 from saffe_cache.store.reader import open_cache
-from saffe_cache.store.writer import EncoderWriter
+from saffe_cache.store.writer import _ArrayWriter
 
 PAUSE = 0.1
 """Seconds, many times what a batch of tiny models takes."""
@@ -49,7 +49,7 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
         (MediaFile, "read", "data", "Reading and decoding limited the speed: use more --workers"),
         (FrozenEncoder, "launch", "encoding", "The encoder limited the speed"),
         (Launched, "wait", "encoding", "The encoder limited the speed"),
-        (EncoderWriter, "_write", "writer", "Writing limited the speed: use a faster disk"),
+        (_ArrayWriter, "append", "writer", "Writing limited the speed: use a faster disk"),
     ],
 )
 def test_bottleneck_is_found_and_logged(

@@ -143,7 +143,7 @@ def test_resuming_keeps_what_is_committed(tmp_path: Path) -> None:
 
 
 def test_error_reaches_the_caller_and_ends_committing(tmp_path: Path) -> None:
-    """A full disk: the writer's thread raises, `put` or `finish` hands it on."""
+    """A full disk: a thread that writes a shard raises, `put` or `finish` passes the error on."""
     contents = image_contents(13)
     real = Storage.write
 
@@ -159,7 +159,7 @@ def test_error_reaches_the_caller_and_ends_committing(tmp_path: Path) -> None:
     assert read_encoder(Storage(tmp_path), contents.key).arrays["hidden_states/3"].rows == 4
     with pytest.raises(CacheError, match="unfinished"):
         open_cache(tmp_path).encoder("image")
-    assert not [thread for thread in threading.enumerate() if thread.name == "shard-writer"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("shard-helper")]
     write_contents(tmp_path, contents)
     check_readable(tmp_path, (contents,))
 

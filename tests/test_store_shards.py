@@ -13,7 +13,7 @@ from store_cases import image_contents, shard_files, without_fsync, write_conten
 from saffe_cache.core.features import CacheError, Compression
 from saffe_cache.store import rows
 from saffe_cache.store.layout import COMPRESSIONS
-from saffe_cache.store.manifest import encoder_group, read_encoder
+from saffe_cache.store.manifest import ArrayFiles, read_encoder
 from saffe_cache.store.rows import OpenShards
 from saffe_cache.store.storage import Storage
 
@@ -46,7 +46,7 @@ def open_shards(root: Path, compression: Compression = "zstd") -> tuple[Counting
     storage = CountingStorage(root)
     array = read_encoder(storage, contents.key).arrays[NAME]
     storage.fetched.clear()
-    return storage, OpenShards(storage, f"{encoder_group(contents.key)}/{NAME}", array.spec, array.shards)
+    return storage, OpenShards(ArrayFiles(storage, contents.key, NAME, array.spec), array.shards)
 
 
 def expected(index: int) -> np.ndarray:

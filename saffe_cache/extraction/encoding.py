@@ -28,9 +28,9 @@ from saffe_cache.extraction.planning import Job
 from saffe_cache.sources.items import Media
 from saffe_cache.store.dtypes import Stored, as_tensor, convert, to_storage
 from saffe_cache.store.layout import ArraySpec
-from saffe_cache.store.manifest import language_model_group, write_encoder
+from saffe_cache.store.manifest import encoder_group, write_encoder
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks, write_language_model
+from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks, write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -202,8 +202,8 @@ class _Storing:
 
     def _store_blocks(self) -> Mapping[int, str]:
         key, encoder = self._job.manifest.key, self._job.encoder
-        if encoder.language_model and not self._storage.exists(f"{language_model_group(key)}/zarr.json"):
-            write_language_model(self._storage, key, encoder.language_model)
+        if encoder.language_model and not self._storage.exists(f"{encoder_group(key)}/language_model/zarr.json"):
+            write_weights(self._storage, key, "language_model", encoder.language_model)
         write_blocks(self._storage, key, encoder.blocks)
         return {}
 

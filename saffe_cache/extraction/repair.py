@@ -32,11 +32,11 @@ from saffe_cache.extraction.reencode import (
 )
 from saffe_cache.sources.items import Columns
 from saffe_cache.store.inspect import Damage, find_damage
-from saffe_cache.store.layout import describe_shard, rows_without_index, shard_name
-from saffe_cache.store.manifest import encoder_group, existing_root, read_encoder, write_encoder
+from saffe_cache.store.layout import describe_shard, rows_without_index
+from saffe_cache.store.manifest import ArrayFiles, existing_root, read_encoder, write_encoder
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import read_table
-from saffe_cache.store.writer import write_array_metadata, write_block, write_language_model, write_shard
+from saffe_cache.store.writer import write_weights
 
 _NUM_NAMED = 3
 
@@ -133,7 +133,7 @@ class _EncoderRepair:
             return
         if any(one.part == "language_model" for one in harder):
             assert encoder.language_model is not None
-            write_language_model(self._storage, self._key, encoder.language_model)
+            write_weights(self._storage, self._key, "language_model", encoder.language_model)
             self._restored(f"{self._key}: language_model")
         self._repair_blocks([one.index for one in harder if one.part == "block"])
         self._repair_shards([one for one in harder if one.part == "shard"], past)
@@ -147,22 +147,24 @@ class _EncoderRepair:
     def _repair_from_cache(self, damage: Damage) -> bool:
         """Repair an array's `zarr.json`, or a shard of which only the index is damaged; False if more is needed."""
         if damage.part == "metadata":
-            write_array_metadata(self._storage, self._key, damage.array, self._manifest.arrays[damage.array])
+            self._files(damage).write_metadata(self._manifest.arrays[damage.array].rows)
         elif damage.part == "shard":
-            array = self._manifest.arrays[damage.array]
-            name = f"{encoder_group(self._key)}/{damage.array}/{shard_name(damage.index, array.spec)}"
+            files, entry = self._files(damage), self._manifest.arrays[damage.array].shards[damage.index]
             try:
-                data = self._storage.read(name)
+                data = self._storage.read(files.shard(damage.index))
             except (CacheError, OSError):
                 return False
-            rows = rows_without_index(array.spec, array.shards[damage.index], data)
+            rows = rows_without_index(files.spec, entry, data)
             if rows is None:
                 return False
-            write_shard(self._storage, self._key, damage.array, damage.index, array.spec, rows)
+            files.write(damage.index, rows)
         else:
             return False
         self._restored(damage.place)
         return True
+
+    def _files(self, damage: Damage) -> ArrayFiles:
+        return ArrayFiles(self._storage, self._key, damage.array, self._manifest.arrays[damage.array].spec)
 
     def _load_encoder(self, past: Sequence[PastExtraction]) -> FrozenEncoder:
         """Load the encoder that the cache was made with.
@@ -203,7 +205,7 @@ class _EncoderRepair:
             self._job.encoder.select(layers, vectors=False)
             blocks = self._job.encoder.blocks
             for layer in layers:
-                write_block(self._storage, self._key, layer, blocks[layer])
+                write_weights(self._storage, self._key, f"blocks/{layer}", blocks[layer])
                 self._restored(f"{self._key}: block {layer}")
 
     def _repair_shards(self, damage: Sequence[Damage], past: Sequence[PastExtraction]) -> None:
@@ -211,8 +213,7 @@ class _EncoderRepair:
         places: dict[LostShard, Damage] = {}
         for one in damage:
             if one.array == "offsets":
-                spec = self._manifest.arrays["offsets"].spec
-                write_shard(self._storage, self._key, one.array, one.index, spec, offset_rows(job, one.index))
+                self._files(one).write(one.index, offset_rows(job, one.index))
                 self._restored(one.place)
             else:
                 places[lost_shard(job, one.array, one.index)] = one
@@ -247,7 +248,7 @@ class _EncoderRepair:
         if broken:
             self._leave(damage, f"{_some(broken)}. It was readable during extraction: use the same library versions.")
             return
-        write_shard(self._storage, self._key, shard.array, shard.index, shard.spec, rows)
+        self._files(damage).write(shard.index, rows)
         entry = describe_shard(shard.spec, rows)
         if entry.crc32c == shard.entry.crc32c:
             self._restored(damage.place)

@@ -19,16 +19,16 @@ from typing import Any
 import h5py
 import numpy as np
 
-from saffe_cache.core.features import BlockSpec, CacheError, LanguageModelSpec
+from saffe_cache.core.features import CacheError
 from saffe_cache.store.config import ConvertConfig, ExportConfig, ImportConfig
 from saffe_cache.store.dtypes import to_storage
-from saffe_cache.store.layout import ArraySpec, choose_rows, decode_shard, shard_name
+from saffe_cache.store.layout import ArraySpec, choose_rows
 from saffe_cache.store.manifest import (
-    LANGUAGE_MODEL,
+    WEIGHTS,
+    ArrayFiles,
     EncoderManifest,
     RootManifest,
     encoder_group,
-    language_model_group,
     layers_among,
     read_root,
     write_root,
@@ -46,7 +46,7 @@ from saffe_cache.store.storage import (
 )
 from saffe_cache.store.table import ENCODING_TYPE as ITEMS
 from saffe_cache.store.table import table_from_arrays
-from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks, write_language_model
+from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks, write_weights
 
 
 def export_cache(config: ExportConfig) -> str:
@@ -134,16 +134,12 @@ def _export_encoder(storage: Storage, encoder: EncoderCache, group: Any) -> None
     for name, array in encoder.manifest.arrays.items():
         spec = array.spec
         dataset = group.create_dataset(name, shape=(array.rows, *spec.stored_shape), dtype=spec.numpy_dtype)
+        files = ArrayFiles(storage, encoder.key, name, spec)
         for index, entry in enumerate(array.shards):
-            shard = f"{encoder_group(encoder.key)}/{name}/{shard_name(index, spec)}"
             start = index * spec.shard_rows
-            rows = decode_shard(spec, entry, storage.read(shard), f"{storage.root}: {shard}")
-            dataset[start : start + entry.rows] = rows
-    for layer in encoder.block_layers:
-        name = f"blocks/{layer}"
-        _export_group(storage, f"{encoder_group(encoder.key)}/{name}", "saffe-block", group.create_group(name))
-    if encoder.manifest.is_language_model and encoder.block_layers:
-        _export_group(storage, language_model_group(encoder.key), LANGUAGE_MODEL, group.create_group("language_model"))
+            dataset[start : start + entry.rows] = files.read(index, entry)
+    for name, kind in encoder.weights.items():
+        _export_group(storage, f"{encoder_group(encoder.key)}/{name}", WEIGHTS[kind], group.create_group(name))
 
 
 def _import_encoder(storage: Storage, group: Any, where: str) -> None:
@@ -167,14 +163,10 @@ def _import_encoder(storage: Storage, group: Any, where: str) -> None:
         if found != [(entry.rows, entry.crc32c) for entry in array.shards]:
             raise CacheError(f"{where}: {name} differs from its checksums. {_DAMAGED}")
     mark_group(storage, f"{encoder_group(manifest.key)}/blocks")
-    for layer in EncoderCache(storage, promised).block_layers:
-        name, of_block = f"{encoder_group(manifest.key)}/blocks/{layer}", f"{where}: block {layer}"
-        _, attributes = _import_group(storage, name, "saffe-block", group[f"blocks/{layer}"], of_block)
-        spec_of(BlockSpec, attributes, of_block)
-    if promised.is_language_model and EncoderCache(storage, promised).block_layers:
-        name, of_model = language_model_group(manifest.key), f"{where}: language_model"
-        _, attributes = _import_group(storage, name, LANGUAGE_MODEL, group["language_model"], of_model)
-        spec_of(LanguageModelSpec, attributes, of_model)
+    for name, kind in EncoderCache(storage, promised).weights.items():
+        folder, of_group = f"{encoder_group(manifest.key)}/{name}", f"{where}: {name}"
+        _, attributes = _import_group(storage, folder, WEIGHTS[kind], group[name], of_group)
+        spec_of(kind, attributes, of_group)
 
 
 def _export_group(storage: Storage, name: str, encoding_type: str, group: Any) -> None:
@@ -261,8 +253,8 @@ def _convert_encoder(storage: Storage, encoder: EncoderCache, specs: dict[str, A
     changed = {"converted": {name: spec.described for name, spec in specs.items()}}
     manifest = replace(old, arrays={}, finished_rows=0, history=[*old.history, changed])
     write_blocks(storage, old.key, {layer: encoder.block(layer) for layer in encoder.block_layers})
-    if old.is_language_model:
-        write_language_model(storage, old.key, encoder.language_model())
+    if "language_model" in encoder.weights:
+        write_weights(storage, old.key, "language_model", encoder.language_model())
     targets = {name: (spec, old.arrays[name].rows) for name, spec in specs.items()}
     with EncoderWriter(storage, manifest, targets) as writer:
         for name, spec in specs.items():

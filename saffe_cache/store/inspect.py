@@ -12,8 +12,7 @@ import numpy as np
 
 from saffe_cache.core.features import CacheError, ItemTable, printable
 from saffe_cache.store.config import InspectConfig, VerifyConfig
-from saffe_cache.store.layout import decode_shard, shard_name
-from saffe_cache.store.manifest import ArrayManifest, check_array_metadata, encoder_group, existing_root, read_encoder
+from saffe_cache.store.manifest import ArrayFiles, existing_root, read_encoder
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache, read_current_table
 from saffe_cache.store.storage import Storage
 
@@ -159,12 +158,12 @@ def find_damage(storage: Storage) -> tuple[int, list[Damage]]:
         if encoder.manifest.is_language_model and encoder.block_layers:
             checks.append((Damage(part="language_model", encoder=key), encoder.language_model))
         for name, array in encoder.manifest.arrays.items():
-            folder = f"{encoder_group(key)}/{name}"
+            files = ArrayFiles(storage, key, name, array.spec)
             whole = Damage(part="metadata", encoder=key, array=name)
-            checks.append((whole, partial(check_array_metadata, storage, folder, array.spec, array.rows)))
-            for index in range(len(array.shards)):
+            checks.append((whole, partial(files.check_metadata, array.rows)))
+            for index, entry in enumerate(array.shards):
                 shard = Damage(part="shard", encoder=key, array=name, index=index)
-                checks.append((shard, partial(_check_shard, storage, folder, array, index)))
+                checks.append((shard, partial(files.read, index, entry)))
             num_shards += len(array.shards)
     for place, check in checks:
         try:
@@ -172,8 +171,3 @@ def find_damage(storage: Storage) -> tuple[int, list[Damage]]:
         except (CacheError, OSError) as error:
             damage.append(replace(place, message=str(error)))
     return num_shards, damage
-
-
-def _check_shard(storage: Storage, folder: str, array: ArrayManifest, index: int) -> None:
-    name = f"{folder}/{shard_name(index, array.spec)}"
-    decode_shard(array.spec, array.shards[index], storage.read(name), f"{storage.root}: {name}")

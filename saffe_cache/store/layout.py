@@ -131,9 +131,6 @@ class ShardEntry(Moments):
     crc32c: int
     """Checksum of the rows' stored bytes."""
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> ShardEntry:
         """

@@ -7,28 +7,42 @@ authority on what is complete.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 from zarr.codecs import BloscCodec
 
-from saffe_cache.core.features import MODALITIES, REPAIR_ADVICE, CacheError, Fingerprint, Modality, short_hash
+from saffe_cache.core.features import (
+    MODALITIES,
+    REPAIR_ADVICE,
+    BlockSpec,
+    CacheError,
+    Fingerprint,
+    LanguageModelSpec,
+    Modality,
+    short_hash,
+)
 from saffe_cache.core.json_schema import made_of, whole_number
-from saffe_cache.store.layout import COMPRESSION_LEVEL, ArraySpec, ShardEntry
+from saffe_cache.store.layout import COMPRESSION_LEVEL, ArraySpec, ShardEntry, decode_shard, encode_shard, shard_name
 from saffe_cache.store.storage import (
     FORMAT_VERSION,
     Storage,
     check_encoding,
-    group_metadata,
+    mark_group,
     read_attributes,
+    write_attributes,
     zarr_json,
 )
 
-LANGUAGE_MODEL = "saffe-language-model"
-"""Encoding type of the parts of a language model that are not blocks."""
+WEIGHTS: Mapping[type[BlockSpec | LanguageModelSpec], str] = {
+    BlockSpec: "saffe-block",
+    LanguageModelSpec: "saffe-language-model",
+}
+"""Encoding types of the groups with the weights of a block, and with the other parts of a language model."""
 _COMPRESSED = 2
 """Version of an encoder's manifest with a compressed array, which older releases would misread."""
 
@@ -47,7 +61,7 @@ class ArrayManifest:
 
     def to_json(self) -> dict[str, Any]:
         spec = {name: value for name, value in vars(self.spec).items() if (name, value) != ("compression", "none")}
-        return {**spec, "shards": [entry.to_json() for entry in self.shards]}
+        return {**spec, "shards": [asdict(entry) for entry in self.shards]}
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> ArrayManifest:
@@ -133,9 +147,8 @@ class EncoderManifest:
         try:
             if content["modality"] not in MODALITIES:
                 raise ValueError(f"modality: {content['modality']!r}")
-            fingerprint = _fingerprint(content)
             return EncoderManifest(
-                fingerprint=fingerprint,
+                fingerprint=_fingerprint(content),
                 modality=content["modality"],
                 num_layers=whole_number(content, "num_layers"),
                 hidden_size=whole_number(content, "hidden_size", least=1),
@@ -173,31 +186,21 @@ def _fingerprint(content: Mapping[str, Any]) -> Fingerprint:
 
 def _array_name(name: str) -> str:
     """Check an array's name: a layer's number has no leading zeros. (Storage checks for paths outside the cache.)"""
-    index = name.removeprefix(_STATES)
-    if name.startswith(_STATES) and not (_is_decimal(index) and index == str(int(index))):
+    if name.startswith(_STATES) and not re.fullmatch(r"0|[1-9][0-9]{0,17}", name.removeprefix(_STATES)):
         raise ValueError(f"arrays: {name!r:.60}, expected {_STATES} followed by a layer's number")
     return name
 
 
 def _row(text: str) -> int:
     """An input's number from the key of a JSON object."""
-    if not _is_decimal(text):
+    if not re.fullmatch(r"[0-9]{1,18}", text):
         raise ValueError(f"invalid: {text!r:.60}, expected the number of an input")
     return int(text)
-
-
-def _is_decimal(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) < 19
 
 
 def encoder_group(key: str) -> str:
     """Name of an encoder's group."""
     return f"encoders/{key}"
-
-
-def language_model_group(key: str) -> str:
-    """Name of the group with the parts of a language model that are not blocks."""
-    return f"{encoder_group(key)}/language_model"
 
 
 def read_encoder(storage: Storage, key: str) -> EncoderManifest:
@@ -217,8 +220,7 @@ def read_encoder(storage: Storage, key: str) -> EncoderManifest:
 
 def write_encoder(storage: Storage, manifest: EncoderManifest) -> None:
     """Commit a manifest; all shards that it lists must be durable before."""
-    data = group_metadata({"saffe_cache": manifest.to_json()})
-    storage.write(f"{encoder_group(manifest.key)}/zarr.json", data)
+    write_attributes(storage, encoder_group(manifest.key), manifest.to_json())
 
 
 @dataclass(frozen=True)
@@ -266,7 +268,7 @@ def write_root(storage: Storage, root: RootManifest) -> None:
         "table": root.table,
         "encoders": list(root.encoders),
     }
-    storage.write("zarr.json", group_metadata({"saffe_cache": content}))
+    write_attributes(storage, "", content)
 
 
 def existing_root(storage: Storage) -> RootManifest:
@@ -298,7 +300,7 @@ def zarr_codec(dtype: np.dtype) -> Any:
 
 
 @lru_cache(maxsize=256)
-def array_metadata(spec: ArraySpec, num_rows: int) -> bytes:
+def _array_metadata(spec: ArraySpec, num_rows: int) -> bytes:
     """The `zarr.json` of a growing array with `num_rows` rows, sharded."""
     attributes = {"encoding-type": "saffe-array", "encoding-version": FORMAT_VERSION, "dtype": spec.dtype}
     return zarr_json(
@@ -313,18 +315,56 @@ def array_metadata(spec: ArraySpec, num_rows: int) -> bytes:
     )
 
 
-def check_array_metadata(storage: Storage, name: str, spec: ArraySpec, num_rows: int) -> None:
-    """Check that other programs can find the rows that the manifest counts; this package needs only the manifest.
+@dataclass(frozen=True)
+class ArrayFiles:
+    """The files of one growing array: its shards, and its `zarr.json` for other programs."""
 
-    Raises:
-        CacheError: the array's `zarr.json` is missing or damaged, or states another layout or fewer rows.
-    """
-    found = storage.read_json(f"{name}/zarr.json")
-    expected = json.loads(array_metadata(spec, num_rows))
-    shape = found.get("shape")
-    if isinstance(shape, list) and shape and isinstance(shape[0], int) and shape[0] > num_rows:
-        expected["shape"][0] = shape[0]  # written for the final number of rows
-    fields = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
-    wrong = [field for field in fields if found.get(field) != expected[field]]
-    if wrong:
-        raise CacheError(f"{storage.root}: {name}/zarr.json misstates {' and '.join(wrong)}. {REPAIR_ADVICE}")
+    storage: Storage
+    key: str
+    """The encoder's."""
+    name: str
+    spec: ArraySpec
+
+    @property
+    def folder(self) -> str:
+        return f"{encoder_group(self.key)}/{self.name}"
+
+    def shard(self, index: int) -> str:
+        """The name of a shard's file."""
+        return f"{self.folder}/{shard_name(index, self.spec)}"
+
+    def read(self, index: int, entry: ShardEntry) -> np.ndarray:
+        """The rows of a shard, as `decode_shard` returns them.
+
+        Raises:
+            CacheError: the file is missing, truncated or damaged.
+        """
+        name = self.shard(index)
+        return decode_shard(self.spec, entry, self.storage.read(name), f"{self.storage.root}: {name}")
+
+    def write(self, index: int, *portions: np.ndarray) -> None:
+        """Write a shard of the rows of these portions; the manifest is not changed."""
+        self.storage.write(self.shard(index), *encode_shard(self.spec, *portions))
+
+    def write_metadata(self, num_rows: int) -> None:
+        """Write the `zarr.json` of an array with `num_rows` rows."""
+        if layers_among([self.name]):
+            mark_group(self.storage, f"{encoder_group(self.key)}/hidden_states")
+        self.storage.write(f"{self.folder}/zarr.json", _array_metadata(self.spec, num_rows))
+
+    def check_metadata(self, num_rows: int) -> None:
+        """Check that other programs can find the rows that the manifest counts; this package needs only the manifest.
+
+        Raises:
+            CacheError: the array's `zarr.json` is missing or damaged, or states another layout or fewer rows.
+        """
+        found = self.storage.read_json(f"{self.folder}/zarr.json")
+        expected = json.loads(_array_metadata(self.spec, num_rows))
+        shape = found.get("shape")
+        if isinstance(shape, list) and shape and isinstance(shape[0], int) and shape[0] > num_rows:
+            expected["shape"][0] = shape[0]  # written for the final number of rows
+        fields = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
+        wrong = [field for field in fields if found.get(field) != expected[field]]
+        if wrong:
+            root = self.storage.root
+            raise CacheError(f"{root}: {self.folder}/zarr.json misstates {' and '.join(wrong)}. {REPAIR_ADVICE}")

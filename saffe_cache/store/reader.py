@@ -23,12 +23,12 @@ from saffe_cache.core.features import (
 from saffe_cache.core.json_schema import made_of
 from saffe_cache.store.dtypes import Statistics, combine_statistics
 from saffe_cache.store.manifest import (
-    LANGUAGE_MODEL,
+    WEIGHTS,
+    ArrayFiles,
     EncoderManifest,
     RootManifest,
     encoder_group,
     existing_root,
-    language_model_group,
     read_encoder,
     read_root,
 )
@@ -37,6 +37,7 @@ from saffe_cache.store.storage import Storage, read_group
 from saffe_cache.store.table import read_table
 
 Read = TypeVar("Read")
+Spec = TypeVar("Spec", bound=BlockSpec | LanguageModelSpec)
 
 
 class EncoderCache:
@@ -61,8 +62,8 @@ class EncoderCache:
                 "Add it with saffe extract."
             )
         if name not in self._readers:
-            array, folder = self.manifest.arrays[name], f"{encoder_group(self.key)}/{name}"
-            self._readers[name] = RowReader(self._storage, folder, array.spec, array.shards)
+            array = self.manifest.arrays[name]
+            self._readers[name] = RowReader(ArrayFiles(self._storage, self.key, name, array.spec), array.shards)
         return self._readers[name]
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
@@ -149,9 +150,7 @@ class EncoderCache:
                 f"{self._storage.root}: {self.key} has no block {layer}; blocks are cached for {self.block_layers} "
                 f"(hidden_states[{self.manifest.num_layers}] is the last layer's output, which no block consumes)."
             )
-        name = f"{encoder_group(self.key)}/blocks/{layer}"
-        attributes, tensors = read_group(self._storage, name, "saffe-block")
-        return BlockWeights(spec_of(BlockSpec, attributes, f"{self._storage.root}: {name}"), tensors)
+        return BlockWeights(*self._read_weights(f"blocks/{layer}", BlockSpec))
 
     def language_model(self) -> LanguageModelWeights:
         """The parts of a language model that are not blocks.
@@ -163,14 +162,27 @@ class EncoderCache:
             raise CacheError(
                 f"{self._storage.root}: {self.key} is no language model. Add one: saffe extract --encoder text=gpt2"
             )
-        name = language_model_group(self.key)
-        attributes, tensors = read_group(self._storage, name, LANGUAGE_MODEL)
-        where = f"{self._storage.root}: {name}"
+        spec, tensors = self._read_weights("language_model", LanguageModelSpec)
         try:
             tokenizer = tensors.pop("tokenizer").tobytes().decode()
         except (KeyError, ValueError) as error:
+            where = f"{self._storage.root}: {encoder_group(self.key)}/language_model"
             raise CacheError(f"{where}: its tokenizer is missing or damaged ({error}). {REPAIR_ADVICE}") from None
-        return LanguageModelWeights(spec_of(LanguageModelSpec, attributes, where), tensors, tokenizer)
+        return LanguageModelWeights(spec, tensors, tokenizer)
+
+    @property
+    def weights(self) -> dict[str, type[BlockSpec | LanguageModelSpec]]:
+        """The kind of each group of weights, by its name below the encoder's group."""
+        kinds: dict[str, type[BlockSpec | LanguageModelSpec]]
+        kinds = {f"blocks/{layer}": BlockSpec for layer in self.block_layers}
+        if kinds and self.manifest.is_language_model:
+            kinds["language_model"] = LanguageModelSpec
+        return kinds
+
+    def _read_weights(self, name: str, kind: type[Spec]) -> tuple[Spec, dict[str, np.ndarray]]:
+        group = f"{encoder_group(self.key)}/{name}"
+        attributes, tensors = read_group(self._storage, group, WEIGHTS[kind])
+        return spec_of(kind, attributes, f"{self._storage.root}: {group}"), tensors
 
     def statistics(self, name: str) -> Statistics:
         """Mean, standard deviation and largest magnitude of an array, from a sample of its rows if it is large."""
@@ -186,7 +198,7 @@ def _ascends(offsets: np.ndarray) -> bool:
     return bool(offsets[0] == 0 and (np.diff(offsets) >= 0).all())
 
 
-def spec_of(kind: type[Read], attributes: Mapping[str, Any], where: str) -> Read:
+def spec_of(kind: type[Spec], attributes: Mapping[str, Any], where: str) -> Spec:
     """The spec in a group's attributes.
 
     Raises:

@@ -23,8 +23,8 @@ import numpy as np
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.store.dtypes import from_storage
-from saffe_cache.store.layout import ArraySpec, ShardEntry, check_rows, decode_shard, shard_name
-from saffe_cache.store.storage import Storage
+from saffe_cache.store.layout import ShardEntry, check_rows
+from saffe_cache.store.manifest import ArrayFiles
 
 _LONG_RUN_BYTES = 2**13
 """Runs of consecutive rows of this average size are copied one by one, which is faster than indexing all rows."""
@@ -39,10 +39,10 @@ _SPARE_BYTES, _MIN_SPARE = 2**28, 4
 class RowReader:
     """Rows of one array by number, for any thread. A random row of a local cache costs one memory-mapped read."""
 
-    def __init__(self, storage: Storage, folder: str, spec: ArraySpec, entries: Sequence[ShardEntry]) -> None:
+    def __init__(self, files: ArrayFiles, entries: Sequence[ShardEntry]) -> None:
         """`entries`: the manifest's entries of the array's shards."""
-        self._where, self._spec, self._num_rows = f"{storage.root}: {folder}", spec, sum(one.rows for one in entries)
-        self._shards = OpenShards(storage, folder, spec, entries)
+        self._files, self._spec, self._num_rows = files, files.spec, sum(one.rows for one in entries)
+        self._shards = OpenShards(files, entries)
 
     def __len__(self) -> int:
         return self._num_rows
@@ -133,8 +133,8 @@ class RowReader:
         beyond = rows[(rows < 0) | (rows >= len(self))]
         if len(beyond):
             raise CacheError(
-                f"{self._where} has {len(self)} rows, row {beyond[0]} was requested. "
-                "Run saffe extract again to complete it."
+                f"{self._files.storage.root}: {self._files.folder} has {len(self)} rows, row {beyond[0]} was "
+                "requested. Run saffe extract again to complete it."
             )
 
     def _copy_runs(self, runs: np.ndarray, shards: np.ndarray, within: np.ndarray, result: np.ndarray) -> None:
@@ -167,14 +167,14 @@ class _Mapped(NamedTuple):
 class OpenShards:
     """Shards by number, for any thread: [rows, numbers of a row]."""
 
-    def __init__(self, storage: Storage, folder: str, spec: ArraySpec, entries: Sequence[ShardEntry]) -> None:
-        self._storage, self._folder, self._spec, self._entries = storage, folder, spec, entries
+    def __init__(self, files: ArrayFiles, entries: Sequence[ShardEntry]) -> None:
+        self._files, self._storage, self._spec, self._entries = files, files.storage, files.spec, entries
         self._mapped: dict[int, _Mapped] = {}
         self._checked: set[int] = set()
         self._loaded: OrderedDict[int, Future[np.ndarray]] = OrderedDict()
         self._held: set[int] = set()
         self._lock = threading.Lock()
-        self._max_spare = max(_MIN_SPARE, _SPARE_BYTES // max(1, spec.shard_rows * spec.row_bytes))
+        self._max_spare = max(_MIN_SPARE, _SPARE_BYTES // max(1, files.spec.shard_rows * files.spec.row_bytes))
 
     @property
     def are_mapped(self) -> bool:
@@ -213,7 +213,7 @@ class OpenShards:
             return self._mapped[index]
 
     def _open(self, index: int) -> _Mapped:
-        spec, entry, name = self._spec, self._entries[index], self._name(index)
+        spec, entry, name = self._spec, self._entries[index], self._files.shard(index)
         path = self._storage.local_path(name)
         assert path is not None
         if not path.exists() or path.stat().st_size < spec.shard_file_bytes(entry.rows):
@@ -249,12 +249,8 @@ class OpenShards:
         return future
 
     def _fetch(self, index: int) -> np.ndarray:
-        entry, name = self._entries[index], self._name(index)
-        rows = decode_shard(self._spec, entry, self._storage.read(name), f"{self._storage.root}: {name}")
-        return rows.reshape(entry.rows, -1)
-
-    def _name(self, index: int) -> str:
-        return f"{self._folder}/{shard_name(index, self._spec)}"
+        entry = self._entries[index]
+        return self._files.read(index, entry).reshape(entry.rows, -1)
 
 
 @cache

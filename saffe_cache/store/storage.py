@@ -129,8 +129,13 @@ def group_metadata(attributes: Mapping[str, Any]) -> bytes:
     ).encode()
 
 
+def write_attributes(storage: Storage, name: str, attributes: Mapping[str, Any]) -> None:
+    """Write the `zarr.json` of a group with attributes below the key "saffe_cache". `name` "" is the root."""
+    storage.write(f"{name}/zarr.json".lstrip("/"), group_metadata({"saffe_cache": dict(attributes)}))
+
+
 def read_attributes(storage: Storage, name: str) -> dict[str, Any]:
-    """The attributes of a node below the key "saffe_cache", empty without that key. `name` "" is the root.
+    """The attributes that `write_attributes` wrote, empty without that key.
 
     Raises:
         CacheError: its `zarr.json` is missing or not a JSON object.
@@ -180,7 +185,7 @@ def write_group(storage: Storage, name: str, attributes: Mapping[str, Any], arra
         storage.write(f"{name}/{array_name}/zarr.json", _plain_metadata(array_name, values.shape, values.dtype.name))
         if values.size:
             storage.write(f"{name}/{array_name}/{_only_chunk(values.ndim)}", values.tobytes())
-    storage.write(f"{name}/zarr.json", group_metadata({"saffe_cache": dict(attributes)}))
+    write_attributes(storage, name, attributes)
 
 
 def read_group(storage: Storage, name: str, encoding_type: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
