@@ -38,7 +38,7 @@ from saffe_cache.store.storage import (
     zarr_json,
 )
 
-WEIGHTS: Mapping[type[BlockSpec | LanguageModelSpec], str] = {
+WEIGHTS: Mapping[type, str] = {
     BlockSpec: "saffe-block",
     LanguageModelSpec: "saffe-language-model",
 }
