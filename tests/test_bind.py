@@ -20,9 +20,9 @@ from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.binding import episodes
 from saffe_cache.studies.binding.bind import bind
 from saffe_cache.studies.binding.config import BindConfig
-from saffe_cache.studies.binding.episodes import Task, draw_episodes, judge_controls, summary
+from saffe_cache.studies.binding.episodes import Episodic, draw_episodes, judge_controls, summary
 from saffe_cache.studies.binding.names import NamePool, make_names
-from saffe_cache.studies.binding.result import PUBLISHED, BindingResult
+from saffe_cache.studies.binding.result import PUBLISHED, BindingResult, Task
 
 NUM_NAMES = 30
 
@@ -80,15 +80,15 @@ def test_ridge_start_equals_ridge_baseline(cache: str, tmp_path: Path, monkeypat
 def test_killed_run_resumes_and_finished_one_stays(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(cache, tmp_path / "killed", shots=(1, 2), head="mean")
     whole = result_of(replace(config_of(cache, tmp_path / "whole", shots=(1, 2), head="mean")))
-    measure, calls = episodes.measure, []
+    measure, calls = Episodic.measure, []
 
     def dying(*arguments: object) -> object:
-        calls.append(arguments[0])
+        calls.append(arguments[1])
         if len(calls) == 2:
             raise KeyboardInterrupt
         return measure(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("saffe_cache.studies.binding.bind.measure", dying)
+    monkeypatch.setattr(Episodic, "measure", dying)
     with pytest.raises(KeyboardInterrupt):
         bind(config)
     result = result_of(config)
@@ -182,8 +182,8 @@ def test_interval_and_failed_controls() -> None:
         value=0.5, low=pytest.approx(0.5 - 1.96 * deviation / 2), high=pytest.approx(0.5 + 1.96 * deviation / 2)
     )
     task = Task(ways=2, shots=1, queries=5)
-    assert failed(judge_controls(task, 0.5, {"shuffled": values, "blind": np.full(4, 0.5)})) == []
-    [failure] = failed(judge_controls(task, 0.5, {"shuffled": np.array([0.7, 0.71, 0.72])}))
+    assert failed(judge_controls(task, {"shuffled": values, "blind": np.full(4, 0.5)})) == []
+    [failure] = failed(judge_controls(task, {"shuffled": np.array([0.7, 0.71, 0.72])}))
     assert failure.startswith("2-way 1-shot, shuffled: accuracy is 71.00, expected 50.00 ± ")
 
 

@@ -18,16 +18,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from saffe_cache.core.controls import failed
 from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError
 from saffe_cache.extraction.reencode import past_extractions, reload_encoder
 from saffe_cache.inputs.feature_loader import summaries
-from saffe_cache.inputs.pairs import own_pairs, select_pairs
+from saffe_cache.inputs.pairs import Pairs, own_pairs, select_pairs
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.studies.binding.config import BindConfig
-from saffe_cache.studies.binding.episodes import Episodic, Photos, Task, measure
+from saffe_cache.studies.binding.episodes import Episodic, Photos
 from saffe_cache.studies.binding.names import (
     METRICS,
     NamePool,
@@ -37,7 +38,7 @@ from saffe_cache.studies.binding.names import (
     renamed_cache,
     run_scores,
 )
-from saffe_cache.studies.binding.result import BindingResult, FewShot, NamesReplaced, Replaced
+from saffe_cache.studies.binding.result import BindingResult, FewShot, NamesReplaced, Replaced, Task
 from saffe_cache.studies.harness import Study, run_study
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.resolve import resolve_run
@@ -56,34 +57,34 @@ def bind(config: BindConfig) -> str:
     cache = open_cache(config.cache)
     spec = resolve_run(_train_config(config, config.out, config.seed), cache)
     spec = replace(spec, shape=replace(spec.shape, dropout=0.0, maps_queries=False))
-    rows = {
-        name: _photo_rows(cache, spec, name, trains=name == config.train_split)
-        for name in (config.split, config.train_split)
-    }
-    spec = replace(spec, data=_fingerprint(cache, spec, rows))
-    return run_study("bind", config, spec, partial(_measure, config, cache, spec, rows), ignored=("text_encoder",))
+    pairs = {name: _pairs_of(config, cache, spec, name) for name in (config.split, config.train_split)}
+    spec = replace(spec, data=_fingerprint(cache, spec, pairs))
+    return run_study("bind", config, spec, partial(_measure, config, cache, spec, pairs), ignored=("text_encoder",))
 
 
-def _measure(config: BindConfig, cache: Cache, spec: RunSpec, rows: Mapping[str, _Rows], study: Study) -> BindingResult:
+def _measure(
+    config: BindConfig, cache: Cache, spec: RunSpec, pairs: Mapping[str, Pairs], study: Study
+) -> BindingResult:
     pool = _names(config, cache, spec, study.out)
     episodic = Episodic(config, spec.shape, unit_rows(pool.vectors), choose_device(config.device))
 
     @cached
     def photos(split: str) -> Photos:
-        return _read_photos(cache, spec, rows[split])
+        return _read_photos(cache, spec, pairs[split])
 
-    def setting(task: Task) -> FewShot:
-        return measure(task, photos(config.split), photos(config.train_split), episodic)
+    def measure(task: Task) -> FewShot:
+        return episodic.measure(task, photos(config.split), photos(config.train_split))
 
     tasks = [Task(ways=ways, shots=shots, queries=config.queries) for ways in config.ways for shots in config.shots]
-    settings = study.cells(FewShot, {f"{task.ways}-way-{task.shots}-shot": partial(setting, task) for task in tasks})
+    cells = {task.name.replace(" ", "-"): partial(measure, task) for task in tasks}
+    settings = tuple(study.cells(FewShot, cells).values())
     dataset = Path(config.cache).stem
     return BindingResult(
         title=config.title or dataset,
         dataset=dataset,
         split=config.split,
-        failures=tuple(failure for one in settings.values() for failure in one.failures),
-        settings=tuple(settings.values()),
+        failures=tuple(failed(verdict for one in settings for verdict in one.verdicts)),
+        settings=settings,
         names_replaced=tuple(_names_replaced(config, cache, pool, study)) if config.replaced_seeds else (),
         num_names=len(pool.names),
         example_names=pool.names[:5],
@@ -112,11 +113,7 @@ def _train_config(config: BindConfig, out: str, seed: int) -> TrainConfig:
     )
 
 
-_Rows = tuple[np.ndarray, np.ndarray]
-"""Rows of photos in their encoder's arrays, and their classes."""
-
-
-def _photo_rows(cache: Cache, spec: RunSpec, split: str, *, trains: bool) -> _Rows:
+def _pairs_of(config: BindConfig, cache: Cache, spec: RunSpec, split: str) -> Pairs:
     """The photos of a split that have exactly one class, each once; to train on, only those of no other split.
 
     Raises:
@@ -124,23 +121,23 @@ def _photo_rows(cache: Cache, spec: RunSpec, split: str, *, trains: bool) -> _Ro
     """
     gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
     pairs = select_pairs(cache.table, gallery, text, split, "classes")
-    if trains:
+    if split == config.train_split:
         pairs = own_pairs(cache.table, gallery.manifest.modality, split, pairs)
     has_one = np.diff(pairs.labels.offsets) == 1
     if not has_one.any():
         raise ValueError(
             f"split {split!r}: none of its {len(pairs)} photos has exactly one class. Use a cache of photos by class."
         )
-    return pairs.rows[has_one], pairs.labels.values[pairs.labels.offsets[:-1][has_one]]
+    return pairs.take(np.flatnonzero(has_one))
 
 
-def _fingerprint(cache: Cache, spec: RunSpec, rows: Mapping[str, _Rows]) -> str:
+def _fingerprint(cache: Cache, spec: RunSpec, pairs: Mapping[str, Pairs]) -> str:
     """Hash over the content of the photos, their classes and the classes' names."""
     hashes = cache.table.inputs[cache.encoders[spec.gallery_key].manifest.modality].content_hash
     digest = hashlib.sha256("\n".join(cache.table.class_names).encode("utf-8", "surrogatepass"))
-    for of_split, labels in rows.values():
-        digest.update(hashes[of_split].tobytes())
-        digest.update(labels.astype("<i8").tobytes())
+    for of_split in pairs.values():
+        digest.update(hashes[of_split.rows].tobytes())
+        digest.update(of_split.labels.values.astype("<i8").tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -174,15 +171,14 @@ def _names(config: BindConfig, cache: Cache, spec: RunSpec, out: Path) -> NamePo
     return pool
 
 
-def _read_photos(cache: Cache, spec: RunSpec, rows: _Rows) -> Photos:
+def _read_photos(cache: Cache, spec: RunSpec, pairs: Pairs) -> Photos:
     """Read them into memory."""
     gallery, layers = cache.encoders[spec.gallery_key], spec.gallery_layers
-    states = tuple(torch.from_numpy(state) for state in gallery.tokens(rows[0], layers).states)
-    pooled = summaries(gallery, rows[0], layers)
-    means = pooled
+    states = tuple(torch.from_numpy(state) for state in gallery.tokens(pairs.rows, layers).states)
+    pooled = means = summaries(gallery, pairs.rows, layers)
     if spec.shape.head == "mean":
         means = torch.cat([state.mean(dim=1, dtype=torch.float32) for state in states], dim=1).numpy()
-    return Photos(states, means, pooled, rows[1])
+    return Photos(states, means, pooled, pairs.labels.values)
 
 
 def _names_replaced(config: BindConfig, cache: Cache, pool: NamePool, study: Study) -> list[NamesReplaced]:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -92,6 +92,14 @@ def episodes_at_once(shape: FusionShape, photos: int, device: str) -> int:
     return max(1, _ACCELERATOR_BYTES // (of_weights + of_photos))
 
 
+def _of_each(function: Callable[..., Any], weights: Weights, states: Sequence[torch.Tensor], *others: Any) -> Any:
+    """A function of one episode's weights, states and more, applied to a stack; of a stack of one, that one's."""
+    if len(states[0]) > 1:
+        return vmap(function)(weights, list(states), *others)
+    only = {name: value[0] for name, value in weights.items()}
+    return function(only, [state[0] for state in states], *(one[0] for one in others))
+
+
 def photo_vectors(skeleton: FusionAlignModule, weights: Weights, states: Sequence[torch.Tensor]) -> torch.Tensor:
     """Unit vectors [episodes, photos, text_size] of P times [episodes, photos, tokens, d]."""
 
@@ -99,10 +107,8 @@ def photo_vectors(skeleton: FusionAlignModule, weights: Weights, states: Sequenc
         vectors: torch.Tensor = functional_call(skeleton, own, (photos,))
         return vectors
 
-    if len(states[0]) == 1:
-        return of_one(*_only(weights, states))[None]
-    stacked: torch.Tensor = vmap(of_one)(weights, list(states))
-    return stacked
+    vectors: torch.Tensor = _of_each(of_one, weights, states)
+    return vectors.view(*states[0].shape[:2], -1)
 
 
 def fit(
@@ -115,10 +121,10 @@ def fit(
     `max_epochs` are over. What becomes of an episode does not depend on the others of its batch.
     """
     ways, shots = support.states[0].shape[1:3]
-    steps = _steps(ways, shots)
-    optimizer = torch.optim.AdamW(
-        _groups(skeleton, weights, learning_rate), betas=(0.9, 0.98), fused=True
-    )  # one pass over the weights, not twelve
+    at_once = max(1, BATCH_PHOTOS // ways)
+    steps = [slice(start, start + at_once) for start in range(0, shots, at_once)]
+    groups = _groups(skeleton, weights, learning_rate)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)  # one pass over the weights, not twelve
     lowest = torch.full((len(support.names),), math.inf)
     stale = torch.zeros(len(lowest), dtype=torch.int64)
     is_open = torch.ones(len(lowest), dtype=torch.bool)
@@ -138,41 +144,23 @@ def fit(
             break
 
 
-def _only(weights: Weights, states: Sequence[torch.Tensor]) -> tuple[Weights, list[torch.Tensor]]:
-    """Weights and photos of the one episode of a stack."""
-    return {name: value[0] for name, value in weights.items()}, [state[0] for state in states]
-
-
-def _steps(ways: int, shots: int) -> list[slice]:
-    """Which shots each step of an epoch takes."""
-    at_once = max(1, BATCH_PHOTOS // ways)
-    return [slice(start, start + at_once) for start in range(0, shots, at_once)]
-
-
 def _step(
     skeleton: FusionAlignModule, weights: Weights, support: Support, shots: slice, optimizer: torch.optim.Optimizer
 ) -> torch.Tensor:
     """One update; the losses before it, [episodes]."""
     states = [state[:, :, shots].flatten(1, 2) for state in support.states]
-    ways = support.names.shape[1]
-    names = torch.arange(ways, device=support.names.device)
-    positives = names.repeat_interleave(states[0].shape[1] // ways)[:, None] == names
-    temperature = torch.tensor(TEMPERATURE, device=support.names.device)
+    ways, device = support.names.shape[1], support.names.device
+    positives = torch.eye(ways, dtype=torch.bool, device=device).repeat_interleave(states[0].shape[1] // ways, dim=0)
+    temperature = torch.tensor(TEMPERATURE, device=device)
 
     def loss_of_one(own: Weights, photos: list[torch.Tensor], named: torch.Tensor) -> torch.Tensor:
         return info_nce(functional_call(skeleton, own, (photos,)), named, positives, temperature)
 
-    if len(support.names) == 1:
-        own, photos = _only(weights, states)
-        own = {name: value.detach().requires_grad_() for name, value in own.items()}
-        losses = loss_of_one(own, photos, support.names[0])[None]
-        gradients = dict(zip(own, torch.autograd.grad(losses.sum(), list(own.values())), strict=True))
-    else:
-        gradients, losses = vmap(grad_and_value(loss_of_one))(weights, states, support.names)
+    gradients, losses = _of_each(grad_and_value(loss_of_one), weights, states, support.names)
     for name, value in weights.items():
         value.grad = gradients[name].view_as(value)
     optimizer.step()
-    return losses.detach().cpu()
+    return losses.detach().view(-1).cpu()  # type: ignore[no-any-return]
 
 
 def _groups(skeleton: FusionAlignModule, weights: Weights, learning_rate: float) -> list[dict[str, object]]:
@@ -228,13 +216,12 @@ def class_mean_accuracies(support: np.ndarray, queries: np.ndarray) -> np.ndarra
         support: features [episodes, ways, shots, in].
         queries: features [episodes, ways, queries, in].
     """
-    ways, shots, num_queries = *support.shape[1:3], queries.shape[2]
-    known, own = np.repeat(np.arange(ways), shots), np.repeat(np.arange(ways), num_queries)
-    found = []
+    ways, shots = support.shape[1:3]
+    labels, nearest = np.repeat(np.arange(ways), shots), []
     for learned, questions in zip(support, queries, strict=True):
-        means = fit_class_means(learned.reshape(ways * shots, -1), known, ways)
-        found.append((means(questions.reshape(ways * num_queries, -1)).argmax(axis=1) == own).mean())
-    return np.array(found)
+        means = fit_class_means(learned.reshape(ways * shots, -1), labels, ways)
+        nearest.append(means(questions.reshape(-1, questions.shape[-1])).argmax(axis=1))
+    return _share_own(np.array(nearest), ways)
 
 
 def name_accuracies(vectors: torch.Tensor, names: torch.Tensor) -> np.ndarray:
@@ -245,6 +232,10 @@ def name_accuracies(vectors: torch.Tensor, names: torch.Tensor) -> np.ndarray:
         names: unit vectors [episodes, ways, d].
     """
     nearest = (vectors @ names.transpose(1, 2)).argmax(dim=2)
-    ways = names.shape[1]
-    own = torch.arange(ways, device=names.device).repeat_interleave(vectors.shape[1] // ways)
-    return np.asarray((nearest == own).double().mean(dim=1).cpu())
+    return _share_own(nearest.cpu().numpy(), names.shape[1])
+
+
+def _share_own(nearest: np.ndarray, ways: int) -> np.ndarray:
+    """Share of the photos [episodes, ways * queries] whose nearest class is theirs, [episodes]."""
+    by_class = nearest.reshape(len(nearest), ways, -1)
+    return np.asarray((by_class == np.arange(ways)[:, None]).mean(axis=(1, 2)))

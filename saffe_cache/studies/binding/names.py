@@ -19,7 +19,7 @@ from saffe_cache.core.atomic_io import write_whole
 from saffe_cache.core.features import Inputs, Ragged
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.evaluation.baselines import log_odds
-from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries, summaries
+from saffe_cache.inputs.feature_loader import FeatureLoader, summaries
 from saffe_cache.inputs.pairs import select_pairs, training_pairs
 from saffe_cache.protocols.classes import ClassProtocol
 from saffe_cache.protocols.setting import Setting
@@ -151,10 +151,9 @@ def run_scores(run: str, cache: Cache, split: str, device: str) -> dict[str, flo
     """top1 and map of a run when class names search a split."""
     spec, model, _ = load_run(run, cache)
     inputs = FeatureLoader(cache, spec, device)
-    pairs = select_pairs(cache.table, inputs.gallery, inputs.text, split, "classes")
-    search = ClassProtocol(Setting(inputs, pairs))
-    model.to(device)
-    gallery, queries = encode_gallery(model, inputs, pairs.rows), encode_queries(model, search.queries.vectors, device)
+    setting = Setting(inputs, select_pairs(cache.table, inputs.gallery, inputs.text, split, "classes"))
+    search, model = ClassProtocol(setting), model.to(device)
+    gallery, queries = setting.gallery(model, setting.honest()), setting.queries(model, search.queries)
     scores = search.score_vectors(gallery, queries, intervals=False)
     return {metric: scores[metric].value for metric in METRICS}
 
@@ -165,7 +164,7 @@ def probe_scores(run: str, cache: Cache, split: str) -> tuple[dict[str, float], 
     gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
     training, validation, _ = training_pairs(spec, cache)
     reported = select_pairs(cache.table, gallery, text, split, "classes")
-    known, held, queries = (
+    known, held, asked = (
         summaries(gallery, pairs.rows, spec.gallery_layers) for pairs in (training, validation, reported)
     )
 
@@ -173,5 +172,5 @@ def probe_scores(run: str, cache: Cache, split: str) -> tuple[dict[str, float], 
         return candidate_scores(fit(held), validation.labels, intervals=False)["top1"].value
 
     probe = fit_linear_probe(known, training.labels.values, len(cache.table.class_names), judge)
-    scores = candidate_scores(log_odds(probe(queries)), reported.labels, intervals=False)
+    scores = candidate_scores(log_odds(probe(asked)), reported.labels, intervals=False)
     return {metric: scores[metric].value for metric in METRICS}, {metric: scores[metric].chance for metric in METRICS}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import ClassVar, NamedTuple
 
-from saffe_cache.core.controls import Control, failed
+from saffe_cache.core.controls import Control
 from saffe_cache.core.figures import Panel, SeriesPlot
 from saffe_cache.core.results import Estimate, Measurement, Section, series_of
 from saffe_cache.core.tables import ABSENT, Cell, Row, RowKind, Table, duration, percent
@@ -32,15 +33,25 @@ class Epochs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewShot:
-    """Episodes of one kind. A cell of the study."""
+class Task:
+    """What all episodes of a setting have in common."""
 
     ways: int
     """Classes."""
     shots: int
-    """Photos of each class to learn from."""
+    """Photos of each class to learn from, the support."""
     queries: int
     """Photos of each class to test on."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.ways}-way {self.shots}-shot"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShot(Task):
+    """Episodes of one kind. A cell of the study."""
+
     episodes: int
     chance: float
     systems: Mapping[str, Estimate]
@@ -53,14 +64,6 @@ class FewShot:
     chosen: Chosen
     epochs_to_convergence: Mapping[str, Epochs]
     """For each start of the FAM."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.ways}-way {self.shots}-shot"
-
-    @property
-    def failures(self) -> list[str]:
-        return failed(self.verdicts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +107,7 @@ class BindingResult(StudyResult):
                 yield Measurement.of(replaced.name, system, replaced.metric, over_seeds(values), chance)
 
     def sections(self) -> list[Section]:
-        by_ways = [
-            [one for one in self.settings if one.ways == ways]
-            for ways in dict.fromkeys(one.ways for one in self.settings)
-        ]
+        by_ways = groupby(self.settings, lambda one: one.ways)
         return [
             Section(
                 title=f"Names learned from a few photos: {self.title}",
@@ -115,7 +115,7 @@ class BindingResult(StudyResult):
                 facts=[("time", f"{duration(self.total_seconds)} for all cells")],
                 definitions=_DEFINITIONS,
                 tables=[
-                    *(_few_shot_table(settings) for settings in by_ways),
+                    *(_few_shot_table(list(settings)) for _, settings in by_ways),
                     *_replaced_tables(self.names_replaced),
                     *_published_tables(self.settings),
                 ],
