@@ -133,17 +133,10 @@ class EncodeOptions:
 def encode_options(config: ExtractConfig) -> EncodeOptions:
     """The options of a config, with defaults that depend on the machine."""
     on_gpu = choose_device(config.device) != "cpu"
-    return EncodeOptions(
-        storage=config.storage,
-        compression=config.compression,
-        pooled=config.pooled,
-        batch_tokens=config.batch_tokens or (32768 if on_gpu else 2048),
-        batch_size=config.batch_size,
-        workers=config.workers or max(4, num_cores()),
-        decode_in=config.decode_in,
-        shard_mb=config.shard_mb,
-        max_invalid=config.max_invalid,
-    )
+    options = {one.name: getattr(config, one.name) for one in fields(EncodeOptions)}
+    options["batch_tokens"] = config.batch_tokens or (32768 if on_gpu else 2048)
+    options["workers"] = config.workers or max(4, num_cores())
+    return EncodeOptions(**options)
 
 
 def config_from_json(content: Mapping[str, Any]) -> ExtractConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from saffe_cache.core.devices import choose_device
-from saffe_cache.core.features import CacheError, Inputs, ItemTable, Modality
+from saffe_cache.core.features import BlockWeights, CacheError, Inputs, ItemTable, LanguageModelWeights, Modality
 from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
 from saffe_cache.encoders.transfers import Converter
@@ -76,22 +76,27 @@ class Job:
     @property
     def num_bytes(self) -> int:
         """Final size of the encoder's group in bytes: shards, padded to whole chunks, and weights."""
-        weights = sum(values.nbytes for block in self.encoder.blocks.values() for values in block.tensors.values())
-        if self.encoder.language_model:
-            weights += sum(values.nbytes for values in self.encoder.language_model.tensors.values())
-        return weights + sum(_array_bytes(spec, rows) for spec, rows in self.arrays.values())
+        total = sum(tensor.nbytes for weights in self._weights for tensor in weights.tensors.values())
+        for spec, rows in self.arrays.values():
+            full, rest = divmod(rows, spec.shard_rows)
+            total += full * spec.shard_file_bytes(spec.shard_rows) + (spec.shard_file_bytes(rest) if rest else 0)
+        return total
 
     @property
     def num_files(self) -> int:
         """Final number of files of the encoder's group, with one metadata file per array."""
-        weights = sum(2 * len(block.tensors) + 1 for block in self.encoder.blocks.values())
-        if self.encoder.language_model:
-            weights += 2 * len(self.encoder.language_model.tensors) + 3
-        return weights + sum(1 + -(-rows // spec.shard_rows) for spec, rows in self.arrays.values())
+        weights = sum(2 * len(weights.tensors) + 1 for weights in self._weights)
+        tokenizer = 2 if self.encoder.language_model else 0
+        return weights + tokenizer + sum(1 + -(-rows // spec.shard_rows) for spec, rows in self.arrays.values())
+
+    @property
+    def _weights(self) -> list[BlockWeights | LanguageModelWeights]:
+        model = self.encoder.language_model
+        return [*self.encoder.blocks.values(), *([model] if model else [])]
 
     @property
     def block_rows(self) -> int:
-        """Inputs that are encoded and written together."""
+        """Inputs of a block, which are encoded and written together."""
         return block_rows(self.options, [spec for name, (spec, _) in self.arrays.items() if layers_among([name])])
 
     def rows_of(self, name: str) -> int:
@@ -106,9 +111,15 @@ class Job:
         """First row of input `number` in an array."""
         return int(self.offsets[number]) if self.offsets is not None and self.is_flat(name) else number
 
-    def blocks(self) -> Iterator[range]:
-        """The inputs that are encoded and stored together, in order."""
-        yield from cut_blocks(self.start, self.num_inputs, self.block_rows) if self.chosen is None else self.chosen
+    def blocks(self) -> Iterable[range]:
+        """The blocks to encode, in order."""
+        return cut_blocks(self.start, self.num_inputs, self.block_rows) if self.chosen is None else self.chosen
+
+    def select(self, names: Iterable[str]) -> None:
+        """Let the encoder compute only these arrays, and convert hidden states on its device."""
+        arrays = {name: self.arrays[name] for name in names}
+        vectors = any(name in self.encoder.vector_widths for name in arrays)
+        self.encoder.select(layers_among(arrays), vectors=vectors, converters=converters_of(arrays))
 
 
 def block_rows(options: EncodeOptions, states: Sequence[ArraySpec]) -> int:
@@ -133,21 +144,6 @@ def begin_blocks(first: int, finished: int, rows: int) -> int:
     """
     begin = first // rows * rows
     return max(begin, finished) if finished <= first else begin
-
-
-def wanted_inputs(table: ItemTable, modality: Modality) -> np.ndarray:
-    """bool [inputs]: whether an item refers to it. Texts are always available, and so always wanted."""
-    count = len(table.inputs[modality])
-    return np.ones(count, bool) if modality == "text" else np.isin(np.arange(count), table.rows[modality])
-
-
-def table_parts(table: ItemTable, modality: Modality) -> dict[str, Any]:
-    """A job's fields that the table decides."""
-    return {
-        "inputs": table.inputs[modality],
-        "is_wanted": wanted_inputs(table, modality),
-        "name_of": partial(table.name_of, modality),
-    }
 
 
 def encoder_request(config: ExtractConfig, modality: Modality) -> EncoderRequest:
@@ -180,16 +176,28 @@ def plan_job(storage: Storage, request: EncoderRequest, table: ItemTable, option
         CacheError: the cache stores its arrays in another type.
     """
     encoder = load_encoder(request)
-    job = Job(
-        encoder=encoder, manifest=_manifest(storage, encoder), options=options, **table_parts(table, request.modality)
-    )
-    if request.modality == "text":
-        tokenize(job)
+    job = new_job(encoder, _manifest(storage, encoder), options, table)
     job.arrays = _arrays(job)
     job.start = _first_input(job)
     if job.missing:
-        vectors = any(name in encoder.vector_widths for name in job.missing)
-        encoder.select(layers_among(job.missing), vectors=vectors, converters=converters_of(job.missing))
+        job.select(job.missing)
+    return job
+
+
+def new_job(encoder: FrozenEncoder, manifest: EncoderManifest, options: EncodeOptions, table: ItemTable) -> Job:
+    """A job for the inputs of a table, without arrays."""
+    modality = manifest.modality
+    inputs = table.inputs[modality]
+    is_wanted = np.ones(len(inputs), bool)  # texts are always available
+    if modality in table.rows:
+        is_wanted = np.isin(np.arange(len(inputs)), table.rows[modality])
+    name_of = partial(table.name_of, modality)
+    job = Job(encoder=encoder, manifest=manifest, options=options, inputs=inputs, is_wanted=is_wanted, name_of=name_of)
+    if modality == "text":
+        texts = inputs.texts or ()
+        job.token_ids = encoder.tokenize(texts)
+        job.num_truncated = encoder.count_truncated(texts, job.token_ids)
+        job.offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in job.token_ids])]).astype(np.int64)
     return job
 
 
@@ -197,19 +205,6 @@ def converters_of(arrays: Mapping[str, tuple[ArraySpec, int]]) -> dict[int, Conv
     """Converters to the storage types of the layers among some arrays; none for float32, which saves no copying."""
     types = {layer: arrays[f"hidden_states/{layer}"][0].dtype for layer in layers_among(arrays)}
     return {layer: partial(convert, dtype=dtype) for layer, dtype in types.items() if dtype != "float32"}
-
-
-def tokenize(job: Job) -> None:
-    """Tokenize the texts of a job."""
-    texts = job.inputs.texts or ()
-    job.token_ids = job.encoder.tokenize(texts)
-    job.num_truncated = job.encoder.count_truncated(texts, job.token_ids)
-    job.offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in job.token_ids])]).astype(np.int64)
-
-
-def _array_bytes(spec: ArraySpec, rows: int) -> int:
-    full, rest = divmod(rows, spec.shard_rows)
-    return full * spec.shard_file_bytes(spec.shard_rows) + (spec.shard_file_bytes(rest) if rest else 0)
 
 
 def seconds_per_input(job: Job) -> float:
@@ -257,11 +252,11 @@ def _arrays(job: Job) -> dict[str, tuple[ArraySpec, int]]:
         for name, width in job.encoder.vector_widths.items():
             names = (job.encoder.request.modality, f"{name}_dimension")
             wanted[name] = ArraySpec(
-                row_shape=(width,), dtype="float32", chunk_rows=rows, shard_rows=rows, dimension_names=names
+                row_shape=(width,), dtype="float32", dimension_names=names, chunk_rows=rows, shard_rows=rows
             )
     if job.offsets is not None:
         wanted["offsets"] = ArraySpec(
-            row_shape=(), dtype="int64", chunk_rows=2**17, shard_rows=2**17, dimension_names=("text_offset",)
+            row_shape=(), dtype="int64", dimension_names=("text_offset",), chunk_rows=2**17, shard_rows=2**17
         )
     for name, array in job.manifest.arrays.items():
         if name in wanted and array.spec.dtype != wanted[name].dtype:
@@ -291,12 +286,7 @@ def _state_specs(job: Job) -> dict[str, ArraySpec]:
     dtype = job.options.storage or next(iter(stored), DEFAULT_STORAGE)
     ones = {
         f"hidden_states/{layer}": ArraySpec(
-            row_shape=shape,
-            dtype=dtype,
-            chunk_rows=1,
-            shard_rows=1,
-            dimension_names=names,
-            compression=job.options.compression,
+            row_shape=shape, dtype=dtype, dimension_names=names, compression=job.options.compression
         )
         for layer, shape in shapes.items()
     }

@@ -17,17 +17,11 @@ from saffe_cache.core.features import CacheError, ItemTable
 from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
 from saffe_cache.extraction.config import ExtractConfig, config_from_json, encode_options
 from saffe_cache.extraction.encoding import encode_portions
-from saffe_cache.extraction.planning import (
-    Job,
-    begin_blocks,
-    block_rows,
-    converters_of,
-    cut_blocks,
-    encoder_request,
-)
+from saffe_cache.extraction.planning import Job, begin_blocks, block_rows, cut_blocks, encoder_request
 from saffe_cache.sources.items import Columns, Media, SourceItem
 from saffe_cache.sources.registry import read_named_items
 from saffe_cache.store.dtypes import to_storage
+from saffe_cache.store.inspect import Damage
 from saffe_cache.store.layout import ArraySpec, ShardEntry, describe_shard
 from saffe_cache.store.manifest import EncoderManifest, layers_among
 
@@ -73,9 +67,8 @@ def past_extractions(manifest: EncoderManifest, device: str | None = None) -> li
         config = replace(config, device=device or config.device)
         names = (inputs_in.keys() | _requested(config, manifest)) & manifest.arrays.keys()
         first_new = {name: inputs_in.get(name, 0) for name in names if inputs_in.get(name, 0) < stop}
-        rows = block_rows(
-            encode_options(config), [manifest.arrays[name].spec for name in names if layers_among([name])]
-        )
+        states = [manifest.arrays[f"hidden_states/{layer}"].spec for layer in layers_among(names)]
+        rows = block_rows(encode_options(config), states)
         encoded = [first for name, first in first_new.items() if name != "offsets"]
         start = begin_blocks(min(encoded, default=stop), finished, rows)
         found.append(PastExtraction(config=config, first_new=first_new, start=start, stop=stop, block_rows=rows))
@@ -126,10 +119,9 @@ def reload_encoder(
 
 @dataclass(kw_only=True, eq=False)
 class LostShard:
-    """A shard of hidden states or vectors, and its rows that were encoded again."""
+    """A damaged shard of hidden states or vectors, and its rows that were encoded again."""
 
-    array: str
-    index: int
+    damage: Damage
     spec: ArraySpec
     entry: ShardEntry
     inputs: range
@@ -140,12 +132,16 @@ class LostShard:
     """Reason for each input that could not be encoded."""
 
     @property
+    def array(self) -> str:
+        return self.damage.array
+
+    @property
     def is_complete(self) -> bool:
         return self.num_added == self.entry.rows
 
     def add(self, first: int, rows: np.ndarray) -> None:
         """Add rows of the array, starting with row `first`; rows of other shards are ignored."""
-        begin = self.index * self.spec.shard_rows
+        begin = self.damage.index * self.spec.shard_rows
         start, stop = max(first, begin), min(first + len(rows), begin + self.entry.rows)
         if start < stop:
             if self.rows is None:
@@ -154,15 +150,15 @@ class LostShard:
             self.num_added += stop - start
 
 
-def lost_shard(job: Job, name: str, index: int) -> LostShard:
-    """A shard of a job's array without rows."""
-    array = job.manifest.arrays[name]
-    entry, begin = array.shards[index], index * array.spec.shard_rows
+def lost_shard(job: Job, damage: Damage) -> LostShard:
+    """A damaged shard of a job's array, without rows."""
+    array = job.manifest.arrays[damage.array]
+    entry, begin = array.shards[damage.index], damage.index * array.spec.shard_rows
     inputs = range(begin, begin + entry.rows)
-    if job.offsets is not None and job.is_flat(name):
+    if job.offsets is not None and job.is_flat(damage.array):
         first = int(np.searchsorted(job.offsets, begin, side="right")) - 1
         inputs = range(first, int(np.searchsorted(job.offsets, inputs.stop, side="left")))
-    return LostShard(array=name, index=index, spec=array.spec, entry=entry, inputs=inputs)
+    return LostShard(damage=damage, spec=array.spec, entry=entry, inputs=inputs)
 
 
 def offset_rows(job: Job, index: int) -> np.ndarray:
@@ -198,17 +194,12 @@ def encode_lost(
     """
     for extraction in past:
         pending = [shard for shard in lost if extraction.inputs_of(shard.array, shard.inputs)]
-        names = {shard.array for shard in pending}
         blocks = {block for shard in pending for block in extraction.blocks_of(shard.array, shard.inputs)}
         if not pending:
             continue
         job.options, job.chosen = encode_options(extraction.config), sorted(blocks, key=lambda block: block.start)
-        job.encoder.select(
-            layers_among(names),
-            vectors=any(name in job.encoder.vector_widths for name in names),
-            converters=converters_of({name: job.arrays[name] for name in names}),
-        )
-        specs = {name: job.manifest.arrays[name].spec for name in names}
+        specs = {shard.array: shard.spec for shard in pending}
+        job.select(specs)
         with closing(encode_portions(job, media, specs)) as portions:
             for portion in portions:
                 for shard in pending:
@@ -228,45 +219,31 @@ class SourceFiles:
         self, job: Job, table: ItemTable, places: Iterable[tuple[str, Columns]], inputs: Collection[int]
     ) -> None:
         """`places`: datasets and columns that may contain the files; other inputs' files are not read."""
-        self._job = job
+        self._job, self._modality = job, job.manifest.modality
         self.media: dict[bytes, Media] = {}
         """By content hash."""
-        self._ids: dict[int, str] = {}
         self._found: dict[str, SourceItem] = {}
         self._failures: list[str] = []
-        modality = job.manifest.modality
-        if modality == "text" or not inputs:
-            return
-        ids = set()
-        for item, row in zip(table.ids, table.rows[modality].tolist(), strict=True):
-            if row in inputs:
-                ids.add(item)
-                self._ids.setdefault(row, item)
-        for data, columns in places:
+        rows = table.rows.get(self._modality, ())
+        ids = {item for item, row in zip(table.ids, rows, strict=False) if int(row) in inputs}
+        for data, columns in places if ids else ():
             try:
                 found = read_named_items(data, columns, ids)
             except (ValueError, OSError) as error:
                 self._failures.append(str(error))
                 continue
             self._found |= {item.id: item for item in found}
-            self.media |= {item.hashes[modality]: item.media[modality] for item in found if modality in item.hashes}
+            self.media |= {one.hashes[self._modality]: one.media[self._modality] for one in found if one.hashes}
 
     def absent(self, inputs: range) -> list[str]:
         """Which inputs cannot be encoded again, and why; unused and invalid inputs need not be."""
         job = self._job
-        if job.offsets is not None:
-            return []
-        return [
-            f"{self._ids[row]}: {self._why(self._ids[row])}"
-            for row in inputs
-            if job.is_wanted[row]
-            and row not in job.manifest.invalid
-            and job.inputs.content_hash[row].tobytes() not in self.media
-        ]
+        rows = [row for row in inputs if job.is_wanted[row] and row not in job.manifest.invalid]
+        lost = [job.name_of(row) for row in rows if job.inputs.content_hash[row].tobytes() not in self.media]
+        return [f"{item}: {self._why(item)}" for item in lost] if job.offsets is None else []
 
     def _why(self, item_id: str) -> str:
         item = self._found.get(item_id)
         if item is None:
             return " ".join(self._failures) or "it is no longer in the data"
-        has_changed = self._job.manifest.modality in item.hashes
-        return "the file has changed since it was extracted" if has_changed else item.problem
+        return "the file has changed since it was extracted" if self._modality in item.hashes else item.problem

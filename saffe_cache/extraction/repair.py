@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from saffe_cache.core.features import MODALITIES, CacheError, ItemTable
 from saffe_cache.core.options import require
 from saffe_cache.core.outputs import provenance
-from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.extraction.config import RepairConfig, encode_options
-from saffe_cache.extraction.planning import Job, table_parts, tokenize
+from saffe_cache.extraction.planning import Job, new_job
 from saffe_cache.extraction.reencode import (
     LostShard,
     PastExtraction,
@@ -39,6 +38,16 @@ from saffe_cache.store.table import read_table
 from saffe_cache.store.writer import write_weights
 
 _NUM_NAMED = 3
+_NO_ROWS = "no data tell the rows of its inputs. Restore tables/ from a copy, or extract into a new cache."
+_NO_TABLE = "the item table, which lists its inputs, is damaged. Restore the table first."
+_NO_MANIFEST = (
+    "only the manifest lists the valid rows. Restore its zarr.json from a copy, or extract this encoder into a new "
+    "cache."
+)
+_UNFINISHED = (
+    "its extraction is unfinished, so the manifest does not say where data and encoder are. Finish it with saffe "
+    "extract, then repair again."
+)
 
 
 @dataclass(kw_only=True)
@@ -53,6 +62,12 @@ class RepairReport:
     """Parts restored with rounding differences."""
     left: list[str] = field(default_factory=list)
     """Parts that are still damaged."""
+
+    def restore(self, place: str) -> None:
+        self.restored.append(f"{place}: restored, byte for byte")
+
+    def leave(self, damage: Damage, why: str) -> None:
+        self.left.append(f"{damage.place}: damaged and not repaired: {why}")
 
     @property
     def exit_status(self) -> int:
@@ -86,18 +101,13 @@ def repair(config: RepairConfig) -> RepairReport:
         num_shards, damage = find_damage(storage)
         report = RepairReport(num_shards=num_shards)
         if any(one.part == "table" for one in damage):
-            report.left += [f"{one.place}: damaged and not repaired: {_why_left(one)}" for one in damage]
+            for one in damage:
+                report.leave(one, _NO_ROWS if one.part == "table" else _NO_TABLE)
             return report
         table = read_table(storage, f"tables/{existing_root(storage).table}")
         for key in dict.fromkeys(one.encoder for one in damage):
             _EncoderRepair(storage, table, config, report, [one for one in damage if one.encoder == key]).run()
     return report
-
-
-def _why_left(damage: Damage) -> str:
-    if damage.part == "table":
-        return "no data tell the rows of its inputs. Restore tables/ from a copy, or extract into a new cache."
-    return "the item table, which lists its inputs, is damaged. Restore the table first."
 
 
 class _EncoderRepair:
@@ -109,15 +119,12 @@ class _EncoderRepair:
         self._storage, self._table, self._config, self._report = storage, table, config, report
         self._damage, self._key = damage, damage[0].encoder
         self._rounded: list[str] = []
+        """Shards whose checksum differs from that of the extraction, for the manifest's history."""
 
     def run(self) -> None:
         """Repair each part from the manifest, its own bytes, the encoder, or the encoder and the data."""
         if self._damage[0].part == "manifest":
-            self._leave(
-                self._damage[0],
-                "only the manifest lists the valid rows. Restore its zarr.json from a copy, or extract this encoder "
-                "into a new cache.",
-            )
+            self._report.leave(self._damage[0], _NO_MANIFEST)
             return
         self._manifest = read_encoder(self._storage, self._key)
         harder = [one for one in self._damage if not self._repair_from_cache(one)]
@@ -125,24 +132,13 @@ class _EncoderRepair:
             return
         try:
             past = past_extractions(self._manifest, self._config.device)
-            encoder = self._load_encoder(past)
-            self._job = self._plan(encoder, past)
+            self._job = self._plan(past)
         except (CacheError, ValueError, TypeError, ImportError, OSError) as error:
             for one in harder:
-                self._leave(one, str(error))
+                self._report.leave(one, str(error))
             return
-        if any(one.part == "language_model" for one in harder):
-            assert encoder.language_model is not None
-            write_weights(self._storage, self._key, "language_model", encoder.language_model)
-            self._restored(f"{self._key}: language_model")
-        self._repair_blocks([one.index for one in harder if one.part == "block"])
+        self._repair_weights([one for one in harder if one.part in ("block", "language_model")])
         self._repair_shards([one for one in harder if one.part == "shard"], past)
-
-    def _leave(self, damage: Damage, why: str) -> None:
-        self._report.left.append(f"{damage.place}: damaged and not repaired: {why}")
-
-    def _restored(self, place: str) -> None:
-        self._report.restored.append(f"{place}: restored, byte for byte")
 
     def _repair_from_cache(self, damage: Damage) -> bool:
         """Repair an array's `zarr.json`, or a shard of which only the index is damaged; False if more is needed."""
@@ -160,114 +156,95 @@ class _EncoderRepair:
             files.write(damage.index, rows)
         else:
             return False
-        self._restored(damage.place)
+        self._report.restore(damage.place)
         return True
 
     def _files(self, damage: Damage) -> ArrayFiles:
         return ArrayFiles(self._storage, self._key, damage.array, self._manifest.arrays[damage.array].spec)
 
-    def _load_encoder(self, past: Sequence[PastExtraction]) -> FrozenEncoder:
-        """Load the encoder that the cache was made with.
+    def _plan(self, past: Sequence[PastExtraction]) -> Job:
+        """A job with the encoder that the cache was made with.
 
         Raises:
-            ValueError: it is unavailable.
-            CacheError: it is another encoder, or the manifest does not name it.
+            ValueError: the encoder is unavailable.
+            CacheError: it is another encoder, the manifest does not name it, or its tokenizer gives other tokens.
         """
         manifest, modality = self._manifest, self._manifest.modality
         if not past:
-            raise CacheError(
-                "its extraction is unfinished, so the manifest does not say where data and encoder are. Finish it with "
-                "saffe extract, then repair again."
-            )
+            raise CacheError(_UNFINISHED)
         moved = self._config.encoder.get(self._key) or self._config.encoder.get(modality)
-        return reload_encoder(manifest, past, moved, f"--encoder {modality}=…")
-
-    def _plan(self, encoder: FrozenEncoder, past: Sequence[PastExtraction]) -> Job:
-        """
-        Raises:
-            CacheError: the tokenizer gives other tokens than before.
-        """
-        modality = self._manifest.modality
-        job = Job(
-            encoder=encoder,
-            manifest=self._manifest,
-            options=encode_options(past[-1].config),
-            **table_parts(self._table, modality),
-            arrays={name: (array.spec, array.rows) for name, array in self._manifest.arrays.items()},
-        )
+        encoder = reload_encoder(manifest, past, moved, f"--encoder {modality}=…")
+        job = new_job(encoder, manifest, encode_options(past[-1].config), self._table)
+        job.arrays = {name: (array.spec, array.rows) for name, array in manifest.arrays.items()}
         if modality == "text":
-            tokenize(job)
             check_tokens(job)
         return job
 
-    def _repair_blocks(self, layers: Sequence[int]) -> None:
+    def _repair_weights(self, damage: Sequence[Damage]) -> None:
+        encoder = self._job.encoder
+        layers = [one.index for one in damage if one.part == "block"]
         if layers:
-            self._job.encoder.select(layers, vectors=False)
-            blocks = self._job.encoder.blocks
-            for layer in layers:
-                write_weights(self._storage, self._key, f"blocks/{layer}", blocks[layer])
-                self._restored(f"{self._key}: block {layer}")
+            encoder.select(layers, vectors=False)
+        for one in damage:
+            is_block = one.part == "block"
+            weights = encoder.blocks[one.index] if is_block else encoder.language_model
+            assert weights is not None
+            write_weights(self._storage, self._key, f"blocks/{one.index}" if is_block else one.part, weights)
+            self._report.restore(one.place)
 
     def _repair_shards(self, damage: Sequence[Damage], past: Sequence[PastExtraction]) -> None:
-        job = self._job
-        places: dict[LostShard, Damage] = {}
+        job, shards = self._job, []
         for one in damage:
             if one.array == "offsets":
                 self._files(one).write(one.index, offset_rows(job, one.index))
-                self._restored(one.place)
+                self._report.restore(one.place)
             else:
-                places[lost_shard(job, one.array, one.index)] = one
+                shards.append(lost_shard(job, one))
         needed = {
             row
-            for shard in places
+            for shard in shards
             for extraction in past
             for block in extraction.blocks_of(shard.array, shard.inputs)
             for row in block
         }
         sources = SourceFiles(job, self._table, _places(self._config, past), needed)
         lost = []
-        for shard, one in places.items():
+        for shard in shards:
             if sum(len(extraction.inputs_of(shard.array, shard.inputs)) for extraction in past) < len(shard.inputs):
-                self._leave(
-                    one,
-                    "its extraction is unfinished, so the manifest does not say where its data are. Finish it with "
-                    "saffe extract, then repair again.",
-                )
+                self._report.leave(shard.damage, _UNFINISHED)
             elif absent := sources.absent(shard.inputs):
-                self._leave(one, f"{_some(absent)}. Name the data that it was made from with --data.")
+                self._report.leave(shard.damage, f"{_some(absent)}. Name the data that it was made from with --data.")
             else:
                 lost.append(shard)
         for shard in encode_lost(job, lost, past, sources.media):
-            self._store(shard, places[shard])
+            self._store(shard)
 
-    def _store(self, shard: LostShard, damage: Damage) -> None:
-        manifest, rows, shard.rows = self._manifest, shard.rows, None
+    def _store(self, shard: LostShard) -> None:
+        manifest, damage, rows, shard.rows = self._manifest, shard.damage, shard.rows, None
         assert rows is not None
         invalid = {row: why for row, why in shard.unreadable.items() if row not in manifest.invalid}
         broken = [f"input {row}: {why}" for row, why in invalid.items() if self._job.is_wanted[row]]
         if broken:
-            self._leave(damage, f"{_some(broken)}. It was readable during extraction: use the same library versions.")
+            self._report.leave(
+                damage, f"{_some(broken)}. It was readable during extraction: use the same library versions."
+            )
             return
-        self._files(damage).write(shard.index, rows)
+        self._files(damage).write(damage.index, rows)
         entry = describe_shard(shard.spec, rows)
         if entry.crc32c == shard.entry.crc32c:
-            self._restored(damage.place)
-        else:
-            manifest.arrays[shard.array].shards[shard.index] = entry
-            manifest.invalid |= invalid
-            self._note(damage.place)
-            write_encoder(self._storage, manifest)
-            gone = f"; {len(invalid)} unused inputs were lost with their files" if invalid else ""
-            self._report.rounded.append(
-                f"{damage.place}: restored within rounding, not byte for byte: its checksum is now {entry.crc32c}, "
-                f"was {shard.entry.crc32c}{gone}"
-            )
-
-    def _note(self, place: str) -> None:
-        """Record in the manifest's history that a checksum differs from that of the extraction."""
+            self._report.restore(damage.place)
+            return
+        manifest.arrays[shard.array].shards[damage.index] = entry
+        manifest.invalid |= invalid
         if not self._rounded:
-            self._manifest.history.append({**provenance(self._config), "repaired": self._rounded})
-        self._rounded.append(place)
+            manifest.history.append({**provenance(self._config), "repaired": self._rounded})
+        self._rounded.append(damage.place)
+        write_encoder(self._storage, manifest)
+        gone = f"; {len(invalid)} unused inputs were lost with their files" if invalid else ""
+        self._report.rounded.append(
+            f"{damage.place}: restored within rounding, not byte for byte: its checksum is now {entry.crc32c}, "
+            f"was {shard.entry.crc32c}{gone}"
+        )
 
 
 def _places(config: RepairConfig, past: Sequence[PastExtraction]) -> list[tuple[str, Columns]]:

@@ -49,8 +49,8 @@ class ArraySpec:
     """Shape of one row, in numbers."""
     dtype: str
     """int64, or a storage type of dtypes.py."""
-    chunk_rows: int
-    shard_rows: int
+    chunk_rows: int = 1
+    shard_rows: int = 1
     """A multiple of `chunk_rows`."""
     dimension_names: tuple[str, ...]
     compression: Compression = "none"
