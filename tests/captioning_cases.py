@@ -34,8 +34,7 @@ def source_of(cache: str, layer: int, grid: int = GRID) -> CaptionSource:
 
 
 def model_of(cache: str, layer: int) -> InsertedModel:
-    text = open_cache(cache).encoder("text")
-    return InsertedModel(text.language_model(), [text.block(number) for number in range(NUM_LAYERS)], layer)
+    return source_of(cache, layer).model
 
 
 def projector_of(scale: float = 1.0) -> Projector:

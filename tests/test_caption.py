@@ -23,9 +23,9 @@ from saffe_cache.inputs.spec import SplitOptions
 from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.captioning import caption as verb
 from saffe_cache.studies.captioning.caption import caption
-from saffe_cache.studies.captioning.captions import caption_losses, fit_projector, project, shuffled_batches
+from saffe_cache.studies.captioning.captions import Measured, caption_losses, fit_projector, shuffled_batches
 from saffe_cache.studies.captioning.config import CaptionConfig
-from saffe_cache.studies.captioning.measuring import Measured, Measuring, count_cost, judge_controls
+from saffe_cache.studies.captioning.measuring import Measuring, count_cost, judge_controls
 from saffe_cache.studies.captioning.result import SYSTEMS, CaptionResult
 
 Models = Callable[[str], Path]
@@ -46,7 +46,7 @@ def parts_of(cache: str, seed: int = 0) -> tuple[Pairs, Pairs, Pairs]:
 
 
 def measuring_of(cache: str, layer: int = 1) -> Measuring:
-    return Measuring(source_of(cache, layer), model_of(cache, layer), projector_of(), parts_of(cache)[2], seed=0)
+    return Measuring(source_of(cache, layer), projector_of(), parts_of(cache)[2], seed=0)
 
 
 def test_no_photo_is_in_two_parts(cache: str) -> None:
@@ -58,17 +58,18 @@ def test_no_photo_is_in_two_parts(cache: str) -> None:
 def test_projector_learns_and_best_epoch_is_kept(cache: str) -> None:
     training, validation, _ = parts_of(cache)
     config = config_of(cache, Path("unused"), epochs=6, learning_rate=0.02, weight_decay=0.0, seed=1)
-    source, model = source_of(cache, 1), model_of(cache, 1)
+    source = source_of(cache, 1)
+    model = source.model
     frozen = {name: value.clone() for name, value in model.state_dict().items()}
-    projector, found = fit_projector(source, model, training, validation, config)
-    assert fit_projector(source, model, training, validation, config)[1].log == found.log
+    projector, found = fit_projector(source, training, validation, config)
+    assert fit_projector(source, training, validation, config)[1].log == found.log
     log = found.log
     assert log[-1].training < log[1].training - 0.1  # type: ignore[operator]
     losses = [one.validation for one in log]
     assert losses[found.best_epoch] == min(losses)
     with torch.no_grad():
         captions = source.captions(validation.texts.values[validation.texts.offsets[:-1]])
-        photos = project(source, projector, validation.rows)
+        photos = projector(source.photo_tokens(validation.rows))
         again = caption_losses(model, captions, photos).sum() / captions.is_target.sum()
     assert float(again) == pytest.approx(min(losses), abs=1e-5)
     assert all(torch.equal(value, frozen[name]) for name, value in model.state_dict().items())
@@ -108,9 +109,9 @@ def test_losses_equal_transformers_and_a_plain_loop(cache: str, tiny_model: Mode
             with torch.no_grad():
                 totals["plain_model"] += float(gpt2(tokens, labels=tokens).loss) * (len(ids[row]) - 1)
                 for name, photo in (("photo", number), ("photos_shuffled", measuring.other[number])):
-                    projected = project(source, measuring.projector, pairs.rows[[photo]])
+                    projected = measuring.projector(source.photo_tokens(pairs.rows[[photo]]))
                     captions = source.captions(np.array([row]))
-                    totals[name] += float(caption_losses(measuring.model, captions, projected))
+                    totals[name] += float(caption_losses(source.model, captions, projected))
             totals["unigram"] -= sum(np.log(counts[token] / sum(counts.values())) for token in ids[row][1:])
     for name, total in totals.items():
         assert found[name].value == pytest.approx(total / said, abs=1e-4), name
@@ -142,12 +143,13 @@ def test_own_captions_are_found_with_knowledge_or_by_chance(cache: str, monkeypa
         zip(measuring.pairs.texts.values[measuring.pairs.texts.offsets[:-1]], measuring.pairs.rows, strict=True)
     )
 
-    def knows(texts: np.ndarray, photos: np.ndarray) -> Measured:
+    def knows(texts: np.ndarray, photos: np.ndarray | None = None) -> Measured:
+        if photos is None:
+            return Measured(np.full(len(texts), 3.0), texts)
         right = np.array([owner[text] == photo for text, photo in zip(texts, photos, strict=True)])
         return Measured(np.where(right, 1.0, 2.0), np.ones(len(texts)))
 
-    monkeypatch.setattr(measuring, "_with_photos", knows)
-    monkeypatch.setattr(measuring, "_without", lambda texts: Measured(np.full(len(texts), 3.0), texts))
+    monkeypatch.setattr(measuring, "losses", knows)
     found = measuring.own_captions(4)
     assert {name: one.value for name, one in found.items()} == {
         "photo, by loss": 1.0,
@@ -156,9 +158,11 @@ def test_own_captions_are_found_with_knowledge_or_by_chance(cache: str, monkeypa
         "photos_shuffled, by gain": 0.0,
     }
     generator = np.random.default_rng(0)
-    monkeypatch.setattr(
-        measuring, "_with_photos", lambda texts, _: Measured(generator.random(len(texts)), np.ones(len(texts)))
-    )
+
+    def guesses(texts: np.ndarray, photos: np.ndarray | None = None) -> Measured:
+        return knows(texts) if photos is None else Measured(generator.random(len(texts)), np.ones(len(texts)))
+
+    monkeypatch.setattr(measuring, "losses", guesses)
     values = [measuring.own_captions(4)["photo, by gain"].value for _ in range(30)]
     assert np.mean(values) == pytest.approx(0.2, abs=0.1)
 

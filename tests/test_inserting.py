@@ -14,7 +14,7 @@ from captioning_cases import GRID, PHOTO_TOKENS, captioned_cache, model_of, proj
 from tiny_models import NUM_LAYERS, assert_rounded, rand
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.studies.captioning.captions import caption_losses, num_targets
+from saffe_cache.studies.captioning.captions import caption_losses
 from saffe_cache.studies.captioning.inserting import (
     Decoding,
     Projector,
@@ -63,13 +63,13 @@ def test_without_photo_tokens_it_is_the_plain_model(layer: int, cache: str, gpt2
     of_torch = load_gpt2(tiny_model, attn_implementation="sdpa", activation_function="gelu_pytorch_tanh")
     for photos in (None, torch.zeros(len(rows), 0, 32)):
         assert torch.equal(model.logits(model(model.text_states(ids, 0), photos))[mask], of_torch(ids).logits[mask])
-    captions = source.plain_captions(rows, model)
+    captions = source.captions(rows, plain=True)
     logits = model.logits(model(captions.states, None))
     assert_rounded(logits[captions.is_target], gpt2(ids).logits[:, :-1][captions.is_target])
     behind = gpt2(ids, position_ids=torch.arange(PHOTO_TOKENS, PHOTO_TOKENS + ids.shape[1])[None]).logits[:, :-1]
     captions = source.captions(rows)
     assert_rounded(model.logits(model(captions.states, None))[captions.is_target], behind[captions.is_target])
-    assert int(num_targets(captions).sum()) == int(mask.sum()) - len(rows)
+    assert int(captions.num_targets.sum()) == int(mask.sum()) - len(rows)
     model, written_out = model.double(), load_gpt2(tiny_model, attn_implementation="eager").double()
     logits = model.logits(model(model.text_states(ids, 0), None))[mask]
     torch.testing.assert_close(logits, written_out(ids).logits[mask], atol=1e-13, rtol=0)
@@ -89,7 +89,7 @@ def test_layer_0_is_prepending(cache: str, gpt2: Any) -> None:
     scores = model.logits(model(captions.states, photos))
     assert_rounded(scores[captions.is_target], output.logits[:, PHOTO_TOKENS:-1][captions.is_target])
     losses = caption_losses(model, captions, photos)
-    assert_rounded(losses.sum() / num_targets(captions).sum(), output.loss)
+    assert_rounded(losses.sum() / captions.num_targets.sum(), output.loss)
 
 
 @every_layer
@@ -125,7 +125,7 @@ def test_photos_change_scores_and_nothing_below_their_layer(layer: int, cache: s
     for order in ((0, 1), (1, 0)):
         decoding = Decoding(model, photos[list(order)])
         scores = decoding.extend(source.token_ids(rows)[0][:, :3])
-        held = [one for one in decoding._lower if one is not None]
+        held = [one for one in decoding.past[:layer] if one is not None]
         seen.append([*(keys for keys, _ in held), scores])
     assert len(seen[0]) == layer + 1
     for before, after in zip(seen[0][:-1], seen[1][:-1], strict=True):
@@ -155,7 +155,8 @@ def test_greedy_captions_equal_those_without_a_key_value_cache(layer: int, cache
     decoding = Decoding(model, photos)
     decoding.extend(torch.full((4, 2), 3))
     decoding.extend(torch.full((4, 1), 5))
-    assert decoding.lengths == (3,) * layer + (3 + PHOTO_TOKENS,) * (NUM_LAYERS - layer)
+    lengths = [keys.shape[2] for keys, _ in filter(None, decoding.past)]
+    assert lengths == [3] * layer + [3 + PHOTO_TOKENS] * (NUM_LAYERS - layer)
 
 
 def test_gradients_reach_only_the_projector(cache: str) -> None:

@@ -8,10 +8,9 @@ the training, the measurements and the captions.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,15 +24,9 @@ from saffe_cache.core.tensors import read_tensors, write_tensors
 from saffe_cache.inputs.pairs import Pairs, content_fingerprint, select_pairs, split_pairs
 from saffe_cache.inputs.spec import SplitOptions
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
-from saffe_cache.studies.captioning.captions import (
-    CaptionSource,
-    first_captions,
-    fit_projector,
-    new_projector,
-    project,
-)
+from saffe_cache.studies.captioning.captions import CaptionSource, first_captions, fit_projector, new_projector
 from saffe_cache.studies.captioning.config import CaptionConfig
-from saffe_cache.studies.captioning.inserting import InsertedModel, Projector, greedy_captions
+from saffe_cache.studies.captioning.inserting import Projector, greedy_captions
 from saffe_cache.studies.captioning.measuring import Measuring, count_cost, judge_controls
 from saffe_cache.studies.captioning.result import CaptionResult, Example, Examples, Measurements, Training
 from saffe_cache.studies.harness import Study, run_study
@@ -67,16 +60,77 @@ def caption(config: CaptionConfig) -> str:
     require(config.others < len(reported), "others", config.others, f"fewer than {len(reported)}, the photos reported")
     data = content_fingerprint(cache.table, "image", training, validation, reported)
     resolved = {"image": photos.key, "text": text.key, "image_layer": source.image_layer, "data": data}
-    parts = _Parts(training, validation, reported)
-    return run_study("caption", config, resolved, partial(_measure, config, source, parts))
+    captioning = _Captioning(config, source, training, validation, reported)
+    return run_study("caption", config, resolved, captioning.measure)
 
 
-class _Parts(NamedTuple):
-    """Photos with their captions; no photo is in two parts."""
+@dataclass(frozen=True)
+class _Captioning:
+    """All that one command measures; no photo is in two of the parts."""
 
+    config: CaptionConfig
+    source: CaptionSource
     training: Pairs
     validation: Pairs
     reported: Pairs
+
+    def measure(self, study: Study) -> CaptionResult:
+        config, source, num_photos = self.config, self.source, len(self.reported)
+        weights = study.out / "projector.safetensors"
+        training = study.cell(Training, "training", partial(self._train, weights))
+        projector = new_projector(source, self.training, config.seed)
+        projector.load_state_dict(read_tensors(weights))
+        projector.eval()
+
+        def measurements() -> Measurements:
+            return Measuring(source, projector, self.reported, config.seed).measure(self.training, config.others)
+
+        measured = study.cell(Measurements, "measurements", measurements)
+        examples = study.cell(Examples, "captions", partial(self._write_captions, projector, study.out))
+        verdicts = judge_controls(measured.own_caption, config.others, num_photos)
+        length = int(np.median(np.diff(source.text.offsets)[first_captions(self.training)])) - 1
+        return CaptionResult(
+            title=config.title or Path(config.cache).stem,
+            split=config.split,
+            failures=tuple(failed(verdicts)),
+            layer=config.layer,
+            num_layers=source.text.manifest.num_layers,
+            photo_tokens=source.num_photo_tokens,
+            photos=num_photos,
+            captions=len(self.reported.texts.values),
+            epochs=config.epochs,
+            chance=1 / (config.others + 1),
+            measured=measured,
+            verdicts=tuple(verdicts),
+            cost=count_cost(source.model, projector, config.batch_size, length, source.num_photo_tokens),
+            training=training,
+            examples=examples.examples,
+            seconds=study.seconds,
+        )
+
+    def _train(self, path: Path) -> Training:
+        """Train a projector, and write it to `path`."""
+        projector, training = fit_projector(self.source, self.training, self.validation, self.config)
+        write_tensors(path, projector.state_dict())
+        return training
+
+    def _write_captions(self, projector: Projector, out: Path) -> Examples:
+        """Write captions.jsonl, and return the first captions."""
+        source, pairs, size = self.source, self.reported, self.config.batch_size
+        texts = source.cache.table.inputs["text"].texts
+        assert texts is not None
+        captions: list[str] = []
+        for start in range(0, len(pairs), size):
+            with torch.inference_mode():
+                projected = projector(source.photo_tokens(pairs.rows[start : start + size]))
+            generated = greedy_captions(source.model, projected, source.tokens.start, self.config.max_tokens)
+            captions += map(source.tokens.decode, generated)
+        found = [
+            Example(id=name, caption=caption, own=tuple(texts[row] for row in own))
+            for name, caption, own in zip(pairs.ids, captions, pairs.texts, strict=True)
+        ]
+        write_whole(out / "captions.jsonl", "".join(f"{json.dumps(asdict(one))}\n" for one in found).encode())
+        return Examples(examples=tuple(found[:_NUM_EXAMPLES]))
 
 
 def _language_model(cache: Cache, config: CaptionConfig) -> EncoderCache:
@@ -100,80 +154,3 @@ def _language_model(cache: Cache, config: CaptionConfig) -> EncoderCache:
         *("layer", config.layer, f"0 to {text.manifest.num_layers - 1}, the model's layers"),
     )
     return text
-
-
-def _measure(config: CaptionConfig, source: CaptionSource, parts: _Parts, study: Study) -> CaptionResult:
-    blocks = [source.text.block(number) for number in range(source.text.manifest.num_layers)]
-    model = InsertedModel(source.weights, blocks, config.layer).to(source.device)
-    weights = study.out / "projector.safetensors"
-    training = study.cell(Training, "training", partial(_train, config, source, model, parts, weights))
-    projector = new_projector(source, model, parts.training, config.seed)
-    projector.load_state_dict(read_tensors(weights))
-    projector.eval()
-
-    def measurements() -> Measurements:
-        measuring = Measuring(source, model, projector, parts.reported, config.seed)
-        return measuring.measure(parts.training, config.others)
-
-    measured = study.cell(Measurements, "measurements", measurements)
-    examples = study.cell(
-        Examples, "captions", partial(_write_captions, config, source, model, projector, parts.reported)
-    )
-    verdicts = judge_controls(measured.own_caption, config.others, len(parts.reported))
-    lengths = np.diff(source.text.offsets)[first_captions(parts.training)]
-    return CaptionResult(
-        title=config.title or Path(config.cache).stem,
-        split=config.split,
-        failures=tuple(failed(verdicts)),
-        layer=config.layer,
-        num_layers=len(blocks),
-        photo_tokens=source.num_photo_tokens,
-        photos=len(parts.reported),
-        captions=len(parts.reported.texts.values),
-        epochs=config.epochs,
-        chance=1 / (config.others + 1),
-        measured=measured,
-        verdicts=tuple(verdicts),
-        cost=count_cost(
-            model,
-            projector,
-            batch=config.batch_size,
-            tokens=int(np.median(lengths)) - 1,
-            photo_tokens=source.num_photo_tokens,
-        ),
-        training=training,
-        examples=examples.examples,
-        seconds=study.seconds,
-    )
-
-
-def _train(config: CaptionConfig, source: CaptionSource, model: InsertedModel, parts: _Parts, path: Path) -> Training:
-    """Train a projector, and write it to `path`."""
-    projector, training = fit_projector(source, model, parts.training, parts.validation, config)
-    write_tensors(path, projector.state_dict())
-    return training
-
-
-def _write_captions(
-    config: CaptionConfig, source: CaptionSource, model: InsertedModel, projector: Projector, pairs: Pairs
-) -> Examples:
-    """Write captions.jsonl, and return the first captions."""
-    texts = source.cache.table.inputs["text"].texts
-    assert texts is not None
-    found: list[Example] = []
-    for start in range(0, len(pairs), config.batch_size):
-        numbers = range(start, min(start + config.batch_size, len(pairs)))
-        with torch.inference_mode():
-            projected = project(source, projector, pairs.rows[numbers.start : numbers.stop])
-        generated = greedy_captions(model, projected, source.tokens.start, config.max_tokens)
-        found += [
-            Example(
-                id=pairs.ids[number],
-                caption=source.tokens.decode(ids),
-                own=tuple(texts[row] for row in pairs.texts[number]),
-            )
-            for number, ids in zip(numbers, generated, strict=True)
-        ]
-    lines = "".join(f"{json.dumps(asdict(one))}\n" for one in found)
-    write_whole(Path(config.out) / "captions.jsonl", lines.encode())
-    return Examples(examples=tuple(found[:_NUM_EXAMPLES]))

@@ -1,4 +1,4 @@
-"""Photos and their captions from a cache, as tensors, and the training of the projector that joins them.
+"""Photos and captions from a cache, as tensors; losses of captions; the training of the projector that joins them.
 
 A batch has pooled photo tokens, states of layer l, and tokens to predict.
 """
@@ -6,7 +6,8 @@ A batch has pooled photo tokens, states of layer l, and tokens to predict.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import cached_property
 from itertools import count
 from typing import NamedTuple
 
@@ -20,15 +21,11 @@ from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.retrieval.fitting import adamw, fit_epochs, update, warmed_cosine
 from saffe_cache.store.reader import Cache, EncoderCache
 from saffe_cache.studies.captioning.config import CaptionConfig
-from saffe_cache.studies.captioning.inserting import (
-    InsertedModel,
-    Projector,
-    photo_side,
-    pool_photos,
-    typical_size,
-)
+from saffe_cache.studies.captioning.inserting import InsertedModel, Projector, photo_side, pool_photos, typical_size
 from saffe_cache.studies.captioning.result import EpochLosses, Training
 
+_BATCH = 64
+"""Texts that are measured at once."""
 _MEASURED_CAPTIONS = 256
 """From which the size of hidden states is measured."""
 _LARGEST_GRADIENT = 1.0
@@ -46,9 +43,14 @@ class Captions(NamedTuple):
     is_target: torch.Tensor
     """bool [batch, tokens]: whether the target belongs to the caption, not to padding or the prompt."""
 
+    @property
+    def num_targets(self) -> torch.Tensor:
+        """Tokens that each caption's loss is summed over, int64 [batch]."""
+        return self.is_target.sum(dim=1)
+
 
 class CaptionSource:
-    """Reads both sides of a cache for one place of insertion."""
+    """Both sides of a cache for one place of insertion, and the frozen language model."""
 
     def __init__(
         self,
@@ -83,6 +85,11 @@ class CaptionSource:
                 f"expected {self.num_photo_tokens}: after the photo's tokens (--grid {grid}). Extract the language "
                 f"model with --position-offset {self.num_photo_tokens}, or choose another --grid."
             )
+
+    @cached_property
+    def model(self) -> InsertedModel:
+        blocks = [self.text.block(number) for number in range(self.text.manifest.num_layers)]
+        return InsertedModel(self.weights, blocks, self.layer).to(self.device)
 
     @property
     def num_photo_tokens(self) -> int:
@@ -127,17 +134,13 @@ class CaptionSource:
         padded[torch.from_numpy(mask)] = torch.tensor([token for ids in found for token in ids])
         return padded.to(self.device), torch.from_numpy(mask).to(self.device)
 
-    def captions(self, rows: np.ndarray) -> Captions:
-        """Texts with their cached states."""
-        (states,) = self.text.tokens(rows, (self.layer,)).states
-        return self._captions(rows, torch.from_numpy(states).to(self.device).float())
-
-    def plain_captions(self, rows: np.ndarray, model: InsertedModel) -> Captions:
-        """The same texts with states at positions from 0 on, as in the model without any photo."""
-        return self._captions(rows, model.text_states(self.token_ids(rows)[0], 0))
-
-    def _captions(self, rows: np.ndarray, states: torch.Tensor) -> Captions:
+    def captions(self, rows: np.ndarray, *, plain: bool = False) -> Captions:
+        """Texts with their cached states; `plain` ones with those at positions from 0 on, as without any photo."""
         ids, mask = self.token_ids(rows)
+        if plain:
+            states = self.model.text_states(ids, 0)
+        else:
+            states = torch.from_numpy(self.text.tokens(rows, (self.layer,)).states[0]).to(self.device).float()
         is_target = mask[:, 1:].clone()
         is_target[:, : len(self.tokens.start) - 1] = False
         return Captions(states[:, :-1], ids[:, 1:], is_target)
@@ -151,9 +154,37 @@ def caption_losses(model: InsertedModel, captions: Captions, photos: torch.Tenso
     return torch.zeros(len(captions.targets), device=losses.device).index_add(0, owners, losses)
 
 
-def num_targets(captions: Captions) -> torch.Tensor:
-    """Tokens that a caption's loss is summed over, int64 [batch]."""
-    return captions.is_target.sum(dim=1)
+class Measured(NamedTuple):
+    """Losses of texts: nats summed over a caption's tokens, and their number; float64 [texts] each."""
+
+    losses: np.ndarray
+    counts: np.ndarray
+
+
+@torch.inference_mode()
+def measure_losses(
+    source: CaptionSource,
+    texts: np.ndarray,
+    projector: Projector | None = None,
+    photos: np.ndarray | None = None,
+    *,
+    plain: bool = False,
+) -> Measured:
+    """Losses of text rows, each with the photo row at the same index, or without any; see `CaptionSource.captions`.
+
+    Texts of similar length are measured together; photos that a batch has several times are projected once.
+    """
+    found = Measured(np.zeros(len(texts)), np.zeros(len(texts)))
+    order = np.argsort(np.diff(source.text.offsets)[texts], kind="stable")
+    for start in range(0, len(texts), _BATCH):
+        chosen, projected = order[start : start + _BATCH], None
+        captions = source.captions(texts[chosen], plain=plain)
+        if projector is not None and photos is not None:
+            seen, places = np.unique(photos[chosen], return_inverse=True)
+            projected = projector(source.photo_tokens(seen))[torch.from_numpy(places).to(source.device)]
+        found.losses[chosen] = caption_losses(source.model, captions, projected).cpu().numpy()
+        found.counts[chosen] = captions.num_targets.cpu().numpy()
+    return found
 
 
 def first_captions(pairs: Pairs) -> np.ndarray:
@@ -162,20 +193,14 @@ def first_captions(pairs: Pairs) -> np.ndarray:
     return rows
 
 
-def project(source: CaptionSource, projector: Projector, rows: Sequence[int] | np.ndarray) -> torch.Tensor:
-    """Photo tokens as the language model takes them, [n, m, d]."""
-    projected: torch.Tensor = projector(source.photo_tokens(np.asarray(rows)))
-    return projected
-
-
 def fit_projector(
-    source: CaptionSource, model: InsertedModel, training: Pairs, validation: Pairs, config: CaptionConfig
+    source: CaptionSource, training: Pairs, validation: Pairs, config: CaptionConfig
 ) -> tuple[Projector, Training]:
     """Train the only part that learns, and keep the epoch with the lowest loss on captions held out.
 
     An epoch sees each photo once, with one of its captions drawn at random.
     """
-    projector = new_projector(source, model, training, config.seed)
+    projector = new_projector(source, training, config.seed)
     total, steps = config.epochs * -(-len(training) // config.batch_size), count()
     optimizer = adamw(projector.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     lengths, times = np.diff(source.text.offsets), []
@@ -185,48 +210,35 @@ def fit_projector(
         for photos, texts in _batches(training, lengths, config, epoch):
             started = time.perf_counter()
             captions = source.captions(texts)
-            losses = caption_losses(model, captions, project(source, projector, photos))
-            targets = int(num_targets(captions).sum())
+            losses = caption_losses(source.model, captions, projector(source.photo_tokens(photos)))
+            targets = int(captions.num_targets.sum())
             rate = warmed_cosine(next(steps), total, max(1, total // 10))
             update(optimizer, losses.sum() / targets, rate, tuple(projector.parameters()), _LARGEST_GRADIENT)
             summed, num_tokens = summed + float(losses.detach().sum()), num_tokens + targets
             times.append(time.perf_counter() - started)
         return summed / num_tokens
 
-    fitted = fit_epochs(
-        projector, config.epochs, run_epoch, lambda _: -validation_loss(source, model, projector, validation)
-    )
-    losses = zip((None, *fitted.losses), fitted.scores, strict=True)
+    def judge(_: int) -> float:
+        measured = measure_losses(source, first_captions(validation), projector, validation.rows)
+        return -float(measured.losses.sum() / measured.counts.sum())
+
+    fitted = fit_epochs(projector, config.epochs, run_epoch, judge)
+    losses = enumerate(zip((None, *fitted.losses), fitted.scores, strict=True))
     return projector.eval(), Training(
         best_epoch=fitted.best_epoch,
         seconds_per_step=float(np.median(times)),
         training_photos=len(training),
         validation_photos=len(validation),
-        log=tuple(
-            EpochLosses(epoch=epoch, training=loss, validation=-score) for epoch, (loss, score) in enumerate(losses)
-        ),
+        log=tuple(EpochLosses(epoch=epoch, training=loss, validation=-score) for epoch, (loss, score) in losses),
     )
 
 
-def new_projector(source: CaptionSource, model: InsertedModel, training: Pairs, seed: int) -> Projector:
+def new_projector(source: CaptionSource, training: Pairs, seed: int) -> Projector:
     """With weights from a seed, and tokens of the size of the layer's hidden states."""
-    rows = first_captions(training)[:_MEASURED_CAPTIONS]
-    captions = source.captions(rows)
+    captions = source.captions(first_captions(training)[:_MEASURED_CAPTIONS])
     size = typical_size(captions.states, captions.is_target)
     torch.manual_seed(seed)
-    return Projector(source.photo_size, model.hidden_size, size).to(source.device)
-
-
-@torch.inference_mode()
-def validation_loss(source: CaptionSource, model: InsertedModel, projector: Projector, pairs: Pairs) -> float:
-    """Loss of the photos' first captions, in nats per token."""
-    total, count, texts = 0.0, 0, first_captions(pairs)
-    for start in range(0, len(pairs), 64):
-        captions = source.captions(texts[start : start + 64])
-        photos = project(source, projector, pairs.rows[start : start + 64])
-        total += float(caption_losses(model, captions, photos).sum())
-        count += int(num_targets(captions).sum())
-    return total / count
+    return Projector(source.photo_size, source.model.hidden_size, size).to(source.device)
 
 
 def _batches(
@@ -235,8 +247,7 @@ def _batches(
     """Rows of photos and of one caption of each, in an order by seed and epoch. `lengths`: tokens of each text."""
     generator = np.random.default_rng((config.seed, epoch))
     offsets = pairs.texts.offsets
-    drawn = offsets[:-1] + generator.integers(np.diff(offsets))
-    texts = pairs.texts.values[drawn]
+    texts = pairs.texts.values[offsets[:-1] + generator.integers(np.diff(offsets))]
     for chosen in shuffled_batches(lengths[texts], config.batch_size, generator):
         yield pairs.rows[chosen], texts[chosen]
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import nn
@@ -51,31 +50,22 @@ class InsertedModel(nn.Module):
     def hidden_size(self) -> int:
         return int(self.weights["token_embedding"].shape[1])
 
-    @property
-    def lower(self) -> list[EncoderBlock]:
-        """The layers that see only the text."""
-        return cast(list[EncoderBlock], list(self.blocks[: self.layer]))
-
-    @property
-    def upper(self) -> list[EncoderBlock]:
-        """The layers that also see the photo."""
-        return cast(list[EncoderBlock], list(self.blocks[self.layer :]))
-
     def embed(self, token_ids: torch.Tensor, first_position: int) -> torch.Tensor:
         """`hidden_states[0]` of tokens that follow one another, [batch, tokens, d]."""
-        positions = torch.arange(first_position, first_position + token_ids.shape[1], device=token_ids.device)
-        return functional.embedding(token_ids, self.weights["token_embedding"]) + self._positions(positions)
+        places: torch.Tensor = self.weights["position_embedding"][first_position : first_position + token_ids.shape[1]]
+        return functional.embedding(token_ids, self.weights["token_embedding"]) + places
 
     def text_states(self, token_ids: torch.Tensor, first_position: int) -> torch.Tensor:
         """`hidden_states[layer]` of texts: what a cache holds of them."""
         hidden = self.embed(token_ids, first_position)
-        for block in self.lower:
+        for block in self.blocks[: self.layer]:
             hidden = block(hidden)
         return hidden
 
     def placed(self, photos: torch.Tensor) -> torch.Tensor:
         """Projected photo tokens [batch, m, d] at the first positions."""
-        return photos + self._positions(torch.arange(photos.shape[1], device=photos.device))
+        places: torch.Tensor = self.weights["position_embedding"][: photos.shape[1]]
+        return photos + places
 
     def forward(self, states: torch.Tensor, photos: torch.Tensor | None) -> torch.Tensor:
         """The last layer's output for texts.
@@ -87,7 +77,7 @@ class InsertedModel(nn.Module):
             photos: projected tokens [batch, m, d]; None for none.
         """
         hidden = states if photos is None else torch.cat([self.placed(photos), states], dim=1)
-        for block in self.upper:
+        for block in self.blocks[self.layer :]:
             hidden = block(hidden)
         return hidden[:, hidden.shape[1] - states.shape[1] :]
 
@@ -97,9 +87,6 @@ class InsertedModel(nn.Module):
         normed = functional.layer_norm(hidden, norm[0].shape, norm[0], norm[1], self.spec.layer_norm_eps)
         head = self.weights["head_weight"] if "head_weight" in self.weights else self.weights["token_embedding"]
         return functional.linear(normed, head)
-
-    def _positions(self, positions: torch.Tensor) -> torch.Tensor:
-        return functional.embedding(positions, self.weights["position_embedding"])
 
 
 class Projector(nn.Module):
@@ -162,30 +149,21 @@ class Decoding:
     def __init__(self, model: InsertedModel, photos: torch.Tensor | None) -> None:
         """`photos`: projected tokens [batch, m, d]; None for none."""
         self._model = model
-        self._lower: list[KeysValues | None] = [None] * len(model.lower)
-        self._upper: list[KeysValues | None] = [None] * len(model.upper)
+        self.past: list[KeysValues | None] = [None] * len(model.blocks)
+        """Of each layer."""
         self._position = 0 if photos is None else photos.shape[1]
         self._waiting = None if photos is None else model.placed(photos)
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens whose keys and values each layer holds."""
-        return tuple(0 if one is None else one[0].shape[2] for one in [*self._lower, *self._upper])
 
     def extend(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Take the next tokens, [batch, tokens], and return the scores of the token after them, [batch, vocabulary]."""
         hidden = self._model.embed(token_ids, self._position)
         self._position += token_ids.shape[1]
-        hidden = _through(self._model.lower, self._lower, hidden)
-        if self._waiting is not None:
-            hidden, self._waiting = torch.cat([self._waiting, hidden], dim=1), None
-        return self._model.logits(_through(self._model.upper, self._upper, hidden)[:, -1])
-
-
-def _through(blocks: Sequence[EncoderBlock], past: list[KeysValues | None], hidden: torch.Tensor) -> torch.Tensor:
-    for number, block in enumerate(blocks):
-        hidden, past[number] = block.extend(hidden, past[number])
-    return hidden
+        for number, block in enumerate(self._model.blocks):
+            if number == self._model.layer and self._waiting is not None:
+                hidden, self._waiting = torch.cat([self._waiting, hidden], dim=1), None
+            assert isinstance(block, EncoderBlock)
+            hidden, self.past[number] = block.extend(hidden, self.past[number])
+        return self._model.logits(hidden[:, -1])
 
 
 @torch.inference_mode()

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -17,50 +16,25 @@ from saffe_cache.core.results import Estimate
 from saffe_cache.fusion.base import counted_flops
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.retrieval.metrics import bootstrap_interval
-from saffe_cache.studies.captioning.captions import (
-    Captions,
-    CaptionSource,
-    caption_losses,
-    first_captions,
-    num_targets,
-    project,
-)
+from saffe_cache.studies.captioning.captions import CaptionSource, Measured, first_captions, measure_losses
 from saffe_cache.studies.captioning.inserting import InsertedModel, Projector
 from saffe_cache.studies.captioning.result import CONTROL, CaptionCost, Measurements
 
-_BATCH = 64
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Losses of texts: nats summed over a caption's tokens, and their number; one for each text."""
-
-    losses: np.ndarray
-    counts: np.ndarray
-
-    def report(self, photos: np.ndarray) -> Estimate:
-        """Nats per token. `photos`: the photo of each text."""
-        return _ratio(self.losses, self.counts, photos)
-
-    def less(self, other: Measured, photos: np.ndarray) -> Estimate:
-        """By how many nats per token these losses exceed another system's on the same texts."""
-        return _ratio(self.losses - other.losses, self.counts, photos)
+_TOKENIZED_AT_ONCE = 1024
 
 
 def _ratio(values: np.ndarray, counts: np.ndarray, photos: np.ndarray) -> Estimate:
-    """Sum over sum, with a bootstrap interval over photos."""
+    """Sum over sum, with a bootstrap interval over the photos that the values belong to."""
     totals, weights = (np.bincount(photos, weights=one.astype(np.float64)) for one in (values, counts))
     low, high = bootstrap_interval(totals, weights)
     return Estimate(value=float(totals.sum() / weights.sum()), low=low, high=high)
 
 
 class Measuring:
-    """The photos that are reported on, a model, and its projector."""
+    """The photos that are reported on, and a projector."""
 
-    def __init__(
-        self, source: CaptionSource, model: InsertedModel, projector: Projector, pairs: Pairs, seed: int
-    ) -> None:
-        self.source, self.model, self.projector, self.pairs = source, model, projector, pairs
+    def __init__(self, source: CaptionSource, projector: Projector, pairs: Pairs, seed: int) -> None:
+        self.source, self.projector, self.pairs = source, projector, pairs
         self._generator = np.random.default_rng(seed)
         order = self._generator.permutation(len(pairs))
         self.other = np.empty(len(pairs), np.int64)
@@ -68,20 +42,27 @@ class Measuring:
         """For each photo another one: a cycle through all, so that no photo gets itself."""
 
     def measure(self, training: Pairs, num_others: int) -> Measurements:
-        """Losses of all captions of all photos, and how often own captions are found among `num_others` more."""
+        """The captions of all photos, and how often own captions are found among `num_others` more."""
         texts, owners = self.pairs.texts.values, self.pairs.owners
         found = {
-            "photo": self._with_photos(texts, self.pairs.rows[owners]),
-            CONTROL: self._with_photos(texts, self.pairs.rows[self.other[owners]]),
-            "no_photo": self._without(texts),
-            "plain_model": self._without(texts, plain=True),
+            "photo": self.losses(texts, self.pairs.rows[owners]),
+            CONTROL: self.losses(texts, self.pairs.rows[self.other[owners]]),
+            "no_photo": self.losses(texts),
+            "plain_model": self.losses(texts, plain=True),
             "unigram": self._unigram(texts, training),
         }
+        seen, counts = found["photo"].losses, found["photo"].counts
         return Measurements(
-            losses={name: measured.report(owners) for name, measured in found.items()},
-            differences={name: found["photo"].less(one, owners) for name, one in found.items() if name != "photo"},
+            losses={name: _ratio(one.losses, one.counts, owners) for name, one in found.items()},
+            differences={
+                name: _ratio(seen - one.losses, counts, owners) for name, one in found.items() if name != "photo"
+            },
             own_caption=self.own_captions(num_others),
         )
+
+    def losses(self, texts: np.ndarray, photos: np.ndarray | None = None, *, plain: bool = False) -> Measured:
+        """Of text rows, each with the photo row at the same index, or without any."""
+        return measure_losses(self.source, texts, self.projector, photos, plain=plain)
 
     def own_captions(self, num_others: int) -> dict[str, Estimate]:
         """How often a photo's own first caption is likelier than those of `num_others` other photos.
@@ -91,72 +72,31 @@ class Measuring:
         num, texts = len(self.pairs), first_captions(self.pairs)
         shifts = np.stack([self._generator.choice(num - 1, num_others, replace=False) + 1 for _ in range(num)])
         candidates = np.hstack([np.arange(num)[:, None], (np.arange(num)[:, None] + shifts) % num])
-        alone = self._without(texts).losses[candidates]
+        alone = self.losses(texts).losses[candidates]
         report: dict[str, Estimate] = {}
         for system, photos in (("photo", np.arange(num)), (CONTROL, self.other)):
             seen = np.repeat(self.pairs.rows[photos], candidates.shape[1])
-            measured = self._with_photos(texts[candidates.ravel()], seen)
-            losses, counts = (one.reshape(candidates.shape) for one in (measured.losses, measured.counts))
+            losses, counts = (one.reshape(candidates.shape) for one in self.losses(texts[candidates.ravel()], seen))
             for by, scores in (("loss", losses / counts), ("gain", losses - alone)):
                 is_own = (scores[:, :1] < scores[:, 1:]).all(axis=1)
                 report[f"{system}, by {by}"] = _ratio(is_own, np.ones(num), np.arange(num))
         return report
 
-    def _with_photos(self, texts: np.ndarray, photos: np.ndarray) -> Measured:
-        """Each text with the photo at the same index."""
-
-        def losses(chosen: np.ndarray, captions: Captions) -> torch.Tensor:
-            seen, places = np.unique(photos[chosen], return_inverse=True)
-            projected = project(self.source, self.projector, seen)[torch.from_numpy(places).to(self.source.device)]
-            return caption_losses(self.model, captions, projected)
-
-        return self._measured(texts, self.source.captions, losses)
-
-    def _without(self, texts: np.ndarray, *, plain: bool = False) -> Measured:
-        """`plain`: at the positions from 0 on."""
-
-        def plain_captions(rows: np.ndarray) -> Captions:
-            return self.source.plain_captions(rows, self.model)
-
-        return self._measured(
-            texts,
-            plain_captions if plain else self.source.captions,
-            lambda _, captions: caption_losses(self.model, captions, None),
-        )
-
-    @torch.inference_mode()
-    def _measured(
-        self,
-        texts: np.ndarray,
-        captions_of: Callable[[np.ndarray], Captions],
-        losses_of: Callable[[np.ndarray, Captions], torch.Tensor],
-    ) -> Measured:
-        """In batches of texts of similar length; losses come in the order of the texts."""
-        found = Measured(np.zeros(len(texts)), np.zeros(len(texts)))
-        order = np.argsort(np.diff(self.source.text.offsets)[texts], kind="stable")
-        for start in range(0, len(texts), _BATCH):
-            chosen = order[start : start + _BATCH]
-            captions = captions_of(texts[chosen])
-            found.losses[chosen] = losses_of(chosen, captions).cpu().numpy()
-            found.counts[chosen] = num_targets(captions).cpu().numpy()
-        return found
-
     def _unigram(self, texts: np.ndarray, training: Pairs) -> Measured:
-        frequencies = np.ones(len(self.model.weights["token_embedding"]))
-        for tokens in self._caption_tokens(training.texts.values):
-            frequencies += np.bincount(np.concatenate(tokens), minlength=len(frequencies))
+        vocabulary = len(self.source.model.weights["token_embedding"])
+        trained = np.concatenate(list(self._caption_tokens(training.texts.values)))
+        frequencies = 1 + np.bincount(trained, minlength=vocabulary)
         nats = -np.log(frequencies / frequencies.sum())
-        found = [(nats[ids].sum(), len(ids)) for tokens in self._caption_tokens(texts) for ids in tokens]
+        found = [(nats[ids].sum(), len(ids)) for ids in self._caption_tokens(texts)]
         return Measured(*(np.array(column) for column in zip(*found, strict=True)))
 
-    def _caption_tokens(self, texts: np.ndarray) -> list[list[np.ndarray]]:
-        """The tokens of each caption that count, in batches."""
+    def _caption_tokens(self, texts: np.ndarray) -> Iterator[np.ndarray]:
+        """The tokens of each caption that count."""
         begin = len(self.source.tokens.start)
-        found = []
-        for start in range(0, len(texts), 1024):
-            ids, mask = (one.cpu().numpy() for one in self.source.token_ids(texts[start : start + 1024]))
-            found.append([row[begin : real.sum()] for row, real in zip(ids, mask, strict=True)])
-        return found
+        for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
+            ids, mask = self.source.token_ids(texts[start : start + _TOKENIZED_AT_ONCE])
+            for row, real in zip(ids.cpu().numpy(), mask.sum(dim=1).tolist(), strict=True):
+                yield row[begin:real]
 
 
 def judge_controls(own: Mapping[str, Estimate], num_others: int, num_photos: int) -> list[Control]:
@@ -170,9 +110,7 @@ def judge_controls(own: Mapping[str, Estimate], num_others: int, num_photos: int
     ]
 
 
-def count_cost(
-    model: InsertedModel, projector: Projector, *, batch: int, tokens: int, photo_tokens: int
-) -> CaptionCost:
+def count_cost(model: InsertedModel, projector: Projector, batch: int, tokens: int, photo_tokens: int) -> CaptionCost:
     """Parameters of the projector, and FLOPs of texts of `tokens` tokens."""
     device = model.weights["token_embedding"].device
     photos = torch.zeros(batch, photo_tokens, projector.linear.in_features, device=device)
