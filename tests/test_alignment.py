@@ -20,8 +20,8 @@ from saffe_cache.retrieval.baselines import RIDGE_STRENGTHS, LinearMap, Ridge, u
 from saffe_cache.studies.alignment.maps import (
     answers,
     answers_of_scores,
+    fit_text_mlp,
     maxsim,
-    mlp_answers,
     normed,
 )
 from saffe_cache.studies.alignment.measures import (
@@ -238,9 +238,8 @@ def test_mlp_finds_what_a_linear_map_cannot() -> None:
     texts = np.eye(2, 6, dtype=np.float32)
     fit, _ = Ridge(features[200:]).fit_left_out(texts[labels[200:]])
     linear = answers(fit(features[:200]), texts, labels[:200], texts_search=False)
-    mlp = mlp_answers(
-        (features[200:], labels[200:]), (features[:200], labels[:200]), texts, 2, 15, 0, texts_search=False
-    )
+    fitted = fit_text_mlp(features[200:], labels[200:], texts, 0, texts_search=False)
+    mlp = answers(fitted.gallery(features[:200]), fitted.queries(texts), labels[:200], texts_search=False)
     assert linear.recall_at_1 < 0.6
     assert mlp.recall_at_1 > 0.8
 

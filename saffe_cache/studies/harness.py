@@ -5,7 +5,7 @@
         ...                                            # resolve and check everything before anything is measured
         def measure(study: Study) -> BindingResult:
             settings = study.cells(SettingResult, {"2-way-1-shot": lambda: ..., ...})
-            return BindingResult(settings=settings, failures=..., seconds=study.seconds, ...)
+            return BindingResult(settings=settings, ..., **study.common_fields(config, controls))
         return run_study("bind", config, resolved, measure)
 
 OUT/config.json      the config, what it resolved to, versions
@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from saffe_cache.core.atomic_io import remove_partial_files
+from saffe_cache.core.controls import Control, failed
 from saffe_cache.core.json_schema import known_part, made_of
 from saffe_cache.core.outputs import output_folder, read_json, write_json
 from saffe_cache.core.results import Result
@@ -59,15 +60,23 @@ class Study:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self._seconds: dict[str, float] = {}
-
-    @property
-    def seconds(self) -> dict[str, float]:
+        self.seconds: dict[str, float] = {}
         """How long each cell took, in the order in which they were asked for."""
-        return dict(self._seconds)
+
+    def common_fields(self, config: Any, controls: Iterable[Control]) -> dict[str, Any]:
+        """Those of `StudyResult` once all cells are measured; the title is the cache's name unless the config has one.
+
+        What a result fails by are its controls.
+        """
+        return {
+            "title": config.title or Path(config.cache).stem,
+            "split": config.split,
+            "failures": tuple(failed(controls)),
+            "seconds": self.seconds,
+        }
 
     def cell(self, kind: type[Cell], name: str, measure: Callable[[], Cell]) -> Cell:
-        """A cell, measured now unless an earlier command has; `cells` with one."""
+        """`cells` with one."""
         return self.cells(kind, {name: measure})[name]
 
     def cells(self, kind: type[Cell], measures: Mapping[str, Callable[[], Cell]]) -> dict[str, Cell]:
@@ -84,7 +93,7 @@ class Study:
         remove_partial_files(folder)
         found = {}
         for number, (name, measure) in enumerate(measures.items(), start=1):
-            assert name not in self._seconds, name
+            assert name not in self.seconds, name
             path = folder / f"{name}.json"
             if not path.exists():
                 started = time.perf_counter()
@@ -92,16 +101,19 @@ class Study:
                 seconds = round(time.perf_counter() - started, 2)
                 write_json(path, {"seconds": seconds, "cell": asdict(cell)})
                 logger.info("%d of %d, %s: %.1f s.", number, len(measures), name, seconds)
-            found[name], self._seconds[name] = _read_cell(kind, path)
+            content = read_json(path)
+            try:
+                found[name] = made_of(kind, known_part(kind, content["cell"]))
+                self.seconds[name] = float(content["seconds"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path}: it is damaged ({error}). Delete it and run the same command again."
+                ) from None
         return found
 
 
 def run_study(
-    verb: str,
-    config: Any,
-    resolved: Any,
-    measure: Callable[[Study], Result],
-    ignored: Collection[str] = (),
+    verb: str, config: Any, resolved: Any, measure: Callable[[Study], Result], ignored: Collection[str] = ()
 ) -> str:
     """Measure a study, save its result, and return the output folder, `config.out`.
 
@@ -121,11 +133,3 @@ def run_study(
         if not is_finished:
             measure(Study(out)).save(out)
     return str(out)
-
-
-def _read_cell(kind: type[Cell], path: Path) -> tuple[Cell, float]:
-    content = read_json(path)
-    try:
-        return made_of(kind, known_part(kind, content["cell"])), float(content["seconds"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: it is damaged ({error}). Delete it and run the same command again.") from None

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
-from saffe_cache.core.controls import failed
 from saffe_cache.core.features import CacheError, Ragged
 from saffe_cache.core.options import require
 from saffe_cache.inputs.pairs import gallery_modality, own_pairs, pair_kind, select_pairs
@@ -51,9 +49,6 @@ def _measure(sample: Sample, study: Study) -> AlignmentResult:
     measured = study.cells(LayerMeasure, measures)
     best = study.cell(BestLayer, "best-layer", partial(measure_best_layer, sample))
     return AlignmentResult(
-        title=config.title or Path(config.cache).stem,
-        split=config.split,
-        failures=tuple(failed([best.control])),
         pairs=sample.kind,
         encoders={"gallery": sample.encoders[0].key, "text": sample.encoders[1].key},
         photos={"judged": sample.num_judged, "fitted": len(sample.fitted), "fitted_closer": len(sample.others)},
@@ -64,7 +59,7 @@ def _measure(sample: Sample, study: Study) -> AlignmentResult:
         absent=absent,
         best_layer=best,
         advice=tuple(advise(best.evidence, has_paired_texts=sample.has_captions)),
-        seconds=study.seconds,
+        **study.common_fields(config, [best.control]),
     )
 
 

@@ -80,62 +80,34 @@ class Answers(NamedTuple):
 
 
 def answers(photos: np.ndarray, texts: np.ndarray, rows: np.ndarray, *, texts_search: bool) -> Answers:
-    """By cosine, of photos in the texts' space.
-
-    Args:
-        photos: [n, d].
-        texts: the distinct texts, [m, d].
-        rows: int [n], the text of each photo.
-        texts_search: whether the texts, one of each photo, search the photos; else photos search the texts.
-    """
+    """By cosine, of photos [n, d] in the space of the distinct texts [m, d]; see `answers_of_scores`."""
     return answers_of_scores(unit_rows(photos) @ unit_rows(texts).T, rows, texts_search=texts_search)
 
 
 def answers_of_scores(scores: np.ndarray, rows: np.ndarray, *, texts_search: bool) -> Answers:
-    """By scores of photos with distinct texts, [n, m]."""
+    """By scores of photos with distinct texts, [n, m].
+
+    `rows` are the text of each photo, int [n]. Texts, one of each photo, search photos, or photos search texts.
+    """
     scores, own = (scores[:, rows].T, np.arange(len(rows))) if texts_search else (scores, rows)
     of_own = scores[np.arange(len(own)), own][:, None]
     ties = (scores == of_own).sum(axis=1) - 1
     return Answers(1 + (scores > of_own).sum(axis=1) + ties / 2, scores.argmax(axis=1), own)
 
 
-def mlp_answers(
-    fitted: tuple[np.ndarray, np.ndarray],
-    judged: tuple[np.ndarray, np.ndarray],
-    texts: np.ndarray,
-    num_judged_texts: int,
-    epochs: int,
-    seed: int,
-    *,
-    texts_search: bool,
-) -> Answers:
-    """Answers of saffe evaluate's MLP on pooled features: two layers, trained with InfoNCE like a FAM.
+def fit_text_mlp(features: np.ndarray, rows: np.ndarray, texts: np.ndarray, seed: int, *, texts_search: bool) -> MlpFit:
+    """saffe evaluate's MLP from pooled features of photos [n, d] to their texts: two layers, trained like a FAM.
 
-    A fifth of the photos to fit on choose its dropout and epoch.
-
-    Args:
-        fitted: features [n, d] of the photos to fit on, and the text of each, int [n].
-        judged: the same of the photos to judge.
-        texts: the distinct texts, [m, t].
-        num_judged_texts: how many of them, from the first, take part in the search on judged photos.
-        epochs: at most.
-        seed: of starting weights, order and dropout.
-        texts_search: see `answers`.
+    `rows` are the text of each photo among the distinct ones [m, t]. A fifth of the photos choose dropout and epoch.
     """
-    features, rows = fitted
-    held = np.arange(len(features)) % _VALIDATION_PART == 0
-    texts = unit_rows(texts)
+    held, texts = np.arange(len(features)) % _VALIDATION_PART == 0, unit_rows(texts)
+    distinct, place = np.unique(rows[held], return_inverse=True)
 
     def judge(fit: MlpFit) -> float:
-        distinct, place = np.unique(rows[held], return_inverse=True)
-        queries = fit.queries(texts[distinct])
-        found = answers(fit.gallery(features[held]), queries, place, texts_search=texts_search)
-        return float((1 / found.ranks).mean())
+        gallery, queries = fit.gallery(features[held]), fit.queries(texts[distinct])
+        return float((1 / answers(gallery, queries, place, texts_search=texts_search).ranks).mean())
 
-    positives = Ragged.from_rows([row] for row in rows[~held])
-    fit = fit_mlp(features[~held], texts, positives, judge, epochs=epochs, seed=seed)
-    queries = fit.queries(texts[:num_judged_texts])
-    return answers(fit.gallery(judged[0]), queries, judged[1], texts_search=texts_search)
+    return fit_mlp(features[~held], texts, Ragged.from_rows([row] for row in rows[~held]), judge, seed=seed)
 
 
 def normed(tokens: torch.Tensor) -> torch.Tensor:

@@ -2,15 +2,15 @@
 
 CKA and shared nearest neighbours compare which items are alike. Both ignore rotations of either space, so they need no
 map between the spaces, and say nothing about whether a cosine between them means anything. A matrix of similarities is
-computed once for each layer; n photos take 4 n² bytes for each.
+computed once for each layer; n photos take 4 n² bytes for each. Intervals come from random halves of the photos.
 
 SVCCA finds directions of both spaces that go together, and is measured on photos that it was not fitted on. On the same
 photos, canonical correlations are high for anything: about sqrt(r / n) for r random directions each. So principal
 components and canonical directions come from one part of the photos, correlations from another. Source: Raghu et al.,
 NeurIPS 2017, sec. 2.
 
-Arrays of all pairs of layers are float64 [photo layers, text layers]; nulls are [permutations, photo layers, text
-layers].
+Arrays of all pairs of layers are float64 [photo layers, text layers], nulls [permutations, photo layers, text layers].
+`num_halves` and `seed` are those of `half_sample_deviations`.
 """
 
 from __future__ import annotations
@@ -56,25 +56,18 @@ def half_sample_deviations(
     photos: np.ndarray,
     texts: np.ndarray,
     statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    num_samples: int,
+    num_halves: int,
     seed: int,
 ) -> np.ndarray:
-    """Standard deviation of a statistic of matrices of all photos, from random halves of them.
+    """Standard deviation of a statistic of matrices [layers, n, n] of photos and texts, from random halves of them.
 
     A photo drawn twice, as in a bootstrap, is its own nearest neighbour and most similar to itself, in both encoders,
     which raises kernel measures. Halves hold each photo once. They are drawn without replacement, so the
     statistic of n / 2 photos varies about that of all n with the variance s² (2 / n - 1 / n) = s² / n: as the statistic
     of n photos does. Source: Shao and Wu, Annals of Statistics 17 (1989), the delete-d jackknife with d = n / 2.
-
-    Args:
-        photos: a matrix for each photo layer, [photo layers, n, n].
-        texts: the same of text layers.
-        statistic: of both matrices of n / 2 photos.
-        num_samples: halves drawn.
-        seed: of the draws.
     """
     num_photos, drawn = photos.shape[1], []
-    for order in permutations(num_photos, num_samples, seed):
+    for order in permutations(num_photos, num_halves, seed):
         half = order[: num_photos // 2]
         drawn.append(statistic(part(photos, half), part(texts, half)))
     return np.asarray(np.std(drawn, axis=0, ddof=1))
@@ -112,15 +105,13 @@ def centered_gram(vectors: np.ndarray) -> np.ndarray:
 
 
 def u_centered(grams: np.ndarray) -> np.ndarray:
-    """Gram matrices without diagonal whose rows sum to zero; sums of products of two are n (n - 3) HSIC_1.
+    """Gram matrices [..., n, n] without diagonal whose rows sum to zero; sums of products of two are n (n - 3) HSIC_1.
 
         k_ij - r_i / (n - 2) - r_j / (n - 2) + s / ((n - 1) (n - 2)),   r row sums and s sum without diagonal
 
     A part of such a matrix, centred again, is what centring that part of the Gram matrix gives.
     Source: Székely and Rizzo, Annals of Statistics 42 (2014), sec. 2; HSIC_1 of Song et al., JMLR 13 (2012).
-
-    Args:
-        grams: [..., n, n], n at least 4.
+    n is at least 4.
     """
     n = grams.shape[-1]
     centered, diagonal = grams.copy(), np.arange(n)
@@ -134,16 +125,12 @@ def u_centered(grams: np.ndarray) -> np.ndarray:
 
 
 def cka(photos: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Unbiased linear CKA of all pairs: 0 on average where nothing is shared.
+    """Unbiased linear CKA of all pairs, from `centered_gram` of each layer: 0 on average where nothing is shared.
 
         HSIC_1(K, L) / sqrt(HSIC_1(K, K) HSIC_1(L, L))
 
     It may be a little below 0. (The usual biased estimate is 0.43 for 1,024 independent Gaussians of width 768.)
     Source: Kornblith et al., ICML 2019, sec. 3, with HSIC_1 as in Nguyen et al., ICLR 2021, sec. 3.
-
-    Args:
-        photos: `centered_gram` of each photo layer, [photo layers, n, n].
-        texts: the same of text layers.
     """
     lengths = [np.linalg.norm(side.reshape(len(side), -1), axis=1).astype(np.float64) for side in (photos, texts)]
     return np.asarray(_products(photos, texts) / np.maximum(np.outer(*lengths), 1e-30))
@@ -152,17 +139,12 @@ def cka(photos: np.ndarray, texts: np.ndarray) -> np.ndarray:
 def measure_cka(
     photos: np.ndarray, texts: np.ndarray, shuffled: Iterable[np.ndarray], num_halves: int, seed: int
 ) -> LayerMeasure:
-    """CKA with its interval by halves of the photos, and its null.
+    """`cka` with its interval and its null: by `shuffled`, like `texts`, after texts were assigned at random."""
 
-    Args:
-        photos, texts: as for `cka`.
-        shuffled: like `texts`, after texts were assigned to photos at random, one for each permutation.
-        num_halves: see `half_sample_deviations`.
-        seed: of the halves.
-    """
-    deviations = half_sample_deviations(
-        photos, texts, lambda ours, theirs: cka(u_centered(ours), u_centered(theirs)), num_halves, seed
-    )
+    def of_half(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+        return cka(u_centered(ours), u_centered(theirs))
+
+    deviations = half_sample_deviations(photos, texts, of_half, num_halves, seed)
     return layer_measure(cka(photos, texts), deviations, np.stack([cka(photos, others) for others in shuffled]))
 
 
@@ -182,16 +164,12 @@ def neighbours(similarities: np.ndarray, k: int) -> np.ndarray:
 
 
 def mutual_neighbours(photos: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Mean share of each one's nearest that are also near in the other space.
+    """Mean share of each one's nearest, by `neighbours`, that are also near in the other space.
 
         (1 / n) sum over i of |N_photo(i) and N_text(i)| / k
 
     It depends on n: chance is k / (n - 1), or the share of classmates, and real values also shrink with n. Compare only
     equal n. Source: Huh et al., The Platonic Representation Hypothesis (2024), appendix A.
-
-    Args:
-        photos: `neighbours` of each photo layer, [photo layers, n, n].
-        texts: the same of text layers.
     """
     return np.asarray(_products(photos, texts) / photos[0].sum())
 
@@ -199,17 +177,11 @@ def mutual_neighbours(photos: np.ndarray, texts: np.ndarray) -> np.ndarray:
 def measure_mutual_neighbours(
     photos: np.ndarray, texts: np.ndarray, k: int, orders: Sequence[np.ndarray], num_halves: int, seed: int
 ) -> LayerMeasure:
-    """Shared neighbours with their interval by halves of the photos, and their null.
+    """Shared neighbours by similarities, with their interval and their null: by `orders` of the n photos.
 
-    In a half, k / 2 nearest are the same share of the photos as k among all. So few vary slightly more, which makes the
-    interval too wide rather than too narrow (on simulated photos it covered 98 %, that of CKA 90 to 96 %).
-
-    Args:
-        photos, texts: as for `neighbours`.
-        k: number of neighbours, even.
-        orders: permutations of the n photos.
-        num_halves: see `half_sample_deviations`.
-        seed: of the halves.
+    In a half, k / 2 nearest are the same share of the photos as k, an even number, among all. So few vary slightly
+    more, which makes the interval too wide rather than too narrow (on simulated photos it covered 98 %, that of CKA 90
+    to 96 %).
     """
 
     def of_half(*halves: np.ndarray) -> np.ndarray:
@@ -226,13 +198,11 @@ class Components(NamedTuple):
     """The first principal components of a layer, of unit variance over the photos that they were fitted on."""
 
     fitted: np.ndarray
-    """[photos, r]"""
     judged: np.ndarray
-    """[other photos, r]"""
 
 
 def principal_components(fitted: np.ndarray, judged: np.ndarray, most: int) -> Components:
-    """Of vectors [n, d] and other vectors [m, d]: at most `most`, and no more than there are directions."""
+    """[n, r] and [m, r] of vectors [n, d] and others [m, d]: at most `most`, and no more than there are directions."""
     center = fitted.mean(axis=0, dtype=np.float64)
     _, deviations, directions = np.linalg.svd(fitted - center, full_matrices=False)
     kept = min(most, int((deviations > _LEAST * deviations[0]).sum()))

@@ -36,7 +36,6 @@ _RESAMPLES = 100
 _CLASS_HALVES = 6
 """Random halves of the classes that maps are fitted without."""
 _LEAST_CLASSES = 4
-_MLP_EPOCHS = 15
 _PERMUTED_FITS = 10
 """Maps fitted on permuted pairs, for the control."""
 _BATCH = 256
@@ -122,19 +121,15 @@ class Sample:
             maps.normed(torch.from_numpy(one[mask])) for one, mask in zip(tokens.states[0], tokens.mask, strict=True)
         ]
 
-    @cached_property
-    def orders(self) -> list[np.ndarray]:
-        """Random orders of the judged photos, for nulls."""
-        return measures.permutations(self.num_judged, self.config.permutations, self.config.seed)
+    def permutations(self, num: int) -> list[np.ndarray]:
+        """Random orders of so many photos or texts, for a null."""
+        return measures.permutations(num, self.config.permutations, self.config.seed)
 
-    @cached_property
-    def deals(self) -> list[np.ndarray]:
-        """Random orders of the texts."""
-        return measures.permutations(self.num_texts, self.config.permutations, self.config.seed)
-
-    def searched(self, text_layer: str, photos: np.ndarray) -> Answers:
+    def searched(
+        self, text_layer: str, photos: np.ndarray, map_texts: Callable[[np.ndarray], np.ndarray] = np.asarray
+    ) -> Answers:
         """How the judged photos' vectors [judged, t] and the texts find each other."""
-        texts = self.texts[text_layer][: self.num_texts]
+        texts = map_texts(self.texts[text_layer][: self.num_texts])
         return maps.answers(photos, texts, self.text_of[self.judged], texts_search=self.has_captions)
 
     def without_map(self, photo_layer: str, text_layer: str, seed: int) -> tuple[Answers, MapScore] | None:
@@ -143,7 +138,7 @@ class Sample:
         if photos is None or photos.shape[1] != texts.shape[1]:
             return None
         found = self.searched(text_layer, photos[self.judged])
-        return found, found.score(found.null_of_deals(self.deals), seed)
+        return found, found.score(found.null_of_deals(self.permutations(self.num_texts)), seed)
 
 
 def measures_of(sample: Sample) -> tuple[dict[str, Callable[[], LayerMeasure]], dict[str, str]]:
@@ -174,10 +169,8 @@ def _cka(sample: Sample) -> LayerMeasure:
         return np.stack([measures.centered_gram(of[deal[text_of]]) for of in sample.texts.values()])
 
     photos = np.stack([measures.centered_gram(unit_rows(of[sample.judged])) for of in sample.photos.values()])
-    texts = assigned(np.arange(sample.num_texts))
-    return measures.measure_cka(
-        photos, texts, map(assigned, sample.deals), sample.config.half_samples, sample.config.seed
-    )
+    texts, deals = assigned(np.arange(sample.num_texts)), sample.permutations(sample.num_texts)
+    return measures.measure_cka(photos, texts, map(assigned, deals), sample.config.half_samples, sample.config.seed)
 
 
 def _mutual_neighbours(sample: Sample) -> LayerMeasure:
@@ -188,8 +181,9 @@ def _mutual_neighbours(sample: Sample) -> LayerMeasure:
     else:
         classes = sample.text_of[judged]
         texts = np.repeat((classes[:, None] == classes)[None], len(sample.texts), axis=0)
+    orders = sample.permutations(sample.num_judged)
     return measures.measure_mutual_neighbours(
-        photos, texts, config.neighbours, sample.orders, config.half_samples, config.seed
+        photos, texts, config.neighbours, orders, config.half_samples, config.seed
     )
 
 
@@ -211,13 +205,14 @@ def _svcca(sample: Sample) -> LayerMeasure:
 
 def _linear(sample: Sample) -> LayerMeasure:
     scores: list[list[MapScore | None]] = []
+    orders = sample.permutations(sample.num_judged)
     for photos in sample.photos.values():
         ridge = Ridge(photos[sample.fitted])
         scores.append([])
         for name in sample.texts:
             fit, _ = ridge.fit_left_out(sample.texts_of(name, sample.fitted))
             found = sample.searched(name, fit(photos[sample.judged]))
-            scores[-1].append(found.score(found.null(sample.orders), sample.config.seed))
+            scores[-1].append(found.score(found.null(orders), sample.config.seed))
     return _of_scores(sample, scores)
 
 
@@ -243,7 +238,7 @@ def _unseen_classes(sample: Sample) -> LayerMeasure:
     """
     orders = measures.permutations(sample.num_texts, _CLASS_HALVES, sample.config.seed)
     unseen = [np.sort(order[sample.num_texts // 2 :]) for order in orders]
-    deals = measures.permutations(len(unseen[0]), sample.config.permutations, sample.config.seed)
+    deals = sample.permutations(len(unseen[0]))
     shape = (_CLASS_HALVES, len(sample.photos), len(sample.texts))
     values, nulls = np.zeros(shape), np.zeros((len(deals), *shape))
     for half, classes in enumerate(unseen):
@@ -276,25 +271,23 @@ def measure_best_layer(sample: Sample) -> BestLayer:
     layer, text_layer, others, judged = best_layer(sample), str(sample.layers[1][-1]), sample.others, sample.judged
     features, text_of = sample.photos[layer], sample.text_of
     ridge = Ridge(features[others])
-    fits = {name: ridge.fit_left_out(sample.texts_of(name, others)) for name in (OWN, text_layer)}
-    linear, linear_mean = (sample.searched(name, fit(features[judged])) for name, (fit, _) in fits.items())
-    mlp = maps.mlp_answers(
-        (features[others], text_of[others]),
-        (features[judged], text_of[judged]),
+    ridges = {name: ridge.fit_left_out(sample.texts_of(name, others)) for name in (OWN, text_layer)}
+    linear, linear_mean = (sample.searched(name, fit(features[judged])) for name, (fit, _) in ridges.items())
+    fit = maps.fit_text_mlp(
+        features[others],
+        text_of[others],
         sample.texts[OWN],
-        sample.num_texts,
-        _MLP_EPOCHS,
         sample.config.seed,
         texts_search=sample.has_captions,
     )
+    mlp = sample.searched(OWN, fit.gallery(features[judged]), fit.queries)
     text_mean = sample.texts_of(text_layer, others).mean(axis=0)
     tokens = sample.photo_tokens(int(layer)), sample.text_tokens(int(text_layer))
     late = maps.answers_of_scores(
-        maps.maxsim(*tokens, fits[text_layer][0], text_mean), text_of[judged], texts_search=sample.has_captions
+        maps.maxsim(*tokens, ridges[text_layer][0], text_mean), text_of[judged], texts_search=sample.has_captions
     )
-    a_lin, a_mlp, a_lin_mean, a_tok = (
-        one.score(one.null(sample.orders), seed=0) for one in (linear, mlp, linear_mean, late)
-    )
+    orders = sample.permutations(sample.num_judged)
+    a_lin, a_mlp, a_lin_mean, a_tok = (one.score(one.null(orders), 0) for one in (linear, mlp, linear_mean, late))
     scores = {OWN: {"a_lin": a_lin, "a_mlp": a_mlp}, text_layer: {"a_lin": a_lin_mean, "a_tok": a_tok}}
     found = [
         LayerMaps(
@@ -302,10 +295,10 @@ def measure_best_layer(sample: Sample) -> BestLayer:
             text_layer=name,
             chance=sample.chance,
             scores=scores[name],
-            ridge_strength=fit.strength,
+            ridge_strength=linear_map.strength,
             left_out_error=error,
         )
-        for name, (fit, error) in fits.items()
+        for name, (linear_map, error) in ridges.items()
     ]
     plain = sample.without_map(OWN, OWN, seed=0)
     if plain:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache as cached
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from saffe_cache.core.controls import failed
 from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError
+from saffe_cache.core.options import require
 from saffe_cache.extraction.reencode import past_extractions, reload_encoder
 from saffe_cache.inputs.feature_loader import summaries
 from saffe_cache.inputs.pairs import Pairs, own_pairs, select_pairs
@@ -59,37 +59,118 @@ def bind(config: BindConfig) -> str:
     spec = replace(spec, shape=replace(spec.shape, dropout=0.0, maps_queries=False))
     pairs = {name: _pairs_of(config, cache, spec, name) for name in (config.split, config.train_split)}
     spec = replace(spec, data=_fingerprint(cache, spec, pairs))
-    return run_study("bind", config, spec, partial(_measure, config, cache, spec, pairs), ignored=("text_encoder",))
+    binding = _Binding(config, cache, spec, pairs)
+    return run_study("bind", config, spec, binding.measure, ignored=("text_encoder",))
 
 
-def _measure(
-    config: BindConfig, cache: Cache, spec: RunSpec, pairs: Mapping[str, Pairs], study: Study
-) -> BindingResult:
-    pool = _names(config, cache, spec, study.out)
-    episodic = Episodic(config, spec.shape, unit_rows(pool.vectors), choose_device(config.device))
+@dataclass(frozen=True)
+class _Binding:
+    """All that one command measures."""
 
-    @cached
-    def photos(split: str) -> Photos:
-        return _read_photos(cache, spec, pairs[split])
+    config: BindConfig
+    cache: Cache
+    spec: RunSpec
+    pairs: Mapping[str, Pairs]
+    """Photos of one class each, by split."""
 
-    def measure(task: Task) -> FewShot:
-        return episodic.measure(task, photos(config.split), photos(config.train_split))
+    def measure(self, study: Study) -> BindingResult:
+        config, pool = self.config, self._names(study.out / "names.npz")
+        episodic = Episodic(config, self.spec.shape, unit_rows(pool.vectors), choose_device(config.device))
+        photos = cached(self._read_photos)
 
-    tasks = [Task(ways=ways, shots=shots, queries=config.queries) for ways in config.ways for shots in config.shots]
-    cells = {task.name.replace(" ", "-"): partial(measure, task) for task in tasks}
-    settings = tuple(study.cells(FewShot, cells).values())
-    dataset = Path(config.cache).stem
-    return BindingResult(
-        title=config.title or dataset,
-        dataset=dataset,
-        split=config.split,
-        failures=tuple(failed(verdict for one in settings for verdict in one.verdicts)),
-        settings=settings,
-        names_replaced=tuple(_names_replaced(config, cache, pool, study)) if config.replaced_seeds else (),
-        num_names=len(pool.names),
-        example_names=pool.names[:5],
-        seconds=study.seconds,
-    )
+        def measure(task: Task) -> FewShot:
+            return episodic.measure(task, photos(config.split), photos(config.train_split))
+
+        tasks = [Task(ways=ways, shots=shots, queries=config.queries) for ways in config.ways for shots in config.shots]
+        cells = {task.name.replace(" ", "-"): partial(measure, task) for task in tasks}
+        settings = tuple(study.cells(FewShot, cells).values())
+        return BindingResult(
+            dataset=Path(config.cache).stem,
+            settings=settings,
+            names_replaced=tuple(self._names_replaced(pool, study)) if config.replaced_seeds else (),
+            num_names=len(pool.names),
+            example_names=pool.names[:5],
+            **study.common_fields(config, (verdict for one in settings for verdict in one.verdicts)),
+        )
+
+    def _names(self, path: Path) -> NamePool:
+        """The pool that the folder holds, or a new one.
+
+        Raises:
+            CacheError, ValueError: the text encoder is unavailable; the folder's pool is damaged or another's.
+        """
+        config, key, width = self.config, self.spec.text_key, self.spec.shape.text_size
+        if path.exists():
+            pool = NamePool.load(path)
+            if pool.encoder != key or pool.vectors.shape != (config.num_names, width):
+                raise ValueError(
+                    f"{path}: {pool.vectors.shape} vectors of {pool.encoder}, expected {config.num_names} of width "
+                    f"{width} of {key}. Delete it; it is then rebuilt."
+                )
+            return pool
+        manifest = self.cache.encoders[key].manifest
+        past = past_extractions(manifest, choose_device(config.device))
+        if not past:
+            raise CacheError(
+                f"{config.cache}: {key} does not say where its encoder is. Add something with saffe extract, "
+                f"which records it, or copy a {path.name} that was made with the same encoder."
+            )
+        names = make_names(config.num_names, self.cache.table.class_names, config.seed)
+        logger.info("Encoding %d made-up names, such as %s.", len(names), ", ".join(names[:3]))
+        encoder = reload_encoder(manifest, past, config.text_encoder, "--text-encoder")
+        pool = NamePool(tuple(names), encode_names(encoder, manifest.vector, names, past[-1].config.class_prompt), key)
+        pool.save(path)
+        return pool
+
+    def _read_photos(self, split: str) -> Photos:
+        """Read a split's photos into memory."""
+        gallery, pairs, layers = self.cache.encoders[self.spec.gallery_key], self.pairs[split], self.spec.gallery_layers
+        states = tuple(torch.from_numpy(state) for state in gallery.tokens(pairs.rows, layers).states)
+        pooled = means = summaries(gallery, pairs.rows, layers)
+        if self.spec.shape.head == "mean":
+            means = torch.cat([state.mean(dim=1, dtype=torch.float32) for state in states], dim=1).numpy()
+        return Photos(states, means, pooled, pairs.labels.values)
+
+    def _names_replaced(self, pool: NamePool, study: Study) -> list[NamesReplaced]:
+        """The usual training on the whole train split: with true names, and with a made-up name for every class.
+
+        Raises:
+            ValueError: there are fewer names than classes.
+        """
+        config, cache = self.config, self.cache
+        num_classes, folder = len(cache.table.class_names), study.out / "names-replaced"
+        require(num_classes <= len(pool.names), "num_names", len(pool.names), f"one for each of {num_classes} classes")
+
+        def trained(seed: int) -> Replaced:
+            chosen = np.random.default_rng(seed).choice(len(pool.names), num_classes, replace=False)
+            renamed = renamed_cache(cache, pool.encoder, [pool.names[i] for i in chosen], pool.vectors[chosen])
+            found = {}
+            for name, known in (("true names", cache), ("made-up names", renamed)):
+                run = _train_config(config, str(folder / f"{name.replace(' ', '-')}-seed{seed}"), seed)
+                train_many([run], {config.cache: known})
+                found[f"fam, {name}"] = run_scores(run.out, known, config.split, choose_device(config.device))
+            return Replaced(systems=found)
+
+        def nameless() -> Replaced:
+            probe, chance = probe_scores(str(folder / f"true-names-seed{config.seed}"), cache, config.split)
+            return Replaced(systems={"linear probe": probe, "chance": chance})
+
+        seeds = range(config.seed, config.seed + config.replaced_seeds)
+        cells = study.cells(Replaced, {f"names-replaced-seed{seed}": partial(trained, seed) for seed in seeds})
+        cells |= study.cells(Replaced, {"names-replaced-probe": nameless})
+        names = dict.fromkeys(name for cell in cells.values() for name in cell.systems)
+        return [
+            NamesReplaced(
+                name=f"all {num_classes} names of {Path(config.cache).stem} replaced",
+                classes=num_classes,
+                metric=metric,
+                systems={
+                    name: tuple(cell.systems[name][metric] for cell in cells.values() if name in cell.systems)
+                    for name in names
+                },
+            )
+            for metric in METRICS
+        ]
 
 
 def _train_config(config: BindConfig, out: str, seed: int) -> TrainConfig:
@@ -139,85 +220,3 @@ def _fingerprint(cache: Cache, spec: RunSpec, pairs: Mapping[str, Pairs]) -> str
         digest.update(hashes[of_split.rows].tobytes())
         digest.update(of_split.labels.values.astype("<i8").tobytes())
     return digest.hexdigest()[:16]
-
-
-def _names(config: BindConfig, cache: Cache, spec: RunSpec, out: Path) -> NamePool:
-    """The pool that the folder holds, or a new one.
-
-    Raises:
-        CacheError, ValueError: the text encoder is unavailable; the folder's pool is damaged or another's.
-    """
-    path, manifest = out / "names.npz", cache.encoders[spec.text_key].manifest
-    if path.exists():
-        pool = NamePool.load(path)
-        if pool.encoder != spec.text_key or pool.vectors.shape != (config.num_names, spec.shape.text_size):
-            raise ValueError(
-                f"{path}: {pool.vectors.shape} vectors of {pool.encoder}, expected {config.num_names} of width "
-                f"{spec.shape.text_size} of {spec.text_key}. Delete it; it is then rebuilt."
-            )
-        return pool
-    past = past_extractions(manifest, choose_device(config.device))
-    if not past:
-        raise CacheError(
-            f"{config.cache}: {spec.text_key} does not say where its encoder is. Add something with saffe extract, "
-            f"which records it, or copy a {path.name} that was made with the same encoder."
-        )
-    names = make_names(config.num_names, cache.table.class_names, config.seed)
-    logger.info("Encoding %d made-up names, such as %s.", len(names), ", ".join(names[:3]))
-    encoder = reload_encoder(manifest, past, config.text_encoder, "--text-encoder")
-    vectors = encode_names(encoder, manifest.vector, names, past[-1].config.class_prompt)
-    pool = NamePool(tuple(names), vectors, spec.text_key)
-    pool.save(path)
-    return pool
-
-
-def _read_photos(cache: Cache, spec: RunSpec, pairs: Pairs) -> Photos:
-    """Read them into memory."""
-    gallery, layers = cache.encoders[spec.gallery_key], spec.gallery_layers
-    states = tuple(torch.from_numpy(state) for state in gallery.tokens(pairs.rows, layers).states)
-    pooled = means = summaries(gallery, pairs.rows, layers)
-    if spec.shape.head == "mean":
-        means = torch.cat([state.mean(dim=1, dtype=torch.float32) for state in states], dim=1).numpy()
-    return Photos(states, means, pooled, pairs.labels.values)
-
-
-def _names_replaced(config: BindConfig, cache: Cache, pool: NamePool, study: Study) -> list[NamesReplaced]:
-    """The usual training on the whole train split: with true names, and with a made-up name for every class.
-
-    Raises:
-        ValueError: there are fewer names than classes.
-    """
-    num_classes, folder = len(cache.table.class_names), study.out / "names-replaced"
-    if num_classes > len(pool.names):
-        raise ValueError(f"--num-names: found {len(pool.names)}, expected one for each of {num_classes} classes.")
-
-    def trained(seed: int) -> Replaced:
-        chosen = np.random.default_rng(seed).choice(len(pool.names), num_classes, replace=False)
-        renamed = renamed_cache(cache, pool.encoder, [pool.names[i] for i in chosen], pool.vectors[chosen])
-        found = {}
-        for name, known in (("true names", cache), ("made-up names", renamed)):
-            run = _train_config(config, str(folder / f"{name.replace(' ', '-')}-seed{seed}"), seed)
-            train_many([run], {config.cache: known})
-            found[f"fam, {name}"] = run_scores(run.out, known, config.split, choose_device(config.device))
-        return Replaced(systems=found)
-
-    def nameless() -> Replaced:
-        probe, chance = probe_scores(str(folder / f"true-names-seed{config.seed}"), cache, config.split)
-        return Replaced(systems={"linear probe": probe, "chance": chance})
-
-    seeds = range(config.seed, config.seed + config.replaced_seeds)
-    cells = study.cells(Replaced, {f"names-replaced-seed{seed}": partial(trained, seed) for seed in seeds})
-    cells |= study.cells(Replaced, {"names-replaced-probe": nameless})
-    found: dict[str, list[Mapping[str, float]]] = {}
-    for cell in cells.values():
-        for name, scores in cell.systems.items():
-            found.setdefault(name, []).append(scores)
-    return [
-        NamesReplaced(
-            name=f"all {num_classes} names of {Path(config.cache).stem} replaced",
-            classes=num_classes,
-            metric=metric,
-            systems={name: tuple(scores[metric] for scores in of_one) for name, of_one in found.items()},
-        )
-        for metric in METRICS
-    ]

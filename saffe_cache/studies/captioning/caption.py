@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from saffe_cache.core.atomic_io import write_whole
-from saffe_cache.core.controls import failed
 from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.options import require
@@ -90,9 +89,6 @@ class _Captioning:
         verdicts = judge_controls(measured.own_caption, config.others, num_photos)
         length = int(np.median(np.diff(source.text.offsets)[first_captions(self.training)])) - 1
         return CaptionResult(
-            title=config.title or Path(config.cache).stem,
-            split=config.split,
-            failures=tuple(failed(verdicts)),
             layer=config.layer,
             num_layers=source.text.manifest.num_layers,
             photo_tokens=source.num_photo_tokens,
@@ -105,7 +101,7 @@ class _Captioning:
             cost=count_cost(source.model, projector, config.batch_size, length, source.num_photo_tokens),
             training=training,
             examples=examples.examples,
-            seconds=study.seconds,
+            **study.common_fields(config, verdicts),
         )
 
     def _train(self, path: Path) -> Training:
