@@ -28,11 +28,11 @@ from saffe_cache.studies.matching import match as match_module
 from saffe_cache.studies.matching import measuring
 from saffe_cache.studies.matching.config import MatchConfig
 from saffe_cache.studies.matching.examples import Examples
-from saffe_cache.studies.matching.match import match, plan_cells, split_parts
+from saffe_cache.studies.matching.match import match, split_parts
 from saffe_cache.studies.matching.measuring import Bench
+from saffe_cache.studies.matching.planning import plan_cells
 from saffe_cache.studies.matching.result import MatchResult
-from saffe_cache.studies.matching.scores import judge_controls
-from saffe_cache.studies.matching.verdict import null_trials
+from saffe_cache.studies.matching.scores import judge_controls, null_trials
 from saffe_cache.verbs import VERBS
 
 SPLITS = {"train": 120, "test": 60}

@@ -21,7 +21,6 @@ from saffe_cache.studies.matching.examples import (
     PairVectors,
     draw_examples,
     draw_judged,
-    measure_alignment,
     partial_rotation,
 )
 from saffe_cache.studies.matching.findings import PowerLaw
@@ -196,10 +195,11 @@ def test_rotations_have_the_stated_angle(turn: float) -> None:
 @pytest.mark.parametrize("sigma", [0.05, 0.2])
 def test_noise_leaves_the_cosine_of_its_formula(sigma: float) -> None:
     photos, texts = pair_of_spaces(2000, 128)
-    noisy = Degradation("noise", sigma).apply(photos, texts, 0)
-    expected = 1 / np.sqrt(1 + sigma**2 * 128)
     every = np.arange(len(photos))
-    measured = measure_alignment((photos, texts), noisy, (every, every))
+    clean = PairVectors(every, every, photos, texts)
+    expected = 1 / np.sqrt(1 + sigma**2 * 128)
+    noisy = clean.degraded(Degradation("noise", sigma), 0)
+    measured = noisy.alignment(clean, Examples(every, every, np.ones_like(every)))
     assert measured["photos_with_clean"] == pytest.approx(expected, abs=0.01)
     factor = measured["matching_pairs"] / (photos * texts).sum(axis=1).mean()
     assert factor == pytest.approx(expected**2, abs=0.02)

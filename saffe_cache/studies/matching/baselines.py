@@ -9,7 +9,7 @@ nothing. Their strength is that of the map, since choosing one for each would fa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -38,41 +38,24 @@ class Baseline:
 
     scores: Scorer
     threshold: float
-    chosen: float | None = None
+    chosen: float | None
 
 
 def fit_baselines(vectors: PairVectors, training: Examples, validation: Examples) -> Mapping[str, Baseline]:
     """Fitted on training pairs, with strengths and thresholds by validation; the plain cosine only if widths agree."""
-    found = {}
-    if vectors.widths[0] == vectors.widths[1]:
-        found["cosine"] = _thresholded(lambda pairs: pair_cosines(vectors, vectors.photos, pairs), validation)
     ridge = fit_ridge_map(vectors, training, validation)
-    mapped = unit_rows(ridge(vectors.photos))
-    found["ridge_cosine"] = _thresholded(
-        lambda pairs: pair_cosines(vectors, mapped, pairs), validation, chosen=ridge.strength
-    )
-    found["ridge_products"] = _fit_products(vectors, mapped, ridge.strength, training, validation)
-    return found
-
-
-def _thresholded(scores: Scorer, validation: Examples, chosen: float | None = None) -> Baseline:
-    return Baseline(scores, best_threshold(scores(validation), validation.labels), chosen)
-
-
-def _products(vectors: PairVectors, photos: np.ndarray, pairs: Examples) -> np.ndarray:
-    """Products of unit vectors' coordinates, float32 [pairs, d]."""
-    return np.asarray(photos[np.searchsorted(vectors.photo_rows, pairs.photos)] * vectors.of_texts(pairs.texts))
-
-
-def pair_cosines(vectors: PairVectors, photos: np.ndarray, pairs: Examples) -> np.ndarray:
-    """Float32 [pairs]; `photos` replace those of the vectors, row by row."""
-    return np.asarray(_products(vectors, photos, pairs).sum(axis=1))
-
-
-def _matches(vectors: PairVectors, pairs: Examples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Vectors of photos and texts that belong together, and the photos' rows."""
-    own = pairs.labels == 1
-    return vectors.of_photos(pairs.photos[own]), vectors.of_texts(pairs.texts[own]), pairs.photos[own]
+    mapped = vectors.mapped(ridge)
+    products, penalty = _fit_products(vectors, mapped, ridge.strength, training, validation)
+    found: dict[str, tuple[Scorer, float | None]] = {
+        "cosine": (vectors.cosines, None),
+        "ridge_cosine": (mapped.cosines, ridge.strength),
+        "ridge_products": (products, penalty),
+    }
+    return {
+        name: Baseline(scores, best_threshold(scores(validation), validation.labels), chosen)
+        for name, (scores, chosen) in found.items()
+        if name != "cosine" or vectors.are_comparable
+    }
 
 
 def fit_ridge_map(vectors: PairVectors, training: Examples, validation: Examples) -> LinearMap:
@@ -86,39 +69,35 @@ def fit_ridge_map(vectors: PairVectors, training: Examples, validation: Examples
     return fit_ridge(photos, texts, auc)
 
 
+def _matches(vectors: PairVectors, pairs: Examples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Vectors of photos and texts that belong together, and the photos' rows."""
+    own = pairs.labels == 1
+    return vectors.of_photos(pairs.photos[own]), vectors.of_texts(pairs.texts[own]), pairs.photos[own]
+
+
 def _fit_products(
-    vectors: PairVectors, mapped: np.ndarray, strength: float, training: Examples, validation: Examples
-) -> Baseline:
-    """Logistic regression on products. Training photos are mapped by ridges that have not seen them."""
-    unseen = _cross_fitted(vectors, strength, training)
-    features = _products(vectors, unseen, training)
-    queries = _products(vectors, mapped, validation)
+    vectors: PairVectors, mapped: PairVectors, strength: float, training: Examples, validation: Examples
+) -> tuple[Scorer, float]:
+    """Logistic regression on products, and its penalty. Training photos are mapped by ridges without them."""
+    features, queries = _cross_fitted(vectors, strength, training).products(training), mapped.products(validation)
     fits = []
     for penalty in PENALTIES:
         model = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=1000))
         model.fit(features, training.labels)
         fits.append((accuracy_score(validation.labels, model.predict(queries)), penalty, model))
     _, penalty, model = max(fits, key=lambda one: one[0])
-    return _thresholded(
-        lambda pairs: np.asarray(model.decision_function(_products(vectors, mapped, pairs))), validation, penalty
-    )
+    return lambda pairs: np.asarray(model.decision_function(mapped.products(pairs))), penalty
 
 
-def _cross_fitted(vectors: PairVectors, strength: float, training: Examples) -> np.ndarray:
-    """Each training photo mapped by a ridge that was fitted without it, unit vectors [photos, d]."""
+def _cross_fitted(vectors: PairVectors, strength: float, training: Examples) -> PairVectors:
+    """Each training photo mapped by a ridge that was fitted without it."""
     photos, texts, rows = _matches(vectors, training)
     mapped = np.zeros((len(vectors.photos), vectors.widths[1]), np.float32)
-    folds = GroupKFold(min(_FOLDS, len(np.unique(rows))))
-    for seen, unseen in folds.split(photos, groups=rows):
+    for seen, unseen in GroupKFold(min(_FOLDS, len(np.unique(rows)))).split(photos, groups=rows):
         ridge = fit_ridge(photos[seen], texts[seen], lambda _: 0.0, (strength,))
         places = np.searchsorted(vectors.photo_rows, np.unique(rows[unseen]))
         mapped[places] = unit_rows(ridge(vectors.photos[places]))
-    return mapped
-
-
-def fit_alignment(vectors: PairVectors, others: Pairs, validation: Examples) -> LinearMap:
-    """The ridge regression of these photos and all of their texts, with its strength by validation."""
-    return fit_ridge_map(vectors, matching_examples(others), validation)
+    return replace(vectors, photos=mapped)
 
 
 def judge_alignment(vectors: PairVectors, others: Pairs, ridge: LinearMap, test: Examples) -> MadeAlignment:
@@ -130,21 +109,21 @@ def judge_alignment(vectors: PairVectors, others: Pairs, ridge: LinearMap, test:
         ridge: the map.
         test: pairs of the report.
     """
-    permuted = []
-    for seed in range(_PERMUTATIONS):
+
+    def auc(of: PairVectors) -> float:
+        return float(roc_auc_score(test.labels, of.cosines(test)))
+
+    def permuted_map(seed: int) -> LinearMap:
         photos, texts, _ = _matches(vectors, matching_examples(others.permuted(seed)))
-        permuted.append(_cosine_auc(vectors.mapped(fit_ridge(photos, texts, lambda _: 0.0, (ridge.strength,))), test))
+        return fit_ridge(photos, texts, lambda _: 0.0, (ridge.strength,))
+
     num_matches = int(test.labels.sum())
     return MadeAlignment(
         photos=len(others),
         matches=num_matches,
         others=len(test) - num_matches,
         strength=ridge.strength,
-        auc_before=_cosine_auc(vectors, test) if vectors.widths[0] == vectors.widths[1] else None,
-        auc=_cosine_auc(vectors.mapped(ridge), test),
-        auc_permuted=tuple(permuted),
+        auc_before=auc(vectors) if vectors.are_comparable else None,
+        auc=auc(vectors.mapped(ridge)),
+        auc_permuted=tuple(auc(vectors.mapped(permuted_map(seed))) for seed in range(_PERMUTATIONS)),
     )
-
-
-def _cosine_auc(vectors: PairVectors, test: Examples) -> float:
-    return float(roc_auc_score(test.labels, pair_cosines(vectors, vectors.photos, test)))

@@ -11,7 +11,7 @@ as a control of alignment alone). A rotation of the photos keeps every cosine am
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -75,7 +75,7 @@ def draw_examples(pairs: Pairs, count: int, negatives: int, seed: int) -> Exampl
     Raises:
         ValueError: there are too few, or no such assignment exists.
     """
-    photos, texts = _positives(pairs, seed)
+    photos, texts = _evenly(pairs.rows[pairs.owners], pairs.texts.values, np.random.default_rng([seed, 0]))
     kept = count // (1 + negatives)
     if not 0 < kept <= len(photos):
         most = len(photos) * (1 + negatives)
@@ -98,10 +98,6 @@ def draw_judged(pairs: Pairs, negatives: int, seed: int) -> Examples:
     _, counts = np.unique(texts, return_counts=True)
     kept = counts.min() * len(counts)
     return _with_negatives(pairs, photos[:kept], texts[:kept], negatives, seed)
-
-
-def _positives(pairs: Pairs, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    return _evenly(pairs.rows[pairs.owners], pairs.texts.values, np.random.default_rng([seed, 0]))
 
 
 def _evenly(photos: np.ndarray, texts: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -136,16 +132,10 @@ def _with_negatives(pairs: Pairs, photos: np.ndarray, texts: np.ndarray, negativ
 def _exchanged(
     codes: np.ndarray, texts: np.ndarray, own: np.ndarray, negatives: int, generator: np.random.Generator
 ) -> np.ndarray | None:
-    """Codes of photos with others' texts: the texts in random order, exchanged until no photo has one of its own.
+    """Codes of pairs with others' texts: these in random order, exchanged until no photo has one of its own.
 
-    None if no such order is found by chance, as with few classes.
-
-    Args:
-        codes: of the photos; with a text added, those of pairs.
-        texts: to assign.
-        own: codes of the photos with all of their own texts.
-        negatives: how often all of them are assigned.
-        generator: of the order.
+    `codes` are of the photos; with a text added, they are those of pairs, such as the photos' `own`. None if no such
+    order is found by chance, as with few classes.
     """
     taken = set(own.tolist())
     found = []
@@ -156,10 +146,8 @@ def _exchanged(
             if not wrong:
                 break
             for place, other in zip(wrong, generator.integers(len(assigned), size=len(wrong)).tolist(), strict=True):
-                if (
-                    int(codes[place] + assigned[other]) not in taken
-                    and int(codes[other] + assigned[place]) not in taken
-                ):
+                exchanged = {int(codes[place] + assigned[other]), int(codes[other] + assigned[place])}
+                if not exchanged & taken:
                     assigned[place], assigned[other] = assigned[other], assigned[place]
         else:
             return None
@@ -176,11 +164,12 @@ def _flown(
     Raises:
         ValueError: there is none.
     """
-    (photos, of_photo), (distinct, of_text) = (
-        (values[order], negatives * counts[order])
-        for values, counts in (np.unique(side, return_counts=True) for side in (codes, texts))
-        for order in [generator.permutation(len(values))]
-    )
+    sides = []
+    for side in (codes, texts):
+        values, counts = np.unique(side, return_counts=True)
+        order = generator.permutation(len(values))
+        sides.append((values[order], negatives * counts[order]))
+    (photos, of_photo), (distinct, of_text) = sides
     impossible = ValueError(
         f"--negatives: found {negatives}, and the {len(distinct)} different texts of {len(texts)} pairs cannot be "
         "assigned so that each photo gets that many of others. Use fewer, or fewer pairs, or more texts."
@@ -221,18 +210,15 @@ class Degradation:
         return self.kind if self.kind == "clean" else f"{self.kind} {self.level:g}"
 
     def apply(self, photos: np.ndarray, texts: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Noise on both, a rotation of the photos only; the results are unit vectors."""
+        """Noise on both, unit(x + e) as in eq. 4; a rotation of the photos only. The results are unit vectors."""
         generator = np.random.default_rng([seed, 3])
-        if self.kind == "noise":
-            return add_noise(photos, self.level, generator), add_noise(texts, self.level, generator)
         if self.kind == "rotation":
             return unit_rows(photos @ partial_rotation(photos.shape[1], self.level, generator)), texts
+        if self.kind == "noise":
+            photos, texts = (
+                unit_rows(of + self.level * generator.standard_normal(of.shape, np.float32)) for of in (photos, texts)
+            )
         return photos, texts
-
-
-def add_noise(vectors: np.ndarray, sigma: float, generator: np.random.Generator) -> np.ndarray:
-    """unit(x + e) with e of standard deviation sigma in each coordinate: eq. 4."""
-    return unit_rows(vectors + sigma * generator.standard_normal(vectors.shape, np.float32))
 
 
 def partial_rotation(width: int, turn: float, generator: np.random.Generator) -> np.ndarray:
@@ -244,27 +230,6 @@ def partial_rotation(width: int, turn: float, generator: np.random.Generator) ->
     drawn = generator.standard_normal((width, width))
     skew = (drawn - drawn.T) / np.sqrt(2)  # its spectrum ends at 2 sqrt(d)
     return np.asarray(expm(turn * _FIRST_ZERO * skew / (2 * np.sqrt(width))), np.float32)
-
-
-def measure_alignment(
-    clean: tuple[np.ndarray, np.ndarray], now: tuple[np.ndarray, np.ndarray], matches: tuple[np.ndarray, np.ndarray]
-) -> Mapping[str, float]:
-    """Mean cosines: of photos and of texts with their clean versions; of matching and of other pairs if widths agree.
-
-    Args:
-        clean: unit vectors of photos and of texts.
-        now: the same degraded.
-        matches: rows of photos and of texts that belong together.
-    """
-    found = {}
-    for name, before, after, rows in zip(("photos", "texts"), clean, now, matches, strict=True):
-        some = np.unique(rows)[:_MEASURED]
-        found[f"{name}_with_clean"] = float((before[some] * after[some]).sum(axis=1).mean())
-    if now[0].shape[1] == now[1].shape[1]:
-        photos, texts = now[0][matches[0]], now[1][matches[1]]
-        found["matching_pairs"] = float((photos * texts).sum(axis=1).mean())
-        found["other_pairs"] = float((photos * np.roll(texts, 1, axis=0)).sum(axis=1).mean())
-    return found
 
 
 class Inputs(Protocol):
@@ -292,9 +257,8 @@ class PairVectors:
     @staticmethod
     def read(photo: EncoderCache, text: EncoderCache, photo_rows: np.ndarray, text_rows: np.ndarray) -> PairVectors:
         """The encoders' own vectors."""
-        return PairVectors(
-            photo_rows, text_rows, unit_rows(photo.vectors(photo_rows)), unit_rows(text.vectors(text_rows))
-        )
+        photos, texts = unit_rows(photo.vectors(photo_rows)), unit_rows(text.vectors(text_rows))
+        return PairVectors(photo_rows, text_rows, photos, texts)
 
     def degraded(self, degradation: Degradation, seed: int) -> PairVectors:
         photos, texts = degradation.apply(self.photos, self.texts, seed)
@@ -308,19 +272,53 @@ class PairVectors:
     def widths(self) -> tuple[int, int]:
         return self.photos.shape[1], self.texts.shape[1]
 
+    @property
+    def are_comparable(self) -> bool:
+        """Whether photos and texts are of one width, so that they have cosines."""
+        return self.widths[0] == self.widths[1]
+
     def of_photos(self, rows: np.ndarray) -> np.ndarray:
         return self.photos[np.searchsorted(self.photo_rows, rows)]
 
     def of_texts(self, rows: np.ndarray) -> np.ndarray:
         return self.texts[np.searchsorted(self.text_rows, rows)]
 
+    def products(self, pairs: Examples) -> np.ndarray:
+        """Products of coordinates, float32 [pairs, d]."""
+        return np.asarray(self.of_photos(pairs.photos) * self.of_texts(pairs.texts))
+
+    def cosines(self, pairs: Examples) -> np.ndarray:
+        """float32 [pairs]"""
+        return np.asarray(self.products(pairs).sum(axis=1))
+
+    def alignment(self, clean: PairVectors, pairs: Examples) -> dict[str, float]:
+        """Mean cosines: of photos and of texts with their clean versions; of matching and other pairs if widths agree.
+
+        `clean` are the same vectors before they were degraded. Only the matching ones of `pairs` are measured.
+        """
+        own = pairs.labels == 1
+        photos, texts = pairs.photos[own], pairs.texts[own]
+        some = np.unique(photos)[:_MEASURED], np.unique(texts)[:_MEASURED]
+        found = {
+            "photos_with_clean": _mean_cosine(clean.of_photos(some[0]), self.of_photos(some[0])),
+            "texts_with_clean": _mean_cosine(clean.of_texts(some[1]), self.of_texts(some[1])),
+        }
+        if self.are_comparable:
+            found["matching_pairs"] = _mean_cosine(self.of_photos(photos), self.of_texts(texts))
+            found["other_pairs"] = _mean_cosine(self.of_photos(photos), np.roll(self.of_texts(texts), 1, axis=0))
+        return found
+
     def batch(self, photos: np.ndarray, texts: np.ndarray) -> Batch:
         """Sequences of one, of length sqrt(d), so that coordinates are about 1, as starting weights expect."""
-        found = [
+        first, second = (
             torch.from_numpy(vectors * np.float32(vectors.shape[1] ** 0.5))[:, None]
             for vectors in (self.of_photos(photos), self.of_texts(texts))
-        ]
-        return found[0], found[1], torch.ones(len(texts), 1, dtype=torch.bool)
+        )
+        return first, second, torch.ones(len(texts), 1, dtype=torch.bool)
+
+
+def _mean_cosine(first: np.ndarray, second: np.ndarray) -> float:
+    return float((first * second).sum(axis=1).mean())
 
 
 @dataclass(frozen=True)
@@ -345,11 +343,8 @@ class PairTokens:
         Raises:
             CacheError: one is not cached.
         """
-        photos = _read(photo, photo_rows, layers[0])
-        texts = _read(text, text_rows, layers[1])
-        _, mask = text.token_rows(text_rows)
-        assert mask is not None
-        return PairTokens(photo_rows, text_rows, photos, texts, torch.from_numpy(mask.sum(axis=1)))
+        photos, texts = _read(photo, photo_rows, layers[0]), _read(text, text_rows, layers[1])
+        return PairTokens(photo_rows, text_rows, photos, texts, torch.from_numpy(np.diff(text.offsets)[text_rows]))
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -366,14 +361,12 @@ class PairTokens:
 
 def _read(encoder: EncoderCache, rows: np.ndarray, layer: int) -> torch.Tensor:
     """float16 [rows, tokens, d]"""
-    deviation = encoder.statistics(f"hidden_states/{layer}").std
-    whole = None
-    longest = int(np.diff(encoder.offsets)[rows].max()) if encoder.manifest.is_ragged else 0
+    name = f"hidden_states/{layer}"
+    deviation, shape = encoder.statistics(name).std, encoder.array(name).row_shape
+    longest = int(np.diff(encoder.offsets)[rows].max()) if encoder.manifest.is_ragged else shape[0]
+    whole = np.zeros((len(rows), longest, shape[-1]), np.float16)
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         these = slice(start, start + _ROWS_AT_ONCE)
         states = encoder.tokens(rows[these], (layer,)).states[0]
-        if whole is None:
-            whole = np.zeros((len(rows), longest or states.shape[1], states.shape[2]), np.float16)
         whole[these, : states.shape[1]] = states / deviation
-    assert whole is not None
     return torch.from_numpy(whole)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from saffe_cache.core.controls import Control
 from saffe_cache.core.results import Estimate
 from saffe_cache.retrieval.metrics import over_seeds
 
@@ -43,14 +44,6 @@ class SystemScores:
 class MatchCell:
     """What is measured together, for one seed. A cell of the study."""
 
-    setting: str
-    kind: str
-    """clean, noise or rotation."""
-    level: float
-    negatives: int
-    scale: int
-    permuted: bool
-    """Trained on permuted labels: a control."""
     pairs: Mapping[str, int]
     """In each part: train, validation and test."""
     majority: float
@@ -66,6 +59,7 @@ class MatchSetting:
 
     setting: str
     kind: str
+    """clean, noise or rotation."""
     level: float
     negatives: int
     scale: int
@@ -79,6 +73,18 @@ class MatchSetting:
     @property
     def num_seeds(self) -> int:
         return max(len(score.values) for scores in self.systems.values() for score in scores.values())
+
+
+def of_first_ratio(settings: Sequence[MatchSetting]) -> list[MatchSetting]:
+    """Clean features at the ratio that was measured at all sizes."""
+    clean = [one for one in settings if one.kind == "clean"]
+    return [one for one in clean if one.negatives == clean[0].negatives]
+
+
+def degraded(settings: Sequence[MatchSetting], kind: str) -> list[MatchSetting]:
+    """From clean features to the most degraded of a kind, at one size; empty where that was not measured."""
+    of_kind = [one for one in settings if one.kind == kind]
+    return [one for one in of_first_ratio(settings) if of_kind and one.scale == of_kind[0].scale] + of_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +160,21 @@ class Crossover:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What follows from all cells."""
+
+    settings: tuple[MatchSetting, ...]
+    controls: tuple[Control, ...]
+    rule: tuple[Lead, ...]
+    degradation: tuple[Trend, ...]
+    crossovers: tuple[Crossover, ...]
+    verdict: tuple[str, ...]
+    """Sentences on all of these."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MatchCost:
-    """Cost of one fusion."""
+    """Cost of one fusion. A cell of the study."""
 
     parameters: int
     flops_per_pair: int
@@ -167,23 +186,9 @@ class MatchCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Plane:
-    """Matching pairs on a plane, by t-SNE."""
+    """Matching pairs on a plane, by t-SNE. A cell of the study."""
 
     photos: tuple[tuple[float, ...], ...]
     texts: tuple[tuple[float, ...], ...]
     own_is_nearest: float
     """Share of photos whose nearest text on the plane is their own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Planes:
-    """By how photos were placed: as they are, or mapped by a ridge regression. A cell of the study."""
-
-    planes: Mapping[str, Plane]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Costs:
-    """Of each fusion. A cell of the study."""
-
-    costs: Mapping[str, MatchCost]

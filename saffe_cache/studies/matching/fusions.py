@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from itertools import count
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from saffe_cache.studies.matching.config import FUSIONS, MatchConfig, QueryModal
 from saffe_cache.studies.matching.examples import Examples, Inputs
 from saffe_cache.studies.matching.findings import MatchCost
 
+Of = TypeVar("Of")
 HIDDEN, HEAD_HIDDEN, HEADS, DROPOUT = 256, 128, 4, 0.1
 _PAIRS, _REPEATS = 256, 6
 _JUDGED_AT_ONCE = 512
@@ -45,32 +47,28 @@ def make_fusion(name: str, photo_width: int, text_width: int, query_modality: Qu
         return Concat(photo_width, text_width, name)
     if name == "cross_equations":
         return CrossEquations(photo_width, text_width, query_modality)
-    return Cross(photo_width, text_width, query_modality, name)
+    return Cross(photo_width, text_width, name, query_modality)
 
 
 class Concat(nn.Module):
-    """Eq. 1, and the head."""
+    """Eq. 1, and the head. For one vector each; the mask is all True."""
 
-    def __init__(self, photo_width: int, text_width: int, name: str = "concat") -> None:
+    def __init__(self, photo_width: int, text_width: int, name: str) -> None:
         super().__init__()
         self.project = nn.Linear(photo_width + text_width, HIDDEN)
         self.head = _head(HIDDEN if name == "concat_wide" else HEAD_HIDDEN, is_linear=name == "concat_linear")
 
-    def forward(self, photos: torch.Tensor, texts: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
-        """For one vector each; the mask is all True."""
-        logits: torch.Tensor = self.head(self.project(torch.cat([photos[:, 0], texts[:, 0]], dim=1)))
-        return logits
+    def forward(self, photos: torch.Tensor, texts: torch.Tensor, text_mask: torch.Tensor) -> Any:
+        return self.head(self.project(torch.cat([photos[:, 0], texts[:, 0]], dim=1)))
 
 
 class Cross(nn.Module):
     """The tokens of one modality attend to those of the other; the mean of the results goes to the head."""
 
-    def __init__(
-        self, photo_width: int, text_width: int, query_modality: QueryModality = "text", name: str = "cross_residual"
-    ) -> None:
+    def __init__(self, photo_width: int, text_width: int, name: str, query_modality: QueryModality) -> None:
         super().__init__()
-        queries, keys = (text_width, photo_width) if query_modality == "text" else (photo_width, text_width)
         self.query_modality, self.has_residual = query_modality, name != "cross"
+        queries, keys = _by_role(photo_width, text_width, query_modality)
         self.query, self.key, self.value = (nn.Linear(width, HIDDEN) for width in (queries, keys, keys))
         self.attention = nn.MultiheadAttention(HIDDEN, HEADS, batch_first=True)
         self.inner_norm = nn.LayerNorm(HIDDEN) if name == "cross_two_norms" else None
@@ -78,39 +76,54 @@ class Cross(nn.Module):
         self.norm = nn.LayerNorm(HIDDEN)
         self.head = _head(HEAD_HIDDEN, is_linear=name == "cross_residual_linear")
 
-    def forward(self, photos: torch.Tensor, texts: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
-        asking, keys = (texts, photos) if self.query_modality == "text" else (photos, texts)
-        queries = self.query(asking)
-        ignored = None if self.query_modality == "text" or texts.shape[1] == 1 else ~text_mask
-        found, _ = self.attention(
-            queries, self.key(keys), self.value(keys), key_padding_mask=ignored, need_weights=False
-        )
+    def forward(self, photos: torch.Tensor, texts: torch.Tensor, text_mask: torch.Tensor) -> Any:
+        of_queries, keys = _by_role(photos, texts, self.query_modality)
+        from_text = self.query_modality == "text"
+        queries = self.query(of_queries)
+        ignored = None if from_text or texts.shape[1] == 1 else ~text_mask
+        keys, values = self.key(keys), self.value(keys)
+        found, _ = self.attention(queries, keys, values, key_padding_mask=ignored, need_weights=False)
         if self.inner_norm is not None:
             queries = found = self.inner_norm(queries + found)
         found = self.output(found)
         found = self.norm(queries + found if self.has_residual else found)
-        mean = _masked_mean(found, text_mask) if self.query_modality == "text" else found.mean(dim=1)
-        logits: torch.Tensor = self.head(mean)
-        return logits
+        return self.head(_masked_mean(found, text_mask) if from_text else found.mean(dim=1))
 
 
 class CrossEquations(nn.Module):
-    """Eq. 2 and 3: queries, keys and values without biases, one head of attention; the h of "3hd + h" is one bias."""
+    """Eq. 2 and 3: queries, keys and values without biases, one head of attention; the h of "3hd + h" is one bias.
 
-    def __init__(self, photo_width: int, text_width: int, query_modality: QueryModality = "text") -> None:
+    For one vector each; the mask is all True.
+    """
+
+    def __init__(self, photo_width: int, text_width: int, query_modality: QueryModality) -> None:
         super().__init__()
-        queries, keys = (text_width, photo_width) if query_modality == "text" else (photo_width, text_width)
         self.query_modality = query_modality
+        queries, keys = _by_role(photo_width, text_width, query_modality)
         self.query, self.key, self.value = (nn.Linear(width, HIDDEN, bias=False) for width in (queries, keys, keys))
         self.bias = nn.Parameter(torch.zeros(HIDDEN))
         self.head = _head(HEAD_HIDDEN)
 
-    def forward(self, photos: torch.Tensor, texts: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
-        """For one vector each; the mask is all True."""
-        queries, keys = (texts, photos) if self.query_modality == "text" else (photos, texts)
+    def forward(self, photos: torch.Tensor, texts: torch.Tensor, text_mask: torch.Tensor) -> Any:
+        queries, keys = _by_role(photos, texts, self.query_modality)
         found = functional.scaled_dot_product_attention(self.query(queries), self.key(keys), self.value(keys))
-        logits: torch.Tensor = self.head(found[:, 0] + self.bias)
-        return logits
+        return self.head(found[:, 0] + self.bias)
+
+
+def _by_role(photo: Of, text: Of, query_modality: QueryModality) -> tuple[Of, Of]:
+    """What belongs to queries, and what to keys and values."""
+    return (text, photo) if query_modality == "text" else (photo, text)
+
+
+def _head(hidden: int, *, is_linear: bool = False) -> nn.Sequential:
+    """The "two-layer MLP classifier", of a fused vector."""
+    entry = [] if is_linear else [nn.ReLU(), nn.Dropout(DROPOUT)]
+    return nn.Sequential(*entry, nn.Linear(HIDDEN, hidden), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(hidden, 2))
+
+
+def _masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    weights = mask.to(tokens.dtype)[..., None]
+    return (tokens * weights).sum(dim=1) / weights.sum(dim=1)
 
 
 def fit(
@@ -177,52 +190,35 @@ def measure_cost(
 ) -> MatchCost:
     """FLOPs of a pair's forward pass, two for a multiplication and addition; a training step's time over 1,000 pairs.
 
-    The time is CPU time of the fastest of several steps, which other programs hardly affect.
-
-    Args:
-        name: of the fusion.
-        widths: of photos and texts.
-        tokens: number of tokens of each; 1 for vectors.
-        query_modality: see `MatchConfig`.
+    The time is CPU time of the fastest of several steps, which other programs hardly affect. `widths` and numbers of
+    `tokens` (1 for vectors) are of photos and texts.
     """
+    kept: dict[int, int] = {}
+    seconds = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = make_fusion(name, *widths, query_modality).train()
-        batch = [torch.randn(_PAIRS, count, width) for count, width in zip(tokens, widths, strict=True)]
-        mask = torch.ones(_PAIRS, tokens[1], dtype=torch.bool)
+        photos, texts = (torch.randn(_PAIRS, count, width) for count, width in zip(tokens, widths, strict=True))
+        mask, labels = torch.ones(_PAIRS, tokens[1], dtype=torch.bool), torch.zeros(_PAIRS, dtype=torch.int64)
         with counted_flops() as counter:
-            model(batch[0][:1], batch[1][:1], mask[:1])
-        kept: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
+            model(photos[:1], texts[:1], mask[:1])
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(*batch, mask)
-        for parameter in model.parameters():
-            kept.pop(parameter.untyped_storage().data_ptr(), None)
-        labels = torch.zeros(_PAIRS, dtype=torch.int64)
-        seconds = []
+            model(photos, texts, mask)
         for _ in range(_REPEATS):  # the first is slow, while threads and memory are set up
             started = time.process_time()
-            functional.cross_entropy(model(*batch, mask), labels).backward()  # type: ignore[no-untyped-call]
+            functional.cross_entropy(model(photos, texts, mask), labels).backward()  # type: ignore[no-untyped-call]
             seconds.append(time.process_time() - started)
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
     return MatchCost(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         flops_per_pair=counter.get_total_flops(),
         seconds_per_1000_pairs=min(seconds) / _PAIRS * 1000,
         kept_bytes_per_pair=sum(kept.values()) / _PAIRS,
     )
-
-
-def _head(hidden: int, *, is_linear: bool = False) -> nn.Sequential:
-    """The "two-layer MLP classifier", of a fused vector."""
-    entry = [] if is_linear else [nn.ReLU(), nn.Dropout(DROPOUT)]
-    return nn.Sequential(*entry, nn.Linear(HIDDEN, hidden), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(hidden, 2))
-
-
-def _masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    weights = mask.to(tokens.dtype)[..., None]
-    return (tokens * weights).sum(dim=1) / weights.sum(dim=1)

@@ -10,30 +10,33 @@ from typing import ClassVar
 import numpy as np
 
 from saffe_cache.core import figures
-from saffe_cache.core.controls import Control
-from saffe_cache.core.figures import Figure, Fit, FitPlot, Panel, PlanePlot, Series, SeriesPlot
+from saffe_cache.core.figures import Figure, Fit, FitPlot, Panel, PlanePlot, SeriesPlot
 from saffe_cache.core.results import Measurement, Section, series_of
 from saffe_cache.core.tables import Cell, Row, Table, duration, flops, percent
 from saffe_cache.studies.harness import StudyResult
 from saffe_cache.studies.matching.config import BASELINES, FUSIONS
 from saffe_cache.studies.matching.findings import (
-    Crossover,
-    Lead,
+    Findings,
     MadeAlignment,
     MatchCost,
     MatchSetting,
     Plane,
-    Trend,
+    degraded,
+    of_first_ratio,
 )
 
 METRICS = {"accuracy": "accuracy", "f1": "F1", "precision": "precision", "recall": "recall", "auc": "AUC"}
 """Those that reports show."""
 _DRAWN = ("concat", "cross", "cross_residual", "tokens", "ridge_products", "cosine")
 """Systems in figures, no more than there are colours; the tables have all."""
+_EFFECTS = {
+    "noise": "Noise on photos and texts destroys information",
+    "rotation": "A rotation of the photos separates the two spaces and keeps all information",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchResult(StudyResult):
+class MatchResult(StudyResult, Findings):
     """Fusions and baselines at several sizes and degradations, with verdicts on the paper's claims."""
 
     verb: ClassVar[str] = "match"
@@ -43,13 +46,6 @@ class MatchResult(StudyResult):
     features_in_words: str
     made_alignment: MadeAlignment | None
     seeds: tuple[int, ...]
-    settings: tuple[MatchSetting, ...]
-    controls: tuple[Control, ...]
-    rule: tuple[Lead, ...]
-    degradation: tuple[Trend, ...]
-    crossovers: tuple[Crossover, ...]
-    verdict: tuple[str, ...]
-    """Sentences on all of these."""
     cost: Mapping[str, MatchCost]
     planes: Mapping[str, Plane]
     skipped: tuple[str, ...]
@@ -65,15 +61,14 @@ class MatchResult(StudyResult):
             for system, scores in one.systems.items():
                 for metric, score in scores.items():
                     if metric != "shuffled_auc":
-                        chance = chances.get(metric)
                         place = f"{one.setting}, {one.scale} pairs"
-                        yield Measurement.of(place, system, metric, score, chance)
+                        yield Measurement.of(place, system, metric, score, chances.get(metric))
         for control in self.controls:
             yield Measurement("", f"control: {control.name}", "auc", control.value, chance=control.level)
 
     def sections(self) -> list[Section]:
-        main = max(self.settings, key=lambda one: (one in self.of_sizes, one.scale))
-        systems = dict.fromkeys(name for one in self.settings for name in one.systems)
+        main = max(of_first_ratio(self.settings), key=lambda one: one.scale)
+        systems = {name for one in self.settings for name in one.systems}
         return [
             Section(
                 title=f"Does a text belong to a photo? {self.title}",
@@ -101,17 +96,6 @@ class MatchResult(StudyResult):
         tables = [replace(table, folded=0 < place < last) for place, table in enumerate(section.tables)]
         return [replace(section, tables=tables)]
 
-    @property
-    def of_sizes(self) -> list[MatchSetting]:
-        """Clean features at the ratio that was measured at several sizes."""
-        clean = [one for one in self.settings if one.kind == "clean"]
-        return [one for one in clean if one.negatives == clean[0].negatives]
-
-    def degraded(self, kind: str) -> list[MatchSetting]:
-        """From clean features to the most degraded of a kind, at one size; empty where that was not measured."""
-        of_kind = [one for one in self.settings if one.kind == kind]
-        return [one for one in self.of_sizes if of_kind and one.scale == of_kind[0].scale] + of_kind
-
     def _control_counts(self) -> str:
         passed = [one.passed for one in self.controls]
         counts = f"{len(passed)}, of which {passed.count(False)} failed"
@@ -138,43 +122,30 @@ class MatchResult(StudyResult):
         found: list[Figure] = [self._size_plot()]
         if any(one.curves for one in self.crossovers):
             found.append(self._error_plot())
-        for kind in ("noise", "rotation"):
-            levels = self.degraded(kind)
-            if levels:
-                found.append(_degradation_plot(levels, kind))
-        if self.planes:
-            found.append(_plane_plot(self.planes))
-        return found
+        levels = {kind: degraded(self.settings, kind) for kind in _EFFECTS}
+        found += [_degradation_plot(of, kind) for kind, of in levels.items() if of]
+        return found + ([_plane_plot(self.planes)] if self.planes else [])
 
     def _size_plot(self) -> SeriesPlot:
-        settings = self.of_sizes
-        return SeriesPlot(
-            name="sizes",
-            caption=f"Accuracy at 1:{settings[0].negatives} by the number of training pairs, {_seeds(settings[0])}.",
-            x_label="training pairs",
-            y_label="accuracy, percent",
-            panels=[Panel([f"{one.scale}" for one in settings], _series(settings))],
-            levels=[("chance", 100 * settings[0].chance)],
-            joined=True,
-        )
+        settings = of_first_ratio(self.settings)
+        caption = f"Accuracy at 1:{settings[0].negatives} by the number of training pairs"
+        level = ("chance", 100 * settings[0].chance)
+        return _accuracy_plot("sizes", caption, settings, "training pairs", [f"{one.scale}" for one in settings], level)
 
     def _error_plot(self) -> FitPlot:
+        settings = of_first_ratio(self.settings)
         curves = {system: curve for one in self.crossovers if one.curves for system, curve in one.curves.items()}
-        scales = [one.scale for one in self.of_sizes]
+        scales = [one.scale for one in settings]
         sizes = np.geomspace(min(scales), max(scales), 60).tolist()
-        fits = [
-            Fit(
-                system,
-                [
-                    (one.scale, 100 * (1 - value))
-                    for one in self.of_sizes
-                    if system in one.systems
-                    for value in one.systems[system]["accuracy"].values
-                ],
-                [(size, 100 * curve(size)) for size in sizes],
-            )
-            for system, curve in curves.items()
-        ]
+        errors = {
+            system: [
+                (one.scale, 100 * (1 - value))
+                for one in settings
+                if system in one.systems
+                for value in one.systems[system]["accuracy"].values
+            ]
+            for system in curves
+        }
         return FitPlot(
             name="errors",
             caption="Error of each seed, and its fit a N^-b + c.",
@@ -182,12 +153,8 @@ class MatchResult(StudyResult):
             x_label="training pairs",
             y_label="error, percent",
             ticks=scales,
-            fits=fits,
+            fits=[Fit(name, errors[name], [(size, 100 * of(size)) for size in sizes]) for name, of in curves.items()],
         )
-
-
-def _seeds(setting: MatchSetting) -> str:
-    return "with its 95 % t-interval over seeds" if setting.num_seeds > 1 else "one seed"
 
 
 def _setting_table(setting: MatchSetting) -> Table:
@@ -208,30 +175,38 @@ def _setting_table(setting: MatchSetting) -> Table:
     return Table(caption, ("", *METRICS.values(), "control AUC"), tuple(rows))
 
 
-def _series(settings: Sequence[MatchSetting]) -> list[Series]:
-    """Accuracies of the drawn systems that the last setting or several have."""
+def _accuracy_plot(
+    name: str,
+    caption: str,
+    settings: Sequence[MatchSetting],
+    x_label: str,
+    places: Sequence[str],
+    level: tuple[str, float],
+) -> SeriesPlot:
+    """Accuracies, at a place for each setting, of the drawn systems that the last setting or several have."""
+    seeds = "with its 95 % t-interval over seeds" if settings[0].num_seeds > 1 else "one seed"
     found = {name: [one.systems.get(name, {}).get("accuracy") for one in settings] for name in _DRAWN}
-    return [series_of(name, of) for name, of in found.items() if of[-1] or len(of) - of.count(None) > 1]
+    series = [series_of(name, of) for name, of in found.items() if of[-1] or len(of) - of.count(None) > 1]
+    return SeriesPlot(
+        name=name,
+        caption=f"{caption}, {seeds}.",
+        x_label=x_label,
+        y_label="accuracy, percent",
+        panels=[Panel(places, series)],
+        levels=[level],
+        joined=True,
+    )
 
 
 def _degradation_plot(levels: Sequence[MatchSetting], kind: str) -> SeriesPlot:
-    def place(one: MatchSetting) -> str:
-        cosine = one.alignment.get("photos_with_clean")
-        return f"{one.level:g}" if cosine is None else f"{one.level:g}\n({cosine:.2f})"
-
-    effect = {
-        "noise": "Noise on photos and texts destroys information",
-        "rotation": "A rotation of the photos separates the two spaces and keeps all information",
-    }
-    return SeriesPlot(
-        name=kind,
-        caption=f"{effect[kind]}: accuracy at {levels[0].scale} pairs, {_seeds(levels[0])}.",
-        x_label=f"{kind} (mean cosine with the clean photos)",
-        y_label="accuracy, percent",
-        panels=[Panel([place(one) for one in levels], _series(levels))],
-        levels=[("majority class", 100 * levels[0].majority)],
-        joined=True,
-    )
+    cosines = [one.alignment.get("photos_with_clean") for one in levels]
+    places = [
+        f"{one.level:g}" if cosine is None else f"{one.level:g}\n({cosine:.2f})"
+        for one, cosine in zip(levels, cosines, strict=True)
+    ]
+    caption = f"{_EFFECTS[kind]}: accuracy at {levels[0].scale} pairs"
+    label, level = f"{kind} (mean cosine with the clean photos)", ("majority class", 100 * levels[0].majority)
+    return _accuracy_plot(kind, caption, levels, label, places, level)
 
 
 def _plane_plot(planes: Mapping[str, Plane]) -> PlanePlot:

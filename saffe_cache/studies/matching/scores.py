@@ -1,8 +1,11 @@
-"""How well pairs are told apart, by scikit-learn, and controls: shuffled photos, and permuted labels in training."""
+"""How well pairs are told apart, and controls: shuffled photos, and permuted labels or pairs in training.
+
+All controls are of the AUC, since accuracy at a ratio of 1:5 rewards always saying no.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +13,8 @@ from scipy.stats import norm, t
 from sklearn import metrics
 
 from saffe_cache.core.controls import Control
+from saffe_cache.studies.matching.findings import MadeAlignment, MatchCell
+from saffe_cache.studies.matching.planning import CellPlan
 
 _FALSE_ALARMS = {False: 1e-3, True: 1e-2}
 """Of all controls that are judged together; True for those that are trained."""
@@ -39,21 +44,14 @@ def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
     """The threshold with the highest accuracy, halfway between two scores; the highest of several."""
     false, true, thresholds = metrics.roc_curve(labels, scores, drop_intermediate=False)
     right = true * (labels == 1).sum() + (1 - false) * (labels == 0).sum()
+    thresholds = np.array([thresholds[1] + 2.0, *thresholds[1:], thresholds[-1] - 2.0])
     place = int(np.argmax(right))
-    if place + 1 == len(thresholds):
-        return float(thresholds[-1]) - 1.0
-    above = thresholds[place] if place else thresholds[1] + 2.0
-    return float(above + thresholds[place + 1]) / 2
-
-
-def auc_error(num_matches: int, num_others: int) -> float:
-    """Standard error of the AUC of uninformative scores (Hanley and McNeil, 1982, at 0.5)."""
-    return float(np.sqrt((num_matches + num_others + 1) / (12 * num_matches * num_others)))
+    return float(thresholds[place : place + 2].mean())
 
 
 @dataclass(frozen=True)
 class Trials:
-    """AUC of one control, since accuracy at a ratio of 1:5 rewards always saying no."""
+    """AUC of one control."""
 
     name: str
     values: list[float]
@@ -62,6 +60,11 @@ class Trials:
     """Standard error of one of them, as far as it is known."""
     is_trained: bool
     """Trained on uninformative data: then seeds may differ by more than this error."""
+
+
+def auc_error(num_matches: int, num_others: int) -> float:
+    """Standard error of the AUC of uninformative scores (Hanley and McNeil, 1982, at 0.5)."""
+    return float(np.sqrt((num_matches + num_others + 1) / (12 * num_matches * num_others)))
 
 
 def shuffled_error(num_matches: int, num_others: int) -> float:
@@ -81,6 +84,29 @@ def permuted_error(num_matches: int, num_others: int, num_kinds: int) -> float:
         num_kinds: of the test's photos, as distinguished by their texts: classes, or all photos with captions.
     """
     return auc_error(min(num_matches, num_kinds), min(num_others, num_kinds * (num_kinds - 1)))
+
+
+def collect_trials(cells: Mapping[CellPlan, MatchCell], num_kinds: int, made: MadeAlignment | None) -> list[Trials]:
+    """The controls of all cells, and that permuted pairs align nothing. `num_kinds`: of the report's photos."""
+    found: dict[str, Trials] = {}
+    for plan, cell in cells.items():
+        matches = cell.pairs["test"] // (1 + plan.negatives)
+        others = matches * plan.negatives
+        if plan.is_permuted:
+            which, error = "labels permuted", permuted_error(matches, others, num_kinds)
+        else:
+            which, error = "photos shuffled", shuffled_error(matches, others)
+        for system, scores in cell.systems.items():
+            name = f"{plan.setting}, {plan.scale} pairs, {system}, {which}"
+            trials = found.setdefault(name, Trials(name, [], error, is_trained=plan.is_permuted))
+            trials.values.append((scores.test if plan.is_permuted else scores.shuffled)["auc"])
+    return [*found.values(), *([null_trials(made, num_kinds)] if made else [])]
+
+
+def null_trials(made: MadeAlignment, num_kinds: int) -> Trials:
+    """The control that permuted pairs align nothing."""
+    error = permuted_error(made.matches, made.others, num_kinds)
+    return Trials("cosine, made pre-aligned by permuted pairs", list(made.auc_permuted), error, is_trained=True)
 
 
 def judge_controls(controls: Sequence[Trials]) -> list[Control]:

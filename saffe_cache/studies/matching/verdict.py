@@ -10,20 +10,20 @@ training size, err = a N^-b + c (eq. 10-12), are drawn there with b = 1 and not 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar, nnls
 
-from saffe_cache.core.controls import Control
 from saffe_cache.core.results import Estimate
 from saffe_cache.core.tables import percent
 from saffe_cache.retrieval.metrics import over_seeds
 from saffe_cache.studies.matching.config import FUSIONS
 from saffe_cache.studies.matching.findings import (
     Crossover,
+    Findings,
     Lead,
     MadeAlignment,
     MatchCell,
@@ -31,8 +31,11 @@ from saffe_cache.studies.matching.findings import (
     OverSeeds,
     PowerLaw,
     Trend,
+    degraded,
+    of_first_ratio,
 )
-from saffe_cache.studies.matching.scores import Trials, judge_controls, permuted_error, shuffled_error
+from saffe_cache.studies.matching.planning import CellPlan
+from saffe_cache.studies.matching.scores import collect_trials, judge_controls
 
 Accuracies = Mapping[str, Mapping[int, Sequence[float]]]
 """By system and training size: accuracy of each seed, in the same order everywhere."""
@@ -42,8 +45,6 @@ CONCAT = "concat"
 BLIND = dict.fromkeys(("cross", "cross_equations"), " (which sees only one modality)")
 _RESAMPLES, _GRID = 200, 200
 _EXPONENTS = np.geomspace(0.01, 3, 20)
-_UNIT = 1000.0
-"""Pairs: N is counted in thousands within the fit."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,49 @@ class Features:
         return f"{self.kind} features"
 
 
+def summarise(
+    cells: Mapping[CellPlan, MatchCell], features: Features, num_kinds: int, made: MadeAlignment | None
+) -> Findings:
+    """Everything that follows from the cells.
+
+    Args:
+        cells: all of them.
+        features: that they were measured on.
+        num_kinds: of the test's photos.
+        made: what made the features pre-aligned, if anything did.
+    """
+    settings = _settings(cells)
+    accuracies = _accuracies(settings)
+    contenders = [name for name in accuracies if _is_contender(name)]
+    rule = judge_rule(features, accuracies, contenders)
+    trends = [trend for kind in ("noise", "rotation") for trend in _trends(settings, kind)]
+    errors = {
+        name: {scale: [1 - value for value in values] for scale, values in of.items()}
+        for name, of in accuracies.items()
+    }
+    crossovers = [
+        compare_risks(errors[CONCAT], errors[name], (CONCAT, name)) for name in contenders if CONCAT in errors
+    ]
+    return Findings(
+        settings=tuple(settings),
+        controls=tuple(judge_controls(collect_trials(cells, num_kinds, made))),
+        rule=tuple(rule),
+        degradation=tuple(trends),
+        crossovers=tuple(crossovers),
+        verdict=(
+            *([_alignment_sentence(made)] if made else []),
+            *rule_sentences(features, rule),
+            *(one.sentence for one in trends),
+            *(one.sentence for one in crossovers),
+            *_best_baseline(accuracies),
+        ),
+    )
+
+
+def _is_contender(name: str) -> bool:
+    return name in FUSIONS and not name.startswith(CONCAT)
+
+
 def _paired(first: Sequence[float], second: Sequence[float]) -> Estimate:
     """First less second, by seed."""
     return over_seeds([a - b for a, b in zip(first, second, strict=True)])
@@ -73,49 +117,7 @@ def _points(estimate: Estimate) -> str:
     return estimate.points() + (" (one seed)" if estimate.half is None else "")
 
 
-class Summary(NamedTuple):
-    """What follows from all cells."""
-
-    settings: list[MatchSetting]
-    controls: list[Control]
-    rule: list[Lead]
-    degradation: list[Trend]
-    crossovers: list[Crossover]
-    verdict: list[str]
-
-
-def summarise(cells: Sequence[MatchCell], features: Features, num_kinds: int, made: MadeAlignment | None) -> Summary:
-    """Everything that follows from the cells.
-
-    Args:
-        cells: all of them.
-        features: that they were measured on.
-        num_kinds: of the test's photos.
-        made: what made the features pre-aligned, if anything did.
-    """
-    settings = _settings([cell for cell in cells if not cell.permuted])
-    trials = _trials(cells, num_kinds)
-    accuracies = _accuracies(settings)
-    contenders = [name for name in accuracies if name in FUSIONS and not name.startswith(CONCAT)]
-    rule = judge_rule(features, accuracies, contenders)
-    errors = {
-        name: {scale: [1 - value for value in values] for scale, values in of.items()}
-        for name, of in accuracies.items()
-    }
-    crossovers = [
-        compare_risks(errors[CONCAT], errors[name], (CONCAT, name)) for name in contenders if CONCAT in errors
-    ]
-    trends = [trend for kind in ("noise", "rotation") for trend in _trends(settings, kind)]
-    verdict = rule_sentences(features, rule)
-    verdict += [*(one.sentence for one in trends), *(one.sentence for one in crossovers)]
-    verdict += _best_baselines(accuracies)
-    if made:
-        trials.append(null_trials(made, num_kinds))
-        verdict.insert(0, alignment_sentence(made))
-    return Summary(settings, judge_controls(trials), rule, trends, crossovers, verdict)
-
-
-def alignment_sentence(made: MadeAlignment) -> str:
+def _alignment_sentence(made: MadeAlignment) -> str:
     """What the map did to the report's pairs."""
     before = "undefined, since the encoders' widths differ" if made.auc_before is None else percent(made.auc_before)
     permuted = made.auc_permuted
@@ -127,80 +129,52 @@ def alignment_sentence(made: MadeAlignment) -> str:
     )
 
 
-def null_trials(made: MadeAlignment, num_kinds: int) -> Trials:
-    """The control that permuted pairs align nothing. `num_kinds`: of the report's photos."""
-    error = permuted_error(made.matches, made.others, num_kinds)
-    return Trials("cosine, made pre-aligned by permuted pairs", list(made.auc_permuted), error, is_trained=True)
-
-
-def _settings(cells: Iterable[MatchCell]) -> list[MatchSetting]:
+def _settings(cells: Mapping[CellPlan, MatchCell]) -> list[MatchSetting]:
     """One for each setting and scale, with values in the order of the seeds."""
-    groups: dict[tuple[str, int], list[MatchCell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.setting, cell.scale), []).append(cell)
-    found = []
-    for of in groups.values():
-        first = of[0]
-        systems = dict.fromkeys(name for cell in of for name in cell.systems)
-        scores = {name: [cell.systems[name] for cell in of if name in cell.systems] for name in systems}
-        measured = [cell.alignment for cell in of if cell.alignment]
-        found.append(
-            MatchSetting(
-                setting=first.setting,
-                kind=first.kind,
-                level=first.level,
-                negatives=first.negatives,
-                scale=first.scale,
-                pairs=first.pairs,
-                chance=first.majority**2 + (1 - first.majority) ** 2,
-                majority=first.majority,
-                alignment={
-                    name: float(np.mean([one[name] for one in measured])) for name in (measured[0] if measured else {})
-                },
-                systems={
-                    name: {metric: OverSeeds.of([one.test[metric] for one in of_seeds]) for metric in of_seeds[0].test}
-                    | {"shuffled_auc": OverSeeds.of([one.shuffled["auc"] for one in of_seeds])}
-                    for name, of_seeds in scores.items()
-                },
-            )
-        )
-    return found
+    groups: dict[tuple[str, int], dict[CellPlan, MatchCell]] = {}
+    for plan, cell in cells.items():
+        if not plan.is_permuted:
+            groups.setdefault((plan.setting, plan.scale), {})[plan] = cell
+    return [_setting(next(iter(of)), list(of.values())) for of in groups.values()]
 
 
-def _trials(cells: Sequence[MatchCell], num_kinds: int) -> list[Trials]:
-    found: dict[str, Trials] = {}
-    for cell in cells:
-        matches = cell.pairs["test"] // (1 + cell.negatives)
-        others = matches * cell.negatives
-        if cell.permuted:
-            which, error = "labels permuted", permuted_error(matches, others, num_kinds)
-        else:
-            which, error = "photos shuffled", shuffled_error(matches, others)
-        for system, scores in cell.systems.items():
-            name = f"{cell.setting}, {cell.scale} pairs, {system}, {which}"
-            trials = found.setdefault(name, Trials(name, [], error, is_trained=cell.permuted))
-            trials.values.append((scores.test if cell.permuted else scores.shuffled)["auc"])
-    return list(found.values())
+def _setting(plan: CellPlan, cells: Sequence[MatchCell]) -> MatchSetting:
+    majority = cells[0].majority
+    measured = [cell.alignment for cell in cells if cell.alignment]
+    names = dict.fromkeys(name for cell in cells for name in cell.systems)
+    scores = {name: [cell.systems[name] for cell in cells if name in cell.systems] for name in names}
+    return MatchSetting(
+        setting=plan.setting,
+        kind=plan.degradation.kind,
+        level=plan.degradation.level,
+        negatives=plan.negatives,
+        scale=plan.scale,
+        pairs=cells[0].pairs,
+        chance=majority**2 + (1 - majority) ** 2,
+        majority=majority,
+        alignment={name: float(np.mean([one[name] for one in measured])) for name in measured[0]} if measured else {},
+        systems={
+            name: {metric: OverSeeds.of([one.test[metric] for one in of_seeds]) for metric in of_seeds[0].test}
+            | {"shuffled_auc": OverSeeds.of([one.shuffled["auc"] for one in of_seeds])}
+            for name, of_seeds in scores.items()
+        },
+    )
 
 
 def _accuracies(settings: Sequence[MatchSetting]) -> Accuracies:
     """By system and size, on clean features at the first ratio."""
-    clean = [one for one in settings if one.kind == "clean"]
     found: dict[str, dict[int, Sequence[float]]] = {}
-    for one in clean:
-        if one.negatives == clean[0].negatives:
-            for name, scores in one.systems.items():
-                found.setdefault(name, {})[one.scale] = scores["accuracy"].values
+    for one in of_first_ratio(settings):
+        for name, scores in one.systems.items():
+            found.setdefault(name, {})[one.scale] = scores["accuracy"].values
     return found
 
 
 def _trends(settings: Sequence[MatchSetting], kind: str) -> list[Trend]:
     """Concat's lead over each cross-attention from clean features to the most degraded, at the scale of these."""
-    of_kind = [one for one in settings if one.kind == kind]
-    if not of_kind or CONCAT not in of_kind[0].systems:
+    levels = degraded(settings, kind)
+    if not levels or CONCAT not in levels[-1].systems:
         return []
-    place = of_kind[0].scale, of_kind[0].negatives
-    clean = [one for one in settings if one.kind == "clean" and (one.scale, one.negatives) == place]
 
     def leads(one: MatchSetting, name: str) -> list[float]:
         values = (one.systems[system]["accuracy"].values for system in (CONCAT, name))
@@ -208,27 +182,23 @@ def _trends(settings: Sequence[MatchSetting], kind: str) -> list[Trend]:
 
     return [
         judge_degradation(
-            {one.setting.split(" ", 1)[1]: leads(one, name) for one in [*clean, *of_kind]}, kind, name, place[0]
+            {one.setting.split(" ", 1)[1]: leads(one, name) for one in levels}, kind, name, levels[0].scale
         )
-        for name in of_kind[0].systems
-        if name in FUSIONS and not name.startswith(CONCAT)
+        for name in levels[-1].systems
+        if _is_contender(name)
     ]
 
 
-def _best_baselines(accuracies: Accuracies) -> list[str]:
+def _best_baseline(accuracies: Accuracies) -> list[str]:
     """At the largest scale: the best fusion less the best baseline."""
-    fusions = {name: of for name, of in accuracies.items() if name in FUSIONS}
-    others = {name: of for name, of in accuracies.items() if name not in FUSIONS}
-    if not fusions or not others:
-        return []
-    scale = max(max(of) for of in fusions.values())
-    fusion, baseline = (
-        max((name for name in of if scale in of[name]), key=lambda name: float(np.mean(of[name][scale])), default=None)
-        for of in (fusions, others)
-    )
+    scale = max((max(of) for name, of in accuracies.items() if name in FUSIONS), default=0)
+    there = {name: of[scale] for name, of in accuracies.items() if scale in of}
+    means = {name: float(np.mean(values)) for name, values in there.items()}
+    fusion = max((name for name in means if name in FUSIONS), key=lambda name: means[name], default=None)
+    baseline = max((name for name in means if name not in FUSIONS), key=lambda name: means[name], default=None)
     if fusion is None or baseline is None:
         return []
-    lead = _paired(fusions[fusion][scale], others[baseline][scale])
+    lead = _paired(there[fusion], there[baseline])
     several = "" if lead.low is None else "; each interval alone is 95 %, over seeds, on the same photos"
     return [
         f"at {scale} pairs the best fusion, {fusion}, less the best baseline, {baseline}: {_points(lead)} points "
@@ -242,13 +212,10 @@ def judge_rule(features: Features, accuracies: Accuracies, contenders: Sequence[
     It is undecided unless the 95 % interval of the difference excludes 0. With one seed there is no interval, and
     nothing is decided.
     """
-    found = []
-    expected = 1 if features.are_aligned else -1
+    expected, ours, found = 1 if features.are_aligned else -1, accuracies.get(CONCAT, {}), []
     for contender in contenders:
-        for size, own in accuracies.get(contender, {}).items():
-            if size not in accuracies.get(CONCAT, {}):
-                continue
-            lead = _paired(accuracies[CONCAT][size], own)
+        for size in (size for size in accuracies[contender] if size in ours):
+            lead = _paired(ours[size], accuracies[contender][size])
             holds = lead.sign == expected if lead.sign else None
             found.append(Lead(contender=contender, size=size, lead=lead, holds=holds))
     return found
@@ -261,11 +228,11 @@ def rule_sentences(features: Features, judged: Sequence[Lead]) -> list[str]:
     for contender in dict.fromkeys(one.contender for one in judged):
         of_it = [one for one in judged if one.contender == contender]
         leads = "; ".join(f"{one.size}: {_points(one.lead)}" for one in of_it)
-        by_verdict = {
-            verdict: [f"{one.size}" for one in of_it if one.holds is held]
+        verdicts = ", ".join(
+            f"{verdict} at {', '.join(f'{one.size}' for one in of_it if one.holds is held)}"
             for verdict, held in (("holds", True), ("fails", False), ("is undecided", None))
-        }
-        verdicts = ", ".join(f"{verdict} at {', '.join(sizes)}" for verdict, sizes in by_verdict.items() if sizes)
+            if held in {one.holds for one in of_it}
+        )
         sentences.append(
             f"the rule for {features}, that {winner} wins at any size, {verdicts} pairs against {contender}"
             f"{BLIND.get(contender, '')}; concat's lead in points by training pairs: {leads}"
@@ -276,29 +243,20 @@ def rule_sentences(features: Features, judged: Sequence[Lead]) -> list[str]:
 def judge_degradation(leads: Mapping[str, Sequence[float]], kind: str, contender: str, scale: int) -> Trend:
     """Does concatenation's lead grow as alignment falls? At each level the lead less that on clean features.
 
-    Args:
-        leads: by level, clean first: concat's accuracy less the contender's, for each seed.
-        kind: noise or rotation.
-        contender: a cross-attention.
-        scale: training pairs.
+    `leads`: by level, clean first, concat's accuracy less the contender's, for each seed.
     """
     (_, clean), *others = leads.items()
     changes = {level: _paired(values, clean) for level, values in others}
     grown, fallen = (tuple(level for level, change in changes.items() if change.sign == sign) for sign in (1, -1))
-    trend = f"grows at {len(grown)} and falls at {len(fallen)} of {len(changes)} levels; it"
+    trend = f"grows at {len(grown)} and falls at {len(fallen)} of {len(changes)} levels"
+    trend = trend if len(clean) > 1 else "is not judged by one seed"
     by_level = "; ".join(f"{level}: {_points(change)}" for level, change in changes.items())
     sentence = (
-        f"with {kind} concat's lead over {contender} {trend if len(clean) > 1 else 'is not judged by one seed; it'} is "
+        f"with {kind} concat's lead over {contender} {trend}; it is "
         f"{100 * sum(clean) / len(clean):+.1f} points on clean features and changes by {by_level}"
     )
     return Trend(
-        kind=kind,
-        contender=contender,
-        scale=scale,
-        changes=changes,
-        grown=grown,
-        fallen=fallen,
-        sentence=sentence,
+        kind=kind, contender=contender, scale=scale, changes=changes, grown=grown, fallen=fallen, sentence=sentence
     )
 
 
@@ -307,12 +265,11 @@ def fit_power_law(errors: Errors) -> PowerLaw:
 
     For a given b the other two are a linear problem: b alone is searched.
     """
-    sizes = np.repeat([size / _UNIT for size in errors], [len(values) for values in errors.values()])
+    sizes = np.repeat([size / 1000 for size in errors], [len(values) for values in errors.values()])
     values = np.concatenate([np.asarray(values, float) for values in errors.values()])
 
-    def solve(b: float) -> tuple[np.ndarray, float]:
-        found: tuple[np.ndarray, float] = nnls(np.stack([sizes**-b, np.ones(len(sizes))], axis=1), values)
-        return found
+    def solve(b: float) -> Any:
+        return nnls(np.stack([sizes**-b, np.ones(len(sizes))], axis=1), values)
 
     residuals = [solve(b)[1] for b in _EXPONENTS]
     place = int(np.argmin(residuals))
