@@ -91,13 +91,10 @@ class Variants:
             title=f"{protocol} protocol",
             question="Which variant finds most?",
             x_label="variant",
-            y_label=None,
-            metric=None,
             seeds=tuple(self.seeds),
             cells=tuple(
                 recipe.Cell(series="FAM", x=row.name, y=None, settings={**self.shared, **row.changes}) for row in rows
             ),
-            published=(),
         )
         config = AblateConfig(
             recipe=(),

@@ -31,6 +31,7 @@ from saffe_cache.studies.sweep import ablate as running
 from saffe_cache.studies.sweep.ablate import ablate
 from saffe_cache.studies.sweep.recipe import AblateConfig, read_recipe
 from saffe_cache.studies.sweep.result import SweepResult
+from saffe_cache.studies.sweep.runs import chosen
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.runs import load_run
@@ -584,9 +585,9 @@ def test_documented_recipe_is_valid(tmp_path: Path) -> None:
 def test_a_run_is_known_by_what_was_chosen() -> None:
     """An option at its default tells nothing, so that one which a later release adds leaves runs what they are."""
     config = TrainConfig(cache="c", out="o", epochs=3, layers={"image": (2,)})
-    assert running._chosen(config) == {"cache": "c", "out": "o", "epochs": 3, "layers": {"image": (2,)}}
+    assert chosen(config) == {"cache": "c", "out": "o", "epochs": 3, "layers": {"image": (2,)}}
     shape = FusionShape(
         fusion="linear", head="mean", num_layers=1, hidden_size=4, num_tokens=2, text_hidden_size=4, text_size=4
     )
-    assert "dropout" not in running._chosen(shape)
-    assert running._chosen(replace(shape, dropout=0.1))["dropout"] == 0.1
+    assert "dropout" not in chosen(shape)
+    assert chosen(replace(shape, dropout=0.1))["dropout"] == 0.1

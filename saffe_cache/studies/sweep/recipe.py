@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -59,72 +59,36 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class _Heading:
+    """What a recipe says besides its cells."""
+
+    title: str
+    question: str
+    x_label: str
+    y_label: str | None = None
+    """None where there is one axis."""
+    metric: str | None = None
+    """The metric to plot; None for the protocol's main metric."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(_Heading):
     """What a sweep varies and measures."""
 
     path: str
     """Where it comes from, for messages."""
-    title: str
-    question: str
-    x_label: str
-    y_label: str | None
-    metric: str | None
-    """The metric to plot; None for the protocol's main metric."""
-    seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
-    published: tuple[Published, ...]
-
-
-def read_recipe(path: str | Path) -> Recipe:
-    """
-    Raises:
-        ValueError: it is not a recipe; the message says where.
-        OSError: the file cannot be read.
-    """
-    try:
-        content = tomllib.loads(Path(path).read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not TOML ({error}). See the recipes in pipelines/.") from None
-    try:
-        _check_names(_Content, content, "a recipe")
-        parts = made_of(_Content, content)
-        axes = parts.x, parts.y
-        cells = [cell for series in parts.series for cell in _cells(series, parts.shared, axes)]
-        for one in parts.published:
-            _check_names(Published, one, "published")
-        published = tuple(made_of(Published, one) for one in parts.published)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}. See the recipes in pipelines/.") from None
-    places = [(cell.series, cell.x, cell.y) for cell in cells]
-    twice = [place for place in places if places.count(place) > 1]
-    if twice:
-        raise ValueError(f"{path}: {twice[0]} is given twice. Give each series and value once, or another x.")
-    return Recipe(
-        path=str(path),
-        title=parts.title,
-        question=parts.question,
-        x_label=parts.x_label,
-        y_label=parts.y_label if parts.y else None,
-        metric=parts.metric,
-        seeds=parts.seeds,
-        cells=tuple(cells),
-        published=published,
-    )
+    published: tuple[Published, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Content:
+class _Content(_Heading):
     """A recipe's file."""
 
-    title: str
-    question: str
     x: str
-    x_label: str
-    series: tuple[Mapping[str, Any], ...]
     y: str | None = None
-    y_label: str = ""
-    metric: str | None = None
-    seeds: tuple[int, ...] = (0, 1, 2)
+    series: tuple[Mapping[str, Any], ...]
     shared: Mapping[str, Any] = field(default_factory=dict)
     published: tuple[Mapping[str, Any], ...] = ()
 
@@ -136,21 +100,45 @@ class _Content:
             raise ValueError(f"seeds: {list(self.seeds)}, expected whole numbers from 0, each once")
 
 
-def _check_names(kind: type, content: Mapping[str, Any], where: str) -> None:
+def read_recipe(path: str | Path) -> Recipe:
+    """
+    Raises:
+        ValueError: it is not a recipe; the message says where.
+        OSError: the file cannot be read.
+    """
+    try:
+        content = _made(_Content, tomllib.loads(Path(path).read_text()), "a recipe")
+        cells = [cell for series in content.series for cell in _cells(series, content)]
+        published = tuple(_made(Published, one, "published") for one in content.published)
+        places = [(cell.series, cell.x, cell.y) for cell in cells]
+    except (TypeError, ValueError) as error:
+        what = f"not TOML ({error})" if isinstance(error, tomllib.TOMLDecodeError) else error
+        raise ValueError(f"{path}: {what}. See the recipes in pipelines/.") from None
+    twice = [place for place in places if places.count(place) > 1]
+    if twice:
+        raise ValueError(f"{path}: {twice[0]} is given twice. Give each series and value once, or another x.")
+    heading = {one.name: getattr(content, one.name) for one in fields(_Heading)}
+    heading |= {"y_label": (content.y_label or "") if content.y else None}
+    return Recipe(path=str(path), cells=tuple(cells), published=published, **heading)
+
+
+def _made(kind: type[Any], content: Mapping[str, Any], where: str) -> Any:
     """
     Raises:
         ValueError: a field is unknown, or one without a default is missing.
+        TypeError: a field is of another kind.
     """
     known = {one.name: one.default is MISSING and one.default_factory is MISSING for one in fields(kind)}
     wrong = [f"{name!r} is no field" for name in content if name not in known]
     wrong += [f"{name!r} is missing" for name, is_needed in known.items() if is_needed and name not in content]
     if wrong:
         raise ValueError(f"{where}: {wrong[0]}; there are {', '.join(known)}")
+    return made_of(kind, content)
 
 
-def _cells(series: Mapping[str, Any], shared: Mapping[str, Any], axes: Sequence[str | None]) -> list[Cell]:
+def _cells(series: Mapping[str, Any], recipe: _Content) -> list[Cell]:
     """All combinations of a series' values."""
-    options = {**shared, **series}
+    options, axes = {**recipe.shared, **series}, (recipe.x, recipe.y)
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise ValueError("a series lacks its name")
@@ -159,7 +147,7 @@ def _cells(series: Mapping[str, Any], shared: Mapping[str, Any], axes: Sequence[
     if unknown:
         raise ValueError(f"series {name!r}: there is no option {unknown[0]!r} to vary; there are {sorted(known)}")
     empty = [key for option, value in options.items() for key in _empty(option, value)]
-    if empty:
+    if empty:  # it would make no cell, or one of nothing
         raise ValueError(f"series {name!r}: {empty[0]} is empty, expected at least one value; or leave it out")
     lists = {option: _values(value) for option, value in options.items()}
     on_axes = {axis.split(".")[0] if axis != "num_layers" else "layers" for axis in axes if axis}
@@ -180,15 +168,14 @@ def _cells(series: Mapping[str, Any], shared: Mapping[str, Any], axes: Sequence[
 
 
 def _empty(key: str, value: Any) -> Iterator[str]:
-    """The keys, this one or below it, of empty lists and tables: they make no cell, or one of nothing."""
-    if isinstance(value, (list, Mapping)) and not value:
+    """The keys, this one or below it, of empty lists and tables."""
+    if not isinstance(value, (list, Mapping)):
+        return
+    if not value:
         yield key
-    elif isinstance(value, Mapping):
-        for name, one in value.items():
-            yield from _empty(f"{key}.{name}", one)
-    elif isinstance(value, list):
-        for one in value:
-            yield from _empty(key, one)
+    parts = value.items() if isinstance(value, Mapping) else [("", one) for one in value]
+    for name, one in parts:
+        yield from _empty(f"{key}.{name}" if name else key, one)
 
 
 def _values(value: Any) -> list[Any]:

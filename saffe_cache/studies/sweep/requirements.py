@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from saffe_cache.core.features import MODALITIES, CacheError, Modality, StorageType, hidden_states_index
@@ -21,21 +21,26 @@ _OF_MODALITY: Mapping[str, tuple[str, ...]] = {
     "text": ("max_length", "prompt", "position_offset"),
 }
 """Options of an extraction that belong to one encoder; for another encoder of the modality they have their default."""
+_READ = ("data", "column", "splits", "max_items", "class_prompt")
+"""The options that say what an extraction reads."""
+_SHOWN = ("data", "encoder", "revision", "column", "max_items", "image_size", "max_length", "prompt", "position_offset",
+          "dtype", "attention", "splits", "class_prompt")  # fmt: skip
+"""The options of a command, where they are not at their default."""
 
 
 @dataclass
-class _Missing:
-    """Hidden states that recipes need and a cache does not hold."""
+class _Lack:
+    """Hidden states of one encoder that recipes need and a cache does not hold."""
 
-    layers: dict[str, set[int]] = field(default_factory=dict)
-    """Of encoders that the cache holds, by key."""
-    encoders: dict[tuple[Modality, str], set[int]] = field(default_factory=dict)
-    """Of encoders that it does not hold, by modality and the recipes' name; empty where a recipe names no layers."""
-    run_on: set[tuple[Modality, str]] = field(default_factory=set)
-    """Encoders not in the cache whose blocks a fusion runs, from the first of these layers to the last."""
-
-    def __bool__(self) -> bool:
-        return bool(self.layers or self.encoders)
+    modality: Modality
+    name: str
+    """The encoder's key in the cache, or else the recipes' name."""
+    encoder: EncoderCache | None
+    """None if the cache does not hold it."""
+    layers: set[int]
+    """Empty where a recipe names no layers."""
+    runs_on: bool = False
+    """Whether a fusion runs the blocks from the first of these layers to the last, of an unknown number."""
 
 
 def check_cache(cache: Cache, configs: Iterable[TrainConfig]) -> None:
@@ -43,56 +48,60 @@ def check_cache(cache: Cache, configs: Iterable[TrainConfig]) -> None:
     Raises:
         CacheError: layers or encoders are missing; the message names all, with the commands that add them.
     """
-    missing = _Missing()
+    found: dict[tuple[str, str], _Lack] = {}
     for config in configs:
         for modality in (name for name in MODALITIES if name in config.layers or name in config.encoder):
-            _add(missing, cache, config, modality)
-    if not missing:
+            lack = _lack(cache, config, modality)
+            if lack:
+                known = found.setdefault((modality, lack.name), lack)
+                known.layers |= lack.layers
+                known.runs_on |= lack.runs_on
+    if not found:
         return
-    problems = [f"{key} lacks layers {_joined(layers)}" for key, layers in missing.layers.items()]
-    problems += [f"it holds no {modality} encoder {name!r}" for modality, name in missing.encoders]
+    lacks = sorted(found.values(), key=lambda one: one.encoder is None)
+    absent = [one for one in lacks if one.encoder is None]
+    problems = [f"{one.name} lacks layers {_joined(one.layers)}" for one in lacks if one.encoder]
+    problems += [f"it holds no {one.modality} encoder {one.name!r}" for one in absent]
     hints = [
-        f" The fusion runs blocks of {name}: let --layers {modality} name all from its first to its last but one."
-        for modality, name in sorted(missing.run_on)
+        f" The fusion runs blocks of {one.name}: let --layers {one.modality} name all from its first to its last but "
+        "one."
+        for one in sorted(absent, key=lambda one: (one.modality, one.name))
+        if one.runs_on
     ]
-    if any("/" not in name for _, name in missing.encoders):
+    if any("/" not in one.name for one in absent):
         hints.append(" --encoder takes a hub id or a folder: write it in full if the recipe names a part of it.")
-    commands = "\n".join(_commands(cache, missing))
+    commands = "\n".join(_commands(cache, lacks))
     raise CacheError(
         f"{cache.storage.root}: {'; '.join(problems)}. Add them as follows, then run this again.{''.join(hints)}\n"
         f"{commands}"
     )
 
 
-def _add(missing: _Missing, cache: Cache, config: TrainConfig, modality: Modality) -> None:
-    """Add what one run needs of one modality.
+def _lack(cache: Cache, config: TrainConfig, modality: Modality) -> _Lack | None:
+    """What one run needs of one modality and the cache does not hold.
 
     Raises:
         CacheError: the encoder has no such layer, or several encoders fit.
     """
     requested = _requested(config, modality)
-    runs_on = modality == "text" and config.entry.continues_text
+    runs_on = modality == "text" and config.entry.continues_text and bool(requested)
     name = config.encoder.get(modality)
     if name is not None and not cache.encoders_named(modality, name):
-        missing.encoders.setdefault((modality, name), set()).update(requested)
-        if runs_on and requested:
-            missing.run_on.add((modality, name))
-        return
+        return _Lack(modality, name, None, requested, runs_on)
     encoder = cache.encoder(modality, name)
-    depth = encoder.manifest.num_layers
+    depth, first = encoder.manifest.num_layers, min(requested, default=0)
     beyond = sorted(layer for layer in requested if not 0 <= layer <= depth)
     if beyond:
         raise CacheError(
             f"{encoder.key}: found hidden_states 0 to {depth}, the recipe needs {beyond[0]}. Change the recipe's "
             "layers."
         )
-    if runs_on and requested:
-        requested = set(range(min(requested), depth))
+    if runs_on:
+        requested = set(range(first, depth))
     elif requested and config.entry.blocks == "both":
-        requested |= set(range(min(requested), min(depth, min(requested) + _blocks_of_text(cache, config))))
+        requested |= set(range(first, min(depth, first + _blocks_of_text(cache, config))))
     uncached = requested - set(encoder.layers)
-    if uncached:
-        missing.layers.setdefault(encoder.key, set()).update(uncached)
+    return _Lack(modality, encoder.key, encoder, uncached) if uncached else None
 
 
 def _requested(config: TrainConfig, modality: Modality) -> set[int]:
@@ -113,43 +122,39 @@ class _Command:
     layers: dict[Modality, set[int]]
 
 
-def _commands(cache: Cache, missing: _Missing) -> Iterator[str]:
+def _commands(cache: Cache, lacks: Iterable[_Lack]) -> Iterator[str]:
     """As few as possible: a command takes one encoder of each modality, with the data and options of one extraction."""
     commands: list[_Command] = []
-    for key, layers in missing.layers.items():
-        encoder = cache.encoders[key]
-        config = replace(_last_config(encoder), layers={})
-        same = next((one for one in commands if _line(one.config, cache) == _line(config, cache)), None)
-        if same is None:
-            commands.append(same := _Command(config, {}))
-        same.layers[encoder.manifest.modality] = layers
-    for (modality, name), layers in missing.encoders.items():
-        like = sorted(cache.encoders.values(), key=lambda one: (one.manifest.modality != modality, one.key))
-        source = _last_config(like[0])
-        free = (one for one in commands if modality not in one.layers and _data(one.config) == _data(source))
-        into = next(free, None)
+    for one in lacks:
+        if one.encoder:
+            config = replace(_last_config(one.encoder), layers={})
+            into = next((other for other in commands if _line(other.config) == _line(config)), None)
+        else:
+            like = min(cache.encoders.values(), key=lambda other: (other.manifest.modality != one.modality, other.key))
+            config = _last_config(like)
+            free = (other for other in commands if one.modality not in other.layers)
+            into = next((other for other in free if _reads_same(other.config, config)), None)
         if into is None:
-            commands.append(into := _Command(source, {}))
-        others = into.config.encoder if into.layers else {}
-        into.config = _with_encoder(into.config, {**others, modality: name}, modality)
-        into.layers[modality] = layers
+            commands.append(into := _Command(config, {}))
+        if one.encoder is None:
+            others = into.config.encoder if into.layers else {}
+            into.config = _with_encoder(into.config, {**others, one.modality: one.name}, one.modality)
+        into.layers[one.modality] = one.layers
     for command in commands:
-        parts = [f"--layers {modality}={_joined(layers)}" for modality, layers in command.layers.items() if layers]
-        yield " ".join([_line(command.config, cache), *parts])
+        layers = [f"--layers {modality}={_joined(of)}" for modality, of in command.layers.items() if of]
+        yield " ".join([_line(command.config), f"--cache {shlex.quote(str(cache.storage.root))}", *layers])
 
 
-def _data(config: ExtractConfig) -> tuple[object, ...]:
-    """The options that say what an extraction reads."""
-    return config.data, config.column, config.splits, config.max_items, config.class_prompt
+def _reads_same(one: ExtractConfig, other: ExtractConfig) -> bool:
+    return all(getattr(one, option) == getattr(other, option) for option in _READ)
 
 
 def _with_encoder(config: ExtractConfig, encoder: Mapping[str, str], changed: Modality) -> ExtractConfig:
     """The same data with these encoders; that of modality `changed` is new to the cache."""
     kept = encoder.keys() - {changed}
-    default = ExtractConfig(data="", cache="", encoder=encoder)
     idle = [option for modality, own in _OF_MODALITY.items() if modality not in kept for option in own]
     revision = {modality: commit for modality, commit in config.revision.items() if modality in kept}
-    options = {option: getattr(default, option) for option in idle}
+    options = {option: getattr(ExtractConfig, option) for option in idle}
     return replace(config, encoder=encoder, layers={}, revision=revision, **options)
 
 
@@ -160,26 +165,17 @@ def _last_config(encoder: EncoderCache) -> ExtractConfig:
     return config_from_json(extractions[-1]["config"])
 
 
-def _line(config: ExtractConfig, cache: Cache) -> str:
-    """The command line of an extraction without --layers and without options at their default."""
-    parts = ["saffe", "extract", "--data", config.data]
-    for option, mapping in (
-        ("encoder", config.encoder),
-        ("revision", config.revision),
-        ("column", config.column),
-        ("max-items", config.max_items),
-    ):
-        for key, value in mapping.items():
-            parts += [f"--{option}", f"{key}={value}"]
-    default = ExtractConfig(data="", cache="", encoder=config.encoder)
-    for option in ("image_size", "max_length", "prompt", "position_offset", "dtype", "attention"):
-        if getattr(config, option) != getattr(default, option):
-            parts += ["--" + option.replace("_", "-"), str(getattr(config, option))]
-    for option in ("splits", "class_prompt"):
-        if getattr(config, option) != getattr(default, option):
-            for value in getattr(config, option):
-                parts += ["--" + option.replace("_", "-"), value]
-    return shlex.join([*parts, "--cache", str(cache.storage.root)])
+def _line(config: ExtractConfig) -> str:
+    """The command line of an extraction without --cache and --layers."""
+    default = ExtractConfig(data="", cache="", encoder={"text": ""})
+    parts = ["saffe", "extract"]
+    for option in _SHOWN:
+        value = getattr(config, option)
+        if value != getattr(default, option):
+            values = [f"{key}={one}" for key, one in value.items()] if isinstance(value, Mapping) else value
+            for one in values if isinstance(values, (list, tuple)) else [values]:
+                parts += ["--" + option.replace("_", "-"), str(one)]
+    return shlex.join(parts)
 
 
 def _joined(layers: Iterable[int]) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from saffe_cache.core.figures import Figure
 from saffe_cache.core.results import Measurement, Result, Section
 from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, flops, interval_cell, percent, plain_row, size
 from saffe_cache.retrieval.metrics import over_seeds
@@ -160,7 +159,6 @@ class SweepResult(Result):
                     yield Measurement.of(name, system, metric, over_seeds(values), point.chance.get(metric))
 
     def sections(self) -> list[Section]:
-        figures: list[Figure] = [series_plot(self)] if self.y_label is None else [*heat_maps(self)]
         return [
             Section(
                 title=self.title,
@@ -172,7 +170,7 @@ class SweepResult(Result):
                 ],
                 tables=[self._main_table(), *self._published_table(), self._cost_table(), self._metrics_table()],
                 texts=[f"{one.name}, which no setting changes: {percent(one.value)}." for one in self.levels],
-                figures=figures,
+                figures=[series_plot(self)] if self.y_label is None else [*heat_maps(self)],
             )
         ]
 
@@ -182,38 +180,35 @@ class SweepResult(Result):
 
     def _main_table(self) -> Table:
         """The plotted metric of all systems, and costs."""
-        names, controls = (
-            list(dict.fromkeys(name for part in parts for name, of in part.items() if self.metric in of))
-            for parts in zip(*((point.baselines, point.controls) for _, point in self.points), strict=True)
-        )
+        metric, points = self.metric, self.points
+        names = dict.fromkeys(name for _, point in points for name, of in point.systems.items() if metric in of)
+        others = sorted((name for name in names if name != "fam"), key=lambda name: name.startswith("control: "))
         rows = []
-        for name, point in self.points:
-            others = [point.baselines.get(one, {}) for one in names] + [point.controls.get(one, {}) for one in controls]
+        for place, point in points:
             cells = [
-                _score_cell(self.metric, point.values[self.metric]),
-                *(_mean_cell(self.metric, of.get(self.metric)) for of in others),
-                _mean_cell(self.metric, (point.chance[self.metric],)),
+                _score_cell(metric, point.values[metric]),
+                *(_mean_cell(metric, point.systems.get(name, {}).get(metric)) for name in others),
+                _mean_cell(metric, (point.chance[metric],)),
                 Cell(" ".join(map(str, point.best_epoch))),
                 Cell(f"{point.trainable_parameters / 1e6:.2f} M"),
                 Cell(flops(point.fusing_flops)),
                 Cell(f"{sum(point.training_seconds) / len(point.seeds):.0f}"),
                 Cell(f"{max(point.training_peak_memory_mb)}"),
             ]
-            rows.append(Row(Cell(name), tuple(cells), "failed" if point.failures else "plain"))
-        header = (self._place, self.metric, *names, *(f"control: {one}" for one in controls), "chance", "best epoch",
-                  "parameters", "FLOPs a photo", "training s", "MB")  # fmt: skip
+            rows.append(Row(Cell(place), tuple(cells), "failed" if point.failures else "plain"))
+        costs = ("best epoch", "parameters", "FLOPs a photo", "training s", "MB")
         caption = (
-            f"{self.metric} in percent: the FAM's mean over seeds with its 95 % t-interval; means of baselines, on the "
+            f"{metric} in percent: the FAM's mean over seeds with its 95 % t-interval; means of baselines, on the "
             "same layers and photos, and of controls."
         )
+        header = (self._place, metric, *others, "chance", *costs)
         return Table(caption, header, tuple(rows), folded=len(rows) > _MOST_ROWS)
 
     def _metrics_table(self) -> Table:
         """All metrics of the FAM."""
         metrics = list(dict.fromkeys(metric for _, point in self.points for metric in point.values))
         rows = [
-            Row(Cell(name), tuple(_score_cell(one, point.values.get(one)) for one in metrics))
-            for name, point in self.points
+            Row(Cell(name), tuple(_score_cell(one, of.values.get(one)) for one in metrics)) for name, of in self.points
         ]
         caption = "All metrics of the FAM in percent, mean over seeds with its 95 % t-interval."
         return Table(caption, (self._place, *metrics), tuple(rows), folded=True)
@@ -227,22 +222,19 @@ class SweepResult(Result):
 
     def _cost_table(self) -> Table:
         of = self.cost
-        spent = {
-            "training": of.training_seconds,
-            "training the controls": of.control_seconds,
-            "evaluation": of.evaluation_seconds,
+        rows = {
+            "runs": f"{of.num_runs}, {of.workers} at a time",
+            "extraction, once": duration(of.extraction_seconds),
+            "training, all runs": duration(of.training_seconds),
+            "training the controls, all runs": duration(of.control_seconds),
+            "evaluation, all runs": duration(of.evaluation_seconds),
+            "wall-clock time, about": duration(of.wall_seconds),
+            "cache": size(of.cache_bytes),
+            "photos and texts seen in training": f"{of.photos_seen:,} and {of.texts_seen:,}",
+            "re-encoding them at every step would have cost": duration(of.re_encoding_seconds),
+            "encoding one photo, one text": f"{duration(of.photo_seconds)}, {duration(of.text_seconds)}",
         }
-        rows = [
-            ("runs", f"{of.num_runs}, {of.workers} at a time"),
-            ("extraction, once", duration(of.extraction_seconds)),
-            *((f"{name}, all runs", duration(seconds)) for name, seconds in spent.items()),
-            ("wall-clock time, about", duration(of.wall_seconds)),
-            ("cache", size(of.cache_bytes)),
-            ("photos and texts seen in training", f"{of.photos_seen:,} and {of.texts_seen:,}"),
-            ("re-encoding them at every step would have cost", duration(of.re_encoding_seconds)),
-            ("encoding one photo, one text", f"{duration(of.photo_seconds)}, {duration(of.text_seconds)}"),
-        ]
-        return Table(f"Cost. Rates of encoding: {of.basis}.", ("", ""), tuple(plain_row(*row) for row in rows))
+        return Table(f"Cost. Rates of encoding: {of.basis}.", ("", ""), tuple(plain_row(*row) for row in rows.items()))
 
 
 _MOST_ROWS = 12
@@ -251,10 +243,8 @@ _MOST_ROWS = 12
 
 def _score_cell(metric: str, values: Sequence[float] | None) -> Cell:
     """Mean and interval; shares lie between 0 and 100."""
-    if values is None:
-        return Cell(ABSENT)
-    score = over_seeds(values)
-    if metric.endswith("median_rank") or score.low is None or score.high is None:
+    score = over_seeds(values) if values else None
+    if score is None or score.low is None or score.high is None or metric.endswith("median_rank"):
         return _mean_cell(metric, values)
     return interval_cell(score.value, max(0, score.low), min(1, score.high))
 
