@@ -25,11 +25,9 @@ from saffe_cache.extraction.extract import extract
 from saffe_cache.inputs.pairs import Pairs, in_one_space
 from saffe_cache.store.reader import EncoderCache, open_cache
 from saffe_cache.studies.matching import match as match_module
-from saffe_cache.studies.matching import measuring
 from saffe_cache.studies.matching.config import MatchConfig
 from saffe_cache.studies.matching.examples import Examples
-from saffe_cache.studies.matching.match import match, split_parts
-from saffe_cache.studies.matching.measuring import Bench
+from saffe_cache.studies.matching.match import Bench, match, split_parts
 from saffe_cache.studies.matching.planning import plan_cells
 from saffe_cache.studies.matching.result import MatchResult
 from saffe_cache.studies.matching.scores import judge_controls, null_trials
@@ -170,12 +168,12 @@ def test_leak_fails_a_control(cache: str, tmp_path: Path, monkeypatch: pytest.Mo
     """A text that reveals whether it matches is found without the photo."""
     photo, text = (open_cache(cache).encoder(kind) for kind in ("image", "text"))
     assert photo.key != text.key
-    true = measuring.scores_of
+    true = match_module.scores_of
 
     def leaking(model: Any, inputs: Any, examples: Examples, device: str) -> np.ndarray:
         return true(model, inputs, examples, device) + 5 * examples.labels
 
-    monkeypatch.setattr(measuring, "scores_of", leaking)
+    monkeypatch.setattr(match_module, "scores_of", leaking)
     options = [f"--{name}={value}" for name, value in (("scales", "60"), ("seeds", "0,1"), ("epochs", 1))]
     options += ["--fusions=concat", "--negatives=1", "--tsne-pairs=0", "--noise=1", "--rotation=1", "--device=cpu"]
     assert main(["match", "--cache", cache, "--out", str(tmp_path), *options]) == 3

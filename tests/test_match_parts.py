@@ -24,7 +24,7 @@ from saffe_cache.studies.matching.examples import (
     partial_rotation,
 )
 from saffe_cache.studies.matching.findings import PowerLaw
-from saffe_cache.studies.matching.measuring import embed_pairs
+from saffe_cache.studies.matching.match import embed_pairs
 from saffe_cache.studies.matching.result import PUBLISHED
 from saffe_cache.studies.matching.scores import (
     Trials,
