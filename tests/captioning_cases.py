@@ -13,6 +13,7 @@ from tiny_models import NUM_LAYERS, rand
 from saffe_cache.extraction.extract import extract
 from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.captioning.captions import CaptionSource
+from saffe_cache.studies.captioning.config import CaptionConfig
 from saffe_cache.studies.captioning.inserting import InsertedModel, Projector
 
 GRID = 2
@@ -29,8 +30,8 @@ def captioned_cache(folder: Path, tiny_model: Callable[[str], Path], *, train: i
 
 def source_of(cache: str, layer: int, grid: int = GRID) -> CaptionSource:
     found = open_cache(cache)
-    sides = found.encoder("image"), found.encoder("text")
-    return CaptionSource(found, *sides, image_layer=3, layer=layer, grid=grid, device="cpu")
+    config = CaptionConfig(cache=cache, out="unused", image_layer=3, layer=layer, grid=grid, device="cpu")
+    return CaptionSource(found, found.encoder("image"), found.encoder("text"), config)
 
 
 def model_of(cache: str, layer: int) -> InsertedModel:

@@ -22,10 +22,9 @@ from saffe_cache.inputs.pairs import Pairs, select_pairs, split_pairs
 from saffe_cache.inputs.spec import SplitOptions
 from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.captioning import caption as verb
-from saffe_cache.studies.captioning.caption import caption
+from saffe_cache.studies.captioning.caption import Measuring, caption, count_cost, judge_controls
 from saffe_cache.studies.captioning.captions import Measured, caption_losses, fit_projector, shuffled_batches
 from saffe_cache.studies.captioning.config import CaptionConfig
-from saffe_cache.studies.captioning.measuring import Measuring, count_cost, judge_controls
 from saffe_cache.studies.captioning.result import SYSTEMS, CaptionResult
 
 Models = Callable[[str], Path]
@@ -202,7 +201,7 @@ def test_run_is_reported_and_resumes(cache: str, tmp_path: Path, monkeypatch: py
         patch.setattr(verb, "greedy_captions", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             caption(config)
-    monkeypatch.setattr(verb, "fit_projector", lambda *_: pytest.fail("it is trained already"))
+    monkeypatch.setattr(verb.captions, "fit_projector", lambda *_: pytest.fail("it is trained already"))
     out = Path(caption(config))
     result = CaptionResult.load(out)
     assert (result.layer, result.num_layers, result.photo_tokens, result.photos) == (1, NUM_LAYERS, 5, 6)

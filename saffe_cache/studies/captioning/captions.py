@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.causal_tokens import CausalTokens
 from saffe_cache.inputs.pairs import Pairs
@@ -52,38 +53,29 @@ class Captions(NamedTuple):
 class CaptionSource:
     """Both sides of a cache for one place of insertion, and the frozen language model."""
 
-    def __init__(
-        self,
-        cache: Cache,
-        photos: EncoderCache,
-        text: EncoderCache,
-        *,
-        image_layer: int,
-        layer: int,
-        grid: int,
-        device: str,
-    ) -> None:
+    def __init__(self, cache: Cache, photos: EncoderCache, text: EncoderCache, config: CaptionConfig) -> None:
         """
         Raises:
-            CacheError: a layer is not cached, the states' positions leave another number of places for the photo, or
-                the tokenizer splits texts differently from the cached states.
+            CacheError: a layer is not cached, or the states' positions leave another number of places for the photo.
             ValueError: photos are not square, or smaller than the grid.
         """
-        self.cache, self.photos, self.text, self.device = cache, photos, text, device
-        self.image_layer, self.layer, self.grid = image_layer, layer, grid
+        self.cache, self.photos, self.text, self.device = cache, photos, text, choose_device(config.device)
+        self.image_layer = photos.layers[-1] if config.image_layer is None else config.image_layer
+        self.layer, self.grid = config.layer, config.grid
         self.weights = text.language_model()
         self.tokens = CausalTokens(self.weights.tokenizer, self.weights.spec)
-        num_tokens, self.photo_size = photos.array(f"hidden_states/{image_layer}").row_shape
+        num_tokens, self.photo_size = photos.array(f"hidden_states/{self.image_layer}").row_shape
         self._has_class_token = not photos.manifest.has_feature_maps
         side = photo_side(num_tokens, has_class_token=self._has_class_token)
-        if grid > side:
-            raise ValueError(f"--grid {grid}: the photos have {side} x {side} patches. Use --grid {side} or less.")
-        text.array(f"hidden_states/{layer}")
-        if self.weights.spec.position_offset != self.num_photo_tokens:
+        if self.grid > side:
+            raise ValueError(f"--grid {self.grid}: the photos have {side} x {side} patches. Use --grid {side} or less.")
+        text.array(f"hidden_states/{self.layer}")
+        found, expected = self.weights.spec.position_offset, self.num_photo_tokens
+        if found != expected:
             raise CacheError(
-                f"{cache.storage.root}: in {text.key} texts begin at position {self.weights.spec.position_offset}, "
-                f"expected {self.num_photo_tokens}: after the photo's tokens (--grid {grid}). Extract the language "
-                f"model with --position-offset {self.num_photo_tokens}, or choose another --grid."
+                f"{cache.storage.root}: in {text.key} texts begin at position {found}, expected {expected}: after the "
+                f"photo's tokens (--grid {self.grid}). Extract the language model with --position-offset {expected}, "
+                "or choose another --grid."
             )
 
     @cached_property

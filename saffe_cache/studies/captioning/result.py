@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 from saffe_cache.core.controls import Control
 from saffe_cache.core.figures import Curve, TrainingPlot
 from saffe_cache.core.results import Estimate, Measurement, Section
-from saffe_cache.core.tables import Cell, Row, Table, flops, percent
+from saffe_cache.core.tables import Cell, Row, RowKind, Table, flops, percent, plain_row
 from saffe_cache.studies.harness import StudyResult
 
 SYSTEMS = {
@@ -142,62 +142,57 @@ class CaptionResult(StudyResult):
         """Several layers in one table."""
         if len(results) < 2:
             return []
-        ordered = sorted(results.items(), key=lambda one: one[1].layer)
         systems = [name for name in SYSTEMS if name != "unigram"]
         rows = []
-        for name, one in ordered:
-            losses = (one.measured.losses[system] for system in systems)
-            found = one.measured.own_caption["photo, by gain"]
-            cells = (
-                *map(_loss_cell, losses),
-                found.cell(),
-                Cell(f"{flops(one.cost.training_step_flops)}FLOP"),
-            )
+        for name, one in sorted(results.items(), key=lambda item: item[1].layer):
+            losses = (_loss_cell(one.measured.losses[system]) for system in systems)
+            found, step = one.measured.own_caption["photo, by gain"], one.cost.training_step_flops
+            cells = (*losses, found.cell(), Cell(f"{flops(step)}FLOP"))
             rows.append(Row(Cell(f"layer {one.layer} of {one.num_layers}", name), cells))
         header = ("photos join at", *systems, "own caption, percent", "training step")
         caption = "Loss in nats per token, and how often a photo's own caption is found by gain; 95 % intervals."
-        return [
-            Section(title="Layers at which photos join a language model", tables=[Table(caption, header, tuple(rows))])
-        ]
+        table = Table(caption, header, tuple(rows))
+        return [Section(title="Layers at which photos join a language model", tables=[table])]
 
     def _loss_table(self) -> Table:
         rows = []
         for name, of in self.measured.losses.items():
             difference = self.measured.differences.get(name)
-            less = Cell("") if difference is None else _loss_cell(difference)
-            cells = (_loss_cell(of), Cell(f"{math.exp(of.value):.1f}"), less)
-            rows.append(Row(Cell(name), cells, "control" if name == CONTROL else "plain"))
+            less = _loss_cell(difference) if difference else Cell("")
+            rows.append(Row(Cell(name), (_loss_cell(of), Cell(f"{math.exp(of.value):.1f}"), less), _kind(name)))
         caption = "Loss of people's captions in nats per token, with 95 % intervals over photos; lower is better."
         return Table(caption, ("", "loss", "perplexity", "photo less this"), tuple(rows))
 
     def _own_caption_table(self) -> Table:
-        rows = [
-            Row(Cell(name), (found.cell(),), "control" if name.startswith(CONTROL) else "plain")
-            for name, found in self.measured.own_caption.items()
-        ]
-        rows.append(Row(Cell("chance"), (Cell(percent(self.chance)),), "chance"))
+        found = self.measured.own_caption.items()
+        rows = [Row(Cell(name), (share.cell(),), _kind(name)) for name, share in found]
         caption = (
             f"Photos whose own caption is the likeliest of {round(1 / self.chance)}, in percent with 95 % intervals. "
             "By loss: by nats per token. By gain: by what the photo takes off the caption's loss, which is fairer, "
             "since short and common captions are likely with any photo."
         )
-        return Table(caption, ("", "own caption found"), tuple(rows))
+        chance = Row(Cell("chance"), (Cell(percent(self.chance)),), "chance")
+        return Table(caption, ("", "own caption found"), (*rows, chance))
 
     def _example_table(self) -> Table:
-        rows = [Row(Cell(one.id), (Cell(one.caption), Cell(one.own[0] if one.own else ""))) for one in self.examples]
+        rows = (plain_row(one.id, one.caption, "".join(one.own[:1])) for one in self.examples)
         return Table("Greedy captions.", ("photo", "the model's", "a person's"), tuple(rows))
 
     def _training_plot(self) -> TrainingPlot:
-        log = self.training.log
-        trained = [one for one in log if one.training is not None]
+        epochs, scores = zip(*((one.epoch, one.validation) for one in self.training.log), strict=True)
+        losses = {one.epoch: one.training for one in self.training.log if one.training is not None}
         return TrainingPlot(
             name="training",
             caption="Nats per token. Dotted: the epoch that is kept.",
             score_label="validation loss",
-            losses=[Curve("projector", [one.epoch for one in trained], [one.training or 0.0 for one in trained])],
-            scores=[Curve("projector", [one.epoch for one in log], [one.validation for one in log])],
+            losses=[Curve("projector", list(losses), list(losses.values()))],
+            scores=[Curve("projector", epochs, scores)],
             best_epoch=self.training.best_epoch,
         )
+
+
+def _kind(name: str) -> RowKind:
+    return "control" if name.startswith(CONTROL) else "plain"
 
 
 def _loss_cell(loss: Estimate) -> Cell:
