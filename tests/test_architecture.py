@@ -33,7 +33,7 @@ OWNERS = {
     "datasets": {"sources"},
     "PIL": {"sources"},
     "soundfile": {"sources"},
-    "transformers": {"encoders"},
+    "transformers": {"encoders", "fusion"},
     "huggingface_hub": {"encoders"},
     "tokenizers": {"encoders"},
     "faiss": {"retrieval"},

@@ -27,6 +27,7 @@ from tiny_models import (
     load_tiny,
     run_reference,
 )
+from torch import nn
 
 from saffe_cache.encoders import loading
 from saffe_cache.encoders.encoder import load_encoder
@@ -182,7 +183,7 @@ def test_unreachable_hub_is_reported(
     monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_, **__: _CACHED_NO_EXIST if known_absent else None)
     request = EncoderRequest(modality="text", model_id="nobody/nothing", max_length=30)
     config = SimpleNamespace(max_position_embeddings=20, model_type="bert")
-    assert loading.longest_text(request, SimpleNamespace(model_max_length=10**30), config) == 20
+    assert loading.longest_text(request, SimpleNamespace(model_max_length=10**30), nn.Module(), config) == 20
     assert ("so it is assumed to have no sentence_bert_config.json" in caplog.text) != known_absent
 
 
@@ -232,14 +233,22 @@ def test_pil_prepares_photos_also_beside_torchvision(tiny_model: Models, monkeyp
     assert asked == ["pil"]
 
 
-def test_unsupported_family_is_refused(tmp_path: Path) -> None:
-    transformers.OPTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"'opt', expected one of bert, clip, .*mpnet"):
+def test_type_without_a_plain_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "trocr"}')
+    with pytest.raises(ValueError, match=r"type 'trocr', for which transformers .* has no plain model. Choose another"):
         load_encoder(EncoderRequest(modality="text", model_id=str(tmp_path)))
 
 
+def test_quantised_checkpoint_is_refused(tiny_model: Models, tmp_path: Path) -> None:
+    folder = copied(tiny_model("bert"), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ValueError, match=r"its weights are quantised, expected float32.*Use the checkpoint"):
+        load_tiny("bert", folder)
+
+
 def test_family_of_another_modality_is_refused(tiny_model: Models) -> None:
-    with pytest.raises(ValueError, match=r"image encoder: found a model of type 'bert'"):
+    with pytest.raises(ValueError, match=r"found a BertModel, which takes texts. Choose an image encoder"):
         load_encoder(EncoderRequest(modality="image", model_id=str(tiny_model("bert"))))
 
 

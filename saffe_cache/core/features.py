@@ -111,18 +111,58 @@ class BlockSpec:
     relative_attention_max_distance: int = 128
 
 
+@dataclass(frozen=True, kw_only=True)
+class LibraryBlockSpec:
+    """A transformers layer of any family, rebuilt by the library's own code: its model class makes the layer, and all
+    that it takes besides hidden states (masks, rotary tables, position biases)."""
+
+    model_class: str
+    """MODULE:CLASS in transformers, of the model that runs the layers."""
+    config: Mapping[str, Any]
+    """The model's config, as its `to_dict` gives it."""
+    layers: str
+    """Path of the list of layers below the model."""
+    calls: tuple[int, ...]
+    """The layer that each step of the forward pass calls; ALBERT calls one layer several times."""
+    index: int
+    """The step."""
+    input_name: str
+    """What the model takes: `inputs_embeds`, `input_ids`, `pixel_values`, …"""
+    input_shape: tuple[int, ...]
+    """Shape of one photo or sound; (width,) of the embeddings of texts."""
+    hidden_size: int
+    num_attention_heads: int
+    is_causal: bool = False
+    is_time_first: bool = False
+    """Whether the layer takes [tokens, batch, d], as XLNet's."""
+    num_outputs: int = 0
+    """Results of a layer if it returns a tuple; 0 if it returns hidden states alone."""
+    runs_first_layer: bool = False
+    """Whether what the layer takes comes from the first layer (T5's position bias)."""
+
+
 @dataclass(frozen=True)
 class BlockWeights:
     """One whole encoder layer, enough to rebuild it without the model.
 
-    Names of `tensors`, all in torch's (out, in) order: `{query,key,value,output}_{weight,bias}`,
-    `{attention_norm,mlp_norm}_{weight,bias}`, `{mlp_in,mlp_out}_{weight,bias}`, and where the family has
-    them `mlp_gate_{weight,bias}` (SwiGLU), `{attention,mlp}_layer_scale`, `relative_position_bias`
-    [buckets, heads]. A bias that is absent (Whisper's keys) is absent here too.
+    With a `BlockSpec`, the names of `tensors`, all in torch's (out, in) order, are
+    `{query,key,value,output}_{weight,bias}`, `{attention_norm,mlp_norm}_{weight,bias}`,
+    `{mlp_in,mlp_out}_{weight,bias}`, and where the family has them `mlp_gate_{weight,bias}` (SwiGLU),
+    `{attention,mlp}_layer_scale`, `relative_position_bias` [buckets, heads]. A bias that is absent (Whisper's keys) is
+    absent here too.
+
+    With a `LibraryBlockSpec`, they are the layer's own names, those of further weights that it depends on with
+    `model.` before them, and of a self-check: `check.input` [inputs, tokens, d], `check.lengths` [inputs] (-1: no mask)
+    and `check.output`.
     """
 
-    spec: BlockSpec
+    spec: BlockSpec | LibraryBlockSpec
     tensors: Mapping[str, np.ndarray]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states that it takes."""
+        return self.spec.hidden_size if isinstance(self.spec, LibraryBlockSpec) else len(self.tensors["output_weight"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,20 @@
-"""Tensors in safetensors files, written whole or not at all. Nothing is unpickled."""
+"""Tensors in safetensors files, never unpickled, and hidden states among what the layers of a model take and return."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from saffe_cache.core.atomic_io import write_whole
+
+Layout = Literal["tokens", "time_first", "channels_first", "channels_last"]
+"""Axes of hidden states: [batch, tokens, d], [tokens, batch, d] (XLNet), [batch, d, height, width] or [batch, height,
+width, d]."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -30,3 +35,34 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{path}: not readable as safetensors ({error}). Run the stage that writes it again."
         ) from None
+
+
+def entering(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[int | str, torch.Tensor]:
+    """Where a layer's call has the hidden states, a position or a name, and the hidden states.
+
+    Raises:
+        TypeError: the call has none.
+    """
+    if "hidden_states" in keywords:
+        return "hidden_states", keywords["hidden_states"]
+    found: list[tuple[int | str, Any]] = [*enumerate(arguments), *keywords.items()]
+    for place, value in found:
+        if isinstance(value, torch.Tensor) and value.ndim >= 3 and value.is_floating_point():
+            return place, value
+    raise TypeError("a layer takes no hidden states of three or more axes")
+
+
+def leaving(output: Any) -> torch.Tensor:
+    """The hidden states among what a layer returns: the first of several results."""
+    while not isinstance(output, torch.Tensor):
+        output = output[0]
+    return output
+
+
+def as_tokens(state: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Hidden states as [batch, tokens, d]; the positions of a map row by row."""
+    if layout == "time_first":
+        return state.transpose(0, 1)
+    if layout == "channels_first":
+        return state.flatten(2).transpose(1, 2).contiguous()
+    return state.flatten(1, -2) if layout == "channels_last" else state

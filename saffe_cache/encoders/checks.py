@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from saffe_cache.core.features import Modality
+from saffe_cache.encoders.discovery import input_embeddings
 from saffe_cache.encoders.families import Family
 
 _PROBE = "A photo of two dogs: ein Hund, un chien, два, ένα, 二匹, 两只, 개, كلب, 42."
@@ -27,6 +28,7 @@ _FEWEST_TOKENS = 0.8
 """Smallest vocabulary, as a fraction of the embeddings. Padding for speed adds a few embeddings, never a fifth."""
 _SAMPLING_RATE = 16_000
 """Rate in Hz of the sounds that all supported audio models were trained with; their configs do not state it."""
+_INPUT_NAMES = ("pixel_values", "input_features", "input_values")
 _SPAN = (0.2, 20.0)
 """Smallest distance of prepared white from black, and largest number in either: usual means and deviations give 1 to 5.
 """
@@ -84,7 +86,7 @@ def check_processor(where: str, modality: Modality, family: Family, model: Any, 
         ValueError: the tokenizer or processor contradicts the model.
     """
     if modality == "text":
-        problem = _tokenizer_problem(processor, model)
+        problem = _tokenizer_problem(processor, model.get_submodule(family.tower))
         advice = "Add the model's own tokenizer files (tokenizer.json, tokenizer_config.json), or download it again."
     else:
         problem = _input_problem(modality, family, model, processor, sized=sized)
@@ -94,11 +96,15 @@ def check_processor(where: str, modality: Modality, family: Family, model: Any, 
 
 
 def _tokenizer_problem(tokenizer: Any, model: Any) -> str | None:
-    num_tokens, num_embeddings = len(tokenizer), len(model.get_input_embeddings().weight)
+    num_tokens, num_embeddings = len(tokenizer), len(input_embeddings(model).weight)
     if not _FEWEST_TOKENS * num_embeddings <= num_tokens <= num_embeddings:
         return f"its tokenizer has {num_tokens} tokens, expected those of the model's {num_embeddings} embeddings"
     config = model.config.get_text_config()
-    if config.model_type in ("roberta", "xlm-roberta", "mpnet") and tokenizer.pad_token_id != config.pad_token_id:
+    counts = any(
+        name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None
+        for name, part in model.named_modules()
+    )
+    if counts and tokenizer.pad_token_id != config.pad_token_id:
         return (
             f"its tokenizer pads with token {tokenizer.pad_token_id}, expected {config.pad_token_id}, from which the "
             "model counts positions"
@@ -114,25 +120,28 @@ def _tokenizer_problem(tokenizer: Any, model: Any) -> str | None:
 def _input_problem(modality: Modality, family: Family, model: Any, processor: Any, *, sized: bool) -> str | None:
     config = getattr(model.config, "vision_config", model.config)
     rate = getattr(processor, "sampling_rate", None)
-    expected_rate = getattr(config, "sampling_rate", _SAMPLING_RATE)
+    expected_rate = getattr(config, "sampling_rate", None) or (rate if family.is_discovered else _SAMPLING_RATE)
     if modality == "audio" and rate != expected_rate:
         return f"its feature extractor expects sounds of {rate} Hz, the model {expected_rate} Hz"
     try:
         if modality == "audio":
-            prepared = processor([np.zeros(expected_rate, np.float32)], sampling_rate=rate, return_tensors="pt")
+            prepared = processor(
+                [np.zeros(expected_rate or _SAMPLING_RATE, np.float32)], sampling_rate=rate, return_tensors="pt"
+            )
         else:
             blank = [np.full((64, 64, 3), value, np.uint8) for value in (0, 255)]
             prepared = processor(images=blank, return_tensors="pt")
     except Exception as error:  # whatever their code meets in a wrong config
         return f"its processor fails on a blank input ({type(error).__name__}: {error})"
-    values: torch.Tensor = prepared[model.main_input_name]
-    found, expected = tuple(values.shape[1:]), family.input_shape(config)
+    values: torch.Tensor = prepared[next(name for name in prepared if name in _INPUT_NAMES)]
+    found = tuple(values.shape[1:])
+    expected = (None,) * len(found) if family.is_discovered else family.input_shape(config)
     if any(
         size is not None and size != shown and not (sized and axis)
         for axis, (size, shown) in enumerate(zip(expected, found, strict=True))
     ):
         return f"its processor prepares inputs of shape {found}, the model's config says {expected}"
-    if modality == "image":
+    if modality == "image" and len(values) == 2:
         black, white = values
         span, largest = float((white - black).abs().min()), float(values.abs().max())
         if not (span >= _SPAN[0] and largest <= _SPAN[1]):

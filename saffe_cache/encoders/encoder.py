@@ -19,6 +19,7 @@ another height may add in another order.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain, islice
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -34,11 +36,14 @@ from torch import nn
 
 from saffe_cache.core.devices import is_out_of_memory
 from saffe_cache.core.features import BlockWeights, CacheError, LanguageModelSpec, LanguageModelWeights
+from saffe_cache.core.tensors import entering, leaving
+from saffe_cache.encoders.blocks import library_block, read_block, read_language_model
 from saffe_cache.encoders.causal_tokens import CausalTokens, without_surrogates
 from saffe_cache.encoders.checks import check_processor
-from saffe_cache.encoders.families import Family, read_block, read_language_model
+from saffe_cache.encoders.discovery import layers_of
 from saffe_cache.encoders.loading import (
     EncoderRequest,
+    Loaded,
     fingerprint_of,
     load_model,
     load_processor,
@@ -46,6 +51,7 @@ from saffe_cache.encoders.loading import (
     with_default_prompt,
 )
 from saffe_cache.encoders.pictures import quick_pictures, require_resizable
+from saffe_cache.encoders.probing import Anatomy, Padding, Probe, tokens_of
 from saffe_cache.encoders.transfers import Converter, Encoded, Launched, Transfers
 
 logger = logging.getLogger(__name__)
@@ -66,28 +72,38 @@ class _ForwardDone(Exception):  # noqa: N818 — ends a forward pass early, no e
 class FrozenEncoder:
     """Made by `load_encoder`."""
 
-    def __init__(self, request: EncoderRequest, family: Family, model: Any, processor: Any) -> None:
-        self.request, self.family = request, family
-        self._model, self._processor = model, processor
-        self._config = model.config.get_text_config() if request.modality == "text" else model.config
-        self._config = getattr(self._config, "vision_config", self._config)
-        self._core = model.get_submodule(family.core) if family.core else model
-        self._layers: nn.ModuleList = model.get_submodule(family.layers)
-        self.num_layers = len(self._layers)
-        self.hidden_size = _hidden_size(self._config)
-        self.layers = self._check_layers(request.layers)
-        self.max_length = longest_text(request, processor, self._config) if request.modality == "text" else None
-        self.fingerprint = fingerprint_of(
-            *(request, model, processor),
-            pooling=family.pooling,
-            max_length=self.max_length,
-            is_language_model=bool(family.language_model),
-        )
+    def __init__(self, request: EncoderRequest, loaded: Loaded, processor: Any) -> None:
+        self.request, self.family = request, loaded.family
+        self._model, self._processor = loaded.model, processor
+        self._config = _config_of(loaded)
+        self._forward = attrgetter(self.family.core)(self._model) if self.family.core else self._model
+        self.max_length = longest_text(request, processor, self._model, self._config)
         self._with_vectors = request.pooled
         self._converters: Mapping[int, Converter] = {}
         self._quick = quick_pictures(processor) if request.modality == "image" else None
         self.transfers = Transfers(request.device)
-        model.requires_grad_(False).eval().to(request.device)
+        self._model.requires_grad_(False).eval().to(request.device)
+        self.padding: Padding = "longest"
+        self.anatomy = Probe(self).anatomy(loaded.missing) if self.family.is_discovered else self._known_anatomy()
+        self.num_layers, self.hidden_size = len(self.anatomy.calls), self.anatomy.widths[-1]
+        self.layers = self._check_layers(request.layers)
+        self.fingerprint = fingerprint_of(
+            *(request, self._model, processor),
+            pooling=self.family.pooling,
+            max_length=self.max_length,
+            is_language_model=bool(self.family.language_model),
+            padding=self.padding,
+        )
+
+    @property
+    def tower(self) -> Any:
+        """The model that owns the layers."""
+        return self._model.get_submodule(self.family.tower)
+
+    @property
+    def layer_list(self) -> list[nn.Module]:
+        """The layers; each may be called several times."""
+        return layers_of(self._model.get_submodule(self.family.layers))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,26 +122,40 @@ class FrozenEncoder:
         return getattr(self._processor, "sampling_rate", None)
 
     @property
-    def vector_widths(self) -> dict[str, int]:
+    def vector_widths(self) -> Mapping[str, int]:
         """Width of each of the model's vectors."""
-        widths = {"pooled": self.hidden_size}
-        if self.family.projection:
-            widths["projected"] = int(self._config.projection_dim)
-        return widths
+        return self.anatomy.vectors
+
+    @property
+    def block_layers(self) -> list[int]:
+        """The layers whose consuming block is cached; no block consumes the last layer's output.
+
+        Of language models all, which generation needs. Feature maps have none.
+        """
+        if self.anatomy.has_feature_maps:
+            return []
+        layers = range(self.num_layers) if self.family.language_model else self.layers
+        return [layer for layer in layers if layer < self.num_layers]
 
     @property
     def blocks(self) -> Mapping[int, BlockWeights]:
-        """The blocks that consume the selected layers; no block consumes the last layer's output.
+        """The blocks of these layers; of a discovered family with more weights than they turn out to need."""
+        read = self.block if self.family.block else self.library_block
+        return {layer: read(layer) for layer in self.block_layers}
 
-        Language models return all their blocks, which generation needs. Convolutional encoders have none.
+    def block(self, layer: int) -> BlockWeights:
+        """The block that consumes `hidden_states[layer]`, of a family with known roles of weights."""
+        return read_block(self.family, self._model, self._config, self.layer_list[layer])
+
+    def library_block(self, layer: int, *, with_first: bool = False) -> BlockWeights:
+        """As `block`, to be rebuilt by the library's own code.
+
+        Args:
+            with_first: whether the first layer's weights are among the further ones.
         """
-        if self.family.is_convolutional:
-            return {}
-        return {
-            i: read_block(self.family, self._model, self._config, self._layers[i])
-            for i in (range(self.num_layers) if self.family.language_model else self.layers)
-            if i < self.num_layers
-        }
+        return library_block(
+            *(self._model, self.family, self.anatomy, layer, Probe(self).inputs()), with_first=with_first
+        )
 
     @cached_property
     def language_model(self) -> LanguageModelWeights | None:
@@ -216,6 +246,9 @@ class FrozenEncoder:
     def count_truncated(self, texts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> int:
         """How many texts are longer than `max_length`; `token_ids` are theirs from `tokenize`."""
         limit = self.max_length or sys.maxsize
+        if self.padding == "max_length":
+            texts_ids = self._processor([self.request.prompt.replace("{}", text) for text in texts], verbose=False)
+            return sum(len(ids) > limit for ids in texts_ids["input_ids"])
         candidates = [text for text, ids in zip(texts, token_ids, strict=True) if len(ids) >= limit]
         return sum(len(ids) > limit for ids in self._tokenize(candidates, None)) if candidates else 0
 
@@ -225,16 +258,22 @@ class FrozenEncoder:
             return CausalTokens(self.language_model.tokenizer, spec).encode(texts)
         prompted = [without_surrogates(self.request.prompt.replace("{}", text)) for text in texts]
         cut = {"truncation": True, "max_length": max_length} if max_length else {"verbose": False}
-        return list(self._processor(prompted, **cut)["input_ids"])
+        found = list(self._processor(prompted, **cut)["input_ids"])
+        if self.padding == "max_length":
+            return [ids + [self._pad_token] * ((max_length or len(ids)) - len(ids)) for ids in found]
+        return found
+
+    @property
+    def _pad_token(self) -> int:
+        return getattr(self._processor, "pad_token_id", None) or 0
 
     def pad(self, token_ids: Sequence[list[int]]) -> dict[str, torch.Tensor]:
-        """A batch of texts, padded on the right, with its mask."""
+        """A batch of texts, padded on the right, with its mask; without one if the model pads all texts alike."""
         lengths = torch.tensor([len(ids) for ids in token_ids])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        padding = getattr(self._processor, "pad_token_id", None) or 0
-        padded = torch.full(mask.shape, padding)
+        padded = torch.full(mask.shape, self._pad_token)
         padded[mask] = torch.tensor([token for ids in token_ids for token in ids])
-        return {"input_ids": padded, "attention_mask": mask.long()}
+        return {"input_ids": padded} | ({} if self.padding == "max_length" else {"attention_mask": mask.long()})
 
     def encode(self, inputs: Mapping[str, torch.Tensor]) -> Encoded:
         """Run the encoder on one batch."""
@@ -244,13 +283,12 @@ class FrozenEncoder:
     def launch(self, inputs: Mapping[str, torch.Tensor]) -> Launched:
         """Start the encoder on one batch; `inputs` must not change until the batch has been waited for."""
         mask = inputs.get("attention_mask") if self.request.modality == "text" else None
-        moved = self._arguments(inputs)
         states: dict[int, torch.Tensor] = {}
         vectors: dict[str, torch.Tensor] = {}
-        with self._captured(states):
-            output = self._core(**moved)
+        with self._captured(states, inputs):
+            output = self.run(inputs)
             if self._with_vectors:
-                vectors = self._vectors(output, moved.get("attention_mask") if mask is not None else None)
+                vectors = self.vectors_of(output, None if mask is None else mask.to(self.request.device))
         batch, tokens = next(iter(states.values())).shape[:2] if states else (len(next(iter(inputs.values()))), 0)
         lengths = mask.sum(dim=1).numpy() if mask is not None else np.full(batch, tokens)
         converted = {i: self._converters[i](states[i]) for i in self.layers if self.converts and i in self._converters}
@@ -262,9 +300,15 @@ class FrozenEncoder:
         converted = {i: tuple(islice(back, len(parts))) for i, parts in converted.items()}
         return Launched(states, vectors, lengths.astype(np.int64), event, converted)
 
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> Any:
+        """What the model itself returns for a batch."""
+        return self._forward(**self._arguments(inputs))
+
     def _arguments(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Arguments of the forward pass: the inputs on its device and in its type, and those of its family."""
         arguments: dict[str, Any] = self.transfers.to_device(inputs, self.dtype)
+        if self.family.is_discovered:
+            arguments = self._accepted_arguments(arguments)
         if self.family.interpolates:
             arguments["interpolate_pos_encoding"] = True
         if self.family.language_model:
@@ -277,28 +321,55 @@ class FrozenEncoder:
             arguments["noise"] = torch.arange(float(patches), device=self.request.device).expand(batch, -1)
         return arguments
 
+    def _accepted_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The inputs that a discovered model takes, and the settings that it needs where it has them."""
+        names = self._accepted
+        settings = {"use_cache": False, "return_dict": True}
+        if self.request.image_size:
+            settings["interpolate_pos_encoding"] = True
+        return {name: value for name, value in arguments.items() if name in names} | {
+            name: value for name, value in settings.items() if name in names
+        }
+
+    @cached_property
+    def _accepted(self) -> frozenset[str]:
+        """Names of the arguments of the forward pass."""
+        return frozenset(inspect.signature(getattr(self._forward, "forward", self._forward)).parameters)
+
+    def _known_anatomy(self) -> Anatomy:
+        """Of a model with an entry among the families."""
+        steps, width = len(self.layer_list), _hidden_size(self._config)
+        vectors = {"pooled": width}
+        if self.family.projection:
+            vectors["projected"] = int(self._config.projection_dim)
+        is_map = self.family.is_convolutional
+        return Anatomy(
+            calls=tuple(range(steps)),
+            widths=(width,) * (steps + 1),
+            vectors=vectors,
+            layouts=(("channels_first" if is_map else "tokens"),) * (steps + 1),
+            class_tokens=0 if is_map else 1,
+            has_feature_maps=is_map,
+        )
+
     @contextmanager
-    def _captured(self, states: dict[int, torch.Tensor]) -> Iterator[None]:
+    def _captured(self, states: dict[int, torch.Tensor], inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Capture `hidden_states[i]` of the selected layers, and end the forward pass when all are captured."""
         deepest = self.num_layers if self._with_vectors else max(self.layers)
+        calls, layouts, layers = iter(range(self.num_layers)), self.anatomy.layouts, self.layer_list
 
-        def keep_input(index: int) -> Any:
-            def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-                states[index] = self._as_tokens(arguments[0] if arguments else keywords["hidden_states"])
-                if index == deepest:
-                    raise _ForwardDone
-
-            return hook
+        def keep_input(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            step = next(calls)
+            if step in self.layers:
+                states[step] = tokens_of(entering(arguments, keywords)[1], layouts[step], inputs)
+            if step == deepest:
+                raise _ForwardDone
 
         def keep_output(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            states[self.num_layers] = self._as_tokens(output[0] if isinstance(output, tuple) else output)
+            states[self.num_layers] = tokens_of(leaving(output), layouts[-1], inputs)
 
-        handles = [
-            self._layers[i].register_forward_pre_hook(keep_input(i), with_kwargs=True)
-            for i in self.layers
-            if i < self.num_layers
-        ]
-        handles.append(self._layers[-1].register_forward_hook(keep_output))
+        handles = [layer.register_forward_pre_hook(keep_input, with_kwargs=True) for layer in layers]
+        handles.append(layers[self.anatomy.calls[-1]].register_forward_hook(keep_output))
         try:
             yield
         except _ForwardDone:
@@ -307,11 +378,8 @@ class FrozenEncoder:
             for handle in handles:
                 handle.remove()
 
-    def _as_tokens(self, state: torch.Tensor) -> torch.Tensor:
-        """[batch, tokens, channels]: the positions of a feature map [batch, channels, height, width], row by row."""
-        return state.flatten(2).transpose(1, 2).contiguous() if self.family.is_convolutional else state
-
-    def _vectors(self, output: Any, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def vectors_of(self, output: Any, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """The encoder's own vectors, [batch, d] each, of what `run` returned and the mask of padded texts."""
         vectors = {"pooled": self.family.pool(output, mask)}
         if self.family.projection:
             vectors["projected"] = self._model.get_submodule(self.family.projection)(vectors["pooled"])
@@ -329,6 +397,15 @@ class FrozenEncoder:
         return tuple(sorted(set(layers)))
 
 
+def _config_of(loaded: Loaded) -> Any:
+    """The config of the part of a model that encodes the modality."""
+    if loaded.family.is_discovered:
+        return loaded.model.get_submodule(loaded.family.tower).config
+    config = loaded.model.config
+    config = config.get_text_config() if loaded.family.modality == "text" else config
+    return getattr(config, "vision_config", config)
+
+
 def _hidden_size(config: Any) -> int:
     """Width of the encoder's vector and of its last layer."""
     if hasattr(config, "hidden_sizes"):  # one for each stage
@@ -343,12 +420,14 @@ def load_encoder(request: EncoderRequest) -> FrozenEncoder:
         ValueError: the model is unavailable, its family has no adapter, weights of the forward pass are missing, the
             tokenizer or processor is not the model's, or the layers do not exist.
     """
-    family, model = load_model(request)
+    loaded = load_model(request)
     request = with_default_prompt(request)
     processor = load_processor(request)
     where = f"{request.modality} encoder {request.model_id}"
-    check_processor(where, request.modality, family, model, processor, sized=request.image_size is not None)
-    return FrozenEncoder(request, family, model, processor)
+    check_processor(
+        *(where, request.modality, loaded.family, loaded.model, processor), sized=request.image_size is not None
+    )
+    return FrozenEncoder(request, loaded, processor)
 
 
 class HalvingEncoder:

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
-from saffe_cache.core.features import BlockSpec, BlockWeights, Modality
+from saffe_cache.core.features import Modality
 
 Pool = Callable[[Any, torch.Tensor | None], torch.Tensor]
 """(model output, mask of real tokens) -> [batch, d]."""
@@ -31,7 +30,7 @@ _CLIP_ATTENTION = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.
 _VIT_BLOCK = _block(_VIT_ATTENTION, "layernorm_before layernorm_after", "mlp.fc1 mlp.fc2")
 _LAYER_SCALES = {"attention_layer_scale": "layer_scale1.lambda1", "mlp_layer_scale": "layer_scale2.lambda1"}
 _DINOV2_BLOCK = {**_block(_VIT_ATTENTION, "norm1 norm2", "mlp.fc1 mlp.fc2"), **_LAYER_SCALES}
-_DINOV2_SWIGLU_BLOCK = {
+DINOV2_SWIGLU_BLOCK = {
     **_block(_VIT_ATTENTION, "norm1 norm2", "mlp.up_proj mlp.down_proj"),
     "mlp_gate": "mlp.gate_proj",
     **_LAYER_SCALES,
@@ -103,7 +102,7 @@ class Family:
     layers: str
     """Path of the list of layers below the loaded model."""
     core: str
-    """Path of the model that returns last_hidden_state; empty if it is the loaded one."""
+    """Path of the model or method that returns last_hidden_state; empty if it is the loaded model."""
     block: Mapping[str, str]
     """Paths of a block's weights by their role; empty if there are no queries, keys and values."""
     pool: Pool
@@ -127,6 +126,12 @@ class Family:
     """Paths of a causal language model's embeddings, final norm and output layer."""
     expects: Mapping[str, Any] = field(default_factory=dict)
     """Settings of a model's config that the rebuilt block assumes."""
+    tower: str = ""
+    """Path of the model that owns the layers, if it was discovered; empty if it is the loaded model."""
+    layer_lists: tuple[str, ...] = ()
+    """Paths of lists that may be the layers, if it was discovered, the likeliest first."""
+    is_discovered: bool = False
+    """Whether there is no entry for the family: all was found out from the model."""
 
 
 _VIT = Family(
@@ -260,72 +265,3 @@ FAMILIES: Mapping[tuple[str, Modality], Family] = {
         interpolates=False,
     ),
 }
-
-
-def find_family(model_type: str, modality: Modality) -> Family:
-    """
-    Raises:
-        ValueError: there is no adapter for the family.
-    """
-    if (model_type, modality) not in FAMILIES:
-        known = sorted(name for name, kind in FAMILIES if kind == modality)
-        raise ValueError(
-            f"{modality} encoder: found a model of type {model_type!r}, expected one of {', '.join(known)}. "
-            "Choose one of these, or add an entry to saffe_cache/encoders/families.py."
-        )
-    return FAMILIES[model_type, modality]
-
-
-def read_block(family: Family, model: Any, config: Any, layer: Any) -> BlockWeights:
-    """All weights of one layer, as float32."""
-    names = family.block
-    if "attention_layer_scale" in names and getattr(config, "use_swiglu_ffn", False):
-        names = _DINOV2_SWIGLU_BLOCK
-    tensors: dict[str, np.ndarray] = {}
-    for role, path in names.items():
-        if role.endswith("layer_scale"):
-            tensors[role] = _to_numpy(layer.get_parameter(path))
-            continue
-        for part, parameter in layer.get_submodule(path).named_parameters(recurse=False):
-            values = _to_numpy(parameter)
-            tensors[f"{role}_{part}"] = np.ascontiguousarray(values.T) if family.is_transposed else values
-    for part in ("weight", "bias"):
-        if f"query_key_value_{part}" in tensors:
-            thirds = np.split(tensors.pop(f"query_key_value_{part}"), 3)
-            tensors |= {f"{role}_{part}": third for role, third in zip(("query", "key", "value"), thirds, strict=True)}
-    buckets = 0
-    if "encoder.relative_attention_bias.weight" in dict(model.named_parameters()):
-        table = model.get_parameter("encoder.relative_attention_bias.weight")
-        tensors["relative_position_bias"] = _to_numpy(table)
-        buckets = len(table)
-    norm = layer.get_submodule(names["attention_norm"])
-    spec = BlockSpec(
-        num_attention_heads=_first(config, "num_attention_heads", "encoder_attention_heads"),
-        norm_first=family.norm_first,
-        activation="silu" if "mlp_gate" in names else _first(config, "hidden_act", "activation_function"),
-        layer_norm_eps=float(norm.eps),
-        is_causal=family.is_causal,
-        relative_attention_num_buckets=buckets,
-    )
-    return BlockWeights(spec, tensors)
-
-
-def read_language_model(family: Family, model: Any) -> tuple[dict[str, np.ndarray], float]:
-    """The parts of a causal language model that are not blocks, as float32, and the final norm's eps."""
-    parts = {name: model.get_submodule(path) for name, path in family.language_model.items()}
-    tensors = {name: _to_numpy(parts[name].weight) for name in ("token_embedding", "position_embedding")}
-    tensors |= {f"final_norm_{part}": _to_numpy(getattr(parts["final_norm"], part)) for part in ("weight", "bias")}
-    if parts["head"].weight is not parts["token_embedding"].weight:
-        tensors["head_weight"] = _to_numpy(parts["head"].weight)
-    return tensors, float(parts["final_norm"].eps)
-
-
-def _first(config: Any, *names: str) -> Any:
-    """The first of these fields in the config; for encoder-decoder models, the last."""
-    if getattr(config, "is_encoder_decoder", False):
-        names = names[::-1]
-    return next(getattr(config, name) for name in names if hasattr(config, name))
-
-
-def _to_numpy(parameter: torch.Tensor) -> np.ndarray:
-    return parameter.detach().to("cpu", torch.float32).numpy()

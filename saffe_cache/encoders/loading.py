@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from saffe_cache.core.features import Fingerprint, Modality
 from saffe_cache.encoders.checks import explained
-from saffe_cache.encoders.families import Family, find_family, first_token, masked_mean
+from saffe_cache.encoders.discovery import discover, drop_other_towers, model_class
+from saffe_cache.encoders.families import FAMILIES, Family, first_token, masked_mean
 
 logger = logging.getLogger(__name__)
 
@@ -58,49 +59,97 @@ _OPTIONAL_WEIGHTS = ("position_ids", "num_batches_tracked")
 """Weights that checkpoints may lack: positions are computed, and a batch norm's number of training steps is unused."""
 
 
-def load_model(request: EncoderRequest) -> tuple[Family, Any]:
-    """The model and its family.
+@dataclass(frozen=True)
+class Loaded:
+    """A model and where its parts are."""
+
+    family: Family
+    model: Any
+    missing: tuple[str, ...] = ()
+    """Weights that its checkpoint lacks and that no layer needs, such as those of a pooler; they are zeros."""
+
+
+def load_model(request: EncoderRequest) -> Loaded:
+    """The model and where its parts are.
 
     Raises:
-        ValueError: the model is unavailable, its family has no adapter, or weights of the forward pass are missing.
+        ValueError: the model is unavailable or quantised, transformers has no plain model of its type, or weights of
+            the forward pass are missing.
     """
     where = f"{request.modality} encoder {request.model_id}"
-    options = {"revision": request.revision}
     with explained(where, request.model_id, "found no model", "Use a hub id or a folder with config.json."):
-        config = transformers.AutoConfig.from_pretrained(request.model_id, trust_remote_code=False, **options)
-    family = find_family(config.model_type, request.modality)
+        config = transformers.AutoConfig.from_pretrained(
+            request.model_id, trust_remote_code=False, revision=request.revision
+        )
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{where}: its weights are quantised, expected float32, float16 or bfloat16: rounded weights would not be "
+            "those of the model. Use the checkpoint that it was made from."
+        )
+    family = FAMILIES.get((config.model_type, request.modality))
     _check_config(where, family, config, request)
+    try:
+        kind = getattr(transformers, family.model_class) if family else model_class(config, request.modality)
+        model, missing = _from_pretrained(where, kind, request, family.load_options if family else {})
+        if family is None:
+            family = discover(model, request.modality)
+            if family.tower:
+                drop_other_towers(model, family.tower)
+    except ValueError as error:
+        raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from error
+    if family.projection and missing == [f"{family.projection}.weight"]:
+        # a tower saved without its projection; the random one of transformers would enter the fingerprint
+        model.set_submodule(family.projection, torch.nn.Identity())
+        family, missing = replace(family, projection=None), []
+    if family.is_discovered:
+        missing = [name for name in missing if _parameter(model, name) is not None]
+    unneeded = [name for name in missing if family.is_discovered and "pooler" in name.split(".")]
+    needed = sorted({*missing} - {*unneeded})
+    if needed:
+        raise ValueError(f"{where}: its checkpoint lacks {', '.join(needed[:3])}. Use a checkpoint of this model.")
+    for name in unneeded:
+        model.get_parameter(name).data.zero_()  # they are part of the fingerprint, and random
+    if request.modality == "text":
+        family = _with_repository_pooling(request, family)
+    return Loaded(family, model, tuple(unneeded))
+
+
+def _from_pretrained(
+    where: str, kind: Any, request: EncoderRequest, options: Mapping[str, Any]
+) -> tuple[Any, list[str]]:
+    """A model, and the weights that its checkpoint lacks."""
     if request.attention:
-        options["attn_implementation"] = request.attention
+        options = {**options, "attn_implementation": request.attention}
     with _quietly(), explained(where, request.model_id, "its weights cannot be loaded", "Download it again."):
-        model, info = getattr(transformers, family.model_class).from_pretrained(
+        model, info = kind.from_pretrained(
             request.model_id,
             dtype=getattr(torch, request.dtype),
             output_loading_info=True,
             use_safetensors=True,  # other formats would be unpickled
-            **family.load_options,
+            revision=request.revision,
             **options,
         )
-    missing = sorted(name for name in info["missing_keys"] if not name.endswith(_OPTIONAL_WEIGHTS))
-    if family.projection and missing == [f"{family.projection}.weight"]:
-        # a tower saved without its projection; the random one of transformers would enter the fingerprint
-        model.set_submodule(family.projection, torch.nn.Identity())
-        family = replace(family, projection=None)
-    elif missing:
-        raise ValueError(f"{where}: its checkpoint lacks {', '.join(missing[:3])}. Use a checkpoint of this model.")
-    return (_with_repository_pooling(request, family) if request.modality == "text" else family), model
+    return model, sorted(name for name in info["missing_keys"] if not name.endswith(_OPTIONAL_WEIGHTS))
 
 
-def _check_config(where: str, family: Family, config: Any, request: EncoderRequest) -> None:
+def _parameter(model: Any, name: str) -> Any:
+    """A weight; None if the part that it belonged to was dropped."""
+    try:
+        return model.get_parameter(name)
+    except AttributeError:
+        return None
+
+
+def _check_config(where: str, family: Family | None, config: Any, request: EncoderRequest) -> None:
     """
     Raises:
         ValueError: the model differs from its family, or does not support the position offset.
     """
-    for name, expected in family.expects.items():
+    for name, expected in family.expects.items() if family else ():
         found = getattr(config, name, expected)
         if found != expected:
             raise ValueError(f"{where}: its config has {name} {found}, expected {expected}. Choose another model.")
-    if request.position_offset and not family.language_model:
+    if request.position_offset and not (family and family.language_model):
         raise ValueError(
             f"{where}: found --position-offset {request.position_offset}, expected 0: only language models (gpt2) "
             "support an offset. Omit it."
@@ -136,10 +185,37 @@ def load_processor(request: EncoderRequest) -> Any:
         options["backend"] = "pil"
     where = f"{request.modality} encoder {request.model_id}"
     with explained(where, request.model_id, f"its {name} cannot be loaded", "Add the model's own, or download again."):
-        processor = getattr(transformers, kind).from_pretrained(request.model_id, **options)
+        try:
+            processor = getattr(transformers, kind).from_pretrained(request.model_id, **options)
+        except ImportError:
+            if request.modality != "image":
+                raise
+            processor = _plain_pictures(request)
     if request.image_size:
         _resize(processor, request.image_size)
     return processor
+
+
+def _plain_pictures(request: EncoderRequest) -> Any:
+    """For a model whose image processor needs torchvision (DINOv3): PIL's, with the same settings.
+
+    Both resize with antialiasing; their pixels differ by rounding to whole numbers.
+
+    Raises:
+        ValueError: the settings have steps besides resize, crop, rescale and normalize.
+    """
+    settings = json.loads(_repository_file(request, "preprocessor_config.json") or "{}")
+    unknown = [name for name in ("do_pad", "do_flip_channel_order", "do_reduce_labels") if settings.get(name)]
+    if unknown:
+        raise ValueError(f"{settings.get('image_processor_type')} with {unknown[0]} needs torchvision")
+    kept = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
+    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+    chosen = {name: settings[name] for name in (*kept, *steps) if settings.get(name) is not None}
+    logger.info(
+        "image encoder %s: pictures are resized by PIL; its %s needs torchvision.",
+        *(request.model_id, settings.get("image_processor_type")),
+    )
+    return transformers.BitImageProcessorPil(**{"do_center_crop": False, **chosen})
 
 
 def _resize(processor: Any, pixels: int) -> None:
@@ -225,15 +301,30 @@ def _repository_file(request: EncoderRequest, name: str) -> str | None:
         return None
 
 
-def longest_text(request: EncoderRequest, tokenizer: Any, config: Any) -> int:
-    """Longest text in tokens: the smallest of the request, the repository's limit, and the model's positions."""
+_LONGEST = 32_768
+"""Most tokens of a text where neither the tokenizer nor the model has a limit."""
+
+
+def longest_text(request: EncoderRequest, tokenizer: Any, model: Any, config: Any) -> int | None:
+    """Longest text in tokens: the smallest of the request, the repository's limit, and the model's positions; None
+    for other modalities."""
+    if request.modality != "text":
+        return None
     said = _repository_file(request, "sentence_bert_config.json")
     limits = [request.max_length, tokenizer.model_max_length, json.loads(said).get("max_seq_length") if said else None]
     positions = getattr(config, "max_position_embeddings", None)
-    if positions:
-        taken = 2 if config.model_type in ("roberta", "xlm-roberta", "mpnet") else request.position_offset
-        limits.append(max(1, positions - taken))
-    return min(int(limit) for limit in limits if limit)
+    if positions and positions > 0:
+        first = first_position(model)
+        limits.append(max(1, positions - (request.position_offset if first is None else first)))
+    return min(int(limit) for limit in [*limits, _LONGEST] if limit)
+
+
+def first_position(model: Any) -> int | None:
+    """Position of a text's first token in models that count positions from their padding token (RoBERTa), else None."""
+    for name, part in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
+            return int(part.padding_idx) + 1
+    return None
 
 
 def fingerprint_of(
@@ -244,6 +335,7 @@ def fingerprint_of(
     pooling: str,
     max_length: int | None,
     is_language_model: bool = False,
+    padding: str = "longest",
 ) -> Fingerprint:
     """The fingerprint of a loaded encoder: plain JSON values, whose hash is part of the encoder's key in a cache.
 
@@ -253,6 +345,7 @@ def fingerprint_of(
     return Fingerprint(
         {
             **(of_language_model if is_language_model else {}),
+            **({} if padding == "longest" else {"padding": padding}),
             "modality": request.modality,
             "model_id": request.model_id if not Path(request.model_id).exists() else Path(request.model_id).name,
             "revision": getattr(model.config, "_commit_hash", None) or request.revision,

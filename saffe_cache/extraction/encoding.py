@@ -23,6 +23,7 @@ from tqdm import tqdm
 from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.encoder import HalvingEncoder
 from saffe_cache.encoders.transfers import Encoded, Launched
+from saffe_cache.extraction.blocks import checked_blocks
 from saffe_cache.extraction.loading import Batch, load_batches
 from saffe_cache.extraction.planning import Job
 from saffe_cache.sources.items import Media
@@ -81,6 +82,8 @@ def run_job(storage: Storage, job: Job, media: Mapping[bytes, Media], record: Ma
         return
     seconds, started, encoder = Seconds(), time.perf_counter(), HalvingEncoder(job.encoder)
     entry: dict[str, Any] = {**record, "inputs": [job.start, job.num_inputs]}
+    with seconds.spent_on("encoding"):
+        _store_weights(storage, job)
     with load_batches(job, media) as batches, EncoderWriter(storage, job.manifest, job.missing) as writer:
         if job.offsets is not None and "offsets" in job.missing:
             writer.put(Portion({"offsets": (0, to_storage(job.offsets, "int64"))}))
@@ -143,8 +146,27 @@ def _encode(job: Job, batches: Iterator[Batch], encoder: HalvingEncoder, storing
             storing.finish()
 
 
+def _store_weights(storage: Storage, job: Job) -> None:
+    """Store the blocks that the cache lacks, and what else a language model has.
+
+    Blocks are checked by running the encoder, so before any batch is launched.
+    """
+    key, encoder, known = job.manifest.key, job.encoder, job.manifest.unusable_blocks
+    group = encoder_group(key)
+    if encoder.language_model and not storage.exists(f"{group}/language_model/zarr.json"):
+        write_weights(storage, key, "language_model", encoder.language_model)
+    missing = [
+        layer
+        for layer in encoder.block_layers
+        if layer not in known and not storage.exists(f"{group}/blocks/{layer}/zarr.json")
+    ]
+    blocks, unusable = checked_blocks(encoder, missing)
+    write_blocks(storage, key, blocks)
+    known |= unusable
+
+
 class _Storing:
-    """Stores the blocks, then converts encoded batches and passes them to the writer, in order, in its own thread.
+    """Converts encoded batches and passes them to the writer, in order, in its own thread.
 
     It may lag behind by as many bytes as the writer's open shards hold, so that the encoder continues while they are
     written.
@@ -160,7 +182,6 @@ class _Storing:
         self._invalid = {row: reason for row, reason in job.manifest.invalid.items() if job.is_wanted[row]}
 
     def __enter__(self) -> _Storing:
-        self._tasks.append((self._pool.submit(self._store_blocks), 0))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -199,13 +220,6 @@ class _Storing:
                 f"than --max-invalid {allowed:g} allows; for instance {self._job.name_of(row)}: {reason}. Correct the "
                 "data, or raise --max-invalid; all encoded inputs are kept."
             )
-
-    def _store_blocks(self) -> Mapping[int, str]:
-        key, encoder = self._job.manifest.key, self._job.encoder
-        if encoder.language_model and not self._storage.exists(f"{encoder_group(key)}/language_model/zarr.json"):
-            write_weights(self._storage, key, "language_model", encoder.language_model)
-        write_blocks(self._storage, key, encoder.blocks)
-        return {}
 
     def _store(self, batch: Batch, parts: Sequence[Launched]) -> Mapping[int, str]:
         """In the thread: convert a batch, and write its block at the end. Returns the block's invalid inputs."""

@@ -216,16 +216,20 @@ def _pad_texts(job: Job, pool: Executor) -> Iterator[Future[Batch]]:
 
     for block in job.blocks():
         order = sorted(block, key=lambda row: len(job.token_ids[row]))
-        batches = list(token_batches(order, job.token_ids, job.options.batch_tokens))
+        equal = job.encoder.padding == "equal_length"
+        batches = list(token_batches(order, job.token_ids, job.options.batch_tokens, equal_length=equal))
         for number, inputs in enumerate(batches, start=1):
             yield pool.submit(pad, block, inputs, number == len(batches))
 
 
-def token_batches(order: Sequence[int], token_ids: Sequence[Sequence[Any]], budget: int) -> Iterator[list[int]]:
-    """Split rows, sorted by length, into batches whose padded size stays within the budget."""
+def token_batches(
+    order: Sequence[int], token_ids: Sequence[Sequence[Any]], budget: int, *, equal_length: bool = False
+) -> Iterator[list[int]]:
+    """Split rows, sorted by length, into batches whose padded size stays within the budget, of one length if asked."""
     batch: list[int] = []
     for row in order:
-        if batch and (len(batch) + 1) * len(token_ids[row]) > budget:
+        length = len(token_ids[row])
+        if batch and ((len(batch) + 1) * length > budget or (equal_length and len(token_ids[batch[0]]) != length)):
             yield batch
             batch = []
         batch.append(row)

@@ -238,8 +238,9 @@ def _manifest(storage: Storage, encoder: FrozenEncoder) -> EncoderManifest:
         modality=encoder.request.modality,
         num_layers=encoder.num_layers,
         hidden_size=encoder.hidden_size,
-        vector="projected" if encoder.family.projection else "pooled",
-        has_feature_maps=encoder.family.is_convolutional,
+        vector="projected" if "projected" in encoder.vector_widths else "pooled",
+        has_feature_maps=encoder.anatomy.has_feature_maps,
+        class_tokens=encoder.anatomy.class_tokens,
         is_language_model=encoder.language_model is not None,
     )
 
@@ -276,7 +277,7 @@ def _state_specs(job: Job) -> dict[str, ArraySpec]:
 
     All layers have shards with the same number of rows, which the largest layer determines.
     """
-    shapes: dict[int, tuple[int, ...]] = dict.fromkeys(job.encoder.layers, (job.encoder.hidden_size,))
+    shapes: dict[int, tuple[int, ...]] = {layer: (job.encoder.anatomy.widths[layer],) for layer in job.encoder.layers}
     names: tuple[str, ...] = ("text_token", "hidden")
     if job.offsets is None:
         blank = job.encoder.encode(job.encoder.prepare(blank_input(job.encoder)))

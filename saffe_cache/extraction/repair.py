@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from saffe_cache.core.features import MODALITIES, CacheError, ItemTable
 from saffe_cache.core.options import require
 from saffe_cache.core.outputs import provenance
+from saffe_cache.extraction.blocks import checked_blocks
 from saffe_cache.extraction.config import RepairConfig, encode_options
 from saffe_cache.extraction.planning import Job, new_job
 from saffe_cache.extraction.reencode import (
@@ -185,9 +186,10 @@ class _EncoderRepair:
         layers = [one.index for one in damage if one.part == "block"]
         if layers:
             encoder.select(layers, vectors=False)
+        blocks, _ = checked_blocks(encoder, layers)
         for one in damage:
             is_block = one.part == "block"
-            weights = encoder.blocks[one.index] if is_block else encoder.language_model
+            weights = blocks[one.index] if is_block else encoder.language_model
             assert weights is not None
             write_weights(self._storage, self._key, f"blocks/{one.index}" if is_block else one.part, weights)
             self._report.restore(one.place)

@@ -26,6 +26,7 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, weights: BlockWeights) -> None:
         super().__init__()
+        assert isinstance(weights.spec, BlockSpec)
         self.spec = weights.spec
         self.weights = nn.ParameterDict(
             {name: nn.Parameter(torch.tensor(value), requires_grad=False) for name, value in weights.tensors.items()}

@@ -13,15 +13,17 @@ however many partners it is fused with:
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.core.features import BlockWeights
+from saffe_cache.core.features import BlockSpec, BlockWeights, LibraryBlockSpec
 from saffe_cache.fusion.block import EncoderBlock, split_heads
 from saffe_cache.fusion.layers import Learning
+from saffe_cache.fusion.library_block import make_block
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 """Each [batch, heads, keys, d / heads]."""
@@ -32,14 +34,15 @@ class CrossAttention(nn.Module):
 
     If the widths agree, queries start as the querying block's, and keys and values as the context block's. If they
     differ, the context is projected first and all projections start as the querying block's. Queries and keys come
-    from models that were trained apart, so all four projections train.
+    from models that were trained apart, so all four projections train. What a block has in another shape (grouped
+    keys, heads wider than their share) or under no known name starts at random.
     """
 
     def __init__(self, query_block: BlockWeights, context_block: BlockWeights, *, has_norms: bool) -> None:
         """`has_norms`: whether both sides first pass the norm that precedes their block's attention."""
         super().__init__()
-        width, context_width = (len(block.tensors["output_weight"]) for block in (query_block, context_block))
-        self.num_heads = query_block.spec.num_attention_heads
+        width, context_width = query_block.hidden_size, context_block.hidden_size
+        self.num_heads = math.gcd(width, query_block.spec.num_attention_heads)
         self.query_norm = norm_of(query_block) if has_norms else nn.Identity()
         self.context_norm = norm_of(context_block) if has_norms else nn.Identity()
         same = width == context_width
@@ -105,6 +108,7 @@ class ReuseDecoder(nn.Module):
         entered: torch.Tensor,
         keys_values: KeysValues,
         context_mask: torch.Tensor | None,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         crossed = self.cross_attention(entered, keys_values, context_mask)
         return layer.feed_forward(entered + torch.tanh(self.gate) * crossed)
@@ -126,6 +130,7 @@ class PaperDecoder(nn.Module):
 
     def __init__(self, query_block: BlockWeights, context_block: BlockWeights) -> None:
         super().__init__()
+        assert isinstance(query_block.spec, BlockSpec)
         own = {name: value for name, value in query_block.tensors.items() if not name.startswith("mlp_")}
         self.self_attention = EncoderBlock(BlockWeights(query_block.spec, own)).requires_grad_(True)
         self.cross_attention = CrossAttention(query_block, context_block, has_norms=False)
@@ -149,23 +154,93 @@ class PaperDecoder(nn.Module):
         entered: torch.Tensor,
         keys_values: KeysValues,
         context_mask: torch.Tensor | None,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return self.norm(self.cross_attention(hidden, keys_values, context_mask) + entered)  # type: ignore[no-any-return]
 
 
+class OpaqueDecoder(nn.Module):
+    """An encoder's next layer of any family, frozen, with a gated cross-attention before it.
+
+        y = layer(h + tanh(g) CrossAttention(h, context))
+
+    For layers whose halves are unknown; stands for `reuse` and `paper`. With g = 0, where it starts, y is the encoder's
+    own next hidden state. Parameters as `ReuseDecoder`.
+    """
+
+    learning: ClassVar = {"gate": Learning(5.0)}
+
+    def __init__(self, query_block: BlockWeights, context_block: BlockWeights) -> None:
+        super().__init__()
+        self.cross_attention = CrossAttention(query_block, context_block, has_norms=True)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    @staticmethod
+    def layer_of(query_block: BlockWeights, context_block: BlockWeights) -> nn.Module:
+        """The querying encoder's whole layer."""
+        return make_block(query_block)
+
+    def enter(self, layer: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return hidden
+
+    def keys_values(self, layer: nn.Module, context: torch.Tensor) -> KeysValues:
+        return self.cross_attention.keys_values(context)
+
+    def forward(
+        self,
+        layer: nn.Module,
+        hidden: torch.Tensor,
+        entered: torch.Tensor,
+        keys_values: KeysValues,
+        context_mask: torch.Tensor | None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        crossed = self.cross_attention(hidden, keys_values, context_mask)
+        return layer(hidden + torch.tanh(self.gate) * crossed, mask)  # type: ignore[no-any-return]
+
+
+_NAMES = {
+    "query": ("query", "q_proj", "q", "q_lin", "query_proj", "wq", "queries_linear"),
+    "key": ("key", "k_proj", "k", "k_lin", "key_proj", "wk", "keys_linear"),
+    "value": ("value", "v_proj", "v", "v_lin", "value_proj", "wv", "values_linear"),
+    "output": ("o_proj", "out_proj", "o", "out_lin", "wo", "projection_layer"),
+}
+"""Last names of the parts of an attention in transformers, by role."""
+
+
+def attention_part(block: BlockWeights, role: str) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Weight [d, d] and bias of a block's projection of a role; None where no name or shape tells it."""
+    tensors, width = block.tensors, block.hidden_size
+    names = [f"{role}_weight"]
+    if isinstance(block.spec, LibraryBlockSpec):
+        own = [name for name in tensors if not name.startswith(("model.", "check."))]
+        names = [name for name in own if name.endswith(".weight") and name.split(".")[-2] in _NAMES[role]]
+    found = [name for name in names if tensors[name].shape == (width, width)]
+    if len(found) != 1:
+        return None
+    bias = tensors.get(found[0].removesuffix("weight") + "bias")
+    return torch.tensor(tensors[found[0]]), None if bias is None else torch.tensor(bias)
+
+
 def _linear_from(block: BlockWeights, role: str) -> nn.Linear:
-    weight = torch.tensor(block.tensors[f"{role}_weight"])
-    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    found = attention_part(block, role)
+    linear = nn.Linear(block.hidden_size, block.hidden_size)
     with torch.no_grad():
-        linear.weight.copy_(weight)
-        bias = block.tensors.get(f"{role}_bias")
-        linear.bias.zero_() if bias is None else linear.bias.copy_(torch.tensor(bias))
+        if found is None:
+            nn.init.xavier_uniform_(linear.weight)
+        else:
+            linear.weight.copy_(found[0])
+        bias = None if found is None else found[1]
+        linear.bias.zero_() if bias is None else linear.bias.copy_(bias)
     return linear
 
 
 def norm_of(block: BlockWeights) -> nn.LayerNorm:
-    """The norm that precedes the block's attention; a plain one for post-LN blocks, whose input is normed already."""
-    norm = nn.LayerNorm(len(block.tensors["output_weight"]), eps=block.spec.layer_norm_eps)
+    """The norm that precedes the block's attention; a plain one for post-LN blocks, whose input is normed already, and
+    for layers of unknown families."""
+    if isinstance(block.spec, LibraryBlockSpec):
+        return nn.LayerNorm(block.hidden_size)
+    norm = nn.LayerNorm(block.hidden_size, eps=block.spec.layer_norm_eps)
     if block.spec.norm_first:
         with torch.no_grad():
             norm.weight.copy_(torch.tensor(block.tensors["attention_norm_weight"]))

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from saffe_cache.core.features import LibraryBlockSpec
 from saffe_cache.fusion.base import Blocks, Fused, Fusion, Pairing, Texts, gathered
-from saffe_cache.fusion.decoders import PaperDecoder, ReuseDecoder
+from saffe_cache.fusion.decoders import OpaqueDecoder, PaperDecoder, ReuseDecoder
 from saffe_cache.fusion.heads import AttentionHead, FlattenHead, MatchHead, MeanHead, summarize
 from saffe_cache.fusion.layers import Learning
 from saffe_cache.fusion.options import FusionShape
@@ -97,6 +98,7 @@ class FusionAlignModule(Fusion):
                     gathered(entered, asking_index),
                     (gathered(keys, asked_index), gathered(values, asked_index)),
                     _mask_rows(asked_mask, asked_index),
+                    _mask_rows(asking_mask, asking_index),
                 )
             )
         return fused, _mask_rows(asking_mask, asking_index)
@@ -188,9 +190,11 @@ class FusionAlignModule(Fusion):
         """What belongs to each layer, and what trains; a shared decoder starts as the last layer's."""
         if self.decoder_class is None:
             return nn.ModuleList(), nn.ModuleList()
-        kind = self.decoder_class
         sides = blocks if self.shape.query_side == "gallery" else blocks[::-1]
         ordered = list(zip(*sides, strict=True))
+        kind: Any = self.decoder_class
+        if kind is not ReferenceDecoder and any(isinstance(one.spec, LibraryBlockSpec) for one, _ in ordered):
+            kind = OpaqueDecoder
         decoders = [kind(*pair) for pair in (ordered[-1:] if self.shape.share_decoder else ordered)]
         return nn.ModuleList([kind.layer_of(*pair) for pair in ordered]), nn.ModuleList(decoders)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.core.features import BlockWeights
+from saffe_cache.core.features import BlockWeights, LibraryBlockSpec
 from saffe_cache.fusion.block import split_heads
 from saffe_cache.fusion.decoders import KeysValues
 
@@ -29,7 +29,13 @@ class ReferenceLayer(nn.Module):
 
     def __init__(self, query_block: BlockWeights, context_block: BlockWeights) -> None:
         super().__init__()
-        width, context_width = (len(block.tensors["output_weight"]) for block in (query_block, context_block))
+        for block in (query_block, context_block):
+            if isinstance(block.spec, LibraryBlockSpec):
+                raise ValueError(
+                    f"--fusion reference: {block.spec.model_class} has no layers with known queries, keys and values, "
+                    "which the released code takes apart. Use --fusion reuse or paper."
+                )
+        width, context_width = query_block.hidden_size, context_block.hidden_size
         if width != context_width:
             raise ValueError(
                 f"--fusion reference: the encoders are {width} and {context_width} wide, the released code takes equal "
@@ -61,7 +67,7 @@ class ReferenceDecoder(nn.Module):
 
     def __init__(self, query_block: BlockWeights, context_block: BlockWeights) -> None:
         super().__init__()
-        width = len(query_block.tensors["output_weight"])
+        width = query_block.hidden_size
         self.qkv_layer, self.kv_layer, self.q_layer = (nn.Linear(width, times * width) for times in (3, 2, 1))
         self.self_output, self.cross_output = nn.Linear(width, width), nn.Linear(width, width)
         self.inner, self.outer = nn.Linear(width, INNER_SIZE), nn.Linear(INNER_SIZE, width)
@@ -94,6 +100,7 @@ class ReferenceDecoder(nn.Module):
         entered: torch.Tensor,
         keys_values: KeysValues,
         context_mask: torch.Tensor | None,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         attended = _attend(layer.project("own", "query", hidden), keys_values, context_mask)
         crossed = self.norms[1](self.dropout(self.cross_output(attended).detach()) + entered)

@@ -142,7 +142,7 @@ def summaries(
 
     For feature maps, or where the first is not split off, the mean of all positions: [n, P d].
     """
-    has_class_token = splits_first and not encoder.manifest.has_feature_maps
+    has_class_token = splits_first and encoder.manifest.class_tokens > 0
     parts = []
     for start in range(0, len(rows), batch):
         tokens = encoder.tokens(rows[start : start + batch], tuple(layers))

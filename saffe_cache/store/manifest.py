@@ -23,6 +23,7 @@ from saffe_cache.core.features import (
     CacheError,
     Fingerprint,
     LanguageModelSpec,
+    LibraryBlockSpec,
     Modality,
     short_hash,
 )
@@ -40,6 +41,7 @@ from saffe_cache.store.storage import (
 
 WEIGHTS: Mapping[type, str] = {
     BlockSpec: "saffe-block",
+    LibraryBlockSpec: "saffe-block",
     LanguageModelSpec: "saffe-language-model",
 }
 """Encoding types of the groups with the weights of a block, and with the other parts of a language model."""
@@ -97,6 +99,11 @@ class EncoderManifest:
     """Whether tokens are spatial positions of feature maps: there is no class token, and no layer has a block."""
     is_language_model: bool = False
     """Whether it is a causal language model, kept with all its blocks and all else that generation needs."""
+    class_tokens: int = 1
+    """Tokens of a photo or sound before those of its places: class tokens and registers. Caches before this was
+    recorded count as 1, and as 0 with feature maps."""
+    unusable_blocks: dict[int, str] = field(default_factory=dict)
+    """Why a block, by layer, computes something else than the model, and is not cached."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry for each extraction that added something, with its config, versions and times, and for each conversion
     and repair."""
@@ -131,8 +138,10 @@ class EncoderManifest:
             "vector": self.vector,
             **({"feature_maps": True} if self.has_feature_maps else {}),
             **({"language_model": True} if self.is_language_model else {}),
+            **({"class_tokens": self.class_tokens} if self.class_tokens != 1 - self.has_feature_maps else {}),
+            **({"unusable_blocks": _by_row(self.unusable_blocks)} if self.unusable_blocks else {}),
             "finished_rows": self.finished_rows,
-            "invalid": {str(row): reason for row, reason in sorted(self.invalid.items())},
+            "invalid": _by_row(self.invalid),
             "history": self.history,
             "arrays": {name: array.to_json() for name, array in sorted(self.arrays.items())},
         }
@@ -147,14 +156,17 @@ class EncoderManifest:
         try:
             if content["modality"] not in MODALITIES:
                 raise ValueError(f"modality: {content['modality']!r}")
+            fingerprint, is_map = _fingerprint(content), content.get("feature_maps") is True
             return EncoderManifest(
-                fingerprint=_fingerprint(content),
+                fingerprint=fingerprint,
                 modality=content["modality"],
                 num_layers=whole_number(content, "num_layers"),
                 hidden_size=whole_number(content, "hidden_size", least=1),
                 vector=str(content["vector"]),
-                has_feature_maps=content.get("feature_maps") is True,
+                has_feature_maps=is_map,
                 is_language_model=content.get("language_model") is True,
+                class_tokens=whole_number({"class_tokens": int(not is_map), **content}, "class_tokens"),
+                unusable_blocks={_row(i): str(reason) for i, reason in content.get("unusable_blocks", {}).items()},
                 arrays={_array_name(name): ArrayManifest.from_json(one) for name, one in content["arrays"].items()},
                 finished_rows=whole_number(content, "finished_rows"),
                 history=[dict(entry) for entry in content["history"]],
@@ -164,6 +176,10 @@ class EncoderManifest:
             raise CacheError(
                 f"{where}: its manifest lacks or misstates {error}. Restore zarr.json from a copy."
             ) from None
+
+
+def _by_row(reasons: Mapping[int, str]) -> dict[str, str]:
+    return {str(row): reason for row, reason in sorted(reasons.items())}
 
 
 _STATES = "hidden_states/"

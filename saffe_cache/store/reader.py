@@ -17,6 +17,7 @@ from saffe_cache.core.features import (
     ItemTable,
     LanguageModelSpec,
     LanguageModelWeights,
+    LibraryBlockSpec,
     Modality,
     Tokens,
 )
@@ -137,7 +138,8 @@ class EncoderCache:
         present = [layer for layer in self.manifest.layers if arrays[f"hidden_states/{layer}"].shards]
         if present and self.manifest.is_language_model:
             return list(range(self.manifest.num_layers))
-        return [layer for layer in present if layer < self.manifest.num_layers]
+        unusable = self.manifest.unusable_blocks
+        return [layer for layer in present if layer < self.manifest.num_layers and layer not in unusable]
 
     def block(self, layer: int) -> BlockWeights:
         """The block that consumes `hidden_states[layer]`.
@@ -145,6 +147,11 @@ class EncoderCache:
         Raises:
             CacheError: the block is damaged or not cached; no block consumes the output of the last layer.
         """
+        if layer in self.manifest.unusable_blocks:
+            raise CacheError(
+                f"{self._storage.root}: block {layer} of {self.key} cannot be used: "
+                f"{self.manifest.unusable_blocks[layer]}. Use a fusion without blocks, or another encoder."
+            )
         if layer not in self.block_layers:
             raise CacheError(
                 f"{self._storage.root}: {self.key} has no block {layer}; blocks are cached for {self.block_layers} "
@@ -179,7 +186,7 @@ class EncoderCache:
             kinds["language_model"] = LanguageModelSpec
         return kinds
 
-    def _read_weights(self, name: str, kind: type[Spec]) -> tuple[Spec, dict[str, np.ndarray]]:
+    def _read_weights(self, name: str, kind: type[Spec]) -> tuple[Any, dict[str, np.ndarray]]:
         group = f"{encoder_group(self.key)}/{name}"
         attributes, tensors = read_group(self._storage, group, WEIGHTS[kind])
         return spec_of(kind, attributes, f"{self._storage.root}: {group}"), tensors
@@ -198,14 +205,15 @@ def _ascends(offsets: np.ndarray) -> bool:
     return bool(offsets[0] == 0 and (np.diff(offsets) >= 0).all())
 
 
-def spec_of(kind: type[Spec], attributes: Mapping[str, Any], where: str) -> Spec:
-    """The spec in a group's attributes.
+def spec_of(kind: type[Spec], attributes: Mapping[str, Any], where: str) -> Any:
+    """The spec in a group's attributes; of a block, one of the two kinds.
 
     Raises:
         CacheError: a field is missing, or one is unknown to this release.
     """
     try:
-        return made_of(kind, attributes["spec"])
+        spec = attributes["spec"]
+        return made_of(LibraryBlockSpec if kind is BlockSpec and "model_class" in spec else kind, spec)
     except (KeyError, TypeError, ValueError) as error:
         raise CacheError(f"{where}: its spec lacks or misstates {error}. Restore zarr.json from a copy.") from None
 

@@ -92,7 +92,7 @@ def _shape(
         matches=any(OBJECTIVES[name].needs_match_head for name in objective),
         num_blocks=layers.num_blocks,
         text_rms=_root_mean_square(text, layers.text[0]) if layers.num_blocks else 1.0,
-        has_class_token=not gallery.manifest.has_feature_maps,
+        has_class_token=gallery.manifest.class_tokens > 0,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,11 +12,13 @@ from saffe_cache.fusion.base import Blocks, Fused, Texts
 from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.fusion.heads import masked_mean
 from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked, zero_linear
+from saffe_cache.fusion.library_block import make_block
 from saffe_cache.fusion.options import FusionShape
 
 
 class AlbefFusion(CorrectingFusion):
-    """Upper blocks of the text encoder, each with a cross-attention to the photo's tokens between its halves.
+    """Upper blocks of the text encoder, each with a cross-attention to the photo's tokens between its halves, or before
+    it where the halves of its family are unknown.
 
     With null text in the gallery the contrast (`info_nce`) is between photo and text alone, as in the source, and `out`
     does not train; with paired texts it trains the fused vector too. `matching` reads the first fused token (the last
@@ -31,9 +34,10 @@ class AlbefFusion(CorrectingFusion):
     def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
         super().__init__(shape)
         width = shape.text_hidden_size
-        self.text_blocks = nn.ModuleList(EncoderBlock(block) for block in blocks.text)
+        self.text_blocks = nn.ModuleList(make_block(block) for block in blocks.text)
         self.cross_attentions = nn.ModuleList(
-            _CrossAttention(width, shape.hidden_size, block.spec.num_attention_heads) for block in blocks.text
+            _CrossAttention(width, shape.hidden_size, math.gcd(width, block.spec.num_attention_heads))
+            for block in blocks.text
         )
         self.out = zero_linear(width, shape.text_size)
         self.is_causal = any(block.spec.is_causal for block in blocks.text)
@@ -47,9 +51,11 @@ class AlbefFusion(CorrectingFusion):
             return Correction(None, states[-1].new_zeros(len(states[-1]), 1, self.shape.text_hidden_size), None)
         tokens = texts.states[0]
         for block, cross_attention in zip(self.text_blocks, self.cross_attentions, strict=True):
-            assert isinstance(block, EncoderBlock)
-            tokens = block.attend(tokens, texts.mask)
-            tokens = block.feed_forward(tokens + cross_attention(tokens, states[-1], mask))
+            if isinstance(block, EncoderBlock):
+                tokens = block.attend(tokens, texts.mask)
+                tokens = block.feed_forward(tokens + cross_attention(tokens, states[-1], mask))
+            else:
+                tokens = block(tokens + cross_attention(tokens, states[-1], mask), texts.mask)
         vectors = masked(self.out(masked_mean(tokens, texts.mask)), texts.is_text)
         return Correction(vectors, tokens, texts.mask)
 

@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import functional
 
 from saffe_cache.fusion.base import Blocks, Texts
-from saffe_cache.fusion.block import EncoderBlock, split_heads
+from saffe_cache.fusion.block import split_heads
 from saffe_cache.fusion.heads import masked_mean
 from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked, zero_linear
 from saffe_cache.fusion.layers import Learning
+from saffe_cache.fusion.library_block import make_block
 from saffe_cache.fusion.options import FusionShape
 
 _HEADS, _HEAD_SIZE, _LATENTS, _DEPTH = 8, 64, 64, 2
@@ -36,7 +37,7 @@ class FlamingoFusion(CorrectingFusion):
         width, text_width = shape.hidden_size, shape.text_hidden_size
         self.resampler = Resampler(width)
         self.gated = nn.ModuleList(GatedCrossAttention(text_width, width) for _ in blocks.text)
-        self.text_blocks = nn.ModuleList(EncoderBlock(block) for block in blocks.text)
+        self.text_blocks = nn.ModuleList(make_block(block) for block in blocks.text)
         self.out = zero_linear(width + text_width, shape.text_size)
 
     def correct(

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional
 
 from saffe_cache.fusion.base import Blocks, Texts
-from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.fusion.heads import masked_mean
 from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked, zero_linear
+from saffe_cache.fusion.library_block import make_block
 from saffe_cache.fusion.options import FusionShape
 
 GRID = 4
@@ -35,7 +35,7 @@ class LimberFusion(CorrectingFusion):
         width = shape.text_hidden_size
         super().__init__(shape, matched_size=width)
         self.project = nn.Linear(shape.hidden_size, width)
-        self.text_blocks = nn.ModuleList(EncoderBlock(block) for block in blocks.text)
+        self.text_blocks = nn.ModuleList(make_block(block) for block in blocks.text)
         self.out = zero_linear(2 * width, shape.text_size)
 
     def insert(self, tokens: torch.Tensor) -> torch.Tensor:

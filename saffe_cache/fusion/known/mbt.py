@@ -11,6 +11,7 @@ from saffe_cache.fusion.base import Blocks, Texts
 from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.fusion.heads import summarize
 from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked, zero_linear
+from saffe_cache.fusion.library_block import LibraryBlock, make_block
 from saffe_cache.fusion.options import FusionShape
 
 
@@ -32,8 +33,11 @@ class BottleneckFusion(CorrectingFusion):
 
     def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
         super().__init__(shape)
-        self.photo_blocks = nn.ModuleList(EncoderBlock(block) for block in blocks.gallery)
-        self.text_blocks = nn.ModuleList(EncoderBlock(block) for block in blocks.text)
+        self.photo_blocks = nn.ModuleList(make_block(block) for block in blocks.gallery)
+        self.text_blocks = nn.ModuleList(make_block(block) for block in blocks.text)
+        for block in self.photo_blocks:
+            if isinstance(block, LibraryBlock):
+                block.require_no_positions("mbt")
         width, text_width = shape.hidden_size, shape.text_hidden_size
         self.bottlenecks = nn.Parameter(torch.randn(self.NUM_BOTTLENECKS, width) * 0.02)
         same = width == text_width
@@ -66,7 +70,7 @@ def _step(
     block: nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None, bottlenecks: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run one block over tokens and bottlenecks, and return both."""
-    assert isinstance(block, EncoderBlock)
+    assert isinstance(block, (EncoderBlock, LibraryBlock))
     parts = [bottlenecks, tokens]
     masks = None if mask is None else [mask.new_ones(bottlenecks.shape[:2]), mask]
     if block.spec.is_causal:

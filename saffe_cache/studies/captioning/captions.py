@@ -65,7 +65,7 @@ class CaptionSource:
         self.weights = text.language_model()
         self.tokens = CausalTokens(self.weights.tokenizer, self.weights.spec)
         num_tokens, self.photo_size = photos.array(f"hidden_states/{self.image_layer}").row_shape
-        self._has_class_token = not photos.manifest.has_feature_maps
+        self._has_class_token = photos.manifest.class_tokens > 0
         side = photo_side(num_tokens, has_class_token=self._has_class_token)
         if self.grid > side:
             raise ValueError(f"--grid {self.grid}: the photos have {side} x {side} patches. Use --grid {side} or less.")

@@ -1,0 +1,172 @@
+"""Find the parts of a model of any family: the tower of a modality, its layers, the encoder's own vector.
+
+Nothing here knows a family. Transformers declares the class of a model's layers, and models of two modalities have
+`get_image_features` and the like; where nothing is declared, the layers are the largest list of equal modules. What no
+declaration says is measured on a few probe inputs: the axes and widths of hidden states, and whether an input's states
+depend on the others in its batch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.utils.output_capturing import OutputRecorder
+
+from saffe_cache.core.features import Modality
+from saffe_cache.encoders.families import Family, masked_mean
+
+_CONFIGS = {"image": ("vision_config", "image_config"), "text": ("text_config",), "audio": ("audio_config",)}
+"""A modality's part of the config of a model of several."""
+_TAKES = {"pixel_values": "image", "input_ids": "text", "input_values": "audio", "input_features": "audio"}
+"""Modality of a model's main input."""
+FEATURES = {"image": "get_image_features", "text": "get_text_features", "audio": "get_audio_features"}
+_OTHER_MODELS = re.compile("PreTrained|Head")
+"""In the names of classes that are no plain model."""
+OWN_POOLING = "own"
+"""Placeholder of a pooling that the probe chooses."""
+_MOST_LISTS = 6
+"""Lists of modules that are tried as the layers."""
+
+
+def model_class(config: Any, modality: Modality) -> Any:
+    """The class that loads a checkpoint for a modality.
+
+    Raises:
+        ValueError: transformers has none.
+    """
+    kinds = [transformers.MODEL_MAPPING]
+    if modality == "text":
+        kinds.insert(0, transformers.MODEL_FOR_TEXT_ENCODING_MAPPING)
+    for mapping in kinds:
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, (tuple, list)) else found
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    parts = vars(importlib.import_module(name)) if importlib.util.find_spec(name) else {}
+    for kind in parts.values():  # a tower that was saved alone, such as AlignVisionModel
+        is_plain = str(getattr(kind, "__name__", "")).endswith("Model") and not _OTHER_MODELS.search(kind.__name__)
+        if is_plain and getattr(kind, "config_class", None) is type(config):
+            return kind
+    raise ValueError(
+        f"found a model of type {config.model_type!r}, for which transformers {transformers.__version__} has no plain "
+        "model. Choose another encoder, or a newer transformers."
+    )
+
+
+def discover(model: Any, modality: Modality) -> Family:
+    """Describe a loaded model; its pooling is chosen by `probe`.
+
+    Raises:
+        ValueError: it has no tower of the modality, or no list of layers.
+    """
+    path, tower = _tower(model, modality)
+    takes = _TAKES.get(getattr(tower, "main_input_name", ""), modality)
+    if takes != modality:
+        raise ValueError(f"found a {type(tower).__name__}, which takes {takes}s. Choose an {modality} encoder.")
+    lists = [f"{path}.{name}" if path else name for name in _layer_lists(tower)]
+    if not lists:
+        raise ValueError(f"found a {type(tower).__name__} without a list of equal layers. Choose another encoder.")
+    has_features = hasattr(model, FEATURES[modality]) and tower is not model
+    return Family(
+        modality=modality,
+        model_class=type(model).__name__,
+        load_options={},
+        layers=lists[0],
+        layer_lists=tuple(lists[:_MOST_LISTS]),
+        core=FEATURES[modality] if has_features else path,
+        tower=path,
+        block={},
+        pool=masked_mean,
+        pooling=OWN_POOLING,
+        norm_first=True,
+        is_discovered=True,
+    )
+
+
+def drop_other_towers(model: Any, tower: str) -> None:
+    """Drop the models of other modalities from one of several."""
+    kept = model.get_submodule(tower)
+    for name, part in list(model.named_children()):
+        if isinstance(part, transformers.PreTrainedModel) and not any(one is kept for one in part.modules()):
+            setattr(model, name, None)
+
+
+def _tower(model: Any, modality: Modality) -> tuple[str, Any]:
+    """Path and module of the part that encodes a modality: the model itself, if it has one modality."""
+    config = model.config
+    said = {name: getattr(config, name, None) for names in _CONFIGS.values() for name in names}
+    own = [said[name] for name in _CONFIGS[modality] if said[name] is not None]
+    if not own:
+        if any(value is not None for value in said.values()):
+            raise ValueError(f"found a {type(model).__name__} without a part for {modality}s. Choose another encoder.")
+        if not getattr(config, "is_encoder_decoder", False):
+            return "", model
+        encoder = model.get_encoder()
+        return next(path for path, part in model.named_modules() if part is encoder), encoder
+    towers = [
+        (path, part)
+        for path, part in model.named_modules()
+        if path and _is_same(getattr(part, "config", None), own[0]) and any(True for _ in part.children())
+    ]
+    if not towers:
+        raise ValueError(f"found a {type(model).__name__} without a part for {modality}s. Choose another encoder.")
+    return min(towers, key=lambda pair: pair[0].count("."))
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one is other or (type(one) is type(other) and one.to_dict() == other.to_dict())
+
+
+def _layer_lists(tower: nn.Module) -> list[str]:
+    """Paths of lists that may be the layers, the likeliest first.
+
+    Lists of the class that transformers declares, then lists of equal modules, then any, each by their weights.
+    """
+    declared = tuple(_declared_classes(tower))
+
+    def rank(pair: tuple[str, nn.Module]) -> tuple[bool, bool, int, int]:
+        layers = layers_of(pair[1])
+        weights = sum(one.numel() for one in pair[1].parameters())
+        is_equal = len(layers) > 1 and len({type(one) for one in layers}) == 1
+        return bool(declared) and isinstance(layers[0], declared), is_equal, weights, -pair[0].count(".")
+
+    lists = [
+        (path, part)
+        for path, part in tower.named_modules()
+        if isinstance(part, (nn.ModuleList, nn.Sequential))
+        and any(True for one in layers_of(part) for _ in one.children())
+    ]
+    return [path for path, _ in sorted(lists, key=rank, reverse=True)]
+
+
+def layers_of(part: nn.Module) -> list[nn.Module]:
+    """The layers of a list; of a list of lists (Funnel), those of all of them."""
+    if isinstance(part, nn.ModuleList):
+        return [layer for one in part for layer in layers_of(one)]
+    return list(part.children()) if isinstance(part, nn.Sequential) and len(part) > 1 else [part]
+
+
+def _declared_classes(tower: nn.Module) -> Iterator[type]:
+    """Classes of the layers whose hidden states transformers records."""
+    for part in tower.modules():
+        said = (getattr(part, "_can_record_outputs", None) or {}).get("hidden_states")
+        for one in said if isinstance(said, (list, tuple)) else [said]:
+            kind = one.target_class if isinstance(one, OutputRecorder) else one
+            if inspect.isclass(kind):
+                yield kind
+
+
+def input_embeddings(model: Any) -> Any:
+    """The table of a text model's tokens: what the model says, or its largest one."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return max(
+            (one for one in model.modules() if isinstance(one, nn.Embedding)), key=lambda one: one.num_embeddings
+        )

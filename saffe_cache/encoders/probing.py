@@ -1,0 +1,362 @@
+"""Run a model on a few inputs, to find out what no declaration says.
+
+The axes and widths of hidden states, how often each layer is called, the model's own vector, and whether an input's
+states depend on the others in its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from saffe_cache.core.features import Modality
+from saffe_cache.core.tensors import Layout, as_tokens, entering, leaving
+from saffe_cache.encoders.discovery import FEATURES, OWN_POOLING
+from saffe_cache.encoders.families import Family, Pool, first_token, masked_mean
+
+if TYPE_CHECKING:
+    from saffe_cache.encoders.encoder import FrozenEncoder
+
+_EMBEDS = {"image": "image_embeds", "text": "text_embeds", "audio": "audio_embeds"}
+_CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
+_TEXTS = (
+    "A dog sleeps on a red sofa near the window.",
+    "Yes.",
+    "Two people walk along the beach, and along the pier, and then back along the beach to rest in the shade.",
+)
+"""Texts of three lengths."""
+_MOST_PADDING = 128
+"""Longest full length to which all texts are padded."""
+_INDEPENDENT = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+"""Largest relative difference of a token's state that rounding explains, by the type of the forward pass."""
+
+Padding = Literal["longest", "max_length", "equal_length"]
+"""How the texts of a batch get one length: to the longest of them; to the model's full length; not at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """What a forward pass does, as far as it must be known."""
+
+    calls: tuple[int, ...]
+    """Which layer of the list each step calls; ALBERT calls one layer several times."""
+    widths: tuple[int, ...]
+    """Width of `hidden_states[i]`: one more than steps."""
+    vectors: dict[str, int]
+    """Width of each of the encoder's vectors."""
+    layouts: tuple[Layout, ...]
+    """Axes of each of them in the model."""
+    num_outputs: int = 0
+    """Results of a layer that returns a tuple; 0 if it returns hidden states alone."""
+    class_tokens: int = 1
+    """Tokens before those of places: class tokens and registers."""
+    has_feature_maps: bool = False
+    """Whether tokens are places whose number or width changes with the layer."""
+
+
+class Probe:
+    """Runs an encoder on a few inputs, at all its layers."""
+
+    def __init__(self, encoder: FrozenEncoder) -> None:
+        self._encoder, self._modality = encoder, encoder.request.modality
+        self._where = f"{self._modality} encoder {encoder.request.model_id}"
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """One batch: texts of three lengths, pictures of three shapes, or sounds."""
+        encoder = self._encoder
+        if self._modality == "text":
+            ids = encoder.tokenize(_TEXTS)
+            if encoder.padding == "equal_length":
+                ids = [one[: min(map(len, ids))] for one in ids]
+            return encoder.pad(ids)
+        prepared = [encoder.prepare(raw) for raw in _media(self._modality, encoder.sampling_rate)]
+        shapes = {name: {tuple(one[name].shape) for one in prepared} for name in prepared[0]}
+        if ragged := [name for name, found in shapes.items() if len(found) > 1]:
+            raise ValueError(
+                f"{self._where}: its processor makes {ragged[0]} of several shapes {sorted(shapes[ragged[0]])}, "
+                "expected one for all inputs. Choose --image-size, or another encoder."
+            )
+        batch = {name: torch.cat([one[name] for one in prepared]) for name in prepared[0]}
+        if self._modality == "image":
+            _require_unpadded(batch)
+        return batch
+
+    @torch.inference_mode()
+    def record(self, batch: Mapping[str, torch.Tensor]) -> Recorded:
+        """Run the whole model on a batch.
+
+        Raises:
+            ValueError: its layers are not called, or take something else than hidden states.
+        """
+        encoder = self._encoder
+        with _recording(encoder.layer_list) as calls:
+            output = encoder.run(batch)
+        if not calls.layers or calls.output is None:
+            raise ValueError(
+                f"{self._where}: its layers ({encoder.family.layers}) are not called in a forward pass. Choose another "
+                "encoder."
+            )
+        received = [*calls.inputs, calls.output]
+        layouts = tuple(layout_of(state, len(next(iter(batch.values())))) for state in received)
+        mask = batch["attention_mask"].bool() if self._modality == "text" and "attention_mask" in batch else None
+        return Recorded(
+            states=[tokens_of(state, layout, batch) for state, layout in zip(received, layouts, strict=True)],
+            mask=mask,
+            output=output,
+            calls=tuple(calls.layers),
+            layouts=layouts,
+            num_outputs=calls.num_outputs,
+        )
+
+    def anatomy(self, missing: Sequence[str]) -> Anatomy:
+        """Find out what a discovered model does; chooses the encoder's layers, pooling and padding.
+
+        Args:
+            missing: weights that the checkpoint lacks.
+
+        Raises:
+            ValueError: it does not run on its own preprocessed inputs, or its layers take no hidden states.
+        """
+        problems: list[str] = []
+        for path in self._encoder.family.layer_lists:
+            self._encoder.family = replace(self._encoder.family, layers=path)
+            try:
+                return self._anatomy(missing)
+            except ValueError as error:
+                problems.append(str(error))
+            except (TypeError, AttributeError, RuntimeError, LookupError, AssertionError, NotImplementedError) as error:
+                line = next(iter(str(error).strip().splitlines()), "")
+                problems.append(
+                    f"its model does not run on its own preprocessed inputs ({type(error).__name__}: {line:.200}). "
+                    "Choose another encoder."
+                )
+        first = problems[0].removeprefix(f"{self._where}: ")
+        raise ValueError(f"{self._where}: {first}")
+
+    def _anatomy(self, missing: Sequence[str]) -> Anatomy:
+        encoder, batch = self._encoder, self.inputs()
+        found = self.record(batch)
+        if encoder.family.pooling == OWN_POOLING:
+            pool, pooling = own_pool(encoder.tower, encoder.family, found.output, missing)
+            encoder.family = replace(encoder.family, pool=pool, pooling=pooling)
+        vectors = encoder.vectors_of(found.output, found.mask)
+        is_map = len({tuple(state.shape[1:]) for state in found.states}) > 1 or any(
+            layout.startswith("channels") for layout in found.layouts
+        )
+        if self._modality == "text":
+            if is_map:
+                raise ValueError("its layers change the number or width of tokens. Choose another text encoder.")
+            encoder.padding = self._choose_padding(found, vectors["pooled"])
+        return Anatomy(
+            calls=found.calls,
+            widths=tuple(state.shape[-1] for state in found.states),
+            vectors={name: int(values.shape[-1]) for name, values in vectors.items()},
+            layouts=found.layouts,
+            num_outputs=found.num_outputs,
+            class_tokens=0 if is_map else self._class_tokens(batch, found.states[0].shape[1]),
+            has_feature_maps=is_map,
+        )
+
+    def _class_tokens(self, batch: Mapping[str, torch.Tensor], tokens: int) -> int:
+        """Tokens of a picture that are no patches: class tokens and registers. Of texts, the first counts as one."""
+        patch = getattr(self._encoder.tower.config, "patch_size", None)
+        if self._modality == "text":
+            return 1
+        if self._modality != "image" or patch is None or "pixel_values" not in batch:
+            return 0
+        height, width = (patch, patch) if isinstance(patch, int) else patch
+        rest = tokens - (batch["pixel_values"].shape[-2] // height) * (batch["pixel_values"].shape[-1] // width)
+        return max(0, rest)
+
+    def _choose_padding(self, among: Recorded, vectors: torch.Tensor) -> Padding:
+        """How texts are padded so that a text's states do not depend on others in its batch.
+
+        If padding to the longest changes them: to the model's full length, without a mask, if it is one of two towers,
+        whose processors prescribe that (SigLIP); otherwise texts share a batch only with others of equal length.
+
+        Raises:
+            ValueError: they depend on others even then.
+        """
+        encoder = self._encoder
+        ids = encoder.tokenize(_TEXTS)
+        shortest = min(range(len(ids)), key=lambda row: len(ids[row]))
+        alone = self.record(encoder.pad([ids[shortest]]))
+        vector = encoder.vectors_of(alone.output, alone.mask)["pooled"]
+
+        def differs(row: int, others: Recorded, own: torch.Tensor) -> bool:
+            """Whether the shortest text alone differs from a row of a batch."""
+            length = alone.states[0].shape[1]
+            pairs = [(one[0], other[row, :length]) for one, other in zip(alone.states, others.states, strict=True)]
+            pairs.append((vector, own[row : row + 1]))
+            limit = _INDEPENDENT[encoder.request.dtype]
+            return any(not _largest_gap(one.float(), other.float()) <= limit for one, other in pairs)
+
+        if not differs(shortest, among, vectors):
+            return "longest"
+        if encoder.family.core.startswith("get_") and encoder.max_length and encoder.max_length <= _MOST_PADDING:
+            return "max_length"
+        twice = self.record(encoder.pad([ids[shortest]] * 2))
+        if differs(0, twice, encoder.vectors_of(twice.output, twice.mask)["pooled"]):
+            raise ValueError("its states of a text depend on the other texts of a batch. Choose another encoder.")
+        return "equal_length"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """One forward pass over a batch."""
+
+    states: list[torch.Tensor]
+    """`hidden_states[i]` of all layers, [inputs, tokens, d]."""
+    mask: torch.Tensor | None
+    """bool [inputs, tokens] of texts that are padded."""
+    output: Any
+    """What the model returned."""
+    calls: tuple[int, ...]
+    layouts: tuple[Layout, ...]
+    num_outputs: int
+
+
+@dataclass
+class _Calls:
+    """What the layers of a list received and returned."""
+
+    layers: list[int] = field(default_factory=list)
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    output: torch.Tensor | None = None
+    num_outputs: int = 0
+
+
+@contextmanager
+def _recording(layers: Sequence[nn.Module]) -> Iterator[_Calls]:
+    """Record all calls of some layers."""
+    found = _Calls()
+
+    def before(number: int) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            found.layers.append(number)
+            found.inputs.append(entering(arguments, keywords)[1])
+
+        return hook
+
+    def after(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        found.output = leaving(output)
+        found.num_outputs = len(output) if isinstance(output, (tuple, list)) else 0
+
+    handles = [one.register_forward_pre_hook(before(i), with_kwargs=True) for i, one in enumerate(layers)]
+    handles += [one.register_forward_hook(after) for one in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tokens_of(state: torch.Tensor, layout: Layout, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[batch, tokens, d]; without what a model adds to texts to reach a length that it needs (Longformer)."""
+    tokens = as_tokens(state, layout)
+    return tokens[:, : inputs["input_ids"].shape[1]] if "input_ids" in inputs else tokens
+
+
+def layout_of(state: torch.Tensor, batch: int) -> Layout:
+    """The axes of the hidden states of a batch of so many inputs.
+
+    Raises:
+        ValueError: there is no axis of inputs, or there are more than four.
+    """
+    shape = tuple(state.shape)
+    if len(shape) == 3 and shape[0] == batch:
+        return "tokens"
+    if len(shape) == 3 and shape[1] == batch:
+        return "time_first"
+    if len(shape) == 4 and shape[0] == batch:
+        return "channels_last" if shape[1] == shape[2] != shape[3] else "channels_first"
+    raise ValueError(
+        f"its layers take {batch} inputs as a tensor of shape {shape}, expected [batch, tokens, d] or maps, with an "
+        "axis of inputs. Choose another encoder."
+    )
+
+
+def _require_unpadded(batch: Mapping[str, torch.Tensor]) -> None:
+    """
+    Raises:
+        ValueError: a processor pads pictures, so that some of their tokens are none.
+    """
+    for name, values in batch.items():
+        if name.endswith("mask") and not bool(values.all()):
+            raise ValueError(
+                f"its processor pads pictures to one size and marks this in {name}; padded tokens would be stored as "
+                "if they were of the picture. Choose an encoder that resizes pictures to one size."
+            )
+
+
+def own_pool(tower: Any, family: Family, output: Any, missing: Sequence[str]) -> tuple[Pool, str]:
+    """How the model's authors make one vector of an input, and its name for the fingerprint.
+
+    Args:
+        missing: weights that the checkpoint lacks, such as those of an untrained pooler.
+    """
+    modality = family.modality
+    if family.core == FEATURES[modality]:
+        return _features, f"the model's own {modality} features"
+    if getattr(output, _EMBEDS[modality], None) is not None:
+        return _embeds(_EMBEDS[modality]), f"the model's {_EMBEDS[modality]}"
+    if modality == "text":
+        return masked_mean, "mean of tokens"
+    if getattr(output, "pooler_output", None) is not None and not missing and not _is_dense_pooler(tower):
+        return _pooled, "the model's own pooled output"
+    if any(name.split(".")[-1] in _CLASS_TOKENS for name, _ in tower.named_parameters()):
+        return first_token, "class token behind the final norm"
+    return _mean_of_places, "mean of tokens behind the final norm"
+
+
+def _is_dense_pooler(tower: nn.Module) -> bool:
+    """Whether its pooler is BERT's: a linear layer and tanh, trained for another task or not at all."""
+    return any(
+        path.split(".")[-1] == "pooler" and hasattr(part, "dense") and hasattr(part, "activation")
+        for path, part in tower.named_modules()
+    )
+
+
+def _features(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
+    vectors: torch.Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
+    return vectors[:, 0] if vectors.ndim == 3 else vectors.flatten(1)  # FLAVA projects all tokens, the first is used
+
+
+def _pooled(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
+    pooled: torch.Tensor = output.pooler_output
+    return pooled.flatten(1)
+
+
+def _embeds(name: str) -> Pool:
+    def pool(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
+        vectors: torch.Tensor = getattr(output, name)
+        return vectors
+
+    return pool
+
+
+def _mean_of_places(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
+    state = output[0]
+    if state.ndim == 3:
+        return masked_mean(output, mask if mask is not None and mask.shape == state.shape[:2] else None)
+    return as_tokens(state, layout_of(state, len(state))).mean(dim=1)
+
+
+def _media(modality: Modality, sampling_rate: int | None) -> list[Any]:
+    """Three random pictures of several shapes, or sounds of one second."""
+    rng = np.random.default_rng(0)
+    if modality == "image":
+        return [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in ((64, 64), (48, 80), (90, 60))]
+    return [rng.normal(0, 0.1, sampling_rate or 16_000).astype(np.float32) for _ in range(3)]
+
+
+def _largest_gap(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest over vectors of |one - other| / |other|."""
+    gaps = (one - other).norm(dim=-1) / other.norm(dim=-1).clamp(min=1e-6)
+    return float(gaps.max())

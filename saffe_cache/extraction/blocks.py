@@ -1,0 +1,76 @@
+"""Check that an encoder's blocks, rebuilt from their weights, compute what the model computes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from saffe_cache.core.features import BlockSpec, BlockWeights, CacheError
+from saffe_cache.encoders.encoder import FrozenEncoder
+from saffe_cache.encoders.probing import Probe
+from saffe_cache.fusion.block import EncoderBlock
+from saffe_cache.fusion.library_block import TOLERANCE, LibraryBlock, relative_difference, with_check, without_unused
+
+logger = logging.getLogger(__name__)
+
+_TOLERANCES = {"float32": TOLERANCE, "float16": 2e-2, "bfloat16": 1e-1}
+"""Largest relative difference of a token from the model's own state, by the type of its forward pass."""
+
+
+def checked_blocks(encoder: FrozenEncoder, layers: Sequence[int]) -> tuple[dict[int, BlockWeights], dict[int, str]]:
+    """The blocks of some layers that compute what the model does, and the reason for each that does not.
+
+    Each block is rebuilt and run on the model's own states of a few inputs, padded and unpadded.
+    """
+    if not layers:
+        return {}, {}
+    probe = Probe(encoder)
+    found = probe.record(probe.inputs())
+    states, mask = [state.float().cpu() for state in found.states], found.mask
+    usable: dict[int, BlockWeights] = {}
+    unusable: dict[int, str] = {}
+    for layer in layers:
+        errors = []
+        for candidate in _candidates(encoder, layer, states[layer], states[layer + 1], mask):
+            error, reason = _error_of(candidate, states[layer], states[layer + 1], mask)
+            if error <= _TOLERANCES[encoder.request.dtype]:
+                usable[layer] = candidate if isinstance(candidate.spec, BlockSpec) else without_unused(candidate)
+                break
+            errors.append((error, reason))
+        else:
+            error, reason = min(errors)
+            unusable[layer] = reason or f"differs by {error:.2g} from the model's own next state"
+    for layer, reason in unusable.items():
+        logger.warning("%s: its block %d cannot be used: %s.", encoder.fingerprint.key, layer, reason)
+    return usable, unusable
+
+
+def _candidates(
+    encoder: FrozenEncoder, layer: int, entering: torch.Tensor, leaving: torch.Tensor, mask: torch.Tensor | None
+) -> Iterator[BlockWeights]:
+    """Ways to rebuild a block, the fastest first."""
+    if encoder.family.block:
+        yield encoder.block(layer)
+    lengths = torch.full((len(entering),), -1) if mask is None else mask.sum(dim=1)
+    for with_first in (False, True):
+        yield with_check(encoder.library_block(layer, with_first=with_first), entering, lengths, leaving)
+
+
+def _error_of(
+    block: BlockWeights, entering: torch.Tensor, leaving: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[float, str]:
+    """How far a rebuilt block is from the model, or why it cannot be rebuilt."""
+    try:
+        module = EncoderBlock(block) if isinstance(block.spec, BlockSpec) else LibraryBlock(block)
+        with torch.no_grad():
+            error = relative_difference(module(entering, mask), leaving, mask)
+            if mask is not None:  # alone, without padding
+                row = int(mask.sum(dim=1).argmin())
+                length = int(mask[row].sum())
+                alone = module(entering[row : row + 1, :length], None)
+                error = max(error, relative_difference(alone, leaving[row : row + 1, :length], None))
+        return error, ""
+    except (CacheError, RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as problem:
+        return float("inf"), f"it cannot be rebuilt ({next(iter(str(problem).splitlines()), '')[:200]})"

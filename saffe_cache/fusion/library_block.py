@@ -1,0 +1,280 @@
+"""An encoder's own layer of any transformers family, rebuilt from cached weights by the library's code.
+
+What a layer takes besides hidden states (masks, rotary tables, position biases) differs by family. So the library's
+model is run on blank inputs of the same number and length, up to the layer; what arrives there is kept, and the layer
+is called with it and the real hidden states. Layers before it are skipped.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from saffe_cache.core.features import BlockSpec, BlockWeights, CacheError, LibraryBlockSpec
+from saffe_cache.core.tensors import entering, leaving
+from saffe_cache.fusion.block import EncoderBlock
+
+TOLERANCE = 1e-3
+"""Largest relative difference of a token between a rebuilt block and the model's own, both in float32."""
+_MODEL, _CHECK = "model.", "check."
+_LIBRARY = "transformers.models."
+
+
+class _Reached(Exception):  # noqa: N818 — ends a forward pass early, no error
+    """The layer is about to run."""
+
+
+class _Skipped(nn.Module):
+    """Returns the hidden states that it receives, in the form of the layer that it stands for."""
+
+    def __init__(self, layer: nn.Module, num_outputs: int) -> None:
+        super().__init__()
+        self.num_outputs = num_outputs
+        for name, value in vars(layer).items():  # models read settings of their layers, such as attention_type
+            if isinstance(value, (str, int, float, bool)) and not hasattr(self, name):
+                setattr(self, name, value)
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        hidden = entering(arguments, keywords)[1]
+        return (hidden, *[None] * (self.num_outputs - 1)) if self.num_outputs else hidden
+
+
+class LibraryBlock(nn.Module):
+    """One frozen layer. `forward(hidden_states[i])` equals the model's `hidden_states[i + 1]`.
+
+    It has neither halves nor known roles of its weights: what attends to another modality goes before it.
+    """
+
+    def __init__(self, weights: BlockWeights) -> None:
+        """
+        Raises:
+            CacheError: the installed transformers has no such layer, or one with other weights.
+        """
+        super().__init__()
+        assert isinstance(weights.spec, LibraryBlockSpec)
+        self.spec = spec = weights.spec
+        try:
+            model = _blank_model(spec)
+            self.layer = _only_layer(model, spec)
+            own = {name: torch.tensor(value) for name, value in weights.tensors.items() if _is_own(name)}
+            self._load(own)
+            further = {
+                name.removeprefix(_MODEL): torch.tensor(value)
+                for name, value in weights.tensors.items()
+                if name.startswith(_MODEL)
+            }
+            model.load_state_dict(further, strict=False)
+        except Exception as error:  # other versions of the library fail in many ways
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise CacheError(
+                f"block {spec.index} of {spec.model_class}: the installed transformers cannot rebuild it "
+                f"({line:.200}). Use the version in the encoder's fingerprint, or a fusion without blocks."
+            ) from error
+        self.further = nn.ParameterDict(
+            {name.replace(".", "/"): model.get_parameter(name) for name in further if _has_parameter(model, name)}
+        )
+        self._model = [model.eval()]  # in a list, so that its unused weights are not among this module's
+        self._extras: dict[tuple[Any, ...], tuple[int | str, tuple[Any, ...], dict[str, Any]]] = {}
+        self.requires_grad_(False).eval()
+
+    def _load(self, own: Mapping[str, torch.Tensor]) -> None:
+        """Load the layer's own weights; tables of whole numbers are made with the layer."""
+        missing, unknown = self.layer.load_state_dict(dict(own), strict=False)
+        lacking = [name for name in missing if self.layer.state_dict()[name].is_floating_point()]
+        if lacking or unknown:
+            raise ValueError(f"its weights are other ones: {', '.join([*lacking, *unknown][:3])}")
+
+    @property
+    def hidden_size(self) -> int:
+        return self.spec.hidden_size
+
+    def train(self, mode: bool = True) -> LibraryBlock:
+        """The layer always runs without dropout."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LibraryBlock:
+        self._model[0]._apply(fn)
+        self._extras.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """[batch, tokens, d] of `hidden` [batch, tokens, d] and `mask` bool [batch, tokens], True on real tokens."""
+        place, arguments, keywords = self._taken(hidden, mask)
+        if self.spec.is_time_first:
+            hidden = hidden.transpose(0, 1)
+        if isinstance(place, int):
+            arguments = (*arguments[:place], hidden, *arguments[place + 1 :])
+        else:
+            keywords = {**keywords, place: hidden}
+        output = leaving(self.layer(*arguments, **keywords))
+        return output.transpose(0, 1) if self.spec.is_time_first else output
+
+    def check(self, tensors: Mapping[str, np.ndarray]) -> float:
+        """Largest relative difference of a token to the model's own output, of a self-check's inputs."""
+        inputs, expected = (torch.tensor(tensors[f"{_CHECK}{name}"]) for name in ("input", "output"))
+        lengths = torch.tensor(tensors[f"{_CHECK}lengths"])
+        mask = None if (lengths < 0).any() else torch.arange(inputs.shape[1]) < lengths[:, None]
+        with torch.no_grad():
+            return relative_difference(self(inputs, mask), expected, mask)
+
+    @torch.no_grad()
+    def require_no_positions(self, fusion: str) -> None:
+        """
+        Raises:
+            ValueError: the layer depends on the order of its tokens, so that none can be added.
+        """
+        hidden = torch.randn(1, 7, self.hidden_size, generator=torch.Generator().manual_seed(0))
+        order = torch.tensor([4, 2, 6, 0, 5, 1, 3])
+        try:
+            found = relative_difference(self(hidden[:, order]), self(hidden)[:, order], None)
+        except (RuntimeError, ValueError, LookupError):
+            found = math.inf
+        if not found <= TOLERANCE:
+            raise ValueError(
+                f"--fusion {fusion}: the layers of {self.spec.model_class} place each token (rotary or relative "
+                "positions), and added tokens have no place. Use an encoder whose layers do not, or another --fusion."
+            )
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _taken(
+        self, hidden: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[int | str, tuple[Any, ...], dict[str, Any]]:
+        """What the layer takes: where the hidden states are, its arguments and keywords."""
+        key = (*hidden.shape[:2], hidden.device, hidden.dtype)
+        if mask is None and key in self._extras:
+            return self._extras[key]
+        taken: list[tuple[int | str, tuple[Any, ...], dict[str, Any]]] = []
+
+        def keep(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            taken.append((entering(arguments, keywords)[0], arguments, keywords))
+            raise _Reached
+
+        handle = self.layer.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            self._model[0](**_blank_inputs(self._model[0], self.spec, hidden, mask))
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        if mask is None:
+            self._extras = {key: taken[0]}
+        return taken[0]
+
+
+def make_block(weights: BlockWeights) -> EncoderBlock | LibraryBlock:
+    """An encoder's block of any family, checked against the output that the model itself gave.
+
+    Raises:
+        CacheError: it cannot be rebuilt, or computes something else than the model did.
+    """
+    if isinstance(weights.spec, BlockSpec):
+        return EncoderBlock(weights)
+    block = LibraryBlock(weights)
+    error = block.check(weights.tensors)
+    if not error <= TOLERANCE:
+        raise CacheError(
+            f"block {weights.spec.index} of {weights.spec.model_class}: rebuilt by the installed transformers, its "
+            f"output differs by {error:.2g} from the model's own, expected at most {TOLERANCE:g}. Use the version in "
+            "the encoder's fingerprint, or a fusion without blocks."
+        )
+    return block
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None) -> float:
+    """Largest over tokens of |found - expected| / |expected|, vectors of [batch, tokens, d]; inf for NaN."""
+    difference = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-6)
+    largest = float((difference if mask is None else difference[mask]).max())
+    return largest if math.isfinite(largest) else math.inf
+
+
+def with_check(
+    weights: BlockWeights, inputs: torch.Tensor, lengths: torch.Tensor, output: torch.Tensor
+) -> BlockWeights:
+    """The weights with a self-check: the model's own output of some inputs, [inputs, tokens, d], whose `lengths` are -1
+    where it had no mask."""
+    check = {"input": inputs, "lengths": lengths, "output": output}
+    return BlockWeights(weights.spec, {**weights.tensors, **{f"{_CHECK}{n}": t.numpy() for n, t in check.items()}})
+
+
+def without_unused(weights: BlockWeights) -> BlockWeights:
+    """The weights without those of the rest of the model that the block's output does not depend on.
+
+    Each is replaced by NaN in turn: if the output stays the same, it is not needed.
+    """
+
+    def differs_without(names: Sequence[str]) -> bool:
+        blank = {name: np.full_like(tensors[name], np.nan) for name in names}
+        return not LibraryBlock(BlockWeights(weights.spec, {**tensors, **blank})).check(tensors) <= TOLERANCE
+
+    tensors = dict(weights.tensors)
+    further = [name for name in tensors if name.startswith(_MODEL)]
+    needed = [name for name in further if differs_without([name])] if further and differs_without(further) else []
+    return BlockWeights(weights.spec, {name: tensors[name] for name in tensors if name not in {*further} - {*needed}})
+
+
+def _is_own(name: str) -> bool:
+    return not name.startswith((_MODEL, _CHECK))
+
+
+def _has_parameter(model: nn.Module, name: str) -> bool:
+    return name in dict(model.named_parameters())
+
+
+def _blank_model(spec: LibraryBlockSpec) -> Any:
+    """The model without its weights, whose memory stays untouched."""
+    module_name, _, class_name = spec.model_class.partition(":")
+    if not module_name.startswith(_LIBRARY):
+        raise ValueError(f"{module_name} is no module of {_LIBRARY}")
+    kind: Any = getattr(importlib.import_module(module_name), class_name)
+    if PreTrainedModel not in getattr(kind, "__mro__", ()):
+        raise ValueError(f"{class_name} is no model")
+    config = kind.config_class.from_dict(dict(spec.config))
+    with no_init_weights():
+        return kind(config)
+
+
+def _only_layer(model: nn.Module, spec: LibraryBlockSpec) -> nn.Module:
+    """Remove all layers but the spec's from the model, and return that one."""
+    layers = model.get_submodule(spec.layers)
+    assert isinstance(layers, (nn.ModuleList, nn.Sequential))
+    listed = list(layers)
+    layer = listed[spec.calls[spec.index]]
+    if spec.runs_first_layer:
+        kept = [listed[0], layer] if layer is not listed[0] else [layer]
+    else:
+        kept = [one if one is layer else _Skipped(one, spec.num_outputs) for one in listed]
+    parent, _, name = spec.layers.rpartition(".")
+    replaced = nn.Sequential(*kept) if isinstance(layers, nn.Sequential) else nn.ModuleList(kept)
+    setattr(model.get_submodule(parent), name, replaced)
+    return layer
+
+
+def _blank_inputs(
+    model: nn.Module, spec: LibraryBlockSpec, hidden: torch.Tensor, mask: torch.Tensor | None
+) -> dict[str, Any]:
+    """Arguments of a forward pass over blank inputs: as many as there are hidden states, and as long."""
+    batch, tokens = hidden.shape[:2]
+    accepted = inspect.signature(model.forward).parameters
+    blank: dict[str, Any] = {}
+    if spec.input_name == "input_ids":
+        blank["input_ids"] = torch.zeros(batch, tokens, dtype=torch.int64, device=hidden.device)
+    elif spec.input_name == "inputs_embeds":
+        blank["inputs_embeds"] = hidden.new_zeros(batch, tokens, *spec.input_shape)
+    else:
+        blank[spec.input_name] = hidden.new_zeros(batch, *spec.input_shape)
+    if mask is not None and "attention_mask" in accepted:
+        blank["attention_mask"] = mask.long()
+    if "use_cache" in accepted:
+        blank["use_cache"] = False
+    return blank
