@@ -64,10 +64,7 @@ class Study:
         """How long each cell took, in the order in which they were asked for."""
 
     def common_fields(self, config: Any, controls: Iterable[Control]) -> dict[str, Any]:
-        """Those of `StudyResult` once all cells are measured; the title is the cache's name unless the config has one.
-
-        What a result fails by are its controls.
-        """
+        """What all results hold, once all cells are measured."""
         return {
             "title": config.title or Path(config.cache).stem,
             "split": config.split,
@@ -118,8 +115,6 @@ def run_study(
     """Measure a study, save its result, and return the output folder, `config.out`.
 
     Args:
-        verb: the study's command.
-        config: its dataclass.
         resolved: what the config resolved to, such as encoders and a hash of the data: a dataclass, or a mapping.
         measure: gives the result; called only where there is none yet.
         ignored: options, besides `IGNORED`, in which two commands for one folder may differ.

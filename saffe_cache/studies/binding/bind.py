@@ -27,17 +27,10 @@ from saffe_cache.inputs.pairs import Pairs, own_pairs, select_pairs
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.store.reader import Cache, open_cache
+from saffe_cache.studies.binding import names
 from saffe_cache.studies.binding.config import BindConfig
 from saffe_cache.studies.binding.episodes import Episodic, Photos
-from saffe_cache.studies.binding.names import (
-    METRICS,
-    NamePool,
-    encode_names,
-    make_names,
-    probe_scores,
-    renamed_cache,
-    run_scores,
-)
+from saffe_cache.studies.binding.names import METRICS, NamePool
 from saffe_cache.studies.binding.result import BindingResult, FewShot, NamesReplaced, Replaced, Task
 from saffe_cache.studies.harness import Study, run_study
 from saffe_cache.training.config import TrainConfig
@@ -115,10 +108,11 @@ class _Binding:
                 f"{config.cache}: {key} does not say where its encoder is. Add something with saffe extract, "
                 f"which records it, or copy a {path.name} that was made with the same encoder."
             )
-        names = make_names(config.num_names, self.cache.table.class_names, config.seed)
-        logger.info("Encoding %d made-up names, such as %s.", len(names), ", ".join(names[:3]))
+        made_up = names.make_names(config.num_names, self.cache.table.class_names, config.seed)
+        logger.info("Encoding %d made-up names, such as %s.", len(made_up), ", ".join(made_up[:3]))
         encoder = reload_encoder(manifest, past, config.text_encoder, "--text-encoder")
-        pool = NamePool(tuple(names), encode_names(encoder, manifest.vector, names, past[-1].config.class_prompt), key)
+        vectors = names.encode_names(encoder, manifest.vector, made_up, past[-1].config.class_prompt)
+        pool = NamePool(tuple(made_up), vectors, key)
         pool.save(path)
         return pool
 
@@ -143,22 +137,22 @@ class _Binding:
 
         def trained(seed: int) -> Replaced:
             chosen = np.random.default_rng(seed).choice(len(pool.names), num_classes, replace=False)
-            renamed = renamed_cache(cache, pool.encoder, [pool.names[i] for i in chosen], pool.vectors[chosen])
+            renamed = names.renamed_cache(cache, pool.encoder, [pool.names[i] for i in chosen], pool.vectors[chosen])
             found = {}
             for name, known in (("true names", cache), ("made-up names", renamed)):
                 run = _train_config(config, str(folder / f"{name.replace(' ', '-')}-seed{seed}"), seed)
                 train_many([run], {config.cache: known})
-                found[f"fam, {name}"] = run_scores(run.out, known, config.split, choose_device(config.device))
+                found[f"fam, {name}"] = names.run_scores(run.out, known, config.split, choose_device(config.device))
             return Replaced(systems=found)
 
         def nameless() -> Replaced:
-            probe, chance = probe_scores(str(folder / f"true-names-seed{config.seed}"), cache, config.split)
+            probe, chance = names.probe_scores(str(folder / f"true-names-seed{config.seed}"), cache, config.split)
             return Replaced(systems={"linear probe": probe, "chance": chance})
 
         seeds = range(config.seed, config.seed + config.replaced_seeds)
         cells = study.cells(Replaced, {f"names-replaced-seed{seed}": partial(trained, seed) for seed in seeds})
         cells |= study.cells(Replaced, {"names-replaced-probe": nameless})
-        names = dict.fromkeys(name for cell in cells.values() for name in cell.systems)
+        systems = dict.fromkeys(name for cell in cells.values() for name in cell.systems)
         return [
             NamesReplaced(
                 name=f"all {num_classes} names of {Path(config.cache).stem} replaced",
@@ -166,7 +160,7 @@ class _Binding:
                 metric=metric,
                 systems={
                     name: tuple(cell.systems[name][metric] for cell in cells.values() if name in cell.systems)
-                    for name in names
+                    for name in systems
                 },
             )
             for metric in METRICS
@@ -215,8 +209,7 @@ def _pairs_of(config: BindConfig, cache: Cache, spec: RunSpec, split: str) -> Pa
 def _fingerprint(cache: Cache, spec: RunSpec, pairs: Mapping[str, Pairs]) -> str:
     """Hash over the content of the photos, their classes and the classes' names."""
     hashes = cache.table.inputs[cache.encoders[spec.gallery_key].manifest.modality].content_hash
-    digest = hashlib.sha256("\n".join(cache.table.class_names).encode("utf-8", "surrogatepass"))
-    for of_split in pairs.values():
-        digest.update(hashes[of_split.rows].tobytes())
-        digest.update(of_split.labels.values.astype("<i8").tobytes())
-    return digest.hexdigest()[:16]
+    parts = ["\n".join(cache.table.class_names).encode("utf-8", "surrogatepass")]
+    for of in pairs.values():
+        parts += hashes[of.rows].tobytes(), of.labels.values.astype("<i8").tobytes()
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]

@@ -23,7 +23,7 @@ from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.options import FusionShape
 from saffe_cache.studies.binding import fitting
 from saffe_cache.studies.binding.config import BindConfig
-from saffe_cache.studies.binding.fitting import LinearMaps, Support, Weights
+from saffe_cache.studies.binding.fitting import Support, Weights
 from saffe_cache.studies.binding.result import Chosen, Epochs, FewShot, Task
 
 StartName = Literal["random", "ridge"]
@@ -107,8 +107,7 @@ class Photos:
 
     def tokens(self, positions: np.ndarray, device: str) -> list[torch.Tensor]:
         """P times float32 [*positions.shape, tokens, d]."""
-        index = torch.from_numpy(positions)
-        return [state[index].to(device).float() for state in self.states]
+        return [state[torch.from_numpy(positions)].to(device).float() for state in self.states]
 
 
 @dataclass(frozen=True)
@@ -142,9 +141,7 @@ class Episodic:
             chance=1 / task.ways,
             systems={name: summary(values) for name, values in systems.items()},
             differences={
-                name: summary(values - found["class_means"])
-                for name, values in systems.items()
-                if name.startswith("fam")
+                name: summary(of - found["class_means"]) for name, of in systems.items() if name.startswith("fam")
             },
             controls={name: summary(values) for name, values in controls.items()},
             verdicts=tuple(judge_controls(task, controls)),
@@ -173,22 +170,18 @@ class Episodic:
         """The accuracy of each system in each episode, and the epochs that each fit took to converge."""
         num_photos = episodes.support[0].size + episodes.queries[0].size
         at_once = fitting.episodes_at_once(self.shape, num_photos, self.device)
-        accuracies: defaultdict[str, list[np.ndarray]] = defaultdict(list)
-        epochs: defaultdict[StartName, list[np.ndarray]] = defaultdict(list)
+        accuracies: defaultdict[str, np.ndarray] = defaultdict(partial(np.empty, len(episodes)))
+        epochs: defaultdict[StartName, np.ndarray] = defaultdict(partial(np.empty, len(episodes), np.int64))
         for first in range(0, len(episodes), at_once):
-            batch = _Batch(self, photos, episodes.take(slice(first, first + at_once)), first)
-            maps, ridge = batch.ridge(chosen.ridge_strength)
-            found = {"class_means": batch.class_means(), "ridge": ridge}
+            part = slice(first, first + at_once)
+            batch = _Batch(self, photos, episodes.take(part), first)
+            accuracies["class_means"][part] = batch.class_means()
+            maps, accuracies["ridge"][part] = batch.ridge(chosen.ridge_strength)
             for start in starts:
-                read, taken = batch.fam(start, chosen.learning_rates[start], maps)
-                found |= read
-                epochs[start].append(taken)
-            for name, values in found.items():
-                accuracies[name].append(values)
-        return (
-            {name: np.concatenate(parts) for name, parts in accuracies.items()},
-            {start: np.concatenate(parts) for start, parts in epochs.items()},
-        )
+                found, epochs[start][part] = batch.fam(start, chosen.learning_rates[start], maps)
+                for name, values in found.items():
+                    accuracies[name][part] = values
+        return dict(accuracies), dict(epochs)
 
 
 def summary(accuracies: np.ndarray) -> Estimate:
@@ -199,16 +192,13 @@ def summary(accuracies: np.ndarray) -> Estimate:
 
 def judge_controls(task: Task, controls: Mapping[str, np.ndarray]) -> list[Control]:
     """Each must be within three standard errors of chance."""
-    return [
-        Control.within(
-            f"{task.name}, {name}",
-            "accuracy",
-            float(values.mean()),
-            1 / task.ways,
-            STANDARD_ERRORS * standard_error(values) + 1e-9,
+    verdicts = []
+    for name, values in controls.items():
+        tolerance = STANDARD_ERRORS * standard_error(values) + 1e-9
+        verdicts.append(
+            Control.within(f"{task.name}, {name}", "accuracy", float(values.mean()), 1 / task.ways, tolerance)
         )
-        for name, values in controls.items()
-    ]
+    return verdicts
 
 
 class _Batch:
@@ -217,7 +207,7 @@ class _Batch:
     def __init__(self, episodic: Episodic, photos: Photos, episodes: Episodes, first: int = 0) -> None:
         """`first`: number of the first of them, for the seeds of their heads."""
         self._episodic, self._photos, self._episodes = episodic, photos, episodes
-        self._seeds = [episodic.config.seed * 1_000_003 + first + number for number in range(len(episodes))]
+        self._first = first
         self._names = torch.from_numpy(episodic.names[episodes.names]).to(episodic.device)
 
     @cached_property
@@ -231,28 +221,32 @@ class _Batch:
 
     @cached_property
     def _fams(self) -> tuple[FusionAlignModule, Weights]:
-        return fitting.make_fams(self._episodic.shape, self._seeds, self._episodic.device)
+        first = self._episodic.config.seed * 1_000_003 + self._first
+        return fitting.make_fams(self._episodic.shape, range(first, first + len(self._episodes)), self._episodic.device)
 
     def class_means(self) -> np.ndarray:
         """Accuracies of the nearest class mean."""
         summaries = self._photos.summaries
         return fitting.class_mean_accuracies(summaries[self._episodes.support], summaries[self._episodes.queries])
 
-    def ridge(self, strength: float) -> tuple[LinearMaps, np.ndarray]:
+    def ridge(self, strength: float) -> tuple[tuple[torch.Tensor, torch.Tensor], np.ndarray]:
         """The ridge regression of each episode, and its accuracies."""
         support, queries = (
             torch.from_numpy(self._photos.features[of]).to(self._episodic.device)
             for of in (self._episodes.support, self._episodes.queries)
         )
-        maps = fitting.fit_ridges(support, self._names, strength)
-        return maps, fitting.name_accuracies(maps(queries.flatten(1, 2)), self._names)
+        weight, bias = fitting.fit_ridges(support, self._names, strength)
+        vectors = queries.flatten(1, 2) @ weight.transpose(1, 2) + bias
+        return (weight, bias), fitting.name_accuracies(vectors, self._names)
 
-    def fam(self, start: StartName, rate: float, ridge: LinearMaps) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def fam(
+        self, start: StartName, rate: float, ridge: tuple[torch.Tensor, ...]
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Accuracies by reading, and epochs to convergence, [episodes]."""
         skeleton, weights = self._fams[0], {name: value.clone() for name, value in self._fams[1].items()}
         if start == "ridge":
-            weights["head.linear.weight"].copy_(ridge.weight)
-            weights["head.linear.bias"].copy_(ridge.bias)
+            weights["head.linear.weight"].copy_(ridge[0])
+            weights["head.linear.bias"].copy_(ridge[1][:, 0])
         num_episodes, num_queries = self._queries[0].shape[:2]
         found: defaultdict[str, np.ndarray] = defaultdict(lambda: np.full(num_episodes, np.nan))
         epochs = np.zeros(num_episodes, np.int64)

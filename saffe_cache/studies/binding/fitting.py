@@ -165,37 +165,18 @@ def _step(
 
 def _groups(skeleton: FusionAlignModule, weights: Weights, learning_rate: float) -> list[dict[str, object]]:
     """The FAM's own groups for AdamW, of the stacked weights."""
-    name_of = {id(parameter): name for name, parameter in skeleton.named_parameters()}
-    groups = parameter_groups(skeleton, learning_rate, WEIGHT_DECAY)
-    for group in groups:
-        parameters = group["params"]
-        assert isinstance(parameters, list)
-        group["params"] = [weights[name_of[id(parameter)]] for parameter in parameters]
-    return groups
+    stacked = {id(parameter): weights[name] for name, parameter in skeleton.named_parameters()}
+    groups: list[dict[str, Any]] = parameter_groups(skeleton, learning_rate, WEIGHT_DECAY)
+    return [group | {"params": [stacked[id(parameter)] for parameter in group["params"]]} for group in groups]
 
 
-class LinearMaps(NamedTuple):
-    """x -> weight x + bias, one for each episode."""
-
-    weight: torch.Tensor
-    """[episodes, out, in]"""
-    bias: torch.Tensor
-    """[episodes, out]"""
-
-    def __call__(self, features: torch.Tensor) -> torch.Tensor:
-        """[episodes, photos, in] to [episodes, photos, out]."""
-        return features @ self.weight.transpose(1, 2) + self.bias[:, None]
-
-
-def fit_ridges(features: torch.Tensor, names: torch.Tensor, strength: float) -> LinearMaps:
-    """Ridge regression with intercept of each episode's photos onto their names' vectors.
+def fit_ridges(features: torch.Tensor, names: torch.Tensor, strength: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ridge regression of each episode's photos to their names: weights [episodes, out, in], biases [episodes, 1, out].
 
     In its dual form, W = Y' (X X' + strength m I)^-1 X for m photos, X and Y centred: m is far below the width.
 
-    Args:
-        features: [episodes, ways, shots, in].
-        names: unit vectors [episodes, ways, out].
-        strength: of the penalty, as a multiple of the number of photos.
+    `features` are [episodes, ways, shots, in], `names` unit vectors [episodes, ways, out], and `strength` is a multiple
+    of the number of photos.
     """
     ways, shots = features.shape[1:3]
     inputs = features.flatten(1, 2).double()
@@ -206,16 +187,11 @@ def fit_ridges(features: torch.Tensor, names: torch.Tensor, strength: float) -> 
     solved = torch.linalg.solve(inputs @ inputs.transpose(1, 2) + penalty, targets)
     weight = solved.transpose(1, 2) @ inputs
     bias = target_center - center @ weight.transpose(1, 2)
-    return LinearMaps(weight.float(), bias[:, 0].float())
+    return weight.float(), bias.float()
 
 
 def class_mean_accuracies(support: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Of the nearest class mean by centred cosine, [episodes].
-
-    Args:
-        support: features [episodes, ways, shots, in].
-        queries: features [episodes, ways, queries, in].
-    """
+    """Of the nearest class mean by centred cosine, [episodes], from features [episodes, ways, photos, in]."""
     ways, shots = support.shape[1:3]
     labels, nearest = np.repeat(np.arange(ways), shots), []
     for learned, questions in zip(support, queries, strict=True):
@@ -227,9 +203,8 @@ def class_mean_accuracies(support: np.ndarray, queries: np.ndarray) -> np.ndarra
 def name_accuracies(vectors: torch.Tensor, names: torch.Tensor) -> np.ndarray:
     """Share of photos whose nearest name by cosine is their own, [episodes].
 
-    Args:
-        vectors: [episodes, ways * queries, d] of any length, the photos of a name one after the other.
-        names: unit vectors [episodes, ways, d].
+    `vectors` [episodes, ways * queries, d] are of any length, the photos of a name one after the other; `names` are
+    unit vectors [episodes, ways, d].
     """
     nearest = (vectors @ names.transpose(1, 2)).argmax(dim=2)
     return _share_own(nearest.cpu().numpy(), names.shape[1])

@@ -75,10 +75,7 @@ class NamePool:
 
     @staticmethod
     def load(path: Path) -> NamePool:
-        """
-        Raises:
-            ValueError: it is damaged.
-        """
+        """Read what `save` wrote; ValueError if it is damaged."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 pool = NamePool(tuple(file["names"].tolist()), file["vectors"], str(file["encoder"]))
@@ -93,11 +90,7 @@ class NamePool:
 def encode_names(encoder: FrozenEncoder, vector: str, names: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
     """Mean over the prompts of each name's unit vectors, float32 [names, d].
 
-    Args:
-        encoder: of the texts.
-        vector: which of its vectors, "pooled" or "projected".
-        names: at least one.
-        prompts: sentences, each with one {} where the name goes.
+    `vector` is which of the encoder's, "pooled" or "projected"; prompts have a {} where the name goes.
     """
     encoder.select((encoder.num_layers,), vectors=True)
     of_prompts = []
@@ -128,11 +121,7 @@ class RenamedTexts(EncoderCache):
 def renamed_cache(cache: Cache, text_key: str, names: Sequence[str], vectors: np.ndarray) -> Cache:
     """The cache as if its classes had these names; nothing changes on disk.
 
-    Args:
-        cache: with classes.
-        text_key: its text encoder.
-        names: one for each class.
-        vectors: of the names, by the text encoder, float32 [classes, d].
+    `vectors` are those of the names by the text encoder `text_key`, float32 [classes, d].
     """
     hashes = np.frombuffer(b"".join(text_hash(name) for name in names), np.uint8).reshape(-1, 32)
     renamed = copy.copy(cache)

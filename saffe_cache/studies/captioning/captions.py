@@ -6,7 +6,6 @@ A batch has pooled photo tokens, states of layer l, and tokens to predict.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from functools import cached_property
 from itertools import count
 from typing import NamedTuple
@@ -54,11 +53,7 @@ class CaptionSource:
     """Both sides of a cache for one place of insertion, and the frozen language model."""
 
     def __init__(self, cache: Cache, photos: EncoderCache, text: EncoderCache, config: CaptionConfig) -> None:
-        """
-        Raises:
-            CacheError: a layer is not cached, or the states' positions leave another number of places for the photo.
-            ValueError: photos are not square, or smaller than the grid.
-        """
+        """CacheError or ValueError if a layer is not cached, or photos are not square, too small or at other places."""
         self.cache, self.photos, self.text, self.device = cache, photos, text, choose_device(config.device)
         self.image_layer = photos.layers[-1] if config.image_layer is None else config.image_layer
         self.layer, self.grid = config.layer, config.grid
@@ -101,8 +96,7 @@ class CaptionSource:
     def token_ids(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens of texts, int64 [n, tokens], padded with 0, and bool [n, tokens], True on real ones.
 
-        Raises:
-            CacheError: their number differs from that of the cached states, or they do not begin with the prompt's.
+        CacheError if their number differs from that of the cached states, or they do not begin with the prompt's.
         """
         texts = self.cache.table.inputs["text"].texts
         assert texts is not None
@@ -199,10 +193,12 @@ def fit_projector(
 
     def run_epoch(epoch: int) -> float:
         summed, num_tokens = 0.0, 0
-        for photos, texts in _batches(training, lengths, config, epoch):
+        generator, offsets = np.random.default_rng((config.seed, epoch)), training.texts.offsets
+        texts = training.texts.values[offsets[:-1] + generator.integers(np.diff(offsets))]
+        for chosen in shuffled_batches(lengths[texts], config.batch_size, generator):
             started = time.perf_counter()
-            captions = source.captions(texts)
-            losses = caption_losses(source.model, captions, projector(source.photo_tokens(photos)))
+            captions = source.captions(texts[chosen])
+            losses = caption_losses(source.model, captions, projector(source.photo_tokens(training.rows[chosen])))
             targets = int(captions.num_targets.sum())
             rate = warmed_cosine(next(steps), total, max(1, total // 10))
             update(optimizer, losses.sum() / targets, rate, tuple(projector.parameters()), _LARGEST_GRADIENT)
@@ -233,26 +229,13 @@ def new_projector(source: CaptionSource, training: Pairs, seed: int) -> Projecto
     return Projector(source.photo_size, source.model.hidden_size, size).to(source.device)
 
 
-def _batches(
-    pairs: Pairs, lengths: np.ndarray, config: CaptionConfig, epoch: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of photos and of one caption of each, in an order by seed and epoch. `lengths`: tokens of each text."""
-    generator = np.random.default_rng((config.seed, epoch))
-    offsets = pairs.texts.offsets
-    texts = pairs.texts.values[offsets[:-1] + generator.integers(np.diff(offsets))]
-    for chosen in shuffled_batches(lengths[texts], config.batch_size, generator):
-        yield pairs.rows[chosen], texts[chosen]
-
-
 def shuffled_batches(lengths: np.ndarray, batch_size: int, generator: np.random.Generator) -> list[np.ndarray]:
     """Indices of all texts in batches of similar length, since padding would otherwise be half of the work.
 
     Texts are shuffled, those of a few batches are sorted by length, and the batches are shuffled.
     """
-    order, together = generator.permutation(len(lengths)), _SORTED_BATCHES * batch_size
-    batches = []
-    for start in range(0, len(order), together):
-        some = order[start : start + together]
-        some = some[np.argsort(lengths[some], kind="stable")]
-        batches += [some[first : first + batch_size] for first in range(0, len(some), batch_size)]
+    order, batches = generator.permutation(len(lengths)), []
+    for some in np.split(order, range(_SORTED_BATCHES * batch_size, len(order), _SORTED_BATCHES * batch_size)):
+        ordered = some[np.argsort(lengths[some], kind="stable")]
+        batches += np.split(ordered, range(batch_size, len(ordered), batch_size))
     return [batches[number] for number in generator.permutation(len(batches))]

@@ -1,11 +1,9 @@
 """A frozen causal language model, rebuilt from a cache, that photo tokens join at one of its layers (DeepInsert).
 
-Layers below `layer` see only the text; from there on, layers see the photo's tokens followed by the text. Positions are
-those of the whole sequence: photo tokens have 0 … m - 1, text tokens m and more, also below the place of insertion.
-Layer 0 is known as a prefix: photo tokens in front of the text's embeddings.
-
-DeepInsert puts photo tokens e where they stand among the text's, [h^{<p}; e; h^{>=p}]. Here p is always 0: [e; h], the
-photo in front of all of its text, prompt included. A text before a photo, or between two, is not supported.
+Layers below `layer` see only the text; from there on, layers see the photo's tokens followed by the text: DeepInsert's
+[h^{<p}; e; h^{>=p}] with p = 0. A text before a photo, or between two, is not supported. Positions are those of the
+whole sequence: photo tokens have 0 … m - 1, text tokens m and more, also below the place of insertion. Layer 0 is known
+as a prefix: photo tokens in front of the text's embeddings.
 
 Captions are generated token by token. Layers below the insertion keep keys and values of the text, those above also of
 the photo, so each new token runs every layer once and the photo's tokens never run the lower ones.
@@ -34,11 +32,7 @@ class InsertedModel(nn.Module):
     """The frozen model; all of its weights come from the cache."""
 
     def __init__(self, weights: LanguageModelWeights, blocks: Sequence[BlockWeights], layer: int) -> None:
-        """
-        Args:
-            blocks: all of the model, in order.
-            layer: the first that sees the photo: its tokens join the input of this layer, `hidden_states[layer]`.
-        """
+        """`blocks` are all of the model; photo tokens join the input of layer `layer`, `hidden_states[layer]`."""
         super().__init__()
         self.spec, self.layer = weights.spec, layer
         self.blocks = nn.ModuleList(EncoderBlock(block) for block in blocks)
@@ -68,13 +62,9 @@ class InsertedModel(nn.Module):
         return photos + places
 
     def forward(self, states: torch.Tensor, photos: torch.Tensor | None) -> torch.Tensor:
-        """The last layer's output for texts.
+        """The last layer's output for texts, from `hidden_states[layer]` [batch, tokens, d] and projected photo tokens.
 
         Padding comes after the text, where no real token sees it, so no mask is needed.
-
-        Args:
-            states: `hidden_states[layer]` of texts, [batch, tokens, d].
-            photos: projected tokens [batch, m, d]; None for none.
         """
         hidden = states if photos is None else torch.cat([self.placed(photos), states], dim=1)
         for block in self.blocks[self.layer :]:
@@ -114,12 +104,9 @@ def typical_size(states: torch.Tensor, mask: torch.Tensor) -> float:
 
 
 def photo_side(num_tokens: int, *, has_class_token: bool = True) -> int:
-    """Patches on a side of a square photo with this number of tokens, a few of which may come before the patches.
+    """Patches on a side of a square photo with this number of tokens; ValueError if they form no square.
 
-    Without a class token none do: all are places of a feature map.
-
-    Raises:
-        ValueError: the patches form no square.
+    A few tokens come before the patches; without a class token none do: all are places of a feature map.
     """
     side = math.isqrt(num_tokens)
     in_front = num_tokens - side * side
