@@ -114,10 +114,7 @@ def _fingerprint(cache: Cache, sample: Sample) -> str:
 
 
 def _layers(config: AlignConfig, encoder: EncoderCache) -> list[int]:
-    """
-    Raises:
-        CacheError: the cache lacks a requested one.
-    """
+    """Those to compare; CacheError if the cache lacks a requested one."""
     modality = encoder.manifest.modality
     wanted = config.layers.get(modality, tuple(encoder.layers))
     missing = [layer for layer in wanted if layer not in encoder.layers]

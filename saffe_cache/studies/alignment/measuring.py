@@ -83,10 +83,6 @@ class Sample:
         """The number that takes part in the search on judged photos: their captions, or all classes."""
         return self.num_judged if self.has_captions else len(self.prompts)
 
-    @property
-    def chance(self) -> float:
-        return 1 / self.num_texts
-
     @cached_property
     def photos(self) -> dict[str, np.ndarray]:
         """[photos, d] of each layer, the mean of all tokens, each normed; and the encoder's own where it is cached."""
@@ -143,14 +139,8 @@ class Sample:
 
 def measures_of(sample: Sample) -> tuple[dict[str, Callable[[], LayerMeasure]], dict[str, str]]:
     """What measures each of all pairs of layers, by name; and why a measure is absent."""
-    wanted = {
-        "cka": _cka,
-        "mutual_neighbours": _mutual_neighbours,
-        "svcca": _svcca,
-        "a_lin": _linear,
-        "a_0": _without_map,
-    }
-    absent = {}
+    wanted = {"cka": _cka, "mutual_neighbours": _mutual_neighbours, "svcca": _svcca, "a_lin": _linear}
+    wanted["a_0"], absent = _without_map, {}
     ours, theirs = ([of.shape[1] for of in side.values()] for side in (sample.photos, sample.texts))
     if not set(ours) & set(theirs):
         absent["a_0"] = f"vectors of widths {ours[0]} and {theirs[0]} have no cosine"
@@ -228,7 +218,7 @@ def _of_scores(sample: Sample, scores: list[list[MapScore | None]]) -> LayerMeas
         field.name: tuple(tuple(None if one is None else getattr(one, field.name) for one in row) for row in scores)
         for field in fields(MapScore)
     }
-    return LayerMeasure(chance=sample.chance, **cells)
+    return LayerMeasure(chance=1 / sample.num_texts, **cells)
 
 
 def _unseen_classes(sample: Sample) -> LayerMeasure:
@@ -273,36 +263,21 @@ def measure_best_layer(sample: Sample) -> BestLayer:
     ridge = Ridge(features[others])
     ridges = {name: ridge.fit_left_out(sample.texts_of(name, others)) for name in (OWN, text_layer)}
     linear, linear_mean = (sample.searched(name, fit(features[judged])) for name, (fit, _) in ridges.items())
-    fit = maps.fit_text_mlp(
-        features[others],
-        text_of[others],
-        sample.texts[OWN],
-        sample.config.seed,
-        texts_search=sample.has_captions,
-    )
+    search: dict[str, bool] = {"texts_search": sample.has_captions}
+    fit = maps.fit_text_mlp(features[others], text_of[others], sample.texts[OWN], sample.config.seed, **search)
     mlp = sample.searched(OWN, fit.gallery(features[judged]), fit.queries)
-    text_mean = sample.texts_of(text_layer, others).mean(axis=0)
     tokens = sample.photo_tokens(int(layer)), sample.text_tokens(int(text_layer))
-    late = maps.answers_of_scores(
-        maps.maxsim(*tokens, ridges[text_layer][0], text_mean), text_of[judged], texts_search=sample.has_captions
-    )
+    text_mean = sample.texts_of(text_layer, others).mean(axis=0)
+    late = maps.answers_of_scores(maps.maxsim(*tokens, ridges[text_layer][0], text_mean), text_of[judged], **search)
     orders = sample.permutations(sample.num_judged)
     a_lin, a_mlp, a_lin_mean, a_tok = (one.score(one.null(orders), 0) for one in (linear, mlp, linear_mean, late))
-    scores = {OWN: {"a_lin": a_lin, "a_mlp": a_mlp}, text_layer: {"a_lin": a_lin_mean, "a_tok": a_tok}}
-    found = [
-        LayerMaps(
-            gallery_layer=layer,
-            text_layer=name,
-            chance=sample.chance,
-            scores=scores[name],
-            ridge_strength=linear_map.strength,
-            left_out_error=error,
-        )
-        for name, (linear_map, error) in ridges.items()
-    ]
-    plain = sample.without_map(OWN, OWN, seed=0)
+    plain, chance = sample.without_map(OWN, OWN, seed=0), 1 / sample.num_texts
+    found = []
     if plain:
-        found.insert(0, LayerMaps(gallery_layer=OWN, text_layer=OWN, chance=sample.chance, scores={"a_0": plain[1]}))
+        found.append(LayerMaps(gallery_layer=OWN, text_layer=OWN, chance=chance, scores={"a_0": plain[1]}))
+    for name, scores in ((OWN, {"a_lin": a_lin, "a_mlp": a_mlp}), (text_layer, {"a_lin": a_lin_mean, "a_tok": a_tok})):
+        ridge_fit = {"ridge_strength": ridges[name][0].strength, "left_out_error": ridges[name][1]}
+        found.append(LayerMaps(gallery_layer=layer, text_layer=name, chance=chance, scores=scores, **ridge_fit))
     evidence = Evidence(
         a_0=plain and plain[1].value,
         without_map=plain and plain[0].gap(linear, ENOUGH_WITHOUT_MAP),
@@ -321,7 +296,7 @@ def _permuted_control(sample: Sample, ridge: Ridge, judged: np.ndarray) -> Contr
 
     Photos of one class are found or missed together, so no more answers are independent than there are texts.
     """
-    targets, chance = sample.texts_of(OWN, sample.others), sample.chance
+    targets, chance = sample.texts_of(OWN, sample.others), 1 / sample.num_texts
     found = [
         sample.searched(OWN, ridge.fit_left_out(targets[order])[0](judged)).recall_at_1
         for order in measures.permutations(len(targets), _PERMUTED_FITS, sample.config.seed)

@@ -258,25 +258,12 @@ class Advice:
 def advise(evidence: Evidence, *, has_paired_texts: bool) -> list[Advice]:
     """Which fusion the measures recommend, by the rule that trained fusions support (pipelines/alignment.py).
 
-    Gallery of photos alone:
+    "no FAM" where maps find nothing, or, for photos alone, where the encoders' own vectors find more than half of what
+    a linear map finds, beyond noise: a guess, since no aligned encoders have been tested. Otherwise `linear`, or
+    `concat` with paired text. A decoder is never recommended: what an MLP or tokens find, `linear` finds too, which
+    pools tokens and has an MLP, and starts as the ridge regression.
 
-        no FAM     neither a ridge regression nor an MLP finds more than the 95 % quantile of permuted pairs; or the
-                   encoders' own vectors find more than half of what a linear map finds, beyond noise
-                   (A_0 > 0.5 A_lin): a guess, since no aligned encoders have been tested
-        linear     otherwise
-
-    Photos with paired text:
-
-        no FAM     if no map finds anything: the photos carry no information about the texts
-        concat     otherwise
-
-    A decoder is never recommended: what an MLP or tokens find, `linear` finds too, which pools tokens and has an MLP,
-    and starts as the ridge regression. Both measures are reported all the same.
-
-    Args:
-        evidence: what was measured.
-        has_paired_texts: whether photos may be paired with texts of their own. Captions may; a class paired with its
-            photo would be the answer itself.
+    Photos may be paired with captions of their own; a class paired with its photo would be the answer itself.
     """
     is_nothing_found = max(evidence.a_lin, evidence.a_mlp) <= evidence.null
     is_aligned = evidence.without_map is not None and evidence.without_map.sign > 0

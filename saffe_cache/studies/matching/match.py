@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.spatial.distance import cdist
 from sklearn.manifold import TSNE
 
-from saffe_cache.core.controls import failed
 from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError
 from saffe_cache.inputs.pairs import (
@@ -103,9 +101,6 @@ def _measure(
     by_plan = dict(zip(cells, measured.values(), strict=True))
     findings = summarise(by_plan, features, num_kinds(bench.parts["test"]), made)
     return MatchResult(
-        title=config.title or Path(config.cache).stem,
-        split=config.split,
-        failures=tuple(failed(findings.controls)),
         features=features.kind,
         features_in_words=str(features),
         made_alignment=made,
@@ -116,8 +111,8 @@ def _measure(
         photos={name: len(of) for name, of in bench.parts.items()},
         encoders={"photo": bench.photo.key, "text": bench.text.key},
         layers_of_tokens=bench.layers,
-        seconds=study.seconds,
         **vars(findings),
+        **study.common_fields(config, findings.controls),
     )
 
 
