@@ -70,7 +70,7 @@ def one_by_one(
 @pytest.mark.parametrize("head", ["attention", "mean"])
 @pytest.mark.parametrize(("shots", "steps"), [(2, [slice(0, 2)]), (12, [slice(0, 10), slice(10, 12)])])
 def test_many_at_once_are_one_after_the_other(head: HeadName, shots: int, steps: list[slice]) -> None:
-    """Stacked, and as stacks of one, which run without vmap; 36 photos take two steps an epoch."""
+    """Stacked, and as stacks of one; 36 photos take two steps an epoch."""
     support, seeds = draw_support(3, shots), [5, 6, 7]
     expected = [one_by_one(head, support, seed, number, 2, steps) for number, seed in enumerate(seeds)]
     stacked = fitted(head, seeds, support)

@@ -89,8 +89,7 @@ class _Binding:
     def _names(self, path: Path) -> NamePool:
         """The pool that the folder holds, or a new one.
 
-        Raises:
-            CacheError, ValueError: the text encoder is unavailable; the folder's pool is damaged or another's.
+        CacheError or ValueError if the text encoder is unavailable, or the folder's pool is damaged or another's.
         """
         config, key, width = self.config, self.spec.text_key, self.spec.shape.text_size
         if path.exists():
@@ -128,8 +127,7 @@ class _Binding:
     def _names_replaced(self, pool: NamePool, study: Study) -> list[NamesReplaced]:
         """The usual training on the whole train split: with true names, and with a made-up name for every class.
 
-        Raises:
-            ValueError: there are fewer names than classes.
+        ValueError if there are fewer names than classes.
         """
         config, cache = self.config, self.cache
         num_classes, folder = len(cache.table.class_names), study.out / "names-replaced"
@@ -152,18 +150,18 @@ class _Binding:
         seeds = range(config.seed, config.seed + config.replaced_seeds)
         cells = study.cells(Replaced, {f"names-replaced-seed{seed}": partial(trained, seed) for seed in seeds})
         cells |= study.cells(Replaced, {"names-replaced-probe": nameless})
-        systems = dict.fromkeys(name for cell in cells.values() for name in cell.systems)
-        return [
-            NamesReplaced(
-                name=f"all {num_classes} names of {Path(config.cache).stem} replaced",
-                classes=num_classes,
-                metric=metric,
-                systems={
-                    name: tuple(cell.systems[name][metric] for cell in cells.values() if name in cell.systems)
-                    for name in systems
-                },
-            )
+        found: dict[str, list[Mapping[str, float]]] = {}
+        for cell in cells.values():
+            for system, scores in cell.systems.items():
+                found.setdefault(system, []).append(scores)
+        title = f"all {num_classes} names of {Path(config.cache).stem} replaced"
+        by_metric = {
+            metric: {system: tuple(one[metric] for one in scores) for system, scores in found.items()}
             for metric in METRICS
+        }
+        return [
+            NamesReplaced(name=title, classes=num_classes, metric=metric, systems=systems)
+            for metric, systems in by_metric.items()
         ]
 
 
@@ -191,8 +189,7 @@ def _train_config(config: BindConfig, out: str, seed: int) -> TrainConfig:
 def _pairs_of(config: BindConfig, cache: Cache, spec: RunSpec, split: str) -> Pairs:
     """The photos of a split that have exactly one class, each once; to train on, only those of no other split.
 
-    Raises:
-        ValueError: there are none.
+    ValueError if there are none.
     """
     gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
     pairs = select_pairs(cache.table, gallery, text, split, "classes")

@@ -11,7 +11,6 @@ from saffe_cache.core.options import require, require_keys, require_seed
 
 BATCH_PHOTOS = 30
 """Photos in a training step at most, as in the SAFFE paper."""
-_LEAST_NAMES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +63,7 @@ class BindConfig:
     """auto (a GPU if there is one), cpu or cuda."""
 
     def __post_init__(self) -> None:
-        for option in ("ways", "shots"):
-            values = getattr(self, option)
-            least = 2 if option == "ways" else 1
+        for option, values, least in (("ways", self.ways, 2), ("shots", self.shots, 1)):
             require(bool(values) and min(values) >= least, option, values, f"numbers of {least} or more")
             require(len(set(values)) == len(values), option, values, "each number once")
         require(max(self.ways) <= BATCH_PHOTOS, "ways", max(self.ways), f"at most {BATCH_PHOTOS}: a step's photos")
@@ -75,7 +72,7 @@ class BindConfig:
         for option in ("episodes", "tuning_episodes"):
             require(getattr(self, option) > 1, option, getattr(self, option), "2 or more")
         require(self.max_epochs >= 2, "max_epochs", self.max_epochs, "2 or more: both are reported")
-        require(self.num_names >= _LEAST_NAMES, "num_names", self.num_names, f"{_LEAST_NAMES} or more")
+        require(self.num_names >= 2, "num_names", self.num_names, "2 or more")
         require(self.replaced_seeds >= 0, "replaced_seeds", self.replaced_seeds, "0 or more")
         require(self.split != self.train_split, "split", self.split, "another split than --train-split")
         require_keys("layers", self.layers, MODALITIES)

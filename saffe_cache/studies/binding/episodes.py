@@ -37,16 +37,15 @@ CONTROL_EPISODES = 200
 
 @dataclass(frozen=True)
 class Episodes:
-    """Photos and names by their positions in what they were drawn from."""
+    """Classes and names, int64 [episodes, ways], and photos, [episodes, ways, shots or queries].
+
+    Photos and names are positions in what they were drawn from; none occurs twice in an episode.
+    """
 
     classes: np.ndarray
-    """int64 [episodes, ways]"""
     support: np.ndarray
-    """int64 [episodes, ways, shots]"""
     queries: np.ndarray
-    """int64 [episodes, ways, queries]"""
     names: np.ndarray
-    """int64 [episodes, ways]: no name twice in an episode."""
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -62,9 +61,7 @@ class Episodes:
 
 
 def draw_episodes(labels: np.ndarray, num_names: int, task: Task, num_episodes: int, seed: int) -> Episodes:
-    """Classes, photos and names, all without replacement within an episode.
-
-    `labels` are the classes of the photos, int64 [photos]; names are drawn from `num_names`.
+    """Draw classes, photos with `labels` int64 [photos], and names out of `num_names`, all without replacement.
 
     Raises:
         ValueError: too few classes have photos enough, or there are too few names.
@@ -135,20 +132,20 @@ class Episodic:
         systems = {name: values for name, values in found.items() if not name.endswith("blind")}
         controls = {f"{name}, photos shuffled": of for name, of in shuffled.items() if not name.endswith("blind")}
         controls |= {name: values for name, values in found.items() if name.endswith("blind")}
+        fams = {name: values for name, values in systems.items() if name.startswith("fam")}
+        taken: dict[str, Epochs] = {
+            start: Epochs(mean=float(of.mean()), most=int(of.max())) for start, of in epochs.items()
+        }
         return FewShot(
             **asdict(task),
             episodes=self.config.episodes,
             chance=1 / task.ways,
             systems={name: summary(values) for name, values in systems.items()},
-            differences={
-                name: summary(of - found["class_means"]) for name, of in systems.items() if name.startswith("fam")
-            },
+            differences={name: summary(values - found["class_means"]) for name, values in fams.items()},
             controls={name: summary(values) for name, values in controls.items()},
             verdicts=tuple(judge_controls(task, controls)),
             chosen=chosen,
-            epochs_to_convergence={
-                start: Epochs(mean=float(counts.mean()), most=int(counts.max())) for start, counts in epochs.items()
-            },
+            epochs_to_convergence=taken,
         )
 
     def choose(self, tuning: Photos, episodes: Episodes) -> Chosen:
@@ -192,13 +189,11 @@ def summary(accuracies: np.ndarray) -> Estimate:
 
 def judge_controls(task: Task, controls: Mapping[str, np.ndarray]) -> list[Control]:
     """Each must be within three standard errors of chance."""
-    verdicts = []
-    for name, values in controls.items():
-        tolerance = STANDARD_ERRORS * standard_error(values) + 1e-9
-        verdicts.append(
-            Control.within(f"{task.name}, {name}", "accuracy", float(values.mean()), 1 / task.ways, tolerance)
-        )
-    return verdicts
+    tolerances = {name: STANDARD_ERRORS * standard_error(values) + 1e-9 for name, values in controls.items()}
+    return [
+        Control.within(f"{task.name}, {name}", "accuracy", float(values.mean()), 1 / task.ways, tolerances[name])
+        for name, values in controls.items()
+    ]
 
 
 class _Batch:

@@ -3,8 +3,7 @@
 The weights of a batch of episodes are stacked, and `torch.func.vmap` runs the FAM over the stack: the arithmetic is
 that of one FAM after the other (tests/test_binding_fitting.py). On a CPU that helps a small head: a step of `mean`
 takes 1.7 ms of an episode instead of 2.9. A step of `attention` is bound by what it reads and writes of 3 million
-weights and gains nothing, while a batch waits for the last of its episodes to converge: there a batch is one, and goes
-without vmap.
+weights and gains nothing, while a batch waits for the last of its episodes to converge: there a batch is one.
 
 Without dropout: a fit follows from its start alone.
 """
@@ -13,8 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,8 +28,7 @@ from saffe_cache.studies.binding.config import BATCH_PHOTOS
 
 TEMPERATURE = 0.07
 """Of InfoNCE: CLIP's initial value; fixed, since a support of a few photos cannot determine it."""
-READ_AFTER = (1, 2)
-"""Epochs."""
+READ_AFTER = (1, 2)  # epochs
 WEIGHT_DECAY = 0.05
 _LEAST_FALL = 0.01
 """Of the loss, in nats: what falls less has not fallen."""
@@ -46,20 +43,19 @@ Weights = dict[str, torch.Tensor]
 
 
 class Support(NamedTuple):
-    """What a batch of episodes learns from; the photo at place (i, j) belongs to name i."""
+    """What a batch of episodes learns from; the photo at place (i, j) belongs to name i.
+
+    Names are unit vectors [episodes, ways, text_size], states P times float32 [episodes, ways, shots, tokens, d].
+    """
 
     states: Sequence[torch.Tensor]
-    """P times float32 [episodes, ways, shots, tokens, d]."""
     names: torch.Tensor
-    """Unit vectors [episodes, ways, text_size]."""
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Weights at a moment of the fits."""
+class Reading(NamedTuple):
+    """Weights at a moment of the fits: `after` some epochs, or, where that is None, at convergence."""
 
     after: int | None
-    """Epochs; None at convergence."""
     episodes: torch.Tensor
     """int64: whose weights these are, by place in the batch. Those that converge together are read together."""
     weights: Weights
@@ -92,14 +88,6 @@ def episodes_at_once(shape: FusionShape, photos: int, device: str) -> int:
     return max(1, _ACCELERATOR_BYTES // (of_weights + of_photos))
 
 
-def _of_each(function: Callable[..., Any], weights: Weights, states: Sequence[torch.Tensor], *others: Any) -> Any:
-    """A function of one episode's weights, states and more, applied to a stack; of a stack of one, that one's."""
-    if len(states[0]) > 1:
-        return vmap(function)(weights, list(states), *others)
-    only = {name: value[0] for name, value in weights.items()}
-    return function(only, [state[0] for state in states], *(one[0] for one in others))
-
-
 def photo_vectors(skeleton: FusionAlignModule, weights: Weights, states: Sequence[torch.Tensor]) -> torch.Tensor:
     """Unit vectors [episodes, photos, text_size] of P times [episodes, photos, tokens, d]."""
 
@@ -107,8 +95,8 @@ def photo_vectors(skeleton: FusionAlignModule, weights: Weights, states: Sequenc
         vectors: torch.Tensor = functional_call(skeleton, own, (photos,))
         return vectors
 
-    vectors: torch.Tensor = _of_each(of_one, weights, states)
-    return vectors.view(*states[0].shape[:2], -1)
+    vectors: torch.Tensor = vmap(of_one)(weights, list(states))
+    return vectors
 
 
 def fit(
@@ -156,11 +144,11 @@ def _step(
     def loss_of_one(own: Weights, photos: list[torch.Tensor], named: torch.Tensor) -> torch.Tensor:
         return info_nce(functional_call(skeleton, own, (photos,)), named, positives, temperature)
 
-    gradients, losses = _of_each(grad_and_value(loss_of_one), weights, states, support.names)
+    gradients, losses = vmap(grad_and_value(loss_of_one))(weights, states, support.names)
     for name, value in weights.items():
-        value.grad = gradients[name].view_as(value)
+        value.grad = gradients[name]
     optimizer.step()
-    return losses.detach().view(-1).cpu()  # type: ignore[no-any-return]
+    return losses.cpu()  # type: ignore[no-any-return]
 
 
 def _groups(skeleton: FusionAlignModule, weights: Weights, learning_rate: float) -> list[dict[str, object]]:

@@ -34,14 +34,14 @@ _SORTED_BATCHES = 16
 
 
 class Captions(NamedTuple):
-    """A batch of texts."""
+    """A batch of texts: `hidden_states[l]` of all tokens but the last, and the token after each, the target.
+
+    float32 [batch, tokens, d], int64 [batch, tokens] and bool [batch, tokens], False on padding and the prompt.
+    """
 
     states: torch.Tensor
-    """`hidden_states[l]` of all tokens but the last, float32 [batch, tokens, d]."""
     targets: torch.Tensor
-    """The token after each, int64 [batch, tokens]."""
     is_target: torch.Tensor
-    """bool [batch, tokens]: whether the target belongs to the caption, not to padding or the prompt."""
 
     @property
     def num_targets(self) -> torch.Tensor:
