@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -108,17 +109,21 @@ def _inline(svg: str, name: str, described: str) -> str:
     return f'<svg role="img" aria-label="{html.escape(described)}" {view.group()}>{inside}'
 
 
-@dataclass(frozen=True)
-class _Style:
+def _look(number: int) -> dict[str, Any]:
     """Of one of several lines. The first six differ in hue and line, the first eight in marker."""
+    kinds = {"color": HUES, "marker": MARKERS, "linestyle": LINES}
+    return {name: of[number % len(of)] for name, of in kinds.items()}
 
-    hue: str
-    marker: str
-    line: str | tuple[int, tuple[int, ...]]
 
-    @staticmethod
-    def of(number: int) -> _Style:
-        return _Style(HUES[number % len(HUES)], MARKERS[number % len(MARKERS)], LINES[number % len(LINES)])
+def _points(number: int) -> dict[str, Any]:
+    """The same without a line."""
+    return _look(number) | {"linestyle": "none"}
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Named rows, from the top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
 
 
 def _dots(of: figures.DotPlot) -> Drawn:
@@ -133,9 +138,7 @@ def _dots(of: figures.DotPlot) -> Drawn:
     axes.axvline(of.chance, color=INK, linestyle=":", linewidth=1.2)
     axes.annotate("chance", (of.chance, 1), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
                   va="bottom", fontsize=8)  # fmt: skip
-    axes.set_yticks(range(len(of.dots)), [f"control: {dot.name}" if dot.kind == "control" else dot.name
-                                          for dot in of.dots])  # fmt: skip
-    axes.set_ylim(len(of.dots) - 0.4, -0.6)
+    _name_rows(axes, [f"control: {dot.name}" if dot.kind == "control" else dot.name for dot in of.dots])
     axes.set_xlim(left=min(0.0, of.chance))
     axes.set_xlabel(of.label)
     axes.grid(axis="y", visible=False)
@@ -146,13 +149,11 @@ def _dots(of: figures.DotPlot) -> Drawn:
 def _curves(of: figures.CurvePlot) -> Drawn:
     figure, (axes,) = _frames(2.9)
     for number, curve in enumerate(of.curves):
-        look = _Style.of(number)
-        axes.plot(curve.xs, curve.ys, color=look.hue, linestyle=look.line, marker=look.marker, label=curve.name,
-                  markevery=max(1, len(curve.xs) // 8), markersize=5)  # fmt: skip
+        every = max(1, len(curve.xs) // 8)
+        axes.plot(curve.xs, curve.ys, **_look(number), label=curve.name, markevery=every)
     if of.y_limits:
         axes.set_ylim(*of.y_limits)
-    axes.set_xlabel(of.x_label)
-    axes.set_ylabel(of.y_label)
+    axes.set(xlabel=of.x_label, ylabel=of.y_label)
     axes.legend(fontsize=8)
     values = "; ".join(f"{curve.name} from {curve.ys[0]:.1f} to {curve.ys[-1]:.1f}" for curve in of.curves)
     return figure, f"{of.y_label} over {of.x_label}: {values}"
@@ -162,12 +163,9 @@ def _training(of: figures.TrainingPlot) -> Drawn:
     figure, panels = _frames(2.3, 2)
     for axes, curves, label in zip(panels, (of.losses, of.scores), ("loss", of.score_label), strict=True):
         for number, curve in enumerate(curves):
-            look = _Style.of(number)
-            axes.plot(curve.xs, curve.ys, color=look.hue, linestyle=look.line, marker=look.marker, markersize=4,
-                      label=curve.name)  # fmt: skip
+            axes.plot(curve.xs, curve.ys, **_look(number), markersize=4, label=curve.name)
         axes.axvline(of.best_epoch, color=INK, linestyle=":", linewidth=1.2)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
+        axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[1].legend(fontsize=8)
     highest = "".join(f"; {curve.name} at most {max(curve.ys):.1f}" for curve in of.scores if len(curve.ys))
@@ -176,13 +174,10 @@ def _training(of: figures.TrainingPlot) -> Drawn:
 
 def _classes(of: figures.ClassPlot) -> Drawn:
     figure, (axes,) = _frames(0.7 + 0.2 * len(of.classes))
-    places = np.arange(len(of.classes))
     for number, (system, values) in enumerate(of.systems):
-        look = _Style.of(number)
-        axes.plot(values, places, look.marker, color=look.hue, label=system,
-                  markerfacecolor=look.hue if number == 0 else PAPER)  # fmt: skip
-    axes.set_yticks(places, of.classes)
-    axes.set_ylim(len(of.classes) - 0.4, -0.6)
+        face = {} if number == 0 else {"markerfacecolor": PAPER}
+        axes.plot(values, range(len(values)), **_points(number), **face, label=system)
+    _name_rows(axes, of.classes)
     axes.set_xlabel(of.label)
     _draw_legend(figure, [axes])
     system, values = of.systems[0]
@@ -204,15 +199,13 @@ def _heat_map(of: figures.HeatMap) -> Drawn:
     height = (0.27 if of.notes is None else 0.37) * rows
     figure, (axes,) = _frames(1.1 + height)
     words = _draw_cells(axes, of, cells, size)
-    axes.set_xlim(-0.5, columns - 0.5)
-    axes.set_ylim(rows - 0.5, -0.5)
+    axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
     axes.set_yticks(range(rows), of.rows)
     turned = columns > 6 or max(map(len, of.columns)) > 10
     axes.set_xticks(range(columns), of.columns, rotation=45 if turned else 0, ha="right" if turned else "center")
     axes.grid(visible=False)
     axes.tick_params(length=0)
-    axes.set_xlabel(of.column_label)
-    axes.set_ylabel(textwrap.fill(of.row_label, max(12, round(12 * height))))
+    axes.set(xlabel=of.column_label, ylabel=textwrap.fill(of.row_label, max(12, round(12 * height))))
     return figure, f"By {of.column_label} and {of.row_label}: {'; '.join(words)}"
 
 
@@ -242,13 +235,13 @@ def _series(of: figures.SeriesPlot) -> Drawn:
     columns = min(2, len(of.panels))
     rows = -(-len(of.panels) // columns)
     figure, frames = _frames(0.8 + 2.1 * rows, columns, rows, shared=True)
-    number = 0
+    numbers = itertools.count()
     kinds = list(dict.fromkeys(one.name for panel in of.panels for series in panel.series for one in series.baselines))
     for axes, panel in zip(frames, of.panels, strict=False):
         for place, one in enumerate(panel.series):
             shift = 0.08 * (place - (len(panel.series) - 1) / 2)
-            _draw_series(axes, one, _Style.of(number), shift, kinds, joined=of.joined)
-            number += 1
+            look = _look(next(numbers)) if of.joined else _points(next(numbers))
+            _draw_series(axes, one, look, shift, kinds)
         for of_level, (level, value) in enumerate(of.levels):
             axes.axhline(value, color=INK, linestyle=LINES[3 - of_level % 2], linewidth=1, label=level)
         for who, place, value in panel.published:
@@ -266,17 +259,15 @@ def _series(of: figures.SeriesPlot) -> Drawn:
     return figure, f"{of.y_label} by {of.x_label}. {values}"
 
 
-def _draw_series(
-    axes: Axes, one: figures.Series, look: _Style, shift: float, kinds: Sequence[str], *, joined: bool
-) -> None:
+def _draw_series(axes: Axes, one: figures.Series, look: dict[str, Any], shift: float, kinds: Sequence[str]) -> None:
     """A series and its baselines."""
-    line = look.line if joined else "none"
-    axes.errorbar([place + shift for place in one.places], one.means, yerr=one.halves or None, capsize=3,
-                  label=one.name, color=look.hue, marker=look.marker, linestyle=line)  # fmt: skip
+    places = [place + shift for place in one.places]
+    axes.errorbar(places, one.means, yerr=one.halves or None, capsize=3, label=one.name, **look)
     for baseline in one.baselines:
         marker, line = _BASELINE_STYLES[kinds.index(baseline.name) % len(_BASELINE_STYLES)]
-        axes.plot(baseline.places, baseline.means, color=look.hue, marker=marker, markersize=4, linewidth=1,
-                  linestyle=line if joined else "none", markerfacecolor=PAPER, label=baseline.name)  # fmt: skip
+        hollow = look | {"marker": marker, "markerfacecolor": PAPER, "markersize": 4, "linewidth": 1}
+        hollow["linestyle"] = "none" if look["linestyle"] == "none" else line
+        axes.plot(baseline.places, baseline.means, label=baseline.name, **hollow)
 
 
 def _name_places(axes: Axes, places: Sequence[str], columns: int) -> None:
@@ -306,15 +297,12 @@ def _in_words(places: Sequence[str], series: figures.Series) -> str:
 def _fits(of: figures.FitPlot) -> Drawn:
     figure, (axes,) = _frames(3.2)
     for number, fit in enumerate(of.fits):
-        look = _Style.of(number)
-        axes.plot([x for x, _ in fit.points], [y for _, y in fit.points], look.marker, color=look.hue, markersize=4)
-        axes.plot([x for x, _ in fit.curve], [y for _, y in fit.curve], color=look.hue, linestyle=look.line,
-                  marker=look.marker, markevery=[0], markersize=4, label=fit.name)  # fmt: skip
+        axes.plot(*zip(*fit.points, strict=True), **_points(number), markersize=4)
+        axes.plot(*zip(*fit.curve, strict=True), **_look(number), markevery=[0], markersize=4, label=fit.name)
     axes.set_xscale("log")
     axes.minorticks_off()
     axes.set_xticks(of.ticks, [f"{tick:g}" for tick in of.ticks])
-    axes.set_xlabel(of.x_label)
-    axes.set_ylabel(of.y_label)
+    axes.set(xlabel=of.x_label, ylabel=of.y_label)
     axes.legend(fontsize=8)
     ends = "; ".join(f"{fit.name} from {fit.curve[0][1]:.1f} to {fit.curve[-1][1]:.1f}" for fit in of.fits)
     return figure, f"{of.y_label} by {of.x_label}: {ends}"
@@ -323,15 +311,12 @@ def _fits(of: figures.FitPlot) -> Drawn:
 def _planes(of: figures.PlanePlot) -> Drawn:
     figure, frames = _frames(2.9, columns=len(of.planes))
     for axes, plane in zip(frames, of.planes, strict=True):
-        photos, texts = np.array(plane.photos), np.array(plane.texts)
-        ends = (np.stack([photos[:, axis], texts[:, axis]]) for axis in (0, 1))
-        axes.plot(*ends, color=INK, alpha=0.2, linewidth=0.4)
-        for number, (label, places) in enumerate((("photos", photos), ("texts", texts))):
-            look = _Style.of(number)
-            axes.plot(*places.T, look.marker, color=look.hue, markersize=2.5, label=label)
+        pairs = np.array([plane.photos, plane.texts])
+        axes.plot(pairs[..., 0], pairs[..., 1], color=INK, alpha=0.2, linewidth=0.4)
+        for number, label in enumerate(("photos", "texts")):
+            axes.plot(*pairs[number].T, **_points(number), markersize=2.5, label=label)
         axes.set_title(plane.title, fontsize=8)
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(xticks=[], yticks=[])
     figure.legend(*frames[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
     return figure, f"Pairs on a plane: {'; '.join(plane.title for plane in of.planes)}"
 
