@@ -8,7 +8,7 @@ instead of a thumbnail.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from saffe_cache.core.outputs import CONFIG, read_json
 from saffe_cache.core.results import Result
 from saffe_cache.evaluation.details import NAME, Details, read_details
 from saffe_cache.evaluation.results import EvaluationResult
+from saffe_cache.report.report import ReportConfig
 from saffe_cache.sources.decoding import thumbnail
 from saffe_cache.sources.items import Columns, Media
 from saffe_cache.sources.registry import read_named_items
@@ -31,24 +32,12 @@ NUM_BASELINES = 2
 _SEED = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Which queries galleries show."""
-
-    words: Sequence[str]
-    """Queries that contain one of these are shown."""
-    num_random: int
-    num_extreme: int
-    """Of the FAM's best queries, and as many of its worst."""
-
-
 @dataclass(frozen=True)
 class Shown:
     """One photo of a gallery."""
 
     place: int
     """In the photos of the details."""
-    rank: int
     is_relevant: bool
 
 
@@ -59,6 +48,7 @@ class Row:
     system: str
     metric: float
     photos: tuple[Shown, ...]
+    """In the order of their ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +88,7 @@ class Gallery:
     cache: str
     encoder: str
     """Key of the gallery's encoder in the cache."""
-    options: Options
+    options: ReportConfig
 
     @property
     def is_sound(self) -> bool:
@@ -107,8 +97,9 @@ class Gallery:
     @cached_property
     def cards(self) -> list[Card]:
         """The queries with the words asked for, the FAM's best and worst, and random ones, none twice."""
-        values = {name: float(of.metric.mean()) for name, of in self.details.systems.items() if name != "fam"}
-        ranked = sorted(values, key=lambda name: -values[name])
+        found = self.details.systems
+        others = [name for name in found if name != "fam"]
+        ranked = sorted(others, key=lambda name: -float(found[name].metric.mean()))
         systems = ["fam", *ranked[:NUM_BASELINES]]
         systems += [name for name in ("zero_shot", "pooled_cosine") if name in ranked[NUM_BASELINES:]]
         chosen = choose_queries(self.details, self.options)
@@ -134,7 +125,7 @@ class Gallery:
         return ("query", "class", *(f"{name}: {details.main_metric}" for name in details.systems)), rows
 
 
-def open_gallery(folder: Path, result: Result, options: Options) -> Gallery | None:
+def open_gallery(folder: Path, result: Result, options: ReportConfig) -> Gallery | None:
     """The gallery of an evaluation; None of other results, and where there are no details of single queries.
 
     Raises:
@@ -146,20 +137,20 @@ def open_gallery(folder: Path, result: Result, options: Options) -> Gallery | No
     return Gallery(read_details(folder), str(config.get("cache")), result.run.gallery_key, options)
 
 
-def choose_queries(details: Details, options: Options) -> dict[int, str]:
+def choose_queries(details: Details, options: ReportConfig) -> dict[int, str]:
     """Positions among the queries that are kept, and why each was chosen; a fixed seed decides between equals."""
     values = details.systems["fam"].metric[details.shown]
     order = np.random.default_rng(_SEED).permutation(len(values))
     best = order[np.argsort(-values[order], kind="stable")]
     chosen: dict[int, str] = {}
-    for words in options.words:
+    for words in options.queries:
         for position, text in enumerate(details.texts):
             if words.casefold() in text.casefold():
                 chosen[position] = "by its words"
     for why, positions, most in (
-        ("best", best, options.num_extreme),
-        ("worst", best[::-1], options.num_extreme),
-        ("random", order, options.num_random),
+        ("best", best, options.extreme_queries),
+        ("worst", best[::-1], options.extreme_queries),
+        ("random", order, options.random_queries),
     ):
         free = [int(position) for position in positions if int(position) not in chosen]
         chosen |= dict.fromkeys(free[:most], why)
@@ -167,14 +158,14 @@ def choose_queries(details: Details, options: Options) -> dict[int, str]:
 
 
 def _card(details: Details, position: int, why: str, systems: Sequence[str]) -> Card:
-    asking = int(details.asking[position])
-    number = int(details.shown[position])
+    asking, number = int(details.asking[position]), int(details.shown[position])
     rows = []
     for name in systems:
         of = details.systems[name]
         found = zip(of.first[position, :NUM_RESULTS], of.is_relevant[position, :NUM_RESULTS], strict=True)
-        photos = tuple(Shown(int(place), rank, bool(right)) for rank, (place, right) in enumerate(found, start=1))
-        rows.append(Row(name, float(of.metric[number]), photos))
+        rows.append(
+            Row(name, float(of.metric[number]), tuple(Shown(int(place), bool(right)) for place, right in found))
+        )
     return Card(
         why=why,
         number=number + 1,
@@ -204,19 +195,18 @@ class Album:
 
     def add(self, gallery: Gallery) -> None:
         """Find the photos of a gallery."""
-        wanted = {gallery.hash_of(place): gallery.details.photo_ids[place] for place in gallery.places}
-        wanted = {content: name for content, name in wanted.items() if content not in self.thumbnails}
+        names = {gallery.hash_of(place): gallery.details.photo_ids[place] for place in gallery.places}
+        wanted = {content: name for content, name in names.items() if content not in self.thumbnails}
         if gallery.is_sound:
             self.reasons |= dict.fromkeys(wanted, "a sound")
             return
-        found, failures = self._find(gallery, wanted)
+        found, problems, failure = _find(gallery, self.data, wanted)
         for content, name in wanted.items():
-            media = found.get(content)
-            if media is None:
-                self.reasons[content] = failures or found.ids.get(name, "not found in the data")
+            if content not in found:
+                self.reasons[content] = failure or problems.get(name, "not found in the data")
                 continue
             try:
-                data = media.read()
+                data = found[content].read()
                 if hashlib.sha256(data).digest() != content:
                     raise ValueError("its file is changing")
                 self.thumbnails[content] = thumbnail(data, SIDE)
@@ -225,52 +215,41 @@ class Album:
 
     def keep_first(self, wanted: Iterable[bytes]) -> None:
         """Keep as many thumbnails as fit into a page, in this order."""
-        kept: dict[bytes, bytes] = {}
-        size = 0
-        for content in wanted:
-            small = self.thumbnails.get(content)
-            if small is None or content in kept:
-                continue
-            size += len(small)
-            if size <= MOST_BYTES:
-                kept[content] = small
-            else:
-                self.reasons[content] = "left out to keep the page small"
-        self.thumbnails = kept
-
-    def _find(self, gallery: Gallery, wanted: dict[bytes, str]) -> tuple[_Found, str]:
-        """The files, and why some places could not be read."""
-        found, failures = _Found(), []
-        try:
-            places = _places(gallery, self.data)
-        except (CacheError, ValueError, TypeError, KeyError, OSError) as error:
-            return found, f"the cache does not say where its data are ({error})"
-        for data, columns in places:
-            left = {name for content, name in wanted.items() if content not in found.media}
-            if not left:
-                break
-            try:
-                items = read_named_items(data, columns, left)
-            except (ValueError, OSError) as error:
-                failures.append(str(error))
-                continue
-            for item in items:
-                found.ids[item.id] = "its file has changed since it was extracted"
-                if "image" not in item.hashes:
-                    found.ids[item.id] = item.problem or "it has no photo now"
+        size, found, self.thumbnails = 0, self.thumbnails, {}
+        for content in dict.fromkeys(wanted):
+            if content in found:
+                size += len(found[content])
+                if size <= MOST_BYTES:
+                    self.thumbnails[content] = found[content]
                 else:
-                    found.media[item.hashes["image"]] = item.media["image"]
-        return found, " ".join(failures) if not found.ids else ""
+                    self.reasons[content] = "left out to keep the page small"
 
 
-@dataclass
-class _Found:
-    media: dict[bytes, Media] = field(default_factory=dict)
-    ids: dict[str, str] = field(default_factory=dict)
-    """The items that were read, and why each lacks the photo."""
-
-    def get(self, content: bytes) -> Media | None:
-        return self.media.get(content)
+def _find(
+    gallery: Gallery, data: Sequence[str], wanted: Mapping[bytes, str]
+) -> tuple[dict[bytes, Media], dict[str, str], str]:
+    """Photos by content hash, why each item that was read lacks the photo, and why no place could be read."""
+    found: dict[bytes, Media] = {}
+    problems: dict[str, str] = {}
+    failures = []
+    try:
+        places = _places(gallery, data)
+    except (CacheError, ValueError, TypeError, KeyError, OSError) as error:
+        return found, problems, f"the cache does not say where its data are ({error})"
+    for place, columns in places:
+        left = {name for content, name in wanted.items() if content not in found}
+        try:
+            items = read_named_items(place, columns, left) if left else ()
+        except (ValueError, OSError) as error:
+            failures.append(str(error))
+            continue
+        for item in items:
+            problems[item.id] = "its file has changed since it was extracted"
+            if "image" in item.hashes:
+                found[item.hashes["image"]] = item.media["image"]
+            else:
+                problems[item.id] = item.problem or "it has no photo now"
+    return found, problems, "" if problems else " ".join(failures)
 
 
 def _places(gallery: Gallery, data: Sequence[str]) -> list[tuple[str, Columns]]:

@@ -24,9 +24,10 @@ from saffe_cache.core.features import CacheError, printable
 from saffe_cache.core.outputs import CONFIG, RESULT, read_json
 from saffe_cache.core.results import Measurement, Result, Section
 from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, percent, size
-from saffe_cache.extraction.ledger import Reencoding, extraction_seconds, reencoding
-from saffe_cache.report.gallery import Album, Gallery, Options, open_gallery
+from saffe_cache.extraction.ledger import extraction_seconds, reencoding
+from saffe_cache.report.gallery import Album, Gallery, open_gallery
 from saffe_cache.report.plots import Plot, draw
+from saffe_cache.report.report import ReportConfig
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.result import TrainResult
 from saffe_cache.verbs import VERBS, load_result
@@ -88,17 +89,13 @@ def find_results(folders: Iterable[str]) -> list[Found]:
     """
     found: dict[Path, Result] = {}
     for folder in map(Path, folders):
-        below = sorted(folder.glob(f"*/{RESULT}"))
-        places = [folder] if (folder / RESULT).exists() else []
-        places += [path.parent for path in below]
+        places = [path.parent for path in (folder / RESULT, *sorted(folder.glob(f"*/{RESULT}"))) if path.exists()]
         if not places:
             writers = ", ".join(f"saffe {name}" for name, verb in VERBS.items() if verb.result)
             lack = f"no {RESULT} is in it or in a folder directly below" if folder.exists() else "nothing is there"
             raise ValueError(f"{folder}: {lack}. Give an output folder of {writers}.")
-        parent = folder.resolve().parent
-        if (parent / RESULT).exists():
-            places.append(parent)
-        for place in places:
+        run = folder.resolve().parent
+        for place in (*places, run) if (run / RESULT).exists() else places:
             if place.resolve() not in found:
                 found[place.resolve()] = load_result(place)
     ordered = sorted(found.items(), key=lambda item: (item[1].verb == "train", item[1].verb != "evaluate"))
@@ -106,33 +103,37 @@ def find_results(folders: Iterable[str]) -> list[Found]:
     return [Found(path=path, name=name, result=of) for (path, of), name in zip(ordered, names, strict=True)]
 
 
-def make_content(found: Sequence[Found], album: Album, options: Options) -> Content:
+def make_content(found: Sequence[Found], config: ReportConfig) -> Content:
     """Everything but the page itself."""
-    content = Content(
-        notices=_notices(found), num_controls=sum(map(_num_controls, found)), parts=[], album=album, files={}
-    )
-    counts: dict[str, int] = {}
+    parts: list[Part] = []
+    files: dict[str, bytes] = {}
+    by_verb: dict[str, list[Found]] = {}
     for one in found:
-        number = counts[one.result.verb] = counts.get(one.result.verb, 0) + 1
-        anchor = f"{one.result.verb}-{number}"
-        parts = _parts(anchor, one.result.page_sections(one.path), one.name)
-        parts[0].gallery = open_gallery(one.path, one.result, options)
-        content.parts += parts
-        content.files[f"{anchor}.csv"] = as_csv(Measurement._fields, one.result.measurements())
-        if parts[0].gallery:
-            content.files[f"{anchor}-queries.csv"] = as_csv(*parts[0].gallery.queries())
-    for verb, number in counts.items():
-        same = {one.name: one.result for one in found if one.result.verb == verb}
-        if number > 1:
-            content.parts += _parts(f"{verb}-all", type(next(iter(same.values()))).compare(same))
-    costs = costs_section({one.name: (one.path, one.result) for one in found})
-    if costs:
-        content.parts += _parts("costs", [costs])
-    for part in content.parts:
+        same = by_verb.setdefault(one.result.verb, [])
+        same.append(one)
+        anchor = f"{one.result.verb}-{len(same)}"
+        own = _parts(anchor, one.result.page_sections(one.path), one.name)
+        own[0].gallery = gallery = open_gallery(one.path, one.result, config)
+        parts += own
+        files[f"{anchor}.csv"] = as_csv(Measurement._fields, one.result.measurements())
+        if gallery:
+            files[f"{anchor}-queries.csv"] = as_csv(*gallery.queries())
+    for verb, same in by_verb.items():
+        if len(same) > 1:
+            parts += _parts(f"{verb}-all", type(same[0].result).compare({one.name: one.result for one in same}))
+    trained = by_verb.get(TrainResult.verb, [])
+    parts += _parts("costs", [_costs_section(trained)] if trained else [])
+    for part in parts:
         for figure, plot in zip(part.section.figures, part.plots, strict=True):
-            content.files[f"{plot.name}.json"] = json.dumps(asdict(figure), default=list).encode()
-    _add_photos(content)
-    return content
+            files[f"{plot.name}.json"] = json.dumps(asdict(figure), default=list).encode()
+    album, notes = _find_photos({part.name: part.gallery for part in parts if part.gallery}, config.data)
+    return Content(
+        notices=[*_notices(found), *notes],
+        num_controls=sum(map(_num_controls, found)),
+        parts=parts,
+        album=album,
+        files=files,
+    )
 
 
 def _parts(anchor: str, sections: Sequence[Section], name: str = "") -> list[Part]:
@@ -170,21 +171,20 @@ def _num_controls(found: Found) -> int:
     return len({(one.setting, one.system) for one in measured if one.system.startswith("control: ")})
 
 
-def _add_photos(content: Content) -> None:
-    """Find the photos of all galleries, and add notes on missing ones."""
-    parts = [part for part in content.parts if part.gallery]
-    for part in parts:
-        assert part.gallery
-        content.album.add(part.gallery)
-    content.album.keep_first(_in_turn([part.gallery for part in parts if part.gallery]))
-    for part in parts:
-        assert part.gallery
-        hashes = part.gallery.hashes()
-        reasons = [content.album.reasons[one] for one in hashes if one not in content.album.thumbnails]
-        if reasons and not part.gallery.is_sound:
+def _find_photos(galleries: Mapping[str, Gallery], data: Sequence[str]) -> tuple[Album, list[Notice]]:
+    """The photos of all galleries, which are given by their part's name, and notes on missing ones."""
+    album, notes = Album(data), []
+    for gallery in galleries.values():
+        album.add(gallery)
+    album.keep_first(_in_turn(list(galleries.values())))
+    for name, gallery in galleries.items():
+        hashes = gallery.hashes()
+        reasons = [album.reasons[one] for one in hashes if one not in album.thumbnails]
+        if reasons and not gallery.is_sound:
             common = max(sorted(set(reasons)), key=reasons.count)
             text = f"{len(reasons)} of the {len(hashes)} photos of its gallery are not shown: {common}."
-            content.notices.append(Notice("note", part.name, text))
+            notes.append(Notice("note", name, text))
+    return album, notes
 
 
 def _in_turn(galleries: Sequence[Gallery]) -> Iterator[bytes]:
@@ -236,56 +236,35 @@ _LEAD = (
 _HEADER = ("", "trainable parameters", "training", "extraction", "cache", "photos seen", "re-encoding at every step")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Paid:
-    """What the encoders cost once, and would have cost in the loop."""
-
-    extraction_seconds: float
-    cache_bytes: int
-    """Of hidden states, vectors and offsets."""
-    in_loop: Reencoding
+def _costs_section(trained: Iterable[Found]) -> Section:
+    """The costs of all trainings among the results."""
+    table = Table("What was paid, and what re-encoding would have cost.", _HEADER, tuple(map(_costs, trained)))
+    return Section(title="Cost ledger", lead=_LEAD, tables=[table])
 
 
-def costs_section(results: Mapping[str, tuple[Path, Result]]) -> Section | None:
-    """The costs of all trainings among some results, by short name; None where there are none."""
-    rows = [_row(name, path, of) for name, (path, of) in results.items() if isinstance(of, TrainResult)]
-    table = Table("What was paid, and what re-encoding would have cost.", _HEADER, tuple(rows))
-    return Section(title="Cost ledger", lead=_LEAD, tables=[table]) if rows else None
-
-
-def _row(name: str, folder: Path, result: TrainResult) -> Row:
+def _costs(found: Found) -> Row:
+    """Of one training; what its cache does not say is absent, with the reason."""
+    result = found.result
+    assert isinstance(result, TrainResult)
     cells = [
         Cell(f"{result.trainable_parameters / 1e6:.2f} M"),
         Cell(duration(result.seconds), f"{result.peak_memory_mb:,} MB"),
     ]
     try:
-        paid = _paid(folder, result)
+        content = read_json(found.path / CONFIG)
+        cache = open_cache(str(content["config"]["cache"]))
+        gallery, text = (cache.encoders[content["run"][f"{side}_key"]] for side in ("gallery", "text"))
+        in_loop = reencoding(gallery, text, [vars(result)])
+        if in_loop is None:
+            raise ValueError("nothing in the cache says how long its encoders take")
     except (CacheError, ValueError, TypeError, KeyError, OSError) as error:
-        return Row(Cell(name), (*cells, Cell(ABSENT, str(error)), *[Cell(ABSENT)] * 3))
-    times = paid.in_loop.seconds / result.seconds if result.seconds else 0.0
-    cells += [
-        Cell(duration(paid.extraction_seconds), "once, for all runs"),
-        Cell(size(paid.cache_bytes)),
-        Cell(f"{paid.in_loop.photos_seen:,}", f"and {paid.in_loop.texts_seen:,} texts"),
-        Cell(duration(paid.in_loop.seconds), f"{times:.0f} times its training"),
-    ]
-    return Row(Cell(name), tuple(cells))
-
-
-def _paid(folder: Path, result: TrainResult) -> _Paid:
-    """
-    Raises:
-        CacheError, ValueError, TypeError, KeyError, OSError: the cache cannot be read, or does not say.
-    """
-    content = read_json(folder / CONFIG)
-    cache = open_cache(str(content["config"]["cache"]))
-    gallery, text = (cache.encoders[content["run"][f"{side}_key"]] for side in ("gallery", "text"))
-    in_loop = reencoding(gallery, text, [vars(result)])
-    if in_loop is None:
-        raise ValueError("nothing in the cache says how long its encoders take")
+        return Row(Cell(found.name), (*cells, Cell(ABSENT, str(error)), *[Cell(ABSENT)] * 3))
     arrays = [array for encoder in (gallery, text) for array in encoder.manifest.arrays.values()]
-    return _Paid(
-        extraction_seconds=extraction_seconds(cache),
-        cache_bytes=sum(array.rows * array.spec.row_bytes for array in arrays),
-        in_loop=in_loop,
-    )
+    times = in_loop.seconds / result.seconds if result.seconds else 0.0
+    cells += [
+        Cell(duration(extraction_seconds(cache)), "once, for all runs"),
+        Cell(size(sum(array.rows * array.spec.row_bytes for array in arrays))),
+        Cell(f"{in_loop.photos_seen:,}", f"and {in_loop.texts_seen:,} texts"),
+        Cell(duration(in_loop.seconds), f"{times:.0f} times its training"),
+    ]
+    return Row(Cell(found.name), tuple(cells))

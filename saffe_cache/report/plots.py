@@ -175,8 +175,8 @@ def _training(of: figures.TrainingPlot) -> Drawn:
 def _classes(of: figures.ClassPlot) -> Drawn:
     figure, (axes,) = _frames(0.7 + 0.2 * len(of.classes))
     for number, (system, values) in enumerate(of.systems):
-        face = {} if number == 0 else {"markerfacecolor": PAPER}
-        axes.plot(values, range(len(values)), **_points(number), **face, label=system)
+        look = _points(number) | ({"markerfacecolor": PAPER} if number else {})
+        axes.plot(values, range(len(values)), **look, label=system)
     _name_rows(axes, of.classes)
     axes.set_xlabel(of.label)
     _draw_legend(figure, [axes])

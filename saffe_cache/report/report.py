@@ -52,14 +52,12 @@ def make_report(config: ReportConfig) -> str:
         OSError: the disk is full or gone, or another process writes to the output folder.
     """
     try:
-        from saffe_cache.report.gallery import Album, Options
         from saffe_cache.report.page import find_results, make_content, render
     except ImportError as error:
         if error.name not in _EXTRA:
             raise
         raise ImportError(f"saffe report needs the package {error.name}: pip install 'saffe-cache[report]'.") from None
-    options = Options(words=config.queries, num_random=config.random_queries, num_extreme=config.extreme_queries)
-    content = make_content(find_results(config.runs), Album(config.data), options)
+    content = make_content(find_results(config.runs), config)
     page = render(content, config.title)
     out = Path(config.out)
     with hold_folder(out):
