@@ -12,7 +12,7 @@ from synthetic_cache import make_cache
 from saffe_cache.inputs.pairs import select_pairs
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.studies.matching.config import MatchConfig
-from saffe_cache.studies.matching.examples import PairTokens, PairVectors, draw_examples, draw_judged
+from saffe_cache.studies.matching.examples import Inputs, PairVectors, draw_examples, draw_judged
 from saffe_cache.studies.matching.fusions import fit, scores_of
 
 
@@ -25,7 +25,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 def test_tokens_and_vectors_match_their_rows(cache: Cache) -> None:
     photo, text = cache.encoder("image"), cache.encoder("text")
     photo_rows, text_rows = np.array([2, 3, 7, 30]), np.array([0, 4, 5, 11, 20])
-    tokens = PairTokens.read(photo, text, photo_rows, text_rows, (3, 2))
+    tokens = Inputs.read_tokens(photo, text, photo_rows, text_rows, (3, 2))
     asked = np.array([30, 2, 2]), np.array([4, 20, 0])
     photos, texts, mask = tokens.batch(*asked)
     deviation = photo.array("hidden_states/3").read(np.arange(70)).std()
@@ -41,7 +41,7 @@ def test_tokens_and_vectors_match_their_rows(cache: Cache) -> None:
         assert np.allclose(texts[place, : len(own)], own, atol=0.02)
         assert not texts[place, len(own) :].any()
     vectors = PairVectors.read(photo, text, photo_rows, text_rows)
-    photos, texts, mask = vectors.batch(*asked)
+    photos, texts, mask = vectors.inputs.batch(*asked)
     own = photo.vectors(asked[0])
     assert torch.allclose(photos.norm(dim=2), torch.tensor(photo.manifest.hidden_size**0.5))
     assert np.allclose(photos[:, 0] / photos.norm(dim=2), own / np.linalg.norm(own, axis=1, keepdims=True), atol=1e-5)
@@ -56,11 +56,11 @@ def test_weights_of_best_epoch_are_kept_and_repeatable(cache: Cache) -> None:
     config = MatchConfig(cache="c", out="o", epochs=6, batch_size=16, learning_rate=0.01)
     training, validation = draw_examples(train, 80, 1, 0), draw_judged(judged, 1, 0)
     (first, fitted), (again, _), (other, _) = (
-        fit("concat", vectors, training, validation, config, seed, "cpu") for seed in (0, 0, 1)
+        fit("concat", vectors.inputs, training, validation, config, seed, "cpu") for seed in (0, 0, 1)
     )
     assert fitted.scores[fitted.best_epoch - 1] == max(fitted.scores)
-    scores = scores_of(first, vectors, validation, "cpu")
+    scores = scores_of(first, vectors.inputs, validation, "cpu")
     assert ((scores > 0) == validation.labels).mean() == pytest.approx(max(fitted.scores))
     assert fitted.losses[-1] < fitted.losses[0]
-    assert np.array_equal(scores, scores_of(again, vectors, validation, "cpu"))
-    assert not np.allclose(scores, scores_of(other, vectors, validation, "cpu"))
+    assert np.array_equal(scores, scores_of(again, vectors.inputs, validation, "cpu"))
+    assert not np.allclose(scores, scores_of(other, vectors.inputs, validation, "cpu"))

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
@@ -65,12 +66,8 @@ def matching_examples(pairs: Pairs) -> Examples:
 def draw_examples(pairs: Pairs, count: int, negatives: int, seed: int) -> Examples:
     """For training: photos with one or several of their texts. A smaller set's matching pairs are among a larger's.
 
-    Args:
-        pairs: to draw from.
-        count: of examples, including those with another's text. If few texts allow no other assignment, each is used
-            equally often, and up to one of each stays unused.
-        negatives: texts of others for each of its own.
-        seed: of the choice and the order.
+    `count` includes the examples with another's text, `negatives` for each of its own. If few texts allow no other
+    assignment, each is used equally often, and up to one of each stays unused.
 
     Raises:
         ValueError: there are too few, or no such assignment exists.
@@ -189,8 +186,6 @@ def _flown(
     return assigned
 
 
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Photos [n, tokens, d], texts [n, tokens, d], the texts' mask, bool [n, tokens]."""
 Kind = Literal["clean", "noise", "rotation"]
 _ROWS_AT_ONCE = 512
 _FIRST_ZERO = 3.8317
@@ -230,16 +225,6 @@ def partial_rotation(width: int, turn: float, generator: np.random.Generator) ->
     drawn = generator.standard_normal((width, width))
     skew = (drawn - drawn.T) / np.sqrt(2)  # its spectrum ends at 2 sqrt(d)
     return np.asarray(expm(turn * _FIRST_ZERO * skew / (2 * np.sqrt(width))), np.float32)
-
-
-class Inputs(Protocol):
-    """Photos and texts by their rows in the encoders' arrays."""
-
-    def batch(self, photos: np.ndarray, texts: np.ndarray) -> Batch: ...
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        """Of photos and of texts."""
 
 
 @dataclass(frozen=True)
@@ -308,13 +293,12 @@ class PairVectors:
             found["other_pairs"] = _mean_cosine(self.of_photos(photos), np.roll(self.of_texts(texts), 1, axis=0))
         return found
 
-    def batch(self, photos: np.ndarray, texts: np.ndarray) -> Batch:
+    @cached_property
+    def inputs(self) -> Inputs:
         """Sequences of one, of length sqrt(d), so that coordinates are about 1, as starting weights expect."""
-        first, second = (
-            torch.from_numpy(vectors * np.float32(vectors.shape[1] ** 0.5))[:, None]
-            for vectors in (self.of_photos(photos), self.of_texts(texts))
-        )
-        return first, second, torch.ones(len(texts), 1, dtype=torch.bool)
+        photos, texts = (of * np.float32(of.shape[1] ** 0.5) for of in (self.photos, self.texts))
+        arrays = (torch.from_numpy(photos)[:, None], torch.from_numpy(texts)[:, None], torch.ones(len(texts)))
+        return Inputs(self.photo_rows, self.text_rows, *arrays)
 
 
 def _mean_cosine(first: np.ndarray, second: np.ndarray) -> float:
@@ -322,36 +306,46 @@ def _mean_cosine(first: np.ndarray, second: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class PairTokens:
-    """Hidden states of one layer, divided by their deviation, in half precision to halve the memory."""
+class Inputs:
+    """What fusions are given of some photos and texts: sequences of vectors."""
 
     photo_rows: np.ndarray
+    """Ascending: the row in the encoder's arrays of each of `photos`."""
     text_rows: np.ndarray
     photos: torch.Tensor
-    """float16 [photos, tokens, d]"""
+    """[photos, tokens, d]"""
     texts: torch.Tensor
-    """float16 [texts, tokens, d], padded with zeros."""
+    """[texts, tokens, d], padded with zeros."""
     lengths: torch.Tensor
-    """int64 [texts]"""
+    """[texts]"""
 
     @staticmethod
-    def read(
+    def read_tokens(
         photo: EncoderCache, text: EncoderCache, photo_rows: np.ndarray, text_rows: np.ndarray, layers: tuple[int, int]
-    ) -> PairTokens:
-        """Hidden states of one layer of each.
+    ) -> Inputs:
+        """Hidden states of one layer of each, divided by their deviation, in half precision to halve the memory.
 
         Raises:
             CacheError: one is not cached.
         """
         photos, texts = _read(photo, photo_rows, layers[0]), _read(text, text_rows, layers[1])
-        return PairTokens(photo_rows, text_rows, photos, texts, torch.from_numpy(np.diff(text.offsets)[text_rows]))
+        return Inputs(photo_rows, text_rows, photos, texts, torch.from_numpy(np.diff(text.offsets)[text_rows]))
 
     @property
     def widths(self) -> tuple[int, int]:
+        """Of photos and of texts."""
         return self.photos.shape[2], self.texts.shape[2]
 
-    def batch(self, photos: np.ndarray, texts: np.ndarray) -> Batch:
-        """Padded to the longest of these texts."""
+    @property
+    def num_tokens(self) -> tuple[int, int]:
+        """Of a photo, and of a text on average."""
+        return self.photos.shape[1], round(float(self.lengths.float().mean()))
+
+    def batch(self, photos: np.ndarray, texts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Photos and texts of these rows, float32 [n, tokens, d], and the texts' mask, bool [n, tokens].
+
+        Texts are padded to the longest of these.
+        """
         at_photos, at_texts = np.searchsorted(self.photo_rows, photos), np.searchsorted(self.text_rows, texts)
         lengths = self.lengths[at_texts]
         longest = int(lengths.max())

@@ -38,7 +38,6 @@ from saffe_cache.studies.matching.examples import (
     Degradation,
     Examples,
     Inputs,
-    PairTokens,
     PairVectors,
     draw_judged,
     matching_examples,
@@ -212,11 +211,11 @@ class Bench:
         return self.clean if degradation.kind == "clean" else self.clean.degraded(degradation, seed)
 
     @cached_property
-    def tokens(self) -> PairTokens:
+    def tokens(self) -> Inputs:
         """Of the photos and texts of the cells that need them."""
         drawn = [examples for cell in self.cells if cell.system == "tokens" for examples in self.examples(cell)]
         photos, texts = (np.unique(np.concatenate([getattr(one, of) for one in drawn])) for of in ("photos", "texts"))
-        return PairTokens.read(self.photo, self.text, photos, texts, self.layers)
+        return Inputs.read_tokens(self.photo, self.text, photos, texts, self.layers)
 
     def examples(self, cell: CellPlan) -> tuple[Examples, Examples, Examples]:
         """See `examples_of`."""
@@ -229,11 +228,9 @@ class Bench:
         return judge_alignment(self.own, self.parts["aligning"], self.alignment_map, test)
 
     def cost(self, fusion: str, query_modality: QueryModality) -> MatchCost:
-        """Of a fusion at these widths, and of tokens at the number of a photo's and of a text's on average."""
-        if fusion != "tokens":
-            return measure_cost(fusion, self.clean.widths, (1, 1), query_modality)
-        counts = self.tokens.photos.shape[1], round(float(self.tokens.lengths.float().mean()))
-        return measure_cost(fusion, self.tokens.widths, counts, query_modality)
+        """Of a fusion at the inputs' widths and numbers of tokens."""
+        inputs = self.tokens if fusion == "tokens" else self.clean.inputs
+        return measure_cost(fusion, inputs.widths, inputs.num_tokens, query_modality)
 
     @property
     def planes(self) -> tuple[str, ...]:
@@ -260,7 +257,7 @@ def measure_cell(bench: Bench, cell: CellPlan, config: MatchConfig, device: str)
         baselines = fit_baselines(vectors, training, validation)
         found = {name: (one.scores, one.threshold, {"chosen": one.chosen}) for name, one in baselines.items()}
     else:
-        inputs: Inputs = bench.tokens if cell.system == "tokens" else vectors
+        inputs = bench.tokens if cell.system == "tokens" else vectors.inputs
         model, fitted = fit(cell.system, inputs, training, validation, config, cell.seed, device)
         how = {"best_epoch": fitted.best_epoch, "validation_accuracy": fitted.scores, "losses": fitted.losses}
         found = {cell.system: (partial(scores_of, model, inputs, device=device), 0.0, how)}
