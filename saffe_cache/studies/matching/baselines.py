@@ -101,13 +101,9 @@ def _cross_fitted(vectors: PairVectors, strength: float, training: Examples) -> 
 
 
 def judge_alignment(vectors: PairVectors, others: Pairs, ridge: LinearMap, test: Examples) -> MadeAlignment:
-    """AUC of the cosine on the report's pairs: before, after, and after maps of permuted pairs.
+    """AUC of the cosine on the report's pairs: of the encoders' own vectors, after the map, and after permuted ones.
 
-    Args:
-        vectors: the encoders' own.
-        others: the photos that the map was fitted on.
-        ridge: the map.
-        test: pairs of the report.
+    `others` are the photos that the map was fitted on.
     """
 
     def auc(of: PairVectors) -> float:

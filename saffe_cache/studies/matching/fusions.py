@@ -87,7 +87,10 @@ class Cross(nn.Module):
             queries = found = self.inner_norm(queries + found)
         found = self.output(found)
         found = self.norm(queries + found if self.has_residual else found)
-        return self.head(_masked_mean(found, text_mask) if from_text else found.mean(dim=1))
+        if not from_text:
+            return self.head(found.mean(dim=1))
+        weights = text_mask.to(found.dtype)[..., None]
+        return self.head((found * weights).sum(dim=1) / weights.sum(dim=1))
 
 
 class CrossEquations(nn.Module):
@@ -121,31 +124,14 @@ def _head(hidden: int, *, is_linear: bool = False) -> nn.Sequential:
     return nn.Sequential(*entry, nn.Linear(HIDDEN, hidden), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(hidden, 2))
 
 
-def _masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    weights = mask.to(tokens.dtype)[..., None]
-    return (tokens * weights).sum(dim=1) / weights.sum(dim=1)
-
-
 def fit(
-    name: str,
-    inputs: Inputs,
-    training: Examples,
-    validation: Examples,
-    config: MatchConfig,
-    seed: int,
-    device: str,
+    name: str, inputs: Inputs, training: Examples, validation: Examples, config: MatchConfig, seed: int, device: str
 ) -> tuple[nn.Module, Fitted]:
     """Train on pairs by AdamW with a cosine schedule, as the paper does. The same seed repeats the weights on a device.
 
-    By default the rest differs (arXiv 2606.01207, sec. 4.4):
-
-    | | here | the paper |
-    |---|---|---|
-    | batch | 128 pairs | 32; `--batch-size 32` |
-    | seeds | 0, 1, 2 | 42, 123, 456; `--seeds 42,123,456` |
-    | parts | three, by photo: to train on, to choose on, to report on | two, 80/20 at random |
-    | epoch | the best by accuracy on photos to choose on | not stated; apparently the last |
-    | vectors | of length sqrt(d), see `features` | not stated; of unit length where noise is added (eq. 4) |
+    By default the rest differs from the paper (sec. 4.4): batches are of 128 pairs, not 32; seeds are 0, 1, 2, not 42,
+    123, 456; there are three parts by photo, not two at random, 80/20; the epoch is the best on the second part, and
+    apparently the last there; vectors are of length sqrt(d), and of unit length there where noise is added (eq. 4).
     """
     generator, labels = np.random.default_rng([seed, 4]), torch.from_numpy(training.labels).to(device)
     total, steps = config.epochs * -(-len(training) // config.batch_size), count()

@@ -129,8 +129,8 @@ class MatchResult(StudyResult, Findings):
     def _size_plot(self) -> SeriesPlot:
         settings = of_first_ratio(self.settings)
         caption = f"Accuracy at 1:{settings[0].negatives} by the number of training pairs"
-        level = ("chance", 100 * settings[0].chance)
-        return _accuracy_plot("sizes", caption, settings, "training pairs", [f"{one.scale}" for one in settings], level)
+        places = [f"{one.scale}" for one in settings]
+        return _accuracy_plot("sizes", caption, settings, "training pairs", places, "chance")
 
     def _error_plot(self) -> FitPlot:
         settings = of_first_ratio(self.settings)
@@ -176,14 +176,12 @@ def _setting_table(setting: MatchSetting) -> Table:
 
 
 def _accuracy_plot(
-    name: str,
-    caption: str,
-    settings: Sequence[MatchSetting],
-    x_label: str,
-    places: Sequence[str],
-    level: tuple[str, float],
+    name: str, caption: str, settings: Sequence[MatchSetting], x_label: str, places: Sequence[str], chance: str
 ) -> SeriesPlot:
-    """Accuracies, at a place for each setting, of the drawn systems that the last setting or several have."""
+    """Accuracies, at a place for each setting, of the drawn systems that the last setting or several have.
+
+    `chance` names the line: chance, or the majority class.
+    """
     seeds = "with its 95 % t-interval over seeds" if settings[0].num_seeds > 1 else "one seed"
     found = {name: [one.systems.get(name, {}).get("accuracy") for one in settings] for name in _DRAWN}
     series = [series_of(name, of) for name, of in found.items() if of[-1] or len(of) - of.count(None) > 1]
@@ -193,20 +191,18 @@ def _accuracy_plot(
         x_label=x_label,
         y_label="accuracy, percent",
         panels=[Panel(places, series)],
-        levels=[level],
+        levels=[(chance, 100 * (settings[0].chance if chance == "chance" else settings[0].majority))],
         joined=True,
     )
 
 
 def _degradation_plot(levels: Sequence[MatchSetting], kind: str) -> SeriesPlot:
     cosines = [one.alignment.get("photos_with_clean") for one in levels]
-    places = [
-        f"{one.level:g}" if cosine is None else f"{one.level:g}\n({cosine:.2f})"
-        for one, cosine in zip(levels, cosines, strict=True)
-    ]
+    notes = ["" if cosine is None else f"\n({cosine:.2f})" for cosine in cosines]
+    places = [f"{one.level:g}{note}" for one, note in zip(levels, notes, strict=True)]
     caption = f"{_EFFECTS[kind]}: accuracy at {levels[0].scale} pairs"
-    label, level = f"{kind} (mean cosine with the clean photos)", ("majority class", 100 * levels[0].majority)
-    return _accuracy_plot(kind, caption, levels, label, places, level)
+    label = f"{kind} (mean cosine with the clean photos)"
+    return _accuracy_plot(kind, caption, levels, label, places, "majority class")
 
 
 def _plane_plot(planes: Mapping[str, Plane]) -> PlanePlot:

@@ -5,6 +5,7 @@ All controls are of the AUC, since accuracy at a ratio of 1:5 rewards always say
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,12 +22,9 @@ _FALSE_ALARMS = {False: 1e-3, True: 1e-2}
 
 
 def judge(scores: np.ndarray, labels: np.ndarray, threshold: float = 0.0) -> dict[str, float]:
-    """Fractions. Pairs above the threshold count as matches; AUC needs none.
+    """Fractions, of pairs' scores [n] and labels, which are 1 where they belong together.
 
-    Args:
-        scores: of pairs, [n]; higher for more similar ones.
-        labels: 1 where they belong together, else 0.
-        threshold: chosen elsewhere.
+    Pairs above the threshold, which is chosen elsewhere, count as matches; AUC needs none.
     """
     called = scores > threshold
     found = {
@@ -76,12 +74,8 @@ def permuted_error(num_matches: int, num_others: int, num_kinds: int) -> float:
     """Error of a seed's AUC after training on permuted data.
 
     A model that learned nothing still orders its inputs. It treats photos of one class alike, and texts of one class
-    too: that is an order of few things, good or bad by chance.
-
-    Args:
-        num_matches: matching pairs of the test.
-        num_others: its other pairs.
-        num_kinds: of the test's photos, as distinguished by their texts: classes, or all photos with captions.
+    too: that is an order of few things, good or bad by chance. `num_kinds` are the test's photos, as distinguished by
+    their texts: classes, or all photos with captions.
     """
     return auc_error(min(num_matches, num_kinds), min(num_others, num_kinds * (num_kinds - 1)))
 
@@ -118,20 +112,14 @@ def judge_controls(controls: Sequence[Trials]) -> list[Control]:
     level, three seeds could hardly ever decide. A control is undecided with one seed of a trained one, and wherever
     the tolerance admits any AUC.
     """
+    counts = Counter(one.is_trained for one in controls)
     judged = []
     for one in controls:
-        count = sum(other.is_trained == one.is_trained for other in controls)
-        tolerance = _tolerance(one, 1 - _FALSE_ALARMS[one.is_trained] / (2 * count))
+        num_seeds, level = len(one.values), 1 - _FALSE_ALARMS[one.is_trained] / (2 * counts[one.is_trained])
+        tolerance = float(norm.ppf(level) * one.error / num_seeds**0.5)
+        if one.is_trained:
+            spread = np.std(one.values, ddof=1) / num_seeds**0.5 if num_seeds > 1 else np.inf
+            tolerance = max(tolerance, float(t.ppf(level, max(1, num_seeds - 1)) * spread))
         mean = float(np.mean(one.values))
         judged.append(Control.within(one.name, "AUC", mean, 0.5, tolerance if tolerance < 0.5 else None))
     return judged
-
-
-def _tolerance(control: Trials, level: float) -> float:
-    num_seeds = len(control.values)
-    known = float(norm.ppf(level) * control.error / num_seeds**0.5)
-    if not control.is_trained:
-        return known
-    if num_seeds == 1:
-        return float("inf")
-    return max(known, float(t.ppf(level, num_seeds - 1) * np.std(control.values, ddof=1) / num_seeds**0.5))

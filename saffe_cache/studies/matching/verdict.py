@@ -68,26 +68,18 @@ class Features:
 def summarise(
     cells: Mapping[CellPlan, MatchCell], features: Features, num_kinds: int, made: MadeAlignment | None
 ) -> Findings:
-    """Everything that follows from the cells.
+    """Everything that follows from all cells.
 
-    Args:
-        cells: all of them.
-        features: that they were measured on.
-        num_kinds: of the test's photos.
-        made: what made the features pre-aligned, if anything did.
+    `num_kinds`: of the test's photos. `made`: what made the features pre-aligned, if anything did.
     """
     settings = _settings(cells)
     accuracies = _accuracies(settings)
     contenders = [name for name in accuracies if _is_contender(name)]
     rule = judge_rule(features, accuracies, contenders)
     trends = [trend for kind in ("noise", "rotation") for trend in _trends(settings, kind)]
-    errors = {
-        name: {scale: [1 - value for value in values] for scale, values in of.items()}
-        for name, of in accuracies.items()
-    }
-    crossovers = [
-        compare_risks(errors[CONCAT], errors[name], (CONCAT, name)) for name in contenders if CONCAT in errors
-    ]
+    errors = {name: {size: [1 - one for one in of[size]] for size in of} for name, of in accuracies.items()}
+    compared = contenders if CONCAT in errors else []
+    crossovers = [compare_risks(errors[CONCAT], errors[name], (CONCAT, name)) for name in compared]
     return Findings(
         settings=tuple(settings),
         controls=tuple(judge_controls(collect_trials(cells, num_kinds, made))),
@@ -176,26 +168,24 @@ def _trends(settings: Sequence[MatchSetting], kind: str) -> list[Trend]:
     if not levels or CONCAT not in levels[-1].systems:
         return []
 
-    def leads(one: MatchSetting, name: str) -> list[float]:
-        values = (one.systems[system]["accuracy"].values for system in (CONCAT, name))
-        return [own - other for own, other in zip(*values, strict=True)]
+    def leads(name: str) -> dict[str, list[float]]:
+        found = {}
+        for one in levels:
+            values = (one.systems[system]["accuracy"].values for system in (CONCAT, name))
+            found[one.setting.split(" ", 1)[1]] = [own - other for own, other in zip(*values, strict=True)]
+        return found
 
-    return [
-        judge_degradation(
-            {one.setting.split(" ", 1)[1]: leads(one, name) for one in levels}, kind, name, levels[0].scale
-        )
-        for name in levels[-1].systems
-        if _is_contender(name)
-    ]
+    contenders = filter(_is_contender, levels[-1].systems)
+    return [judge_degradation(leads(name), kind, name, levels[0].scale) for name in contenders]
 
 
 def _best_baseline(accuracies: Accuracies) -> list[str]:
     """At the largest scale: the best fusion less the best baseline."""
     scale = max((max(of) for name, of in accuracies.items() if name in FUSIONS), default=0)
     there = {name: of[scale] for name, of in accuracies.items() if scale in of}
-    means = {name: float(np.mean(values)) for name, values in there.items()}
-    fusion = max((name for name in means if name in FUSIONS), key=lambda name: means[name], default=None)
-    baseline = max((name for name in means if name not in FUSIONS), key=lambda name: means[name], default=None)
+    ranked = sorted(there, key=lambda name: -float(np.mean(there[name])))
+    fusion = next((name for name in ranked if name in FUSIONS), None)
+    baseline = next((name for name in ranked if name not in FUSIONS), None)
     if fusion is None or baseline is None:
         return []
     lead = _paired(there[fusion], there[baseline])
@@ -209,8 +199,7 @@ def _best_baseline(accuracies: Accuracies) -> list[str]:
 def judge_rule(features: Features, accuracies: Accuracies, contenders: Sequence[str]) -> list[Lead]:
     """The rule at each size, for concatenation against each contender that was measured there.
 
-    It is undecided unless the 95 % interval of the difference excludes 0. With one seed there is no interval, and
-    nothing is decided.
+    It is undecided unless the 95 % interval of the difference excludes 0; with one seed there is none.
     """
     expected, ours, found = 1 if features.are_aligned else -1, accuracies.get(CONCAT, {}), []
     for contender in contenders:
