@@ -113,19 +113,16 @@ def _plan(config: AblateConfig, recipe: Recipe, protocol: str, base: Cache, devi
                 baseline_layers="run",
                 device=device,
             )
-            planners[path] = Planner(base if path == config.cache else open_cache(path), report, root / "runs")
+            planners[path] = Planner(base if path == config.cache else open_cache(path), report)
         configs = (cell.config(path, config.out, seed, device) for seed in config.seeds or recipe.seeds)
         found.append([planners[path].job(one) for one in configs])
     return found
 
 
 def run_jobs(jobs: Sequence[Job], together: int, workers: int) -> None:
-    """Train and evaluate the jobs that are not done.
+    """Train and evaluate the jobs that are not done: up to `together` runs in each of some processes.
 
-    Args:
-        jobs: each with a run of its own.
-        together: largest number of runs that train side by side in one process.
-        workers: processes; with 1, this one.
+    With one worker there is no other process. The jobs have a run of their own each.
 
     Raises:
         CacheError, ValueError, OSError: as train and evaluate; finished jobs are kept.

@@ -1,22 +1,9 @@
 """Recipes: TOML files that say what a sweep varies. Every option of a training may have several values.
 
-    title = "Which layer?"
-    question = "The last layers are best."          the claim to test
-    x = "layers.image"                              the option on the plot's x axis
-    x_label = "layer"
-    seeds = [0, 1, 2]
-
-    [shared]                                        options of all series, as TrainConfig names them
-    validation = "heldout"
-
-    [[series]]                                      a line of the plot; a list of values is a grid's axis
-    name = "linear"
-    fusion = "linear"
-    layers = { image = [[5], [11]] }                or [{ image = [5] }, { image = [11] }]
-
-`x` and `y` are an option's name, `layers.MODALITY`, or `num_layers`. With `y` the figure is a heat map. Other options
-with several values split a series into one line for each combination. `storage` is an option too: the sweep converts
-the cache.
+`x` and `y` are an option's name, `layers.MODALITY`, or `num_layers`; with `y` the figure is a heat map. Options of
+[shared] hold for every [[series]], a line of the plot, whose lists of values span a grid. Options that are on no axis
+split a series into one line for each combination of their values. `storage` is an option too: the sweep converts the
+cache. docs/studies.md has an example.
 """
 
 from __future__ import annotations

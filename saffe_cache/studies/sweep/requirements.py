@@ -21,8 +21,6 @@ _OF_MODALITY: Mapping[str, tuple[str, ...]] = {
     "text": ("max_length", "prompt", "position_offset"),
 }
 """Options of an extraction that belong to one encoder; for another encoder of the modality they have their default."""
-_READ = ("data", "column", "splits", "max_items", "class_prompt")
-"""The options that say what an extraction reads."""
 _SHOWN = ("data", "encoder", "revision", "column", "max_items", "image_size", "max_length", "prompt", "position_offset",
           "dtype", "attention", "splits", "class_prompt")  # fmt: skip
 """The options of a command, where they are not at their default."""
@@ -133,7 +131,7 @@ def _commands(cache: Cache, lacks: Iterable[_Lack]) -> Iterator[str]:
             like = min(cache.encoders.values(), key=lambda other: (other.manifest.modality != one.modality, other.key))
             config = _last_config(like)
             free = (other for other in commands if one.modality not in other.layers)
-            into = next((other for other in free if _reads_same(other.config, config)), None)
+            into = next((other for other in free if _data(other.config) == _data(config)), None)
         if into is None:
             commands.append(into := _Command(config, {}))
         if one.encoder is None:
@@ -145,8 +143,9 @@ def _commands(cache: Cache, lacks: Iterable[_Lack]) -> Iterator[str]:
         yield " ".join([_line(command.config), f"--cache {shlex.quote(str(cache.storage.root))}", *layers])
 
 
-def _reads_same(one: ExtractConfig, other: ExtractConfig) -> bool:
-    return all(getattr(one, option) == getattr(other, option) for option in _READ)
+def _data(config: ExtractConfig) -> tuple[object, ...]:
+    """The options that say what an extraction reads."""
+    return config.data, config.column, config.splits, config.max_items, config.class_prompt
 
 
 def _with_encoder(config: ExtractConfig, encoder: Mapping[str, str], changed: Modality) -> ExtractConfig:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,25 +64,22 @@ class Job:
         return EvaluationResult.load(self.report.out or "")
 
 
+@dataclass(frozen=True)
 class Planner:
     """Makes jobs of configs over one cache."""
 
-    def __init__(self, cache: Cache, report: EvaluateConfig, folder: Path) -> None:
-        """
-        Args:
-            cache: the runs' cache.
-            report: how each run is evaluated, by a protocol that is named; `run` and `out` are filled in.
-            folder: of the runs.
-        """
-        self._cache, self._report, self._folder = cache, report, folder
-        self._hashes: dict[tuple[Any, ...], str] = {}
+    cache: Cache
+    report: EvaluateConfig
+    """How each run is evaluated, by a protocol that is named; `run` is the folder of all runs, and `out` filled in."""
+    hashes: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    """What was computed before, by what it depends on."""
 
     def job(self, config: TrainConfig) -> Job:
         """
         Raises:
             CacheError, ValueError: the cache lacks what the config or its report asks for.
         """
-        cache, split, protocol = self._cache, self._report.split, self._report.protocol
+        cache, split, protocol = self.cache, self.report.split, self.report.protocol
         assert protocol != "auto"
         spec = resolve_run(config, cache)
         pairs = (spec.gallery_key, spec.text_key, spec.pairs, spec.gallery_text)
@@ -98,15 +95,15 @@ class Planner:
         identity = short_hash({"config": options, "run": chosen(spec), "stored": stored})
         layers = "+".join(map(str, spec.gallery_layers))
         name = re.sub(r"[^A-Za-z0-9+-]+", "-", f"{config.fusion}-{layers}-seed{config.seed}")
-        out = self._folder / f"{name}-{identity}"
+        out = Path(self.report.run) / f"{name}-{identity}"
         config = replace(config, out=str(out))
-        report = replace(self._report, run=str(out), out=str(out / f"{split}-{protocol}"))
+        report = replace(self.report, run=str(out), out=str(out / f"{split}-{protocol}"))
         return Job(config, report, reported, repr(same_batches(config, spec)))
 
     def _once(self, key: tuple[Any, ...], hashed: Callable[[], str]) -> str:
-        if key not in self._hashes:
-            self._hashes[key] = hashed()
-        return self._hashes[key]
+        if key not in self.hashes:
+            self.hashes[key] = hashed()
+        return self.hashes[key]
 
 
 def chosen(of: Any) -> dict[str, Any]:
@@ -127,7 +124,7 @@ def collect(recipe: Recipe, cells: Sequence[Sequence[Job]], cache: Cache, out: P
         recipe: what was varied.
         cells: of each of its cells the jobs, one for each seed.
         cache: what encoders in the loop are reckoned by.
-        out: folder of the result; reports are named from there.
+        out: folder of the result, relative to which reports are named.
         workers: processes that ran side by side.
     """
     series: dict[str, list[SweepPoint]] = {}
