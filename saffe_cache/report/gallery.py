@@ -33,22 +33,13 @@ _SEED = 0
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One photo of a gallery."""
-
-    place: int
-    """In the photos of the details."""
-    is_relevant: bool
-
-
-@dataclass(frozen=True)
 class Row:
     """What one system finds first."""
 
     system: str
     metric: float
-    photos: tuple[Shown, ...]
-    """In the order of their ranks."""
+    photos: tuple[tuple[int, bool], ...]
+    """Their places among the photos of the details, and whether each is relevant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +62,13 @@ class Card:
     @property
     def places(self) -> set[int]:
         """All photos that it shows."""
-        shown = {photo.place for row in self.rows for photo in row.photos} | {self.answer}
+        shown = {place for row in self.rows for place, _ in row.photos} | {self.answer}
         return shown if self.query_photo is None else shown | {self.query_photo}
 
     @property
     def lacks_answer(self) -> bool:
         """Whether there is only one right photo, which the FAM does not show."""
-        return self.num_relevant == 1 and not any(photo.is_relevant for photo in self.rows[0].photos)
+        return self.num_relevant == 1 and not any(is_relevant for _, is_relevant in self.rows[0].photos)
 
 
 @dataclass(frozen=True)
@@ -112,9 +103,6 @@ class Gallery:
 
     def hash_of(self, place: int) -> bytes:
         return bytes(self.details.photo_hashes[place].tobytes())
-
-    def hashes(self) -> set[bytes]:
-        return set(map(self.hash_of, self.places))
 
     def queries(self) -> tuple[tuple[str, ...], Iterator[tuple[Any, ...]]]:
         """Header and rows of a table: the main metric of each query, of each system."""
@@ -163,9 +151,7 @@ def _card(details: Details, position: int, why: str, systems: Sequence[str]) -> 
     for name in systems:
         of = details.systems[name]
         found = zip(of.first[position, :NUM_RESULTS], of.is_relevant[position, :NUM_RESULTS], strict=True)
-        rows.append(
-            Row(name, float(of.metric[number]), tuple(Shown(int(place), bool(right)) for place, right in found))
-        )
+        rows.append(Row(name, float(of.metric[number]), tuple((int(place), bool(right)) for place, right in found)))
     return Card(
         why=why,
         number=number + 1,

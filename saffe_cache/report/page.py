@@ -137,11 +137,12 @@ def make_content(found: Sequence[Found], config: ReportConfig) -> Content:
 
 
 def _parts(anchor: str, sections: Sequence[Section], name: str = "") -> list[Part]:
-    anchors = [anchor if number == 0 else f"{anchor}-{number + 1}" for number in range(len(sections))]
-    return [
-        Part(anchor=place, section=section, name=name, plots=[draw(figure, place) for figure in section.figures])
-        for place, section in zip(anchors, sections, strict=True)
-    ]
+    found = []
+    for number, section in enumerate(sections, start=1):
+        place = anchor if number == 1 else f"{anchor}-{number}"
+        plots = [draw(figure, place) for figure in section.figures]
+        found.append(Part(anchor=place, section=section, name=name, plots=plots))
+    return found
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -155,15 +156,11 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 def _notices(found: Sequence[Found]) -> list[Notice]:
     """Failures first, then warnings, then notes."""
-    notices = []
-    for one in found:
-        kinds: Mapping[str, Iterable[str]] = {
-            "failure": (f"{text}. Do not use these numbers." for text in one.result.failures),
-            "warning": one.result.warnings,
-            "note": one.result.notes(),
-        }
-        notices += [Notice(kind, one.name, text) for kind, texts in kinds.items() for text in texts]
-    return sorted(notices, key=lambda notice: ("failure", "warning", "note").index(notice.kind))
+    failures = [(one, f"{text}. Do not use these numbers.") for one in found for text in one.result.failures]
+    warnings = [(one, text) for one in found for text in one.result.warnings]
+    notes = [(one, text) for one in found for text in one.result.notes()]
+    kinds = {"failure": failures, "warning": warnings, "note": notes}
+    return [Notice(kind, one.name, text) for kind, texts in kinds.items() for one, text in texts]
 
 
 def _num_controls(found: Found) -> int:
@@ -178,7 +175,7 @@ def _find_photos(galleries: Mapping[str, Gallery], data: Sequence[str]) -> tuple
         album.add(gallery)
     album.keep_first(_in_turn(list(galleries.values())))
     for name, gallery in galleries.items():
-        hashes = gallery.hashes()
+        hashes = set(map(gallery.hash_of, gallery.places))
         reasons = [album.reasons[one] for one in hashes if one not in album.thumbnails]
         if reasons and not gallery.is_sound:
             common = max(sorted(set(reasons)), key=reasons.count)
@@ -198,8 +195,7 @@ def _in_turn(galleries: Sequence[Gallery]) -> Iterator[bytes]:
 def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
     """Unrounded numbers; None is empty."""
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerows([header, *rows])
+    csv.writer(file, lineterminator="\n").writerows([header, *rows])
     return file.getvalue().encode("utf-8", "backslashreplace")
 
 

@@ -99,8 +99,7 @@ class MatchConfig:
 
     def __post_init__(self) -> None:
         for option in ("fusions", "negatives", "scales", "seeds"):
-            values = getattr(self, option)
-            require(bool(values), option, "none", "at least one")
+            require(bool(getattr(self, option)), option, "none", "at least one")
         for option in ("fusions", "degraded_fusions", "negatives", "scales", "token_scales", "seeds"):
             values = getattr(self, option)
             require(len(set(values)) == len(values), option, values, "each once")

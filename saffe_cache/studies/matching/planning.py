@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,7 +79,7 @@ def plan_cells(config: MatchConfig, parts: Mapping[str, Pairs]) -> tuple[list[Ce
         levels = [Degradation("noise", level) for level in config.noise]
         for one in (*levels, *(Degradation("rotation", level) for level in config.rotation)):
             cells += _cells(config, degraded, degradation=one, negatives=negatives, scale=worse)
-    return cells, skipped + _tokens_skipped(config, cells) + _degraded_skipped(config)
+    return cells, [*skipped, *_skipped_fusions(config, cells)]
 
 
 def _cells(config: MatchConfig, fusions: Sequence[str], **place: Any) -> list[CellPlan]:
@@ -108,23 +108,17 @@ def _obstacle(config: MatchConfig, parts: Mapping[str, Pairs], negatives: int, s
     return ""
 
 
-def _tokens_skipped(config: MatchConfig, cells: Sequence[CellPlan]) -> list[str]:
-    if "tokens" not in config.fusions:
-        return []
-    if config.align_fraction:
-        return ["tokens: --align-fraction maps vectors, not hidden states"]
+def _skipped_fusions(config: MatchConfig, cells: Sequence[CellPlan]) -> Iterator[str]:
+    """What of tokens, and of noise and rotation, is not measured."""
     measured = {cell.scale for cell in cells if cell.system == "tokens"}
     missing = [f"{scale}" for scale in config.token_scales if scale not in measured]
-    if measured and not missing:
-        return []
-    sizes = ", ".join(missing) or "any number of"
-    return [f"tokens at {sizes} pairs: it needs sizes that --token-scales and --scales share and the data support"]
-
-
-def _degraded_skipped(config: MatchConfig) -> list[str]:
-    if not config.noise and not config.rotation:
-        return []
-    reasons = {name: "it is not among --fusions" for name in config.degraded_fusions if name not in config.fusions}
-    if "tokens" in config.degraded_fusions:
-        reasons["tokens"] = "vectors are degraded, not hidden states"
-    return [f"{name} with noise or rotation: {reason}" for name, reason in reasons.items()]
+    if "tokens" in config.fusions and config.align_fraction:
+        yield "tokens: --align-fraction maps vectors, not hidden states"
+    elif "tokens" in config.fusions and (missing or not measured):
+        sizes = ", ".join(missing) or "any number of"
+        yield f"tokens at {sizes} pairs: it needs sizes that --token-scales and --scales share and the data support"
+    if config.noise or config.rotation:
+        reasons = {name: "it is not among --fusions" for name in config.degraded_fusions if name not in config.fusions}
+        if "tokens" in config.degraded_fusions:
+            reasons["tokens"] = "vectors are degraded, not hidden states"
+        yield from (f"{name} with noise or rotation: {reason}" for name, reason in reasons.items())
