@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from store_cases import verify
 
 from saffe_cache.cli import extract_command, main
 from saffe_cache.core.features import CacheError
+from saffe_cache.core.tensors import Layout
+from saffe_cache.encoders import encoder as encoder_module
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.encoders.transfers import Encoded, Launched
 from saffe_cache.extraction.config import ExtractConfig
@@ -412,16 +414,16 @@ def test_device_stores_the_bytes_of_the_cpu(
 
 def test_overflow_on_the_device_names_the_input(config: ExtractConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FrozenEncoder, "converts", True)
-    as_tokens = FrozenEncoder._as_tokens
+    tokens_of = encoder_module.tokens_of
 
-    def loud(self: FrozenEncoder, state: torch.Tensor) -> torch.Tensor:
-        state = as_tokens(self, state).clone()
-        if self.request.modality == "image" and len(state) > 2:
+    def loud(state: torch.Tensor, layout: Layout, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        state = tokens_of(state, layout, inputs).clone()
+        if "pixel_values" in inputs and len(state) > 2:
             state[2] *= 1e6
             state[0, 1, 1] = torch.nan
         return state
 
-    monkeypatch.setattr(FrozenEncoder, "_as_tokens", loud)
+    monkeypatch.setattr(encoder_module, "tokens_of", loud)
     with pytest.raises(CacheError, match=r"hidden_states/2 of input 2: magnitude .* exceeds float16's 65504"):
         extract(replace(config, storage="float16", max_invalid=0.9))
     cache = open_cache(extract(replace(config, storage="float8", cache=config.cache + ".f8", max_invalid=0.9)))

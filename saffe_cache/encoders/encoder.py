@@ -52,6 +52,7 @@ from saffe_cache.encoders.loading import (
 )
 from saffe_cache.encoders.pictures import quick_pictures, require_resizable
 from saffe_cache.encoders.probing import Anatomy, Padding, Probe, tokens_of
+from saffe_cache.encoders.selection import TokenSelection
 from saffe_cache.encoders.transfers import Converter, Encoded, Launched, Transfers
 
 logger = logging.getLogger(__name__)
@@ -87,12 +88,16 @@ class FrozenEncoder:
         self.anatomy = Probe(self).anatomy(loaded.missing) if self.family.is_discovered else self._known_anatomy()
         self.num_layers, self.hidden_size = len(self.anatomy.calls), self.anatomy.widths[-1]
         self.layers = self._check_layers(request.layers)
+        self.selection, self.num_tokens = TokenSelection.parse(request.tokens), None
+        if self.selection:
+            self.num_tokens = self._count_tokens(self.selection)
         self.fingerprint = fingerprint_of(
             *(request, self._model, processor),
             pooling=self.family.pooling,
             max_length=self.max_length,
             is_language_model=bool(self.family.language_model),
             padding=self.padding,
+            num_tokens=self.num_tokens,
         )
 
     @property
@@ -130,9 +135,10 @@ class FrozenEncoder:
     def block_layers(self) -> list[int]:
         """The layers whose consuming block is cached; no block consumes the last layer's output.
 
-        Of language models all, which generation needs. Feature maps have none.
+        Of language models all, which generation needs. Feature maps have none, and those of selected tokens would lack
+        the others.
         """
-        if self.anatomy.has_feature_maps:
+        if self.anatomy.has_feature_maps or self.selection:
             return []
         layers = range(self.num_layers) if self.family.language_model else self.layers
         return [layer for layer in layers if layer < self.num_layers]
@@ -289,8 +295,16 @@ class FrozenEncoder:
             output = self.run(inputs)
             if self._with_vectors:
                 vectors = self.vectors_of(output, None if mask is None else mask.to(self.request.device))
+        lengths = None if mask is None else mask.sum(dim=1)
+        if self.selection:
+            on_device = None if mask is None else mask.bool().to(self.request.device)
+            chosen = {
+                i: self.selection.apply(state, self.anatomy.class_tokens, on_device) for i, state in states.items()
+            }
+            states = {i: state for i, (state, _) in chosen.items()}
+            lengths = next((counts.cpu() for _, counts in chosen.values() if counts is not None), lengths)
         batch, tokens = next(iter(states.values())).shape[:2] if states else (len(next(iter(inputs.values()))), 0)
-        lengths = mask.sum(dim=1).numpy() if mask is not None else np.full(batch, tokens)
+        lengths = torch.full((batch,), tokens) if lengths is None else lengths
         converted = {i: self._converters[i](states[i]) for i in self.layers if self.converts and i in self._converters}
         states = {i: states[i] for i in self.layers if i not in converted}
         parts = chain(states.values(), vectors.values(), *converted.values())
@@ -298,7 +312,7 @@ class FrozenEncoder:
         back = iter(hosted)
         states, vectors = {i: next(back) for i in states}, {name: next(back) for name in vectors}
         converted = {i: tuple(islice(back, len(parts))) for i, parts in converted.items()}
-        return Launched(states, vectors, lengths.astype(np.int64), event, converted)
+        return Launched(states, vectors, lengths.numpy().astype(np.int64), event, converted)
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         """What the model itself returns for a batch."""
@@ -335,6 +349,22 @@ class FrozenEncoder:
     def _accepted(self) -> frozenset[str]:
         """Names of the arguments of the forward pass."""
         return frozenset(inspect.signature(getattr(self._forward, "forward", self._forward)).parameters)
+
+    def _count_tokens(self, selection: TokenSelection) -> int:
+        """Tokens of an input before the selection; of texts, of the longest.
+
+        Raises:
+            ValueError: there are none to select.
+        """
+        if self.request.modality == "text":
+            assert self.max_length is not None
+            selection.check(self.max_length, self.anatomy.class_tokens, is_text=True)
+            return self.max_length
+        probe = Probe(self)
+        states = probe.record(probe.inputs()).states
+        for layer in self.layers:
+            selection.check(states[layer].shape[1], self.anatomy.class_tokens, is_text=False)
+        return max(states[layer].shape[1] for layer in self.layers)
 
     def _known_anatomy(self) -> Anatomy:
         """Of a model with an entry among the families."""

@@ -52,6 +52,8 @@ class EncoderRequest:
     """Position of a text's first token, for language models: this many positions before it stay free."""
     pooled: bool = True
     """Also compute the encoder's own vector, which needs all layers."""
+    tokens: str = "all"
+    """Which tokens of each layer are kept; `TokenSelection` reads it."""
     device: str = "cpu"
 
 
@@ -336,6 +338,7 @@ def fingerprint_of(
     max_length: int | None,
     is_language_model: bool = False,
     padding: str = "longest",
+    num_tokens: int | None = None,
 ) -> Fingerprint:
     """The fingerprint of a loaded encoder: plain JSON values, whose hash is part of the encoder's key in a cache.
 
@@ -346,6 +349,7 @@ def fingerprint_of(
         {
             **(of_language_model if is_language_model else {}),
             **({} if padding == "longest" else {"padding": padding}),
+            **({} if request.tokens == "all" else {"tokens": request.tokens, "encoded_tokens": num_tokens}),
             "modality": request.modality,
             "model_id": request.model_id if not Path(request.model_id).exists() else Path(request.model_id).name,
             "revision": getattr(model.config, "_commit_hash", None) or request.revision,

@@ -29,6 +29,10 @@ class ExtractConfig:
     the option for several."""
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Hidden states to keep, as image=11,12; hidden_states[i] is the input of layer i. Default: the last two."""
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    """Tokens to keep of a modality, as image=cls+grid=4: all, or some of cls (class token), mean (of the others),
+    grid=K (means over K x K places) and top=N (largest norms), joined by +. Fusions that run an encoder's blocks need
+    all. Default: all."""
     image_size: int | None = None
     """Side of the pictures in pixels. Default: the setting of the model's processor."""
     max_length: int | None = None
@@ -84,7 +88,12 @@ class ExtractConfig:
     """Print the number of items, bytes and files and the estimated time, and write nothing."""
 
     def __post_init__(self) -> None:
-        for option, mapping in (("encoder", self.encoder), ("layers", self.layers), ("revision", self.revision)):
+        for option, mapping in (
+            ("encoder", self.encoder),
+            ("layers", self.layers),
+            ("tokens", self.tokens),
+            ("revision", self.revision),
+        ):
             require_keys(option, mapping, MODALITIES)
         require_keys("column", self.column, [one.name for one in fields(Columns)])
         require(bool(self.encoder), "encoder", "none", "at least one, such as image=facebook/dinov2-small")

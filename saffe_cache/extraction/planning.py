@@ -97,7 +97,8 @@ class Job:
     @property
     def block_rows(self) -> int:
         """Inputs of a block, which are encoded and written together."""
-        return block_rows(self.options, [spec for name, (spec, _) in self.arrays.items() if layers_among([name])])
+        states = [spec for name, (spec, _) in self.arrays.items() if layers_among([name])]
+        return block_rows(self.options, states, self.encoder.num_tokens)
 
     def rows_of(self, name: str) -> int:
         """Committed rows of an array."""
@@ -122,11 +123,18 @@ class Job:
         self.encoder.select(layers_among(arrays), vectors=vectors, converters=converters_of(arrays))
 
 
-def block_rows(options: EncodeOptions, states: Sequence[ArraySpec]) -> int:
-    """Inputs of a block; `states` are the encoder's arrays of hidden states, at least one."""
+def block_rows(options: EncodeOptions, states: Sequence[ArraySpec], num_tokens: int | None) -> int:
+    """Inputs of a block.
+
+    Args:
+        states: the encoder's arrays of hidden states, at least one.
+        num_tokens: of an input before a selection of tokens; None where all are kept.
+    """
     if len(states[0].row_shape) == 1:  # of texts
         return TEXT_BLOCK_ROWS
-    return options.batch_size or max(1, options.batch_tokens // max(spec.row_shape[0] for spec in states))
+    return options.batch_size or max(
+        1, options.batch_tokens // (num_tokens or max(spec.row_shape[0] for spec in states))
+    )
 
 
 def cut_blocks(start: int, stop: int, rows: int) -> Iterator[range]:
@@ -164,6 +172,7 @@ def encoder_request(config: ExtractConfig, modality: Modality) -> EncoderRequest
         dtype=dtype,
         attention=config.attention,
         pooled=config.pooled,
+        tokens=config.tokens.get(modality, "all"),
         device=device,
     )
 
@@ -197,7 +206,9 @@ def new_job(encoder: FrozenEncoder, manifest: EncoderManifest, options: EncodeOp
         texts = inputs.texts or ()
         job.token_ids = encoder.tokenize(texts)
         job.num_truncated = encoder.count_truncated(texts, job.token_ids)
-        job.offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in job.token_ids])]).astype(np.int64)
+        kept = encoder.selection.count if encoder.selection else int
+        lengths = [kept(len(ids)) for ids in job.token_ids]
+        job.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return job
 
 
@@ -240,7 +251,7 @@ def _manifest(storage: Storage, encoder: FrozenEncoder) -> EncoderManifest:
         hidden_size=encoder.hidden_size,
         vector="projected" if "projected" in encoder.vector_widths else "pooled",
         has_feature_maps=encoder.anatomy.has_feature_maps,
-        class_tokens=encoder.anatomy.class_tokens,
+        class_tokens=int(encoder.selection.has_cls) if encoder.selection else encoder.anatomy.class_tokens,
         is_language_model=encoder.language_model is not None,
     )
 

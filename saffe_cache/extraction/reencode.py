@@ -68,7 +68,7 @@ def past_extractions(manifest: EncoderManifest, device: str | None = None) -> li
         names = (inputs_in.keys() | _requested(config, manifest)) & manifest.arrays.keys()
         first_new = {name: inputs_in.get(name, 0) for name in names if inputs_in.get(name, 0) < stop}
         states = [manifest.arrays[f"hidden_states/{layer}"].spec for layer in layers_among(names)]
-        rows = block_rows(encode_options(config), states)
+        rows = block_rows(encode_options(config), states, manifest.fingerprint.fields.get("encoded_tokens"))
         encoded = [first for name, first in first_new.items() if name != "offsets"]
         start = begin_blocks(min(encoded, default=stop), finished, rows)
         found.append(PastExtraction(config=config, first_new=first_new, start=start, stop=stop, block_rows=rows))

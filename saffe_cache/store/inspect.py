@@ -51,7 +51,9 @@ def _describe_encoder(encoder: EncoderCache, table: ItemTable) -> list[str]:
         f"{len(manifest.invalid)} unreadable",
         f"  model {fields.get('model_id')}, revision {fields.get('revision')}, {fields.get('dtype')}",
     ]
-    if manifest.has_feature_maps:
+    if manifest.selected_tokens != "all":
+        lines.append(f"  tokens: {manifest.selected_tokens}; there are no blocks, which need all")
+    elif manifest.has_feature_maps:
         lines.append("  feature maps: tokens are spatial positions, row by row; there are no blocks")
     if manifest.is_language_model:
         lines.append(f"  a language model: texts start at position {fields.get('position_offset')}, all blocks kept")

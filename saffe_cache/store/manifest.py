@@ -113,6 +113,11 @@ class EncoderManifest:
         return self.fingerprint.key
 
     @property
+    def selected_tokens(self) -> str:
+        """Which tokens of its inputs are cached."""
+        return str(self.fingerprint.fields.get("tokens", "all"))
+
+    @property
     def layers(self) -> list[int]:
         """Cached indices i of `hidden_states[i]`, ascending."""
         return layers_among(self.arrays)

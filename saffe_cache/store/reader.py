@@ -132,7 +132,7 @@ class EncoderCache:
         Language models have all their blocks, feature maps have none. A layer without committed rows may still lack
         its block.
         """
-        if self.manifest.has_feature_maps:
+        if self.manifest.has_feature_maps or self.manifest.selected_tokens != "all":
             return []
         arrays = self.manifest.arrays
         present = [layer for layer in self.manifest.layers if arrays[f"hidden_states/{layer}"].shards]

@@ -174,6 +174,15 @@ def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCach
             f"{gallery.key}: a convolutional encoder, whose layers have no queries, keys and values; --fusion "
             f"{config.fusion} needs the block that follows a layer. Use another encoder, or one of --fusion {others}."
         )
+    needing = {"paired": (gallery, text), "text": (text,), "both": (gallery, text)}.get(config.entry.blocks, ())
+    for encoder in needing:
+        if encoder.manifest.selected_tokens != "all":
+            without = ", ".join(name for name, entry in FUSIONS.items() if entry.blocks == "none")
+            raise CacheError(
+                f"{encoder.key}: it was extracted with --tokens {encoder.manifest.selected_tokens}; --fusion "
+                f"{config.fusion} runs an encoder's blocks, which need all tokens. Extract with --tokens "
+                f"{encoder.manifest.modality}=all, or use one of --fusion {without}."
+            )
     match config.entry.blocks:
         case "none":
             return _Layers(_layers_of(config, gallery, gallery.layers))

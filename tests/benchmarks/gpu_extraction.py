@@ -282,12 +282,12 @@ def timm_forward(bench: Bench, model: Model, count: int) -> Candidate:
 @contextmanager
 def compiled(encoder: FrozenEncoder) -> Iterator[None]:
     """The layers' forward passes; the hooks of the extraction stay outside."""
-    for layer in encoder._layers:
+    for layer in encoder.layer_list:
         layer.forward = torch.compile(layer.forward)
     try:
         yield
     finally:
-        for layer in encoder._layers:
+        for layer in encoder.layer_list:
             del layer.forward
 
 
@@ -317,11 +317,11 @@ def _best_batch(setting: Setting, encoder: FrozenEncoder, one: Tensors) -> int:
 
 def _forward(setting: Setting, encoder: FrozenEncoder, inputs: Tensors, count: int, deepest: int | None = None) -> int:
     """The model on inputs that lie on the card, at least `count` of them; hidden states are not asked for."""
-    path, layers = encoder.family.layers, encoder._layers
+    path = encoder.family.layers
+    layers = encoder._model.get_submodule(path)
     encoder._model.set_submodule(path, nn.ModuleList(layers[:deepest]))
     try:
-        arguments = encoder._arguments(inputs)
-        return _repeated(setting, len(inputs["pixel_values"]), lambda: encoder._core(**arguments), count)
+        return _repeated(setting, len(inputs["pixel_values"]), lambda: encoder.run(inputs), count)
     finally:
         encoder._model.set_submodule(path, layers)
 
