@@ -135,7 +135,7 @@ def _guarded(prog: str, action: Callable[[], int]) -> int:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_PlainText())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for noisy in ("httpx", "httpcore", "fsspec", "faiss", "faiss.loader"):
+    for noisy in ("httpx", "httpx2", "httpcore", "httpcore2", "fsspec", "faiss", "faiss.loader"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         with _sigterm_raised():

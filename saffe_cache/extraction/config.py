@@ -19,9 +19,10 @@ class ExtractConfig:
     Running it again changes nothing; with more layers, encoders, splits or items, it adds the new ones.
     """
 
-    data: str
-    """Dataset: a folder of splits with class folders or with SPLIT/metadata.jsonl (file_name, captions or label),
-    a folder saved by datasets.save_to_disk, or a dataset id on the Hugging Face hub."""
+    data: str | Any
+    """Dataset: a folder of splits with class folders, with SPLIT/metadata.jsonl (file_name, captions or label) or with
+    texts beside photos; a table of file names; tar archives of samples, also as {000..099}.tar; Parquet files; a folder
+    saved by datasets.save_to_disk; or a dataset of the Hugging Face hub as OWNER/NAME:CONFIG@REVISION."""
     cache: str
     """The cache to write: a folder name such as data.zarr, or a URL that fsspec opens."""
     encoder: Mapping[str, str]
@@ -49,8 +50,11 @@ class ExtractConfig:
     max_items: Mapping[str, int] = field(default_factory=dict)
     """Maximum number of items of a split, as train=5000: a fixed random choice by item id."""
     column: Mapping[str, str] = field(default_factory=dict)
-    """Columns of a dataset or fields of metadata.jsonl, as image=NAME, audio=NAME, caption=NAME, label=NAME, id=NAME.
-    Default: found by type and usual names."""
+    """Columns of a dataset or fields of metadata.jsonl, as image=NAME, audio=NAME, caption=NAME, label=NAME, id=NAME,
+    split=NAME. Default: found by type and usual names."""
+    streaming: bool = False
+    """Read Parquet files and datasets of the hub in order, without a copy on this machine's disk: once for the table,
+    and once for each encoder of photos or sounds."""
     revision: Mapping[str, str] = field(default_factory=dict)
     """Revision of a hub model, as image=COMMIT."""
     storage: StorageType | None = None
@@ -104,6 +108,12 @@ class ExtractConfig:
         for option in ("image_size", "max_length", "batch_size", "batch_tokens", "workers"):
             value = getattr(self, option)
             require(value is None or value > 0, option, value, "a number above 0")
+        require(
+            not (self.streaming and self.decode_in == "processes"),
+            "decode_in",
+            "processes with --streaming",
+            "threads, which share one stream",
+        )
         require(self.position_offset >= 0, "position_offset", self.position_offset, "0 or more")
         require(self.shard_mb >= 0, "shard_mb", self.shard_mb, "0 (the smallest) or more")
         require(0 <= self.max_invalid <= 1, "max_invalid", self.max_invalid, "a fraction from 0 to 1")
@@ -145,6 +155,7 @@ def encode_options(config: ExtractConfig) -> EncodeOptions:
     options = {one.name: getattr(config, one.name) for one in fields(EncodeOptions)}
     options["batch_tokens"] = config.batch_tokens or (32768 if on_gpu else 2048)
     options["workers"] = config.workers or max(4, num_cores())
+    options["decode_in"] = "threads" if config.streaming else config.decode_in
     return EncodeOptions(**options)
 
 

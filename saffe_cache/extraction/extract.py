@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from saffe_cache.extraction.encoding import run_job
 from saffe_cache.extraction.loading import check_sources
 from saffe_cache.extraction.planning import Job, encoder_request, plan_job, seconds_per_input
 from saffe_cache.sources.items import Columns, SourceItem
-from saffe_cache.sources.registry import read_items
+from saffe_cache.sources.registry import described, read_items
 from saffe_cache.store.manifest import RootManifest, layers_among, read_encoder, read_root, write_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder, read_table, write_table
@@ -30,15 +32,23 @@ _SHARED_TEXTS = 0.05
 """Fraction of a split's distinct texts that may share their vector without a warning."""
 
 
-def extract(config: ExtractConfig) -> str:
+def extract(config: ExtractConfig | None = None, /, **options: Any) -> str:
     """Extract, and return the cache's path.
+
+    Args:
+        config: the options, unless they are given by name. Its `data` may also be a datasets.Dataset or DatasetDict, a
+            pandas frame, a list of (image, captions), a torch Dataset, or a dict of these by split.
 
     Raises:
         ValueError: the data, an encoder or a layer is unavailable or unsupported.
         CacheError: the cache does not match the config, too many items are unreadable, or a number overflows.
         OSError: the disk is full or gone; the extraction can be resumed.
     """
-    items = read_items(config.data, Columns(**config.column), config.splits, config.max_items)
+    config = config or ExtractConfig(**options)
+    items = read_items(
+        config.data, Columns(**config.column), config.splits, config.max_items, streaming=config.streaming
+    )
+    config = replace(config, data=described(config.data))
     _check_unreadable(items, config)
     storage = Storage(config.cache)
     if config.plan:

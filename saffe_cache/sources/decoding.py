@@ -1,20 +1,31 @@
-"""Decode files into pictures and sounds. The only importer of PIL and soundfile."""
+"""Decode files into pictures and sounds, and tell one from the other. The only importer of PIL and soundfile."""
 
 from __future__ import annotations
 
 import io
+import os
+import re
 import zlib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from saffe_cache.core.features import Modality
 
-_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+_FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Supported formats of pictures. PIL knows forty more, among them EPS, for which it runs Ghostscript on the file."""
 _PNG = b"\x89PNG\r\n\x1a\n"
-
-
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+"""Brands of files in the HEIF container that only pillow-heif decodes."""
+_SIGNATURES: tuple[tuple[Modality, bytes], ...] = (
+    ("image", rb"\xff\xd8\xff|\x89PNG\r\n|GIF8|BM.{4}\0{4}|P[1-6]\s|\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
+    ("image", rb"RIFF.{4}WEBP|.{4}ftyp(?:avi[fs]|" + b"|".join(_HEIC) + rb")"),
+    ("audio", rb"RIFF.{4}WAVE|RF64|fLaC|OggS|ID3|\xff[\xfb\xfa\xf3\xf2]|FORM.{4}AIF[FC]|caff\0|riff\x2e\x91|\.snd"),
+    ("audio", rb".{4}ftypM4[AB]"),
+)
+"""How files of each kind begin. TIFF is not among them: raw photos of cameras begin in the same way."""
 _CANCELLED = 0.01
 """Power of a sound's mean, as a fraction of its loudest channel's, below which that channel replaces the mean."""
 
@@ -29,6 +40,64 @@ def decode(modality: Modality, data: bytes, sampling_rate: int | None = None) ->
         OSError, ValueError: the bytes are no readable picture or sound.
     """
     return _decode_image(data) if modality == "image" else _decode_audio(data, sampling_rate or 16_000)
+
+
+def modality_of_content(data: bytes) -> Modality | None:
+    """Whether a file is a picture or a sound, by its first 16 bytes; None if they do not say."""
+    for modality, signature in _SIGNATURES:
+        if re.match(signature, data[:16], re.DOTALL):
+            return modality
+    return None
+
+
+def media_bytes(value: Any) -> bytes:
+    """The bytes of a picture or a sound in memory. Pixels become a PNG file, and a waveform a WAV file.
+
+    Args:
+        value: bytes, a path, a picture of PIL, pixels as uint8 [height, width] or with channels first or last, or a
+            mapping with bytes or a path, or with the array and sampling_rate of a waveform.
+
+    Raises:
+        OSError: it is none of these, or the file cannot be read.
+    """
+    if isinstance(value, Mapping) and "array" in value:
+        return _wave_file(np.asarray(value["array"], np.float32), int(value["sampling_rate"]))
+    if isinstance(value, Mapping):
+        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
+    if isinstance(value, (str, os.PathLike)):
+        return Path(value).expanduser().read_bytes()
+    if hasattr(value, "convert") and hasattr(value, "save"):  # of PIL
+        return _png_file(value)
+    if value is None:
+        raise OSError("there is none")
+    pixels = np.asarray(value)
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+        raise OSError(
+            f"found {type(value).__name__} of {pixels.dtype} and shape {pixels.shape}, expected a picture of PIL, "
+            "bytes, a path, or uint8 pixels. Pass pictures before they are normalised"
+        )
+    if pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4) and pixels.shape[2] not in (1, 3, 4):
+        pixels = pixels.transpose(1, 2, 0)
+    from PIL import Image
+
+    return _png_file(Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels))
+
+
+def _png_file(image: Any) -> bytes:
+    file = io.BytesIO()
+    stored = image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else image.convert("RGB")
+    stored.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def _wave_file(waveform: np.ndarray, rate: int) -> bytes:
+    import soundfile
+
+    file = io.BytesIO()
+    soundfile.write(file, waveform, rate, format="WAV", subtype="FLOAT")
+    return file.getvalue()
 
 
 def thumbnail(data: bytes, side: int) -> bytes:
@@ -58,6 +127,7 @@ def _decode_pixels(data: bytes) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
+    reads_heic = data[8:12] in _HEIC and _register_heif()
     try:
         with Image.open(io.BytesIO(data), formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
             image.load()
@@ -68,11 +138,23 @@ def _decode_pixels(data: bytes) -> Any:
                 upright = upright.convert("RGBA")
             return upright.convert("RGB")
     except UnidentifiedImageError:
+        if data[8:12] in _HEIC and not reads_heic:
+            raise OSError("a HEIC file, which needs pillow-heif: pip install 'saffe-cache[heic]'") from None
         raise OSError("cannot identify image file: it is no picture, or of an unsupported format") from None
     except OSError:
         raise
     except Exception as error:  # PIL's parsers raise SyntaxError, struct.error, TypeError and others
         raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def _register_heif() -> bool:
+    """Let PIL read HEIC files, if pillow-heif is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def _upright(image: Any) -> Any:

@@ -1,33 +1,31 @@
-"""Folders of splits: class folders, or files that a table of metadata lists.
+"""Folders of splits: class folders, files with texts beside them, or files that a table of metadata lists.
 
 A table lists the files of its own folder and of those below, as in Hugging Face's imagefolder. Such tables often come
-with a downloaded dataset, so file names in them must stay below their folder. Symbolic links in a user's folder are
-followed. Whatever is left out is counted and logged, once for each reason.
+with a downloaded dataset, so file names in them must stay below their folder. Whatever is left out is counted and
+logged, once for each reason.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from saffe_cache.core.features import Modality
+from saffe_cache.sources.files import SIDECARS, Names, Tree, expand, modality_of, split_of, suffix_of, walk
 from saffe_cache.sources.items import SPLIT_NAMES, Columns, Format, MediaFile, SourceItem
+from saffe_cache.sources.samples import Sample, fields_of, sample_items, tar_samples
 from saffe_cache.sources.tables import TABLE_SUFFIXES, table_rows
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".mp3"})
 _TABLES = frozenset(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
-_HELPERS = frozenset(
-    {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__"}
-    | {"thumbs.db", "ehthumbs.db", "desktop.ini"}
+FILE_FIELDS = (
+    *("file_name", "filename", "file", "filepath", "file_path", "path", "image", "image_path", "image_name"),
+    *("img", "img_path", "audio", "audio_path"),
 )
-"""Names in lower case of what systems and tools leave in folders, besides names that begin with a dot."""
+"""Usual names of a column with a file's name."""
 
 
 def _is_folder(data: str) -> bool:
@@ -38,86 +36,126 @@ def folder_items(data: str, columns: Columns) -> Iterator[SourceItem]:
     """The items of all splits, in the order of their names.
 
     Raises:
-        ValueError: a table of metadata or the columns are invalid.
+        ValueError: a table of metadata, an archive or the columns are invalid.
     """
     root = Path(data).expanduser()
-    tree = _Tree()
-    _walk(root, "", (), tree)
-    tables = [_read_table(root, name, columns) for name in tree.tables]
-    columns.require(list(dict.fromkeys(name for table in tables for name in table.columns)), f"--data {data}")
-    items = [item for table in tables for item in table.items(columns)]
-    seen: set[str] = set()
-    for item, where in items:
-        if item.id in seen:
-            raise ValueError(f"{where}: {item.id} is listed twice. Give each file one line.")
-        seen.add(item.id)
-    listed = {name for table in tables for name in table.files}
+    tree = walk(root)
+    names = [name for name in tree.others if name.rpartition("/")[2] in _TABLES]
+    tables = [_read_table(root, name, columns, known={*tree.media, *tree.others}) for name in names]
     folders = {table.folder for table in tables}
-    below_tables = [name for name in tree.media if _is_below(name, folders)]
-    in_classes = [name for name in tree.media if name.count("/") >= 2 and not _is_below(name, folders)]
-    skipped = {*tree.media, *(name for name in tree.others if "/" in name)} - {*below_tables, *in_classes}
-    for reason, names in (
+    listed = {name for table in tables for name in table.files}
+    unlisted = [name for name in tree.media if _is_below(name, folders) and name not in listed]
+    beside = _Beside(root, tree, folders)
+    samples = [*beside.samples(), *beside.tar_samples()]
+    where, fields = f"--data {data}", fields_of(samples)
+    columns.require(list(dict.fromkeys([*(name for table in tables for name in table.columns), *fields])), where)
+    found = [item for table in tables for item in table.items(columns)]
+    found += sample_items(samples, columns, where, fields)
+    for reason, left_out in (
         ("hidden files and helper folders are skipped", tree.helpers),
         ("links are skipped: they lead back to a folder above them", tree.loops),
-        ("files are skipped: no photo or sound in a class folder", [n for n in skipped if not _is_below(n, folders)]),
-        (
-            "photos or sounds are left out: the metadata does not list them",
-            [n for n in below_tables if n not in listed],
-        ),
+        ("files are skipped: no photo or sound in a class folder", beside.skipped),
+        ("files are skipped: no photo or sound has their name", beside.alone),
+        ("photos or sounds are left out: the metadata does not list them", unlisted),
     ):
-        if names:
-            logger.warning("%s: %d %s; for instance %s.", root, len(names), reason, ", ".join(sorted(names)[:3]))
-    found = [item for item, _ in items] + [_class_folder_item(root, name) for name in in_classes]
+        if left_out:
+            logger.warning("%s: %d %s; for instance %s.", root, len(left_out), reason, ", ".join(sorted(left_out)[:3]))
+    yield from sorted(found, key=lambda item: item.split)
+
+
+def table_items(data: str, columns: Columns) -> Iterator[SourceItem]:
+    """The items that tables list, where `--data` names the tables themselves. Several rows of a file are joined.
+
+    Raises:
+        ValueError: a table or the columns are invalid.
+    """
+    paths = expand(data)
+    tables = [_read_table(path.parent, path.name, columns, is_data=True) for path in paths]
+    columns.require(list(dict.fromkeys(name for table in tables for name in table.columns)), f"--data {data}")
+    outside = [name for table in tables for name in table.files if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        logger.warning("--data %s: %d files are outside its folder; for instance %s.", data, len(outside), outside[0])
+    found = [item for table in tables for item in table.items(columns)]
     yield from sorted(found, key=lambda item: item.split)
 
 
 FOLDERS = Format(
-    layout="folders SPLIT/CLASS/file or SPLIT/metadata.jsonl (file_name, captions or label)",
+    layout="folders SPLIT/CLASS/file or SPLIT/metadata.jsonl (file_name, captions or label), or photos with texts "
+    "beside them",
     recognises=_is_folder,
     read_items=folder_items,
 )
+TABLES = Format(
+    layout="a table (.csv, .tsv, .json, .jsonl, .parquet) of file names with captions or labels",
+    recognises=lambda data: data.endswith(TABLE_SUFFIXES) and bool(expand(data)),
+    read_items=table_items,
+)
 
 
-@dataclass
-class _Tree:
-    """The names of what lies in a folder and below, relative to it, in order."""
+class _Beside:
+    """Photos and sounds that no table lists, with the files beside them."""
 
-    media: list[str] = field(default_factory=list)
-    tables: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-    helpers: list[str] = field(default_factory=list)
-    """Hidden files and folders, and those of systems and tools. Nothing below them is read."""
-    loops: list[str] = field(default_factory=list)
-    """Links to a folder that contains them."""
+    def __init__(self, root: Path, tree: Tree, tables: Collection[str]) -> None:
+        self._root = root
+        self._media = [name for name in tree.media if not _is_below(name, tables)]
+        self._tars = [name for name in tree.others if name.endswith(".tar")]
+        others = [name for name in tree.others if not _is_below(name, tables) and name not in self._tars]
+        self._texts: dict[str, list[str]] = {}
+        for name in others:
+            if suffix_of(name) in SIDECARS:
+                self._texts.setdefault(_stem(name), []).append(name)
+        stems = {_stem(name) for name in self._media}
+        self._folders = {_folder(stem) for stem in self._texts if stem in stems}
+        """The folders in which a photo or sound has a text beside it, with a slash."""
+        self._splits_with_classes = {name.split("/")[0] for name in self._media if name.count("/") >= 2}
+        self._is_flat = not (self._tars or tables or any("/" in name for name in self._media))
+        taken = [name for name in self._media if self._place(name)]
+        self._shards = self._read_shards(others, taken)
+        of_taken = {text for name in taken for text in self._texts.get(_stem(name), ())}
+        left = [name for name in others if name not in of_taken and name not in self._shards]
+        self.alone = [n for n in left if suffix_of(n) in SIDECARS and _folder(n) in self._folders]
+        """Texts without a photo or sound."""
+        rest = {*self._media, *(name for name in left if "/" in name)} - {*taken, *self.alone}
+        self.skipped = sorted(rest)
 
+    def samples(self) -> Iterator[Sample]:
+        for name in self._media:
+            place = self._place(name)
+            if place is None:
+                continue
+            split, label = place
+            files = {suffix_of(name)[1:]: MediaFile(self._root / name)}
+            files |= {suffix_of(text)[1:]: MediaFile(self._root / text) for text in self._texts.get(_stem(name), ())}
+            yield Sample(name.removeprefix(f"{split}/"), split, files, {"label": label} if label else {})
 
-def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...], tree: _Tree) -> None:
-    """Add what lies in a folder; `prefix` is its name with a slash, `above` identifies the folders that contain it."""
-    status = folder.stat()
-    above = (*above, (status.st_dev, status.st_ino))
-    with os.scandir(folder) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
-        name = prefix + entry.name
-        if entry.name.startswith(".") or entry.name.lower() in _HELPERS:
-            tree.helpers.append(name)
-        elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # False for a broken link
-            target = os.stat(entry.path)
-            if (target.st_dev, target.st_ino) in above:
-                tree.loops.append(name)
-            else:
-                _walk(folder / entry.name, f"{name}/", above, tree)
-        elif entry.name in _TABLES:
-            tree.tables.append(name)
-        else:
-            (tree.media if _modality_of(name) else tree.others).append(name)
+    def tar_samples(self) -> Iterator[Sample]:
+        for name in self._tars:
+            yield from tar_samples(self._root / name, name)
 
+    def _place(self, name: str) -> tuple[str, str | None] | None:
+        """The split and the class of a file; None if neither its folders nor a text beside it say them."""
+        has_texts = _folder(name) in self._folders
+        folders = [one for one in name.split("/")[:-1] if not (has_texts and _is_shard(one))]
+        if not folders:
+            return ("train", None) if has_texts or self._is_flat else None
+        if len(folders) > 1:
+            return folders[0], folders[1]
+        is_split = folders[0] in SPLIT_NAMES and folders[0] not in self._splits_with_classes
+        return (folders[0], None) if has_texts or is_split else None
 
-def _class_folder_item(root: Path, name: str) -> SourceItem:
-    split, label = name.split("/")[:2]
-    modality = _modality_of(name)
-    assert modality
-    return SourceItem(id=name, split=split, media={modality: MediaFile(root / name)}, labels=(label,))
+    def _read_shards(self, others: Sequence[str], taken: Sequence[str]) -> set[str]:
+        """The files of img2dataset beside its folders and archives; warns of downloads that failed."""
+        shards = {name.rpartition("/")[0] for name in taken} | {name.removesuffix(".tar") for name in self._tars}
+        files = {name for name in others if name.removesuffix(".parquet").removesuffix("_stats.json") in shards}
+        failed = total = 0
+        for name in files:
+            if name.endswith("_stats.json"):
+                for _, stats in table_rows(self._root / name, "count and successes"):
+                    total += stats.get("count", 0)
+                    failed += stats.get("count", 0) - stats.get("successes", 0)
+        if failed:
+            logger.warning("%s: %d of %d downloads had failed, as img2dataset reports.", self._root, failed, total)
+        return files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,31 +170,41 @@ class _Table:
     columns: tuple[str, ...]
     """All fields of its rows."""
     prefix: str
-    """What precedes a file name in an item's id."""
+    """What precedes a file name in an item's id: its split, unless file names begin with it."""
+    is_data: bool
+    """Whether `--data` names the table itself. Its rows may then name splits, and the same file again."""
 
     @property
     def files(self) -> Iterator[str]:
         """The files that it lists, relative to `root`."""
         return (self.folder + name for row in self.rows for name in row.files)
 
-    def items(self, columns: Columns) -> Iterator[tuple[SourceItem, str]]:
-        """Its items, each with its place for messages."""
+    def items(self, columns: Columns) -> Iterator[SourceItem]:
+        """
+        Raises:
+            ValueError: a file is listed twice.
+        """
+        found: dict[str, SourceItem] = {}
         for row in self.rows:
-            split = f"{self.prefix}{row.files[0]}".split("/")[0]
-            media = {_modality_of(name): MediaFile(self.root / self.folder / name) for name in row.files}
-            unknown = [Path(name).suffix for name in row.files if not _modality_of(name)]
-            captions, caption_problem = columns.texts("caption", row.entry)
-            labels, label_problem = columns.texts("label", row.entry)
-            item = SourceItem(
-                id=f"{split}/{row.entry[columns.id]}" if columns.id else f"{self.prefix}{row.files[0]}",
-                split=split,
-                media={modality: file for modality, file in media.items() if modality},
-                captions=captions,
-                labels=labels,
-                problem=caption_problem or label_problem or (f"unknown kind of file {unknown[0]!r}" if unknown else ""),
-                columns=self.columns,
-            )
-            yield item, row.where
+            split, _, name = f"{self.prefix}{row.files[0]}".partition("/")
+            chosen = columns.find("split", row.entry) if self.is_data or columns.split else ()
+            if chosen and row.entry[chosen[0]]:
+                split, name = str(row.entry[chosen[0]]), row.files[0].removeprefix(f"{row.entry[chosen[0]]}/")
+            media = {modality_of(one, self.root / self.folder): one for one in row.files}
+            unknown = [Path(one).suffix for one in row.files if not modality_of(one, self.root / self.folder)]
+            files = {kind: MediaFile(self.root / self.folder / one) for kind, one in media.items() if kind}
+            problem = row.problem or (f"unknown kind of file {unknown[0]!r}" if unknown else "")
+            item = columns.item(name.lstrip("/"), split, files, row.entry, self.columns, problem)
+            known = found.get(item.id)
+            if known is not None and not (self.is_data and columns.id is None and known.labels == item.labels):
+                raise ValueError(f"{row.where}: {item.id} is listed twice. Give each file one line.")
+            if known is not None:
+                captions = tuple(dict.fromkeys([*known.captions, *item.captions]))
+                item = replace(known, captions=captions, problem=known.problem or item.problem)
+            found[item.id] = item
+        if len(found) < len(self.rows):
+            logger.info("%d rows describe %d files: their captions are joined.", len(self.rows), len(found))
+        yield from found.values()
 
 
 @dataclass(frozen=True)
@@ -165,21 +213,31 @@ class _Row:
     entry: Mapping[str, Any]
     files: tuple[str, ...]
     """Its files, relative to the table's folder."""
+    problem: str = ""
 
 
-def _read_table(root: Path, name: str, columns: Columns) -> _Table:
+def _read_table(
+    root: Path, name: str, columns: Columns, known: Collection[str] = (), *, is_data: bool = False
+) -> _Table:
     folder = name[: name.rfind("/") + 1]
-    rows = [
-        _Row(where, entry, tuple(_files_of(where, entry, columns, root / folder)))
-        for where, entry in table_rows(root / name, columns.image or columns.audio or "file_name")
-    ]
+    rows, names = [], Names()
+    for where, entry in table_rows(root / name, columns.image or columns.audio or "file_name"):
+        files, problems = [], []
+        for one in _files_of(where, entry, columns, None if is_data else root / folder):
+            found, problem = (one, "") if folder + one in known else names.resolve(root / folder, one)
+            files.append(Path(found).as_posix())
+            problems.append(problem)
+        rows.append(_Row(where, entry, tuple(files), " ".join(filter(None, problems))))
+    if not rows:
+        raise ValueError(f"{root / name}: the table has no rows, expected one for each file. Fill it or remove it.")
     has_splits = all("/" in row.files[0] and row.files[0].split("/")[0] in SPLIT_NAMES for row in rows)
     table = _Table(
         root=root,
         folder=folder,
         rows=rows,
         columns=tuple(dict.fromkeys(column for row in rows for column in row.entry)),
-        prefix=folder or ("" if has_splits else "train/"),
+        prefix=folder or ("" if has_splits else f"{split_of(name)}/"),
+        is_data=is_data,
     )
     classes = {tuple(f"{table.prefix}{row.files[0]}".split("/")[1:-1]) for row in rows}
     if len(classes) > 1 and not columns.find("label", table.columns):
@@ -190,12 +248,17 @@ def _read_table(root: Path, name: str, columns: Columns) -> _Table:
     return table
 
 
-def _files_of(where: str, entry: Mapping[str, Any], columns: Columns, folder: Path) -> Iterator[str]:
-    """The files of a row: in the chosen columns, in file_name, or in columns such as image_file_name."""
-    usual = ["file_name"] if "file_name" in entry else [name for name in entry if name.endswith("_file_name")]
+def _files_of(where: str, entry: Mapping[str, Any], columns: Columns, folder: Path | None) -> Iterator[str]:
+    """The files of a row: in the chosen columns, in a usual one, or in columns such as image_file_name.
+
+    Args:
+        folder: where they must lie; None for anywhere.
+    """
+    usual = [name for name in entry if name.endswith("_file_name")] if "file_name" not in entry else []
+    usual = usual or [name for name in FILE_FIELDS if name in entry][:1]
     fields = [name for name in (columns.image, columns.audio) if name] or usual or ["file_name"]
     try:
-        names = {column: str(entry[column]) for column in fields}
+        names = {column: str(entry[column] or "") for column in fields}
         _ = entry[columns.id] if columns.id else None
     except KeyError as error:
         raise ValueError(
@@ -203,11 +266,17 @@ def _files_of(where: str, entry: Mapping[str, Any], columns: Columns, folder: Pa
             f"{', '.join(map(str, entry)) or 'none'}. Correct the line."
         ) from None
     for column, name in names.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+        parts = name.replace("\\", "/").split("/")
+        if "\0" in name or (folder and (Path(name).is_absolute() or (not parts[0] and name) or ".." in parts)):
             raise ValueError(
                 f"{where}: {column} {name!r} is outside its folder. Move the file, or a link to it, into {folder}."
             )
-        yield Path(name).as_posix()
+        if "://" in name:
+            raise ValueError(
+                f"{where}: {column} is the URL {name!r:.80}, expected a file. Download the files first, for instance "
+                "with img2dataset, whose output folder can be the --data."
+            )
+        yield name
 
 
 def _is_below(name: str, folders: Collection[str]) -> bool:
@@ -215,6 +284,14 @@ def _is_below(name: str, folders: Collection[str]) -> bool:
     return any(name[:end] in folders for end in (0, *(at + 1 for at, one in enumerate(name) if one == "/")))
 
 
-def _modality_of(name: str) -> Modality | None:
-    suffix = Path(name).suffix.lower()
-    return "image" if suffix in IMAGE_SUFFIXES else "audio" if suffix in AUDIO_SUFFIXES else None
+def _folder(name: str) -> str:
+    return name[: name.rfind("/") + 1]
+
+
+def _stem(name: str) -> str:
+    return name[: len(name) - len(Path(name).suffix)]
+
+
+def _is_shard(folder: str) -> bool:
+    """Whether a folder is named as those of img2dataset: 00000, 00001 and so on."""
+    return folder.isdigit() and len(folder) >= 5

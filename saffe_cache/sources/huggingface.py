@@ -1,14 +1,28 @@
-"""Datasets of the Hugging Face library, saved in a folder or on the hub. The only importer of datasets."""
+"""Datasets of the Hugging Face library: saved in a folder, in Parquet files, or on the hub. The only importer of it.
+
+Its builders read Parquet and the hub. They copy the data into their cache on this machine's disk, which gives random
+access. Streamed datasets are read in order instead: once for their hashes, and once for each encoder.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 from saffe_cache.core.features import Modality
-from saffe_cache.sources.items import Columns, Format, SourceItem, as_list, texts_of
+from saffe_cache.sources.decoding import media_bytes
+from saffe_cache.sources.files import expand, is_helper, modality_of, split_of
+from saffe_cache.sources.items import Columns, Format, SourceItem, as_list, hashed, texts_of
+
+_KEPT_BYTES = 2**29
+"""Media of a stream that are kept for readers that are behind."""
 
 
 def _is_saved_dataset(data: str) -> bool:
@@ -16,9 +30,42 @@ def _is_saved_dataset(data: str) -> bool:
     return (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
 
 
+def _is_snapshot(data: str) -> bool:
+    """Whether a folder, perhaps with :CONFIG behind it, holds Parquet files and neither media nor archives."""
+    folder = Path(_parts(data)[0]).expanduser()
+    found = False
+    for _, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not is_helper(name)]
+        if any(modality_of(name) or name.endswith(".tar") for name in names):
+            return False
+        found = found or any(name.endswith(".parquet") and name != "metadata.parquet" for name in names)
+    return found
+
+
+def _holds_media(data: str) -> bool:
+    """Whether the data are Parquet files with a column of pictures or sounds, which footers show."""
+    paths = expand(data) if data.endswith(".parquet") else []
+    if not paths:
+        return False
+    import datasets
+    import pyarrow.parquet
+
+    try:
+        features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(paths[0]))
+    except Exception:  # of a damaged file, which reading names
+        return False
+    return any(map(_is_media, features.values()))
+
+
 def _may_be_hub_id(data: str) -> bool:
     path = Path(data).expanduser()
     return not (path.exists() or path.is_absolute() or data.startswith("."))
+
+
+def _parts(data: str) -> tuple[str, str | None, str | None]:
+    """The name, the config and the revision in NAME:CONFIG@REVISION."""
+    match = None if os.path.exists(os.path.expanduser(data)) else re.fullmatch(r"(.+?)(?::([^:@]+))?(?:@(.+))?", data)
+    return match.groups() if match else (data, None, None)  # type: ignore[return-value]
 
 
 def saved_items(data: str, columns: Columns) -> Iterator[SourceItem]:
@@ -29,34 +76,81 @@ def saved_items(data: str, columns: Columns) -> Iterator[SourceItem]:
     """
     import datasets
 
-    loaded = datasets.load_from_disk(str(Path(data).expanduser()))
-    if not isinstance(loaded, dict):
-        loaded = {str(loaded.split or "train").partition("[")[0]: loaded}  # the split may be train[:100]
-    yield from _items_of_splits(data, loaded, columns)
+    yield from dataset_items(f"--data {data}", datasets.load_from_disk(str(Path(data).expanduser())), columns)
 
 
-def hub_items(data: str, columns: Columns) -> Iterator[SourceItem]:
-    """The items of a dataset id.
+def parquet_items(data: str, columns: Columns, *, streaming: bool = False) -> Iterator[SourceItem]:
+    """The items of Parquet files, whose names say their splits.
 
     Raises:
-        ValueError: the hub does not provide it, or its columns are invalid.
+        ValueError: the files are damaged, or their columns are invalid.
     """
-    import datasets
+    files: dict[str, list[str]] = {}
+    for path in expand(data):
+        files.setdefault(split_of(f"{path.parent.name}/{path.name}"), []).append(str(path))
+    what = "the Parquet files cannot be read"
+    yield from dataset_items(f"--data {data}", _load(data, what, "parquet", streaming, data_files=files), columns)
 
-    try:
-        loaded = datasets.load_dataset(data)
-    except Exception as error:  # the hub's client raises many kinds
-        raise ValueError(
-            f"--data {data}: no such folder here, and the hub provided no dataset with this id "
-            f"({type(error).__name__}: {error}). Check the spelling and the network."
-        ) from error
-    yield from _items_of_splits(data, loaded, columns)
+
+def hub_items(data: str, columns: Columns, *, streaming: bool = False) -> Iterator[SourceItem]:
+    """The items of a dataset id, or of a folder with a copy of such a dataset.
+
+    Raises:
+        ValueError: it is unavailable, has several configs, or its columns are invalid.
+    """
+    name, config, revision = _parts(data)
+    what = "no such folder here, and the hub provided no dataset with this id"
+    if os.path.isdir(os.path.expanduser(name)):
+        name, what = os.path.expanduser(name), "its Parquet files cannot be read"
+    options = {key: value for key, value in (("name", config), ("revision", revision)) if value}
+    yield from dataset_items(f"--data {data}", _load(data, what, name, streaming, **options), columns)
 
 
 SAVED_DATASET = Format(
     layout="a folder saved by datasets.save_to_disk", recognises=_is_saved_dataset, read_items=saved_items
 )
-HUB_DATASET = Format(layout="a dataset id on the Hugging Face hub", recognises=_may_be_hub_id, read_items=hub_items)
+SNAPSHOT = Format(
+    layout="a folder with the Parquet files of a dataset of the hub",
+    recognises=_is_snapshot,
+    read_items=hub_items,
+    stream_items=partial(hub_items, streaming=True),
+)
+PARQUET = Format(
+    layout="Parquet files with pictures or sounds",
+    recognises=_holds_media,
+    read_items=parquet_items,
+    stream_items=partial(parquet_items, streaming=True),
+)
+HUB_DATASET = Format(
+    layout="a dataset id on the Hugging Face hub",
+    recognises=_may_be_hub_id,
+    read_items=hub_items,
+    stream_items=partial(hub_items, streaming=True),
+)
+
+
+def _load(data: str, what: str, name: str, streaming: bool, **options: Any) -> Any:
+    """
+    Raises:
+        ValueError: the library cannot load it, for which `what` is said.
+    """
+    import datasets
+
+    options |= {"streaming": True} if streaming else {}
+    try:
+        return datasets.load_dataset(name, **options)
+    except Exception as error:  # the library raises many kinds
+        configs = re.search(r"available configs: \[(.+)\]|Available: \[(.+)\]", str(error))
+        if configs:
+            names = (configs[1] or configs[2]).replace("'", "")
+            raise ValueError(
+                f"--data {data}: found the configs {names}, expected one of them. Choose one, as in "
+                f"--data {_parts(data)[0]}:{names.split(', ')[0]}."
+            ) from None
+        cause = error.__cause__ or error
+        raise ValueError(
+            f"--data {data}: {what} ({type(cause).__name__}: {cause}). Check the spelling, the files and the network."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -68,64 +162,168 @@ class _Cell:
     row: int
 
     def read(self) -> bytes:
-        value = self.dataset[self.row][self.column] or {"bytes": None, "path": None}
-        if value["bytes"] is not None:
-            return bytes(value["bytes"])
-        if value["path"] is None:
-            raise OSError(f"row {self.row} has no {self.column}")
-        return Path(value["path"]).read_bytes()
+        return _content(self.dataset[self.row][self.column], self.row, self.column)
 
 
-def _items_of_splits(data: str, splits: Mapping[Any, Any], columns: Columns) -> Iterator[SourceItem]:
-    columns.require(list(dict.fromkeys(name for one in splits.values() for name in one.features)), f"--data {data}")
-    for split, dataset in splits.items():
-        yield from _dataset_items(dataset, str(split), columns)
+def _content(value: Any, row: int, column: str) -> bytes:
+    if value is None or (value["bytes"] is None and value["path"] is None):
+        raise OSError(f"row {row} has no {column}")
+    return media_bytes(value)
 
 
-def _dataset_items(dataset: Any, split: str, columns: Columns) -> Iterator[SourceItem]:
-    media = _media(dataset, split, columns)
-    chosen = {role: columns.find(role, dataset.features) for role in ("caption", "label", "id")}
-    names = list(dict.fromkeys(name for of_role in chosen.values() for name in of_role))
-    fields = tuple(dataset.features)
+@dataclass
+class _Stream:
+    """Media of a dataset that is read in order. Readers of earlier rows start it again."""
+
+    rows: Any
+    """An IterableDataset with the columns of media, not decoded."""
+    cells: WeakValueDictionary[tuple[int, str], _StreamCell] = field(default_factory=WeakValueDictionary)
+    """The media that may still be read: nobody refers to others."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _ahead: Iterator[Mapping[str, Any]] = field(default_factory=lambda: iter(()))
+    _next: int = -1
+    _kept: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    _kept_bytes: int = 0
+
+    def read(self, row: int, column: str) -> bytes:
+        with self._lock:
+            if row not in self._kept and not 0 <= self._next <= row:
+                self._ahead, self._next = iter(self.rows.skip(row) if row else self.rows), row
+            while row not in self._kept:
+                self._keep(self._next, next(self._ahead))
+                self._next += 1
+            return _content(self._kept[row][column], row, column)
+
+    def _keep(self, row: int, values: Mapping[str, Any]) -> None:
+        if not any((row, column) in self.cells for column in values):
+            return
+        self._kept[row] = values
+        self._kept_bytes += _size(values)
+        while self._kept_bytes > _KEPT_BYTES and len(self._kept) > 1:
+            self._kept_bytes -= _size(self._kept.pop(next(iter(self._kept))))
+
+
+def _size(values: Mapping[str, Any]) -> int:
+    return sum(len((value or {}).get("bytes") or b"") for value in values.values())
+
+
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class _StreamCell:
+    """Media in a row of a stream."""
+
+    stream: _Stream
+    column: str
+    row: int
+
+    def read(self) -> bytes:
+        return self.stream.read(self.row, self.column)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """Media that the stream has just read."""
+
+    column: str
+    row: int
+    value: Any
+
+    def read(self) -> bytes:
+        return _content(self.value, self.row, self.column)
+
+
+def dataset_items(where: str, loaded: Any, columns: Columns) -> Iterator[SourceItem]:
+    """The items of a Dataset or DatasetDict, or of their streamed forms.
+
+    Raises:
+        ValueError: the columns are invalid.
+    """
+    if not isinstance(loaded, Mapping):
+        loaded = {str(loaded.split or "train").partition("[")[0]: loaded}  # the split may be train[:100]
+    loaded = {split: one if one.features else one._resolve_features() for split, one in loaded.items()}
+    columns.require(list(dict.fromkeys(name for one in loaded.values() for name in one.features)), where)
+    for split, dataset in loaded.items():
+        media = _media_columns(dataset.features, str(split), columns)
+        for column, feature in media.values():
+            dataset = dataset.cast_column(column, feature(decode=False))
+        rows = _stored_rows if hasattr(dataset, "__len__") else _streamed_rows
+        yield from rows(dataset, str(split), {kind: column for kind, (column, _) in media.items()}, columns)
+
+
+def _stored_rows(dataset: Any, split: str, media: Mapping[Modality, str], columns: Columns) -> Iterator[SourceItem]:
+    cells = {modality: _Cell(dataset.select_columns([name]), name, 0) for modality, name in media.items()}
+    names = _names_of(dataset.features, columns)
     entries: Iterable[Mapping[str, Any]] = dataset.select_columns(names) if names else ({} for _ in range(len(dataset)))
     for row, entry in enumerate(entries):
-        captions, caption_problem = columns.texts("caption", entry)
-        labels, label_problem = _labels_of(dataset.features, chosen["label"], entry)
-        yield SourceItem(
-            id=f"{split}/{entry[chosen['id'][0]] if chosen['id'] else row}",
-            split=split,
-            media={modality: replace(cell, row=row) for modality, cell in media.items()},
-            captions=captions,
-            labels=labels,
-            problem=caption_problem or label_problem,
-            columns=fields,
-        )
+        yield _item(dataset, row, split, {kind: replace(cell, row=row) for kind, cell in cells.items()}, entry, columns)
 
 
-def _media(dataset: Any, split: str, columns: Columns) -> dict[Modality, _Cell]:
-    """Row 0 of the columns of photos and sounds, found by their type. Texts in them are paths.
+def _streamed_rows(dataset: Any, split: str, media: Mapping[Modality, str], columns: Columns) -> Iterator[SourceItem]:
+    stream = _Stream(dataset.select_columns(list(media.values())))
+    names = list(dict.fromkeys([*media.values(), *_names_of(dataset.features, columns)]))
+    for row, entry in enumerate(dataset.select_columns(names)):
+        loaded = {kind: _Loaded(column, row, entry[column]) for kind, column in media.items()}
+        item = hashed(_item(dataset, row, split, loaded, entry, columns))
+        cells = {kind: _StreamCell(stream, one.column, row) for kind, one in item.media.items()}  # type: ignore[attr-defined]
+        stream.cells.update({(row, cell.column): cell for cell in cells.values()})
+        yield replace(item, media=cells)
+
+
+def _names_of(features: Any, columns: Columns) -> list[str]:
+    """The columns of texts that items are made of."""
+    roles: tuple[Literal["caption", "label", "id", "split"], ...] = ("caption", "label", "id")
+    roles += ("split",) if columns.split else ()
+    return list(dict.fromkeys(name for role in roles for name in columns.find(role, features)))
+
+
+def _item(
+    dataset: Any, row: int, split: str, media: Mapping[Modality, Any], entry: Mapping[str, Any], columns: Columns
+) -> SourceItem:
+    labels, problem = _labels_of(dataset.features, columns.find("label", dataset.features), entry)
+    split = str(entry[columns.split]) if columns.split else split
+    texts = {name: value for name, value in entry.items() if name in columns.find("caption", entry)}
+    texts |= {columns.id: entry[columns.id]} if columns.id else {}
+    item = columns.item(row, split, media, texts, tuple(dataset.features), problem)
+    return replace(item, labels=labels)
+
+
+def _is_media(kind: Any) -> bool:
+    """Whether a column's type is that of pictures, sounds or files in them."""
+    is_file = isinstance(kind, Mapping) and kind.keys() >= {"bytes", "path"}
+    is_bytes = getattr(kind, "dtype", "").removeprefix("large_") == "binary"
+    return is_file or is_bytes or _is_typed(kind)
+
+
+def _is_typed(kind: Any) -> bool:
+    import datasets
+
+    return isinstance(kind, (datasets.Image, datasets.Audio))
+
+
+def _media_columns(features: Any, split: str, columns: Columns) -> dict[Modality, tuple[str, Any]]:
+    """The columns of photos and sounds, found by their type and usual names, and the types. Texts in them are paths.
 
     Raises:
         ValueError: there is no such column, or it has another type.
     """
     import datasets
 
-    media: dict[Modality, _Cell] = {}
-    features: tuple[tuple[Literal["image", "audio"], Any], ...] = (("image", datasets.Image), ("audio", datasets.Audio))
-    for modality, feature in features:
-        of_type = (name for name, kind in dataset.features.items() if isinstance(kind, feature))
-        name = next(iter(columns.find(modality, dataset.features)), None) or next(of_type, None)
+    media: dict[Modality, tuple[str, Any]] = {}
+    typed: Mapping[Literal["image", "audio"], Any] = {"image": datasets.Image, "audio": datasets.Audio}
+    of_files = {name: None for name, kind in features.items() if _is_media(kind) and not _is_typed(kind)}
+    for modality, feature in typed.items():
+        chosen = columns.find(modality, features) if getattr(columns, modality) else ()
+        of_type = (name for name, kind in features.items() if isinstance(kind, feature))
+        name = next(iter([*chosen, *of_type, *columns.find(modality, of_files)]), None)
         if name is None:
             continue
-        kind = dataset.features[name]
-        kinds = ("string", "binary")
-        if not isinstance(kind, feature) and getattr(kind, "dtype", "").removeprefix("large_") not in kinds:
+        kind = features[name]
+        is_text = getattr(kind, "dtype", "").removeprefix("large_") == "string"
+        if not (isinstance(kind, feature) or is_text or name in of_files):
             raise ValueError(f"split {split}: column {name} has {kind}, expected {modality}, bytes or paths.")
-        undecoded = dataset.select_columns([name]).cast_column(name, feature(decode=False))
-        media[modality] = _Cell(undecoded, name, 0)
+        media[modality] = (name, feature)
     if not media:
         raise ValueError(
-            f"split {split}: no image or audio column found; the columns are {', '.join(dataset.features)}. "
+            f"split {split}: no image or audio column found; the columns are {', '.join(features)}. "
             "Choose them with --column ROLE=NAME."
         )
     return media

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from saffe_cache.core.features import Item, Modality
+from saffe_cache.sources.decoding import modality_of_content
 
-Role = Literal["image", "audio", "caption", "label", "id"]
+Role = Literal["image", "audio", "caption", "label", "id", "split"]
 _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
-    "caption": ("captions", "caption", "text", "sentences", "sentence", "raw"),
-    "label": ("labels", "label", "fine_label", "category", "class"),
+    "image": ("image", "jpg", "jpeg", "png", "webp"),
+    "audio": ("audio", "wav", "flac", "mp3", "ogg"),
+    "caption": ("txt", "captions", "caption", "text", "sentences", "sentence", "raw", "prompt"),
+    "label": ("labels", "label", "fine_label", "category", "class", "cls"),
+    "split": ("split",),
 }
+_LIST_ROLES = ("caption", "label")
+"""Roles that several columns may have."""
 SPLIT_NAMES = frozenset(
     ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation")
 )
 """Usual names of splits."""
+_LFS_POINTER = b"version https://git-lfs"
 _MACHINE_FAULTS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
@@ -69,17 +78,49 @@ class Columns:
     caption: str | None = None
     label: str | None = None
     id: str | None = None
+    split: str | None = None
 
     def find(self, role: Role, names: Collection[str]) -> tuple[str, ...]:
-        """The columns of a role among `names`: the chosen ones, otherwise the first usual name."""
+        """The columns of a role among `names`: the chosen ones, otherwise the first usual name.
+
+        Captions may also be in numbered columns, such as caption_0 to caption_4.
+        """
         chosen = getattr(self, role)
         if chosen is not None:
             return tuple(name for name in _split(chosen, names) if name in names)
-        return tuple(name for name in _USUAL_NAMES.get(role, ()) if name in names)[:1]
+        usual = _USUAL_NAMES.get(role, ())
+        found = tuple(name for name in usual if name in names)[:1]
+        if found or role != "caption":
+            return found
+        numbered = {name: re.fullmatch(rf"({'|'.join(usual)})_?(\d+)", name) for name in names}
+        matches = {name: (match[1], int(match[2])) for name, match in numbered.items() if match}
+        return tuple(sorted(matches, key=matches.__getitem__))
 
     def texts(self, role: Role, entry: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
         """The texts of a role in one row, and a problem if one of them is empty or no text."""
         return texts_of([value for name in self.find(role, entry) for value in as_list(entry[name])])
+
+    def item(
+        self,
+        name: object,
+        split: str,
+        media: Mapping[Modality, Media],
+        entry: Mapping[str, Any],
+        fields: tuple[str, ...],
+        problem: str = "",
+    ) -> SourceItem:
+        """The item of one row, whose id is its split with its name, or with the chosen column's value."""
+        captions, caption_problem = self.texts("caption", entry)
+        labels, label_problem = self.texts("label", entry)
+        return SourceItem(
+            id=f"{split}/{name if self.id is None else entry.get(self.id)}",
+            split=split,
+            media=media,
+            captions=captions,
+            labels=labels,
+            problem=problem or caption_problem or label_problem,
+            columns=fields,
+        )
 
     def require(self, names: Collection[str], where: str) -> None:
         """
@@ -94,7 +135,7 @@ class Columns:
                     f"{where}: no column {absent[0]}; the columns are {', '.join(names) or 'none'}. Choose them with "
                     "--column ROLE=NAME."
                 )
-            if len(parts) > 1 and role not in _USUAL_NAMES:
+            if len(parts) > 1 and role not in _LIST_ROLES:
                 raise ValueError(
                     f"{where}: --column {role}={chosen}: found {len(parts)} columns, expected one. Several are only "
                     "possible for caption and label."
@@ -103,32 +144,82 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """How one kind of dataset is recognised and read. `data` is what `--data` says."""
+    """How one kind of dataset is recognised and read. `data` is what `--data` says, or a Python object."""
 
     layout: str
     """What such a dataset looks like, for error messages."""
-    recognises: Callable[[str], bool]
-    """Whether the data has this format; looks at names of files, without reading them."""
-    read_items: Callable[[str, Columns], Iterator[SourceItem]]
+    recognises: Callable[[Any], bool]
+    """Whether the data has this format; looks at names of files, without reading media."""
+    read_items: Callable[[Any, Columns], Iterator[SourceItem]]
     """Yield the items in a fixed order, with unique ids. Media are not read.
 
     Raises:
         ValueError: the dataset or its columns are invalid.
     """
+    stream_items: Callable[[Any, Columns], Iterator[SourceItem]] | None = None
+    """The same without a copy on this machine's disk, with hashes; None where reading makes none."""
+
+
+def hashed(item: SourceItem) -> SourceItem:
+    """The item with the hashes of its media, which are read once. Their content decides whether they are sounds."""
+    if item.hashes:
+        return item
+    problem, hashes, found = item.problem, {}, dict[Modality, Media]()
+    for modality, media in item.media.items():
+        try:
+            data = media.read()
+        except OSError as error:
+            if not is_file_fault(error):
+                raise
+            problem = problem or f"unreadable {modality}: {error.strerror or error}"
+            found[modality] = media
+            continue
+        other = modality_of_content(data)
+        kind = other if other and other not in item.media else modality
+        found[kind], hashes[kind] = media, hashlib.sha256(data).digest()
+        if not data:
+            problem = problem or f"unreadable {modality}: the file is empty"
+        if data.startswith(_LFS_POINTER):
+            problem = problem or f"unreadable {modality}: a pointer of Git LFS, not the file. Run git lfs pull"
+    return replace(item, problem=problem, hashes=hashes, media=found)
 
 
 def texts_of(value: Any) -> tuple[tuple[str, ...], str]:
-    """The text or texts in a column's value, and a problem if one of them is empty or no text."""
-    values = as_list(value)
-    texts = tuple(str(text).strip() for text in values if isinstance(text, (str, int)))
-    if len(texts) < len(values) or not all(texts):
-        return tuple(text for text in texts if text), "empty caption or label"
-    return texts, ""
+    """The text or texts in a column's value, and a problem if one of them is empty or no text.
+
+    A struct stands for the text in its field of a usual name, as in [{"raw": "a cat"}].
+    """
+    texts: list[str] = []
+    problem = ""
+    for one in as_list(value):
+        names = Columns().find("caption", one) if isinstance(one, Mapping) else ()
+        if names:
+            inner, wrong = texts_of([text for name in names for text in as_list(one[name])])
+            texts += inner
+            problem = problem or wrong
+        elif isinstance(one, (str, int)) and (text := str(one).strip()):
+            texts.append(text)
+        elif one is None or isinstance(one, str):
+            problem = problem or "empty caption or label"
+        else:
+            problem = problem or f"caption or label is {_described(one)}, expected a text"
+    return tuple(texts), problem
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a struct with the fields {', '.join(map(str, value)) or 'none'}"
+    kind = "a list in a list" if isinstance(value, (list, tuple)) else f"a {type(value).__name__}"
+    return f"{kind} ({value!r:.40})"
 
 
 def as_list(value: Any) -> list[Any]:
-    """The values in a cell, which holds none, one or a list."""
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+    """The values in a cell, which holds none, one or a list; NaN stands for none."""
+    if hasattr(value, "tolist"):  # of numpy or torch
+        value = value.tolist()
+    if value is None or value != value:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _split(chosen: str, names: Collection[str]) -> tuple[str, ...]:

@@ -7,35 +7,46 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from typing import Any
 
 from tqdm import tqdm
 
-from saffe_cache.sources.folders import FOLDERS
-from saffe_cache.sources.huggingface import HUB_DATASET, SAVED_DATASET
-from saffe_cache.sources.items import SPLIT_NAMES, Columns, Format, SourceItem, is_file_fault
+from saffe_cache.sources.folders import FOLDERS, TABLES
+from saffe_cache.sources.huggingface import HUB_DATASET, PARQUET, SAVED_DATASET, SNAPSHOT
+from saffe_cache.sources.items import SPLIT_NAMES, Columns, Format, SourceItem, hashed
+from saffe_cache.sources.objects import OBJECTS, described
+from saffe_cache.sources.samples import TARS
 
 logger = logging.getLogger(__name__)
 
-FORMATS: tuple[Format, ...] = (SAVED_DATASET, FOLDERS, HUB_DATASET)
+FORMATS: tuple[Format, ...] = (OBJECTS, SAVED_DATASET, SNAPSHOT, FOLDERS, TARS, PARQUET, TABLES, HUB_DATASET)
 """The first one that recognises the data reads it, so special formats come before general ones."""
 
 
 def read_items(
-    data: str, columns: Columns, splits: tuple[str, ...], max_items: Mapping[str, int] | None = None
+    data: Any,
+    columns: Columns,
+    splits: tuple[str, ...],
+    max_items: Mapping[str, int] | None = None,
+    *,
+    streaming: bool = False,
 ) -> list[SourceItem]:
     """The items of a dataset with the hashes of their content; unreadable ones have a problem.
 
     Args:
         splits: only these; empty for all.
         max_items: most items of a split. Only the chosen items' media are read.
+        streaming: make no copy of the data on this machine's disk.
 
     Raises:
         ValueError: there is no usable dataset, or a split has no items.
     """
-    found, items = _find_format(data), _all_items(data, columns)
+    data = os.fspath(data) if isinstance(data, os.PathLike) else data
+    found, items = _find_format(data), _all_items(data, columns, streaming)
+    data = described(data)
     if not items:
         raise ValueError(f"--data {data}: found no items, expected {found.layout}.")
     existing = dict.fromkeys(item.split for item in items)
@@ -43,32 +54,35 @@ def read_items(
     if absent:
         raise ValueError(f"--data {data}: no items in split {absent[0]}; its splits are {', '.join(existing)}.")
     _report_odd_splits(items, splits, data)
+    _report_lacking([item for item in items if not splits or item.split in splits])
     return _hashed(_limit([item for item in items if not splits or item.split in splits], max_items or {}), data)
 
 
-def read_named_items(data: str, columns: Columns, ids: Collection[str]) -> list[SourceItem]:
+def read_named_items(data: str, columns: Columns, ids: Collection[str], *, streaming: bool = False) -> list[SourceItem]:
     """The items of a dataset with these ids, as `read_items` returns them; other items' media are not read.
 
     Raises:
         ValueError: there is no usable dataset.
     """
-    return _hashed([item for item in _all_items(data, columns) if item.id in ids], data)
+    return _hashed([item for item in _all_items(data, columns, streaming) if item.id in ids], data)
 
 
-def _find_format(data: str) -> Format:
+def _find_format(data: Any) -> Format:
     for one in FORMATS:
         if one.recognises(data):
             return one
-    layouts = "; or ".join(one.layout for one in FORMATS)
+    layouts = "; or ".join(one.layout for one in FORMATS if one is not OBJECTS)
     raise ValueError(f"--data {data}: found no dataset, expected {layouts}.")
 
 
-def _all_items(data: str, columns: Columns) -> list[SourceItem]:
+def _all_items(data: Any, columns: Columns, streaming: bool) -> list[SourceItem]:
     items: dict[str, SourceItem] = {}
-    for item in _find_format(data).read_items(data, columns):
+    found = _find_format(data)
+    for item in (found.stream_items if streaming and found.stream_items else found.read_items)(data, columns):
         if item.id in items:
             raise ValueError(
-                f"--data {data}: two items have the id {item.id}. Choose another column with --column id=NAME."
+                f"--data {described(data)}: two items have the id {item.id}. Choose another column with "
+                "--column id=NAME."
             )
         items[item.id] = item
     return list(items.values())
@@ -95,6 +109,19 @@ def _report_odd_splits(items: Sequence[SourceItem], splits: Collection[str], dat
             logger.warning("split %s: %s. Every ranking of its photos would be perfect.", split, what)
 
 
+def _report_lacking(items: Sequence[SourceItem]) -> None:
+    """Warn of items without the captions or classes that others of their split have."""
+    of_split: dict[str, list[SourceItem]] = {}
+    for item in items:
+        if not item.problem:
+            of_split.setdefault(item.split, []).append(item)
+    for split, found in of_split.items():
+        lacking = [item.id for item in found if not item.captions and not item.labels]
+        if 0 < len(lacking) < len(found):
+            what = f"{len(lacking)} of its {len(found)} items have neither captions nor classes"
+            logger.warning("split %s: %s; for instance %s.", split, what, _some(lacking))
+
+
 def _some(names: Collection[str]) -> str:
     return ", ".join(list(names)[:5]) + (", …" if len(names) > 5 else "")
 
@@ -110,22 +137,5 @@ def _limit(items: Sequence[SourceItem], max_items: Mapping[str, int]) -> list[So
 
 def _hashed(items: Sequence[SourceItem], data: str) -> list[SourceItem]:
     with ThreadPoolExecutor() as pool:
-        hashed = pool.map(_hash_item, items)
-        return list(tqdm(hashed, total=len(items), unit=" items", desc=f"reading {data}", leave=False))
-
-
-def _hash_item(item: SourceItem) -> SourceItem:
-    """Read the item's media once, for their hashes."""
-    problem, hashes = item.problem, {}
-    for modality, media in item.media.items():
-        try:
-            data = media.read()
-        except OSError as error:
-            if not is_file_fault(error):
-                raise
-            problem = problem or f"unreadable {modality}: {error.strerror or error}"
-            continue
-        hashes[modality] = hashlib.sha256(data).digest()
-        if not data:
-            problem = problem or f"unreadable {modality}: the file is empty"
-    return replace(item, problem=problem, hashes=hashes)
+        read = pool.map(hashed, items)
+        return list(tqdm(read, total=len(items), unit=" items", desc=f"reading {data}", leave=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,20 +30,26 @@ def table_rows(path: Path, expected: str) -> Iterator[tuple[str, Mapping[str, An
         yield where, row
 
 
-def _encoding(path: Path) -> str:
-    with path.open("rb") as file:
-        return "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+def decoded(data: bytes) -> str:
+    """The text of a file in UTF-8 or UTF-16; bytes that are no UTF-8 become surrogates."""
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return data.decode("utf-16", "replace")
+    if b"\0" in data[:2]:  # the first character is ASCII in all tables
+        return data.decode("utf-16-be" if data[:1] == b"\0" else "utf-16-le", "replace")
+    return data.decode("utf-8-sig", "surrogateescape")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding=_encoding(path), errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"{path}:{number}", _parsed(line)
+    for number, line in enumerate(io.StringIO(decoded(path.read_bytes()), newline=None), start=1):
+        if line.strip():
+            yield f"{path}:{number}", _parsed(line)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    rows = _parsed(path.read_text(encoding=_encoding(path), errors="surrogateescape"))
+    rows = _parsed(decoded(path.read_bytes()))
+    if isinstance(rows, json.JSONDecodeError) and rows.msg == "Extra data":
+        yield from _json_lines(path)
+        return
     for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
         yield f"{path}: row {number}", row
 
@@ -56,15 +63,19 @@ def _parsed(text: str) -> Any:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding=_encoding(path), errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise csv.Error(f"expected {len(reader.fieldnames or ())} cells as in its first line")
-                yield f"{path}:{reader.line_num}", {name: value or None for name, value in row.items()}
-        except csv.Error as error:
-            raise ValueError(f"{path}:{reader.line_num}: {error}. Correct the line.") from None
+    """Rows of a CSV or TSV file; its first line shows whether commas, tabs, semicolons or bars separate its cells."""
+    csv.field_size_limit(2**31 - 1)
+    text = decoded(path.read_bytes())
+    first = text.partition("\n")[0]
+    separator = max("\t,;|" if path.suffix == ".tsv" else ",\t;|", key=first.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise csv.Error(f"expected {len(reader.fieldnames or ())} cells as in its first line")
+            yield f"{path}:{reader.line_num}", {name: value or None for name, value in row.items()}
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: {error}. Correct the line.") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,226 @@
+"""Files of a dataset by name: in a folder and below, in tar archives, and those that a pattern or a table names.
+
+Symbolic links in a user's folder are followed. What systems and tools leave behind is set apart, to be counted.
+Members of tar archives are read in place: nothing is unpacked or copied.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import tarfile
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from saffe_cache.core.features import Modality
+from saffe_cache.sources.decoding import modality_of_content
+from saffe_cache.sources.items import SPLIT_NAMES
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
+    | {".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm"}
+)
+AUDIO_SUFFIXES = frozenset(
+    {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".caf", ".w64", ".rf64", ".au", ".m4a"}
+)
+SIDECARS = frozenset({".txt", ".caption", ".json", ".cls"})
+"""Suffixes of files with the texts of a photo or sound that lies beside them."""
+_HELPERS = frozenset(
+    {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__"}
+    | {"thumbs.db", "ehthumbs.db", "desktop.ini"}
+)
+"""Names in lower case of what systems and tools leave in folders, besides names that begin with a dot."""
+_BLOCK = 512
+"""Bytes of a header in a tar archive."""
+
+
+def is_helper(name: str) -> bool:
+    """Whether the last part of a path is hidden, or left behind by a system or a tool."""
+    last = name.rpartition("/")[2]
+    return last.startswith(".") or last.lower() in _HELPERS
+
+
+def suffix_of(name: str) -> str:
+    return Path(name).suffix.lower()
+
+
+def modality_of(name: str, folder: Path | None = None) -> Modality | None:
+    """What a file holds: by its suffix, or else by its content, if its folder is given."""
+    suffix = suffix_of(name)
+    if suffix in IMAGE_SUFFIXES:
+        return "image"
+    if suffix in AUDIO_SUFFIXES:
+        return "audio"
+    if folder is None or suffix in SIDECARS:
+        return None
+    try:
+        with (folder / name).open("rb") as file:
+            return modality_of_content(file.read(16))
+    except (OSError, ValueError):
+        return None
+
+
+def split_of(name: str) -> str:
+    """The split that a path names: a folder with a usual name, else such a word in the file's name; else train."""
+    *folders, last = name.split("/")
+    words = [*folders, *re.split(r"[-_. ]", last)]
+    return next((word for word in words if word in SPLIT_NAMES), "train")
+
+
+@dataclass
+class Tree:
+    """The names of what lies in a folder and below, relative to it, in order."""
+
+    media: dict[str, Modality] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+    helpers: list[str] = field(default_factory=list)
+    """Hidden files and folders, and those of systems and tools. Nothing below them is read."""
+    loops: list[str] = field(default_factory=list)
+    """Links to a folder that contains them."""
+
+
+def walk(root: Path) -> Tree:
+    tree = Tree()
+    _walk(root, root, "", (), tree)
+    return tree
+
+
+def _walk(root: Path, folder: Path, prefix: str, above: tuple[tuple[int, int], ...], tree: Tree) -> None:
+    """Add what lies in a folder; `prefix` is its name with a slash, `above` identifies the folders that contain it."""
+    status = folder.stat()
+    above = (*above, (status.st_dev, status.st_ino))
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        name = prefix + entry.name
+        if is_helper(name):
+            tree.helpers.append(name)
+        elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # False for a broken link
+            target = os.stat(entry.path)
+            if (target.st_dev, target.st_ino) in above:
+                tree.loops.append(name)
+            else:
+                _walk(root, folder / entry.name, f"{name}/", above, tree)
+        elif modality := modality_of(name, root):
+            tree.media[name] = modality
+        else:
+            tree.others.append(name)
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """A file in a tar archive, read in place."""
+
+    path: Path
+    start: int
+    size: int
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            data = file.read(self.size)
+        if len(data) < self.size:
+            raise OSError(f"{self.path} ends within it")
+        return data
+
+
+def tar_members(path: Path) -> tuple[dict[str, TarMember], list[str]]:
+    """The files in a tar archive by name, in order, and the names of its links and helpers, which are left out.
+
+    Raises:
+        ValueError: the archive is compressed or damaged, or two files have the same name.
+    """
+    members: dict[str, TarMember] = {}
+    others: list[str] = []
+    place = 0
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                place = archive.offset
+                name = member.name.removeprefix("./")
+                if member.isdir():
+                    continue
+                if not member.isreg() or any(is_helper(part) for part in name.split("/")):
+                    others.append(name)
+                elif name in members:
+                    raise ValueError(f"{path}: two files are named {name}. Leave one out.")
+                else:
+                    members[name] = TarMember(path, member.offset_data, member.size)
+        with path.open("rb") as file:  # tarfile takes a damaged header for the end
+            file.seek(place)
+            if any(file.read(_BLOCK)) or place > path.stat().st_size:
+                raise tarfile.ReadError("no header of a file here")
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"{path}: no readable tar archive at byte {place}, after {len(members)} files ({error}). Decompress it if "
+            "it is compressed, or fetch it again."
+        ) from None
+    return members, others
+
+
+def expand(pattern: str) -> list[Path]:
+    """The files that a pattern names, in order: {000..099} is a range, {a,b} a choice, and * matches within a name.
+
+    Raises:
+        ValueError: some of them do not exist.
+    """
+    if os.path.lexists(os.path.expanduser(pattern)):
+        return [Path(pattern).expanduser()]
+    names = list(_without_braces(os.path.expanduser(pattern)))
+    found = [path for name in names for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
+    absent = [name for name in found if not os.path.exists(name)]
+    if absent and len(absent) < len(found):
+        raise ValueError(
+            f"--data {pattern}: {len(absent)} of {len(found)} files do not exist; for instance {absent[0]}. Fetch "
+            "them, or narrow the range."
+        )
+    return [] if absent else list(dict.fromkeys(map(Path, found)))
+
+
+def _without_braces(pattern: str) -> Iterator[str]:
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        yield pattern
+        return
+    parts = match[1].split(",")
+    if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+        first, last = bounds.groups()
+        parts = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    for part in parts:
+        yield from _without_braces(pattern[: match.start()] + part + pattern[match.end() :])
+
+
+class Names:
+    """Finds listed files whose names differ from the disk's in Unicode form, backslashes or case."""
+
+    def __init__(self) -> None:
+        self._in_folder: dict[Path, dict[str, list[str]]] = {}
+
+    def resolve(self, folder: Path, name: str) -> tuple[str, str]:
+        """The name on the disk, and a problem if several files fit; the name itself if none does."""
+        if os.path.lexists(folder / name):
+            return name, ""
+        place, found = folder, list[str]()
+        for part in name.replace("\\", "/").split("/"):
+            fits = self._names(place).get(_plain(part), [])
+            if len(fits) != 1:
+                problem = f"{len(fits)} files fit the name {name!r}: {', '.join(fits)}" if fits else ""
+                return name, problem
+            found.append(fits[0])
+            place = place / fits[0]
+        return "/".join(found), ""
+
+    def _names(self, folder: Path) -> dict[str, list[str]]:
+        if folder not in self._in_folder:
+            names: dict[str, list[str]] = {}
+            for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+                names.setdefault(_plain(name), []).append(name)
+            self._in_folder[folder] = names
+        return self._in_folder[folder]
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
