@@ -41,7 +41,7 @@ class Sample:
         """Its columns; an error stands for those of a file that cannot be read."""
         entry = dict(self.known)
         for field, file in self.files.items():
-            kind = suffix_of(f".{field}")
+            kind = suffix_of(f"x.{field}")
             if kind not in SIDECARS:
                 continue
             try:
@@ -87,7 +87,7 @@ def _media_fields(sample: Sample, columns: Columns) -> Iterator[tuple[Modality, 
     """The files that are photos or sounds, the ones to take first."""
     modalities: tuple[Literal["image", "audio"], ...] = ("image", "audio")
     for modality in modalities:
-        kinds = [field for field in sample.files if modality_of(f".{field}") == modality]
+        kinds = [field for field in sample.files if modality_of(f"x.{field}") == modality]
         first = columns.find(modality, sample.files)
         if getattr(columns, modality) is None:
             first = (*first, *sorted(kinds, key=lambda field: field.count(".")))
