@@ -20,7 +20,8 @@ from saffe_cache.extraction.encoding import run_job
 from saffe_cache.extraction.loading import check_sources
 from saffe_cache.extraction.planning import Job, encoder_request, plan_job, seconds_per_input
 from saffe_cache.sources.items import Columns, SourceItem
-from saffe_cache.sources.registry import described, read_items
+from saffe_cache.sources.objects import described
+from saffe_cache.sources.registry import read_items
 from saffe_cache.store.manifest import RootManifest, layers_among, read_encoder, read_root, write_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder, read_table, write_table

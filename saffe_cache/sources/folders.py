@@ -13,10 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from saffe_cache.sources.files import SIDECARS, Names, Tree, expand, modality_of, split_of, suffix_of, walk
+from saffe_cache.sources.files import (
+    SIDECARS,
+    TABLE_SUFFIXES,
+    Names,
+    Tree,
+    expand,
+    modality_of,
+    split_of,
+    suffix_of,
+    table_rows,
+    walk,
+)
 from saffe_cache.sources.items import SPLIT_NAMES, Columns, Format, MediaFile, SourceItem
 from saffe_cache.sources.samples import Sample, fields_of, sample_items, tar_samples
-from saffe_cache.sources.tables import TABLE_SUFFIXES, table_rows
 
 logger = logging.getLogger(__name__)
 

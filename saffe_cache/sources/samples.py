@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saffe_cache.core.features import Modality
-from saffe_cache.sources.files import SIDECARS, expand, modality_of, split_of, suffix_of, tar_members
+from saffe_cache.sources.files import SIDECARS, decoded, expand, modality_of, split_of, suffix_of, tar_members
 from saffe_cache.sources.items import SPLIT_NAMES, Columns, Format, Media, SourceItem
-from saffe_cache.sources.tables import decoded
 
 logger = logging.getLogger(__name__)
 
