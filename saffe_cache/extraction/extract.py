@@ -20,7 +20,7 @@ from saffe_cache.extraction.encoding import run_job
 from saffe_cache.extraction.loading import check_sources
 from saffe_cache.extraction.planning import Job, encoder_request, plan_job, seconds_per_input
 from saffe_cache.sources.items import Columns, SourceItem
-from saffe_cache.sources.objects import described
+from saffe_cache.sources.objects import described, is_streamed
 from saffe_cache.sources.registry import read_items
 from saffe_cache.store.manifest import RootManifest, layers_among, read_encoder, read_root, write_root
 from saffe_cache.store.storage import Storage
@@ -49,7 +49,7 @@ def extract(config: ExtractConfig | None = None, /, **options: Any) -> str:
     items = read_items(
         config.data, Columns(**config.column), config.splits, config.max_items, streaming=config.streaming
     )
-    config = replace(config, data=described(config.data))
+    config = replace(config, data=described(config.data), streaming=config.streaming or is_streamed(config.data))
     _check_unreadable(items, config)
     storage = Storage(config.cache)
     if config.plan:
@@ -135,10 +135,14 @@ def _write_root(storage: Storage, table: ItemTable | None, jobs: Sequence[Job]) 
 def _check_unreadable(items: Sequence[SourceItem], config: ExtractConfig) -> None:
     broken = [item for item in items if item.problem]
     if len(broken) > config.max_invalid * len(items):
+        labelled = {item.split for item in items if item.problem != "no label"}
+        bare = ", ".join(sorted({item.split for item in items} - labelled))
+        hint = " ".join(f"--splits {split}" for split in sorted(labelled))
         raise CacheError(
             f"--data {config.data}: {len(broken)} of {len(items)} items are unreadable, more than --max-invalid "
             f"{config.max_invalid:g} allows; for instance {broken[0].id}: {broken[0].problem}. Correct the data, or "
             "raise --max-invalid."
+            + (f" No item of split {bare} has a label: leave it out with {hint}." if bare and hint else "")
         )
 
 

@@ -11,6 +11,7 @@ import csv
 import glob
 import io
 import json
+import logging
 import os
 import re
 import tarfile
@@ -23,6 +24,8 @@ from typing import Any
 from saffe_cache.core.features import Modality
 from saffe_cache.sources.decoding import modality_of_content
 from saffe_cache.sources.items import SPLIT_NAMES
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
@@ -157,8 +160,11 @@ def tar_members(path: Path) -> tuple[dict[str, TarMember], list[str]]:
                     members[name] = TarMember(path, member.offset_data, member.size)
         with path.open("rb") as file:  # tarfile takes a damaged header for the end
             file.seek(place)
-            if any(file.read(_BLOCK)) or place > path.stat().st_size:
+            end = file.read(_BLOCK)
+            if any(end) or place > path.stat().st_size:
                 raise tarfile.ReadError("no header of a file here")
+            if not end:
+                logger.warning("%s ends after %d files without a mark: it may be incomplete.", path, len(members))
     except tarfile.TarError as error:
         raise ValueError(
             f"{path}: no readable tar archive at byte {place}, after {len(members)} files ({error}). Decompress it if "
@@ -242,7 +248,7 @@ def table_rows(path: Path, expected: str) -> Iterator[tuple[str, Mapping[str, An
     Raises:
         ValueError: the table is invalid.
     """
-    rows = {".jsonl": _json_lines, ".json": _json_rows, ".parquet": _parquet_rows}.get(path.suffix, _csv_rows)
+    rows = {".jsonl": _json_lines, ".json": _json_rows, ".parquet": _parquet_rows}.get(path.suffix.lower(), _csv_rows)
     for where, row in rows(path):
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected a JSON object with {expected}, found {row!r}. Correct the line.")
@@ -286,7 +292,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)
     text = decoded(path.read_bytes())
     first = text.partition("\n")[0]
-    separator = max("\t,;|" if path.suffix == ".tsv" else ",\t;|", key=first.count)
+    separator = max("\t,;|" if path.suffix.lower() == ".tsv" else ",\t;|", key=first.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
     try:
         for row in reader:

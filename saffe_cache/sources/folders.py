@@ -50,7 +50,7 @@ def folder_items(data: str, columns: Columns) -> Iterator[SourceItem]:
     """
     root = Path(data).expanduser()
     tree = walk(root)
-    names = [name for name in tree.others if name.rpartition("/")[2] in _TABLES]
+    names = [name for name in tree.others if name.rpartition("/")[2].lower() in _TABLES]
     tables = [_read_table(root, name, columns, known={*tree.media, *tree.others}) for name in names]
     folders = {table.folder for table in tables}
     listed = {name for table in tables for name in table.files}
@@ -97,7 +97,7 @@ FOLDERS = Format(
 )
 TABLES = Format(
     layout="a table (.csv, .tsv, .json, .jsonl, .parquet) of file names with captions or labels",
-    recognises=lambda data: data.endswith(TABLE_SUFFIXES) and bool(expand(data)),
+    recognises=lambda data: data.lower().endswith(TABLE_SUFFIXES) and bool(expand(data)),
     read_items=table_items,
 )
 
@@ -106,7 +106,7 @@ class _Beside:
     """Photos and sounds that no table lists, with the files beside them."""
 
     def __init__(self, root: Path, tree: Tree, tables: Collection[str]) -> None:
-        self._root = root
+        self._root, self._kinds = root, tree.media
         self._media = [name for name in tree.media if not _is_below(name, tables)]
         self._tars = [name for name in tree.others if name.endswith(".tar")]
         others = [name for name in tree.others if not _is_below(name, tables) and name not in self._tars]
@@ -136,7 +136,8 @@ class _Beside:
             split, label = place
             files = {suffix_of(name)[1:]: MediaFile(self._root / name)}
             files |= {suffix_of(text)[1:]: MediaFile(self._root / text) for text in self._texts.get(_stem(name), ())}
-            yield Sample(name.removeprefix(f"{split}/"), split, files, {"label": label} if label else {})
+            known, kinds = {"label": label} if label else {}, {suffix_of(name)[1:]: self._kinds[name]}
+            yield Sample(name.removeprefix(f"{split}/"), split, files, known, kinds)
 
     def tar_samples(self) -> Iterator[Sample]:
         for name in self._tars:
@@ -196,10 +197,10 @@ class _Table:
         """
         found: dict[str, SourceItem] = {}
         for row in self.rows:
-            split, _, name = f"{self.prefix}{row.files[0]}".partition("/")
+            split, _, name = f"{self.prefix}{row.name}".partition("/")
             chosen = columns.find("split", row.entry) if self.is_data or columns.split else ()
             if chosen and row.entry[chosen[0]]:
-                split, name = str(row.entry[chosen[0]]), row.files[0].removeprefix(f"{row.entry[chosen[0]]}/")
+                split, name = str(row.entry[chosen[0]]), row.name.removeprefix(f"{row.entry[chosen[0]]}/")
             media = {modality_of(one, self.root / self.folder): one for one in row.files}
             unknown = [Path(one).suffix for one in row.files if not modality_of(one, self.root / self.folder)]
             files = {kind: MediaFile(self.root / self.folder / one) for kind, one in media.items() if kind}
@@ -221,6 +222,8 @@ class _Table:
 class _Row:
     where: str
     entry: Mapping[str, Any]
+    name: str
+    """The first file as it is listed, for ids, which are the same on every disk."""
     files: tuple[str, ...]
     """Its files, relative to the table's folder."""
     problem: str = ""
@@ -232,15 +235,16 @@ def _read_table(
     folder = name[: name.rfind("/") + 1]
     rows, names = [], Names()
     for where, entry in table_rows(root / name, columns.image or columns.audio or "file_name"):
-        files, problems = [], []
+        listed, files, problems = [], [], []
         for one in _files_of(where, entry, columns, None if is_data else root / folder):
             found, problem = (one, "") if folder + one in known else names.resolve(root / folder, one)
+            listed.append(Path(one if found == one else one.replace("\\", "/")).as_posix())
             files.append(Path(found).as_posix())
             problems.append(problem)
-        rows.append(_Row(where, entry, tuple(files), " ".join(filter(None, problems))))
+        rows.append(_Row(where, entry, listed[0], tuple(files), " ".join(filter(None, problems))))
     if not rows:
         raise ValueError(f"{root / name}: the table has no rows, expected one for each file. Fill it or remove it.")
-    has_splits = all("/" in row.files[0] and row.files[0].split("/")[0] in SPLIT_NAMES for row in rows)
+    has_splits = all("/" in row.name and row.name.split("/")[0] in SPLIT_NAMES for row in rows)
     table = _Table(
         root=root,
         folder=folder,
@@ -249,7 +253,7 @@ def _read_table(
         prefix=folder or ("" if has_splits else f"{split_of(name)}/"),
         is_data=is_data,
     )
-    classes = {tuple(f"{table.prefix}{row.files[0]}".split("/")[1:-1]) for row in rows}
+    classes = {tuple(f"{table.prefix}{row.name}".split("/")[1:-1]) for row in rows}
     if len(classes) > 1 and not columns.find("label", table.columns):
         logger.warning(
             "%s lists files in %d folders, whose names are not taken as classes. Add a field label to have classes.",
@@ -273,7 +277,7 @@ def _files_of(where: str, entry: Mapping[str, Any], columns: Columns, folder: Pa
     except KeyError as error:
         raise ValueError(
             f"{where}: expected a JSON object with {', '.join(fields)}, found {error!r}; its fields are "
-            f"{', '.join(map(str, entry)) or 'none'}. Correct the line."
+            f"{', '.join(map(str, entry)) or 'none'}. Correct the line, or name the field with --column image=NAME."
         ) from None
     for column, name in names.items():
         parts = name.replace("\\", "/").split("/")

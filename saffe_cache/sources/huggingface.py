@@ -129,7 +129,7 @@ HUB_DATASET = Format(
 )
 
 
-def _load(data: str, what: str, name: str, streaming: bool, **options: Any) -> Any:
+def _load(data: str, what: str, source: str, streaming: bool, **options: Any) -> Any:
     """
     Raises:
         ValueError: the library cannot load it, for which `what` is said.
@@ -138,7 +138,7 @@ def _load(data: str, what: str, name: str, streaming: bool, **options: Any) -> A
 
     options |= {"streaming": True} if streaming else {}
     try:
-        return datasets.load_dataset(name, **options)
+        return datasets.load_dataset(source, **options)
     except Exception as error:  # the library raises many kinds
         configs = re.search(r"available configs: \[(.+)\]|Available: \[(.+)\]", str(error))
         if configs:

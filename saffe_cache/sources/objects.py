@@ -21,10 +21,10 @@ def object_items(data: Any, columns: Columns) -> Iterator[SourceItem]:
     Raises:
         ValueError: it is no dataset, or lacks the columns.
     """
-    if _is_of_datasets(data) or (isinstance(data, Mapping) and any(map(_is_of_datasets, data.values()))):
+    if any(map(_is_of_datasets, _by_split(data).values())):
         yield from dataset_items(described(data), data, columns)
     else:
-        for split, one in data.items() if isinstance(data, Mapping) else ((None, data),):
+        for split, one in _by_split(data).items():
             yield from _row_items(one, split, columns)
 
 
@@ -41,7 +41,17 @@ def described(data: Any) -> str:
         return os.fspath(data)
     if isinstance(data, Mapping):
         return ", ".join(f"{split}: {described(one)}" for split, one in data.items())
-    return f"a {type(data).__name__} of {len(data)} rows in memory" if hasattr(data, "__len__") else repr(data)
+    kind = type(data).__name__
+    return f"{kind} of {len(data)} rows in memory" if hasattr(data, "__len__") else kind
+
+
+def is_streamed(data: Any) -> bool:
+    """Whether an object is read in order, and so by one process."""
+    return any(_is_of_datasets(one) and not hasattr(one, "__len__") for one in _by_split(data).values())
+
+
+def _by_split(data: Any) -> Mapping[Any, Any]:
+    return data if isinstance(data, Mapping) else {None: data}
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ def _row_items(rows: Any, split: str | None, columns: Columns) -> Iterator[Sourc
     if hasattr(rows, "to_dict") and hasattr(rows, "notna"):  # a frame of pandas
         rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
     if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
-        raise ValueError(f"data: found {described(rows)}, expected {OBJECTS.layout}. Wrap it in a list.")
+        raise ValueError(f"data: found {described(rows)}, expected {OBJECTS.layout}. Pass one of these.")
     where = described(rows)
     fields: dict[str, None] = {}
     for row in range(len(rows)):

@@ -116,10 +116,13 @@ def _report_lacking(items: Sequence[SourceItem]) -> None:
         if not item.problem:
             of_split.setdefault(item.split, []).append(item)
     for split, found in of_split.items():
-        lacking = [item.id for item in found if not item.captions and not item.labels]
-        if 0 < len(lacking) < len(found):
-            what = f"{len(lacking)} of its {len(found)} items have neither captions nor classes"
-            logger.warning("split %s: %s; for instance %s.", split, what, _some(lacking))
+        for what, lacking in (
+            ("no captions", [item.id for item in found if not item.captions]),
+            ("no classes", [item.id for item in found if not item.labels]),
+        ):
+            if 0 < len(lacking) < len(found):
+                what = f"{len(lacking)} of its {len(found)} items have {what}"
+                logger.warning("split %s: %s; for instance %s.", split, what, _some(lacking))
 
 
 def _some(names: Collection[str]) -> str:

@@ -33,7 +33,9 @@ class Sample:
     files: Mapping[str, Media]
     """By suffix, without its first dot."""
     known: Mapping[str, Any]
-    """Columns that other files or folders give."""
+    """Columns that its folders or its archive give."""
+    kinds: Mapping[str, Modality]
+    """The photos and sounds among its files."""
 
     @cached_property
     def entry(self) -> Mapping[str, Any]:
@@ -70,7 +72,9 @@ def sample_items(
                 unused.setdefault(field, one.name)
             else:
                 media[modality] = one.files[field]
-        errors = [f"{name}: {value}" for name, value in one.entry.items() if isinstance(value, Exception)]
+        errors = [
+            f"its {name} cannot be read: {value}" for name, value in one.entry.items() if isinstance(value, Exception)
+        ]
         entry = {name: value for name, value in one.entry.items() if not isinstance(value, Exception)}
         problem = errors[0] if errors else "" if media else f"no photo or sound beside {', '.join(one.files)}"
         yield columns.item(one.name, one.split, media, entry, fields, problem)
@@ -86,7 +90,7 @@ def _media_fields(sample: Sample, columns: Columns) -> Iterator[tuple[Modality, 
     """The files that are photos or sounds, the ones to take first."""
     modalities: tuple[Literal["image", "audio"], ...] = ("image", "audio")
     for modality in modalities:
-        kinds = [field for field in sample.files if modality_of(f"x.{field}") == modality]
+        kinds = [field for field, kind in sample.kinds.items() if kind == modality]
         first = columns.find(modality, sample.files)
         if getattr(columns, modality) is None:
             first = (*first, *sorted(kinds, key=lambda field: field.count(".")))
@@ -110,14 +114,18 @@ def tar_samples(path: Path, name: str) -> Iterator[Sample]:
     samples: dict[str, dict[str, Media]] = {}
     for member, file in members.items():
         match = re.fullmatch(r"((?:.*/|)[^./]+)\.([^/]+)", member)
-        if match:
-            samples.setdefault(match[1], {})[match[2].lower()] = file
-        else:
+        if not match:
             others.append(member)
+            continue
+        files = samples.setdefault(match[1], {})
+        if match[2].lower() in files:
+            raise ValueError(f"{path}: the sample {match[1]} has two files .{match[2].lower()}. Rename one.")
+        files[match[2].lower()] = file
     if others:
         logger.warning("%s: %d files or links are skipped; for instance %s.", path, len(others), others[0])
     for key, files in samples.items():
-        yield Sample(f"{folder}/{key}", split, files, {"__key__": key})
+        kinds = {field: kind for field in files if (kind := modality_of(f"x.{field}"))}
+        yield Sample(f"{folder}/{key}", split, files, {"__key__": key}, kinds)
 
 
 def tar_items(data: str, columns: Columns) -> Iterator[SourceItem]:
@@ -139,6 +147,6 @@ def _short(path: Path) -> str:
 
 TARS = Format(
     layout="tar archives of samples (KEY.jpg, KEY.txt or KEY.json), also as {000..099}.tar",
-    recognises=lambda data: data.endswith(".tar") and bool(expand(data)),
+    recognises=lambda data: data.lower().endswith(".tar") and bool(expand(data)),
     read_items=tar_items,
 )
