@@ -270,8 +270,8 @@ def _changed_line(data: bytes, random: Random) -> bytes:
 def _run_targets(work: Path) -> dict[str, Target]:
     import torch
 
-    from saffe_cache.core.tensors import write_tensors
     from saffe_cache.core.outputs import provenance, write_json
+    from saffe_cache.core.tensors import write_tensors
     from saffe_cache.training import runs
     from saffe_cache.training.config import TrainConfig
     from saffe_cache.training.loop import TrainingState, resume, save_state
