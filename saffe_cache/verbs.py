@@ -33,10 +33,7 @@ class Verb:
         return load_name(self.config)  # type: ignore[no-any-return]
 
     def load_run(self) -> Callable[[Any], Any]:
-        """
-        Raises:
-            ImportError: an optional dependency is not installed; the message says what to install.
-        """
+        """Raise ImportError if an optional dependency is not installed; the message says what to install."""
         try:
             return load_name(self.run)  # type: ignore[no-any-return]
         except ModuleNotFoundError as error:

@@ -98,27 +98,18 @@ def add_options(parser: argparse.ArgumentParser, config_class: type[Any]) -> Non
 
 
 def require(holds: bool, option: str, found: Any, expected: str) -> None:
-    """
-    Raises:
-        ValueError: it does not hold; names the option, what was found and what is expected.
-    """
+    """Raise ValueError if it does not hold, with the option, what was found and what is expected."""
     if not holds:
         raise ValueError(f"--{option.replace('_', '-')}: found {found}, expected {expected}.")
 
 
 def require_seed(option: str, seed: int) -> None:
-    """
-    Raises:
-        ValueError: numpy or torch does not accept it.
-    """
+    """Raise ValueError if numpy or torch does not accept it."""
     require(0 <= seed < 2**63, option, seed, "0 or more, below 2**63")
 
 
 def require_keys(option: str, mapping: Mapping[str, Any], known: Sequence[str]) -> None:
-    """
-    Raises:
-        ValueError: a key is not among the known ones.
-    """
+    """Raise ValueError if a key is not among the known ones."""
     for key in mapping:
         require(key in known, option, f"{key}=…", " or ".join(f"{name}=…" for name in known))
 
@@ -186,10 +177,7 @@ def _add_option(parser: Any, field: dataclasses.Field[Any], hint: Any, help_text
 
 
 def _from_command_line(config_class: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    Raises:
-        ValueError: a key of a mapping is given twice.
-    """
+    """Raise ValueError if a key of a mapping is given twice."""
     hints = typing.get_type_hints(config_class)
     given = {name: value for name, value in options.items() if value not in (None, [])}
     for name, value in given.items():
@@ -204,10 +192,7 @@ def _from_command_line(config_class: type, options: Mapping[str, Any]) -> dict[s
 
 
 def _from_file(config_class: type, path: Path) -> dict[str, Any]:
-    """
-    Raises:
-        ValueError: the file is not readable, or an option in it is unknown or of another kind.
-    """
+    """Raise ValueError if the file is not readable, or an option in it is unknown or of another kind."""
     hints = typing.get_type_hints(config_class)
     names = [field.name for field in dataclasses.fields(config_class)]
     try:

@@ -24,10 +24,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """
-    Raises:
-        ValueError: not a safetensors file.
-    """
+    """Read a safetensors file; ValueError if it is none."""
     try:
         tensors: dict[str, torch.Tensor] = load_file(path)
         return tensors

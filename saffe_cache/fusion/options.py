@@ -33,10 +33,7 @@ class ModelOptions(OptionGroup):
     """Dropout in the head and in the query map, from 0 to below 1."""
 
     def check(self) -> None:
-        """
-        Raises:
-            ValueError: the fusion is unknown or a value is out of range.
-        """
+        """Raise ValueError if the fusion is unknown or a value is out of range."""
         require(self.fusion in FUSIONS, "fusion", self.fusion, " or ".join(FUSIONS))
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a fraction from 0 to below 1")
 
@@ -112,10 +109,7 @@ class ObjectiveOptions(OptionGroup):
     """Fraction of paired texts that training replaces by the null text, from 0 to below 1."""
 
     def check(self) -> None:
-        """
-        Raises:
-            ValueError: a loss is unknown or a value is out of range.
-        """
+        """Raise ValueError if a loss is unknown or a value is out of range."""
         require_keys("objective", self.objective, tuple(OBJECTIVES))
         for name, weight in self.objective.items():
             require(0 < weight < math.inf, "objective", f"{name}={weight}", "a weight above 0")

@@ -230,10 +230,7 @@ def split_pairs(
 
 
 def require_classes(pairs: Pairs, table: ItemTable, split: str) -> None:
-    """
-    Raises:
-        ValueError: all photos of a split have the same one of several classes, so that every ranking is perfect.
-    """
+    """Raise ValueError if all photos of a split have the same one of several classes: any ranking is perfect."""
     present = np.unique(pairs.labels.values)
     if pairs.kind == "classes" and len(present) == 1 < len(table.class_names):
         raise ValueError(

@@ -31,10 +31,7 @@ class SplitOptions(OptionGroup):
     a larger one; what is held out stays the same."""
 
     def check(self) -> None:
-        """
-        Raises:
-            ValueError: a value is out of range.
-        """
+        """Raise ValueError if a value is out of range."""
         require(self.validation != self.train_split, "validation", self.validation, "another split, or heldout")
         fraction = self.validation_fraction
         require(0 <= fraction < 1, "validation_fraction", fraction, "a fraction from 0 to below 1")
@@ -68,8 +65,5 @@ class RunSpec(SplitOptions, ObjectiveOptions):
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> RunSpec:
-        """
-        Raises:
-            TypeError, ValueError: a field is missing, unknown, out of range or of another kind.
-        """
+        """Raise TypeError or ValueError if a field is missing, unknown, out of range or of another kind."""
         return made_of(RunSpec, content)

@@ -36,10 +36,7 @@ class DataOptions(OptionGroup):
     kept are often from before it learned to copy. Default: the fusion's own, usually null."""
 
     def check(self) -> None:
-        """
-        Raises:
-            ValueError: a modality is unknown, or a layer is given twice.
-        """
+        """Raise ValueError if a modality is unknown, or a layer is given twice."""
         require_keys("layers", self.layers, MODALITIES)
         require_keys("encoder", self.encoder, MODALITIES)
         for name, layers in self.layers.items():
@@ -76,10 +73,7 @@ class OptimisationOptions(OptionGroup):
     batches. Default: the same as --seed."""
 
     def check(self) -> None:
-        """
-        Raises:
-            ValueError: a value is out of range.
-        """
+        """Raise ValueError if a value is out of range."""
         for option in ("batch_size", "learning_rate", "clip", "patience"):
             require(0 < getattr(self, option) < math.inf, option, getattr(self, option), "a number above 0")
         for option in ("epochs", "weight_decay", "control_epochs"):
@@ -106,10 +100,7 @@ class HardwareOptions(OptionGroup):
     """Also log to TensorBoard if it is installed."""
 
     def check(self) -> None:
-        """
-        Raises:
-            ValueError: a value is out of range.
-        """
+        """Raise ValueError if a value is out of range."""
         require(self.checkpoint_seconds >= 0, "checkpoint_seconds", self.checkpoint_seconds, "0 or more")
 
 
@@ -128,10 +119,7 @@ class TrainConfig(
     """Folder of the run."""
 
     def check(self) -> None:
-        """
-        Raises:
-            ValueError: text layers are given to a fusion that takes no text tokens.
-        """
+        """Raise ValueError if text layers are given to a fusion that takes no text tokens."""
         has_text = "text" in self.layers
         require(
             not has_text or self.entry.blocks != "none", "layers", "text=…", f"no text: {self.fusion} takes no tokens"

@@ -67,10 +67,7 @@ class Objective(nn.Module):
         return torch.stack(losses).sum()
 
     def _check(self, positives: torch.Tensor) -> None:
-        """
-        Raises:
-            ValueError: a loss over fused pairs finds no wrong partner for some photo or text.
-        """
+        """Raise ValueError if a loss over fused pairs finds no wrong partner for some photo or text."""
         over_pairs = {name: OBJECTIVES[name] for name in self._options.objective if OBJECTIVES[name].fuses_pairs}
         no_text = bool(over_pairs) and bool(positives.all(dim=1).any())
         needs_photos = any(entry.needs_wrong_photos for entry in over_pairs.values())

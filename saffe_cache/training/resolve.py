@@ -103,10 +103,7 @@ def _root_mean_square(encoder: EncoderCache, layer: int) -> float:
 
 
 def _check_supported(config: TrainConfig) -> None:
-    """
-    Raises:
-        ValueError: an option is given that the fusion does not have.
-    """
+    """Raise ValueError if an option is given that the fusion does not have."""
     given = {
         "head": config.head is not None,
         "query_side": config.query_side != ModelOptions.query_side,
@@ -120,10 +117,7 @@ def _check_supported(config: TrainConfig) -> None:
 
 
 def _check_together(spec: RunSpec) -> None:
-    """
-    Raises:
-        ValueError: two options exclude each other.
-    """
+    """Raise ValueError if two options exclude each other."""
     shape, entry = spec.shape, spec.shape.entry
     over_pairs = ", ".join(name for name in spec.objective if OBJECTIVES[name].fuses_pairs)
     has_text = spec.gallery_text != "null"
@@ -260,10 +254,7 @@ def _first_layer(config: TrainConfig, text: EncoderCache) -> int:
 
 
 def _check_blocks(config: TrainConfig, encoder: EncoderCache, first: int, count: int) -> None:
-    """
-    Raises:
-        CacheError: the cache lacks one of the blocks from a layer on.
-    """
+    """Raise CacheError if the cache lacks one of the blocks from a layer on."""
     missing = [layer for layer in range(first, first + count) if layer not in encoder.block_layers]
     if missing:
         raise CacheError(
