@@ -58,11 +58,7 @@ def write_whole(path: Path, *parts: Buffer) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append to a log; a crash may leave a part of the line.
-
-    Raises:
-        OSError: with the file's name: the disk is full or gone.
-    """
+    """Append to a log; a crash may leave a part of the line. Errors as of `write_whole`."""
     _check_held(path)
     with _errors_named(path), path.open("ab") as file:
         file.write(f"{line}\n".encode())
@@ -106,13 +102,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
 
 
 def _lock(path: Path) -> IO[bytes]:
-    """The open lock file, which this process has locked.
-
-    Where Python has no locks for the system, the folder is not protected from a second writer; a warning says so.
-
-    Raises:
-        FolderInUseError: another process has locked it.
-    """
+    """The open lock file, which this process has locked; where the system has no locks, a warning says so."""
     while True:
         file = path.open("a+b")
         try:
@@ -137,15 +127,12 @@ def _lock(path: Path) -> IO[bytes]:
 
 def _unlock(path: Path, file: IO[bytes]) -> None:
     """Remove the lock file and release the lock, in the order in which the file cannot be another's yet."""
-    if os.name == "nt":  # where an open file cannot be removed, ours no more than another's
-        file.close()
-        with suppress(OSError):
+    with file, suppress(OSError):
+        if os.name == "nt":  # where an open file cannot be removed, ours no more than another's
+            file.close()
             path.unlink()
-        return
-    with file:
-        if _is_at(path, file):
-            with suppress(OSError):
-                path.unlink()
+        elif _is_at(path, file):
+            path.unlink()
 
 
 def _sign(file: IO[bytes]) -> None:
@@ -169,11 +156,7 @@ def _errors_named(path: Path) -> Iterator[None]:
 
 
 def _check_held(path: Path) -> None:
-    """Refuse to write where a mount has vanished, which leaves an empty folder of the same name.
-
-    Raises:
-        OSError: the held folder that contains the path has vanished or been replaced.
-    """
+    """Raise OSError if a held folder has vanished: a mount that is gone leaves an empty folder of the same name."""
     parents = path.absolute().parents
     for folder, file in list(_held.items()):
         if folder in parents and not _is_at(folder / LOCK_NAME, file):

@@ -17,7 +17,7 @@ STANDARD_ERRORS = 3.0
 """By how many a control may miss its level."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Control:
     """One control and its verdict; values are fractions."""
 
@@ -31,12 +31,12 @@ class Control:
     """What the level is, in words, such as "chance"."""
     limit: float | None
     """The largest value that passes; None where the data cannot decide."""
-    lowest: float | None = None
-    """The smallest value that passes; None where a low value is no failure."""
     passed: bool | None
     """None where the data cannot decide."""
     sentence: str
     """Value and limit in words, for reports."""
+    lowest: float | None = None
+    """The smallest value that passes; None where a low value is no failure."""
 
     @classmethod
     def at_most(
@@ -44,16 +44,8 @@ class Control:
     ) -> Self:
         """A control that passes at or below its level, or up to three standard errors above it."""
         limit = level + STANDARD_ERRORS * error
-        return cls(
-            name=name,
-            metric=metric,
-            value=value,
-            level=level,
-            expected=expected,
-            limit=limit,
-            passed=value <= limit,
-            sentence=f"{name}: {metric} is {100 * value:.2f}, expected at most {100 * limit:.2f} ({expected})",
-        )
+        sentence = f"{name}: {metric} is {100 * value:.2f}, expected at most {100 * limit:.2f} ({expected})"
+        return cls(name, metric, value, level, expected, limit, value <= limit, sentence)
 
     @classmethod
     def within(
@@ -62,22 +54,11 @@ class Control:
         """A control that passes within a tolerance of its level; undecided where there is none."""
         sentence = f"{name}: {metric} is {100 * value:.2f}, expected {100 * level:.2f}"
         if tolerance is None:
-            limit = lowest = passed = None
             sentence += f" ({expected}); the data cannot decide"
-        else:
-            limit, lowest, passed = level + tolerance, level - tolerance, abs(value - level) <= tolerance
-            sentence += f" ± {100 * tolerance:.2f} ({expected})"
-        return cls(
-            name=name,
-            metric=metric,
-            value=value,
-            level=level,
-            expected=expected,
-            limit=limit,
-            lowest=lowest,
-            passed=passed,
-            sentence=sentence,
-        )
+            return cls(name, metric, value, level, expected, None, None, sentence)
+        sentence += f" ± {100 * tolerance:.2f} ({expected})"
+        limit, lowest, passed = level + tolerance, level - tolerance, abs(value - level) <= tolerance
+        return cls(name, metric, value, level, expected, limit, passed, sentence, lowest)
 
 
 def failed(controls: Iterable[Control]) -> list[str]:

@@ -8,9 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_UNKNOWN_MEMORY_BYTES = 2 * 2**30
-"""Assumed to be available where the system does not say."""
-
 
 def choose_device(device: str) -> str:
     """ "auto" takes a GPU where there is one."""
@@ -30,19 +27,12 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def num_threads() -> int:
-    """Threads that torch computes with."""
-    import torch
-
-    return torch.get_num_threads()
-
-
 def available_memory() -> int:
     """Free memory in bytes; 2 GiB where the system does not report it (macOS and Windows do not)."""
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
-        return _UNKNOWN_MEMORY_BYTES
+        return 2 * 2**30
 
 
 def peak_memory_mb() -> int:

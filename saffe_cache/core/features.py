@@ -52,22 +52,14 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def canonical_json(value: Any) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, ASCII. Two equal values give equal texts.
-
-    Raises:
-        ValueError: the value contains NaN or an infinity, which JSON cannot express.
-    """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
 def short_hash(value: Any) -> str:
-    """12 hexadecimal digits of SHA-256 over the value's canonical JSON.
+    """12 hexadecimal digits of SHA-256 over the one JSON text of a value: sorted keys, no spaces, ASCII.
 
     Raises:
         ValueError: the value contains NaN or an infinity, which JSON cannot express.
     """
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:12]
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -87,12 +79,8 @@ class Fingerprint:
 
     def differences(self, other: Fingerprint) -> list[str]:
         """One line for each field that differs: `field: mine != theirs`."""
-        names = sorted({*self.fields, *other.fields})
-        return [
-            f"{name}: {self.fields.get(name)!r} != {other.fields.get(name)!r}"
-            for name in names
-            if self.fields.get(name) != other.fields.get(name)
-        ]
+        pairs = [(name, self.fields.get(name), other.fields.get(name)) for name in {*self.fields, *other.fields}]
+        return [f"{name}: {mine!r} != {theirs!r}" for name, mine, theirs in sorted(pairs) if mine != theirs]
 
 
 @dataclass(frozen=True, kw_only=True)

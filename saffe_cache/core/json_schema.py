@@ -19,8 +19,8 @@ _LARGEST = 2**63 - 1
 """What numpy's int64 holds."""
 
 
-def made_of(kind: type[Made], content: Any) -> Made:
-    """A dataclass of the fields of a JSON object.
+def made_of(kind: type[Made], content: Any, *, ignores_unknown: bool = False) -> Made:
+    """A dataclass of the fields of a JSON object; `ignores_unknown` fields that it, or one within it, does not declare.
 
     Raises:
         TypeError, ValueError: a field is missing, unknown or of another kind.
@@ -28,20 +28,9 @@ def made_of(kind: type[Made], content: Any) -> Made:
     if not isinstance(content, Mapping):
         raise TypeError(f"{content!r:.60}, expected an object")
     hints = _hints(kind)  # type: ignore[arg-type]
-    return kind(**{name: typed(hints[name], name, one) if name in hints else one for name, one in content.items()})
-
-
-def known_part(kind: Any, content: Any) -> Any:
-    """JSON without the fields that a dataclass, or one within it, does not declare."""
-    origin, parts = get_origin(kind), get_args(kind)
-    if is_dataclass(kind) and isinstance(content, Mapping):
-        hints = _hints(kind)  # type: ignore[arg-type]
-        return {name: known_part(hints[name], one) for name, one in content.items() if name in hints}
-    if origin is tuple and isinstance(content, (list, tuple)):
-        return [known_part(parts[0], one) for one in content]
-    if origin is Mapping and isinstance(content, Mapping):
-        return {key: known_part(parts[1], one) for key, one in content.items()}
-    return content
+    unknown = {} if ignores_unknown else {name: one for name, one in content.items() if name not in hints}
+    known = {name: typed(hint, name, content[name], ignores_unknown) for name, hint in hints.items() if name in content}
+    return kind(**known, **unknown)
 
 
 def whole_number(content: Mapping[str, Any], name: str, least: int = 0) -> int:
@@ -58,38 +47,31 @@ def whole_number(content: Mapping[str, Any], name: str, least: int = 0) -> int:
 
 
 def whole_numbers(content: Mapping[str, Any], name: str, least: int = 0) -> tuple[int, ...]:
-    """A list of such numbers.
-
-    Raises:
-        KeyError, ValueError: as `whole_number`.
-    """
+    """A list of such numbers; errors as of `whole_number`."""
     values = content[name]
     if not isinstance(values, list):
         raise ValueError(f"{name}: {values!r:.60}, expected a list of whole numbers")
     return tuple(whole_number({name: value}, name, least) for value in values)
 
 
-def typed(hint: Any, name: str, value: Any) -> Any:
-    """A value of JSON or TOML as a field declares it.
-
-    Args:
-        hint: the field's type.
-        name: the field's name, for messages.
+def typed(hint: Any, name: str, value: Any, ignores_unknown: bool = False) -> Any:
+    """A value of JSON or TOML as a field of this name and type declares it.
 
     Raises:
         TypeError, ValueError: it is of another kind.
     """
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return None if value is None else typed(next(one for one in parts if one is not type(None)), name, value)
+        kind = next(one for one in parts if one is not type(None))
+        return None if value is None else typed(kind, name, value, ignores_unknown)
     if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(typed(parts[0], name, one) for one in value)
+        return tuple(typed(parts[0], name, one, ignores_unknown) for one in value)
     if origin is Mapping and isinstance(value, Mapping):
-        return {str(key): typed(parts[1], f"{name}.{key}", one) for key, one in value.items()}
+        return {str(key): typed(parts[1], f"{name}.{key}", one, ignores_unknown) for key, one in value.items()}
     if hint is Any:
         return value
     if is_dataclass(hint):
-        return made_of(hint, value)  # type: ignore[arg-type]
+        return made_of(hint, value, ignores_unknown=ignores_unknown)  # type: ignore[arg-type]
     if hint is Path and isinstance(value, str):
         return Path(value)
     if origin is Literal:

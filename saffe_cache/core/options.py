@@ -23,7 +23,7 @@ import textwrap
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -62,39 +62,37 @@ def parse_config(config_class: type[Config], arguments: Sequence[str] | None, pr
         prog=prog, description=inspect.getdoc(config_class), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser, config_class)
-    options = vars(parser.parse_args(arguments))
-    file, is_printed = options.pop(_FILE), options.pop(_PRINT)
+    parsed, options = vars(parser.parse_args(arguments)), _options_of(config_class)
+    file, is_printed = parsed.pop(_FILE), parsed.pop(_PRINT)
     try:
         given = _from_file(config_class, Path(file)) if file else {}
-        given |= _from_command_line(config_class, options)
-        lacking = [_option(one) for one in _required(config_class) if one.name not in given]
+        given |= {one.name: one.joined(parsed[one.name]) for one in options if parsed[one.name] not in (None, [])}
+        lacking = [one.shown for one in options if one.is_required and one.name not in given]
         if lacking and not is_printed:
             raise ValueError(f"the following arguments are required: {', '.join(lacking)}")
         config = None if lacking else config_class(**given)
     except ValueError as error:
         parser.error(str(error))
     if config is None or is_printed:
-        print(_to_toml(config_class, given))
+        print("\n".join(one.to_toml(given.get(one.name, one.default)) for one in options))
         parser.exit()
     return config
 
 
 def add_options(parser: argparse.ArgumentParser, config_class: type[Any]) -> None:
     """Add the options of a config to a parser. None is required there: --config may give it instead."""
-    hints, helps = typing.get_type_hints(config_class), attribute_docstrings(config_class)
+    helps, options = attribute_docstrings(config_class), _options_of(config_class)
     groups: dict[str | None, Any] = {None: parser}
-    for field in dataclasses.fields(config_class):
-        title = _group(config_class, field.name)
+    for option in options:
+        title = _group(config_class, option.name)
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        entries = [f"{name}: {one.summary}" for name, one in field.metadata.get("entries", {}).items()]
-        _add_option(groups[title], field, hints[field.name], " ".join([helps.get(field.name, ""), *entries]))
+        option.add_to(groups[title], helps.get(option.name, ""))
     parser.add_argument(
         "--config", metavar="FILE.toml", dest=_FILE, help="read options from a file; others override it"
     )
     parser.add_argument("--print-config", dest=_PRINT, action="store_true", help="print such a file and exit")
-    needed = [_usage(field, hints[field.name]) for field in _required(config_class)]
-    parser.usage = " ".join(["%(prog)s", *needed, "[options]"])
+    parser.usage = " ".join(["%(prog)s", *(one.usage for one in options if one.is_required), "[options]"])
 
 
 def require(holds: bool, option: str, found: Any, expected: str) -> None:
@@ -134,61 +132,77 @@ def _group(config_class: type, name: str) -> str | None:
     return None if declaring is config_class else (inspect.getdoc(declaring) or "").split("\n")[0].rstrip(".")
 
 
-def _required(config_class: type[Any]) -> Iterator[dataclasses.Field[Any]]:
-    return (one for one in dataclasses.fields(config_class) if _default(one) is dataclasses.MISSING)
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    """`dataclasses.MISSING` where it is required."""
-    return field.default_factory() if callable(field.default_factory) else field.default
-
-
-def _add_option(parser: Any, field: dataclasses.Field[Any], hint: Any, help_text: str) -> None:
-    default = _default(field)
-    if field.metadata.get("positional"):
-        several = typing.get_origin(hint) is tuple
-        parse = _list_of(str) if several else hint
-        # "?" and "*": --config may give it instead
-        parser.add_argument(
-            field.name, metavar=field.name.upper(), type=parse, nargs="*" if several else "?", help=help_text
-        )
-        return
-    choices = field.metadata.get("choices", dict)()
-    help_text = " ".join([help_text, *(f"{name}: {summary}." for name, summary in choices.items())])
-    if default is dataclasses.MISSING:
-        help_text += " (required)"
-    elif default not in (None, (), {}):
-        help_text += f" (default: {_show(default)})"
-    options: dict[str, Any] = {"help": help_text.replace("%", "%%"), "dest": field.name, "default": None}
-    kind = _without_none(hint)
-    if kind is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    elif choices or typing.get_origin(kind) is Literal:
-        options["choices"] = tuple(choices) or typing.get_args(kind)
-    elif typing.get_origin(kind) is tuple:
-        one = typing.get_args(kind)[0]
-        options |= {"action": "append", "type": _list_of(one), "metavar": _metavar(one) + "[,…]" * (one is not str)}
-    elif _is_mapping(kind):
-        one = typing.get_args(kind)[1]
-        options |= {"action": "append", "type": _pair_of(one), "metavar": "KEY=" + _metavar(one)}
-    else:
-        options |= {"type": kind, "metavar": _metavar(kind)}
-    parser.add_argument(_flag(field.name), **options)
-
-
-def _from_command_line(config_class: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Raise ValueError if a key of a mapping is given twice."""
+def _options_of(config_class: type[Any]) -> list[_Option]:
     hints = typing.get_type_hints(config_class)
-    given = {name: value for name, value in options.items() if value not in (None, [])}
-    for name, value in given.items():
-        kind = _without_none(hints[name])
-        if typing.get_origin(kind) is tuple:
-            given[name] = tuple(part for parts in value for part in parts)
-        elif _is_mapping(kind):
-            given[name] = dict(value)
-            if len(given[name]) < len(value):
-                raise ValueError(f"{_flag(name)}: a key is given twice; give each once")
-    return given
+    return [_Option(field, hints[field.name]) for field in dataclasses.fields(config_class)]
+
+
+class _Option:
+    """A config's field as the command line takes it."""
+
+    def __init__(self, field: dataclasses.Field[Any], hint: Any) -> None:
+        if typing.get_origin(hint) in (typing.Union, types.UnionType):
+            hint = next(one for one in typing.get_args(hint) if one is not type(None))
+        self.name, self._metadata, self._kind = field.name, field.metadata, hint
+        self._container = typing.get_origin(hint)
+        self._one = typing.get_args(hint)[-1] if self._container is Mapping else hint
+        self.default = field.default_factory() if callable(field.default_factory) else field.default
+        self.is_required = self.default is dataclasses.MISSING
+        self._is_positional = "positional" in field.metadata
+        self.shown = field.name.upper() if self._is_positional else "--" + field.name.replace("_", "-")
+
+    @property
+    def usage(self) -> str:
+        """How a required option is shown in the one-line usage."""
+        if self._is_positional:
+            return self.shown + " …" * (self._container is tuple)
+        return f"{self.shown} {'KEY=' * (self._container is Mapping)}{_metavar(self._one)}"
+
+    def add_to(self, parser: Any, text: str) -> None:
+        """Add it to a parser with its docstring as help."""
+        text = " ".join([text, *(f"{name}: {one.summary}" for name, one in self._metadata.get("entries", {}).items())])
+        if self._is_positional:
+            # "?" and "*": --config may give it instead
+            count, read = ("*", _list_of(str)) if self._container is tuple else ("?", self._kind)
+            parser.add_argument(self.name, metavar=self.shown, type=read, nargs=count, help=text)
+            return
+        choices = self._metadata.get("choices", dict)()
+        text = " ".join([text, *(f"{name}: {summary}." for name, summary in choices.items())])
+        if self.is_required:
+            text += " (required)"
+        elif self.default not in (None, (), {}):
+            text += f" (default: {_show(self.default)})"
+        reading = {"choices": tuple(choices)} if choices else self._reading()
+        parser.add_argument(self.shown, dest=self.name, default=None, help=text.replace("%", "%%"), **reading)
+
+    def _reading(self) -> dict[str, Any]:
+        """What argparse needs to read its values."""
+        if self._kind is bool:
+            return {"action": argparse.BooleanOptionalAction}
+        if self._container is Literal:
+            return {"choices": typing.get_args(self._kind)}
+        if self._container is tuple:
+            one = typing.get_args(self._kind)[0]
+            return {"action": "append", "type": _list_of(one), "metavar": _metavar(one) + "[,…]" * (one is not str)}
+        if self._container is Mapping:
+            return {"action": "append", "type": _pair_of(self._one), "metavar": "KEY=" + _metavar(self._one)}
+        return {"type": self._kind, "metavar": _metavar(self._kind)}
+
+    def joined(self, parsed: Any) -> Any:
+        """Its value, of what argparse collected; ValueError if a key of a mapping is given twice."""
+        if self._container is tuple:
+            return tuple(part for parts in parsed for part in parts)
+        if self._container is not Mapping:
+            return parsed
+        if len(dict(parsed)) < len(parsed):
+            raise ValueError(f"{self.shown}: a key is given twice; give each once")
+        return dict(parsed)
+
+    def to_toml(self, value: Any) -> str:
+        """A line that `_from_file` reads; a comment where there is no value."""
+        if value is None or (self.is_required and value is self.default):
+            return f"# {self.name} =  # {'not set' if value is None else 'required'}"
+        return f"{self.name} = {_toml_value(value)}"
 
 
 def _from_file(config_class: type, path: Path) -> dict[str, Any]:
@@ -205,17 +219,6 @@ def _from_file(config_class: type, path: Path) -> dict[str, Any]:
         raise ValueError(f"--config {path}: {error}.") from None
 
 
-def _to_toml(config_class: type, given: Mapping[str, Any]) -> str:
-    """What `_from_file` reads; options without a value stand there as comments."""
-    lines = []
-    for field in dataclasses.fields(config_class):
-        value = given.get(field.name, _default(field))
-        is_absent = value is None or value is dataclasses.MISSING
-        note = "required" if value is dataclasses.MISSING else "not set"
-        lines.append(f"# {field.name} =  # {note}" if is_absent else f"{field.name} = {_toml_value(value)}")
-    return "\n".join(lines)
-
-
 def _toml_value(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_toml_key(key)} = {_toml_value(one)}" for key, one in value.items()) + "}"
@@ -230,51 +233,23 @@ def _toml_key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
 
 
-def _option(field: dataclasses.Field[Any]) -> str:
-    return field.name.upper() if field.metadata.get("positional") else _flag(field.name)
-
-
-def _usage(field: dataclasses.Field[Any], hint: Any) -> str:
-    """How a required option is shown in the one-line usage."""
-    if field.metadata.get("positional"):
-        return field.name.upper() + " …" * (typing.get_origin(hint) is tuple)
-    one = typing.get_args(hint)[-1] if _is_mapping(hint) else hint
-    return f"{_flag(field.name)} {'KEY=' * _is_mapping(hint)}{_metavar(one)}"
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _without_none(hint: Any) -> Any:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return next(one for one in typing.get_args(hint) if one is not type(None))
-    return hint
-
-
-def _is_mapping(kind: Any) -> bool:
-    return typing.get_origin(kind) is Mapping
-
-
 def _metavar(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
         return _metavar(typing.get_args(kind)[0]) + ",…"
     return {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
 
 
-def _list_of(kind: Any) -> Any:
-    def parse(text: str) -> list[Any]:
-        return [text] if kind is str else [_convert(kind, part) for part in text.split(",")]
-
-    return parse
+def _list_of(kind: Any) -> Callable[[str], list[Any]]:
+    """Reads A,B,… for argparse; of texts, which may contain commas, one."""
+    return lambda text: [text] if kind is str else [_convert(kind, part) for part in text.split(",")]
 
 
-def _pair_of(kind: Any) -> Any:
-    """Reads KEY=VALUE, for argparse."""
+def _pair_of(kind: Any) -> Callable[[str], tuple[str, Any]]:
+    """Reads KEY=VALUE for argparse."""
 
     def parse(text: str) -> tuple[str, Any]:
-        key, separator, value = text.partition("=")
-        if not separator or not key or not value:
+        key, _, value = text.partition("=")
+        if not key or not value:
             raise argparse.ArgumentTypeError(f"expected KEY=VALUE, found {text!r}")
         if typing.get_origin(kind) is tuple:
             return key, tuple(_convert(typing.get_args(kind)[0], part) for part in value.split(","))
@@ -293,4 +268,4 @@ def _convert(kind: Any, text: str) -> Any:
 def _show(default: Any) -> str:
     if isinstance(default, tuple):
         return ", ".join(map(str, default))
-    return {True: "yes", False: "no"}.get(default, str(default)) if isinstance(default, bool) else str(default)
+    return ("no", "yes")[default] if isinstance(default, bool) else str(default)

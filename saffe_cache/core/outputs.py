@@ -14,7 +14,6 @@ from typing import Any
 
 from saffe_cache import __version__
 from saffe_cache.core.atomic_io import hold_folder, remove_partial_files, write_whole
-from saffe_cache.core.devices import num_threads
 from saffe_cache.core.json_schema import made_of
 
 logger = logging.getLogger(__name__)
@@ -30,9 +29,6 @@ def output_folder(out: Path, verb: str, config: Any, resolved: Any, ignored: Col
     left half-written are removed.
 
     Args:
-        out: the folder.
-        verb: the command's name.
-        config: its dataclass.
         resolved: what the config resolved to, such as encoders and a hash of the data: a dataclass, or a mapping.
         ignored: fields of the config that may differ from those of the command that began the folder.
 
@@ -57,6 +53,8 @@ def output_folder(out: Path, verb: str, config: Any, resolved: Any, ignored: Col
 
 def provenance(config: Any) -> dict[str, Any]:
     """The config as given and what it ran with."""
+    import torch
+
     return {
         "config": json.loads(json.dumps(asdict(config), default=str)),
         "versions": {
@@ -64,37 +62,25 @@ def provenance(config: Any) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "numpy", "zarr")},
         },
-        "threads": num_threads(),
+        "threads": torch.get_num_threads(),
     }
 
 
 def is_begun(out: Path, new: Mapping[str, Any], kinds: Mapping[str, type], ignored: Collection[str] = ()) -> bool:
-    """Whether a folder holds the beginning of a result already; two results are not mixed in one.
+    """Whether a folder holds the beginning of a result already; ValueError if of another one.
 
-    Args:
-        out: the folder.
-        new: what its config.json is to hold.
-        kinds: the parts that are compared, and the dataclass of each. A field that the folder does not have yet has its
-            default.
-        ignored: fields that may differ.
-
-    Raises:
-        ValueError: it holds another one.
+    `new` is what its config.json is to hold; `kinds` are the parts of it that are compared, and the dataclass of each.
+    A field that the folder does not have yet has its default. Fields that are `ignored` may differ.
     """
     path = out / CONFIG
     if not path.exists():
         return False
     old, asked = read_json(path), json.loads(json.dumps(new))
-    different = (
-        [f"the verb: {old.get('verb')!r} there, {new.get('verb')!r} now"] if old.get("verb") != new.get("verb") else []
-    )
+    pairs = [("the verb", old.get("verb"), new.get("verb"))]
     for part, kind in kinds.items():
         before = _with_defaults(kind, old.get(part, {}))
-        different += [
-            f"{name}: {before.get(name)!r} there, {value!r} now"
-            for name, value in asked[part].items()
-            if name not in ignored and before.get(name) != value
-        ]
+        pairs += [(name, before.get(name), value) for name, value in asked[part].items() if name not in ignored]
+    different = [f"{name}: {there!r} there, {now!r} now" for name, there, now in pairs if there != now]
     if different:
         raise ValueError(
             f"--out {out} holds another result ({'; '.join(different)}). Choose another --out, or delete it."

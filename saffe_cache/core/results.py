@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from saffe_cache.core.atomic_io import write_whole
 from saffe_cache.core.figures import Figure, Series
-from saffe_cache.core.json_schema import known_part, made_of
+from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.outputs import RESULT, read_json, write_json
 from saffe_cache.core.tables import Cell, Table, interval_cell, percent, wrapped
 
@@ -161,7 +161,7 @@ class Result:
                 f"{cls.version}. Run the command that writes it again."
             )
         try:
-            return made_of(cls, known_part(cls, content))
+            return made_of(cls, content, ignores_unknown=True)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: it is damaged ({error}). Run the command that writes it again.") from None
 

@@ -53,15 +53,12 @@ class Table:
         return [not all(_is_number(row.cells[place]) for row in self.rows) for place in columns]
 
     def to_text(self, width: int = WIDTH) -> str:
-        """Aligned columns below the caption, in blocks of columns that fit the width; the headings are repeated.
-
-        Long notes of headings stand below the table. Of texts that are no numbers the left edges are aligned.
-        """
+        """Aligned columns below the caption, in blocks that fit the width; long notes of headings stand below them."""
         heads = [row.head for row in self.rows]
         short = [cell if len(cell.note) <= _LONGEST_NOTE else Cell(cell.text) for cell in heads]
-        first = _Column(_heading(self.header[0]) if self.header else "", list(map(_head_in_line, short)), is_text=True)
+        first = _Column(self.header[0] if self.header else "", list(map(_head_in_line, short)), is_text=True)
         columns = [
-            _column(_heading(name), [row.cells[place] for row in self.rows], is_text)
+            _column(name, [row.cells[place] for row in self.rows], is_text)
             for place, (name, is_text) in enumerate(zip(self.header[1:], self.text_columns, strict=True))
         ]
         lines = textwrap.wrap(self.caption, width)
@@ -74,14 +71,9 @@ class Table:
 
     def to_markdown(self) -> str:
         """A pipe table below the caption."""
-        rows = [[_head_in_line(row.head), *map(_in_line, row.cells)] for row in self.rows]
-        lines = [
-            *([self.caption, ""] if self.caption else []),
-            _piped(self.header),
-            "|---" * len(self.header) + "|",
-            *map(_piped, rows),
-        ]
-        return "\n".join(lines) + "\n"
+        above = [self.caption, ""] if self.caption else []
+        rows = [_piped([_head_in_line(row.head), *map(_in_line, row.cells)]) for row in self.rows]
+        return "\n".join([*above, _piped(self.header), "|---" * len(self.header) + "|", *rows, ""])
 
 
 def plain_row(head: str, *texts: str) -> Row:
@@ -136,10 +128,6 @@ _LONGEST_NOTE = 24
 """Characters of a heading's note that still stands in its row."""
 
 
-def _heading(name: str) -> str:
-    return name.replace("_", " ")
-
-
 def _head_in_line(cell: Cell) -> str:
     return f"{cell.text} ({cell.note})" if cell.note else cell.text
 
@@ -152,24 +140,19 @@ def _piped(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-@dataclass
 class _Column:
-    """A column in a terminal; its heading takes as many lines as keep it narrow."""
+    """A column in a terminal; its heading takes as many lines as keep it narrow. Texts are aligned on the left."""
 
-    heading: str
-    cells: Sequence[str]
-    is_text: bool
-    """Texts are aligned on the left, numbers on the right."""
-
-    def __post_init__(self) -> None:
-        widest = max(map(len, self.cells), default=0)
-        longest_word = max(map(len, self.heading.split()), default=0)
-        self.heading_lines = textwrap.wrap(self.heading, max(widest, longest_word, _HEADING_WIDTH))
-        self.width = max(widest, *map(len, self.heading_lines), 0)
+    def __init__(self, heading: str, cells: Sequence[str], is_text: bool) -> None:
+        words, widest = heading.replace("_", " "), max(map(len, cells), default=0)
+        longest_word = max(map(len, words.split()), default=0)
+        self._cells, self._align = cells, "<" if is_text else ">"
+        self.heading = textwrap.wrap(words, max(widest, longest_word, _HEADING_WIDTH))
+        self.width = max(widest, *map(len, self.heading), 0)
 
     def lines(self, num_heading: int) -> list[str]:
-        filled = [""] * (num_heading - len(self.heading_lines)) + self.heading_lines
-        return [f"{one:{'<' if self.is_text else '>'}{self.width}}" for one in (*filled, *self.cells)]
+        filled = [""] * (num_heading - len(self.heading)) + self.heading
+        return [f"{one:{self._align}{self.width}}" for one in (*filled, *self._cells)]
 
 
 _HEADING_WIDTH = 10
@@ -202,7 +185,7 @@ def _blocks(first: _Column, columns: Sequence[_Column], width: int) -> Iterator[
 
 
 def _joined(columns: Sequence[_Column]) -> Iterator[str]:
-    num_heading = max(len(column.heading_lines) for column in columns)
+    num_heading = max(len(column.heading) for column in columns)
     for parts in zip(*(column.lines(num_heading) for column in columns), strict=True):
         line = "  ".join(parts).rstrip()
         if line:

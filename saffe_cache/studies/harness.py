@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 from saffe_cache.core.atomic_io import remove_partial_files
 from saffe_cache.core.controls import Control, failed
-from saffe_cache.core.json_schema import known_part, made_of
+from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.outputs import output_folder, read_json, write_json
 from saffe_cache.core.results import Result
 
@@ -100,7 +100,7 @@ class Study:
                 logger.info("%d of %d, %s: %.1f s.", number, len(measures), name, seconds)
             content = read_json(path)
             try:
-                found[name] = made_of(kind, known_part(kind, content["cell"]))
+                found[name] = made_of(kind, content["cell"], ignores_unknown=True)
                 self.seconds[name] = float(content["seconds"])
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from saffe_cache.core.figures import Curve, TrainingPlot
-from saffe_cache.core.json_schema import known_part, made_of
+from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.outputs import CONFIG, read_json
 from saffe_cache.core.results import Measurement, Result, Section
 from saffe_cache.core.tables import duration, percent
@@ -113,7 +113,7 @@ def read_log(path: Path) -> list[LogLine]:
 def _log_line(where: str, line: str) -> LogLine:
     try:
         content: Any = json.loads(line)
-        return made_of(LogLine, known_part(LogLine, content))
+        return made_of(LogLine, content, ignores_unknown=True)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: damaged ({error}). Train again.") from None
 
