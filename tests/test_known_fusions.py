@@ -362,7 +362,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 from saffe_cache.fusion.base import Blocks
-from saffe_cache.fusion.known.correction import Correction, CorrectingFusion, masked, zero_linear
+from saffe_cache.fusion.known.correction import Correction, CorrectingFusion, masked
+from saffe_cache.fusion.layers import zero_linear
 from saffe_cache.fusion.options import FusionShape
 """
 

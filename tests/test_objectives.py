@@ -432,7 +432,7 @@ def test_each_side_of_the_pairs_is_computed_once(
     def counting(
         self: FusionAlignModule, states: Any, mask: Any = None, texts: Any = None, pairing: Any = None
     ) -> Fused:
-        if pairing is not None:
+        if pairing.gallery is not None:
             distinct = len({tuple(row.flatten().tolist()) for row in states[0]})
             different = len({tuple(row.tolist()) for row in texts.vectors})
             seen.append((len(states[0]), distinct, len(texts.vectors), different, len(pairing.gallery)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from saffe_cache.core.features import BlockWeights
 from saffe_cache.fusion.heads import TextMap, summarize
-from saffe_cache.fusion.layers import Learning
+from saffe_cache.fusion.layers import Learning, Mask, States
 from saffe_cache.fusion.options import FusionShape
 
 
@@ -25,16 +25,19 @@ class Blocks(NamedTuple):
     text: Sequence[BlockWeights] = ()
 
 
-def gathered(values: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+_Values = TypeVar("_Values", torch.Tensor, torch.Tensor | None)
+
+
+def gathered(values: _Values, index: torch.Tensor | None) -> _Values:
     """The rows of an index; all rows if it is None."""
-    return values if index is None else values[index]
+    return values if values is None or index is None else values[index]
 
 
 class Texts(NamedTuple):
     """Texts that are paired with gallery inputs; a row whose mask has no True is the null text."""
 
-    states: Sequence[torch.Tensor]
-    """P times [texts, tokens, text width]; empty for a fusion that takes no tokens."""
+    states: States
+    """Empty for a fusion that takes no tokens."""
     mask: torch.Tensor
     """bool [texts, tokens]"""
     vectors: torch.Tensor
@@ -56,10 +59,13 @@ class Texts(NamedTuple):
 
 
 class Pairing(NamedTuple):
-    """Which gallery input is fused with which text: int64 [pairs] each."""
+    """Which gallery input is fused with which text: int64 [pairs] each; None where row i is fused with row i."""
 
-    gallery: torch.Tensor
-    text: torch.Tensor
+    gallery: torch.Tensor | None = None
+    text: torch.Tensor | None = None
+
+
+ROW_BY_ROW = Pairing()
 
 
 class Fused(NamedTuple):
@@ -67,9 +73,9 @@ class Fused(NamedTuple):
 
     vectors: torch.Tensor
     """Unit vectors [pairs, text_size]."""
-    states: Sequence[torch.Tensor]
-    """What the head pooled: P times [pairs, tokens, width]."""
-    mask: torch.Tensor | None
+    states: States
+    """What the head pooled."""
+    mask: Mask
 
 
 class Fusion(nn.Module):
@@ -98,28 +104,17 @@ class Fusion(nn.Module):
             self.text_weight = nn.Parameter(torch.ones(()))
 
     def forward(
-        self,
-        states: Sequence[torch.Tensor],
-        mask: torch.Tensor | None = None,
-        texts: Texts | None = None,
-        pairing: Pairing | None = None,
+        self, states: States, mask: Mask = None, texts: Texts | None = None, pairing: Pairing = ROW_BY_ROW
     ) -> torch.Tensor:
         """Unit vectors [pairs, width of the output].
 
-        Args:
-            states: P times [inputs, tokens, hidden_size].
-            mask: bool [inputs, tokens]; None where no token is padded.
-            texts: one for each input, or as `pairing` says; None is the null text for all.
-            pairing: None fuses row i with row i.
+        `states` and `mask` are those of the gallery's inputs; `texts`, one for each input or as `pairing` says, are the
+        null text for all where they are None.
         """
         return self.fuse(states, mask, texts, pairing).vectors
 
     def fuse(
-        self,
-        states: Sequence[torch.Tensor],
-        mask: torch.Tensor | None = None,
-        texts: Texts | None = None,
-        pairing: Pairing | None = None,
+        self, states: States, mask: Mask = None, texts: Texts | None = None, pairing: Pairing = ROW_BY_ROW
     ) -> Fused:
         """The vectors, and what a matching head sees of the pairs; same arguments as `forward`."""
         raise NotImplementedError
@@ -137,9 +132,7 @@ class Fusion(nn.Module):
         """Whether the linear path sees fused tokens instead of the cached ones."""
         return False
 
-    def linear_features(
-        self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, texts: Texts | None
-    ) -> torch.Tensor:
+    def linear_features(self, states: States, mask: Mask, texts: Texts | None) -> torch.Tensor:
         """What the linear path sees, [inputs, summary_size]; same arguments as `forward`."""
         return summarize(states, mask, has_class_token=self.shape.has_class_token)
 
@@ -154,11 +147,11 @@ class Fusion(nn.Module):
             if null_only and name.startswith(self.idle_with_null):
                 parameter.requires_grad_(False)
 
-    def _add_text(self, vectors: torch.Tensor, texts: torch.Tensor, is_text: torch.Tensor) -> torch.Tensor:
-        """Unit vectors, plus the mapped vectors of texts [pairs, text_size] where bool [pairs, 1] is True."""
-        if not self.shape.pooled_text:
+    def _add_text(self, vectors: torch.Tensor, texts: Texts | None) -> torch.Tensor:
+        """Unit vectors, plus the mapped vectors of texts that are not null."""
+        if texts is None or not self.shape.pooled_text:
             return vectors
-        return functional.normalize(vectors + self.text_weight * self.text_map(texts) * is_text, dim=-1)
+        return functional.normalize(vectors + self.text_weight * self.text_map(texts.vectors) * texts.is_text, dim=-1)
 
 
 @contextmanager

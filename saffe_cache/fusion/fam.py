@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from saffe_cache.core.features import LibraryBlockSpec
-from saffe_cache.fusion.base import Blocks, Fused, Fusion, Pairing, Texts, gathered
+from saffe_cache.fusion.base import ROW_BY_ROW, Blocks, Fused, Fusion, Pairing, Texts, gathered
 from saffe_cache.fusion.decoders import OpaqueDecoder, PaperDecoder, ReuseDecoder
 from saffe_cache.fusion.heads import AttentionHead, FlattenHead, MatchHead, MeanHead, summarize
-from saffe_cache.fusion.layers import Learning
+from saffe_cache.fusion.layers import Learning, Mask, States
 from saffe_cache.fusion.options import FusionShape
 from saffe_cache.fusion.reference import ReferenceDecoder
 
@@ -52,37 +51,20 @@ class FusionAlignModule(Fusion):
             self.match_head = MatchHead(shape.pooled_size, shape.num_layers, shape.text_size)
 
     def fuse(
-        self,
-        states: Sequence[torch.Tensor],
-        mask: torch.Tensor | None = None,
-        texts: Texts | None = None,
-        pairing: Pairing | None = None,
+        self, states: States, mask: Mask = None, texts: Texts | None = None, pairing: Pairing = ROW_BY_ROW
     ) -> Fused:
         fused, fused_mask = self.decode(states, mask, texts, pairing)
-        chosen, is_text = None, None
-        if texts is not None:
-            index = pairing.text if pairing else None
-            chosen, is_text = gathered(texts.vectors, index), gathered(texts.mask.any(dim=1, keepdim=True), index)
-        vectors = self._pool(fused, fused_mask, self._summary(states, mask, pairing), chosen, is_text)
-        vectors = functional.normalize(vectors, dim=-1)
-        if chosen is not None and is_text is not None:
-            vectors = self._add_text(vectors, chosen, is_text)
-        return Fused(vectors, fused, fused_mask)
+        paired = None if texts is None else texts._replace(states=()).rows(pairing.text)
+        vectors = self._pool(fused, fused_mask, self._summary(states, mask, pairing), paired)
+        return Fused(self._add_text(functional.normalize(vectors, dim=-1), paired), fused, fused_mask)
 
     def decode(
-        self,
-        states: Sequence[torch.Tensor],
-        mask: torch.Tensor | None = None,
-        texts: Texts | None = None,
-        pairing: Pairing | None = None,
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        self, states: States, mask: Mask = None, texts: Texts | None = None, pairing: Pairing = ROW_BY_ROW
+    ) -> tuple[list[torch.Tensor], Mask]:
         """What the head pools, one row for each pair, and its mask: the states themselves or the decoders' outputs."""
         if not self.decoder_class:
-            index = pairing.gallery if pairing else None
-            return [gathered(state, index) for state in states], _mask_rows(mask, index)
-        text_states, text_mask = self._with_null(texts)
-        indices = self._indices(len(states[0]), texts, pairing)
-        sides = ((states, mask, indices.gallery), (text_states, text_mask, indices.text))
+            return [gathered(state, pairing.gallery) for state in states], gathered(mask, pairing.gallery)
+        sides = (states, mask, pairing.gallery), self._text_side(len(states[0]), texts, pairing)
         (asking, asking_mask, asking_index), (asked, asked_mask, asked_index) = (
             sides if self.shape.query_side == "gallery" else sides[::-1]
         )
@@ -97,19 +79,17 @@ class FusionAlignModule(Fusion):
                     gathered(asking[number], asking_index),
                     gathered(entered, asking_index),
                     (gathered(keys, asked_index), gathered(values, asked_index)),
-                    _mask_rows(asked_mask, asked_index),
-                    _mask_rows(asking_mask, asking_index),
+                    gathered(asked_mask, asked_index),
+                    gathered(asking_mask, asking_index),
                 )
             )
-        return fused, _mask_rows(asking_mask, asking_index)
+        return fused, gathered(asking_mask, asking_index)
 
     @property
     def fuses_first(self) -> bool:
         return self.decoder_class is not None and self.shape.query_side == "gallery"
 
-    def linear_features(
-        self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, texts: Texts | None
-    ) -> torch.Tensor:
+    def linear_features(self, states: States, mask: Mask, texts: Texts | None) -> torch.Tensor:
         if self.fuses_first:
             states, mask = self.decode(states, mask, texts)
         return summarize(states, mask, has_class_token=self.shape.has_class_token)
@@ -134,10 +114,15 @@ class FusionAlignModule(Fusion):
             if any(part in name for part in idle):
                 parameter.requires_grad_(False)
 
-    def _with_null(self, texts: Texts | None) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """The texts' states and mask; a null text is one learned token."""
+    def _text_side(
+        self, num_inputs: int, texts: Texts | None, pairing: Pairing
+    ) -> tuple[States, Mask, torch.Tensor | None]:
+        """The texts' states and mask, and which row of them each pair takes. A null text is one learned token."""
         if texts is None:
-            return [token[None, None] for token in self.null_text], None
+            num_pairs = num_inputs if pairing.gallery is None else len(pairing.gallery)
+            same = torch.zeros(num_pairs, dtype=torch.int64, device=self.null_text.device)
+            # where the gallery asks, the one row of keys serves all inputs
+            return list(self.null_text[:, None, None]), None, None if self.shape.query_side == "gallery" else same
         is_null = ~texts.mask.any(dim=1)
         states = [
             torch.where(is_null[:, None, None], token, state)
@@ -145,46 +130,26 @@ class FusionAlignModule(Fusion):
         ]
         mask = texts.mask.clone()
         mask[:, 0] |= is_null
-        return states, mask
+        return states, mask, pairing.text
 
-    def _indices(self, num_inputs: int, texts: Texts | None, pairing: Pairing | None) -> _Indices:
-        """Which row of each side each pair takes; the one row of a null text serves all inputs."""
-        gallery = pairing.gallery if pairing else None
-        if texts is not None:
-            return _Indices(gallery, pairing.text if pairing else None)
-        if self.shape.query_side == "gallery":
-            return _Indices(gallery, None)
-        num_pairs = num_inputs if gallery is None else len(gallery)
-        return _Indices(gallery, torch.zeros(num_pairs, dtype=torch.int64, device=self.null_text.device))
-
-    def _summary(
-        self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, pairing: Pairing | None
-    ) -> torch.Tensor | None:
+    def _summary(self, states: States, mask: Mask, pairing: Pairing) -> torch.Tensor | None:
         """Summary of the gallery's own tokens if the text has the queries, so that fused tokens are the text's.
 
         None otherwise: the head then summarises what it pools.
         """
         if not self.decoder_class or self.shape.query_side == "gallery" or self.shape.head != "attention":
             return None
-        return gathered(summarize(states, mask), pairing.gallery if pairing else None)
+        return gathered(summarize(states, mask), pairing.gallery)
 
-    def _pool(
-        self,
-        fused: Sequence[torch.Tensor],
-        mask: torch.Tensor | None,
-        summary: torch.Tensor | None,
-        paired: torch.Tensor | None,
-        is_text: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _pool(self, fused: States, mask: Mask, summary: torch.Tensor | None, paired: Texts | None) -> torch.Tensor:
         if self.shape.head != "attention":
             return self.head(fused, mask)  # type: ignore[no-any-return]
-        if not self.shape.head_sees_text:
-            return self.head(fused, mask, summary)  # type: ignore[no-any-return]
-        if paired is None or is_text is None:
-            paired = fused[0].new_zeros(len(fused[0]), self.shape.text_size)
-        else:
-            paired = functional.normalize(paired, dim=-1) * self.shape.text_size**0.5 * is_text
-        return self.head(fused, mask, summary, paired)  # type: ignore[no-any-return]
+        extra = None
+        if self.shape.head_sees_text and paired is None:
+            extra = fused[0].new_zeros(len(fused[0]), self.shape.text_size)
+        elif self.shape.head_sees_text and paired is not None:
+            extra = functional.normalize(paired.vectors, dim=-1) * self.shape.text_size**0.5 * paired.is_text
+        return self.head(fused, mask, summary, extra)  # type: ignore[no-any-return]
 
     def _make_decoders(self, blocks: Blocks) -> tuple[nn.ModuleList, nn.ModuleList]:
         """What belongs to each layer, and what trains; a shared decoder starts as the last layer's."""
@@ -236,15 +201,6 @@ class ReferenceFusion(FusionAlignModule):
     flatten_relu = True
 
 
-class _Indices(NamedTuple):
-    gallery: torch.Tensor | None
-    text: torch.Tensor | None
-
-
 _IDLE_WHERE_GALLERY_ASKS = ("cross_attention.query", "cross_attention.key.")
 _IDLE_WHERE_TEXT_ASKS = ("self_attention.weights.query", "self_attention.weights.key", "head.pool_queries")
 """Parts of the names of parameters that get no gradient if only null text is fused."""
-
-
-def _mask_rows(mask: torch.Tensor | None, index: torch.Tensor | None) -> torch.Tensor | None:
-    return None if mask is None else gathered(mask, index)

@@ -5,19 +5,26 @@ Also the map of a text's own vector into the same space.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.fusion.layers import Dropout, Learning, NormedTokens, mean_weights, summary_weights
+from saffe_cache.fusion.layers import (
+    Dropout,
+    Learning,
+    Mask,
+    NormedTokens,
+    States,
+    identity_linear,
+    mean_weights,
+    summary_weights,
+    zero_linear,
+)
 
 
-def summarize(
-    states: Sequence[torch.Tensor], mask: torch.Tensor | None, *, has_class_token: bool = True
-) -> torch.Tensor:
+def summarize(states: States, mask: Mask, *, has_class_token: bool = True) -> torch.Tensor:
     """First token and mean of the other tokens of each layer, each token normed: [batch, 2 P d].
 
     Without a class token, the mean of all tokens: [batch, P d]. The linear baselines and the attention head's linear
@@ -28,7 +35,7 @@ def summarize(
     return torch.cat(sums, dim=-1)
 
 
-def masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def masked_mean(values: torch.Tensor, mask: Mask) -> torch.Tensor:
     """Mean over tokens that the mask keeps; zero where it keeps none."""
     if mask is None:
         return values.mean(dim=1)
@@ -67,18 +74,14 @@ class AttentionHead(nn.Module):
         dropout: float = 0.5,
         has_class_token: bool = True,
     ) -> None:
-        """
+        """Pool tokens of width `hidden_size` of `num_layers` = P layers.
+
         Args:
-            hidden_size: width of the tokens that are pooled.
-            num_layers: P.
-            output_size: width of the result.
             summary_size: width of what `summarize` returns.
             extra_size: width of a vector that the MLP sees besides the tokens; 0 for none.
             num_heads: learned queries for each layer.
             head_size: width of what each of them pools.
-            mlp_size: of the MLP's inner layer.
             dropout: of the summary and in the MLP.
-            has_class_token: whether the first token stands for the whole input.
         """
         super().__init__()
         self.has_class_token = has_class_token
@@ -86,20 +89,13 @@ class AttentionHead(nn.Module):
         self.pool_values = nn.Parameter(torch.randn(num_layers, num_heads, hidden_size, head_size) * hidden_size**-0.5)
         feature_size = num_layers * num_heads * head_size + summary_size + extra_size
         self.norm = nn.LayerNorm(feature_size)
-        inner, last = nn.Linear(feature_size, mlp_size), nn.Linear(mlp_size, output_size)
+        inner, last = nn.Linear(feature_size, mlp_size), zero_linear(mlp_size, output_size)
         self.mlp = nn.Sequential(Dropout(dropout), inner, nn.GELU(), Dropout(dropout), last)
         self.linear = nn.Linear(summary_size, output_size)
         self.dropout = Dropout(dropout)
-        with torch.no_grad():
-            last.weight.zero_()
-            last.bias.zero_()
 
     def forward(
-        self,
-        states: Sequence[torch.Tensor],
-        mask: torch.Tensor | None,
-        summary: torch.Tensor | None = None,
-        extra: torch.Tensor | None = None,
+        self, states: States, mask: Mask, summary: torch.Tensor | None = None, extra: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`summary` [batch, summary_size]: of other tokens than those that are pooled. `extra` [batch, extra_size]."""
         pooled, summaries = [], []
@@ -115,9 +111,7 @@ class AttentionHead(nn.Module):
         return self.linear(self.dropout(summary)) + self.mlp(self.norm(torch.cat(seen, dim=-1)))  # type: ignore[no-any-return]
 
 
-def _pool(
-    state: torch.Tensor, mask: torch.Tensor | None, queries: torch.Tensor, summary: torch.Tensor | None
-) -> torch.Tensor:
+def _pool(state: torch.Tensor, mask: Mask, queries: torch.Tensor, summary: torch.Tensor | None) -> torch.Tensor:
     """What each of `queries` [d, heads] pools from a layer, [batch, heads, d].
 
     With `summary`, weights [batch, n, tokens], the n sums with these weights follow: [batch, heads + n, d].
@@ -137,7 +131,7 @@ class MeanHead(nn.Module):
         super().__init__()
         self.linear = nn.Linear(num_layers * hidden_size, output_size)
 
-    def forward(self, states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, states: States, mask: Mask) -> torch.Tensor:
         return self.linear(torch.cat([masked_mean(state, mask) for state in states], dim=-1))  # type: ignore[no-any-return]
 
 
@@ -155,7 +149,7 @@ class FlattenHead(nn.Module):
         self.linear = nn.Linear(num_layers * num_tokens * hidden_size, output_size)
         self.has_relu = has_relu
 
-    def forward(self, states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, states: States, mask: Mask) -> torch.Tensor:
         assert mask is None, "a flattened layer needs a fixed number of tokens"
         vectors: torch.Tensor = self.linear(torch.cat(list(states), dim=1).flatten(1))
         return functional.relu(vectors) + 1e-9 if self.has_relu else vectors  # a dead row keeps a direction
@@ -173,9 +167,7 @@ class MatchHead(nn.Module):
         inner = nn.Linear(num_layers * hidden_size + output_size, inner_size)
         self.mlp = nn.Sequential(inner, nn.GELU(), nn.Linear(inner_size, 1))
 
-    def forward(
-        self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, vectors: torch.Tensor, queries: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, states: States, mask: Mask, vectors: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         """Logits [batch] of fused `states`, their unit vectors and the unit vectors of the texts as queries."""
         pooled = [NormedTokens(state).sums(mean_weights(state, mask)).flatten(1) for state in states]
         agreement = (vectors * queries).detach() * queries.shape[-1] ** 0.5
@@ -192,13 +184,9 @@ class TextMap(nn.Module):
 
     def __init__(self, size: int, dropout: float, inner_size: int = 512) -> None:
         super().__init__()
-        self.linear = nn.Linear(size, size)
-        inner, last = nn.Linear(size, inner_size), nn.Linear(inner_size, size)
-        self.mlp = nn.Sequential(inner, nn.GELU(), Dropout(dropout), last)
-        with torch.no_grad():
-            self.linear.weight.copy_(torch.eye(size))
-            for zeroed in (self.linear.bias, last.weight, last.bias):
-                zeroed.zero_()
+        self.linear = identity_linear(size)
+        inner = nn.Linear(size, inner_size)
+        self.mlp = nn.Sequential(inner, nn.GELU(), Dropout(dropout), zero_linear(inner_size, size))
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         """`vectors` [batch, size] of any length; only their direction counts."""

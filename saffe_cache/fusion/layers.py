@@ -12,12 +12,17 @@ forward pass and, since cached tokens take no gradient, not in the backward pass
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+States = Sequence[torch.Tensor]
+"""Tokens of P layers, [batch, tokens, width] each."""
+Mask = torch.Tensor | None
+"""bool [batch, tokens], True on real tokens; None where no token is padded."""
 
 _LEVELS = 2**16
 
@@ -65,13 +70,13 @@ class NormedTokens:
         return sums - sums.mean(dim=-1, keepdim=True)  # type: ignore[no-any-return]
 
 
-def mean_weights(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def mean_weights(state: torch.Tensor, mask: Mask) -> torch.Tensor:
     """Weights of the mean over the tokens that the mask keeps, [batch, 1, tokens]; zeros if it keeps none."""
     kept = state.new_ones(state.shape[:2]) if mask is None else mask.to(state.dtype)
     return (kept / kept.sum(dim=1, keepdim=True).clamp(min=1)).unsqueeze(1)
 
 
-def summary_weights(state: torch.Tensor, mask: torch.Tensor | None, *, has_class_token: bool = True) -> torch.Tensor:
+def summary_weights(state: torch.Tensor, mask: Mask, *, has_class_token: bool = True) -> torch.Tensor:
     """Weights of the first token, and of the mean of the others: [batch, 2, tokens].
 
     Without a class token, weights of the mean of all tokens: [batch, 1, tokens].
@@ -119,3 +124,19 @@ def _parameters(module: nn.Module, usual: Learning) -> Iterator[tuple[nn.Paramet
         yield parameter, declared.get(name, usual)
     for name, child in module.named_children():
         yield from _parameters(child, declared.get(name, usual))
+
+
+def zero_linear(in_size: int, out_size: int) -> nn.Linear:
+    """A linear map that starts at zero."""
+    linear = nn.Linear(in_size, out_size)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def identity_linear(size: int) -> nn.Linear:
+    """A linear map that starts as the identity."""
+    linear = nn.Linear(size, size)
+    nn.init.eye_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear

@@ -64,12 +64,7 @@ def siglip(
 
         L = -1/n sum_ij log sigmoid(y_ij (scale z_i . u_j + bias)),   y_ij = 1 for positives, else -1
 
-    Args:
-        gallery: unit vectors [n, d].
-        queries: unit vectors [m, d].
-        positives: bool [n, m].
-        scale: positive scalar, the inverse of a temperature.
-        bias: scalar.
+    Args as of `info_nce`, but rows need no positive; `scale` is the inverse of a temperature.
     """
     logits = scale * _cosines(gallery, queries) + bias
     signs = 2 * positives.to(logits.dtype) - 1
@@ -82,12 +77,8 @@ def soft_target(vectors: torch.Tensor, targets: torch.Tensor, smoothing: float =
         L = -mean_i sum_j ((1 - smoothing) t_ij + smoothing / d) log softmax(z_i)_j
 
     For unit vectors it is (1 - smoothing) sum_j t_j + smoothing times ln d, less 0.9 cos(z, t), up to O(1/d): a pull
-    on the cosine, without negatives. The value itself says nothing.
-
-    Args:
-        vectors: z, [n, d].
-        targets: t, the texts' own vectors [n, d].
-        smoothing: 0 to 1.
+    on the cosine, without negatives. The value itself says nothing. `vectors` are z [n, d],
+    `targets` are t, the texts' own.
     """
     soft = (1 - smoothing) * targets + smoothing / targets.shape[1]
     return -(soft * vectors.log_softmax(dim=1)).sum(dim=1).mean()
@@ -98,28 +89,18 @@ def pair_info_nce(scores: torch.Tensor, temperature: torch.Tensor) -> torch.Tens
 
         s_ij = cos(f(x_i, t_j), u_j),   L = -mean_i log softmax(s_i / temperature)_0
 
-    Args:
-        scores: [n, candidates]; -inf where there is no candidate.
-        temperature: positive scalar.
+    `scores` are s, [n, candidates]; -inf where there is no candidate.
     """
     return -(scores / temperature).log_softmax(dim=1)[:, 0].mean()
 
 
 def matching(logits: torch.Tensor, is_match: torch.Tensor) -> torch.Tensor:
-    """Image-text matching: binary cross-entropy (ALBEF, Li et al. 2021, eq. 4).
-
-    Args:
-        logits: [pairs].
-        is_match: bool [pairs].
-    """
+    """Image-text matching: binary cross-entropy of logits [pairs] (ALBEF, Li et al. 2021, eq. 4)."""
     return functional.binary_cross_entropy_with_logits(logits, is_match.to(logits.dtype))
 
 
 def distinct_positives(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The distinct texts of some photos, and which text belongs to which photo.
-
-    Args:
-        rows: for each photo, the numbers of its texts.
+    """The distinct texts of some photos, and which belongs to which, from the numbers of each photo's texts.
 
     Returns:
         The distinct numbers [m], ascending; the column of each given number, in order; bool [photos, m].
@@ -134,12 +115,7 @@ def draw_negatives(scores: torch.Tensor, positives: torch.Tensor, num_hard: int,
     """Wrong columns for each row, int64 [rows, negatives]: those with the best scores, and random ones.
 
     There are num_random random ones and at most num_hard others. A column may be repeated if a row has few wrong ones.
-
-    Args:
-        scores: how much column j looks like a match of row i, [rows, columns].
-        positives: bool [rows, columns], never drawn; each row has a wrong column.
-        num_hard: at most this many have the best scores.
-        num_random: drawn with torch's generator.
+    `scores` [rows, columns] say how much column j looks like a match of row i; `positives` are never drawn.
     """
     wrong = ~positives
     assert wrong.any(dim=1).all(), "a row has no wrong column"
@@ -199,67 +175,71 @@ class Contrast(NamedTuple):
     match: Callable[[Fused, torch.Tensor], torch.Tensor]
     """Logits [pairs] of fused pairs and the unit vectors of their texts."""
 
+    def draw_photos(self, most: int) -> torch.Tensor:
+        """Rows of some photos, int64 [at most `most`], drawn with torch's generator."""
+        return torch.randperm(len(self.photos), device=self.photos.device)[:most]
 
-class InfoNce(nn.Module):
-    """`info_nce` with a learned temperature."""
+
+class _Loss(nn.Module):
+    """Called with the `Contrast` of a batch."""
 
     def __init__(self, options: ObjectiveOptions) -> None:
         super().__init__()
+        self._options = options
+
+
+class InfoNce(_Loss):
+    """`info_nce` with a learned temperature."""
+
+    def __init__(self, options: ObjectiveOptions) -> None:
+        super().__init__(options)
         self.temperature = Temperature()
 
     def forward(self, batch: Contrast) -> torch.Tensor:
         return info_nce(batch.photos, batch.queries, batch.positives, self.temperature())
 
 
-class Siglip(nn.Module):
+class Siglip(_Loss):
     """`siglip` with a learned scale and bias."""
 
     def __init__(self, options: ObjectiveOptions) -> None:
-        super().__init__()
+        super().__init__(options)
         self.sigmoid = SigmoidScale()
 
     def forward(self, batch: Contrast) -> torch.Tensor:
         return siglip(batch.photos, batch.queries, batch.positives, *self.sigmoid())
 
 
-class SoftTarget(nn.Module):
+class SoftTarget(_Loss):
     """`soft_target` with the text encoder's own vector as the target."""
-
-    def __init__(self, options: ObjectiveOptions) -> None:
-        super().__init__()
 
     def forward(self, batch: Contrast) -> torch.Tensor:
         return soft_target(batch.photos, functional.normalize(batch.text_vectors[batch.own], dim=-1))
 
 
-class Pair(nn.Module):
+class Pair(_Loss):
     """`pair_info_nce` of some photos, each fused with its own text and with hard and random wrong ones."""
 
     def __init__(self, options: ObjectiveOptions) -> None:
-        super().__init__()
-        self._num_photos, self._negatives = options.pair_photos, options.negatives
+        super().__init__(options)
         self.temperature = Temperature()
 
     def forward(self, batch: Contrast) -> torch.Tensor:
-        chosen = torch.randperm(len(batch.photos), device=batch.photos.device)[: self._num_photos]
-        num_hard = (self._negatives + 1) // 2
+        chosen, negatives = batch.draw_photos(self._options.pair_photos), self._options.negatives
+        num_hard = (negatives + 1) // 2
         scores = batch.photos[chosen].detach() @ batch.queries.detach().T
-        wrong = draw_negatives(scores, batch.positives[chosen], num_hard, self._negatives - num_hard)
+        wrong = draw_negatives(scores, batch.positives[chosen], num_hard, negatives - num_hard)
         columns = torch.cat([batch.own[chosen, None], wrong], dim=1)
         fused = batch.fuse(chosen.repeat_interleave(columns.shape[1]), columns.flatten())
         agreement = (fused.vectors.float() * batch.queries[columns.flatten()]).sum(dim=-1)
         return pair_info_nce(agreement.view_as(columns), self.temperature())
 
 
-class Matching(nn.Module):
+class Matching(_Loss):
     """`matching` of some photos: each with its own text, with a hard wrong text, and its text with a wrong photo."""
 
-    def __init__(self, options: ObjectiveOptions) -> None:
-        super().__init__()
-        self._num_photos = options.pair_photos
-
     def forward(self, batch: Contrast) -> torch.Tensor:
-        chosen = torch.randperm(len(batch.photos), device=batch.photos.device)[: self._num_photos]
+        chosen = batch.draw_photos(self._options.pair_photos)
         own = batch.own[chosen]
         scores = batch.photos.detach() @ batch.queries.detach().T
         wrong_texts = _draw_likely(scores[chosen], batch.positives[chosen])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -11,7 +10,8 @@ from torch import nn
 from saffe_cache.fusion.base import Blocks, Fused, Texts
 from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.fusion.heads import masked_mean
-from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked, zero_linear
+from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked
+from saffe_cache.fusion.layers import Mask, States, zero_linear
 from saffe_cache.fusion.library_block import make_block
 from saffe_cache.fusion.options import FusionShape
 
@@ -44,9 +44,7 @@ class AlbefFusion(CorrectingFusion):
         if shape.matches:
             self.match_head = nn.Linear(width, 2)
 
-    def correct(
-        self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, texts: Texts | None, summary: torch.Tensor
-    ) -> Correction:
+    def correct(self, states: States, mask: Mask, texts: Texts | None, summary: torch.Tensor) -> Correction:
         if texts is None:
             return Correction(None, states[-1].new_zeros(len(states[-1]), 1, self.shape.text_hidden_size), None)
         tokens = texts.states[0]
@@ -79,7 +77,7 @@ class _CrossAttention(nn.Module):
         )
         nn.init.zeros_(self.attention.out_proj.weight)
 
-    def forward(self, tokens: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, context: torch.Tensor, mask: Mask) -> torch.Tensor:
         """[batch, tokens, d] for `tokens` [batch, tokens, d] and `context` [batch, keys, d of the context]."""
         context = self.context_norm(context)
         padding = None if mask is None else ~mask

@@ -10,16 +10,15 @@ photo's tokens, e of the text's, k of the text's own vector.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.fusion.base import Blocks, Fused, Fusion, Pairing, Texts
+from saffe_cache.fusion.base import ROW_BY_ROW, Blocks, Fused, Fusion, Pairing, Texts, gathered
 from saffe_cache.fusion.heads import MatchHead, summarize
-from saffe_cache.fusion.layers import Dropout
+from saffe_cache.fusion.layers import Dropout, Mask, States
 from saffe_cache.fusion.options import FusionShape
 
 
@@ -30,8 +29,7 @@ class Correction(NamedTuple):
     """[pairs, text_size]; None for no correction."""
     tokens: torch.Tensor
     """[pairs, tokens, matched_size]: what a matching head pools."""
-    mask: torch.Tensor | None
-    """bool [pairs, tokens] of these tokens."""
+    mask: Mask
 
 
 class CorrectingFusion(Fusion):
@@ -53,50 +51,24 @@ class CorrectingFusion(Fusion):
     def linear_start(self) -> nn.Linear | None:
         return self.linear
 
-    def correct(
-        self,
-        states: Sequence[torch.Tensor],
-        mask: torch.Tensor | None,
-        texts: Texts | None,
-        summary: torch.Tensor,
-    ) -> Correction:
+    def correct(self, states: States, mask: Mask, texts: Texts | None, summary: torch.Tensor) -> Correction:
         """The correction, one row for each pair.
 
-        Args:
-            states: P times [pairs, tokens, hidden_size].
-            mask: bool [pairs, tokens]; None where no token is padded.
-            texts: [pairs, …], the null text where a row's mask has no True; None for null text only.
-            summary: of the states, [pairs, shape.summary_size].
+        `states`, `mask` and `summary` are those of the pairs' gallery inputs. `texts` are the pairs' own, the null text
+        where a row's mask has no True; None where all are null.
         """
         raise NotImplementedError
 
     def fuse(
-        self,
-        states: Sequence[torch.Tensor],
-        mask: torch.Tensor | None = None,
-        texts: Texts | None = None,
-        pairing: Pairing | None = None,
+        self, states: States, mask: Mask = None, texts: Texts | None = None, pairing: Pairing = ROW_BY_ROW
     ) -> Fused:
-        summary = summarize(states, mask, has_class_token=self.shape.has_class_token)
-        if pairing is not None:
-            states = [state[pairing.gallery] for state in states]
-            mask, summary = (None if mask is None else mask[pairing.gallery]), summary[pairing.gallery]
-        if texts is not None:
-            texts = texts.rows(pairing.text if pairing else None)
+        summary = gathered(summarize(states, mask, has_class_token=self.shape.has_class_token), pairing.gallery)
+        states, mask = [gathered(state, pairing.gallery) for state in states], gathered(mask, pairing.gallery)
+        texts = None if texts is None else texts.rows(pairing.text)
         found = self.correct(states, mask, texts, summary)
         vectors = self.linear(self.dropout(summary))
         vectors = functional.normalize(vectors if found.vectors is None else vectors + found.vectors, dim=-1)
-        if texts is not None:
-            vectors = self._add_text(vectors, texts.vectors, texts.is_text)
-        return Fused(vectors, [found.tokens], found.mask)
-
-
-def zero_linear(in_size: int, out_size: int) -> nn.Linear:
-    """A linear map that starts at zero, for the end of a correction."""
-    linear = nn.Linear(in_size, out_size)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
+        return Fused(self._add_text(vectors, texts), [found.tokens], found.mask)
 
 
 def masked(tokens: torch.Tensor, is_text: torch.Tensor) -> torch.Tensor:
@@ -113,7 +85,5 @@ class LateFusion(CorrectingFusion):
     def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
         super().__init__(shape)
 
-    def correct(
-        self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, texts: Texts | None, summary: torch.Tensor
-    ) -> Correction:
+    def correct(self, states: States, mask: Mask, texts: Texts | None, summary: torch.Tensor) -> Correction:
         return Correction(None, states[-1], mask)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -12,8 +11,8 @@ from torch.nn import functional
 from saffe_cache.fusion.base import Blocks, Texts
 from saffe_cache.fusion.block import split_heads
 from saffe_cache.fusion.heads import masked_mean
-from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked, zero_linear
-from saffe_cache.fusion.layers import Learning
+from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked
+from saffe_cache.fusion.layers import Learning, Mask, States, zero_linear
 from saffe_cache.fusion.library_block import make_block
 from saffe_cache.fusion.options import FusionShape
 
@@ -40,9 +39,7 @@ class FlamingoFusion(CorrectingFusion):
         self.text_blocks = nn.ModuleList(make_block(block) for block in blocks.text)
         self.out = zero_linear(width + text_width, shape.text_size)
 
-    def correct(
-        self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, texts: Texts | None, summary: torch.Tensor
-    ) -> Correction:
+    def correct(self, states: States, mask: Mask, texts: Texts | None, summary: torch.Tensor) -> Correction:
         latents = self.resampler(states[-1], mask)
         if texts is None:
             text = latents.new_zeros(len(latents), 0, self.shape.text_hidden_size)
@@ -71,7 +68,7 @@ class Resampler(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, mask: Mask) -> torch.Tensor:
         """[batch, latents, d] of `tokens` [batch, tokens, d]."""
         tokens = tokens + self.photo_position
         latents = self.latents.expand(len(tokens), -1, -1)
@@ -128,7 +125,7 @@ class _Attention(nn.Module):
         self.key_value = nn.Linear(context_width, 2 * inner, bias=False)
         self.output = nn.Linear(inner, width, bias=False)
 
-    def forward(self, tokens: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, context: torch.Tensor, mask: Mask) -> torch.Tensor:
         tokens = self.norm(tokens)
         if self.context_norm is not None:
             context = torch.cat([self.context_norm(context), tokens], dim=1)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 from torch.nn import functional
 
 from saffe_cache.fusion.base import Blocks, Texts
 from saffe_cache.fusion.heads import masked_mean
-from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked, zero_linear
+from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked
+from saffe_cache.fusion.layers import Mask, States, zero_linear
 from saffe_cache.fusion.library_block import make_block
 from saffe_cache.fusion.options import FusionShape
 
@@ -46,9 +45,7 @@ class LimberFusion(CorrectingFusion):
         """Run one of the text encoder's blocks."""
         return self.text_blocks[number](tokens, mask)  # type: ignore[no-any-return]
 
-    def correct(
-        self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, texts: Texts | None, summary: torch.Tensor
-    ) -> Correction:
+    def correct(self, states: States, mask: Mask, texts: Texts | None, summary: torch.Tensor) -> Correction:
         photo, seen = inserted_tokens(states[-1], mask, has_class_token=self.shape.has_class_token)
         tokens, photo_seen, length = self.insert(photo), seen, photo.shape[1]
         if texts is not None:
@@ -100,7 +97,7 @@ class DeepInsertFusion(LimberFusion):
 
 
 def inserted_tokens(
-    state: torch.Tensor, mask: torch.Tensor | None, *, has_class_token: bool = True
+    state: torch.Tensor, mask: Mask, *, has_class_token: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens of a photo that are inserted, and their mask: the first, and means over a 4 by 4 grid of the others.
 

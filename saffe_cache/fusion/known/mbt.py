@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
 from saffe_cache.fusion.base import Blocks, Texts
 from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.fusion.heads import summarize
-from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked, zero_linear
+from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked
+from saffe_cache.fusion.layers import Mask, States, zero_linear
 from saffe_cache.fusion.library_block import LibraryBlock, make_block
 from saffe_cache.fusion.options import FusionShape
 
@@ -45,9 +44,7 @@ class BottleneckFusion(CorrectingFusion):
         self.to_photo = nn.Identity() if same else nn.Linear(text_width, width)
         self.out = zero_linear(2 * (width + text_width), shape.text_size)
 
-    def correct(
-        self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, texts: Texts | None, summary: torch.Tensor
-    ) -> Correction:
+    def correct(self, states: States, mask: Mask, texts: Texts | None, summary: torch.Tensor) -> Correction:
         photo, bottlenecks = states[0], self.bottlenecks.expand(len(states[0]), -1, -1)
         text = None if texts is None else texts.states[0]
         for photo_block, text_block in zip(self.photo_blocks, self.text_blocks, strict=True):
@@ -67,7 +64,7 @@ class BottleneckFusion(CorrectingFusion):
 
 
 def _step(
-    block: nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None, bottlenecks: torch.Tensor
+    block: nn.Module, tokens: torch.Tensor, mask: Mask, bottlenecks: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run one block over tokens and bottlenecks, and return both."""
     assert isinstance(block, (EncoderBlock, LibraryBlock))

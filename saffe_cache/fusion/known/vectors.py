@@ -7,16 +7,14 @@ al. 2023, on towers locked as in LiT).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.fusion.base import Blocks, Fused, Fusion, Pairing, Texts, gathered
+from saffe_cache.fusion.base import ROW_BY_ROW, Blocks, Fused, Fusion, Pairing, Texts, gathered
 from saffe_cache.fusion.heads import MatchHead
-from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked, zero_linear
-from saffe_cache.fusion.layers import NormedTokens, summary_weights
+from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked
+from saffe_cache.fusion.layers import Mask, NormedTokens, States, summary_weights, zero_linear
 from saffe_cache.fusion.options import FusionShape
 
 
@@ -35,9 +33,7 @@ class HadamardFusion(CorrectingFusion):
         self.of_text = nn.Linear(shape.text_size, self.RANK)
         self.out = zero_linear(self.RANK, shape.text_size)
 
-    def correct(
-        self, states: Sequence[torch.Tensor], mask: torch.Tensor | None, texts: Texts | None, summary: torch.Tensor
-    ) -> Correction:
+    def correct(self, states: States, mask: Mask, texts: Texts | None, summary: torch.Tensor) -> Correction:
         if texts is None:
             return Correction(None, states[-1], mask)
         text = functional.normalize(texts.vectors, dim=-1) * self.shape.text_size**0.5
@@ -68,21 +64,16 @@ class TwoTowerFusion(Fusion):
         return functional.normalize(self.text_tower(unit), dim=-1)
 
     def fuse(
-        self,
-        states: Sequence[torch.Tensor],
-        mask: torch.Tensor | None = None,
-        texts: Texts | None = None,
-        pairing: Pairing | None = None,
+        self, states: States, mask: Mask = None, texts: Texts | None = None, pairing: Pairing = ROW_BY_ROW
     ) -> Fused:
-        index = pairing.gallery if pairing else None
         whole = torch.cat([self._whole(state, mask) for state in states], dim=-1)
-        vectors = gathered(functional.normalize(self.photo_tower(whole), dim=-1), index)
+        vectors = gathered(functional.normalize(self.photo_tower(whole), dim=-1), pairing.gallery)
         if texts is not None:
-            paired = texts.rows(pairing.text if pairing else None)
+            paired = texts.rows(pairing.text)
             vectors = functional.normalize(vectors + self.encode_queries(paired.vectors) * paired.is_text, dim=-1)
-        return Fused(vectors, [gathered(states[-1], index)], None if mask is None else gathered(mask, index))
+        return Fused(vectors, [gathered(states[-1], pairing.gallery)], gathered(mask, pairing.gallery))
 
-    def _whole(self, state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _whole(self, state: torch.Tensor, mask: Mask) -> torch.Tensor:
         """The normed token, or mean, that stands for each whole photo, [inputs, d]."""
         weights = summary_weights(state, mask, has_class_token=self.shape.has_class_token)[:, :1]
         return NormedTokens(state).sums(weights).squeeze(1)
