@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from saffe_cache.core.features import Ragged
 from saffe_cache.protocols.fused_pairs import reranked
-from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks, relevant_ranks_of_scores, top_k
+from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks, top_k
 from saffe_cache.retrieval.scores import Scores, candidate_scores, class_scores, rank_scores, text_scores
 
 seeded = settings(derandomize=True, deadline=None, database=None)
@@ -133,7 +133,7 @@ def test_reranking_moves_the_first_k_and_nothing_else(data: st.DataObject, num_i
     relevant = Ragged.from_rows([sorted(items)])
     order = top_k(first, num_items, seed=seed)[0].tolist()
     moved = [order[place] for place in sorted(range(k), key=lambda place: -second[place])] + order[k:]
-    ranks = relevant_ranks_of_scores(first, relevant, seed=seed)
+    ranks = relevant_ranks(first, relevant, seed=seed)
     found = reranked(ranks, relevant, np.array([order[:k]]), second[None])
     assert found[0].tolist() == sorted(moved.index(item) + 1 for item in items)
 
@@ -149,14 +149,14 @@ def searched(seed: int) -> tuple[np.ndarray, np.ndarray, Ragged]:
 def test_reranking_equals_searching_with_both_scores() -> None:
     """The first stage lifts its first k above all others; the second orders them."""
     gallery, queries, relevant = searched(seed=0)
-    units, ranks = np.arange(50) // 2, relevant_ranks(gallery, queries, relevant)
+    units, ranks = np.arange(50) // 2, relevant_ranks(InnerProducts(gallery, queries), relevant)
     candidates = top_k(InnerProducts(gallery, queries), 12)
     truth = np.stack([np.isin(row, items) for row, items in zip(candidates, relevant, strict=True)])
     second = truth + np.random.default_rng(1).normal(size=candidates.shape)
     scores = rank_scores(reranked(ranks, relevant, candidates, second), units, 80)
     both = queries.astype(np.float64) @ gallery.astype(np.float64).T
     np.put_along_axis(both, candidates, 100 + second, axis=1)
-    expected = relevant_ranks_of_scores(both, relevant)
+    expected = relevant_ranks(both, relevant)
     assert scores["mrr"].value == pytest.approx(np.mean([1 / row[0] for row in expected]))
     before = text_scores(gallery, queries, relevant, units)
     assert {name: score.chance for name, score in scores.items()} == {n: s.chance for n, s in before.items()}
@@ -172,7 +172,7 @@ def test_noise_at_both_stages_scores_chance() -> None:
     for seed in range(150):
         generator = np.random.default_rng(seed)
         gallery = unit_rows(generator.normal(size=(80, 12)))
-        ranks = relevant_ranks(gallery, queries, relevant, seed=seed)
+        ranks = relevant_ranks(InnerProducts(gallery, queries), relevant, seed=seed)
         candidates = top_k(InnerProducts(gallery, queries), 20, seed=seed)
         second = generator.normal(size=candidates.shape)
         runs.append(rank_scores(reranked(ranks, relevant, candidates, second), np.arange(50), 80, intervals=False))
@@ -182,7 +182,7 @@ def test_noise_at_both_stages_scores_chance() -> None:
 def test_candidates_of_another_order_are_refused() -> None:
     gallery, queries, relevant = searched(seed=0)
     constant = np.tile(gallery[:1], (80, 1))
-    ranks = relevant_ranks(constant, queries, relevant, seed=0)
+    ranks = relevant_ranks(InnerProducts(constant, queries), relevant, seed=0)
     candidates = top_k(InnerProducts(constant, queries), 20, seed=1)
     with pytest.raises(ValueError, match="not of one order"):
         reranked(ranks, relevant, candidates, np.zeros((50, 20)))

@@ -31,7 +31,7 @@ from saffe_cache.retrieval.metrics import (
     recall_at_k,
     seed_interval,
 )
-from saffe_cache.retrieval.ranking import relevant_ranks_of_scores, top_k
+from saffe_cache.retrieval.ranking import relevant_ranks, top_k
 
 seeded = settings(derandomize=True, deadline=None, database=None)
 rankings = st.lists(st.booleans(), min_size=1, max_size=40).filter(any)
@@ -78,7 +78,7 @@ def test_average_precision_by_hand() -> None:
 
 def test_average_precision_equals_scikit_learn() -> None:
     scores, relevance = random_rankings(60, 83, seed=1)
-    found = average_precision_of_ranks(relevant_ranks_of_scores(scores, relevant_items(relevance)))
+    found = average_precision_of_ranks(relevant_ranks(scores, relevant_items(relevance)))
     expected = [average_precision_score(y, s) for y, s in zip(relevance, scores, strict=True)]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
@@ -100,7 +100,7 @@ def test_metrics_equal_trec_eval_also_with_ties(levels: int) -> None:
     judged = {f"q{q}": {names[d]: 1 for d in np.flatnonzero(row)} for q, row in enumerate(relevance)}
     run = {f"q{q}": dict(zip(names, map(float, row), strict=True)) for q, row in enumerate(scores)}
     expected = pytrec_eval.RelevanceEvaluator(judged, {"map", "recip_rank", "success"}).evaluate(run)
-    ranks = relevant_ranks_of_scores(scores, relevant_items(relevance), seed=7)
+    ranks = relevant_ranks(scores, relevant_items(relevance), seed=7)
     for query, values in enumerate(zip(average_precision_of_ranks(ranks), first_ranks(ranks), strict=True)):
         of_query = expected[f"q{query}"]
         assert values[0] == pytest.approx(of_query["map"], abs=1e-12)
@@ -119,7 +119,7 @@ def test_metrics_equal_ranx_also_with_ties(levels: int, monkeypatch: pytest.Monk
     told = scores - 1e-9 * np.argsort(top_k(np.zeros((1, 30)), 30, seed=7)[0])
     judged = {f"q{q}": {f"d{d}": 1 for d in np.flatnonzero(row)} for q, row in enumerate(relevance)}
     run = {f"q{q}": {f"d{d}": float(s) for d, s in enumerate(row)} for q, row in enumerate(told)}
-    ranks = relevant_ranks_of_scores(scores, relevant_items(relevance), seed=7)
+    ranks = relevant_ranks(scores, relevant_items(relevance), seed=7)
     expected = ranx.evaluate(ranx.Qrels(judged), ranx.Run(run), ["map", "mrr", "hit_rate@5"])
     assert average_precision_of_ranks(ranks).mean() == pytest.approx(expected["map"])
     assert (1 / first_ranks(ranks)).mean() == pytest.approx(expected["mrr"])
@@ -133,7 +133,7 @@ def test_random_tie_breaking_gives_expected_average_precision() -> None:
     orders_of = [itertools.permutations(np.flatnonzero(scores == level)) for level in (2, 1)]
     expected = np.mean([ap(relevant[[*best, *rest]]) for best, rest in itertools.product(*orders_of)])
     rows = relevant_items(relevant[None])
-    values = [average_precision_of_ranks(relevant_ranks_of_scores(scores[None], rows, seed=s))[0] for s in range(4000)]
+    values = [average_precision_of_ranks(relevant_ranks(scores[None], rows, seed=s))[0] for s in range(4000)]
     assert abs(np.mean(values) - expected) < 4 * np.std(values) / math.sqrt(len(values))
 
 
@@ -202,7 +202,7 @@ def test_metrics_do_not_depend_on_the_order_of_the_items(
     relevant = np.array(data.draw(st.lists(st.booleans(), min_size=num_items, max_size=num_items).filter(any)))
     order = np.array(data.draw(st.permutations(range(num_items))))
     found = [
-        average_precision_of_ranks(relevant_ranks_of_scores(one[None], relevant_items(of[None]), seed=seed))[0]
+        average_precision_of_ranks(relevant_ranks(one[None], relevant_items(of[None]), seed=seed))[0]
         for one, of in ((scores, relevant), (scores[order], relevant[order]))
     ]
     best, worst = (ap(relevant[np.lexsort((sign * relevant, -scores))]) for sign in (-1, 1))

@@ -17,7 +17,6 @@ from saffe_cache.retrieval.ranking import (
     InnerProducts,
     members,
     relevant_ranks,
-    relevant_ranks_of_scores,
     top_k,
 )
 
@@ -51,8 +50,8 @@ def test_ranks_equal_sorting_in_float64(block: int) -> None:
     gallery, queries = unit_vectors(90, 16, seed=1), 3 * unit_vectors(30, 16, seed=2)
     relevant = some_items(30, 90, seed=3)
     expected = sorted_ranks(queries.astype(np.float64) @ gallery.astype(np.float64).T, relevant)
-    assert rows(relevant_ranks(gallery, queries, relevant, block=block)) == expected
-    assert rows(relevant_ranks(gallery, queries, relevant, seed=5, block=block)) == expected
+    assert rows(relevant_ranks(InnerProducts(gallery, queries), relevant, block=block)) == expected
+    assert rows(relevant_ranks(InnerProducts(gallery, queries), relevant, seed=5, block=block)) == expected
 
 
 def test_ranks_are_those_of_the_whole_order() -> None:
@@ -60,7 +59,9 @@ def test_ranks_are_those_of_the_whole_order() -> None:
     relevant = some_items(12, 200, seed=3)
     order = top_k(InnerProducts(gallery, queries), 200, seed=4, block=33)
     expected = [[1 + list(o).index(i) for i in items] for o, items in zip(order, relevant, strict=True)]
-    assert rows(relevant_ranks(gallery, queries, relevant, seed=4)) == [sorted(of_query) for of_query in expected]
+    assert rows(relevant_ranks(InnerProducts(gallery, queries), relevant, seed=4)) == [
+        sorted(of_query) for of_query in expected
+    ]
     np.testing.assert_array_equal(top_k(InnerProducts(gallery, queries), 9, seed=4, block=7), order[:, :9])
 
 
@@ -71,9 +72,11 @@ def test_equal_vectors_tie_in_whatever_block_they_are(width: int) -> None:
     gallery = unit_vectors(4, width, seed=1)[np.random.default_rng(0).integers(4, size=1000)]
     queries = unit_vectors(130, width, seed=2)
     relevant = Ragged.from_rows(np.arange(0, 1000, 9) for _ in range(130))
-    first = relevant_ranks(gallery, queries, relevant, block=1000)
+    first = relevant_ranks(InnerProducts(gallery, queries), relevant, block=1000)
     for block in (1, 17, 256):
-        np.testing.assert_array_equal(relevant_ranks(gallery, queries, relevant, block=block).values, first.values)
+        np.testing.assert_array_equal(
+            relevant_ranks(InnerProducts(gallery, queries), relevant, block=block).values, first.values
+        )
     scores = InnerProducts(gallery, queries)
     whole = scores[slice(0, 130), slice(0, 1000)]
     np.testing.assert_array_equal(scores[slice(3, 4), slice(5, 6)], whole[3:4, 5:6])
@@ -89,11 +92,11 @@ def test_memory_mapped_gallery_stays_out_of_memory(tmp_path: Path) -> None:
     relevant = Ragged.from_rows(np.random.default_rng(i).choice(100_000, 50, replace=False) for i in range(20))
     mapped = np.load(tmp_path / "gallery.npy", mmap_mode="r")
     tracemalloc.start()
-    found = relevant_ranks(mapped, queries, relevant, block=1024)
+    found = relevant_ranks(InnerProducts(mapped, queries), relevant, block=1024)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < gallery.nbytes / 2  # two numbers for each item, and a block
-    np.testing.assert_array_equal(found.values, relevant_ranks(gallery, queries, relevant).values)
+    np.testing.assert_array_equal(found.values, relevant_ranks(InnerProducts(gallery, queries), relevant).values)
 
 
 @pytest.mark.slow
@@ -101,7 +104,7 @@ def test_memory_is_bounded_where_queries_and_items_are_many() -> None:
     gallery, queries = unit_vectors(6000, 16, seed=1), unit_vectors(4000, 16, seed=2)
     relevant = Ragged(np.arange(4001), np.arange(4000))
     tracemalloc.start()
-    relevant_ranks(gallery, queries, relevant)
+    relevant_ranks(InnerProducts(gallery, queries), relevant)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 30e6  # all scores would be 192 MB
@@ -116,8 +119,10 @@ def test_ties_favour_no_position(width: int) -> None:
     ranks, precision = np.zeros(count), np.zeros(seeds)
     every, few = Ragged.from_rows([[i] for i in range(count)]), Ragged.from_rows([range(7)])
     for seed in range(seeds):
-        ranks += relevant_ranks(constant, constant, every, seed=seed, block=10).values
-        precision[seed] = average_precision_of_ranks(relevant_ranks(constant, constant[:1], few, seed=seed))[0]
+        ranks += relevant_ranks(InnerProducts(constant, constant), every, seed=seed, block=10).values
+        precision[seed] = average_precision_of_ranks(
+            relevant_ranks(InnerProducts(constant, constant[:1]), few, seed=seed)
+        )[0]
     error = np.sqrt((count**2 - 1) / 12 / seeds)
     assert np.abs(ranks / seeds - (count + 1) / 2).max() < 4.5 * error
     assert abs(np.corrcoef(ranks, np.arange(count))[0, 1]) < 0.5
@@ -127,8 +132,8 @@ def test_ties_favour_no_position(width: int) -> None:
 def test_scores_within_the_rounding_tie_and_others_do_not() -> None:
     near, far = np.array([[0.5, 0.5 + 0.2e-6, 0.5 - 0.2e-6]]), np.array([[0.5, 0.5 + 2e-6, 0.5 - 2e-6]])
     one = Ragged.from_rows([[0]])
-    assert {relevant_ranks_of_scores(near, one, seed=seed).values[0] for seed in range(40)} == {1, 2, 3}
-    assert {relevant_ranks_of_scores(far, one, seed=seed).values[0] for seed in range(40)} == {2}
+    assert {relevant_ranks(near, one, seed=seed).values[0] for seed in range(40)} == {1, 2, 3}
+    assert {relevant_ranks(far, one, seed=seed).values[0] for seed in range(40)} == {2}
 
 
 @seeded
@@ -140,7 +145,7 @@ def test_ranks_of_any_scores(data: st.DataObject, num_items: int, num_queries: i
     places = np.argsort(top_k(np.zeros((1, num_items)), num_items, seed=seed)[0])
     subsets = st.lists(st.integers(0, num_items - 1), max_size=2 * num_items)
     relevant = Ragged.from_rows([np.array(data.draw(subsets), np.int64) for _ in range(num_queries)])
-    found = relevant_ranks_of_scores(scores, relevant, seed=seed, block=block)
+    found = relevant_ranks(scores, relevant, seed=seed, block=block)
     for of_query, row, items in zip(found, scores, relevant, strict=True):
         expected = [
             1 + sum((-row[other], places[other]) < (-row[item], places[item]) for other in range(num_items))
@@ -155,12 +160,12 @@ def test_inputs_of_any_float_type_are_left_as_they_are(kind: type) -> None:
     before = gallery.copy(), queries.copy()
     relevant = some_items(9, 30, seed=3)
     expected = sorted_ranks(queries.astype(np.float64) @ gallery.astype(np.float64).T, relevant)
-    assert rows(relevant_ranks(gallery, queries, relevant)) == expected
+    assert rows(relevant_ranks(InnerProducts(gallery, queries), relevant)) == expected
     np.testing.assert_array_equal(gallery, before[0])
     np.testing.assert_array_equal(queries, before[1])
     scores = queries.astype(np.float64) @ gallery.astype(np.float64).T
     kept = scores.copy()
-    assert rows(relevant_ranks_of_scores(scores, relevant)) == expected
+    assert rows(relevant_ranks(scores, relevant)) == expected
     np.testing.assert_array_equal(scores, kept)
 
 
@@ -168,7 +173,7 @@ def test_excluded_item_is_not_ranked() -> None:
     vectors, generator = unit_vectors(40, 6, seed=1), np.random.default_rng(0)
     exclude = generator.permutation(40)
     relevant = Ragged.from_rows(np.setdiff1d(generator.choice(40, 9), exclude[i]) for i in range(40))
-    found = relevant_ranks(vectors, vectors, relevant, exclude=exclude, block=11)
+    found = relevant_ranks(InnerProducts(vectors, vectors), relevant, exclude=exclude, block=11)
     for query in range(40):
         kept = np.delete(np.arange(40), exclude[query])
         scores = vectors[query].astype(np.float64) @ vectors[kept].astype(np.float64).T
@@ -193,7 +198,7 @@ def test_what_is_not_finite_is_refused(value: float) -> None:
     scores = np.zeros((2, 5))
     scores[1, 3] = value
     with pytest.raises(ValueError, match="scores: one is not finite"):
-        relevant_ranks_of_scores(scores, Ragged.from_rows([[0], [1]]))
+        relevant_ranks(scores, Ragged.from_rows([[0], [1]]))
 
 
 @pytest.mark.parametrize(("scale", "length"), [(1.5, "1.5"), (0.0, "0"), (np.nan, "nan"), (np.inf, "inf")])
@@ -201,12 +206,12 @@ def test_vectors_not_of_unit_length_are_refused(scale: float, length: str) -> No
     vectors = unit_vectors(5, 4, seed=0)
     vectors[3] *= scale
     with pytest.raises(ValueError, match=rf"the vector of row 3 has length {length}, expected 1\. Normalise"):
-        relevant_ranks(vectors, vectors[:1], Ragged.from_rows([[0]]), block=2)
+        relevant_ranks(InnerProducts(vectors, vectors[:1]), Ragged.from_rows([[0]]), block=2)
 
 
 def test_zero_query_ranks_at_random() -> None:
     gallery, one = unit_vectors(9, 4, seed=0), Ragged.from_rows([[4]])
-    found = {relevant_ranks(gallery, np.zeros((1, 4)), one, seed=seed).values[0] for seed in range(200)}
+    found = {relevant_ranks(InnerProducts(gallery, np.zeros((1, 4))), one, seed=seed).values[0] for seed in range(200)}
     assert found == set(range(1, 10))
 
 
@@ -215,13 +220,13 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"queries: shape \(5, 3\), the gallery has vectors of width 4"):
         InnerProducts(vectors, vectors[:, :3])
     with pytest.raises(ValueError, match="1 rows for 5 queries"):
-        relevant_ranks(vectors, vectors, Ragged.from_rows([[0]]))
+        relevant_ranks(InnerProducts(vectors, vectors), Ragged.from_rows([[0]]))
     with pytest.raises(ValueError, match="item 5, the gallery has 5 items"):
-        relevant_ranks(vectors, vectors[:1], Ragged.from_rows([[1, 5]]))
+        relevant_ranks(InnerProducts(vectors, vectors[:1]), Ragged.from_rows([[1, 5]]))
     with pytest.raises(ValueError, match="excluded item is among them"):
-        relevant_ranks(vectors, vectors[:1], Ragged.from_rows([[1, 2]]), exclude=np.array([2]))
+        relevant_ranks(InnerProducts(vectors, vectors[:1]), Ragged.from_rows([[1, 2]]), exclude=np.array([2]))
     with pytest.raises(ValueError, match=r"beyond .*scale the scores"):
-        relevant_ranks_of_scores(np.full((1, 5), 1e20), Ragged.from_rows([[1]]))
+        relevant_ranks(np.full((1, 5), 1e20), Ragged.from_rows([[1]]))
     for k in (0, 6):
         with pytest.raises(ValueError, match=rf"k={k} exceeds the gallery \(5 items\)\. Use 1 to 5"):
             top_k(InnerProducts(vectors, vectors), k)

@@ -191,10 +191,22 @@ class Ragged:
     @staticmethod
     def from_rows(rows: Iterable[Sequence[int] | np.ndarray]) -> Ragged:
         """Int64 rows, in order."""
-        listed = [np.asarray(row, dtype=np.int64) for row in rows]
-        lengths = np.array([len(row) for row in listed], dtype=np.int64)
-        values = np.concatenate(listed) if listed else np.zeros(0, np.int64)
-        return Ragged(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), values.astype(np.int64))
+        listed = [np.zeros(0, np.int64), *(np.asarray(row, dtype=np.int64) for row in rows)]
+        return Ragged(np.cumsum([len(row) for row in listed], dtype=np.int64), np.concatenate(listed))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Values of each row."""
+        return np.asarray(np.diff(self.offsets))
+
+    @property
+    def owners(self) -> np.ndarray:
+        """The row of each value."""
+        return np.asarray(np.repeat(np.arange(len(self)), self.lengths))
+
+    def take(self, chosen: np.ndarray) -> Ragged:
+        """The chosen rows, in the given order."""
+        return Ragged.from_rows(self[row] for row in chosen)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

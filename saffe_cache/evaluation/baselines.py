@@ -152,7 +152,7 @@ class Material:
         Classifiers are fitted on them; AbsentError says why none applies.
         """
         num_classes, labels = len(self.setting.cache.table.class_names), self.training.labels
-        chosen = np.flatnonzero(np.diff(labels.offsets) == 1)
+        chosen = np.flatnonzero(labels.lengths == 1)
         if num_classes < 2:
             raise AbsentError("there is only one class")
         if 2 * len(chosen) < len(self.training):
@@ -303,7 +303,7 @@ def fit_baselines(of: Material, choice: BaselineChoice = "all") -> tuple[dict[st
 
 def left_out(training: Pairs, fitted: Collection[str]) -> list[str]:
     """Which fitted baselines leave training photos out, and how many."""
-    count = int((np.diff(training.labels.offsets) != 1).sum())
+    count = int((training.labels.lengths != 1).sum())
     names = [name for name in fitted if BASELINES[name].needs_one_class]
     if not count or not names:
         return []

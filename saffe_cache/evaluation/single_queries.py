@@ -9,7 +9,7 @@ import numpy as np
 from saffe_cache.evaluation.details import RECALLS, ClassDetails, Details, SystemDetails
 from saffe_cache.protocols.base import Protocol
 from saffe_cache.protocols.setting import Answered, Answers, Reordered, Setting
-from saffe_cache.retrieval.ranking import members, relevant_ranks_of_scores, top_k
+from saffe_cache.retrieval.ranking import members, relevant_ranks, top_k
 from saffe_cache.retrieval.scores import nearest_classes
 
 FIRST_K = 10
@@ -19,7 +19,7 @@ MOST_QUERIES = 2000
 def details_of(protocol: Protocol, systems: Mapping[str, Answered]) -> Details:
     """The details of some systems under one protocol."""
     setting, relevant, by_photo = protocol.setting, protocol.relevant, protocol.queries is None
-    queries = np.flatnonzero(np.diff(relevant.offsets))
+    queries = np.flatnonzero(relevant.lengths)
     shown = np.arange(len(queries))
     if len(shown) > MOST_QUERIES:
         shown = np.sort(np.random.default_rng(setting.seed).choice(shown, MOST_QUERIES, replace=False))
@@ -37,7 +37,7 @@ def details_of(protocol: Protocol, systems: Mapping[str, Answered]) -> Details:
         texts=() if protocol.queries is None else tuple(texts[row] for row in protocol.queries.text_rows[chosen]),
         answers=np.searchsorted(named, answers),
         asking=np.searchsorted(named, chosen) if by_photo else np.full(len(chosen), -1),
-        num_relevant=np.diff(relevant.offsets)[chosen],
+        num_relevant=relevant.lengths[chosen],
         photo_ids=tuple(setting.pairs.ids[place] for place in named),
         photo_hashes=hashes[setting.pairs.rows[named]],
         photo_texts=tuple(_photo_text(setting, texts, place) for place in named),
@@ -78,11 +78,11 @@ def _photo_text(setting: Setting, texts: Sequence[str], place: int) -> str:
 
 def _class_details(answers: Answers, protocol: Protocol) -> ClassDetails:
     pairs, seed, num_classes = protocol.setting.pairs, protocol.setting.seed, len(protocol.class_names)
-    alone = np.flatnonzero(np.diff(pairs.labels.offsets) == 1)
+    alone = np.flatnonzero(pairs.labels.lengths == 1)
     labels = pairs.labels.values[pairs.labels.offsets[alone]]
     confusion = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(confusion, (labels, nearest_classes(answers.scores(), seed)[alone]), 1)
-    ranks = relevant_ranks_of_scores(answers.scores(), members(pairs.labels, num_classes), seed=seed)
+    ranks = relevant_ranks(answers.scores(), members(pairs.labels, num_classes), seed=seed)
     curves = [interpolated_precision(of_class) for of_class in ranks if len(of_class)]
     return ClassDetails(precision=np.array(curves, np.float32), confusion=confusion)
 

@@ -12,7 +12,7 @@ What each can be trusted with, by how it fails (tests/test_failure_modes.py show
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from saffe_cache.core.features import Ragged
 from saffe_cache.fusion.base import Fused
 from saffe_cache.fusion.layers import Learning
 from saffe_cache.fusion.options import ObjectiveOptions
@@ -99,15 +100,15 @@ def matching(logits: torch.Tensor, is_match: torch.Tensor) -> torch.Tensor:
     return functional.binary_cross_entropy_with_logits(logits, is_match.to(logits.dtype))
 
 
-def distinct_positives(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def distinct_positives(texts: Ragged) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The distinct texts of some photos, and which belongs to which, from the numbers of each photo's texts.
 
     Returns:
         The distinct numbers [m], ascending; the column of each given number, in order; bool [photos, m].
     """
-    distinct, columns = np.unique(np.concatenate(rows), return_inverse=True)
-    positives = np.zeros((len(rows), len(distinct)), bool)
-    positives[np.repeat(np.arange(len(rows)), [len(of_one) for of_one in rows]), columns] = True
+    distinct, columns = np.unique(texts.values, return_inverse=True)
+    positives = np.zeros((len(texts), len(distinct)), bool)
+    positives[texts.owners, columns] = True
     return distinct, columns, positives
 
 

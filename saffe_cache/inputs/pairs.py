@@ -47,8 +47,8 @@ class Pairs:
             self.kind,
             tuple(self.ids[i] for i in chosen),
             self.rows[chosen],
-            Ragged.from_rows(self.texts[int(i)] for i in chosen),
-            Ragged.from_rows(self.labels[int(i)] for i in chosen),
+            self.texts.take(chosen),
+            self.labels.take(chosen),
             None if self.paired_texts is None else self.paired_texts[chosen],
             self.num_unusable,
         )
@@ -60,7 +60,7 @@ class Pairs:
     @property
     def owners(self) -> np.ndarray:
         """int64: the pair that each of `texts.values` belongs to."""
-        return np.repeat(np.arange(len(self)), np.diff(self.texts.offsets))
+        return self.texts.owners
 
 
 def pair_kind(table: ItemTable) -> PairKind:
@@ -155,7 +155,7 @@ def mean_text_vectors(pairs: Pairs, text: EncoderCache) -> np.ndarray:
     distinct, position = np.unique(pairs.texts.values, return_inverse=True)
     vectors = unit_rows(text.vectors(distinct))[position]
     sums = np.add.reduceat(vectors, pairs.texts.offsets[:-1], axis=0)
-    return (sums / np.diff(pairs.texts.offsets)[:, None]).astype(np.float32)
+    return np.asarray(sums / pairs.texts.lengths[:, None], np.float32)
 
 
 def class_vectors(table: ItemTable, text: EncoderCache) -> np.ndarray:
@@ -311,7 +311,7 @@ def content_fingerprint(table: ItemTable, modality: Modality, *parts: Pairs) -> 
     for pairs in parts:
         digest.update(photo_hash[pairs.rows].tobytes())
         digest.update(text_hash[pairs.texts.values].tobytes())
-        digest.update(np.diff(pairs.texts.offsets).astype("<i8").tobytes())
+        digest.update(pairs.texts.lengths.astype("<i8").tobytes())
         if pairs.paired_texts is not None:
             digest.update(text_hash[pairs.paired_texts].tobytes())
     return digest.hexdigest()[:16]

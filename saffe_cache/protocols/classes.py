@@ -96,8 +96,8 @@ def dealt_map(scores: np.ndarray, labels: Ragged, *, deals: int = 200, seed: int
     """
     num_photos, num_classes = scores.shape
     of_classes = members(labels, num_classes)
-    present = np.flatnonzero(np.diff(of_classes.offsets))
-    sizes = np.diff(of_classes.offsets)[present]
+    present = np.flatnonzero(of_classes.lengths)
+    sizes = of_classes.lengths[present]
     owners, starts = np.repeat(present, sizes), np.cumsum(sizes) - sizes
     counts = 1 + np.arange(len(owners)) - np.repeat(starts, sizes)
     ranks_of = np.empty(num_photos, np.int64)

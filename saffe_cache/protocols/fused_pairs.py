@@ -27,7 +27,7 @@ from saffe_cache.protocols.setting import (
     Vectors,
 )
 from saffe_cache.retrieval.metrics import metrics_of
-from saffe_cache.retrieval.ranking import ROUNDING, InnerProducts, queries_of, relevant_ranks, top_k
+from saffe_cache.retrieval.ranking import ROUNDING, relevant_ranks, top_k
 from saffe_cache.retrieval.scores import Scores, candidate_scores, rank_scores, text_scores
 from saffe_cache.store.reader import Cache
 
@@ -222,8 +222,9 @@ class RerankProtocol(Protocol):
     def answer(self, model: Fusion, arrangement: Arrangement) -> Answered:
         of, texts = self.setting, self.queries
         gallery, queries = of.gallery(model, arrangement), of.queries(model, texts)
-        ranks = relevant_ranks(gallery, queries, texts.relevant, seed=of.seed)
-        first = top_k(InnerProducts(gallery, queries), self._k, seed=of.seed)
+        answers = Vectors(gallery, queries)
+        ranks = relevant_ranks(answers.scores(), texts.relevant, seed=of.seed)
+        first = top_k(answers.scores(), self._k, seed=of.seed)
         second = score_chosen_pairs(model, of.inputs, of.pairs.rows[arrangement.photos][first], texts)
         scores = second.cosine
         if second.matching is not None:
@@ -231,7 +232,7 @@ class RerankProtocol(Protocol):
         after = reranked(ranks, texts.relevant, first, scores)
         found = rank_scores(after, texts.units, len(gallery), seed=of.seed)
         reordered = np.take_along_axis(first, _second_order(scores), axis=1)
-        return Answered(found, Reordered(Vectors(gallery, queries), reordered))
+        return Answered(found, Reordered(answers, reordered))
 
     def score(self, answers: Answers) -> Scores:
         """Of the first stage: baselines do not fuse."""
@@ -265,10 +266,10 @@ def reranked(ranks: Ragged, relevant: Ragged, candidates: np.ndarray, scores: np
         found = f"second scores: {scores.shape} for {candidates.shape} candidates"
         raise ValueError(f"{found}. Give a finite one for each.")
     num_items = 1 + max(int(candidates.max()), int(relevant.values.max(initial=0)))
-    queries = queries_of(ranks)
+    queries = ranks.owners
     is_relevant = np.isin(
         candidates + num_items * np.arange(len(candidates))[:, None],
-        relevant.values + num_items * queries_of(relevant),
+        relevant.values + num_items * relevant.owners,
     )
     inside = np.flatnonzero(ranks.values <= candidates.shape[1])
     found = is_relevant[queries[inside], ranks.values[inside] - 1]

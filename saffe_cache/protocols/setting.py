@@ -47,11 +47,11 @@ class Queries:
 
     def sample(self, most: int, seed: int) -> Queries:
         """The queries that have a relevant photo; at most `most` of them, drawn at random."""
-        usable = np.flatnonzero(np.diff(self.relevant.offsets))
+        usable = np.flatnonzero(self.relevant.lengths)
         if len(usable) > most:
             usable = np.sort(np.random.default_rng(seed).choice(usable, most, replace=False))
-        relevant = Ragged.from_rows(self.relevant[int(i)] for i in usable)
-        return Queries(self.text_rows[usable], self.vectors[usable], relevant, self.units[usable])
+        rows, vectors, relevant = self.text_rows[usable], self.vectors[usable], self.relevant.take(usable)
+        return Queries(rows, vectors, relevant, self.units[usable])
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def first_ranks(ranks: Ragged) -> np.ndarray:
 
 
 def _numbers_of_relevant(ranks: Ragged) -> np.ndarray:
-    sizes = np.diff(ranks.offsets)
+    sizes = ranks.lengths
     if (sizes < 1).any():
         raise ValueError("ranks: a query has no relevant item. Drop such queries and report their number.")
     return sizes

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from saffe_cache.core.features import Ragged
-from saffe_cache.fusion.layers import Learning, parameter_groups
+from saffe_cache.fusion.layers import Learning, identity_linear, parameter_groups, zero_linear
 from saffe_cache.fusion.losses import Temperature, distinct_positives, info_nce
 from saffe_cache.retrieval.fitting import adamw, fit_epochs, update
 
@@ -49,14 +49,10 @@ class _Mlp(nn.Module):
         self.register_buffer("center", features.mean(dim=0))
         self.register_buffer("scale", features.std(dim=0, correction=0) + 1e-6)
         inner = nn.Linear(features.shape[1] + size * takes_text, INNER_SIZE)
-        last = nn.Linear(INNER_SIZE, size)
+        last = (zero_linear if takes_text else nn.Linear)(INNER_SIZE, size)
         self.mlp = nn.Sequential(nn.Dropout(dropout), inner, nn.GELU(), nn.Dropout(dropout), last)
-        self.text_map = _identity(size)
-        self.paired_map = _identity(size) if takes_text else None
-        if takes_text:
-            with torch.no_grad():
-                last.weight.zero_()
-                last.bias.zero_()
+        self.text_map = identity_linear(size)
+        self.paired_map = identity_linear(size) if takes_text else None
 
     def forward(self, features: torch.Tensor, paired_texts: torch.Tensor | None) -> torch.Tensor:
         inputs = (features - self.center) / self.scale
@@ -64,14 +60,6 @@ class _Mlp(nn.Module):
             return self.mlp(inputs)  # type: ignore[no-any-return]
         scaled = paired_texts * paired_texts.shape[1] ** 0.5  # as large as the standardised features
         return self.paired_map(paired_texts) + self.mlp(torch.cat([inputs, scaled], dim=1))  # type: ignore[no-any-return]
-
-
-def _identity(size: int) -> nn.Linear:
-    linear = nn.Linear(size, size)
-    with torch.no_grad():
-        linear.weight.copy_(torch.eye(size))
-        linear.bias.zero_()
-    return linear
 
 
 @dataclass(frozen=True)
@@ -157,7 +145,7 @@ class _Data:
         return [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
 
     def loss(self, model: _Mlp, temperature: Temperature, chosen: np.ndarray) -> torch.Tensor:
-        distinct, _, positives = distinct_positives([self.positives[int(photo)] for photo in chosen])
+        distinct, _, positives = distinct_positives(self.positives.take(chosen))
         gallery = model(self.features[chosen], None if self.paired_texts is None else self.paired_texts[chosen])
         queries = model.text_map(self.texts[distinct])
         gallery, queries = functional.normalize(gallery, dim=1), functional.normalize(queries, dim=1)

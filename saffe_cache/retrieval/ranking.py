@@ -108,27 +108,9 @@ def require_unit_length(vectors: np.ndarray, where: str, name: Callable[[int], s
 
 
 def relevant_ranks(
-    gallery: Vectors,
-    queries: np.ndarray,
-    relevant: Ragged,
-    *,
-    exclude: np.ndarray | None = None,
-    seed: int = 0,
-    block: int = BLOCK,
+    scores: ScoreMatrix, relevant: Ragged, *, exclude: np.ndarray | None = None, seed: int = 0, block: int = BLOCK
 ) -> Ragged:
-    """`relevant_ranks_of_scores` by the inner products of a gallery [n, d] with queries [m, d]; see `InnerProducts`."""
-    return relevant_ranks_of_scores(InnerProducts(gallery, queries), relevant, exclude=exclude, seed=seed, block=block)
-
-
-def relevant_ranks_of_scores(
-    scores: ScoreMatrix,
-    relevant: Ragged,
-    *,
-    exclude: np.ndarray | None = None,
-    seed: int = 0,
-    block: int = BLOCK,
-) -> Ragged:
-    """Ranks of each query's relevant items among all items, by scores that are there, or are computed on reading.
+    """Ranks of each query's relevant items among all items.
 
     Args:
         scores: [queries, items], the higher the better, in any unit in which `ROUNDING` is nothing; read twice.
@@ -163,7 +145,7 @@ def relevant_ranks_of_scores(
 def top_k(scores: ScoreMatrix, k: int, *, seed: int = 0, block: int = BLOCK) -> np.ndarray:
     """The first k items of each query, best first, int64 [queries, k], in the order in which `relevant_ranks` counts.
 
-    Arguments are those of `relevant_ranks_of_scores`, with the same seed.
+    Arguments are those of `relevant_ranks`, with the same seed.
 
     Raises:
         ValueError: k exceeds the number of items, or a score is not finite or too large for the rounding.
@@ -189,13 +171,8 @@ def members(labels: Ragged, num_classes: int) -> Ragged:
     """
     if len(labels.values) and not 0 <= labels.values.min() <= labels.values.max() < num_classes:
         raise ValueError(f"labels: {labels.values.min()} to {labels.values.max()}, expected 0 to {num_classes - 1}.")
-    classes, photos = np.divmod(_distinct_values(labels.values * len(labels) + queries_of(labels)), max(1, len(labels)))
+    classes, photos = np.divmod(_distinct_values(labels.values * len(labels) + labels.owners), max(1, len(labels)))
     return Ragged(np.searchsorted(classes, np.arange(num_classes + 1)), photos)
-
-
-def queries_of(ragged: Ragged) -> np.ndarray:
-    """The row of each value."""
-    return np.repeat(np.arange(len(ragged)), np.diff(ragged.offsets))
 
 
 def _tiles(shape: tuple[int, ...], block: int) -> Iterator[tuple[slice, slice]]:
@@ -221,7 +198,7 @@ def _keys(scores: np.ndarray, places: np.ndarray, num_items: int) -> np.ndarray:
 
 def _relevant_keys(scores: ScoreMatrix, relevant: Ragged, places: np.ndarray, block: int) -> np.ndarray:
     """The keys of each query's relevant items, ascending."""
-    queries, keys = queries_of(relevant), np.empty(len(relevant.values), np.int64)
+    queries, keys = relevant.owners, np.empty(len(relevant.values), np.int64)
     for rows, items in _tiles(scores.shape, block):
         first, last = relevant.offsets[rows.start], relevant.offsets[rows.stop]
         named = relevant.values[first:last]
@@ -243,7 +220,7 @@ def _distinct(relevant: Ragged, exclude: np.ndarray | None, shape: tuple[int, ..
     if outside.any():
         item = int(relevant.values[outside.argmax()])
         raise ValueError(f"relevant items: item {item}, the gallery has {num_items} items. Give positions in it.")
-    queries, items = np.divmod(_distinct_values(queries_of(relevant) * num_items + relevant.values), num_items)
+    queries, items = np.divmod(_distinct_values(relevant.owners * num_items + relevant.values), num_items)
     if exclude is not None and (exclude[queries] == items).any():
         raise ValueError("relevant items: a query's excluded item is among them. Leave it out of both.")
     return Ragged(np.searchsorted(queries, np.arange(num_queries + 1)), items)

@@ -40,9 +40,7 @@ from saffe_cache.retrieval.ranking import (
     InnerProducts,
     ScoreMatrix,
     members,
-    queries_of,
     relevant_ranks,
-    relevant_ranks_of_scores,
     top_k,
 )
 
@@ -90,8 +88,8 @@ def caption_scores(
     `owners` int [m] says which photo each caption describes; each photo owns at least one.
     """
     photo_of = Ragged(np.arange(len(owners) + 1), owners)
-    to_photo = relevant_ranks(photos, captions, photo_of, seed=seed)
-    to_caption = relevant_ranks(captions, photos, members(photo_of, len(photos)), seed=seed)
+    to_photo = relevant_ranks(InnerProducts(photos, captions), photo_of, seed=seed)
+    to_caption = relevant_ranks(InnerProducts(captions, photos), members(photo_of, len(photos)), seed=seed)
     forwards = _scores_of("captions", to_photo, owners, len(photos), intervals, seed)
     backwards = _scores_of("captions", to_caption, np.arange(len(photos)), len(captions), intervals, seed)
     return forwards | {f"image_to_text_{name}": score for name, score in backwards.items()}
@@ -112,7 +110,7 @@ def text_scores(
     those of the first relevant item, `map` counts all of them (M2 where each text has one). The gallery is read block
     by block, so it may be a memory-mapped file.
     """
-    ranks = relevant_ranks(gallery, queries, relevant, seed=seed)
+    ranks = relevant_ranks(InnerProducts(gallery, queries), relevant, seed=seed)
     return rank_scores(ranks, units, gallery.shape[0], intervals=intervals, seed=seed)
 
 
@@ -167,11 +165,11 @@ def image_scores(photos: np.ndarray, labels: Ragged, *, intervals: bool = True, 
     each: 1.2 GB for 5,000 photos that all share a class, 0.2 GB with 10 classes.
     """
     relevant = others_of_classes(labels)
-    searching = np.flatnonzero(np.diff(relevant.offsets))
+    searching = np.flatnonzero(relevant.lengths)
     if not len(searching):
         raise ValueError("image protocol: no two photos share a class. Give photos with labels.")
     rows = Ragged(np.unique(relevant.offsets), relevant.values)  # without the empty ones
-    ranks = relevant_ranks(photos, photos[searching], rows, exclude=searching, seed=seed)
+    ranks = relevant_ranks(InnerProducts(photos, photos[searching]), rows, exclude=searching, seed=seed)
     return _scores_of("images", ranks, searching, len(photos) - 1, intervals, seed)
 
 
@@ -188,7 +186,7 @@ def _scores_of(
 
     `num_relevant`: relevant items of each query, where `ranks` holds the first one alone.
     """
-    order, found = RandomOrder(num_gallery, np.diff(ranks.offsets) if num_relevant is None else num_relevant), {}
+    order, found = RandomOrder(num_gallery, ranks.lengths if num_relevant is None else num_relevant), {}
     for name, metric in metrics_of(ranking, num_gallery).items():
         values, chance = metric.values(ranks), metric.chance(order)
         if metric.is_rank:
@@ -203,16 +201,16 @@ def _class_map_scores(scores: ScoreMatrix, labels: Ragged, intervals: bool, seed
     """The metrics of each class's ranking of the photos, by scores [classes, photos]; of `map` with its interval."""
     num_classes, num_photos = scores.shape
     of_classes = members(labels, num_classes)
-    present = np.diff(of_classes.offsets) > 0
+    present = of_classes.lengths > 0
     if not present.any():
         raise ValueError("class protocol: no photo has a class. Give photos with labels.")
-    ranks = relevant_ranks_of_scores(scores, of_classes, seed=seed)
+    ranks = relevant_ranks(scores, of_classes, seed=seed)
     ranks = Ragged(np.unique(ranks.offsets), ranks.values)  # without the empty rows
     found = _scores_of("classes", ranks, np.flatnonzero(present), num_photos, False, seed)
     if intervals and num_classes * num_photos <= _MOST_ORDERED:
         order = top_k(scores, num_photos, seed=seed)[present]
         ranked = np.zeros(order.shape, bool)
-        ranked[queries_of(ranks), ranks.values - 1] = True
+        ranked[ranks.owners, ranks.values - 1] = True
         found["map"] = replace(found["map"], interval=map_interval(order, ranked, seed=seed))
     return found
 

@@ -114,11 +114,10 @@ class TrainingData:
         chosen = np.sort(order.pairs[here])
         states, mask = self.inputs.photos(self._pairs.rows[chosen])
         device = self.inputs.device
-        texts = [self._pairs.texts[int(i)] for i in chosen]
-        lengths = np.array([len(of_one) for of_one in texts])
+        texts = self._pairs.texts.take(chosen)
         distinct, columns, positives = distinct_positives(texts)
         draws = np.random.default_rng((self._seed, epoch, within)).random(len(chosen))
-        own = columns[np.cumsum(lengths) - lengths + (draws * lengths).astype(np.int64)]
+        own = columns[texts.offsets[:-1] + (draws * texts.lengths).astype(np.int64)]
         return Batch(
             states,
             mask,
@@ -146,8 +145,8 @@ class TrainingData:
             self._held = (order.epoch, first, last)
             pairs = order.pairs[(order.windows >= first) & (order.windows <= last)]
             paired = [] if self._pairs.paired_texts is None else [self._pairs.paired_texts[pairs]]
-            texts = [self._pairs.texts[int(i)] for i in pairs]
-            self.inputs.hold(self._pairs.rows[pairs], np.unique(np.concatenate([*texts, *paired])))
+            texts = self._pairs.texts.take(pairs).values
+            self.inputs.hold(self._pairs.rows[pairs], np.unique(np.concatenate([texts, *paired])))
 
     def _paired_texts(self, chosen: np.ndarray, own: np.ndarray) -> Texts | None:
         if self.inputs.spec.gallery_text == "null":

@@ -13,7 +13,7 @@ import torch
 
 from saffe_cache.core.features import Ragged
 from saffe_cache.retrieval.metrics import average_precision_of_ranks
-from saffe_cache.retrieval.ranking import relevant_ranks
+from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Task:
 
     def precisions(self) -> np.ndarray:
         """Average precision of each query, as a report has it."""
-        return average_precision_of_ranks(relevant_ranks(self.gallery, self.queries, self.relevant))
+        return average_precision_of_ranks(relevant_ranks(InnerProducts(self.gallery, self.queries), self.relevant))
 
     def save(self, folder: Path) -> None:
         for name, values in vars(self).items():

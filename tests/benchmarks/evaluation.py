@@ -27,7 +27,7 @@ from saffe_cache.fusion.options import FusionShape
 from saffe_cache.protocols.fused_pairs import score_all_pairs
 from saffe_cache.retrieval.index import build_index, recall_of_index, save_index
 from saffe_cache.retrieval.metrics import average_precision_of_ranks
-from saffe_cache.retrieval.ranking import relevant_ranks
+from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks
 
 ITEMS, QUERIES, WIDTH, CLASSES, CLUSTERS = 100_000, 1000, 384, 100, 1000
 TOKENS, TEXT_TOKENS, TEXTS = 65, 8, 100
@@ -221,7 +221,7 @@ def peak_of_map(folder: Path) -> dict[str, float]:
 
     task = Task(*(np.load(folder / f"{name}.npy") for name in Task.__annotations__))
     relevant, before = task.relevant, megabytes("VmRSS")
-    precisions = average_precision_of_ranks(relevant_ranks(task.gallery, task.queries, relevant))
+    precisions = average_precision_of_ranks(relevant_ranks(InnerProducts(task.gallery, task.queries), relevant))
     return {"mb": megabytes("VmHWM") - before, "map": float(precisions.mean())}
 
 
