@@ -18,15 +18,13 @@ from saffe_cache.evaluation.baselines import BASELINES, Baseline, Material
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate
 from saffe_cache.evaluation.results import EvaluationResult
-from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.base import SearchProtocol
 from saffe_cache.protocols.registry import PROTOCOLS, Entry
 from saffe_cache.protocols.setting import Answers, Queries, Vectors
 from saffe_cache.report.report import ReportConfig, make_report
 from saffe_cache.retrieval.baselines import unit_rows
-from saffe_cache.retrieval.metrics import METRICS, Metric, first_ranks, metrics_of
+from saffe_cache.retrieval.metrics import METRICS, Metric, first_ranks
 from saffe_cache.retrieval.scores import Scores, text_scores
-from saffe_cache.store.reader import Cache
 
 
 class FirstCaptions(SearchProtocol):
@@ -37,10 +35,6 @@ class FirstCaptions(SearchProtocol):
     pair_kind = "captions"
     main_metric = "mrr"
     baselines = ("ridge", "random")
-
-    @classmethod
-    def metric_names(cls, cache: Cache, spec: RunSpec) -> list[str]:
-        return list(metrics_of("texts"))
 
     def make_queries(self) -> Queries:
         texts = self.setting.pairs.texts

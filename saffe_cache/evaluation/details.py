@@ -14,7 +14,7 @@ import io
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from saffe_cache.core.atomic_io import write_whole
 from saffe_cache.core.figures import ClassPlot, Curve, CurvePlot, HeatMap
-from saffe_cache.core.json_schema import made_of
+from saffe_cache.core.json_schema import typed
 from saffe_cache.core.results import Section
 from saffe_cache.core.tables import Table, percent, plain_row
 
@@ -62,8 +62,8 @@ class SystemDetails:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Texts:
-    """What is stored as JSON."""
+class Details:
+    """What details.npz holds. Texts are stored as JSON."""
 
     main_metric: str
     texts: tuple[str, ...]
@@ -76,17 +76,6 @@ class _Texts:
     """Where classes search: the class of each query."""
     class_names: tuple[str, ...]
     """Where classes search: all of them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _StoredTexts(_Texts):
-    systems: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Details(_Texts):
-    """What details.npz holds."""
-
     shown: np.ndarray
     """int64 [shown]: which of the queries have their first photos kept, ascending."""
     answers: np.ndarray
@@ -101,19 +90,19 @@ class Details(_Texts):
 
 
 _ARRAYS = ("shown", "answers", "asking", "num_relevant", "photo_hashes")
-_TEXTS = "json"
+_TEXTS = {"main_metric": str, **dict.fromkeys(("texts", "photo_ids", "photo_texts"), tuple[str, ...])}
+_TEXTS |= dict.fromkeys(("query_classes", "class_names", "systems"), tuple[str, ...])
+"""The texts and the names of the systems, and their types."""
 
 
 def write_details(out: Path, details: Details) -> None:
     """details.npz, whole or not at all."""
-    texts = {one.name: getattr(details, one.name) for one in fields(_StoredTexts)} | {"systems": list(details.systems)}
+    texts = {name: getattr(details, name) for name in _TEXTS} | {"systems": list(details.systems)}
     arrays = {name: getattr(details, name) for name in _ARRAYS}
-    arrays |= {"version": np.array(_VERSION), _TEXTS: np.frombuffer(json.dumps(texts).encode(), np.uint8)}
+    arrays |= {"version": np.array(_VERSION), "json": np.frombuffer(json.dumps(texts).encode(), np.uint8)}
     for number, system in enumerate(details.systems.values()):
-        classes = {} if system.classes is None else vars(system.classes)
-        for name, array in {**vars(system), **classes}.items():
-            if name != "classes":
-                arrays[f"{number}.{name}"] = array
+        own = vars(system) | (vars(system.classes) if system.classes else {})
+        arrays |= {f"{number}.{name}": array for name, array in own.items() if name != "classes"}
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)
     write_whole(out / NAME, file.getvalue())
@@ -132,17 +121,18 @@ def read_details(out: Path) -> Details:
 
 
 def _read(arrays: Mapping[str, np.ndarray]) -> Details:
-    texts = vars(made_of(_StoredTexts, json.loads(arrays[_TEXTS].tobytes())))
+    content = json.loads(arrays["json"].tobytes())
+    texts = {name: typed(kind, name, content[name]) for name, kind in _TEXTS.items()}
+
+    def parts(number: int, *names: str) -> dict[str, Any]:
+        return {name: arrays[f"{number}.{name}"] for name in names}
+
     systems = {}
-    for number, name in enumerate(texts.pop("systems")):
-        own: dict[str, Any] = {part: arrays[f"{number}.{part}"] for part in ("metric", "first", "is_relevant")}
-        if f"{number}.confusion" in arrays:
-            own["classes"] = ClassDetails(
-                precision=arrays[f"{number}.precision"], confusion=arrays[f"{number}.confusion"]
-            )
-        systems[name] = SystemDetails(**own)
-    plain: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
-    details = Details(systems=systems, **plain, **texts)
+    for number, name in enumerate(texts["systems"]):
+        has_classes = f"{number}.confusion" in arrays
+        classes = ClassDetails(**parts(number, "precision", "confusion")) if has_classes else None
+        systems[name] = SystemDetails(**parts(number, "metric", "first", "is_relevant"), classes=classes)
+    details = Details(**texts | {name: arrays[name] for name in _ARRAYS} | {"systems": systems})
     _check(details)
     return details
 

@@ -23,6 +23,7 @@ from saffe_cache.inputs.feature_loader import encode_gallery
 from saffe_cache.inputs.pairs import Pairs, select_pairs
 from saffe_cache.inputs.spec import PairKind, RunSpec
 from saffe_cache.protocols.setting import Answered, Answers, Arrangement, Queries, Setting, Vectors
+from saffe_cache.retrieval.metrics import Ranking, metrics_of
 from saffe_cache.retrieval.scores import Scores
 from saffe_cache.store.reader import Cache
 
@@ -52,6 +53,8 @@ class Protocol(ABC):
     """Queries, relevance, metrics and gallery in words, for reports."""
     main_metric: ClassVar[str] = "map"
     pair_kind: ClassVar[PairKind] = "classes"
+    rankings: ClassVar[tuple[Ranking, ...]] = ("texts",)
+    """The kinds of rankings that its metrics are of."""
     baselines: ClassVar[tuple[str, ...]] = ()
     """Those of saffe_cache.evaluation.baselines that apply, in the order in which reports list them."""
     required_baselines: ClassVar[tuple[str, ...]] = ()
@@ -95,9 +98,9 @@ class Protocol(ABC):
         return select_pairs(cache.table, gallery, text, split, cls.pair_kind)
 
     @classmethod
-    @abstractmethod
     def metric_names(cls, cache: Cache, spec: RunSpec) -> list[str]:
         """What the scores of a run are called, before there are any."""
+        return [name for ranking in cls.rankings for name in metrics_of(ranking)]
 
     @classmethod
     @abstractmethod

@@ -84,10 +84,6 @@ class MetadataProtocol(SearchProtocol):
         gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
         return select_pairs(cache.table, gallery, text, split, cls.pair_kind, first_paired=True)
 
-    @classmethod
-    def metric_names(cls, cache: Cache, spec: RunSpec) -> list[str]:
-        return list(metrics_of("texts"))
-
     def make_queries(self) -> Queries:
         pairs = self.setting.pairs
         rows, query_of = np.unique(pairs.texts.values, return_inverse=True)

@@ -13,7 +13,7 @@ from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.base import NULL_GALLERY, NUM_SHUFFLES, Protocol, SearchProtocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Answered, Answers, Arrangement, ClassScores, Queries, Setting, Vectors
-from saffe_cache.retrieval.metrics import metric_named, metrics_of
+from saffe_cache.retrieval.metrics import metric_named
 from saffe_cache.retrieval.ranking import members, top_k
 from saffe_cache.retrieval.scores import Scores, candidate_scores, class_scores, image_scores, others_of_classes
 from saffe_cache.store.reader import Cache
@@ -30,6 +30,7 @@ class ClassProtocol(SearchProtocol):
         "precision over the whole ranking, map_at_100 the same over its first 100, divided by min(relevant, 100); "
         f"top1 is the share of photos whose nearest class text is theirs (M5); {NULL_GALLERY}"
     )
+    rankings = ("classes", "labels")
     baselines = CLASS_BASELINES
     can_leak = True
     shows_classes = True
@@ -47,10 +48,6 @@ class ClassProtocol(SearchProtocol):
         pairs = super().select(cache, spec, split)
         require_classes(pairs, cache.table, split)
         return pairs
-
-    @classmethod
-    def metric_names(cls, cache: Cache, spec: RunSpec) -> list[str]:
-        return [*metrics_of("classes"), *metrics_of("labels")]
 
     def make_queries(self) -> Queries:
         table, pairs = self.setting.cache.table, self.setting.pairs
@@ -118,12 +115,9 @@ class ImageProtocol(Protocol):
 
     name = "image"
     definition = f"each photo searches the other photos of its class (M4); {NULL_GALLERY}"
+    rankings = ("images",)
     baselines = ("summary_cosine", "ridge", "pooled_cosine")
     num_shuffles = NUM_SHUFFLES
-
-    @classmethod
-    def metric_names(cls, cache: Cache, spec: RunSpec) -> list[str]:
-        return list(metrics_of("images"))
 
     @classmethod
     def search_kind(cls, spec: RunSpec) -> type[SearchProtocol]:

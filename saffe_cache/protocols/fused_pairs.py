@@ -128,29 +128,29 @@ def score_all_pairs(model: Fusion, inputs: FeatureLoader, rows: np.ndarray, sear
     The part of a fusion that needs the photo alone is computed once for it.
     """
     num_texts = len(search.text_rows)
-    block = max(1, _PAIRS_AT_ONCE // num_texts)
-    texts, vectors = _texts_of(model, inputs, search, np.arange(num_texts))
-    parts = []
-    for start in range(0, len(rows), block):
-        photos = rows[start : start + block]
-        pairing = np.divmod(np.arange(len(photos) * num_texts), num_texts)
-        parts.append(_score_pairs(model, inputs, photos, texts, vectors, pairing))
+    texts, parts = _texts_of(model, inputs, search, np.arange(num_texts)), []
+    for block in _blocks(len(rows), num_texts):
+        pairing = np.divmod(np.arange(len(rows[block]) * num_texts), num_texts)
+        parts.append(_score_pairs(model, inputs, rows[block], texts, pairing))
     return _stack(parts, num_texts)
 
 
 @torch.inference_mode()
 def score_chosen_pairs(model: Fusion, inputs: FeatureLoader, rows: np.ndarray, search: Queries) -> PairScores:
     """The photos `rows` [queries, k] with the text of their query: [queries, k]."""
-    k = rows.shape[1]
-    block = max(1, _PAIRS_AT_ONCE // k)
-    parts = []
-    for start in range(0, len(rows), block):
-        distinct, position = np.unique(rows[start : start + block], return_inverse=True)
-        queries = np.arange(start, min(start + block, len(rows)))
-        texts, vectors = _texts_of(model, inputs, search, queries)
+    (num_queries, k), parts = rows.shape, []
+    for block in _blocks(num_queries, k):
+        distinct, position = np.unique(rows[block], return_inverse=True)
+        queries = np.arange(num_queries)[block]
         pairing = position.ravel(), np.arange(len(queries)).repeat(k)
-        parts.append(_score_pairs(model, inputs, distinct, texts, vectors, pairing))
+        parts.append(_score_pairs(model, inputs, distinct, _texts_of(model, inputs, search, queries), pairing))
     return _stack(parts, k)
+
+
+def _blocks(count: int, width: int) -> list[slice]:
+    """Rows of `width` pairs that are fused together."""
+    size = max(1, _PAIRS_AT_ONCE // width)
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def _texts_of(model: Fusion, inputs: FeatureLoader, search: Queries, queries: np.ndarray) -> tuple[Texts, torch.Tensor]:
@@ -163,24 +163,20 @@ def _score_pairs(
     model: Fusion,
     inputs: FeatureLoader,
     rows: np.ndarray,
-    texts: Texts,
-    vectors: torch.Tensor,
+    given: tuple[Texts, torch.Tensor],
     pairing: tuple[np.ndarray, np.ndarray],
 ) -> PairScores:
-    """Scores [pairs] of photos by row and texts, paired by position; `vectors` are the texts' as queries."""
-    states, mask = inputs.photos(rows)
-    index = Pairing(*(torch.from_numpy(side).to(inputs.device) for side in pairing))
-    fused, queries = model.fuse(states, mask, texts, index), vectors[index.text]
+    """Scores [pairs] of photos by row and texts, paired by position."""
+    (texts, vectors), (photo, text) = given, (torch.from_numpy(side).to(inputs.device) for side in pairing)
+    fused, queries = model.fuse(*inputs.photos(rows), texts, Pairing(photo, text)), vectors[text]
     matching = model.match(fused, queries).float().cpu().numpy() if model.shape.matches else None
     return PairScores((fused.vectors * queries).sum(dim=-1).float().cpu().numpy(), matching)
 
 
 def _stack(parts: list[PairScores], width: int) -> PairScores:
-    cosine, matching = (
-        None if side[0] is None else np.concatenate(side).reshape(-1, width) for side in zip(*parts, strict=True)
-    )
-    assert cosine is not None
-    return PairScores(cosine, matching)
+    cosine, matching = zip(*parts, strict=True)
+    stacked = np.concatenate(cosine).reshape(-1, width)
+    return PairScores(stacked, None if matching[0] is None else np.concatenate(matching).reshape(-1, width))
 
 
 class RerankProtocol(Protocol):
@@ -210,10 +206,6 @@ class RerankProtocol(Protocol):
     @classmethod
     def select(cls, cache: Cache, spec: RunSpec, split: str) -> Pairs:
         return _first_stage(spec.pairs).select(cache, spec, split)
-
-    @classmethod
-    def metric_names(cls, cache: Cache, spec: RunSpec) -> list[str]:
-        return list(metrics_of("texts"))
 
     @classmethod
     def search_kind(cls, spec: RunSpec) -> type[SearchProtocol]:
@@ -256,11 +248,8 @@ def reranked(ranks: Ragged, relevant: Ragged, candidates: np.ndarray, scores: np
     Where second scores tie, the first order stays. BLIP's second score is the matching logit plus the cosine of the
     first stage (Li et al., 2022).
 
-    Args:
-        ranks: of the relevant items in the first order, from `relevant_ranks`.
-        relevant: the items that they are the ranks of.
-        candidates: int [queries, k], the first k items of the same order, from `top_k` with the same seed.
-        scores: [queries, k], the second score of each candidate, finite.
+    `ranks` are those of the `relevant` items in the first order, from `relevant_ranks`. `candidates`, int [queries, k],
+    are the first k items of that order, from `top_k` with the same seed; `scores` [queries, k] are their second scores.
     """
     if scores.shape != candidates.shape or not np.isfinite(scores).all():
         found = f"second scores: {scores.shape} for {candidates.shape} candidates"
