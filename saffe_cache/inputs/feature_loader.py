@@ -16,7 +16,7 @@ the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -26,6 +26,7 @@ from saffe_cache.core.devices import available_memory
 from saffe_cache.core.options import require
 from saffe_cache.fusion.base import Fusion, Texts
 from saffe_cache.fusion.heads import summarize
+from saffe_cache.fusion.layers import Mask
 from saffe_cache.inputs.spec import Residency, RunSpec
 from saffe_cache.store.dtypes import numbers_of
 from saffe_cache.store.reader import Cache, EncoderCache
@@ -47,7 +48,7 @@ class FeatureLoader:
             for encoder, name in _arrays(cache, spec):
                 self._held[encoder.key, name] = self._load(encoder, name)
 
-    def photos(self, rows: np.ndarray) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    def photos(self, rows: np.ndarray) -> tuple[list[torch.Tensor], Mask]:
         """Hidden states of gallery inputs, float32 [n, tokens, d] for each layer, and their mask, bool [n, tokens]."""
         return self._tokens(self.gallery, rows, self.spec.gallery_layers)
 
@@ -79,13 +80,16 @@ class FeatureLoader:
 
     def _tokens(
         self, encoder: EncoderCache, rows: np.ndarray, layers: Sequence[int]
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    ) -> tuple[list[torch.Tensor], Mask]:
         flat, mask = encoder.token_rows(rows)
         states = [self._numbers(encoder, f"hidden_states/{layer}", flat) for layer in layers]
         if mask is None:
             return states, None
         on_device = torch.from_numpy(mask).to(self.device)
-        return [_padded(state, on_device) for state in states], on_device
+        padded = [state.new_zeros(*mask.shape, state.shape[-1]) for state in states]
+        for zeros, state in zip(padded, states, strict=True):
+            zeros[on_device] = state
+        return padded, on_device
 
     def _numbers(self, encoder: EncoderCache, name: str, rows: np.ndarray) -> torch.Tensor:
         """float32 [n, …] on the device."""
@@ -143,37 +147,40 @@ def summaries(
     For feature maps, or where the first is not split off, the mean of all positions: [n, P d].
     """
     has_class_token = splits_first and encoder.manifest.class_tokens > 0
-    parts = []
-    for start in range(0, len(rows), batch):
-        tokens = encoder.tokens(rows[start : start + batch], tuple(layers))
+
+    def summarized(these: slice) -> torch.Tensor:
+        tokens = encoder.tokens(rows[these], tuple(layers))
         mask = None if tokens.mask is None else torch.from_numpy(tokens.mask)
         states = [torch.from_numpy(state).float() for state in tokens.states]
-        parts.append(summarize(states, mask, has_class_token=has_class_token).numpy())
-    return np.concatenate(parts)
+        return summarize(states, mask, has_class_token=has_class_token)
+
+    return in_blocks(summarized, len(rows), batch)
 
 
-@torch.inference_mode()
 def encode_gallery(
     model: Fusion, inputs: FeatureLoader, rows: np.ndarray, paired_texts: np.ndarray | None = None, batch: int = 256
 ) -> np.ndarray:
     """f(x, text) of gallery inputs and the rows of their paired texts, or f(x, null): unit vectors, float32 [n, d]."""
-    parts = []
-    for start in range(0, len(rows), batch):
-        these = slice(start, start + batch)
-        states, mask = inputs.photos(rows[these])
+
+    def encode(these: slice) -> torch.Tensor:
         texts = None if paired_texts is None else inputs.texts(paired_texts[these])
-        parts.append(model(states, mask, texts).float().cpu().numpy())
-    return np.concatenate(parts)
+        return model(*inputs.photos(rows[these]), texts)  # type: ignore[no-any-return]
+
+    return in_blocks(encode, len(rows), batch)
+
+
+def encode_queries(model: Fusion, vectors: np.ndarray, device: str = "cpu", batch: int = 1024) -> np.ndarray:
+    """g(text) of the text encoder's own vectors: unit vectors, float32 [n, d]."""
+    return in_blocks(
+        lambda these: model.encode_queries(torch.from_numpy(vectors[these]).to(device)), len(vectors), batch
+    )
 
 
 @torch.inference_mode()
-def encode_queries(model: Fusion, vectors: np.ndarray, device: str = "cpu", batch: int = 1024) -> np.ndarray:
-    """g(text) of the text encoder's own vectors: unit vectors, float32 [n, d]."""
-    parts = []
-    for start in range(0, len(vectors), batch):
-        these = torch.from_numpy(vectors[start : start + batch]).to(device)
-        parts.append(model.encode_queries(these).float().cpu().numpy())
-    return np.concatenate(parts)
+def in_blocks(compute: Callable[[slice], torch.Tensor], count: int, batch: int = 256) -> np.ndarray:
+    """What is computed of `count` rows, a block of rows at a time; float32."""
+    blocks = [slice(start, start + batch) for start in range(0, count, batch)]
+    return np.concatenate([compute(block).float().cpu().numpy() for block in blocks])
 
 
 def _arrays(cache: Cache, spec: RunSpec) -> list[tuple[EncoderCache, str]]:
@@ -185,10 +192,3 @@ def _arrays(cache: Cache, spec: RunSpec) -> list[tuple[EncoderCache, str]]:
 def _as_tensor(stored: np.ndarray) -> torch.Tensor:
     """As int16 if it is uint16, which torch hardly supports."""
     return torch.from_numpy(stored.view(np.int16) if stored.dtype == np.uint16 else stored)
-
-
-def _padded(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Real tokens [real tokens, d] as [n, tokens, d], with zeros where the mask is False."""
-    padded = flat.new_zeros(*mask.shape, flat.shape[-1])
-    padded[mask] = flat
-    return padded

@@ -13,7 +13,7 @@ import torch
 from saffe_cache.core.devices import num_cores
 from saffe_cache.fusion.base import Fusion, Texts
 from saffe_cache.fusion.losses import distinct_positives
-from saffe_cache.inputs.feature_loader import FeatureLoader
+from saffe_cache.inputs.feature_loader import FeatureLoader, in_blocks
 from saffe_cache.inputs.pairs import Pairs, mean_text_vectors
 from saffe_cache.protocols.base import Protocol, SearchProtocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
@@ -38,14 +38,9 @@ class EpochOrder(NamedTuple):
 def draw_order(shards: np.ndarray, shards_per_window: int | None, seed: int, epoch: int) -> EpochOrder:
     """The order of an epoch; it follows from seed and epoch alone.
 
-    If reading a row costs the same anywhere, all pairs are shuffled. If it costs a whole shard, shards are drawn at
-    random, a window of several at a time, and the pairs of a window are shuffled.
-
-    Args:
-        shards: int64 [pairs], the shard of each.
-        shards_per_window: None shuffles all pairs together.
-        seed: of the order.
-        epoch: from 0.
+    If reading a row costs the same anywhere, all pairs are shuffled (`shards_per_window` is None). If it costs a whole
+    shard, shards are drawn at random, a window of several at a time, and the pairs of a window are shuffled. `shards`,
+    int64 [pairs], holds the shard of each; epochs count from 0.
     """
     generator = np.random.default_rng((seed, epoch))
     shuffled = generator.permutation(len(shards))
@@ -105,36 +100,25 @@ class TrainingData:
     def _place(self, step: int) -> tuple[EpochOrder, slice]:
         """The order of a step's epoch, and the slice of it that is the step's batch."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        return self._order_of(epoch), slice(within * self._batch_size, (within + 1) * self._batch_size)
+        if self._order is None or self._order.epoch != epoch:
+            spec = self.inputs.spec
+            shard_rows = self.inputs.gallery.array(f"hidden_states/{spec.gallery_layers[0]}").shard_rows
+            self._order = draw_order(self._pairs.rows // shard_rows, spec.shuffled_shards, self._seed, epoch)
+        return self._order, slice(within * self._batch_size, (within + 1) * self._batch_size)
 
     def _read(self, step: int) -> Batch:
         epoch, within = divmod(step, self.steps_per_epoch)
         order, here = self._place(step)
         self._hold(order, here)
         chosen = np.sort(order.pairs[here])
-        states, mask = self.inputs.photos(self._pairs.rows[chosen])
-        device = self.inputs.device
         texts = self._pairs.texts.take(chosen)
         distinct, columns, positives = distinct_positives(texts)
         draws = np.random.default_rng((self._seed, epoch, within)).random(len(chosen))
         own = columns[texts.offsets[:-1] + (draws * texts.lengths).astype(np.int64)]
-        return Batch(
-            states,
-            mask,
-            self._paired_texts(chosen, distinct[own]),
-            distinct,
-            self.inputs.vectors(distinct),
-            torch.from_numpy(positives).to(device),
-            torch.from_numpy(own).to(device),
-        )
-
-    def _order_of(self, epoch: int) -> EpochOrder:
-        if self._order is None or self._order.epoch != epoch:
-            spec = self.inputs.spec
-            shard_rows = self.inputs.gallery.array(f"hidden_states/{spec.gallery_layers[0]}").shard_rows
-            shards = self._pairs.rows // shard_rows
-            self._order = draw_order(shards, spec.shuffled_shards, self._seed, epoch)
-        return self._order
+        on_device = (torch.from_numpy(of_batch).to(self.inputs.device) for of_batch in (positives, own))
+        states, mask = self.inputs.photos(self._pairs.rows[chosen])
+        paired = self._paired_texts(chosen, distinct[own])
+        return Batch(states, mask, paired, distinct, self.inputs.vectors(distinct), *on_device)
 
     def _hold(self, order: EpochOrder, here: slice) -> None:
         """If photos are streamed, load the windows of a batch and prefetch the next one."""
@@ -170,16 +154,15 @@ class TrainingData:
         best = fit_ridge(training, self.text_means, lambda fit: self.search(unit_rows(fit(validation)), model.eval()))
         return best, best(validation)
 
-    @torch.inference_mode()
-    def _linear_features(self, pairs: Pairs, model: Fusion, batch: int = 256) -> np.ndarray:
-        parts = []
-        for start in range(0, len(pairs), batch):
-            states, mask = self.inputs.photos(pairs.rows[start : start + batch])
-            paired = None
-            if model.fuses_first and pairs.paired_texts is not None:
-                paired = self.inputs.texts(pairs.paired_texts[start : start + batch])
-            parts.append(model.eval().linear_features(states, mask, paired).cpu().numpy())
-        return np.concatenate(parts)
+    def _linear_features(self, pairs: Pairs, model: Fusion) -> np.ndarray:
+        model.eval()
+        paired = pairs.paired_texts if model.fuses_first else None
+
+        def features(these: slice) -> torch.Tensor:
+            texts = None if paired is None else self.inputs.texts(paired[these])
+            return model.linear_features(*self.inputs.photos(pairs.rows[these]), texts)
+
+        return in_blocks(features, len(pairs))
 
     @cached_property
     def text_means(self) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -39,24 +39,10 @@ _TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
 """Candidates for the starting weight of the paired text's vector, relative to the photo's."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Numbers:
     """The numbers of a state; the rest are tensors."""
 
-    step: int
-    best_score: float
-    best_epoch: int
-    loss_sum: float
-    seconds: float
-
-
-@dataclass(kw_only=True)
-class TrainingState:
-    """Everything that a resumed run needs."""
-
-    model: Fusion
-    objective: Objective
-    optimizer: torch.optim.AdamW
     step: int = 0
     best_score: float = -1.0
     best_epoch: int = -1
@@ -64,6 +50,15 @@ class TrainingState:
     loss_sum: float = 0.0
     """Sum of the losses of the current epoch's steps."""
     seconds: float = 0.0
+
+
+@dataclass(kw_only=True)
+class TrainingState(_Numbers):
+    """Everything that a resumed run needs."""
+
+    model: Fusion
+    objective: Objective
+    optimizer: torch.optim.AdamW
 
 
 def save_state(out: Path, state: TrainingState) -> None:
@@ -86,21 +81,20 @@ def resume(out: Path, state: TrainingState) -> bool:
     if not path.exists():
         return False
     try:
-        _take(path, state)
+        with safe_open(path, framework="pt") as file:
+            numbers = json.loads((file.metadata() or {})["state"])
+            _take(numbers, {name: file.get_tensor(name) for name in file.keys()}, state)  # noqa: SIM118 — not a dict
     except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not this run's state ({error}). Delete it to start again.") from None
     logger.info("resuming from step %d", state.step)
     return True
 
 
-def _take(path: Path, state: TrainingState) -> None:
-    with safe_open(path, framework="pt") as file:
-        numbers = made_of(_Numbers, json.loads((file.metadata() or {})["state"]))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — not a dict
-
+def _take(numbers: Any, tensors: Mapping[str, torch.Tensor], state: TrainingState) -> None:
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
+    vars(state).update(vars(made_of(_Numbers, numbers)))
     state.model.load_state_dict(part("model."))
     state.objective.load_state_dict(part("objective."))
     moments: dict[int, dict[str, torch.Tensor]] = {}
@@ -108,8 +102,6 @@ def _take(path: Path, state: TrainingState) -> None:
         number, moment = name.split(".", 1)
         moments.setdefault(int(number), {})[moment] = value
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
-    for name, value in vars(numbers).items():
-        setattr(state, name, value)
 
 
 class Log:
@@ -153,11 +145,8 @@ def start(config: TrainConfig, spec: RunSpec, data: TrainingData, *, resumes: bo
     if config.start == "ridge" and model.linear_start is not None and not resumes:
         _start_as_late_fusion(model, model.linear_start, data)
     objective = Objective(spec, data.inputs.texts).to(config.device)
-    groups = [
-        group
-        for module in (model, objective)
-        for group in parameter_groups(module, config.learning_rate, config.weight_decay)
-    ]
+    rates = config.learning_rate, config.weight_decay
+    groups = [*parameter_groups(model, *rates), *parameter_groups(objective, *rates)]
     optimizer = adamw(groups, config.learning_rate, betas=(0.9, 0.98), fused=True)  # one pass over the weights, not 12
     return TrainingState(model=model, objective=objective, optimizer=optimizer)
 
@@ -258,11 +247,6 @@ def _finish_epoch(state: TrainingState, data: TrainingData, log: Log, out: Path,
     if score > state.best_score:
         state.best_score, state.best_epoch = score, epoch
         write_tensors(out / "model.safetensors", state.model.state_dict())
-    values = {
-        "loss": loss,
-        "validation_score": score,
-        **state.objective.scalars(),
-        "learning_rate": state.optimizer.param_groups[0]["lr"],
-        "seconds": round(state.seconds, 2),
-    }
-    log.write({"step": state.step, "epoch": epoch, **values})
+    values = {"step": state.step, "epoch": epoch, "loss": loss, "validation_score": score, **state.objective.scalars()}
+    rate = state.optimizer.param_groups[0]["lr"]
+    log.write({**values, "learning_rate": rate, "seconds": round(state.seconds, 2)})

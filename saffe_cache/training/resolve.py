@@ -73,8 +73,11 @@ def _shape(
     gallery_text: GalleryText,
     objective: Mapping[str, float],
 ) -> FusionShape:
-    entry = config.entry
-    tokens, hidden_size = gallery.array(f"hidden_states/{layers.gallery[0]}").row_shape
+    entry, text_rms = config.entry, 1.0
+    if layers.num_blocks:
+        numbers = text.statistics(f"hidden_states/{layers.text[0]}")
+        text_rms = math.hypot(numbers.mean, numbers.std)
+    tokens, hidden_size = _shape_of(gallery, layers.gallery[0])
     adds_text = gallery_text != "null" and entry.pooled_text
     defaults = {
         "head": config.head or entry.head,
@@ -91,15 +94,9 @@ def _shape(
         maps_queries=entry.maps_queries,
         matches=any(OBJECTIVES[name].needs_match_head for name in objective),
         num_blocks=layers.num_blocks,
-        text_rms=_root_mean_square(text, layers.text[0]) if layers.num_blocks else 1.0,
+        text_rms=text_rms,
         has_class_token=gallery.manifest.class_tokens > 0,
     )
-
-
-def _root_mean_square(encoder: EncoderCache, layer: int) -> float:
-    """Root mean square of a layer's numbers."""
-    found = encoder.statistics(f"hidden_states/{layer}")
-    return math.hypot(found.mean, found.std)
 
 
 def _check_supported(config: TrainConfig) -> None:
@@ -150,10 +147,8 @@ def _check_together(spec: RunSpec) -> None:
         shape.head == "attention" or entry.text_in_head != "always",
         *("head", shape.head, f"attention: {shape.fusion} shows the text to that head's MLP"),
     )
-    require(
-        has_text or spec.text_dropout == 0,
-        *("text_dropout", spec.text_dropout, "0: no text is paired with the photos"),
-    )
+    dropout = spec.text_dropout
+    require(has_text or dropout == 0, "text_dropout", dropout, "0: no text is paired with the photos")
 
 
 def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCache) -> _Layers:

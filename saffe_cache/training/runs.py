@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from saffe_cache.core.outputs import read_json
+from saffe_cache.core.outputs import CONFIG, RESULT, read_json
 from saffe_cache.fusion.base import Blocks, Fusion
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.store.reader import Cache
@@ -48,12 +48,12 @@ def load_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, TrainR
         CacheError: the cache lacks a layer that it was trained on.
     """
     folder = Path(run_dir)
-    if not (folder / "result.json").exists():
+    if not (folder / RESULT).exists():
         raise ValueError(
             f"--run {run_dir}: no finished run there (result.json is missing). Run saffe train --out {run_dir}."
         )
     try:
-        spec = RunSpec.from_json(read_json(folder / "config.json")["run"])
+        spec = RunSpec.from_json(read_json(folder / CONFIG)["run"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"--run {run_dir}: config.json is damaged or of another version ({error}). Train again."
@@ -80,12 +80,8 @@ def _check_widths(run_dir: str | Path, spec: RunSpec, cache: Cache) -> None:
     for layer in spec.text_layers:
         text.array(f"hidden_states/{layer}")
     found = (photos, len(spec.gallery_layers), text.manifest.hidden_size, text.array(text.manifest.vector).row_shape)
-    expected = (
-        {(shape.num_tokens, shape.hidden_size)},
-        shape.num_layers,
-        shape.text_hidden_size,
-        (shape.text_size,),
-    )
+    tokens = {(shape.num_tokens, shape.hidden_size)}
+    expected = tokens, shape.num_layers, shape.text_hidden_size, (shape.text_size,)
     num_text_layers = {"none": 0, "paired": shape.num_layers}.get(shape.entry.blocks, 1)
     if found != expected or len(spec.text_layers) != num_text_layers:
         raise ValueError(

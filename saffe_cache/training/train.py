@@ -12,8 +12,7 @@ from typing import Any
 from saffe_cache.core.atomic_io import LOCK_NAME, hold_folder
 from saffe_cache.core.devices import choose_device, peak_memory_mb
 from saffe_cache.core.options import require
-from saffe_cache.core.outputs import is_begun, provenance, write_json
-from saffe_cache.fusion.base import Fusion
+from saffe_cache.core.outputs import CONFIG, RESULT, is_begun, provenance, write_json
 from saffe_cache.inputs.feature_loader import FeatureLoader, choose_residency, window_shards
 from saffe_cache.inputs.pairs import Pairs, data_fingerprint, training_pairs
 from saffe_cache.inputs.spec import Residency, RunSpec
@@ -49,9 +48,7 @@ def train_many(configs: Sequence[TrainConfig], opened: Mapping[str, Cache] | Non
     These are runs on one cache with equal layers, data, batch size and `data_seed`. Their batches are read and prepared
     once for all of them; each run is the same as if it were trained alone.
 
-    Args:
-        configs: of the runs.
-        opened: caches by path, used instead of opening the path; for example a cache with renamed classes.
+    `opened` caches, by path, are used instead of opening the path; for example a cache with renamed classes.
 
     Raises:
         CacheError, ValueError, OSError: as `train`; two runs have the same folder.
@@ -67,18 +64,18 @@ def train_many(configs: Sequence[TrainConfig], opened: Mapping[str, Cache] | Non
             plan = _plan(config, caches[config.cache])
             if not plan.is_finished or (plan.out / LOCK_NAME).exists():  # left if it was killed after its result
                 held.enter_context(hold_folder(plan.out))
-            is_begun(plan.out, _content(plan), {"run": RunSpec, "config": TrainConfig}, _NOT_COMPARED)
+            is_begun(plan.out, plan.content, {"run": RunSpec, "config": TrainConfig}, _NOT_COMPARED)
             if plan.is_finished:
                 _remove_states(plan.out)  # of such a run too
                 logger.info("%s is finished already, nothing to do.", plan.out)
             else:
-                groups.setdefault(plan.batches, []).append(plan)
+                groups.setdefault((same_batches(config, plan.spec), plan.device, plan.residency), []).append(plan)
         for group in groups.values():
             _train_group(group)
     return folders
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Plan:
     """A run to train."""
 
@@ -99,12 +96,12 @@ class _Plan:
 
     @property
     def is_finished(self) -> bool:
-        return (self.out / "result.json").exists()
+        return (self.out / RESULT).exists()
 
     @property
-    def batches(self) -> tuple[object, ...]:
-        """Equal for runs that train side by side: what decides the batches and the validation."""
-        return (*same_batches(self.config, self.spec), self.device, self.residency)
+    def content(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return {"stage": "train", "run": asdict(self.spec), **provenance(self.config)}
 
 
 def same_batches(config: TrainConfig, spec: RunSpec) -> tuple[object, ...]:
@@ -120,21 +117,7 @@ def _plan(config: TrainConfig, cache: Cache) -> _Plan:
     residency = choose_residency(config.residency, cache, spec, device)
     window = window_shards(cache, spec) if residency == "streamed" else None
     spec = replace(spec, shuffled_shards=window, data=data_fingerprint(cache, spec, training, validation))
-    return _Plan(
-        config=config,
-        cache=cache,
-        spec=spec,
-        device=device,
-        residency=residency,
-        training=training,
-        validation=validation,
-        num_shared=num_shared,
-    )
-
-
-def _content(plan: _Plan) -> dict[str, Any]:
-    """The content of config.json."""
-    return {"stage": "train", "run": asdict(plan.spec), **provenance(plan.config)}
+    return _Plan(config, cache, spec, device, residency, training, validation, num_shared)
 
 
 def _train_group(plans: Sequence[_Plan]) -> None:
@@ -143,7 +126,7 @@ def _train_group(plans: Sequence[_Plan]) -> None:
     training, validation = first.training, first.validation
     for plan in plans:
         _tell(plan)
-        write_json(plan.out / "config.json", _content(plan))
+        write_json(plan.out / CONFIG, plan.content)
     inputs = FeatureLoader(first.cache, first.spec, first.device, first.residency)
     states = _fit([(plan, plan.config, plan.out) for plan in plans], inputs, training, validation)
     controls = [
@@ -164,8 +147,7 @@ def _fit(
 ) -> list[tuple[TrainingState, tuple[int, int]]]:
     """Train on some pairs and choose the epoch on others; resumes from the folders' checkpoints.
 
-    Returns:
-        For each run, its state, and the numbers of photos and texts that it saw.
+    Returns each run's state, and the numbers of photos and texts that it saw.
     """
     data = TrainingData(inputs, training, validation, runs[0][1].batch_size, inputs.spec.seed)
     trainings = [Training(replace(config, device=plan.device), plan.spec, data, out) for plan, config, out in runs]
@@ -176,11 +158,12 @@ def _fit(
 def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int], control_seconds: float) -> None:
     """Save the result, which marks the run as finished."""
     score_name = load_protocol(own_protocol(plan.spec)).main_metric
+    num_trainable = sum(one.numel() for one in state.model.parameters() if one.requires_grad)
     TrainResult(
         best_epoch=state.best_epoch,
         best_validation_score=state.best_score,
         validation_score=score_name,
-        trainable_parameters=_num_trainable(state.model),
+        trainable_parameters=num_trainable,
         train_photos=len(plan.training),
         validation_photos=len(plan.validation),
         unusable_items=plan.training.num_unusable,
@@ -197,7 +180,7 @@ def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int], control_se
     logger.info(
         "%s: best validation %s %.2f %% after epoch %d of %d; %.2f M trainable parameters.",
         *(plan.out, score_name, 100 * state.best_score, state.best_epoch, plan.config.epochs),
-        _num_trainable(state.model) / 1e6,
+        num_trainable / 1e6,
     )
 
 
@@ -221,7 +204,3 @@ def _tell(plan: _Plan) -> None:
 
 def _names(layers: tuple[int, ...]) -> str:
     return "hidden_states " + ", ".join(map(str, layers))
-
-
-def _num_trainable(model: Fusion) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
