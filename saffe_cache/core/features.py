@@ -275,11 +275,7 @@ class ItemTable:
         return self.ids[int(owners[0])] if len(owners) else f"row {row}"
 
     def in_split(self, split: str) -> np.ndarray:
-        """Indices of the items of a split, in order.
-
-        Raises:
-            ValueError: no item belongs to the split.
-        """
+        """Indices of the items of a split, in order; ValueError if there are none."""
         found = np.array([i for i, name in enumerate(self.splits) if name == split], dtype=np.int64)
         if not len(found):
             raise ValueError(f"split {split!r} has no items; the cache has {sorted(set(self.splits))}.")

@@ -101,11 +101,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ValueError: the file is absent, or not a JSON object.
-    """
+    """Read a JSON object; ValueError if the file is absent, or holds none."""
     try:
         content = json.loads(path.read_text())
     except (ValueError, RecursionError, OSError) as error:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from saffe_cache.core.features import Ragged
 from saffe_cache.evaluation.config import BaselineChoice
@@ -193,10 +194,6 @@ def _linear_probe(of: Material) -> Answers:
     return ClassScores(log_odds(probe(reported)))
 
 
-def _class_means(of: Material) -> Answers:
-    return ClassScores(fit_class_means(*of.training_labels())(of.features[2]))
-
-
 def _zlap(of: Material) -> Answers:
     """Label propagation over the training photos, from texts that the ridge regression maps photos to."""
     of.training_labels()
@@ -212,10 +209,6 @@ def _zlap(of: Material) -> Answers:
         return of.validate_classes(fit.scores(images[1], similar[1]))
 
     return ClassScores(fit_zlap(images[0], similar[0], validate).scores(images[2], similar[2]))
-
-
-def _text_only(of: Material) -> Answers:
-    return of.answers(of.paired_texts(of.setting.pairs))
 
 
 def _text_only_linear(of: Material) -> Answers:
@@ -262,9 +255,16 @@ BASELINES: dict[str, Baseline] = {
     "linear_probe": Baseline(
         "logistic regression of the class from photo features", _linear_probe, needs_one_class=True
     ),
-    "class_means": Baseline("the nearest mean of a class's photo features", _class_means, needs_one_class=True),
+    "class_means": Baseline(
+        "the nearest mean of a class's photo features",
+        lambda of: ClassScores(fit_class_means(*of.training_labels())(of.features[2])),
+        needs_one_class=True,
+    ),
     "zlap": Baseline("label propagation from class texts over the training photos", _zlap, is_slow=True),
-    "text_only": Baseline("the vector of the paired text, without the photo", _text_only),
+    "text_only": Baseline(
+        "the vector of the paired text, without the photo",
+        lambda of: of.answers(of.paired_texts(of.setting.pairs)),
+    ),
     "text_only_linear": Baseline("ridge regression from the paired text, without the photo", _text_only_linear),
     "image_only_ridge": Baseline("ridge regression from photo features, without the paired text", _ridge),
     "image_only_mlp": Baseline("an MLP on photo features, without the paired text", _mlp, is_slow=True),
@@ -304,20 +304,16 @@ def fit_baselines(of: Material, choice: BaselineChoice = "all") -> tuple[dict[st
 def left_out(training: Pairs, fitted: Collection[str]) -> list[str]:
     """Which fitted baselines leave training photos out, and how many."""
     count = int((training.labels.lengths != 1).sum())
-    names = [name for name in fitted if BASELINES[name].needs_one_class]
-    if not count or not names:
-        return []
-    return [f"{', '.join(names)}: {count} of {len(training)} training photos are left out, which have several classes."]
+    names = ", ".join(name for name in fitted if BASELINES[name].needs_one_class)
+    text = f"{names}: {count} of {len(training)} training photos are left out, which have several classes."
+    return [text] if count and names else []
 
 
 def log_odds(logits: np.ndarray) -> np.ndarray:
     """Of each class against all others, [n, c]: ranks the photos of a class where its probability is all but 1."""
-    rows, top = np.arange(len(logits)), logits.argmax(axis=1)
-    highest, rest = logits[rows, top].astype(np.float64), logits.astype(np.float64)
-    rest[rows, top] = -np.inf
-    most = rest.max(axis=1)
-    others = most + np.log(np.exp(rest - most[:, None]).sum(axis=1))
-    chances = logits - np.logaddexp(highest, others)[:, None]
-    odds = np.asarray(chances - np.log1p(-np.exp(chances).clip(max=0.5)))  # but the highest, none has more than a half
-    odds[rows, top] = highest - others
-    return odds
+    values = torch.from_numpy(np.asarray(logits, np.float64))
+    top = values.argmax(dim=1, keepdim=True)
+    highest, others = values.gather(1, top), values.scatter(1, top, -torch.inf).logsumexp(dim=1, keepdim=True)
+    chances = values - torch.logaddexp(highest, others)
+    odds = chances - torch.log1p(-chances.exp().clamp(max=0.5))  # but the highest, none has more than a half
+    return np.asarray(odds.scatter(1, top, highest - others).numpy())

@@ -64,11 +64,7 @@ class Pairs:
 
 
 def pair_kind(table: ItemTable) -> PairKind:
-    """Captions if the items have any, else classes.
-
-    Raises:
-        ValueError: the items have neither.
-    """
+    """Captions if the items have any, else classes; ValueError if they have neither."""
     if len(table.captions.values):
         return "captions"
     if len(table.labels.values):
@@ -102,13 +98,8 @@ def select_pairs(
 ) -> Pairs:
     """All usable pairs of a split; items with the same photo become one, with the texts of all.
 
-    Args:
-        table: the cache's items.
-        gallery: of photos or sounds.
-        text: of their texts.
-        split: its name.
-        kind: which texts describe an item.
-        first_paired: whether the first caption is paired with the photo, and only the others describe it.
+    `kind` says which texts describe an item. With `first_paired`, the first caption is paired with the photo, and only
+    the others describe it.
 
     Raises:
         ValueError: the split has no usable pair.
@@ -173,11 +164,7 @@ class Parts(NamedTuple):
 
 
 def own_pairs(table: ItemTable, modality: Modality, split: str, pairs: Pairs) -> Pairs:
-    """The pairs of a split whose photo belongs to no other split.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """The pairs of a split whose photo belongs to no other split; ValueError if there are none."""
     elsewhere = table.rows[modality][np.array(table.splits) != split]
     is_own = ~np.isin(pairs.rows, elsewhere)
     if not is_own.any():
@@ -200,13 +187,11 @@ def split_pairs(
     """Pairs to train on, and pairs to choose by.
 
     Args:
-        cache: holds them.
         encoders: the gallery's and the text's.
-        kind: which texts describe an item.
         options: the splits' names and fractions; `validation` is a split's name or heldout.
         seed: of what is held out.
         reported: pairs that must not choose.
-        first_paired: see `select_pairs`.
+        kind, first_paired: as of `select_pairs`.
 
     Raises:
         ValueError: a split has no usable pair, or no photo of its own.
@@ -249,6 +234,19 @@ def training_pairs(spec: RunSpec, cache: Cache) -> Parts:
 def data_fingerprint(cache: Cache, spec: RunSpec, *parts: Pairs) -> str:
     """Hash of the content of pairs that a run sees."""
     return content_fingerprint(cache.table, cache.encoders[spec.gallery_key].manifest.modality, *parts)
+
+
+def content_fingerprint(table: ItemTable, modality: Modality, *parts: Pairs) -> str:
+    """Hash of the content of some pairs: photos by their bytes, texts by their characters, in order."""
+    photo_hash, text_hash = (table.inputs[name].content_hash for name in (modality, "text"))
+    digest = hashlib.sha256()
+    for pairs in parts:
+        digest.update(photo_hash[pairs.rows].tobytes())
+        digest.update(text_hash[pairs.texts.values].tobytes())
+        digest.update(pairs.texts.lengths.astype("<i8").tobytes())
+        if pairs.paired_texts is not None:
+            digest.update(text_hash[pairs.paired_texts].tobytes())
+    return digest.hexdigest()[:16]
 
 
 def reported_fingerprint(cache: Cache, spec: RunSpec, pairs: Pairs) -> str:
@@ -295,23 +293,6 @@ def keep_part(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray
 
 def _drawn_order(pairs: Pairs, seed: int, content_hash: np.ndarray) -> np.ndarray:
     """The pairs in the order of a hash of their photo's content and the seed."""
-    draws = np.array(
-        [
-            int.from_bytes(hashlib.sha256(content_hash[row].tobytes() + seed.to_bytes(8, "big")).digest()[:8], "big")
-            for row in pairs.rows
-        ]
-    )
-    return np.argsort(draws, kind="stable")
-
-
-def content_fingerprint(table: ItemTable, modality: Modality, *parts: Pairs) -> str:
-    """Hash of the content of some pairs: photos by their bytes, texts by their characters, in order."""
-    photo_hash, text_hash = (table.inputs[name].content_hash for name in (modality, "text"))
-    digest = hashlib.sha256()
-    for pairs in parts:
-        digest.update(photo_hash[pairs.rows].tobytes())
-        digest.update(text_hash[pairs.texts.values].tobytes())
-        digest.update(pairs.texts.lengths.astype("<i8").tobytes())
-        if pairs.paired_texts is not None:
-            digest.update(text_hash[pairs.paired_texts].tobytes())
-    return digest.hexdigest()[:16]
+    contents = (content_hash[row].tobytes() + seed.to_bytes(8, "big") for row in pairs.rows)
+    draws = [int.from_bytes(hashlib.sha256(content).digest()[:8], "big") for content in contents]
+    return np.argsort(np.array(draws, np.uint64), kind="stable")
