@@ -85,7 +85,6 @@ def fit_epochs(
     """Run epochs, and leave the model with its best weights, in evaluation mode.
 
     Args:
-        model: is in training mode within an epoch.
         run_epoch: updates the model in an epoch, counted from 1; returns the loss.
         judge: a validation score after an epoch, of which higher is better. Of equal ones the first counts.
         judges_start: whether the start, epoch 0, is judged too and may be the best.

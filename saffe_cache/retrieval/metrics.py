@@ -94,10 +94,9 @@ class RandomOrder:
     @cached_property
     def first_rank(self) -> np.ndarray:
         """Mean of `chance_first_rank`."""
-        chance = np.zeros(self.num_gallery)
-        for kind, share in zip(self._kinds, self._counts / self._counts.sum(), strict=True):
-            chance += share * chance_first_rank(self.num_gallery, int(kind))
-        return chance
+        chances = (chance_first_rank(self.num_gallery, int(kind)) for kind in self._kinds)
+        shares = self._counts / self._counts.sum()
+        return np.asarray(sum(share * chance for share, chance in zip(shares, chances, strict=True)))
 
     def recall(self, k: int) -> float:
         return float(self.first_rank[:k].sum())
@@ -136,16 +135,11 @@ class Metric:
         return f"{value:.0f}" if self.is_rank else f"{100 * value:.{digits}f}"
 
 
-def recall(k: int) -> Callable[[Ragged], np.ndarray]:
-    """`recall_at_k` of the first relevant items."""
-    return lambda ranks: recall_at_k(first_ranks(ranks), k)
-
-
 def _recall(k: int, description: str, *rankings: Ranking, least_items: int = 1) -> Metric:
     return Metric(
         description=description,
         rankings=rankings,
-        values=recall(k),
+        values=lambda ranks: recall_at_k(first_ranks(ranks), k),
         chance=lambda order: order.recall(k),
         least_items=least_items,
     )
@@ -219,11 +213,15 @@ def bootstrap_interval(
     Captions of one photo are not independent; a photo's captions are drawn together. Totals and counts are the sum of
     the metric over each unit's queries and their number, [units] each; see `unit_totals`.
     """
-    generator = np.random.default_rng(seed)
-    values = np.empty(resamples)
-    for i in range(resamples):
+    generator, values = np.random.default_rng(seed), []
+    for _ in range(resamples):
         drawn = generator.integers(len(totals), size=len(totals))
-        values[i] = totals[drawn].sum() / counts[drawn].sum()
+        values.append(totals[drawn].sum() / counts[drawn].sum())
+    return _middle(values)
+
+
+def _middle(values: Sequence[float]) -> tuple[float, float]:
+    """The interval that holds the middle 95 %."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
@@ -244,12 +242,8 @@ def paired_bootstrap(
     be wider, and may overlap where one system is better.
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, sec. 13.3 and 8.6 (clusters).
 
-    Args:
-        difference: value of the first system minus that of the second, [queries].
-        units: int [queries], the photo of each query; a photo's queries are drawn together.
-
-    Returns:
-        mean, low, high.
+    `difference` is the first system's value minus the second's, `units` the photo of each query, [queries] each; a
+    photo's queries are drawn together.
     """
     if difference.shape != units.shape or not len(units):
         raise ValueError(f"paired bootstrap: {difference.shape} differences, {units.shape} units. Give one for each.")
@@ -263,9 +257,7 @@ def map_interval(order: np.ndarray, ranked: np.ndarray, *, seed: int = 0) -> tup
     A photo that is drawn twice counts twice, also among those above another; but its copies do not stand
     above each other, which would raise every resample (by a third of the interval, with 50 photos a class).
 
-    Args:
-        order: [classes, n], the photo at each rank.
-        ranked: bool [classes, n], whether it is relevant; at least one is in each row.
+    `order` [classes, n] is the photo at each rank, `ranked` whether it is relevant: at least one in each row.
     """
     generator = np.random.default_rng(seed)
     num_photos = order.shape[1]
@@ -283,8 +275,7 @@ def map_interval(order: np.ndarray, ranked: np.ndarray, *, seed: int = 0) -> tup
         precision = (1 + relevant_above) / (1 + above)
         counts = np.add.reduceat(copies, starts)
         values.append((np.add.reduceat(precision * copies, starts)[counts > 0] / counts[counts > 0]).mean())
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+    return _middle(values)
 
 
 _STUDENT = (

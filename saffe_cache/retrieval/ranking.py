@@ -17,7 +17,6 @@ may therefore be a memory-mapped file that is larger than memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
 
 import numpy as np
 
@@ -34,29 +33,11 @@ _SCALE = 2.0**26
 _LAST = np.iinfo(np.int64).max
 
 
-class Vectors(Protocol):
-    """Rows of equal width, [n, d]: np.ndarray, np.memmap, or anything that is sliced like them."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def __getitem__(self, rows: slice, /) -> Any: ...
-
-
-class ScoreMatrix(Protocol):
-    """Scores of all pairs, [queries, items]; a block of them is read by two slices. An np.ndarray is one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def __getitem__(self, block: tuple[slice, slice], /) -> Any: ...
-
-
 class InnerProducts:
     """The scores of vectors, computed exactly, block by block, on reading."""
 
-    def __init__(self, gallery: Vectors, queries: np.ndarray) -> None:
-        """The gallery [n, d], of unit length, is kept as it is; of the queries [m, d] only the directions count.
+    def __init__(self, gallery: np.ndarray, queries: np.ndarray) -> None:
+        """The gallery [n, d], of unit length, may be memory-mapped; of the queries [m, d] only the directions count.
 
         Raises:
             ValueError: a query is not finite or of another width; on reading, a gallery vector that is not
@@ -80,6 +61,10 @@ class InnerProducts:
         scores: np.ndarray = np.rint(queries / np.where(lengths > 0, lengths, 1) * _SCALE) @ self._columns
         scores *= _SCALE**-2
         return scores
+
+
+ScoreMatrix = np.ndarray | InnerProducts
+"""Scores of all pairs, [queries, items]; a block of them is read by two slices."""
 
 
 def require_k(k: int, num_items: int) -> None:
@@ -164,11 +149,7 @@ def top_k(scores: ScoreMatrix, k: int, *, seed: int = 0, block: int = BLOCK) -> 
 
 
 def members(labels: Ragged, num_classes: int) -> Ragged:
-    """The photos of each class, ascending, each once, from the classes of each photo.
-
-    Raises:
-        ValueError: a label is none of the classes.
-    """
+    """The photos of each class, ascending, each once, from the classes of each photo; ValueError if one is none."""
     if len(labels.values) and not 0 <= labels.values.min() <= labels.values.max() < num_classes:
         raise ValueError(f"labels: {labels.values.min()} to {labels.values.max()}, expected 0 to {num_classes - 1}.")
     classes, photos = np.divmod(_distinct_values(labels.values * len(labels) + labels.owners), max(1, len(labels)))

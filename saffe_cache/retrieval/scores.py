@@ -107,8 +107,7 @@ def text_scores(
     """Texts search gallery items, of which several may be relevant to a text.
 
     `recall_at_k` is the share of texts with a relevant item among the first k, `mrr` and `median_rank` are
-    those of the first relevant item, `map` counts all of them (M2 where each text has one). The gallery is read block
-    by block, so it may be a memory-mapped file.
+    those of the first relevant item, `map` counts all of them (M2 where each text has one).
     """
     ranks = relevant_ranks(InnerProducts(gallery, queries), relevant, seed=seed)
     return rank_scores(ranks, units, gallery.shape[0], intervals=intervals, seed=seed)
@@ -140,11 +139,9 @@ def candidate_scores(
     1e-6 count as ties, in which probabilities near 0 and 1 would drown: give a classifier's log-odds
     log p / (1 - p), which order photos and classes alike.
 
-    Args:
-        scores: [photos, classes].
-        labels: the classes of each photo.
-        prior: [classes], the mean score of each class over training photos: how easily its text is rebuilt from any
-            photo. It is subtracted for top1 and top5; it cannot change the order of the photos of one class.
+    `scores` are [photos, classes]. `prior` [classes] is the mean score of each class over training photos: how easily
+    its text is rebuilt from any photo. It is subtracted for top1 and top5; it cannot change the order of the photos of
+    one class.
     """
     num_photos, num_classes = scores.shape
     if len(labels) != num_photos:
@@ -217,12 +214,10 @@ def _class_map_scores(scores: ScoreMatrix, labels: Ragged, intervals: bool, seed
 
 def others_of_classes(labels: Ragged) -> Ragged:
     """The other photos that share a class with each photo."""
-    of_classes = members(labels, int(labels.values.max(initial=-1)) + 1)
-    rows = []
+    of_classes, rows = members(labels, int(labels.values.max(initial=-1)) + 1), []
     for photo, classes in enumerate(labels):
         is_other = np.zeros(len(labels), bool)
-        for number in classes:
-            is_other[of_classes[number]] = True
+        is_other[of_classes.take(classes).values] = True
         is_other[photo] = False
         rows.append(np.flatnonzero(is_other))
     return Ragged.from_rows(rows)
