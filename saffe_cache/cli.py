@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import saffe_cache
@@ -40,7 +41,6 @@ _TO_DO = {
 
 _NAME = "saffe"
 _DESCRIPTION = "Run frozen encoders once, cache their hidden states, then train and evaluate fusions from the cache."
-_SHELLS = ("bash", "zsh", "tcsh")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,21 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return parser.error("expected a verb first")
 
 
-def extract_command(arguments: Sequence[str] | None = None) -> int:
-    """`saffe-extract`, the same as `saffe extract`."""
-    return _run_verb("extract", "saffe-extract", arguments)
-
-
-def train_command(arguments: Sequence[str] | None = None) -> int:
-    """`saffe-train-fam`, the same as `saffe train`."""
-    return _run_verb("train", "saffe-train-fam", arguments)
-
-
-def evaluate_command(arguments: Sequence[str] | None = None) -> int:
-    """`saffe-index-eval`, the same as `saffe evaluate`."""
-    return _run_verb("evaluate", "saffe-index-eval", arguments)
-
-
 class _PrintCompletion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, _: object, shell: Any, option: str | None = None) -> None:
         import shtab
@@ -82,9 +67,8 @@ def _parser(*, with_options: bool) -> argparse.ArgumentParser:
     """Of all verbs; with their options it is what completion is made of."""
     parser = argparse.ArgumentParser(prog=_NAME, description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"{_NAME} {saffe_cache.__version__}")
-    parser.add_argument(
-        "--print-completion", choices=_SHELLS, action=_PrintCompletion, help="print a completion script for a shell"
-    )
+    shells, text = ("bash", "zsh", "tcsh"), "print a completion script for a shell"
+    parser.add_argument("--print-completion", choices=shells, action=_PrintCompletion, help=text)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     groups: dict[str, Any] = {}
     for name, verb in VERBS.items():
@@ -98,7 +82,7 @@ def _parser(*, with_options: bool) -> argparse.ArgumentParser:
     return parser
 
 
-def _run_verb(name: str, prog: str, arguments: Sequence[str] | None) -> int:
+def _run_verb(name: str, prog: str, arguments: Sequence[str] | None = None) -> int:
     verb = VERBS[name]
     config = parse_config(verb.load_config(), arguments, prog)
 
@@ -113,6 +97,12 @@ def _run_verb(name: str, prog: str, arguments: Sequence[str] | None) -> int:
         return max(map(exit_status, folders))
 
     return _guarded(prog, run)
+
+
+extract_command = partial(_run_verb, "extract", "saffe-extract")
+train_command = partial(_run_verb, "train", "saffe-train-fam")
+evaluate_command = partial(_run_verb, "evaluate", "saffe-index-eval")
+"""Commands of their own for three verbs: functions of the arguments, sys.argv's by default."""
 
 
 class _PlainText(logging.Formatter):
@@ -145,11 +135,9 @@ def _guarded(prog: str, action: Callable[[], int]) -> int:
     except BrokenPipeError:  # nobody reads the standard output any more, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to print at the end
         return 141  # as of a program that SIGPIPE ends
-    except OSError as error:
-        print(f"{prog}: {_plain(_explained(error))}", file=sys.stderr)
-        return 1
-    except (CacheError, ValueError, ImportError) as error:
-        print(f"{prog}: {_plain(str(error))}", file=sys.stderr)
+    except (OSError, CacheError, ValueError, ImportError) as error:
+        what = _explained(error) if isinstance(error, OSError) else str(error)
+        print(f"{prog}: {_plain(what)}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         if not _lacks_memory(error):

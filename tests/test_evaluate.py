@@ -14,14 +14,11 @@ from quick_runs import Report, quick_train, report_of, value
 from synthetic_cache import make_cache
 
 from saffe_cache.cli import evaluate_command
-from saffe_cache.core.features import Ragged
 from saffe_cache.core.results import exit_status
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import differences, evaluate
 from saffe_cache.evaluation.results import EvaluationResult
 from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries
-from saffe_cache.protocols.caption import CaptionProtocol
-from saffe_cache.protocols.setting import Queries
 from saffe_cache.retrieval.index import load_index
 from saffe_cache.retrieval.scores import Score
 from saffe_cache.store.reader import open_cache
@@ -221,17 +218,15 @@ def test_differences_equal_a_direct_paired_bootstrap_over_photos() -> None:
     units = np.repeat(np.arange(40), 3)
     values = {name: generator.random(120) for name in ("fam", "worse", "better")}
     values["better"] += 0.5
-    scores = {name: {"mrr": Score(float(of.mean()), 0.1, None, of)} for name, of in values.items()}
-    protocol = CaptionProtocol.__new__(CaptionProtocol)
-    protocol.queries = Queries(units, units, Ragged(np.arange(121), units), units)
-    found = differences(scores["fam"], {name: scores[name] for name in ("worse", "better")}, protocol)
+    scores = {name: {"mrr": Score(float(of.mean()), 0.1, None, of, units)} for name, of in values.items()}
+    found = differences(scores["fam"], {name: scores[name] for name in ("worse", "better")})
     difference = (values["fam"] - values["better"]).reshape(40, 3)
     drawn = [difference[generator.integers(40, size=40)].mean() for _ in range(4000)]
     assert set(found) == {"better"}
     of_mrr = found["better"]["mrr"]
     assert of_mrr.mean == pytest.approx(difference.mean())
     assert [of_mrr.low, of_mrr.high] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.01)
-    assert differences(scores["fam"], {}, protocol) == {}
+    assert differences(scores["fam"], {}) == {}
 
 
 def test_saved_index_finds_what_the_model_finds(captioned: Reported) -> None:

@@ -43,7 +43,9 @@ class FirstCaptions(SearchProtocol):
         return Queries(rows, self.setting.inputs.text.vectors(rows), relevant, places)
 
     def score_vectors(self, gallery: np.ndarray, queries: np.ndarray, *, intervals: bool = True) -> Scores:
-        return text_scores(gallery, queries, self.relevant, self.units, intervals=intervals, seed=self.setting.seed)
+        return text_scores(
+            gallery, queries, self.relevant, self.queries.units, intervals=intervals, seed=self.setting.seed
+        )
 
 
 def random_vectors(of: Material) -> Answers:

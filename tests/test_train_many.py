@@ -12,9 +12,8 @@ from synthetic_cache import WIDTH, make_cache
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge
 from saffe_cache.training import batches
 from saffe_cache.training import loop as fitting
-from saffe_cache.training.batches import TrainingData
+from saffe_cache.training.batches import Batch, TrainingData
 from saffe_cache.training.config import TrainConfig
-from saffe_cache.training.objective import Batch
 from saffe_cache.training.train import train, train_many
 
 VARIANTS: list[dict[str, Any]] = [

@@ -131,12 +131,12 @@ def _result(
         split=config.split,
         data=reported_fingerprint(setting.cache, setting.spec, setting.pairs),
         num_photos=len(setting.pairs),
-        num_queries=len(protocol.units),
+        num_queries=len(protocol.relevant),
         num_unusable_items=setting.pairs.num_unusable,
         systems={name: numbers_of(scores) for name, scores in systems.items()},
         descriptions={name: BASELINES[name].description for name in fitted},
         absent=absent | ({"control pairs_permuted": why_no_permuted} if why_no_permuted else {}),
-        differences={} if config.baselines == "none" else differences(systems[FAM], fitted, protocol),
+        differences={} if config.baselines == "none" else differences(systems[FAM], fitted),
         controls=controls,
         control_scores={name: numbers_of(scores) for name, scores in measured.items()},
         sensitivity=moves,
@@ -154,18 +154,15 @@ def _result(
     )
 
 
-def differences(fam: Scores, baselines: dict[str, Scores], protocol: Protocol) -> dict[str, dict[str, Difference]]:
+def differences(fam: Scores, baselines: Mapping[str, Scores]) -> dict[str, dict[str, Difference]]:
     """The FAM minus the best baseline on the reported split, metric by metric, by paired bootstrap over photos."""
     found: dict[str, dict[str, Difference]] = {}
     for metric, score in fam.items():
         rivals = {name: of[metric] for name, of in baselines.items() if metric in of and of[metric].values is not None}
-        units = protocol.difference_units(metric)
-        if score.values is None or not rivals or units is None:
+        if score.units is None or not rivals:
             continue
         best = max(rivals, key=lambda name: rivals[name].value)
-        other = rivals[best].values
-        assert other is not None
-        interval = paired_bootstrap(score.values - other, units[: len(other)])
+        interval = paired_bootstrap(score.of_queries - rivals[best].of_queries, score.units)
         found.setdefault(best, {})[metric] = Difference(*interval)
     return found
 

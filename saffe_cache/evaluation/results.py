@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from saffe_cache.core.controls import Control
 from saffe_cache.core.figures import Dot, DotPlot
 from saffe_cache.core.outputs import CONFIG, read_json
-from saffe_cache.core.results import Measurement, Result, Section
-from saffe_cache.core.tables import ABSENT, Cell, Row, RowKind, Table, duration, flops, interval_cell, percent
+from saffe_cache.core.results import Estimate, Measurement, Result, Section
+from saffe_cache.core.tables import ABSENT, Cell, Row, RowKind, Table, duration, flops, percent
 from saffe_cache.evaluation.details import NAME, check_means, read_details, show_classes
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.metrics import metric_named
@@ -20,15 +20,11 @@ from saffe_cache.retrieval.scores import Scores
 FAM = "fam"
 
 
-@dataclass(frozen=True)
-class Number:
-    """One metric of one system: a fraction, or a rank where the metric is one."""
+@dataclass(frozen=True, kw_only=True)
+class Number(Estimate):
+    """One metric of one system: a fraction, or a rank where the metric is one, with its interval over photos."""
 
-    value: float
     chance: float
-    low: float | None = None
-    """Of the 95 % bootstrap interval over photos; None where there is none."""
-    high: float | None = None
 
 
 Numbers = Mapping[str, Number]
@@ -36,7 +32,11 @@ Numbers = Mapping[str, Number]
 
 
 def numbers_of(scores: Scores) -> Numbers:
-    return {name: Number(score.value, score.chance, *(score.interval or ())) for name, score in scores.items()}
+    found = {}
+    for name, score in scores.items():
+        low, high = score.interval or (None, None)
+        found[name] = Number(value=score.value, low=low, high=high, chance=score.chance)
+    return found
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class EvaluationResult(Result):
         controls = {f"control: {name}": of for name, of in self.control_scores.items()}
         for system, numbers in {**self.systems, **controls}.items():
             for metric, of in numbers.items():
-                yield Measurement("", system, metric, of.value, of.low, of.high, of.chance)
+                yield Measurement.of("", system, metric, of, of.chance)
 
     def sections(self) -> list[Section]:
         """Results, and what they rest on."""
@@ -249,9 +249,10 @@ class EvaluationResult(Result):
 
 
 def _cell(name: str, number: Number | None) -> Cell:
-    if number is not None and metric_named(name).is_rank:
-        return Cell(metric_named(name).show(number.value))
-    return Cell(ABSENT) if number is None else interval_cell(number.value, number.low, number.high)
+    if number is None:
+        return Cell(ABSENT)
+    metric = metric_named(name)
+    return Cell(metric.show(number.value)) if metric.is_rank else number.cell()
 
 
 def _dot(label: str, number: Number, kind: Any) -> Dot:

@@ -133,13 +133,13 @@ FUSIONS: Mapping[str, FusionEntry] = {
         summary="Late fusion: a linear map of the photo plus a linear map of the text.",
     ),
     "hadamard": FusionEntry(
-        made_by=f"{_KNOWN}.vectors:HadamardFusion",
+        made_by=f"{_KNOWN}.correction:HadamardFusion",
         summary="Low-rank bilinear pooling (MLB).",
         without_text="late",
         text_objectives=("pair",),
     ),
     "two_tower": FusionEntry(
-        made_by=f"{_KNOWN}.vectors:TwoTowerFusion",
+        made_by=f"{_KNOWN}.correction:TwoTowerFusion",
         summary="One linear map for each encoder into a shared space.",
         options=frozenset(),
         pooled_text=False,

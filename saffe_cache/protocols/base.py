@@ -119,16 +119,6 @@ class Protocol(ABC):
         assert self.queries is not None
         return self.queries.relevant
 
-    @property
-    def units(self) -> np.ndarray:
-        """int64 [queries]: the photo that each query is drawn with in a bootstrap."""
-        assert self.queries is not None
-        return self.queries.units
-
-    def difference_units(self, metric: str) -> np.ndarray | None:
-        """The photo of each value of a metric, for a paired bootstrap; None where there are too few to resample."""
-        return self.units
-
     @abstractmethod
     def answer(self, model: Fusion, arrangement: Arrangement) -> Answered:
         """How a model orders an arrangement of the gallery, and its scores."""

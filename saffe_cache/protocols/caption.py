@@ -49,9 +49,6 @@ class CaptionProtocol(SearchProtocol):
     def score_vectors(self, gallery: np.ndarray, queries: np.ndarray, *, intervals: bool = True) -> Scores:
         return caption_scores(gallery, queries, self.queries.units, intervals=intervals, seed=self.setting.seed)
 
-    def difference_units(self, metric: str) -> np.ndarray | None:
-        return None if metric.startswith("image_to_text_") else self.units
-
 
 class MetadataProtocol(SearchProtocol):
     """The other captions of a photo search for it.

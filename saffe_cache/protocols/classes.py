@@ -13,7 +13,6 @@ from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.base import NULL_GALLERY, NUM_SHUFFLES, Protocol, SearchProtocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Answered, Answers, Arrangement, ClassScores, Queries, Setting, Vectors
-from saffe_cache.retrieval.metrics import metric_named
 from saffe_cache.retrieval.ranking import members, top_k
 from saffe_cache.retrieval.scores import Scores, candidate_scores, class_scores, image_scores, others_of_classes
 from saffe_cache.store.reader import Cache
@@ -66,9 +65,6 @@ class ClassProtocol(SearchProtocol):
         names = self.metric_names(self.setting.cache, self.setting.spec)
         return {name: score for name, score in scores.items() if name in names}
 
-    def difference_units(self, metric: str) -> np.ndarray | None:
-        return label_units(metric, len(self.setting.pairs))
-
     def control_metric(self, control: str) -> str:
         # the same query for all classes ranks one class first, which AP sees; which class is nearest stays open
         return "top1" if control == "queries_constant" else self.main_metric
@@ -77,12 +73,6 @@ class ClassProtocol(SearchProtocol):
         gallery = self.setting.gallery(model, self.setting.honest())
         scores = gallery @ self.setting.queries(model, self.queries).T
         return dealt_map(scores, self.setting.pairs.labels, seed=self.setting.seed)
-
-
-def label_units(metric: str, num_photos: int) -> np.ndarray | None:
-    """Units of metrics that are means over photos; a mean over classes has too few to resample."""
-    is_over_photos = {"labels", "candidates"} & set(metric_named(metric).rankings)
-    return np.arange(num_photos) if is_over_photos else None
 
 
 def dealt_map(scores: np.ndarray, labels: Ragged, *, deals: int = 200, seed: int = 0) -> tuple[float, float]:
@@ -126,10 +116,6 @@ class ImageProtocol(Protocol):
     @cached_property
     def relevant(self) -> Ragged:
         return others_of_classes(self.setting.pairs.labels)
-
-    @property
-    def units(self) -> np.ndarray:
-        return np.arange(len(self.setting.pairs))
 
     def answer(self, model: Fusion, arrangement: Arrangement) -> Answered:
         answers = self.vectors_answer(self.setting.gallery(model, arrangement))

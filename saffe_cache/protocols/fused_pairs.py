@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -15,7 +16,7 @@ from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.base import NUM_SHUFFLES, Protocol, SearchProtocol
 from saffe_cache.protocols.caption import CaptionProtocol
-from saffe_cache.protocols.classes import CLASS_BASELINES, ClassProtocol, dealt_map, label_units
+from saffe_cache.protocols.classes import CLASS_BASELINES, ClassProtocol, dealt_map
 from saffe_cache.protocols.setting import (
     Answered,
     Answers,
@@ -110,9 +111,6 @@ class CandidateProtocol(Protocol):
     def validate(self, model: Fusion) -> float:
         scores = score_all_pairs(model, self.setting.inputs, self.setting.pairs.rows, self.queries).cosine
         return candidate_scores(scores, self.setting.pairs.labels, intervals=False)[self.main_metric].value
-
-    def difference_units(self, metric: str) -> np.ndarray | None:
-        return label_units(metric, len(self.setting.pairs))
 
     def fused_texts(self) -> np.ndarray | None:
         return np.resize(self.queries.text_rows, len(self.setting.pairs))
@@ -223,16 +221,15 @@ class RerankProtocol(Protocol):
             scores = second.matching + np.take_along_axis(queries @ gallery.T, first, axis=1)
         after = reranked(ranks, texts.relevant, first, scores)
         found = rank_scores(after, texts.units, len(gallery), seed=of.seed)
+        if self.class_names:  # too few to resample
+            found = {name: replace(score, units=None) for name, score in found.items()}
         reordered = np.take_along_axis(first, _second_order(scores), axis=1)
         return Answered(found, Reordered(answers, reordered))
 
     def score(self, answers: Answers) -> Scores:
         """Of the first stage: baselines do not fuse."""
         assert isinstance(answers, Vectors)
-        return text_scores(*answers, self.relevant, self.units, seed=self.setting.seed)
-
-    def difference_units(self, metric: str) -> np.ndarray | None:
-        return None if self.class_names else self.units
+        return text_scores(*answers, self.relevant, self.queries.units, seed=self.setting.seed)
 
     def dealt(self, model: Fusion) -> tuple[float, float] | None:
         return self.first_stage.dealt(model)

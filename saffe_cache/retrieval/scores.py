@@ -63,6 +63,8 @@ class Score:
     values: np.ndarray | None = field(default=None, repr=False, compare=False)
     """Where the metric is a mean: that of each query, float64, in the order of the queries that have something
     relevant, so that two systems can be compared in pairs."""
+    units: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """Of `values`, the photos that are drawn in a bootstrap of such a comparison; None where there are too few."""
 
     @property
     def error(self) -> float:
@@ -92,7 +94,7 @@ def caption_scores(
     to_caption = relevant_ranks(InnerProducts(captions, photos), members(photo_of, len(photos)), seed=seed)
     forwards = _scores_of("captions", to_photo, owners, len(photos), intervals, seed)
     backwards = _scores_of("captions", to_caption, np.arange(len(photos)), len(captions), intervals, seed)
-    return forwards | {f"image_to_text_{name}": score for name, score in backwards.items()}
+    return forwards | {f"image_to_text_{name}": replace(score, units=None) for name, score in backwards.items()}
 
 
 def text_scores(
@@ -190,7 +192,7 @@ def _scores_of(
             found[name] = Score(float(np.median(values)), chance)
             continue
         interval = bootstrap_interval(*unit_totals(values, units), seed=seed) if intervals else None
-        found[name] = Score(float(values.mean()), chance, interval, values)
+        found[name] = Score(float(values.mean()), chance, interval, values, units if intervals else None)
     return found
 
 

@@ -28,9 +28,8 @@ from saffe_cache.fusion.layers import parameter_groups
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.retrieval.fitting import adamw, update, warmed_cosine
-from saffe_cache.training.batches import TrainingData
+from saffe_cache.training.batches import Batch, Objective, TrainingData
 from saffe_cache.training.config import TrainConfig
-from saffe_cache.training.objective import Batch, Objective
 from saffe_cache.training.runs import build_fusion
 
 logger = logging.getLogger(__name__)

@@ -21,10 +21,9 @@ from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
 from saffe_cache.inputs.feature_loader import FeatureLoader, window_shards
 from saffe_cache.inputs.pairs import training_pairs
 from saffe_cache.store.reader import open_cache
-from saffe_cache.training.batches import TrainingData
+from saffe_cache.training.batches import Batch, TrainingData
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.loop import _step, start
-from saffe_cache.training.objective import Batch
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.train import train, train_many
 

@@ -29,10 +29,9 @@ from saffe_cache.fusion.losses import soft_target
 from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import training_pairs
 from saffe_cache.store.reader import Cache, open_cache
-from saffe_cache.training.batches import TrainingData
+from saffe_cache.training.batches import Batch, TrainingData
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.loop import _step, start
-from saffe_cache.training.objective import Batch
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.runs import build_fusion
 from saffe_cache.training.train import train, train_many

@@ -1,4 +1,4 @@
-"""The frame of published fusions: each of them corrects the same late fusion.
+"""The frame of published fusions, each of which corrects the same late fusion; and the fusions of one vector a side.
 
     v = unit( linear(summary(x)) + correction(x, t) )          z = unit( v + w map(t) )
 
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from saffe_cache.fusion.base import ROW_BY_ROW, Blocks, Fused, Fusion, Pairing, Texts, gathered
 from saffe_cache.fusion.heads import MatchHead, summarize
-from saffe_cache.fusion.layers import Dropout, Mask, States
+from saffe_cache.fusion.layers import Dropout, Mask, NormedTokens, States, summary_weights, zero_linear
 from saffe_cache.fusion.options import FusionShape
 
 
@@ -87,3 +87,67 @@ class LateFusion(CorrectingFusion):
 
     def correct(self, states: States, mask: Mask, texts: Texts | None, summary: torch.Tensor) -> Correction:
         return Correction(None, states[-1], mask)
+
+
+class HadamardFusion(CorrectingFusion):
+    """P^T (tanh(U^T s) * tanh(V^T t)) + b for the photo's summary s and the text's own vector t; 0 for the null text.
+
+    Low-rank bilinear pooling (MLB, Kim et al. 2017, arXiv 1610.04325, eq. 6).
+
+    It adds (2 P d + 1) r + (k + 1) r + (r + 1) k parameters, for P layers and r = 1,200 as in the paper.
+    """
+
+    idle_with_null = ("of_photo.", "of_text.", "out.")
+    RANK = 1200
+
+    def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
+        super().__init__(shape)
+        self.of_photo = nn.Linear(shape.summary_size, self.RANK)
+        self.of_text = nn.Linear(shape.text_size, self.RANK)
+        self.out = zero_linear(self.RANK, shape.text_size)
+
+    def correct(self, states: States, mask: Mask, texts: Texts | None, summary: torch.Tensor) -> Correction:
+        if texts is None:
+            return Correction(None, states[-1], mask)
+        text = functional.normalize(texts.vectors, dim=-1) * self.shape.text_size**0.5
+        joint = torch.tanh(self.of_photo(self.dropout(summary))) * torch.tanh(self.of_text(text))
+        return Correction(masked(self.out(joint), texts.is_text), states[-1], mask)
+
+
+class TwoTowerFusion(Fusion):
+    """The photo's first token and the text's own vector, each through Linear(d, 256): 393,728 parameters for d = 768,
+    one photo layer and a text vector of the same width.
+
+    ALBEF's and SigLIP's heads for retrieval (Li et al. 2021, sec. 3.1; Zhai et al. 2023, on towers locked as in LiT).
+    Nothing is fused: a paired text is averaged with the photo in the shared space. The weights start at random. The
+    first token must stand for the whole input, as a class token does. Feature maps have none, and their mean is used;
+    for sounds (Whisper) it is only the first frame, and `late` sees more of them.
+    """
+
+    WIDTH = 256
+
+    def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
+        super().__init__(shape)
+        self.photo_tower = nn.Linear(shape.num_layers * shape.hidden_size, self.WIDTH)
+        self.text_tower = nn.Linear(shape.text_size, self.WIDTH)
+        if shape.matches:
+            self.match_head = MatchHead(shape.hidden_size, 1, self.WIDTH)
+
+    def encode_queries(self, vectors: torch.Tensor) -> torch.Tensor:
+        unit = functional.normalize(vectors, dim=-1) * self.shape.text_size**0.5
+        return functional.normalize(self.text_tower(unit), dim=-1)
+
+    def fuse(
+        self, states: States, mask: Mask = None, texts: Texts | None = None, pairing: Pairing = ROW_BY_ROW
+    ) -> Fused:
+        whole = torch.cat([self._whole(state, mask) for state in states], dim=-1)
+        vectors = gathered(functional.normalize(self.photo_tower(whole), dim=-1), pairing.gallery)
+        if texts is not None:
+            paired = texts.rows(pairing.text)
+            vectors = functional.normalize(vectors + self.encode_queries(paired.vectors) * paired.is_text, dim=-1)
+        return Fused(vectors, [gathered(states[-1], pairing.gallery)], gathered(mask, pairing.gallery))
+
+    def _whole(self, state: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """The normed token, or mean, that stands for each whole photo, [inputs, d]."""
+        weights = summary_weights(state, mask, has_class_token=self.shape.has_class_token)[:, :1]
+        return NormedTokens(state).sums(weights).squeeze(1)
