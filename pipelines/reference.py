@@ -17,7 +17,7 @@ import torch
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import Pairs, select_pairs
-from saffe_cache.protocols.classes import ClassProtocol
+from saffe_cache.protocols.searches import ClassProtocol
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.runs import load_run

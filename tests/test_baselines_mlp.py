@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from saffe_cache.core.features import Ragged
-from saffe_cache.retrieval import mlp
+from saffe_cache.retrieval import fitting
 from saffe_cache.retrieval.baselines import fit_ridge
-from saffe_cache.retrieval.mlp import MlpFit, fit_mlp
+from saffe_cache.retrieval.fitting import MlpFit, fit_mlp
 
 SIZE = 8
 
@@ -68,7 +68,7 @@ def test_a_fit_is_applied_block_by_block(monkeypatch: pytest.MonkeyPatch) -> Non
     photos, queries = fit.gallery(features), fit.queries(texts)
     seen: list[int] = []
     fit.model.mlp[1].register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
-    monkeypatch.setattr(mlp, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(fitting, "ROWS_AT_ONCE", 4)
     np.testing.assert_allclose(fit.gallery(features), photos, atol=1e-6)
     np.testing.assert_allclose(fit.queries(texts), queries, atol=1e-6)
     assert seen == [4, 4, 2]

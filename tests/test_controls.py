@@ -21,9 +21,8 @@ from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import encode_queries
 from saffe_cache.inputs.pairs import same_training_pairs
 from saffe_cache.protocols.base import Protocol
-from saffe_cache.protocols.caption import CaptionProtocol, MetadataProtocol
-from saffe_cache.protocols.classes import ClassProtocol, ImageProtocol, dealt_map
 from saffe_cache.protocols.fused_pairs import CandidateProtocol, RerankProtocol
+from saffe_cache.protocols.searches import CaptionProtocol, ClassProtocol, ImageProtocol, MetadataProtocol, dealt_map
 from saffe_cache.protocols.setting import Answered, Arrangement, Setting, Vectors
 from saffe_cache.retrieval.scores import Score
 from saffe_cache.training.runs import load_permuted

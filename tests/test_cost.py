@@ -14,7 +14,7 @@ from saffe_cache.evaluation.evaluate import fusing_flops
 from saffe_cache.fusion.registry import FUSIONS, GalleryText
 from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import select_pairs
-from saffe_cache.protocols.caption import MetadataProtocol
+from saffe_cache.protocols.searches import MetadataProtocol
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.config import TrainConfig

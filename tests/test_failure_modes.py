@@ -21,8 +21,8 @@ from synthetic_cache import make_cache
 from saffe_cache.core.features import Ragged
 from saffe_cache.inputs.feature_loader import encode_gallery, encode_queries
 from saffe_cache.inputs.pairs import class_vectors
-from saffe_cache.protocols.classes import ClassProtocol
 from saffe_cache.protocols.fused_pairs import score_all_pairs
+from saffe_cache.protocols.searches import ClassProtocol
 from saffe_cache.retrieval.scores import candidate_scores, class_scores
 from saffe_cache.training import loop as fitting
 

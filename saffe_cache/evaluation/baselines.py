@@ -33,7 +33,7 @@ from saffe_cache.retrieval.baselines import (
     tune_late_fusion,
     unit_rows,
 )
-from saffe_cache.retrieval.mlp import MlpFit, fit_mlp
+from saffe_cache.retrieval.fitting import MlpFit, fit_mlp
 from saffe_cache.retrieval.scores import candidate_scores
 from saffe_cache.store.reader import EncoderCache
 

@@ -15,8 +15,7 @@ from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.base import NUM_SHUFFLES, Protocol, SearchProtocol
-from saffe_cache.protocols.caption import CaptionProtocol
-from saffe_cache.protocols.classes import CLASS_BASELINES, ClassProtocol, dealt_map
+from saffe_cache.protocols.searches import CLASS_BASELINES, CaptionProtocol, ClassProtocol, dealt_map
 from saffe_cache.protocols.setting import (
     Answered,
     Answers,

@@ -23,12 +23,12 @@ class Entry(NamedTuple):
 
 
 PROTOCOLS: dict[str, Entry] = {
-    "caption": Entry("caption:CaptionProtocol", "captions search photos, and photos search captions"),
-    "class": Entry("classes:ClassProtocol", "class names search photos"),
-    "metadata": Entry("caption:MetadataProtocol", "captions search photos that are fused with their first caption"),
+    "caption": Entry("searches:CaptionProtocol", "captions search photos, and photos search captions"),
+    "class": Entry("searches:ClassProtocol", "class names search photos"),
+    "metadata": Entry("searches:MetadataProtocol", "captions search photos that are fused with their first caption"),
     "candidate": Entry("fused_pairs:CandidateProtocol", "every photo is fused with every class and scored"),
     "rerank": Entry("fused_pairs:RerankProtocol", "the first results of caption or class are fused with the query"),
-    "image": Entry("classes:ImageProtocol", "photos search photos of their class"),
+    "image": Entry("searches:ImageProtocol", "photos search photos of their class"),
 }
 
 

@@ -26,10 +26,8 @@ from saffe_cache.inputs.pairs import Pairs, mean_text_vectors
 from saffe_cache.protocols.base import Protocol, SearchProtocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Setting
+from saffe_cache.retrieval import fitting
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
-
-_LEAST_BATCH, _LEAST_STEPS = 32, 8
-"""For small data, batches shrink so that an epoch has at least 8 steps, but not below 32 photos."""
 
 
 class Batch(NamedTuple):
@@ -85,7 +83,7 @@ class TrainingData:
         self.inputs, self._pairs, self._validation, self._seed = inputs, pairs, validation, seed
         self._order: EpochOrder | None = None
         self._held: tuple[int, ...] = ()
-        self._batch_size = min(batch_size, max(_LEAST_BATCH, len(pairs) // _LEAST_STEPS), len(pairs))
+        self._batch_size = fitting.batch_size(batch_size, len(pairs))
         self._ridges: dict[bool, tuple[LinearMap, np.ndarray]] = {}
 
     @property

@@ -17,8 +17,8 @@ from torch.nn import functional
 from saffe_cache.core.features import Ragged
 from saffe_cache.core.results import Estimate
 from saffe_cache.retrieval.baselines import LinearMap, unit_rows
+from saffe_cache.retrieval.fitting import MlpFit, fit_mlp
 from saffe_cache.retrieval.metrics import bootstrap_interval, paired_bootstrap, recall_at_k
-from saffe_cache.retrieval.mlp import MlpFit, fit_mlp
 from saffe_cache.studies.alignment.result import MapScore
 
 _VALIDATION_PART = 5

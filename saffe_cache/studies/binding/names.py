@@ -21,7 +21,7 @@ from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.evaluation.baselines import log_odds
 from saffe_cache.inputs.feature_loader import FeatureLoader, summaries
 from saffe_cache.inputs.pairs import select_pairs, training_pairs
-from saffe_cache.protocols.classes import ClassProtocol
+from saffe_cache.protocols.searches import ClassProtocol
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.retrieval.baselines import LinearMap, fit_linear_probe, unit_rows
 from saffe_cache.retrieval.scores import candidate_scores
