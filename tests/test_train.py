@@ -154,7 +154,7 @@ def test_every_combination_runs(notes_path: str, deep_path: str, tmp_path: Path,
     _, validation, _ = training_pairs(spec, cache)
     data = batches.TrainingData(FeatureLoader(cache, spec), validation, validation, 32, 0)
     if spec.shape.fusion != "reference":  # which scores something else each time
-        assert data.validate(model) == pytest.approx(result.best_validation_score, abs=1e-6)
+        assert data.protocol.validate(model) == pytest.approx(result.best_validation_score, abs=1e-6)
 
 
 @pytest.mark.slow

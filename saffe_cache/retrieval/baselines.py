@@ -260,17 +260,10 @@ def fit_zlap(
     gammas: Sequence[float] = GAMMAS,
     alphas: Sequence[float] = ALPHAS,
 ) -> LabelPropagation:
-    """Build the graph over unlabelled photos and solve it; `judge` picks k, gamma and alpha.
+    """Build the graph over unlabelled photos and solve it; `judge` picks k (of `neighbours`), gamma and alpha.
 
-    Args:
-        images: unit vectors of the training photos, [n, d].
-        image_text: their similarities to the class texts, [n, c].
-        neighbours: values of k, below n.
-        gammas: exponents of the similarities to texts, above 0.
-        alphas: how far labels spread, 0 to below 1.
-
-    Raises:
-        ValueError: there are not more photos than neighbours.
+    `images` are unit vectors of the training photos, [n, d], `image_text` their similarities to the class texts,
+    [n, c]. ValueError if there are not more photos than neighbours.
     """
     if max(neighbours) >= len(images):
         raise ValueError(f"ZLaP: k={max(neighbours)} with {len(images)} training photos. Use k below their number.")
@@ -301,15 +294,14 @@ class _Search:
 
     def find(self, queries: torch.Tensor, k: int, is_training: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """As `nearest`; of each training photo among the others."""
-        found, weights = [], []
+        best = []
         for start in range(0, len(queries), _PHOTOS_AT_ONCE):
             cosines = queries[start : start + _PHOTOS_AT_ONCE] @ self.images.T
             if is_training:
                 cosines.diagonal(start).fill_(-torch.inf)
-            best = cosines.topk(k, dim=1)
-            found.append(best.indices.numpy())
-            weights.append(best.values.clamp(min=0).numpy())
-        return np.concatenate(found), np.concatenate(weights)
+            best.append(cosines.topk(k, dim=1))
+        weights, found = map(torch.cat, zip(*best, strict=True))
+        return found.numpy(), weights.clamp(min=0).numpy()
 
 
 def _text_weights(similarities: np.ndarray, k: int, gamma: float) -> np.ndarray:
@@ -341,17 +333,17 @@ def _graph(found: np.ndarray, weights: np.ndarray, text_weights: np.ndarray) -> 
 
 def _solve(graph: torch.Tensor, alpha: float, num_classes: int) -> np.ndarray:
     """Z of (I - alpha S) Z = E by conjugate gradients, float32 [c + n, c]."""
-    solved = np.empty((graph.shape[0], num_classes), np.float32)
+    columns = []
     for start in range(0, num_classes, _CLASSES_AT_ONCE):
-        stop = min(start + _CLASSES_AT_ONCE, num_classes)
-        target = torch.zeros(graph.shape[0], stop - start, dtype=torch.float64)
-        target[start:stop] = torch.eye(stop - start, dtype=torch.float64)
-        solved[:, start:stop] = _conjugate_gradients(graph, alpha, target).numpy()
-    return solved
+        target = torch.zeros(graph.shape[0], min(_CLASSES_AT_ONCE, num_classes - start), dtype=torch.float64)
+        target[start:].fill_diagonal_(1)
+        columns.append(_conjugate_gradients(graph, alpha, target).float())
+    return np.asarray(torch.cat(columns, dim=1).numpy())
 
 
 def _conjugate_gradients(graph: torch.Tensor, alpha: float, target: torch.Tensor) -> torch.Tensor:
     """Columns x of (I - alpha S) x = target, each with its own step sizes; I - alpha S is positive definite."""
+    tiny = torch.finfo(target.dtype).tiny
     solution, residual = torch.zeros_like(target), target.clone()
     direction, power = residual.clone(), residual.square().sum(dim=0)
     goal = TOLERANCE**2 * power
@@ -359,11 +351,11 @@ def _conjugate_gradients(graph: torch.Tensor, alpha: float, target: torch.Tensor
         if (power <= goal).all():
             break
         image = direction - alpha * torch.sparse.mm(graph, direction)
-        step = power / (direction * image).sum(dim=0).clamp(min=torch.finfo(target.dtype).tiny)
+        step = power / (direction * image).sum(dim=0).clamp(min=tiny)
         solution += step * direction
         residual -= step * image
         before, power = power, residual.square().sum(dim=0)
-        direction = residual + power / before.clamp(min=torch.finfo(target.dtype).tiny) * direction
+        direction = residual + power / before.clamp(min=tiny) * direction
     return solution
 
 

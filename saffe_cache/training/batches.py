@@ -48,6 +48,10 @@ class Batch(NamedTuple):
     """int64 [photos]: one text of each photo, drawn at random; the paired one if texts are matched."""
 
 
+_TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
+"""Candidates for the starting weight of the paired text's vector, relative to the photo's."""
+
+
 class EpochOrder(NamedTuple):
     """The order in which one epoch sees the pairs."""
 
@@ -84,17 +88,12 @@ class TrainingData:
         self._order: EpochOrder | None = None
         self._held: tuple[int, ...] = ()
         self._batch_size = fitting.batch_size(batch_size, len(pairs))
-        self._ridges: dict[bool, tuple[LinearMap, np.ndarray]] = {}
+        self._ridges: dict[bool | None, tuple[LinearMap, np.ndarray]] = {}
 
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches; the photos of a short last batch take part in other epochs."""
         return len(self._pairs) // self._batch_size
-
-    @property
-    def has_paired_texts(self) -> bool:
-        """Whether each photo is paired with a text of its own, also in validation."""
-        return self._pairs.paired_texts is not None
 
     def batches(self, step: int, stop: int) -> Iterator[Batch]:
         """The batches of steps `step` to `stop`, read one ahead if the steps leave a processor core for it."""
@@ -160,22 +159,39 @@ class TrainingData:
             return None
         return self.inputs.texts(own if self._pairs.paired_texts is None else self._pairs.paired_texts[chosen])
 
-    def ridge(self, model: Fusion) -> tuple[LinearMap, np.ndarray]:
-        """The start of the linear path of a new model's head, and the validation photos that it maps.
+    def start_as_late_fusion(self, model: Fusion, linear: nn.Linear) -> None:
+        """Set the ridge regression of the photo and the weight of the paired text, both chosen by validation.
 
-        The ridge regression from what that path sees to the photos' texts; validation picks its strength.
+        `linear` is the linear path of a new model. Everything else starts at zero, so the model's output for a photo is
+        known without running it.
         """
-        if model.fuses_first:
-            return self._fit(model)
-        maps_queries = model.shape.maps_queries
-        if maps_queries not in self._ridges:  # otherwise, new models differ only in this
-            self._ridges[maps_queries] = self._fit(model)
-        return self._ridges[maps_queries]
+        best, mapped = self._ridge(model)
+        paired = self._validation.paired_texts
+        with torch.no_grad():
+            linear.weight.copy_(torch.from_numpy(best.weight))
+            linear.bias.copy_(torch.from_numpy(best.bias))
+            if model.shape.pooled_text and paired is not None:
+                photos, texts = unit_rows(mapped), model.eval().text_map(self.inputs.vectors(paired)).cpu().numpy()
+                weights = {one: self._search_score(unit_rows(photos + one * texts), model) for one in _TEXT_WEIGHTS}
+                model.text_weight.fill_(max(weights, key=weights.__getitem__))
 
-    def _fit(self, model: Fusion) -> tuple[LinearMap, np.ndarray]:
-        training, validation = self._linear_features(self._pairs, model), self._linear_features(self._validation, model)
-        best = fit_ridge(training, self.text_means, lambda fit: self.search(unit_rows(fit(validation)), model.eval()))
-        return best, best(validation)
+    def _ridge(self, model: Fusion) -> tuple[LinearMap, np.ndarray]:
+        """The ridge regression from what a model's linear path sees to the photos' texts, and the validation photos.
+
+        Validation picks its strength.
+        """
+        known = None if model.fuses_first else model.shape.maps_queries  # where all else that is new is equal
+        if known is None or known not in self._ridges:
+            training, validation = (self._linear_features(of, model) for of in (self._pairs, self._validation))
+            best = fit_ridge(
+                training, self._text_means, lambda fit: self._search_score(unit_rows(fit(validation)), model.eval())
+            )
+            self._ridges[known] = best, best(validation)
+        return self._ridges[known]
+
+    def _search_score(self, photos: np.ndarray, model: Fusion) -> float:
+        """The main metric of a search over unit vectors of the validation photos."""
+        return self._search.validate_gallery(photos, model)
 
     def _linear_features(self, pairs: Pairs, model: Fusion) -> np.ndarray:
         model.eval()
@@ -188,31 +204,17 @@ class TrainingData:
         return in_blocks(features, len(pairs))
 
     @cached_property
-    def text_means(self) -> np.ndarray:
-        """Mean of the unit vectors of each training photo's texts."""
+    def _text_means(self) -> np.ndarray:
         return mean_text_vectors(self._pairs, self.inputs.text)
 
-    def paired_text_vectors(self, model: Fusion) -> np.ndarray:
-        """What a model adds to the validation photos for their paired texts, [n, d]."""
-        assert self._validation.paired_texts is not None
-        with torch.inference_mode():
-            return np.asarray(model.eval().text_map(self.inputs.vectors(self._validation.paired_texts)).cpu())
-
-    def validate(self, model: Fusion) -> float:
-        """The main metric of the run's own protocol on the validation pairs."""
-        return self._protocol.validate(model)
-
-    def search(self, photos: np.ndarray, model: Fusion) -> float:
-        """The main metric of a search over unit vectors of the validation photos."""
-        return self._search.validate_gallery(photos, model)
-
     @cached_property
-    def _protocol(self) -> Protocol:
+    def protocol(self) -> Protocol:
+        """The run's own protocol on the validation pairs."""
         return load_protocol(own_protocol(self.inputs.spec))(Setting(self.inputs, self._validation))
 
     @cached_property
     def _search(self) -> SearchProtocol:
-        return self._protocol.validation_search()
+        return self.protocol.validation_search()
 
 
 class Objective(nn.Module):

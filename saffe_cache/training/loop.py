@@ -26,16 +26,12 @@ from saffe_cache.core.tensors import write_tensors
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.fusion.layers import parameter_groups
 from saffe_cache.inputs.spec import RunSpec
-from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.retrieval.fitting import adamw, update, warmed_cosine
 from saffe_cache.training.batches import Batch, Objective, TrainingData
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.runs import build_fusion
 
 logger = logging.getLogger(__name__)
-
-_TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
-"""Candidates for the starting weight of the paired text's vector, relative to the photo's."""
 
 
 @dataclass(kw_only=True)
@@ -142,28 +138,12 @@ def start(config: TrainConfig, spec: RunSpec, data: TrainingData, *, resumes: bo
     sees_text = spec.gallery_text != "null" or spec.fuses_pairs
     model.freeze_unused(null_only=not sees_text)
     if config.start == "ridge" and model.linear_start is not None and not resumes:
-        _start_as_late_fusion(model, model.linear_start, data)
+        data.start_as_late_fusion(model, model.linear_start)
     objective = Objective(spec, data.inputs.texts).to(config.device)
     rates = config.learning_rate, config.weight_decay
     groups = [*parameter_groups(model, *rates), *parameter_groups(objective, *rates)]
     optimizer = adamw(groups, config.learning_rate, betas=(0.9, 0.98), fused=True)  # one pass over the weights, not 12
     return TrainingState(model=model, objective=objective, optimizer=optimizer)
-
-
-def _start_as_late_fusion(model: Fusion, linear: torch.nn.Linear, data: TrainingData) -> None:
-    """Set the ridge regression of the photo and the weight of the paired text, both chosen by validation.
-
-    Everything else starts at zero, so the model's output for a photo is known without running it.
-    """
-    best, mapped = data.ridge(model)
-    with torch.no_grad():
-        linear.weight.copy_(torch.from_numpy(best.weight))
-        linear.bias.copy_(torch.from_numpy(best.bias))
-    if model.shape.pooled_text and data.has_paired_texts:
-        photos, texts = unit_rows(mapped), data.paired_text_vectors(model)
-        weight = max(_TEXT_WEIGHTS, key=lambda weight: data.search(unit_rows(photos + weight * texts), model))
-        with torch.no_grad():
-            model.text_weight.fill_(weight)
 
 
 class Training:
@@ -242,7 +222,7 @@ def _step(config: TrainConfig, state: TrainingState, batch: Batch, total: int) -
 def _finish_epoch(state: TrainingState, data: TrainingData, log: Log, out: Path, loss: float | None) -> None:
     """Validate, and save the weights if they are the best so far. Epoch 0 is before the first step."""
     epoch = state.step // data.steps_per_epoch
-    score = data.validate(state.model.eval())
+    score = data.protocol.validate(state.model.eval())
     if score > state.best_score:
         state.best_score, state.best_epoch = score, epoch
         write_tensors(out / "model.safetensors", state.model.state_dict())
