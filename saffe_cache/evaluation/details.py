@@ -215,17 +215,14 @@ def show_classes(section: Section, details: Details, ranked: list[str]) -> None:
 
 
 def _precision_recall(details: Details, shown: list[str]) -> CurvePlot:
-    curves = [
-        Curve(_label(name), (100 * RECALLS).tolist(), (100 * of.precision.mean(axis=0)).tolist())
-        for name in shown
-        if (of := details.systems[name].classes)
-    ]
+    found = {name: of for name in shown if (of := details.systems[name].classes)}
+    means = {name: (100 * of.precision.mean(axis=0)).tolist() for name, of in found.items()}
     return CurvePlot(
         name="precision-recall",
         caption="Precision over recall, mean over classes; interpolated for this drawing only (map is not).",
         x_label="recall, percent",
         y_label="precision, percent",
-        curves=curves,
+        curves=[Curve(_label(name), (100 * RECALLS).tolist(), mean) for name, mean in means.items()],
         y_limits=(0, 103),
     )
 

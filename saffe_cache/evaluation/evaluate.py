@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,13 +51,11 @@ _SENSITIVITY_PHOTOS = 256
 _FLOPS_BATCH = 8
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A finished run, loaded."""
+class _Run(NamedTuple):
+    """A finished run, loaded; `permuted` is the control that was trained on permuted pairs."""
 
     model: Fusion
     permuted: Fusion | None
-    """The control that was trained on permuted pairs."""
     result: TrainResult
     training: Pairs
     validation: Pairs
@@ -189,10 +188,10 @@ def _warnings(config: EvaluateConfig, protocol: Protocol) -> list[str]:
 
 def _write_index(config: EvaluateConfig, protocol: Protocol, model: Fusion, out: Path) -> Index:
     """Write the index, and compare it with a flat one on the split's own queries."""
-    setting = protocol.setting
+    setting, recall = protocol.setting, {}
     vectors, ids = setting.gallery(model, setting.honest()), setting.pairs.ids
     index = build_index(vectors, ids, setting.seed, config.index)
-    bytes_per_vector, recall = round(save_index(index, out) / len(vectors)), {}
+    bytes_per_vector = round(save_index(index, out) / len(vectors))
     if config.index != "flat":
         queries = vectors if protocol.queries is None else setting.queries(model, protocol.queries)
         flat = build_index(vectors, ids, setting.seed)

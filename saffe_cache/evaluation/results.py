@@ -47,6 +47,10 @@ class Difference:
     low: float
     high: float
 
+    def points(self) -> str:
+        """In signed percentage points, in a sentence."""
+        return Estimate(value=self.mean, low=self.low, high=self.high).points()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
@@ -192,29 +196,25 @@ class EvaluationResult(Result):
             note = f"{'holds' if control.passed else 'FAILED'}: {control.sentence.partition(': ')[2]}"
             add(self.control_scores[name], f"control: {name}", note, "control" if control.passed else "failed")
         add(fam, "FAM", "this run", "fam")
-        ranked = self.ranked_baselines()
-        for name in [*ranked, *(name for name in self.systems if name not in (FAM, *ranked))]:
-            add(self.systems[name], name, "baseline", "baseline")
+        for name in dict.fromkeys([*self.ranked_baselines(), *self.systems]):
+            if name != FAM:
+                add(self.systems[name], name, "baseline", "baseline")
         return Table("Percent, with 95 % bootstrap intervals over photos.", ("", *names), tuple(rows))
 
     def _texts(self) -> list[str]:
         """What does not fit a table: differences, sensitivity, duplicates, the index, absent systems."""
         found = []
         for name, of in self.differences.items():
-            parts = [
-                f"{metric} {100 * one.mean:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
-                for metric, one in of.items()
-            ]
-            found.append(f"FAM minus {name}, the best baseline, by paired bootstrap over photos: {', '.join(parts)}.")
+            parts = ", ".join(f"{metric} {one.points()}" for metric, one in of.items())
+            found.append(f"FAM minus {name}, the best baseline, by paired bootstrap over photos: {parts}.")
         moves = ", ".join(f"{part.removeprefix('to_')} {value:.2f}" for part, value in self.sensitivity.items())
         shared = ", ".join(f"{count} {name}" for name, count in self.duplicates.items())
         found.append(f"How far the fused vector moves with another input, 0 to 2: {moves}.")
         found.append(f"Shared with training: {shared}.")
         if self.index.recall:
             shares = " and ".join(f"{percent(share)} % of the first {k}" for k, share in self.index.recall.items())
-            found.append(
-                f"Index {self.index.kind} finds {shares} that a flat index finds; the numbers above are exact."
-            )
+            kind = self.index.kind
+            found.append(f"Index {kind} finds {shares} that a flat index finds; the numbers above are exact.")
         return [*found, *(f"{name} is absent: {why}." for name, why in self.absent.items())]
 
     def _origin(self, config: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -232,13 +232,11 @@ class EvaluationResult(Result):
 
     def _dots(self) -> DotPlot:
         """The main metric of every system."""
-        main, dots = self.main_metric, [_dot("FAM", self.main(), "fam")]
+        main = self.main_metric
+        shown = [name for name, control in self.controls.items() if control.metric == main]
+        dots = [_dot("FAM", self.main(), "fam")]
         dots += [_dot(system, self.main(system), "baseline") for system in self.ranked_baselines()]
-        dots += [
-            _dot(name, self.control_scores[name][main], "control")
-            for name, control in self.controls.items()
-            if control.metric == main
-        ]
+        dots += [_dot(name, self.control_scores[name][main], "control") for name in shown]
         return DotPlot(
             name="systems",
             caption=f"{main} of the FAM, baselines and controls, with 95 % intervals. Across: chance.",
