@@ -140,7 +140,9 @@ def _guarded(prog: str, action: Callable[[], int]) -> int:
         print(f"{prog}: {_plain(what)}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not _lacks_memory(error):
+        from saffe_cache.core.devices import is_out_of_memory
+
+        if not (isinstance(error, MemoryError) or is_out_of_memory(error) or "can't start new thread" in str(error)):
             raise
         what = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"{prog}: out of memory: {what}. Free some, and run the same command again.", file=sys.stderr)
@@ -170,12 +172,6 @@ def _sigterm_raised() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _lacks_memory(error: MemoryError | RuntimeError) -> bool:
-    from saffe_cache.core.devices import is_out_of_memory
-
-    return isinstance(error, MemoryError) or is_out_of_memory(error) or "can't start new thread" in str(error)
 
 
 def _explained(error: OSError) -> str:

@@ -81,7 +81,8 @@ def typed(hint: Any, name: str, value: Any, ignores_unknown: bool = False) -> An
     else:
         fits = type(value) is hint and (hint is not int or abs(value) <= _LARGEST)
     if not fits:
-        raise ValueError(f"{name}: {value!r:.60}, expected {_description(hint)}")
+        kinds = {tuple: "a list", Mapping: "an object", Literal: " or ".join(map(repr, parts))}
+        raise ValueError(f"{name}: {value!r:.60}, expected {kinds.get(origin) or hint.__name__}")
     return float(value) if hint is float else value
 
 
@@ -90,10 +91,3 @@ def _hints(kind: type) -> dict[str, Any]:
     """Types of a dataclass's fields, without its class variables."""
     hints = get_type_hints(kind)
     return {one.name: hints[one.name] for one in fields(kind)} if is_dataclass(kind) else hints
-
-
-def _description(hint: Any) -> str:
-    origin = get_origin(hint)
-    if origin is Literal:
-        return " or ".join(map(repr, get_args(hint)))
-    return "a list" if origin is tuple else "an object" if origin is Mapping else str(hint.__name__)

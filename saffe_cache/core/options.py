@@ -84,7 +84,9 @@ def add_options(parser: argparse.ArgumentParser, config_class: type[Any]) -> Non
     helps, options = attribute_docstrings(config_class), _options_of(config_class)
     groups: dict[str | None, Any] = {None: parser}
     for option in options:
-        title = _group(config_class, option.name)
+        declaring = next(one for one in reversed(config_class.__mro__) if option.name in inspect.get_annotations(one))
+        inherited = (inspect.getdoc(declaring) or "").split("\n")[0].rstrip(".")
+        title = None if declaring is config_class else inherited
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         option.add_to(groups[title], helps.get(option.name, ""))
@@ -124,12 +126,6 @@ def attribute_docstrings(config_class: type) -> dict[str, str]:
                     case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                         found[name] = inspect.cleandoc(text).replace("\n", " ")
     return found
-
-
-def _group(config_class: type, name: str) -> str | None:
-    """Title of the group of an option; None for a config's own."""
-    declaring = next(one for one in reversed(config_class.__mro__) if name in inspect.get_annotations(one))
-    return None if declaring is config_class else (inspect.getdoc(declaring) or "").split("\n")[0].rstrip(".")
 
 
 def _options_of(config_class: type[Any]) -> list[_Option]:
@@ -221,16 +217,13 @@ def _from_file(config_class: type, path: Path) -> dict[str, Any]:
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_toml_key(key)} = {_toml_value(one)}" for key, one in value.items()) + "}"
+        keys = {key: key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key) for key in value}
+        return "{" + ", ".join(f"{keys[key]} = {_toml_value(one)}" for key, one in value.items()) + "}"
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
     if isinstance(value, (str, Path)):
         return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def _toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
 
 
 def _metavar(kind: Any) -> str:

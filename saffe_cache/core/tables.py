@@ -50,7 +50,7 @@ class Table:
     def text_columns(self) -> list[bool]:
         """Whether each column after the headings holds texts, which are aligned on the left, and not numbers."""
         columns = range(len(self.header) - 1)
-        return [not all(_is_number(row.cells[place]) for row in self.rows) for place in columns]
+        return [not all(_NUMBER.fullmatch(row.cells[place].text) for row in self.rows) for place in columns]
 
     def to_text(self, width: int = WIDTH) -> str:
         """Aligned columns below the caption, in blocks that fit the width; long notes of headings stand below them."""
@@ -124,6 +124,7 @@ def wrapped(text: str, bullet: str = "", hang: int = 0) -> list[str]:
     return textwrap.wrap(printable(text), WIDTH, initial_indent=bullet, subsequent_indent=" " * (len(bullet) + hang))
 
 
+_NUMBER = re.compile(r"|–|[-+±]?[\d.,]+ ?[%\w]{0,3}")
 _LONGEST_NOTE = 24
 """Characters of a heading's note that still stands in its row."""
 
@@ -157,10 +158,6 @@ class _Column:
 
 _HEADING_WIDTH = 10
 """Characters of a line of a heading over narrow cells."""
-
-
-def _is_number(cell: Cell) -> bool:
-    return bool(re.fullmatch(r"|–|[-+±]?[\d.,]+ ?[%\w]{0,3}", cell.text))
 
 
 def _column(name: str, cells: Sequence[Cell], is_text: bool) -> _Column:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, ClassVar
@@ -118,7 +119,7 @@ def fit_epochs(
         judges_start: whether the start, epoch 0, is judged too and may be the best.
         patience: stop after this many epochs without a better score; None never stops early.
     """
-    best_epoch, best_score, weights = 0, -math.inf, _copied(model)
+    best_epoch, best_score, weights = 0, -math.inf, deepcopy(model.state_dict())
     scores, losses = [], []
     for epoch in range(0 if judges_start else 1, epochs + 1):
         if epoch:
@@ -126,16 +127,12 @@ def fit_epochs(
             losses.append(run_epoch(epoch))
         scores.append(judge(epoch))
         if scores[-1] > best_score:
-            best_epoch, best_score, weights = epoch, scores[-1], _copied(model)
+            best_epoch, best_score, weights = epoch, scores[-1], deepcopy(model.state_dict())
         if patience is not None and epoch - best_epoch >= patience:
             break
     model.load_state_dict(weights)
     model.eval()
     return Fitted(best_epoch, best_score, tuple(scores), tuple(losses))
-
-
-def _copied(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 class _Mlp(nn.Module):
@@ -217,14 +214,9 @@ def fit_mlp(
 
     so that epoch 0, which is judged too, is the text alone.
 
-    Args:
-        features: [n, in].
-        texts: unit vectors of the distinct texts, [m, d].
-        positives: for each photo, rows of `texts`; at least one.
-        paired_texts: unit vectors of the text that is paired with each photo in the gallery, [n, d]; it should not be
-            among the photo's own positives.
-        dropouts: of inputs and inner layer, tried in turn.
-        seed: of starting weights, order and dropout.
+    `features` are [n, in], `texts` unit vectors of the distinct texts [m, d], `positives` the rows of each photo's
+    texts, at least one. `paired_texts` are unit vectors of the text that is paired with each photo in the gallery,
+    [n, d]; it should not be among the photo's own positives.
     """
     data = _Data(_tensor(features), _tensor(texts), positives, None if paired_texts is None else _tensor(paired_texts))
     return max((_train(data, judge, dropout, epochs, seed) for dropout in dropouts), key=lambda scored: scored[0])[1]

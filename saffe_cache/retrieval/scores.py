@@ -1,16 +1,5 @@
 """Scores of rankings by unit vectors or by scores of pairs, with chance and intervals. Pure numpy.
 
-| function | queries and gallery |
-|---|---|
-| `caption_scores` (M2) | captions search photos, one of which is relevant to each, and photos search captions |
-| `text_scores` | each text searches a gallery in which several items may be relevant to it |
-| `class_scores` (M1) | each class text searches its photos; top-1 accuracy (M5) is what the SAFFE release calls mAP |
-| `candidate_scores` (P2) | the same by a score of each photo with each class, of models that look at both at once |
-| `image_scores` (M4) | each photo searches the other photos of its classes |
-
-Mean average precision of a class over photos is also M3, the multi-label classification metric, where it is not
-interpolated: it is `map` of `class_scores`.
-
 All take `intervals`, whether to compute 95 % bootstrap intervals, and `seed`, of the order of ties and the bootstrap.
 Galleries and photos are vectors [n, d] of unit length; of queries [m, d] only the directions count; `labels` are the
 classes of each photo; `units` int [m] are the photos whose queries are drawn together in the bootstrap. ValueError is
@@ -85,7 +74,7 @@ Scores = dict[str, Score]
 def caption_scores(
     photos: np.ndarray, captions: np.ndarray, owners: np.ndarray, *, intervals: bool = True, seed: int = 0
 ) -> Scores:
-    """Both directions of caption retrieval; mAP = MRR, as one photo is relevant to a caption.
+    """Both directions of caption retrieval (M2); mAP = MRR, as one photo is relevant to a caption.
 
     `owners` int [m] says which photo each caption describes; each photo owns at least one.
     """
@@ -123,10 +112,11 @@ def rank_scores(ranks: Ragged, units: np.ndarray, num_gallery: int, *, intervals
 def class_scores(
     photos: np.ndarray, classes: np.ndarray, labels: Ragged, *, intervals: bool = True, seed: int = 0
 ) -> Scores:
-    """Class names search photos. Classes without a photo are no queries; top1 has them as wrong answers.
+    """Class names search photos (M1). Classes without a photo are no queries; top1 has them as wrong answers.
 
-    The interval of map resamples the gallery, for which it needs each whole ranking: it is None where photos
-    times classes exceed 2e7.
+    `top1` (M5) is what the SAFFE release calls mAP. `map`, the mean over classes, is also M3, the multi-label
+    classification metric, where it is not interpolated. Its interval resamples the gallery, for which it needs each
+    whole ranking: it is None where photos times classes exceed 2e7.
     """
     scores = InnerProducts(photos, classes)
     return _class_map_scores(scores, labels, intervals, seed) | _label_scores("labels", scores, labels, intervals, seed)
@@ -135,7 +125,7 @@ def class_scores(
 def candidate_scores(
     scores: np.ndarray, labels: Ragged, *, prior: np.ndarray | None = None, intervals: bool = True, seed: int = 0
 ) -> Scores:
-    """Every class is a candidate for every photo, by a score s(photo, class) of any kind.
+    """Every class is a candidate for every photo, by a score s(photo, class) of models that look at both at once (P2).
 
     Metrics have the names and definitions of `class_scores`, so that both fit one table. Differences of less than
     1e-6 count as ties, in which probabilities near 0 and 1 would drown: give a classifier's log-odds

@@ -139,7 +139,10 @@ class TrainingData:
         own = columns[texts.offsets[:-1] + (draws * texts.lengths).astype(np.int64)]
         on_device = (torch.from_numpy(of_batch).to(self.inputs.device) for of_batch in (positives, own))
         states, mask = self.inputs.photos(self._pairs.rows[chosen])
-        paired = self._paired_texts(chosen, distinct[own])
+        paired = None
+        if self.inputs.spec.gallery_text != "null":
+            of_photos = self._pairs.paired_texts
+            paired = self.inputs.texts(distinct[own] if of_photos is None else of_photos[chosen])
         return Batch(states, mask, paired, distinct, self.inputs.vectors(distinct), *on_device)
 
     def _hold(self, order: EpochOrder, here: slice) -> None:
@@ -153,11 +156,6 @@ class TrainingData:
             paired = [] if self._pairs.paired_texts is None else [self._pairs.paired_texts[pairs]]
             texts = self._pairs.texts.take(pairs).values
             self.inputs.hold(self._pairs.rows[pairs], np.unique(np.concatenate([texts, *paired])))
-
-    def _paired_texts(self, chosen: np.ndarray, own: np.ndarray) -> Texts | None:
-        if self.inputs.spec.gallery_text == "null":
-            return None
-        return self.inputs.texts(own if self._pairs.paired_texts is None else self._pairs.paired_texts[chosen])
 
     def start_as_late_fusion(self, model: Fusion, linear: nn.Linear) -> None:
         """Set the ridge regression of the photo and the weight of the paired text, both chosen by validation.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from saffe_cache.core.figures import Curve, TrainingPlot
 from saffe_cache.core.json_schema import made_of
@@ -81,22 +81,16 @@ class TrainResult(Result):
         weights = ", ".join(f"{name}={weight}" for name, weight in losses.items())
         section.facts.append(("objective", weights or "default"))
         logs = {"run": read_log(folder / LOG), "control: permuted pairs": read_log(folder / PERMUTED / LOG)}
-        curves = [
-            [one for name, log in logs.items() if (one := _curve(name, log, column, factor)).xs]
-            for column, factor in (("loss", 1), ("validation_score", 100))
-        ]
         if logs["run"]:
-            section.figures.append(
-                TrainingPlot(
-                    name="training",
-                    caption="Training curves. Dotted: the epoch that is kept. The control was trained on permuted "
-                    "pairs.",
-                    score_label=f"validation {self.validation_score}, percent",
-                    losses=curves[0],
-                    scores=curves[1],
-                    best_epoch=self.best_epoch,
-                )
+            plot = TrainingPlot(
+                name="training",
+                caption="Training curves. Dotted: the epoch that is kept. The control was trained on permuted pairs.",
+                score_label=f"validation {self.validation_score}, percent",
+                losses=_curves(logs, "loss", 1),
+                scores=_curves(logs, "validation_score", 100),
+                best_epoch=self.best_epoch,
             )
+            section.figures.append(plot)
         return [section]
 
 
@@ -107,17 +101,17 @@ def read_log(path: Path) -> list[LogLine]:
         ValueError: a line is damaged.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return [_log_line(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.endswith("}")]
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found += [made_of(LogLine, json.loads(line), ignores_unknown=True)] if line.endswith("}") else []
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: damaged ({error}). Train again.") from None
+    return found
 
 
-def _log_line(where: str, line: str) -> LogLine:
-    try:
-        content: Any = json.loads(line)
-        return made_of(LogLine, content, ignores_unknown=True)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: damaged ({error}). Train again.") from None
-
-
-def _curve(name: str, log: Sequence[LogLine], column: str, factor: float) -> Curve:
-    known = [(line.epoch, factor * getattr(line, column)) for line in log if getattr(line, column) is not None]
-    return Curve(name, [epoch for epoch, _ in known], [value for _, value in known])
+def _curves(logs: Mapping[str, Sequence[LogLine]], column: str, factor: float) -> list[Curve]:
+    """A column over the epochs, for each log that has it."""
+    values = {name: {line.epoch: getattr(line, column) for line in log} for name, log in logs.items()}
+    known = {name: {epoch: factor * one for epoch, one in of.items() if one is not None} for name, of in values.items()}
+    return [Curve(name, list(of), list(of.values())) for name, of in known.items() if of]
