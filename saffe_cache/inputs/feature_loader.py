@@ -8,8 +8,8 @@
 | `streamed` | compressed or behind a URL; the shards of two windows of photos are in memory | if all are too large |
 
 A window is what a streamed training shuffles at a time: a few random shards of photos. While training uses one window,
-the next one is fetched and decompressed. Hidden states are kept and copied in their storage type, half or a quarter of a
-float32's bytes, and become float32 on the device.
+the next one is fetched and decompressed. Hidden states are kept and copied in their storage type, half or a quarter of
+a float32's bytes, and become float32 on the device.
 """
 
 from __future__ import annotations
