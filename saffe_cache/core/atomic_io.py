@@ -94,7 +94,10 @@ def hold_folder(folder: Path) -> Iterator[None]:
     file = _lock(path)
     _held[path.parent] = file
     try:
-        _sign(file)
+        with suppress(OSError):  # on a full disk nobody is named
+            os.truncate(file.fileno(), 0)
+            holder = f"host {socket.gethostname()}, process {os.getpid()}"
+            os.write(file.fileno(), b"\n" * _HOLDER_START + holder.encode())
         yield
     finally:
         _held.pop(path.parent, None)
@@ -133,14 +136,6 @@ def _unlock(path: Path, file: IO[bytes]) -> None:
             path.unlink()
         elif _is_at(path, file):
             path.unlink()
-
-
-def _sign(file: IO[bytes]) -> None:
-    """Write who holds the lock, for others to read; on a full disk nobody is named."""
-    holder = f"host {socket.gethostname()}, process {os.getpid()}".encode()
-    with suppress(OSError):
-        os.truncate(file.fileno(), 0)
-        os.write(file.fileno(), b"\n" * _HOLDER_START + holder)
 
 
 @contextmanager

@@ -23,7 +23,6 @@ from saffe_cache.inputs.pairs import Pairs, in_one_space, mean_text_vectors
 from saffe_cache.protocols.base import Protocol, SearchProtocol
 from saffe_cache.protocols.setting import Answered, Answers, ClassScores, Setting
 from saffe_cache.retrieval.baselines import (
-    LabelPropagation,
     LinearMap,
     fit_class_means,
     fit_linear_probe,
@@ -116,10 +115,9 @@ class Material:
 
     def fit_ridge(self, training: np.ndarray, validation: np.ndarray) -> LinearMap:
         """From photos' features, or the texts that they are fused with, to the mean of their texts' vectors."""
+        means = mean_text_vectors(self.training, self.text)
         return fit_ridge(
-            training,
-            mean_text_vectors(self.training, self.text),
-            lambda fit: self.validate(unit_rows(fit(validation)), self.validation_queries),
+            training, means, lambda fit: self.validate(unit_rows(fit(validation)), self.validation_queries)
         )
 
     @cached_property
@@ -144,8 +142,7 @@ class Material:
 
     def validate_classes(self, scores: np.ndarray) -> float:
         """The validation score of scores [photos, classes]."""
-        scored = candidate_scores(scores, self.validation.labels, intervals=False)
-        return scored[self.protocol.main_metric].value
+        return candidate_scores(scores, self.validation.labels, intervals=False)[self.protocol.main_metric].value
 
     def training_labels(self) -> tuple[np.ndarray, np.ndarray, int]:
         """Features and class of each training photo with one class, and how many classes there are.
@@ -205,10 +202,8 @@ def _zlap(of: Material) -> Answers:
     images = [unit_rows(features) if one is None else one for features, one in zip(of.features, own, strict=True)]
     similar = [unit_rows(of.ridge(features)) @ classes for features in of.features]
 
-    def validate(fit: LabelPropagation) -> float:
-        return of.validate_classes(fit.scores(images[1], similar[1]))
-
-    return ClassScores(fit_zlap(images[0], similar[0], validate).scores(images[2], similar[2]))
+    fit = fit_zlap(images[0], similar[0], lambda fit: of.validate_classes(fit.scores(images[1], similar[1])))
+    return ClassScores(fit.scores(images[2], similar[2]))
 
 
 def _text_only_linear(of: Material) -> Answers:
@@ -288,17 +283,14 @@ def fit_baselines(of: Material, choice: BaselineChoice = "all") -> tuple[dict[st
     """
     found, absent = {}, {}
     for name in of.protocol.baselines:
-        is_required = name in of.protocol.required_baselines
-        if not is_required and (choice == "none" or (choice == "linear" and BASELINES[name].is_slow)):
-            continue
-        try:
-            answers = BASELINES[name].fit(of)
-        except AbsentError as reason:
-            if str(reason):
+        is_chosen = choice == "all" or (choice == "linear" and not BASELINES[name].is_slow)
+        if is_chosen or name in of.protocol.required_baselines:
+            try:
+                answers = BASELINES[name].fit(of)
+                found[name] = Answered(of.protocol.score(answers), answers)
+            except AbsentError as reason:
                 absent[name] = str(reason)
-        else:
-            found[name] = Answered(of.protocol.score(answers), answers)
-    return found, absent
+    return found, {name: reason for name, reason in absent.items() if reason}
 
 
 def left_out(training: Pairs, fitted: Collection[str]) -> list[str]:

@@ -87,7 +87,7 @@ class Fusion(nn.Module):
 
     learning: ClassVar[Mapping[str, Learning]] = {"text_weight": Learning(20.0, decays=False)}
     idle_with_null: ClassVar[tuple[str, ...]] = ()
-    """Prefixes of the names of parameters that get no gradient if only null text is fused."""
+    """Parts of the names of parameters that get no gradient if only null text is fused."""
 
     match_head: nn.Module
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.options import OptionGroup, require
 from saffe_cache.fusion.options import FusionShape, ObjectiveOptions
 from saffe_cache.fusion.registry import GalleryText
@@ -62,8 +60,3 @@ class RunSpec(SplitOptions, ObjectiveOptions):
     def sees_null(self) -> bool:
         """Whether training pairs photos with the null text."""
         return self.gallery_text == "null" or self.text_dropout > 0
-
-    @staticmethod
-    def from_json(content: Mapping[str, Any]) -> RunSpec:
-        """Raise TypeError or ValueError if a field is missing, unknown, out of range or of another kind."""
-        return made_of(RunSpec, content)

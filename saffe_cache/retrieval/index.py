@@ -86,9 +86,8 @@ class RetrievalIndex:
 
 def require_size(kind: IndexKind, num_vectors: int) -> None:
     """Raise ValueError if the gallery is too small for what the kind of index has to learn from it."""
-    least = _FEWEST_CLUSTERS.get(kind, 0) * _LEAST_PER_CLUSTER
+    least, found = _FEWEST_CLUSTERS.get(kind, 0) * _LEAST_PER_CLUSTER, f"index {kind}: {num_vectors} vectors"
     if num_vectors < least:
-        found = f"index {kind}: {num_vectors} vectors"
         raise ValueError(f"{found}, it learns its clusters from {least} or more. Use flat or hnsw.")
 
 
@@ -137,12 +136,8 @@ def _empty_index(kind: IndexKind, num_vectors: int, width: int, seed: int) -> An
 
 def recall_of_index(index: RetrievalIndex, exact: RetrievalIndex, queries: np.ndarray, k: int) -> float:
     """Share of an exact index's first k that another finds among its own first k, mean over queries."""
-    found = [
-        np.isin(of_query, expected).mean()
-        for blocks in zip(index.rank(queries, k), exact.rank(queries, k), strict=True)
-        for of_query, expected in zip(*blocks, strict=True)
-    ]
-    return float(np.mean(found))
+    found, expected = (np.concatenate(list(one.rank(queries, k))) for one in (index, exact))
+    return float(np.mean([np.isin(*of_query).mean() for of_query in zip(found, expected, strict=True)]))
 
 
 def save_index(index: RetrievalIndex, folder: Path) -> int:

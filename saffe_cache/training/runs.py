@@ -16,6 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.outputs import CONFIG, RESULT, read_json
 from saffe_cache.fusion.base import Blocks, Fusion
 from saffe_cache.inputs.spec import RunSpec
@@ -53,7 +54,7 @@ def load_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, TrainR
             f"--run {run_dir}: no finished run there (result.json is missing). Run saffe train --out {run_dir}."
         )
     try:
-        spec = RunSpec.from_json(read_json(folder / CONFIG)["run"])
+        spec = made_of(RunSpec, read_json(folder / CONFIG)["run"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"--run {run_dir}: config.json is damaged or of another version ({error}). Train again."

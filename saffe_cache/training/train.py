@@ -14,7 +14,7 @@ from saffe_cache.core.devices import choose_device, peak_memory_mb
 from saffe_cache.core.options import require
 from saffe_cache.core.outputs import CONFIG, RESULT, is_begun, provenance, write_json
 from saffe_cache.inputs.feature_loader import FeatureLoader, choose_residency, window_shards
-from saffe_cache.inputs.pairs import Pairs, data_fingerprint, training_pairs
+from saffe_cache.inputs.pairs import Pairs, Parts, data_fingerprint, training_pairs
 from saffe_cache.inputs.spec import Residency, RunSpec
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.store.reader import Cache, open_cache
@@ -85,10 +85,7 @@ class _Plan:
     device: str
     """The resolved --device."""
     residency: Residency
-    training: Pairs
-    validation: Pairs
-    num_shared: int
-    """Photos of the train split that belong to other splits too."""
+    parts: Parts
 
     @property
     def out(self) -> Path:
@@ -112,18 +109,18 @@ def same_batches(config: TrainConfig, spec: RunSpec) -> tuple[object, ...]:
 
 def _plan(config: TrainConfig, cache: Cache) -> _Plan:
     spec = resolve_run(config, cache)
-    training, validation, num_shared = training_pairs(spec, cache)
+    parts = training_pairs(spec, cache)
     device = choose_device(config.device)
     residency = choose_residency(config.residency, cache, spec, device)
     window = window_shards(cache, spec) if residency == "streamed" else None
-    spec = replace(spec, shuffled_shards=window, data=data_fingerprint(cache, spec, training, validation))
-    return _Plan(config, cache, spec, device, residency, training, validation, num_shared)
+    spec = replace(spec, shuffled_shards=window, data=data_fingerprint(cache, spec, parts.training, parts.validation))
+    return _Plan(config, cache, spec, device, residency, parts)
 
 
 def _train_group(plans: Sequence[_Plan]) -> None:
     """Train the runs, then their controls on permuted pairs, each side by side."""
     first, seed = plans[0], plans[0].spec.seed
-    training, validation = first.training, first.validation
+    training, validation, _ = first.parts
     for plan in plans:
         _tell(plan)
         write_json(plan.out / CONFIG, plan.content)
@@ -164,10 +161,10 @@ def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int], control_se
         best_validation_score=state.best_score,
         validation_score=score_name,
         trainable_parameters=num_trainable,
-        train_photos=len(plan.training),
-        validation_photos=len(plan.validation),
-        unusable_items=plan.training.num_unusable,
-        photos_shared_with_other_splits=plan.num_shared,
+        train_photos=len(plan.parts.training),
+        validation_photos=len(plan.parts.validation),
+        unusable_items=plan.parts.training.num_unusable,
+        photos_shared_with_other_splits=plan.parts.num_shared,
         steps=state.step,
         photos_seen=seen[0],
         texts_seen=seen[1],
@@ -196,9 +193,10 @@ def _tell(plan: _Plan) -> None:
         *(spec.shape.fusion, spec.shape.head, place, _names(spec.gallery_layers), spec.gallery_key),
         *(f" and {_names(spec.text_layers)} of the text" if spec.text_layers else "", spec.pairs, spec.text_key),
     )
+    training, validation, num_shared = plan.parts
     logger.info(
         "%d items to train on, %d to validate on (%s); skipped %d unusable ones and %d that are in other splits too.",
-        *(len(plan.training), len(plan.validation), spec.validation, plan.training.num_unusable, plan.num_shared),
+        *(len(training), len(validation), spec.validation, training.num_unusable, num_shared),
     )
 
 
