@@ -12,7 +12,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NoReturn
 
 import saffe_cache
@@ -82,7 +81,7 @@ def _parser(*, with_options: bool) -> argparse.ArgumentParser:
     return parser
 
 
-def _run_verb(name: str, prog: str, arguments: Sequence[str] | None = None) -> int:
+def _run_verb(name: str, prog: str, arguments: Sequence[str] | None) -> int:
     verb = VERBS[name]
     config = parse_config(verb.load_config(), arguments, prog)
 
@@ -99,10 +98,19 @@ def _run_verb(name: str, prog: str, arguments: Sequence[str] | None = None) -> i
     return _guarded(prog, run)
 
 
-extract_command = partial(_run_verb, "extract", "saffe-extract")
-train_command = partial(_run_verb, "train", "saffe-train-fam")
-evaluate_command = partial(_run_verb, "evaluate", "saffe-index-eval")
-"""Commands of their own for three verbs: functions of the arguments, sys.argv's by default."""
+def extract_command(arguments: Sequence[str] | None = None) -> int:
+    """`saffe-extract`, the same as `saffe extract`."""
+    return _run_verb("extract", "saffe-extract", arguments)
+
+
+def train_command(arguments: Sequence[str] | None = None) -> int:
+    """`saffe-train-fam`, the same as `saffe train`."""
+    return _run_verb("train", "saffe-train-fam", arguments)
+
+
+def evaluate_command(arguments: Sequence[str] | None = None) -> int:
+    """`saffe-index-eval`, the same as `saffe evaluate`."""
+    return _run_verb("evaluate", "saffe-index-eval", arguments)
 
 
 class _PlainText(logging.Formatter):

@@ -104,7 +104,7 @@ def _protocol(config: EvaluateConfig, inputs: FeatureLoader, run: _Run, name: st
     if config.leak_true_text:
         require(kind.can_leak, "leak_true_text", f"--protocol {name}", "one that searches photos with null text")
         setting = setting.with_true_texts()
-    return kind.from_options(setting, asdict(config))
+    return kind(setting, **{option: getattr(config, option) for option in kind.options})
 
 
 def _result(
@@ -207,7 +207,7 @@ def run_controls(
     levels = protocol.control_levels(model, permuted, measured, baselines)
     verdicts = {}
     for name, scores in measured.items():
-        metric = protocol.control_metric(name)
+        metric = protocol.control_metrics.get(name, protocol.main_metric)
         level = levels.get(name) or Level(scores[metric].chance, scores[metric].error)
         verdicts[name] = Control.at_most(name, metric, scores[metric].value, *level)
     return verdicts, measured

@@ -13,7 +13,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple, Self
+from types import MappingProxyType
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -65,6 +66,10 @@ class Protocol(ABC):
     """Whether photos are fused with the texts that search for them."""
     shows_photos_alone: ClassVar[bool] = True
     """Whether the gallery holds photos with null text."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """Options of an evaluation that it is made with."""
+    control_metrics: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """The metrics that verdicts on controls rest on, where it is not the main one."""
     shows_classes: ClassVar[bool] = False
     """Whether every class ranks all photos, so that details have curves and confusion of classes."""
 
@@ -78,11 +83,6 @@ class Protocol(ABC):
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-
-    @classmethod
-    def from_options(cls, setting: Setting, options: Mapping[str, Any]) -> Self:
-        """With the options of an evaluation that are this protocol's own."""
-        return cls(setting)
 
     # What a run and a split have to offer
 
@@ -184,10 +184,6 @@ class Protocol(ABC):
         if self.class_names and len(np.unique(self.setting.pairs.labels.values)) < LEAST_CLASSES:
             return f"with fewer than {LEAST_CLASSES} classes, names dealt at random are often right"
         return None
-
-    def control_metric(self, control: str) -> str:
-        """The metric that a control's verdict rests on."""
-        return self.main_metric
 
     def control_levels(
         self, model: Fusion, permuted: Fusion | None, measured: Mapping[str, Scores], baselines: Mapping[str, Scores]

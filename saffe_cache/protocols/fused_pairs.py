@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -186,19 +185,16 @@ class RerankProtocol(Protocol):
     )
     baselines = ("ridge", "mlp", "zero_shot", "pooled_cosine")
     fuses_pairs = True
+    options = ("rerank_k", "rerank_queries")
     queries: Queries
 
-    def __init__(self, setting: Setting, k: int = 16, most_queries: int = 500) -> None:
+    def __init__(self, setting: Setting, rerank_k: int = 16, rerank_queries: int = 500) -> None:
         super().__init__(setting)
         self.first_stage = _first_stage(setting.pairs.kind)(setting)
-        self.queries = self.first_stage.queries.sample(most_queries, setting.seed)
+        self.queries = self.first_stage.queries.sample(rerank_queries, setting.seed)
         self.class_names = self.first_stage.class_names
         self.num_shuffles = NUM_SHUFFLES if self.class_names else 0
-        self._k = min(k, len(setting.pairs))
-
-    @classmethod
-    def from_options(cls, setting: Setting, options: Mapping[str, Any]) -> Self:
-        return cls(setting, options["rerank_k"], options["rerank_queries"])
+        self._k = min(rerank_k, len(setting.pairs))
 
     @classmethod
     def select(cls, cache: Cache, spec: RunSpec, split: str) -> Pairs:

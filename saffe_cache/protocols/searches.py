@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 
@@ -42,6 +43,8 @@ class ClassProtocol(SearchProtocol):
     rankings = ("classes", "labels")
     baselines = CLASS_BASELINES
     can_leak = True
+    # the same query for all classes ranks one class first, which AP sees; which class is nearest stays open
+    control_metrics = MappingProxyType({"queries_constant": "top1"})
     shows_classes = True
 
     def __init__(self, setting: Setting) -> None:
@@ -74,10 +77,6 @@ class ClassProtocol(SearchProtocol):
         scores = candidate_scores(answers.values, self.setting.pairs.labels, seed=self.setting.seed)
         names = self.metric_names(self.setting.cache, self.setting.spec)
         return {name: score for name, score in scores.items() if name in names}
-
-    def control_metric(self, control: str) -> str:
-        # the same query for all classes ranks one class first, which AP sees; which class is nearest stays open
-        return "top1" if control == "queries_constant" else self.main_metric
 
     def dealt(self, model: Fusion) -> tuple[float, float]:
         gallery = self.setting.gallery(model, self.setting.honest())
