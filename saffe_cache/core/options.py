@@ -25,7 +25,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from saffe_cache.core.json_schema import typed
 
@@ -98,9 +98,14 @@ def add_options(parser: argparse.ArgumentParser, config_class: type[Any]) -> Non
 
 
 def require(holds: bool, option: str, found: Any, expected: str) -> None:
-    """Raise ValueError if it does not hold, with the option, what was found and what is expected."""
+    """Refuse an option if it does not hold."""
     if not holds:
-        raise ValueError(f"--{option.replace('_', '-')}: found {found}, expected {expected}.")
+        refuse(option, found, expected)
+
+
+def refuse(option: str, found: Any, expected: str) -> NoReturn:
+    """Raise ValueError with the option, what was found and what is expected."""
+    raise ValueError(f"--{option.replace('_', '-')}: found {found}, expected {expected}.")
 
 
 def require_seed(option: str, seed: int) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from saffe_cache.core.devices import available_memory
-from saffe_cache.core.options import require
+from saffe_cache.core.options import refuse
 from saffe_cache.fusion.base import Fusion, Texts
 from saffe_cache.fusion.heads import summarize
 from saffe_cache.fusion.layers import Mask
@@ -114,11 +114,10 @@ def choose_residency(requested: Residency | Literal["auto"], cache: Cache, spec:
         ValueError: device is requested on a CPU, or mapped for shards that are compressed or behind a URL.
     """
     can_map = all(encoder.array(name).is_mapped for encoder, name in _arrays(cache, spec))
-    require(requested != "device" or device != "cpu", "residency", "device on a CPU", "memory or mapped")
-    require(
-        requested != "mapped" or can_map,
-        *("residency", "mapped, of shards that are compressed or behind a URL", "memory or streamed"),
-    )
+    if requested == "device" and device == "cpu":
+        refuse("residency", "device on a CPU", "memory or mapped")
+    if requested == "mapped" and not can_map:
+        refuse("residency", "mapped, of shards that are compressed or behind a URL", "memory or streamed")
     if requested != "auto":
         return requested
     needed = sum(len(encoder.array(name)) * encoder.array(name).row_bytes for encoder, name in _arrays(cache, spec))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from saffe_cache.core.features import MODALITIES, IndexConvention
-from saffe_cache.core.options import OptionGroup, require, require_keys, require_seed
+from saffe_cache.core.options import OptionGroup, refuse, require, require_keys, require_seed
 from saffe_cache.fusion.options import ModelOptions, ObjectiveOptions
 from saffe_cache.fusion.registry import GalleryText
 from saffe_cache.inputs.spec import PairKind, Residency, SplitOptions
@@ -120,7 +120,5 @@ class TrainConfig(
 
     def check(self) -> None:
         """Raise ValueError if text layers are given to a fusion that takes no text tokens."""
-        has_text = "text" in self.layers
-        require(
-            not has_text or self.entry.blocks != "none", "layers", "text=…", f"no text: {self.fusion} takes no tokens"
-        )
+        if "text" in self.layers and self.entry.blocks == "none":
+            refuse("layers", "text=…", f"no text: {self.fusion} takes no tokens")

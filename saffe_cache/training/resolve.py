@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 from saffe_cache.core.features import CacheError, hidden_states_index
-from saffe_cache.core.options import require
+from saffe_cache.core.options import refuse
 from saffe_cache.fusion.options import FusionShape, ModelOptions, ObjectiveOptions
 from saffe_cache.fusion.registry import FUSIONS, OBJECTIVES, GalleryText
 from saffe_cache.inputs.pairs import VALIDATION_SPLITS, gallery_modality, pair_kind
-from saffe_cache.inputs.spec import PairKind, RunSpec, SplitOptions
+from saffe_cache.inputs.spec import RunSpec, SplitOptions
 from saffe_cache.store.reader import Cache, EncoderCache
 from saffe_cache.training.config import TrainConfig
 
@@ -31,7 +31,6 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
     if validation == "auto":
         present = set(cache.table.splits)
         validation = next((name for name in VALIDATION_SPLITS if name in present), "heldout")
-    kind: PairKind = pair_kind(cache.table) if config.pairs == "auto" else config.pairs
     gallery_text = config.gallery_text or config.entry.gallery_text
     objective = dict(config.objective or config.entry.objective)
     spec = RunSpec(
@@ -41,7 +40,7 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
         text_key=text.key,
         gallery_layers=layers.gallery,
         text_layers=layers.text,
-        pairs=kind,
+        pairs=pair_kind(cache.table) if config.pairs == "auto" else config.pairs,
         seed=config.seed if config.data_seed is None else config.data_seed,
         shape=_shape(config, gallery, text, layers, gallery_text, objective),
         gallery_text=gallery_text,
@@ -56,8 +55,7 @@ def _options(config: TrainConfig, group: type[SplitOptions | ObjectiveOptions | 
     return {one.name: getattr(config, one.name) for one in fields(group)}
 
 
-@dataclass(frozen=True)
-class _Layers:
+class _Layers(NamedTuple):
     """The hidden states that a run reads, and the number of blocks that it runs from there."""
 
     gallery: tuple[int, ...]
@@ -109,46 +107,33 @@ def _check_supported(config: TrainConfig) -> None:
         "pooled_text": bool(config.pooled_text),
     }
     for option, is_given in given.items():
-        known = option in config.entry.options
-        require(known or not is_given, option, getattr(config, option), f"nothing: {config.fusion} has no such option")
+        if is_given and option not in config.entry.options:
+            refuse(option, getattr(config, option), f"nothing: {config.fusion} has no such option")
 
 
 def _check_together(spec: RunSpec) -> None:
     """Raise ValueError if two options exclude each other."""
-    shape, entry = spec.shape, spec.shape.entry
+    shape, entry, has_text = spec.shape, spec.shape.entry, spec.gallery_text != "null"
     over_pairs = ", ".join(name for name in spec.objective if OBJECTIVES[name].fuses_pairs)
-    has_text = spec.gallery_text != "null"
-    require(
-        shape.takes_text or not over_pairs,
-        *("objective", over_pairs, f"no objective over fused pairs: {shape.fusion} takes no text"),
-    )
-    require(
-        spec.pairs == "classes" or not spec.trains_only_pairs,
-        *("objective", f"{over_pairs} alone", "info_nce=1 too: captions search with null text before pairs are scored"),
-    )
-    require(
-        spec.pairs == "captions" or spec.gallery_text != "first_caption",
-        *("gallery_text", "first_caption with classes", "null: a class paired with the photo is the answer itself"),
-    )
-    require(
-        not shape.pooled_text or has_text or bool(over_pairs), "pooled_text", "yes", "no: no text is fused in training"
-    )
-    require(
-        entry.without_text is None or has_text or any(name in spec.objective for name in entry.text_objectives),
-        *(
-            "fusion",
-            f"{shape.fusion} with null text",
-            f"--gallery-text first_caption, or --fusion {entry.without_text}",
-        ),
-    )
-    varies = entry.has_decoder and shape.query_side == "text"
-    require(shape.head != "flatten" or not varies, "head", "flatten", "attention or mean: texts differ in length")
-    require(
-        shape.head == "attention" or entry.text_in_head != "always",
-        *("head", shape.head, f"attention: {shape.fusion} shows the text to that head's MLP"),
-    )
-    dropout = spec.text_dropout
-    require(has_text or dropout == 0, "text_dropout", dropout, "0: no text is paired with the photos")
+    if over_pairs and not shape.takes_text:
+        refuse("objective", over_pairs, f"no objective over fused pairs: {shape.fusion} takes no text")
+    if spec.pairs == "captions" and spec.trains_only_pairs:
+        before = "info_nce=1 too: captions search with null text before pairs are scored"
+        refuse("objective", f"{over_pairs} alone", before)
+    if spec.pairs == "classes" and spec.gallery_text == "first_caption":
+        answer = "null: a class paired with the photo is the answer itself"
+        refuse("gallery_text", "first_caption with classes", answer)
+    if not has_text and not over_pairs and shape.pooled_text:
+        refuse("pooled_text", "yes", "no: no text is fused in training")
+    if entry.without_text and not has_text and not any(name in spec.objective for name in entry.text_objectives):
+        others = f"--gallery-text first_caption, or --fusion {entry.without_text}"
+        refuse("fusion", f"{shape.fusion} with null text", others)
+    if shape.head == "flatten" and entry.has_decoder and shape.query_side == "text":
+        refuse("head", "flatten", "attention or mean: texts differ in length")
+    if shape.head != "attention" and entry.text_in_head == "always":
+        refuse("head", shape.head, f"attention: {shape.fusion} shows the text to that head's MLP")
+    if not has_text and spec.text_dropout:
+        refuse("text_dropout", spec.text_dropout, "0: no text is paired with the photos")
 
 
 def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCache) -> _Layers:
@@ -188,8 +173,9 @@ def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCach
             default = [layer for layer in (begins, depth) if layer in gallery.layers]
             layers = _layers_of(config, gallery, gallery.layers, default)
             num_blocks = min(depth - layers[0], text.manifest.num_layers - first)
-            expected = "layers followed by two blocks or more: with one, nothing passes between the encoders"
-            require(num_blocks > 1, "layers", f"image={layers[0]} and text={first}", expected)
+            if num_blocks < 2:
+                expected = "layers followed by two blocks or more: with one, nothing passes between the encoders"
+                refuse("layers", f"image={layers[0]} and text={first}", expected)
             _check_blocks(config, gallery, layers[0], num_blocks)
             return _Layers(layers, (first,), num_blocks)
 
@@ -243,7 +229,8 @@ def _first_layer(config: TrainConfig, text: EncoderCache) -> int:
     """The layer that the text encoder continues from: the given one, or the first cached one of its upper half."""
     half, depth = text.manifest.num_layers // 2, text.manifest.num_layers
     chosen = _layers_of(config, text, text.block_layers, [layer for layer in text.block_layers if layer >= half][:1])
-    require(len(chosen) == 1, "layers", f"text={','.join(map(str, chosen))}", "one: the text encoder continues from it")
+    if len(chosen) != 1:
+        refuse("layers", f"text={','.join(map(str, chosen))}", "one: the text encoder continues from it")
     _check_blocks(config, text, chosen[0], depth - chosen[0])
     return chosen[0]
 
