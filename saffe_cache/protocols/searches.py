@@ -15,7 +15,7 @@ from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.base import NULL_GALLERY, NUM_SHUFFLES, Level, Protocol, SearchProtocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Answered, Answers, Arrangement, ClassScores, Queries, Setting, Vectors
-from saffe_cache.retrieval.metrics import metrics_of
+from saffe_cache.retrieval.metrics import average_precision_of_ranks, metrics_of
 from saffe_cache.retrieval.ranking import members, top_k
 from saffe_cache.retrieval.scores import (
     Scores,
@@ -92,20 +92,16 @@ def dealt_map(scores: np.ndarray, labels: Ragged, *, deals: int = 200, seed: int
     """
     num_photos, num_classes = scores.shape
     of_classes = members(labels, num_classes)
-    present = np.flatnonzero(of_classes.lengths)
-    sizes = of_classes.lengths[present]
-    owners, starts = np.repeat(present, sizes), np.cumsum(sizes) - sizes
-    counts = 1 + np.arange(len(owners)) - np.repeat(starts, sizes)
+    of_present = of_classes.take(np.flatnonzero(of_classes.lengths))
     ranks_of = np.empty(num_photos, np.int64)
-    precision = np.empty((num_classes, len(present)))  # of each ranking, for each class that it may stand for
+    precision = np.empty((num_classes, len(of_present)))  # of each ranking, for each class that it may stand for
     for ranking in range(num_classes):
         ranks_of[top_k(scores[:, ranking][None], num_photos, seed=seed)[0]] = np.arange(1, num_photos + 1)
-        ranks = ranks_of[of_classes.values]
-        ranks = ranks[np.lexsort((ranks, owners))]
-        precision[ranking] = np.add.reduceat(counts / ranks, starts) / sizes
+        ranks = Ragged.from_rows(np.sort(ranks_of[photos]) for photos in of_present)
+        precision[ranking] = average_precision_of_ranks(ranks)
     generator = np.random.default_rng(seed)
-    columns = np.arange(len(present))
-    drawn = [precision[generator.permutation(num_classes)[: len(present)], columns].mean() for _ in range(deals)]
+    columns = np.arange(len(of_present))
+    drawn = [precision[generator.permutation(num_classes)[: len(columns)], columns].mean() for _ in range(deals)]
     return float(np.mean(drawn)), float(np.std(drawn))
 
 
