@@ -22,8 +22,7 @@ from saffe_cache.fusion.base import Blocks, Fused, Pairing, Texts
 from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.fusion.decoders import CrossAttention, PaperDecoder, ReuseDecoder
 from saffe_cache.fusion.fam import FusionAlignModule
-from saffe_cache.fusion.heads import summarize
-from saffe_cache.fusion.layers import parameter_groups
+from saffe_cache.fusion.layers import parameter_groups, summarize
 from saffe_cache.fusion.options import FusionShape
 from saffe_cache.fusion.registry import FUSIONS
 

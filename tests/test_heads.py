@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import rand
 
-from saffe_cache.fusion.heads import AttentionHead, FlattenHead, MatchHead, MeanHead, masked_mean, summarize
+from saffe_cache.fusion.layers import AttentionHead, FlattenHead, MatchHead, MeanHead, masked_mean, summarize
 
 Tensors = Sequence[torch.Tensor]
 MASK = torch.tensor([[True] * 6, [True] * 3 + [False] * 3, [True] + [False] * 5])

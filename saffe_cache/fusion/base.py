@@ -13,8 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from saffe_cache.core.features import BlockWeights
-from saffe_cache.fusion.heads import TextMap, summarize
-from saffe_cache.fusion.layers import Learning, Mask, States
+from saffe_cache.fusion.layers import Learning, Mask, States, TextMap, summarize
 from saffe_cache.fusion.options import FusionShape
 
 

@@ -11,8 +11,7 @@ from torch.nn import functional
 from saffe_cache.core.features import LibraryBlockSpec
 from saffe_cache.fusion.base import ROW_BY_ROW, Blocks, Fused, Fusion, Pairing, Texts, gathered
 from saffe_cache.fusion.decoders import OpaqueDecoder, PaperDecoder, ReuseDecoder
-from saffe_cache.fusion.heads import AttentionHead, FlattenHead, MatchHead, MeanHead, summarize
-from saffe_cache.fusion.layers import Learning, Mask, States
+from saffe_cache.fusion.layers import AttentionHead, FlattenHead, Learning, Mask, MatchHead, MeanHead, States, summarize
 from saffe_cache.fusion.options import FusionShape
 from saffe_cache.fusion.reference import ReferenceDecoder
 

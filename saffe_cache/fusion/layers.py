@@ -1,4 +1,4 @@
-"""Building blocks of fusions: dropout, sums over normed tokens, and learning rates of parameters.
+"""Building blocks of fusions: dropout, sums over normed tokens, learning rates of parameters, and heads.
 
 Sums over normed tokens are computed without the normed tokens. A layer norm without gain and bias is s (x - mean(x)),
 with a scale s of each token. Subtracting the mean commutes with sums over tokens, and can be left to the other factor
@@ -8,12 +8,14 @@ of a product with a vector:
 
 So pooling normed tokens reads the tokens as they are and never allocates a second array of their size: not in the
 forward pass and, since cached tokens take no gradient, not in the backward pass.
+
+A head makes one vector, [batch, out], of the tokens of P layers; a `TextMap` maps a text's own vector into its space.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -140,3 +142,173 @@ def identity_linear(size: int) -> nn.Linear:
     nn.init.eye_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+def summarize(states: States, mask: Mask, *, has_class_token: bool = True) -> torch.Tensor:
+    """First token and mean of the other tokens of each layer, each token normed: [batch, 2 P d].
+
+    Without a class token, the mean of all tokens: [batch, P d]. The linear baselines and the attention head's linear
+    path see this.
+    """
+    weights = [summary_weights(state, mask, has_class_token=has_class_token) for state in states]
+    sums = [NormedTokens(state).sums(one).flatten(1) for state, one in zip(states, weights, strict=True)]
+    return torch.cat(sums, dim=-1)
+
+
+def masked_mean(values: torch.Tensor, mask: Mask) -> torch.Tensor:
+    """Mean over tokens that the mask keeps; zero where it keeps none."""
+    if mask is None:
+        return values.mean(dim=1)
+    return (values * mean_weights(values, mask).transpose(1, 2)).sum(dim=1)
+
+
+class AttentionHead(nn.Module):
+    """Learned queries pool the tokens of each layer; an MLP on the pooled vectors corrects a linear map.
+
+    A learned query q needs no key projection: (K x) . q = x . (K^T q), so K is folded into it. Values are
+    projected after pooling, which is the same by linearity. Both save a d x d product for every token, and
+    the head then costs little more than reading the tokens: three times, normed nowhere.
+
+        z = linear(summary) + mlp(norm([pooled; summary; extra]))
+
+    The MLP starts at zero, and `linear` may be started from the ridge regression: the head then is
+    that regression before it is trained.
+
+    392 P d + 1,026 f + 1,024 + (s + 1,026) k parameters by default: P layers of width d, a summary of s, of which the
+    MLP sees f = 384 P + s + extra_size, and results of width k.
+    """
+
+    learning: ClassVar = {"pool_queries": Learning(2.5, decays=False)}
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_layers: int,
+        output_size: int,
+        *,
+        summary_size: int,
+        extra_size: int = 0,
+        num_heads: int = 8,
+        head_size: int = 48,
+        mlp_size: int = 1024,
+        dropout: float = 0.5,
+        has_class_token: bool = True,
+    ) -> None:
+        """Pool tokens of width `hidden_size` of `num_layers` = P layers.
+
+        Args:
+            summary_size: width of what `summarize` returns.
+            extra_size: width of a vector that the MLP sees besides the tokens; 0 for none.
+            num_heads: learned queries for each layer.
+            head_size: width of what each of them pools.
+            dropout: of the summary and in the MLP.
+        """
+        super().__init__()
+        self.has_class_token = has_class_token
+        self.pool_queries = nn.Parameter(torch.randn(num_layers, hidden_size, num_heads) * 0.02)
+        self.pool_values = nn.Parameter(torch.randn(num_layers, num_heads, hidden_size, head_size) * hidden_size**-0.5)
+        feature_size = num_layers * num_heads * head_size + summary_size + extra_size
+        self.norm = nn.LayerNorm(feature_size)
+        inner, last = nn.Linear(feature_size, mlp_size), zero_linear(mlp_size, output_size)
+        self.mlp = nn.Sequential(Dropout(dropout), inner, nn.GELU(), Dropout(dropout), last)
+        self.linear = nn.Linear(summary_size, output_size)
+        self.dropout = Dropout(dropout)
+
+    def forward(
+        self, states: States, mask: Mask, summary: torch.Tensor | None = None, extra: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`summary` [batch, summary_size]: of other tokens than those that are pooled. `extra` [batch, extra_size]."""
+        pooled, summaries = [], []
+        for state, queries, values in zip(states, self.pool_queries.unbind(), self.pool_values.unbind(), strict=True):
+            summary_part = None
+            if summary is None:
+                summary_part = summary_weights(state, mask, has_class_token=self.has_class_token)
+            sums = _pool(state, mask, queries, summary_part)
+            pooled.append(torch.einsum("bhd,hdv->bhv", sums[:, : len(values)], values).flatten(1))
+            summaries.append(sums[:, len(values) :].flatten(1))
+        summary = torch.cat(summaries, dim=-1) if summary is None else summary
+        seen = [*pooled, summary] if extra is None else [*pooled, summary, extra]
+        return self.linear(self.dropout(summary)) + self.mlp(self.norm(torch.cat(seen, dim=-1)))  # type: ignore[no-any-return]
+
+
+def _pool(state: torch.Tensor, mask: Mask, queries: torch.Tensor, summary: torch.Tensor | None) -> torch.Tensor:
+    """What each of `queries` [d, heads] pools from a layer, [batch, heads, d].
+
+    With `summary`, weights [batch, n, tokens], the n sums with these weights follow: [batch, heads + n, d].
+    """
+    tokens = NormedTokens(state)
+    scores = tokens.products(queries)
+    if mask is not None:
+        scores = scores.masked_fill(~mask.unsqueeze(1), torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1)
+    return tokens.sums(weights if summary is None else torch.cat([weights, summary], dim=1))
+
+
+class MeanHead(nn.Module):
+    """Mean of the tokens of each layer, then one linear map."""
+
+    def __init__(self, hidden_size: int, num_layers: int, output_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(num_layers * hidden_size, output_size)
+
+    def forward(self, states: States, mask: Mask) -> torch.Tensor:
+        return self.linear(torch.cat([masked_mean(state, mask) for state in states], dim=-1))  # type: ignore[no-any-return]
+
+
+class FlattenHead(nn.Module):
+    """All tokens of all layers, concatenated, enter one linear map: the SAFFE paper's head.
+
+    For reproduction: on Flickr8k it overfits at once and loses to a ridge regression on two pooled vectors.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_layers: int, num_tokens: int, output_size: int, *, has_relu: bool = False
+    ) -> None:
+        """`has_relu`: as in the release; cosines to targets of both signs then cannot exceed about 0.7."""
+        super().__init__()
+        self.linear = nn.Linear(num_layers * num_tokens * hidden_size, output_size)
+        self.has_relu = has_relu
+
+    def forward(self, states: States, mask: Mask) -> torch.Tensor:
+        assert mask is None, "a flattened layer needs a fixed number of tokens"
+        vectors: torch.Tensor = self.linear(torch.cat(list(states), dim=1).flatten(1))
+        return functional.relu(vectors) + 1e-9 if self.has_relu else vectors  # a dead row keeps a direction
+
+
+class MatchHead(nn.Module):
+    """Do this photo and this text belong together? One logit, from the fused tokens and the agreement of both vectors.
+
+    Separate from the head that retrieval uses, as in ALBEF (Li et al. 2021), so that matching does not harm retrieval:
+    no gradient passes to the two vectors.
+    """
+
+    def __init__(self, hidden_size: int, num_layers: int, output_size: int, inner_size: int = 512) -> None:
+        super().__init__()
+        inner = nn.Linear(num_layers * hidden_size + output_size, inner_size)
+        self.mlp = nn.Sequential(inner, nn.GELU(), nn.Linear(inner_size, 1))
+
+    def forward(self, states: States, mask: Mask, vectors: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """Logits [batch] of fused `states`, their unit vectors and the unit vectors of the texts as queries."""
+        pooled = [NormedTokens(state).sums(mean_weights(state, mask)).flatten(1) for state in states]
+        agreement = (vectors * queries).detach() * queries.shape[-1] ** 0.5
+        return self.mlp(torch.cat([*pooled, agreement], dim=-1)).squeeze(-1)  # type: ignore[no-any-return]
+
+
+class TextMap(nn.Module):
+    """Maps the text encoder's vector into the shared space: starts as the identity, learns a small correction.
+
+    k² + 1,026 k + 512 parameters for vectors of width k.
+    """
+
+    learning: ClassVar = {"*": Learning(0.15, decays=False)}
+
+    def __init__(self, size: int, dropout: float, inner_size: int = 512) -> None:
+        super().__init__()
+        self.linear = identity_linear(size)
+        inner = nn.Linear(size, inner_size)
+        self.mlp = nn.Sequential(inner, nn.GELU(), Dropout(dropout), zero_linear(inner_size, size))
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """`vectors` [batch, size] of any length; only their direction counts."""
+        unit = functional.normalize(vectors, dim=-1)
+        return self.linear(unit) + self.mlp(unit * unit.shape[-1] ** 0.5)  # type: ignore[no-any-return]

@@ -23,8 +23,7 @@ import torch
 from saffe_cache.core.devices import available_memory
 from saffe_cache.core.options import refuse
 from saffe_cache.fusion.base import Fusion, Texts
-from saffe_cache.fusion.heads import summarize
-from saffe_cache.fusion.layers import Mask
+from saffe_cache.fusion.layers import Mask, summarize
 from saffe_cache.inputs.spec import Residency, RunSpec
 from saffe_cache.store.dtypes import numbers_of
 from saffe_cache.store.reader import Cache, EncoderCache

@@ -9,7 +9,6 @@ from torch import nn
 
 from saffe_cache.fusion.base import Blocks, Fused, Texts
 from saffe_cache.fusion.block import EncoderBlock
-from saffe_cache.fusion.heads import masked_mean
 from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked
 from saffe_cache.fusion.layers import Mask, States, zero_linear
 from saffe_cache.fusion.library_block import make_block

@@ -17,8 +17,16 @@ from torch import nn
 from torch.nn import functional
 
 from saffe_cache.fusion.base import ROW_BY_ROW, Blocks, Fused, Fusion, Pairing, Texts, gathered
-from saffe_cache.fusion.heads import MatchHead, summarize
-from saffe_cache.fusion.layers import Dropout, Mask, NormedTokens, States, summary_weights, zero_linear
+from saffe_cache.fusion.layers import (
+    Dropout,
+    Mask,
+    MatchHead,
+    NormedTokens,
+    States,
+    summarize,
+    summary_weights,
+    zero_linear,
+)
 from saffe_cache.fusion.options import FusionShape
 
 

@@ -7,9 +7,8 @@ from torch import nn
 from torch.nn import functional
 
 from saffe_cache.fusion.base import Blocks, Texts
-from saffe_cache.fusion.heads import masked_mean
 from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked
-from saffe_cache.fusion.layers import Mask, States, zero_linear
+from saffe_cache.fusion.layers import Mask, States, masked_mean, zero_linear
 from saffe_cache.fusion.library_block import make_block
 from saffe_cache.fusion.options import FusionShape
 

@@ -7,7 +7,6 @@ from torch import nn
 
 from saffe_cache.fusion.base import Blocks, Texts
 from saffe_cache.fusion.block import EncoderBlock
-from saffe_cache.fusion.heads import summarize
 from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked
 from saffe_cache.fusion.layers import Mask, States, zero_linear
 from saffe_cache.fusion.library_block import LibraryBlock, make_block
