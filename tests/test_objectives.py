@@ -15,6 +15,7 @@ from torch.nn import functional
 from saffe_cache.fusion.base import Fused, Fusion
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.losses import (
+    Batch,
     SigmoidScale,
     Temperature,
     draw_negatives,
@@ -28,7 +29,7 @@ from saffe_cache.fusion.options import ObjectiveOptions
 from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import training_pairs
 from saffe_cache.store.reader import open_cache
-from saffe_cache.training.batches import Batch, Objective, TrainingData
+from saffe_cache.training.batches import Objective, TrainingData
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.runs import build_fusion

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from synthetic_cache import WIDTH, make_cache
 
+from saffe_cache.fusion.losses import Batch
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge
 from saffe_cache.training import batches
 from saffe_cache.training import loop as fitting
-from saffe_cache.training.batches import Batch, TrainingData
+from saffe_cache.training.batches import TrainingData
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.train import train, train_many
 

@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn import functional
 
 from saffe_cache.core.features import Ragged
-from saffe_cache.fusion.base import Fused
-from saffe_cache.fusion.layers import Learning
+from saffe_cache.fusion.base import Fused, Texts
+from saffe_cache.fusion.layers import Learning, Mask, States
 from saffe_cache.fusion.options import ObjectiveOptions
 
 
@@ -158,19 +158,31 @@ class Temperature(nn.Module):
         return self.log.exp()
 
 
+class Batch(NamedTuple):
+    """The data of one step."""
+
+    states: States
+    mask: Mask
+    paired_texts: Texts | None
+    """The texts that are paired with the photos; None for null text."""
+    text_rows: np.ndarray
+    """int64 [texts]: the batch's distinct texts."""
+    vectors: torch.Tensor
+    """The text encoder's own vectors of these texts, [texts, d]."""
+    positives: torch.Tensor
+    """bool [photos, texts]: which texts describe which photo."""
+    own: torch.Tensor
+    """int64 [photos]: one text of each photo, drawn at random; the paired one if texts are matched."""
+
+
 class Contrast(NamedTuple):
     """What an objective sees of one batch."""
 
+    batch: Batch
     photos: torch.Tensor
     """Unit vectors [n, d] of the photos, each with its paired text or the null text."""
     queries: torch.Tensor
     """Unit vectors [m, d] of the batch's distinct texts."""
-    positives: torch.Tensor
-    """bool [n, m]: which texts describe which photo."""
-    own: torch.Tensor
-    """int64 [n]: one text of each photo."""
-    text_vectors: torch.Tensor
-    """The text encoder's own vectors of the texts, [m, d]."""
     fuse: Callable[[torch.Tensor, torch.Tensor], Fused]
     """Fuses photos by row with texts by column, int64 [pairs] each."""
     match: Callable[[Fused, torch.Tensor], torch.Tensor]
@@ -196,8 +208,8 @@ class InfoNce(_Loss):
         super().__init__(options)
         self.temperature = Temperature()
 
-    def forward(self, batch: Contrast) -> torch.Tensor:
-        return info_nce(batch.photos, batch.queries, batch.positives, self.temperature())
+    def forward(self, seen: Contrast) -> torch.Tensor:
+        return info_nce(seen.photos, seen.queries, seen.batch.positives, self.temperature())
 
 
 class Siglip(_Loss):
@@ -207,15 +219,15 @@ class Siglip(_Loss):
         super().__init__(options)
         self.sigmoid = SigmoidScale()
 
-    def forward(self, batch: Contrast) -> torch.Tensor:
-        return siglip(batch.photos, batch.queries, batch.positives, *self.sigmoid())
+    def forward(self, seen: Contrast) -> torch.Tensor:
+        return siglip(seen.photos, seen.queries, seen.batch.positives, *self.sigmoid())
 
 
 class SoftTarget(_Loss):
     """`soft_target` with the text encoder's own vector as the target."""
 
-    def forward(self, batch: Contrast) -> torch.Tensor:
-        return soft_target(batch.photos, functional.normalize(batch.text_vectors[batch.own], dim=-1))
+    def forward(self, seen: Contrast) -> torch.Tensor:
+        return soft_target(seen.photos, functional.normalize(seen.batch.vectors[seen.batch.own], dim=-1))
 
 
 class Pair(_Loss):
@@ -225,29 +237,29 @@ class Pair(_Loss):
         super().__init__(options)
         self.temperature = Temperature()
 
-    def forward(self, batch: Contrast) -> torch.Tensor:
-        chosen, negatives = batch.draw_photos(self._options.pair_photos), self._options.negatives
+    def forward(self, seen: Contrast) -> torch.Tensor:
+        chosen, negatives = seen.draw_photos(self._options.pair_photos), self._options.negatives
         num_hard = (negatives + 1) // 2
-        scores = batch.photos[chosen].detach() @ batch.queries.detach().T
-        wrong = draw_negatives(scores, batch.positives[chosen], num_hard, negatives - num_hard)
-        columns = torch.cat([batch.own[chosen, None], wrong], dim=1)
-        fused = batch.fuse(chosen.repeat_interleave(columns.shape[1]), columns.flatten())
-        agreement = (fused.vectors.float() * batch.queries[columns.flatten()]).sum(dim=-1)
+        scores = seen.photos[chosen].detach() @ seen.queries.detach().T
+        wrong = draw_negatives(scores, seen.batch.positives[chosen], num_hard, negatives - num_hard)
+        columns = torch.cat([seen.batch.own[chosen, None], wrong], dim=1)
+        fused = seen.fuse(chosen.repeat_interleave(columns.shape[1]), columns.flatten())
+        agreement = (fused.vectors.float() * seen.queries[columns.flatten()]).sum(dim=-1)
         return pair_info_nce(agreement.view_as(columns), self.temperature())
 
 
 class Matching(_Loss):
     """`matching` of some photos: each with its own text, with a hard wrong text, and its text with a wrong photo."""
 
-    def forward(self, batch: Contrast) -> torch.Tensor:
-        chosen = batch.draw_photos(self._options.pair_photos)
-        own = batch.own[chosen]
-        scores = batch.photos.detach() @ batch.queries.detach().T
-        wrong_texts = _draw_likely(scores[chosen], batch.positives[chosen])
-        wrong_photos = _draw_likely(scores[:, own].T, batch.positives[:, own].T)
+    def forward(self, seen: Contrast) -> torch.Tensor:
+        chosen = seen.draw_photos(self._options.pair_photos)
+        own = seen.batch.own[chosen]
+        scores = seen.photos.detach() @ seen.queries.detach().T
+        wrong_texts = _draw_likely(scores[chosen], seen.batch.positives[chosen])
+        wrong_photos = _draw_likely(scores[:, own].T, seen.batch.positives[:, own].T)
         texts = torch.cat([own, wrong_texts, own])
-        fused = batch.fuse(torch.cat([chosen, chosen, wrong_photos]), texts)
-        logits = batch.match(fused, batch.queries[texts])
+        fused = seen.fuse(torch.cat([chosen, chosen, wrong_photos]), texts)
+        logits = seen.match(fused, seen.queries[texts])
         return matching(logits.float(), torch.arange(len(texts), device=logits.device) < len(chosen))
 
 

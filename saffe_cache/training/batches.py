@@ -18,7 +18,7 @@ from torch import nn
 
 from saffe_cache.core.devices import num_cores
 from saffe_cache.fusion.base import Fused, Fusion, Pairing, Texts
-from saffe_cache.fusion.losses import Contrast, distinct_positives
+from saffe_cache.fusion.losses import Batch, Contrast, distinct_positives
 from saffe_cache.fusion.options import ObjectiveOptions
 from saffe_cache.fusion.registry import OBJECTIVES
 from saffe_cache.inputs.feature_loader import FeatureLoader, in_blocks
@@ -28,25 +28,6 @@ from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.retrieval import fitting
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
-
-
-class Batch(NamedTuple):
-    """The data of one step."""
-
-    states: list[torch.Tensor]
-    """P times [photos, tokens, d]."""
-    mask: torch.Tensor | None
-    paired_texts: Texts | None
-    """The texts that are paired with the photos; None for null text."""
-    text_rows: np.ndarray
-    """int64 [texts]: the batch's distinct texts."""
-    vectors: torch.Tensor
-    """The text encoder's own vectors of these texts, [texts, d]."""
-    positives: torch.Tensor
-    """bool [photos, texts]: which texts describe which photo."""
-    own: torch.Tensor
-    """int64 [photos]: one text of each photo, drawn at random; the paired one if texts are matched."""
-
 
 _TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
 """Candidates for the starting weight of the paired text's vector, relative to the photo's."""
@@ -238,7 +219,7 @@ class Objective(nn.Module):
         photos = model(batch.states, batch.mask, paired).float()
         queries = model.encode_queries(batch.vectors).float()
         fuse = partial(self._fuse, model, batch)
-        contrast = Contrast(photos, queries, batch.positives, batch.own, batch.vectors, fuse, model.match)
+        contrast = Contrast(batch, photos, queries, fuse, model.match)
         losses = [weight * self.losses[name](contrast) for name, weight in self._options.objective.items()]
         return torch.stack(losses).sum()
 

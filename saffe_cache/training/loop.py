@@ -25,9 +25,10 @@ from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.tensors import write_tensors
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.fusion.layers import parameter_groups
+from saffe_cache.fusion.losses import Batch
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.fitting import adamw, update, warmed_cosine
-from saffe_cache.training.batches import Batch, Objective, TrainingData
+from saffe_cache.training.batches import Objective, TrainingData
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.runs import build_fusion
 

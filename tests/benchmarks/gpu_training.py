@@ -18,10 +18,11 @@ from timing import Candidate, Figure, take_turns
 from training import config_of, released_loops
 
 from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
+from saffe_cache.fusion.losses import Batch
 from saffe_cache.inputs.feature_loader import FeatureLoader, window_shards
 from saffe_cache.inputs.pairs import training_pairs
 from saffe_cache.store.reader import open_cache
-from saffe_cache.training.batches import Batch, TrainingData
+from saffe_cache.training.batches import TrainingData
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.loop import _step, start
 from saffe_cache.training.resolve import resolve_run

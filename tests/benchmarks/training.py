@@ -25,11 +25,11 @@ from saffe_cache.core.devices import choose_device, kept_memory
 from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.extract import extract
 from saffe_cache.fusion.base import Texts
-from saffe_cache.fusion.losses import soft_target
+from saffe_cache.fusion.losses import Batch, soft_target
 from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import training_pairs
 from saffe_cache.store.reader import Cache, open_cache
-from saffe_cache.training.batches import Batch, TrainingData
+from saffe_cache.training.batches import TrainingData
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.loop import _step, start
 from saffe_cache.training.resolve import resolve_run
