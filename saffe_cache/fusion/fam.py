@@ -108,7 +108,7 @@ class FusionAlignModule(Fusion):
             self.null_text.requires_grad_(False)
         if not null_only or not self.freezes_idle:
             return
-        idle = _IDLE_WHERE_GALLERY_ASKS if self.shape.query_side == "gallery" else _IDLE_WHERE_TEXT_ASKS
+        idle = _IDLE[self.shape.query_side]
         for name, parameter in self.named_parameters():
             if any(part in name for part in idle):
                 parameter.requires_grad_(False)
@@ -164,20 +164,18 @@ class FusionAlignModule(Fusion):
 
     def _make_head(self) -> nn.Module:
         shape = self.shape
-        if shape.head == "attention":
-            return AttentionHead(
-                shape.pooled_size,
-                shape.num_layers,
-                shape.text_size,
-                summary_size=shape.summary_size,
-                extra_size=shape.text_size if shape.head_sees_text else 0,
-                dropout=shape.dropout,
-                has_class_token=shape.has_class_token,
-            )
+        pooled = shape.pooled_size, shape.num_layers
         if shape.head == "mean":
-            return MeanHead(shape.pooled_size, shape.num_layers, shape.text_size)
-        sizes = shape.pooled_size, shape.num_layers, shape.num_tokens, shape.text_size
-        return FlattenHead(*sizes, has_relu=self.flatten_relu)
+            return MeanHead(*pooled, shape.text_size)
+        if shape.head == "flatten":
+            return FlattenHead(*pooled, shape.num_tokens, shape.text_size, has_relu=self.flatten_relu)
+        return AttentionHead(
+            *(*pooled, shape.text_size),
+            summary_size=shape.summary_size,
+            extra_size=shape.text_size if shape.head_sees_text else 0,
+            dropout=shape.dropout,
+            has_class_token=shape.has_class_token,
+        )
 
 
 class ReuseFusion(FusionAlignModule):
@@ -200,6 +198,8 @@ class ReferenceFusion(FusionAlignModule):
     flatten_relu = True
 
 
-_IDLE_WHERE_GALLERY_ASKS = ("cross_attention.query", "cross_attention.key.")
-_IDLE_WHERE_TEXT_ASKS = ("self_attention.weights.query", "self_attention.weights.key", "head.pool_queries")
-"""Parts of the names of parameters that get no gradient if only null text is fused."""
+_IDLE = {
+    "gallery": ("cross_attention.query", "cross_attention.key."),
+    "text": ("self_attention.weights.query", "self_attention.weights.key", "head.pool_queries"),
+}
+"""For each side that asks, parts of the names of parameters that get no gradient if only null text is fused."""

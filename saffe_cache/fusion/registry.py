@@ -9,14 +9,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
 BlockUse = Literal["none", "paired", "text", "both"]
 HeadName = Literal["attention", "mean", "flatten"]
 QuerySide = Literal["gallery", "text"]
 GalleryText = Literal["null", "first_caption", "matched"]
-_INFO_NCE: Mapping[str, float] = MappingProxyType({"info_nce": 1.0})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +50,7 @@ class FusionEntry(Entry):
     """Its default --pooled-text where texts are paired with photos."""
     gallery_text: GalleryText = "null"
     """Its default --gallery-text."""
-    objective: Mapping[str, float] = field(default_factory=lambda: _INFO_NCE)
+    objective: Mapping[str, float] = field(default_factory=lambda: {"info_nce": 1.0})
     """Its default --objective."""
     maps_queries: bool = True
     """Whether queries pass a learned map; otherwise they are the text encoder's own vectors."""
@@ -111,7 +109,7 @@ FUSIONS: Mapping[str, FusionEntry] = {
         share_decoder=True,
         pooled_text=False,
         gallery_text="matched",
-        objective=MappingProxyType({"soft_target": 1.0}),
+        objective={"soft_target": 1.0},
         maps_queries=False,
         is_deterministic=False,
     ),
@@ -143,7 +141,7 @@ FUSIONS: Mapping[str, FusionEntry] = {
         summary="One linear map for each encoder into a shared space.",
         options=frozenset(),
         pooled_text=False,
-        objective=MappingProxyType({"siglip": 1.0}),
+        objective={"siglip": 1.0},
     ),
     "mbt": FusionEntry(
         made_by=f"{_KNOWN}.mbt:BottleneckFusion",
@@ -174,7 +172,7 @@ FUSIONS: Mapping[str, FusionEntry] = {
         made_by=f"{_KNOWN}.albef:AlbefFusion",
         summary="Cross-attention in the text encoder's upper blocks, with a matching head (ALBEF).",
         blocks="text",
-        objective=MappingProxyType({"info_nce": 1.0, "matching": 1.0}),
+        objective={"info_nce": 1.0, "matching": 1.0},
     ),
 }
 
