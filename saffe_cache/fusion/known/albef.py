@@ -10,7 +10,7 @@ from torch import nn
 from saffe_cache.fusion.base import Blocks, Fused, Texts
 from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked
-from saffe_cache.fusion.layers import Mask, States, zero_linear
+from saffe_cache.fusion.layers import Mask, States, masked_mean, zero_linear
 from saffe_cache.fusion.library_block import make_block
 from saffe_cache.fusion.options import FusionShape
 

@@ -8,7 +8,7 @@ from torch import nn
 from saffe_cache.fusion.base import Blocks, Texts
 from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked
-from saffe_cache.fusion.layers import Mask, States, zero_linear
+from saffe_cache.fusion.layers import Mask, States, summarize, zero_linear
 from saffe_cache.fusion.library_block import LibraryBlock, make_block
 from saffe_cache.fusion.options import FusionShape
 
