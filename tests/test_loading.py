@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,11 +26,11 @@ from tiny_models import (
     load_tiny,
     run_reference,
 )
-from torch import nn
 
 from saffe_cache.encoders import loading
 from saffe_cache.encoders.encoder import load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
+from saffe_cache.encoders.sentence_transformers import read_repository
 
 Models = Callable[[str], Path]
 every_family = pytest.mark.parametrize("name", CASES)
@@ -146,28 +145,16 @@ def test_sentence_transformers_folder(name: str, mode: str, pooling: str, tiny_m
 
 def sentence_transformers_folder(model: Path, to: Path, kinds: list[str], *modes: str) -> Path:
     folder = copied(model, to)
-    modules = [{"idx": i, "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(kinds)]
+    modules = [
+        {"idx": i, "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
+        for i, kind in enumerate(kinds)
+    ]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").mkdir()
     known = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
     config: dict[str, Any] = {f"pooling_mode_{mode}": mode in modes for mode in known}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **config}))
     return folder
-
-
-@pytest.mark.parametrize(
-    ("kinds", "modes"),
-    [
-        (["Transformer", "Pooling"], ["max_tokens"]),
-        (["Transformer", "Pooling"], ["mean_tokens", "cls_token"]),
-        (["Transformer", "Pooling"], []),
-        (["Transformer", "Pooling", "Dense"], ["mean_tokens"]),
-    ],
-)
-def test_other_pooling_is_refused(kinds: list[str], modes: list[str], tiny_model: Models, tmp_path: Path) -> None:
-    folder = sentence_transformers_folder(tiny_model("bert"), tmp_path, kinds, *modes)
-    with pytest.raises(ValueError, match=r"tiny-bert.*expected a Transformer and a Pooling.*Choose another encoder"):
-        load_tiny("bert", folder)
 
 
 @pytest.mark.parametrize("known_absent", [True, False])
@@ -181,10 +168,10 @@ def test_unreachable_hub_is_reported(
 
     monkeypatch.setattr(loading, "hf_hub_download", out_of_reach)
     monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_, **__: _CACHED_NO_EXIST if known_absent else None)
-    request = EncoderRequest(modality="text", model_id="nobody/nothing", max_length=30)
-    config = SimpleNamespace(max_position_embeddings=20, model_type="bert")
-    assert loading.longest_text(request, SimpleNamespace(model_max_length=10**30), nn.Module(), config) == 20
-    assert ("so it is assumed to have no sentence_bert_config.json" in caplog.text) != known_absent
+    request = EncoderRequest(modality="text", model_id="nobody/nothing")
+    assert read_repository(request).modules == ()
+    for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
+        assert (f"so it is assumed to have no {name}" in caplog.text) != known_absent
 
 
 @pytest.mark.parametrize(

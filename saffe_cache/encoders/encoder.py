@@ -48,11 +48,11 @@ from saffe_cache.encoders.loading import (
     load_model,
     load_processor,
     longest_text,
-    with_default_prompt,
 )
 from saffe_cache.encoders.pictures import quick_pictures, require_resizable
 from saffe_cache.encoders.probing import Anatomy, Padding, Probe, tokens_of
 from saffe_cache.encoders.selection import TokenSelection
+from saffe_cache.encoders.sentence_transformers import SentenceVector, read_repository
 from saffe_cache.encoders.transfers import Converter, Encoded, Launched, Transfers
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,9 @@ class FrozenEncoder:
         self._converters: Mapping[int, Converter] = {}
         self._quick = quick_pictures(processor) if request.modality == "image" else None
         self.transfers = Transfers(request.device)
-        self._model.requires_grad_(False).eval().to(request.device)
+        chain = self.family.pool if isinstance(self.family.pool, SentenceVector) else None
+        for part in (self._model, *([chain] if chain else [])):
+            part.requires_grad_(False).eval().to(request.device)
         self.padding: Padding = "longest"
         self.anatomy = Probe(self).anatomy(loaded.missing) if self.family.is_discovered else self._known_anatomy()
         self.num_layers, self.hidden_size = len(self.anatomy.calls), self.anatomy.widths[-1]
@@ -94,6 +96,7 @@ class FrozenEncoder:
         self.fingerprint = fingerprint_of(
             *(request, self._model, processor),
             pooling=self.family.pooling,
+            pooling_weights=chain,
             max_length=self.max_length,
             is_language_model=bool(self.family.language_model),
             padding=self.padding,
@@ -190,7 +193,7 @@ class FrozenEncoder:
         spec = LanguageModelSpec(
             begin_token=int(begin),
             end_token=int(end),
-            prompt=self.request.prompt,
+            prompt=self.request.text_template,
             max_length=self.max_length,
             position_offset=self.request.position_offset,
             layer_norm_eps=eps,
@@ -253,7 +256,9 @@ class FrozenEncoder:
         """How many texts are longer than `max_length`; `token_ids` are theirs from `tokenize`."""
         limit = self.max_length or sys.maxsize
         if self.padding == "max_length":
-            texts_ids = self._processor([self.request.prompt.replace("{}", text) for text in texts], verbose=False)
+            texts_ids = self._processor(
+                [self.request.text_template.replace("{}", text) for text in texts], verbose=False
+            )
             return sum(len(ids) > limit for ids in texts_ids["input_ids"])
         candidates = [text for text, ids in zip(texts, token_ids, strict=True) if len(ids) >= limit]
         return sum(len(ids) > limit for ids in self._tokenize(candidates, None)) if candidates else 0
@@ -262,7 +267,7 @@ class FrozenEncoder:
         if self.language_model:
             spec = replace(self.language_model.spec, max_length=max_length or sys.maxsize)
             return CausalTokens(self.language_model.tokenizer, spec).encode(texts)
-        prompted = [without_surrogates(self.request.prompt.replace("{}", text)) for text in texts]
+        prompted = [without_surrogates(self.request.text_template.replace("{}", text)) for text in texts]
         cut = {"truncation": True, "max_length": max_length} if max_length else {"verbose": False}
         found = list(self._processor(prompted, **cut)["input_ids"])
         if self.padding == "max_length":
@@ -369,7 +374,8 @@ class FrozenEncoder:
     def _known_anatomy(self) -> Anatomy:
         """Of a model with an entry among the families."""
         steps, width = len(self.layer_list), _hidden_size(self._config)
-        vectors = {"pooled": width}
+        pool = self.family.pool
+        vectors = {"pooled": pool.size if isinstance(pool, SentenceVector) else width}
         if self.family.projection:
             vectors["projected"] = int(self._config.projection_dim)
         is_map = self.family.is_convolutional
@@ -448,11 +454,15 @@ def load_encoder(request: EncoderRequest) -> FrozenEncoder:
 
     Raises:
         ValueError: the model is unavailable, its family has no adapter, weights of the forward pass are missing, the
-            tokenizer or processor is not the model's, or the layers do not exist.
+            tokenizer or processor is not the model's, its repository's own vector is not supported, or the layers do
+            not exist.
     """
+    repository = read_repository(request) if request.modality == "text" else None
+    request = repository.request if repository else request
     loaded = load_model(request)
-    request = with_default_prompt(request)
     processor = load_processor(request)
+    if repository:
+        loaded = replace(loaded, family=repository.apply(loaded.family, loaded.model, processor))
     where = f"{request.modality} encoder {request.model_id}"
     check_processor(
         *(where, request.modality, loaded.family, loaded.model, processor), sized=request.image_size is not None

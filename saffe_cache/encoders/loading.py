@@ -1,7 +1,7 @@
 """Load a model and its processor, and compute the fingerprint of what affects its output.
 
 A checkpoint that lacks a weight of the forward pass raises an error, since transformers would initialise it at random.
-Text repositories that define their pooling (sentence-transformers) are followed. Code in a repository is never run.
+Code in a repository is never run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from saffe_cache.core.features import Fingerprint, Modality
 from saffe_cache.encoders.checks import explained
 from saffe_cache.encoders.discovery import discover, drop_other_towers, model_class
-from saffe_cache.encoders.families import FAMILIES, Family, first_token, masked_mean
+from saffe_cache.encoders.families import FAMILIES, Family
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,12 @@ class EncoderRequest:
     """Side of the pictures in pixels."""
     max_length: int | None = None
     """Longest text in tokens."""
-    prompt: str = "{}"
-    """Inserted around every text, which replaces the {}."""
+    prompt: str | None = None
+    """Inserted around every text, which replaces the {}; None takes the repository's default prompt, if it has one."""
+    prompt_name: str | None = None
+    """Name of one of the repository's prompts."""
+    subfolder: str = ""
+    """Where in its repository the model is."""
     dtype: str = "float32"
     """Type of the forward pass."""
     attention: str | None = None
@@ -55,6 +59,11 @@ class EncoderRequest:
     tokens: str = "all"
     """Which tokens of each layer are kept; `TokenSelection` reads it."""
     device: str = "cpu"
+
+    @property
+    def text_template(self) -> str:
+        """The prompt, with {} for the text."""
+        return "{}" if self.prompt is None else self.prompt
 
 
 _OPTIONAL_WEIGHTS = ("position_ids", "num_batches_tracked")
@@ -81,7 +90,7 @@ def load_model(request: EncoderRequest) -> Loaded:
     where = f"{request.modality} encoder {request.model_id}"
     with explained(where, request.model_id, "found no model", "Use a hub id or a folder with config.json."):
         config = transformers.AutoConfig.from_pretrained(
-            request.model_id, trust_remote_code=False, revision=request.revision
+            request.model_id, trust_remote_code=False, revision=request.revision, subfolder=request.subfolder
         )
     if getattr(config, "quantization_config", None):
         raise ValueError(
@@ -111,8 +120,6 @@ def load_model(request: EncoderRequest) -> Loaded:
         raise ValueError(f"{where}: its checkpoint lacks {', '.join(needed[:3])}. Use a checkpoint of this model.")
     for name in unneeded:
         model.get_parameter(name).data.zero_()  # they are part of the fingerprint, and random
-    if request.modality == "text":
-        family = _with_repository_pooling(request, family)
     return Loaded(family, model, tuple(unneeded))
 
 
@@ -129,6 +136,7 @@ def _from_pretrained(
             output_loading_info=True,
             use_safetensors=True,  # other formats would be unpickled
             revision=request.revision,
+            subfolder=request.subfolder,
             **options,
         )
     return model, sorted(name for name in info["missing_keys"] if not name.endswith(_OPTIONAL_WEIGHTS))
@@ -179,7 +187,11 @@ def load_processor(request: EncoderRequest) -> Any:
     Raises:
         ValueError: its files are missing or damaged.
     """
-    options: dict[str, Any] = {"revision": request.revision, "trust_remote_code": False}
+    options: dict[str, Any] = {
+        "revision": request.revision,
+        "subfolder": request.subfolder,
+        "trust_remote_code": False,
+    }
     kind = {"text": "AutoTokenizer", "audio": "AutoFeatureExtractor", "image": "AutoImageProcessor"}[request.modality]
     name = "tokenizer" if request.modality == "text" else "preprocessor_config.json"
     if request.modality == "image":
@@ -206,7 +218,7 @@ def _plain_pictures(request: EncoderRequest) -> Any:
     Raises:
         ValueError: the settings have steps besides resize, crop, rescale and normalize.
     """
-    settings = json.loads(_repository_file(request, "preprocessor_config.json") or "{}")
+    settings = json.loads(repository_text(request, "preprocessor_config.json") or "{}")
     unknown = [name for name in ("do_pad", "do_flip_channel_order", "do_reduce_labels") if settings.get(name)]
     if unknown:
         raise ValueError(f"{settings.get('image_processor_type')} with {unknown[0]} needs torchvision")
@@ -230,66 +242,13 @@ def _resize(processor: Any, pixels: int) -> None:
         processor.crop_size = type(processor.crop_size)(height=pixels, width=pixels)
 
 
-_SENTENCE_TRANSFORMER_POOLS = {
-    "pooling_mode_mean_tokens": ("mean of tokens", masked_mean),
-    "pooling_mode_cls_token": ("first token", first_token),
-}
-_NEW_POOLS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
-"""Values of `pooling_mode` in newer configs, which name no other mode."""
-
-
-def _with_repository_pooling(request: EncoderRequest, family: Family) -> Family:
-    """The family with the pooling of its sentence-transformers repository, if it is one.
-
-    Raises:
-        ValueError: the repository's pooling, or a module after it, is not supported.
-    """
-    modules = _repository_file(request, "modules.json")
-    if modules is None:
-        return family
-    with explained(f"text encoder {request.model_id}", request.model_id, "its pooling is unknown", "Download again."):
-        kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in json.loads(modules)]
-        pooling_config = json.loads(_repository_file(request, "1_Pooling/config.json") or "{}")
-        modes = [name for name, value in pooling_config.items() if name.startswith("pooling_mode_") and value is True]
-    if "pooling_mode" in pooling_config:
-        modes.append(_NEW_POOLS.get(str(pooling_config["pooling_mode"]), str(pooling_config["pooling_mode"])))
-    if (
-        set(kinds) - {"Transformer", "Pooling", "Normalize"}
-        or len(modes) != 1
-        or modes[0] not in _SENTENCE_TRANSFORMER_POOLS
-    ):
-        raise ValueError(
-            f"text encoder {request.model_id}: found modules {kinds} with {modes}, expected a Transformer and a "
-            f"Pooling by one of {list(_SENTENCE_TRANSFORMER_POOLS)}. Choose another encoder."
-        )
-    pooling, pool = _SENTENCE_TRANSFORMER_POOLS[modes[0]]
-    return replace(family, pool=pool, pooling=pooling)
-
-
-def with_default_prompt(request: EncoderRequest) -> EncoderRequest:
-    """The request with the default prompt of its sentence-transformers repository, unless it has one of its own."""
-    if request.modality != "text" or request.prompt != "{}":
-        return request
-    where, file = f"text encoder {request.model_id}", "config_sentence_transformers.json"
-    with explained(where, request.model_id, f"its {file} cannot be read", "Download it again."):
-        config = json.loads(_repository_file(request, file) or "{}")
-        name = config.get("default_prompt_name")
-        prompt = str(config["prompts"][name]) if name else ""
-    if not prompt:
-        return request
-    logger.warning(
-        "%s: its default prompt %r (%s) is put before every text. --prompt sets another.", where, prompt, name
-    )
-    return replace(request, prompt=prompt + "{}")
-
-
-def _repository_file(request: EncoderRequest, name: str) -> str | None:
+def repository_file(request: EncoderRequest, name: str) -> Path | None:
     """A file of the model's repository, local or on the hub; None if it does not exist."""
     folder = Path(request.model_id).expanduser()
     if folder.is_dir():
-        return (folder / name).read_text() if (folder / name).exists() else None
+        return folder / name if (folder / name).exists() else None
     try:
-        return Path(hf_hub_download(request.model_id, name, revision=request.revision)).read_text()
+        return Path(hf_hub_download(request.model_id, name, revision=request.revision))
     except LocalEntryNotFoundError:
         if try_to_load_from_cache(request.model_id, name, revision=request.revision) is not _CACHED_NO_EXIST:
             logger.warning(
@@ -303,17 +262,22 @@ def _repository_file(request: EncoderRequest, name: str) -> str | None:
         return None
 
 
+def repository_text(request: EncoderRequest, name: str) -> str | None:
+    """The text of such a file."""
+    path = repository_file(request, name)
+    return path.read_text(encoding="utf-8") if path else None
+
+
 _LONGEST = 32_768
 """Most tokens of a text where neither the tokenizer nor the model has a limit."""
 
 
 def longest_text(request: EncoderRequest, tokenizer: Any, model: Any, config: Any) -> int | None:
-    """Longest text in tokens: the smallest of the request, the repository's limit, and the model's positions; None
-    for other modalities."""
+    """Longest text in tokens: the smallest of the request, the tokenizer's limit, and the model's positions; None for
+    other modalities."""
     if request.modality != "text":
         return None
-    said = _repository_file(request, "sentence_bert_config.json")
-    limits = [request.max_length, tokenizer.model_max_length, json.loads(said).get("max_seq_length") if said else None]
+    limits = [request.max_length, tokenizer.model_max_length]
     positions = getattr(config, "max_position_embeddings", None)
     if positions and positions > 0:
         first = first_position(model)
@@ -335,6 +299,7 @@ def fingerprint_of(
     processor: Any,
     *,
     pooling: str,
+    pooling_weights: torch.nn.Module | None = None,
     max_length: int | None,
     is_language_model: bool = False,
     padding: str = "longest",
@@ -350,13 +315,14 @@ def fingerprint_of(
             **(of_language_model if is_language_model else {}),
             **({} if padding == "longest" else {"padding": padding}),
             **({} if request.tokens == "all" else {"tokens": request.tokens, "encoded_tokens": num_tokens}),
+            **({} if pooling_weights is None else {"pooling_sha256": _weights_hash(pooling_weights)}),
             "modality": request.modality,
             "model_id": request.model_id if not Path(request.model_id).exists() else Path(request.model_id).name,
             "revision": getattr(model.config, "_commit_hash", None) or request.revision,
             "weights_sha256": _weights_hash(model),
             "processor": json.loads(_processor_text(processor, request.modality)),
             "max_length": max_length,
-            "prompt": request.prompt if request.modality == "text" else None,
+            "prompt": request.text_template if request.modality == "text" else None,
             "image_size": request.image_size,
             "dtype": request.dtype,
             "attention": model.config._attn_implementation,

@@ -38,8 +38,11 @@ class ExtractConfig:
     """Side of the pictures in pixels. Default: the setting of the model's processor."""
     max_length: int | None = None
     """Longest text in tokens. Default: the model's limit."""
-    prompt: str = "{}"
-    """Inserted around every text, for models that need a prompt, such as 'query: {}'."""
+    prompt: str | None = None
+    """Inserted around every text, for models that need a prompt, such as 'query: {}'; '{}' for none. Default: the
+    default prompt of the text encoder's repository, if it has one."""
+    prompt_name: str | None = None
+    """Name of a prompt of the text encoder's repository (sentence-transformers), such as query."""
     position_offset: int = 0
     """For language models: position of a text's first token. The positions before it stay free for photo tokens that
     `saffe caption` inserts at a later layer."""
@@ -103,7 +106,10 @@ class ExtractConfig:
         require(bool(self.encoder), "encoder", "none", "at least one, such as image=facebook/dinov2-small")
         idle = [name for name in self.layers if name not in self.encoder]
         require(not idle, "layers", f"{idle}=…", "modalities that --encoder names")
-        for prompt in (self.prompt, *self.class_prompt):
+        named = self.prompt_name is not None
+        require(not named or "text" in self.encoder, "prompt_name", self.prompt_name, "an --encoder text=…")
+        require(not named or self.prompt is None, "prompt_name", self.prompt_name, "no --prompt besides it")
+        for prompt in (*([] if self.prompt is None else [self.prompt]), *self.class_prompt):
             require(prompt.count("{}") == 1, "prompt or --class-prompt", repr(prompt), "exactly one {} for the text")
         for option in ("image_size", "max_length", "batch_size", "batch_tokens", "workers"):
             value = getattr(self, option)
@@ -168,5 +174,7 @@ def config_from_json(content: Mapping[str, Any]) -> ExtractConfig:
     known = {one.name: content[one.name] for one in fields(ExtractConfig) if one.name in content}
     for name in ("class_prompt", "splits"):
         known[name] = tuple(known.get(name, ()))
+    if "prompt_name" not in content and known.get("prompt") == "{}":
+        known["prompt"] = None  # of a release whose "{}" was the default prompt
     known["layers"] = {modality: tuple(layers) for modality, layers in known.get("layers", {}).items()}
     return ExtractConfig(**known)

@@ -51,6 +51,8 @@ def _describe_encoder(encoder: EncoderCache, table: ItemTable) -> list[str]:
         f"{len(manifest.invalid)} unreadable",
         f"  model {fields.get('model_id')}, revision {fields.get('revision')}, {fields.get('dtype')}",
     ]
+    own = f"  own vector: {fields.get('pooling')}"
+    lines.append(own + (f"; prompt {fields['prompt']!r}" if fields.get("prompt") not in (None, "{}") else ""))
     if manifest.selected_tokens != "all":
         lines.append(f"  tokens: {manifest.selected_tokens}; there are no blocks, which need all")
     elif manifest.has_feature_maps:
