@@ -63,7 +63,7 @@ class Study:
         self.seconds: dict[str, float] = {}
         """How long each cell took, in the order in which they were asked for."""
 
-    def common_fields(self, config: Any, controls: Iterable[Control]) -> dict[str, Any]:
+    def common_fields(self, config: Any, controls: Iterable[Control] = ()) -> dict[str, Any]:
         """What all results hold, once all cells are measured."""
         return {
             "title": config.title or Path(config.cache).stem,

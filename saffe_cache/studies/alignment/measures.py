@@ -61,10 +61,10 @@ def half_sample_deviations(
 ) -> np.ndarray:
     """Standard deviation of a statistic of matrices [layers, n, n] of photos and texts, from random halves of them.
 
-    A photo drawn twice, as in a bootstrap, is its own nearest neighbour and most similar to itself, in both encoders,
-    which raises kernel measures. Halves hold each photo once. They are drawn without replacement, so the
-    statistic of n / 2 photos varies about that of all n with the variance s² (2 / n - 1 / n) = s² / n: as the statistic
-    of n photos does. Source: Shao and Wu, Annals of Statistics 17 (1989), the delete-d jackknife with d = n / 2.
+    A photo drawn twice, as in a bootstrap, is its own nearest neighbour in both encoders, which raises kernel measures.
+    Halves hold each photo once. Drawn without replacement, the statistic of n / 2 photos varies about that of all n
+    with the variance s² (2 / n - 1 / n) = s² / n: as the statistic of n photos does. Source: Shao and Wu, Annals of
+    Statistics 17 (1989), the delete-d jackknife with d = n / 2.
     """
     num_photos, drawn = photos.shape[1], []
     for order in permutations(num_photos, num_halves, seed):
