@@ -31,7 +31,7 @@ from saffe_cache.evaluation.details import read_details
 from saffe_cache.report.page import find_results
 from saffe_cache.report.plots import draw
 from saffe_cache.store.reader import open_cache
-from saffe_cache.studies.sweep.figures import heat_maps, series_plot
+from saffe_cache.studies.sweep.result import heat_maps, series_plot
 
 
 @pytest.fixture(scope="module")

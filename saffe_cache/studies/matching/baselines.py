@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -33,15 +34,17 @@ _PERMUTATIONS = 10
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """Scores, the threshold above which a pair counts as a match, and what was tuned on validation."""
+class System:
+    """What tells pairs apart."""
 
     scores: Scorer
     threshold: float
-    chosen: float | None
+    """Above it a pair counts as a match."""
+    how: Mapping[str, Any]
+    """What was chosen on validation, and how it was trained, as `SystemScores` names them."""
 
 
-def fit_baselines(vectors: PairVectors, training: Examples, validation: Examples) -> Mapping[str, Baseline]:
+def fit_baselines(vectors: PairVectors, training: Examples, validation: Examples) -> dict[str, System]:
     """Fitted on training pairs, with strengths and thresholds by validation; the plain cosine only if widths agree."""
     ridge = fit_ridge_map(vectors, training, validation)
     mapped = vectors.mapped(ridge)
@@ -52,7 +55,7 @@ def fit_baselines(vectors: PairVectors, training: Examples, validation: Examples
         "ridge_products": (products, penalty),
     }
     return {
-        name: Baseline(scores, best_threshold(scores(validation), validation.labels), chosen)
+        name: System(scores, best_threshold(scores(validation), validation.labels), {"chosen": chosen})
         for name, (scores, chosen) in found.items()
         if name != "cosine" or vectors.are_comparable
     }

@@ -229,15 +229,12 @@ def partial_rotation(width: int, turn: float, generator: np.random.Generator) ->
 
 @dataclass(frozen=True)
 class PairVectors:
-    """Unit vectors of some photos and texts."""
+    """Unit vectors of some photos and texts, float32 [n, d], and their rows in the encoders' arrays, ascending."""
 
     photo_rows: np.ndarray
-    """Ascending: the row of each of `photos`."""
     text_rows: np.ndarray
     photos: np.ndarray
-    """float32 [photos, d]"""
     texts: np.ndarray
-    """float32 [texts, d]"""
 
     @staticmethod
     def read(photo: EncoderCache, text: EncoderCache, photo_rows: np.ndarray, text_rows: np.ndarray) -> PairVectors:
@@ -307,17 +304,15 @@ def _mean_cosine(first: np.ndarray, second: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What fusions are given of some photos and texts: sequences of vectors."""
+    """What fusions are given of some photos and texts: sequences [n, tokens, d], and their rows as in `PairVectors`."""
 
     photo_rows: np.ndarray
-    """Ascending: the row in the encoder's arrays of each of `photos`."""
     text_rows: np.ndarray
     photos: torch.Tensor
-    """[photos, tokens, d]"""
     texts: torch.Tensor
-    """[texts, tokens, d], padded with zeros."""
+    """Padded with zeros."""
     lengths: torch.Tensor
-    """[texts]"""
+    """Of the texts, [n]."""
 
     @staticmethod
     def read_tokens(

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from typing import Any
 
 import numpy as np
 from scipy.spatial.distance import cdist
@@ -32,7 +31,7 @@ from saffe_cache.inputs.spec import SplitOptions
 from saffe_cache.retrieval.baselines import LinearMap, unit_rows
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 from saffe_cache.studies.harness import Study, run_study
-from saffe_cache.studies.matching.baselines import Scorer, fit_baselines, fit_ridge_map, judge_alignment
+from saffe_cache.studies.matching.baselines import System, fit_baselines, fit_ridge_map, judge_alignment
 from saffe_cache.studies.matching.config import MatchConfig, QueryModality
 from saffe_cache.studies.matching.examples import (
     Degradation,
@@ -252,25 +251,23 @@ def measure_cell(bench: Bench, cell: CellPlan, config: MatchConfig, device: str)
     training, validation, test = bench.examples(cell)
     shuffled = test.with_photos_shuffled(cell.seed)
     vectors = bench.vectors(cell.degradation, cell.seed)
-    found: dict[str, tuple[Scorer, float, dict[str, Any]]]
     if cell.system == BASELINE_CELL:
-        baselines = fit_baselines(vectors, training, validation)
-        found = {name: (one.scores, one.threshold, {"chosen": one.chosen}) for name, one in baselines.items()}
+        systems = fit_baselines(vectors, training, validation)
     else:
         inputs = bench.tokens if cell.system == "tokens" else vectors.inputs
         model, fitted = fit(cell.system, inputs, training, validation, config, cell.seed, device)
         how = {"best_epoch": fitted.best_epoch, "validation_accuracy": fitted.scores, "losses": fitted.losses}
-        found = {cell.system: (partial(scores_of, model, inputs, device=device), 0.0, how)}
+        systems = {cell.system: System(partial(scores_of, model, inputs, device=device), 0.0, how)}
     return MatchCell(
         pairs={"train": len(training), "validation": len(validation), "test": len(test)},
         majority=float(max(test.labels.mean(), 1 - test.labels.mean())),
         systems={
             name: SystemScores(
-                test=judge(scores(test), test.labels, threshold),
-                shuffled=judge(scores(shuffled), test.labels, threshold),
-                **how,
+                test=judge(one.scores(test), test.labels, one.threshold),
+                shuffled=judge(one.scores(shuffled), test.labels, one.threshold),
+                **one.how,
             )
-            for name, (scores, threshold, how) in found.items()
+            for name, one in systems.items()
         },
         alignment=vectors.alignment(bench.clean, test) if cell.system == BASELINE_CELL else {},
     )
