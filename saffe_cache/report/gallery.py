@@ -8,9 +8,10 @@ instead of a thumbnail.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -169,46 +170,55 @@ MOST_BYTES = 3_400_000
 """Of all thumbnails; 4.5 MB in base64."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Album:
-    """Thumbnails by content hash, each once, however many evaluations show it."""
+    """Photos by content hash, each once, however many evaluations show it."""
 
-    data: Sequence[str]
-    """Where the data are now; empty: where the extraction found them."""
-    thumbnails: dict[bytes, bytes] = field(default_factory=dict)
-    reasons: dict[bytes, str] = field(default_factory=dict)
-    """Why photos have no thumbnail, by content hash."""
+    thumbnails: dict[bytes, bytes]
+    reasons: dict[bytes, str]
+    """Why the others have no thumbnail."""
 
-    def add(self, gallery: Gallery) -> None:
-        """Find the photos of a gallery."""
+
+def find_photos(galleries: Sequence[Gallery], data: Sequence[str]) -> Album:
+    """As many thumbnails as fit into a page: of every gallery's first card, then of every second, and so on.
+
+    `data`: where the data are now; empty: where the extraction found them.
+    """
+    found: dict[bytes, bytes] = {}
+    album = Album({}, {})
+    for gallery in galleries:
         names = {gallery.hash_of(place): gallery.details.photo_ids[place] for place in gallery.places}
-        wanted = {content: name for content, name in names.items() if content not in self.thumbnails}
+        wanted = {content: name for content, name in names.items() if content not in found}
         if gallery.is_sound:
-            self.reasons |= dict.fromkeys(wanted, "a sound")
-            return
-        found, problems, failure = _find(gallery, self.data, wanted)
+            album.reasons.update(dict.fromkeys(wanted, "a sound"))
+            continue
+        media, problems, failure = _find(gallery, data, wanted)
         for content, name in wanted.items():
-            if content not in found:
-                self.reasons[content] = failure or problems.get(name, "not found in the data")
+            if content not in media:
+                album.reasons[content] = failure or problems.get(name, "not found in the data")
                 continue
             try:
-                data = found[content].read()
-                if hashlib.sha256(data).digest() != content:
+                whole = media[content].read()
+                if hashlib.sha256(whole).digest() != content:
                     raise ValueError("its file is changing")
-                self.thumbnails[content] = thumbnail(data, SIDE)
+                found[content] = thumbnail(whole, SIDE)
             except (OSError, ValueError) as error:
-                self.reasons[content] = str(error)
+                album.reasons[content] = str(error)
+    size = 0
+    for content in dict.fromkeys(_in_turn(galleries)):
+        size += len(found.get(content, b""))
+        if content in found and size <= MOST_BYTES:
+            album.thumbnails[content] = found[content]
+        elif content in found:
+            album.reasons[content] = "left out to keep the page small"
+    return album
 
-    def keep_first(self, wanted: Iterable[bytes]) -> None:
-        """Keep as many thumbnails as fit into a page, in this order."""
-        size, found, self.thumbnails = 0, self.thumbnails, {}
-        for content in dict.fromkeys(wanted):
-            if content in found:
-                size += len(found[content])
-                if size <= MOST_BYTES:
-                    self.thumbnails[content] = found[content]
-                else:
-                    self.reasons[content] = "left out to keep the page small"
+
+def _in_turn(galleries: Sequence[Gallery]) -> Iterator[bytes]:
+    for cards in zip_longest(*(gallery.cards for gallery in galleries)):
+        for gallery, card in zip(galleries, cards, strict=True):
+            if card is not None:
+                yield from (gallery.hash_of(place) for place in sorted(card.places))
 
 
 def _find(

@@ -11,9 +11,8 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from saffe_cache.core.outputs import CONFIG, RESULT, read_json
 from saffe_cache.core.results import Measurement, Result, Section
 from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, percent, size
 from saffe_cache.extraction.ledger import extraction_seconds, reencoding
-from saffe_cache.report.gallery import Album, Gallery, open_gallery
+from saffe_cache.report.gallery import Album, Gallery, find_photos, open_gallery
 from saffe_cache.report.plots import Plot, draw
 from saffe_cache.report.report import ReportConfig
 from saffe_cache.store.reader import open_cache
@@ -126,14 +125,11 @@ def make_content(found: Sequence[Found], config: ReportConfig) -> Content:
     for part in parts:
         for figure, plot in zip(part.section.figures, part.plots, strict=True):
             files[f"{plot.name}.json"] = json.dumps(asdict(figure), default=list).encode()
-    album, notes = _find_photos({part.name: part.gallery for part in parts if part.gallery}, config.data)
-    return Content(
-        notices=[*_notices(found), *notes],
-        num_controls=sum(map(_num_controls, found)),
-        parts=parts,
-        album=album,
-        files=files,
-    )
+    galleries = [(part, part.gallery) for part in parts if part.gallery]
+    album = find_photos([gallery for _, gallery in galleries], config.data)
+    notices = [*_notices(found), *(note for of in galleries for note in _notes_on_photos(*of, album))]
+    num_controls = sum(map(_num_controls, found))
+    return Content(notices=notices, num_controls=num_controls, parts=parts, album=album, files=files)
 
 
 def _parts(anchor: str, sections: Sequence[Section], name: str = "") -> list[Part]:
@@ -168,28 +164,14 @@ def _num_controls(found: Found) -> int:
     return len({(one.setting, one.system) for one in measured if one.system.startswith("control: ")})
 
 
-def _find_photos(galleries: Mapping[str, Gallery], data: Sequence[str]) -> tuple[Album, list[Notice]]:
-    """The photos of all galleries, which are given by their part's name, and notes on missing ones."""
-    album, notes = Album(data), []
-    for gallery in galleries.values():
-        album.add(gallery)
-    album.keep_first(_in_turn(list(galleries.values())))
-    for name, gallery in galleries.items():
-        hashes = set(map(gallery.hash_of, gallery.places))
-        reasons = [album.reasons[one] for one in hashes if one not in album.thumbnails]
-        if reasons and not gallery.is_sound:
-            common = max(sorted(set(reasons)), key=reasons.count)
-            text = f"{len(reasons)} of the {len(hashes)} photos of its gallery are not shown: {common}."
-            notes.append(Notice("note", name, text))
-    return album, notes
-
-
-def _in_turn(galleries: Sequence[Gallery]) -> Iterator[bytes]:
-    """The photos of every gallery's first card, then of every second, so that each gallery gets its share."""
-    for cards in zip_longest(*(gallery.cards for gallery in galleries)):
-        for gallery, card in zip(galleries, cards, strict=True):
-            if card is not None:
-                yield from (gallery.hash_of(place) for place in sorted(card.places))
+def _notes_on_photos(part: Part, gallery: Gallery, album: Album) -> Iterator[Notice]:
+    """On those of a gallery that the page lacks."""
+    hashes = set(map(gallery.hash_of, gallery.places))
+    reasons = [album.reasons[one] for one in hashes if one not in album.thumbnails]
+    if reasons and not gallery.is_sound:
+        common = max(sorted(set(reasons)), key=reasons.count)
+        text = f"{len(reasons)} of the {len(hashes)} photos of its gallery are not shown: {common}."
+        yield Notice("note", part.name, text)
 
 
 def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
