@@ -23,7 +23,7 @@ from saffe_cache.core.features import BlockWeights, CacheError
 from saffe_cache.fusion import registry
 from saffe_cache.fusion.base import Blocks, Fusion, Texts
 from saffe_cache.fusion.known.correction import CorrectingFusion
-from saffe_cache.fusion.known.flamingo import GatedCrossAttention, Resampler
+from saffe_cache.fusion.known.cross_attention import GatedCrossAttention, Resampler
 from saffe_cache.fusion.known.insertion import inserted_tokens
 from saffe_cache.fusion.layers import summarize
 from saffe_cache.fusion.options import FusionShape

@@ -144,12 +144,12 @@ FUSIONS: Mapping[str, FusionEntry] = {
         objective={"siglip": 1.0},
     ),
     "mbt": FusionEntry(
-        made_by=f"{_KNOWN}.mbt:BottleneckFusion",
+        made_by=f"{_KNOWN}.insertion:BottleneckFusion",
         summary="Bottleneck tokens between the blocks of both encoders (MBT).",
         blocks="both",
     ),
     "flamingo": FusionEntry(
-        made_by=f"{_KNOWN}.flamingo:FlamingoFusion",
+        made_by=f"{_KNOWN}.cross_attention:FlamingoFusion",
         summary="Perceiver resampler and gated cross-attention in the text encoder (Flamingo).",
         blocks="text",
     ),
@@ -169,7 +169,7 @@ FUSIONS: Mapping[str, FusionEntry] = {
         blocks="text",
     ),
     "albef": FusionEntry(
-        made_by=f"{_KNOWN}.albef:AlbefFusion",
+        made_by=f"{_KNOWN}.cross_attention:AlbefFusion",
         summary="Cross-attention in the text encoder's upper blocks, with a matching head (ALBEF).",
         blocks="text",
         objective={"info_nce": 1.0, "matching": 1.0},
