@@ -161,7 +161,7 @@ def _shard_target() -> Target:
         elif kind // 3 % 3 == 2:
             size = struct.pack("<I", spec.chunk_bytes), struct.pack("<I", len(body))
             chunk = body[:4] + size[0] + body[8:12] + size[1] + body[16:]
-            index = struct.pack("<QQ", 0, len(chunk)) + b"\xff" * 16 * (spec.chunks_per_shard - 1)
+            index = struct.pack("<QQ", 0, len(chunk)) + b"\xff" * 16 * (spec.shard_rows // spec.chunk_rows - 1)
             body = chunk + index + struct.pack("<I", google_crc32c.value(index))
             entry = ShardEntry(rows=1, crc32c=entry.crc32c)
         decode_shard(spec, entry, body, "shard")

@@ -159,7 +159,6 @@ def write_contents(path: str | Path, *all_contents: Contents, portion: int = 3) 
     """Write what a cache lacks of its contents, from the committed rows on: first, grown or resumed."""
     storage = Storage(path)
     with storage.writer_lock():
-        storage.remove_partial_files()
         _write_root(storage, all_contents)
         for contents in all_contents:
             _write_encoder(storage, contents, portion)

@@ -524,7 +524,7 @@ def test_storage_types_are_converted_once_and_never_widened(cache: str, tmp_path
     [small] = stored(config)
     written = small.stat().st_mtime_ns
     encoder = open_cache(small).encoder("image", None)
-    assert encoder.array("hidden_states/3").dtype == "int8"
+    assert encoder.array("hidden_states/3").spec.dtype == "int8"
     points = outcome(config).series[0].points
     assert [point.x for point in points] == ["float32", "int8"]
     assert points[0].values["mrr"] != points[1].values["mrr"]

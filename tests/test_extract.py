@@ -457,7 +457,7 @@ def test_storage_defaults_to_that_of_other_layers_or_float8(config: ExtractConfi
         path = extract(replace(one_layer, storage=asked, cache=f"{config.cache}.{asked}"))
         extract(replace(one_layer, storage=None, layers={"image": (2,)}, cache=path))
         image = open_cache(path).encoder("image")
-        assert [image.array(f"hidden_states/{layer}").dtype for layer in (1, 2)] == [expected, expected]
+        assert [image.array(f"hidden_states/{layer}").spec.dtype for layer in (1, 2)] == [expected, expected]
 
 
 def test_data_of_another_source_in_the_cache_are_requested(config: ExtractConfig, tmp_path: Path) -> None:

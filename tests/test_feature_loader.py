@@ -82,6 +82,8 @@ def test_auto_takes_files_on_a_cpu_and_memory_behind_a_url(
     with pytest.raises(ValueError, match="--residency: found device on a CPU, expected memory or mapped"):
         choose_residency("device", cache, spec, "cpu")
     monkeypatch.setattr(cache.storage, "_local", None)
+    for encoder in cache.encoders.values():
+        monkeypatch.setattr(encoder, "_readers", {})
     assert choose_residency("auto", cache, spec, "cpu") == "memory"
 
 
@@ -94,7 +96,7 @@ def test_auto_takes_the_accelerator_where_there_is_room(
         (cache.encoders[spec.text_key], spec.text_layers),
     ]
     arrays = [encoder.array(f"hidden_states/{layer}") for encoder, of in layers for layer in of]
-    needed = sum(len(array) * array.row_bytes for array in arrays)
+    needed = sum(len(array) * array.spec.row_bytes for array in arrays)
     for free, expected in ((2 * needed, "device"), (needed, "memory")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, free))
         assert choose_residency("auto", cache, spec, "cuda") == expected

@@ -61,7 +61,7 @@ def test_cached_stages_are_the_models_own(config: ExtractConfig) -> None:
     after = files_of(config.cache)
     assert {name: after[name] for name in before} == before
     image = cache.encoder("image")
-    shapes = {layer: image.array(f"hidden_states/{layer}").row_shape for layer in image.layers}
+    shapes = {layer: image.array(f"hidden_states/{layer}").spec.row_shape for layer in image.layers}
     assert (shapes, image.block_layers) == ({1: (64, 16), 3: (4, 32)}, [])
     model = transformers.ResNetModel.from_pretrained(config.encoder["image"]).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(config.encoder["image"], backend="pil")

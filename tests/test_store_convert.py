@@ -51,7 +51,7 @@ def test_converted_cache_holds_the_same_rows(tmp_path: Path, dtype: str, compres
         for name, (spec, rows) in one.arrays.items():
             found, expected = encoder.array(name).read_range(0, len(rows)), from_storage(rows, spec.dtype)
             if name.startswith("hidden_states"):
-                assert encoder.array(name).dtype == dtype
+                assert encoder.array(name).spec.dtype == dtype
                 assert encoder.array(name).is_mapped == (compression is None)
                 np.testing.assert_allclose(found, expected, atol=ERROR[dtype] * np.abs(expected).max(), rtol=0)
             else:
@@ -102,4 +102,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     write_contents(tmp_path / "old", image_contents(5))
     assert main(["cache", "convert", f"{tmp_path}/old", f"{tmp_path}/new", "--storage", "int8"]) == 0
     assert capsys.readouterr().out.strip() == f"{tmp_path}/new"
-    assert open_cache(tmp_path / "new").encoder("image").array("hidden_states/1").dtype == "int8"
+    assert open_cache(tmp_path / "new").encoder("image").array("hidden_states/1").spec.dtype == "int8"

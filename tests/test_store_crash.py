@@ -30,7 +30,7 @@ from store_cases import (
 from saffe_cache.core import atomic_io
 from saffe_cache.core.atomic_io import FolderInUseError
 from saffe_cache.core.features import CacheError, ItemTable
-from saffe_cache.store import reader
+from saffe_cache.store import inspect, reader
 from saffe_cache.store.manifest import encoder_group, read_encoder, read_root
 from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage
@@ -316,12 +316,14 @@ def test_readers_follow_a_replaced_table(
         tables.append(name)
         for count in grow:
             with monkeypatch.context() as patch:
-                patch.setattr(reader, "read_table", read_table)
+                for module in (reader, inspect):
+                    patch.setattr(module, "read_table", read_table)
                 write_contents(tmp_path, image_contents(count))
             break
         return read_table(storage, name)
 
-    monkeypatch.setattr(reader, "read_table", late)
+    for module in (reader, inspect):
+        monkeypatch.setattr(module, "read_table", late)
     result = read(tmp_path)
     assert tables == ["tables/1", "tables/2", "tables/3"]
     assert not isinstance(result, tuple) or result[1] == []

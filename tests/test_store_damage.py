@@ -351,7 +351,7 @@ def test_offsets_that_do_not_ascend_are_refused(cache: Path, change: dict[int, i
 def test_chunk_larger_than_memory_is_refused() -> None:
     """Numpy is asked for it before a byte is decompressed."""
     spec = make_spec("float32", (2**20,), 500, 2**20, compression="zstd")
-    index = np.full((spec.chunks_per_shard, 2), 2**64 - 1, "<u8")
+    index = np.full((spec.shard_rows // spec.chunk_rows, 2), 2**64 - 1, "<u8")
     index[:, 0], index[:, 1] = np.arange(len(index)), 1
     data = bytes(len(index)) + index.tobytes()
     data += google_crc32c.value(index.tobytes()).to_bytes(4, "little")

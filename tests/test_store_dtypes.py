@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from store_cases import make_spec
 
 from saffe_cache.store import dtypes
-from saffe_cache.store.dtypes import convert, from_storage, numbers_of, stored_shape, stored_type, to_storage
+from saffe_cache.store.dtypes import convert, from_storage, numbers_of, to_storage
 from saffe_cache.store.layout import STORAGE_DTYPES
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -199,7 +200,6 @@ def test_token_that_is_not_finite_becomes_nan(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
 def test_stored_shape_and_type_are_as_declared(dtype: str) -> None:
-    stored = to_storage(np.ones((2, 3, 5), np.float32), dtype)
-    assert stored.shape == stored_shape((2, 3, 5), dtype)
-    assert stored.dtype == stored_type(dtype)
+    stored, spec = to_storage(np.ones((2, 3, 5), np.float32), dtype), make_spec(dtype, (3, 5), 1, 1)
+    assert (stored.shape, stored.dtype) == ((2, *spec.stored_shape), spec.numpy_dtype)
     np.testing.assert_array_equal(from_storage(stored, dtype), np.ones((2, 3, 5)))

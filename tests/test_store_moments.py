@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from store_cases import make_spec
 
 from saffe_cache.store import dtypes
-from saffe_cache.store.dtypes import combine_statistics, from_storage, sampled_moments, to_storage
+from saffe_cache.store.dtypes import combine_moments, from_storage, sampled_moments, to_storage
 from saffe_cache.store.layout import describe_shard
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -31,7 +31,7 @@ def test_statistics_are_those_of_numpy(dtype: str, values: np.ndarray, shard_row
     spec = make_spec(dtype, values.shape[1:], 1, shard_rows)
     rows = to_storage(values, dtype)
     shards = [rows[start : start + shard_rows] for start in range(0, len(rows), shard_rows)]
-    found = combine_statistics([describe_shard(spec, shard) for shard in shards])
+    found = combine_moments([describe_shard(spec, shard) for shard in shards])
     numbers = from_storage(rows, dtype).astype(np.float64)
     numbers = numbers[np.isfinite(numbers)]
     if not len(numbers):
@@ -49,11 +49,9 @@ def test_statistics_of_many_and_of_huge_numbers(dtype: str) -> None:
     values = values[:, None]
     spec = make_spec(dtype, (1,), 1, len(values))
     rows = to_storage(values, dtype)
-    found = combine_statistics([describe_shard(spec, rows)])
+    found = combine_moments([describe_shard(spec, rows)])
     assert found.std == pytest.approx(from_storage(rows, dtype).astype(np.float64).std(), rel=1e-9)
-    huge = combine_statistics(
-        [describe_shard(spec, to_storage(np.array([[3e38], [-3e38], [np.inf]], np.float32), dtype))]
-    )
+    huge = combine_moments([describe_shard(spec, to_storage(np.array([[3e38], [-3e38], [np.inf]], np.float32), dtype))])
     assert huge.std == pytest.approx(3e38, rel=0.01)  # the square of a float32 would be infinite
 
 

@@ -181,6 +181,9 @@ class LanguageModelWeights:
     """Its JSON, as the library `tokenizers` reads it."""
 
 
+Weights = BlockWeights | LanguageModelWeights
+
+
 @dataclass(frozen=True)
 class Ragged:
     """Rows of different lengths: row i is `values[offsets[i]:offsets[i + 1]]`."""

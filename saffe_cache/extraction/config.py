@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from saffe_cache.core.devices import choose_device, num_cores
 from saffe_cache.core.features import MODALITIES, Compression, StorageType
+from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.options import positional, require, require_keys
 from saffe_cache.sources.items import Columns
 
@@ -141,28 +142,22 @@ class RepairConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeOptions:
-    """How to encode and store, with all defaults resolved; ExtractConfig describes the fields."""
+class EncodeOptions(ExtractConfig):
+    """A config whose defaults are resolved for a machine."""
 
-    storage: str | None
-    compression: Compression
-    pooled: bool
     batch_tokens: int
-    batch_size: int | None
     workers: int
-    decode_in: str
-    shard_mb: int
-    max_invalid: float
 
 
 def encode_options(config: ExtractConfig) -> EncodeOptions:
-    """The options of a config, with defaults that depend on the machine."""
-    on_gpu = choose_device(config.device) != "cpu"
-    options = {one.name: getattr(config, one.name) for one in fields(EncodeOptions)}
-    options["batch_tokens"] = config.batch_tokens or (32768 if on_gpu else 2048)
-    options["workers"] = config.workers or max(4, num_cores())
-    options["decode_in"] = "threads" if config.streaming else config.decode_in
-    return EncodeOptions(**options)
+    """Resolve the defaults that depend on the machine."""
+    tokens = 2048 if choose_device(config.device) == "cpu" else 32768
+    resolved = {
+        "batch_tokens": config.batch_tokens or tokens,
+        "workers": config.workers or max(4, num_cores()),
+        "decode_in": "threads" if config.streaming else config.decode_in,
+    }
+    return EncodeOptions(**vars(config) | resolved)
 
 
 def config_from_json(content: Mapping[str, Any]) -> ExtractConfig:
@@ -172,9 +167,6 @@ def config_from_json(content: Mapping[str, Any]) -> ExtractConfig:
         ValueError, TypeError: it is no valid config.
     """
     known = {one.name: content[one.name] for one in fields(ExtractConfig) if one.name in content}
-    for name in ("class_prompt", "splits"):
-        known[name] = tuple(known.get(name, ()))
     if "prompt_name" not in content and known.get("prompt") == "{}":
         known["prompt"] = None  # of a release whose "{}" was the default prompt
-    known["layers"] = {modality: tuple(layers) for modality, layers in known.get("layers", {}).items()}
-    return ExtractConfig(**known)
+    return made_of(ExtractConfig, known)

@@ -7,11 +7,10 @@ lacks) -> encoding, which passes rows to the store's writer.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from saffe_cache.core.features import MODALITIES, CacheError, ItemTable, Modality
 from saffe_cache.core.outputs import provenance
@@ -57,7 +56,6 @@ def extract(config: ExtractConfig | None = None, /, **options: Any) -> str:
         _print_plan(list(_plan_jobs(storage, table, config, items)), items, config)
         return f"nothing was written to {config.cache}"
     with storage.writer_lock():
-        storage.remove_partial_files()
         table, changed = _grow_table(storage, items, config)
         media = {h: item.media[m] for item in items if not item.problem for m, h in item.hashes.items()}
         jobs = list(_plan_jobs(storage, table, config, items))
@@ -167,16 +165,14 @@ def _warn_of_texts(job: Job, table: ItemTable) -> None:
             "--max-length if the model allows it.",
             *(key, job.num_truncated, job.num_inputs, job.encoder.max_length),
         )
-    numbers: dict[tuple[int, ...], int] = {}
-    groups = np.array([numbers.setdefault(tuple(ids), len(numbers)) for ids in job.token_ids])
     for split in sorted(set(table.splits)):
         rows: set[int] = set()
-        for item in table.in_split(split):
-            rows.update(map(int, table.captions[int(item)]))
-            for label in table.labels[int(item)]:
-                rows.update(map(int, table.class_texts[int(label)]))
-        found = groups[sorted(rows)]
-        shared = int((np.bincount(found, minlength=1)[found] > 1).sum()) if rows else 0
+        for item in table.in_split(split).tolist():
+            rows.update(table.captions[item].tolist())
+            for label in table.labels[item].tolist():
+                rows.update(table.class_texts[label].tolist())
+        counts = Counter(tuple(job.token_ids[row]) for row in rows)
+        shared = sum(count for count in counts.values() if count > 1)
         if shared > _SHARED_TEXTS * len(rows):
             logger.warning(
                 "%s, split %s: %d of %d distinct texts have the same tokens as another one, and so the same vector. "

@@ -12,20 +12,17 @@ _FEWEST = 100
 """Extractions of fewer inputs are ignored if there is a larger one."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncodingRate:
-    """Speed of an encoder during extraction."""
-
-    seconds: float
-    """Seconds per input."""
-    threads: int
-
-
 class _Extraction(NamedTuple):
+    """A finished extraction."""
+
     inputs: int
     encoding_seconds: float
     total_seconds: float
     threads: int
+
+    @property
+    def seconds_per_input(self) -> float:
+        return self.encoding_seconds / self.inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,37 +48,31 @@ def extraction_seconds(cache: Cache) -> float:
     return sum(one.total_seconds for encoder in cache.encoders.values() for one in _extractions(encoder))
 
 
-def encoding_rate(encoder: EncoderCache) -> EncodingRate | None:
-    """The rate of forward passes in its fastest extraction; None if its history has none."""
-    measured = [one for one in _extractions(encoder) if one.inputs]
-    if not measured:
-        return None
-    enough = [one for one in measured if one.inputs >= _FEWEST] or measured
-    best = min(enough, key=lambda one: one.encoding_seconds / one.inputs)
-    return EncodingRate(seconds=best.encoding_seconds / best.inputs, threads=best.threads)
-
-
 def reencoding(gallery: EncoderCache, text: EncoderCache, results: Iterable[Mapping[str, Any]]) -> Reencoding | None:
     """The cost for some runs, from their result.json; None if an encoder's rate is unknown."""
-    photo, words, seen = encoding_rate(gallery), encoding_rate(text), list(results)
+    photo, words, seen = _fastest(gallery), _fastest(text), list(results)
     if photo is None or words is None or any({"photos_seen", "texts_seen"} - one.keys() for one in seen):
         return None
+    photo_seconds, text_seconds = photo.seconds_per_input, words.seconds_per_input
     return Reencoding(
         photos_seen=sum(one["photos_seen"] for one in seen),
         texts_seen=sum(one["texts_seen"] for one in seen),
-        photo_seconds=photo.seconds,
-        text_seconds=words.seconds,
-        basis=f"forward passes only, as measured during extraction: {_rate(photo)} photos/s and {_rate(words)} "
-        f"texts/s, {photo.threads} threads",
+        photo_seconds=photo_seconds,
+        text_seconds=text_seconds,
+        basis=f"forward passes only, as measured during extraction: {1 / max(photo_seconds, 1e-9):.0f} photos/s and "
+        f"{1 / max(text_seconds, 1e-9):.0f} texts/s, {photo.threads} threads",
     )
 
 
-def _rate(rate: EncodingRate) -> str:
-    return f"{1 / max(rate.seconds, 1e-9):.0f}"
+def _fastest(encoder: EncoderCache) -> _Extraction | None:
+    """The extraction with the fastest forward passes; None if its history has none."""
+    measured = [one for one in _extractions(encoder) if one.inputs]
+    enough = [one for one in measured if one.inputs >= _FEWEST] or measured
+    return min(enough, key=lambda one: one.seconds_per_input, default=None)
 
 
 def _extractions(encoder: EncoderCache) -> list[_Extraction]:
-    """Finished extractions in the encoder's history."""
+    """The extractions in the encoder's history."""
     return [
         _Extraction(
             inputs=entry["inputs"][1] - entry["inputs"][0],

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from saffe_cache.core.devices import choose_device
-from saffe_cache.core.features import BlockWeights, CacheError, Inputs, ItemTable, LanguageModelWeights, Modality
+from saffe_cache.core.features import CacheError, Inputs, ItemTable, Modality, StorageType, Weights
 from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
 from saffe_cache.encoders.transfers import Converter
@@ -29,7 +29,7 @@ from saffe_cache.store.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_STORAGE = "float8"
+DEFAULT_STORAGE: StorageType = "float8"
 """The smallest type without loss in retrieval; unlike int8, it preserves small channels next to a very large one."""
 TEXT_BLOCK_ROWS = 1024
 """Texts that are sorted by length together; padding is then a few percent of the tokens."""
@@ -76,7 +76,7 @@ class Job:
     @property
     def num_bytes(self) -> int:
         """Final size of the encoder's group in bytes: shards, padded to whole chunks, and weights."""
-        total = sum(tensor.nbytes for weights in self._weights for tensor in weights.tensors.values())
+        total = sum(tensor.nbytes for weights in self.weights.values() for tensor in weights.tensors.values())
         for spec, rows in self.arrays.values():
             full, rest = divmod(rows, spec.shard_rows)
             total += full * spec.shard_file_bytes(spec.shard_rows) + (spec.shard_file_bytes(rest) if rest else 0)
@@ -85,14 +85,16 @@ class Job:
     @property
     def num_files(self) -> int:
         """Final number of files of the encoder's group, with one metadata file per array."""
-        weights = sum(2 * len(weights.tensors) + 1 for weights in self._weights)
+        weights = sum(2 * len(weights.tensors) + 1 for weights in self.weights.values())
         tokenizer = 2 if self.encoder.language_model else 0
         return weights + tokenizer + sum(1 + -(-rows // spec.shard_rows) for spec, rows in self.arrays.values())
 
     @property
-    def _weights(self) -> list[BlockWeights | LanguageModelWeights]:
+    def weights(self) -> dict[str, Weights]:
+        """The weights that are stored, by the names of their groups."""
         model = self.encoder.language_model
-        return [*self.encoder.blocks.values(), *([model] if model else [])]
+        blocks = {f"blocks/{layer}": block for layer, block in self.encoder.blocks.items()}
+        return blocks | ({"language_model": model} if model else {})
 
     @property
     def block_rows(self) -> int:
@@ -111,6 +113,12 @@ class Job:
     def first_row(self, name: str, number: int) -> int:
         """First row of input `number` in an array."""
         return int(self.offsets[number]) if self.offsets is not None and self.is_flat(name) else number
+
+    def input_of(self, name: str, row: int) -> int:
+        """The input that a row of an array belongs to."""
+        if self.offsets is None or not self.is_flat(name):
+            return row
+        return int(np.searchsorted(self.offsets, row, side="right")) - 1
 
     def blocks(self) -> Iterable[range]:
         """The blocks to encode, in order."""
@@ -296,7 +304,7 @@ def _state_specs(job: Job) -> dict[str, ArraySpec]:
         shapes = {layer: states.shape[1:] for layer, states in blank.states.items()}
         names = (job.encoder.request.modality, "token", "hidden")
     stored = [array.spec.dtype for name, array in job.manifest.arrays.items() if name.startswith("hidden_states/")]
-    dtype = job.options.storage or next(iter(stored), DEFAULT_STORAGE)
+    dtype = job.options.storage or (stored[0] if stored else DEFAULT_STORAGE)
     ones = {
         f"hidden_states/{layer}": ArraySpec(
             row_shape=shape, dtype=dtype, dimension_names=names, compression=job.options.compression
@@ -316,10 +324,6 @@ def blank_input(encoder: FrozenEncoder) -> Any:
 
 def _first_input(job: Job) -> int:
     """The first input that an array lacks, moved back to the start of its batch."""
-    counts = [job.num_inputs]
-    for name in job.missing.keys() - {"offsets"}:  # offsets are known before encoding
-        rows = job.rows_of(name)
-        if job.offsets is not None and job.is_flat(name):
-            rows = int(np.searchsorted(job.offsets, rows, side="right")) - 1
-        counts.append(rows)
-    return begin_blocks(min(counts), job.manifest.finished_rows, job.block_rows)
+    lacking = job.missing.keys() - {"offsets"}  # offsets are known before encoding
+    first = min((job.input_of(name, job.rows_of(name)) for name in lacking), default=job.num_inputs)
+    return begin_blocks(first, job.manifest.finished_rows, job.block_rows)

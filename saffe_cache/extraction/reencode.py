@@ -38,23 +38,21 @@ class PastExtraction:
     """It encoded the inputs from `start` up to, but not including, `stop`."""
     block_rows: int
 
-    def inputs_of(self, name: str, inputs: range) -> range:
-        """The inputs whose rows of an array come from this extraction."""
-        first = max(inputs.start, self.first_new.get(name, self.stop))
-        return range(first, max(first, min(inputs.stop, self.stop)))
+    def inputs_of(self, shard: LostShard) -> range:
+        """The inputs whose rows in a shard come from this extraction."""
+        first = max(shard.inputs.start, self.first_new.get(shard.array, self.stop))
+        return range(first, max(first, min(shard.inputs.stop, self.stop)))
 
-    def blocks_of(self, name: str, inputs: range) -> Iterator[range]:
-        """The blocks in which these inputs' rows of an array were encoded."""
-        mine = self.inputs_of(name, inputs)
+    def blocks_of(self, shard: LostShard) -> Iterator[range]:
+        """The blocks in which these inputs' rows were encoded."""
+        mine = self.inputs_of(shard)
         begin = max(self.start, mine.start // self.block_rows * self.block_rows)
         blocks = cut_blocks(begin, self.stop, self.block_rows) if mine else iter(())
         return takewhile(lambda block: block.start < mine.stop, blocks)
 
 
 def past_extractions(manifest: EncoderManifest, device: str | None = None) -> list[PastExtraction]:
-    """The finished extractions in a manifest's history, oldest first.
-
-    `device` replaces the one in their configs.
+    """The finished extractions in a manifest's history, oldest first; `device` replaces the one in their configs.
 
     Raises:
         ValueError, TypeError: this release cannot read a config in the history, or its device is unavailable.
@@ -87,12 +85,9 @@ def _requested(config: ExtractConfig, manifest: EncoderManifest) -> set[str]:
 def reload_encoder(
     manifest: EncoderManifest, past: Sequence[PastExtraction], moved: str | None, option: str
 ) -> FrozenEncoder:
-    """Load the encoder that a cache was made with.
+    """Load the encoder that a cache was made with, from where its latest extraction found it or where it has moved.
 
-    Args:
-        past: its extractions, at least one.
-        moved: where the encoder is now; None for where the latest extraction found it.
-        option: the option for `moved`, for the error message.
+    `past` are its extractions, at least one; `option` is the option for `moved`, for the error message.
 
     Raises:
         ValueError: the encoder is unavailable.
@@ -133,7 +128,7 @@ class LostShard:
 
     @property
     def array(self) -> str:
-        return self.damage.array
+        return self.damage.name
 
     @property
     def is_complete(self) -> bool:
@@ -152,13 +147,10 @@ class LostShard:
 
 def lost_shard(job: Job, damage: Damage) -> LostShard:
     """A damaged shard of a job's array, without rows."""
-    array = job.manifest.arrays[damage.array]
+    array = job.manifest.arrays[damage.name]
     entry, begin = array.shards[damage.index], damage.index * array.spec.shard_rows
-    inputs = range(begin, begin + entry.rows)
-    if job.offsets is not None and job.is_flat(damage.array):
-        first = int(np.searchsorted(job.offsets, begin, side="right")) - 1
-        inputs = range(first, int(np.searchsorted(job.offsets, inputs.stop, side="left")))
-    return LostShard(damage=damage, spec=array.spec, entry=entry, inputs=inputs)
+    first, last = (job.input_of(damage.name, row) for row in (begin, begin + entry.rows - 1))
+    return LostShard(damage=damage, spec=array.spec, entry=entry, inputs=range(first, last + 1))
 
 
 def offset_rows(job: Job, index: int) -> np.ndarray:
@@ -170,10 +162,7 @@ def offset_rows(job: Job, index: int) -> np.ndarray:
 
 
 def check_tokens(job: Job) -> None:
-    """
-    Raises:
-        CacheError: the tokenizer gives other token counts than those in the cache.
-    """
+    """Raises CacheError if the tokenizer gives other token counts than those in the cache."""
     array = job.manifest.arrays["offsets"]
     for index, entry in enumerate(array.shards):
         if describe_shard(array.spec, offset_rows(job, index)).crc32c != entry.crc32c:
@@ -193,8 +182,8 @@ def encode_lost(
         OSError: a file that was read for its hash cannot be read again.
     """
     for extraction in past:
-        pending = [shard for shard in lost if extraction.inputs_of(shard.array, shard.inputs)]
-        blocks = {block for shard in pending for block in extraction.blocks_of(shard.array, shard.inputs)}
+        pending = [shard for shard in lost if extraction.inputs_of(shard)]
+        blocks = {block for shard in pending for block in extraction.blocks_of(shard)}
         if not pending:
             continue
         job.options, job.chosen = encode_options(extraction.config), sorted(blocks, key=lambda block: block.start)
@@ -204,7 +193,7 @@ def encode_lost(
             for portion in portions:
                 for shard in pending:
                     first, rows = portion.rows[shard.array]
-                    mine = extraction.inputs_of(shard.array, shard.inputs)
+                    mine = extraction.inputs_of(shard)
                     start, stop = (job.first_row(shard.array, number) for number in (mine.start, mine.stop))
                     shard.unreadable |= {row: why for row, why in portion.invalid.items() if row in mine}
                     shard.add(max(first, start), rows[max(0, start - first) : max(0, stop - first)])

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from saffe_cache.core.features import MODALITIES, CacheError, ItemTable
+from saffe_cache.core.features import MODALITIES, CacheError, ItemTable, Weights
 from saffe_cache.core.options import require
 from saffe_cache.core.outputs import provenance
 from saffe_cache.extraction.blocks import checked_blocks
@@ -98,7 +98,6 @@ def repair(config: RepairConfig) -> RepairReport:
         known = (*MODALITIES, *root.encoders)
         require(name in known, "encoder", f"{name}=…", " or ".join(f"{one}=…" for one in known))
     with storage.writer_lock():
-        storage.remove_partial_files()
         num_shards, damage = find_damage(storage)
         report = RepairReport(num_shards=num_shards)
         if any(one.part == "table" for one in damage):
@@ -138,15 +137,15 @@ class _EncoderRepair:
             for one in harder:
                 self._report.leave(one, str(error))
             return
-        self._repair_weights([one for one in harder if one.part in ("block", "language_model")])
+        self._repair_weights([one for one in harder if one.part == "weights"])
         self._repair_shards([one for one in harder if one.part == "shard"], past)
 
     def _repair_from_cache(self, damage: Damage) -> bool:
         """Repair an array's `zarr.json`, or a shard of which only the index is damaged; False if more is needed."""
         if damage.part == "metadata":
-            self._files(damage).write_metadata(self._manifest.arrays[damage.array].rows)
+            self._files(damage).write_metadata(self._manifest.arrays[damage.name].rows)
         elif damage.part == "shard":
-            files, entry = self._files(damage), self._manifest.arrays[damage.array].shards[damage.index]
+            files, entry = self._files(damage), self._manifest.arrays[damage.name].shards[damage.index]
             try:
                 data = self._storage.read(files.shard(damage.index))
             except (CacheError, OSError):
@@ -161,7 +160,7 @@ class _EncoderRepair:
         return True
 
     def _files(self, damage: Damage) -> ArrayFiles:
-        return ArrayFiles(self._storage, self._key, damage.array, self._manifest.arrays[damage.array].spec)
+        return ArrayFiles(self._storage, self._key, damage.name, self._manifest.arrays[damage.name].spec)
 
     def _plan(self, past: Sequence[PastExtraction]) -> Job:
         """A job with the encoder that the cache was made with.
@@ -182,37 +181,31 @@ class _EncoderRepair:
         return job
 
     def _repair_weights(self, damage: Sequence[Damage]) -> None:
+        layers = [int(one.name.removeprefix("blocks/")) for one in damage if one.name != "language_model"]
         encoder = self._job.encoder
-        layers = [one.index for one in damage if one.part == "block"]
         if layers:
             encoder.select(layers, vectors=False)
         blocks, _ = checked_blocks(encoder, layers)
+        weights: dict[str, Weights] = {f"blocks/{layer}": block for layer, block in blocks.items()}
+        if encoder.language_model:
+            weights["language_model"] = encoder.language_model
         for one in damage:
-            is_block = one.part == "block"
-            weights = blocks[one.index] if is_block else encoder.language_model
-            assert weights is not None
-            write_weights(self._storage, self._key, f"blocks/{one.index}" if is_block else one.part, weights)
+            write_weights(self._storage, self._key, one.name, weights[one.name])
             self._report.restore(one.place)
 
     def _repair_shards(self, damage: Sequence[Damage], past: Sequence[PastExtraction]) -> None:
         job, shards = self._job, []
         for one in damage:
-            if one.array == "offsets":
+            if one.name == "offsets":
                 self._files(one).write(one.index, offset_rows(job, one.index))
                 self._report.restore(one.place)
             else:
                 shards.append(lost_shard(job, one))
-        needed = {
-            row
-            for shard in shards
-            for extraction in past
-            for block in extraction.blocks_of(shard.array, shard.inputs)
-            for row in block
-        }
+        needed = {row for shard in shards for one in past for block in one.blocks_of(shard) for row in block}
         sources = SourceFiles(job, self._table, _places(self._config, past), needed)
         lost = []
         for shard in shards:
-            if sum(len(extraction.inputs_of(shard.array, shard.inputs)) for extraction in past) < len(shard.inputs):
+            if sum(len(one.inputs_of(shard)) for one in past) < len(shard.inputs):
                 self._report.leave(shard.damage, _UNFINISHED)
             elif absent := sources.absent(shard.inputs):
                 self._report.leave(shard.damage, f"{_some(absent)}. Name the data that it was made from with --data.")

@@ -95,7 +95,7 @@ class FeatureLoader:
             stored = _as_tensor(encoder.array(name).read_stored(rows))
         else:
             stored = held.index_select(0, torch.from_numpy(rows).to(held.device))
-        return numbers_of(stored.to(self.device), encoder.array(name).dtype)
+        return numbers_of(stored.to(self.device), encoder.array(name).spec.dtype)
 
     def _load(self, encoder: EncoderCache, name: str) -> torch.Tensor:
         """All rows of an array, as they are stored."""
@@ -112,14 +112,15 @@ def choose_residency(requested: Residency | Literal["auto"], cache: Cache, spec:
     Raises:
         ValueError: device is requested on a CPU, or mapped for shards that are compressed or behind a URL.
     """
-    can_map = all(encoder.array(name).is_mapped for encoder, name in _arrays(cache, spec))
+    arrays = [encoder.array(name) for encoder, name in _arrays(cache, spec)]
+    can_map = all(array.is_mapped for array in arrays)
     if requested == "device" and device == "cpu":
         refuse("residency", "device on a CPU", "memory or mapped")
     if requested == "mapped" and not can_map:
         refuse("residency", "mapped, of shards that are compressed or behind a URL", "memory or streamed")
     if requested != "auto":
         return requested
-    needed = sum(len(encoder.array(name)) * encoder.array(name).row_bytes for encoder, name in _arrays(cache, spec))
+    needed = sum(len(array) * array.spec.row_bytes for array in arrays)
     if device != "cpu" and needed < _DEVICE_PART * torch.cuda.mem_get_info()[0]:
         return "device"
     if (device != "cpu" or not can_map) and needed < _MEMORY_PART * available_memory():
@@ -131,8 +132,8 @@ def window_shards(cache: Cache, spec: RunSpec) -> int:
     """Shards of photos in a window of a streamed training; depends only on the cache."""
     arrays = [encoder.array(name) for encoder, name in _arrays(cache, spec)]
     photos = cache.encoders[spec.gallery_key].array(f"hidden_states/{spec.gallery_layers[0]}")
-    of_photo = sum(len(array) * array.row_bytes for array in arrays) / max(1, len(photos))
-    return max(1, round(_WINDOW_BYTES / of_photo / photos.shard_rows))
+    of_photo = sum(len(array) * array.spec.row_bytes for array in arrays) / max(1, len(photos))
+    return max(1, round(_WINDOW_BYTES / of_photo / photos.spec.shard_rows))
 
 
 def summaries(

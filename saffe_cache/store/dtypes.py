@@ -12,33 +12,27 @@ The scaled types, int8 and float8, divide each token (the last axis) by its own 
 largest magnitude / 127 or / 448. The scale, a float32, follows the token's codes in the same row.
 Sources: Dettmers et al. 2022 (vector-wise int8); Micikevicius et al. 2022 (e4m3).
 
-Mean, spread and largest magnitude only show people the range of an array, so large shards are sampled: every n-th row,
-with n chosen to give about two million numbers. Using all numbers would take longer than writing the shard.
+Statistics only show people the range of an array, so large shards are sampled: every n-th row, about two million
+numbers. Using all numbers would take longer than writing the shard.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 _LARGEST_CODE = {"int8": 127.0, "float8": 448.0}
-_SCALE_BYTES = 4
-
-
-class _Half(NamedTuple):
-    """Bits of a type of two bytes."""
-
-    infinity: int
-    nan: int
-    """The one form in which NaN is stored."""
-
-
-_HALVES = {"float16": _Half(0x7C00, 0x7E00), "bfloat16": _Half(0x7F80, 0x7FC0)}
+SCALE_BYTES = 4
+"""Bytes of a token's scale, which follow its codes."""
+_INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80}
+_NAN = {"float16": 0x7E00, "bfloat16": 0x7FC0}
+"""The one form in which NaN is stored."""
 _BLOCK = 2**15
 """Numbers that are processed at once on a CPU: they fit into its cache, and torch uses one thread for so few."""
 _SAMPLE_NUMBERS = 2**21
@@ -53,16 +47,6 @@ def stored_type(dtype: str) -> np.dtype:
 def is_scaled(dtype: str) -> bool:
     """Whether each token has its own scale."""
     return dtype in _LARGEST_CODE
-
-
-def stored_shape(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
-    """The stored shape of numbers of a shape: a scaled token is followed by its scale."""
-    return (*shape[:-1], shape[-1] + _SCALE_BYTES) if is_scaled(dtype) else shape
-
-
-def fill_value(dtype: str) -> int | float:
-    """The stored value of rows that were not written: NaN, or -1 for integers."""
-    return {"bfloat16": 0x7FC0, "int8": 0xFF, "float8": 0xFF, "int64": -1}.get(dtype, float("nan"))
 
 
 class Stored(NamedTuple):
@@ -82,8 +66,7 @@ class Stored(NamedTuple):
     def to_numpy(self, dtype: str) -> np.ndarray:
         """The rows in their stored type, for tensors on the CPU.
 
-        Raises:
-            OverflowError: a finite number became infinite.
+        Raises OverflowError if a finite number became infinite.
         """
         largest = float(self.lost.max()) if self.lost.numel() else 0.0
         if largest:
@@ -107,13 +90,16 @@ def convert(values: torch.Tensor, dtype: str) -> Stored:
         rows = _scaled(tokens, magnitudes.masked_fill(~is_finite, torch.nan), dtype, block)
     elif dtype == "float32":
         rows = tokens.float()
-        is_finite = _are_finite(rows)
+        if rows.device.type == "cpu":  # numpy is thirty times as fast as torch here
+            is_finite = torch.from_numpy(np.isfinite(rows.numpy()).all(axis=1))
+        else:
+            is_finite = rows.isfinite().all(dim=1)
     else:
         rows, all_finite = _halved(tokens, dtype, block)
         is_finite = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
         if not all_finite:
             is_finite = tokens.isfinite().all(dim=1)
-            rows.masked_fill_(tokens.isnan(), _HALVES[dtype].nan)
+            rows.masked_fill_(tokens.isnan(), _NAN[dtype])
             largest = tokens.nan_to_num(0.0, 0.0, 0.0).abs().amax(dim=1).float()
             lost = torch.where(largest.to(getattr(torch, dtype)).isinf(), largest, 0.0)
     shape = values.shape[:-1]
@@ -123,10 +109,9 @@ def convert(values: torch.Tensor, dtype: str) -> Stored:
 def to_storage(values: np.ndarray, dtype: str) -> np.ndarray:
     """Convert float32 numbers to a storage type, as `convert` does; integers only change their byte order.
 
-    Raises:
-        OverflowError: a finite number becomes infinite in the storage type.
+    Raises OverflowError if a finite number becomes infinite in the storage type.
     """
-    if dtype not in _HALVES and not is_scaled(dtype):
+    if dtype not in _NAN and not is_scaled(dtype):
         return np.ascontiguousarray(values, dtype=np.dtype(dtype).newbyteorder("<"))
     numbers = np.ascontiguousarray(values, dtype=np.float32)
     return convert(as_tensor(numbers), dtype).to_numpy(dtype)
@@ -152,10 +137,10 @@ def numbers_of(stored: torch.Tensor, dtype: str) -> torch.Tensor:
         return stored.view(torch.bfloat16).float()
     if not is_scaled(dtype):
         return stored.float()
-    scales = stored[..., -_SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    scales = stored[..., -SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
     if dtype == "float8" and stored.device.type == "cpu":
-        return _from_float8(stored[..., :-_SCALE_BYTES], scales)
-    codes = stored[..., :-_SCALE_BYTES].view(torch.int8 if dtype == "int8" else torch.float8_e4m3fn)
+        return _from_float8(stored[..., :-SCALE_BYTES], scales)
+    codes = stored[..., :-SCALE_BYTES].view(torch.int8 if dtype == "int8" else torch.float8_e4m3fn)
     return codes.float().mul_(scales)
 
 
@@ -177,13 +162,6 @@ def _from_float8(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return numbers
 
 
-def _are_finite(rows: torch.Tensor) -> torch.Tensor:
-    """bool [tokens]: are all numbers finite? On a CPU, numpy is thirty times as fast as torch."""
-    if rows.device.type == "cpu":
-        return torch.from_numpy(np.isfinite(rows.numpy()).all(axis=1))
-    return rows.isfinite().all(dim=1)
-
-
 def _halved(tokens: torch.Tensor, dtype: str, block: int) -> tuple[torch.Tensor, bool]:
     """The bits of the rounded numbers, with NaN in any form, and whether all are known to be finite.
 
@@ -194,20 +172,19 @@ def _halved(tokens: torch.Tensor, dtype: str, block: int) -> tuple[torch.Tensor,
     for to, part in zip(torch.split(rows, block), torch.split(tokens, block), strict=True):
         to.view(getattr(torch, dtype)).copy_(part)
         if all_finite and to.numel():  # numpy is three times as fast as torch here
-            all_finite = bool((to.numpy() & 0x7FFF).max() < _HALVES[dtype].infinity)
+            all_finite = bool((to.numpy() & 0x7FFF).max() < _INFINITY[dtype])
     return rows, all_finite
 
 
 def _scaled(tokens: torch.Tensor, magnitudes: torch.Tensor, dtype: str, block: int) -> torch.Tensor:
     """Each token's codes, followed by the bytes of its scale; tokens that are not finite have magnitude NaN."""
-    largest_code = magnitudes.new_full(
-        (), _LARGEST_CODE[dtype]
-    )  # a GPU would multiply by the reciprocal of a Python number
+    # a GPU would multiply by the reciprocal of a Python number
+    largest_code = magnitudes.new_full((), _LARGEST_CODE[dtype])
     scales = (magnitudes / largest_code)[:, None]
     divisors = torch.where(scales > 0, scales, 1.0)
-    rows = torch.empty(len(tokens), tokens.shape[1] + _SCALE_BYTES, dtype=torch.uint8, device=tokens.device)
-    rows[:, -_SCALE_BYTES:] = scales.view(torch.uint8)
-    codes = rows[:, :-_SCALE_BYTES].view(torch.int8 if dtype == "int8" else torch.float8_e4m3fn)
+    rows = torch.empty(len(tokens), tokens.shape[1] + SCALE_BYTES, dtype=torch.uint8, device=tokens.device)
+    rows[:, -SCALE_BYTES:] = scales.view(torch.uint8)
+    codes = rows[:, :-SCALE_BYTES].view(torch.int8 if dtype == "int8" else torch.float8_e4m3fn)
     room = torch.empty(min(block, len(tokens)), tokens.shape[1], device=tokens.device)
     for to, part, divisor in zip(
         torch.split(codes, block), torch.split(tokens, block), torch.split(divisors, block), strict=True
@@ -229,52 +206,20 @@ class Moments:
     count: int = 0
     max_magnitude: float = 0.0
 
-
-@dataclass(frozen=True)
-class Statistics:
-    """Statistics of the sampled finite numbers of an array."""
-
-    mean: float
-    std: float
-    max_magnitude: float
+    @property
+    def std(self) -> float:
+        return math.sqrt(self.m2 / self.count) if self.count else 0.0
 
 
 def sampled_moments(portions: Sequence[np.ndarray], dtype: str) -> Moments:
     """Moments of every n-th row of a shard; they do not depend on how the stored rows are cut into portions."""
     n = max(1, sum(rows.size for rows in portions) // _SAMPLE_NUMBERS)
-    return _merge(_moments(from_storage(block, dtype)) for block in _blocks(_every_nth(portions, n)))
-
-
-def combine_statistics(parts: Sequence[Moments]) -> Statistics:
-    """Statistics over all shards of an array."""
-    whole = _merge(parts)
-    return Statistics(whole.mean, math.sqrt(whole.m2 / whole.count) if whole.count else 0.0, whole.max_magnitude)
-
-
-def _every_nth(portions: Iterable[np.ndarray], n: int) -> Iterator[np.ndarray]:
-    """Rows 0, n, 2n, … of all portions together."""
-    position = 0
-    for rows in portions:
-        yield rows[-position % n :: n]
-        position += len(rows)
-
-
-def _blocks(portions: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Stored tokens, [tokens, last axis], in blocks of equal size, across the boundaries of portions."""
-    waiting: list[np.ndarray] = []
-    room = 0
-    for rows in portions:
-        tokens = rows.reshape(-1, math.prod(rows.shape[1:][-1:]))
-        size = max(1, _BLOCK // tokens.shape[1])
-        room = room or size
-        while len(tokens):
-            waiting.append(tokens[:room])
-            tokens, room = tokens[room:], room - len(waiting[-1])
-            if not room:
-                yield np.concatenate(waiting) if len(waiting) > 1 else waiting[0]
-                waiting, room = [], size
-    if waiting:
-        yield np.concatenate(waiting)
+    starts = accumulate(map(len, portions), initial=0)
+    sample = np.concatenate([rows[-start % n :: n] for start, rows in zip(starts, portions, strict=False)])
+    tokens = sample.reshape(-1, math.prod(sample.shape[1:][-1:]))
+    block = max(1, _BLOCK // tokens.shape[1])
+    blocks = (tokens[start : start + block] for start in range(0, len(tokens), block))
+    return combine_moments(_moments(from_storage(numbers, dtype)) for numbers in blocks)
 
 
 def _moments(numbers: np.ndarray) -> Moments:
@@ -303,7 +248,7 @@ def _sum_of_squares(values: np.ndarray) -> float:
     return float((values[:, None, :] @ values[:, :, None]).sum())
 
 
-def _merge(parts: Iterable[Moments]) -> Moments:
+def combine_moments(parts: Iterable[Moments]) -> Moments:
     """The moments of all parts together. Source: Chan, Golub, LeVeque 1979, eq. 2.1."""
     count, mean, m2, largest = 0, 0.0, 0.0, 0.0
     for part in parts:

@@ -1,9 +1,8 @@
 """Copies of a cache: one HDF5 file, the usual format for sharing features, and a cache with other storage.
 
 The file mirrors the cache's groups: `encoders/KEY/hidden_states/11` and so on; the item table is `items`. Each group's
-attribute `saffe_cache` holds the cache's own attributes as JSON. Damaged shards are not exported, and imported data is
-compared with its checksums before it is committed. Nothing outside the file is read. The HDF5 library itself may hang
-on a damaged file, so set a time limit when importing untrusted files.
+attribute `saffe_cache` holds the cache's own attributes as JSON. Imported data is compared with its checksums before it
+is committed. The HDF5 library itself may hang on a damaged file, so set a time limit when importing untrusted files.
 """
 
 from __future__ import annotations
@@ -21,20 +20,19 @@ import numpy as np
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.store.config import ConvertConfig, ExportConfig, ImportConfig
-from saffe_cache.store.dtypes import to_storage
+from saffe_cache.store.dtypes import from_storage, to_storage
 from saffe_cache.store.layout import ArraySpec, choose_rows
 from saffe_cache.store.manifest import (
-    WEIGHTS,
     ArrayFiles,
     EncoderManifest,
     RootManifest,
     encoder_group,
     layers_among,
     read_root,
+    weights_type,
     write_root,
 )
-from saffe_cache.store.reader import EncoderCache, open_cache, spec_of
-from saffe_cache.store.rows import RowReader
+from saffe_cache.store.reader import EncoderCache, open_cache, weights_from
 from saffe_cache.store.storage import (
     FORMAT_VERSION,
     Storage,
@@ -45,8 +43,8 @@ from saffe_cache.store.storage import (
     write_group,
 )
 from saffe_cache.store.table import ENCODING_TYPE as ITEMS
-from saffe_cache.store.table import table_from_arrays
-from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks, write_weights
+from saffe_cache.store.table import table_from_arrays, write_table
+from saffe_cache.store.writer import EncoderWriter, Portion, write_weights
 
 
 def export_cache(config: ExportConfig) -> str:
@@ -57,8 +55,7 @@ def export_cache(config: ExportConfig) -> str:
         OSError: the file exists, or cannot be written.
     """
     cache = open_cache(config.cache)
-    root = read_root(cache.storage)
-    assert root is not None
+    root = cache.root
     target, partial = Path(config.file), Path(f"{config.file}.partial")
     if target.exists():
         raise FileExistsError(f"{target}: this file exists. Choose another name.")
@@ -104,10 +101,7 @@ def import_cache(config: ImportConfig) -> str:
 
 
 def _refuse_links(file: Any) -> None:
-    """
-    Raises:
-        ValueError: a link is not a hard link; it may point into another file or form a cycle.
-    """
+    """Raises ValueError if a link is not a hard link; it may point into another file or form a cycle."""
     kinds: dict[str, type] = {}
     file.visititems_links(lambda name, link: kinds.setdefault(name, type(link)) and None)
     for name, kind in kinds.items():
@@ -138,8 +132,8 @@ def _export_encoder(storage: Storage, encoder: EncoderCache, group: Any) -> None
         for index, entry in enumerate(array.shards):
             start = index * spec.shard_rows
             dataset[start : start + entry.rows] = files.read(index, entry)
-    for name, kind in encoder.weights.items():
-        _export_group(storage, f"{encoder_group(encoder.key)}/{name}", WEIGHTS[kind], group.create_group(name))
+    for name in encoder.weights:
+        _export_group(storage, f"{encoder_group(encoder.key)}/{name}", weights_type(name), group.create_group(name))
 
 
 def _import_encoder(storage: Storage, group: Any, where: str) -> None:
@@ -155,18 +149,17 @@ def _import_encoder(storage: Storage, group: Any, where: str) -> None:
             if (dataset.shape, dataset.dtype) != ((array.rows, *array.spec.stored_shape), array.spec.numpy_dtype):
                 raise CacheError(f"{where}: {name} is {dataset.shape} {dataset.dtype}. {_DAMAGED}")
             for start in range(0, array.rows, array.spec.shard_rows):
-                stop = min(start + array.spec.shard_rows, array.rows)
-                writer.put(Portion({name: (start, _read(dataset, slice(start, stop)))}))
+                rows = _read(dataset, slice(start, start + array.spec.shard_rows))
+                writer.put(Portion({name: (start, rows)}))
         writer.finish(promised.finished_rows)
     for name, array in promised.arrays.items():
         found = [(entry.rows, entry.crc32c) for entry in manifest.arrays[name].shards]
         if found != [(entry.rows, entry.crc32c) for entry in array.shards]:
             raise CacheError(f"{where}: {name} differs from its checksums. {_DAMAGED}")
-    mark_group(storage, f"{encoder_group(manifest.key)}/blocks")
-    for name, kind in EncoderCache(storage, promised).weights.items():
+    for name in EncoderCache(storage, promised).weights:
         folder, of_group = f"{encoder_group(manifest.key)}/{name}", f"{where}: {name}"
-        _, attributes = _import_group(storage, folder, WEIGHTS[kind], group[name], of_group)
-        spec_of(kind, attributes, of_group)
+        arrays, attributes = _import_group(storage, folder, weights_type(name), group[name], of_group)
+        weights_from(attributes, arrays, of_group)
 
 
 def _export_group(storage: Storage, name: str, encoding_type: str, group: Any) -> None:
@@ -201,8 +194,7 @@ _DAMAGED = "The file is damaged. Export it again."
 def _explained(file_path: str) -> Iterator[None]:
     """Turn the many kinds of errors that h5py raises for damaged files into one.
 
-    Raises:
-        CacheError: the file is no HDF5 file, is truncated or damaged, or is no exported cache.
+    Raises CacheError if the file is no HDF5 file, is truncated or damaged, or is no exported cache.
     """
     try:
         yield
@@ -225,18 +217,10 @@ def convert_cache(config: ConvertConfig) -> str:
     unfinished = [key for key, encoder in source.encoders.items() if not encoder.manifest.finished_rows]
     if unfinished:
         raise CacheError(f"{config.cache}: {unfinished[0]} is unfinished. Run saffe extract again, then convert.")
-    root = read_root(source.storage)
-    assert root is not None
     with storage.writer_lock():
-        mark_group(storage, "tables")
-        attributes, columns = read_group(source.storage, f"tables/{root.table}", ITEMS)
-        write_group(storage, "tables/1", attributes, columns)
+        write_table(storage, "tables/1", source.table)
         for encoder in source.encoders.values():
-            specs = {
-                name: _new_spec(array.spec, config) if layers_among([name]) else array.spec
-                for name, array in encoder.manifest.arrays.items()
-            }
-            _convert_encoder(storage, encoder, specs, f"{config.cache}: {encoder.key}")
+            _convert_encoder(storage, encoder, config)
         write_root(storage, RootManifest(1, tuple(source.encoders)))
     return config.new
 
@@ -248,31 +232,28 @@ def _new_spec(spec: ArraySpec, config: ConvertConfig) -> ArraySpec:
     return replace(one, chunk_rows=chunk_rows, shard_rows=shard_rows)
 
 
-def _convert_encoder(storage: Storage, encoder: EncoderCache, specs: dict[str, ArraySpec], where: str) -> None:
+def _convert_encoder(storage: Storage, encoder: EncoderCache, config: ConvertConfig) -> None:
     old = encoder.manifest
+    specs = {name: array.spec for name, array in old.arrays.items()}
+    specs |= {name: _new_spec(spec, config) for name, spec in specs.items() if layers_among([name])}
     changed = {"converted": {name: spec.described for name, spec in specs.items()}}
     manifest = replace(old, arrays={}, finished_rows=0, history=[*old.history, changed])
-    write_blocks(storage, old.key, {layer: encoder.block(layer) for layer in encoder.block_layers})
-    if "language_model" in encoder.weights:
-        write_weights(storage, old.key, "language_model", encoder.language_model())
+    for name in encoder.weights:
+        write_weights(storage, old.key, name, encoder.read_weights(name))
     targets = {name: (spec, old.arrays[name].rows) for name, spec in specs.items()}
     with EncoderWriter(storage, manifest, targets) as writer:
-        for name, spec in specs.items():
-            try:
-                for portion in _portions(name, encoder.array(name), spec):
-                    writer.put(portion)
-            except OverflowError as error:
-                raise CacheError(f"{where}: {name}: {error}. Use --storage bfloat16 or float32.") from None
+        for name, (spec, num_rows) in targets.items():
+            array, step = encoder.array(name), max(1, spec.shard_rows // 4)
+            for start in range(0, num_rows, step):
+                rows = array.read_stored(np.arange(start, min(start + step, num_rows)))
+                try:
+                    writer.put(Portion({name: (start, _converted(rows, array.spec.dtype, spec.dtype))}))
+                except OverflowError as error:
+                    where = f"{config.cache}: {encoder.key}: {name}"
+                    raise CacheError(f"{where}: {error}. Use --storage bfloat16 or float32.") from None
         writer.finish(old.finished_rows)
 
 
-def _portions(name: str, array: RowReader, spec: ArraySpec) -> Iterator[Portion]:
-    """An array's rows in the new type, in portions of a quarter of a shard."""
-    step = max(1, spec.shard_rows // 4)
-    for start in range(0, len(array), step):
-        rows = np.arange(start, min(start + step, len(array)))
-        if spec.dtype == array.dtype:
-            stored = array.read_stored(rows)
-        else:
-            stored = to_storage(array.read(rows).astype(np.float32), spec.dtype)
-        yield Portion({name: (start, stored)})
+def _converted(stored: np.ndarray, old: str, new: str) -> np.ndarray:
+    """Stored rows of one type as those of another."""
+    return stored if old == new else to_storage(from_storage(stored, old).astype(np.float32), new)

@@ -6,15 +6,18 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from saffe_cache.core.features import CacheError, ItemTable, printable
 from saffe_cache.store.config import InspectConfig, VerifyConfig
 from saffe_cache.store.manifest import ArrayFiles, existing_root, read_encoder
-from saffe_cache.store.reader import Cache, EncoderCache, open_cache, read_current_table
+from saffe_cache.store.reader import Cache, EncoderCache, open_cache, read_current
 from saffe_cache.store.storage import Storage
+from saffe_cache.store.table import read_table
+
+Read = TypeVar("Read")
 
 _NUM_EXAMPLES = 3
 _NUM_CLASSES = 10
@@ -91,22 +94,24 @@ def _describe_items(cache: Cache) -> list[str]:
 class Damage:
     """One damaged part of a cache."""
 
-    part: Literal["table", "manifest", "block", "language_model", "metadata", "shard"]
+    part: Literal["table", "manifest", "weights", "metadata", "shard"]
     message: str = ""
     """Where it is, and what is wrong with it."""
     encoder: str = ""
     """Key of its encoder; empty for the item table."""
-    array: str = ""
-    """Array of a damaged shard or `zarr.json`."""
+    name: str = ""
+    """The array, or the group of weights, below the encoder's group."""
     index: int = -1
-    """Number of the shard or the block."""
+    """Number of the shard."""
 
     @property
     def place(self) -> str:
         """A name of the part for people."""
-        if self.part == "shard":
-            return f"{self.encoder}: {self.array}, shard {self.index}"
-        within = {"block": f"block {self.index}", "metadata": f"{self.array}/zarr.json"}
+        within = {
+            "weights": self.name.replace("blocks/", "block "),
+            "metadata": f"{self.name}/zarr.json",
+            "shard": f"{self.name}, shard {self.index}",
+        }
         return f"{self.encoder}: {within.get(self.part, self.part)}" if self.encoder else "item table"
 
 
@@ -141,37 +146,33 @@ def verify_cache(config: VerifyConfig) -> Verified:
 def find_damage(storage: Storage) -> tuple[int, list[Damage]]:
     """The number of shards read, and the damaged parts of a cache.
 
-    Raises:
-        CacheError: there is no cache, or one of another format version.
+    Raises CacheError if there is no cache, or one of another format version.
     """
     root = existing_root(storage)
-    checks: list[tuple[Damage, Callable[[], object]]] = []
-    checks.append((Damage(part="table"), partial(read_current_table, storage, root)))
     damage: list[Damage] = []
     num_shards = 0
+
+    def check(part: Damage, read: Callable[[], Read]) -> Read | None:
+        try:
+            return read()
+        except (CacheError, OSError) as error:
+            damage.append(replace(part, message=str(error)))
+            return None
+
+    table = partial(read_current, storage, root, lambda root: read_table(storage, f"tables/{root.table}"))
+    check(Damage(part="table"), table)
     for key in root.encoders:
-        try:
-            encoder = EncoderCache(storage, read_encoder(storage, key))
-        except (CacheError, OSError) as error:
-            damage.append(Damage(part="manifest", encoder=key, message=str(error)))
+        manifest = check(Damage(part="manifest", encoder=key), partial(read_encoder, storage, key))
+        if manifest is None:
             continue
-        checks += [
-            (Damage(part="block", encoder=key, index=layer), partial(encoder.block, layer))
-            for layer in encoder.block_layers
-        ]
-        if encoder.manifest.is_language_model and encoder.block_layers:
-            checks.append((Damage(part="language_model", encoder=key), encoder.language_model))
-        for name, array in encoder.manifest.arrays.items():
+        encoder = EncoderCache(storage, manifest)
+        for name in encoder.weights:
+            check(Damage(part="weights", encoder=key, name=name), partial(encoder.read_weights, name))
+        for name, array in manifest.arrays.items():
             files = ArrayFiles(storage, key, name, array.spec)
-            whole = Damage(part="metadata", encoder=key, array=name)
-            checks.append((whole, partial(files.check_metadata, array.rows)))
+            metadata = Damage(part="metadata", encoder=key, name=name)
+            check(metadata, partial(files.check_metadata, array.rows))
             for index, entry in enumerate(array.shards):
-                shard = Damage(part="shard", encoder=key, array=name, index=index)
-                checks.append((shard, partial(files.read, index, entry)))
+                check(replace(metadata, part="shard", index=index), partial(files.read, index, entry))
             num_shards += len(array.shards)
-    for place, check in checks:
-        try:
-            check()
-        except (CacheError, OSError) as error:
-            damage.append(replace(place, message=str(error)))
     return num_shards, damage

@@ -1,14 +1,10 @@
 """How one growing array is stored: its spec, the bytes of its shards, and the manifest's entry of each shard.
 
-A shard of an uncompressed array holds the plain bytes of its rows, padded to whole chunks, followed by the index of
-Zarr's `sharding_indexed` codec: an (offset, length) pair of little-endian uint64 for each chunk, and a CRC-32C of the
-pairs. Standard Zarr readers can read it, and numpy can memory-map its rows at offset 0. zarr-python writes the same
-bytes at a fifth of the speed; a test compares the two.
+FORMAT.md describes the files: standard Zarr shards, whose rows numpy can memory-map unless they are compressed.
+zarr-python writes the same bytes at a fifth of the speed; a test compares the two.
 
-The chunks of a compressed array also follow one another, each with its own length. Blosc with Zstandard compresses
-them, as Zarr's `blosc` codec does. Hidden states are close to noise: float16 shrinks by a tenth, bfloat16 by a quarter,
-after bits of equal significance are grouped (bitshuffle; no gain for one-byte types). Compression therefore suits slow
-networks and full disks; shards that should be memory-mapped stay uncompressed.
+Hidden states are close to noise: float16 shrinks by a tenth, bfloat16 by a quarter, after bits of equal significance
+are grouped (bitshuffle; no gain for one-byte types). Compression therefore suits slow networks and full disks.
 
 The manifest's checksum covers the *rows that it counts*, not the file: a tail shard that was extended by new rows still
 contains the old ones, and matches the old manifest until the new one is committed.
@@ -20,7 +16,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import google_crc32c
 import numpy as np
@@ -28,7 +24,7 @@ from numcodecs.blosc import BITSHUFFLE, NOSHUFFLE, Blosc
 
 from saffe_cache.core.features import REPAIR_ADVICE, CacheError, Compression, StorageType
 from saffe_cache.core.json_schema import made_of
-from saffe_cache.store.dtypes import Moments, fill_value, is_scaled, sampled_moments, stored_shape, stored_type
+from saffe_cache.store.dtypes import SCALE_BYTES, Moments, is_scaled, sampled_moments, stored_type
 
 STORAGE_DTYPES, COMPRESSIONS = get_args(StorageType), get_args(Compression)
 COMPRESSION_LEVEL = 1
@@ -47,7 +43,7 @@ class ArraySpec:
 
     row_shape: tuple[int, ...]
     """Shape of one row, in numbers."""
-    dtype: str
+    dtype: Literal[StorageType, "int64"]
     """int64, or a storage type of dtypes.py."""
     chunk_rows: int = 1
     shard_rows: int = 1
@@ -57,20 +53,14 @@ class ArraySpec:
     """Compression of each chunk. Only uncompressed shards can be memory-mapped."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in (*STORAGE_DTYPES, "int64"):
-            raise ValueError(f"dtype {self.dtype!r}: expected int64 or one of {', '.join(STORAGE_DTYPES)}")
         if any(length < 1 for length in self.row_shape):
             raise ValueError(f"row_shape {self.row_shape}: expected lengths of 1 or more")
         if is_scaled(self.dtype) and not self.row_shape:
             raise ValueError(f"row_shape (): expected at least one axis, as {self.dtype} has a scale for each token")
         if not 1 <= self.chunk_rows <= self.shard_rows or self.shard_rows % self.chunk_rows:
             raise ValueError(f"shard_rows {self.shard_rows}: expected a multiple of chunk_rows {self.chunk_rows}")
-        if self.chunk_bytes > _MAX_CHUNK_BYTES:
-            raise ValueError(
-                f"chunk_rows {self.chunk_rows}: a chunk has {self.chunk_bytes} bytes, expected below 2 GiB"
-            )
-        if self.compression not in COMPRESSIONS:
-            raise ValueError(f"compression {self.compression!r}: expected one of {', '.join(COMPRESSIONS)}")
+        if (size := self.chunk_bytes) > _MAX_CHUNK_BYTES:
+            raise ValueError(f"chunk_rows {self.chunk_rows}: a chunk has {size} bytes, expected below 2 GiB")
         if len(self.dimension_names) != 1 + len(self.row_shape):
             raise ValueError(f"dimension_names {self.dimension_names}: expected one for each axis")
 
@@ -81,8 +71,9 @@ class ArraySpec:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Shape of one stored row: longer than `row_shape` for scaled types, whose scales lie between the numbers."""
-        return stored_shape(self.row_shape, self.dtype)
+        """Shape of one stored row: a token of a scaled type is followed by its scale."""
+        shape = self.row_shape
+        return (*shape[:-1], shape[-1] + SCALE_BYTES) if is_scaled(self.dtype) else shape
 
     @property
     def described(self) -> str:
@@ -99,13 +90,9 @@ class ArraySpec:
         return self.chunk_rows * self.row_bytes
 
     @property
-    def chunks_per_shard(self) -> int:
-        return self.shard_rows // self.chunk_rows
-
-    @property
-    def fill_value(self) -> Any:
-        """Value of rows that were not written."""
-        return fill_value(self.dtype)
+    def fill_value(self) -> int | float:
+        """Stored value of rows that were not written: NaN, or -1 for integers."""
+        return {"bfloat16": 0x7FC0, "int8": 0xFF, "float8": 0xFF, "int64": -1}.get(self.dtype, math.nan)
 
     def shard_file_bytes(self, num_rows: int) -> int:
         """Size of the file of an uncompressed shard with `num_rows` rows."""
@@ -114,7 +101,7 @@ class ArraySpec:
     @property
     def index_bytes(self) -> int:
         """Size of the chunk index that ends a shard."""
-        return 16 * self.chunks_per_shard + 4
+        return 16 * (self.shard_rows // self.chunk_rows) + 4
 
 
 def choose_rows(row_bytes: int, shard_bytes: int) -> tuple[int, int]:
@@ -133,10 +120,7 @@ class ShardEntry(Moments):
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> ShardEntry:
-        """
-        Raises:
-            TypeError, ValueError: a field is missing, unknown or has another type.
-        """
+        """Raises TypeError or ValueError if a field is missing, unknown or has another type."""
         entry = made_of(ShardEntry, content)
         for name in ("rows", "crc32c", "m2", "count", "max_magnitude"):
             if getattr(entry, name) < 0:
@@ -176,7 +160,7 @@ def _crc32c(portions: Iterable[np.ndarray]) -> int:
 
 def _shard_index(spec: ArraySpec, lengths: Sequence[int]) -> bytes:
     """The index of a shard whose first chunks are present and have these lengths in bytes."""
-    index = np.full((spec.chunks_per_shard, 2), _MISSING_CHUNK, "<u8")
+    index = np.full((spec.shard_rows // spec.chunk_rows, 2), _MISSING_CHUNK, "<u8")
     index[: len(lengths), 0] = np.cumsum([0, *lengths[:-1]])
     index[: len(lengths), 1] = lengths
     table = index.tobytes()
@@ -185,28 +169,20 @@ def _shard_index(spec: ArraySpec, lengths: Sequence[int]) -> bytes:
 
 def describe_shard(spec: ArraySpec, *portions: np.ndarray) -> ShardEntry:
     """The manifest's entry for stored rows; it does not depend on how they are cut into portions."""
-    crc, num_rows = _crc32c(portions), sum(map(len, portions))
-    if spec.dtype == "int64":
-        return ShardEntry(rows=num_rows, crc32c=crc)
-    moments = sampled_moments(portions, spec.dtype)
-    return ShardEntry(rows=num_rows, crc32c=crc, **asdict(moments))
+    moments = Moments() if spec.dtype == "int64" else sampled_moments(portions, spec.dtype)
+    return ShardEntry(rows=sum(map(len, portions)), crc32c=_crc32c(portions), **asdict(moments))
 
 
 def decode_shard(spec: ArraySpec, entry: ShardEntry, data: bytes, where: str) -> np.ndarray:
     """The rows of a shard's file that the manifest counts, [rows, *stored_shape], compared with their checksum.
 
-    The chunk index, which other readers need, is checked as well. A longer file is accepted: a crash between the growth
-    of a tail shard and the commit leaves one behind.
-
-    Raises:
-        CacheError: the file is truncated or damaged.
+    Raises CacheError if the file is truncated or damaged, or its chunk index, which other readers need. A longer file
+    is accepted: a crash between the growth of a tail shard and the commit leaves one behind.
     """
     num_chunks = math.ceil(entry.rows / spec.chunk_rows)
-    if spec.compression == "none" and len(data) < spec.shard_file_bytes(entry.rows):
-        raise CacheError(
-            f"{where}: {len(data)} bytes, the manifest implies {spec.shard_file_bytes(entry.rows)}: it is truncated. "
-            f"{REPAIR_ADVICE}"
-        )
+    least = spec.shard_file_bytes(entry.rows)
+    if spec.compression == "none" and len(data) < least:
+        raise CacheError(f"{where}: {len(data)} bytes, the manifest implies {least}: it is truncated. {REPAIR_ADVICE}")
     lengths = _chunk_lengths(spec, data)
     if lengths is None or len(lengths) < num_chunks:
         raise CacheError(f"{where}: its chunk index is damaged. {REPAIR_ADVICE}")
@@ -219,11 +195,7 @@ def decode_shard(spec: ArraySpec, entry: ShardEntry, data: bytes, where: str) ->
 
 
 def check_rows(entry: ShardEntry, portions: Iterable[np.ndarray], where: str) -> None:
-    """Compare a shard's rows, in any portions, with their checksum.
-
-    Raises:
-        CacheError: a byte differs.
-    """
+    """Compare a shard's rows, in any portions, with their checksum. Raises CacheError if a byte differs."""
     if _crc32c(portions) != entry.crc32c:
         raise CacheError(f"{where}: its rows differ from the manifest's checksum. {REPAIR_ADVICE}")
 
@@ -276,17 +248,13 @@ def compress(chunk: np.ndarray) -> bytes:
 
 
 def decompress(data: bytes, into: np.ndarray) -> None:
-    """Decompress into an array.
-
-    Raises:
-        ValueError: the data are damaged, or have another size.
-    """
+    """Decompress into an array. Raises ValueError if the data are damaged, or have another size."""
+    decompressed, _, compressed = _SIZES.unpack_from(data) if len(data) >= _SIZES.size else (0, 0, 0)
+    if (decompressed, compressed) != (into.nbytes, len(data)):
+        raise ValueError(
+            f"{len(data)} bytes whose header says {compressed}, and {decompressed} decompressed, expected {into.nbytes}"
+        )
     try:
-        sizes = _SIZES.unpack_from(data) if len(data) >= _SIZES.size else (0, 0, 0)
-        if (sizes[0], sizes[2]) != (into.nbytes, len(data)):
-            raise ValueError(
-                f"{len(data)} bytes whose header says {sizes[2]}, and {sizes[0]} decompressed, expected {into.nbytes}"
-            )
         Blosc().decode(data, out=into.reshape(-1).view(np.uint8))
     except RuntimeError as error:
         raise ValueError(str(error)) from None

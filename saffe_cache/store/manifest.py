@@ -16,17 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from zarr.codecs import BloscCodec
 
-from saffe_cache.core.features import (
-    MODALITIES,
-    REPAIR_ADVICE,
-    BlockSpec,
-    CacheError,
-    Fingerprint,
-    LanguageModelSpec,
-    LibraryBlockSpec,
-    Modality,
-    short_hash,
-)
+from saffe_cache.core.features import MODALITIES, REPAIR_ADVICE, CacheError, Fingerprint, Modality, short_hash
 from saffe_cache.core.json_schema import made_of, whole_number
 from saffe_cache.store.layout import COMPRESSION_LEVEL, ArraySpec, ShardEntry, decode_shard, encode_shard, shard_name
 from saffe_cache.store.storage import (
@@ -39,12 +29,6 @@ from saffe_cache.store.storage import (
     zarr_json,
 )
 
-WEIGHTS: Mapping[type, str] = {
-    BlockSpec: "saffe-block",
-    LibraryBlockSpec: "saffe-block",
-    LanguageModelSpec: "saffe-language-model",
-}
-"""Encoding types of the groups with the weights of a block, and with the other parts of a language model."""
 _COMPRESSED = 2
 """Version of an encoder's manifest with a compressed array, which older releases would misread."""
 
@@ -67,10 +51,7 @@ class ArrayManifest:
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> ArrayManifest:
-        """
-        Raises:
-            KeyError, TypeError, ValueError: a field is missing or has another type.
-        """
+        """Raises KeyError, TypeError or ValueError if a field is missing or has another type."""
         content = {"compression": "none", **content}
         spec = made_of(ArraySpec, {one.name: content[one.name] for one in fields(ArraySpec)})
         shards = [ShardEntry.from_json(entry) for entry in content["shards"]]
@@ -153,10 +134,7 @@ class EncoderManifest:
 
     @staticmethod
     def from_json(content: Mapping[str, Any], where: str) -> EncoderManifest:
-        """
-        Raises:
-            CacheError: a field is missing or has another type, or the format version is not supported.
-        """
+        """Raises CacheError if a field is missing or has another type, or the format version is not supported."""
         check_encoding(content, "saffe-encoder", where, (FORMAT_VERSION, _COMPRESSED))
         try:
             if content["modality"] not in MODALITIES:
@@ -224,11 +202,13 @@ def encoder_group(key: str) -> str:
     return f"encoders/{key}"
 
 
+def weights_type(name: str) -> str:
+    """Encoding type of a group of weights: a block's (`blocks/I`), or a language model's other parts."""
+    return "saffe-block" if name.startswith("blocks/") else "saffe-language-model"
+
+
 def read_encoder(storage: Storage, key: str) -> EncoderManifest:
-    """
-    Raises:
-        CacheError: the group is missing or its manifest is damaged.
-    """
+    """An encoder's manifest. Raises CacheError if its group is missing or its manifest is damaged."""
     name = encoder_group(key)
     manifest = EncoderManifest.from_json(read_attributes(storage, name), f"{storage.root}: {name}")
     if manifest.key != key:
@@ -257,8 +237,7 @@ class RootManifest:
 def read_root(storage: Storage) -> RootManifest | None:
     """The root manifest, or None if there is no cache yet.
 
-    Raises:
-        CacheError: it is no feature cache, or one of another format version.
+    Raises CacheError if it is no feature cache, or one of another format version.
     """
     if not storage.exists("zarr.json"):
         return None
@@ -274,10 +253,9 @@ def read_root(storage: Storage) -> RootManifest | None:
         table, encoders = whole_number(content, "table"), content["encoders"]
         if not isinstance(encoders, list):
             raise ValueError(f"encoders: {encoders!r:.60}, expected a list of keys")
-        root = RootManifest(table, tuple(str(key) for key in encoders))
-        for key in root.encoders:
-            storage.local_path(encoder_group(key))  # raises if it points outside the cache
-        return root
+        for key in encoders:
+            storage.local_path(encoder_group(str(key)))  # raises if it points outside the cache
+        return RootManifest(table, tuple(map(str, encoders)))
     except (KeyError, TypeError, ValueError) as error:
         raise CacheError(f"{storage.root}: zarr.json lacks or misstates {error}. Restore it from a copy.") from None
 
@@ -293,10 +271,7 @@ def write_root(storage: Storage, root: RootManifest) -> None:
 
 
 def existing_root(storage: Storage) -> RootManifest:
-    """
-    Raises:
-        CacheError: there is no cache, or one of another format version.
-    """
+    """The root manifest. Raises CacheError if there is no cache, or one of another format version."""
     root = read_root(storage)
     if root is None:
         raise CacheError(f"{storage.root}: there is no feature cache. Make one with saffe extract.")
@@ -306,8 +281,7 @@ def existing_root(storage: Storage) -> RootManifest:
 def content_hash(storage: Storage) -> str:
     """A hash of the item table and all rows, made from the checksums in their manifests; it ignores the history.
 
-    Raises:
-        CacheError: there is no cache, or one of another format version.
+    Raises CacheError if there is no cache, or one of another format version.
     """
     root = existing_root(storage)
     encoders = [read_encoder(storage, key).to_json() | {"history": []} for key in root.encoders]
@@ -357,8 +331,7 @@ class ArrayFiles:
     def read(self, index: int, entry: ShardEntry) -> np.ndarray:
         """The rows of a shard, as `decode_shard` returns them.
 
-        Raises:
-            CacheError: the file is missing, truncated or damaged.
+        Raises CacheError if the file is missing, truncated or damaged.
         """
         name = self.shard(index)
         return decode_shard(self.spec, entry, self.storage.read(name), f"{self.storage.root}: {name}")
@@ -376,8 +349,7 @@ class ArrayFiles:
     def check_metadata(self, num_rows: int) -> None:
         """Check that other programs can find the rows that the manifest counts; this package needs only the manifest.
 
-        Raises:
-            CacheError: the array's `zarr.json` is missing or damaged, or states another layout or fewer rows.
+        Raises CacheError if the array's `zarr.json` is missing or damaged, or states another layout or fewer rows.
         """
         found = self.storage.read_json(f"{self.folder}/zarr.json")
         expected = json.loads(_array_metadata(self.spec, num_rows))

@@ -20,11 +20,11 @@ from saffe_cache.core.features import (
     LibraryBlockSpec,
     Modality,
     Tokens,
+    Weights,
 )
 from saffe_cache.core.json_schema import made_of
-from saffe_cache.store.dtypes import Statistics, combine_statistics
+from saffe_cache.store.dtypes import Moments, combine_moments
 from saffe_cache.store.manifest import (
-    WEIGHTS,
     ArrayFiles,
     EncoderManifest,
     RootManifest,
@@ -32,13 +32,13 @@ from saffe_cache.store.manifest import (
     existing_root,
     read_encoder,
     read_root,
+    weights_type,
 )
 from saffe_cache.store.rows import RowReader
 from saffe_cache.store.storage import Storage, read_group
 from saffe_cache.store.table import read_table
 
 Read = TypeVar("Read")
-Spec = TypeVar("Spec", bound=BlockSpec | LanguageModelSpec)
 
 
 class EncoderCache:
@@ -106,7 +106,8 @@ class EncoderCache:
         """
         array = self.array("offsets")
         offsets = array.read_range(0, len(array))
-        if offsets.ndim != 1 or len(offsets) <= self.manifest.finished_rows or not _ascends(offsets):
+        ascends = offsets.ndim == 1 and len(offsets) and offsets[0] == 0 and (np.diff(offsets) >= 0).all()
+        if not ascends or len(offsets) <= self.manifest.finished_rows:
             raise CacheError(
                 f"{self._storage.root}: {self.key}: its offsets do not ascend from 0 for {self.manifest.finished_rows} "
                 "inputs. Restore the cache from a copy, or extract into a new one."
@@ -115,8 +116,7 @@ class EncoderCache:
 
     @property
     def layers(self) -> list[int]:
-        """Cached layers that have the hidden states of all finished inputs; a layer that is still being added is not
-        listed.
+        """Cached layers that have the hidden states of all finished inputs.
 
         Raises:
             CacheError: the offsets of texts are missing or damaged.
@@ -157,7 +157,9 @@ class EncoderCache:
                 f"{self._storage.root}: {self.key} has no block {layer}; blocks are cached for {self.block_layers} "
                 f"(hidden_states[{self.manifest.num_layers}] is the last layer's output, which no block consumes)."
             )
-        return BlockWeights(*self._read_weights(f"blocks/{layer}", BlockSpec))
+        weights = self.read_weights(f"blocks/{layer}")
+        assert isinstance(weights, BlockWeights)
+        return weights
 
     def language_model(self) -> LanguageModelWeights:
         """The parts of a language model that are not blocks.
@@ -169,31 +171,25 @@ class EncoderCache:
             raise CacheError(
                 f"{self._storage.root}: {self.key} is no language model. Add one: saffe extract --encoder text=gpt2"
             )
-        spec, tensors = self._read_weights("language_model", LanguageModelSpec)
-        try:
-            tokenizer = tensors.pop("tokenizer").tobytes().decode()
-        except (KeyError, ValueError) as error:
-            where = f"{self._storage.root}: {encoder_group(self.key)}/language_model"
-            raise CacheError(f"{where}: its tokenizer is missing or damaged ({error}). {REPAIR_ADVICE}") from None
-        return LanguageModelWeights(spec, tensors, tokenizer)
+        weights = self.read_weights("language_model")
+        assert isinstance(weights, LanguageModelWeights)
+        return weights
 
     @property
-    def weights(self) -> dict[str, type[BlockSpec | LanguageModelSpec]]:
-        """The kind of each group of weights, by its name below the encoder's group."""
-        kinds: dict[str, type[BlockSpec | LanguageModelSpec]]
-        kinds = {f"blocks/{layer}": BlockSpec for layer in self.block_layers}
-        if kinds and self.manifest.is_language_model:
-            kinds["language_model"] = LanguageModelSpec
-        return kinds
+    def weights(self) -> list[str]:
+        """Names of the groups of weights, `blocks/I` and `language_model`."""
+        blocks = [f"blocks/{layer}" for layer in self.block_layers]
+        return [*blocks, "language_model"] if blocks and self.manifest.is_language_model else blocks
 
-    def _read_weights(self, name: str, kind: type[Spec]) -> tuple[Any, dict[str, np.ndarray]]:
+    def read_weights(self, name: str) -> Weights:
+        """The weights of a group. Raises CacheError if they are missing or damaged."""
         group = f"{encoder_group(self.key)}/{name}"
-        attributes, tensors = read_group(self._storage, group, WEIGHTS[kind])
-        return spec_of(kind, attributes, f"{self._storage.root}: {group}"), tensors
+        attributes, tensors = read_group(self._storage, group, weights_type(name))
+        return weights_from(attributes, tensors, f"{self._storage.root}: {group}")
 
-    def statistics(self, name: str) -> Statistics:
+    def statistics(self, name: str) -> Moments:
         """Mean, standard deviation and largest magnitude of an array, from a sample of its rows if it is large."""
-        return combine_statistics(self.manifest.arrays[name].shards)
+        return combine_moments(self.manifest.arrays[name].shards)
 
     def usable(self, rows: np.ndarray) -> np.ndarray:
         """bool [n]: which inputs were encoded. Row -1 (no such input) was not."""
@@ -201,29 +197,32 @@ class EncoderCache:
         return (rows >= 0) & (rows < self.manifest.finished_rows) & ~np.isin(rows, broken)
 
 
-def _ascends(offsets: np.ndarray) -> bool:
-    return bool(offsets[0] == 0 and (np.diff(offsets) >= 0).all())
+def weights_from(attributes: Mapping[str, Any], tensors: dict[str, np.ndarray], where: str) -> Weights:
+    """Weights from the attributes and the arrays of their group.
 
-
-def spec_of(kind: type[Spec], attributes: Mapping[str, Any], where: str) -> Any:
-    """The spec in a group's attributes; of a block, one of the two kinds.
-
-    Raises:
-        CacheError: a field is missing, or one is unknown to this release.
+    Raises CacheError if a field of their spec is missing or unknown to this release, or the tokenizer is damaged.
     """
     try:
         spec = attributes["spec"]
-        return made_of(LibraryBlockSpec if kind is BlockSpec and "model_class" in spec else kind, spec)
+        if attributes["encoding-type"] == weights_type("blocks/"):
+            kind: type[BlockSpec | LibraryBlockSpec] = LibraryBlockSpec if "model_class" in spec else BlockSpec
+            return BlockWeights(made_of(kind, spec), tensors)
+        model = made_of(LanguageModelSpec, spec)
     except (KeyError, TypeError, ValueError) as error:
         raise CacheError(f"{where}: its spec lacks or misstates {error}. Restore zarr.json from a copy.") from None
+    try:
+        tokenizer = tensors.pop("tokenizer").tobytes().decode()
+    except (KeyError, ValueError) as error:
+        raise CacheError(f"{where}: its tokenizer is missing or damaged ({error}). {REPAIR_ADVICE}") from None
+    return LanguageModelWeights(model, tensors, tokenizer)
 
 
 class Cache:
     """An open cache: its item table and its encoders."""
 
     def __init__(self, storage: Storage, root: RootManifest) -> None:
-        self.storage = storage
-        self.table: ItemTable = _read_table(storage, root)
+        self.storage, self.root = storage, root
+        self.table: ItemTable = read_table(storage, f"tables/{root.table}")
         self.encoders: Mapping[str, EncoderCache] = {
             key: EncoderCache(storage, read_encoder(storage, key)) for key in root.encoders
         }
@@ -271,20 +270,15 @@ def open_cache(path: str | Path) -> Cache:
         CacheError: there is no cache, or one of another format version.
     """
     storage = Storage(path)
-    return _read_current(storage, existing_root(storage), partial(Cache, storage))
+    return read_current(storage, existing_root(storage), partial(Cache, storage))
 
 
-def read_current_table(storage: Storage, root: RootManifest) -> ItemTable:
-    """The item table, also while a writer replaces it.
+def read_current(storage: Storage, root: RootManifest, read: Callable[[RootManifest], Read]) -> Read:
+    """Read something below a root; read again if a writer has replaced the item table in the meantime.
 
     Raises:
-        CacheError: it is missing or damaged.
+        CacheError: as `read`.
     """
-    return _read_current(storage, root, partial(_read_table, storage))
-
-
-def _read_current(storage: Storage, root: RootManifest, read: Callable[[RootManifest], Read]) -> Read:
-    """Read again if a writer has replaced the table in the meantime."""
     while True:
         try:
             return read(root)
@@ -293,7 +287,3 @@ def _read_current(storage: Storage, root: RootManifest, read: Callable[[RootMani
             if newer is None or newer == root:
                 raise
             root = newer
-
-
-def _read_table(storage: Storage, root: RootManifest) -> ItemTable:
-    return read_table(storage, f"tables/{root.table}")

@@ -1,10 +1,8 @@
 """Rows of one array by number, from shards that are opened when needed.
 
-Each shard is compared with its checksum before its first row is returned.
-
-A local uncompressed shard is memory-mapped. A shard that is compressed or lies behind a URL is loaded whole,
-decompressed and kept in memory, by background threads: sequential reads find the next shard loaded, and callers that
-know which rows they need can request them ahead.
+Each shard is compared with its checksum before its first row is returned. A local uncompressed shard is memory-mapped.
+Others are loaded whole and decompressed by background threads: sequential reads find the next shard loaded, and callers
+that know which rows they need can request them ahead.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 
@@ -41,35 +39,13 @@ class RowReader:
 
     def __init__(self, files: ArrayFiles, entries: Sequence[ShardEntry]) -> None:
         """`entries`: the manifest's entries of the array's shards."""
-        self._files, self._spec, self._num_rows = files, files.spec, sum(one.rows for one in entries)
+        self._files, self.spec, self._num_rows = files, files.spec, sum(one.rows for one in entries)
         self._shards = OpenShards(files, entries)
+        self.is_mapped = self._shards.are_mapped
+        """Whether reading a row reads that row alone; otherwise its whole shard is loaded."""
 
     def __len__(self) -> int:
         return self._num_rows
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        return self._spec.row_shape
-
-    @property
-    def dtype(self) -> str:
-        """The storage type."""
-        return self._spec.dtype
-
-    @property
-    def row_bytes(self) -> int:
-        """Stored size of one row, before compression."""
-        return self._spec.row_bytes
-
-    @property
-    def shard_rows(self) -> int:
-        """Rows of a full shard."""
-        return self._spec.shard_rows
-
-    @property
-    def is_mapped(self) -> bool:
-        """Whether reading a row reads that row alone; otherwise its whole shard is loaded."""
-        return self._shards.are_mapped
 
     def hold(self, rows: np.ndarray) -> None:
         """Prefetch rows that will be read next.
@@ -82,7 +58,7 @@ class RowReader:
         """
         self._check(rows)
         rows = np.unique(rows)
-        shards, within = np.divmod(rows, self.shard_rows)
+        shards, within = np.divmod(rows, self.spec.shard_rows)
         if not self.is_mapped or not len(rows):
             self._shards.hold(np.unique(shards).tolist())
             return
@@ -96,7 +72,7 @@ class RowReader:
         Raises:
             CacheError: as `read_stored`.
         """
-        return from_storage(self.read_stored(rows), self._spec.dtype)
+        return from_storage(self.read_stored(rows), self.spec.dtype)
 
     def read_stored(self, rows: np.ndarray) -> np.ndarray:
         """Rows as they are stored: [n, *stored_shape].
@@ -104,7 +80,7 @@ class RowReader:
         Raises:
             CacheError: a row is beyond the array, or a shard is missing, truncated or damaged.
         """
-        spec = self._spec
+        spec = self.spec
         self._check(rows)
         if not len(rows):
             return np.empty((0, *spec.stored_shape), spec.numpy_dtype)
@@ -157,35 +133,22 @@ def _runs(breaks: np.ndarray) -> np.ndarray:
     return np.stack([starts, np.append(starts[1:], len(breaks) + 1)], axis=1)
 
 
-class _Mapped(NamedTuple):
-    """The open file of a shard."""
-
-    rows: np.ndarray
-    memory: mmap.mmap
-
-
 class OpenShards:
     """Shards by number, for any thread: [rows, numbers of a row]."""
 
     def __init__(self, files: ArrayFiles, entries: Sequence[ShardEntry]) -> None:
         self._files, self._storage, self._spec, self._entries = files, files.storage, files.spec, entries
-        self._mapped: dict[int, _Mapped] = {}
+        self.are_mapped = files.spec.compression == "none" and files.storage.local_path("zarr.json") is not None
+        self._mapped: dict[int, tuple[np.ndarray, mmap.mmap]] = {}
         self._checked: set[int] = set()
         self._loaded: OrderedDict[int, Future[np.ndarray]] = OrderedDict()
         self._held: set[int] = set()
         self._lock = threading.Lock()
         self._max_spare = max(_MIN_SPARE, _SPARE_BYTES // max(1, files.spec.shard_rows * files.spec.row_bytes))
 
-    @property
-    def are_mapped(self) -> bool:
-        return self._spec.compression == "none" and self._storage.local_path("zarr.json") is not None
-
     def __getitem__(self, index: int) -> np.ndarray:
-        """
-        Raises:
-            CacheError: the shard is missing, truncated or damaged.
-        """
-        return self._map(index).rows if self.are_mapped else self._load(index).result()
+        """Raises CacheError if the shard is missing, truncated or damaged."""
+        return self._map(index)[0] if self.are_mapped else self._load(index).result()
 
     def hold(self, indices: Iterable[int]) -> None:
         """Load shards that cannot be mapped, keep them until the next call, and release all others."""
@@ -198,12 +161,12 @@ class OpenShards:
 
     def will_need(self, index: int, first: int, stop: int) -> None:
         """Ask the operating system to read rows of a mapped shard in advance, without waiting for them."""
-        memory, row_bytes = self._map(index).memory, self._spec.row_bytes
+        memory, row_bytes = self._map(index)[1], self._spec.row_bytes
         start = first * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
         if hasattr(mmap, "MADV_WILLNEED"):  # not on Windows
             memory.madvise(mmap.MADV_WILLNEED, start, stop * row_bytes - start)
 
-    def _map(self, index: int) -> _Mapped:
+    def _map(self, index: int) -> tuple[np.ndarray, mmap.mmap]:
         """Open a shard; above the limit, the one opened first is closed. A reopened shard is not checked again."""
         with self._lock:
             if index not in self._mapped:
@@ -212,7 +175,7 @@ class OpenShards:
                 self._mapped[index] = self._open(index)
             return self._mapped[index]
 
-    def _open(self, index: int) -> _Mapped:
+    def _open(self, index: int) -> tuple[np.ndarray, mmap.mmap]:
         spec, entry, name = self._spec, self._entries[index], self._files.shard(index)
         path = self._storage.local_path(name)
         assert path is not None
@@ -227,7 +190,7 @@ class OpenShards:
                 self._checked.add(index)
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         rows = np.frombuffer(memory, spec.numpy_dtype, entry.rows * math.prod(spec.stored_shape))
-        return _Mapped(rows.reshape(entry.rows, -1), memory)
+        return rows.reshape(entry.rows, -1), memory
 
     def _load(self, index: int) -> Future[np.ndarray]:
         """Load a shard. During sequential reads without `hold`, also prefetch the next one."""

@@ -5,8 +5,7 @@ the old one or the new one, complete. Behind a URL, a single PUT to an object st
 
 Arrays that do not grow (columns of the item table, tensors of blocks) lie in groups of their own, with one chunk each.
 The attributes of such a group are written last and list every array with its checksum, because Zarr itself reads a
-missing chunk as zeros and does not notice a flipped bit. Zarr's metadata files are made in memory so that each is
-written in one atomic step.
+missing chunk as zeros and does not notice a flipped bit.
 """
 
 from __future__ import annotations
@@ -49,8 +48,7 @@ class Storage:
     def local_path(self, name: str) -> Path | None:
         """The path of a name on the local disk; None behind a URL.
 
-        Raises:
-            CacheError: the name points outside the cache.
+        Raises CacheError if the name points outside the cache.
         """
         if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
             raise CacheError(f"{self.root}: {name!r} is no name inside a cache.")
@@ -61,10 +59,7 @@ class Storage:
         return path.exists() if path is not None else bool(self._filesystem.exists(f"{self._prefix}/{name}"))
 
     def read(self, name: str) -> bytes:
-        """
-        Raises:
-            CacheError: there is no such file.
-        """
+        """The bytes of a file. Raises CacheError if there is no such file."""
         path = self.local_path(name)
         try:
             if path is not None:
@@ -89,17 +84,8 @@ class Storage:
         elif self.exists(name):
             self._filesystem.rm(f"{self._prefix}/{name}", recursive=True)
 
-    def remove_partial_files(self) -> None:
-        """Remove the temporary files of a killed writer. Only the holder of the writer lock may call this."""
-        if self._local is not None:
-            for path in self._local.rglob(".*.partial"):
-                path.unlink(missing_ok=True)
-
     def read_json(self, name: str) -> dict[str, Any]:
-        """
-        Raises:
-            CacheError: the file is missing, or is not a JSON object.
-        """
+        """The object in a JSON file. Raises CacheError if the file is missing, or is not a JSON object."""
         try:
             value = json.loads(self.read(name))
         except (ValueError, RecursionError) as error:
@@ -110,23 +96,23 @@ class Storage:
 
     @contextmanager
     def writer_lock(self) -> Iterator[None]:
-        """Lock the cache for one writer. The lock ends with its process, however that ends.
+        """Lock the cache for one writer, and remove temporary files of a killed one.
 
-        Raises:
-            FolderInUseError: another process writes to this cache.
+        The lock ends with its process, however that ends. Raises FolderInUseError if another process writes to it.
         """
         if self._local is None:  # object stores have no lock that all of them honour
             yield
             return
         with hold_folder(self._local):
+            for path in self._local.rglob(".*.partial"):
+                path.unlink(missing_ok=True)
             yield
 
 
 def group_metadata(attributes: Mapping[str, Any]) -> bytes:
     """The `zarr.json` of a group."""
-    return json.dumps(
-        {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"}, indent=1, allow_nan=False
-    ).encode()
+    content = {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"}
+    return json.dumps(content, indent=1, allow_nan=False).encode()
 
 
 def write_attributes(storage: Storage, name: str, attributes: Mapping[str, Any]) -> None:
@@ -137,8 +123,7 @@ def write_attributes(storage: Storage, name: str, attributes: Mapping[str, Any])
 def read_attributes(storage: Storage, name: str) -> dict[str, Any]:
     """The attributes that `write_attributes` wrote, empty without that key.
 
-    Raises:
-        CacheError: its `zarr.json` is missing or not a JSON object.
+    Raises CacheError if its `zarr.json` is missing or not a JSON object.
     """
     attributes = storage.read_json(f"{name}/zarr.json".lstrip("/")).get("attributes")
     own = attributes.get("saffe_cache") if isinstance(attributes, dict) else None
@@ -148,10 +133,7 @@ def read_attributes(storage: Storage, name: str) -> dict[str, Any]:
 def check_encoding(
     attributes: Mapping[str, Any], encoding_type: str, where: str, versions: Sequence[int] = (FORMAT_VERSION,)
 ) -> None:
-    """
-    Raises:
-        CacheError: the attributes belong to another kind of node, or to another format version.
-    """
+    """Raises CacheError if the attributes belong to another kind of node, or to another format version."""
     found = attributes.get("encoding-type"), attributes.get("encoding-version")
     if found[0] != encoding_type or found[1] not in versions:
         raise CacheError(
@@ -191,23 +173,21 @@ def write_group(storage: Storage, name: str, attributes: Mapping[str, Any], arra
 def read_group(storage: Storage, name: str, encoding_type: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The attributes of a group of plain arrays, and the arrays by their names below it.
 
-    Raises:
-        CacheError: something is missing, or an array differs from its checksum.
+    Raises CacheError if something is missing, or an array differs from its checksum.
     """
     where = f"{storage.root}: {name}"
     attributes = read_attributes(storage, name)
     check_encoding(attributes, encoding_type, where)
     try:
-        shapes = {key: whole_numbers(one, "shape") for key, one in attributes["arrays"].items()}
-        dtypes = {key: str(one["dtype"]) for key, one in attributes["arrays"].items()}
+        listed = [(key, whole_numbers(one, "shape"), str(one["dtype"])) for key, one in attributes["arrays"].items()]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CacheError(f"{where}: zarr.json lacks or misstates {error}. Restore it from a copy.") from None
     arrays = {}
-    for key, shape in shapes.items():
+    for key, shape, dtype in listed:
         data = storage.read(f"{name}/{key}/{_only_chunk(len(shape))}") if math.prod(shape) else b""
-        if dtypes[key] not in _PLAIN_DTYPES or len(data) != math.prod(shape) * np.dtype(dtypes[key]).itemsize:
-            raise CacheError(f"{where}/{key}: {len(data)} bytes, expected {shape} {dtypes[key]}. {REPAIR_ADVICE}")
-        arrays[key] = np.frombuffer(data, dtypes[key]).reshape(shape).copy()
+        if dtype not in _PLAIN_DTYPES or len(data) != math.prod(shape) * np.dtype(dtype).itemsize:
+            raise CacheError(f"{where}/{key}: {len(data)} bytes, expected {shape} {dtype}. {REPAIR_ADVICE}")
+        arrays[key] = np.frombuffer(data, dtype).reshape(shape).copy()
     check_arrays(attributes, arrays, where)
     return attributes, arrays
 
@@ -215,8 +195,7 @@ def read_group(storage: Storage, name: str, encoding_type: str) -> tuple[dict[st
 def check_arrays(attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray], where: str) -> None:
     """Compare a group's arrays with its attributes.
 
-    Raises:
-        CacheError: an array is missing or additional, or differs in shape, type or checksum.
+    Raises CacheError if an array is missing or additional, or differs in shape, type or checksum.
     """
     promised, found = attributes.get("arrays"), describe_group("", arrays, {})["arrays"]
     unknown = [name for name, values in arrays.items() if values.dtype.name not in _PLAIN_DTYPES]

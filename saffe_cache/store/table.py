@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,15 +24,14 @@ def text_hash(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
+class _Entry(NamedTuple):
     """An item in the table, with rows and class numbers."""
 
     split: str
     problem: str
     files: dict[Modality, int]
-    captions: tuple[int, ...]
-    labels: tuple[int, ...]
+    captions: tuple[int, ...] = ()
+    labels: tuple[int, ...] = ()
 
 
 class TableBuilder:
@@ -60,7 +58,7 @@ class TableBuilder:
         self._entries: dict[str, _Entry] = {}
         self._row_of: dict[Modality, dict[bytes, int]] = {name: {} for name in MODALITIES}
         self._texts: list[str] = []
-        self._class_texts: dict[str, tuple[int, ...]] = {}
+        self._class_texts: list[tuple[int, ...]] = []
         self._class_index_of: dict[str, int] = {}
         if table is not None:
             self._take(table)
@@ -70,32 +68,24 @@ class TableBuilder:
 
         An existing item is left unchanged unless it was unusable or its content has changed.
         """
-        entry = _Entry(split=item.split, problem=item.problem, files={}, captions=(), labels=())
+        entry, known = _Entry(item.split, item.problem, {}), self._entries.get(item.id)
         if not item.problem:
-            entry = replace(
-                entry,
-                files={name: self._row(name, content_hash) for name, content_hash in item.hashes.items()},
-                captions=tuple(self._text_row(text) for text in item.captions),
-                labels=tuple(self._class_index(name) for name in item.labels),
-            )
-        known = self._entries.get(item.id)
-        if known is not None and (item.problem or entry == known):
-            return False
-        if known is not None and not (known.problem or self._may_be_replaced(known)):
-            self.changed[item.id] = _differences(entry, known)
+            files = {name: self._row(name, content_hash) for name, content_hash in item.hashes.items()}
+            captions = tuple(self._text_row(text) for text in item.captions)
+            entry = _Entry(item.split, "", files, captions, tuple(self._class_index(name) for name in item.labels))
+        if known is not None:
+            if item.problem or entry == known:
+                return False
+            was_encoded = all(row not in self._replaceable.get(name, ()) for name, row in known.files.items())
+            if was_encoded and not known.problem:
+                names = {"files": "file", "captions": "captions", "labels": "labels", "split": "split"}
+                differing = [name for part, name in names.items() if getattr(entry, part) != getattr(known, part)]
+                self.changed[item.id] = " and ".join(differing)
         self._entries[item.id] = entry
         return True
 
-    def _may_be_replaced(self, known: _Entry) -> bool:
-        """Whether no encoder has encoded the item's file: it was broken, or was not reached."""
-        return any(row in self._replaceable.get(name, ()) for name, row in known.files.items())
-
     def build(self) -> ItemTable:
-        """The table with all added items.
-
-        Raises:
-            CacheError: the content of existing items has changed.
-        """
+        """The table with all added items. Raises CacheError if the content of existing items has changed."""
         if self.changed and not self._may_change:
             named = ", ".join(f"{item_id!r} ({what})" for item_id, what in list(self.changed.items())[:_NUM_NAMED])
             more = f" and {len(self.changed) - _NUM_NAMED} more" if len(self.changed) > _NUM_NAMED else ""
@@ -104,22 +94,17 @@ class TableBuilder:
                 "--changed reencode to encode them again, or extract the changed data into a new cache."
             )
         entries = list(self._entries.values())
-        inputs = {
-            name: Inputs(
-                np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 32),
-                tuple(self._texts) if name == "text" else None,
-            )
-            for name, rows in self._row_of.items()
-            if rows
-        }
+        hashes = {name: np.frombuffer(b"".join(rows), np.uint8) for name, rows in self._row_of.items() if rows}
+        texts = {"text": tuple(self._texts)}
+        inputs = {name: Inputs(flat.reshape(-1, 32), texts.get(name)) for name, flat in hashes.items()}
         return ItemTable(
             ids=tuple(self._entries),
             splits=tuple(entry.split for entry in entries),
             rows={name: np.array([entry.files.get(name, -1) for entry in entries], np.int64) for name in _FILE_KINDS},
             captions=Ragged.from_rows([entry.captions for entry in entries]),
             labels=Ragged.from_rows([entry.labels for entry in entries]),
-            class_names=tuple(self._class_texts),
-            class_texts=Ragged.from_rows(self._class_texts.values()),
+            class_names=tuple(self._class_index_of),
+            class_texts=Ragged.from_rows(self._class_texts),
             problems=tuple(entry.problem for entry in entries),
             inputs=inputs,
         )
@@ -129,17 +114,12 @@ class TableBuilder:
             self._row_of[name] = {row.tobytes(): index for index, row in enumerate(inputs.content_hash)}
             if inputs.texts is not None:
                 self._texts = list(inputs.texts)
-        texts_of = (tuple(row.tolist()) for row in table.class_texts)
-        self._class_texts = dict(zip(table.class_names, texts_of, strict=True))
-        for index, item_id in enumerate(table.ids):
-            self._entries[item_id] = _Entry(
-                split=table.splits[index],
-                problem=table.problems[index],
-                files={name: int(rows[index]) for name, rows in table.rows.items() if rows[index] >= 0},
-                captions=tuple(table.captions[index].tolist()),
-                labels=tuple(table.labels[index].tolist()),
-            )
+        self._class_texts = [tuple(row.tolist()) for row in table.class_texts]
         self._class_index_of = {name: index for index, name in enumerate(table.class_names)}
+        for index, item_id in enumerate(table.ids):
+            files = {name: int(rows[index]) for name, rows in table.rows.items() if rows[index] >= 0}
+            captions, labels = tuple(table.captions[index].tolist()), tuple(table.labels[index].tolist())
+            self._entries[item_id] = _Entry(table.splits[index], table.problems[index], files, captions, labels)
 
     def _row(self, modality: Modality, content_hash: bytes) -> int:
         return self._row_of[modality].setdefault(content_hash, len(self._row_of[modality]))
@@ -151,23 +131,19 @@ class TableBuilder:
         return row
 
     def _class_index(self, name: str) -> int:
-        if name not in self._class_index_of:
-            self._class_index_of[name] = len(self._class_index_of)
-            self._class_texts[name] = tuple(self._text_row(text) for text in self._prompted(name))
-        elif (cached := [self._texts[row] for row in self._class_texts[name]]) != self._prompted(name):
+        index, texts = self._class_index_of.get(name), self._prompted(name)
+        if index is None:
+            index = self._class_index_of[name] = len(self._class_texts)
+            self._class_texts.append(tuple(self._text_row(text) for text in texts))
+        elif (cached := [self._texts[row] for row in self._class_texts[index]]) != texts:
             raise CacheError(
-                f"class {name!r}: the cache has {cached}, found {self._prompted(name)}. "
+                f"class {name!r}: the cache has {cached}, found {texts}. "
                 "Use the cache's --class-prompt, or extract into a new cache."
             )
-        return self._class_index_of[name]
+        return index
 
     def _prompted(self, name: str) -> list[str]:
         return [prompt.replace("{}", name.replace("_", " ")) for prompt in self._class_prompts]
-
-
-def _differences(entry: _Entry, known: _Entry) -> str:
-    names = {"files": "file", "captions": "captions", "labels": "labels", "split": "split"}
-    return " and ".join(names[name] for name in names if getattr(entry, name) != getattr(known, name))
 
 
 ENCODING_TYPE = "saffe-items"
@@ -184,10 +160,7 @@ def write_table(storage: Storage, name: str, table: ItemTable) -> None:
 
 
 def read_table(storage: Storage, name: str) -> ItemTable:
-    """
-    Raises:
-        CacheError: a column is missing or damaged.
-    """
+    """Read a generation of the table. Raises CacheError if a column is missing or damaged."""
     _, arrays = read_group(storage, name, ENCODING_TYPE)
     return table_from_arrays(arrays, f"{storage.root}: {name}")
 
@@ -210,10 +183,7 @@ def table_to_arrays(table: ItemTable) -> dict[str, np.ndarray]:
 
 
 def table_from_arrays(arrays: Mapping[str, np.ndarray], where: str) -> ItemTable:
-    """
-    Raises:
-        CacheError: a column is missing, has another type, or contradicts the others.
-    """
+    """The table of columns. Raises CacheError if one is missing, has another type, or contradicts the others."""
     try:
         columns: dict[str, Any] = {column: _unpack_texts(arrays, column) for column in _TEXT_COLUMNS}
         for column in _RAGGED_COLUMNS:
@@ -234,10 +204,7 @@ def table_from_arrays(arrays: Mapping[str, np.ndarray], where: str) -> ItemTable
 
 
 def _check_table(table: ItemTable) -> None:
-    """
-    Raises:
-        ValueError: columns differ in length, an entry is duplicated, or a row does not exist.
-    """
+    """Raises ValueError if columns differ in length, an entry is duplicated, or a row does not exist."""
     num_items, num_texts = len(table.ids), len(table.inputs["text"]) if "text" in table.inputs else 0
     lengths = [len(column) for column in (table.splits, table.problems, table.captions, table.labels)]
     num_classes = len(table.class_names)
@@ -254,12 +221,11 @@ def _check_table(table: ItemTable) -> None:
         if rows.shape != (num_items,) or rows.dtype != np.int64:
             raise ValueError(f"rows/{modality} is {rows.shape} {rows.dtype}, expected ({num_items},) int64")
         _check_range(f"rows/{modality}", rows, -1, num_inputs)
-    _check_range("captions", table.captions.values, 0, num_texts)
-    _check_range("class_texts", table.class_texts.values, 0, num_texts)
-    _check_range("labels", table.labels.values, 0, num_classes)
+    for name, end in (("captions", num_texts), ("class_texts", num_texts), ("labels", num_classes)):
+        _check_range(name, getattr(table, name).values, 0, end)
     for modality, inputs in table.inputs.items():
         hashes = inputs.content_hash
-        if hashes.dtype != np.uint8 or hashes.ndim != 2 or hashes.shape[1] != 32:
+        if hashes.dtype != np.uint8 or hashes.shape[1:] != (32,):
             raise ValueError(f"inputs/{modality}/content_hash is {hashes.shape} {hashes.dtype}, expected (n, 32) uint8")
         if inputs.texts is not None and len(inputs.texts) != len(hashes):
             raise ValueError(f"inputs/{modality} has {len(hashes)} hashes of {len(inputs.texts)} texts")
@@ -271,16 +237,18 @@ def _check_range(column: str, numbers: np.ndarray, least: int, end: int) -> None
 
 
 def _ragged(arrays: Mapping[str, np.ndarray], column: str) -> Ragged:
-    offsets, values = arrays[f"{column}/offsets"], arrays[f"{column}/values"]
-    _check_offsets(column, offsets, len(values) if values.ndim == 1 and values.dtype == np.int64 else -1)
-    return Ragged(offsets, values)
+    values = arrays[f"{column}/values"]
+    is_list = values.ndim == 1 and values.dtype == np.int64
+    return Ragged(_offsets(arrays, column, len(values) if is_list else -1), values)
 
 
-def _check_offsets(column: str, offsets: np.ndarray, num_values: int) -> None:
-    """Check that offsets ascend from 0 to the number of values (-1 if the values have another type)."""
+def _offsets(arrays: Mapping[str, np.ndarray], column: str, num_values: int) -> np.ndarray:
+    """A column's offsets, which ascend from 0 to the number of its values (-1 if these have another type)."""
+    offsets = arrays[f"{column}/offsets"]
     ascends = offsets.ndim == 1 and offsets.dtype == np.int64 and len(offsets) and (np.diff(offsets) >= 0).all()
     if not ascends or offsets[0] != 0 or offsets[-1] != num_values:
         raise ValueError(f"{column}/offsets do not ascend from 0 to the length of their values")
+    return offsets
 
 
 def _pack_texts(arrays: dict[str, np.ndarray], column: str, texts: Iterable[str]) -> None:
@@ -291,6 +259,6 @@ def _pack_texts(arrays: dict[str, np.ndarray], column: str, texts: Iterable[str]
 
 
 def _unpack_texts(arrays: Mapping[str, np.ndarray], column: str) -> tuple[str, ...]:
-    offsets, data = arrays[f"{column}/offsets"], arrays[f"{column}/utf8"].tobytes()
-    _check_offsets(column, offsets, len(data))
+    data = arrays[f"{column}/utf8"].tobytes()
+    offsets = _offsets(arrays, column, len(data))
     return tuple(data[start:end].decode("utf-8", "surrogatepass") for start, end in pairwise(offsets))

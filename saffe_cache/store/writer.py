@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from saffe_cache.core.atomic_io import make_folder
-from saffe_cache.core.features import BlockWeights, LanguageModelWeights
+from saffe_cache.core.features import BlockWeights, LanguageModelWeights, Weights
 from saffe_cache.store.layout import ArraySpec, ShardEntry, describe_shard
 from saffe_cache.store.manifest import (
-    WEIGHTS,
     ArrayFiles,
     ArrayManifest,
     EncoderManifest,
     encoder_group,
+    weights_type,
     write_encoder,
 )
 from saffe_cache.store.storage import Storage, describe_group, mark_group, write_group
@@ -37,12 +37,12 @@ class _ArrayWriter:
 
     def __init__(self, files: ArrayFiles, array: ArrayManifest, target_rows: int, helpers: Executor) -> None:
         self._files, self._shard_rows, self._helpers = files, files.spec.shard_rows, helpers
-        self.entries = list(array.shards)
+        self._entries = array.shards
         self.position = self._written = array.rows
         self.target_rows = max(target_rows, array.rows)
         self._open: list[np.ndarray] = []
         if self.position % self._shard_rows:
-            self._open = [files.read(len(self.entries) - 1, self.entries[-1])]
+            self._open = [files.read(len(array.shards) - 1, array.shards[-1])]
         self._under_way: tuple[int, Future[None], Future[ShardEntry]] | None = None
         """Number of the shard that is being written, and its results."""
         self._next_folder = helpers.submit(self._make_folder, self.position // self._shard_rows)
@@ -73,7 +73,7 @@ class _ArrayWriter:
             return False
         number, written, entry = self._under_way
         written.result()
-        self.entries[number:] = [entry.result()]
+        self._entries[number:] = [entry.result()]
         self._under_way = None
         return True
 
@@ -118,7 +118,8 @@ class EncoderWriter:
         self._storage, self.manifest = storage, manifest
         self.seconds = 0.0
         """Time spent in `put`."""
-        mark_group(storage, "encoders")
+        for group in ("encoders", f"{encoder_group(manifest.key)}/blocks"):
+            mark_group(storage, group)
         self._helpers = ThreadPoolExecutor(_HELPERS, "shard-helper")
         self._arrays: dict[str, _ArrayWriter] = {}
         for name, (spec, target_rows) in targets.items():
@@ -137,21 +138,19 @@ class EncoderWriter:
     def put(self, portion: Portion) -> None:
         """Add a portion; waits for earlier shards if their writing takes longer than the next ones need to fill.
 
-        Raises:
-            OSError: an earlier portion could not be written, for instance because the disk is full.
+        Raises OSError if an earlier portion could not be written, for instance because the disk is full.
         """
         started = time.perf_counter()
         settled = [self._arrays[name].append(first_row, rows) for name, (first_row, rows) in portion.rows.items()]
         self.manifest.invalid.update(portion.invalid)
         if any(settled):
-            self._commit()
+            write_encoder(self._storage, self.manifest)
         self.seconds += time.perf_counter() - started
 
     def finish(self, num_inputs: int) -> None:
         """Write the remaining rows, and record that `num_inputs` inputs are complete in every array.
 
-        Raises:
-            OSError: a portion could not be written.
+        Raises OSError if a portion could not be written.
         """
         for name, array in self._arrays.items():
             assert array.position == array.target_rows, f"{name} ends at row {array.position} of {array.target_rows}"
@@ -161,29 +160,23 @@ class EncoderWriter:
         for array in self._arrays.values():
             array.settle()
         self.manifest.finished_rows = num_inputs
-        self._commit()
+        write_encoder(self._storage, self.manifest)
 
     def _settle(self) -> None:
         """Wait for all shards that are being written, and record them."""
         settled = [array.settle() for array in self._arrays.values()]
         if any(settled):
-            self._commit()
-
-    def _commit(self) -> None:
-        for name, array in self._arrays.items():
-            self.manifest.arrays[name].shards = list(array.entries)
-        write_encoder(self._storage, self.manifest)
+            write_encoder(self._storage, self.manifest)
 
 
 def write_blocks(storage: Storage, key: str, blocks: Mapping[int, BlockWeights]) -> None:
     """Store the blocks that consume the cached layers, as float32; existing blocks are left unchanged."""
-    mark_group(storage, f"{encoder_group(key)}/blocks")
     for index, block in blocks.items():
         if not storage.exists(f"{encoder_group(key)}/blocks/{index}/zarr.json"):
             write_weights(storage, key, f"blocks/{index}", block)
 
 
-def write_weights(storage: Storage, key: str, name: str, weights: BlockWeights | LanguageModelWeights) -> None:
+def write_weights(storage: Storage, key: str, name: str, weights: Weights) -> None:
     """Store a block (`blocks/I`) or the other parts of a language model (`language_model`) as float32.
 
     Existing ones are replaced.
@@ -193,5 +186,5 @@ def write_weights(storage: Storage, key: str, name: str, weights: BlockWeights |
     tensors = {tensor: np.asarray(values, np.float32) for tensor, values in sorted(weights.tensors.items())}
     if isinstance(weights, LanguageModelWeights):
         tensors["tokenizer"] = np.frombuffer(weights.tokenizer.encode(), np.uint8)
-    attributes = describe_group(WEIGHTS[type(weights.spec)], tensors, {"spec": vars(weights.spec)})
+    attributes = describe_group(weights_type(name), tensors, {"spec": vars(weights.spec)})
     write_group(storage, f"{encoder_group(key)}/{name}", attributes, tensors)

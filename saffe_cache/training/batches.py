@@ -105,7 +105,7 @@ class TrainingData:
         epoch, within = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order.epoch != epoch:
             spec = self.inputs.spec
-            shard_rows = self.inputs.gallery.array(f"hidden_states/{spec.gallery_layers[0]}").shard_rows
+            shard_rows = self.inputs.gallery.array(f"hidden_states/{spec.gallery_layers[0]}").spec.shard_rows
             self._order = draw_order(self._pairs.rows // shard_rows, spec.shuffled_shards, self._seed, epoch)
         return self._order, slice(within * self._batch_size, (within + 1) * self._batch_size)
 

@@ -88,7 +88,7 @@ def _shape(
         hidden_size=hidden_size,
         num_tokens=tokens,
         text_hidden_size=text.manifest.hidden_size,
-        text_size=text.array(text.manifest.vector).row_shape[0],
+        text_size=text.array(text.manifest.vector).spec.row_shape[0],
         maps_queries=entry.maps_queries,
         matches=any(OBJECTIVES[name].needs_match_head for name in objective),
         num_blocks=layers.num_blocks,
@@ -222,7 +222,7 @@ def _of_last_shape(encoder: EncoderCache, layers: Sequence[int]) -> Sequence[int
 
 def _shape_of(encoder: EncoderCache, layer: int) -> tuple[int, ...]:
     """Shape of a photo's row: tokens and their width."""
-    return encoder.array(f"hidden_states/{layer}").row_shape
+    return encoder.array(f"hidden_states/{layer}").spec.row_shape
 
 
 def _first_layer(config: TrainConfig, text: EncoderCache) -> int:

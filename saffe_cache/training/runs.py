@@ -77,10 +77,11 @@ def _check_widths(run_dir: str | Path, spec: RunSpec, cache: Cache) -> None:
         CacheError: the cache lacks one of the layers.
     """
     gallery, text, shape = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key], spec.shape
-    photos = {gallery.array(f"hidden_states/{layer}").row_shape for layer in spec.gallery_layers}
+    photos = {gallery.array(f"hidden_states/{layer}").spec.row_shape for layer in spec.gallery_layers}
     for layer in spec.text_layers:
         text.array(f"hidden_states/{layer}")
-    found = (photos, len(spec.gallery_layers), text.manifest.hidden_size, text.array(text.manifest.vector).row_shape)
+    vector = text.array(text.manifest.vector).spec.row_shape
+    found = (photos, len(spec.gallery_layers), text.manifest.hidden_size, vector)
     tokens = {(shape.num_tokens, shape.hidden_size)}
     expected = tokens, shape.num_layers, shape.text_hidden_size, (shape.text_size,)
     num_text_layers = {"none": 0, "paired": shape.num_layers}.get(shape.entry.blocks, 1)

@@ -80,7 +80,7 @@ def windows(storage: Storage, manifest: EncoderManifest, states: np.ndarray, *, 
 
 
 def _batches(array: RowReader, count: int, holds: bool) -> Iterator[np.ndarray]:
-    order = draw_order(np.arange(count) // array.shard_rows, WINDOW, 0, 0)
+    order = draw_order(np.arange(count) // array.spec.shard_rows, WINDOW, 0, 0)
     assert order.windows is not None
     held = -1
     for start in range(0, count, BATCH):

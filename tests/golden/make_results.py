@@ -65,7 +65,8 @@ def _encoder_numbers(encoder: EncoderCache) -> Numbers:
         found[f"{place}/rows"] = array.rows
         found[f"{place}/ordered_mean"] = _ordered_mean(encoder.array(name).read_range(0, array.rows))
         if array.spec.dtype != "int64":
-            found |= flat(vars(encoder.statistics(name)), place, only=("mean", "std", "max_magnitude"))
+            statistics = encoder.statistics(name)
+            found |= {f"{place}/{key}": getattr(statistics, key) for key in ("mean", "std", "max_magnitude")}
     for layer in encoder.block_layers:
         means = [_ordered_mean(values) for _, values in sorted(encoder.block(layer).tensors.items())]
         found[f"{manifest.modality}/block {layer}"] = math.fsum(means)

@@ -351,7 +351,7 @@ class Inputs:
 def _read(encoder: EncoderCache, rows: np.ndarray, layer: int) -> torch.Tensor:
     """float16 [rows, tokens, d]"""
     name = f"hidden_states/{layer}"
-    deviation, shape = encoder.statistics(name).std, encoder.array(name).row_shape
+    deviation, shape = encoder.statistics(name).std, encoder.array(name).spec.row_shape
     longest = int(np.diff(encoder.offsets)[rows].max()) if encoder.manifest.is_ragged else shape[0]
     whole = np.zeros((len(rows), longest, shape[-1]), np.float16)
     for start in range(0, len(rows), _ROWS_AT_ONCE):

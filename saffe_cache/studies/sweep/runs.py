@@ -90,7 +90,7 @@ class Planner:
         )
         spec = replace(spec, data=seen)
         sides = ((spec.gallery_key, spec.gallery_layers), (spec.text_key, spec.text_layers))
-        stored = [cache.encoders[key].array(f"hidden_states/{layer}").dtype for key, of in sides for layer in of]
+        stored = [cache.encoders[key].array(f"hidden_states/{layer}").spec.dtype for key, of in sides for layer in of]
         options = {name: value for name, value in chosen(config).items() if name not in _WITHOUT_EFFECT}
         identity = short_hash({"config": options, "run": chosen(spec), "stored": stored})
         layers = "+".join(map(str, spec.gallery_layers))
