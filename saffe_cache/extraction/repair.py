@@ -2,10 +2,7 @@
 
 The manifest keeps the config of each extraction: where the data and the encoder are, and which inputs were encoded
 together. On the same machine, a shard is therefore restored byte for byte; elsewhere it may differ by rounding, and its
-entry in the manifest is replaced.
-
-A shard is written before its entry. If the process is killed in between, the shard differs from its entry: it is still
-damaged, and the next repair restores it. All earlier repairs are kept.
+entry in the manifest is replaced, after the shard: if the process is killed in between, the next repair restores it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Write an encoder's arrays, shard by shard.
 
-Rows come in order, in portions of any size. A full shard is written at once, while its checksum and statistics are
-computed and the next shard fills. When the next shard is full too, the first is durable and is recorded
-in the manifest. A killed process therefore loses at most two shards of each array, and at most two are in memory. A
-tail shard that new rows extend is read back, checked, and written again as a whole.
+Rows come in order, in portions of any size. A full shard is written at once by other threads, while the next shard
+fills. When that is full too, the first is durable and is recorded in the manifest. A killed process therefore loses at
+most two shards of each array, and at most two are in memory. A tail shard that new rows extend is read back, checked,
+and written again as a whole.
 """
 
 from __future__ import annotations
