@@ -22,8 +22,9 @@ from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.encoders.transfers import Launched
 from saffe_cache.extraction.config import ExtractConfig, RepairConfig
 from saffe_cache.extraction.extract import extract
-from saffe_cache.extraction.reencode import past_extractions
+from saffe_cache.extraction.reencode import LostShard, past_extractions
 from saffe_cache.extraction.repair import RepairReport, repair
+from saffe_cache.store.inspect import Damage
 from saffe_cache.store.manifest import read_encoder
 from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage
@@ -374,8 +375,13 @@ def test_past_extractions_give_the_blocks_of_inputs(grown: tuple[Path, Path]) ->
         (143, 146, 5),
     ]
     assert past[2].first_new == {"hidden_states/1": 0}
-    assert list(past[1].blocks_of("pooled", range(130, 138))) == [range(135, 136), range(136, 140)]
-    assert list(past[2].blocks_of("pooled", range(146))) == []
+    pooled = manifest.arrays["pooled"]
+    shard = LostShard(
+        damage=Damage(part="shard", name="pooled"), spec=pooled.spec, entry=pooled.shards[0], inputs=range(130, 138)
+    )
+    assert list(past[1].blocks_of(shard)) == [range(135, 136), range(136, 140)]
+    shard.inputs = range(146)
+    assert list(past[2].blocks_of(shard)) == []
 
 
 @pytest.mark.parametrize("storage", ["float16", "bfloat16", "float8"])

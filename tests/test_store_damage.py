@@ -260,7 +260,7 @@ def test_a_manifest_whose_array_lacks_a_field_is_refused(cache: Path, field: str
         (lambda m: m["fingerprint"].pop("model_id"), "fingerprint: "),
         (lambda m: m.update({"invalid": {"first": "x"}}), "misstates"),
         (lambda m: m["fingerprint"].update({"revision": "1"}), "contains the fingerprint of image-tiny-image-"),
-        (lambda m: m["arrays"]["pooled"].update({"dtype": "float64"}), "dtype 'float64'"),
+        (lambda m: m["arrays"]["pooled"].update({"dtype": "float64"}), "dtype: 'float64'"),
         (lambda m: m["arrays"]["pooled"].update({"chunk_rows": 0}), "chunk_rows 0"),
         (lambda m: m["arrays"]["pooled"]["shards"][0].update({"rows": 5}), r"rows of the shards: \[5, 6, 1\]"),
         (lambda m: m["arrays"]["pooled"]["shards"][2].update({"rows": 7}), r"rows of the shards: \[6, 6, 7\]"),
