@@ -255,8 +255,11 @@ def _series(of: figures.SeriesPlot) -> Drawn:
     for axes in frames[::columns]:
         axes.set_ylabel(of.y_label)
     _draw_legend(figure, frames)
-    values = "; ".join(f"{one.name}: {_in_words(panel.places, one)}" for panel in of.panels for one in panel.series)
-    return figure, f"{of.y_label} by {of.x_label}. {values}"
+    values = []
+    for names, one in ((panel.places, one) for panel in of.panels for one in panel.series):
+        means = (f"{names[place]} {mean:.1f}" for place, mean in zip(one.places, one.means, strict=True))
+        values.append(f"{one.name}: {', '.join(means)}")
+    return figure, f"{of.y_label} by {of.x_label}. {'; '.join(values)}"
 
 
 def _draw_series(axes: Axes, one: figures.Series, look: dict[str, Any], shift: float, kinds: Sequence[str]) -> None:
@@ -288,10 +291,6 @@ def _draw_legend(figure: matplotlib.figure.Figure, frames: Sequence[Axes]) -> No
     columns = max(1, min(3, 66 // (max(map(len, found)) + 6)))
     figure.legend(found.values(), found.keys(), fontsize=8, loc="outside lower center", ncols=columns)
     figure.set_figheight(figure.get_figheight() + 0.18 * -(-len(found) // columns))
-
-
-def _in_words(places: Sequence[str], series: figures.Series) -> str:
-    return ", ".join(f"{places[place]} {mean:.1f}" for place, mean in zip(series.places, series.means, strict=True))
 
 
 def _fits(of: figures.FitPlot) -> Drawn:

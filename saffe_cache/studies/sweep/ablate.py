@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from functools import partialmethod
 from pathlib import Path
 
 import torch
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 _MOST_WORKERS = 4
 """Processes of `auto`: each may need 2 GB."""
-_NO_BARS = "TQDM_DISABLE"
 
 
 def ablate(config: AblateConfig) -> tuple[str, ...]:
@@ -148,7 +147,7 @@ def _side_by_side(tasks: Sequence[Sequence[Job]], workers: int) -> Iterator[int]
         with ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(threads,)) as process:
             return process.submit(_work, task).result()
 
-    with _no_progress_bars(), ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         started = [pool.submit(run, task) for task in tasks]
         try:
             for future in as_completed(started):
@@ -160,20 +159,9 @@ def _side_by_side(tasks: Sequence[Sequence[Job]], workers: int) -> Iterator[int]
             raise
 
 
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """In the workers: this process has read the variable already."""
-    before, os.environ[_NO_BARS] = os.environ.get(_NO_BARS), "1"
-    try:
-        yield
-    finally:
-        del os.environ[_NO_BARS]
-        if before is not None:
-            os.environ[_NO_BARS] = before
-
-
 def _begin(threads: int) -> None:
     torch.set_num_threads(threads)
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign,assignment]
     logging.getLogger("saffe_cache").setLevel(logging.WARNING)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
