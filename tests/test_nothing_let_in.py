@@ -20,6 +20,7 @@ from saffe_cache.core.results import Measurement, Result, Section
 from saffe_cache.core.tables import Cell, Row, Table
 from saffe_cache.encoders.encoder import load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
+from saffe_cache.fusion.library_block import blank_model
 from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder, write_table
@@ -52,9 +53,10 @@ def test_package_runs_and_fetches_nothing_that_data_name() -> None:
             )
             assert name not in FORBIDDEN_BUILTINS, f"{path}:{node.lineno}: {name}"
             assert name.split(".")[-1] not in FORBIDDEN_CALLS, f"{path}:{node.lineno}: {name}"
-            assert not name.endswith("import_module") or path.stem in {"verbs", "registry"}, (
-                f"{path}:{node.lineno}: {name} outside the tables of verbs, protocols and fusions"
-            )
+            assert not name.endswith("import_module") or path.stem in {
+                *("verbs", "registry"),  # tables within this package
+                *("discovery", "library_block"),  # modules of transformers; refused below with any other name
+            }, f"{path}:{node.lineno}: {name} outside the tables of verbs, protocols and fusions"
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             if path.parts[-2:] == ("sources", "files.py"):  # reads members in place and extracts none
@@ -161,3 +163,9 @@ def test_messages_of_commands_send_nothing_to_the_terminal(
     assert_plain(told)
     assert told.startswith("left out \\x1b]0;title")
     assert told.endswith("\\u202e\nsecond line\n")
+
+
+@pytest.mark.parametrize("name", ["os:system", "saffe_cache.cli:main", "transformers.models.bert.modeling_bert:logger"])
+def test_a_block_names_only_models_of_transformers(name: str) -> None:
+    with pytest.raises(ValueError, match=r"is no module of transformers|is no model"):
+        blank_model(name, {})

@@ -111,7 +111,7 @@ def _clip_tokenizer(folder: Path) -> None:
     _tokenizer(folder, ["<unk>", "<|start|>", "<|end|>"], "<|start|>", "<|end|>", "<|end|>", specials_last=True)
 
 
-def _gpt2_tokenizer(folder: Path) -> None:
+def gpt2_tokenizer(folder: Path) -> None:
     """One token begins and ends, as GPT-2's does."""
     vocabulary = {name: i for i, name in enumerate([*WORDS, "<unk>", "<|endoftext|>"])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -291,7 +291,7 @@ CASES = {
         modality="text",
         build=_gpt2,
         reference="GPT2Model",
-        save_processor=_gpt2_tokenizer,
+        save_processor=gpt2_tokenizer,
         layer="GPT2Block",
         layers="h",
     ),

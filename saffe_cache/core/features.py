@@ -154,7 +154,7 @@ class BlockWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageModelSpec:
+class CausalTextSpec:
     """How a causal language model reads a text: its begin token, `prompt` with the text in it, its end token."""
 
     begin_token: int
@@ -164,7 +164,25 @@ class LanguageModelSpec:
     """Most tokens of a text, begin and end included."""
     position_offset: int
     """Position of a text's first token. The positions before it are for tokens that are inserted at a later layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelSpec(CausalTextSpec):
+    """GPT-2, which is rebuilt here."""
+
     layer_norm_eps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibraryModelSpec(CausalTextSpec):
+    """A causal language model of any family, rebuilt by transformers."""
+
+    model_class: str
+    """MODULE:CLASS in transformers."""
+    config: Mapping[str, Any]
+    """Its config, as its `to_dict` gives it."""
+    layers: str
+    """Path of its list of layers."""
 
 
 @dataclass(frozen=True)
@@ -172,10 +190,11 @@ class LanguageModelWeights:
     """What a causal language model has besides its blocks, enough to train and to generate without the model.
 
     Names of `tensors`: `token_embedding` [tokens, d], `position_embedding` [positions, d],
-    `final_norm_{weight,bias}`, and `head_weight` [tokens, d] where it is not the token embedding.
+    `final_norm_{weight,bias}`, and `head_weight` [tokens, d] where it is not the token embedding. With a
+    `LibraryModelSpec`, they are the model's own names of all weights outside its layers.
     """
 
-    spec: LanguageModelSpec
+    spec: LanguageModelSpec | LibraryModelSpec
     tensors: Mapping[str, np.ndarray]
     tokenizer: str
     """Its JSON, as the library `tokenizers` reads it."""

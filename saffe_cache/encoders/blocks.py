@@ -51,14 +51,22 @@ def read_block(family: Family, model: Any, config: Any, layer: Any) -> BlockWeig
     return BlockWeights(spec, tensors)
 
 
-def read_language_model(family: Family, model: Any) -> tuple[dict[str, np.ndarray], float]:
-    """The parts of a causal language model that are not blocks, as float32, and the final norm's eps."""
+def read_language_model(family: Family, model: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The parts of a causal language model that are not blocks, as float32, and fields of its spec."""
+    if family.is_language_model:
+        inside = {id(one) for one in model.get_submodule(family.layers).parameters()}
+        tensors = {name: _to_numpy(one) for name, one in model.named_parameters() if id(one) not in inside}
+        return tensors, {
+            "model_class": f"{type(model).__module__}:{type(model).__name__}",
+            "config": json.loads(model.config.to_json_string(use_diff=False)),
+            "layers": family.layers,
+        }
     parts = {name: model.get_submodule(path) for name, path in family.language_model.items()}
     tensors = {name: _to_numpy(parts[name].weight) for name in ("token_embedding", "position_embedding")}
     tensors |= {f"final_norm_{part}": _to_numpy(getattr(parts["final_norm"], part)) for part in ("weight", "bias")}
     if parts["head"].weight is not parts["token_embedding"].weight:
         tensors["head_weight"] = _to_numpy(parts["head"].weight)
-    return tensors, float(parts["final_norm"].eps)
+    return tensors, {"layer_norm_eps": float(parts["final_norm"].eps)}
 
 
 def _first(config: Any, *names: str) -> Any:

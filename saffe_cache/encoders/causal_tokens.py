@@ -7,13 +7,13 @@ from functools import cached_property
 
 from tokenizers import Tokenizer
 
-from saffe_cache.core.features import LanguageModelSpec
+from saffe_cache.core.features import CausalTextSpec
 
 
 class CausalTokens:
     """Made from a cache's tokenizer, so that extraction and training tokenize texts in the same way."""
 
-    def __init__(self, tokenizer: str, spec: LanguageModelSpec) -> None:
+    def __init__(self, tokenizer: str, spec: CausalTextSpec) -> None:
         """`tokenizer`: its JSON, as the library `tokenizers` writes it."""
         self._tokenizer, self._spec = Tokenizer.from_str(tokenizer), spec
         self._tokenizer.no_truncation()

@@ -34,12 +34,16 @@ _MOST_LISTS = 6
 """Lists of modules that are tried as the layers."""
 
 
-def model_class(config: Any, modality: Modality) -> Any:
-    """The class that loads a checkpoint for a modality.
+def model_class(config: Any, modality: Modality, *, generates: bool = False) -> Any:
+    """The class that loads a checkpoint for a modality, or as a causal language model.
 
     Raises:
         ValueError: transformers has none.
     """
+    if generates:
+        if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(f"a {config.model_type} is no causal language model. Omit --language-model.")
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     kinds = [transformers.MODEL_MAPPING]
     if modality == "text":
         kinds.insert(0, transformers.MODEL_FOR_TEXT_ENCODING_MAPPING)
@@ -59,20 +63,22 @@ def model_class(config: Any, modality: Modality) -> Any:
     )
 
 
-def discover(model: Any, modality: Modality) -> Family:
+def discover(model: Any, modality: Modality, *, generates: bool = False) -> Family:
     """Describe a loaded model; its pooling is chosen by `probe`.
 
     Raises:
         ValueError: it has no tower of the modality, or no list of layers.
     """
-    path, tower = _tower(model, modality)
+    path, tower = (model.base_model_prefix, model.base_model) if generates else _tower(model, modality)
+    if generates and any("position" in name and isinstance(part, nn.Embedding) for name, part in tower.named_modules()):
+        raise ValueError("its positions are learned; photos would have none. Choose a model with rotary positions.")
     takes = _TAKES.get(getattr(tower, "main_input_name", ""), modality)
     if takes != modality:
         raise ValueError(f"found a {type(tower).__name__}, which takes {takes}s. Choose an {modality} encoder.")
     lists = [f"{path}.{name}" if path else name for name in _layer_lists(tower)]
     if not lists:
         raise ValueError(f"found a {type(tower).__name__} without a list of equal layers. Choose another encoder.")
-    has_features = hasattr(model, FEATURES[modality]) and tower is not model
+    has_features = hasattr(model, FEATURES[modality]) and tower is not model and not generates
     return Family(
         modality=modality,
         model_class=type(model).__name__,
@@ -85,6 +91,7 @@ def discover(model: Any, modality: Modality) -> Family:
         pool=masked_mean,
         pooling=OWN_POOLING,
         norm_first=True,
+        is_language_model=generates,
         is_discovered=True,
     )
 

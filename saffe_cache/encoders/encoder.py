@@ -35,7 +35,13 @@ import torch
 from torch import nn
 
 from saffe_cache.core.devices import is_out_of_memory
-from saffe_cache.core.features import BlockWeights, CacheError, LanguageModelSpec, LanguageModelWeights
+from saffe_cache.core.features import (
+    BlockWeights,
+    CacheError,
+    LanguageModelSpec,
+    LanguageModelWeights,
+    LibraryModelSpec,
+)
 from saffe_cache.core.tensors import entering, leaving
 from saffe_cache.encoders.blocks import library_block, read_block, read_language_model
 from saffe_cache.encoders.causal_tokens import CausalTokens, without_surrogates
@@ -98,7 +104,7 @@ class FrozenEncoder:
             pooling=self.family.pooling,
             pooling_weights=chain,
             max_length=self.max_length,
-            is_language_model=bool(self.family.language_model),
+            is_language_model=self.family.generates,
             padding=self.padding,
             num_tokens=self.num_tokens,
         )
@@ -143,7 +149,7 @@ class FrozenEncoder:
         """
         if self.anatomy.has_feature_maps or self.selection:
             return []
-        layers = range(self.num_layers) if self.family.language_model else self.layers
+        layers = range(self.num_layers) if self.family.generates else self.layers
         return [layer for layer in layers if layer < self.num_layers]
 
     @property
@@ -173,7 +179,7 @@ class FrozenEncoder:
         Raises:
             ValueError: its tokenizer has no begin or end token or is no fast tokenizer, or no tokens remain for texts.
         """
-        if not self.family.language_model:
+        if not self.family.generates:
             return None
         assert self.max_length is not None
         if self.max_length < _MIN_TEXT_TOKENS:
@@ -184,19 +190,20 @@ class FrozenEncoder:
             )
         backend, end = getattr(self._processor, "backend_tokenizer", None), self._processor.eos_token_id
         begin = self._processor.bos_token_id
+        begin = end if begin is None and self.family.is_language_model else begin  # as of GPT-2: one token for both
         if backend is None or end is None or begin is None:
             raise ValueError(
                 f"text encoder {self.request.model_id}: its tokenizer is a {type(self._processor).__name__} with begin "
                 f"token {begin} and end token {end}, expected a fast tokenizer with both. Choose another model."
             )
-        tensors, eps = read_language_model(self.family, self._model)
-        spec = LanguageModelSpec(
+        tensors, more = read_language_model(self.family, self._model)
+        spec = (LibraryModelSpec if self.family.is_language_model else LanguageModelSpec)(
             begin_token=int(begin),
             end_token=int(end),
             prompt=self.request.text_template,
             max_length=self.max_length,
             position_offset=self.request.position_offset,
-            layer_norm_eps=eps,
+            **more,
         )
         return LanguageModelWeights(spec, tensors, backend.to_str())
 
@@ -330,10 +337,12 @@ class FrozenEncoder:
             arguments = self._accepted_arguments(arguments)
         if self.family.interpolates:
             arguments["interpolate_pos_encoding"] = True
-        if self.family.language_model:
+        if self.family.generates:
             length, offset = inputs["input_ids"].shape[1], self.request.position_offset
             positions = torch.arange(offset, offset + length, device=self.request.device)
-            arguments |= {"position_ids": positions[None], "use_cache": False}
+            if "position_ids" in self._accepted:
+                arguments["position_ids"] = positions[None]
+            arguments["use_cache"] = False
         if self.family.shuffles:
             batch, _, height, width = inputs["pixel_values"].shape
             patches = (height // self._config.patch_size) * (width // self._config.patch_size)

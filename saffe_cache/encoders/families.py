@@ -93,6 +93,11 @@ def _square(config: Any) -> tuple[int | None, ...]:
 class Family:
     """Where a family of models keeps its parts."""
 
+    @property
+    def generates(self) -> bool:
+        """Whether it is kept as a causal language model."""
+        return self.is_language_model or bool(self.language_model)
+
     modality: Modality
     model_class: str
     """Class in transformers; loads one tower from a checkpoint of the whole model."""
@@ -124,6 +129,8 @@ class Family:
     """Linear weights of a block are (in, out), as in GPT-2."""
     language_model: Mapping[str, str] = field(default_factory=dict)
     """Paths of a causal language model's embeddings, final norm and output layer."""
+    is_language_model: bool = False
+    """Whether a discovered model is kept as a causal language model."""
     expects: Mapping[str, Any] = field(default_factory=dict)
     """Settings of a model's config that the rebuilt block assumes."""
     tower: str = ""

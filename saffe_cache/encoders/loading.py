@@ -52,6 +52,8 @@ class EncoderRequest:
     """Type of the forward pass."""
     attention: str | None = None
     """sdpa, eager or flash_attention_2."""
+    language_model: bool = False
+    """Keep it as a causal language model, with all that generation needs."""
     position_offset: int = 0
     """Position of a text's first token, for language models: this many positions before it stay free."""
     pooled: bool = True
@@ -100,10 +102,15 @@ def load_model(request: EncoderRequest) -> Loaded:
     family = FAMILIES.get((config.model_type, request.modality))
     _check_config(where, family, config, request)
     try:
-        kind = getattr(transformers, family.model_class) if family else model_class(config, request.modality)
+        generates = request.language_model and family is None
+        kind = (
+            getattr(transformers, family.model_class)
+            if family
+            else model_class(config, request.modality, generates=generates)
+        )
         model, missing = _from_pretrained(where, kind, request, family.load_options if family else {})
         if family is None:
-            family = discover(model, request.modality)
+            family = discover(model, request.modality, generates=generates)
             if family.tower:
                 drop_other_towers(model, family.tower)
     except ValueError as error:
@@ -159,11 +166,14 @@ def _check_config(where: str, family: Family | None, config: Any, request: Encod
         found = getattr(config, name, expected)
         if found != expected:
             raise ValueError(f"{where}: its config has {name} {found}, expected {expected}. Choose another model.")
-    if request.position_offset and not (family and family.language_model):
+    is_language_model = family.language_model if family else request.language_model
+    if request.position_offset and not is_language_model:
         raise ValueError(
-            f"{where}: found --position-offset {request.position_offset}, expected 0: only language models (gpt2) "
-            "support an offset. Omit it."
+            f"{where}: found --position-offset {request.position_offset}, expected 0: only language models support an "
+            "offset. Omit it, or add --language-model."
         )
+    if request.language_model and not is_language_model:
+        raise ValueError(f"{where}: a {config.model_type} is no causal language model. Omit --language-model.")
 
 
 @contextmanager

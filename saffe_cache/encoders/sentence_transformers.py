@@ -254,7 +254,7 @@ class Repository:
         excludes = not pooling.get("include_prompt", True) or self.request.model_id in _WITHOUT_PROMPT
         num_prompt_tokens = self._prompt_tokens(model, tokenizer) if excludes else 0
         # a language model's texts get begin and end tokens here, which sentence-transformers does not add
-        family = replace(family, projection=None, language_model={})
+        family = replace(family, projection=None, language_model={}, is_language_model=False)
         is_plain = len(modes) == 1 and modes[0] in _PLAIN and not num_prompt_tokens and self.truncate_dim is None
         if is_plain and set(kinds[2:]) <= {"Normalize"}:
             return replace(family, pool=_PLAIN[modes[0]], pooling=_POOLS[modes[0]][0])

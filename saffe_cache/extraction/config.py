@@ -44,6 +44,9 @@ class ExtractConfig:
     default prompt of the text encoder's repository, if it has one."""
     prompt_name: str | None = None
     """Name of a prompt of the text encoder's repository (sentence-transformers), such as query."""
+    language_model: bool = False
+    """Keep the text encoder as a causal language model that `saffe caption` can use: texts get its begin and end
+    tokens, and all of its blocks are kept. GPT-2 always is one."""
     position_offset: int = 0
     """For language models: position of a text's first token. The positions before it stay free for photo tokens that
     `saffe caption` inserts at a later layer."""

@@ -177,6 +177,7 @@ def encoder_request(config: ExtractConfig, modality: Modality) -> EncoderRequest
         max_length=config.max_length if modality == "text" else None,
         prompt=config.prompt if modality == "text" else None,
         prompt_name=config.prompt_name if modality == "text" else None,
+        language_model=config.language_model and modality == "text",
         position_offset=config.position_offset if modality == "text" else 0,
         dtype=dtype,
         attention=config.attention,

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from saffe_cache.core.features import BlockSpec, BlockWeights, CacheError, LibraryBlockSpec
 from saffe_cache.core.tensors import entering, leaving
@@ -29,11 +30,15 @@ _MODEL, _CHECK = "model.", "check."
 _LIBRARY = "transformers.models."
 
 
+Call = tuple[int | str, tuple[Any, ...], dict[str, Any]]
+"""Where the hidden states are among what a layer takes, its arguments and keywords."""
+
+
 class _Reached(Exception):  # noqa: N818 — ends a forward pass early, no error
     """The layer is about to run."""
 
 
-class _Skipped(nn.Module):
+class Skipped(nn.Module):
     """Returns the hidden states that it receives, in the form of the layer that it stands for."""
 
     def __init__(self, layer: nn.Module, num_outputs: int) -> None:
@@ -63,10 +68,9 @@ class LibraryBlock(nn.Module):
         assert isinstance(weights.spec, LibraryBlockSpec)
         self.spec = spec = weights.spec
         try:
-            model = _blank_model(spec)
+            model = blank_model(spec.model_class, spec.config)
             self.layer = _only_layer(model, spec)
-            own = {name: torch.tensor(value) for name, value in weights.tensors.items() if _is_own(name)}
-            self._load(own)
+            load_own(self.layer, weights)
             further = {
                 name.removeprefix(_MODEL): torch.tensor(value)
                 for name, value in weights.tensors.items()
@@ -83,15 +87,8 @@ class LibraryBlock(nn.Module):
             {name.replace(".", "/"): model.get_parameter(name) for name in further if _has_parameter(model, name)}
         )
         self._model = [model.eval()]  # in a list, so that its unused weights are not among this module's
-        self._extras: dict[tuple[Any, ...], tuple[int | str, tuple[Any, ...], dict[str, Any]]] = {}
+        self._extras: dict[tuple[Any, ...], Call] = {}
         self.requires_grad_(False).eval()
-
-    def _load(self, own: Mapping[str, torch.Tensor]) -> None:
-        """Load the layer's own weights; tables of whole numbers are made with the layer."""
-        missing, unknown = self.layer.load_state_dict(dict(own), strict=False)
-        lacking = [name for name in missing if self.layer.state_dict()[name].is_floating_point()]
-        if lacking or unknown:
-            raise ValueError(f"its weights are other ones: {', '.join([*lacking, *unknown][:3])}")
 
     @property
     def hidden_size(self) -> int:
@@ -147,29 +144,40 @@ class LibraryBlock(nn.Module):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _taken(
-        self, hidden: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[int | str, tuple[Any, ...], dict[str, Any]]:
-        """What the layer takes: where the hidden states are, its arguments and keywords."""
+    def _taken(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> Call:
+        """What the layer takes besides these hidden states."""
         key = (*hidden.shape[:2], hidden.device, hidden.dtype)
         if mask is None and key in self._extras:
             return self._extras[key]
-        taken: list[tuple[int | str, tuple[Any, ...], dict[str, Any]]] = []
-
-        def keep(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            taken.append((entering(arguments, keywords)[0], arguments, keywords))
-            raise _Reached
-
-        handle = self.layer.register_forward_pre_hook(keep, with_kwargs=True)
-        try:
-            self._model[0](**_blank_inputs(self._model[0], self.spec, hidden, mask))
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
+        taken = call_of(self.layer, self._model[0], _blank_inputs(self._model[0], self.spec, hidden, mask))
         if mask is None:
-            self._extras = {key: taken[0]}
-        return taken[0]
+            self._extras = {key: taken}
+        return taken
+
+
+class GivenStates(nn.Module):
+    """Stands for a model that has returned the final hidden states that it is given as `inputs_embeds`."""
+
+    def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+def call_of(layer: nn.Module, model: Any, inputs: Mapping[str, Any]) -> Call:
+    """What a layer is called with in a forward pass of the model, which ends there."""
+    found: list[Call] = []
+
+    def keep(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        found.append((entering(arguments, keywords)[0], arguments, keywords))
+        raise _Reached
+
+    handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        model(**inputs)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
 
 
 def make_block(weights: BlockWeights) -> EncoderBlock | LibraryBlock:
@@ -223,25 +231,43 @@ def without_unused(weights: BlockWeights) -> BlockWeights:
     return BlockWeights(weights.spec, {name: tensors[name] for name in tensors if name not in {*further} - {*needed}})
 
 
-def _is_own(name: str) -> bool:
-    return not name.startswith((_MODEL, _CHECK))
+def load_own(layer: nn.Module, weights: BlockWeights) -> None:
+    """Load a layer's own weights; tables of whole numbers are made with the layer.
+
+    Raises:
+        ValueError: its weights are other ones.
+    """
+    own = {
+        name: torch.tensor(value) for name, value in weights.tensors.items() if not name.startswith((_MODEL, _CHECK))
+    }
+    missing, unknown = layer.load_state_dict(own, strict=False)
+    lacking = [name for name in missing if layer.state_dict()[name].is_floating_point()]
+    if lacking or unknown:
+        raise ValueError(f"its weights are other ones: {', '.join([*lacking, *unknown][:3])}")
 
 
 def _has_parameter(model: nn.Module, name: str) -> bool:
     return name in dict(model.named_parameters())
 
 
-def _blank_model(spec: LibraryBlockSpec) -> Any:
-    """The model without its weights, whose memory stays untouched."""
-    module_name, _, class_name = spec.model_class.partition(":")
+def blank_model(model_class: str, config: Mapping[str, Any]) -> Any:
+    """A model of transformers without its weights, whose memory stays untouched.
+
+    Args:
+        model_class: MODULE:CLASS, below transformers.models.
+        config: as the model's `to_dict` gives it.
+
+    Raises:
+        ValueError: it is no model of transformers.
+    """
+    module_name, _, class_name = model_class.partition(":")
     if not module_name.startswith(_LIBRARY):
         raise ValueError(f"{module_name} is no module of {_LIBRARY}")
     kind: Any = getattr(importlib.import_module(module_name), class_name)
     if PreTrainedModel not in getattr(kind, "__mro__", ()):
         raise ValueError(f"{class_name} is no model")
-    config = kind.config_class.from_dict(dict(spec.config))
     with no_init_weights():
-        return kind(config)
+        return kind(kind.config_class.from_dict(dict(config)))
 
 
 def _only_layer(model: nn.Module, spec: LibraryBlockSpec) -> nn.Module:
@@ -253,7 +279,7 @@ def _only_layer(model: nn.Module, spec: LibraryBlockSpec) -> nn.Module:
     if spec.runs_first_layer:
         kept = [listed[0], layer] if layer is not listed[0] else [layer]
     else:
-        kept = [one if one is layer else _Skipped(one, spec.num_outputs) for one in listed]
+        kept = [one if one is layer else Skipped(one, spec.num_outputs) for one in listed]
     parent, _, name = spec.layers.rpartition(".")
     replaced = nn.Sequential(*kept) if isinstance(layers, nn.Sequential) else nn.ModuleList(kept)
     setattr(model.get_submodule(parent), name, replaced)

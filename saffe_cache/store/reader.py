@@ -18,6 +18,7 @@ from saffe_cache.core.features import (
     LanguageModelSpec,
     LanguageModelWeights,
     LibraryBlockSpec,
+    LibraryModelSpec,
     Modality,
     Tokens,
     Weights,
@@ -207,7 +208,9 @@ def weights_from(attributes: Mapping[str, Any], tensors: dict[str, np.ndarray], 
         if attributes["encoding-type"] == weights_type("blocks/"):
             kind: type[BlockSpec | LibraryBlockSpec] = LibraryBlockSpec if "model_class" in spec else BlockSpec
             return BlockWeights(made_of(kind, spec), tensors)
-        model = made_of(LanguageModelSpec, spec)
+        of_model: type[LanguageModelSpec | LibraryModelSpec]
+        of_model = LibraryModelSpec if "model_class" in spec else LanguageModelSpec
+        model = made_of(of_model, spec)
     except (KeyError, TypeError, ValueError) as error:
         raise CacheError(f"{where}: its spec lacks or misstates {error}. Restore zarr.json from a copy.") from None
     try:

@@ -145,8 +145,8 @@ def _language_model(cache: Cache, config: CaptionConfig) -> EncoderCache:
     if len(chosen) != 1:
         raise CacheError(
             f"{config.cache}: {len(chosen)} language models{f' named {wanted!r}' if wanted else ''}; it holds "
-            f"{', '.join(models) or 'none'}. Add one with saffe extract --encoder text=gpt2, or choose one with "
-            "--encoder text=PART-OF-ITS-KEY."
+            f"{', '.join(models) or 'none'}. Add one with saffe extract --encoder text=gpt2, or any other with "
+            "--language-model, or choose one with --encoder text=PART-OF-ITS-KEY."
         )
     text = cache.encoder("text", chosen[0])
     last = text.manifest.num_layers - 1
@@ -207,7 +207,7 @@ class Measuring:
         return report
 
     def _unigram(self, texts: np.ndarray, training: Pairs) -> Measured:
-        vocabulary = len(self.source.model.weights["token_embedding"])
+        vocabulary = self.source.model.vocabulary
         trained = np.concatenate(list(self._caption_tokens(training.texts.values)))
         frequencies = 1 + np.bincount(trained, minlength=vocabulary)
         nats = -np.log(frequencies / frequencies.sum())
@@ -243,7 +243,7 @@ def judge_controls(own: Mapping[str, Estimate], num_others: int, num_photos: int
 
 def count_cost(model: InsertedModel, projector: Projector, batch: int, tokens: int, photo_tokens: int) -> CaptionCost:
     """Parameters of the projector, and FLOPs of texts of `tokens` tokens."""
-    device = model.weights["token_embedding"].device
+    device = projector.linear.weight.device
     photos = torch.zeros(batch, photo_tokens, projector.linear.in_features, device=device)
     ids = torch.zeros(batch, tokens, dtype=torch.long, device=device)
     with torch.no_grad():

@@ -15,13 +15,20 @@ import torch
 from torch.nn import functional
 
 from saffe_cache.core.devices import choose_device
-from saffe_cache.core.features import CacheError
+from saffe_cache.core.features import CacheError, LibraryModelSpec
 from saffe_cache.encoders.causal_tokens import CausalTokens
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.retrieval.fitting import adamw, fit_epochs, update, warmed_cosine
 from saffe_cache.store.reader import Cache, EncoderCache
 from saffe_cache.studies.captioning.config import CaptionConfig
-from saffe_cache.studies.captioning.inserting import InsertedModel, Projector, photo_side, pool_photos, typical_size
+from saffe_cache.studies.captioning.inserting import (
+    InsertedModel,
+    LibraryModel,
+    Projector,
+    photo_side,
+    pool_photos,
+    typical_size,
+)
 from saffe_cache.studies.captioning.result import EpochLosses, Training
 
 _BATCH = 64
@@ -76,7 +83,8 @@ class CaptionSource:
     @cached_property
     def model(self) -> InsertedModel:
         blocks = [self.text.block(number) for number in range(self.text.manifest.num_layers)]
-        return InsertedModel(self.weights, blocks, self.layer).to(self.device)
+        kind = LibraryModel if isinstance(self.weights.spec, LibraryModelSpec) else InsertedModel
+        return kind(self.weights, blocks, self.layer).to(self.device)
 
     @property
     def num_photo_tokens(self) -> int:
@@ -85,7 +93,8 @@ class CaptionSource:
     @property
     def num_positions(self) -> int:
         """Most tokens of photo and text together."""
-        return len(self.weights.tensors["position_embedding"])
+        places = self.weights.tensors.get("position_embedding")
+        return self.weights.spec.max_length + self.num_photo_tokens if places is None else len(places)
 
     def photo_tokens(self, rows: np.ndarray) -> torch.Tensor:
         """Pooled tokens of photos, float32 [n, m, d_photo]."""

@@ -14,15 +14,25 @@ is added once, to the embedding; photo tokens get theirs where they join, as in 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.core.features import BlockWeights, LanguageModelWeights
+from saffe_cache.core.features import (
+    BlockWeights,
+    LanguageModelSpec,
+    LanguageModelWeights,
+    LibraryBlockSpec,
+    LibraryModelSpec,
+)
+from saffe_cache.core.tensors import entering
 from saffe_cache.fusion.block import EncoderBlock, KeysValues
+from saffe_cache.fusion.library_block import GivenStates, Skipped, blank_model, call_of, load_own
 
 _MOST_IN_FRONT = 8
 """Tokens of a photo before its patches: the class token, and registers."""
@@ -43,6 +53,15 @@ class InsertedModel(nn.Module):
     @property
     def hidden_size(self) -> int:
         return int(self.weights["token_embedding"].shape[1])
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens of the vocabulary."""
+        return len(self.weights["token_embedding"])
+
+    def decoding(self, photos: torch.Tensor | None) -> Decoding:
+        """Captions that are being generated for projected photo tokens [batch, m, d]; None for none."""
+        return Decoding(self, photos)
 
     def embed(self, token_ids: torch.Tensor, first_position: int) -> torch.Tensor:
         """`hidden_states[0]` of tokens that follow one another, [batch, tokens, d]."""
@@ -74,9 +93,91 @@ class InsertedModel(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores of the next token, [..., tokens of the vocabulary], from the last layer's output."""
         norm = [self.weights[f"final_norm_{part}"] for part in ("weight", "bias")]
+        assert isinstance(self.spec, LanguageModelSpec)
         normed = functional.layer_norm(hidden, norm[0].shape, norm[0], norm[1], self.spec.layer_norm_eps)
         head = self.weights["head_weight"] if "head_weight" in self.weights else self.weights["token_embedding"]
         return functional.linear(normed, head)
+
+
+class LibraryModel(InsertedModel):
+    """A frozen model of any family, run by transformers' own code on weights from the cache.
+
+    What a layer takes besides hidden states comes from the library's model. Photo tokens have the first positions,
+    which only rotate; keys and values are not kept, so each new token runs over the whole text again.
+    """
+
+    def __init__(self, weights: LanguageModelWeights, blocks: Sequence[BlockWeights], layer: int) -> None:
+        nn.Module.__init__(self)
+        assert isinstance(weights.spec, LibraryModelSpec)
+        self.spec, self.layer = weights.spec, layer
+        model = blank_model(self.spec.model_class, self.spec.config)
+        layers = model.get_submodule(self.spec.layers)
+        for module, block in zip(layers, blocks, strict=True):
+            load_own(module, block)
+        model.load_state_dict({name: torch.tensor(value) for name, value in weights.tensors.items()}, strict=False)
+        model.tie_weights()
+        self.model = model.eval().requires_grad_(False)
+        base, path = model.base_model, self.spec.layers.removeprefix(f"{model.base_model_prefix}.")
+        skipped = [
+            Skipped(one, block.spec.num_outputs)
+            for one, block in zip(layers[:layer], blocks, strict=False)
+            if isinstance(block.spec, LibraryBlockSpec)
+        ]
+        self._first, self._above = layers[layer], _with_layers(base, path, [*skipped, *layers[layer:]])
+        self._head = copy.copy(model)
+        self._head._modules = {**model._modules, model.base_model_prefix: GivenStates()}
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def train(self, mode: bool = True) -> LibraryModel:
+        """The model always runs without dropout."""
+        return super().train(False)
+
+    def text_states(self, token_ids: torch.Tensor, first_position: int) -> torch.Tensor:
+        places = torch.arange(first_position, first_position + token_ids.shape[1], device=token_ids.device)[None]
+        inputs = {"input_ids": token_ids, "position_ids": places, "use_cache": False}
+        place, arguments, keywords = call_of(self._first, self.model.base_model, inputs)
+        hidden: torch.Tensor = arguments[place] if isinstance(place, int) else keywords[place]
+        return hidden
+
+    def forward(self, states: torch.Tensor, photos: torch.Tensor | None) -> torch.Tensor:
+        hidden = states if photos is None else torch.cat([photos, states], dim=1)
+        places = torch.arange(hidden.shape[1], device=hidden.device)[None]
+
+        def put(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            place = entering(arguments, keywords)[0]
+            if isinstance(place, int):
+                return (*arguments[:place], hidden, *arguments[place + 1 :]), keywords
+            return arguments, {**keywords, place: hidden}
+
+        handle = self._first.register_forward_pre_hook(put, with_kwargs=True)
+        try:
+            output = self._above(inputs_embeds=torch.zeros_like(hidden), position_ids=places, use_cache=False)
+        finally:
+            handle.remove()
+        return output.last_hidden_state[:, hidden.shape[1] - states.shape[1] :]  # type: ignore[no-any-return]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        scores = self._head(inputs_embeds=hidden.reshape(1, -1, hidden.shape[-1]), use_cache=False).logits
+        return scores.reshape(*hidden.shape[:-1], -1)  # type: ignore[no-any-return]
+
+    def decoding(self, photos: torch.Tensor | None) -> Decoding:
+        return _Recomputed(self, photos)
+
+
+def _with_layers(base: Any, path: str, layers: Sequence[nn.Module]) -> Any:
+    """The same model with other layers; its other parts are shared."""
+    changed = copy.copy(base)
+    changed._modules = dict(base._modules)
+    name, _, rest = path.partition(".")
+    changed._modules[name] = _with_layers(base.get_submodule(name), rest, layers) if rest else nn.ModuleList(layers)
+    return changed
 
 
 class Projector(nn.Module):
@@ -153,12 +254,26 @@ class Decoding:
         return self._model.logits(hidden[:, -1])
 
 
+class _Recomputed(Decoding):
+    """As Decoding, without keys and values: every step runs over all tokens."""
+
+    def __init__(self, model: LibraryModel, photos: torch.Tensor | None) -> None:
+        self._library, self._photos = model, photos
+        self._ids: torch.Tensor | None = None
+
+    def extend(self, token_ids: torch.Tensor) -> torch.Tensor:
+        self._ids = token_ids if self._ids is None else torch.cat([self._ids, token_ids], dim=1)
+        first = 0 if self._photos is None else self._photos.shape[1]
+        hidden = self._library(self._library.text_states(self._ids, first), self._photos)
+        return self._library.logits(hidden[:, -1])
+
+
 @torch.inference_mode()
 def greedy_captions(
     model: InsertedModel, photos: torch.Tensor, start: Sequence[int], max_tokens: int
 ) -> list[list[int]]:
     """The likeliest token, repeatedly, after `start`: at most `max_tokens` for each photo, up to the end token."""
-    decoding = Decoding(model, photos)
+    decoding = model.decoding(photos)
     chosen = torch.tensor(list(start), device=photos.device).expand(len(photos), -1)
     found: list[torch.Tensor] = []
     is_done = torch.zeros(len(photos), dtype=torch.bool, device=photos.device)
