@@ -80,14 +80,18 @@ class EncoderManifest:
     """Whether tokens are spatial positions of feature maps: there is no class token, and no layer has a block."""
     is_language_model: bool = False
     """Whether it is a causal language model, kept with all its blocks and all else that generation needs."""
-    class_tokens: int = 1
-    """Tokens of a photo or sound before those of its places: class tokens and registers. Caches before this was
-    recorded count as 1, and as 0 with feature maps."""
+    class_tokens: int = -1
+    """Tokens of a photo or sound before those of its places: class tokens and registers. Where it is not
+    recorded (-1), 1; 0 with feature maps."""
     unusable_blocks: dict[int, str] = field(default_factory=dict)
     """Why a block, by layer, computes something else than the model, and is not cached."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry for each extraction that added something, with its config, versions and times, and for each conversion
     and repair."""
+
+    def __post_init__(self) -> None:
+        if self.class_tokens < 0:
+            self.class_tokens = int(not self.has_feature_maps)
 
     @property
     def key(self) -> str:
