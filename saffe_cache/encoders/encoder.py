@@ -476,7 +476,21 @@ def load_encoder(request: EncoderRequest) -> FrozenEncoder:
     check_processor(
         *(where, request.modality, loaded.family, loaded.model, processor), sized=request.image_size is not None
     )
-    return FrozenEncoder(request, loaded, processor)
+    encoder = FrozenEncoder(request, loaded, processor)
+    if loaded.family.is_discovered:
+        layer = type(encoder.layer_list[0]).__name__
+        logger.info(
+            "%s: found %d layers (%s), width %d, %s; own vector: %s.",
+            *(where, encoder.num_layers, layer, encoder.hidden_size, _PADDING[encoder.padding], encoder.family.pooling),
+        )
+    return encoder
+
+
+_PADDING = {
+    "longest": "inputs independent of their batch",
+    "max_length": "texts padded to the full length",
+    "equal_length": "texts encoded with others of equal length, since padding changes them",
+}
 
 
 class HalvingEncoder:

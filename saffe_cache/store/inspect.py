@@ -60,6 +60,8 @@ def _describe_encoder(encoder: EncoderCache, table: ItemTable) -> list[str]:
         lines.append(f"  tokens: {manifest.selected_tokens}; there are no blocks, which need all")
     elif manifest.has_feature_maps:
         lines.append("  feature maps: tokens are spatial positions, row by row; there are no blocks")
+    for layer, reason in sorted(manifest.unusable_blocks.items()):
+        lines.append(f"  block {layer} cannot be used: {reason}")
     if manifest.is_language_model:
         lines.append(f"  a language model: texts start at position {fields.get('position_offset')}, all blocks kept")
     truncated = [count for entry in manifest.extractions if isinstance(count := entry.get("truncated"), int)]
