@@ -264,6 +264,19 @@ CASES: tuple[Case, ...] = (
         make=tar(TWO, lambda data: data[:6000]),
     ),
     Case(
+        found="an archive of a folder with metadata",
+        result="refused",
+        message="found a folder in an archive, with data/metadata.jsonl, expected samples KEY.jpg with KEY.txt",
+        make=tar({"data/1.png": png(1), "data/metadata.jsonl": b"{}"}),
+    ),
+    Case(
+        found="an archive of class folders",
+        result="photos without classes, with a warning",
+        message="DATA/photos.tar: its 2 folders are not taken as classes. Unpack it to have classes.",
+        make=tar({"cat/1.png": png(1), "dog/2.png": png(2)}),
+        usable=("train/photos/cat/1", "train/photos/dog/2"),
+    ),
+    Case(
         found="two files of one name in an archive",
         result="refused",
         message="DATA/photos.tar: two files are named 1.png. Leave one out.",

@@ -35,6 +35,7 @@ AUDIO_SUFFIXES = frozenset(
     {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".caf", ".w64", ".rf64", ".au", ".m4a"}
 )
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".json")
+_METADATA = frozenset(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
 SIDECARS = frozenset({".txt", ".caption", ".json", ".cls"})
 """Suffixes of files with the texts of a photo or sound that lies beside them."""
 _HELPERS = frozenset(
@@ -50,6 +51,11 @@ def is_helper(name: str) -> bool:
     """Whether the last part of a path is hidden, or left behind by a system or a tool."""
     last = name.rpartition("/")[2]
     return last.startswith(".") or last.lower() in _HELPERS
+
+
+def is_metadata(name: str) -> bool:
+    """Whether a file is a table of metadata, metadata.jsonl for instance."""
+    return name.rpartition("/")[2].lower() in _METADATA
 
 
 def suffix_of(name: str) -> str:

@@ -19,6 +19,7 @@ from saffe_cache.sources.files import (
     Names,
     Tree,
     expand,
+    is_metadata,
     modality_of,
     split_of,
     suffix_of,
@@ -30,7 +31,6 @@ from saffe_cache.sources.samples import Sample, fields_of, sample_items, tar_sam
 
 logger = logging.getLogger(__name__)
 
-_TABLES = frozenset(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
 FILE_FIELDS = (
     *("file_name", "filename", "file", "filepath", "file_path", "path", "image", "image_path", "image_name"),
     *("img", "img_path", "audio", "audio_path"),
@@ -50,7 +50,7 @@ def folder_items(data: str, columns: Columns) -> Iterator[SourceItem]:
     """
     root = Path(data).expanduser()
     tree = walk(root)
-    names = [name for name in tree.others if name.rpartition("/")[2].lower() in _TABLES]
+    names = [name for name in tree.others if is_metadata(name)]
     tables = [_read_table(root, name, columns, known={*tree.media, *tree.others}) for name in names]
     folders = {table.folder for table in tables}
     listed = {name for table in tables for name in table.files}

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saffe_cache.core.features import Modality
-from saffe_cache.sources.files import SIDECARS, decoded, expand, modality_of, split_of, suffix_of, tar_members
+from saffe_cache.sources.files import (
+    SIDECARS,
+    decoded,
+    expand,
+    is_metadata,
+    modality_of,
+    split_of,
+    suffix_of,
+    tar_members,
+)
 from saffe_cache.sources.items import SPLIT_NAMES, Columns, Format, Media, SourceItem
 
 logger = logging.getLogger(__name__)
@@ -109,6 +118,15 @@ def tar_samples(path: Path, name: str) -> Iterator[Sample]:
         ValueError: the archive is damaged.
     """
     members, others = tar_members(path)
+    table = next((one for one in members if is_metadata(one)), None)
+    if table:
+        raise ValueError(
+            f"{path}: found a folder in an archive, with {table}, expected samples KEY.jpg with KEY.txt or KEY.json. "
+            "Unpack it, and use the folder."
+        )
+    folders = {one.rpartition("/")[0] for one in members}
+    if len(folders) > 1 and not any(suffix_of(one) in SIDECARS for one in members):
+        logger.warning("%s: its %d folders are not taken as classes. Unpack it to have classes.", path, len(folders))
     split = split_of(name)
     folder = name.removesuffix(".tar").removeprefix(f"{split}/")
     samples: dict[str, dict[str, Media]] = {}
