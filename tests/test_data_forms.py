@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import datasets
+import numpy as np
 import pytest
-from data_forms import FORMS, by_split, drawn
+import torch
+from data_forms import FORMS, TorchPhotos, by_split, dataset_dict, drawn
+from PIL import Image
 
+import saffe_cache
+from saffe_cache.cli import main
+from saffe_cache.extraction.config import ExtractConfig, encode_options
+from saffe_cache.sources import huggingface
+from saffe_cache.sources.decoding import decode, modality_of_content
 from saffe_cache.sources.items import Columns
 from saffe_cache.sources.registry import read_items
 
@@ -43,3 +58,163 @@ def test_forms_have_equal_items(form: str, roles: str, splits: tuple[str, ...], 
     ]
     last = read_items(made, Columns(), splits[-1:], {splits[-1]: 1}, streaming=FORMS[form].streaming)
     assert [item.split for item in last] == [splits[-1]]
+
+
+# The hub and streams
+
+
+def test_hub_names_may_have_a_config_and_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def load_dataset(path: str, **options: Any) -> datasets.DatasetDict:
+        asked.append((path, options))
+        return dataset_dict(drawn())
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for data in ("o/n", "o/n:easy", "o/n@abc1", "o/n:easy@abc1"):
+        assert len(read_items(data, Columns(), ())) == 6
+    easy, revision = {"name": "easy"}, {"revision": "abc1"}
+    assert asked == [("o/n", {}), ("o/n", easy), ("o/n", revision), ("o/n", easy | revision)]
+
+
+@pytest.mark.parametrize("kept_bytes", [1, 2**29])
+def test_streams_are_read_in_any_order(kept_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By several threads, also where nothing that is passed over is kept."""
+    monkeypatch.setattr(huggingface, "_KEPT_BYTES", kept_bytes)
+    made = FORMS["snapshot"].make(tmp_path / "data", drawn())
+    items = read_items(made, Columns(), (), streaming=True)
+    assert not list((tmp_path / "cache").rglob("*.arrow")), "no copy is made"
+    with ThreadPoolExecutor(4) as pool:
+        for order in ([0, 1, 2, 3, 4, 5], [5, 2, 0, 4, 1, 3] * 3):
+            read = pool.map(lambda item: item.media["image"].read(), [items[number] for number in order])
+            assert [hashlib.sha256(data).digest() for data in read] == [
+                items[number].hashes["image"] for number in order
+            ]
+
+
+def test_stream_keeps_only_what_may_be_read(tmp_path: Path) -> None:
+    made = FORMS["snapshot"].make(tmp_path / "data", drawn(("train",)))
+    last = read_items(made, Columns(), (), streaming=True)[2]
+    assert last.media["image"].read() == drawn()[2].photo
+    assert list(last.media["image"].stream._kept) == [2]  # type: ignore[attr-defined]
+
+
+def test_streamed_data_is_decoded_in_threads() -> None:
+    config = ExtractConfig(data="o/n", cache="c.zarr", encoder={"image": "x"}, streaming=True)
+    assert encode_options(config).decode_in == "threads"
+    with pytest.raises(ValueError, match="--decode-in: found processes with --streaming, expected threads"):
+        replace(config, decode_in="processes")
+
+
+# Python objects
+
+
+class Noise(TorchPhotos):
+    """With a random transform."""
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return np.random.default_rng().integers(0, 255, (4, 4, 3)).astype(np.uint8), 0
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "CMYK", "P", "1"])
+def test_pictures_in_memory_keep_their_pixels(mode: str) -> None:
+    picture = Image.open(io.BytesIO(drawn()[0].photo)).convert(mode)
+    [item] = read_items([(picture, "a cat")], Columns(), ())
+    expected = np.asarray(picture.convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(decode("image", item.media["image"].read())), expected)
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 3), (3, 5, 6), (1, 5, 6), (5, 6, 1)])
+def test_pixels_in_memory_are_pictures(shape: tuple[int, ...]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    [item] = read_items([(torch.from_numpy(pixels), ["a", "b"])], Columns(), ())
+    assert item.captions == ("a", "b")
+    found = np.asarray(decode("image", item.media["image"].read()))
+    assert found.shape == (5, 6, 3)
+    last = pixels.reshape(5, 6) if pixels.size == 30 else None
+    channel = last if last is not None else pixels[..., 0] if shape[2] == 3 else pixels[0]
+    np.testing.assert_array_equal(found[..., 0], channel)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (3, "data: found int in memory, expected a datasets.Dataset, a pandas frame"),
+        ([], "list of 0 rows in memory: found no items, expected a datasets.Dataset"),
+        ([(b"", "a", "b")], "data: row 0 is a tuple of 3, expected .image, captions.. Use dicts"),
+        ([{"text": "a"}], "list of 1 rows in memory: no column with photos or sounds; the columns are text"),
+        (Noise(drawn()), "row 0 differs each time it is read. Remove random transforms"),
+    ],
+)
+def test_objects_that_are_no_data_raise(data: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_items(data, Columns(), ())
+
+
+def test_values_that_are_no_photos_are_problems() -> None:
+    rows = [(np.zeros((3, 4, 4), np.float32), "a"), (None, "b"), ("gone.png", "c"), (drawn()[0].photo, "d")]
+    problems = [item.problem for item in read_items(rows, Columns(), ())]
+    assert problems[0].startswith("unreadable image: found ndarray of float32 and shape (3, 4, 4), expected a picture")
+    assert problems[1:] == ["unreadable image: there is none", "unreadable image: No such file or directory", ""]
+
+
+def test_waveforms_in_memory_are_sounds() -> None:
+    wave = np.sin(np.arange(8000) / 9).astype(np.float32)
+    [item] = read_items([{"audio": {"array": wave, "sampling_rate": 16_000}, "label": "sine"}], Columns(), ())
+    assert item.labels == ("sine",)
+    np.testing.assert_allclose(decode("audio", item.media["audio"].read(), 16_000), wave, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["DatasetDict", "frames", "lists of pairs"])
+def test_objects_are_extracted_as_files_are(form: str, tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    items = drawn(("train",), ("caption",))
+    encoder = {"image": str(tiny_model("dinov2")), "text": str(tiny_model("bert"))}
+    made, expected = (
+        saffe_cache.open_cache(
+            saffe_cache.extract(
+                data=FORMS[name].make(tmp_path / "data", items), encoder=encoder, cache=str(tmp_path / name)
+            )
+        )
+        for name in (form, "metadata.jsonl")
+    )
+    for modality in encoder:
+        rows = np.arange(len(expected.table.inputs[modality]))
+        np.testing.assert_array_equal(made.encoder(modality).vectors(rows), expected.encoder(modality).vectors(rows))
+    config = made.encoder("image").manifest.extractions[0]["config"]
+    assert "of 3 rows in memory" in config["data"]
+
+
+# Formats of files
+
+
+@pytest.mark.parametrize("suffix", ["aiff", "caf", "w64", "opus", "ogg", "flac", "au", "rf64"])
+def test_sounds_of_each_suffix_are_found_and_decoded(suffix: str, tmp_path: Path) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    path = tmp_path / "train" / "sine" / f"1.{suffix}"
+    path.parent.mkdir(parents=True)
+    wave = 0.5 * np.sin(np.arange(48_000) / 9)
+    kind = {"opus": ("OGG", "OPUS")}.get(suffix, (suffix.upper(), None))
+    soundfile.write(path, wave, 48_000, format=kind[0], subtype=kind[1])
+    [item] = read_items(str(tmp_path), Columns(), ())
+    assert decode("audio", item.media["audio"].read(), 48_000).std() == pytest.approx(wave.std(), rel=0.05)
+    assert modality_of_content(path.read_bytes()) == "audio"
+
+
+@pytest.mark.parametrize("suffix", ["avif", "jp2", "ppm", "apng", "jfif", "bmp", "gif", "webp", "heic"])
+def test_photos_of_each_suffix_are_found_and_decoded(suffix: str, tmp_path: Path) -> None:
+    if suffix == "heic":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    kind = {"jp2": "JPEG2000", "apng": "PNG", "jfif": "JPEG", "heic": "HEIF"}.get(suffix, suffix.upper())
+    path = tmp_path / "train" / "red" / f"1.{suffix.upper()}"
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (32, 32), (200, 30, 40)).save(path, kind)
+    [item] = read_items(str(tmp_path), Columns(), ())
+    assert np.abs(np.asarray(decode("image", item.media["image"].read())).mean((0, 1)) - (200, 30, 40)).max() < 12
+    assert modality_of_content(path.read_bytes()) == "image"
+
+
+def test_loggers_of_downloads_are_silenced(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["extract"])
+    main(["extract", "--data", "/nowhere", "--cache", "c.zarr", "--encoder", "image=x"])
+    assert not [name for name in ("httpx", "httpx2") if logging.getLogger(name).isEnabledFor(logging.INFO)]

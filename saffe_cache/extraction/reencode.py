@@ -205,9 +205,9 @@ class SourceFiles:
     """The unchanged files of some inputs, found by item and content."""
 
     def __init__(
-        self, job: Job, table: ItemTable, places: Iterable[tuple[str, Columns]], inputs: Collection[int]
+        self, job: Job, table: ItemTable, places: Iterable[tuple[str, Columns, bool]], inputs: Collection[int]
     ) -> None:
-        """`places`: datasets and columns that may contain the files; other inputs' files are not read."""
+        """`places`: datasets that may contain the files, columns, whether to stream; other files are not read."""
         self._job, self._modality = job, job.manifest.modality
         self.media: dict[bytes, Media] = {}
         """By content hash."""
@@ -215,14 +215,16 @@ class SourceFiles:
         self._failures: list[str] = []
         rows = table.rows.get(self._modality, ())
         ids = {item for item, row in zip(table.ids, rows, strict=False) if int(row) in inputs}
-        for data, columns in places if ids else ():
+        for data, columns, streaming in places if ids else ():
             try:
-                found = read_named_items(data, columns, ids)
+                found = read_named_items(data, columns, ids, streaming=streaming)
             except (ValueError, OSError) as error:
                 self._failures.append(str(error))
                 continue
             self._found |= {item.id: item for item in found}
-            self.media |= {one.hashes[self._modality]: one.media[self._modality] for one in found if one.hashes}
+            self.media |= {
+                one.hashes[self._modality]: one.media[self._modality] for one in found if self._modality in one.hashes
+            }
 
     def absent(self, inputs: range) -> list[str]:
         """Which inputs cannot be encoded again, and why; unused and invalid inputs need not be."""

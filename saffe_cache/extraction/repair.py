@@ -239,11 +239,11 @@ class _EncoderRepair:
         )
 
 
-def _places(config: RepairConfig, past: Sequence[PastExtraction]) -> list[tuple[str, Columns]]:
-    """Where the data are, without duplicates."""
-    recorded = [(one.config.data, Columns(**one.config.column)) for one in past]
+def _places(config: RepairConfig, past: Sequence[PastExtraction]) -> list[tuple[str, Columns, bool]]:
+    """Where the data are and how to read them, without duplicates."""
+    recorded = [(one.config.data, Columns(**one.config.column), one.config.streaming) for one in past]
     if config.data:
-        recorded = [(data, columns) for data in config.data for _, columns in recorded]
+        recorded = [(data, columns, streaming) for data in config.data for _, columns, streaming in recorded]
     return list(dict.fromkeys(recorded))
 
 

@@ -232,10 +232,10 @@ def _find(
         places = _places(gallery, data)
     except (CacheError, ValueError, TypeError, KeyError, OSError) as error:
         return found, problems, f"the cache does not say where its data are ({error})"
-    for place, columns in places:
+    for place, columns, streaming in places:
         left = {name for content, name in wanted.items() if content not in found}
         try:
-            items = read_named_items(place, columns, left) if left else ()
+            items = read_named_items(place, columns, left, streaming=streaming) if left else ()
         except (ValueError, OSError) as error:
             failures.append(str(error))
             continue
@@ -248,17 +248,17 @@ def _find(
     return found, problems, "" if problems else " ".join(failures)
 
 
-def _places(gallery: Gallery, data: Sequence[str]) -> list[tuple[str, Columns]]:
-    """Where the data may be, each place once: existing folders first, then names that may be on the hub."""
+def _places(gallery: Gallery, data: Sequence[str]) -> list[tuple[str, Columns, bool]]:
+    """Where the data may be and how to read them, each once: folders first, then names that may be on the hub."""
     try:
         cache = open_cache(gallery.cache)
         configs = [one["config"] for one in cache.encoders[gallery.encoder].manifest.extractions]
-        recorded = [(str(one["data"]), Columns(**one["column"])) for one in configs]
+        recorded = [(str(one["data"]), Columns(**one["column"]), one.get("streaming", False)) for one in configs]
     except (CacheError, ValueError, TypeError, KeyError, OSError):
         if not data:
             raise
         recorded = []
     if data:
-        columns = [of for _, of in recorded] or [Columns()]
-        recorded = [(place, of) for place in data for of in columns]
+        ways = [way for _, *way in recorded] or [[Columns(), False]]
+        recorded = [(place, *way) for place in data for way in ways]
     return sorted(dict.fromkeys(recorded), key=lambda place: not Path(place[0]).expanduser().is_dir())

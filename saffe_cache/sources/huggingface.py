@@ -58,8 +58,8 @@ def _holds_media(data: str) -> bool:
 
 
 def _may_be_hub_id(data: str) -> bool:
-    path = Path(data).expanduser()
-    return not (path.exists() or path.is_absolute() or data.startswith("."))
+    is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:[^:@]+)?(@.+)?", data) is not None
+    return is_id and not Path(data).exists()
 
 
 def _parts(data: str) -> tuple[str, str | None, str | None]:

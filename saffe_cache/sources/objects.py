@@ -42,7 +42,7 @@ def described(data: Any) -> str:
     if isinstance(data, Mapping):
         return ", ".join(f"{split}: {described(one)}" for split, one in data.items())
     kind = type(data).__name__
-    return f"{kind} of {len(data)} rows in memory" if hasattr(data, "__len__") else kind
+    return f"{kind} of {len(data)} rows in memory" if hasattr(data, "__len__") else f"{kind} in memory"
 
 
 def is_streamed(data: Any) -> bool:
