@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +14,10 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
-from data_forms import FORMS, TorchPhotos, by_split, dataset_dict, drawn
+from data_forms import FORMS, TorchPhotos, by_split, dataset_dict, drawn, write, write_tar
 from PIL import Image
 
 import saffe_cache
@@ -218,3 +220,44 @@ def test_loggers_of_downloads_are_silenced(capsys: pytest.CaptureFixture[str]) -
         main(["extract"])
     main(["extract", "--data", "/nowhere", "--cache", "c.zarr", "--encoder", "image=x"])
     assert not [name for name in ("httpx", "httpx2") if logging.getLogger(name).isEnabledFor(logging.INFO)]
+
+
+def test_columns_of_ids_and_splits_hold_for_every_form(tmp_path: Path) -> None:
+    rows = [{"uid": f"u{number}", "fold": ("a", "b")[number % 2]} for number in range(3)]
+    items = drawn(("train",), ("caption",))
+    lines, files = [], {}
+    for one, row in zip(items, rows, strict=True):
+        write(tmp_path / "beside" / f"{one.name}.png", one.photo)
+        write(tmp_path / "beside" / f"{one.name}.json", json.dumps(row))
+        write(tmp_path / "listed" / "train" / f"{one.name}.png", one.photo)
+        lines.append(json.dumps({"file_name": f"{one.name}.png", **row}))
+        files |= {f"{one.name}.png": one.photo, f"{one.name}.json": json.dumps(row).encode()}
+    write(tmp_path / "listed" / "train" / "metadata.jsonl", "\n".join(lines))
+    cells = [{"image": {"bytes": one.photo, "path": None}} for one in items]
+    table = datasets.Dataset.from_list([cell | row for cell, row in zip(cells, rows, strict=True)])
+    for data in (
+        str(tmp_path / "beside"),
+        str(tmp_path / "listed"),
+        str(write_tar(tmp_path / "set.tar", files)),
+        table.cast_column("image", datasets.Image()),
+        [{"image": one.photo} | row for one, row in zip(items, rows, strict=True)],
+    ):
+        found = read_items(data, Columns(id="uid", split="fold"), ())
+        assert sorted(item.id for item in found) == ["a/u0", "a/u2", "b/u1"]
+
+
+def test_row_without_the_chosen_id_raises(tmp_path: Path) -> None:
+    for number in range(2):
+        write(tmp_path / f"{number}.png", drawn()[number].photo)
+    write(tmp_path / "1.json", '{"uid": 7}')
+    with pytest.raises(ValueError, match=r"train/0\.png: found no uid, which --column id=uid names"):
+        read_items(str(tmp_path), Columns(id="uid"), ())
+
+
+def test_parquet_beside_linked_photos_is_no_snapshot(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "cat" / "1.png", drawn()[0].photo)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "loop").symlink_to(tmp_path / "data")
+    pandas.DataFrame([{"x": 1}]).to_parquet(tmp_path / "data" / "vectors.parquet")
+    assert [item.id for item in read_items(str(tmp_path / "data"), Columns(), ())] == ["train/cat/1.png"]

@@ -59,7 +59,7 @@ def is_metadata(name: str) -> bool:
 
 
 def suffix_of(name: str) -> str:
-    return Path(name).suffix.lower()
+    return os.path.splitext(name)[1].lower()  # quicker than Path
 
 
 def modality_of(name: str, folder: Path | None = None) -> Modality | None:

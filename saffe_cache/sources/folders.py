@@ -8,6 +8,7 @@ logged, once for each reason.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,7 +137,8 @@ class _Beside:
             split, label = place
             files = {suffix_of(name)[1:]: MediaFile(self._root / name)}
             files |= {suffix_of(text)[1:]: MediaFile(self._root / text) for text in self._texts.get(_stem(name), ())}
-            known, kinds = {"label": label} if label else {}, {suffix_of(name)[1:]: self._kinds[name]}
+            known = {"label": label} if label else {}
+            kinds = {suffix_of(name)[1:]: self._kinds[name]}
             yield Sample(name.removeprefix(f"{split}/"), split, files, known, kinds)
 
     def tar_samples(self) -> Iterator[Sample]:
@@ -303,7 +305,7 @@ def _folder(name: str) -> str:
 
 
 def _stem(name: str) -> str:
-    return name[: len(name) - len(Path(name).suffix)]
+    return os.path.splitext(name)[0]
 
 
 def _is_shard(folder: str) -> bool:

@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 
 from saffe_cache.core.features import Modality
 from saffe_cache.sources.decoding import media_bytes
-from saffe_cache.sources.files import expand, is_helper, modality_of, split_of
+from saffe_cache.sources.files import expand, is_helper, is_metadata, modality_of, split_of, walk
 from saffe_cache.sources.items import Columns, Format, SourceItem, as_list, hashed, texts_of
 
 _KEPT_BYTES = 2**29
@@ -34,12 +34,12 @@ def _is_snapshot(data: str) -> bool:
     """Whether a folder, perhaps with :CONFIG behind it, holds Parquet files and neither media nor archives."""
     folder = Path(_parts(data)[0]).expanduser()
     found = False
-    for _, folders, names in os.walk(folder, followlinks=True):
+    for _, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not is_helper(name)]
         if any(modality_of(name) or name.endswith(".tar") for name in names):
             return False
-        found = found or any(name.endswith(".parquet") and name != "metadata.parquet" for name in names)
-    return found
+        found = found or any(name.endswith(".parquet") and not is_metadata(name) for name in names)
+    return found and not walk(folder).media  # which follows links
 
 
 def _holds_media(data: str) -> bool:
@@ -279,9 +279,8 @@ def _item(
     dataset: Any, row: int, split: str, media: Mapping[Modality, Any], entry: Mapping[str, Any], columns: Columns
 ) -> SourceItem:
     labels, problem = _labels_of(dataset.features, columns.find("label", dataset.features), entry)
-    split = str(entry[columns.split]) if columns.split else split
-    texts = {name: value for name, value in entry.items() if name in columns.find("caption", entry)}
-    texts |= {columns.id: entry[columns.id]} if columns.id else {}
+    kept = (*columns.find("caption", entry), columns.id, columns.split)
+    texts = {name: value for name, value in entry.items() if name in kept}
     item = columns.item(row, split, media, texts, tuple(dataset.features), problem)
     return replace(item, labels=labels)
 
@@ -341,5 +340,7 @@ def _labels_of(features: Any, names: Iterable[str], entry: Mapping[str, Any]) ->
             if any(number is None or number < 0 for number in found):  # -1 marks unlabelled items
                 return (), "no label"
             found = [feature.int2str(number) for number in found]
+        elif -1 in found:
+            return (), "no label"
         values += found
     return texts_of(values)

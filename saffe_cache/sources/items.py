@@ -21,6 +21,7 @@ _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     "label": ("labels", "label", "fine_label", "category", "class", "cls"),
     "split": ("split",),
 }
+_NUMBERED = re.compile(rf"({'|'.join(_USUAL_NAMES['caption'])})_?(\d+)")
 _LIST_ROLES = ("caption", "label")
 """Roles that several columns may have."""
 SPLIT_NAMES = frozenset(
@@ -92,9 +93,8 @@ class Columns:
         found = tuple(name for name in usual if name in names)[:1]
         if found or role != "caption":
             return found
-        numbered = {name: re.fullmatch(rf"({'|'.join(usual)})_?(\d+)", name) for name in names}
-        matches = {name: (match[1], int(match[2])) for name, match in numbered.items() if match}
-        return tuple(sorted(matches, key=matches.__getitem__))
+        matches = [match for match in map(_NUMBERED.fullmatch, names) if match]
+        return tuple(match[0] for match in sorted(matches, key=lambda match: (match[1], int(match[2]))))
 
     def texts(self, role: Role, entry: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
         """The texts of a role in one row, and a problem if one of them is empty or no text."""
@@ -109,11 +109,19 @@ class Columns:
         fields: tuple[str, ...],
         problem: str = "",
     ) -> SourceItem:
-        """The item of one row, whose id is its split with its name, or with the chosen column's value."""
+        """The item of one row, whose id is its split with its name, or with the chosen column's value.
+
+        Raises:
+            ValueError: the row lacks the chosen id.
+        """
+        if self.id is not None and entry.get(self.id) is None:
+            raise ValueError(f"{split}/{name}: found no {self.id}, which --column id={self.id} names. Choose another.")
+        if self.split is not None and entry.get(self.split) is not None:
+            split = str(entry[self.split])
         captions, caption_problem = self.texts("caption", entry)
         labels, label_problem = self.texts("label", entry)
         return SourceItem(
-            id=f"{split}/{name if self.id is None else entry.get(self.id)}",
+            id=f"{split}/{name if self.id is None else entry[self.id]}",
             split=split,
             media=media,
             captions=captions,
