@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from saffe_cache.core.features import Modality
 from saffe_cache.core.tensors import Layout, as_tokens, entering, leaving
@@ -113,6 +114,21 @@ class Probe:
             layouts=layouts,
             num_outputs=calls.num_outputs,
         )
+
+    def states(self) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """`hidden_states[i]` of all layers, float32 on the CPU, and the mask of padded texts.
+
+        Texts that share a batch only with others of equal length run alone and are padded afterwards, as in training.
+        """
+        encoder = self._encoder
+        if encoder.padding != "equal_length":
+            found = self.record(self.inputs())
+            return [state.float().cpu() for state in found.states], None if found.mask is None else found.mask.cpu()
+        alone = [self.record(encoder.pad([ids])) for ids in encoder.tokenize(_TEXTS)]
+        rows = zip(*(one.states for one in alone), strict=True)
+        states = [pad_sequence([state[0].float().cpu() for state in row], batch_first=True) for row in rows]
+        lengths = torch.tensor([one.states[0].shape[1] for one in alone])
+        return states, torch.arange(int(lengths.max())) < lengths[:, None]
 
     def anatomy(self, missing: Sequence[str]) -> Anatomy:
         """Find out what a discovered model does; chooses the encoder's layers, pooling and padding.

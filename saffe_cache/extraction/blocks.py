@@ -26,17 +26,16 @@ def checked_blocks(encoder: FrozenEncoder, layers: Sequence[int]) -> tuple[dict[
     """
     if not layers:
         return {}, {}
-    probe = Probe(encoder)
-    found = probe.record(probe.inputs())
-    states, mask = [state.float().cpu() for state in found.states], found.mask
+    states, mask = Probe(encoder).states()
     usable: dict[int, BlockWeights] = {}
     unusable: dict[int, str] = {}
     for layer in layers:
         errors = []
-        for candidate in _candidates(encoder, layer, states[layer], states[layer + 1], mask):
+        for candidate in _candidates(encoder, layer):
             error, reason = _error_of(candidate, states[layer], states[layer + 1], mask)
             if error <= _TOLERANCES[encoder.request.dtype]:
-                usable[layer] = candidate if isinstance(candidate.spec, BlockSpec) else without_unused(candidate)
+                is_known = isinstance(candidate.spec, BlockSpec)
+                usable[layer] = candidate if is_known else _with_self_check(candidate, states[layer], mask)
                 break
             errors.append((error, reason))
         else:
@@ -47,15 +46,24 @@ def checked_blocks(encoder: FrozenEncoder, layers: Sequence[int]) -> tuple[dict[
     return usable, unusable
 
 
-def _candidates(
-    encoder: FrozenEncoder, layer: int, entering: torch.Tensor, leaving: torch.Tensor, mask: torch.Tensor | None
-) -> Iterator[BlockWeights]:
+def _candidates(encoder: FrozenEncoder, layer: int) -> Iterator[BlockWeights]:
     """Ways to rebuild a block, the fastest first."""
     if encoder.family.block:
         yield encoder.block(layer)
-    lengths = torch.full((len(entering),), -1) if mask is None else mask.sum(dim=1)
     for with_first in (False, True):
-        yield with_check(encoder.library_block(layer, with_first=with_first), entering, lengths, leaving)
+        yield encoder.library_block(layer, with_first=with_first)
+
+
+def _with_self_check(block: BlockWeights, entering: torch.Tensor, mask: torch.Tensor | None) -> BlockWeights:
+    """A block that equals the model's, with what it computes in float32, and without weights that it does not need.
+
+    The output is the rebuilt block's, not the model's: a model in half precision rounds more than another version of
+    the library may differ by.
+    """
+    lengths = torch.full((len(entering),), -1) if mask is None else mask.sum(dim=1)
+    with torch.no_grad():
+        output = LibraryBlock(block)(entering, mask)
+    return without_unused(with_check(block, entering, lengths, output))
 
 
 def _error_of(

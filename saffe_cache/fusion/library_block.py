@@ -117,7 +117,7 @@ class LibraryBlock(nn.Module):
         return output.transpose(0, 1) if self.spec.is_time_first else output
 
     def check(self, tensors: Mapping[str, np.ndarray]) -> float:
-        """Largest relative difference of a token to the model's own output, of a self-check's inputs."""
+        """Largest relative difference of a token to the output that the self-check has for its inputs."""
         inputs, expected = (torch.tensor(tensors[f"{_CHECK}{name}"]) for name in ("input", "output"))
         lengths = torch.tensor(tensors[f"{_CHECK}lengths"])
         mask = None if (lengths < 0).any() else torch.arange(inputs.shape[1]) < lengths[:, None]
@@ -181,10 +181,10 @@ def call_of(layer: nn.Module, model: Any, inputs: Mapping[str, Any]) -> Call:
 
 
 def make_block(weights: BlockWeights) -> EncoderBlock | LibraryBlock:
-    """An encoder's block of any family, checked against the output that the model itself gave.
+    """An encoder's block of any family, checked against its output at extraction, which was the model's own.
 
     Raises:
-        CacheError: it cannot be rebuilt, or computes something else than the model did.
+        CacheError: it cannot be rebuilt, or computes something else than at extraction.
     """
     if isinstance(weights.spec, BlockSpec):
         return EncoderBlock(weights)
@@ -193,8 +193,8 @@ def make_block(weights: BlockWeights) -> EncoderBlock | LibraryBlock:
     if not error <= TOLERANCE:
         raise CacheError(
             f"block {weights.spec.index} of {weights.spec.model_class}: rebuilt by the installed transformers, its "
-            f"output differs by {error:.2g} from the model's own, expected at most {TOLERANCE:g}. Use the version in "
-            "the encoder's fingerprint, or a fusion without blocks."
+            f"output differs by {error:.2g} from that at extraction, expected at most {TOLERANCE:g}. Use the version "
+            "in the encoder's fingerprint, or a fusion without blocks."
         )
     return block
 
@@ -209,8 +209,8 @@ def relative_difference(found: torch.Tensor, expected: torch.Tensor, mask: torch
 def with_check(
     weights: BlockWeights, inputs: torch.Tensor, lengths: torch.Tensor, output: torch.Tensor
 ) -> BlockWeights:
-    """The weights with a self-check: the model's own output of some inputs, [inputs, tokens, d], whose `lengths` are -1
-    where it had no mask."""
+    """The weights with a self-check: the block's output of some inputs when it was compared with the model's, [inputs,
+    tokens, d]; `lengths` are -1 where it had no mask."""
     check = {"input": inputs, "lengths": lengths, "output": output}
     return BlockWeights(weights.spec, {**weights.tensors, **{f"{_CHECK}{n}": t.numpy() for n, t in check.items()}})
 

@@ -1,0 +1,68 @@
+"""Blocks that transformers' own code rebuilds: checked against the model, and again when they are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_models import NUM_LAYERS, TEXTS, WORDS, bert_tokenizer, randomize
+
+from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
+from saffe_cache.encoders.loading import EncoderRequest
+from saffe_cache.extraction.blocks import checked_blocks
+from saffe_cache.fusion.library_block import make_block, relative_difference
+
+SIZES = {
+    "vocab_size": len(WORDS) + 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": NUM_LAYERS,
+    "intermediate_size": 48,
+    "max_position_embeddings": 202,
+    "pad_token_id": 0,
+}
+
+
+def text_encoder(kind: str, folder: Path, request: dict[str, Any] | None = None, **config: Any) -> FrozenEncoder:
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**SIZES | config))
+    randomize(model, seed=1)
+    model.save_pretrained(folder)
+    bert_tokenizer(folder)
+    layers = tuple(range(NUM_LAYERS + 1))
+    return load_encoder(EncoderRequest(modality="text", model_id=str(folder), layers=layers, **request or {}))
+
+
+def padded_states(encoder: FrozenEncoder) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Hidden states of texts that were encoded alone, padded with zeros as a fusion receives them."""
+    alone = [encoder.encode(encoder.pad([ids])) for ids in encoder.tokenize(TEXTS)]
+    lengths = torch.tensor([int(one.lengths[0]) for one in alone])
+    states = []
+    for layer in range(NUM_LAYERS + 1):
+        rows = [torch.tensor(one.states[layer][0]) for one in alone]
+        states.append(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    return states, torch.arange(int(lengths.max())) < lengths[:, None]
+
+
+def assert_blocks_are_the_models(encoder: FrozenEncoder, tolerance: float = 1e-3) -> dict[int, str]:
+    usable, unusable = checked_blocks(encoder, range(NUM_LAYERS))
+    states, mask = padded_states(encoder)
+    for layer, block in usable.items():
+        with torch.no_grad():
+            found = make_block(block)(states[layer], mask)
+        assert relative_difference(found, states[layer + 1], mask) <= tolerance
+    return unusable
+
+
+@pytest.mark.parametrize(("kind", "is_usable"), [("FNet", False), ("ConvBert", False), ("ModernBert", True)])
+def test_blocks_that_mix_in_padding_cannot_be_used(kind: str, is_usable: bool, tmp_path: Path) -> None:
+    unusable = assert_blocks_are_the_models(text_encoder(kind, tmp_path))
+    assert [*unusable] == ([] if is_usable else [*range(NUM_LAYERS)])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_blocks_of_a_model_in_half_precision_are_loaded(dtype: str, tmp_path: Path) -> None:
+    encoder = text_encoder("ModernBert", tmp_path, {"dtype": dtype})
+    assert assert_blocks_are_the_models(encoder, tolerance=0.1) == {}
