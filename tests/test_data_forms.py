@@ -143,7 +143,8 @@ def test_pixels_in_memory_are_pictures(shape: tuple[int, ...]) -> None:
     [
         (3, "data: found int in memory, expected a datasets.Dataset, a pandas frame"),
         ([], "list of 0 rows in memory: found no items, expected a datasets.Dataset"),
-        ([(b"", "a", "b")], "data: row 0 is a tuple of 3, expected .image, captions.. Use dicts"),
+        ([(b"", "a", "b")], "data: row 0 has 3 values, expected .image, captions.. Use dicts"),
+        ({"image": [b""], "caption": ["a"]}, "found a dict with a column image, expected splits. Use pandas"),
         ([{"text": "a"}], "list of 1 rows in memory: no column with photos or sounds; the columns are text"),
         (Noise(drawn()), "row 0 differs each time it is read. Remove random transforms"),
     ],

@@ -241,9 +241,13 @@ def test_folder_without_items_says_what_is_expected(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["missing", "file.txt"])
-def test_other_paths_are_not_looked_up_on_the_hub(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["missing", "file.txt", "gone.csv", "gone.tar", "{000..009}.tar"])
+def test_other_paths_are_not_looked_up_on_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "file.txt", b"")
+    monkeypatch.chdir(tmp_path)
+    if name.startswith("gone"):
+        with pytest.raises(ValueError, match="found no dataset"):
+            read(name)
     with pytest.raises(ValueError, match=r"found no dataset, expected a folder saved by .*; or folders SPLIT"):
         read(tmp_path / name)
 

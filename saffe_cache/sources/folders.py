@@ -110,20 +110,20 @@ class _Beside:
         self._root, self._kinds = root, tree.media
         self._media = [name for name in tree.media if not _is_below(name, tables)]
         self._tars = [name for name in tree.others if name.endswith(".tar")]
-        others = [name for name in tree.others if not _is_below(name, tables) and name not in self._tars]
+        others = [name for name in tree.others if not (_is_below(name, tables) or name.endswith(".tar"))]
         self._texts: dict[str, list[str]] = {}
         for name in others:
             if suffix_of(name) in SIDECARS:
                 self._texts.setdefault(_stem(name), []).append(name)
-        stems = {_stem(name) for name in self._media}
+        stems = {_stem(name) for name in self._media} if self._texts else ()
         self._folders = {_folder(stem) for stem in self._texts if stem in stems}
         """The folders in which a photo or sound has a text beside it, with a slash."""
         self._splits_with_classes = {name.split("/")[0] for name in self._media if name.count("/") >= 2}
         self._is_flat = not (self._tars or tables or any("/" in name for name in self._media))
-        taken = [name for name in self._media if self._place(name)]
-        self._shards = self._read_shards(others, taken)
-        of_taken = {text for name in taken for text in self._texts.get(_stem(name), ())}
-        left = [name for name in others if name not in of_taken and name not in self._shards]
+        self._places = {folder: self._place(folder) for folder in map(_folder, self._media)}
+        taken = [name for name in self._media if self._places[_folder(name)]]
+        of_taken = {text for name in taken for text in self._beside(name)} | self._read_shards(others, taken)
+        left = [name for name in others if name not in of_taken]
         self.alone = [n for n in left if suffix_of(n) in SIDECARS and _folder(n) in self._folders]
         """Texts without a photo or sound."""
         rest = {*self._media, *(name for name in left if "/" in name)} - {*taken, *self.alone}
@@ -131,24 +131,27 @@ class _Beside:
 
     def samples(self) -> Iterator[Sample]:
         for name in self._media:
-            place = self._place(name)
+            place = self._places[_folder(name)]
             if place is None:
                 continue
             split, label = place
-            files = {suffix_of(name)[1:]: MediaFile(self._root / name)}
-            files |= {suffix_of(text)[1:]: MediaFile(self._root / text) for text in self._texts.get(_stem(name), ())}
+            field = suffix_of(name)[1:]
+            files = {field: MediaFile(self._root / name)}
+            files |= {suffix_of(text)[1:]: MediaFile(self._root / text) for text in self._beside(name)}
             known = {"label": label} if label else {}
-            kinds = {suffix_of(name)[1:]: self._kinds[name]}
-            yield Sample(name.removeprefix(f"{split}/"), split, files, known, kinds)
+            yield Sample(name.removeprefix(f"{split}/"), split, files, known, {field: self._kinds[name]})
 
     def tar_samples(self) -> Iterator[Sample]:
         for name in self._tars:
             yield from tar_samples(self._root / name, name)
 
-    def _place(self, name: str) -> tuple[str, str | None] | None:
-        """The split and the class of a file; None if neither its folders nor a text beside it say them."""
-        has_texts = _folder(name) in self._folders
-        folders = [one for one in name.split("/")[:-1] if not (has_texts and _is_shard(one))]
+    def _beside(self, name: str) -> Sequence[str]:
+        return self._texts.get(_stem(name), ()) if self._texts else ()
+
+    def _place(self, folder: str) -> tuple[str, str | None] | None:
+        """The split and the class of a folder's files; None if neither its name nor texts beside the files say them."""
+        has_texts = folder in self._folders
+        folders = [one for one in folder.split("/")[:-1] if not (has_texts and _is_shard(one))]
         if not folders:
             return ("train", None) if has_texts or self._is_flat else None
         if len(folders) > 1:
@@ -297,7 +300,9 @@ def _files_of(where: str, entry: Mapping[str, Any], columns: Columns, folder: Pa
 
 def _is_below(name: str, folders: Collection[str]) -> bool:
     """Whether one of the folders, each with a slash, contains the file."""
-    return any(name[:end] in folders for end in (0, *(at + 1 for at, one in enumerate(name) if one == "/")))
+    return bool(folders) and any(
+        name[:end] in folders for end in (0, *(at + 1 for at, one in enumerate(name) if one == "/"))
+    )
 
 
 def _folder(name: str) -> str:

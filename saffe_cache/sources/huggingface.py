@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 
 from saffe_cache.core.features import Modality
 from saffe_cache.sources.decoding import media_bytes
-from saffe_cache.sources.files import expand, is_helper, is_metadata, modality_of, split_of, walk
+from saffe_cache.sources.files import TABLE_SUFFIXES, expand, is_helper, is_metadata, modality_of, split_of, walk
 from saffe_cache.sources.items import Columns, Format, SourceItem, as_list, hashed, texts_of
 
 _KEPT_BYTES = 2**29
@@ -59,7 +59,7 @@ def _holds_media(data: str) -> bool:
 
 def _may_be_hub_id(data: str) -> bool:
     is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:[^:@]+)?(@.+)?", data) is not None
-    return is_id and not Path(data).exists()
+    return is_id and not (Path(data).exists() or data.lower().endswith((*TABLE_SUFFIXES, ".tar")))
 
 
 def _parts(data: str) -> tuple[str, str | None, str | None]:

@@ -21,6 +21,8 @@ def object_items(data: Any, columns: Columns) -> Iterator[SourceItem]:
     Raises:
         ValueError: it is no dataset, or lacks the columns.
     """
+    if isinstance(data, Mapping) and (names := columns.find("image", data)):
+        raise ValueError(f"data: found a dict with a column {names[0]}, expected splits. Use pandas.DataFrame(data).")
     if any(map(_is_of_datasets, _by_split(data).values())):
         yield from dataset_items(described(data), data, columns)
     else:
@@ -90,14 +92,14 @@ def _row_items(rows: Any, split: str | None, columns: Columns) -> Iterator[Sourc
 
 
 def _entry(rows: Any, row: int) -> Mapping[str, Any]:
-    """A row by column. Of a tuple, the first is the media, and the second a class number, a caption or several."""
+    """A row by column. Of a pair, the first is the media, and the second a class number, a caption or several."""
     value = rows[row]
     if isinstance(value, Mapping):
         return value
-    if not isinstance(value, tuple):
+    if not isinstance(value, (tuple, list)):
         return {"image": value}
     if len(value) != 2:
-        raise ValueError(f"data: row {row} is a tuple of {len(value)}, expected (image, captions). Use dicts.")
+        raise ValueError(f"data: row {row} has {len(value)} values, expected (image, captions). Use dicts.")
     image, second = value
     if isinstance(second, str) or not hasattr(second, "__index__"):
         return {"image": image, "caption": second}

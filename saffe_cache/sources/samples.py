@@ -98,6 +98,9 @@ def sample_items(
 def _media_fields(sample: Sample, columns: Columns) -> Iterator[tuple[Modality, str]]:
     """The files that are photos or sounds, the ones to take first."""
     modalities: tuple[Literal["image", "audio"], ...] = ("image", "audio")
+    if len(sample.kinds) == 1 and columns.image is columns.audio is None:
+        yield from ((kind, field) for field, kind in sample.kinds.items())
+        return
     for modality in modalities:
         kinds = [field for field, kind in sample.kinds.items() if kind == modality]
         first = columns.find(modality, sample.files)
