@@ -29,7 +29,7 @@ IMAGE_SIZE, PATCH_SIZE, NUM_LAYERS, MAX_TOKENS, SAMPLE_RATE = 32, 8, 3, 128, 16_
 
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "word_embed_proj_dim"), 32),
-    **dict.fromkeys(("decoder_hidden_size", "pred_hidden_size", "output_hidden_size", "true_hidden_size"), 32),
+    **dict.fromkeys(("decoder_hidden_size", "pred_hidden_size", "output_hidden_size"), 32),
     **dict.fromkeys(("intermediate_size", "d_ff", "d_inner", "n_inner", "ffn_dim", "mlp_dim"), 48),
     **dict.fromkeys(("decoder_intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim"), 48),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "encoder_layers"), NUM_LAYERS),
@@ -187,10 +187,10 @@ def _entries(modalities: str, **families: dict[str, Any]) -> list[Entry]:
 
 
 _STAGES = {"depths": [1, 2, 1], "hidden_sizes": [16, 24, 32]}
-_SWIN = {"patch_size": 4, "embed_dim": 16, "depths": [2, 1, 1], "num_heads": [2, 2, 4], "window_size": 4}
+_SWIN = {"patch_size": 4, "embed_dim": 16, "depths": [2, 1, 1], "num_heads": [2, 2, 4], "window_size": 2}
 _BLOCKS = {
     "kernel_sizes": [3, 3, 5],
-    "in_channels": [8, 8, 16],
+    "in_channels": [32, 8, 16],
     "out_channels": [8, 16, 24],
     "strides": [1, 2, 2],
     "num_block_repeats": [1, 1, 1],
@@ -439,7 +439,7 @@ AUDIO_PAIRS = _entries(
             "depths": [2, 1, 1],
             "num_attention_heads": [2, 2, 4],
         },
-        "processor": {"feature_size": 16, "max_length_s": 1},
+        "processor": {"feature_size": 16, "max_length_s": 1, "truncation": "rand_trunc", "padding": "repeatpad"},
     },
 )
 
