@@ -79,6 +79,7 @@ class Entry:
     """Class of the published checkpoints where it is not AutoModel's: their weights carry its prefix."""
     tokenizer: str = ""
     """Class of the tokenizer where transformers names none for the model type."""
+    padding_side: str = "right"
     processor: Mapping[str, Any] = field(default_factory=dict)
     """Settings over the shrunk ones; `image_processor_type` writes the file without the class."""
 
@@ -86,7 +87,8 @@ class Entry:
         """Write the checkpoint."""
         ids: dict[str, Any] = {}
         if "text" in self.modalities:
-            ids = save_tokenizer(self.tokenizer or TOKENIZER_MAPPING_NAMES[self.model_type], folder)
+            kind = self.tokenizer or TOKENIZER_MAPPING_NAMES[self.model_type]
+            ids = save_tokenizer(kind, self.padding_side, folder)
         if "image" in self.modalities or "video" in self.modalities:
             save_image_processor(self.model_type, self.processor, folder)
         if "audio" in self.modalities:
@@ -125,10 +127,10 @@ def randomize(model: nn.Module, seed: int) -> None:
                 values.copy_(noise.exp() if name.endswith("var") else noise)
 
 
-def save_tokenizer(kind: str, folder: Path) -> dict[str, Any]:
+def save_tokenizer(kind: str, padding_side: str, folder: Path) -> dict[str, Any]:
     """A tokenizer of this class trained on a few sentences; returns what a config must know of it."""
     trained = getattr(transformers, kind)().train_new_from_iterator(CORPUS, 320)
-    trained.model_max_length = MAX_TOKENS
+    trained.model_max_length, trained.padding_side = MAX_TOKENS, padding_side
     trained.save_pretrained(folder)
     ids = {f"{name}_token_id": getattr(trained, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")}
     return {"vocab_size": len(trained)} | ids
@@ -178,7 +180,7 @@ def _entries(modalities: str, **families: dict[str, Any]) -> list[Entry]:
     """Entries named by their model type, which a family may set apart from its name."""
     found = []
     for name, more in families.items():
-        options = {key: more[key] for key in ("saved_as", "tokenizer", "processor") if key in more}
+        options = {key: more[key] for key in ("saved_as", "tokenizer", "padding_side", "processor") if key in more}
         config = {key: value for key, value in more.items() if key not in {*options, "model_type"}}
         model_type = more.get("model_type", name if name in CONFIG_MAPPING else name.replace("_", "-"))
         kinds = tuple(modalities.split("+"))
@@ -250,7 +252,7 @@ IMAGES = _entries(
         "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 40],
         "processor": {"edge": 64},
     },
-    efficientnet=_BLOCKS,
+    efficientnet={**_BLOCKS, "hidden_dim": 1280},
     focalnet={
         "patch_size": 4,
         "embed_dim": 16,
@@ -373,9 +375,16 @@ TEXTS = _entries(
     mixtral={"tokenizer": "LlamaTokenizer", "num_local_experts": 3, **_GQA},
     qwen2=_GQA,
     qwen3={"saved_as": "Qwen3ForCausalLM", **_GQA},
+    qwen3_left={"model_type": "qwen3", "padding_side": "left", **_GQA},
     gemma=_GQA,
     gemma2=_GQA,
     gemma3_text={"saved_as": "Gemma3ForCausalLM", "query_pre_attn_scalar": 16, **_GQA},
+    embedding_gemma={
+        "model_type": "gemma3_text",
+        "query_pre_attn_scalar": 16,
+        "use_bidirectional_attention": True,
+        **_GQA,
+    },
     phi={"tokenizer": "CodeGenTokenizer"},
     phi3={"tokenizer": "LlamaTokenizer"},
     smollm3={"tokenizer": "GPTNeoXTokenizer", "no_rope_layers": [1, 0, 1], **_GQA},
