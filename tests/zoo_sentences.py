@@ -184,7 +184,12 @@ _LAYOUTS = [
         prompts={"prompts": RETRIEVAL, "default_prompt_name": "document"},
     ),
     Layout(name="gtr_t5", base="t5_gated", steps=(pooling("mean"), dense(32, 20, **LINEAR), NORMALIZE)),
-    Layout(name="qwen3_embedding", base="qwen3_left", steps=(pooling("lasttoken"), NORMALIZE), prompts={"prompts": RETRIEVAL}),
+    Layout(
+        name="qwen3_embedding",
+        base="qwen3_left",
+        steps=(pooling("lasttoken"), NORMALIZE),
+        prompts={"prompts": RETRIEVAL},
+    ),
     Layout(
         name="embedding_gemma",
         base="embedding_gemma",
