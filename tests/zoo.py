@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
@@ -129,10 +131,41 @@ def randomize(model: nn.Module, seed: int) -> None:
 def save_tokenizer(kind: str, padding_side: str, folder: Path) -> dict[str, Any]:
     """A tokenizer of this class trained on a few sentences; returns what a config must know of it."""
     trained = getattr(transformers, kind)().train_new_from_iterator(CORPUS, 320)
+    state = json.loads(trained.backend_tokenizer.to_str())
+    settle(state["model"], [token["content"] for token in state["added_tokens"]])
+    trained._tokenizer = Tokenizer.from_str(json.dumps(state))
     trained.model_max_length, trained.padding_side = MAX_TOKENS, padding_side
     trained.save_pretrained(folder)
     ids = {f"{name}_token_id": getattr(trained, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")}
     return {"vocab_size": len(trained)} | ids
+
+
+def settle(model: dict[str, Any], specials: list[str]) -> None:
+    """Give a trained tokenizer pieces that are the same in every run: training breaks ties in the order of hashes."""
+    words = sorted({word for line in CORPUS for word in line.lower().split()})
+    letters = sorted(set("".join(words)))
+    if model["type"] == "WordPiece":
+        pieces = [
+            *specials,
+            *letters,
+            *(f"##{letter}" for letter in letters),
+            *(word for word in words if len(word) > 1),
+        ]
+        model["vocab"] = {piece: index for index, piece in enumerate(pieces)}
+    elif model["type"] == "Unigram":
+        words_and_letters = [*([f"▁{word}", -5.0] for word in words), *([letter, -9.0] for letter in letters)]
+        model["vocab"] = [*model["vocab"][: len(specials)], ["▁", -3.0], *words_and_letters]
+    elif model.get("end_of_word_suffix"):
+        end = model["end_of_word_suffix"]
+        merges = {}  # letter by letter from the start of a word, which these tokenizers split at digits
+        for word in sorted(set(re.findall("[a-z]+", " ".join(words)))):
+            parts = [*word[:-1], word[-1] + end]
+            for index in range(1, len(parts)):
+                merges["".join(parts[:index]), parts[index]] = None
+        model["merges"] = [list(pair) for pair in merges]
+        alphabet = sorted(piece for piece in model["vocab"] if len(piece.removesuffix(end)) == 1)
+        pieces = dict.fromkeys([*specials, *alphabet, *map("".join, merges)])
+        model["vocab"] = {piece: index for index, piece in enumerate(pieces)}
 
 
 def _shrunk_size(size: Any, edge: int) -> Any:
