@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import is_torchvision_available
-from zoo import randomize
 
 _VIT = {"embed_dim": 32, "depth": 3, "num_heads": 2}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,20 +35,29 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 """Architecture and arguments of each checkpoint."""
 
 
+def declare_operators() -> None:
+    """Declare the operators that torchvision's Python part registers fakes for, unless its compiled part has."""
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou) -> Tensor")
+
+
 def import_timm(torchvision: Path | None = None) -> Any:
     """The timm module, with torchvision's Python part from this folder where none is installed."""
     if "timm" not in sys.modules:
+        from transformers.utils import is_torchvision_available
+
         is_torchvision_available()  # remembered by transformers before the folder is added
         if torchvision is not None:
             sys.path.append(str(torchvision))
-        for name in ("nms", "qnms"):
-            if not hasattr(torch.ops.torchvision, name):
-                torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou) -> Tensor")
+        declare_operators()
     return importlib.import_module("timm")
 
 
 def save(name: str, folder: Path, torchvision: Path | None = None) -> None:
     """Write the checkpoint: config.json with the architecture and its preprocessing, and model.safetensors."""
+    from zoo import randomize
+
     timm = import_timm(torchvision)
     architecture, arguments = MODELS[name]
     model = timm.create_model(architecture, num_classes=0, **arguments)
