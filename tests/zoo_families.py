@@ -275,15 +275,19 @@ AUDIO_PAIRS: Families = {
     },
 }
 
-_CLIP = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
+_CROP = {"do_center_crop": True, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
+_HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 2 / 255, "offset": True}
 VIDEOS: Families = {
     "videomae": {"saved_as": "VideoMAEForPreTraining"},
     "timesformer": {},
-    "vivit": {"tubelet_size": [2, 8, 8], "processor": {"image_processor_type": "VivitImageProcessor", **_CLIP}},
+    "vivit": {
+        "tubelet_size": [2, 8, 8],
+        "processor": {"image_processor_type": "VivitImageProcessor", "size": {"shortest_edge": 36}, **_CROP, **_HALF},
+    },
     "vjepa2": {
         "crop_size": IMAGE_SIZE,
         "frames_per_clip": 4,
-        "processor": {"video_processor_type": "VJEPA2VideoProcessor", "do_center_crop": True, **_CLIP},
+        "processor": {"video_processor_type": "VJEPA2VideoProcessor", "size": {"shortest_edge": 36}, **_CROP},
     },
 }
 
