@@ -5,7 +5,7 @@ extractor of the family. The library's default config is shrunk by a table of at
 the table cannot know. Two image processors and all video processors exist for torchvision alone: their files are
 written as on the hub, and no class can load them without it.
 
-    python tests/zoo.py OUT [--only NAME ...] [--list]
+    python tests/zoo.py OUT [--only NAME ...] [--more]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
-from zoo_families import FAMILIES, IMAGE_SIZE, MAX_TOKENS, NUM_LAYERS, PATCH_SIZE
+from zoo_families import FAMILIES, IMAGE_SIZE, MAX_TOKENS, MORE, NUM_LAYERS, PATCH_SIZE, Families
 
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "word_embed_proj_dim"), 32),
@@ -217,21 +217,28 @@ def _entry(name: str, modalities: tuple[str, ...], settings: Mapping[str, Any]) 
     return Entry(name=name, modalities=modalities, model_type=model_type, config=config, **options)
 
 
-ENTRIES = {
-    name: _entry(name, modalities, settings)
-    for modalities, families in FAMILIES.items()
-    for name, settings in families.items()
-}
+def _entries(table: Mapping[tuple[str, ...], Families]) -> dict[str, Entry]:
+    return {
+        name: _entry(name, modalities, settings)
+        for modalities, families in table.items()
+        for name, settings in families.items()
+    }
+
+
+ENTRIES = _entries(FAMILIES)
+MORE_ENTRIES = _entries(MORE)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Write the checkpoints, all or those named, each to a folder of its name."""
+    known = ENTRIES | MORE_ENTRIES
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder of the checkpoints")
-    parser.add_argument("--only", nargs="+", choices=ENTRIES, default=list(ENTRIES), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=known, metavar="NAME", help="these instead of all")
+    parser.add_argument("--more", action="store_true", help="the further families, too")
     options = parser.parse_args(arguments)
-    for name in options.only:
-        ENTRIES[name].save(options.out / name)
+    for name in options.only or (known if options.more else ENTRIES):
+        known[name].save(options.out / name)
 
 
 if __name__ == "__main__":
