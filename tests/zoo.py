@@ -84,12 +84,16 @@ class Entry:
     processor: Mapping[str, Any] = field(default_factory=dict)
     """Settings over the shrunk ones; `image_processor_type` writes the file without the class."""
 
+    @property
+    def tokenizer_class(self) -> str:
+        """Name of the class in transformers."""
+        return self.tokenizer or str(TOKENIZER_MAPPING_NAMES[self.model_type])
+
     def save(self, folder: Path) -> None:
         """Write the checkpoint."""
         ids: dict[str, Any] = {}
         if "text" in self.modalities:
-            kind = self.tokenizer or TOKENIZER_MAPPING_NAMES[self.model_type]
-            ids = save_tokenizer(kind, self.padding_side, folder)
+            ids = save_tokenizer(self.tokenizer_class, self.padding_side, folder)
         if "image" in self.modalities or "video" in self.modalities:
             save_image_processor(self.model_type, self.processor, folder)
         if "audio" in self.modalities:

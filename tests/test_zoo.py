@@ -1,0 +1,59 @@
+"""The zoo of tiny checkpoints itself: what it writes is loadable, and the same in every run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import zoo
+import zoo_reference
+import zoo_sentences
+
+KINDS = {"siglip2": "BPE", "bert": "WordPiece", "xlm_roberta": "Unigram", "clip": "BPE with ends of words"}
+BY_TOKENIZER = {entry.tokenizer_class: entry.name for entry in zoo.ENTRIES.values() if "text" in entry.modalities}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_checkpoint_is_the_same_in_every_run(tmp_path: Path, name: str) -> None:
+    for run in ("first", "second"):
+        zoo.ENTRIES[name].save(tmp_path / run)
+    files = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert "model.safetensors" in files
+    assert "tokenizer.json" in files
+    for file in files:
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("name", BY_TOKENIZER.values())
+def test_token_ids_fit_the_embedding(tmp_path: Path, name: str) -> None:
+    zoo.ENTRIES[name].save(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
+    ids = [token for text in zoo_reference.TEXTS for token in tokenizer(text)["input_ids"]]
+    assert 0 <= min(ids) <= max(ids) < config.vocab_size
+    assert len(set(ids)) > 5
+
+
+def test_kept_vectors_belong_to_these_weights(tmp_path: Path) -> None:
+    zoo_sentences.LAYOUTS["mean_old"].save(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    model = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    kept = np.load(zoo_reference.PATH)["sentences/mean_old/"]
+    for text, expected in zip(zoo_reference.TEXTS, kept, strict=True):
+        with torch.no_grad():
+            states = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        np.testing.assert_allclose(states.mean(0), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", zoo.ENTRIES | zoo.MORE_ENTRIES)
+def test_automodel_loads_every_weight(tmp_path: Path, name: str) -> None:
+    entry = (zoo.ENTRIES | zoo.MORE_ENTRIES)[name]
+    entry.save(tmp_path)
+    model, loaded = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    missing = {weight for weight in loaded["missing_keys"] if not weight.startswith("decoder.")}
+    assert not missing - {"pooler.dense.weight", "pooler.dense.bias"}
+    assert sum(weight.numel() for weight in model.parameters()) < 2_000_000
