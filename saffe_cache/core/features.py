@@ -127,6 +127,8 @@ class LibraryBlockSpec:
     """Results of a layer if it returns a tuple; 0 if it returns hidden states alone."""
     runs_first_layer: bool = False
     """Whether what the layer takes comes from the first layer (T5's position bias)."""
+    has_equal_lengths: bool = False
+    """Whether texts of different lengths run apart, because the layer mixes in padding whatever the mask (FNet)."""
 
 
 @dataclass(frozen=True)

@@ -81,20 +81,25 @@ def _to_numpy(parameter: torch.Tensor) -> np.ndarray:
 
 
 def library_block(
-    model: Any, family: Family, anatomy: Anatomy, layer: int, probe: Mapping[str, torch.Tensor], *, with_first: bool
+    model: Any,
+    family: Family,
+    anatomy: Anatomy,
+    layer: int,
+    probe: Mapping[str, torch.Tensor],
+    *,
+    with_first: bool,
+    has_equal_lengths: bool,
 ) -> BlockWeights:
     """A layer with its own weights, and those of the rest of the model that it may depend on, as float32.
 
     Args:
         with_first: whether the first layer's weights are among those.
+        has_equal_lengths: whether texts of different lengths run apart.
     """
-    owner, layers = model.get_submodule(family.tower), family.layers
-    if family.tower:
-        layers = layers.removeprefix(f"{family.tower}.")
-    parts = owner.get_submodule(layers)
+    owner, layers = model.get_submodule(family.tower), family.layers.removeprefix(f"{family.tower}.")
+    parts, config = owner.get_submodule(layers), owner.config
     listed = layers_of(parts)
     own = listed[anatomy.calls[layer]]
-    config = owner.config
     accepted = inspect.signature(owner.forward).parameters
     if family.modality == "text":
         name = "inputs_embeds" if "inputs_embeds" in accepted else "input_ids"
@@ -106,11 +111,11 @@ def library_block(
     skipped = {id(one) for one in [*parts.parameters(), *(embedding.parameters() if embedding else ())]}
     if with_first:
         skipped -= {id(one) for one in listed[0].parameters()}
-    rest = {f"model.{key}": value for key, value in owner.named_parameters() if id(value) not in skipped}
-    tensors = {key: value for key, value in own.state_dict().items() if value.is_floating_point()} | rest
+    tensors = {key: value for key, value in own.state_dict().items() if value.is_floating_point()}
+    tensors |= {f"model.{key}": value for key, value in owner.named_parameters() if id(value) not in skipped}
     spec = LibraryBlockSpec(
         model_class=f"{type(owner).__module__}:{type(owner).__name__}",
-        config=json.loads(config.to_json_string(use_diff=False)),
+        config=_content(config),
         layers=layers,
         calls=anatomy.calls,
         index=layer,
@@ -122,8 +127,16 @@ def library_block(
         is_time_first=anatomy.layouts[layer] == "time_first",
         num_outputs=anatomy.num_outputs,
         runs_first_layer=with_first,
+        has_equal_lengths=has_equal_lengths,
     )
-    return BlockWeights(spec, {key: value.detach().to("cpu", torch.float32).numpy() for key, value in tensors.items()})
+    return BlockWeights(spec, {key: _to_numpy(value) for key, value in tensors.items()})
+
+
+def _content(config: Any) -> dict[str, Any]:
+    """A config as JSON, with its implementation of attention unless that is the usual one."""
+    content: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    attention = config._attn_implementation
+    return content if attention in (None, "sdpa") else {**content, "attn_implementation": attention}
 
 
 def _heads(config: Any) -> int:

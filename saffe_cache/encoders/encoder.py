@@ -46,7 +46,7 @@ from saffe_cache.core.tensors import entering, leaving
 from saffe_cache.encoders.blocks import library_block, read_block, read_language_model
 from saffe_cache.encoders.causal_tokens import CausalTokens, without_surrogates
 from saffe_cache.encoders.checks import check_processor
-from saffe_cache.encoders.discovery import layers_of
+from saffe_cache.encoders.discovery import OwnProcessor, layers_of
 from saffe_cache.encoders.loading import (
     EncoderRequest,
     Loaded,
@@ -54,6 +54,7 @@ from saffe_cache.encoders.loading import (
     load_model,
     load_processor,
     longest_text,
+    quietly,
 )
 from saffe_cache.encoders.pictures import quick_pictures, require_resizable
 from saffe_cache.encoders.probing import Anatomy, Padding, Probe, tokens_of
@@ -126,6 +127,11 @@ class FrozenEncoder:
         return dtype
 
     @property
+    def attention(self) -> str:
+        """Implementation of the model's attention."""
+        return str(self._config._attn_implementation)
+
+    @property
     def converts(self) -> bool:
         """Whether the device converts hidden states. On a CPU this would delay the thread that launches batches."""
         return torch.device(self.request.device).type != "cpu"
@@ -155,6 +161,8 @@ class FrozenEncoder:
     @property
     def blocks(self) -> Mapping[int, BlockWeights]:
         """The blocks of these layers; of a discovered family with more weights than they turn out to need."""
+        if self.family.is_own:
+            return {}
         read = self.block if self.family.block else self.library_block
         return {layer: read(layer) for layer in self.block_layers}
 
@@ -169,7 +177,9 @@ class FrozenEncoder:
             with_first: whether the first layer's weights are among the further ones.
         """
         return library_block(
-            *(self._model, self.family, self.anatomy, layer, Probe(self).inputs()), with_first=with_first
+            *(self._model, self.family, self.anatomy, layer, Probe(self).inputs()),
+            with_first=with_first,
+            has_equal_lengths=self.padding == "equal_length",
         )
 
     @cached_property
@@ -278,8 +288,13 @@ class FrozenEncoder:
         cut = {"truncation": True, "max_length": max_length} if max_length else {"verbose": False}
         found = list(self._processor(prompted, **cut)["input_ids"])
         if self.padding == "max_length":
-            return [ids + [self._pad_token] * ((max_length or len(ids)) - len(ids)) for ids in found]
+            return [self._filled(ids, max_length or len(ids)) for ids in found]
         return found
+
+    def _filled(self, ids: list[int], length: int) -> list[int]:
+        """Token ids with padding up to a length, on the side of the tokenizer."""
+        padding = [self._pad_token] * (length - len(ids))
+        return padding + ids if self._processor.padding_side == "left" else ids + padding
 
     @property
     def _pad_token(self) -> int:
@@ -325,6 +340,11 @@ class FrozenEncoder:
         states, vectors = {i: next(back) for i in states}, {name: next(back) for name in vectors}
         converted = {i: tuple(islice(back, len(parts))) for i, parts in converted.items()}
         return Launched(states, vectors, lengths.numpy().astype(np.int64), event, converted)
+
+    def set_attention(self, implementation: str) -> None:
+        """Change the implementation of the model's attention."""
+        with quietly():
+            self._model.set_attn_implementation(implementation)
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         """What the model itself returns for a batch."""
@@ -466,6 +486,10 @@ def load_encoder(request: EncoderRequest) -> FrozenEncoder:
             tokenizer or processor is not the model's, its repository's own vector is not supported, or the layers do
             not exist.
     """
+    if request.own:
+        model, family = request.own.adapted(request.modality)
+        model.to(getattr(torch, request.dtype))
+        return FrozenEncoder(request, Loaded(family, model), OwnProcessor(request.own))
     repository = read_repository(request) if request.modality == "text" else None
     request = repository.request if repository else request
     loaded = load_model(request)

@@ -139,6 +139,8 @@ class Family:
     """Paths of lists that may be the layers, if it was discovered, the likeliest first."""
     is_discovered: bool = False
     """Whether there is no entry for the family: all was found out from the model."""
+    is_own: bool = False
+    """Whether it is the user's own module, which no library rebuilds."""
 
 
 _VIT = Family(

@@ -22,7 +22,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from saffe_cache.core.features import Fingerprint, Modality
 from saffe_cache.encoders.checks import explained
-from saffe_cache.encoders.discovery import discover, drop_other_towers, model_class
+from saffe_cache.encoders.discovery import OwnEncoder, discover, drop_other_towers, model_class
 from saffe_cache.encoders.families import FAMILIES, Family
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,8 @@ class EncoderRequest:
     tokens: str = "all"
     """Which tokens of each layer are kept; `TokenSelection` reads it."""
     device: str = "cpu"
+    own: OwnEncoder | None = None
+    """The user's own encoder, named by `model_id`; None to load one."""
 
     @property
     def text_template(self) -> str:
@@ -136,7 +138,7 @@ def _from_pretrained(
     """A model, and the weights that its checkpoint lacks."""
     if request.attention:
         options = {**options, "attn_implementation": request.attention}
-    with _quietly(), explained(where, request.model_id, "its weights cannot be loaded", "Download it again."):
+    with quietly(), explained(where, request.model_id, "its weights cannot be loaded", "Download it again."):
         model, info = kind.from_pretrained(
             request.model_id,
             dtype=getattr(torch, request.dtype),
@@ -177,7 +179,7 @@ def _check_config(where: str, family: Family | None, config: Any, request: Encod
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Hide the list of unused weights and the progress bar; missing weights are checked above."""
     logs = transformers.utils.logging
     verbosity, had_bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
@@ -216,6 +218,11 @@ def load_processor(request: EncoderRequest) -> Any:
                 raise
             processor = _plain_pictures(request)
     if request.image_size:
+        if not hasattr(processor, "size"):
+            raise ValueError(
+                f"{where}: found --image-size {request.image_size}, expected none: its {type(processor).__name__} has "
+                "no size to set. Omit it."
+            )
         _resize(processor, request.image_size)
     return processor
 

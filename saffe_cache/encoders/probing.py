@@ -28,7 +28,7 @@ _EMBEDS = {"image": "image_embeds", "text": "text_embeds", "audio": "audio_embed
 _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
 _TEXTS = (
     "A dog sleeps on a red sofa near the window.",
-    "Yes.",
+    "a",
     "Two people walk along the beach, and along the pier, and then back along the beach to rest in the shade.",
 )
 """Texts of three lengths."""
@@ -168,7 +168,7 @@ class Probe:
         if self._modality == "text":
             if is_map:
                 raise ValueError("its layers change the number or width of tokens. Choose another text encoder.")
-            encoder.padding = self._choose_padding(found, vectors["pooled"])
+            encoder.padding = self._choose_padding(found)
         return Anatomy(
             calls=found.calls,
             widths=tuple(state.shape[-1] for state in found.states),
@@ -184,17 +184,21 @@ class Probe:
         patch = getattr(self._encoder.tower.config, "patch_size", None)
         if self._modality == "text":
             return 1
+        for part in self._encoder.tower.modules():
+            if isinstance(getattr(part, "num_prefix_tokens", None), int):  # as timm's models say
+                return int(part.num_prefix_tokens)
         if self._modality != "image" or patch is None or "pixel_values" not in batch:
             return 0
         height, width = (patch, patch) if isinstance(patch, int) else patch
         rest = tokens - (batch["pixel_values"].shape[-2] // height) * (batch["pixel_values"].shape[-1] // width)
         return max(0, rest)
 
-    def _choose_padding(self, among: Recorded, vectors: torch.Tensor) -> Padding:
+    def _choose_padding(self, among: Recorded) -> Padding:
         """How texts are padded so that a text's states do not depend on others in its batch.
 
-        If padding to the longest changes them: to the model's full length, without a mask, if it is one of two towers,
-        whose processors prescribe that (SigLIP); otherwise texts share a batch only with others of equal length.
+        If padding to the longest changes them, and not with eager attention either (Aimv2's sdpa forgets its causal
+        mask where no text is padded): to the model's full length, without a mask, if it is one of two towers, whose
+        processors prescribe that (SigLIP); otherwise texts share a batch only with others of equal length.
 
         Raises:
             ValueError: they depend on others even then.
@@ -203,24 +207,27 @@ class Probe:
         ids = encoder.tokenize(_TEXTS)
         shortest = min(range(len(ids)), key=lambda row: len(ids[row]))
         alone = self.record(encoder.pad([ids[shortest]]))
-        vector = encoder.vectors_of(alone.output, alone.mask)["pooled"]
-
-        def differs(row: int, others: Recorded, own: torch.Tensor) -> bool:
-            """Whether the shortest text alone differs from a row of a batch."""
-            length = alone.states[0].shape[1]
-            pairs = [(one[0], other[row, :length]) for one, other in zip(alone.states, others.states, strict=True)]
-            pairs.append((vector, own[row : row + 1]))
-            limit = _INDEPENDENT[encoder.request.dtype]
-            return any(not _largest_gap(one.float(), other.float()) <= limit for one, other in pairs)
-
-        if not differs(shortest, among, vectors):
+        if not self._differs(alone, among, shortest):
             return "longest"
+        if encoder.request.attention is None and encoder.attention == "sdpa":
+            encoder.set_attention("eager")
+            if not self._differs(self.record(encoder.pad([ids[shortest]])), self.record(encoder.pad(ids)), shortest):
+                return "longest"
+            encoder.set_attention("sdpa")
         if encoder.family.core.startswith("get_") and encoder.max_length and encoder.max_length <= _MOST_PADDING:
             return "max_length"
         twice = self.record(encoder.pad([ids[shortest]] * 2))
-        if differs(0, twice, encoder.vectors_of(twice.output, twice.mask)["pooled"]):
+        if self._differs(alone, twice, 0):
             raise ValueError("its states of a text depend on the other texts of a batch. Choose another encoder.")
         return "equal_length"
+
+    def _differs(self, alone: Recorded, others: Recorded, row: int) -> bool:
+        """Whether the states or the vector of a text alone differ from a row of a batch."""
+        length, limit = alone.states[0].shape[1], _INDEPENDENT[self._encoder.request.dtype]
+        pairs = [(one[0], other[row, :length]) for one, other in zip(alone.states, others.states, strict=True)]
+        own, batch = (self._encoder.vectors_of(one.output, one.mask)["pooled"] for one in (alone, others))
+        pairs.append((own, batch[row : row + 1]))
+        return any(not _largest_gap(one.float(), other.float()) <= limit for one, other in pairs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,9 @@ def checked_blocks(encoder: FrozenEncoder, layers: Sequence[int]) -> tuple[dict[
     """
     if not layers:
         return {}, {}
+    if encoder.family.is_own:
+        reason = f"{encoder.family.model_class} is no class of transformers, which rebuilds blocks"
+        return {}, dict.fromkeys(layers, reason)
     states, mask = Probe(encoder).states()
     usable: dict[int, BlockWeights] = {}
     unusable: dict[int, str] = {}

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from saffe_cache.core.features import MODALITIES, CacheError, ItemTable, Modality
 from saffe_cache.core.outputs import provenance
+from saffe_cache.encoders.discovery import OwnEncoder
 from saffe_cache.extraction.config import ExtractConfig, encode_options
 from saffe_cache.extraction.encoding import run_job
 from saffe_cache.extraction.loading import check_sources
@@ -37,7 +38,8 @@ def extract(config: ExtractConfig | None = None, /, **options: Any) -> str:
 
     Args:
         config: the options, unless they are given by name. Its `data` may also be a datasets.Dataset or DatasetDict, a
-            pandas frame, a list of (image, captions), a torch Dataset, or a dict of these by split.
+            pandas frame, a list of (image, captions), a torch Dataset, or a dict of these by split. An `encoder` may
+            also be an OwnEncoder.
 
     Raises:
         ValueError: the data, an encoder or a layer is unavailable or unsupported.
@@ -45,6 +47,9 @@ def extract(config: ExtractConfig | None = None, /, **options: Any) -> str:
         OSError: the disk is full or gone; the extraction can be resumed.
     """
     config = config or ExtractConfig(**options)
+    own = {modality: one for modality, one in config.encoder.items() if isinstance(one, OwnEncoder)}
+    names = {modality: one.name or type(one.model).__name__ for modality, one in own.items()}
+    config = replace(config, encoder={**config.encoder, **names})
     items = read_items(
         config.data, Columns(**config.column), config.splits, config.max_items, streaming=config.streaming
     )
@@ -53,12 +58,12 @@ def extract(config: ExtractConfig | None = None, /, **options: Any) -> str:
     storage = Storage(config.cache)
     if config.plan:
         table, _ = _grow_table(storage, items, config)
-        _print_plan(list(_plan_jobs(storage, table, config, items)), items, config)
+        _print_plan(list(_plan_jobs(storage, table, config, items, own)), items, config)
         return f"nothing was written to {config.cache}"
     with storage.writer_lock():
         table, changed = _grow_table(storage, items, config)
         media = {h: item.media[m] for item in items if not item.problem for m, h in item.hashes.items()}
-        jobs = list(_plan_jobs(storage, table, config, items))
+        jobs = list(_plan_jobs(storage, table, config, items, own))
         for job in jobs:
             check_sources(job, media)
         _log_plan(jobs, table, items)
@@ -69,7 +74,13 @@ def extract(config: ExtractConfig | None = None, /, **options: Any) -> str:
     return config.cache
 
 
-def _plan_jobs(storage: Storage, table: ItemTable, config: ExtractConfig, items: Sequence[SourceItem]) -> Iterator[Job]:
+def _plan_jobs(
+    storage: Storage,
+    table: ItemTable,
+    config: ExtractConfig,
+    items: Sequence[SourceItem],
+    own: Mapping[str, OwnEncoder],
+) -> Iterator[Job]:
     options = encode_options(config)
     for modality in (name for name in MODALITIES if name in config.encoder):
         if modality not in table.inputs:
@@ -79,7 +90,7 @@ def _plan_jobs(storage: Storage, table: ItemTable, config: ExtractConfig, items:
                 f"--encoder {modality}=…: the data has no {modality} inputs; its columns are "
                 f"{', '.join(columns) or 'none'}. Name one with --column {role}=NAME, or omit this encoder."
             )
-        request = encoder_request(config, modality)
+        request = replace(encoder_request(config, modality), own=own.get(modality))
         yield plan_job(storage, request, table, options)
 
 

@@ -106,6 +106,8 @@ class LibraryBlock(nn.Module):
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """[batch, tokens, d] of `hidden` [batch, tokens, d] and `mask` bool [batch, tokens], True on real tokens."""
+        if mask is not None and self.spec.has_equal_lengths:
+            return self._by_length(hidden, mask)
         place, arguments, keywords = self._taken(hidden, mask)
         if self.spec.is_time_first:
             hidden = hidden.transpose(0, 1)
@@ -115,6 +117,14 @@ class LibraryBlock(nn.Module):
             keywords = {**keywords, place: hidden}
         output = leaving(self.layer(*arguments, **keywords))
         return output.transpose(0, 1) if self.spec.is_time_first else output
+
+    def _by_length(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """As `forward`, for inputs of each length apart; padding becomes zero."""
+        output, lengths = torch.zeros_like(hidden), mask.sum(dim=1)
+        for length in sorted({*lengths.tolist()} - {0}):
+            real = mask & (lengths == length)[:, None]
+            output[real] = self(hidden[real].view(-1, length, hidden.shape[-1])).flatten(0, 1)
+        return output
 
     def check(self, tensors: Mapping[str, np.ndarray]) -> float:
         """Largest relative difference of a token to the output that the self-check has for its inputs."""
@@ -267,7 +277,7 @@ def blank_model(model_class: str, config: Mapping[str, Any]) -> Any:
     if PreTrainedModel not in getattr(kind, "__mro__", ()):
         raise ValueError(f"{class_name} is no model")
     with no_init_weights():
-        return kind(kind.config_class.from_dict(dict(config)))
+        return kind(kind.config_class.from_dict(dict(config), attn_implementation=config.get("attn_implementation")))
 
 
 def _only_layer(model: nn.Module, spec: LibraryBlockSpec) -> nn.Module:
@@ -299,6 +309,8 @@ def _blank_inputs(
         blank["inputs_embeds"] = hidden.new_zeros(batch, tokens, *spec.input_shape)
     else:
         blank[spec.input_name] = hidden.new_zeros(batch, *spec.input_shape)
+    if mask is None and spec.input_name in ("input_ids", "inputs_embeds"):
+        mask = hidden.new_ones(batch, tokens)  # as encoders run; without one, Aimv2 forgets that it is causal
     if mask is not None and "attention_mask" in accepted:
         blank["attention_mask"] = mask.long()
     if "use_cache" in accepted:

@@ -145,7 +145,7 @@ def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCach
     if gallery.manifest.has_feature_maps and config.entry.needs_gallery_blocks:
         others = ", ".join(name for name, entry in FUSIONS.items() if not entry.needs_gallery_blocks)
         raise CacheError(
-            f"{gallery.key}: a convolutional encoder, whose layers have no queries, keys and values; --fusion "
+            f"{gallery.key}: its hidden states are feature maps, which differ in shape from layer to layer; --fusion "
             f"{config.fusion} needs the block that follows a layer. Use another encoder, or one of --fusion {others}."
         )
     needing = {"paired": (gallery, text), "text": (text,), "both": (gallery, text)}.get(config.entry.blocks, ())
@@ -196,6 +196,12 @@ def _layers_of(
     if config.entry.continues_text:  # which read the last or the first of them
         chosen = tuple(sorted(chosen))
     wrong = [layer for layer in chosen if layer not in usable]
+    unusable = encoder.manifest.unusable_blocks
+    if not usable and unusable:
+        raise CacheError(
+            f"{encoder.key}: --fusion {config.fusion} runs a block of this encoder, and none can be used: "
+            f"{next(iter(unusable.values()))}. Use another --fusion, or another encoder."
+        )
     if wrong or not chosen:
         why = "" if encoder.layers == usable else " (it needs the block that follows a layer)"
         raise CacheError(
