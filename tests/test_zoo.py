@@ -1,7 +1,8 @@
-"""The zoo of tiny checkpoints itself: what it writes is loadable, and the same in every run."""
+"""The zoo of tiny checkpoints: what it writes is loadable and the same in every run, and each runs as documented."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,12 @@ import torch
 import transformers
 import zoo
 import zoo_reference
+import zoo_runs
 import zoo_sentences
 
 KINDS = {"siglip2": "BPE", "bert": "WordPiece", "xlm_roberta": "Unigram", "clip": "BPE with ends of words"}
+QUICK = ("dinov3_vit", "siglip2", "fnet", "wav2vec2")
+"""Families that run in the quick set as well."""
 BY_TOKENIZER = {entry.tokenizer_class: entry.name for entry in zoo.ENTRIES.values() if "text" in entry.modalities}
 
 
@@ -57,3 +61,34 @@ def test_automodel_loads_every_weight(tmp_path: Path, name: str) -> None:
     missing = {weight for weight in loaded["missing_keys"] if not weight.startswith("decoder.")}
     assert not missing - {"pooler.dense.weight", "pooler.dense.bias"}
     assert sum(weight.numel() for weight in model.parameters()) < 2_000_000
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> zoo_runs.Bench:
+    return zoo_runs.Bench(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in zoo_runs.runnable()]
+)
+def test_family_runs_as_documented(bench: zoo_runs.Bench, name: str) -> None:
+    table, error = zoo_runs.documented(), zoo_runs.HEADER.index("error below")
+    for row in zoo_runs.run(bench, name):
+        expected, found = list(table[row.key]), list(row.cells)
+        bound = expected.pop(error)
+        del found[error]
+        assert found == expected
+        assert bound == "–" if row.error is None else row.error <= float(bound)
+
+
+@pytest.mark.parametrize(("name", "modality"), zoo_runs.REFUSED)
+def test_refused_family_is_told_why(bench: zoo_runs.Bench, name: str, modality: str) -> None:
+    assert zoo_runs.REFUSED[name, modality] in zoo_runs.refusal(name, modality, bench.checkpoint(name))
+
+
+def test_table_has_all_families() -> None:
+    runnable = set(zoo_runs.runnable())
+    rows = {(name, one) for name in runnable for one in zoo.ENTRIES[name].modalities} - zoo_runs.REFUSED.keys()
+    assert zoo_runs.documented().keys() == rows
+    assert len(runnable) >= 80
+    assert int(re.findall(r"^\d+", zoo_runs.PAGE.read_text(), re.MULTILINE)[0]) == len(runnable)

@@ -60,6 +60,7 @@ def save(name: str, folder: Path, torchvision: Path | None = None) -> None:
 
     timm = import_timm(torchvision)
     architecture, arguments = MODELS[name]
+    torch.manual_seed(0)
     model = timm.create_model(architecture, num_classes=0, **arguments)
     randomize(model, seed=sum(name.encode()))
     timm.models.save_for_hf(model, folder, model_args=arguments, safe_serialization=True)
