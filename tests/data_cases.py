@@ -382,6 +382,13 @@ CASES: tuple[Case, ...] = (
         usable=("train/cat/1.png",),
     ),
     Case(
+        found="a table of another name in the folder of photos",
+        result="skipped",
+        message="1 tables are skipped: name one as --data, or metadata.csv, to read it; for instance captions.csv",
+        make=files({"train/1.png": png(1), "captions.csv": "image,caption\ntrain/1.png,a\n"}),
+        usable=("train/1.png",),
+    ),
+    Case(
         found="links to folders",
         result="followed, unless they lead back",
         message="1 links are skipped: they lead back to a folder above them; for instance train/cat/loop",

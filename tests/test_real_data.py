@@ -127,7 +127,7 @@ def test_captions_of_a_saved_dataset_follow_column(tmp_path: Path) -> None:
 
 def test_column_of_class_folders_is_refused(tmp_path: Path) -> None:
     write_photos(tmp_path, "train/cat/0.png")
-    with pytest.raises(ValueError, match="no column title; the columns are none"):
+    with pytest.raises(ValueError, match="no column title; the columns are png, label"):
         read(tmp_path, Columns(caption="title"))
 
 

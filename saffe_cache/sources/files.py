@@ -301,6 +301,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     separator = max("\t,;|" if path.suffix.lower() == ".tsv" else ",\t;|", key=first.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
     try:
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         for row in reader:
             if None in row or None in row.values():
                 raise csv.Error(f"expected {len(reader.fieldnames or ())} cells as in its first line")

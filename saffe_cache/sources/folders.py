@@ -67,6 +67,7 @@ def folder_items(data: str, columns: Columns) -> Iterator[SourceItem]:
         ("links are skipped: they lead back to a folder above them", tree.loops),
         ("files are skipped: no photo or sound in a class folder", beside.skipped),
         ("files are skipped: no photo or sound has their name", beside.alone),
+        ("tables are skipped: name one as --data, or metadata.csv, to read it", beside.tables),
         ("photos or sounds are left out: the metadata does not list them", unlisted),
     ):
         if left_out:
@@ -126,6 +127,8 @@ class _Beside:
         left = [name for name in others if name not in of_taken]
         self.alone = [n for n in left if suffix_of(n) in SIDECARS and _folder(n) in self._folders]
         """Texts without a photo or sound."""
+        self.tables = [name for name in left if "/" not in name and suffix_of(name) in (".csv", ".tsv", ".jsonl")]
+        """Tables that do not say that they are metadata."""
         rest = {*self._media, *(name for name in left if "/" in name)} - {*taken, *self.alone}
         self.skipped = sorted(rest)
 
@@ -288,7 +291,8 @@ def _files_of(where: str, entry: Mapping[str, Any], columns: Columns, folder: Pa
         parts = name.replace("\\", "/").split("/")
         if "\0" in name or (folder and (Path(name).is_absolute() or (not parts[0] and name) or ".." in parts)):
             raise ValueError(
-                f"{where}: {column} {name!r} is outside its folder. Move the file, or a link to it, into {folder}."
+                f"{where}: {column} {name!r} is outside its folder. Move the file, or a link to it, into "
+                f"{folder or 'the folder of the table'}."
             )
         if "://" in name:
             raise ValueError(

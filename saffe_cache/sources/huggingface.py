@@ -148,9 +148,8 @@ def _load(data: str, what: str, source: str, streaming: bool, **options: Any) ->
                 f"--data {_parts(data)[0]}:{names.split(', ')[0]}."
             ) from None
         cause = error.__cause__ or error
-        raise ValueError(
-            f"--data {data}: {what} ({type(cause).__name__}: {cause}). Check the spelling, the files and the network."
-        ) from error
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+        raise ValueError(f"--data {data}: {what} ({reason}). Check the spelling, the files and the network.") from error
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,8 @@ class Columns:
             split = str(entry[self.split])
         captions, caption_problem = self.texts("caption", entry)
         labels, label_problem = self.texts("label", entry)
+        if "-1" in labels:  # marks unlabelled items
+            labels, label_problem = (), "no label"
         return SourceItem(
             id=f"{split}/{name if self.id is None else entry[self.id]}",
             split=split,
