@@ -29,7 +29,7 @@ from saffe_cache.encoders.families import Family, masked_mean
 _CONFIGS = {"image": ("vision_config", "image_config"), "text": ("text_config",), "audio": ("audio_config",)}
 """A modality's part of the config of a model of several."""
 _TAKES = {"pixel_values": "image", "input_ids": "text", "input_values": "audio", "input_features": "audio"}
-"""Modality of a model's main input."""
+"""Modality of each input of a model that has one."""
 FEATURES = {"image": "get_image_features", "text": "get_text_features", "audio": "get_audio_features"}
 _OTHER_MODELS = re.compile("PreTrained|Head")
 """In the names of classes that are no plain model."""
@@ -77,9 +77,9 @@ def discover(model: Any, modality: Modality, *, generates: bool = False) -> Fami
     path, tower = (model.base_model_prefix, model.base_model) if generates else _tower(model, modality)
     if generates and any("position" in name and isinstance(part, nn.Embedding) for name, part in tower.named_modules()):
         raise ValueError("its positions are learned; photos would have none. Choose a model with rotary positions.")
-    takes = _TAKES.get(getattr(tower, "main_input_name", ""), modality)
-    if takes != modality:
-        raise ValueError(f"found a {type(tower).__name__}, which takes {takes}s. Choose an {modality} encoder.")
+    takes = [_TAKES[name] for name in inspect.signature(tower.forward).parameters if name in _TAKES]
+    if takes and modality not in takes:
+        raise ValueError(f"found a {type(tower).__name__}, which takes {takes[0]}s. Choose an {modality} encoder.")
     lists = [f"{path}.{name}" if path else name for name in _layer_lists(tower)]
     if not lists:
         raise ValueError(f"found a {type(tower).__name__} without a list of equal layers. Choose another encoder.")

@@ -329,7 +329,7 @@ def own_pool(tower: Any, family: Family, output: Any, missing: Sequence[str]) ->
         return _features, f"the model's own {modality} features"
     if getattr(output, _EMBEDS[modality], None) is not None:
         return _embeds(_EMBEDS[modality]), f"the model's {_EMBEDS[modality]}"
-    if modality == "text":
+    if modality == "text" and getattr(output, "last_hidden_state", None) is not None:  # DPR returns a vector alone
         return masked_mean, "mean of tokens"
     if getattr(output, "pooler_output", None) is not None and not missing and not _is_dense_pooler(tower):
         return _pooled, "the model's own pooled output"
