@@ -10,9 +10,13 @@ import pytest
 import torch
 import transformers
 import zoo
+import zoo_families
 import zoo_reference
 import zoo_runs
 import zoo_sentences
+
+from saffe_cache.encoders.encoder import load_encoder
+from saffe_cache.encoders.loading import EncoderRequest
 
 KINDS = {"siglip2": "BPE", "bert": "WordPiece", "xlm_roberta": "Unigram", "clip": "BPE with ends of words"}
 QUICK = ("dinov3_vit", "siglip2", "fnet", "wav2vec2")
@@ -84,6 +88,17 @@ def test_family_runs_as_documented(bench: zoo_runs.Bench, name: str) -> None:
 @pytest.mark.parametrize(("name", "modality"), zoo_runs.REFUSED)
 def test_refused_family_is_told_why(bench: zoo_runs.Bench, name: str, modality: str) -> None:
     assert zoo_runs.REFUSED[name, modality] in zoo_runs.refusal(name, modality, bench.checkpoint(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "modality", "pooling"),
+    [("owlvit", "image", "the model's own image features"), ("dpr", "text", "the model's own pooled output")],
+)
+def test_models_that_declare_less_are_found(bench: zoo_runs.Bench, name: str, modality: str, pooling: str) -> None:
+    """OWL-ViT's vision tower does not name its input, and DPR returns a vector without hidden states."""
+    encoder = load_encoder(EncoderRequest(modality=modality, model_id=str(bench.checkpoint(name))))
+    assert encoder.fingerprint.fields["pooling"] == pooling
+    assert (encoder.num_layers, encoder.hidden_size) == (zoo_families.NUM_LAYERS, 32)
 
 
 def test_table_has_all_families() -> None:
