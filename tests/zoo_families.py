@@ -254,8 +254,8 @@ AUDIO: Families = {
         "model_type": "audio-spectrogram-transformer",
         "frequency_stride": 4,
         "time_stride": 6,
-        "max_length": 32,
-        "processor": {"num_mel_bins": 16, "max_length": 32},
+        "max_length": 100,
+        "processor": {"num_mel_bins": 16, "max_length": 100},
     },
     "parakeet_encoder": {"subsampling_conv_channels": 8, "processor": {"feature_size": 16}},
 }

@@ -232,10 +232,9 @@ def encoder_of(cache: sc.Cache, name: str, modality: str) -> EncoderCache:
 def row_of(name: str, modality: str, encoder: EncoderCache, error: float | None, decoders: str) -> Row:
     """One row of the table."""
     manifest = encoder.manifest
-    shapes = [manifest.arrays[f"hidden_states/{layer}"].spec.row_shape for layer in manifest.layers]
-    sizes = list(
-        dict.fromkeys(" × ".join(map(str, ("n", *shape) if modality == "text" else shape)) for shape in shapes)
-    )
+    widths = {layer: manifest.arrays[f"hidden_states/{layer}"].spec.row_shape[-1] for layer in manifest.layers}
+    tokens = {layer: "n" if modality == "text" else encoder.num_tokens(layer) for layer in manifest.layers}
+    sizes = list(dict.fromkeys(f"{tokens[layer]} × {width}" for layer, width in widths.items()))
     unusable = next(iter(manifest.unusable_blocks.values()), "")
     if manifest.has_feature_maps:
         blocks = "none: feature maps"
@@ -266,7 +265,7 @@ def block_error(encoder: EncoderCache) -> float | None:
     weights = encoder.block(layers[-1])
     tokens = encoder.tokens(np.arange(manifest.finished_rows), (layers[-1], layers[-1] + 1))
     hidden, expected = (torch.tensor(state) for state in tokens.states)
-    mask = None if tokens.mask is None else torch.tensor(tokens.mask)
+    mask = None if tokens.mask is None or tokens.mask.all() else torch.tensor(tokens.mask)
     kind: Any = ReuseDecoder if isinstance(weights.spec, BlockSpec) else OpaqueDecoder
     decoder, layer = kind(weights, weights), kind.layer_of(weights, weights)
     context = torch.randn(len(hidden), 3, hidden.shape[-1], generator=torch.Generator().manual_seed(0))

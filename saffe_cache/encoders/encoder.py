@@ -57,7 +57,7 @@ from saffe_cache.encoders.loading import (
     quietly,
 )
 from saffe_cache.encoders.pictures import quick_pictures, require_resizable
-from saffe_cache.encoders.probing import Anatomy, Padding, Probe, tokens_of
+from saffe_cache.encoders.probing import Anatomy, Padding, Probe, Windows, tokens_of
 from saffe_cache.encoders.selection import TokenSelection
 from saffe_cache.encoders.sentence_transformers import SentenceVector, read_repository
 from saffe_cache.encoders.transfers import Converter, Encoded, Launched, Transfers
@@ -69,8 +69,8 @@ _MIN_TEXT_TOKENS = 3
 """Fewest tokens of a language model's text: begin token, one token, end token."""
 
 
-_SHORTEST_SOUND = 0.025
-"""Seconds of one window of a spectrogram, in all supported models; a shorter sound has no frames, only padding."""
+REAL_TOKENS = "real_tokens"
+"""Name of the tensor of a batch of windows of sounds that says how many tokens of each are real, int64 [batch]."""
 
 
 class _ForwardDone(Exception):  # noqa: N818 — ends a forward pass early, no error
@@ -98,6 +98,11 @@ class FrozenEncoder:
         self.num_layers, self.hidden_size = len(self.anatomy.calls), self.anatomy.widths[-1]
         self.layers = self._check_layers(request.layers)
         self.selection, self.num_tokens = TokenSelection.parse(request.tokens), None
+        self._returns_tokens = True
+        """Whether the model returns one vector per token of its last layer; SEW makes two of each."""
+        self.windows = self._measured_windows() if request.modality == "audio" else None
+        if self.windows and self.windows.is_sequence:
+            self.anatomy = replace(self.anatomy, class_tokens=0)
         if self.selection:
             self.num_tokens = self._count_tokens(self.selection)
         self.fingerprint = fingerprint_of(
@@ -108,7 +113,26 @@ class FrozenEncoder:
             is_language_model=self.family.generates,
             padding=self.padding,
             num_tokens=self.num_tokens,
+            windows=self.windows.described if self.windows else None,
         )
+
+    def _measured_windows(self) -> Windows:
+        """How sounds are cut; tokens that are steps in time have no class token among them.
+
+        Raises:
+            ValueError: they cannot be cut, or the windows would differ in the number of their selected tokens.
+        """
+        windows = Probe(self).windows()
+        if windows.is_sequence and self.family.is_discovered:
+            found = Probe(self).record(Probe(self).inputs())
+            self._returns_tokens = found.states[-1].shape[:2] == found.output[0].shape[:2]
+        if not self.selection:
+            return windows
+        if windows.is_sequence and self.selection.top:
+            raise ValueError(
+                f"--tokens audio={self.selection.text}: sounds have windows of any number of tokens. Use mean, or all."
+            )
+        return replace(windows, is_stored_whole=True)
 
     @property
     def tower(self) -> Any:
@@ -140,6 +164,11 @@ class FrozenEncoder:
     def sampling_rate(self) -> int | None:
         """Sampling rate in Hz that sounds must have."""
         return getattr(self._processor, "sampling_rate", None)
+
+    @property
+    def stated_window(self) -> int | None:
+        """Samples to which the processor cuts and pads all sounds, where it says so."""
+        return getattr(self._processor, "n_samples", None) or getattr(self._processor, "nb_max_samples", None)
 
     @property
     def vector_widths(self) -> Mapping[str, int]:
@@ -235,17 +264,26 @@ class FrozenEncoder:
         self._converters = converters or {}
 
     def prepare(self, raw: Any) -> dict[str, torch.Tensor]:
-        """Turn one picture or waveform into the model's input, each tensor [1, …]. Threads may call this.
-
-        Raises:
-            ValueError: the sound is shorter than one window of a spectrogram.
-        """
+        """Turn one picture, or one window of a sound, into the model's input, each tensor [1, …]. Threads may call
+        this."""
         if self.request.modality == "image":
             return dict(self._processor(images=[raw], return_tensors="pt"))
-        shortest = round(_SHORTEST_SOUND * (self.sampling_rate or 0))
-        if len(raw) < shortest:
-            raise ValueError(f"the sound has {len(raw)} samples, expected {shortest} or more, one window of a spectrum")
         return dict(self._processor([raw], sampling_rate=self.sampling_rate, return_tensors="pt"))
+
+    def cut(self, num_samples: int) -> list[range]:
+        """The windows of a sound.
+
+        Raises:
+            ValueError: it is too short for one token.
+        """
+        assert self.windows is not None
+        cut = self.windows.cut(num_samples)
+        if not cut:
+            raise ValueError(
+                f"the sound has {num_samples} samples, expected {self.windows.shortest} or more, one window of a "
+                "spectrum"
+            )
+        return cut
 
     def prepare_into(self, raw: Any, out: Mapping[str, torch.Tensor]) -> None:
         """As `prepare`, but write to the input's row of a batch, in its types. Threads and forks may call this.
@@ -318,19 +356,23 @@ class FrozenEncoder:
         mask = inputs.get("attention_mask") if self.request.modality == "text" else None
         states: dict[int, torch.Tensor] = {}
         vectors: dict[str, torch.Tensor] = {}
-        with self._captured(states, inputs):
+        with self.captured(states, inputs, vectors=self._with_vectors):
             output = self.run(inputs)
             if self._with_vectors:
-                vectors = self.vectors_of(output, None if mask is None else mask.to(self.request.device))
+                real = mask if mask is not None else self._real_tokens(output, inputs)
+                vectors = self.vectors_of(output, None if real is None else real.to(self.request.device))
         lengths = None if mask is None else mask.sum(dim=1)
         if self.selection:
-            on_device = None if mask is None else mask.bool().to(self.request.device)
-            chosen = {
-                i: self.selection.apply(state, self.anatomy.class_tokens, on_device) for i, state in states.items()
-            }
+            chosen = {}
+            for i, state in states.items():
+                real = mask if mask is not None else self._real_tokens(state, inputs)
+                real = None if real is None else real.bool().to(self.request.device)
+                chosen[i] = self.selection.apply(state, self.anatomy.class_tokens, real)
             states = {i: state for i, (state, _) in chosen.items()}
             lengths = next((counts.cpu() for _, counts in chosen.values() if counts is not None), lengths)
         batch, tokens = next(iter(states.values())).shape[:2] if states else (len(next(iter(inputs.values()))), 0)
+        if REAL_TOKENS in inputs:
+            lengths = self._rows_of(inputs[REAL_TOKENS], tokens)
         lengths = torch.full((batch,), tokens) if lengths is None else lengths
         converted = {i: self._converters[i](states[i]) for i in self.layers if self.converts and i in self._converters}
         states = {i: states[i] for i in self.layers if i not in converted}
@@ -346,13 +388,40 @@ class FrozenEncoder:
         with quietly():
             self._model.set_attn_implementation(implementation)
 
+    def _real_tokens(self, output: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Mask of the real tokens of windows of sounds, bool [batch, tokens]; None if all are."""
+        state = output if isinstance(output, torch.Tensor) else output[0]
+        if REAL_TOKENS not in inputs or not self.windows or not self.windows.is_sequence or state.ndim != 3:
+            return None
+        if state is not output and not self._returns_tokens:
+            return None
+        mask = torch.arange(state.shape[1]) < inputs[REAL_TOKENS][:, None]
+        return None if bool(mask.all()) else mask
+
+    def _rows_of(self, real: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Rows stored of windows of sounds with so many real tokens, of the `tokens` that the model made.
+
+        Raises:
+            CacheError: the model has made fewer.
+        """
+        assert self.windows is not None
+        if self.windows.is_stored_whole:
+            return torch.ones_like(real)
+        if tokens and int(real.max()) > tokens:
+            raise CacheError(
+                f"{self.fingerprint.key}: the encoder made {tokens} tokens of a window of a sound, expected "
+                f"{int(real.max())}. Use another encoder; this one is irregular."
+            )
+        return real
+
     def run(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         """What the model itself returns for a batch."""
         return self._forward(**self._arguments(inputs))
 
     def _arguments(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Arguments of the forward pass: the inputs on its device and in its type, and those of its family."""
-        arguments: dict[str, Any] = self.transfers.to_device(inputs, self.dtype)
+        own = {name: value for name, value in inputs.items() if name != REAL_TOKENS}
+        arguments: dict[str, Any] = self.transfers.to_device(own, self.dtype)
         if self.family.is_discovered:
             arguments = self._accepted_arguments(arguments)
         if self.family.interpolates:
@@ -418,9 +487,12 @@ class FrozenEncoder:
         )
 
     @contextmanager
-    def _captured(self, states: dict[int, torch.Tensor], inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Capture `hidden_states[i]` of the selected layers, and end the forward pass when all are captured."""
-        deepest = self.num_layers if self._with_vectors else max(self.layers)
+    def captured(
+        self, states: dict[int, torch.Tensor], inputs: Mapping[str, torch.Tensor], *, vectors: bool
+    ) -> Iterator[None]:
+        """Capture `hidden_states[i]` of the selected layers, and end the forward pass when all are captured, unless
+        vectors are needed too."""
+        deepest = self.num_layers if vectors else max(self.layers)
         calls, layouts, layers = iter(range(self.num_layers)), self.anatomy.layouts, self.layer_list
 
         def keep_input(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:

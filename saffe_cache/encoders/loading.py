@@ -60,6 +60,8 @@ class EncoderRequest:
     """Also compute the encoder's own vector, which needs all layers."""
     tokens: str = "all"
     """Which tokens of each layer are kept; `TokenSelection` reads it."""
+    audio_seconds: float = 30.0
+    """Longest window of a sound in seconds, for models that take sounds of any length."""
     device: str = "cpu"
     own: OwnEncoder | None = None
     """The user's own encoder, named by `model_id`; None to load one."""
@@ -321,6 +323,7 @@ def fingerprint_of(
     is_language_model: bool = False,
     padding: str = "longest",
     num_tokens: int | None = None,
+    windows: Mapping[str, Any] | None = None,
 ) -> Fingerprint:
     """The fingerprint of a loaded encoder: plain JSON values, whose hash is part of the encoder's key in a cache.
 
@@ -333,6 +336,7 @@ def fingerprint_of(
             **({} if padding == "longest" else {"padding": padding}),
             **({} if request.tokens == "all" else {"tokens": request.tokens, "encoded_tokens": num_tokens}),
             **({} if pooling_weights is None else {"pooling_sha256": _weights_hash(pooling_weights)}),
+            **({"audio_windows": dict(windows)} if windows else {}),
             "modality": request.modality,
             "model_id": request.model_id if not Path(request.model_id).exists() else Path(request.model_id).name,
             "revision": getattr(model.config, "_commit_hash", None) or request.revision,

@@ -1,12 +1,12 @@
 """Run a model on a few inputs, to find out what no declaration says.
 
-The axes and widths of hidden states, how often each layer is called, the model's own vector, and whether an input's
-states depend on the others in its batch.
+The axes and widths of hidden states, how often each layer is called, the model's own vector, whether an input's states
+depend on the others in its batch, and how a sound of any length is cut into windows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,10 +32,19 @@ _TEXTS = (
     "Two people walk along the beach, and along the pier, and then back along the beach to rest in the shade.",
 )
 """Texts of three lengths."""
+_CHANGED = 1e-3
+"""Relative difference of a token's embedding from which it has changed."""
 _MOST_PADDING = 128
 """Longest full length to which all texts are padded."""
 _INDEPENDENT = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 """Largest relative difference of a token's state that rounding explains, by the type of the forward pass."""
+
+_SHORTEST_SOUND = 0.025
+"""Seconds of one window of a spectrogram, in all supported models; a shorter sound has no frames, only padding."""
+_LONGEST_WINDOW = 60
+"""Seconds of the longest window that is looked for where a processor does not say its own."""
+_STEPS = 8
+"""Tokens over which the samples of one token are measured."""
 
 Padding = Literal["longest", "max_length", "equal_length"]
 """How the texts of a batch get one length: to the longest of them; to the model's full length; not at all."""
@@ -61,6 +70,56 @@ class Anatomy:
     """Whether tokens are places whose number or width changes with the layer."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """How sounds of any length are cut, and how many tokens are stored of a window. Lengths are in samples."""
+
+    size: int
+    """Longest window. The next one begins where it ends."""
+    is_fixed: bool
+    """Whether the processor pads a shorter window to this one, so that all have equally many tokens."""
+    is_sequence: bool
+    """Whether tokens are steps in time, of which only some are real."""
+    is_stored_whole: bool = False
+    """Whether a row of hidden states is a window with all its tokens, or those selected; otherwise a real token."""
+    shortest: int
+    """A shorter sound is refused; a shorter end of a longer one is left out."""
+    step: int = 0
+    """Samples of a token, of windows of any length: n samples have (n + margin) // step tokens."""
+    margin: int = 0
+    num_tokens: int = 0
+    """Of a whole window, if windows are fixed."""
+
+    def cut(self, num_samples: int) -> list[range]:
+        """The windows of a sound; none if it is too short."""
+        cut = [range(first, min(first + self.size, num_samples)) for first in range(0, num_samples, self.size)]
+        return [one for one in cut if len(one) >= self.shortest]
+
+    def rows(self, num_samples: int) -> int:
+        """Rows stored of a window in arrays of hidden states: its real tokens, or one of all tokens."""
+        return 1 if self.is_stored_whole else self.real_tokens(num_samples)
+
+    def real_tokens(self, num_samples: int) -> int:
+        """Tokens of a window that are not padding."""
+        if self.is_fixed and self.is_sequence:
+            return -(-num_samples * self.num_tokens // self.size)
+        return self.num_states(num_samples)
+
+    def num_states(self, num_samples: int) -> int:
+        """Tokens that the model makes of a window."""
+        return self.num_tokens if self.is_fixed else max(0, (num_samples + self.margin) // self.step)
+
+    def weight(self, num_samples: int) -> int:
+        """What a window's vector counts for in the mean over windows."""
+        return self.real_tokens(num_samples) if self.is_sequence else num_samples
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """For the fingerprint."""
+        stored = "whole windows" if self.is_stored_whole else "real tokens"
+        return {"samples": self.size, "hop": self.size, "stored": stored}
+
+
 class Probe:
     """Runs an encoder on a few inputs, at all its layers."""
 
@@ -68,15 +127,17 @@ class Probe:
         self._encoder, self._modality = encoder, encoder.request.modality
         self._where = f"{self._modality} encoder {encoder.request.model_id}"
 
-    def inputs(self) -> dict[str, torch.Tensor]:
-        """One batch: texts of three lengths, pictures of three shapes, or sounds."""
+    def inputs(self, num_samples: int | None = None) -> dict[str, torch.Tensor]:
+        """One batch: texts of three lengths, pictures of three shapes, or sounds, of one second by default."""
         encoder = self._encoder
         if self._modality == "text":
             ids = encoder.tokenize(_TEXTS)
             if encoder.padding == "equal_length":
                 ids = [one[: min(map(len, ids))] for one in ids]
             return encoder.pad(ids)
-        prepared = [encoder.prepare(raw) for raw in _media(self._modality, encoder.sampling_rate)]
+        prepared = [
+            encoder.prepare(raw) for raw in _media(self._modality, num_samples or encoder.sampling_rate or 16_000)
+        ]
         shapes = {name: {tuple(one[name].shape) for one in prepared} for name in prepared[0]}
         if ragged := [name for name, found in shapes.items() if len(found) > 1]:
             raise ValueError(
@@ -178,6 +239,102 @@ class Probe:
             class_tokens=0 if is_map else self._class_tokens(batch, found.states[0].shape[1]),
             has_feature_maps=is_map,
         )
+
+    @torch.inference_mode()
+    def windows(self) -> Windows:
+        """How the encoder's sounds are cut: by its processor's own window, or where there is none, as requested.
+
+        Raises:
+            ValueError: its window, or the number of its tokens, cannot be found out.
+        """
+        encoder = self._encoder
+        rate = encoder.sampling_rate or 16_000
+        shortest, noise = round(_SHORTEST_SOUND * rate), np.random.default_rng(0).normal(0, 0.1, 4 * rate)
+        shapes = [
+            {name: value.shape for name, value in encoder.prepare(noise[:size].astype(np.float32)).items()}
+            for size in (rate, 3 * rate)
+        ]
+        if shapes[0] != shapes[1]:
+            if encoder.anatomy.has_feature_maps:
+                raise ValueError(
+                    f"{self._where}: its layers change the number or width of tokens of sounds of any length. Choose "
+                    "another audio encoder."
+                )
+            step, margin = self._step(rate // 2)
+            size = max(round(encoder.request.audio_seconds * rate), step - margin)
+            shortest = max(shortest, step - margin)
+            return Windows(size=size, is_fixed=False, is_sequence=True, shortest=shortest, step=step, margin=margin)
+        size = encoder.stated_window or _window_of(encoder.prepare, rate)
+        tokens = self._first_states(np.zeros(size)).shape[0]
+        is_sequence = not encoder.anatomy.has_feature_maps and self._is_sequence(size)
+        return Windows(
+            size=size,
+            is_fixed=True,
+            is_sequence=is_sequence,
+            is_stored_whole=not is_sequence,
+            shortest=shortest,
+            num_tokens=tokens,
+        )
+
+    def _first_states(self, sound: np.ndarray) -> torch.Tensor:
+        """`hidden_states[0]` of a sound, [tokens, d]; without tokens that its processor masks."""
+        encoder = self._encoder
+        layers = encoder.layers
+        encoder.layers = (0,)
+        states: dict[int, torch.Tensor] = {}
+        batch = encoder.prepare(sound.astype(np.float32))
+        try:
+            with encoder.captured(states, batch, vectors=False):
+                encoder.run(batch)
+        finally:
+            encoder.layers = layers
+        found, mask = states[0][0].float(), batch.get("attention_mask")
+        is_masked = mask is not None and mask.shape[1] == len(found) and bool(mask.any())
+        return found[: int(mask.sum())] if mask is not None and is_masked else found
+
+    def _step(self, base: int) -> tuple[int, int]:
+        """Samples of a token, and those that n samples must be increased by: n have (n + margin) // step tokens.
+
+        Raises:
+            ValueError: no such numbers fit.
+        """
+
+        def count(num_samples: int) -> int:
+            return len(self._first_states(np.zeros(num_samples)))
+
+        start, far = count(base), count(4 * base)
+        rough = 3 * base / max(1, far - start)
+        first = _least(lambda size: count(size) > start, base, base + round(1.5 * rough) + 2)
+        expected = first + _STEPS * rough
+        last = _least(
+            lambda size: count(size) > start + _STEPS, round(expected - rough - 2), round(expected + rough + 2)
+        )
+        step = round((last - first) / _STEPS)
+        margin = (start + 1) * step - first
+        if any(
+            count(size) != (size + margin) // step for size in (base, first - 1, first, last, 2 * base + 77, 4 * base)
+        ):
+            raise ValueError(
+                f"{self._where}: {base} to {4 * base} samples have {start} to {far} tokens in no regular step, so the "
+                "tokens of a sound are unknown before it is encoded. Choose another audio encoder."
+            )
+        return step, margin
+
+    def _is_sequence(self, size: int) -> bool:
+        """Whether the tokens of a window are steps in time: a change of one half of it changes that half's tokens."""
+        rng = np.random.default_rng(0)
+        half = size // 2
+        loud, other, soft, softer = (
+            rng.normal(0, scale, length)
+            for scale, length in ((0.1, half), (0.1, half), (0.01, size - half), (0.01, size - half))
+        )
+        states = self._first_states(np.concatenate([loud, soft]))
+        changed = [self._first_states(np.concatenate(parts)) for parts in ((loud, softer), (other, soft))]
+        by_second, by_first = (
+            (states - one).norm(dim=-1) > _CHANGED * states.norm(dim=-1).clamp(min=1e-6) for one in changed
+        )
+        edge = len(states) * 9 // 20
+        return not by_second[:edge].any() and bool(by_second[-edge:].all() and by_first[:edge].all())
 
     def _class_tokens(self, batch: Mapping[str, torch.Tensor], tokens: int) -> int:
         """Tokens of a picture that are no patches: class tokens and registers. Of texts, the first counts as one."""
@@ -371,12 +528,36 @@ def _mean_of_places(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
     return as_tokens(state, layout_of(state, len(state))).mean(dim=1)
 
 
-def _media(modality: Modality, sampling_rate: int | None) -> list[Any]:
-    """Three random pictures of several shapes, or sounds of one second."""
+def _media(modality: Modality, num_samples: int) -> list[Any]:
+    """Three random pictures of several shapes, or sounds."""
     rng = np.random.default_rng(0)
     if modality == "image":
         return [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in ((64, 64), (48, 80), (90, 60))]
-    return [rng.normal(0, 0.1, sampling_rate or 16_000).astype(np.float32) for _ in range(3)]
+    return [rng.normal(0, 0.1, num_samples).astype(np.float32) for _ in range(3)]
+
+
+def _window_of(prepare: Callable[[np.ndarray], Mapping[str, torch.Tensor]], rate: int) -> int:
+    """Samples of the window to which a processor cuts and pads all sounds: the fewest from which more do not change its
+    output."""
+    noise = np.random.default_rng(0).normal(0, 0.1, 4 * _LONGEST_WINDOW * rate).astype(np.float32)
+
+    def is_whole(size: int, longer: Mapping[str, torch.Tensor]) -> bool:
+        return all(torch.equal(value, longer[name]) for name, value in prepare(noise[:size]).items())
+
+    high = rate // 4
+    while not is_whole(high, longer := prepare(noise[: 2 * high])):
+        high *= 2
+        if high > _LONGEST_WINDOW * rate:
+            raise ValueError("its processor makes all sounds equally long, and does not say how long. Choose another.")
+    return _least(lambda size: is_whole(size, longer), high // 2, high)
+
+
+def _least(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The least number above `low` and at most `high` for which a condition holds that holds from there on."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
 
 
 def _largest_gap(one: torch.Tensor, other: torch.Tensor) -> float:

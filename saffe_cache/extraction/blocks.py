@@ -6,10 +6,12 @@ import logging
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from saffe_cache.core.features import BlockSpec, BlockWeights, CacheError
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.encoders.probing import Probe
+from saffe_cache.extraction.planning import CutKinds
 from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.fusion.library_block import TOLERANCE, LibraryBlock, relative_difference, with_check, without_unused
 
@@ -19,17 +21,21 @@ _TOLERANCES = {"float32": TOLERANCE, "float16": 2e-2, "bfloat16": 1e-1}
 """Largest relative difference of a token from the model's own state, by the type of its forward pass."""
 
 
-def checked_blocks(encoder: FrozenEncoder, layers: Sequence[int]) -> tuple[dict[int, BlockWeights], dict[int, str]]:
+def checked_blocks(
+    encoder: FrozenEncoder, layers: Sequence[int], cut: CutKinds
+) -> tuple[dict[int, BlockWeights], dict[int, str]]:
     """The blocks of some layers that compute what the model does, and the reason for each that does not.
 
-    Each block is rebuilt and run on the model's own states of a few inputs, padded and unpadded.
+    Each block is rebuilt and run on the model's own states of a few inputs, padded and unpadded. Those of sounds are
+    given to it as they are stored: without the padding of a window, which the model may have attended to, and one
+    window after the other, which it saw alone.
     """
     if not layers:
         return {}, {}
     if encoder.family.is_own:
         reason = f"{encoder.family.model_class} is no class of transformers, which rebuilds blocks"
         return {}, dict.fromkeys(layers, reason)
-    states, mask = Probe(encoder).states()
+    states, mask = _recorded(encoder, cut)
     usable: dict[int, BlockWeights] = {}
     unusable: dict[int, str] = {}
     for layer in layers:
@@ -43,10 +49,44 @@ def checked_blocks(encoder: FrozenEncoder, layers: Sequence[int]) -> tuple[dict[
             errors.append((error, reason))
         else:
             error, reason = min(errors)
-            unusable[layer] = reason or f"differs by {error:.2g} from the model's own next state"
+            unusable[layer] = reason or f"differs by {error:.2g} from the model's own next state{_seen(cut)}"
     for layer, reason in unusable.items():
         logger.warning("%s: its block %d cannot be used: %s.", encoder.fingerprint.key, layer, reason)
     return usable, unusable
+
+
+def _seen(cut: CutKinds) -> str:
+    """What the model saw that a block does not see."""
+    kinds = {
+        " shorter than its window, whose padding it attends to": cut.has_partial,
+        " of several windows, each of which it saw alone": cut.has_several,
+        " of several lengths, which are padded": cut.has_lengths and not cut.has_several,
+    }
+    named = [kind for kind, there_are in kinds.items() if there_are]
+    return f" of sounds{' and'.join(named)}" if named else ""
+
+
+def _recorded(encoder: FrozenEncoder, cut: CutKinds) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """`hidden_states[i]` of a few inputs as they are stored and padded in training, and the mask of padded ones."""
+    probe, windows = Probe(encoder), encoder.windows
+    if windows is None or not any(cut):
+        return probe.states()
+    if cut.num_tokens:
+        longest = min(windows.size, (cut.num_tokens + 1) * windows.step - windows.margin - 1)
+    else:
+        longest = windows.size if windows.is_fixed else min(windows.size, encoder.sampling_rate or 16_000)
+    differ = cut.has_partial or cut.has_lengths
+    lengths = [max(windows.shortest, longest * part // 4) if differ else longest for part in (4, 3, 2)]
+    alone = [
+        [state[row, : windows.real_tokens(size)].float().cpu() for state in probe.record(probe.inputs(size)).states]
+        for row, size in enumerate(lengths)  # different sounds
+    ]
+    if cut.has_several:
+        alone[1:] = [[torch.cat(pair) for pair in zip(alone[0], one, strict=True)] for one in alone[1:]]
+    counts = torch.tensor([len(one[0]) for one in alone])
+    mask = torch.arange(int(counts.max())) < counts[:, None]
+    states = [pad_sequence(list(of_layer), batch_first=True) for of_layer in zip(*alone, strict=True)]
+    return states, None if bool(mask.all()) else mask
 
 
 def _candidates(encoder: FrozenEncoder, layer: int) -> Iterator[BlockWeights]:

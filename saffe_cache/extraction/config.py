@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -39,6 +40,9 @@ class ExtractConfig:
     """Side of the pictures in pixels. Default: the setting of the model's processor."""
     max_length: int | None = None
     """Longest text in tokens. Default: the model's limit."""
+    audio_seconds: float = 30.0
+    """Longest window of a sound in seconds, for encoders that take sounds of any length (wav2vec 2.0, HuBERT). A longer
+    sound is encoded window by window. Encoders with a window of their own (Whisper, AST, CLAP) use that."""
     prompt: str | None = None
     """Inserted around every text, for models that need a prompt, such as 'query: {}'; '{}' for none. Default: the
     default prompt of the text encoder's repository, if it has one."""
@@ -125,6 +129,7 @@ class ExtractConfig:
             "threads, which share one stream",
         )
         require(self.position_offset >= 0, "position_offset", self.position_offset, "0 or more")
+        require(0.1 <= self.audio_seconds < math.inf, "audio_seconds", self.audio_seconds, "0.1 or more")
         require(self.shard_mb >= 0, "shard_mb", self.shard_mb, "0 (the smallest) or more")
         require(0 <= self.max_invalid <= 1, "max_invalid", self.max_invalid, "a fraction from 0 to 1")
         require(min(self.max_items.values(), default=1) > 0, "max_items", dict(self.max_items), "numbers above 0")

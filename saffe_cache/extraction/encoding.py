@@ -84,9 +84,13 @@ def run_job(storage: Storage, job: Job, media: Mapping[bytes, Media], record: Ma
     entry: dict[str, Any] = {**record, "inputs": [job.start, job.num_inputs]}
     with seconds.spent_on("encoding"):
         _store_weights(storage, job)
+    if job.encoder.windows and "offsets" in job.missing:  # first: other files at a resumption must not move rows
+        with EncoderWriter(storage, job.manifest, {"offsets": job.arrays["offsets"]}) as writer:
+            writer.put(_offsets(job))
+            writer.finish(job.manifest.finished_rows)
     with load_batches(job, media) as batches, EncoderWriter(storage, job.manifest, job.missing) as writer:
-        if job.offsets is not None and "offsets" in job.missing:
-            writer.put(Portion({"offsets": (0, to_storage(job.offsets, "int64"))}))
+        if "offsets" in job.missing:
+            writer.put(_offsets(job))
         with _Storing(storage, job, writer) as storing:
             _encode(job, batches, encoder, storing, seconds)
         job.manifest.history.append(entry)
@@ -101,6 +105,11 @@ def run_job(storage: Storage, job: Job, media: Mapping[bytes, Media], record: Ma
         entry["halved"] = [list(shape) for shape in encoder.too_large]
     write_encoder(storage, job.manifest)
     _log_times(job, seconds)
+
+
+def _offsets(job: Job) -> Portion:
+    assert job.offsets is not None
+    return Portion({"offsets": (0, to_storage(job.offsets, "int64"))})
 
 
 def encode_portions(job: Job, media: Mapping[bytes, Media], specs: Mapping[str, ArraySpec]) -> Generator[Portion]:
@@ -118,7 +127,7 @@ def encode_portions(job: Job, media: Mapping[bytes, Media], specs: Mapping[str, 
     ):
         for batch in batches:
             portion = builder.add(batch, encoder.launch(batch.tensors) if batch.tensors else [])
-            progress.update(len(batch.inputs) + len(batch.unreadable))
+            progress.update(batch.num_finished)
             if portion is not None:
                 yield portion
 
@@ -138,7 +147,7 @@ def _encode(job: Job, batches: Iterator[Batch], encoder: HalvingEncoder, storing
             if previous:
                 with seconds.spent_on("waiting_for_writer"):
                     storing.put(*previous)
-                progress.update(len(previous[0].inputs) + len(previous[0].unreadable))
+                progress.update(previous[0].num_finished)
             if batch is None:
                 break
             previous = batch, launched
@@ -155,12 +164,13 @@ def _store_weights(storage: Storage, job: Job) -> None:
     group = encoder_group(key)
     if encoder.language_model and not storage.exists(f"{group}/language_model/zarr.json"):
         write_weights(storage, key, "language_model", encoder.language_model)
-    missing = [
+    cut = job.cut_kinds
+    unchecked = [
         layer
         for layer in encoder.block_layers
-        if layer not in known and not storage.exists(f"{group}/blocks/{layer}/zarr.json")
+        if layer not in known and (any(cut) or not storage.exists(f"{group}/blocks/{layer}/zarr.json"))
     ]
-    blocks, unusable = checked_blocks(encoder, missing)
+    blocks, unusable = checked_blocks(encoder, unchecked, cut)
     write_blocks(storage, key, blocks)
     known |= unusable
 
@@ -262,8 +272,12 @@ class PortionBuilder:
         done = 0
         for part in parts:
             encoded = part.encoded()
-            self._rows.put(batch.inputs[done : done + len(encoded.lengths)], encoded)
-            done += len(encoded.lengths)
+            these = slice(done, done + len(encoded.lengths))
+            if batch.starts is None or batch.weights is None:
+                self._rows.put(batch.inputs[these], encoded)
+            else:
+                self._rows.put(batch.inputs[these], encoded, batch.starts[these], batch.weights[these])
+            done = these.stop
         if not batch.ends_block:
             return None
         portion, self._rows = self._rows.to_portion(), None
@@ -279,22 +293,46 @@ class BlockRows:
         self._first = {name: job.first_row(name, block.start) for name in specs}
         self._stored: dict[str, np.ndarray] = {}
         self._missing = set(block)
+        self._sums: dict[str, np.ndarray] = {}
+        """float64 [inputs of the block, d]: of the vectors of each sound's windows, by their weights."""
+        self._weights = np.zeros(len(block))
         self.invalid: dict[int, str] = {}
 
-    def put(self, inputs: Sequence[int], encoded: Encoded) -> None:
+    def put(
+        self,
+        inputs: Sequence[int],
+        encoded: Encoded,
+        starts: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
+    ) -> None:
         """Add a batch: one row of `encoded` per input. Inputs with non-finite numbers become invalid.
+
+        Args:
+            inputs: the input of each row; of a sound, for each of its windows.
+            encoded: the batch.
+            starts: for windows of sounds, where each begins among the rows of its sound.
+            weights: for windows of sounds, what the vector of each counts for.
 
         Raises:
             CacheError: a finite number exceeds the range of the storage type.
         """
-        owners = np.asarray(inputs)
+        owners, lengths = np.asarray(inputs), encoded.lengths
         for name in self._specs:
             if self._job.is_flat(name):
-                lengths = encoded.lengths
-                self._put(name, self._rows(name, encoded), np.repeat(owners, lengths), _counted(lengths))
-            else:
+                within = _counted(lengths) + (0 if starts is None else np.repeat(starts, lengths))
+                self._put(name, self._rows(name, encoded), np.repeat(owners, lengths), within)
+            elif weights is None:
                 self._put(name, self._rows(name, encoded), owners)
+            else:
+                self._add(name, encoded.vectors[name], owners, weights)
+        if weights is not None:
+            np.add.at(self._weights, owners - self._block.start, weights)
         self._missing -= set(inputs)
+
+    def _add(self, name: str, vectors: np.ndarray, owners: np.ndarray, weights: np.ndarray) -> None:
+        """Add the vectors of windows to those of their sounds."""
+        sums = self._sums.setdefault(name, np.zeros((len(self._block), vectors.shape[1])))
+        np.add.at(sums, owners - self._block.start, vectors * weights[:, None].astype(np.float64))
 
     def _rows(self, name: str, encoded: Encoded) -> Stored:
         """A batch's rows of one array without padding, converted here unless the device has done so."""
@@ -304,17 +342,23 @@ class BlockRows:
         values = stored.rows if stored else as_tensor((states | dict(encoded.vectors))[name])
         if not self._job.is_flat(name):
             return stored or convert(values, self._specs[name].dtype)
+        if len(self._specs[name].row_shape) > 1:  # a row is a whole window
+            return stored or convert(values, self._specs[name].dtype)
         is_real = torch.arange(values.shape[1]) < torch.from_numpy(encoded.lengths)[:, None]
         return stored.select(is_real) if stored else convert(values[is_real], self._specs[name].dtype)
 
     def to_portion(self) -> Portion:
         """All rows of the block."""
+        for name, sums in self._sums.items():
+            owners = np.array([row for row in self._block if row not in self._missing])
+            means = (sums[owners - self._block.start] / self._weights[owners - self._block.start, None]).astype("f4")
+            self._put(name, convert(as_tensor(means), self._specs[name].dtype), owners)
         if self._missing:
-            assert self._job.offsets is None, "texts can always be read"
             missing = np.array(sorted(self._missing))
             for name, spec in self._specs.items():
                 blank = to_storage(np.full((1, *spec.row_shape), np.nan, np.float32), spec.dtype)
-                self._room(name)[self._places(name, missing)] = blank
+                for first, after in zip(*(self._places(name, missing + more) for more in (0, 1)), strict=True):
+                    self._room(name)[first:after] = blank
         return Portion({name: (self._first[name], self._stored[name]) for name in self._specs}, self.invalid)
 
     def _put(self, name: str, rows: Stored, owners: np.ndarray, within: np.ndarray | int = 0) -> None:

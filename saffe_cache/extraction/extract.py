@@ -19,7 +19,7 @@ from saffe_cache.extraction.config import ExtractConfig, encode_options
 from saffe_cache.extraction.encoding import run_job
 from saffe_cache.extraction.loading import check_sources
 from saffe_cache.extraction.planning import Job, encoder_request, plan_job, seconds_per_input
-from saffe_cache.sources.items import Columns, SourceItem
+from saffe_cache.sources.items import Columns, Media, SourceItem
 from saffe_cache.sources.objects import described, is_streamed
 from saffe_cache.sources.registry import read_items
 from saffe_cache.store.manifest import RootManifest, layers_among, read_encoder, read_root, write_root
@@ -56,14 +56,14 @@ def extract(config: ExtractConfig | None = None, /, **options: Any) -> str:
     config = replace(config, data=described(config.data), streaming=config.streaming or is_streamed(config.data))
     _check_unreadable(items, config)
     storage = Storage(config.cache)
+    media = {h: item.media[m] for item in items if not item.problem for m, h in item.hashes.items()}
     if config.plan:
         table, _ = _grow_table(storage, items, config)
-        _print_plan(list(_plan_jobs(storage, table, config, items, own)), items, config)
+        _print_plan(list(_plan_jobs(storage, table, config, items, own, media)), items, config)
         return f"nothing was written to {config.cache}"
     with storage.writer_lock():
         table, changed = _grow_table(storage, items, config)
-        media = {h: item.media[m] for item in items if not item.problem for m, h in item.hashes.items()}
-        jobs = list(_plan_jobs(storage, table, config, items, own))
+        jobs = list(_plan_jobs(storage, table, config, items, own, media))
         for job in jobs:
             check_sources(job, media)
         _log_plan(jobs, table, items)
@@ -80,6 +80,7 @@ def _plan_jobs(
     config: ExtractConfig,
     items: Sequence[SourceItem],
     own: Mapping[str, OwnEncoder],
+    media: Mapping[bytes, Media],
 ) -> Iterator[Job]:
     options = encode_options(config)
     for modality in (name for name in MODALITIES if name in config.encoder):
@@ -91,7 +92,7 @@ def _plan_jobs(
                 f"{', '.join(columns) or 'none'}. Name one with --column {role}=NAME, or omit this encoder."
             )
         request = replace(encoder_request(config, modality), own=own.get(modality))
-        yield plan_job(storage, request, table, options)
+        yield plan_job(storage, request, table, options, media)
 
 
 def _grow_table(storage: Storage, items: Sequence[SourceItem], config: ExtractConfig) -> tuple[ItemTable, bool]:

@@ -1,10 +1,10 @@
 """Prepare batches for the encoder: workers read, decode and preprocess ahead of it.
 
-Workers write photos and sounds directly to their rows of a batch, in a ring buffer of a few batches that all workers
-share. Workers are threads or processes. PIL decodes and resizes without the interpreter's lock, so threads suffice for
-encoders that take milliseconds per photo, and they start at once. The remaining Python code holds the lock for 0.1 to
-0.2 ms per photo, which limits threads to about 5,000 photos per second on any number of cores and would also delay an
-encoder on a GPU; processes are used there.
+Workers write photos directly to their rows of a batch, in a ring buffer of a few batches that all workers share, and
+return the windows of a sound, whose number differs. Workers are threads or processes. PIL decodes and resizes without
+the interpreter's lock, so threads suffice for encoders that take milliseconds per photo, and they start at once. The
+remaining Python code holds the lock for 0.1 to 0.2 ms per photo, which limits threads to about 5,000 photos per second
+on any number of cores and would also delay an encoder on a GPU; processes are used there.
 
 Texts are small, so one thread pads them.
 """
@@ -19,24 +19,29 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
+from itertools import groupby, islice
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.extraction.planning import Job, blank_input
+from saffe_cache.encoders.encoder import REAL_TOKENS
+from saffe_cache.extraction.planning import Job, blank_input, sound_rows, window_budget
 from saffe_cache.sources.decoding import decode
 from saffe_cache.sources.items import Media, is_file_fault
 
 _TASK_INPUTS = 4
-"""Photos or sounds per task: few enough for several tasks per batch."""
+"""Photos per task: few enough for several tasks per batch."""
 _AHEAD = 2
 """Fewest batches that are prepared ahead."""
+_SOUND_BLOCKS_AHEAD = 1
+"""Blocks of sounds that are prepared ahead; they may be long."""
 _IN_USE = 2
 """Batches in use by the encoder: one is computed while another is launched."""
 
@@ -50,11 +55,21 @@ class Batch:
     block: range
     """The inputs that are stored together; the batch is a part of them or all."""
     inputs: Sequence[int]
-    """Input of each row."""
+    """Input of each row; of a sound, each window is a row."""
     tensors: Mapping[str, torch.Tensor]
     unreadable: Mapping[int, str] = field(default_factory=dict)
     """Reason for each input of the block that could not be read."""
     ends_block: bool = True
+    starts: np.ndarray | None = None
+    """For windows of sounds, int64 [rows]: where a window begins among the rows of its sound."""
+    weights: np.ndarray | None = None
+    """For windows of sounds, int64 [rows]: what each window's vector counts for."""
+
+    @property
+    def num_finished(self) -> int:
+        """Inputs that it finishes, or that could not be read; a sound counts with its first window."""
+        windows = len(self.inputs) if self.starts is None else int((self.starts == 0).sum())
+        return windows + len(self.unreadable)
 
 
 @contextmanager
@@ -65,9 +80,14 @@ def load_batches(job: Job, media: Mapping[bytes, Media]) -> Iterator[Iterator[Ba
         OSError: a file that was read for its hash cannot be read again.
         CacheError: a worker process died.
     """
-    if job.offsets is not None:
+    if job.is_of_texts:
         with _pool(ThreadPoolExecutor(1)) as pool:
             yield (future.result() for future in _ahead(_pad_texts(job, pool), _AHEAD))
+        return
+    if job.encoder.windows:
+        sounds = _Sounds(job, media)
+        with _worker_deaths_explained(job), _pool(_workers(job, sounds)) as pool:
+            yield (batch for task in _ahead(sounds.begin(pool), _SOUND_BLOCKS_AHEAD) for batch in sounds.finish(*task))
         return
     ring = _Ring(job, media)
     with _worker_deaths_explained(job), ExitStack() as stack:
@@ -111,12 +131,134 @@ def _ahead(tasks: Iterator[Task], count: int) -> Iterator[Task]:
     return in_order()
 
 
-class _Ring:
-    """A ring buffer of batches of photos or sounds in shared memory, filled by workers."""
+class _Decoder:
+    """Decodes the photos or sounds of a job, in a worker."""
 
     def __init__(self, job: Job, media: Mapping[bytes, Media]) -> None:
         self._job, self._media = job, media
         self._hashes = [row.tobytes() for row in job.inputs.content_hash]
+
+    def use(self, row: int, take: Callable[[Any], None]) -> str:
+        """Pass what an input is decoded to on; returns the reason if it cannot be read, or not taken, else nothing."""
+        encoder = self._job.encoder
+        if self._hashes[row] not in self._media:
+            return "not among --data"
+        data = self._media[self._hashes[row]].read()  # it was read for its hash before, so a failure ends the run
+        try:
+            take(decode(encoder.request.modality, data, encoder.sampling_rate))
+        except (ImportError, MemoryError):
+            raise  # the machine's fault
+        except Exception as error:  # decoders and processors raise many kinds for inputs that they do not expect
+            if not is_file_fault(error):
+                raise
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A window of a sound, prepared for the encoder."""
+
+    start: int
+    """Its first row among those of its sound."""
+    real_tokens: int
+    weight: int
+    num_states: int
+    """Tokens that the model makes of it."""
+    tensors: dict[str, np.ndarray]
+    """Each [1, …]."""
+
+    @property
+    def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        return sorted((name, values.shape) for name, values in self.tensors.items())
+
+
+class _Sounds:
+    """Batches of windows of sounds; those of one batch are equally long."""
+
+    def __init__(self, job: Job, media: Mapping[bytes, Media]) -> None:
+        self._job, self._decoder = job, _Decoder(job, media)
+
+    def begin(self, pool: Executor) -> Iterator[tuple[range, list[Future[Any]]]]:
+        """Submit the blocks to the workers; yields the block and its tasks."""
+        load = _load_in_fork if isinstance(pool, ProcessPoolExecutor) else self.load
+        for block in self._job.blocks():
+            yield block, [pool.submit(load, row) for row in block]
+
+    def load(self, row: int) -> list[_Window] | str:
+        """In a worker: the windows of a sound, or the reason why it cannot be read."""
+        found: list[_Window] = []
+
+        def take(sound: np.ndarray) -> None:
+            found.extend(self._windows(row, sound))
+
+        return self._decoder.use(row, take) or found
+
+    def _windows(self, row: int, sound: np.ndarray) -> Iterator[_Window]:
+        encoder, offsets = self._job.encoder, self._job.offsets
+        windows = encoder.windows
+        assert windows is not None
+        assert offsets is not None
+        counts, start = sound_rows(encoder, len(sound)), 0
+        planned = int(offsets[row + 1] - offsets[row])
+        if sum(counts) != planned:
+            raise ValueError(
+                f"the sound has {len(sound)} samples, which make {sum(counts)} rows of hidden states; by its header, "
+                f"it has {planned}"
+            )
+        for window, rows in zip(encoder.cut(len(sound)), counts, strict=True):
+            prepared = encoder.prepare(sound[window.start : window.stop])
+            yield _Window(
+                *(
+                    start,
+                    windows.real_tokens(len(window)),
+                    windows.weight(len(window)),
+                    windows.num_states(len(window)),
+                ),
+                {name: value.numpy() for name, value in prepared.items()},
+            )
+            start += rows
+
+    def finish(self, block: range, tasks: Sequence[Future[Any]]) -> Iterator[Batch]:
+        """The batches of a block, once all its sounds are prepared."""
+        loaded = {row: task.result() for row, task in zip(block, tasks, strict=True)}
+        unreadable = {row: one for row, one in loaded.items() if isinstance(one, str)}
+        windows = [(row, one) for row, found in loaded.items() if row not in unreadable for one in found]
+        windows.sort(key=lambda pair: (pair[1].num_states, pair[1].shapes))
+        batches = list(self._split(windows)) or [[]]
+        for number, batch in enumerate(batches, start=1):
+            yield Batch(
+                block=block,
+                inputs=[row for row, _ in batch],
+                tensors=_stacked([one for _, one in batch]),
+                unreadable=unreadable if number == 1 else {},
+                ends_block=number == len(batches),
+                starts=np.array([one.start for _, one in batch], np.int64),
+                weights=np.array([one.weight for _, one in batch], np.int64),
+            )
+
+    def _split(self, windows: Sequence[tuple[int, _Window]]) -> Iterator[list[tuple[int, _Window]]]:
+        """Split windows, sorted by shape, into batches of one shape that stay within the budget."""
+        for _, group in groupby(windows, key=lambda pair: pair[1].shapes):
+            alike = list(group)
+            most = window_budget(self._job.options, alike[-1][1].num_states)
+            yield from (alike[start : start + most] for start in range(0, len(alike), most))
+
+
+def _stacked(windows: Sequence[_Window]) -> dict[str, torch.Tensor]:
+    """One batch of windows of one shape, and the number of real tokens of each."""
+    if not windows:
+        return {}
+    names = windows[0].tensors
+    tensors = {name: torch.from_numpy(np.concatenate([one.tensors[name] for one in windows])) for name in names}
+    return {**tensors, REAL_TOKENS: torch.tensor([one.real_tokens for one in windows])}
+
+
+class _Ring:
+    """A ring buffer of batches of photos in shared memory, filled by workers."""
+
+    def __init__(self, job: Job, media: Mapping[bytes, Media]) -> None:
+        self._job, self._decoder = job, _Decoder(job, media)
         self.ahead = max(_AHEAD, math.ceil(2 * job.options.workers * _TASK_INPUTS / job.block_rows))
         self._batches = self.ahead + _IN_USE
         shape = (self._batches, max(map(len, job.blocks()), default=0))
@@ -133,22 +275,11 @@ class _Ring:
 
     def load(self, place: int, first: int, inputs: range) -> dict[int, str]:
         """In a worker: fill the rows of some inputs. Returns the reason for each that cannot be read."""
-        encoder, unreadable = self._job.encoder, {}
+        reasons = {}
         for row in inputs:
-            if self._hashes[row] not in self._media:
-                unreadable[row] = "not among --data"
-                continue
-            data = self._media[self._hashes[row]].read()  # it was read for its hash before, so a failure ends the run
-            try:
-                raw = decode(encoder.request.modality, data, encoder.sampling_rate)
-                encoder.prepare_into(raw, {name: values[place, row - first] for name, values in self.memory.items()})
-            except (ImportError, MemoryError):
-                raise  # the machine's fault
-            except Exception as error:  # decoders and processors raise many kinds for inputs that they do not expect
-                if not is_file_fault(error):
-                    raise
-                unreadable[row] = f"{type(error).__name__}: {error}"
-        return unreadable
+            out = {name: values[place, row - first] for name, values in self.memory.items()}
+            reasons[row] = self._decoder.use(row, partial(self._job.encoder.prepare_into, out=out))
+        return {row: reason for row, reason in reasons.items() if reason}
 
     def finish(self, block: range, place: int, tasks: Sequence[Future[dict[int, str]]]) -> Batch:
         """Wait for a batch, and drop its unreadable inputs."""
@@ -168,7 +299,7 @@ def _shared(example: torch.Tensor, batches: tuple[int, int], dtype: torch.dtype)
     return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * kind.itemsize), dtype=kind).view(shape)
 
 
-def _workers(job: Job, ring: _Ring) -> Executor:
+def _workers(job: Job, loader: _Ring | _Sounds) -> Executor:
     if not decodes_in_processes(job):
         return ThreadPoolExecutor(job.options.workers)
     if not hasattr(os, "fork"):
@@ -176,7 +307,7 @@ def _workers(job: Job, ring: _Ring) -> Executor:
             "--decode-in: found processes, expected threads: this system cannot fork. Use auto or threads."
         )
     return ProcessPoolExecutor(
-        job.options.workers, multiprocessing.get_context("fork"), initializer=_begin_fork, initargs=(ring,)
+        job.options.workers, multiprocessing.get_context("fork"), initializer=_begin_fork, initargs=(loader,)
     )
 
 
@@ -188,13 +319,13 @@ def decodes_in_processes(job: Job) -> bool:
     )
 
 
-_ring_of_fork: _Ring | None = None
+_loader_of_fork: _Ring | _Sounds | None = None
 
 
-def _begin_fork(ring: _Ring) -> None:
+def _begin_fork(loader: _Ring | _Sounds) -> None:
     """Set up a worker process: it ends with its parent, ignores Ctrl-C, and can be ended by SIGTERM."""
-    global _ring_of_fork
-    _ring_of_fork = ring
+    global _loader_of_fork
+    _loader_of_fork = loader
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
@@ -202,9 +333,9 @@ def _begin_fork(ring: _Ring) -> None:
     torch.set_num_threads(1)  # the parent's threads were not forked
 
 
-def _load_in_fork(place: int, first: int, inputs: range) -> dict[int, str]:
-    assert _ring_of_fork is not None
-    return _ring_of_fork.load(place, first, inputs)
+def _load_in_fork(*task: Any) -> Any:
+    assert _loader_of_fork is not None
+    return _loader_of_fork.load(*task)
 
 
 def _pad_texts(job: Job, pool: Executor) -> Iterator[Future[Batch]]:
@@ -245,7 +376,7 @@ def check_sources(job: Job, media: Mapping[bytes, Media]) -> None:
     hashes = [row.tobytes() for row in job.inputs.content_hash]
     wanted = [row for row in range(job.start, job.num_inputs) if job.is_wanted[row]]
     absent = [row for row in wanted if hashes[row] not in media]
-    if job.offsets is None and len(absent) > job.options.max_invalid * job.num_inputs:
+    if not job.is_of_texts and len(absent) > job.options.max_invalid * job.num_inputs:
         raise CacheError(
             f"{job.manifest.key}: {len(absent)} of its {job.encoder.request.modality} inputs are not in --data, "
             f"the first is {job.name_of(absent[0])}. Use the data that they came from, or raise "

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +23,12 @@ from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
 from saffe_cache.encoders.transfers import Converter
 from saffe_cache.extraction.config import EncodeOptions, ExtractConfig
+from saffe_cache.sources.decoding import count_samples
+from saffe_cache.sources.items import Media
 from saffe_cache.store.dtypes import convert
 from saffe_cache.store.layout import ArraySpec, choose_rows
-from saffe_cache.store.manifest import EncoderManifest, layers_among, read_encoder, read_root
+from saffe_cache.store.manifest import ArrayFiles, EncoderManifest, layers_among, read_encoder, read_root
+from saffe_cache.store.rows import RowReader
 from saffe_cache.store.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -33,6 +37,27 @@ DEFAULT_STORAGE: StorageType = "float8"
 """The smallest type without loss in retrieval; unlike int8, it preserves small channels next to a very large one."""
 TEXT_BLOCK_ROWS = 1024
 """Texts that are sorted by length together; padding is then a few percent of the tokens."""
+SOUND_BLOCK_ROWS = 16
+"""Sounds whose windows are sorted by length together, and held in memory at once: few, since a sound may be long."""
+_SOUND_SHARD_ROWS = 64
+"""Vectors of sounds per shard: few, since an interrupted extraction resumes at the last whole shard."""
+
+
+_SOUND_ROWS = {False: "audio_token", True: "audio_window"}
+"""What a row of the hidden states of sounds is, by whether windows are stored whole."""
+
+
+class CutKinds(NamedTuple):
+    """Kinds of sounds whose stored tokens are not those that one run of the model saw."""
+
+    has_partial: bool = False
+    """Some are shorter than a window that is padded, and only their real tokens are stored."""
+    has_several: bool = False
+    """Some have several windows, each of which the model saw alone."""
+    has_lengths: bool = False
+    """They have any length, and differ in it, so that training pads them."""
+    num_tokens: int = 0
+    """Tokens of each, if they may have any length and all have the same; otherwise 0."""
 
 
 @dataclass(kw_only=True)
@@ -48,9 +73,9 @@ class Job:
     name_of: Callable[[int], str]
     """The item of an input, for messages."""
     token_ids: list[list[int]] = field(default_factory=list)
-    """Token ids of all texts; empty for photos and sounds."""
+    """Token ids of all texts; empty for others."""
     offsets: np.ndarray | None = None
-    """int64 [texts + 1]: where each text's tokens begin; None for photos and sounds."""
+    """int64 [inputs + 1]: where each text's or sound's rows begin in the arrays of hidden states; None for photos."""
     num_truncated: int = 0
     """Texts that are longer than the encoder's `max_length`."""
     arrays: dict[str, tuple[ArraySpec, int]] = field(default_factory=dict)
@@ -63,6 +88,10 @@ class Job:
     @property
     def num_inputs(self) -> int:
         return len(self.inputs)
+
+    @property
+    def is_of_texts(self) -> bool:
+        return self.encoder.request.modality == "text"
 
     @property
     def missing(self) -> dict[str, tuple[ArraySpec, int]]:
@@ -102,12 +131,28 @@ class Job:
         states = [spec for name, (spec, _) in self.arrays.items() if layers_among([name])]
         return block_rows(self.options, states, self.encoder.num_tokens)
 
+    @property
+    def cut_kinds(self) -> CutKinds:
+        """Which kinds of sounds there are that a block does not see as the model's layer does."""
+        windows = self.encoder.windows
+        if not windows or self.offsets is None:
+            return CutKinds()
+        rows, whole = np.unique(np.diff(self.offsets)), windows.rows(windows.size)
+        has_several = bool((rows > whole).any())
+        if windows.is_stored_whole:
+            return CutKinds(has_several=has_several)
+        rows = rows[rows > 1]  # one row is of a sound that cannot be read
+        if windows.is_fixed:
+            return CutKinds(has_partial=bool((rows % whole > 0).any()), has_several=has_several)
+        num_tokens = int(rows[0]) if len(rows) == 1 and not has_several else 0
+        return CutKinds(has_several=has_several, has_lengths=len(rows) > 1, num_tokens=num_tokens)
+
     def rows_of(self, name: str) -> int:
         """Committed rows of an array."""
         return self.manifest.arrays[name].rows if name in self.manifest.arrays else 0
 
     def is_flat(self, name: str) -> bool:
-        """Whether a row of the array is a token, not an input."""
+        """Whether a row of the array is a token or a window of a sound, not an input."""
         return self.offsets is not None and name.startswith("hidden_states/")
 
     def first_row(self, name: str, number: int) -> int:
@@ -138,8 +183,11 @@ def block_rows(options: EncodeOptions, states: Sequence[ArraySpec], num_tokens: 
         states: the encoder's arrays of hidden states, at least one.
         num_tokens: of an input before a selection of tokens; None where all are kept.
     """
-    if len(states[0].row_shape) == 1:  # of texts
+    kind = states[0].dimension_names[0]
+    if kind == "text_token":
         return TEXT_BLOCK_ROWS
+    if kind in _SOUND_ROWS.values():
+        return SOUND_BLOCK_ROWS
     return options.batch_size or max(
         1, options.batch_tokens // (num_tokens or max(spec.row_shape[0] for spec in states))
     )
@@ -183,19 +231,25 @@ def encoder_request(config: ExtractConfig, modality: Modality) -> EncoderRequest
         attention=config.attention,
         pooled=config.pooled,
         tokens=config.tokens.get(modality, "all"),
+        audio_seconds=config.audio_seconds,
         device=device,
     )
 
 
-def plan_job(storage: Storage, request: EncoderRequest, table: ItemTable, options: EncodeOptions) -> Job:
+def plan_job(
+    storage: Storage, request: EncoderRequest, table: ItemTable, options: EncodeOptions, media: Mapping[bytes, Media]
+) -> Job:
     """Load the encoder and determine what the cache lacks.
 
     Raises:
         ValueError: the encoder is unavailable.
-        CacheError: the cache stores its arrays in another type.
+        CacheError: the cache stores its arrays in another type, or its offsets are damaged.
+        OSError: a file that was read for its hash cannot be read again.
     """
     encoder = load_encoder(request)
     job = new_job(encoder, _manifest(storage, encoder), options, table)
+    if encoder.windows:
+        job.offsets = sound_offsets(job, stored_offsets(storage, job.manifest), media)
     job.arrays = _arrays(job)
     job.start = _first_input(job)
     if job.missing:
@@ -204,7 +258,7 @@ def plan_job(storage: Storage, request: EncoderRequest, table: ItemTable, option
 
 
 def new_job(encoder: FrozenEncoder, manifest: EncoderManifest, options: EncodeOptions, table: ItemTable) -> Job:
-    """A job for the inputs of a table, without arrays."""
+    """A job for the inputs of a table, without arrays, and for sounds without offsets."""
     modality = manifest.modality
     inputs = table.inputs[modality]
     is_wanted = np.ones(len(inputs), bool)  # texts are always available
@@ -222,6 +276,54 @@ def new_job(encoder: FrozenEncoder, manifest: EncoderManifest, options: EncodeOp
     return job
 
 
+def stored_offsets(storage: Storage, manifest: EncoderManifest) -> np.ndarray:
+    """The committed offsets of an encoder, int64 [inputs + 1], which never change; 0 for none.
+
+    Raises:
+        CacheError: they are damaged.
+    """
+    array = manifest.arrays.get("offsets")
+    if array is None or not array.rows:
+        return np.zeros(1, np.int64)
+    return RowReader(ArrayFiles(storage, manifest.key, "offsets", array.spec), array.shards).read_range(0, array.rows)
+
+
+def sound_offsets(job: Job, known: np.ndarray, media: Mapping[bytes, Media]) -> np.ndarray:
+    """Where the rows of each sound begin, by the length in its header; `known` are those of the first sounds.
+
+    A sound that cannot be read or is too short has one row, which stays NaN.
+
+    Raises:
+        OSError: a file that was read for its hash cannot be read again.
+    """
+    encoder = job.encoder
+    assert encoder.windows is not None
+
+    def count(number: int) -> int:
+        content_hash = job.inputs.content_hash[number].tobytes()
+        if content_hash not in media:
+            return 1
+        data = media[content_hash].read()
+        try:
+            return sum(sound_rows(encoder, count_samples(data, encoder.sampling_rate)))
+        except ValueError:
+            return 1  # encoding says why
+
+    with ThreadPoolExecutor(job.options.workers) as pool:
+        counts = list(pool.map(count, range(len(known) - 1, job.num_inputs)))
+    return np.concatenate([known, known[-1] + np.cumsum(counts, dtype=np.int64)])
+
+
+def sound_rows(encoder: FrozenEncoder, num_samples: int) -> list[int]:
+    """Rows of each window of a sound.
+
+    Raises:
+        ValueError: it is too short.
+    """
+    assert encoder.windows is not None
+    return [encoder.windows.rows(len(window)) for window in encoder.cut(num_samples)]
+
+
 def converters_of(arrays: Mapping[str, tuple[ArraySpec, int]]) -> dict[int, Converter]:
     """Converters to the storage types of the layers among some arrays; none for float32, which saves no copying."""
     types = {layer: arrays[f"hidden_states/{layer}"][0].dtype for layer in layers_among(arrays)}
@@ -229,10 +331,16 @@ def converters_of(arrays: Mapping[str, tuple[ArraySpec, int]]) -> dict[int, Conv
 
 
 def seconds_per_input(job: Job) -> float:
-    """Measured on one batch of blank inputs, or of texts of median length."""
-    if job.offsets is None:
-        count = job.block_rows
-        one = job.encoder.prepare(blank_input(job.encoder))
+    """Measured on one batch of blank inputs, of texts of median length, or of whole windows of sounds."""
+    per_input = 1.0
+    if not job.is_of_texts:
+        blank, count = blank_input(job.encoder), job.block_rows
+        windows = job.encoder.windows
+        if windows:
+            assert job.offsets is not None
+            count = window_budget(job.options, windows.num_states(len(blank)))
+            per_input = int(job.offsets[-1]) / job.num_inputs / windows.rows(len(blank))
+        one = job.encoder.prepare(blank)
         batch = {name: torch.cat([value] * count) for name, value in one.items()}
     else:
         median = sorted(job.token_ids, key=len)[len(job.token_ids) // 2]
@@ -241,7 +349,12 @@ def seconds_per_input(job: Job) -> float:
     job.encoder.encode(batch)
     started = time.perf_counter()
     job.encoder.encode(batch)
-    return (time.perf_counter() - started) / count
+    return (time.perf_counter() - started) / count * per_input
+
+
+def window_budget(options: EncodeOptions, num_tokens: int) -> int:
+    """Windows of sounds in a batch."""
+    return options.batch_size or max(1, options.batch_tokens // num_tokens)
 
 
 def _manifest(storage: Storage, encoder: FrozenEncoder) -> EncoderManifest:
@@ -270,7 +383,8 @@ def _arrays(job: Job) -> dict[str, tuple[ArraySpec, int]]:
     """All requested and existing arrays of the encoder's group, with their final numbers of rows."""
     wanted = _state_specs(job)
     if job.options.pooled:
-        rows = next(iter(wanted.values())).shard_rows if job.offsets is None else TEXT_BLOCK_ROWS
+        fixed = {"text": TEXT_BLOCK_ROWS, "audio": _SOUND_SHARD_ROWS}
+        rows = fixed.get(job.encoder.request.modality, next(iter(wanted.values())).shard_rows)
         for name, width in job.encoder.vector_widths.items():
             names = (job.encoder.request.modality, f"{name}_dimension")
             wanted[name] = ArraySpec(
@@ -278,7 +392,11 @@ def _arrays(job: Job) -> dict[str, tuple[ArraySpec, int]]:
             )
     if job.offsets is not None:
         wanted["offsets"] = ArraySpec(
-            row_shape=(), dtype="int64", dimension_names=("text_offset",), chunk_rows=2**17, shard_rows=2**17
+            row_shape=(),
+            dtype="int64",
+            dimension_names=(f"{job.encoder.request.modality}_offset",),
+            chunk_rows=2**17,
+            shard_rows=2**17,
         )
     for name, array in job.manifest.arrays.items():
         if name in wanted and array.spec.dtype != wanted[name].dtype:
@@ -294,16 +412,19 @@ def _arrays(job: Job) -> dict[str, tuple[ArraySpec, int]]:
 
 
 def _state_specs(job: Job) -> dict[str, ArraySpec]:
-    """How hidden states are stored: rows of [tokens, d] per photo or sound, rows of [d] per token of a text.
+    """How hidden states are stored: rows of [tokens, d] per photo, rows of [d] per token of a text or of a sound.
 
-    All layers have shards with the same number of rows, which the largest layer determines.
+    Sounds whose tokens are no steps in time have a row of [tokens, d] per window. All layers have shards with the same
+    number of rows, which the largest layer determines.
     """
     shapes: dict[int, tuple[int, ...]] = {layer: (job.encoder.anatomy.widths[layer],) for layer in job.encoder.layers}
-    names: tuple[str, ...] = ("text_token", "hidden")
-    if job.offsets is None:
+    windows, modality = job.encoder.windows, job.encoder.request.modality
+    row = _SOUND_ROWS[windows.is_stored_whole] if windows else f"{modality}_token" if modality == "text" else modality
+    names: tuple[str, ...] = (row, "hidden")
+    if not (job.is_of_texts or (windows and not windows.is_stored_whole)):
         blank = job.encoder.encode(job.encoder.prepare(blank_input(job.encoder)))
         shapes = {layer: states.shape[1:] for layer, states in blank.states.items()}
-        names = (job.encoder.request.modality, "token", "hidden")
+        names = (row, "token", "hidden")
     stored = [array.spec.dtype for name, array in job.manifest.arrays.items() if name.startswith("hidden_states/")]
     dtype = job.options.storage or (stored[0] if stored else DEFAULT_STORAGE)
     ones = {
@@ -317,9 +438,9 @@ def _state_specs(job: Job) -> dict[str, ArraySpec]:
 
 
 def blank_input(encoder: FrozenEncoder) -> Any:
-    """A blank picture or sound, to determine the number of tokens."""
-    if encoder.request.modality == "audio":
-        return np.zeros(encoder.sampling_rate or 16_000, np.float32)
+    """A blank picture or window of a sound, to determine the number of tokens."""
+    if encoder.windows:
+        return np.zeros(encoder.windows.size, np.float32)
     return np.zeros((64, 64, 3), np.uint8)
 
 

@@ -154,7 +154,7 @@ def lost_shard(job: Job, damage: Damage) -> LostShard:
 
 
 def offset_rows(job: Job, index: int) -> np.ndarray:
-    """The rows of a shard of `offsets`, computed from the tokens."""
+    """The rows of a shard of `offsets`, computed from the tokens of texts or the lengths of sounds."""
     assert job.offsets is not None
     array = job.manifest.arrays["offsets"]
     begin = index * array.spec.shard_rows
@@ -162,13 +162,18 @@ def offset_rows(job: Job, index: int) -> np.ndarray:
 
 
 def check_tokens(job: Job) -> None:
-    """Raises CacheError if the tokenizer gives other token counts than those in the cache."""
+    """Raises CacheError if there are other numbers of tokens than in the cache."""
     array = job.manifest.arrays["offsets"]
     for index, entry in enumerate(array.shards):
         if describe_shard(array.spec, offset_rows(job, index)).crc32c != entry.crc32c:
+            if job.is_of_texts:
+                raise CacheError(
+                    f"the tokenizer gives other tokens than before (offsets, shard {index}). Install the library "
+                    "versions in the manifest's history, or extract into a new cache."
+                )
             raise CacheError(
-                f"the tokenizer gives other tokens than before (offsets, shard {index}). Install the library versions "
-                "in the manifest's history, or extract into a new cache."
+                f"the sounds have other lengths than before, or some are missing (offsets, shard {index}). Name the "
+                "data that the cache was made from with --data, or restore offsets/ from a copy."
             )
 
 
@@ -231,7 +236,7 @@ class SourceFiles:
         job = self._job
         rows = [row for row in inputs if job.is_wanted[row] and row not in job.manifest.invalid]
         lost = [job.name_of(row) for row in rows if job.inputs.content_hash[row].tobytes() not in self.media]
-        return [f"{item}: {self._why(item)}" for item in lost] if job.offsets is None else []
+        return [] if job.is_of_texts else [f"{item}: {self._why(item)}" for item in lost]
 
     def _why(self, item_id: str) -> str:
         item = self._found.get(item_id)

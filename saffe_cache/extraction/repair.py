@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from saffe_cache.core.features import MODALITIES, CacheError, ItemTable, Weights
 from saffe_cache.core.options import require
 from saffe_cache.core.outputs import provenance
 from saffe_cache.extraction.blocks import checked_blocks
 from saffe_cache.extraction.config import RepairConfig, encode_options
-from saffe_cache.extraction.planning import Job, new_job
+from saffe_cache.extraction.planning import Job, new_job, sound_offsets, stored_offsets
 from saffe_cache.extraction.reencode import (
     LostShard,
     PastExtraction,
@@ -173,16 +175,25 @@ class _EncoderRepair:
         encoder = reload_encoder(manifest, past, moved, f"--encoder {modality}=…")
         job = new_job(encoder, manifest, encode_options(past[-1].config), self._table)
         job.arrays = {name: (array.spec, array.rows) for name, array in manifest.arrays.items()}
-        if modality == "text":
+        if encoder.windows:
+            job.offsets = self._sound_offsets(job, past)
+        if job.offsets is not None:
             check_tokens(job)
         return job
+
+    def _sound_offsets(self, job: Job, past: Sequence[PastExtraction]) -> np.ndarray:
+        """The offsets in the cache or, if these are damaged, those that the lengths of the sounds give."""
+        if not any(one.name == "offsets" and one.part == "shard" for one in self._damage):
+            return stored_offsets(self._storage, self._manifest)
+        media = SourceFiles(job, self._table, _places(self._config, past), range(job.num_inputs)).media
+        return sound_offsets(job, np.zeros(1, np.int64), media)
 
     def _repair_weights(self, damage: Sequence[Damage]) -> None:
         layers = [int(one.name.removeprefix("blocks/")) for one in damage if one.name != "language_model"]
         encoder = self._job.encoder
         if layers:
             encoder.select(layers, vectors=False)
-        blocks, _ = checked_blocks(encoder, layers)
+        blocks, _ = checked_blocks(encoder, layers, self._job.cut_kinds)
         weights: dict[str, Weights] = {f"blocks/{layer}": block for layer, block in blocks.items()}
         if encoder.language_model:
             weights["language_model"] = encoder.language_model

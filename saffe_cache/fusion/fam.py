@@ -138,7 +138,8 @@ class FusionAlignModule(Fusion):
         """
         if not self.decoder_class or self.shape.query_side == "gallery" or self.shape.head != "attention":
             return None
-        return gathered(summarize(states, mask), pairing.gallery)
+        summary = summarize(states, mask, has_class_token=self.shape.has_class_token)
+        return gathered(summary, pairing.gallery)
 
     def _pool(self, fused: States, mask: Mask, summary: torch.Tensor | None, paired: Texts | None) -> torch.Tensor:
         if self.shape.head != "attention":

@@ -53,7 +53,7 @@ class FusionShape(ModelOptions):
     hidden_size: int
     """Width of the gallery's tokens."""
     num_tokens: int
-    """Tokens of a gallery input."""
+    """Tokens of a gallery input; 0 if they differ, as sounds do."""
     text_hidden_size: int
     """Width of the text's tokens."""
     text_size: int

@@ -14,7 +14,9 @@ a float32's bytes, and become float32 on the device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -83,10 +85,22 @@ class FeatureLoader:
         if mask is None:
             return states, None
         on_device = torch.from_numpy(mask).to(self.device)
-        padded = [state.new_zeros(*mask.shape, state.shape[-1]) for state in states]
+        padded = [state.new_zeros(*mask.shape, *state.shape[1:]) for state in states]
         for zeros, state in zip(padded, states, strict=True):
             zeros[on_device] = state
-        return padded, on_device
+        num_tokens = math.prod(states[-1].shape[1:-1])  # of a window; 1 where a row is a token
+        padded = [state.flatten(1, -2) for state in padded]
+        if encoder is self.gallery and self._has_equal_lengths:
+            return padded, None
+        return padded, on_device.repeat_interleave(num_tokens, dim=1)
+
+    @cached_property
+    def _has_equal_lengths(self) -> bool:
+        """Whether all gallery inputs have equally many tokens.
+
+        A batch alone does not decide: a fusion may treat padded tokens differently.
+        """
+        return self.gallery.num_tokens(self.spec.gallery_layers[0]) > 0
 
     def _numbers(self, encoder: EncoderCache, name: str, rows: np.ndarray) -> torch.Tensor:
         """float32 [n, …] on the device."""
@@ -145,13 +159,16 @@ def summaries(
     """
     has_class_token = splits_first and encoder.manifest.class_tokens > 0
 
-    def summarized(these: slice) -> torch.Tensor:
-        tokens = encoder.tokens(rows[these], tuple(layers))
+    def summarized(these: slice, layer: int) -> torch.Tensor:
+        tokens = encoder.tokens(rows[these], (layer,))
         mask = None if tokens.mask is None else torch.from_numpy(tokens.mask)
-        states = [torch.from_numpy(state).float() for state in tokens.states]
-        return summarize(states, mask, has_class_token=has_class_token)
+        return summarize([torch.from_numpy(tokens.states[0]).float()], mask, has_class_token=has_class_token)
 
-    return in_blocks(summarized, len(rows), batch)
+    def of_all_layers(these: slice) -> torch.Tensor:
+        """Layer by layer, since their number of tokens may differ."""
+        return torch.cat([summarized(these, layer) for layer in layers], dim=1)
+
+    return in_blocks(of_all_layers, len(rows), batch)
 
 
 def encode_gallery(

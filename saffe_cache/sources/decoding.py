@@ -100,6 +100,25 @@ def _wave_file(waveform: np.ndarray, rate: int) -> bytes:
     return file.getvalue()
 
 
+def count_samples(data: bytes, sampling_rate: int | None = None) -> int:
+    """Samples of the waveform that `decode` returns for a sound, from its header alone where that can be trusted.
+
+    Raises:
+        ImportError: a package for sounds is missing.
+        ValueError: the bytes are no readable sound.
+    """
+    soundfile, _ = _sound_packages()
+    rate = sampling_rate or 16_000
+    try:
+        header = soundfile.info(io.BytesIO(data))
+    except soundfile.SoundFileError as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    if header.format == "MP3":  # a header may state more than a truncated file has
+        return len(_decode_audio(data, rate))
+    frames, stored_rate = int(header.frames), int(header.samplerate)
+    return (2 * frames * rate + stored_rate) // (2 * stored_rate)  # rounded, as soxr does
+
+
 def thumbnail(data: bytes, side: int) -> bytes:
     """A JPEG of a picture, decoded as for encoders, whose longer side has at most `side` pixels.
 
@@ -209,12 +228,18 @@ def _to_eight_bits(pixels: np.ndarray, stated: int = 65535) -> np.ndarray:
     return ((pixels.astype(np.uint32) * 510 + stated) // (2 * stated)).astype(np.uint8)
 
 
-def _decode_audio(data: bytes, sampling_rate: int) -> np.ndarray:
+def _sound_packages() -> tuple[Any, Any]:
+    """soundfile and soxr, which are imported only where there are sounds."""
     try:
         import soundfile
         import soxr
     except ImportError as error:
         raise ImportError(f"Reading sounds needs the package {error.name}: pip install 'saffe-cache[audio]'.") from None
+    return soundfile, soxr
+
+
+def _decode_audio(data: bytes, sampling_rate: int) -> np.ndarray:
+    soundfile, soxr = _sound_packages()
     try:
         waveform, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, MemoryError) as error:  # a broken header may state any length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -73,24 +74,50 @@ class EncoderCache:
         return self.array(self.manifest.vector).read(rows).astype(np.float32)
 
     def tokens(self, rows: np.ndarray, layers: tuple[int, ...]) -> Tokens:
-        """Hidden states of one or more inputs; texts are padded with zeros to the longest of them."""
+        """Hidden states of one or more inputs; texts and sounds are padded with zeros to the longest of them."""
         if not self.manifest.is_ragged:
             return Tokens(tuple(self.array(f"hidden_states/{layer}").read(rows) for layer in layers))
         flat, mask = self.token_rows(rows)
         assert mask is not None
-        states = []
+        states, num_tokens = [], 1
         for layer in layers:
             values = self.array(f"hidden_states/{layer}").read(flat)
             padded = np.zeros((*mask.shape, *values.shape[1:]), values.dtype)
             padded[mask] = values
-            states.append(padded)
-        return Tokens(tuple(states), mask)
+            num_tokens = math.prod(values.shape[1:-1])
+            states.append(padded.reshape(len(mask), -1, values.shape[-1]))
+        return Tokens(tuple(states), np.repeat(mask, num_tokens, axis=1))
+
+    def num_tokens(self, layer: int) -> int:
+        """Tokens of each finished input in a layer; 0 if their number differs."""
+        within, finished = self.array(f"hidden_states/{layer}").spec.row_shape[:-1], self.manifest.finished_rows
+        if not self.manifest.is_ragged:
+            return within[0]
+        usable = self.usable(np.arange(finished))
+        numbers = np.unique(np.diff(self.offsets[: finished + 1])[usable])
+        return int(numbers[0]) * math.prod(within) if len(numbers) == 1 else 0
+
+    def require_equal_lengths(self, rows: np.ndarray, what: str) -> None:
+        """
+        Raises:
+            CacheError: some inputs have more tokens than others.
+        """
+        numbers = np.diff(self.offsets)[rows] if self.manifest.is_ragged else np.zeros(1)
+        if numbers.min() < numbers.max():
+            raise CacheError(
+                f"{self.key}: {what} needs inputs of equal length, found sounds of {numbers.min()} to {numbers.max()} "
+                "stored rows. Extract sounds that were cut to one length, or use saffe train."
+            )
+
+    def first_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Where each input begins in the arrays of hidden states."""
+        return self.offsets[rows] if self.manifest.is_ragged else rows
 
     def token_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Rows of the inputs' tokens in the arrays of hidden states, int64.
 
-        Photos and sounds have one row per input and no mask. Texts have one row per real token, and a mask, bool
-        [inputs, longest], that says where these rows belong.
+        Photos have one row per input and no mask. Texts and sounds have one row per real token (sounds whose tokens are
+        no steps in time, one per window), and a mask, bool [inputs, longest], that says where these rows belong.
         """
         if not self.manifest.is_ragged:
             return rows, None
@@ -100,7 +127,7 @@ class EncoderCache:
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """int64 [inputs + 1]: where each text's tokens begin in the flat arrays.
+        """int64 [inputs + 1]: where each text's or sound's rows begin in the arrays of hidden states.
 
         Raises:
             CacheError: there are fewer than finished inputs, or they decrease.

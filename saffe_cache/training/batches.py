@@ -105,8 +105,10 @@ class TrainingData:
         epoch, within = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order.epoch != epoch:
             spec = self.inputs.spec
-            shard_rows = self.inputs.gallery.array(f"hidden_states/{spec.gallery_layers[0]}").spec.shard_rows
-            self._order = draw_order(self._pairs.rows // shard_rows, spec.shuffled_shards, self._seed, epoch)
+            gallery = self.inputs.gallery
+            shard_rows = gallery.array(f"hidden_states/{spec.gallery_layers[0]}").spec.shard_rows
+            shards = gallery.first_rows(self._pairs.rows) // shard_rows
+            self._order = draw_order(shards, spec.shuffled_shards, self._seed, epoch)
         return self._order, slice(within * self._batch_size, (within + 1) * self._batch_size)
 
     def _read(self, step: int) -> Batch:

@@ -75,7 +75,6 @@ def _shape(
     if layers.num_blocks:
         numbers = text.statistics(f"hidden_states/{layers.text[0]}")
         text_rms = math.hypot(numbers.mean, numbers.std)
-    tokens, hidden_size = _shape_of(gallery, layers.gallery[0])
     adds_text = gallery_text != "null" and entry.pooled_text
     defaults = {
         "head": config.head or entry.head,
@@ -85,8 +84,8 @@ def _shape(
     return FusionShape(
         **(_options(config, ModelOptions) | defaults),
         num_layers=len(layers.gallery),
-        hidden_size=hidden_size,
-        num_tokens=tokens,
+        hidden_size=_shape_of(gallery, layers.gallery[0])[-1],
+        num_tokens=gallery.num_tokens(layers.gallery[0]),
         text_hidden_size=text.manifest.hidden_size,
         text_size=text.array(text.manifest.vector).spec.row_shape[0],
         maps_queries=entry.maps_queries,
@@ -130,6 +129,8 @@ def _check_together(spec: RunSpec) -> None:
         refuse("fusion", f"{shape.fusion} with null text", others)
     if shape.head == "flatten" and entry.has_decoder and shape.query_side == "text":
         refuse("head", "flatten", "attention or mean: texts differ in length")
+    if shape.head == "flatten" and not shape.num_tokens:
+        refuse("head", "flatten", "attention or mean: sounds differ in length")
     if shape.head != "attention" and entry.text_in_head == "always":
         refuse("head", shape.head, f"attention: {shape.fusion} shows the text to that head's MLP")
     if not has_text and spec.text_dropout:
@@ -227,7 +228,7 @@ def _of_last_shape(encoder: EncoderCache, layers: Sequence[int]) -> Sequence[int
 
 
 def _shape_of(encoder: EncoderCache, layer: int) -> tuple[int, ...]:
-    """Shape of a photo's row: tokens and their width."""
+    """Shape of a row: of a photo, tokens and their width."""
     return encoder.array(f"hidden_states/{layer}").spec.row_shape
 
 

@@ -77,7 +77,9 @@ def _check_widths(run_dir: str | Path, spec: RunSpec, cache: Cache) -> None:
         CacheError: the cache lacks one of the layers.
     """
     gallery, text, shape = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key], spec.shape
-    photos = {gallery.array(f"hidden_states/{layer}").spec.row_shape for layer in spec.gallery_layers}
+    widths = {layer: gallery.array(f"hidden_states/{layer}").spec.row_shape[-1] for layer in spec.gallery_layers}
+    any_length = gallery.manifest.is_ragged and shape.head != "flatten"
+    photos = {(shape.num_tokens if any_length else gallery.num_tokens(i), width) for i, width in widths.items()}
     for layer in spec.text_layers:
         text.array(f"hidden_states/{layer}")
     vector = text.array(text.manifest.vector).spec.row_shape

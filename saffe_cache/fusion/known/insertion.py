@@ -101,14 +101,18 @@ def inserted_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens of a photo that are inserted, and their mask: the first, and means over a 4 by 4 grid of the others.
 
-    If the others form no square, means over 16 equal stretches of them. If they are padded or fewer than 17, all
-    tokens. Without a class token, the grid covers all tokens.
+    If the others form no square, means over 16 equal stretches of them; of padded ones, over stretches of the real
+    tokens of each. If an input has fewer than 17, all of them. Without a class token, the grid covers all tokens.
     """
     in_front = 1 if has_class_token else 0
     first, others = state[:, :in_front], state[:, in_front:].transpose(1, 2)
     count = others.shape[2]
-    if mask is not None or count <= GRID * GRID:
+    if count <= GRID * GRID:
         return state, state.new_ones(state.shape[:2], dtype=torch.bool) if mask is None else mask
+    if mask is not None:
+        weights, seen = _stretches(mask[:, in_front:].sum(dim=1), count)
+        tokens = torch.cat([first, (others @ weights.to(others.dtype)).transpose(1, 2)], dim=1)
+        return tokens, torch.cat([mask[:, :in_front], seen], dim=1)
     side = round(count**0.5)
     if side * side == count:
         pooled = functional.adaptive_avg_pool2d(others.reshape(*others.shape[:2], side, side), GRID).flatten(2)
@@ -116,6 +120,16 @@ def inserted_tokens(
         pooled = functional.adaptive_avg_pool1d(others, GRID * GRID)
     tokens = torch.cat([first, pooled.transpose(1, 2)], dim=1)
     return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
+
+
+def _stretches(lengths: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [batch, count, 16] of the means over equal stretches of the first `lengths` [batch] tokens, and bool
+    [batch, 16]: which of these means there are. Fewer than 16 tokens are stretches of one."""
+    number, place = torch.arange(GRID * GRID, device=lengths.device), torch.arange(count, device=lengths.device)
+    seen, stretched = number < lengths[:, None], lengths[:, None].clamp(min=GRID * GRID)
+    first, after = number * stretched // (GRID * GRID), -((number + 1) * -stretched // (GRID * GRID))
+    inside = (place[:, None] >= first[:, None]) & (place[:, None] < after[:, None]) & seen[:, None]
+    return inside / inside.sum(dim=1, keepdim=True).clamp(min=1), seen
 
 
 class BottleneckFusion(CorrectingFusion):
@@ -146,7 +160,7 @@ class BottleneckFusion(CorrectingFusion):
         same = width == text_width
         self.to_text = nn.Identity() if same else nn.Linear(width, text_width)
         self.to_photo = nn.Identity() if same else nn.Linear(text_width, width)
-        self.out = zero_linear(2 * (width + text_width), shape.text_size)
+        self.out = zero_linear((2 if shape.has_class_token else 1) * width + 2 * text_width, shape.text_size)
 
     def correct(self, states: States, mask: Mask, texts: Texts | None, summary: torch.Tensor) -> Correction:
         photo, bottlenecks = states[0], self.bottlenecks.expand(len(states[0]), -1, -1)
@@ -159,7 +173,7 @@ class BottleneckFusion(CorrectingFusion):
             text, of_text = _step(text_block, text, texts.mask, self.to_text(bottlenecks))
             both = (of_photo + self.to_photo(of_text)) / 2
             bottlenecks = torch.where(texts.is_text[..., None], both, of_photo)
-        seen = summarize([photo], mask)
+        seen = summarize([photo], mask, has_class_token=self.shape.has_class_token)
         if texts is None or text is None:
             text_summary = seen.new_zeros(len(seen), 2 * self.shape.text_hidden_size)
         else:

@@ -106,6 +106,7 @@ class Sample:
 
     def photo_tokens(self, layer: int) -> Iterator[torch.Tensor]:
         """Normed tokens of the judged photos [photos, tokens, d], some at a time."""
+        self.encoders[0].require_equal_lengths(self.rows[: self.num_judged], "a search by tokens")
         for rows in np.split(self.rows[: self.num_judged], range(_BATCH, self.num_judged, _BATCH)):
             yield maps.normed(torch.from_numpy(self.encoders[0].tokens(rows, (layer,)).states[0]))
 

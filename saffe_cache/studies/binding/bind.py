@@ -118,6 +118,7 @@ class _Binding:
     def _read_photos(self, split: str) -> Photos:
         """Read a split's photos into memory."""
         gallery, pairs, layers = self.cache.encoders[self.spec.gallery_key], self.pairs[split], self.spec.gallery_layers
+        gallery.require_equal_lengths(pairs.rows, "saffe bind")
         states = tuple(torch.from_numpy(state) for state in gallery.tokens(pairs.rows, layers).states)
         pooled = means = summaries(gallery, pairs.rows, layers)
         if self.spec.shape.head == "mean":

@@ -66,7 +66,8 @@ class CaptionSource:
         self.layer, self.grid = config.layer, config.grid
         self.weights = text.language_model()
         self.tokens = CausalTokens(self.weights.tokenizer, self.weights.spec)
-        num_tokens, self.photo_size = photos.array(f"hidden_states/{self.image_layer}").spec.row_shape
+        self.photo_size = photos.array(f"hidden_states/{self.image_layer}").spec.row_shape[-1]
+        num_tokens = photos.num_tokens(self.image_layer)
         self._has_class_token = photos.manifest.class_tokens > 0
         side = photo_side(num_tokens, has_class_token=self._has_class_token)
         if self.grid > side:

@@ -11,6 +11,7 @@ as a control of alignment alone). A rotation of the photos keeps every cosine am
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -323,6 +324,7 @@ class Inputs:
         Raises:
             CacheError: one is not cached.
         """
+        photo.require_equal_lengths(photo_rows, "saffe match on hidden states")
         photos, texts = _read(photo, photo_rows, layers[0]), _read(text, text_rows, layers[1])
         return Inputs(photo_rows, text_rows, photos, texts, torch.from_numpy(np.diff(text.offsets)[text_rows]))
 
@@ -351,9 +353,9 @@ class Inputs:
 def _read(encoder: EncoderCache, rows: np.ndarray, layer: int) -> torch.Tensor:
     """float16 [rows, tokens, d]"""
     name = f"hidden_states/{layer}"
-    deviation, shape = encoder.statistics(name).std, encoder.array(name).spec.row_shape
-    longest = int(np.diff(encoder.offsets)[rows].max()) if encoder.manifest.is_ragged else shape[0]
-    whole = np.zeros((len(rows), longest, shape[-1]), np.float16)
+    deviation, (*within, width) = encoder.statistics(name).std, encoder.array(name).spec.row_shape
+    longest = int(np.diff(encoder.offsets)[rows].max()) if encoder.manifest.is_ragged else 1
+    whole = np.zeros((len(rows), longest * math.prod(within), width), np.float16)
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         these = slice(start, start + _ROWS_AT_ONCE)
         states = encoder.tokens(rows[these], (layer,)).states[0]
