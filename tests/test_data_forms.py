@@ -98,7 +98,7 @@ def test_stream_keeps_only_what_may_be_read(tmp_path: Path) -> None:
     made = FORMS["snapshot"].make(tmp_path / "data", drawn(("train",)))
     last = read_items(made, Columns(), (), streaming=True)[2]
     assert last.media["image"].read() == drawn()[2].photo
-    assert list(last.media["image"].stream._kept) == [2]  # type: ignore[attr-defined]
+    assert list(last.media["image"].rows._kept) == [2]  # type: ignore[attr-defined]
 
 
 def test_streamed_data_is_decoded_in_threads() -> None:

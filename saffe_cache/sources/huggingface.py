@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from weakref import WeakValueDictionary
 
 from saffe_cache.core.features import Modality
@@ -156,18 +156,16 @@ def _load(data: str, what: str, source: str, streaming: bool, **options: Any) ->
 class _Cell:
     """Media in a row of a dataset whose column is not decoded."""
 
-    dataset: Any
+    rows: Any
+    """The dataset, or what else yields a row by its number."""
     column: str
     row: int
 
     def read(self) -> bytes:
-        return _content(self.dataset[self.row][self.column], self.row, self.column)
-
-
-def _content(value: Any, row: int, column: str) -> bytes:
-    if value is None or (value["bytes"] is None and value["path"] is None):
-        raise OSError(f"row {row} has no {column}")
-    return media_bytes(value)
+        value = self.rows[self.row][self.column]
+        if value is None or (value["bytes"] is None and value["path"] is None):
+            raise OSError(f"row {self.row} has no {self.column}")
+        return media_bytes(value)
 
 
 @dataclass
@@ -176,7 +174,7 @@ class _Stream:
 
     rows: Any
     """An IterableDataset with the columns of media, not decoded."""
-    cells: WeakValueDictionary[tuple[int, str], _StreamCell] = field(default_factory=WeakValueDictionary)
+    cells: WeakValueDictionary[tuple[int, str], _Cell] = field(default_factory=WeakValueDictionary)
     """The media that may still be read: nobody refers to others."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _ahead: Iterator[Mapping[str, Any]] = field(default_factory=lambda: iter(()))
@@ -184,14 +182,14 @@ class _Stream:
     _kept: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     _kept_bytes: int = 0
 
-    def read(self, row: int, column: str) -> bytes:
+    def __getitem__(self, row: int) -> Mapping[str, Any]:
         with self._lock:
             if row not in self._kept and not 0 <= self._next <= row:
                 self._ahead, self._next = iter(self.rows.skip(row) if row else self.rows), row
             while row not in self._kept:
                 self._keep(self._next, next(self._ahead))
                 self._next += 1
-            return _content(self._kept[row][column], row, column)
+            return self._kept[row]
 
     def _keep(self, row: int, values: Mapping[str, Any]) -> None:
         if not any((row, column) in self.cells for column in values):
@@ -204,30 +202,6 @@ class _Stream:
 
 def _size(values: Mapping[str, Any]) -> int:
     return sum(len((value or {}).get("bytes") or b"") for value in values.values())
-
-
-@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
-class _StreamCell:
-    """Media in a row of a stream."""
-
-    stream: _Stream
-    column: str
-    row: int
-
-    def read(self) -> bytes:
-        return self.stream.read(self.row, self.column)
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """Media that the stream has just read."""
-
-    column: str
-    row: int
-    value: Any
-
-    def read(self) -> bytes:
-        return _content(self.value, self.row, self.column)
 
 
 def dataset_items(where: str, loaded: Any, columns: Columns) -> Iterator[SourceItem]:
@@ -260,9 +234,9 @@ def _streamed_rows(dataset: Any, split: str, media: Mapping[Modality, str], colu
     stream = _Stream(dataset.select_columns(list(media.values())))
     names = list(dict.fromkeys([*media.values(), *_names_of(dataset.features, columns)]))
     for row, entry in enumerate(dataset.select_columns(names)):
-        loaded = {kind: _Loaded(column, row, entry[column]) for kind, column in media.items()}
+        loaded = {kind: _Cell({row: entry}, column, row) for kind, column in media.items()}
         item = hashed(_item(dataset, row, split, loaded, entry, columns))
-        cells = {kind: _StreamCell(stream, one.column, row) for kind, one in item.media.items()}  # type: ignore[attr-defined]
+        cells = {kind: replace(cast("_Cell", one), rows=stream) for kind, one in item.media.items()}
         stream.cells.update({(row, cell.column): cell for cell in cells.values()})
         yield replace(item, media=cells)
 
