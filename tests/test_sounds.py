@@ -273,6 +273,12 @@ def test_resumed_extraction_equals_an_uninterrupted_one(config: ExtractConfig, t
     assert verify(config.cache)[1] == []
 
 
+def test_sounds_decoded_in_processes_are_the_same(config: ExtractConfig, tmp_path: Path) -> None:
+    expected = files_of(extract(config))
+    config = replace(config, cache=str(tmp_path / "forked.zarr"), decode_in="processes", workers=2)
+    assert files_of(extract(config)) == expected
+
+
 def test_rows_do_not_move_when_a_file_is_gone_at_resumption(config: ExtractConfig, tmp_path: Path) -> None:
     data = write_sounds(tmp_path / "many", LENGTHS * 9)
     config = replace(config, data=str(data), shard_mb=0, batch_size=4, max_invalid=0.5)
