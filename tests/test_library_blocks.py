@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 from tiny_models import NUM_LAYERS, TEXTS, WORDS, bert_tokenizer, randomize
 
+from saffe_cache.core.features import BlockWeights, CacheError, LibraryBlockSpec
 from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
 from saffe_cache.extraction.blocks import checked_blocks
@@ -66,3 +68,40 @@ def test_blocks_of_padded_texts_are_the_models(kind: str, tmp_path: Path) -> Non
 def test_blocks_of_a_model_in_half_precision_are_loaded(dtype: str, tmp_path: Path) -> None:
     encoder = text_encoder("ModernBert", tmp_path, {"dtype": dtype})
     assert assert_blocks_are_the_models(encoder, tolerance=0.1) == {}
+
+
+@pytest.fixture(scope="module")
+def block(tmp_path_factory: pytest.TempPathFactory) -> BlockWeights:
+    encoder = text_encoder("ModernBert", tmp_path_factory.mktemp("model"))
+    return checked_blocks(encoder, [1])[0][1]
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "no module of transformers": {"model_class": "os:system"},
+    "no model": {"model_class": "transformers.models.bert.modeling_bert:logger"},
+    "cannot rebuild": {"model_class": "transformers.models.bert.modeling_bert:BertModel"},
+    "size mismatch": {"config": {"hidden_size": 64}},
+    "index out of range": {"index": 7},
+    "input_ids or inputs_embeds": {"input_name": "pixels"},
+    "expected input with shape": {"input_shape": (64,)},
+    "the size": {"is_time_first": True},
+    "differs by": {"config": {"hidden_activation": "relu"}},
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_a_block_whose_spec_was_changed_is_refused(message: str, block: BlockWeights) -> None:
+    assert isinstance(block.spec, LibraryBlockSpec)
+    changes = CHANGES[message]
+    if "config" in changes:
+        changes = {"config": {**block.spec.config, **changes["config"]}}
+    with pytest.raises(CacheError, match=message) as caught:
+        make_block(BlockWeights(replace(block.spec, **changes), block.tensors))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["check.output", "check.lengths", "attn.Wo.weight"])
+def test_a_block_that_lacks_a_tensor_is_refused(name: str, block: BlockWeights) -> None:
+    tensors = {key: value for key, value in block.tensors.items() if key != name}
+    with pytest.raises(CacheError, match=name):
+        make_block(BlockWeights(block.spec, tensors))

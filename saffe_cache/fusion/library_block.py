@@ -78,11 +78,7 @@ class LibraryBlock(nn.Module):
             }
             model.load_state_dict(further, strict=False)
         except Exception as error:  # other versions of the library fail in many ways
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise CacheError(
-                f"block {spec.index} of {spec.model_class}: the installed transformers cannot rebuild it "
-                f"({line:.200}). Use the version in the encoder's fingerprint, or a fusion without blocks."
-            ) from error
+            raise _not_rebuilt(spec, error) from error
         self.further = nn.ParameterDict(
             {name.replace(".", "/"): model.get_parameter(name) for name in further if _has_parameter(model, name)}
         )
@@ -199,7 +195,10 @@ def make_block(weights: BlockWeights) -> EncoderBlock | LibraryBlock:
     if isinstance(weights.spec, BlockSpec):
         return EncoderBlock(weights)
     block = LibraryBlock(weights)
-    error = block.check(weights.tensors)
+    try:
+        error = block.check(weights.tensors)
+    except Exception as problem:  # a spec that was changed, or a self-check that is not there
+        raise _not_rebuilt(weights.spec, problem) from problem
     if not error <= TOLERANCE:
         raise CacheError(
             f"block {weights.spec.index} of {weights.spec.model_class}: rebuilt by the installed transformers, its "
@@ -207,6 +206,14 @@ def make_block(weights: BlockWeights) -> EncoderBlock | LibraryBlock:
             "in the encoder's fingerprint, or a fusion without blocks."
         )
     return block
+
+
+def _not_rebuilt(spec: LibraryBlockSpec, error: Exception) -> CacheError:
+    line = " ".join(str(error).split()) or type(error).__name__
+    return CacheError(
+        f"block {spec.index} of {spec.model_class}: the installed transformers cannot rebuild it ({line:.200}). Use "
+        "the version in the encoder's fingerprint, or a fusion without blocks."
+    )
 
 
 def relative_difference(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None) -> float:
