@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_models import NUM_LAYERS, TEXTS, WORDS, bert_tokenizer, randomize
+from tiny_models import NUM_LAYERS, TEXTS, WORDS, bert_tokenizer, image_processor, randomize
 
 from saffe_cache.core.features import BlockWeights, CacheError, LibraryBlockSpec
 from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
@@ -68,6 +69,30 @@ def test_blocks_of_padded_texts_are_the_models(kind: str, tmp_path: Path) -> Non
 def test_blocks_of_a_model_in_half_precision_are_loaded(dtype: str, tmp_path: Path) -> None:
     encoder = text_encoder("ModernBert", tmp_path, {"dtype": dtype})
     assert assert_blocks_are_the_models(encoder, tolerance=0.1) == {}
+
+
+def test_blocks_of_pictures_of_another_size_are_rebuilt(tmp_path: Path) -> None:
+    """The model interpolates its positions; so must the one that gives a block what it takes."""
+    sizes = {name: size for name, size in SIZES.items() if name not in ("vocab_size", "pad_token_id")}
+    model = transformers.ViTMSNModel(transformers.ViTMSNConfig(**sizes, image_size=32, patch_size=8))
+    randomize(model, seed=1)
+    model.save_pretrained(tmp_path)
+    image_processor("ViTImageProcessor", {"height": 32, "width": 32})(tmp_path)
+    encoder = load_encoder(EncoderRequest(modality="image", model_id=str(tmp_path), image_size=48))
+    usable, unusable = checked_blocks(encoder, range(NUM_LAYERS))
+    assert ([*usable], unusable) == ([*range(NUM_LAYERS)], {})
+
+
+def test_own_vector_of_a_model_that_returns_nothing_else(tmp_path: Path) -> None:
+    model = transformers.DPRQuestionEncoder(transformers.DPRConfig(**SIZES))
+    randomize(model, seed=1)
+    model.save_pretrained(tmp_path)
+    bert_tokenizer(tmp_path)
+    encoder = load_encoder(EncoderRequest(modality="text", model_id=str(tmp_path)))
+    inputs = encoder.pad(encoder.tokenize(TEXTS))
+    with torch.no_grad():
+        expected = model.eval()(**inputs).pooler_output
+    np.testing.assert_allclose(encoder.encode(inputs).vectors["pooled"], expected, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from tiny_models import NUM_LAYERS, WORDS, gpt2_tokenizer, randomize
 from saffe_cache.core.results import exit_status
 from saffe_cache.encoders.encoder import load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
+from saffe_cache.extraction.blocks import checked_blocks
 from saffe_cache.extraction.extract import extract
 from saffe_cache.studies.captioning.caption import caption
 from saffe_cache.studies.captioning.config import CaptionConfig
@@ -143,3 +144,20 @@ def test_learned_positions_are_refused(tmp_path: Path) -> None:
 def test_other_models_are_no_language_models(tiny_model: Callable[[str], Path]) -> None:
     with pytest.raises(ValueError, match=r"a bert is no causal language model. Omit --language-model"):
         load_encoder(EncoderRequest(modality="text", model_id=str(tiny_model("bert")), language_model=True))
+
+
+@torch.no_grad()
+def test_scores_of_a_model_without_attention(tmp_path: Path) -> None:
+    """Mamba's output has no keys and values, but states that it reads from what the layers return."""
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    of_library = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes, state_size=4)).eval()
+    randomize(of_library, seed=3)
+    of_library.save_pretrained(tmp_path)
+    gpt2_tokenizer(tmp_path)
+    encoder = load_encoder(EncoderRequest(modality="text", model_id=str(tmp_path), language_model=True))
+    blocks, _ = checked_blocks(encoder, range(NUM_LAYERS))
+    assert encoder.language_model is not None
+    model = LibraryModel(encoder.language_model, [blocks[layer] for layer in range(NUM_LAYERS)], 1)
+    ids = torch.tensor([[3, 7, 9, 11, 20, 4]])
+    found = model.logits(model(model.text_states(ids, 0), None))
+    torch.testing.assert_close(found, of_library(input_ids=ids).logits, atol=2e-5, rtol=1e-4)

@@ -28,6 +28,7 @@ from tiny_models import (
 )
 
 from saffe_cache.encoders import loading
+from saffe_cache.encoders.discovery import discover
 from saffe_cache.encoders.encoder import load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
 from saffe_cache.encoders.sentence_transformers import read_repository
@@ -237,6 +238,29 @@ def test_quantised_checkpoint_is_refused(tiny_model: Models, tmp_path: Path) -> 
 def test_family_of_another_modality_is_refused(tiny_model: Models) -> None:
     with pytest.raises(ValueError, match=r"found a BertModel, which takes texts. Choose an image encoder"):
         load_encoder(EncoderRequest(modality="image", model_id=str(tiny_model("bert"))))
+
+
+def test_model_of_photos_that_names_no_main_input_is_one() -> None:
+    """OWL-ViT's tower of photos has the default name, `input_ids`, which it does not take."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 48}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    model = transformers.OwlViTModel(transformers.OwlViTConfig(text_config=sizes, vision_config=vision))
+    assert discover(model, "image").layers == "vision_model.encoder.layers"
+
+
+def test_language_model_with_learned_positions_is_refused() -> None:
+    model = transformers.GPTNeoForCausalLM(
+        transformers.GPTNeoConfig(hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["global"], 1]])
+    )
+    with pytest.raises(ValueError, match="its positions are learned"):
+        discover(model, "text", generates=True)
+
+
+def test_image_size_of_a_longest_edge_is_refused(tiny_model: Models, tmp_path: Path) -> None:
+    folder = copied(tiny_model("vit"), tmp_path)
+    image_processor("SamImageProcessor", {"longest_edge": 32})(folder)
+    with pytest.raises(ValueError, match=r"found --image-size 48, expected none: its SamImageProcessor.* Omit it"):
+        load_tiny("vit", folder, image_size=48)
 
 
 def test_absent_model_is_refused(tmp_path: Path) -> None:

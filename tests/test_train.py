@@ -450,6 +450,15 @@ def test_pairs_alone_are_validated_as_pairs(cache_path: str, tmp_path: Path) -> 
 # Layers
 
 
+@pytest.mark.parametrize("layers", [{}, {"text": (2,)}])
+def test_layer_whose_block_cannot_be_used_is_refused(cache_path: str, tmp_path: Path, layers: Any) -> None:
+    cache = open_cache(cache_path)
+    for encoder in cache.encoders.values():
+        encoder.manifest.unusable_blocks[2] = "differs by 0.7 from the model's own next state"
+    with pytest.raises(CacheError, match=r"runs its block 2, which cannot be used: differs by 0.7 .*Use another layer"):
+        resolve_run(config_for(cache_path, tmp_path, fusion="reuse", layers=layers), cache)
+
+
 @pytest.mark.parametrize("fusion", ["reuse", "paper"])
 def test_decoder_takes_only_layers_with_a_block(cache_path: str, tmp_path: Path, fusion: str) -> None:
     spec = resolve_run(config_for(cache_path, tmp_path, fusion=fusion), open_cache(cache_path))

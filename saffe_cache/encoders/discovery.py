@@ -33,6 +33,8 @@ _TAKES = {"pixel_values": "image", "input_ids": "text", "input_values": "audio",
 FEATURES = {"image": "get_image_features", "text": "get_text_features", "audio": "get_audio_features"}
 _OTHER_MODELS = re.compile("PreTrained|Head")
 """In the names of classes that are no plain model."""
+_POSITIONS = re.compile("position|wpe$")
+"""In the names of tables of learned positions."""
 OWN_POOLING = "own"
 """Placeholder of a pooling that the probe chooses."""
 _MOST_LISTS = 6
@@ -75,7 +77,8 @@ def discover(model: Any, modality: Modality, *, generates: bool = False) -> Fami
         ValueError: it has no tower of the modality, or no list of layers.
     """
     path, tower = (model.base_model_prefix, model.base_model) if generates else _tower(model, modality)
-    if generates and any("position" in name and isinstance(part, nn.Embedding) for name, part in tower.named_modules()):
+    embeddings = [name for name, part in tower.named_modules() if isinstance(part, nn.Embedding)]
+    if generates and any(_POSITIONS.search(name) for name in embeddings):
         raise ValueError("its positions are learned; photos would have none. Choose a model with rotary positions.")
     takes = [_TAKES[name] for name in inspect.signature(tower.forward).parameters if name in _TAKES]
     if takes and modality not in takes:

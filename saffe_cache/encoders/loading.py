@@ -220,12 +220,7 @@ def load_processor(request: EncoderRequest) -> Any:
                 raise
             processor = _plain_pictures(request)
     if request.image_size:
-        if not hasattr(processor, "size"):
-            raise ValueError(
-                f"{where}: found --image-size {request.image_size}, expected none: its {type(processor).__name__} has "
-                "no size to set. Omit it."
-            )
-        _resize(processor, request.image_size)
+        _resize(where, processor, request.image_size)
     return processor
 
 
@@ -251,11 +246,21 @@ def _plain_pictures(request: EncoderRequest) -> Any:
     return transformers.BitImageProcessorPil(**{"do_center_crop": False, **chosen})
 
 
-def _resize(processor: Any, pixels: int) -> None:
-    """Set the side of the processor's pictures, keeping the ratio of resize to crop."""
+def _resize(where: str, processor: Any, pixels: int) -> None:
+    """Set the side of the processor's pictures, keeping the ratio of resize to crop.
+
+    Raises:
+        ValueError: it resizes pictures in another way.
+    """
     crop = dict(processor.crop_size or {}) if getattr(processor, "do_center_crop", False) else {}
-    size = dict(processor.size)
-    scale = pixels / (crop.get("height") or size.get("height") or size["shortest_edge"])
+    size = dict(getattr(processor, "size", None) or {})
+    side = crop.get("height") or size.get("height") or size.get("shortest_edge")
+    if not side:
+        raise ValueError(
+            f"{where}: found --image-size {pixels}, expected none: its {type(processor).__name__} has neither height "
+            "and width nor a shortest edge to set. Omit it."
+        )
+    scale = pixels / side
     processor.size = type(processor.size)(**{name: round(value * scale) for name, value in size.items() if value})
     if crop:
         processor.crop_size = type(processor.crop_size)(height=pixels, width=pixels)

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -161,11 +162,17 @@ class LibraryBlock(nn.Module):
         return taken
 
 
+@dataclass
+class _Given(BaseModelOutputWithPast):  # type: ignore[misc]
+    def __getattr__(self, name: str) -> None:
+        """Nothing else is returned, such as Mamba's `cache_params`."""
+
+
 class GivenStates(nn.Module):
     """Stands for a model that has returned the final hidden states that it is given as `inputs_embeds`."""
 
     def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+        return _Given(last_hidden_state=inputs_embeds)
 
 
 def call_of(layer: nn.Module, model: Any, inputs: Mapping[str, Any]) -> Call:
@@ -320,6 +327,5 @@ def _blank_inputs(
         mask = hidden.new_ones(batch, tokens)  # as encoders run; without one, Aimv2 forgets that it is causal
     if mask is not None and "attention_mask" in accepted:
         blank["attention_mask"] = mask.long()
-    if "use_cache" in accepted:
-        blank["use_cache"] = False
-    return blank
+    settings = {"use_cache": False, "interpolate_pos_encoding": True}
+    return blank | {name: value for name, value in settings.items() if name in accepted}

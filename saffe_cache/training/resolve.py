@@ -197,14 +197,14 @@ def _layers_of(
     if config.entry.continues_text:  # which read the last or the first of them
         chosen = tuple(sorted(chosen))
     wrong = [layer for layer in chosen if layer not in usable]
-    unusable = encoder.manifest.unusable_blocks
-    if not usable and unusable:
-        raise CacheError(
-            f"{encoder.key}: --fusion {config.fusion} runs a block of this encoder, and none can be used: "
-            f"{next(iter(unusable.values()))}. Use another --fusion, or another encoder."
-        )
     if wrong or not chosen:
         why = "" if encoder.layers == usable else " (it needs the block that follows a layer)"
+        unusable = encoder.manifest.unusable_blocks
+        if refused := [layer for layer in wrong or encoder.layers if layer in unusable]:
+            raise CacheError(
+                f"{encoder.key}: --fusion {config.fusion} runs its block {refused[0]}, which cannot be used: "
+                f"{unusable[refused[0]]}. Use another layer, another --fusion, or another encoder."
+            )
         raise CacheError(
             f"{encoder.key}: --fusion {config.fusion} can use layers {list(usable)}{why}, "
             f"{f'requested {list(chosen)}' if given else 'found none'}. "
