@@ -20,9 +20,11 @@ logger = logging.getLogger(__name__)
 _TOLERANCES = {"float32": TOLERANCE, "float16": 2e-2, "bfloat16": 1e-1}
 """Largest relative difference of a token from the model's own state, by the type of its forward pass."""
 
+_WHOLE = CutKinds()
+
 
 def checked_blocks(
-    encoder: FrozenEncoder, layers: Sequence[int], cut: CutKinds
+    encoder: FrozenEncoder, layers: Sequence[int], cut: CutKinds = _WHOLE
 ) -> tuple[dict[int, BlockWeights], dict[int, str]]:
     """The blocks of some layers that compute what the model does, and the reason for each that does not.
 
