@@ -7,10 +7,11 @@ BIN := .venv/bin
 demo: .venv/demo
 	$(BIN)/python pipelines/demo.py --work demo
 
+# on all cores, a file of tests on one
 test: .venv/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-# without the tests that take over 5 seconds, on all cores
+# without the tests that take over 5 seconds
 test-quick: .venv/test
 	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import transformers
 from extraction_cases import draw, tiny_config
+from PIL import Image
 from quick_runs import quick_train
 from store_cases import verify
 
@@ -112,3 +113,27 @@ def test_moved_revision_is_reported_as_second_encoder(
     assert f"same model with other settings (revision: '{'b' * 40}' != '{'a' * 40}'); a second group" in caplog.text
     with pytest.raises(CacheError, match=r"2 image encoders; it holds .* Choose one with --encoder image="):
         open_cache(config.cache).encoder("image")
+
+
+@pytest.mark.parametrize("decode_in", ["threads", "processes"])
+def test_low_grey_is_counted_and_can_be_scaled(
+    decode_in: str, config: ExtractConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Photos of 12 bits in 16, as cameras write them, are nearly black unless their range is said."""
+    config = replace(config, decode_in=decode_in)
+    write_items(config, {"text": "word1"}, {"text": "word2"}, {"text": "word3"})
+    values = np.random.default_rng(0).integers(0, 4096, (40, 30), dtype=np.uint16)
+    Image.fromarray(values).save(Path(config.data) / "train" / "1.png")
+    whole = open_cache(extract(config)).encoder("image")
+    assert "1 grey pictures with 16 bits have no value above 4095" in caplog.text
+    assert "the first is train/1.png. Say it with --grey-bits" in caplog.text
+    caplog.clear()
+    said = open_cache(extract(replace(config, grey_bits=12, cache=config.cache + "-12"))).encoder("image")
+    assert "16 bits" not in caplog.text
+    eight = Image.fromarray(((values.astype(np.uint32) * 510 + 4095) // 8190).astype(np.uint8))
+    eight.save(Path(config.data) / "train" / "1.png")
+    scaled = open_cache(extract(replace(config, cache=config.cache + "-8"))).encoder("image")
+    rows = np.arange(3)
+    assert sorted(map(tuple, said.vectors(rows))) == sorted(map(tuple, scaled.vectors(rows)))
+    assert sorted(map(tuple, said.vectors(rows))) != sorted(map(tuple, whole.vectors(rows)))
+    assert said.key != whole.key

@@ -40,6 +40,8 @@ class EncoderRequest:
     """Indices i of `hidden_states[i]`; None takes the last two."""
     image_size: int | None = None
     """Side of the pictures in pixels."""
+    grey_bits: int | None = None
+    """Bits of 16-bit grey pictures that are used, where a file does not say it; None for all."""
     max_length: int | None = None
     """Longest text in tokens."""
     prompt: str | None = None
@@ -339,6 +341,7 @@ def fingerprint_of(
         {
             **(of_language_model if is_language_model else {}),
             **({} if padding == "longest" else {"padding": padding}),
+            **({} if request.grey_bits is None else {"grey_bits": request.grey_bits}),
             **({} if request.tokens == "all" else {"tokens": request.tokens, "encoded_tokens": num_tokens}),
             **({} if pooling_weights is None else {"pooling_sha256": _weights_hash(pooling_weights)}),
             **({"audio_windows": dict(windows)} if windows else {}),

@@ -38,6 +38,8 @@ class ExtractConfig:
     all. Default: all."""
     image_size: int | None = None
     """Side of the pictures in pixels. Default: the setting of the model's processor."""
+    grey_bits: int | None = None
+    """Bits that grey pictures with 16 bits use, 8 to 16, where their files do not say it. Default: all 16."""
     max_length: int | None = None
     """Longest text in tokens. Default: the model's limit."""
     audio_seconds: float = 30.0
@@ -128,6 +130,7 @@ class ExtractConfig:
             "processes with --streaming",
             "threads, which share one stream",
         )
+        require(self.grey_bits is None or 8 <= self.grey_bits <= 16, "grey_bits", self.grey_bits, "8 to 16")
         require(self.position_offset >= 0, "position_offset", self.position_offset, "0 or more")
         require(0.1 <= self.audio_seconds < math.inf, "audio_seconds", self.audio_seconds, "0.1 or more")
         require(self.shard_mb >= 0, "shard_mb", self.shard_mb, "0 (the smallest) or more")

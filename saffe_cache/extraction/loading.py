@@ -12,6 +12,7 @@ Texts are small, so one thread pads them.
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import mmap
 import multiprocessing
@@ -33,8 +34,10 @@ import torch
 from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.encoder import REAL_TOKENS
 from saffe_cache.extraction.planning import Job, blank_input, sound_rows, window_budget
-from saffe_cache.sources.decoding import decode
+from saffe_cache.sources.decoding import LOW_GREY, decode
 from saffe_cache.sources.items import Media, is_file_fault
+
+logger = logging.getLogger(__name__)
 
 _TASK_INPUTS = 4
 """Photos per task: few enough for several tasks per batch."""
@@ -96,6 +99,7 @@ def load_batches(job: Job, media: Mapping[bytes, Media]) -> Iterator[Iterator[Ba
         for memory in ring.memory.values():
             stack.enter_context(job.encoder.transfers.pinned(memory))
         yield (ring.finish(*task) for task in _ahead(ring.begin(pool), ring.ahead))
+        ring.warn()
 
 
 @contextmanager
@@ -145,7 +149,7 @@ class _Decoder:
             return "not among --data"
         data = self._media[self._hashes[row]].read()  # it was read for its hash before, so a failure ends the run
         try:
-            take(decode(encoder.request.modality, data, encoder.sampling_rate))
+            take(decode(encoder.request.modality, data, encoder.sampling_rate, encoder.request.grey_bits))
         except (ImportError, MemoryError):
             raise  # the machine's fault
         except Exception as error:  # decoders and processors raise many kinds for inputs that they do not expect
@@ -264,6 +268,8 @@ class _Ring:
         shape = (self._batches, max(map(len, job.blocks()), default=0))
         blank = job.encoder.prepare(blank_input(job.encoder))
         self.memory = {name: _shared(value, shape, job.encoder.dtype) for name, value in blank.items()}
+        self.is_low = _shared(torch.zeros(1, dtype=torch.uint8), (1, job.num_inputs), torch.uint8)[0]
+        """Whether a picture's 16-bit grey is low without a word about it."""
 
     def begin(self, pool: Executor) -> Iterator[tuple[range, int, list[Future[dict[int, str]]]]]:
         """Submit the blocks to the workers; yields the block, its place in the ring, and the tasks."""
@@ -278,8 +284,22 @@ class _Ring:
         reasons = {}
         for row in inputs:
             out = {name: values[place, row - first] for name, values in self.memory.items()}
-            reasons[row] = self._decoder.use(row, partial(self._job.encoder.prepare_into, out=out))
+            reasons[row] = self._decoder.use(row, partial(self._take, row, out))
         return {row: reason for row, reason in reasons.items() if reason}
+
+    def _take(self, row: int, out: Mapping[str, torch.Tensor], raw: Any) -> None:
+        self.is_low[row] = int("low_grey" in getattr(raw, "info", {}))
+        self._job.encoder.prepare_into(raw, out)
+
+    def warn(self) -> None:
+        """Tell of pictures that are nearly black because few of their bits are used."""
+        rows = self.is_low.nonzero().flatten().tolist()
+        if rows:
+            logger.warning(
+                "%s: %d grey pictures with 16 bits have no value above %d, and their files do not say how many bits "
+                "are used, so they are nearly black; the first is %s. Say it with --grey-bits, such as 12.",
+                *(self._job.manifest.key, len(rows), LOW_GREY, self._job.name_of(rows[0])),
+            )
 
     def finish(self, block: range, place: int, tasks: Sequence[Future[dict[int, str]]]) -> Batch:
         """Wait for a batch, and drop its unreadable inputs."""

@@ -222,6 +222,7 @@ def encoder_request(config: ExtractConfig, modality: Modality) -> EncoderRequest
         revision=config.revision.get(modality),
         layers=config.layers.get(modality),
         image_size=config.image_size if modality == "image" else None,
+        grey_bits=config.grey_bits if modality == "image" else None,
         max_length=config.max_length if modality == "text" else None,
         prompt=config.prompt if modality == "text" else None,
         prompt_name=config.prompt_name if modality == "text" else None,

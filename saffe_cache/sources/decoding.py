@@ -30,16 +30,24 @@ _CANCELLED = 0.01
 """Power of a sound's mean, as a fraction of its loudest channel's, below which that channel replaces the mean."""
 
 
-def decode(modality: Modality, data: bytes, sampling_rate: int | None = None) -> Any:
+LOW_GREY = 4095
+"""Largest value of 16-bit grey that looks as if only 8 to 12 of the bits were used."""
+
+
+def decode(modality: Modality, data: bytes, sampling_rate: int | None = None, grey_bits: int | None = None) -> Any:
     """Decode an upright RGB picture, or a mono float32 waveform at the sampling rate (Hz).
 
-    Transparency is dropped, as in transformers. 16-bit grey is scaled to 8 bits. Channels are averaged; if they cancel
-    out, the loudest is taken.
+    Transparency is dropped, as in transformers. 16-bit grey is scaled to 8 bits; a picture whose values are all low,
+    and whose file does not say how many bits it uses, has `low_grey` in its `info`. Channels are averaged; if they
+    cancel out, the loudest is taken.
+
+    Args:
+        grey_bits: how many bits of 16-bit grey are used, where a file does not say it.
 
     Raises:
         OSError, ValueError: the bytes are no readable picture or sound.
     """
-    return _decode_image(data) if modality == "image" else _decode_audio(data, sampling_rate or 16_000)
+    return _decode_image(data, grey_bits) if modality == "image" else _decode_audio(data, sampling_rate or 16_000)
 
 
 def modality_of_content(data: bytes) -> Modality | None:
@@ -132,17 +140,17 @@ def thumbnail(data: bytes, side: int) -> bytes:
     return file.getvalue()
 
 
-def _decode_image(data: bytes) -> Any:
+def _decode_image(data: bytes, grey_bits: int | None = None) -> Any:
     try:
-        return _decode_pixels(data)
+        return _decode_pixels(data, grey_bits)
     except (OSError, ValueError):
         pixels = _without_metadata(data)
         if pixels is None:
             raise
-    return _decode_pixels(pixels)
+    return _decode_pixels(pixels, grey_bits)
 
 
-def _decode_pixels(data: bytes) -> Any:
+def _decode_pixels(data: bytes, grey_bits: int | None) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
@@ -152,7 +160,10 @@ def _decode_pixels(data: bytes) -> Any:
             image.load()
             upright = _upright(image)
             if upright.mode == "F" or upright.mode.startswith("I"):
-                upright = Image.fromarray(_to_eight_bits(np.asarray(upright), _stated_maximum(image, data)))
+                grey, stated = np.asarray(upright), _stated_maximum(image, data)
+                is_low = stated is None and grey_bits is None and 0 < grey.max() <= LOW_GREY
+                upright = Image.fromarray(_to_eight_bits(grey, stated or 2 ** (grey_bits or 16) - 1)).convert("RGB")
+                upright.info |= {"low_grey": True} if is_low else {}
             elif "transparency" in upright.info:  # avoids a warning of PIL
                 upright = upright.convert("RGBA")
             return upright.convert("RGB")
@@ -208,12 +219,14 @@ def _without_metadata(data: bytes) -> bytes | None:
     return None if len(without) == len(data) else without
 
 
-def _stated_maximum(image: Any, data: bytes) -> int:
+def _stated_maximum(image: Any, data: bytes) -> int | None:
     """The largest grey value that a file with 16 bits says it uses: MaxSampleValue of TIFF, sBIT of PNG."""
+    if image.format == "PPM":
+        return 65535  # to which PIL scales the maximum in its header
     if image.format == "TIFF":
-        return int(np.max(image.tag_v2.get(281, 65535)))
+        return int(np.max(image.tag_v2[281])) if 281 in image.tag_v2 else None
     place = data.find(b"sBIT", 0, data.find(b"IDAT")) if image.format == "PNG" else -1
-    return 2 ** data[place + 4] - 1 if place > 0 else 65535
+    return 2 ** data[place + 4] - 1 if place > 0 else None
 
 
 def _to_eight_bits(pixels: np.ndarray, stated: int = 65535) -> np.ndarray:
