@@ -12,6 +12,7 @@ import torch
 import transformers
 from captioning_cases import PHOTO_TOKENS, projector_of, source_of
 from extraction_cases import tiny_config
+from quick_runs import quick_train
 from tiny_models import NUM_LAYERS, WORDS, gpt2_tokenizer, randomize
 
 from saffe_cache.core.results import exit_status
@@ -19,9 +20,11 @@ from saffe_cache.encoders.encoder import load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
 from saffe_cache.extraction.blocks import checked_blocks
 from saffe_cache.extraction.extract import extract
+from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.captioning.caption import caption
 from saffe_cache.studies.captioning.config import CaptionConfig
 from saffe_cache.studies.captioning.inserting import LibraryModel, greedy_captions
+from saffe_cache.training.runs import load_run
 
 SIZES: Mapping[str, Any] = {
     "vocab_size": len(WORDS) + 2,
@@ -130,6 +133,18 @@ def test_captions_are_trained_and_reported(cache: str, tmp_path: Path) -> None:
     config = CaptionConfig(cache=cache, out=str(tmp_path / "out"), layer=1, grid=2, device="cpu", **quick)
     assert exit_status(caption(config)) in (0, 3)
     assert (tmp_path / "out" / "report.txt").exists()
+
+
+@pytest.mark.parametrize("fusion", ["limber", "reuse"])
+def test_fusions_take_cached_layers_of_a_language_model(
+    fusion: str, tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    """Which has blocks of all layers, also of those without cached states."""
+    config = tiny_config(tmp_path, tiny_model)
+    encoder = {"image": config.encoder["image"], "text": str(tiny_model("gpt2"))}
+    cache = extract(replace(config, encoder=encoder, layers={"image": (2, 3), "text": (2, 3)}))
+    run = quick_train(cache, tmp_path / "run", fusion=fusion, gallery_text="first_caption", epochs=1)
+    assert load_run(run, open_cache(cache))[0].text_layers == (2,)
 
 
 def test_learned_positions_are_refused(tmp_path: Path) -> None:

@@ -162,8 +162,8 @@ def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCach
         case "none":
             return _Layers(_layers_of(config, gallery, gallery.layers))
         case "paired":
-            layers = _layers_of(config, gallery, gallery.block_layers)
-            text_layers = _layers_of(config, text, text.block_layers)[-len(layers) :]
+            layers = _layers_of(config, gallery, _before_blocks(gallery))
+            text_layers = _layers_of(config, text, _before_blocks(text))[-len(layers) :]
             return _Layers(layers[-len(text_layers) :], text_layers)
         case "text":
             first = _first_layer(config, text)
@@ -232,10 +232,16 @@ def _shape_of(encoder: EncoderCache, layer: int) -> tuple[int, ...]:
     return encoder.array(f"hidden_states/{layer}").spec.row_shape
 
 
+def _before_blocks(encoder: EncoderCache) -> list[int]:
+    """Cached layers whose block is cached too; a language model has blocks also of layers that are not."""
+    return [layer for layer in encoder.block_layers if layer in encoder.layers]
+
+
 def _first_layer(config: TrainConfig, text: EncoderCache) -> int:
     """The layer that the text encoder continues from: the given one, or the first cached one of its upper half."""
     half, depth = text.manifest.num_layers // 2, text.manifest.num_layers
-    chosen = _layers_of(config, text, text.block_layers, [layer for layer in text.block_layers if layer >= half][:1])
+    usable = _before_blocks(text)
+    chosen = _layers_of(config, text, usable, [layer for layer in usable if layer >= half][:1])
     if len(chosen) != 1:
         refuse("layers", f"text={','.join(map(str, chosen))}", "one: the text encoder continues from it")
     _check_blocks(config, text, chosen[0], depth - chosen[0])
