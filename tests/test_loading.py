@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import (
     CASES,
     NUM_LAYERS,
+    WORDS,
+    bert_tokenizer,
     image_processor,
     inputs_of,
     load_reference,
@@ -261,6 +263,27 @@ def test_image_size_of_a_longest_edge_is_refused(tiny_model: Models, tmp_path: P
     image_processor("SamImageProcessor", {"longest_edge": 32})(folder)
     with pytest.raises(ValueError, match=r"found --image-size 48, expected none: its SamImageProcessor.* Omit it"):
         load_tiny("vit", folder, image_size=48)
+
+
+def test_longest_text_keeps_rotary_positions_of_one_speed(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 48}
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 60}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0 + i for i in range(4)]}
+    config = transformers.Phi3Config(
+        **sizes,
+        vocab_size=len(WORDS) + 4,
+        pad_token_id=0,
+        max_position_embeddings=240,
+        original_max_position_embeddings=60,
+        rope_parameters=rope | factors,
+    )
+    transformers.Phi3Model(config).save_pretrained(tmp_path)
+    bert_tokenizer(tmp_path)
+    encoder = load_encoder(EncoderRequest(modality="text", model_id=str(tmp_path)))
+    assert (encoder.max_length, encoder.padding) == (60, "longest")
+    ids = encoder.tokenize(["word1", " ".join(WORDS * 3)])
+    alone, beside = encoder.encode(encoder.pad(ids[:1])), encoder.encode(encoder.pad(ids))
+    np.testing.assert_allclose(beside.states[1][0, : len(ids[0])], alone.states[1][0], atol=1e-5)
 
 
 def test_absent_model_is_refused(tmp_path: Path) -> None:

@@ -300,7 +300,11 @@ _LONGEST = 32_768
 
 def longest_text(request: EncoderRequest, tokenizer: Any, model: Any, config: Any) -> int | None:
     """Longest text in tokens: the smallest of the request, the tokenizer's limit, and the model's positions; None for
-    other modalities."""
+    other modalities.
+
+    Rotary positions of the kind `longrope` (Phi-3) turn at other speeds for all texts of a batch as soon as one is
+    longer than the original positions, so no text may be.
+    """
     if request.modality != "text":
         return None
     limits = [request.max_length, tokenizer.model_max_length]
@@ -308,6 +312,9 @@ def longest_text(request: EncoderRequest, tokenizer: Any, model: Any, config: An
     if positions and positions > 0:
         first = first_position(model)
         limits.append(max(1, positions - (request.position_offset if first is None else first)))
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        limits.append(rope.get("original_max_position_embeddings"))
     return min(int(limit) for limit in [*limits, _LONGEST] if limit)
 
 
