@@ -130,3 +130,8 @@ def test_a_block_that_lacks_a_tensor_is_refused(name: str, block: BlockWeights) 
     tensors = {key: value for key, value in block.tensors.items() if key != name}
     with pytest.raises(CacheError, match=name):
         make_block(BlockWeights(block.spec, tensors))
+
+
+def test_a_block_does_not_name_the_folder_of_its_model(block: BlockWeights) -> None:
+    assert isinstance(block.spec, LibraryBlockSpec)
+    assert "_name_or_path" not in block.spec.config

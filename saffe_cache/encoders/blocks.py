@@ -58,7 +58,7 @@ def read_language_model(family: Family, model: Any) -> tuple[dict[str, np.ndarra
         tensors = {name: _to_numpy(one) for name, one in model.named_parameters() if id(one) not in inside}
         return tensors, {
             "model_class": f"{type(model).__module__}:{type(model).__name__}",
-            "config": json.loads(model.config.to_json_string(use_diff=False)),
+            "config": _settings(model.config),
             "layers": family.layers,
         }
     parts = {name: model.get_submodule(path) for name, path in family.language_model.items()}
@@ -134,9 +134,16 @@ def library_block(
 
 def _content(config: Any) -> dict[str, Any]:
     """A config as JSON, with its implementation of attention unless that is the usual one."""
-    content: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    content = _settings(config)
     attention = config._attn_implementation
     return content if attention in (None, "sdpa") else {**content, "attn_implementation": attention}
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """A config as plain values, without the folder that it was loaded from."""
+    settings: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    settings.pop("_name_or_path", None)
+    return settings
 
 
 def _heads(config: Any) -> int:
