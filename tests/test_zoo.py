@@ -17,6 +17,7 @@ from PIL import Image
 
 from saffe_cache.encoders.encoder import load_encoder
 from saffe_cache.encoders.loading import EncoderRequest, load_processor
+from saffe_cache.extraction.blocks import checked_blocks
 
 KINDS = {"siglip2": "BPE", "bert": "WordPiece", "xlm_roberta": "Unigram", "clip": "BPE with ends of words"}
 QUICK = ("dinov3_vit", "siglip2", "fnet", "wav2vec2")
@@ -43,6 +44,14 @@ def test_token_ids_fit_the_embedding(tmp_path: Path, name: str) -> None:
     ids = [token for text in zoo_reference.TEXTS for token in tokenizer(text)["input_ids"]]
     assert 0 <= min(ids) <= max(ids) < config.vocab_size
     assert len(set(ids)) > 5
+
+
+def test_encoder_of_a_whole_t5gemma_is_found(tmp_path: Path) -> None:
+    """The class that transformers names for its encoder takes no whole model's config."""
+    zoo.MORE_ENTRIES["t5gemma"].save(tmp_path)
+    encoder = load_encoder(EncoderRequest(modality="text", model_id=str(tmp_path)))
+    assert encoder.family.layers == "encoder.layers"
+    assert checked_blocks(encoder, encoder.block_layers)[1] == {}
 
 
 KEPT = np.load(zoo_reference.PATH)

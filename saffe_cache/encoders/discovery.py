@@ -51,13 +51,13 @@ def model_class(config: Any, modality: Modality, *, generates: bool = False) -> 
         if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"a {config.model_type} is no causal language model. Omit --language-model.")
         return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    kinds = [transformers.MODEL_MAPPING]
-    if modality == "text":
-        kinds.insert(0, transformers.MODEL_FOR_TEXT_ENCODING_MAPPING)
-    for mapping in kinds:
-        if type(config) in mapping:
-            found = mapping[type(config)]
-            return found[0] if isinstance(found, (tuple, list)) else found
+    if modality == "text" and type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:
+        encoder = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)]
+        if not config.is_encoder_decoder or _can_be_made(encoder, config):
+            return encoder
+    if type(config) in transformers.MODEL_MAPPING:
+        found = transformers.MODEL_MAPPING[type(config)]
+        return found[0] if isinstance(found, (tuple, list)) else found
     name = type(config).__module__.replace(".configuration_", ".modeling_")
     parts = vars(importlib.import_module(name)) if importlib.util.find_spec(name) else {}
     for kind in parts.values():  # a tower that was saved alone, such as AlignVisionModel
@@ -68,6 +68,16 @@ def model_class(config: Any, modality: Modality, *, generates: bool = False) -> 
         f"found a model of type {config.model_type!r}, for which transformers {transformers.__version__} has no plain "
         "model. Choose another encoder, or a newer transformers."
     )
+
+
+def _can_be_made(kind: Any, config: Any) -> bool:
+    """Whether a class takes a config; T5Gemma's encoder refuses that of a whole model."""
+    try:
+        with torch.device("meta"):
+            kind(config)
+    except ValueError:
+        return False
+    return True
 
 
 def discover(model: Any, modality: Modality, *, generates: bool = False) -> Family:
