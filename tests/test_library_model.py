@@ -135,6 +135,14 @@ def test_captions_are_trained_and_reported(cache: str, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.txt").exists()
 
 
+def test_attention_is_as_in_the_extraction(model_folder: Path) -> None:
+    request = EncoderRequest(modality="text", model_id=str(model_folder), language_model=True, attention="eager")
+    encoder = load_encoder(request)
+    weights, (blocks, _) = encoder.language_model, checked_blocks(encoder, encoder.block_layers)
+    assert weights is not None
+    assert LibraryModel(weights, list(blocks.values()), 1).model.config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize("fusion", ["limber", "reuse"])
 def test_fusions_take_cached_layers_of_a_language_model(
     fusion: str, tmp_path: Path, tiny_model: Callable[[str], Path]

@@ -58,7 +58,7 @@ def read_language_model(family: Family, model: Any) -> tuple[dict[str, np.ndarra
         tensors = {name: _to_numpy(one) for name, one in model.named_parameters() if id(one) not in inside}
         return tensors, {
             "model_class": f"{type(model).__module__}:{type(model).__name__}",
-            "config": _settings(model.config),
+            "config": _content(model.config),
             "layers": family.layers,
         }
     parts = {name: model.get_submodule(path) for name, path in family.language_model.items()}
