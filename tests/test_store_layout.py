@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from store_cases import make_spec, random_rows
 
 from saffe_cache.core.features import CacheError, Compression
+from saffe_cache.core.json_schema import made_of
 from saffe_cache.store.layout import (
     COMPRESSIONS,
     ArraySpec,
@@ -97,7 +98,6 @@ def test_shards_are_whole_chunks_of_about_the_given_size(row_bytes: int, shard_b
 @pytest.mark.parametrize(
     "change",
     [
-        {"dtype": "float64"},
         {"dtype": "int8", "row_shape": (), "dimension_names": ("row",)},
         {"chunk_rows": 0},
         {"chunk_rows": 4},
@@ -109,3 +109,9 @@ def test_impossible_layouts_are_refused(change: dict[str, object]) -> None:
     good = {"row_shape": (2,), "dtype": "float32", "chunk_rows": 3, "shard_rows": 6, "dimension_names": ("row", "x")}
     with pytest.raises(ValueError, match="expected"):
         ArraySpec(**{**good, **change})  # type: ignore[arg-type]
+
+
+def test_unknown_type_in_a_manifest_is_refused() -> None:
+    content = {"row_shape": [2], "dtype": "float64", "chunk_rows": 3, "shard_rows": 6, "dimension_names": ["row", "x"]}
+    with pytest.raises((TypeError, ValueError), match="float64"):
+        made_of(ArraySpec, content)

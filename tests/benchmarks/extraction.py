@@ -101,7 +101,7 @@ def plan(data: Path, models: Mapping[str, str], **options: Any) -> list[Job]:
     config = ExtractConfig(**named, encoder=models, **(usual | options))
     items = read_items(str(data), Columns(), ())
     table, _ = _grow_table(Storage(config.cache), items, config)
-    return list(_plan_jobs(Storage(config.cache), table, config, items))
+    return list(_plan_jobs(Storage(config.cache), table, config, items, {}, media_of(data)))
 
 
 def first_inputs(job: Job, most: int) -> Job:
