@@ -46,6 +46,17 @@ def test_token_ids_fit_the_embedding(tmp_path: Path, name: str) -> None:
     assert len(set(ids)) > 5
 
 
+def test_truncated_texts_are_counted_where_all_are_padded(tmp_path: Path) -> None:
+    """Also beside a lone surrogate, which tokenizers do not accept."""
+    zoo.ENTRIES["siglip2"].save(tmp_path)
+    encoder = load_encoder(EncoderRequest(modality="text", model_id=str(tmp_path)))
+    texts = ["a \ud800 dog", "word1 " * 500, "a dog"]
+    ids = encoder.tokenize(texts)
+    assert encoder.padding == "max_length"
+    assert {len(one) for one in ids} == {encoder.max_length}
+    assert encoder.count_truncated(texts, ids) == 1
+
+
 def test_encoder_of_a_whole_t5gemma_is_found(tmp_path: Path) -> None:
     """The class that transformers names for its encoder takes no whole model's config."""
     zoo.MORE_ENTRIES["t5gemma"].save(tmp_path)

@@ -310,11 +310,6 @@ class FrozenEncoder:
     def count_truncated(self, texts: Sequence[str], token_ids: Sequence[Sequence[int]]) -> int:
         """How many texts are longer than `max_length`; `token_ids` are theirs from `tokenize`."""
         limit = self.max_length or sys.maxsize
-        if self.padding == "max_length":
-            texts_ids = self._processor(
-                [self.request.text_template.replace("{}", text) for text in texts], verbose=False
-            )
-            return sum(len(ids) > limit for ids in texts_ids["input_ids"])
         candidates = [text for text, ids in zip(texts, token_ids, strict=True) if len(ids) >= limit]
         return sum(len(ids) > limit for ids in self._tokenize(candidates, None)) if candidates else 0
 
