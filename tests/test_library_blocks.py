@@ -13,10 +13,11 @@ import transformers
 from tiny_models import NUM_LAYERS, TEXTS, WORDS, bert_tokenizer, image_processor, randomize
 
 from saffe_cache.core.features import BlockWeights, CacheError, LibraryBlockSpec
+from saffe_cache.core.tensors import relative_difference
 from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
 from saffe_cache.extraction.blocks import checked_blocks
-from saffe_cache.fusion.library_block import make_block, relative_difference
+from saffe_cache.fusion.library_block import make_block
 
 SIZES = {
     "vocab_size": len(WORDS) + 4,

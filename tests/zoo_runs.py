@@ -31,10 +31,11 @@ from PIL import Image
 
 import saffe_cache as sc
 from saffe_cache.core.features import BlockSpec
+from saffe_cache.core.tensors import relative_difference
 from saffe_cache.encoders.encoder import load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
 from saffe_cache.fusion.decoders import OpaqueDecoder, ReuseDecoder
-from saffe_cache.fusion.library_block import TOLERANCE, relative_difference
+from saffe_cache.fusion.library_block import TOLERANCE
 from saffe_cache.sources.decoding import decode
 from saffe_cache.store.reader import EncoderCache
 

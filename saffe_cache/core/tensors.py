@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,10 @@ from saffe_cache.core.atomic_io import write_whole
 Layout = Literal["tokens", "time_first", "channels_first", "channels_last"]
 """Axes of hidden states: [batch, tokens, d], [tokens, batch, d] (XLNet), [batch, d, height, width] or [batch, height,
 width, d]."""
+
+
+ROUNDING = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+"""Largest relative difference of a token's hidden state that rounding explains, by the type of the forward pass."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -49,6 +54,16 @@ def entering(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[int
     raise TypeError("a layer takes no hidden states of three or more axes")
 
 
+def replacing(
+    hidden: torch.Tensor, arguments: tuple[Any, ...], keywords: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments and keywords of a layer's call, with other hidden states."""
+    place, _ = entering(arguments, keywords)
+    if isinstance(place, int):
+        return (*arguments[:place], hidden, *arguments[place + 1 :]), dict(keywords)
+    return arguments, {**keywords, place: hidden}
+
+
 def leaving(output: Any) -> torch.Tensor:
     """The hidden states among what a layer returns: the first of several results."""
     while not isinstance(output, torch.Tensor):
@@ -63,3 +78,13 @@ def as_tokens(state: torch.Tensor, layout: Layout) -> torch.Tensor:
     if layout == "channels_first":
         return state.flatten(2).transpose(1, 2).contiguous()
     return state.flatten(1, -2) if layout == "channels_last" else state
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None = None) -> float:
+    """Largest over vectors of |found - expected| / |expected|, of [..., d]; inf for NaN.
+
+    `mask`: bool [...], which vectors count.
+    """
+    difference = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-6)
+    largest = float((difference if mask is None else difference[mask]).max())
+    return largest if math.isfinite(largest) else math.inf

@@ -133,17 +133,12 @@ def library_block(
 
 
 def _content(config: Any) -> dict[str, Any]:
-    """A config as JSON, with its implementation of attention unless that is the usual one."""
-    content = _settings(config)
+    """A config as plain values, with its implementation of attention unless that is the usual one, and without the
+    folder that it was loaded from."""
+    content: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    content.pop("_name_or_path", None)
     attention = config._attn_implementation
     return content if attention in (None, "sdpa") else {**content, "attn_implementation": attention}
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    """A config as plain values, without the folder that it was loaded from."""
-    settings: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    settings.pop("_name_or_path", None)
-    return settings
 
 
 def _heads(config: Any) -> int:

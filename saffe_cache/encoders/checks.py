@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from saffe_cache.core.features import Modality
-from saffe_cache.encoders.discovery import input_embeddings
+from saffe_cache.encoders.discovery import first_position, input_embeddings
 from saffe_cache.encoders.families import Family
 
 _PROBE = "A photo of two dogs: ein Hund, un chien, два, ένα, 二匹, 两只, 개, كلب, 42."
@@ -100,11 +100,7 @@ def _tokenizer_problem(tokenizer: Any, model: Any) -> str | None:
     if not _FEWEST_TOKENS * num_embeddings <= num_tokens <= num_embeddings:
         return f"its tokenizer has {num_tokens} tokens, expected those of the model's {num_embeddings} embeddings"
     config = model.config.get_text_config()
-    counts = any(
-        name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None
-        for name, part in model.named_modules()
-    )
-    if counts and tokenizer.pad_token_id != config.pad_token_id:
+    if first_position(model) is not None and tokenizer.pad_token_id != config.pad_token_id:
         return (
             f"its tokenizer pads with token {tokenizer.pad_token_id}, expected {config.pad_token_id}, from which the "
             "model counts positions"

@@ -1,9 +1,8 @@
-"""Find the parts of a model of any family: the tower of a modality, its layers, the encoder's own vector.
+"""Find the parts of a model of any family: the tower of a modality and the lists that may be its layers.
 
 Nothing here knows a family. Transformers declares the class of a model's layers, and models of two modalities have
 `get_image_features` and the like; where nothing is declared, the layers are the largest list of equal modules. What no
-declaration says is measured on a few probe inputs: the axes and widths of hidden states, and whether an input's states
-depend on the others in its batch.
+declaration says is measured by `probing`.
 """
 
 from __future__ import annotations
@@ -286,3 +285,11 @@ def input_embeddings(model: Any) -> Any:
         return max(
             (one for one in model.modules() if isinstance(one, nn.Embedding)), key=lambda one: one.num_embeddings
         )
+
+
+def first_position(model: Any) -> int | None:
+    """Position of a text's first token in models that count positions from their padding token (RoBERTa), else None."""
+    for name, part in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
+            return int(part.padding_idx) + 1
+    return None

@@ -22,7 +22,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from saffe_cache.core.features import Fingerprint, Modality
 from saffe_cache.encoders.checks import explained
-from saffe_cache.encoders.discovery import OwnEncoder, discover, drop_other_towers, model_class
+from saffe_cache.encoders.discovery import OwnEncoder, discover, drop_other_towers, first_position, model_class
 from saffe_cache.encoders.families import FAMILIES, Family
 
 logger = logging.getLogger(__name__)
@@ -316,14 +316,6 @@ def longest_text(request: EncoderRequest, tokenizer: Any, model: Any, config: An
     if rope.get("rope_type") == "longrope":
         limits.append(rope.get("original_max_position_embeddings"))
     return min(int(limit) for limit in [*limits, _LONGEST] if limit)
-
-
-def first_position(model: Any) -> int | None:
-    """Position of a text's first token in models that count positions from their padding token (RoBERTa), else None."""
-    for name, part in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
-            return int(part.padding_idx) + 1
-    return None
 
 
 def fingerprint_of(

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from saffe_cache.core.features import Modality
-from saffe_cache.core.tensors import Layout, as_tokens, entering, leaving
+from saffe_cache.core.tensors import ROUNDING, Layout, as_tokens, entering, leaving, relative_difference
 from saffe_cache.encoders.discovery import FEATURES, OWN_POOLING
 from saffe_cache.encoders.families import Family, Pool, first_token, masked_mean
 
@@ -36,9 +36,6 @@ _CHANGED = 1e-3
 """Relative difference of a token's embedding from which it has changed."""
 _MOST_PADDING = 128
 """Longest full length to which all texts are padded."""
-_INDEPENDENT = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
-"""Largest relative difference of a token's state that rounding explains, by the type of the forward pass."""
-
 _SHORTEST_SOUND = 0.025
 """Seconds of one window of a spectrogram, in all supported models; a shorter sound has no frames, only padding."""
 _LONGEST_WINDOW = 60
@@ -380,11 +377,11 @@ class Probe:
 
     def _differs(self, alone: Recorded, others: Recorded, row: int) -> bool:
         """Whether the states or the vector of a text alone differ from a row of a batch."""
-        length, limit = alone.states[0].shape[1], _INDEPENDENT[self._encoder.request.dtype]
+        length, limit = alone.states[0].shape[1], ROUNDING[self._encoder.request.dtype]
         pairs = [(one[0], other[row, :length]) for one, other in zip(alone.states, others.states, strict=True)]
         own, batch = (self._encoder.vectors_of(one.output, one.mask)["pooled"] for one in (alone, others))
         pairs.append((own, batch[row : row + 1]))
-        return any(not _largest_gap(one.float(), other.float()) <= limit for one, other in pairs)
+        return any(relative_difference(one.float(), other.float()) > limit for one, other in pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -558,9 +555,3 @@ def _least(holds: Callable[[int], bool], low: int, high: int) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high
-
-
-def _largest_gap(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Largest over vectors of |one - other| / |other|."""
-    gaps = (one - other).norm(dim=-1) / other.norm(dim=-1).clamp(min=1e-6)
-    return float(gaps.max())

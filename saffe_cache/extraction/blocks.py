@@ -9,16 +9,14 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from saffe_cache.core.features import BlockSpec, BlockWeights, CacheError
+from saffe_cache.core.tensors import ROUNDING, relative_difference
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.encoders.probing import Probe
 from saffe_cache.extraction.planning import CutKinds
 from saffe_cache.fusion.block import EncoderBlock
-from saffe_cache.fusion.library_block import TOLERANCE, LibraryBlock, relative_difference, with_check, without_unused
+from saffe_cache.fusion.library_block import LibraryBlock, with_check, without_unused
 
 logger = logging.getLogger(__name__)
-
-_TOLERANCES = {"float32": TOLERANCE, "float16": 2e-2, "bfloat16": 1e-1}
-"""Largest relative difference of a token from the model's own state, by the type of its forward pass."""
 
 _WHOLE = CutKinds()
 
@@ -44,7 +42,7 @@ def checked_blocks(
         errors = []
         for candidate in _candidates(encoder, layer):
             error, reason = _error_of(candidate, states[layer], states[layer + 1], mask)
-            if error <= _TOLERANCES[encoder.request.dtype]:
+            if error <= ROUNDING[encoder.request.dtype]:
                 is_known = isinstance(candidate.spec, BlockSpec)
                 usable[layer] = candidate if is_known else _with_self_check(candidate, states[layer], mask)
                 break
@@ -123,7 +121,7 @@ def _error_of(
                 row = int(mask.sum(dim=1).argmin())
                 length = int(mask[row].sum())
                 alone = module(entering[row : row + 1, :length], None)
-                error = max(error, relative_difference(alone, leaving[row : row + 1, :length], None))
+                error = max(error, relative_difference(alone, leaving[row : row + 1, :length]))
         return error, ""
     except (CacheError, RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as problem:
         return float("inf"), f"it cannot be rebuilt ({next(iter(str(problem).splitlines()), '')[:200]})"

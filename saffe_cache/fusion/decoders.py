@@ -159,21 +159,14 @@ class PaperDecoder(nn.Module):
         return self.norm(self.cross_attention(hidden, keys_values, context_mask) + entered)  # type: ignore[no-any-return]
 
 
-class OpaqueDecoder(nn.Module):
+class OpaqueDecoder(ReuseDecoder):
     """An encoder's next layer of any family, frozen, with a gated cross-attention before it.
 
         y = layer(h + tanh(g) CrossAttention(h, context))
 
     For layers whose halves are unknown; stands for `reuse` and `paper`. With g = 0, where it starts, y is the encoder's
-    own next hidden state. Parameters as `ReuseDecoder`.
+    own next hidden state.
     """
-
-    learning: ClassVar = {"gate": Learning(5.0)}
-
-    def __init__(self, query_block: BlockWeights, context_block: BlockWeights) -> None:
-        super().__init__()
-        self.cross_attention = CrossAttention(query_block, context_block, has_norms=True)
-        self.gate = nn.Parameter(torch.zeros(()))
 
     @staticmethod
     def layer_of(query_block: BlockWeights, context_block: BlockWeights) -> nn.Module:
@@ -182,9 +175,6 @@ class OpaqueDecoder(nn.Module):
 
     def enter(self, layer: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return hidden
-
-    def keys_values(self, layer: nn.Module, context: torch.Tensor) -> KeysValues:
-        return self.cross_attention.keys_values(context)
 
     def forward(
         self,

@@ -22,17 +22,17 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from saffe_cache.core.features import BlockSpec, BlockWeights, CacheError, LibraryBlockSpec
-from saffe_cache.core.tensors import entering, leaving
+from saffe_cache.core.tensors import ROUNDING, entering, leaving, relative_difference, replacing
 from saffe_cache.fusion.block import EncoderBlock
 
-TOLERANCE = 1e-3
+TOLERANCE = ROUNDING["float32"]
 """Largest relative difference of a token between a rebuilt block and the model's own, both in float32."""
 _MODEL, _CHECK = "model.", "check."
 _LIBRARY = "transformers.models."
 
 
-Call = tuple[int | str, tuple[Any, ...], dict[str, Any]]
-"""Where the hidden states are among what a layer takes, its arguments and keywords."""
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments and keywords of a layer's call."""
 
 
 class _Reached(Exception):  # noqa: N818 — ends a forward pass early, no error
@@ -80,8 +80,9 @@ class LibraryBlock(nn.Module):
             model.load_state_dict(further, strict=False)
         except Exception as error:  # other versions of the library fail in many ways
             raise _not_rebuilt(spec, error) from error
+        parameters = dict(model.named_parameters())
         self.further = nn.ParameterDict(
-            {name.replace(".", "/"): model.get_parameter(name) for name in further if _has_parameter(model, name)}
+            {name.replace(".", "/"): parameters[name] for name in further if name in parameters}
         )
         self._model = [model.eval()]  # in a list, so that its unused weights are not among this module's
         self._extras: dict[tuple[Any, ...], Call] = {}
@@ -105,13 +106,10 @@ class LibraryBlock(nn.Module):
         """[batch, tokens, d] of `hidden` [batch, tokens, d] and `mask` bool [batch, tokens], True on real tokens."""
         if mask is not None and self.spec.has_equal_lengths:
             return self._by_length(hidden, mask)
-        place, arguments, keywords = self._taken(hidden, mask)
+        taken = self._taken(hidden, mask)
         if self.spec.is_time_first:
             hidden = hidden.transpose(0, 1)
-        if isinstance(place, int):
-            arguments = (*arguments[:place], hidden, *arguments[place + 1 :])
-        else:
-            keywords = {**keywords, place: hidden}
+        arguments, keywords = replacing(hidden, *taken)
         output = leaving(self.layer(*arguments, **keywords))
         return output.transpose(0, 1) if self.spec.is_time_first else output
 
@@ -140,7 +138,7 @@ class LibraryBlock(nn.Module):
         hidden = torch.randn(1, 7, self.hidden_size, generator=torch.Generator().manual_seed(0))
         order = torch.tensor([4, 2, 6, 0, 5, 1, 3])
         try:
-            found = relative_difference(self(hidden[:, order]), self(hidden)[:, order], None)
+            found = relative_difference(self(hidden[:, order]), self(hidden)[:, order])
         except (RuntimeError, ValueError, LookupError):
             found = math.inf
         if not found <= TOLERANCE:
@@ -180,7 +178,7 @@ def call_of(layer: nn.Module, model: Any, inputs: Mapping[str, Any]) -> Call:
     found: list[Call] = []
 
     def keep(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        found.append((entering(arguments, keywords)[0], arguments, keywords))
+        found.append((arguments, keywords))
         raise _Reached
 
     handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
@@ -223,13 +221,6 @@ def _not_rebuilt(spec: LibraryBlockSpec, error: Exception) -> CacheError:
     )
 
 
-def relative_difference(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None) -> float:
-    """Largest over tokens of |found - expected| / |expected|, vectors of [batch, tokens, d]; inf for NaN."""
-    difference = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-6)
-    largest = float((difference if mask is None else difference[mask]).max())
-    return largest if math.isfinite(largest) else math.inf
-
-
 def with_check(
     weights: BlockWeights, inputs: torch.Tensor, lengths: torch.Tensor, output: torch.Tensor
 ) -> BlockWeights:
@@ -268,10 +259,6 @@ def load_own(layer: nn.Module, weights: BlockWeights) -> None:
     lacking = [name for name in missing if layer.state_dict()[name].is_floating_point()]
     if lacking or unknown:
         raise ValueError(f"its weights are other ones: {', '.join([*lacking, *unknown][:3])}")
-
-
-def _has_parameter(model: nn.Module, name: str) -> bool:
-    return name in dict(model.named_parameters())
 
 
 def blank_model(model_class: str, config: Mapping[str, Any]) -> Any:

@@ -30,7 +30,7 @@ from saffe_cache.core.features import (
     LibraryBlockSpec,
     LibraryModelSpec,
 )
-from saffe_cache.core.tensors import entering
+from saffe_cache.core.tensors import entering, replacing
 from saffe_cache.fusion.block import EncoderBlock, KeysValues
 from saffe_cache.fusion.library_block import GivenStates, Skipped, blank_model, call_of, load_own
 
@@ -142,19 +142,14 @@ class LibraryModel(InsertedModel):
     def text_states(self, token_ids: torch.Tensor, first_position: int) -> torch.Tensor:
         places = torch.arange(first_position, first_position + token_ids.shape[1], device=token_ids.device)[None]
         inputs = {"input_ids": token_ids, "position_ids": places, "use_cache": False}
-        place, arguments, keywords = call_of(self._first, self.model.base_model, inputs)
-        hidden: torch.Tensor = arguments[place] if isinstance(place, int) else keywords[place]
-        return hidden
+        return entering(*call_of(self._first, self.model.base_model, inputs))[1]
 
     def forward(self, states: torch.Tensor, photos: torch.Tensor | None) -> torch.Tensor:
         hidden = states if photos is None else torch.cat([photos, states], dim=1)
         places = torch.arange(hidden.shape[1], device=hidden.device)[None]
 
         def put(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-            place = entering(arguments, keywords)[0]
-            if isinstance(place, int):
-                return (*arguments[:place], hidden, *arguments[place + 1 :]), keywords
-            return arguments, {**keywords, place: hidden}
+            return replacing(hidden, arguments, keywords)
 
         handle = self._first.register_forward_pre_hook(put, with_kwargs=True)
         try:
