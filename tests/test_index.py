@@ -66,13 +66,32 @@ def test_blocks_of_queries_come_in_order() -> None:
     np.testing.assert_array_equal(np.concatenate(blocks), ranking(gallery, queries, 3))
 
 
-def test_ids_belong_to_rows() -> None:
+def test_positions_and_ids_are_in_the_given_order() -> None:
+    """Rows of FAISS are in another order; nobody outside has to know."""
     gallery = unit_vectors(50, 8, seed=3)
     index = build_index(gallery, names(50), seed=5)
-    _, rows = index.index.search(gallery, 1)
-    assert [index.ids[row] for row in rows[:, 0]] == list(names(50))
-    assert [index.ids[row] for row in range(50)] == [f"item{i}" for i in index.order]
-    assert sorted(index.order) == list(range(50))
+    assert index.ids == names(50)
+    assert [index.ids[position] for position in np.concatenate(list(index.rank(gallery, 1)))[:, 0]] == list(names(50))
+    assert sorted(index.order) == list(range(50)) != list(index.order)
+
+
+def test_search_names_the_best_items_with_their_scores() -> None:
+    gallery, queries = unit_vectors(90, 16, seed=1), unit_vectors(30, 16, seed=2)
+    scores, ids = build_index(gallery, names(90), seed=3).search(queries, 7, block=4)
+    exact = queries.astype(np.float64) @ gallery.astype(np.float64).T
+    expected = np.argsort(-exact, axis=1)[:, :7]
+    assert ids.tolist() == [[f"item{item}" for item in row] for row in expected]
+    np.testing.assert_allclose(scores, np.take_along_axis(exact, expected, axis=1), atol=1e-6)
+
+
+def test_search_for_more_than_there_are_returns_all() -> None:
+    index = build_index(unit_vectors(5, 4, seed=0), names(5))
+    scores, ids = index.search(unit_vectors(2, 4, seed=1), 9)
+    assert scores.shape == ids.shape == (2, 5)
+    assert [sorted(row) for row in ids] == [list(names(5))] * 2
+    assert index.search(np.zeros((0, 4)), 3)[1].shape == (0, 3)
+    with pytest.raises(ValueError, match=r"k=0 .* Use 1 to 5"):
+        index.search(unit_vectors(2, 4, seed=1), 0)
 
 
 @pytest.mark.parametrize("width", [4, 96])
@@ -178,6 +197,9 @@ def test_an_index_that_finds_too_few_says_so() -> None:
         assert 0 < count < 700
         assert (of_query[count:] == -1).all()
         assert len(set(of_query[:count])) == count
+    scores, ids = index.search(clustered(5, 8, seed=2), 700)
+    assert [[one is None for one in row] for row in ids] == (found < 0).tolist()
+    assert (np.isneginf(scores) == (found < 0)).all()
     recall = recall_of_index(index, build_index(clustered(700, 8, seed=1), names(700)), clustered(5, 8, seed=2), 700)
     assert recall == pytest.approx((found >= 0).mean())
 

@@ -1,7 +1,8 @@
 """The FAISS index over fused vectors. The only importer of faiss.
 
 Items are added in a random order that is saved with the index, so that ties favour no item. (With a collapsed model all
-scores tie, and any fixed order would show a pattern.)
+scores tie, and any fixed order would show a pattern.) That order stays inside: positions and ids are in the order in
+which the vectors were given.
 
 | kind | searches | bytes of a vector |
 |---|---|---|
@@ -43,12 +44,38 @@ _NEIGHBOURS, _KEPT_IN_BUILDING, _KEPT_IN_SEARCH = 32, 40, 128
 
 @dataclass(frozen=True)
 class RetrievalIndex:
-    """An inner-product index; `ids[i]` is the item of the index's row i."""
+    """An inner-product index; `ids[i]` is the item of the vector that was given as the i-th."""
 
-    index: Any
+    faiss_index: Any
+    """Its rows are in a random order, which only `rank` and `search` undo."""
     ids: tuple[str, ...]
     order: np.ndarray
-    """int64 [items]: which of the given vectors became row i."""
+    """int64 [items]: which of the given vectors became row i of `faiss_index`."""
+
+    def search(self, queries: np.ndarray, k: int, block: int = 256) -> tuple[np.ndarray, np.ndarray]:
+        """The k best items of each query, or all if there are fewer, best first.
+
+        Returns:
+            scores: float32 [queries, k].
+            ids: objects [queries, k]; None, with the score -inf, at the end of a row where an approximate index finds
+                fewer.
+
+        Raises:
+            ValueError: k is below 1, or the queries are not finite or of another width.
+        """
+        scores, positions = self.nearest(queries, k, block)
+        names = np.array([*self.ids, None], object)  # -1 takes the last
+        return scores, names[positions]
+
+    def nearest(self, queries: np.ndarray, k: int, block: int = 256) -> tuple[np.ndarray, np.ndarray]:
+        """Scores as of `search`, and positions in `ids`, int64 [queries, k], -1 where there is none."""
+        k = min(k, max(1, len(self.order)))
+        require_k(k, len(self.order))
+        require_queries(queries, self.faiss_index.d, "index")
+        found = list(self._search_blocks(queries, k, block))
+        scores = np.concatenate([np.zeros((0, k), np.float32), *(scores for scores, _ in found)])
+        positions = np.concatenate([np.zeros((0, k), np.int64), *(positions for _, positions in found)])
+        return np.where(positions < 0, np.float32(-np.inf), scores), positions
 
     def rank(self, queries: np.ndarray, k: int | None = None, block: int = 256) -> Iterator[np.ndarray]:
         """Positions of the k best vectors (all by default) in the order in which they were given.
@@ -59,23 +86,23 @@ class RetrievalIndex:
         Raises:
             ValueError: k exceeds the gallery, or the queries are not finite or of another width.
         """
-        k = self.index.ntotal if k is None else k
-        require_k(k, self.index.ntotal)
-        require_queries(queries, self.index.d, "index")
-        return self._rank_blocks(queries, k, block)
+        k = len(self.order) if k is None else k
+        require_k(k, len(self.order))
+        require_queries(queries, self.faiss_index.d, "index")
+        return (positions for _, positions in self._search_blocks(queries, k, block))
 
-    def _rank_blocks(self, queries: np.ndarray, k: int, block: int) -> Iterator[np.ndarray]:
-        index = self.index
+    def _search_blocks(self, queries: np.ndarray, k: int, block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        index = self.faiss_index
         if isinstance(index, (faiss.IndexFlat, faiss.IndexIVFFlat)) and k <= _GPU_MOST_RANKS and faiss.get_num_gpus():
             index = faiss.index_cpu_to_all_gpus(index)
         for start in range(0, len(queries), block):
-            _, found = index.search(np.ascontiguousarray(queries[start : start + block], np.float32), k)
-            yield np.where(found < 0, -1, self.order[found])
+            scores, found = index.search(np.ascontiguousarray(queries[start : start + block], np.float32), k)
+            yield scores, np.where(found < 0, -1, self.order[found])
 
     @property
     def parameters(self) -> dict[str, int]:
         """What decides how much an approximate index finds, and how fast; nothing for a flat one."""
-        index = self.index
+        index = self.faiss_index
         if isinstance(index, faiss.IndexHNSW):
             return {"neighbours": _NEIGHBOURS, "kept_in_search": index.hnsw.efSearch}
         if not isinstance(index, faiss.IndexIVF):
@@ -106,7 +133,7 @@ def build_index(vectors: np.ndarray, ids: tuple[str, ...], seed: int = 0, kind: 
     index, ordered = _empty_index(kind, len(vectors), vectors.shape[1], seed), vectors[order].astype(np.float32)
     index.train(ordered)
     index.add(ordered)
-    return RetrievalIndex(index, tuple(ids[i] for i in order), order)
+    return RetrievalIndex(index, tuple(ids), order)
 
 
 def _empty_index(kind: IndexKind, num_vectors: int, width: int, seed: int) -> Any:
@@ -141,9 +168,10 @@ def recall_of_index(index: RetrievalIndex, exact: RetrievalIndex, queries: np.nd
 
 
 def save_index(index: RetrievalIndex, folder: Path) -> int:
-    """Write `index.faiss`, whose size in bytes is returned, and `index_ids.json` with its SHA-256 and its items."""
-    data = faiss.serialize_index(index.index).tobytes()
-    content = {"sha256": hashlib.sha256(data).hexdigest(), "ids": list(index.ids), "order": index.order.tolist()}
+    """Write `index.faiss`, whose size in bytes is returned, and `index_ids.json` with its SHA-256 and ids of rows."""
+    data = faiss.serialize_index(index.faiss_index).tobytes()
+    ids = [index.ids[position] for position in index.order]
+    content = {"sha256": hashlib.sha256(data).hexdigest(), "ids": ids, "order": index.order.tolist()}
     write_whole(folder / "index.faiss", data)
     write_whole(folder / "index_ids.json", json.dumps(content, ensure_ascii=True).encode())
     return len(data)
@@ -155,5 +183,5 @@ def load_index(folder: Path) -> RetrievalIndex:
     content = json.loads((folder / "index_ids.json").read_text())
     if hashlib.sha256(data).hexdigest() != content["sha256"]:
         raise ValueError(f"{folder}: index.faiss is not the file that index_ids.json describes. Evaluate again.")
-    index = faiss.deserialize_index(np.frombuffer(data, np.uint8))
-    return RetrievalIndex(index, tuple(content["ids"]), np.array(content["order"], np.int64))
+    index, order = faiss.deserialize_index(np.frombuffer(data, np.uint8)), np.array(content["order"], np.int64)
+    return RetrievalIndex(index, tuple(content["ids"][row] for row in np.argsort(order)), order)

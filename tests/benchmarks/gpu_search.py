@@ -45,9 +45,9 @@ def draw_vectors(setting: Setting) -> tuple[np.ndarray, np.ndarray]:
 
 def flat_search(setting: Setting, flat: RetrievalIndex, vectors: np.ndarray, queries: np.ndarray) -> Iterator[Figure]:
     name = f"flat, {len(vectors):,} x {vectors.shape[1]}"
-    candidates: dict[str, Candidate] = {"cpu": partial(search, flat.index, queries)}
+    candidates: dict[str, Candidate] = {"cpu": partial(search, flat.faiss_index, queries)}
     if with_faiss_on_gpu(setting):
-        on_gpu = faiss.index_cpu_to_all_gpus(flat.index)
+        on_gpu = faiss.index_cpu_to_all_gpus(flat.faiss_index)
         candidates["gpu"] = partial(search, on_gpu, queries)
     if setting.on_gpu:
         candidates["torch"] = torch_search(setting, vectors, queries)
@@ -67,11 +67,11 @@ def coded_search(
     recall = recall_of_index(coded, flat, queries, FOUND)
     yield Figure(name=f"{name}: of flat's first {FOUND}", unit="found", value=recall)
     candidates: dict[str, Candidate] = {
-        "flat": partial(search, flat.index, queries),
-        "cpu": partial(search, coded.index, queries),
+        "flat": partial(search, flat.faiss_index, queries),
+        "cpu": partial(search, coded.faiss_index, queries),
     }
     if with_faiss_on_gpu(setting):
-        on_gpu = faiss.index_cpu_to_all_gpus(coded.index)
+        on_gpu = faiss.index_cpu_to_all_gpus(coded.faiss_index)
         candidates["gpu"] = partial(search, on_gpu, queries)
     rounds = take_turns(candidates, setting.sizes.rounds)
     yield rounds.rate("cpu", f"{name}: faiss on the CPU", "queries/s")
