@@ -25,7 +25,7 @@ from saffe_cache.studies.captioning import caption as verb
 from saffe_cache.studies.captioning.caption import Measuring, caption, count_cost, judge_controls
 from saffe_cache.studies.captioning.captions import Measured, caption_losses, fit_projector, shuffled_batches
 from saffe_cache.studies.captioning.config import CaptionConfig
-from saffe_cache.studies.captioning.result import SYSTEMS, CaptionResult
+from saffe_cache.studies.captioning.result import CAPTIONS, SYSTEMS, CaptionResult
 
 Models = Callable[[str], Path]
 
@@ -208,15 +208,20 @@ def test_run_is_reported_and_resumes(cache: str, tmp_path: Path, monkeypatch: py
     assert result.cost.trainable_parameters == 32 * 32 + 3 * 32
     assert set(result.measured.losses) == {"photo", "photos_shuffled", "no_photo", "plain_model", "unigram"}
     assert result.chance == 0.25
-    assert set(result.seconds) == {"training", "measurements", "captions"}
+    assert set(result.seconds) == {"training", "measurements", "captions", "scores"}
     captions = [json.loads(line) for line in (out / "captions.jsonl").read_text().splitlines()]
     assert len(captions) == 6
     assert all(len(one["own"]) == 3 and len(one["caption"].split()) <= 6 for one in captions)
     assert [vars(one) | {"own": list(one.own)} for one in result.examples] == captions[:5]
     assert "plain_model" in (out / "report.txt").read_text()
+    assert result.scores is not None
+    assert set(result.scores.cider) == set(CAPTIONS)
+    assert all(0 <= one.value <= 10 for one in result.scores.cider.values())
+    assert "CIDEr-D of captions against people's" in (out / "report.txt").read_text()
     rows = result.to_frame().set_index(["system", "metric"])
     assert rows.loc[("photo", "loss"), "value"] == result.measured.losses["photo"].value
     assert rows.loc[("photo", "own caption by gain"), "chance"] == 0.25
+    assert rows.loc[("photo", "CIDEr-D"), "chance"] == result.scores.cider["people_shuffled"].value
     assert exit_status(out) == (3 if result.failures else 0)
     written = (out / "result.json").read_bytes()
     caption(config)

@@ -2,7 +2,8 @@
 
 Besides what every study writes (saffe_cache/studies/harness.py), the folder holds projector.safetensors, the trained
 weights at the best epoch, and captions.jsonl, a greedy caption of each photo with those that people wrote. Cells are
-the training, the measurements and the captions. `result.SYSTEMS` defines what each measured system sees.
+the training, the measurements, the captions and their scores. `result.SYSTEMS` defines what each measured system sees,
+`result.CAPTIONS` whose captions are scored.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from saffe_cache.retrieval.metrics import bootstrap_interval
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 from saffe_cache.studies.captioning import captions
 from saffe_cache.studies.captioning.captions import CaptionSource, Measured, first_captions
+from saffe_cache.studies.captioning.cider import score_captions
 from saffe_cache.studies.captioning.config import CaptionConfig
 from saffe_cache.studies.captioning.inserting import InsertedModel, Projector, greedy_captions
 from saffe_cache.studies.captioning.result import (
     CONTROL,
     CaptionCost,
     CaptionResult,
+    CaptionScores,
     Example,
     Examples,
     Measurements,
@@ -45,6 +48,8 @@ from saffe_cache.studies.harness import Study, run_study
 
 _TOKENIZED_AT_ONCE = 1024
 _NUM_EXAMPLES = 5
+_NUM_CONSTANTS = 1000
+"""Training captions at most among which the one is sought that fits all photos best."""
 
 
 def caption(config: CaptionConfig) -> str:
@@ -100,6 +105,7 @@ class _Captioning:
 
         measured = study.cell(Measurements, "measurements", measurements)
         examples = study.cell(Examples, "captions", partial(self._write_captions, projector, study.out))
+        scores = study.cell(CaptionScores, "scores", partial(self._score_captions, projector, study.out))
         verdicts = judge_controls(measured.own_caption, config.others, num_photos)
         length = int(np.median(np.diff(source.text.offsets)[first_captions(self.training)])) - 1
         return CaptionResult(
@@ -115,26 +121,48 @@ class _Captioning:
             cost=count_cost(source.model, projector, config.batch_size, length, source.num_photo_tokens),
             training=training,
             examples=examples.examples,
+            scores=scores,
             **study.common_fields(config, verdicts),
         )
 
     def _write_captions(self, projector: Projector, out: Path) -> Examples:
         """Write captions.jsonl, and return the first captions."""
         source, pairs, size = self.source, self.reported, self.config.batch_size
-        texts = source.cache.table.inputs["text"].texts
-        assert texts is not None
         generated: list[str] = []
         for start in range(0, len(pairs), size):
             with torch.inference_mode():
                 projected = projector(source.photo_tokens(pairs.rows[start : start + size]))
-            tokens = greedy_captions(source.model, projected, source.tokens.start, self.config.max_tokens)
-            generated += map(source.tokens.decode, tokens)
+            generated += self._greedy(projected)
         found = [
-            Example(id=name, caption=caption, own=tuple(texts[row] for row in own))
+            Example(id=name, caption=caption, own=tuple(self._texts(own)))
             for name, caption, own in zip(pairs.ids, generated, pairs.texts, strict=True)
         ]
         write_whole(out / "captions.jsonl", "".join(f"{json.dumps(asdict(one))}\n" for one in found).encode())
         return Examples(examples=tuple(found[:_NUM_EXAMPLES]))
+
+    def _score_captions(self, projector: Projector, out: Path) -> CaptionScores:
+        """CIDEr-D of captions.jsonl, and of captions that know less of the photo, or more."""
+        lines = (out / "captions.jsonl").read_text().splitlines()
+        with torch.inference_mode():
+            [plain] = self._greedy(projector(self.source.photo_tokens(self.reported.rows[:1]))[:, :0])
+        constants = self._texts(first_captions(self.training)[:_NUM_CONSTANTS])
+        return score_captions(
+            [json.loads(line)["caption"] for line in lines],
+            [self._texts(own) for own in self.reported.texts],
+            other_photos(len(self.reported), np.random.default_rng(self.config.seed)),
+            plain=plain,
+            constants=constants,
+        )
+
+    def _greedy(self, projected: torch.Tensor) -> list[str]:
+        source = self.source
+        found = greedy_captions(source.model, projected, source.tokens.start, self.config.max_tokens)
+        return [source.tokens.decode(tokens) for tokens in found]
+
+    def _texts(self, rows: np.ndarray) -> list[str]:
+        texts = self.source.cache.table.inputs["text"].texts
+        assert texts is not None
+        return [texts[row] for row in rows]
 
 
 def _language_model(cache: Cache, config: CaptionConfig) -> EncoderCache:
@@ -160,10 +188,7 @@ class Measuring:
     def __init__(self, source: CaptionSource, projector: Projector, pairs: Pairs, seed: int) -> None:
         self.source, self.projector, self.pairs = source, projector, pairs
         self._generator = np.random.default_rng(seed)
-        order = self._generator.permutation(len(pairs))
-        self.other = np.empty(len(pairs), np.int64)
-        self.other[order] = np.roll(order, 1)
-        """For each photo another one: a cycle through all, so that no photo gets itself."""
+        self.other = other_photos(len(pairs), self._generator)
 
     def measure(self, training: Pairs, num_others: int) -> Measurements:
         """The captions of all photos, and how often own captions are found among `num_others` more."""
@@ -228,6 +253,13 @@ def _ratio(values: np.ndarray, counts: np.ndarray, photos: np.ndarray) -> Estima
     totals, weights = (np.bincount(photos, weights=one.astype(np.float64)) for one in (values, counts))
     low, high = bootstrap_interval(totals, weights)
     return Estimate(value=float(totals.sum() / weights.sum()), low=low, high=high)
+
+
+def other_photos(num: int, generator: np.random.Generator) -> np.ndarray:
+    """For each photo another one: a cycle through all, so that no photo gets itself; int64 [num]."""
+    order, other = generator.permutation(num), np.empty(num, np.int64)
+    other[order] = np.roll(order, 1)
+    return other
 
 
 def judge_controls(own: Mapping[str, Estimate], num_others: int, num_photos: int) -> list[Control]:

@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 from saffe_cache.core.controls import Control
 from saffe_cache.core.figures import Curve, TrainingPlot
 from saffe_cache.core.results import Estimate, Measurement, Section
-from saffe_cache.core.tables import Cell, Row, RowKind, Table, flops, percent, plain_row
+from saffe_cache.core.tables import ABSENT, Cell, Row, RowKind, Table, flops, percent, plain_row
 from saffe_cache.studies.harness import StudyResult
 
 SYSTEMS = {
@@ -22,6 +22,15 @@ SYSTEMS = {
 }
 """What each sees when it predicts a caption."""
 CONTROL = "photos_shuffled"
+CAPTIONS = {
+    "photo": "the model's greedy caption of the photo",
+    CONTROL: "the model's caption of another photo: a control",
+    "plain_model": "what the language model says without any photo, the same for all",
+    "constant": "one caption of the training photos for all: the one of up to 1,000 that fits the reported photos best",
+    "people_shuffled": "a person's caption of another photo: chance",
+    "people": "people's captions, each scored against the photo's others",
+}
+"""Whose captions CIDEr-D is measured of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +83,18 @@ class Examples:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CaptionScores:
+    """CIDEr-D of `CAPTIONS`, from 0 to 10: see captioning/cider.py. A cell of the study."""
+
+    cider: Mapping[str, Estimate]
+    """Without `people` if a photo has only one caption."""
+    differences: Mapping[str, Estimate]
+    """CIDEr-D of the captions with the photo less that of each other system."""
+    said: Mapping[str, str]
+    """The caption of each system that says the same of all photos."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CaptionCost:
     """FLOPs of texts of `flops_tokens` tokens."""
 
@@ -105,6 +126,8 @@ class CaptionResult(StudyResult):
     cost: CaptionCost
     training: Training
     examples: tuple[Example, ...]
+    scores: CaptionScores | None = None
+    """None in results of earlier versions."""
 
     def measurements(self) -> Iterator[Measurement]:
         for system, loss in self.measured.losses.items():
@@ -112,6 +135,10 @@ class CaptionResult(StudyResult):
         for name, found in self.measured.own_caption.items():
             system, _, by = name.partition(", ")
             yield Measurement.of("", system, f"own caption {by}", found, self.chance)
+        if self.scores is not None:
+            chance = self.scores.cider["people_shuffled"].value
+            for system, score in self.scores.cider.items():
+                yield Measurement.of("", system, "CIDEr-D", score, chance)
 
     def sections(self) -> list[Section]:
         cost, training = self.cost, self.training
@@ -132,7 +159,7 @@ class CaptionResult(StudyResult):
                     ("whole pass", f"{flops(cost.whole_pass_flops)}FLOP for as many"),
                 ],
                 definitions=[(name, f"sees {text}") for name, text in SYSTEMS.items()],
-                tables=[self._loss_table(), self._own_caption_table(), self._example_table()],
+                tables=[self._loss_table(), self._own_caption_table(), *self._score_tables(), self._example_table()],
                 figures=[self._training_plot()],
             )
         ]
@@ -147,10 +174,14 @@ class CaptionResult(StudyResult):
         for name, one in sorted(results.items(), key=lambda item: item[1].layer):
             losses = (_loss_cell(one.measured.losses[system]) for system in systems)
             found, step = one.measured.own_caption["photo, by gain"], one.cost.training_step_flops
-            cells = (*losses, found.cell(), Cell(f"{flops(step)}FLOP"))
+            score = _loss_cell(one.scores.cider["photo"]) if one.scores else Cell(ABSENT)
+            cells = (*losses, found.cell(), score, Cell(f"{flops(step)}FLOP"))
             rows.append(Row(Cell(f"layer {one.layer} of {one.num_layers}", name), cells))
-        header = ("photos join at", *systems, "own caption, percent", "training step")
-        caption = "Loss in nats per token, and how often a photo's own caption is found by gain; 95 % intervals."
+        header = ("photos join at", *systems, "own caption, percent", "CIDEr-D", "training step")
+        caption = (
+            "Loss in nats per token, how often a photo's own caption is found by gain, and CIDEr-D of the model's "
+            "captions; 95 % intervals."
+        )
         table = Table(caption, header, tuple(rows))
         return [Section(title="Layers at which photos join a language model", tables=[table])]
 
@@ -173,6 +204,22 @@ class CaptionResult(StudyResult):
         )
         chance = Row(Cell("chance"), (Cell(percent(self.chance)),), "chance")
         return Table(caption, ("", "own caption found"), (*rows, chance))
+
+    def _score_tables(self) -> list[Table]:
+        if self.scores is None:
+            return []
+        rows = []
+        for name, score in self.scores.cider.items():
+            less = self.scores.differences.get(name)
+            said = self.scores.said.get(name)
+            text = CAPTIONS[name] if said is None else f"{CAPTIONS[name]}: {said!r}"
+            kind = "chance" if name == "people_shuffled" else _kind(name)
+            rows.append(Row(Cell(name, text), (_loss_cell(score), _loss_cell(less) if less else Cell("")), kind))
+        caption = (
+            "CIDEr-D of captions against people's, from 0 to 10, with 95 % intervals over photos; higher is better. "
+            "Values depend on how many photos are reported, so compare systems on the same photos alone."
+        )
+        return [Table(caption, ("", "CIDEr-D", "photo less this"), tuple(rows))]
 
     def _example_table(self) -> Table:
         rows = (plain_row(one.id, one.caption, "".join(one.own[:1])) for one in self.examples)
