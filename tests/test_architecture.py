@@ -36,6 +36,7 @@ OWNERS = {
     "transformers": {"encoders", "fusion"},
     "huggingface_hub": {"encoders"},
     "tokenizers": {"encoders"},
+    "accelerate": {"encoders"},
     "faiss": {"retrieval"},
     "safetensors": {"core", "encoders", "training"},
     "jinja2": {"report"},

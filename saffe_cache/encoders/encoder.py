@@ -23,7 +23,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain, islice
@@ -56,6 +56,7 @@ from saffe_cache.encoders.loading import (
     longest_text,
     quietly,
 )
+from saffe_cache.encoders.offloading import gathered, is_spread, present
 from saffe_cache.encoders.pictures import quick_pictures, require_resizable
 from saffe_cache.encoders.probing import Anatomy, Padding, Probe, Windows, tokens_of
 from saffe_cache.encoders.selection import TokenSelection
@@ -91,8 +92,11 @@ class FrozenEncoder:
         self._quick = quick_pictures(processor) if request.modality == "image" else None
         self.transfers = Transfers(request.device)
         chain = self.family.pool if isinstance(self.family.pool, SentenceVector) else None
+        self._is_spread = is_spread(self._model)
         for part in (self._model, *([chain] if chain else [])):
-            part.requires_grad_(False).eval().to(request.device)
+            part.requires_grad_(False).eval()
+            if part is not self._model or not self._is_spread:
+                self._move(part)
         self.padding: Padding = "longest"
         self.anatomy = Probe(self).anatomy(loaded.missing) if self.family.is_discovered else self._known_anatomy()
         self.num_layers, self.hidden_size = len(self.anatomy.calls), self.anatomy.widths[-1]
@@ -115,6 +119,23 @@ class FrozenEncoder:
             num_tokens=self.num_tokens,
             windows=self.windows.described if self.windows else None,
         )
+
+    def _move(self, part: nn.Module) -> None:
+        """Move the model, or another part of the encoder, to the device.
+
+        Raises:
+            ValueError: it does not fit into the device's memory.
+        """
+        request = self.request
+        try:
+            part.to(request.device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"{request.modality} encoder {request.model_id}: its weights do not fit into the memory of "
+                f"{request.device}. Use --device-map auto, which adds other GPUs, this machine's memory and its disk."
+            ) from None
 
     def _measured_windows(self) -> Windows:
         """How sounds are cut; tokens that are steps in time have no class token among them.
@@ -197,7 +218,8 @@ class FrozenEncoder:
 
     def block(self, layer: int) -> BlockWeights:
         """The block that consumes `hidden_states[layer]`, of a family with known roles of weights."""
-        return read_block(self.family, self._model, self._config, self.layer_list[layer])
+        with self._present(layer):
+            return read_block(self.family, self._model, self._config, self.layer_list[layer])
 
     def library_block(self, layer: int, *, with_first: bool = False) -> BlockWeights:
         """As `block`, to be rebuilt by the library's own code.
@@ -205,11 +227,18 @@ class FrozenEncoder:
         Args:
             with_first: whether the first layer's weights are among the further ones.
         """
-        return library_block(
-            *(self._model, self.family, self.anatomy, layer, Probe(self).inputs()),
-            with_first=with_first,
-            has_equal_lengths=self.padding == "equal_length",
-        )
+        with self._present(self.anatomy.calls[layer], *([self.anatomy.calls[0]] if with_first else [])):
+            return library_block(
+                *(self._model, self.family, self.anatomy, layer, Probe(self).inputs()),
+                with_first=with_first,
+                has_equal_lengths=self.padding == "equal_length",
+            )
+
+    def _present(self, *layers: int) -> AbstractContextManager[None]:
+        """Keep the weights of some layers, and all outside the layers, in this machine's memory, to be read."""
+        listed = self.layer_list
+        kept = [listed[layer] for layer in layers]
+        return present(self._model, [one for one in listed if not any(one is other for other in kept)])
 
     @cached_property
     def language_model(self) -> LanguageModelWeights | None:
@@ -235,7 +264,8 @@ class FrozenEncoder:
                 f"text encoder {self.request.model_id}: its tokenizer is a {type(self._processor).__name__} with begin "
                 f"token {begin} and end token {end}, expected a fast tokenizer with both. Choose another model."
             )
-        tensors, more = read_language_model(self.family, self._model)
+        with self._present():
+            tensors, more = read_language_model(self.family, self._model)
         spec = (LibraryModelSpec if self.family.is_language_model else LanguageModelSpec)(
             begin_token=int(begin),
             end_token=int(end),
@@ -411,7 +441,11 @@ class FrozenEncoder:
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         """What the model itself returns for a batch."""
-        return self._forward(**self._arguments(inputs))
+        return self._gathered(self._forward(**self._arguments(inputs)))
+
+    def _gathered(self, output: Any) -> Any:
+        """What the model's parts return, on the device."""
+        return gathered(output, self.request.device) if self._is_spread else output
 
     def _arguments(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Arguments of the forward pass: the inputs on its device and in its type, and those of its family."""
@@ -493,12 +527,12 @@ class FrozenEncoder:
         def keep_input(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             step = next(calls)
             if step in self.layers:
-                states[step] = tokens_of(entering(arguments, keywords)[1], layouts[step], inputs)
+                states[step] = self._gathered(tokens_of(entering(arguments, keywords)[1], layouts[step], inputs))
             if step == deepest:
                 raise _ForwardDone
 
         def keep_output(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            states[self.num_layers] = tokens_of(leaving(output), layouts[-1], inputs)
+            states[self.num_layers] = self._gathered(tokens_of(leaving(output), layouts[-1], inputs))
 
         handles = [layer.register_forward_pre_hook(keep_input, with_kwargs=True) for layer in layers]
         handles.append(layers[self.anatomy.calls[-1]].register_forward_hook(keep_output))
@@ -514,7 +548,8 @@ class FrozenEncoder:
         """The encoder's own vectors, [batch, d] each, of what `run` returned and the mask of padded texts."""
         vectors = {"pooled": self.family.pool(output, mask)}
         if self.family.projection:
-            vectors["projected"] = self._model.get_submodule(self.family.projection)(vectors["pooled"])
+            projected = self._model.get_submodule(self.family.projection)(vectors["pooled"])
+            vectors["projected"] = self._gathered(projected)
         return vectors
 
     def _check_layers(self, asked: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from saffe_cache.core.features import Fingerprint, Modality
 from saffe_cache.encoders.checks import explained
 from saffe_cache.encoders.discovery import OwnEncoder, discover, drop_other_towers, first_position, model_class
 from saffe_cache.encoders.families import FAMILIES, Family
+from saffe_cache.encoders.offloading import load_spread, require_accelerate, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,10 @@ class EncoderRequest:
     audio_seconds: float = 30.0
     """Longest window of a sound in seconds, for models that take sounds of any length."""
     device: str = "cpu"
+    device_map: str | None = None
+    """How accelerate places a model that does not fit on the device: auto, balanced or sequential."""
+    max_memory: Mapping[str, str] = field(default_factory=dict)
+    """Most memory of each device for that, of GPUs by number, such as {"0": "20GiB", "cpu": "60GiB"}."""
     own: OwnEncoder | None = None
     """The user's own encoder, named by `model_id`; None to load one."""
 
@@ -131,9 +137,24 @@ def load_model(request: EncoderRequest) -> Loaded:
     needed = sorted({*missing} - {*unneeded})
     if needed:
         raise ValueError(f"{where}: its checkpoint lacks {', '.join(needed[:3])}. Use a checkpoint of this model.")
-    for name in unneeded:
-        model.get_parameter(name).data.zero_()  # they are part of the fingerprint, and random
+    _fill_with_zeros(where, model, unneeded)
     return Loaded(family, model, tuple(unneeded))
+
+
+def _fill_with_zeros(where: str, model: Any, names: Iterable[str]) -> None:
+    """Replace the random values of weights that no layer needs; they are a part of the fingerprint.
+
+    Raises:
+        ValueError: accelerate has placed one of them on the disk.
+    """
+    for name in names:
+        weight = model.get_parameter(name)
+        if weight.is_meta:
+            raise ValueError(
+                f"{where}: its checkpoint lacks {name}, and --device-map placed it on the disk. Omit --device-map, or "
+                "allow more memory with --max-memory."
+            )
+        weight.data.zero_()
 
 
 def _from_pretrained(
@@ -142,16 +163,21 @@ def _from_pretrained(
     """A model, and the weights that its checkpoint lacks."""
     if request.attention:
         options = {**options, "attn_implementation": request.attention}
+    if request.device_map:
+        require_accelerate(where)
+    load = partial(
+        kind.from_pretrained,
+        request.model_id,
+        dtype=getattr(torch, request.dtype),
+        output_loading_info=True,
+        use_safetensors=True,  # other formats would be unpickled
+        revision=request.revision,
+        subfolder=request.subfolder,
+        **options,
+    )
     with quietly(), explained(where, request.model_id, "its weights cannot be loaded", "Download it again."):
-        model, info = kind.from_pretrained(
-            request.model_id,
-            dtype=getattr(torch, request.dtype),
-            output_loading_info=True,
-            use_safetensors=True,  # other formats would be unpickled
-            revision=request.revision,
-            subfolder=request.subfolder,
-            **options,
-        )
+        spread = request.device_map
+        model, info = load_spread(load, spread, request.max_memory) if spread else load()
     return model, sorted(name for name in info["missing_keys"] if not name.endswith(_OPTIONAL_WEIGHTS))
 
 
@@ -368,7 +394,7 @@ def fingerprint_of(
 def _weights_hash(model: Any) -> str:
     """SHA-256 over names, shapes and bytes of all weights."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in weights_of(model):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else b"")
     return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from saffe_cache.core.features import MODALITIES, Compression, StorageType
 from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.options import positional, require, require_keys
 from saffe_cache.sources.items import Columns
+
+_SIZE = re.compile(r"\d+([KMG]i?B)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,13 @@ class ExtractConfig:
     """Also keep each encoder's own vector; without it, the forward pass stops at the deepest kept layer."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1. auto uses a GPU if there is one."""
+    device_map: Literal["auto", "balanced", "sequential"] | None = None
+    """For encoders that do not fit on one device: accelerate places their layers on the GPUs, then in this machine's
+    memory, then on its disk. auto and balanced: the same share of each GPU. sequential: one GPU after the other.
+    Default: the encoder is on one device."""
+    max_memory: Mapping[str, str] = field(default_factory=dict)
+    """Most memory for --device-map, of a GPU by its number, as 0=20GiB, or of this machine, as cpu=60GiB. A device that
+    is not named is not used. Default: the free memory of all."""
     batch_tokens: int | None = None
     """Tokens per batch, including padding; a batch that does not fit into memory is halved. Default: 2048 on a CPU,
     which fit into its caches, 32768 on a GPU."""
@@ -130,6 +140,17 @@ class ExtractConfig:
             "processes with --streaming",
             "threads, which share one stream",
         )
+        require(
+            self.device_map is None or self.device == "auto",
+            *("device", f"{self.device} with --device-map", "auto, and --max-memory to choose devices"),
+        )
+        require(
+            not self.max_memory or self.device_map is not None, "max_memory", "no --device-map", "one, such as auto"
+        )
+        for name, size in self.max_memory.items():
+            shown = f"{name}={size}"
+            require(name == "cpu" or name.isdecimal(), "max_memory", shown, "cpu=… or the number of a GPU")
+            require(bool(_SIZE.fullmatch(size)), "max_memory", shown, "a size such as 20GiB or 500MB")
         require(self.grey_bits is None or 8 <= self.grey_bits <= 16, "grey_bits", self.grey_bits, "8 to 16")
         require(self.position_offset >= 0, "position_offset", self.position_offset, "0 or more")
         require(0.1 <= self.audio_seconds < math.inf, "audio_seconds", self.audio_seconds, "0.1 or more")

@@ -234,6 +234,8 @@ def encoder_request(config: ExtractConfig, modality: Modality) -> EncoderRequest
         tokens=config.tokens.get(modality, "all"),
         audio_seconds=config.audio_seconds,
         device=device,
+        device_map=config.device_map,
+        max_memory=config.max_memory,
     )
 
 

@@ -62,7 +62,7 @@ def past_extractions(manifest: EncoderManifest, device: str | None = None) -> li
     found = []
     for entry in manifest.extractions:
         config, stop = config_from_json(entry["config"]), int(entry["inputs"][1])
-        config = replace(config, device=device or config.device)
+        config = replace(config, device=device, device_map=None, max_memory={}) if device else config
         names = (inputs_in.keys() | _requested(config, manifest)) & manifest.arrays.keys()
         first_new = {name: inputs_in.get(name, 0) for name in names if inputs_in.get(name, 0) < stop}
         states = [manifest.arrays[f"hidden_states/{layer}"].spec for layer in layers_among(names)]
