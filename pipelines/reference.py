@@ -20,7 +20,7 @@ from saffe_cache.inputs.pairs import Pairs, select_pairs
 from saffe_cache.protocols.searches import ClassProtocol
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.store.reader import open_cache
-from saffe_cache.training.runs import load_run
+from saffe_cache.training.runs import open_run
 
 BATCH = 32
 """Photos that share one drawing of the random matrices: few, so that many drawings enter the means."""
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     options = parser.parse_args()
     cache = open_cache(options.cache)
-    spec, model, _ = load_run(options.run, cache)
+    spec, model, _ = open_run(options.run, cache)
     inputs = FeatureLoader(cache, spec)
     pairs = select_pairs(cache.table, inputs.gallery, inputs.text, options.split, "classes")
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ each other (tests/test_architecture.py holds this):
 
     cli                                         the commands
     report                                      one page from results
-    studies                                     alignment, binding, captioning, matching, sweeps
+    studies   inference                         alignment, binding, captioning, matching, sweeps; a run on new inputs
     evaluation                                  baselines and controls beside a run's scores; the index
     training                                    one config, the loop, a run's folder
     protocols                                   queries, relevance and scores, for validation and evaluation
@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # for type checkers and editors: a selection of what _places 
     from saffe_cache.extraction.config import RepairConfig as RepairConfig
     from saffe_cache.extraction.extract import extract as extract
     from saffe_cache.extraction.repair import repair as repair
+    from saffe_cache.inference.model import TrainedFusion as TrainedFusion
+    from saffe_cache.inference.model import load_run as load_run
     from saffe_cache.report.report import ReportConfig as ReportConfig
     from saffe_cache.report.report import make_report as make_report
     from saffe_cache.store.config import ConvertConfig as ConvertConfig
@@ -65,7 +67,6 @@ if TYPE_CHECKING:  # for type checkers and editors: a selection of what _places 
     from saffe_cache.studies.sweep.result import SweepResult as SweepResult
     from saffe_cache.training.config import TrainConfig as TrainConfig
     from saffe_cache.training.result import TrainResult as TrainResult
-    from saffe_cache.training.runs import load_run as load_run
     from saffe_cache.training.train import train as train
     from saffe_cache.verbs import load_result as load_result
 
@@ -82,7 +83,8 @@ def _places() -> dict[str, str]:
         "encoders.discovery:OwnEncoder",
         "store.reader:Cache",
         "store.reader:open_cache",
-        "training.runs:load_run",
+        "inference.model:TrainedFusion",
+        "inference.model:load_run",
         "verbs:load_result",
     )
     return {place.partition(":")[2]: place for place in (*of_verbs, *others)}

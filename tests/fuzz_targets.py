@@ -299,7 +299,7 @@ def _run_targets(work: Path) -> dict[str, Target]:
             (run / name).write_bytes(data)
             try:
                 with patch.object(runs, "build_fusion", build):
-                    runs.load_run(run, opened)
+                    runs.open_run(run, opened)
             finally:
                 (run / name).write_bytes(whole[name])
 

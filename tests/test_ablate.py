@@ -34,7 +34,7 @@ from saffe_cache.studies.sweep.result import SweepResult
 from saffe_cache.studies.sweep.runs import chosen
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.resolve import resolve_run
-from saffe_cache.training.runs import load_run
+from saffe_cache.training.runs import open_run
 from saffe_cache.training.train import train_many
 
 ROOT = Path(__file__).parents[1]
@@ -178,7 +178,7 @@ def test_metric_names_are_known_before_scores(tmp_path: Path, classes: int, prot
     options: dict[str, Any] = matching if classes else {"gallery_text": "first_caption"}
     run = quick_train(path, tmp_path / "run", epochs=1, fusion="concat", **options)
     cache = open_cache(path)
-    spec, _, _ = load_run(run, cache)
+    spec, _, _ = open_run(run, cache)
     for protocol in protocols:
         scores = report_of(path, run, protocol=protocol)["systems"]["fam"]
         assert list(scores) == load_protocol(protocol).metric_names(cache, spec)

@@ -16,7 +16,7 @@ from saffe_cache.evaluation.single_queries import interpolated_precision
 from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries
 from saffe_cache.inputs.pairs import class_vectors
 from saffe_cache.store.reader import open_cache
-from saffe_cache.training.runs import load_run
+from saffe_cache.training.runs import open_run
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_means_of_the_queries_are_the_reported_numbers(
 def test_first_photos_are_those_of_largest_products(captioned: tuple[str, str], tmp_path: Path) -> None:
     _, found = evaluated(captioned, tmp_path)
     cache = open_cache(captioned[0])
-    spec, model, _ = load_run(captioned[1], cache)
+    spec, model, _ = open_run(captioned[1], cache)
     table, items = cache.table, cache.table.in_split("test")
     photos = encode_gallery(model, FeatureLoader(cache, spec), table.rows["image"][items])
     rows = np.concatenate([table.captions[int(item)] for item in items])
@@ -90,7 +90,7 @@ def test_first_photos_are_those_of_largest_products(captioned: tuple[str, str], 
 def test_curves_and_confusion_are_those_of_scikit_learn(classified: tuple[str, str], tmp_path: Path) -> None:
     _, found = evaluated(classified, tmp_path)
     cache = open_cache(classified[0])
-    spec, model, _ = load_run(classified[1], cache)
+    spec, model, _ = open_run(classified[1], cache)
     items = cache.table.in_split("test")
     labels = np.array([cache.table.labels[int(item)][0] for item in items])
     photos = encode_gallery(model, FeatureLoader(cache, spec), cache.table.rows["image"][items])

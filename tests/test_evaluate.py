@@ -22,7 +22,7 @@ from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, enc
 from saffe_cache.retrieval.index import load_index
 from saffe_cache.retrieval.scores import Score
 from saffe_cache.store.reader import open_cache
-from saffe_cache.training.runs import load_run
+from saffe_cache.training.runs import open_run
 
 KEYS = {
     "verb", "version", "protocol", "definition", "main_metric", "split", "data", "failures", "warnings", "num_photos",
@@ -65,7 +65,7 @@ def beside(tmp_path_factory: pytest.TempPathFactory) -> Reported:
 
 def test_recall_equals_a_count_by_hand(captioned: Reported) -> None:
     cache = open_cache(captioned.cache)
-    spec, model, _ = load_run(captioned.run, cache)
+    spec, model, _ = open_run(captioned.run, cache)
     items = cache.table.in_split("test")
     photos = encode_gallery(model, FeatureLoader(cache, spec), cache.table.rows["image"][items])
     hits = []
@@ -232,7 +232,7 @@ def test_differences_equal_a_direct_paired_bootstrap_over_photos() -> None:
 def test_saved_index_finds_what_the_model_finds(captioned: Reported) -> None:
     index = load_index(Path(captioned.report["out"]))
     cache = open_cache(captioned.cache)
-    spec, model, _ = load_run(captioned.run, cache)
+    spec, model, _ = open_run(captioned.run, cache)
     item = cache.table.ids.index("test/7")
     vector = encode_gallery(model, FeatureLoader(cache, spec), cache.table.rows["image"][[item]])
     assert index.search(vector, 1)[1] == "test/7"

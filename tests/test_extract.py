@@ -33,7 +33,7 @@ from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.extract import extract
 from saffe_cache.inputs.pairs import same_training_pairs
 from saffe_cache.store.reader import open_cache
-from saffe_cache.training.runs import load_run
+from saffe_cache.training.runs import open_run
 
 
 @pytest.fixture
@@ -333,7 +333,7 @@ def test_changed_photo_is_encoded_as_a_new_one_on_request(
     vectors = [one.encoder("image").vectors(one.table.rows["image"]) for one in (cache, fresh)]
     np.testing.assert_allclose(*vectors, atol=1e-5)
     with pytest.raises(ValueError, match="trained on other photos or texts"):
-        same_training_pairs(load_run(run, cache)[0], cache, run)
+        same_training_pairs(open_run(run, cache)[0], cache, run)
     assert extract(config) == config.cache
 
 

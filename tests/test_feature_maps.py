@@ -33,7 +33,7 @@ from saffe_cache.studies.captioning.caption import caption
 from saffe_cache.studies.captioning.config import CaptionConfig
 from saffe_cache.studies.captioning.inserting import photo_side, pool_photos
 from saffe_cache.training.config import TrainConfig
-from saffe_cache.training.runs import load_run
+from saffe_cache.training.runs import open_run
 from saffe_cache.training.train import train
 
 WITHOUT_BLOCKS = "linear, concat, late, hadamard, two_tower, flamingo, limber, magma, deep_insert, albef"
@@ -106,7 +106,7 @@ def test_a_resnet_is_trained_on_and_reported(config: ExtractConfig, tmp_path: Pa
     """By default on its last stage alone."""
     extract(replace(config, layers={"image": (2, 3), "text": (1, 2, 3)}))
     run = quick_train(config.cache, tmp_path / "run", fusion=fusion, epochs=1, validation="heldout")
-    spec, _, _ = load_run(run, open_cache(config.cache))
+    spec, _, _ = open_run(run, open_cache(config.cache))
     assert (spec.gallery_layers, spec.shape.num_tokens, spec.shape.hidden_size) == ((3,), 4, 32)
     report = report_of(config.cache, run, split="dev", protocol="caption", baselines="all", out=str(tmp_path / "out"))
     assert {"fam", "ridge"} <= report["systems"].keys()
@@ -119,7 +119,7 @@ def test_every_fusion_without_blocks_of_the_photo_encoder_learns(maps_path: str,
     beside = "null" if fusion == "linear" else "first_caption"
     run = quick_train(maps_path, tmp_path / "run", fusion=fusion, gallery_text=beside, epochs=6)
     cache = open_cache(maps_path)
-    spec, model, result = load_run(run, cache)
+    spec, model, result = open_run(run, cache)
     assert result.best_validation_score > 1.5 * np.mean(1 / np.arange(1, 41))  # chance among 40 photos
     states, _ = FeatureLoader(cache, spec).photos(np.arange(6))
     with torch.inference_mode():

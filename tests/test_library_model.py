@@ -24,7 +24,7 @@ from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.captioning.caption import caption
 from saffe_cache.studies.captioning.config import CaptionConfig
 from saffe_cache.studies.captioning.inserting import LibraryModel, greedy_captions
-from saffe_cache.training.runs import load_run
+from saffe_cache.training.runs import open_run
 
 SIZES: Mapping[str, Any] = {
     "vocab_size": len(WORDS) + 2,
@@ -152,7 +152,7 @@ def test_fusions_take_cached_layers_of_a_language_model(
     encoder = {"image": config.encoder["image"], "text": str(tiny_model("gpt2"))}
     cache = extract(replace(config, encoder=encoder, layers={"image": (2, 3), "text": (2, 3)}))
     run = quick_train(cache, tmp_path / "run", fusion=fusion, gallery_text="first_caption", epochs=1)
-    assert load_run(run, open_cache(cache))[0].text_layers == (2,)
+    assert open_run(run, open_cache(cache))[0].text_layers == (2,)
 
 
 def test_learned_positions_are_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from synthetic_cache import make_cache
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.store.reader import Cache, open_cache
-from saffe_cache.training.runs import load_run
+from saffe_cache.training.runs import open_run
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +76,14 @@ def test_damaged_runs_are_refused(
 ) -> None:
     damage(run)
     with pytest.raises((ValueError, CacheError), match=f"(?s){words}"):
-        load_run(run, trained[0])
+        open_run(run, trained[0])
 
 
 def test_a_cache_of_other_widths_is_refused(trained: tuple[Cache, Path], tmp_path: Path) -> None:
     """Encoders of the same name: their keys do not tell."""
     other = open_cache(make_cache(tmp_path / "wide.zarr", {"train": 40, "test": 10}, width=24))
     with pytest.raises(ValueError, match=r"tokens \{\(5, 16\)\} of 2 layers .* holds \{\(5, 24\)\} of 2"):
-        load_run(trained[1], other)
+        open_run(trained[1], other)
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 100, None], ids=["empty", "no header", "no numbers"])

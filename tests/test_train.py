@@ -31,7 +31,7 @@ from saffe_cache.training import train as train_module
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.loop import TrainingState
 from saffe_cache.training.resolve import resolve_run
-from saffe_cache.training.runs import load_permuted, load_run
+from saffe_cache.training.runs import load_permuted, open_run
 from saffe_cache.training.train import train
 
 
@@ -147,7 +147,7 @@ def test_every_combination_runs(notes_path: str, deep_path: str, tmp_path: Path,
     path = notes_path if "head" in FUSIONS[changes["fusion"]].options else deep_path
     train(config_for(path, tmp_path, epochs=1, **changes))
     cache = open_cache(path)
-    spec, model, result = load_run(tmp_path, cache)
+    spec, model, result = open_run(tmp_path, cache)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
     assert [line["epoch"] for line in lines] == [0, 1]
     assert np.isfinite(lines[1]["loss"])
@@ -212,7 +212,7 @@ def test_control_on_permuted_pairs_learns_nothing(tmp_path: Path) -> None:
     assert len(logged_scores(control)) == 4
     assert max(logged_scores(control)) < mrr_by_chance(100) + 0.04
     assert sorted(file.name for file in control.iterdir()) == ["log.jsonl", "model.safetensors"]
-    spec, model, _ = load_run(tmp_path / "run", open_cache(path))
+    spec, model, _ = open_run(tmp_path / "run", open_cache(path))
     other = load_permuted(tmp_path / "run", spec, open_cache(path))
     assert other is not None
     assert not torch.equal(model.head.get_parameter("linear.weight"), other.head.get_parameter("linear.weight"))
@@ -222,7 +222,7 @@ def test_no_control_where_none_is_asked_for(cache_path: str, tmp_path: Path) -> 
     train(config_for(cache_path, tmp_path, fusion="linear", epochs=1, control_epochs=0))
     assert not (tmp_path / "permuted").exists()
     cache = open_cache(cache_path)
-    assert load_permuted(tmp_path, load_run(tmp_path, cache)[0], cache) is None
+    assert load_permuted(tmp_path, open_run(tmp_path, cache)[0], cache) is None
     assert TrainConfig(cache="", out="").control_epochs > 0
 
 
@@ -487,7 +487,7 @@ def test_layers_are_counted_as_asked(cache_path: str, tmp_path: Path, convention
 def test_differing_widths_are_projected(cache_path: str, tmp_path: Path, fusion: str, side: str) -> None:
     """Photos 16 wide, texts 12."""
     train(config_for(cache_path, tmp_path, fusion=fusion, query_side=side, epochs=1))
-    _, model, _ = load_run(tmp_path, open_cache(cache_path))
+    _, model, _ = open_run(tmp_path, open_cache(cache_path))
     projection = model.decoders[0].get_submodule("cross_attention.context_projection")
     assert projection.weight.shape == ((16, 12) if side == "gallery" else (12, 16))
 
@@ -547,7 +547,7 @@ def test_attention_head_starts_as_ridge_and_never_falls_below_it(tmp_path: Path)
 @pytest.mark.parametrize("fusion", ["reuse", "paper"])
 def test_only_what_null_text_reaches_counts_as_trainable(cache_path: str, tmp_path: Path, fusion: str) -> None:
     train(config_for(cache_path, tmp_path, fusion=fusion, epochs=1))
-    _, model, _ = load_run(tmp_path, open_cache(cache_path))
+    _, model, _ = open_run(tmp_path, open_cache(cache_path))
     model.freeze_unused(null_only=True)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert result_of(tmp_path)["trainable_parameters"] == trainable
@@ -560,7 +560,7 @@ def test_only_what_null_text_reaches_counts_as_trainable(cache_path: str, tmp_pa
 def test_cache_that_grew_or_is_another_one_is_refused(cache_path: str, tmp_path: Path) -> None:
     config = config_for(cache_path, tmp_path / "run", epochs=1)
     train(config)
-    spec, _, _ = load_run(tmp_path / "run", open_cache(cache_path))
+    spec, _, _ = open_run(tmp_path / "run", open_cache(cache_path))
     same_training_pairs(spec, open_cache(cache_path), "run")
     other = make_cache(tmp_path / "other.zarr", {"train": 130, "test": 30})
     with pytest.raises(ValueError, match="trained on other photos or texts"):
@@ -624,7 +624,7 @@ def test_run_of_another_cache_is_refused(cache_path: str, tmp_path: Path) -> Non
     config["run"]["gallery_key"] = "image-other-000000000000"
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="trained on image-other"):
-        load_run(tmp_path / "run", open_cache(cache_path))
+        open_run(tmp_path / "run", open_cache(cache_path))
 
 
 def test_too_little_data_is_an_error(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from saffe_cache.retrieval.metrics import paired_bootstrap
 from saffe_cache.retrieval.scores import Scores
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.result import TrainResult
-from saffe_cache.training.runs import load_permuted, load_run
+from saffe_cache.training.runs import load_permuted, open_run
 
 __all__ = ["EvaluateConfig", "evaluate"]
 
@@ -71,7 +71,7 @@ def evaluate(config: EvaluateConfig) -> str:
     started = time.perf_counter()
     torch.manual_seed(config.seed)
     cache, device = open_cache(config.cache), choose_device(config.device)
-    spec, model, trained = load_run(config.run, cache)
+    spec, model, trained = open_run(config.run, cache)
     permuted = load_permuted(config.run, spec, cache)
     permuted = None if permuted is None else permuted.to(device)
     run = _Run(model.to(device), permuted, trained, *same_training_pairs(spec, cache, config.run))

@@ -10,26 +10,28 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from saffe_cache.core.features import CacheError
-from saffe_cache.encoders.encoder import HalvingEncoder
+from saffe_cache.core.features import CacheError, ItemTable
+from saffe_cache.encoders.encoder import FrozenEncoder, HalvingEncoder
 from saffe_cache.encoders.transfers import Encoded, Launched
 from saffe_cache.extraction.blocks import checked_blocks
+from saffe_cache.extraction.config import EncodeOptions
 from saffe_cache.extraction.loading import Batch, load_batches
-from saffe_cache.extraction.planning import Job
+from saffe_cache.extraction.planning import Job, new_job, sound_offsets
 from saffe_cache.sources.items import Media
 from saffe_cache.store.dtypes import Stored, as_tensor, convert, to_storage
+from saffe_cache.store.held import HeldEncoder
 from saffe_cache.store.layout import ArraySpec
-from saffe_cache.store.manifest import encoder_group, write_encoder
+from saffe_cache.store.manifest import EncoderManifest, encoder_group, write_encoder
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks, write_weights
 
@@ -112,7 +114,9 @@ def _offsets(job: Job) -> Portion:
     return Portion({"offsets": (0, to_storage(job.offsets, "int64"))})
 
 
-def encode_portions(job: Job, media: Mapping[bytes, Media], specs: Mapping[str, ArraySpec]) -> Generator[Portion]:
+def encode_portions(
+    job: Job, media: Mapping[bytes, Media], specs: Mapping[str, ArraySpec], *, shows_progress: bool = True
+) -> Generator[Portion]:
     """Yield encoded rows of some arrays, block by block, without writing them.
 
     Raises:
@@ -123,13 +127,58 @@ def encode_portions(job: Job, media: Mapping[bytes, Media], specs: Mapping[str, 
     total = sum(map(len, job.blocks()))
     with (
         load_batches(job, media) as batches,
-        tqdm(total=total, unit=f" {job.encoder.request.modality}s", desc=job.manifest.key) as progress,
+        tqdm(
+            total=total,
+            unit=f" {job.encoder.request.modality}s",
+            desc=job.manifest.key,
+            disable=not shows_progress,
+        ) as progress,
     ):
         for batch in batches:
             portion = builder.add(batch, encoder.launch(batch.tensors) if batch.tensors else [])
             progress.update(batch.num_finished)
             if portion is not None:
                 yield portion
+
+
+def encode_in_memory(
+    encoder: FrozenEncoder,
+    manifest: EncoderManifest,
+    options: EncodeOptions,
+    table: ItemTable,
+    media: Mapping[bytes, Media],
+    names: Collection[str],
+    *,
+    usual_tokens: int = 0,
+) -> HeldEncoder:
+    """Encode the inputs of a table as an extraction would, and keep the rows in memory.
+
+    Args:
+        manifest: of the same encoder, without rows; its arrays say how numbers are stored.
+        names: the arrays that are needed.
+        usual_tokens: as of `HeldEncoder`.
+
+    Raises:
+        CacheError: a number overflows, or an input does not fit into memory.
+        OSError: a file that was read for its hash cannot be read again.
+    """
+    manifest = replace(manifest, invalid={}, history=[])
+    job = new_job(encoder, manifest, options, table)
+    if encoder.windows:
+        job.offsets = sound_offsets(job, np.zeros(1, np.int64), media)
+    job.arrays = {name: (array.spec, job.first_row(name, job.num_inputs)) for name, array in manifest.arrays.items()}
+    job.select([name for name in names if name != "offsets"])
+    specs = {name: manifest.arrays[name].spec for name in names if name != "offsets"}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in specs}
+    for portion in encode_portions(job, media, specs, shows_progress=False):
+        manifest.invalid.update(portion.invalid)
+        for name, (_, stored) in portion.rows.items():
+            parts[name].append(stored)
+    manifest.finished_rows = job.num_inputs
+    held = {name: np.concatenate(stored) for name, stored in parts.items()}
+    if job.offsets is not None and "offsets" in manifest.arrays:
+        held["offsets"] = to_storage(job.offsets, "int64")
+    return HeldEncoder(manifest, held, usual_tokens=usual_tokens)
 
 
 def _encode(job: Job, batches: Iterator[Batch], encoder: HalvingEncoder, storing: _Storing, seconds: Seconds) -> None:

@@ -6,6 +6,7 @@ in another order. To produce the same bytes, inputs must therefore be cut into t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from itertools import takewhile
 import numpy as np
 
 from saffe_cache.core.features import CacheError, ItemTable
+from saffe_cache.encoders.discovery import OwnEncoder
 from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
 from saffe_cache.extraction.config import ExtractConfig, config_from_json, encode_options
 from saffe_cache.extraction.encoding import encode_portions
@@ -24,6 +26,11 @@ from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.inspect import Damage
 from saffe_cache.store.layout import ArraySpec, ShardEntry, describe_shard
 from saffe_cache.store.manifest import EncoderManifest, layers_among
+
+logger = logging.getLogger(__name__)
+
+_OF_ANY_VERSION = ("library_versions", "model_id", "revision")
+"""Fields of a fingerprint that say where an encoder and its code are from; its weights are compared besides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,31 +90,47 @@ def _requested(config: ExtractConfig, manifest: EncoderManifest) -> set[str]:
 
 
 def reload_encoder(
-    manifest: EncoderManifest, past: Sequence[PastExtraction], moved: str | None, option: str
+    manifest: EncoderManifest,
+    recorded: ExtractConfig,
+    moved: str | OwnEncoder | None,
+    option: str,
+    *,
+    any_version: bool = False,
 ) -> FrozenEncoder:
-    """Load the encoder that a cache was made with, from where its latest extraction found it or where it has moved.
+    """Load the encoder of a manifest, from where an extraction found it or where it has moved.
 
-    `past` are its extractions, at least one; `option` is the option for `moved`, for the error message.
+    Args:
+        recorded: the options of its latest extraction.
+        moved: a hub id or a folder, or the module that was given as an OwnEncoder.
+        option: the option for `moved`, for the error message.
+        any_version: whether versions of libraries may differ, which is logged; numbers then may by rounding.
 
     Raises:
         ValueError: the encoder is unavailable.
         CacheError: it is another encoder.
     """
-    recorded, made_with = past[-1].config, manifest.fingerprint
-    place = moved or recorded.encoder[manifest.modality]
+    made_with = manifest.fingerprint
+    place = recorded.encoder[manifest.modality] if moved is None or isinstance(moved, OwnEncoder) else moved
     request = replace(
         encoder_request(recorded, manifest.modality),
         model_id=place,
         revision=made_with.fields.get("revision"),
         dtype=str(made_with.fields.get("dtype", "float32")),
         layers=None,
+        own=moved if isinstance(moved, OwnEncoder) else None,
     )
     encoder = load_encoder(request)
-    if encoder.fingerprint.key != manifest.key:
-        differences = "; ".join(encoder.fingerprint.differences(made_with))
+    differences = encoder.fingerprint.differences(made_with)
+    if any_version:
+        versions = [one for one in differences if one.startswith("library_versions")]
+        if versions:
+            logger.warning("%s: %s; vectors may differ by rounding.", manifest.key, versions[0])
+        differences = [one for one in differences if one.partition(":")[0] not in _OF_ANY_VERSION]
+    if differences:
+        whose, other = ("run", "train again") if any_version else ("cache", "extract into a new cache")
         raise CacheError(
-            f"{place} is not the encoder of the cache ({differences}). Name that with {option}, "
-            "use the same library versions, or extract into a new cache."
+            f"{place} is not the encoder of the {whose} ({'; '.join(differences)}). Name that with {option}, "
+            f"use the same library versions, or {other}."
         )
     return encoder
 

@@ -172,7 +172,7 @@ class _EncoderRepair:
         if not past:
             raise CacheError(_UNFINISHED)
         moved = self._config.encoder.get(self._key) or self._config.encoder.get(modality)
-        encoder = reload_encoder(manifest, past, moved, f"--encoder {modality}=…")
+        encoder = reload_encoder(manifest, past[-1].config, moved, f"--encoder {modality}=…")
         job = new_job(encoder, manifest, encode_options(past[-1].config), self._table)
         job.arrays = {name: (array.spec, array.rows) for name, array in manifest.arrays.items()}
         if encoder.windows:

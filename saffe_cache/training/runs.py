@@ -4,44 +4,59 @@ config.json           the config, the resolved run (encoders' keys, layers, shap
 model.safetensors     the best weights by validation
 permuted/             the control that was trained on permuted pairs: its weights and log
 log.jsonl             one line for each validation
+encoders.json         what the encoders are and how they were run, without the cache
+blocks.safetensors    blocks of the encoders that the fusion runs or was initialised from, if any
 result.json           the result; written last, so its presence means that the run is complete
 state.safetensors     the checkpoint that an interrupted run resumes from
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
+from safetensors.numpy import load, save
 from safetensors.torch import load_file
 
+from saffe_cache.core.atomic_io import write_whole
+from saffe_cache.core.features import BlockWeights, Modality
 from saffe_cache.core.json_schema import made_of
-from saffe_cache.core.outputs import CONFIG, RESULT, read_json
+from saffe_cache.core.outputs import CONFIG, RESULT, read_json, write_json
 from saffe_cache.fusion.base import Blocks, Fusion
 from saffe_cache.inputs.spec import RunSpec
-from saffe_cache.store.reader import Cache
+from saffe_cache.store.held import HeldCache, HeldEncoder, without_rows
+from saffe_cache.store.manifest import EncoderManifest, weights_type
+from saffe_cache.store.reader import Cache, EncoderCache, weights_from
+from saffe_cache.store.table import TableBuilder
 from saffe_cache.training.result import PERMUTED, TrainResult
+
+ENCODERS, BLOCKS = "encoders.json", "blocks.safetensors"
 
 
 def build_fusion(spec: RunSpec, cache: Cache) -> Fusion:
     """A fusion with its starting weights and the cached encoder blocks that it runs or is initialised from."""
-    entry, count = spec.shape.entry, spec.shape.num_blocks
-    gallery: Sequence[int] = ()
-    text: Sequence[int] = ()
-    if entry.blocks == "paired":
-        gallery, text = spec.gallery_layers, spec.text_layers
-    elif entry.blocks != "none":
-        text = range(spec.text_layers[0], spec.text_layers[0] + count)
-        if entry.blocks == "both":
-            gallery = range(spec.gallery_layers[0], spec.gallery_layers[0] + count)
     photos, texts = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
+    gallery, text = _block_layers(spec)
     blocks = Blocks([photos.block(layer) for layer in gallery], [texts.block(layer) for layer in text])
-    fusion: Fusion = entry.make(spec.shape, blocks)
+    fusion: Fusion = spec.shape.entry.make(spec.shape, blocks)
     return fusion
 
 
-def load_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, TrainResult]:
+def _block_layers(spec: RunSpec) -> tuple[Sequence[int], Sequence[int]]:
+    """The layers whose blocks a fusion uses, of the gallery's encoder and of the text's."""
+    entry, count = spec.shape.entry, spec.shape.num_blocks
+    if entry.blocks == "none":
+        return (), ()
+    if entry.blocks == "paired":
+        return spec.gallery_layers, spec.text_layers
+    text = range(spec.text_layers[0], spec.text_layers[0] + count)
+    return range(spec.gallery_layers[0], spec.gallery_layers[0] + count) if entry.blocks == "both" else (), text
+
+
+def open_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, TrainResult]:
     """A finished run: its spec, its best model in evaluation mode, and its result.
 
     Raises:
@@ -95,6 +110,83 @@ def _check_widths(run_dir: str | Path, spec: RunSpec, cache: Cache) -> None:
         )
 
 
+def keep_encoders(run_dir: Path, spec: RunSpec, cache: Cache) -> None:
+    """Write what a run needs of its encoders without the cache: manifests without rows, how they were run, blocks."""
+    described: dict[str, Any] = {}
+    tensors: dict[str, np.ndarray] = {}
+    for key, layers in zip((spec.gallery_key, spec.text_key), _block_layers(spec), strict=True):
+        encoder, modality = cache.encoders[key], cache.encoders[key].manifest.modality
+        past, blocks = encoder.manifest.extractions, {layer: encoder.block(layer) for layer in layers}
+        described[key] = {
+            "manifest": without_rows(encoder.manifest).to_json(),
+            "extraction": _of_encoder(past[-1]["config"], modality) if past else None,
+            "blocks": {
+                str(layer): {"encoding-type": weights_type("blocks/"), "spec": vars(block.spec)}
+                for layer, block in blocks.items()
+            },
+        }
+        for layer, block in blocks.items():
+            tensors |= {
+                f"{modality}/{layer}/{name}": np.asarray(value, np.float32) for name, value in block.tensors.items()
+            }
+    if tensors:
+        write_whole(run_dir / BLOCKS, save(tensors))
+    write_json(run_dir / ENCODERS, described)
+
+
+_OF_DATA = ("column", "splits", "max_items", "streaming", "device", "workers", "decode_in", "max_invalid", "changed")
+"""Options of an extraction that say where inputs and encoders were, and not how an encoder was run."""
+
+
+def _of_encoder(config: Mapping[str, Any], modality: Modality) -> dict[str, Any]:
+    """The options of an extraction that tell how the encoder of a modality was run."""
+    kept = {name: value for name, value in config.items() if name not in (*_OF_DATA, "data", "cache", "plan")}
+    for name in ("encoder", "layers", "tokens", "revision"):
+        kept[name] = {one: value for one, value in kept.get(name, {}).items() if one == modality}
+    return {**kept, "data": "", "cache": ""}
+
+
+def kept_encoders(run_dir: str | Path) -> tuple[HeldCache, dict[str, Mapping[str, Any] | None]]:
+    """A run's own encoders as a cache without rows; and the options of each one's extraction, None where unknown.
+
+    Raises:
+        ValueError: the run has none, or they are damaged.
+        CacheError: a manifest or a block is damaged.
+    """
+    folder = Path(run_dir)
+    if not (folder / ENCODERS).exists():
+        raise ValueError(
+            f"--run {run_dir}: found no {ENCODERS}, expected a run that saffe train has finished. Train again to use "
+            "it without its cache."
+        )
+    described = read_json(folder / ENCODERS)
+    encoders: dict[str, EncoderCache] = {}
+    try:
+        usual = int(read_json(folder / CONFIG)["run"]["shape"]["num_tokens"])
+        tensors = load((folder / BLOCKS).read_bytes()) if (folder / BLOCKS).exists() else {}
+        for key, one in described.items():
+            where = f"{folder / ENCODERS}: {key}"
+            manifest = EncoderManifest.from_json(one["manifest"], where)
+            blocks = {
+                int(layer): _kept_block(attributes, f"{manifest.modality}/{layer}/", tensors, where)
+                for layer, attributes in one["blocks"].items()
+            }
+            encoders[key] = HeldEncoder(manifest, blocks=blocks, usual_tokens=usual, where=str(folder))
+        past = {key: one["extraction"] for key, one in described.items()}
+    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"--run {run_dir}: {ENCODERS} or {BLOCKS} is damaged ({error}). Train again.") from None
+    return HeldCache(TableBuilder(None, ()).build(), encoders, str(folder)), past
+
+
+def _kept_block(
+    attributes: Mapping[str, Any], prefix: str, tensors: Mapping[str, np.ndarray], where: str
+) -> BlockWeights:
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    block = weights_from(attributes, own, where)
+    assert isinstance(block, BlockWeights)
+    return block
+
+
 def load_permuted(run_dir: str | Path, spec: RunSpec, cache: Cache) -> Fusion | None:
     """The run's control, trained on permuted pairs; None if it has none."""
     path = Path(run_dir) / PERMUTED / "model.safetensors"
@@ -105,6 +197,6 @@ def _load_model(path: Path, spec: RunSpec, cache: Cache) -> Fusion:
     try:
         model = build_fusion(spec, cache)
         model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise ValueError(f"{path}: not this run's weights ({error}). Train again.") from None
+    except (SafetensorError, RuntimeError, OSError, KeyError) as error:
+        raise ValueError(f"{path}: not this run's weights ({error!r:.300}). Train again.") from None
     return model.eval()

@@ -23,6 +23,7 @@ from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.loop import Training, TrainingState, fit
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.result import PERMUTED, TrainResult
+from saffe_cache.training.runs import keep_encoders
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ def _fit(
 def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int], control_seconds: float) -> None:
     """Save the result, which marks the run as finished."""
     score_name = load_protocol(own_protocol(plan.spec)).main_metric
+    keep_encoders(plan.out, plan.spec, plan.cache)
     num_trainable = sum(one.numel() for one in state.model.parameters() if one.requires_grad)
     TrainResult(
         best_epoch=state.best_epoch,

@@ -109,7 +109,7 @@ class _Binding:
             )
         made_up = names.make_names(config.num_names, self.cache.table.class_names, config.seed)
         logger.info("Encoding %d made-up names, such as %s.", len(made_up), ", ".join(made_up[:3]))
-        encoder = reload_encoder(manifest, past, config.text_encoder, "--text-encoder")
+        encoder = reload_encoder(manifest, past[-1].config, config.text_encoder, "--text-encoder")
         vectors = names.encode_names(encoder, manifest.vector, made_up, past[-1].config.class_prompt)
         pool = NamePool(tuple(made_up), vectors, key)
         pool.save(path)

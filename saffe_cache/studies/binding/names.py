@@ -29,7 +29,7 @@ from saffe_cache.store.manifest import EncoderManifest
 from saffe_cache.store.reader import Cache, EncoderCache
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import text_hash
-from saffe_cache.training.runs import load_run
+from saffe_cache.training.runs import open_run
 
 METRICS = ("top1", "map")
 """What trainings on true and on made-up names are compared by."""
@@ -138,7 +138,7 @@ def renamed_cache(cache: Cache, text_key: str, names: Sequence[str], vectors: np
 
 def run_scores(run: str, cache: Cache, split: str, device: str) -> dict[str, float]:
     """top1 and map of a run when class names search a split."""
-    spec, model, _ = load_run(run, cache)
+    spec, model, _ = open_run(run, cache)
     inputs = FeatureLoader(cache, spec, device)
     setting = Setting(inputs, select_pairs(cache.table, inputs.gallery, inputs.text, split, "classes"))
     search, model = ClassProtocol(setting), model.to(device)
@@ -149,7 +149,7 @@ def run_scores(run: str, cache: Cache, split: str, device: str) -> dict[str, flo
 
 def probe_scores(run: str, cache: Cache, split: str) -> tuple[dict[str, float], dict[str, float]]:
     """top1 and map of the linear probe, which needs no names, fitted on the run's training photos; and of chance."""
-    spec, _, _ = load_run(run, cache)
+    spec, _, _ = open_run(run, cache)
     gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
     training, validation, _ = training_pairs(spec, cache)
     reported = select_pairs(cache.table, gallery, text, split, "classes")

@@ -1,0 +1,416 @@
+"""A trained run on new inputs, without the cache that it was trained on.
+
+New inputs pass the run's own frozen encoders as in an extraction (the same batches, windows, token selection and
+storage type), but stay in memory; from there on the code is that of evaluation, and so are the numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from saffe_cache.core.devices import choose_device
+from saffe_cache.core.features import CacheError, ItemTable, Modality, StorageType, short_hash
+from saffe_cache.encoders.discovery import OwnEncoder
+from saffe_cache.encoders.encoder import FrozenEncoder
+from saffe_cache.extraction.config import ExtractConfig, config_from_json, encode_options
+from saffe_cache.extraction.encoding import encode_in_memory
+from saffe_cache.extraction.reencode import reload_encoder
+from saffe_cache.fusion.base import Fusion
+from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries
+from saffe_cache.inputs.pairs import class_vectors
+from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.sources.decoding import media_bytes
+from saffe_cache.sources.items import Columns, Media, SourceItem
+from saffe_cache.sources.registry import read_items
+from saffe_cache.store.held import HeldCache, HeldEncoder
+from saffe_cache.store.manifest import EncoderManifest
+from saffe_cache.store.reader import EncoderCache
+from saffe_cache.store.table import TableBuilder
+from saffe_cache.training.result import TrainResult
+from saffe_cache.training.runs import kept_encoders, open_run
+
+logger = logging.getLogger(__name__)
+
+_ITEMS_AT_ONCE = 512
+"""Items whose hidden states are in memory at once."""
+
+
+class Embedded(NamedTuple):
+    """Vectors of the items of a dataset. Items that cannot be embedded have none."""
+
+    items: tuple[SourceItem, ...]
+    vectors: np.ndarray
+    """Unit vectors, float32 [items, d]."""
+    problems: Mapping[str, str]
+    """Why an item could not be embedded, by id."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(item.id for item in self.items)
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """Media in memory."""
+
+    data: bytes
+
+    def read(self) -> bytes:
+        return self.data
+
+
+class TrainedFusion:
+    """A trained run that embeds new inputs; made by `load_run`. Threads may share it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        encoder: Mapping[str, str | OwnEncoder] | None = None,
+        device: str = "auto",
+        storage: StorageType | None = None,
+    ) -> None:
+        """As `load_run`, for a local folder."""
+        self.folder, self.device, self.storage = folder, choose_device(device), storage
+        self._kept, self._past = kept_encoders(folder)
+        spec, model, result = open_run(folder, self._kept)
+        self.spec: RunSpec = spec
+        self.model: Fusion = model.to(self.device)
+        self.result: TrainResult = result
+        self._places, self._encoders, self._lock = dict(encoder or {}), dict[str, FrozenEncoder](), threading.RLock()
+        unknown = set(self._places) - {self.modality, "text"}
+        if unknown:
+            raise ValueError(f"--encoder {sorted(unknown)[0]}=…: the run has encoders of {self.modality} and text.")
+
+    @property
+    def modality(self) -> Modality:
+        """What is searched: image or audio."""
+        return self._kept.encoders[self.spec.gallery_key].manifest.modality
+
+    @cached_property
+    def size(self) -> int:
+        """Width of the vectors."""
+        one = np.ones((1, self.spec.shape.text_size), np.float32)
+        return int(encode_queries(self.model, one, self.device).shape[1])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What vectors depend on: weights, encoders and storage type, as a short hash."""
+        weights = hashlib.sha256((self.folder / "model.safetensors").read_bytes()).hexdigest()
+        return short_hash([weights, self.spec.gallery_key, self.spec.text_key, self.storage])
+
+    @property
+    def why_not_alone(self) -> str | None:
+        """Why a photo without a text has no trained vector; None where it has."""
+        spec = self.spec
+        if spec.trains_only_pairs or (spec.gallery_text == "first_caption" and not spec.sees_null):
+            return "the run was trained on pairs alone, never without a text. Train with --text-dropout 0.3 for both"
+        return None
+
+    @property
+    def why_not_paired(self) -> str | None:
+        """Why a text that is paired with a photo has no trained effect; None where it has."""
+        spec = self.spec
+        if not spec.shape.takes_text:
+            return f"no text enters fusion {spec.shape.fusion}. Train another one, such as concat, with --gallery-text"
+        if spec.gallery_text == "null" and not spec.fuses_pairs:
+            return "the run was trained without texts beside the photos. Train with --gallery-text first_caption"
+        return None
+
+    # Vectors
+
+    def embed_images(self, images: Sequence[Any], *, progress: bool = False) -> np.ndarray:
+        """Unit vectors of photos alone, float32 [n, d].
+
+        Args:
+            images: paths, pictures of PIL, bytes of files, or uint8 pixels [height, width, 3].
+            progress: whether to show a progress bar.
+
+        Raises:
+            ValueError: one cannot be read, or the run has no vectors of photos alone.
+            CacheError: an encoder is another one than the run's.
+        """
+        return self._embed_inputs("embed_images", "image", images, None, progress)
+
+    def embed_audio(self, sounds: Sequence[Any], *, progress: bool = False) -> np.ndarray:
+        """As `embed_images`, of sounds: paths, bytes, or dicts of array and sampling_rate."""
+        return self._embed_inputs("embed_audio", "audio", sounds, None, progress)
+
+    def embed_pairs(self, inputs: Sequence[Any], texts: Sequence[str], *, progress: bool = False) -> np.ndarray:
+        """Unit vectors of photos or sounds, each fused with a text: float32 [n, d].
+
+        Raises:
+            ValueError: as `embed_images`; no text enters the fusion; inputs and texts differ in number.
+        """
+        if len(inputs) != len(texts):
+            raise ValueError(f"embed_pairs: {len(inputs)} inputs, {len(texts)} texts. Give one text for each.")
+        return self._embed_inputs("embed_pairs", self.modality, inputs, texts, progress)
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors of texts that search, float32 [n, d].
+
+        Raises:
+            ValueError: one is no text.
+            CacheError: the text encoder is another one than the run's.
+        """
+        table = _table_of_texts("embed_texts", texts)
+        if not len(texts):
+            return np.zeros((0, self.size), np.float32)
+        with self._lock:
+            rows = table.captions.values
+            return encode_queries(self.model, self._text_vectors(table).vectors(rows), self.device)
+
+    def embed_classes(self, names: Sequence[str]) -> np.ndarray:
+        """Unit vectors of class names that search, float32 [n, d]: means over the prompts of the extraction."""
+        prompts = self._recorded(self.spec.text_key).class_prompt
+        builder = TableBuilder(None, prompts)
+        for number, name in enumerate(names):
+            builder.add(SourceItem(id=str(number), split="", media={}, labels=(name,)))
+        table = builder.build()
+        with self._lock:
+            of_class = encode_queries(self.model, class_vectors(table, self._text_vectors(table)), self.device)
+        return np.asarray(of_class[table.labels.values])
+
+    def embed_items(
+        self,
+        data: Any,
+        *,
+        paired: bool | None = None,
+        column: Mapping[str, str] | None = None,
+        splits: tuple[str, ...] = (),
+        progress: bool = False,
+    ) -> Embedded:
+        """Vectors of all items of a dataset, in any form that `extract` takes.
+
+        Args:
+            paired: whether to fuse each with its first caption; None does so if the run was trained on such pairs.
+            column, splits: as of `ExtractConfig`.
+
+        Raises:
+            ValueError: there is no usable dataset, or the run has no such vectors.
+        """
+        items = read_items(data, Columns(**(column or {})), splits)
+        return self.embed_read_items(items, paired=paired, progress=progress)
+
+    def embed_read_items(
+        self, items: Sequence[SourceItem], *, paired: bool | None = None, progress: bool = False
+    ) -> Embedded:
+        """As `embed_items`, of items that `sources.registry.read_items` has read.
+
+        An item without a caption is embedded alone, if the run has learned that too.
+        """
+        paired = self.spec.gallery_text == "first_caption" if paired is None else paired
+        why = self.why_not_paired if paired else self.why_not_alone
+        if why:
+            raise ValueError(f"--run {self.folder}: {why}.")
+        found: list[SourceItem] = []
+        vectors, problems = [np.zeros((0, self.size), np.float32)], dict[str, str]()
+        parts = [items[start : start + _ITEMS_AT_ONCE] for start in range(0, len(items), _ITEMS_AT_ONCE)]
+        with tqdm(total=len(items), unit=f" {self.modality}s", disable=not progress) as bar, self._lock:
+            for part in parts:
+                problems |= {item.id: reason for item in part if (reason := self._problem(item, paired))}
+                usable = [item for item in part if item.id not in problems]
+                for texts in (True, False):
+                    these = [item for item in usable if (paired and bool(item.captions)) is texts]
+                    own, invalid = self._encode(these, paired=texts)
+                    problems |= invalid
+                    vectors.append(own)
+                    found += [item for item in these if item.id not in invalid]
+                bar.update(len(part))
+        places = {item.id: place for place, item in enumerate(items)}
+        order = np.argsort([places[item.id] for item in found], kind="stable")
+        return Embedded(tuple(found[i] for i in order), np.concatenate(vectors)[order], problems)
+
+    def _problem(self, item: SourceItem, paired: bool) -> str:
+        """Why an item cannot be embedded; nothing where it can."""
+        if item.problem or self.modality not in item.hashes:
+            return item.problem or f"it has no {self.modality}"
+        if paired and not item.captions and self.why_not_alone:
+            return f"it has no caption, and {self.why_not_alone}"
+        return ""
+
+    def _embed_inputs(
+        self, name: str, modality: Modality, inputs: Sequence[Any], texts: Sequence[str] | None, progress: bool
+    ) -> np.ndarray:
+        if modality != self.modality:
+            raise ValueError(f"{name}: the run {self.folder} is of {self.modality}. Use the method for these.")
+        why = self.why_not_alone if texts is None else self.why_not_paired
+        if why:
+            raise ValueError(f"{name}: {why}.")
+        vectors = []
+        starts = range(0, len(inputs), _ITEMS_AT_ONCE)
+        for start in tqdm(starts, unit=f" {_ITEMS_AT_ONCE} {modality}s", disable=not progress):
+            chosen = range(start, min(start + _ITEMS_AT_ONCE, len(inputs)))
+            items = [_item(name, modality, i, inputs[i], None if texts is None else texts[i]) for i in chosen]
+            with self._lock:
+                own, invalid = self._encode(items, paired=texts is not None)
+            for number, reason in invalid.items():
+                raise ValueError(f"{name}: input {number}: {reason}. Give a file that can be read.")
+            vectors.append(own)
+        return np.concatenate(vectors) if vectors else np.zeros((0, self.size), np.float32)
+
+    # From inputs to vectors
+
+    def _encode(self, items: Sequence[SourceItem], *, paired: bool) -> tuple[np.ndarray, dict[str, str]]:
+        """Vectors of the items that could be encoded, in order, and why the others could not."""
+        if not items:
+            return np.zeros((0, self.size), np.float32), {}
+        spec, builder, media = self.spec, TableBuilder(None, ()), dict[bytes, Media]()
+        for item in items:
+            builder.add(replace(item, captions=item.captions[:1] if paired else (), labels=()))
+            media[item.hashes[self.modality]] = item.media[self.modality]
+        table = builder.build()
+        states = [f"hidden_states/{layer}" for layer in spec.gallery_layers]
+        gallery = self._held(spec.gallery_key, table, media, states)
+        self._require_tokens(gallery)
+        text: EncoderCache = self._kept.encoders[spec.text_key]
+        if paired:
+            names = [f"hidden_states/{layer}" for layer in spec.text_layers]
+            text = self._held(spec.text_key, table, {}, [*names, text.manifest.vector])
+        inputs = FeatureLoader(HeldCache(table, {spec.gallery_key: gallery, spec.text_key: text}), spec, self.device)
+        rows = table.rows[self.modality]
+        usable, texts = gallery.usable(rows), table.captions.values
+        reasons = {int(row): reason for row, reason in gallery.manifest.invalid.items()}
+        invalid = {item.id: reasons[int(row)] for item, row in zip(items, rows, strict=True) if int(row) in reasons}
+        if not usable.any():
+            return np.zeros((0, self.size), np.float32), invalid
+        return encode_gallery(self.model, inputs, rows[usable], texts[usable] if paired else None), invalid
+
+    def _require_tokens(self, gallery: HeldEncoder) -> None:
+        """Raise ValueError if a head that takes a fixed number of tokens has got another one."""
+        shape = self.spec.shape
+        found = gallery.num_tokens(self.spec.gallery_layers[0])
+        if shape.head == "flatten" and found != shape.num_tokens:
+            raise ValueError(
+                f"--run {self.folder}: its head takes {shape.num_tokens} tokens of each input, found another number. "
+                "Give sounds of the length that it was trained on."
+            )
+
+    def _text_vectors(self, table: ItemTable) -> HeldEncoder:
+        key = self.spec.text_key
+        return self._held(key, table, {}, [self._kept.encoders[key].manifest.vector])
+
+    def _held(self, key: str, table: ItemTable, media: Mapping[bytes, Media], names: Collection[str]) -> HeldEncoder:
+        """Arrays of one encoder for the inputs of a table."""
+        options = encode_options(replace(self._recorded(key), decode_in="threads"))
+        usual = self.spec.shape.num_tokens if key == self.spec.gallery_key else 0
+        return encode_in_memory(
+            self.encoder(key), self._manifest(key), options, table, media, names, usual_tokens=usual
+        )
+
+    def _manifest(self, key: str) -> EncoderManifest:
+        """The encoder's manifest, with the storage type of hidden states that was asked for."""
+        manifest = self._kept.encoders[key].manifest
+        if self.storage is None:
+            return manifest
+        arrays = {
+            name: replace(array, spec=replace(array.spec, dtype=self.storage)) if name.startswith("hidden_") else array
+            for name, array in manifest.arrays.items()
+        }
+        return replace(manifest, arrays=arrays)
+
+    def encoder(self, key: str) -> FrozenEncoder:
+        """One of the run's two encoders, loaded when it is first needed and compared with its fingerprint.
+
+        Raises:
+            ValueError: it is unavailable.
+            CacheError: another one is there.
+        """
+        with self._lock:
+            if key not in self._encoders:
+                manifest = self._kept.encoders[key].manifest
+                moved, option = self._places.get(manifest.modality), f"--encoder {manifest.modality}=PLACE"
+                recorded = self._recorded(key)
+                try:
+                    self._encoders[key] = reload_encoder(manifest, recorded, moved, option, any_version=True)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{error} The run {self.folder} needs it; name its place with {option}."
+                    ) from error
+            return self._encoders[key]
+
+    def _recorded(self, key: str) -> ExtractConfig:
+        """The options of the extraction that ran an encoder, for this machine.
+
+        Raises:
+            CacheError: they are unknown.
+        """
+        recorded = self._past[key]
+        if recorded is None:
+            raise CacheError(
+                f"--run {self.folder}: its cache does not say where {key} is from. Add something to the cache with "
+                "saffe extract, which records it, and train again."
+            )
+        return replace(config_from_json(recorded), device=self.device)
+
+
+def load_run(
+    run: str | Path,
+    *,
+    encoder: Mapping[str, str | OwnEncoder] | None = None,
+    device: str = "auto",
+    storage: StorageType | None = None,
+    revision: str | None = None,
+) -> TrainedFusion:
+    """A trained run, to embed and search new inputs.
+
+    Its encoders are loaded when they are first needed.
+
+    Args:
+        run: the folder of a run, or its repository on the Hugging Face hub, OWNER/NAME.
+        encoder: where an encoder is now, by modality; a hub id, a folder or an OwnEncoder. None: where the extraction
+            found it.
+        device: auto, cpu, cuda or cuda:1.
+        storage: type in which hidden states are rounded before they are fused. None takes that of the cache, so that
+            vectors are those of evaluation; float32 does not round.
+        revision: of the repository on the hub.
+
+    Raises:
+        ValueError: there is no finished run, or it is damaged.
+    """
+    from saffe_cache.inference.sharing import fetched_run
+
+    return TrainedFusion(fetched_run(run, revision), encoder=encoder, device=device, storage=storage)
+
+
+def _item(name: str, modality: Modality, number: int, value: Any, text: str | None) -> SourceItem:
+    """An input in memory as an item, whose id is its number."""
+    if text is not None:
+        _require_text(name, number, text)
+    try:
+        data = media_bytes(value)
+    except OSError as error:
+        raise ValueError(f"{name}: input {number}: {error}. Give a path, a picture, pixels or bytes.") from None
+    return SourceItem(
+        id=str(number),
+        split="",
+        media={modality: _Bytes(data)},
+        hashes={modality: hashlib.sha256(data).digest()},
+        captions=() if text is None else (text,),
+    )
+
+
+def _table_of_texts(name: str, texts: Sequence[str]) -> ItemTable:
+    """A table with one item for each text."""
+    if isinstance(texts, str):
+        raise ValueError(f"{name}: found one text, expected a list of texts. Pass [text].")
+    builder = TableBuilder(None, ())
+    for number, text in enumerate(texts):
+        _require_text(name, number, text)
+        builder.add(SourceItem(id=str(number), split="", media={}, captions=(text,)))
+    return builder.build()
+
+
+def _require_text(name: str, number: int, text: object) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: text {number} is a {type(text).__name__}, expected str.")
