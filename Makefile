@@ -11,7 +11,7 @@ demo: .venv/demo
 test: .venv/test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-# without the tests that take over 5 seconds
+# under 3 minutes on two cores: without tests that take over 5 seconds, and with few cases of what has many
 test-quick: .venv/test
 	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
 

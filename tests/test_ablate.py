@@ -245,6 +245,7 @@ def test_levels_are_what_all_cells_agree_on(swept: AblateConfig) -> None:
         ablate(swept)
 
 
+@pytest.mark.slow
 def test_a_failed_control_of_a_cell_sets_the_exit_status(
     swept: AblateConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -138,7 +138,9 @@ def test_gallery_that_holds_its_labels_by_place(
     assert lines[0].endswith("(chance)")
 
 
-@pytest.mark.parametrize("protocol", ["candidate", "rerank", "image"])
+@pytest.mark.parametrize(
+    "protocol", ["image", *(pytest.param(name, marks=pytest.mark.slow) for name in ("candidate", "rerank"))]
+)
 def test_controls_catch_protocols_that_ignore_arrangements(
     protocol: str, classes: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +247,7 @@ def test_model_that_ignores_the_photo(classes: Trained, tmp_path: Path) -> None:
     assert failures({}, sensitivity(classes.setting, classes.model), {"photos": 0}, has_permuted=True) == []
 
 
+@pytest.mark.slow
 def test_model_that_ignores_the_text_beside(metadata: Trained, tmp_path: Path) -> None:
     options = {"fusion": "linear", "gallery_text": "first_caption", "pooled_text": False, "epochs": 1}
     report = report_of(metadata.cache, quick_train(metadata.cache, tmp_path / "run", **options), protocol="metadata")
@@ -326,6 +329,7 @@ def test_dealt_level_is_above_chance_for_clustered_classes() -> None:
     assert wrong <= level + 3 * spread
 
 
+@pytest.mark.slow
 def test_shuffled_photos_are_at_chance_over_many_shuffles(classes: Trained) -> None:
     """The level itself: the mean over shuffles is chance, and the spread is what the interval says."""
     protocol = ClassProtocol(classes.setting)

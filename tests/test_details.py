@@ -42,11 +42,11 @@ def evaluated(made: tuple[str, str], out: Path, **options: object) -> tuple[Repo
     ("kind", "protocol"),
     [
         ("captioned", "caption"),
-        ("captioned", "rerank"),
+        pytest.param("captioned", "rerank", marks=pytest.mark.slow),
         ("classified", "class"),
-        ("classified", "candidate"),
-        ("classified", "image"),
-        ("classified", "rerank"),
+        pytest.param("classified", "candidate", marks=pytest.mark.slow),
+        pytest.param("classified", "image", marks=pytest.mark.slow),
+        pytest.param("classified", "rerank", marks=pytest.mark.slow),
     ],
 )
 def test_means_of_the_queries_are_the_reported_numbers(
@@ -65,6 +65,7 @@ def test_means_of_the_queries_are_the_reported_numbers(
     assert (protocol in ("class", "candidate")) == (found.systems["fam"].classes is not None)
 
 
+@pytest.mark.slow
 def test_first_photos_are_those_of_largest_products(captioned: tuple[str, str], tmp_path: Path) -> None:
     _, found = evaluated(captioned, tmp_path)
     cache = open_cache(captioned[0])
@@ -111,6 +112,7 @@ def test_interpolated_precision_by_hand() -> None:
     assert curve[[0, 33, 34, 66, 67, 100]] == pytest.approx([1, 1, 3 / 4, 3 / 4, 3 / 4, 3 / 4])
 
 
+@pytest.mark.slow
 def test_queries_that_are_shown_are_few_and_the_same_again(
     captioned: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,7 +62,9 @@ def assert_equal(found: FrozenEncoder, expected: FrozenEncoder, inputs: dict[str
 
 
 @pytest.mark.usefixtures("accelerate")
-@pytest.mark.parametrize("name", ["dinov2", "clip-vision", "mpnet", "whisper"])
+@pytest.mark.parametrize(
+    "name", ["dinov2", "mpnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("clip-vision", "whisper"))]
+)
 def test_spread_family_equals_one_on_a_device(name: str, tiny_model: Models) -> None:
     assert CASES[name].modality in ("image", "text", "audio")
     encoder = load_tiny(name, tiny_model(name))
@@ -74,10 +76,10 @@ def test_spread_family_equals_one_on_a_device(name: str, tiny_model: Models) -> 
     ("name", "modality", "more"),
     [
         ("siglip", "image", {}),
-        ("clip", "text", {}),
-        ("t5", "text", {}),
+        pytest.param("clip", "text", {}, marks=pytest.mark.slow),
+        pytest.param("t5", "text", {}, marks=pytest.mark.slow),
         ("qwen3", "text", {"language_model": True, "position_offset": 3}),
-        ("mixtral", "text", {"dtype": "bfloat16"}),
+        pytest.param("mixtral", "text", {"dtype": "bfloat16"}, marks=pytest.mark.slow),
     ],
 )
 def test_spread_discovered_model_equals_one_on_a_device(

@@ -146,6 +146,7 @@ def test_class_protocol_reports_map_and_classifiers(classified: Reported) -> Non
         assert system["top1"]["chance"] == pytest.approx(1 / 6)
 
 
+@pytest.mark.slow
 def test_metadata_protocol_reports_each_side_and_late_fusion(beside: Reported) -> None:
     systems = beside.report["systems"]
     assert beside.report["protocol"] == "metadata"
@@ -259,6 +260,7 @@ def test_index_for_larger_galleries_is_refused_at_once(captioned: Reported, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_split_that_chose_the_epoch_is_flagged(captioned: Reported, tmp_path: Path) -> None:
     report = report_of(captioned.cache, captioned.run, split="dev")
     assert report["warnings"][0].startswith("the best epoch was chosen on split 'dev' itself")
@@ -288,6 +290,7 @@ def test_same_seed_gives_the_same_report(classified: Reported, tmp_path: Path) -
     assert value(found[0], "map") == pytest.approx(value(found[2], "map"), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_same_widths_are_compared_without_training(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache.zarr", {"train": 60, "test": 20}, text_width=16)
     report = report_of(cache, quick_train(cache, tmp_path / "run", epochs=1), baselines="all")
@@ -312,7 +315,7 @@ def test_command_exits_with_3_where_a_control_failed(
     assert exit_status(str(metrics.parent)) == 3
 
 
-def test_errors_say_what_to_do(captioned: Reported, classified: Reported, beside: Reported, tmp_path: Path) -> None:
+def test_errors_say_what_to_do(captioned: Reported, classified: Reported, tmp_path: Path) -> None:
     path, run, out = captioned.cache, captioned.run, str(tmp_path)
     with pytest.raises(ValueError, match=r"split 'nope' has no items; the cache has \['dev', 'test', 'train'\]"):
         evaluate(EvaluateConfig(cache=path, run=run, split="nope", out=out))

@@ -158,7 +158,7 @@ def test_second_encoder_is_added_to_the_first(config: ExtractConfig, tiny_model:
     assert cache.encoder("image", "tiny-vit").manifest.layers == [2, 3]
 
 
-@pytest.mark.parametrize("dies_at", [0, 1, 3, 6])
+@pytest.mark.parametrize("dies_at", [3, *(pytest.param(number, marks=pytest.mark.slow) for number in (0, 1, 6))])
 def test_interrupted_extraction_resumes_to_the_same_bytes(config: ExtractConfig, dies_at: int) -> None:
     small = replace(config, shard_mb=0)
     whole = extract(replace(small, cache=config.cache + ".whole"))
@@ -389,7 +389,10 @@ def test_every_storage_type_holds_the_hidden_states(config: ExtractConfig, stora
         np.testing.assert_array_equal(found.mask, expected.mask)
 
 
-@pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16", "int8", "float8"])
+@pytest.mark.parametrize(
+    "storage",
+    ["float8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("float32", "float16", "bfloat16", "int8"))],
+)
 def test_device_stores_the_bytes_of_the_cpu(
     config: ExtractConfig, monkeypatch: pytest.MonkeyPatch, storage: str
 ) -> None:

@@ -372,7 +372,7 @@ GALLERY_MASK = torch.tensor([[True] * 6, [True] * 2 + [False] * 4, [True] * 5 + 
 
 
 @every_fusion
-@pytest.mark.parametrize("mask", [None, GALLERY_MASK], ids=["whole", "padded"])
+@pytest.mark.parametrize("mask", [pytest.param(None, marks=pytest.mark.slow), GALLERY_MASK], ids=["whole", "padded"])
 @torch.no_grad()
 def test_pairing_is_fusing_the_gathered_rows_one_by_one(
     fusion: str, side: str, mask: torch.Tensor | None, tiny_model: Models
@@ -447,7 +447,7 @@ def test_shared_decoder_is_one_set_of_weights_over_frozen_layers(fusion: str, ti
             close(one, other)
 
 
-@pytest.mark.parametrize("shares", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("shares", [pytest.param(False, marks=pytest.mark.slow), True], ids=["own", "shared"])
 @every_fusion
 @torch.no_grad()
 def test_weights_survive_safetensors(fusion: str, side: str, shares: bool, tiny_model: Models) -> None:
@@ -499,7 +499,7 @@ GRADIENT_CASES = [case for case in CASES if case[0] != "reference"]
 
 
 @pytest.mark.parametrize(("fusion", "side"), GRADIENT_CASES, ids=["-".join(case) for case in GRADIENT_CASES])
-@pytest.mark.parametrize("text", ["bert", "clip-text"])
+@pytest.mark.parametrize("text", ["bert", pytest.param("clip-text", marks=pytest.mark.slow)])
 def test_gradient_reaches_all_that_trains_and_nothing_frozen(
     fusion: str, side: str, text: str, tiny_model: Models
 ) -> None:

@@ -115,7 +115,7 @@ def test_moved_revision_is_reported_as_second_encoder(
         open_cache(config.cache).encoder("image")
 
 
-@pytest.mark.parametrize("decode_in", ["threads", "processes"])
+@pytest.mark.parametrize("decode_in", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
 def test_low_grey_is_counted_and_can_be_scaled(
     decode_in: str, config: ExtractConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

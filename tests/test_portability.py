@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
 PROGRAM = """
 import sys
@@ -29,6 +31,7 @@ assert [path.name for path in folder.iterdir()] == ["file"]
 """
 
 
+@pytest.mark.slow
 def test_package_works_without_posix_modules(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, TESTS, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)

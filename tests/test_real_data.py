@@ -300,6 +300,7 @@ def test_undecodable_photos_are_named_by_file(
     assert "unreadable input train/001.png: OSError" in inspect_cache(InspectConfig(cache=config.cache))
 
 
+@pytest.mark.slow
 def test_inspect_ends_quietly_where_nobody_reads(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache.zarr", {"train": 4})
     program = "import sys; from saffe_cache.cli import main; sys.exit(main())"

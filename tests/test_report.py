@@ -184,7 +184,9 @@ def test_a_sweep_is_drawn_with_its_intervals(tmp_path: Path) -> None:
     assert "unknown, unknown" in unknown
 
 
-@pytest.mark.parametrize(("columns", "rows", "is_turned"), [(6, 6, False), (8, 2, True), (7, 9, False)])
+@pytest.mark.parametrize(
+    ("columns", "rows", "is_turned"), [(6, 6, False), (8, 2, True), pytest.param(7, 9, False, marks=pytest.mark.slow)]
+)
 def test_a_heat_map_shows_intervals_and_the_best_baseline(columns: int, rows: int, is_turned: bool) -> None:
     """The longer axis runs downwards where a phone has no room for it; both maps have one scale of colours."""
     maps = heat_maps(heat_map(columns, rows))

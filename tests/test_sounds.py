@@ -279,6 +279,7 @@ def test_sounds_decoded_in_processes_are_the_same(config: ExtractConfig, tmp_pat
     assert files_of(extract(config)) == expected
 
 
+@pytest.mark.slow
 def test_rows_do_not_move_when_a_file_is_gone_at_resumption(config: ExtractConfig, tmp_path: Path) -> None:
     data = write_sounds(tmp_path / "many", LENGTHS * 9)
     config = replace(config, data=str(data), shard_mb=0, batch_size=4, max_invalid=0.5)
@@ -433,7 +434,7 @@ def config_for(cache: str, folder: Path, **more: Any) -> TrainConfig:
     return TrainConfig(**{"cache": cache, "out": str(folder), "epochs": 1, "control_epochs": 0, "device": "cpu"} | more)
 
 
-@pytest.mark.parametrize("name", ["whisper", "ast"])
+@pytest.mark.parametrize("name", ["whisper", pytest.param("ast", marks=pytest.mark.slow)])
 def test_fusions_train_on_sounds_of_several_lengths(name: str, trained_on: Callable[..., str], tmp_path: Path) -> None:
     cache = trained_on(name)
     for fusion in ("linear", "limber", "flamingo"):

@@ -94,11 +94,20 @@ LEARNING = [
 ]
 
 
+def first_quick(cases: list[dict[str, Any]]) -> list[Any]:
+    """The first case of each fusion as it is, the others marked as slow."""
+    firsts = {case["fusion"]: number for number, case in reversed(list(enumerate(cases)))}
+    return [
+        case if firsts[case["fusion"]] == number else pytest.param(case, marks=pytest.mark.slow)
+        for number, case in enumerate(cases)
+    ]
+
+
 def name_of(changes: dict[str, Any]) -> str:
     return "-".join(str(value) if isinstance(value, str) else name for name, value in changes.items())
 
 
-@pytest.mark.parametrize("changes", LEARNING, ids=name_of)
+@pytest.mark.parametrize("changes", first_quick(LEARNING), ids=name_of)
 def test_every_fusion_and_head_learns(cache_path: str, tmp_path: Path, changes: dict[str, Any]) -> None:
     """To find a photo by its caption, with nothing beside it."""
     train(config_for(cache_path, tmp_path, epochs=15, **changes))
@@ -139,7 +148,7 @@ RUNNING: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("changes", RUNNING, ids=name_of)
+@pytest.mark.parametrize("changes", first_quick(RUNNING), ids=name_of)
 def test_every_combination_runs(notes_path: str, deep_path: str, tmp_path: Path, changes: dict[str, Any]) -> None:
     """One epoch; its loss is finite, and the best weights load and are as good as they were."""
     if changes["fusion"] == "reference" and changes.get("query_side") == "text":
