@@ -7,10 +7,14 @@ Python on Windows locks with msvcrt instead; here there are no locks at all, so 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 
 import pytest
+
+if importlib.util.find_spec("psutil"):  # accelerate needs it, and its part for Linux needs resource
+    importlib.import_module("psutil")
 
 
 def hide() -> None:
