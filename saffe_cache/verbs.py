@@ -123,6 +123,16 @@ VERBS: Mapping[str, Verb] = {
         run="studies.captioning.caption:caption",
         result="studies.captioning.result:CaptionResult",
     ),
+    "index": Verb(
+        summary="Embed a folder of photos or sounds with a run and index it.",
+        config="inference.config:IndexConfig",
+        run="inference.indexing:index",
+    ),
+    "search": Verb(
+        summary="Search an index by a text, by a photo or sound, or by both.",
+        config="inference.config:SearchConfig",
+        run="inference.search_index:search",
+    ),
     "report": Verb(
         summary="Make one page from runs, evaluations and studies.",
         config="report.report:ReportConfig",

@@ -39,14 +39,21 @@ def write_whole(path: Path, *parts: Buffer) -> None:
     Raises:
         OSError: with the file's name: the disk is full or gone.
     """
+    with whole_file(path) as file:
+        for part in parts:
+            file.write(part)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which `write_whole` would write in one piece; an error in the block leaves the old file."""
     _check_held(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     with _errors_named(path):
         make_folder(path.parent)
         try:
             with temporary.open("wb") as file:
-                for part in parts:
-                    file.write(part)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

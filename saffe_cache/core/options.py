@@ -35,9 +35,9 @@ _FILE, _PRINT = "config file", "print config"
 """Where the parser puts --config and --print-config; no field has such a name."""
 
 
-def positional() -> Any:
-    """A config's field that the command line takes without a flag."""
-    return dataclasses.field(metadata={"positional": True})
+def positional(default: Any = dataclasses.MISSING) -> Any:
+    """A config's field that the command line takes without a flag; required without a default."""
+    return dataclasses.field(default=default, metadata={"positional": True})
 
 
 def one_of(choices: Callable[[], Mapping[str, str]], default: str | None) -> Any:

@@ -161,6 +161,30 @@ def _empty_index(kind: IndexKind, num_vectors: int, width: int, seed: int) -> An
     return index
 
 
+def serialized(index: RetrievalIndex) -> memoryview:
+    """The bytes of a file that `map_index` opens."""
+    return memoryview(faiss.serialize_index(index.faiss_index))
+
+
+def map_index(path: Path, ids: tuple[str, ...], order: np.ndarray) -> RetrievalIndex:
+    """Open an index whose vectors stay in its file, memory-mapped; ValueError if it does not have as many as there are
+    ids. (FAISS before 1.10 reads flat indices and graphs into memory.)"""
+    try:
+        index = faiss.read_index(str(path), getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not readable as a FAISS index ({reason:.200}). Index again.") from None
+    if not index.ntotal == len(ids) == len(order):
+        raise ValueError(f"{path}: {index.ntotal} vectors, expected {len(ids)}, one for each id. Index again.")
+    return RetrievalIndex(index, ids, order)
+
+
+def flat_rows(index: RetrievalIndex) -> np.ndarray:
+    """The vectors of a flat index, float32 [items, d], in the order of its rows; a view, which needs the index."""
+    flat = index.faiss_index
+    return np.asarray(faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d))
+
+
 def recall_of_index(index: RetrievalIndex, exact: RetrievalIndex, queries: np.ndarray, k: int) -> float:
     """Share of an exact index's first k that another finds among its own first k, mean over queries."""
     found, expected = (np.concatenate(list(one.rank(queries, k))) for one in (index, exact))

@@ -1,0 +1,77 @@
+"""The options of the commands that search a folder of photos or sounds with a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from saffe_cache.core.features import MODALITIES, IndexKind
+from saffe_cache.core.options import positional, require, require_keys
+from saffe_cache.sources.items import Columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Embed a folder or dataset with a run and write an index that `saffe search` searches.
+
+    Running it again embeds only what is new or has changed, and removes what has vanished.
+    """
+
+    data: str = positional()
+    """Photos or sounds: any folder, table or dataset that saffe extract --data takes."""
+    run: str
+    """The run's folder, as saffe train wrote it."""
+    out: str
+    """Folder of the index."""
+    index: IndexKind = "flat"
+    """Kind of the index. flat compares with every item and is exact; ivf compares with those of the nearest clusters
+    (at least 624 items); ivf_pq does so with codes of a sixteenth of the size (at least 9984 items); hnsw follows a
+    graph and is the fastest."""
+    paired: bool | None = None
+    """Fuse each item with its first caption, or with none. Default: as the run was trained."""
+    splits: tuple[str, ...] = ()
+    """Index only this split. Repeat the option for several. Default: all."""
+    column: Mapping[str, str] = field(default_factory=dict)
+    """Columns of a dataset or fields of metadata.jsonl, as image=NAME, caption=NAME, label=NAME, id=NAME, split=NAME.
+    Default: found by type and usual names."""
+    encoder: Mapping[str, str] = field(default_factory=dict)
+    """Where an encoder of the run is now, as image=PLACE. Default: where extraction found it."""
+    device: str = "auto"
+    """auto takes a GPU where there is one; or cpu, cuda."""
+    export: str | None = None
+    """Also write ids, vectors, captions, labels and splits to this Parquet file."""
+
+    def __post_init__(self) -> None:
+        require_keys("column", self.column, [one.name for one in fields(Columns)])
+        require_keys("encoder", self.encoder, MODALITIES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Search an index by a text, by a photo or sound, or by both fused."""
+
+    index: str = positional()
+    """The index's folder, as saffe index wrote it."""
+    text: str | None = positional(None)
+    """What to search for."""
+    image: str | None = None
+    """A photo to search with; with a text, both are fused into one query."""
+    audio: str | None = None
+    """A sound to search with, in an index of sounds."""
+    k: int = 10
+    """Most results."""
+    json: bool = False
+    """Print the results as JSON, one object a line."""
+    run: str | None = None
+    """Where the run is now. Default: where it was when the index was made."""
+    encoder: Mapping[str, str] = field(default_factory=dict)
+    """Where an encoder of the run is now, as text=PLACE. Default: where extraction found it."""
+    device: str = "auto"
+    """auto takes a GPU where there is one; or cpu, cuda."""
+
+    def __post_init__(self) -> None:
+        require(self.k > 0, "k", self.k, "a number above 0")
+        require_keys("encoder", self.encoder, MODALITIES)
+        require(self.image is None or self.audio is None, "audio", "besides --image", "one of them")
+        if self.text is None and self.image is None and self.audio is None:
+            raise ValueError("found nothing to search for, expected a text, --image or both.")

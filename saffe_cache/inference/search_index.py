@@ -1,0 +1,445 @@
+"""A folder of photos or sounds as an index on disk, and what a search finds in it.
+
+index.json           what the index is of and made by; the size and checksum of each file; written last
+g-…/items.parquet    ids, captions, classes, splits, files, content hashes, and the row of each item's vector
+g-…/index.faiss      the FAISS index, memory-mapped
+g-…/vectors.npy      the vectors by row, memory-mapped; absent for a flat index, which holds them itself
+pending-…/           vectors that an interrupted indexing has embedded; the next one uses them
+
+An update writes a new folder g-… and then index.json, so that a crash leaves the old index or the new one. Opening
+compares every file with its checksum. Searching by vectors needs no run; searching by a text or a photo loads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from saffe_cache.core.atomic_io import whole_file
+from saffe_cache.core.features import IndexKind, Modality, printable
+from saffe_cache.core.json_schema import made_of
+from saffe_cache.core.outputs import read_json
+from saffe_cache.inference.config import SearchConfig
+from saffe_cache.retrieval.index import RetrievalIndex, flat_rows, map_index
+
+if TYPE_CHECKING:
+    from saffe_cache.inference.model import TrainedFusion
+
+MANIFEST, ITEMS, VECTORS, FAISS = "index.json", "items.parquet", "vectors.npy", "index.faiss"
+VERSION = 1
+_BLOCK = 2**22
+"""Bytes of a file that are read at a time."""
+_EXPORT_ROWS = 2**14
+"""Rows of an exported file that are written at a time."""
+_LONGEST_TEXT = 70
+"""Characters of a caption in a terminal."""
+
+
+class Hit(NamedTuple):
+    """One result of a search."""
+
+    id: str
+    score: float
+    """Inner product of unit vectors, from -1 to 1."""
+    text: str
+    """The item's first caption or class name; empty if it has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """What a file of the index must be."""
+
+    bytes: int
+    crc32c: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexManifest:
+    """The content of index.json."""
+
+    version: int
+    generation: str
+    """The folder of the files."""
+    kind: IndexKind
+    paired: bool
+    """Whether each item is fused with its first caption."""
+    splits: tuple[str, ...]
+    column: Mapping[str, str]
+    data: str
+    """Where the data were; absolute if they were a folder or a file."""
+    run: str
+    """Where the run was, absolute."""
+    run_relative: str
+    """Where it was, from the index's folder; empty if no such path leads there."""
+    fingerprint: str
+    """Of the run."""
+    modality: Modality
+    width: int
+    num_items: int
+    problems: Mapping[str, str] = field(default_factory=dict)
+    """Items that could not be embedded, and why."""
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+
+
+class ItemColumns:
+    """items.parquet. Names of files may be no UTF-8, so that all texts are stored as bytes."""
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+
+    @staticmethod
+    def of(
+        ids: Sequence[str],
+        captions: Sequence[Sequence[str]],
+        labels: Sequence[Sequence[str]],
+        splits: Sequence[str],
+        files: Sequence[str],
+        hashes: Sequence[bytes],
+    ) -> ItemColumns:
+        """Columns in the order of the items; a file is empty where an item has none of its own."""
+        return ItemColumns(
+            pa.table(
+                {
+                    "id": pa.array(map(_bytes, ids), pa.binary()),
+                    "captions": pa.array([list(map(_bytes, texts)) for texts in captions], pa.list_(pa.binary())),
+                    "labels": pa.array([list(map(_bytes, texts)) for texts in labels], pa.list_(pa.binary())),
+                    "split": pa.array(map(_bytes, splits), pa.binary()),
+                    "file": pa.array(map(_bytes, files), pa.binary()),
+                    "content_hash": pa.array(hashes, pa.binary(32)),
+                }
+            )
+        )
+
+    def texts(self, column: str) -> tuple[str, ...]:
+        """All values of a column."""
+        return tuple(map(_text, self.table[column].to_pylist()))
+
+    def text_lists(self, column: str) -> tuple[tuple[str, ...], ...]:
+        """All values of a column of lists."""
+        return tuple(tuple(map(_text, values)) for values in self.table[column].to_pylist())
+
+    def one(self, column: str, position: int) -> Any:
+        """A text, or a tuple of texts."""
+        value = self.table[column][position].as_py()
+        return tuple(map(_text, value)) if isinstance(value, list) else _text(value)
+
+
+class SearchIndex:
+    """An index on disk; `ids`, `texts`, `labels`, `splits` and `vectors` are in the order of the data."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: IndexManifest,
+        columns: ItemColumns,
+        retrieval: RetrievalIndex,
+        rows: np.ndarray,
+        fusion: TrainedFusion | str | Path | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Use `open`."""
+        self.folder, self.manifest, self.columns = folder, manifest, columns
+        self._retrieval, self._rows, self._given, self._options = retrieval, rows, fusion, options or {}
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        run: TrainedFusion | str | Path | None = None,
+        *,
+        encoder: Mapping[str, str] | None = None,
+        device: str = "auto",
+    ) -> SearchIndex:
+        """Open an index; its files stay on disk, memory-mapped.
+
+        Args:
+            run: where the run is now, or the loaded run. Default: where it was when the index was made.
+            encoder: where an encoder of the run is now, as {"text": PLACE}.
+
+        Raises:
+            ValueError: there is no index, or it is damaged or of another version.
+        """
+        folder = Path(folder)
+        for attempt in (1, 2, 3):
+            manifest = read_manifest(folder)
+            try:
+                columns, retrieval, rows = _read_files(folder, manifest)
+            except FileNotFoundError as error:
+                if attempt < 3 and read_manifest(folder).generation != manifest.generation:  # it was updated meanwhile
+                    continue
+                raise ValueError(
+                    f"{error.filename}: missing. Restore it, or delete {folder} and index again."
+                ) from None
+            break
+        return cls(folder, manifest, columns, retrieval, rows, run, {"encoder": encoder or {}, "device": device})
+
+    def __len__(self) -> int:
+        return self.manifest.num_items
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Names of the items, as in the data."""
+        return self._retrieval.ids
+
+    @cached_property
+    def texts(self) -> tuple[tuple[str, ...], ...]:
+        """Captions of each item, or its class names where it has none."""
+        pairs = zip(self.columns.text_lists("captions"), self.labels, strict=True)
+        return tuple(captions or labels for captions, labels in pairs)
+
+    @cached_property
+    def labels(self) -> tuple[tuple[str, ...], ...]:
+        """Class names of each item."""
+        return self.columns.text_lists("labels")
+
+    @cached_property
+    def splits(self) -> tuple[str, ...]:
+        """The split of each item."""
+        return self.columns.texts("split")
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """Unit vectors, float32 [items, width]; a copy in memory."""
+        return np.asarray(self._rows[self._row_of])
+
+    def vectors_at(self, positions: np.ndarray | slice) -> np.ndarray:
+        """Vectors of some items."""
+        return np.asarray(self._rows[self._row_of[positions]])
+
+    @property
+    def size(self) -> int:
+        """Width of the vectors."""
+        return self.manifest.width
+
+    @property
+    def problems(self) -> Mapping[str, str]:
+        """Items of the data that could not be embedded, and why."""
+        return self.manifest.problems
+
+    @cached_property
+    def _row_of(self) -> np.ndarray:
+        return np.argsort(self._retrieval.order)
+
+    @cached_property
+    def _position_of(self) -> dict[str, int]:
+        return {name: position for position, name in enumerate(self.ids)}
+
+    @cached_property
+    def fusion(self) -> TrainedFusion:
+        """The run that the index was made with.
+
+        Raises:
+            ValueError: it is not found, or it is another run.
+        """
+        found = self._given if self._given is not None else find_run(self.folder, self.manifest)
+        if isinstance(found, (str, Path)):
+            from saffe_cache.inference.model import load_run
+
+            found = load_run(found, **self._options)
+        if found.fingerprint != self.manifest.fingerprint:
+            raise ValueError(
+                f"--run {found.folder}: run {found.fingerprint}, but {self.folder} was made with run "
+                f"{self.manifest.fingerprint}. Give that run, or make another index with this one."
+            )
+        return found
+
+    def search(self, text: str | None = None, image: Any = None, k: int = 10, *, audio: Any = None) -> list[Hit]:
+        """The k best items, or all if there are fewer, best first.
+
+        Args:
+            text: alone, it is encoded as a query; with a photo or sound, both are fused.
+            image: a path, a PIL picture, uint8 [height, width, 3] or a file's bytes.
+            audio: a path or a file's bytes, in an index of sounds.
+
+        Raises:
+            ValueError: nothing is given, the photo cannot be read or is of the wrong kind, the fusion takes no text
+                with a photo, or the run is not found.
+        """
+        return self._hits(self._query(text, image, audio), k)
+
+    def like(self, id: str, k: int = 10) -> list[Hit]:
+        """The items whose vectors are nearest to that of an item, itself included; ValueError if there is none."""
+        if id not in self._position_of:
+            raise ValueError(
+                f"{self.folder}: no item {id!r}; the first one is {self.ids[0]!r}. Give an id of the index."
+            )
+        return self._hits(self.vectors_at(np.array([self._position_of[id]])), k)
+
+    def search_vectors(self, vectors: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
+        """Scores, float32 [queries, k], and ids of the k best items of each query, as `RetrievalIndex.search`."""
+        return self._retrieval.search(np.asarray(vectors), k)
+
+    def file_of(self, id: str) -> Path | None:
+        """An item's file; None if it has none of its own, as in a Parquet file."""
+        name = self.columns.one("file", self._position_of[id])
+        return Path(self.manifest.data) / name if name else None
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write ids, vectors, captions, labels and splits as a Parquet file, whole or not at all.
+
+        Columns: `id`, `vector` (float32, a list of fixed size), `caption` and `label` (the first ones, or null),
+        `captions` and `labels` (all), `split`. What is no Unicode in the name of a file is written as an escape.
+        """
+        schema = pa.schema(
+            {
+                "id": pa.string(),
+                "vector": pa.list_(pa.float32(), self.size),
+                "caption": pa.string(),
+                "label": pa.string(),
+                "split": pa.string(),
+                "captions": pa.list_(pa.string()),
+                "labels": pa.list_(pa.string()),
+            }
+        )
+        captions = self.columns.text_lists("captions")
+        with whole_file(Path(path)) as file, pq.ParquetWriter(file, schema) as writer:
+            for start in range(0, len(self), _EXPORT_ROWS):
+                part = slice(start, start + _EXPORT_ROWS)
+                of_part = [[list(map(_unicode, texts)) for texts in column[part]] for column in (captions, self.labels)]
+                flat = pa.array(np.asarray(self.vectors_at(part), np.float32).reshape(-1))
+                columns = [
+                    pa.array(map(_unicode, self.ids[part]), pa.string()),
+                    pa.FixedSizeListArray.from_arrays(flat, self.size),
+                    *(pa.array([texts[0] if texts else None for texts in one], pa.string()) for one in of_part),
+                    pa.array(map(_unicode, self.splits[part]), pa.string()),
+                    *(pa.array(one, pa.list_(pa.string())) for one in of_part),
+                ]
+                writer.write_table(pa.table(columns, schema=schema))
+
+    def _query(self, text: str | None, image: Any, audio: Any) -> np.ndarray:
+        media, modality = (image, "image") if image is not None else (audio, "audio")
+        if (text is None and media is None) or (image is not None and audio is not None):
+            raise ValueError(
+                f"{self.folder}: expected a text, a photo or sound, or a text with one of them to search by."
+            )
+        if text is not None and not text.strip():
+            raise ValueError(f"{self.folder}: the text to search by is empty. Give one.")
+        if media is not None and modality != self.manifest.modality:
+            raise ValueError(
+                f"{self.folder}: an index of {self.manifest.modality} items, found --{modality}. Give one of those."
+            )
+        if media is None:
+            return self.fusion.embed_texts([str(text)])
+        if text is not None:
+            if self.fusion.why_not_paired:
+                raise ValueError(
+                    f"{self.folder}: not by both at once: {self.fusion.why_not_paired}. Search by one of them."
+                )
+            return self.fusion.embed_pairs([media], [text])
+        return (self.fusion.embed_images if modality == "image" else self.fusion.embed_audio)([media])
+
+    def _hits(self, query: np.ndarray, k: int) -> list[Hit]:
+        scores, positions = self._retrieval.nearest(query, k)
+        found = zip(positions[0].tolist(), scores[0].tolist(), strict=True)
+        return [Hit(self.ids[position], score, self._text(position)) for position, score in found if position >= 0]
+
+    def _text(self, position: int) -> str:
+        texts = self.columns.one("captions", position) or self.columns.one("labels", position)
+        return texts[0] if texts else ""
+
+
+@dataclass(frozen=True)
+class FoundHits:
+    """What `saffe search` prints."""
+
+    index: SearchIndex
+    hits: Sequence[Hit]
+    as_json: bool
+
+    def __str__(self) -> str:
+        if self.as_json:
+            files = [self.index.file_of(hit.id) for hit in self.hits]
+            pairs = zip(self.hits, files, strict=True)
+            return "\n".join(json.dumps({**hit._asdict(), "file": file and str(file)}) for hit, file in pairs)
+        manifest = self.index.manifest
+        width = max((len(printable(hit.id)) for hit in self.hits), default=0)
+        lines = [f"{len(self.hits)} of {len(self.index)} items; the data are in {printable(manifest.data)}"]
+        for hit in self.hits:
+            text = printable(" ".join(hit.text.split()))
+            shown = text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 1] + "…"
+            lines.append(f"{hit.score:6.3f}  {printable(hit.id):{width}}  {shown}".rstrip())
+        return "\n".join(lines)
+
+
+def search(config: SearchConfig) -> FoundHits:
+    """Search an index; what is found prints itself.
+
+    Raises:
+        ValueError: there is no index, its run is not found or takes no such query, or the photo cannot be read.
+    """
+    index = SearchIndex.open(config.index, config.run, encoder=config.encoder, device=config.device)
+    hits = index.search(config.text, config.image, config.k, audio=config.audio)
+    return FoundHits(index, hits, config.json)
+
+
+def read_manifest(folder: Path) -> IndexManifest:
+    """
+    Raises:
+        ValueError: there is no index, or it is damaged or of another version.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        raise ValueError(f"{folder}: no index there ({MANIFEST} is missing). Make one with saffe index --out {folder}.")
+    content = read_json(path)
+    if content.get("version") != VERSION:
+        raise ValueError(f"{path}: version {content.get('version')!r:.20}, expected {VERSION}. Index again.")
+    try:
+        return made_of(IndexManifest, content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged ({error}). Delete {folder} and index again.") from None
+
+
+def find_run(folder: Path, manifest: IndexManifest) -> Path:
+    """Where the run of an index is now: as before from the index, or where it was; ValueError if at neither place."""
+    places = [folder / manifest.run_relative] if manifest.run_relative else []
+    for place in (*places, Path(manifest.run)):
+        if place.exists():
+            return place
+    raise ValueError(f"{folder}: its run is no longer in {manifest.run}. Say where it is with --run.")
+
+
+def describe_file(path: Path) -> FileEntry:
+    """The size and checksum of a file."""
+    size, checksum = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            size, checksum = size + len(block), google_crc32c.extend(checksum, block)
+    return FileEntry(bytes=size, crc32c=checksum)
+
+
+def _read_files(folder: Path, manifest: IndexManifest) -> tuple[ItemColumns, RetrievalIndex, np.ndarray]:
+    where = folder / manifest.generation
+    for name, entry in manifest.files.items():
+        found = describe_file(where / name)
+        if found != entry:
+            raise ValueError(
+                f"{where / name}: {found.bytes} bytes with the checksum {found.crc32c}, expected {entry.bytes} with "
+                f"{entry.crc32c}. Restore it, or delete {folder} and index again."
+            )
+    table = pq.read_table(where / ITEMS, memory_map=True, partitioning=None)
+    order = np.argsort(table["row"].to_numpy())
+    columns = ItemColumns(table.drop_columns(["row"]))
+    retrieval = map_index(where / FAISS, columns.texts("id"), order)
+    rows = np.load(where / VECTORS, mmap_mode="r") if VECTORS in manifest.files else flat_rows(retrieval)
+    return columns, retrieval, rows
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogatepass")
+
+
+def _unicode(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
