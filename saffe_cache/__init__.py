@@ -34,8 +34,13 @@ if TYPE_CHECKING:  # for type checkers and editors: a selection of what _places 
     from saffe_cache.extraction.config import RepairConfig as RepairConfig
     from saffe_cache.extraction.extract import extract as extract
     from saffe_cache.extraction.repair import repair as repair
+    from saffe_cache.inference.config import IndexConfig as IndexConfig
+    from saffe_cache.inference.config import SearchConfig as SearchConfig
+    from saffe_cache.inference.indexing import index as index
     from saffe_cache.inference.model import TrainedFusion as TrainedFusion
     from saffe_cache.inference.model import load_run as load_run
+    from saffe_cache.inference.search_index import SearchIndex as SearchIndex
+    from saffe_cache.inference.search_index import search as search
     from saffe_cache.report.report import ReportConfig as ReportConfig
     from saffe_cache.report.report import make_report as make_report
     from saffe_cache.store.config import ConvertConfig as ConvertConfig
@@ -85,6 +90,7 @@ def _places() -> dict[str, str]:
         "store.reader:open_cache",
         "inference.model:TrainedFusion",
         "inference.model:load_run",
+        "inference.search_index:SearchIndex",
         "verbs:load_result",
     )
     return {place.partition(":")[2]: place for place in (*of_verbs, *others)}

@@ -1,6 +1,7 @@
 """Options of a command, made from a config's dataclass: the only source of names, defaults and help texts.
 
-A field `batch_size: int = 32` with a docstring below it becomes `--batch-size N`, and the docstring its help.
+A field `batch_size: int = 32` with a docstring below it becomes `--batch-size N`, and the docstring its help; a field
+`k` becomes `-k` and `--k`.
 `tuple[X, ...]` is repeated or takes commas (texts, which may contain commas, are only repeated); `Mapping[str, X]` is
 given as KEY=VALUE and repeated; a bool becomes a pair `--flag/--no-flag`. A field declared as `positional()` is given
 without a flag; a tuple takes one or more. Fields that a config inherits are shown under the first line of the docstring
@@ -174,7 +175,8 @@ class _Option:
         elif self.default not in (None, (), {}):
             text += f" (default: {_show(self.default)})"
         reading = {"choices": tuple(choices)} if choices else self._reading()
-        parser.add_argument(self.shown, dest=self.name, default=None, help=text.replace("%", "%%"), **reading)
+        flags = (f"-{self.name}", self.shown) if len(self.name) == 1 else (self.shown,)
+        parser.add_argument(*flags, dest=self.name, default=None, help=text.replace("%", "%%"), **reading)
 
     def _reading(self) -> dict[str, Any]:
         """What argparse needs to read its values."""

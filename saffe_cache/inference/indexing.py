@@ -170,7 +170,7 @@ class _Vectors:
         self._position = {} if old is None else {key: position for position, key in enumerate(_keys_of(old))}
         self._new: dict[bytes, np.ndarray] = {}
         for path in sorted(self._folder.glob("*.npz")):
-            with np.load(path) as block:
+            with np.load(path, allow_pickle=False) as block:
                 self._new |= zip(map(bytes, block["keys"]), block["vectors"], strict=True)
         if self._new:
             logger.info("%d items were embedded by an indexing that was interrupted.", len(self._new))
@@ -297,6 +297,7 @@ def _manifest(fusion: TrainedFusion, config: IndexConfig, out: Path) -> IndexMan
         run=str(run),
         run_relative=relative,
         fingerprint=fusion.fingerprint,
+        storage=fusion.storage,
         modality=fusion.modality,
         width=fusion.size,
         num_items=0,

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -26,6 +26,7 @@ from saffe_cache.extraction.config import ExtractConfig, config_from_json, encod
 from saffe_cache.extraction.encoding import encode_in_memory
 from saffe_cache.extraction.reencode import reload_encoder
 from saffe_cache.fusion.base import Fusion
+from saffe_cache.inference.config import IndexConfig
 from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries
 from saffe_cache.inputs.pairs import class_vectors
 from saffe_cache.inputs.spec import RunSpec
@@ -38,6 +39,9 @@ from saffe_cache.store.reader import EncoderCache
 from saffe_cache.store.table import TableBuilder
 from saffe_cache.training.result import TrainResult
 from saffe_cache.training.runs import kept_encoders, open_run
+
+if TYPE_CHECKING:
+    from saffe_cache.inference.search_index import SearchIndex
 
 logger = logging.getLogger(__name__)
 
@@ -230,6 +234,21 @@ class TrainedFusion:
         places = {item.id: place for place, item in enumerate(items)}
         order = np.argsort([places[item.id] for item in found], kind="stable")
         return Embedded(tuple(found[i] for i in order), np.concatenate(vectors)[order], problems)
+
+    def index(self, data: Any, out: str | Path, **options: Any) -> SearchIndex:
+        """Make or update a searchable index of a dataset, as `saffe index` does, and open it.
+
+        Args:
+            options: as of `IndexConfig`.
+
+        Raises:
+            ValueError, OSError: as `saffe_cache.index`.
+        """
+        from saffe_cache.inference.indexing import update_index
+        from saffe_cache.inference.search_index import SearchIndex
+
+        update_index(self, IndexConfig(data=data, run=str(self.folder), out=str(out), **options))
+        return SearchIndex.open(out, self)
 
     def _problem(self, item: SourceItem, paired: bool) -> str:
         """Why an item cannot be embedded; nothing where it can."""

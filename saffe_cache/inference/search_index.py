@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saffe_cache.core.atomic_io import whole_file
-from saffe_cache.core.features import IndexKind, Modality, printable
+from saffe_cache.core.features import IndexKind, Modality, StorageType, printable
 from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.outputs import read_json
 from saffe_cache.inference.config import SearchConfig
@@ -82,6 +82,8 @@ class IndexManifest:
     """Where it was, from the index's folder; empty if no such path leads there."""
     fingerprint: str
     """Of the run."""
+    storage: StorageType | None = None
+    """Type in which the run's hidden states were rounded; None for that of its cache."""
     modality: Modality
     width: int
     num_items: int
@@ -244,7 +246,7 @@ class SearchIndex:
         if isinstance(found, (str, Path)):
             from saffe_cache.inference.model import load_run
 
-            found = load_run(found, **self._options)
+            found = load_run(found, storage=self.manifest.storage, **self._options)
         if found.fingerprint != self.manifest.fingerprint:
             raise ValueError(
                 f"--run {found.folder}: run {found.fingerprint}, but {self.folder} was made with run "
@@ -429,7 +431,11 @@ def _read_files(folder: Path, manifest: IndexManifest) -> tuple[ItemColumns, Ret
     order = np.argsort(table["row"].to_numpy())
     columns = ItemColumns(table.drop_columns(["row"]))
     retrieval = map_index(where / FAISS, columns.texts("id"), order)
-    rows = np.load(where / VECTORS, mmap_mode="r") if VECTORS in manifest.files else flat_rows(retrieval)
+    rows = (
+        np.load(where / VECTORS, mmap_mode="r", allow_pickle=False)
+        if VECTORS in manifest.files
+        else flat_rows(retrieval)
+    )
     return columns, retrieval, rows
 
 

@@ -163,7 +163,8 @@ def _empty_index(kind: IndexKind, num_vectors: int, width: int, seed: int) -> An
 
 def serialized(index: RetrievalIndex) -> memoryview:
     """The bytes of a file that `map_index` opens."""
-    return memoryview(faiss.serialize_index(index.faiss_index))
+    data: np.ndarray = faiss.serialize_index(index.faiss_index)
+    return data.data
 
 
 def map_index(path: Path, ids: tuple[str, ...], order: np.ndarray) -> RetrievalIndex:
