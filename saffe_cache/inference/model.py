@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import tempfile
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from saffe_cache.extraction.config import ExtractConfig, config_from_json, encod
 from saffe_cache.extraction.encoding import encode_in_memory
 from saffe_cache.extraction.reencode import reload_encoder
 from saffe_cache.fusion.base import Fusion
+from saffe_cache.inference import sharing
 from saffe_cache.inference.config import IndexConfig
 from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries
 from saffe_cache.inputs.pairs import class_vectors
@@ -38,7 +40,7 @@ from saffe_cache.store.manifest import EncoderManifest
 from saffe_cache.store.reader import EncoderCache
 from saffe_cache.store.table import TableBuilder
 from saffe_cache.training.result import TrainResult
-from saffe_cache.training.runs import kept_encoders, open_run
+from saffe_cache.training.runs import MODEL, kept_encoders, open_run
 
 if TYPE_CHECKING:
     from saffe_cache.inference.search_index import SearchIndex
@@ -110,7 +112,7 @@ class TrainedFusion:
     @cached_property
     def fingerprint(self) -> str:
         """What vectors depend on: weights, encoders and storage type, as a short hash."""
-        weights = hashlib.sha256((self.folder / "model.safetensors").read_bytes()).hexdigest()
+        weights = hashlib.sha256((self.folder / MODEL).read_bytes()).hexdigest()
         return short_hash([weights, self.spec.gallery_key, self.spec.text_key, self.storage])
 
     @property
@@ -278,6 +280,45 @@ class TrainedFusion:
             vectors.append(own)
         return np.concatenate(vectors) if vectors else np.zeros((0, self.size), np.float32)
 
+    # Exchange
+
+    def save_pretrained(self, folder: str | Path, *, encoders: Mapping[str, str] | None = None) -> None:
+        """Write what `load_run` needs to a new folder, with the results of evaluations and a model card (README.md).
+
+        It names no place on this machine.
+
+        Args:
+            encoders: hub ids of encoders that were local folders at extraction, by modality.
+
+        Raises:
+            ValueError: the folder is not empty.
+            OSError: the disk is full or gone.
+        """
+        sharing.save_run(self, Path(folder), encoders or {}, Path(folder).name)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        encoders: Mapping[str, str] | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Upload the same to a repository OWNER/NAME on the Hugging Face hub, and return its address.
+
+        Raises:
+            HfHubHTTPError: the hub refuses it.
+        """
+        options = {"encoders": encoders, "private": private, "token": token, "commit_message": commit_message}
+        with tempfile.TemporaryDirectory() as work:
+            return sharing.push_run(self, repository, Path(work), **options)
+
+    @classmethod
+    def from_pretrained(cls, run: str | Path, **options: Any) -> TrainedFusion:
+        """`load_run`, by the name that users of the hub know."""
+        return load_run(run, **options)
+
     # From inputs to vectors
 
     def _encode(self, items: Sequence[SourceItem], *, paired: bool) -> tuple[np.ndarray, dict[str, str]]:
@@ -397,9 +438,7 @@ def load_run(
     Raises:
         ValueError: there is no finished run, or it is damaged.
     """
-    from saffe_cache.inference.sharing import fetched_run
-
-    return TrainedFusion(fetched_run(run, revision), encoder=encoder, device=device, storage=storage)
+    return TrainedFusion(sharing.fetched_run(run, revision), encoder=encoder, device=device, storage=storage)
 
 
 def _item(name: str, modality: Modality, number: int, value: Any, text: str | None) -> SourceItem:

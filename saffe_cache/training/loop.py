@@ -30,7 +30,7 @@ from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.fitting import adamw, update, warmed_cosine
 from saffe_cache.training.batches import Objective, TrainingData
 from saffe_cache.training.config import TrainConfig
-from saffe_cache.training.runs import build_fusion
+from saffe_cache.training.runs import MODEL, build_fusion
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ def _finish_epoch(state: TrainingState, data: TrainingData, log: Log, out: Path,
     score = data.protocol.validate(state.model.eval())
     if score > state.best_score:
         state.best_score, state.best_epoch = score, epoch
-        write_tensors(out / "model.safetensors", state.model.state_dict())
+        write_tensors(out / MODEL, state.model.state_dict())
     values = {"step": state.step, "epoch": epoch, "loss": loss, "validation_score": score, **state.objective.scalars()}
     rate = state.optimizer.param_groups[0]["lr"]
     log.write({**values, "learning_rate": rate, "seconds": round(state.seconds, 2)})

@@ -12,6 +12,7 @@ state.safetensors     the checkpoint that an interrupted run resumes from
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from saffe_cache.store.reader import Cache, EncoderCache, weights_from
 from saffe_cache.store.table import TableBuilder
 from saffe_cache.training.result import PERMUTED, TrainResult
 
-ENCODERS, BLOCKS = "encoders.json", "blocks.safetensors"
+MODEL, ENCODERS, BLOCKS = "model.safetensors", "encoders.json", "blocks.safetensors"
 
 
 def build_fusion(spec: RunSpec, cache: Cache) -> Fusion:
@@ -82,7 +83,7 @@ def open_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, TrainR
         )
     _check_widths(run_dir, spec, cache)
     result = TrainResult.load(folder)
-    return spec, _load_model(folder / "model.safetensors", spec, cache), result
+    return spec, _load_model(folder / MODEL, spec, cache), result
 
 
 def _check_widths(run_dir: str | Path, spec: RunSpec, cache: Cache) -> None:
@@ -134,16 +135,34 @@ def keep_encoders(run_dir: Path, spec: RunSpec, cache: Cache) -> None:
     write_json(run_dir / ENCODERS, described)
 
 
-_OF_DATA = ("column", "splits", "max_items", "streaming", "device", "workers", "decode_in", "max_invalid", "changed")
+_OF_DATA = (
+    "cache",
+    "plan",
+    "column",
+    "splits",
+    "max_items",
+    "streaming",
+    "device",
+    "workers",
+    "decode_in",
+    "max_invalid",
+    "changed",
+)
 """Options of an extraction that say where inputs and encoders were, and not how an encoder was run."""
 
 
 def _of_encoder(config: Mapping[str, Any], modality: Modality) -> dict[str, Any]:
     """The options of an extraction that tell how the encoder of a modality was run."""
-    kept = {name: value for name, value in config.items() if name not in (*_OF_DATA, "data", "cache", "plan")}
+    kept = {name: value for name, value in config.items() if name not in _OF_DATA}
     for name in ("encoder", "layers", "tokens", "revision"):
         kept[name] = {one: value for one, value in kept.get(name, {}).items() if one == modality}
-    return {**kept, "data": "", "cache": ""}
+    return {**kept, "data": name_of_place(str(config["data"])), "cache": ""}
+
+
+def name_of_place(place: str) -> str:
+    """A hub id, or the last part of a path: what may be told of where something was."""
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.:@-]+", place) and place[0] not in ".~" and not Path(place).exists()
+    return place if is_hub_id else Path(place).name
 
 
 def kept_encoders(run_dir: str | Path) -> tuple[HeldCache, dict[str, Mapping[str, Any] | None]]:
@@ -189,7 +208,7 @@ def _kept_block(
 
 def load_permuted(run_dir: str | Path, spec: RunSpec, cache: Cache) -> Fusion | None:
     """The run's control, trained on permuted pairs; None if it has none."""
-    path = Path(run_dir) / PERMUTED / "model.safetensors"
+    path = Path(run_dir) / PERMUTED / MODEL
     return _load_model(path, spec, cache) if path.exists() else None
 
 

@@ -1,0 +1,162 @@
+"""The model card of a run, made from its result files: what was trained on what, and every number with its controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+
+from saffe_cache.core.outputs import RESULT, read_json
+from saffe_cache.core.tables import percent
+from saffe_cache.evaluation.results import EvaluationResult
+
+if TYPE_CHECKING:
+    from saffe_cache.inference.model import TrainedFusion
+
+
+def evaluations_of(folder: Path) -> dict[str, EvaluationResult]:
+    """A run's evaluations by the names of their folders, without those that leak the answer as requested."""
+    found = {}
+    for path in sorted(folder.glob(f"*/{RESULT}")):
+        content = read_json(path)
+        if content.get("verb") == "evaluate" and not path.parent.name.endswith("-leak"):
+            found[path.parent.name] = EvaluationResult.from_json(content, path)
+    return found
+
+
+def model_card(fam: TrainedFusion, described: Mapping[str, Any], options: Mapping[str, Any], name: str) -> str:
+    """Markdown with the hub's metadata.
+
+    Args:
+        described: the run's encoders.json.
+        options: of the training.
+        name: what the run is loaded by.
+    """
+    places = {one["manifest"]["modality"]: _place(one) for one in described.values()}
+    hub_ids = [place for place in places.values() if place.count("/") == 1]
+    data = ModelCardData(
+        library_name="saffe-cache",
+        tags=["saffe-cache", "retrieval", "multimodal-fusion", fam.spec.shape.fusion],
+        pipeline_tag="feature-extraction",
+        **({"base_model": hub_ids} if hub_ids else {}),
+    )
+    evaluations = evaluations_of(fam.folder)
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name}",
+        f"A {fam.spec.shape.fusion} fusion of two frozen encoders, trained from their cached features with "
+        f"saffe_cache. It maps {_THINGS[fam.modality]} and texts into one space of {fam.size} dimensions, for search.",
+        _use(fam, name),
+        _training(fam, described, options),
+        _encoders(described),
+        *(_evaluation(result) for result in evaluations.values()),
+        _limits(fam, described, evaluations),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+_THINGS = {"image": "photos", "audio": "sounds"}
+
+
+def _use(fam: TrainedFusion, name: str) -> str:
+    files = '["a.jpg", "b.jpg"]' if fam.modality == "image" else '["a.wav", "b.wav"]'
+    embed = "embed_images" if fam.modality == "image" else "embed_audio"
+    vectors = f"fam.{embed}({files})"
+    if fam.why_not_alone:
+        vectors = f'fam.embed_pairs({files}, ["a note on the first", "a note on the second"])'
+    return (
+        f'## Use\n\n```python\nimport saffe_cache as sc\n\nfam = sc.load_run("{name}")\nfound = {vectors}\n'
+        'scores = fam.embed_texts(["a dog asleep"]) @ found.T\n```'
+    )
+
+
+def _training(fam: TrainedFusion, described: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    spec, result = fam.spec, fam.result
+    past = next(iter(described.values()))["extraction"] or {}
+    losses = ", ".join(f"{one} {weight:g}" for one, weight in spec.objective.items())
+    paired = {"null": "none", "first_caption": "the first caption", "matched": "a caption that searches for it"}
+    lines = [
+        f"data: {past.get('data') or 'unknown'}, split {spec.train_split}, described by {spec.pairs}",
+        f"{result.train_photos:,} {_THINGS[fam.modality]} to train on, {result.validation_photos:,} to choose the "
+        f"epoch on ({spec.validation})",
+        f"layers {_numbers(spec.gallery_layers)} of the {fam.modality} encoder"
+        + (f" and {_numbers(spec.text_layers)} of the text encoder" if spec.text_layers else ""),
+        f"head {spec.shape.head}, objective {losses}, text beside each photo: {paired[spec.gallery_text]}",
+        f"{result.trainable_parameters:,} trainable parameters, {result.steps:,} steps, seed {spec.seed}",
+        f"epoch {result.best_epoch} of {options.get('epochs', 'unknown')}, validation {result.validation_score} "
+        f"{percent(result.best_validation_score)} %",
+    ]
+    return "## Training\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _numbers(layers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, layers))
+
+
+def _encoders(described: Mapping[str, Any]) -> str:
+    rows = ["| input | encoder | revision | licence | key |", "|---|---|---|---|---|"]
+    for key, one in described.items():
+        fields, place = one["manifest"]["fingerprint"], _place(one)
+        revision = fields.get("revision") or "–"
+        licence = licence_of(place, fields.get("revision")) or "not known here: see the encoder's page"
+        rows.append(f"| {fields['modality']} | {place} | {revision} | {licence} | `{key}` |")
+    return "## Frozen encoders\n\nTheir weights are not here; they are loaded by name, and compared.\n\n" + "\n".join(
+        rows
+    )
+
+
+def _place(one: Mapping[str, Any]) -> str:
+    """Where an encoder is loaded from."""
+    fields = one["manifest"]["fingerprint"]
+    return str(one["extraction"]["encoder"][fields["modality"]] if one["extraction"] else fields["model_id"])
+
+
+def licence_of(place: str, revision: str | None = None) -> str | None:
+    """What the card of an encoder, in its folder or on the hub, says of its licence; None if nothing can be read."""
+    try:
+        if Path(place).is_dir():
+            card = Path(place) / "README.md"
+            found = ModelCard(card.read_text(encoding="utf-8")).data if card.exists() else None
+        else:
+            found = HfApi().model_info(place, revision=revision, timeout=5).card_data
+    except (HfHubHTTPError, OSError, ValueError):
+        return None
+    licence = getattr(found, "license", None)
+    return None if licence is None else str(licence)
+
+
+def _evaluation(result: EvaluationResult) -> str:
+    [section] = result.sections()
+    wrong = [f"**Control failed: {text}. Do not use these numbers.**" for text in result.failures]
+    parts = [
+        f"## Results: {section.title}",
+        *wrong,
+        *(f"Warning: {text}" for text in result.warnings),
+        section.lead,
+        section.tables[0].to_markdown(),
+        *section.texts,
+        "\n".join(f"- {name}: {text}" for name, text in section.definitions),
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _limits(fam: TrainedFusion, described: Mapping[str, Any], evaluations: Mapping[str, EvaluationResult]) -> str:
+    longest = next(
+        one["manifest"]["fingerprint"].get("max_length")
+        for one in described.values()
+        if one["manifest"]["modality"] == "text"
+    )
+    lines = [
+        f"Texts are cut after {longest} tokens.",
+        "The numbers above are of the data above; on other data nothing is known.",
+        "Whatever the frozen encoders cannot tell apart, the fusion cannot either; their biases and licences apply.",
+    ]
+    if not evaluations:
+        lines.insert(0, "It has not been evaluated: nothing is known of its quality.")
+    for why, what in ((fam.why_not_alone, "alone"), (fam.why_not_paired, "with a text beside them")):
+        if why:
+            lines.append(f"It has no vectors of {_THINGS[fam.modality]} {what}: {why.partition('. ')[0]}.")
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
