@@ -7,10 +7,10 @@ so code that reads weights, for blocks and fingerprints, reads them through this
 
 from __future__ import annotations
 
-import importlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -24,12 +24,10 @@ def require_accelerate(where: str) -> None:
     Raises:
         ValueError: it is not installed.
     """
-    try:
-        importlib.import_module("accelerate")
-    except ImportError as error:
+    if find_spec("accelerate") is None:
         raise ValueError(
-            f"{where}: --device-map needs the package {error.name}. Install it: pip install 'saffe-cache[large]'."
-        ) from None
+            f"{where}: --device-map needs the package accelerate. Install it: pip install 'saffe-cache[large]'."
+        )
 
 
 def load_spread(load: Callable[..., tuple[Any, Any]], device_map: str, max_memory: Mapping[str, str]) -> Any:
