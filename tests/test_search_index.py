@@ -16,7 +16,7 @@ from colour_fusion import COLOURS, ColourFusion, paint
 
 from saffe_cache.core.atomic_io import FolderInUseError
 from saffe_cache.core.features import IndexKind
-from saffe_cache.inference import indexing
+from saffe_cache.inference import indexing, search_index
 from saffe_cache.inference.config import IndexConfig, SearchConfig
 from saffe_cache.inference.indexing import Changes, update_index
 from saffe_cache.inference.search_index import FAISS, ITEMS, MANIFEST, FoundHits, SearchIndex, find_run
@@ -212,6 +212,36 @@ def test_a_folder_that_holds_something_else_is_refused(photos: Photos) -> None:
         photos.update()
 
 
+def test_an_index_among_its_data_is_refused(photos: Photos) -> None:
+    photos.out = photos.data / "index"
+    with pytest.raises(ValueError, match=r"index: it lies in the data, .*\. Choose another --out"):
+        photos.update()
+
+
+def test_moved_data_and_runs_are_found_after_an_update(photos: Photos, tmp_path: Path) -> None:
+    photos.update()
+    photos.data = photos.data.rename(tmp_path / "new photos")
+    photos.fusion.folder = photos.run.rename(tmp_path / "new run")
+    photos.fusion.num_embedded = 0
+    generation = photos.open().manifest.generation
+    assert counts(photos.update()) == (0, 0, 0, 6)
+    index = photos.open()
+    assert (photos.fusion.num_embedded, index.manifest.generation) == (0, generation)
+    assert index.file_of("train/red.png") == tmp_path / "new photos" / "train" / "red.png"
+    assert find_run(photos.out, index.manifest).samefile(tmp_path / "new run")
+
+
+def test_readers_follow_an_update(photos: Photos, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generation that was removed after its name was read is not missed."""
+    photos.update()
+    before = [search_index.read_manifest(photos.out)]
+    paint(photos.data / "train" / "red.png", (128, 0, 10))
+    photos.update()
+    read = search_index.read_manifest
+    monkeypatch.setattr(search_index, "read_manifest", lambda folder: before.pop() if before else read(folder))
+    assert photos.open().manifest == read(photos.out)
+
+
 def test_pairs_are_refused_where_no_text_enters(photos: Photos) -> None:
     fusion = ColourFusion(photos.run, why_not_paired="no text enters fusion linear")
     with pytest.raises(ValueError, match=r"--paired: no text enters fusion linear\."):
@@ -393,7 +423,7 @@ import os, shutil, signal, sys
 import datasets
 from pathlib import Path
 from colour_fusion import ColourFusion
-from saffe_cache.inference import indexing
+from saffe_cache.inference import indexing, search_index
 from saffe_cache.inference.search_index import SearchIndex
 
 data, out, run = sys.argv[1:4]

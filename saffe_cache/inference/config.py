@@ -20,7 +20,7 @@ class IndexConfig:
     data: str = positional()
     """Photos or sounds: any folder, table or dataset that saffe extract --data takes."""
     run: str
-    """The run's folder, as saffe train wrote it."""
+    """The run's folder, as saffe train wrote it, or its repository on the Hugging Face hub, OWNER/NAME."""
     out: str
     """Folder of the index."""
     index: IndexKind = "flat"

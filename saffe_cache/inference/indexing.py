@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -98,7 +98,7 @@ def update_index(fusion: TrainedFusion, config: IndexConfig) -> Changes:
         ValueError, OSError: as of `index`.
     """
     out = Path(config.out)
-    _check_place(out)
+    _check_place(out, config.data)
     manifest = _manifest(fusion, config, out)
     if (out / MANIFEST).exists():
         _check_same(out, read_manifest(out), manifest)
@@ -304,10 +304,15 @@ def _manifest(fusion: TrainedFusion, config: IndexConfig, out: Path) -> IndexMan
     )
 
 
-def _check_place(out: Path) -> None:
+def _check_place(out: Path, data: Any) -> None:
+    """Raise ValueError if the index would lie among other files."""
     foreign = sorted(path.name for path in out.iterdir() if not _OURS.fullmatch(path.name)) if out.is_dir() else []
-    if foreign or (out.exists() and not out.is_dir()):
-        found = f"it holds {foreign[0]}, which is no part of an index" if foreign else "it is a file"
+    found = f"it holds {foreign[0]}, which is no part of an index" if foreign else ""
+    if isinstance(data, (str, Path)) and Path(data).is_dir() and out.resolve().is_relative_to(Path(data).resolve()):
+        found = "it lies in the data, where its files would be read as data"
+    if out.exists() and not out.is_dir():
+        found = "it is a file"
+    if found:
         raise ValueError(f"--out {out}: {found}. Choose another --out.")
 
 

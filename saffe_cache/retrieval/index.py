@@ -93,7 +93,8 @@ class RetrievalIndex:
 
     def _search_blocks(self, queries: np.ndarray, k: int, block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         index = self.faiss_index
-        if isinstance(index, (faiss.IndexFlat, faiss.IndexIVFFlat)) and k <= _GPU_MOST_RANKS and faiss.get_num_gpus():
+        is_exact_on_gpu = isinstance(index, (faiss.IndexFlat, faiss.IndexIVFFlat)) and k <= _GPU_MOST_RANKS
+        if len(queries) > block and is_exact_on_gpu and faiss.get_num_gpus():  # for fewer, copying takes longer
             index = faiss.index_cpu_to_all_gpus(index)
         for start in range(0, len(queries), block):
             scores, found = index.search(np.ascontiguousarray(queries[start : start + block], np.float32), k)
