@@ -81,10 +81,11 @@ def report(
     faiss.omp_set_num_threads(1)
     found = index.nearest(queries, FOUND)[1]
     exact = found if kind == "flat" else exact
-    shares = [np.isin(expected, row).mean() for expected, row in zip(exact, found, strict=True)]
+    recall = np.mean([np.isin(expected, row).mean() for expected, row in zip(exact, found, strict=True)])
+    size = path.stat().st_size / len(ids)
     print(
-        f"{kind}: {milliseconds(index, queries):.2f} ms a query, {np.mean(shares) if shares else np.nan:.3f} of flat's "
-        f"first {FOUND}, built in {seconds:.0f} s of processor time, {path.stat().st_size / len(ids):.0f} bytes an item, {index.parameters}",
+        f"{kind}: {milliseconds(index, queries):.2f} ms a query, {recall:.3f} of flat's first {FOUND}, built in "
+        f"{seconds:.0f} s, {size:.0f} bytes an item, {index.parameters}",
         flush=True,
     )
     return exact
