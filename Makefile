@@ -47,13 +47,13 @@ torture: .venv/test
 	touch $@
 
 .venv/demo: .venv/base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,report]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app,demo,report]'
 	touch $@
 
 # timm apart, with torchvision, whose compiled part does not load beside a CPU build of torch: transformers would take
 # other image processors with it; without them, their test is skipped
 .venv/test: .venv/base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,report,audio,large,logging,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app,demo,report,audio,large,logging,test]'
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target .venv/timm timm torchvision
 	touch $@
 

@@ -133,6 +133,12 @@ VERBS: Mapping[str, Verb] = {
         config="inference.config:SearchConfig",
         run="inference.search_index:search",
     ),
+    "serve": Verb(
+        summary="Open a page that searches an index.",
+        config="inference.config:ServeConfig",
+        run="inference.serving:serve",
+        extra="app",
+    ),
     "report": Verb(
         summary="Make one page from runs, evaluations and studies.",
         config="report.report:ReportConfig",

@@ -25,7 +25,7 @@ def find_browser() -> str | None:
 class Page:
     """One open page. What the browser complains of is in `complaints`."""
 
-    def __init__(self, commands: int, answers: int) -> None:
+    def __init__(self, commands: int, answers: int, is_online: bool) -> None:
         self._commands, self._answers = commands, answers
         self._number, self._rest = 0, b""
         self._session: str | None = None
@@ -35,7 +35,9 @@ class Page:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
+        if not is_online:
+            rates = {"latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
+            self.call("Network.emulateNetworkConditions", offline=True, **rates)
 
     def call(self, method: str, **parameters: Any) -> Any:
         """One command, and its result."""
@@ -50,18 +52,40 @@ class Page:
                 assert "error" not in answer, answer["error"]
                 return answer["result"]
 
-    def open(self, path: Path, width: int, *, dark: bool = False) -> None:
-        """Load a file and wait until it is there."""
+    def open(self, place: Path | str, width: int, *, dark: bool = False) -> None:
+        """Load a file or an address and wait until it is there."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=place if isinstance(place, str) else place.resolve().as_uri())
+        self.wait("document.readyState === 'complete' && ['file:', 'http:'].includes(location.protocol)")
+
+    def wait(self, condition: str) -> None:
+        """Until a JavaScript expression is true."""
         deadline = time.monotonic() + 30
-        while self.run("document.readyState") != "complete" or self.run("location.protocol") != "file:":
-            assert time.monotonic() < deadline, "the page does not load"
-            time.sleep(0.05)
+        while not self.run(condition):
+            assert time.monotonic() < deadline, f"never: {condition}"
+            time.sleep(0.02)
+
+    def press(self, key: str, text: str = "", modifiers: int = 0) -> None:
+        """A key on the keyboard, as its user presses it; `modifiers` 8 is Shift."""
+        codes = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+        pressed = {"key": key, "code": key, "windowsVirtualKeyCode": codes.get(key, 0), "modifiers": modifiers}
+        typed = {"text": "\r"} if key == "Enter" else {"text": text} if text else {}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **pressed, **typed)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **pressed)
+
+    def type(self, text: str) -> None:
+        """Into what has the focus."""
+        self.call("Input.insertText", text=text)
+
+    def upload(self, selector: str, path: Path) -> None:
+        """Choose a file in an input."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
 
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression; of a promise, what it comes to."""
@@ -94,8 +118,8 @@ class Page:
 
 
 @contextmanager
-def browsing(folder: Path) -> Iterator[Page]:
-    """A browser whose profile lies in a folder of its own."""
+def browsing(folder: Path, *, is_online: bool = False) -> Iterator[Page]:
+    """A browser whose profile lies in a folder of its own, without a network unless it `is_online`."""
     fcntl = pytest.importorskip("fcntl")
     browser = find_browser()
     assert browser is not None
@@ -123,7 +147,7 @@ def browsing(folder: Path) -> Iterator[Page]:
     os.close(theirs_in)
     os.close(theirs_out)
     try:
-        yield Page(ours_out, ours_in)
+        yield Page(ours_out, ours_in, is_online)
     finally:
         os.close(ours_out)
         os.close(ours_in)

@@ -53,7 +53,8 @@ class ColourFusion:
     def embed_pairs(self, inputs: Sequence[Any], texts: Sequence[str]) -> np.ndarray:
         return unit([self._colour(one) + 3 * _named(text) for one, text in zip(inputs, texts, strict=True)])
 
-    def embed_read_items(self, items: Sequence[SourceItem], *, paired: bool) -> Vectors:
+    def embed_read_items(self, items: Sequence[SourceItem], *, paired: bool, with_ridge: bool) -> Vectors:
+        assert not with_ridge
         vectors, problems = {}, {}
         for item in items:
             data = item.media["image"].read()

@@ -39,6 +39,8 @@ OWNERS = {
     "accelerate": {"encoders"},
     "faiss": {"retrieval"},
     "safetensors": {"core", "encoders", "training"},
+    "starlette": {"inference"},
+    "uvicorn": {"inference"},
     "jinja2": {"report"},
     "markupsafe": {"report"},
     "matplotlib": {"report"},

@@ -48,8 +48,8 @@ def test_vectors_are_those_of_the_run(indexed: Indexed) -> None:
     photo = indexed.photos / "test" / "3.png"
     assert index.search(image=photo, k=1)[0].id == "test/3.png"
     both = index.fusion.embed_pairs([photo], ["word1 word9"])
-    assert index.search("word1 word9", photo, 5) == index._hits(both, 5)
-    assert index.search("word1", k=3) == index._hits(index.fusion.embed_texts(["word1"]), 3)
+    assert index.search("word1 word9", photo, 5) == index.hits(both, 5)
+    assert index.search("word1", k=3) == index.hits(index.fusion.embed_texts(["word1"]), 3)
 
 
 def test_indexing_again_embeds_nothing(indexed: Indexed, capsys: pytest.CaptureFixture[str]) -> None:

@@ -155,6 +155,11 @@ class FrozenEncoder:
             )
         return replace(windows, is_stored_whole=True)
 
+    def seen_part(self, width: int, height: int) -> tuple[float, float, float, float] | None:
+        """Left, top, right and bottom of what the model sees of a picture, as fractions of its size; None if how its
+        processor crops is unknown."""
+        return None if self._quick is None else self._quick.seen_part(width, height)
+
     @property
     def tower(self) -> Any:
         """The model that owns the layers."""

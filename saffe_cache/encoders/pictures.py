@@ -53,6 +53,14 @@ class QuickPictures:
             np.take(table[channel], pixels[..., channel], out=out[channel].view(bits).numpy(), mode="clip")
         return True
 
+    def seen_part(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of what the crop leaves of a picture, as fractions of its size."""
+        if self.crop is None:
+            return 0.0, 0.0, 1.0, 1.0
+        width, height = self._size(width, height) if self.resize else (width, height)
+        top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
+        return left / width, top / height, (left + self.crop[1]) / width, (top + self.crop[0]) / height
+
     def _pixels(self, picture: Any) -> np.ndarray | None:
         """uint8 [height, width, 3]; None if the picture is smaller than the crop."""
         if self.resize:

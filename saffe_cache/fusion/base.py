@@ -136,6 +136,15 @@ class Fusion(nn.Module):
         return summarize(states, mask, has_class_token=self.shape.has_class_token)
 
     @property
+    def attending(self) -> list[nn.Module]:
+        """Modules that attend to the gallery's tokens, if any.
+
+        Each has a method `attention_weights`, which takes what its `forward` takes and returns [batch, n, keys]: the
+        weights with which its n queries see the gallery's tokens, which are the first keys.
+        """
+        return []
+
+    @property
     def linear_start(self) -> nn.Linear | None:
         """The linear path from the photo's summary, if everything else that reads the photo starts at zero."""
         return None

@@ -164,6 +164,18 @@ def split_heads(projected: torch.Tensor, num_heads: int) -> torch.Tensor:
     return projected.reshape(batch, tokens, num_heads, -1).transpose(1, 2)
 
 
+def key_weights(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The weights of scaled dot-product attention, [batch, heads * queries, keys].
+
+    `queries` and `keys` [batch, heads, tokens, d / heads]; `mask` bool [batch, keys], True on real keys.
+    """
+    scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)
+    weights: torch.Tensor = scores.softmax(dim=-1)
+    return weights.flatten(1, 2)
+
+
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": functional.gelu,
     "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),

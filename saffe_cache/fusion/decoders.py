@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from saffe_cache.core.features import BlockSpec, BlockWeights, LibraryBlockSpec
-from saffe_cache.fusion.block import EncoderBlock, split_heads
+from saffe_cache.fusion.block import EncoderBlock, key_weights, split_heads
 from saffe_cache.fusion.layers import Learning
 from saffe_cache.fusion.library_block import make_block
 
@@ -68,6 +68,13 @@ class CrossAttention(nn.Module):
             allowed = None if mask is None else mask[:, None, None, :]
             attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed)
         return self.output(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def attention_weights(
+        self, hidden: torch.Tensor, keys_values: KeysValues, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Weights of the keys, [batch, heads * tokens, keys]."""
+        queries = split_heads(self.query(self.query_norm(hidden)), self.num_heads)
+        return key_weights(queries, keys_values[0], mask)
 
 
 class ReuseDecoder(nn.Module):

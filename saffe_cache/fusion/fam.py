@@ -85,6 +85,13 @@ class FusionAlignModule(Fusion):
         return fused, gathered(asking_mask, asking_index)
 
     @property
+    def attending(self) -> list[nn.Module]:
+        if self.decoder_class and self.shape.query_side == "text":
+            crossing = [getattr(decoder, "cross_attention", None) for decoder in self.decoders]
+            return [one for one in crossing if one is not None]
+        return [self.head] if isinstance(self.head, AttentionHead) else []
+
+    @property
     def fuses_first(self) -> bool:
         return self.decoder_class is not None and self.shape.query_side == "gallery"
 

@@ -230,6 +230,11 @@ class AttentionHead(nn.Module):
         seen = [*pooled, summary] if extra is None else [*pooled, summary, extra]
         return self.linear(self.dropout(summary)) + self.mlp(self.norm(torch.cat(seen, dim=-1)))  # type: ignore[no-any-return]
 
+    def attention_weights(self, states: States, mask: Mask, *_: torch.Tensor | None) -> torch.Tensor:
+        """Weights with which the learned queries of all layers pool the tokens, [batch, layers * heads, tokens]."""
+        layers = zip(states, self.pool_queries.unbind(), strict=True)
+        return torch.cat([_pool_weights(NormedTokens(state), mask, queries) for state, queries in layers], dim=1)
+
 
 def _pool(state: torch.Tensor, mask: Mask, queries: torch.Tensor, summary: torch.Tensor | None) -> torch.Tensor:
     """What each of `queries` [d, heads] pools from a layer, [batch, heads, d].
@@ -237,11 +242,16 @@ def _pool(state: torch.Tensor, mask: Mask, queries: torch.Tensor, summary: torch
     With `summary`, weights [batch, n, tokens], the n sums with these weights follow: [batch, heads + n, d].
     """
     tokens = NormedTokens(state)
+    weights = _pool_weights(tokens, mask, queries)
+    return tokens.sums(weights if summary is None else torch.cat([weights, summary], dim=1))
+
+
+def _pool_weights(tokens: NormedTokens, mask: Mask, queries: torch.Tensor) -> torch.Tensor:
+    """Softmax over the tokens, for each of `queries` [d, heads]: [batch, heads, tokens]."""
     scores = tokens.products(queries)
     if mask is not None:
         scores = scores.masked_fill(~mask.unsqueeze(1), torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1)
-    return tokens.sums(weights if summary is None else torch.cat([weights, summary], dim=1))
+    return scores.softmax(dim=-1)
 
 
 class MeanHead(nn.Module):

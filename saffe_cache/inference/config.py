@@ -29,6 +29,9 @@ class IndexConfig:
     graph and is the fastest."""
     paired: bool | None = None
     """Fuse each item with its first caption, or with none. Default: as the run was trained."""
+    ridge: bool = False
+    """Also keep the vectors of the run's ridge regression, so that `saffe serve` can compare the fusion with it. This
+    doubles the size of a flat index."""
     splits: tuple[str, ...] = ()
     """Index only this split. Repeat the option for several. Default: all."""
     column: Mapping[str, str] = field(default_factory=dict)
@@ -75,3 +78,33 @@ class SearchConfig:
         require(self.image is None or self.audio is None, "audio", "besides --image", "one of them")
         if self.text is None and self.image is None and self.audio is None:
             raise ValueError("found nothing to search for, expected a text, --image or both.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Open a page that searches an index by text and photo, until Ctrl-C.
+
+    Only this machine can reach it unless --host says otherwise; there are no accounts and no encryption.
+    """
+
+    index: str = positional()
+    """The index's folder, as saffe index wrote it."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Any but a loopback address lets other machines search the index and see its photos."""
+    port: int = 8000
+    """Port to listen on; 0 takes any free one."""
+    allowed_host: tuple[str, ...] = ()
+    """Name by which browsers reach this machine, besides localhost and IP addresses; repeat it for several."""
+    upload_mb: float = 20.0
+    """Largest photo that may be uploaded, in MB."""
+    run: str | None = None
+    """Where the run is now. Default: where it was when the index was made."""
+    encoder: Mapping[str, str] = field(default_factory=dict)
+    """Where an encoder of the run is now, as text=PLACE. Default: where extraction found it."""
+    device: str = "auto"
+    """auto takes a GPU where there is one; or cpu, cuda."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.port < 65536, "port", self.port, "0 to 65535")
+        require(0 < self.upload_mb <= 1000, "upload_mb", self.upload_mb, "above 0 and at most 1000")
+        require_keys("encoder", self.encoder, MODALITIES)

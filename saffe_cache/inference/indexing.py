@@ -31,6 +31,7 @@ from saffe_cache.inference.search_index import (
     FAISS,
     ITEMS,
     MANIFEST,
+    RIDGE,
     VECTORS,
     VERSION,
     IndexManifest,
@@ -166,7 +167,9 @@ class _Vectors:
 
     def __init__(self, out: Path, old: SearchIndex | None, manifest: IndexManifest) -> None:
         self._manifest, self._old = manifest, old
-        self._folder = out / f"pending-{manifest.fingerprint}{'-paired' * manifest.paired}"
+        self._folder = (
+            out / f"pending-{manifest.fingerprint}{'-paired' * manifest.paired}{'-ridge' * bool(manifest.ridge)}"
+        )
         self._position = {} if old is None else {key: position for position, key in enumerate(_keys_of(old))}
         self._new: dict[bytes, np.ndarray] = {}
         for path in sorted(self._folder.glob("*.npz")):
@@ -182,7 +185,9 @@ class _Vectors:
         reasons: dict[bytes, str] = {}
         with tqdm(total=len(missing), unit=f" {fusion.modality}s", desc="embedding", leave=False) as bar:
             for block in _blocks(list(missing.values())):
-                found = fusion.embed_read_items(block, paired=self._manifest.paired)
+                found = fusion.embed_read_items(
+                    block, paired=self._manifest.paired, with_ridge=bool(self._manifest.ridge)
+                )
                 reasons |= {_key(item, self._manifest): found.problems.get(item.id, "") for item in block}
                 self._keep(
                     {_key(item, self._manifest): one for item, one in zip(found.items, found.vectors, strict=True)}
@@ -191,8 +196,9 @@ class _Vectors:
         return {item.id: reasons[key] for key, item in zip(keys, items, strict=True) if reasons.get(key)}
 
     def of(self, items: Sequence[SourceItem]) -> np.ndarray:
-        """Vectors of items, float32 [items, width]."""
-        vectors = np.empty((len(items), self._manifest.width), np.float32)
+        """Vectors of items, float32 [items, width]; those of the ridge regression, if any, follow in the same rows."""
+        width = self._manifest.width
+        vectors = np.empty((len(items), width + self._manifest.ridge), np.float32)
         positions = np.full(len(items), -1)
         for place, item in enumerate(items):
             key = _key(item, self._manifest)
@@ -202,7 +208,9 @@ class _Vectors:
                 positions[place] = self._position[key]
         kept = np.flatnonzero(positions >= 0)
         if self._old is not None and len(kept):
-            vectors[kept] = self._old.vectors_at(positions[kept])
+            vectors[kept, :width] = self._old.vectors_at(positions[kept])
+            if self._manifest.ridge:
+                vectors[kept, width:] = self._old.ridge_vectors_at(positions[kept])
         return vectors
 
     def _is_known(self, key: bytes) -> bool:
@@ -261,7 +269,9 @@ def _keys_of(old: SearchIndex) -> list[bytes]:
 
 def _write_files(columns: ItemColumns, vectors: np.ndarray, manifest: IndexManifest, out: Path) -> IndexManifest:
     """Write a new generation; returns the manifest that names its files."""
-    built = build_index(vectors, columns.texts("id"), kind=manifest.kind)
+    ids = columns.texts("id")
+    vectors, of_ridge = np.split(vectors, [manifest.width], axis=1)
+    built = build_index(vectors, ids, kind=manifest.kind)
     folder = out / f"g-{uuid.uuid4().hex[:12]}"
     with whole_file(folder / ITEMS) as file:
         pq.write_table(columns.table.append_column("row", pa.array(np.argsort(built.order))), file)
@@ -271,6 +281,9 @@ def _write_files(columns: ItemColumns, vectors: np.ndarray, manifest: IndexManif
         with whole_file(folder / VECTORS) as file:
             np.save(file, vectors[built.order])
         names.append(VECTORS)
+    if manifest.ridge:  # whose random order is the same
+        write_whole(folder / RIDGE, serialized(build_index(of_ridge, ids)))
+        names.append(RIDGE)
     files = {name: describe_file(folder / name) for name in names}
     return replace(manifest, generation=folder.name, files=files)
 
@@ -281,6 +294,8 @@ def _manifest(fusion: TrainedFusion, config: IndexConfig, out: Path) -> IndexMan
     why = fusion.why_not_paired if paired else fusion.why_not_alone
     if why:
         raise ValueError(f"--{'' if paired else 'no-'}paired: {why}.")
+    if config.ridge:
+        fusion.require_ridge()
     run, data = Path(fusion.folder).absolute(), described(config.data)
     try:
         relative = os.path.relpath(run, out.absolute())
@@ -300,6 +315,7 @@ def _manifest(fusion: TrainedFusion, config: IndexConfig, out: Path) -> IndexMan
         storage=fusion.storage,
         modality=fusion.modality,
         width=fusion.size,
+        ridge=fusion.spec.shape.text_size if config.ridge else 0,
         num_items=0,
     )
 
@@ -318,7 +334,8 @@ def _check_place(out: Path, data: Any) -> None:
 
 def _check_same(out: Path, old: IndexManifest, new: IndexManifest) -> None:
     """Raise ValueError if an index is of another run or of other options."""
-    names = {"fingerprint": "run", "kind": "--index", "paired": "--paired", "splits": "--splits", "column": "--column"}
+    names = {"fingerprint": "run", "kind": "--index", "paired": "--paired", "ridge": "--ridge"}
+    names |= {"splits": "--splits", "column": "--column"}
     different = [
         f"{shown} {getattr(old, name)} there, {getattr(new, name)} now"
         for name, shown in names.items()

@@ -26,12 +26,14 @@ from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.extraction.config import ExtractConfig, config_from_json, encode_options
 from saffe_cache.extraction.encoding import encode_in_memory
 from saffe_cache.extraction.reencode import reload_encoder
-from saffe_cache.fusion.base import Fusion
+from saffe_cache.fusion.base import Fusion, Texts
+from saffe_cache.fusion.layers import Mask, States
 from saffe_cache.inference import sharing
 from saffe_cache.inference.config import IndexConfig
-from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries
+from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries, summaries
 from saffe_cache.inputs.pairs import class_vectors
 from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.retrieval.baselines import LinearMap, unit_rows
 from saffe_cache.sources.decoding import media_bytes
 from saffe_cache.sources.items import Columns, Media, SourceItem
 from saffe_cache.sources.registry import read_items
@@ -40,7 +42,7 @@ from saffe_cache.store.manifest import EncoderManifest
 from saffe_cache.store.reader import EncoderCache
 from saffe_cache.store.table import TableBuilder
 from saffe_cache.training.result import TrainResult
-from saffe_cache.training.runs import MODEL, kept_encoders, open_run
+from saffe_cache.training.runs import MODEL, kept_encoders, kept_ridge, open_run
 
 if TYPE_CHECKING:
     from saffe_cache.inference.search_index import SearchIndex
@@ -101,7 +103,12 @@ class TrainedFusion:
     @property
     def modality(self) -> Modality:
         """What is searched: image or audio."""
-        return self._kept.encoders[self.spec.gallery_key].manifest.modality
+        return self.gallery_manifest.modality
+
+    @property
+    def gallery_manifest(self) -> EncoderManifest:
+        """What the encoder of photos or sounds is."""
+        return self._kept.encoders[self.spec.gallery_key].manifest
 
     @cached_property
     def size(self) -> int:
@@ -169,12 +176,62 @@ class TrainedFusion:
             ValueError: one is no text.
             CacheError: the text encoder is another one than the run's.
         """
+        vectors = self.text_vectors(texts)
+        return (
+            encode_queries(self.model, vectors, self.device) if len(vectors) else np.zeros((0, self.size), np.float32)
+        )
+
+    def text_vectors(self, texts: Sequence[str]) -> np.ndarray:
+        """The text encoder's own vectors, float32 [n, k] of any length, which `embed_texts` maps.
+
+        Raises:
+            ValueError, CacheError: as of `embed_texts`.
+        """
         table = _table_of_texts("embed_texts", texts)
         if not len(texts):
-            return np.zeros((0, self.size), np.float32)
+            return np.zeros((0, self.spec.shape.text_size), np.float32)
         with self._lock:
-            rows = table.captions.values
-            return encode_queries(self.model, self._text_vectors(table).vectors(rows), self.device)
+            return self._text_vectors(table).vectors(table.captions.values)
+
+    @cached_property
+    def ridge(self) -> LinearMap | None:
+        """The ridge regression of the run's training pairs; None if the run is older than it.
+
+        It maps a photo's summary to the text encoder's vectors: the baseline that a fusion should beat.
+        """
+        return kept_ridge(self.folder)
+
+    def require_ridge(self) -> LinearMap:
+        """The ridge regression; ValueError if the run holds none."""
+        if self.ridge is None:
+            raise ValueError(f"--run {self.folder}: it holds no ridge regression. Train it again with this version.")
+        return self.ridge
+
+    def embed_with_ridge(
+        self, inputs: Sequence[Any], texts: Sequence[str] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Unit vectors of photos or sounds, fused with texts if there are any, and those of the ridge regression, which
+        sees no texts: float32 [n, d] and [n, k]. Each input is encoded once.
+
+        Raises:
+            ValueError: as of `embed_images` or `embed_pairs`; the run has no ridge regression.
+        """
+        ridge = self.require_ridge()
+        both = self._embed_inputs("embed_with_ridge", self.modality, inputs, texts, False, ridge)
+        return both[:, : self.size], both[:, self.size :]
+
+    def features(self, value: Any, text: str | None = None) -> tuple[States, Mask, Texts | None]:
+        """What the fusion sees of one photo or sound, and of a text that is fused with it: what `Fusion.forward` takes.
+
+        Raises:
+            ValueError: the input cannot be read.
+        """
+        item = _item("features", self.modality, 0, value, text)
+        with self._lock:
+            inputs, rows, paired, invalid = self._load([item], paired=text is not None)
+            for reason in invalid.values():
+                raise ValueError(f"features: {reason}. Give a file that can be read.")
+            return *inputs.photos(rows), None if paired is None else inputs.texts(paired)
 
     def embed_classes(self, names: Sequence[str]) -> np.ndarray:
         """Unit vectors of class names that search, float32 [n, d]: means over the prompts of the extraction."""
@@ -209,18 +266,25 @@ class TrainedFusion:
         return self.embed_read_items(items, paired=paired, progress=progress)
 
     def embed_read_items(
-        self, items: Sequence[SourceItem], *, paired: bool | None = None, progress: bool = False
+        self,
+        items: Sequence[SourceItem],
+        *,
+        paired: bool | None = None,
+        progress: bool = False,
+        with_ridge: bool = False,
     ) -> Embedded:
         """As `embed_items`, of items that `sources.registry.read_items` has read.
 
-        An item without a caption is embedded alone, if the run has learned that too.
+        An item without a caption is embedded alone, if the run has learned that too. `with_ridge`: the unit vectors of
+        the ridge regression follow in the same rows, [items, d + k].
         """
+        ridge = self.require_ridge() if with_ridge else None
         paired = self.spec.gallery_text == "first_caption" if paired is None else paired
         why = self.why_not_paired if paired else self.why_not_alone
         if why:
             raise ValueError(f"--run {self.folder}: {why}.")
         found: list[SourceItem] = []
-        vectors, problems = [np.zeros((0, self.size), np.float32)], dict[str, str]()
+        vectors, problems = [np.zeros((0, self._width(ridge)), np.float32)], dict[str, str]()
         parts = [items[start : start + _ITEMS_AT_ONCE] for start in range(0, len(items), _ITEMS_AT_ONCE)]
         with tqdm(total=len(items), unit=f" {self.modality}s", disable=not progress) as bar, self._lock:
             for part in parts:
@@ -228,7 +292,7 @@ class TrainedFusion:
                 usable = [item for item in part if item.id not in problems]
                 for texts in (True, False):
                     these = [item for item in usable if (paired and bool(item.captions)) is texts]
-                    own, invalid = self._encode(these, paired=texts)
+                    own, invalid = self._encode(these, paired=texts, ridge=ridge)
                     problems |= invalid
                     vectors.append(own)
                     found += [item for item in these if item.id not in invalid]
@@ -261,8 +325,15 @@ class TrainedFusion:
         return ""
 
     def _embed_inputs(
-        self, name: str, modality: Modality, inputs: Sequence[Any], texts: Sequence[str] | None, progress: bool
+        self,
+        name: str,
+        modality: Modality,
+        inputs: Sequence[Any],
+        texts: Sequence[str] | None,
+        progress: bool,
+        ridge: LinearMap | None = None,
     ) -> np.ndarray:
+        """With a ridge regression, its unit vectors follow those of the fusion in each row."""
         if modality != self.modality:
             raise ValueError(f"{name}: the run {self.folder} is of {self.modality}. Use the method for these.")
         why = self.why_not_alone if texts is None else self.why_not_paired
@@ -274,11 +345,11 @@ class TrainedFusion:
             chosen = range(start, min(start + _ITEMS_AT_ONCE, len(inputs)))
             items = [_item(name, modality, i, inputs[i], None if texts is None else texts[i]) for i in chosen]
             with self._lock:
-                own, invalid = self._encode(items, paired=texts is not None)
+                own, invalid = self._encode(items, paired=texts is not None, ridge=ridge)
             for number, reason in invalid.items():
                 raise ValueError(f"{name}: input {number}: {reason}. Give a file that can be read.")
             vectors.append(own)
-        return np.concatenate(vectors) if vectors else np.zeros((0, self.size), np.float32)
+        return np.concatenate(vectors) if vectors else np.zeros((0, self._width(ridge)), np.float32)
 
     # Exchange
 
@@ -321,10 +392,29 @@ class TrainedFusion:
 
     # From inputs to vectors
 
-    def _encode(self, items: Sequence[SourceItem], *, paired: bool) -> tuple[np.ndarray, dict[str, str]]:
+    def _encode(
+        self, items: Sequence[SourceItem], *, paired: bool, ridge: LinearMap | None = None
+    ) -> tuple[np.ndarray, dict[str, str]]:
         """Vectors of the items that could be encoded, in order, and why the others could not."""
         if not items:
-            return np.zeros((0, self.size), np.float32), {}
+            return np.zeros((0, self._width(ridge)), np.float32), {}
+        inputs, rows, texts, invalid = self._load(items, paired=paired)
+        if not len(rows):
+            return np.zeros((0, self._width(ridge)), np.float32), invalid
+        vectors = encode_gallery(self.model, inputs, rows, texts)
+        if ridge is not None:
+            seen = summaries(inputs.gallery, rows, self.spec.gallery_layers)
+            vectors = np.concatenate([vectors, unit_rows(ridge(seen))], axis=1)
+        return vectors, invalid
+
+    def _width(self, ridge: LinearMap | None) -> int:
+        return self.size + (0 if ridge is None else len(ridge.bias))
+
+    def _load(
+        self, items: Sequence[SourceItem], *, paired: bool
+    ) -> tuple[FeatureLoader, np.ndarray, np.ndarray | None, dict[str, str]]:
+        """Features of items in memory, the rows of those that could be encoded and of their texts, and why the others
+        could not."""
         spec, builder, media = self.spec, TableBuilder(None, ()), dict[bytes, Media]()
         for item in items:
             builder.add(replace(item, captions=item.captions[:1] if paired else (), labels=()))
@@ -342,9 +432,7 @@ class TrainedFusion:
         usable, texts = gallery.usable(rows), table.captions.values
         reasons = {int(row): reason for row, reason in gallery.manifest.invalid.items()}
         invalid = {item.id: reasons[int(row)] for item, row in zip(items, rows, strict=True) if int(row) in reasons}
-        if not usable.any():
-            return np.zeros((0, self.size), np.float32), invalid
-        return encode_gallery(self.model, inputs, rows[usable], texts[usable] if paired else None), invalid
+        return inputs, rows[usable], texts[usable] if paired else None, invalid
 
     def _require_tokens(self, gallery: HeldEncoder) -> None:
         """Raise ValueError if a head that takes a fixed number of tokens has got another one."""

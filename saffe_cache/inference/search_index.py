@@ -4,6 +4,7 @@ index.json           what the index is of and made by; the size and checksum of 
 g-…/items.parquet    ids, captions, classes, splits, files, content hashes, and the row of each item's vector
 g-…/index.faiss      the FAISS index, memory-mapped
 g-…/vectors.npy      the vectors by row, memory-mapped; absent for a flat index, which holds them itself
+g-…/ridge.faiss      the vectors of the run's ridge regression in the same rows; only with --ridge
 pending-…/           vectors that an interrupted indexing has embedded; the next one uses them
 
 An update writes a new folder g-… and then index.json, so that a crash leaves the old index or the new one. Opening
@@ -34,7 +35,7 @@ from saffe_cache.retrieval.index import RetrievalIndex, flat_rows, map_index
 if TYPE_CHECKING:
     from saffe_cache.inference.model import TrainedFusion
 
-MANIFEST, ITEMS, VECTORS, FAISS = "index.json", "items.parquet", "vectors.npy", "index.faiss"
+MANIFEST, ITEMS, VECTORS, FAISS, RIDGE = "index.json", "items.parquet", "vectors.npy", "index.faiss", "ridge.faiss"
 VERSION = 1
 _BLOCK = 2**22
 """Bytes of a file that are read at a time."""
@@ -86,6 +87,8 @@ class IndexManifest:
     """Type in which the run's hidden states were rounded; None for that of its cache."""
     modality: Modality
     width: int
+    ridge: int = 0
+    """Width of the ridge regression's vectors; 0 without them."""
     num_items: int
     problems: Mapping[str, str] = field(default_factory=dict)
     """Items that could not be embedded, and why."""
@@ -145,12 +148,14 @@ class SearchIndex:
         columns: ItemColumns,
         retrieval: RetrievalIndex,
         rows: np.ndarray,
+        ridge: RetrievalIndex | None = None,
         fusion: TrainedFusion | str | Path | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         """Use `open`."""
         self.folder, self.manifest, self.columns = folder, manifest, columns
-        self._retrieval, self._rows, self._given, self._options = retrieval, rows, fusion, options or {}
+        self._retrieval, self._rows, self._ridge = retrieval, rows, ridge
+        self._given, self._options = fusion, options or {}
 
     @classmethod
     def open(
@@ -174,7 +179,7 @@ class SearchIndex:
         for attempt in (1, 2, 3):
             manifest = read_manifest(folder)
             try:
-                columns, retrieval, rows = _read_files(folder, manifest)
+                files = _read_files(folder, manifest)
             except FileNotFoundError as error:
                 if attempt < 3 and read_manifest(folder).generation != manifest.generation:  # it was updated meanwhile
                     continue
@@ -182,7 +187,7 @@ class SearchIndex:
                     f"{error.filename}: missing. Restore it, or delete {folder} and index again."
                 ) from None
             break
-        return cls(folder, manifest, columns, retrieval, rows, run, {"encoder": encoder or {}, "device": device})
+        return cls(folder, manifest, *files, run, {"encoder": encoder or {}, "device": device})
 
     def __len__(self) -> int:
         return self.manifest.num_items
@@ -216,6 +221,16 @@ class SearchIndex:
     def vectors_at(self, positions: np.ndarray | slice) -> np.ndarray:
         """Vectors of some items."""
         return np.asarray(self._rows[self._row_of[positions]])
+
+    def ridge_vectors_at(self, positions: np.ndarray | slice) -> np.ndarray:
+        """Unit vectors of some items by the ridge regression, float32; ValueError if the index keeps none."""
+        return np.asarray(flat_rows(self._ridge_index)[self._row_of[positions]])
+
+    @property
+    def _ridge_index(self) -> RetrievalIndex:
+        if self._ridge is None:
+            raise ValueError(f"{self.folder}: it keeps no vectors of a ridge regression. Index again with --ridge.")
+        return self._ridge
 
     @property
     def size(self) -> int:
@@ -266,7 +281,7 @@ class SearchIndex:
             ValueError: nothing is given, the photo cannot be read or is of the wrong kind, the fusion takes no text
                 with a photo, or the run is not found.
         """
-        return self._hits(self._query(text, image, audio), k)
+        return self.hits(self._query(text, image, audio), k)
 
     def like(self, id: str, k: int = 10) -> list[Hit]:
         """The items whose vectors are nearest to that of an item, itself included; ValueError if there is none."""
@@ -274,11 +289,15 @@ class SearchIndex:
             raise ValueError(
                 f"{self.folder}: no item {id!r}; the first one is {self.ids[0]!r}. Give an id of the index."
             )
-        return self._hits(self.vectors_at(np.array([self._position_of[id]])), k)
+        return self.hits(self.vectors_at(np.array([self._position_of[id]])), k)
 
     def search_vectors(self, vectors: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
         """Scores, float32 [queries, k], and ids of the k best items of each query, as `RetrievalIndex.search`."""
         return self._retrieval.search(np.asarray(vectors), k)
+
+    def content_hash(self, id: str) -> bytes:
+        """SHA-256 of the file of an item's photo or sound when it was indexed."""
+        return bytes(self.columns.table["content_hash"][self._position_of[id]].as_py())
 
     def file_of(self, id: str) -> Path | None:
         """An item's file; None if it has none of its own, as in a Parquet file."""
@@ -339,8 +358,13 @@ class SearchIndex:
             return self.fusion.embed_pairs([media], [text])
         return (self.fusion.embed_images if modality == "image" else self.fusion.embed_audio)([media])
 
-    def _hits(self, query: np.ndarray, k: int) -> list[Hit]:
-        scores, positions = self._retrieval.nearest(query, k)
+    def hits(self, query: np.ndarray, k: int, *, ridge: bool = False) -> list[Hit]:
+        """The k best items for the vector of a query, [1, width]; of the ridge regression's vectors if `ridge`.
+
+        Raises:
+            ValueError: the index keeps no such vectors, or the query is of another width.
+        """
+        scores, positions = (self._ridge_index if ridge else self._retrieval).nearest(query, k)
         found = zip(positions[0].tolist(), scores[0].tolist(), strict=True)
         return [Hit(self.ids[position], score, self._text(position)) for position, score in found if position >= 0]
 
@@ -418,7 +442,9 @@ def describe_file(path: Path) -> FileEntry:
     return FileEntry(bytes=size, crc32c=checksum)
 
 
-def _read_files(folder: Path, manifest: IndexManifest) -> tuple[ItemColumns, RetrievalIndex, np.ndarray]:
+def _read_files(
+    folder: Path, manifest: IndexManifest
+) -> tuple[ItemColumns, RetrievalIndex, np.ndarray, RetrievalIndex | None]:
     where = folder / manifest.generation
     for name, entry in manifest.files.items():
         found = describe_file(where / name)
@@ -436,7 +462,8 @@ def _read_files(folder: Path, manifest: IndexManifest) -> tuple[ItemColumns, Ret
         if VECTORS in manifest.files
         else flat_rows(retrieval)
     )
-    return columns, retrieval, rows
+    ridge = map_index(where / RIDGE, retrieval.ids, order) if RIDGE in manifest.files else None
+    return columns, retrieval, rows, ridge
 
 
 def _bytes(text: str) -> bytes:

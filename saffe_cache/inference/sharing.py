@@ -14,13 +14,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from saffe_cache.core.atomic_io import write_whole
 from saffe_cache.core.outputs import CONFIG, RESULT, read_json, write_json
 from saffe_cache.inference.card import evaluations_of, model_card
-from saffe_cache.training.runs import BLOCKS, ENCODERS, MODEL, name_of_place
+from saffe_cache.training.runs import BLOCKS, ENCODERS, MODEL, RIDGE, name_of_place
 
 if TYPE_CHECKING:
     from saffe_cache.inference.model import TrainedFusion
 
 CARD = "README.md"
-_FILES = (CONFIG, MODEL, ENCODERS, BLOCKS, RESULT)
+_FILES = (CONFIG, MODEL, ENCODERS, BLOCKS, RIDGE, RESULT)
 """What embedding needs of a run."""
 
 
@@ -59,7 +59,7 @@ def save_run(fam: TrainedFusion, folder: Path, encoders: Mapping[str, str], name
         raise ValueError(f"save_pretrained: {folder} is not empty. Choose a new folder.")
     described = _with_public_places(read_json(fam.folder / ENCODERS), encoders)
     folder.mkdir(parents=True, exist_ok=True)
-    for file in (MODEL, BLOCKS):
+    for file in (MODEL, BLOCKS, RIDGE):
         if (fam.folder / file).exists():
             shutil.copyfile(fam.folder / file, folder / file)
     write_json(folder / ENCODERS, described)

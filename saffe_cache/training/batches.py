@@ -18,6 +18,7 @@ from torch import nn
 
 from saffe_cache.core.devices import num_cores
 from saffe_cache.fusion.base import Fused, Fusion, Pairing, Texts
+from saffe_cache.fusion.layers import summarize
 from saffe_cache.fusion.losses import Batch, Contrast, distinct_positives
 from saffe_cache.fusion.options import ObjectiveOptions
 from saffe_cache.fusion.registry import OBJECTIVES
@@ -69,7 +70,7 @@ class TrainingData:
         self._order: EpochOrder | None = None
         self._held: tuple[int, ...] = ()
         self._batch_size = fitting.batch_size(batch_size, len(pairs))
-        self._ridges: dict[bool | None, tuple[LinearMap, np.ndarray]] = {}
+        self._ridges: dict[bool, tuple[LinearMap, np.ndarray]] = {}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -162,13 +163,37 @@ class TrainingData:
         Validation picks its strength.
         """
         known = None if model.fuses_first else model.shape.maps_queries  # where all else that is new is equal
-        if known is None or known not in self._ridges:
-            training, validation = (self._linear_features(of, model) for of in (self._pairs, self._validation))
-            best = fit_ridge(
-                training, self._text_means, lambda fit: self._search_score(unit_rows(fit(validation)), model.eval())
-            )
-            self._ridges[known] = best, best(validation)
-        return self._ridges[known]
+        if known is not None and known in self._ridges:
+            return self._ridges[known]
+        training, validation = (self._linear_features(of, model) for of in (self._pairs, self._validation))
+        best = fit_ridge(
+            training, self._text_means, lambda fit: self._search_score(unit_rows(fit(validation)), model.eval())
+        )
+        found = best, best(validation)
+        if known is not None:
+            self._ridges[known] = found
+        return found
+
+    def ridge(self) -> LinearMap:
+        """The ridge regression from the photos' summaries to their texts, the baseline: that of `_ridge` of any model
+        whose linear path sees the photo alone."""
+        for best, _ in self._ridges.values():
+            return best
+        has_class_token = self.inputs.spec.shape.has_class_token
+
+        def features(pairs: Pairs) -> np.ndarray:
+            def of_photos(these: slice) -> torch.Tensor:
+                return summarize(*self.inputs.photos(pairs.rows[these]), has_class_token=has_class_token)
+
+            return in_blocks(of_photos, len(pairs))
+
+        training, validation = features(self._pairs), features(self._validation)
+        queries = unit_rows(self._search.queries.vectors)
+        return fit_ridge(
+            training,
+            self._text_means,
+            lambda fit: self._search.validation_score(unit_rows(fit(validation)), queries),
+        )
 
     def _search_score(self, photos: np.ndarray, model: Fusion) -> float:
         """The main metric of a search over unit vectors of the validation photos."""

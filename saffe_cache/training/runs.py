@@ -6,6 +6,7 @@ permuted/             the control that was trained on permuted pairs: its weight
 log.jsonl             one line for each validation
 encoders.json         what the encoders are and how they were run, without the cache
 blocks.safetensors    blocks of the encoders that the fusion runs or was initialised from, if any
+ridge.safetensors     the ridge regression on the same photos and layers, the baseline that search is compared with
 result.json           the result; written last, so its presence means that the run is complete
 state.safetensors     the checkpoint that an interrupted run resumes from
 """
@@ -28,13 +29,14 @@ from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.outputs import CONFIG, RESULT, read_json, write_json
 from saffe_cache.fusion.base import Blocks, Fusion
 from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.retrieval.baselines import LinearMap
 from saffe_cache.store.held import HeldCache, HeldEncoder, without_rows
 from saffe_cache.store.manifest import EncoderManifest, weights_type
 from saffe_cache.store.reader import Cache, EncoderCache, weights_from
 from saffe_cache.store.table import TableBuilder
 from saffe_cache.training.result import PERMUTED, TrainResult
 
-MODEL, ENCODERS, BLOCKS = "model.safetensors", "encoders.json", "blocks.safetensors"
+MODEL, ENCODERS, BLOCKS, RIDGE = "model.safetensors", "encoders.json", "blocks.safetensors", "ridge.safetensors"
 
 
 def build_fusion(spec: RunSpec, cache: Cache) -> Fusion:
@@ -133,6 +135,27 @@ def keep_encoders(run_dir: Path, spec: RunSpec, cache: Cache) -> None:
     if tensors:
         write_whole(run_dir / BLOCKS, save(tensors))
     write_json(run_dir / ENCODERS, described)
+
+
+def keep_ridge(run_dir: Path, ridge: LinearMap) -> None:
+    weight = np.ascontiguousarray(ridge.weight)  # safetensors ignores strides
+    write_whole(run_dir / RIDGE, save({"weight": weight, "bias": ridge.bias, "strength": np.array(ridge.strength)}))
+
+
+def kept_ridge(run_dir: Path) -> LinearMap | None:
+    """The ridge regression of the run's training pairs; None if the run is older than this file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = run_dir / RIDGE
+    if not path.exists():
+        return None
+    try:
+        tensors = load(path.read_bytes())
+        return LinearMap(tensors["weight"], tensors["bias"], float(tensors["strength"]))
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path}: damaged ({error}). Train again.") from None
 
 
 _OF_DATA = (

@@ -23,7 +23,7 @@ from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.loop import Training, TrainingState, fit
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.result import PERMUTED, TrainResult
-from saffe_cache.training.runs import keep_encoders
+from saffe_cache.training.runs import RIDGE, keep_encoders, keep_ridge
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +149,9 @@ def _fit(
     """
     data = TrainingData(inputs, training, validation, runs[0][1].batch_size, inputs.spec.seed)
     trainings = [Training(replace(config, device=plan.device), plan.spec, data, out) for plan, config, out in runs]
+    for plan, _, out in runs:
+        if out == plan.out and not (out / RIDGE).exists():
+            keep_ridge(out, data.ridge())
     fit(trainings, data, str(runs[0][2]) if len(runs) == 1 else f"{len(runs)} runs")
     return [(one.state, data.seen(one.state.step)) for one in trainings]
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from saffe_cache.fusion.base import Blocks, Fused, Texts
-from saffe_cache.fusion.block import EncoderBlock, split_heads
+from saffe_cache.fusion.block import EncoderBlock, key_weights, split_heads
 from saffe_cache.fusion.known.correction import CorrectingFusion, Correction, masked
 from saffe_cache.fusion.layers import Learning, Mask, States, masked_mean, zero_linear
 from saffe_cache.fusion.library_block import make_block
@@ -42,6 +42,10 @@ class FlamingoFusion(CorrectingFusion):
         self.gated = nn.ModuleList(GatedCrossAttention(text_width, width) for _ in blocks.text)
         self.text_blocks = nn.ModuleList(make_block(block) for block in blocks.text)
         self.out = zero_linear(width + text_width, shape.text_size)
+
+    @property
+    def attending(self) -> list[nn.Module]:
+        return [module for module in self.resampler.modules() if isinstance(module, _Attention)]
 
     def correct(self, states: States, mask: Mask, texts: Texts | None, summary: torch.Tensor) -> Correction:
         latents = self.resampler(states[-1], mask)
@@ -130,14 +134,23 @@ class _Attention(nn.Module):
         self.output = nn.Linear(inner, width, bias=False)
 
     def forward(self, tokens: torch.Tensor, context: torch.Tensor, mask: Mask) -> torch.Tensor:
+        queries, keys, values = self._projected(tokens, context)
+        allowed = None if mask is None else mask[:, None, None, :]
+        attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed)
+        return self.output(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def attention_weights(self, tokens: torch.Tensor, context: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """Weights of the context, in the resampler with the latents after it: [batch, heads * tokens, keys]."""
+        queries, keys, _ = self._projected(tokens, context)
+        return key_weights(queries, keys, mask)
+
+    def _projected(self, tokens: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values, [batch, heads, tokens, 64] each."""
         tokens = self.norm(tokens)
         if self.context_norm is not None:
             context = torch.cat([self.context_norm(context), tokens], dim=1)
         keys, values = (split_heads(part, _HEADS) for part in self.key_value(context).chunk(2, dim=-1))
-        allowed = None if mask is None else mask[:, None, None, :]
-        queries = split_heads(self.query(tokens), _HEADS)
-        attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed)
-        return self.output(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return split_heads(self.query(tokens), _HEADS), keys, values
 
 
 class _FeedForward(nn.Sequential):
@@ -173,6 +186,10 @@ class AlbefFusion(CorrectingFusion):
         self.is_causal = any(block.spec.is_causal for block in blocks.text)
         if shape.matches:
             self.match_head = nn.Linear(width, 2)
+
+    @property
+    def attending(self) -> list[nn.Module]:
+        return list(self.cross_attentions)
 
     def correct(self, states: States, mask: Mask, texts: Texts | None, summary: torch.Tensor) -> Correction:
         if texts is None:
@@ -213,3 +230,10 @@ class _CrossAttention(nn.Module):
         padding = None if mask is None else ~mask
         attended, _ = self.attention(self.norm(tokens), context, context, padding, need_weights=False)
         return attended  # type: ignore[no-any-return]
+
+    def attention_weights(self, tokens: torch.Tensor, context: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """Weights of the context, [batch, heads * tokens, keys]."""
+        context = self.context_norm(context)
+        padding = None if mask is None else ~mask
+        weights = self.attention(self.norm(tokens), context, context, padding, average_attn_weights=False)[1]
+        return weights.flatten(1, 2)  # type: ignore[no-any-return]

@@ -1,0 +1,185 @@
+"""A search page over a few drawn photos that needs no encoder, and a client that sends it any request."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from saffe_cache.inference.server import listen, make_app, make_server
+from saffe_cache.sources.decoding import decode
+
+HOSTILE = {
+    "test/<script>alert(1)</script>.png": "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>",
+    "test/\"><svg onload=alert(1)>'.png": "&lt;b&gt; \"quotes\" 'and' `more` </textarea></style></script> ${1+1}",
+    "test/\u202egnp.txt": "שלום עולם \u202eright to left\u202c مرحبا",
+    "test/" + "long" * 200 + ".png": "endless" * 400,
+    "test/a b+c&d=e?f#g%2F..%2F%00.png": "\x00\x07 control\x1b[31m characters",
+    "../../../../etc/passwd": "climbs",
+    "test/\udcff\udc80.png": "a name of bytes that are no UTF-8 \udcff",
+    "": "no name",
+}
+
+
+class Hit(NamedTuple):
+    id: str
+    score: float
+    text: str
+
+
+@dataclass
+class FakeIndex:
+    """Vectors that follow from the bytes of a text or a photo."""
+
+    texts: Mapping[str, str]
+    no_ridge: str = ""
+    no_heat_map: str = ""
+    takes_both: bool = True
+    delay_seconds: float = 0
+    asked: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.names = list(self.texts)
+        self.vectors = np.random.default_rng(0).standard_normal((2, len(self.names), 64)).astype(np.float32)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {
+            "name": "drawn photos",
+            "about": f"{len(self.names)} photos of a test",
+            "fusion": "linear",
+            "modality": "image",
+            "version": "1",
+            "takes_image": True,
+            "takes_both": self.takes_both,
+            "no_ridge": self.no_ridge,
+            "no_heat_map": self.no_heat_map,
+        }
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.texts
+
+    def search(self, text: str | None, image: bytes | None, k: int, systems: Sequence[str]) -> dict[str, list[Hit]]:
+        time.sleep(self.delay_seconds)
+        if image is not None:
+            image = np.asarray(readable(image)).tobytes()
+        self.asked.append((text, image is not None))
+        seed = zlib.crc32((text or "").encode("utf-8", "surrogatepass") + (image or b""))
+        return self._nearest(np.random.default_rng(seed).standard_normal(64), k, systems)
+
+    def like(self, name: str, k: int, systems: Sequence[str]) -> dict[str, list[Hit]]:
+        self.asked.append(name)
+        return self._nearest(self.vectors[0, self.names.index(name)], k, systems)
+
+    def photo(self, name: str) -> bytes:
+        if name == "missing.png":
+            raise OSError("its file is gone")
+        return drawn(name)
+
+    def heat_map(self, name: str, text: str | None) -> dict[str, Any]:
+        if self.no_heat_map:
+            raise ValueError(self.no_heat_map)
+        weights = np.arange(12.0).reshape(3, 4) / 66
+        return {"weights": weights.tolist(), "box": [0.25, 0.0, 0.75, 1.0], "about": f"attention with {text}"}
+
+    def _nearest(self, query: np.ndarray, k: int, systems: Sequence[str]) -> dict[str, list[Hit]]:
+        found = {}
+        for number, system in enumerate(("fusion", "ridge")):
+            scores = self.vectors[number] @ query / np.linalg.norm(self.vectors[number], axis=1) / np.linalg.norm(query)
+            best = np.argsort(-scores)[:k]
+            found[system] = [Hit(self.names[one], scores[one], self.texts[self.names[one]]) for one in best]
+        return {system: found[system] for system in systems}
+
+
+def readable(image: bytes) -> Any:
+    try:
+        return decode("image", image)
+    except OSError as error:
+        raise ValueError(f"the photo: {error}") from None
+
+
+def drawn(name: str, side: int = 160) -> bytes:
+    """A PNG of some discs, which follow from the name."""
+    generator = np.random.default_rng(zlib.crc32(name.encode("utf-8", "surrogatepass")))
+    image = Image.new("RGB", (side, side * 3 // 4), tuple(generator.integers(150, 255, 3).tolist()))
+    pen = ImageDraw.Draw(image)
+    for _ in range(4):
+        x, y, radius = generator.integers(0, side, 3).tolist()
+        colour = tuple(generator.integers(0, 255, 3).tolist())
+        pen.ellipse((x, y, x + radius // 2 + 4, y + radius // 2 + 4), fill=colour)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def usual_texts(count: int) -> dict[str, str]:
+    words = ("a red disc left of a blue one", "three green discs", "a large yellow disc", "discs on a grey table")
+    return {f"test/{number:04}.png": f"{words[number % 4]}, number {number}" for number in range(count)}
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def content(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> str:
+        return str(self.content["error"])
+
+
+@dataclass(frozen=True)
+class Client:
+    """Sends requests as they are given, also those that no browser would send."""
+
+    port: int
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    def ask(
+        self, path: str, method: str = "GET", body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request(method, path, body=body, headers=dict(headers or {}))
+            answer = connection.getresponse()
+            names = {name.lower(): value for name, value in answer.getheaders()}
+            return Answer(answer.status, names, answer.read())
+        finally:
+            connection.close()
+
+    def search(self, text: str = "", body: bytes = b"", options: str = "") -> Answer:
+        from saffe_cache.inference.server import key_of
+
+        return self.ask(f"/api/search?text={key_of(text)}{options}", "POST", body)
+
+
+@contextmanager
+def serving(served: Any, *, most_bytes: int = 1_000_000, names: Sequence[str] = ()) -> Iterator[Client]:
+    """A server on a port of its own."""
+    listening = listen("127.0.0.1", 0)
+    server = make_server(make_app(served, most_bytes=most_bytes, names=names))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield Client(listening.getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listening.close()
+    assert not thread.is_alive()
