@@ -124,7 +124,7 @@ def _in_portions(half: Callable[..., torch.Tensor], hidden: torch.Tensor, *other
     memory: above 32 MB it requests every array from the system, which clears each page and maps it again.
     """
     rows = max(1, _PORTION_TOKENS // hidden.shape[1])
-    if hidden.device.type != "cpu" or len(hidden) <= rows:
+    if torch.compiler.is_compiling() or hidden.device.type != "cpu" or len(hidden) <= rows:
         return half(hidden, *others)
     return torch.cat(
         [half(*parts) for parts in zip(*(torch.split(one, rows) for one in (hidden, *others)), strict=True)]

@@ -63,7 +63,7 @@ class FusionAlignModule(Fusion):
         """What the head pools, one row for each pair, and its mask: the states themselves or the decoders' outputs."""
         if not self.decoder_class:
             return [gathered(state, pairing.gallery) for state in states], gathered(mask, pairing.gallery)
-        sides = (states, mask, pairing.gallery), self._text_side(len(states[0]), texts, pairing)
+        sides = (states, mask, pairing.gallery), self._text_side(states[0].shape[0], texts, pairing)
         (asking, asking_mask, asking_index), (asked, asked_mask, asked_index) = (
             sides if self.shape.query_side == "gallery" else sides[::-1]
         )
@@ -153,7 +153,7 @@ class FusionAlignModule(Fusion):
             return self.head(fused, mask)  # type: ignore[no-any-return]
         extra = None
         if self.shape.head_sees_text and paired is None:
-            extra = fused[0].new_zeros(len(fused[0]), self.shape.text_size)
+            extra = fused[0].new_zeros(fused[0].shape[0], self.shape.text_size)
         elif self.shape.head_sees_text and paired is not None:
             extra = functional.normalize(paired.vectors, dim=-1) * self.shape.text_size**0.5 * paired.is_text
         return self.head(fused, mask, summary, extra)  # type: ignore[no-any-return]

@@ -85,7 +85,7 @@ def summary_weights(state: torch.Tensor, mask: Mask, *, has_class_token: bool = 
     """
     if not has_class_token:
         return mean_weights(state, mask)
-    weights = state.new_zeros(len(state), 2, state.shape[1])
+    weights = state.new_zeros(state.shape[0], 2, state.shape[1])
     weights[:, 0, 0] = 1
     weights[:, 1:, 1:] = mean_weights(state[:, 1:], None if mask is None else mask[:, 1:])
     return weights

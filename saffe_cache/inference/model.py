@@ -467,6 +467,19 @@ class TrainedFusion:
         }
         return replace(manifest, arrays=arrays)
 
+    def to_onnx(self, path: str | Path) -> Path:
+        """Write f(x, null) of the encoder's hidden states as an ONNX file; see `inference.exporting`.
+
+        Raises:
+            ValueError: the fusion cannot be exported, or the run has no vectors of photos alone.
+            ImportError: a package of the extra `onnx` is missing.
+        """
+        from saffe_cache.inference.exporting import export_onnx
+
+        if self.why_not_alone:
+            raise ValueError(f"to_onnx: {self.why_not_alone}.")
+        return export_onnx(self.model, self.spec.gallery_layers, path)
+
     def encoder(self, key: str) -> FrozenEncoder:
         """One of the run's two encoders, loaded when it is first needed and compared with its fingerprint.
 

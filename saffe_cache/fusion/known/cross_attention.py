@@ -50,9 +50,9 @@ class FlamingoFusion(CorrectingFusion):
     def correct(self, states: States, mask: Mask, texts: Texts | None, summary: torch.Tensor) -> Correction:
         latents = self.resampler(states[-1], mask)
         if texts is None:
-            text = latents.new_zeros(len(latents), 0, self.shape.text_hidden_size)
+            text = latents.new_zeros(latents.shape[0], 0, self.shape.text_hidden_size)
             text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-            text_mean = latents.new_zeros(len(latents), self.shape.text_hidden_size)
+            text_mean = latents.new_zeros(latents.shape[0], self.shape.text_hidden_size)
         else:
             text, text_mask = texts.states[0], texts.mask
             for gated, block in zip(self.gated, self.text_blocks, strict=True):
@@ -79,7 +79,7 @@ class Resampler(nn.Module):
     def forward(self, tokens: torch.Tensor, mask: Mask) -> torch.Tensor:
         """[batch, latents, d] of `tokens` [batch, tokens, d]."""
         tokens = tokens + self.photo_position
-        latents = self.latents.expand(len(tokens), -1, -1)
+        latents = self.latents.expand(tokens.shape[0], -1, -1)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(latents.shape[:2])], dim=1)
         for layer in self.layers:
@@ -193,7 +193,7 @@ class AlbefFusion(CorrectingFusion):
 
     def correct(self, states: States, mask: Mask, texts: Texts | None, summary: torch.Tensor) -> Correction:
         if texts is None:
-            return Correction(None, states[-1].new_zeros(len(states[-1]), 1, self.shape.text_hidden_size), None)
+            return Correction(None, states[-1].new_zeros(states[-1].shape[0], 1, self.shape.text_hidden_size), None)
         tokens = texts.states[0]
         for block, cross_attention in zip(self.text_blocks, self.cross_attentions, strict=True):
             if isinstance(block, EncoderBlock):

@@ -163,7 +163,7 @@ class BottleneckFusion(CorrectingFusion):
         self.out = zero_linear((2 if shape.has_class_token else 1) * width + 2 * text_width, shape.text_size)
 
     def correct(self, states: States, mask: Mask, texts: Texts | None, summary: torch.Tensor) -> Correction:
-        photo, bottlenecks = states[0], self.bottlenecks.expand(len(states[0]), -1, -1)
+        photo, bottlenecks = states[0], self.bottlenecks.expand(states[0].shape[0], -1, -1)
         text = None if texts is None else texts.states[0]
         for photo_block, text_block in zip(self.photo_blocks, self.text_blocks, strict=True):
             photo, of_photo = _step(photo_block, photo, mask, bottlenecks)
@@ -175,7 +175,7 @@ class BottleneckFusion(CorrectingFusion):
             bottlenecks = torch.where(texts.is_text[..., None], both, of_photo)
         seen = summarize([photo], mask, has_class_token=self.shape.has_class_token)
         if texts is None or text is None:
-            text_summary = seen.new_zeros(len(seen), 2 * self.shape.text_hidden_size)
+            text_summary = seen.new_zeros(seen.shape[0], 2 * self.shape.text_hidden_size)
         else:
             text_summary = masked(summarize([text], texts.mask), texts.is_text)
         return Correction(self.out(torch.cat([seen, text_summary], dim=-1)), photo, mask)
