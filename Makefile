@@ -50,10 +50,12 @@ torture: .venv/test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app,demo,report]'
 	touch $@
 
+# CLIP_benchmark without what it asks for: its metrics need nothing of it
 # timm apart, with torchvision, whose compiled part does not load beside a CPU build of torch: transformers would take
 # other image processors with it; without them, their test is skipped
 .venv/test: .venv/base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app,demo,report,audio,large,logging,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app,demo,report,audio,large,logging,onnx,test]' 'mteb>=2.26,<3'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps clip-benchmark
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target .venv/timm timm torchvision
 	touch $@
 

@@ -34,6 +34,9 @@ if TYPE_CHECKING:  # for type checkers and editors: a selection of what _places 
     from saffe_cache.extraction.config import RepairConfig as RepairConfig
     from saffe_cache.extraction.extract import extract as extract
     from saffe_cache.extraction.repair import repair as repair
+    from saffe_cache.inference.benchmarks import BenchmarkResult as BenchmarkResult
+    from saffe_cache.inference.benchmarks import benchmark as benchmark
+    from saffe_cache.inference.config import BenchmarkConfig as BenchmarkConfig
     from saffe_cache.inference.config import IndexConfig as IndexConfig
     from saffe_cache.inference.config import SearchConfig as SearchConfig
     from saffe_cache.inference.indexing import index as index

@@ -139,6 +139,13 @@ VERBS: Mapping[str, Verb] = {
         run="inference.serving:serve",
         extra="app",
     ),
+    "benchmark": Verb(
+        summary="Measure a run on tasks of mteb or CLIP_benchmark, with intervals.",
+        config="inference.config:BenchmarkConfig",
+        run="inference.benchmarks:benchmark",
+        result="inference.benchmarks:BenchmarkResult",
+        extra="benchmarks",
+    ),
     "report": Verb(
         summary="Make one page from runs, evaluations and studies.",
         config="report.report:ReportConfig",

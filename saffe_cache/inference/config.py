@@ -1,12 +1,13 @@
-"""The options of the commands that search a folder of photos or sounds with a run."""
+"""The options of the commands that use a trained run on other data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from saffe_cache.core.features import MODALITIES, IndexKind
-from saffe_cache.core.options import positional, require, require_keys
+from saffe_cache.core.options import positional, require, require_keys, require_seed
 from saffe_cache.sources.items import Columns
 
 
@@ -108,3 +109,38 @@ class ServeConfig:
         require(0 <= self.port < 65536, "port", self.port, "0 to 65535")
         require(0 < self.upload_mb <= 1000, "upload_mb", self.upload_mb, "above 0 and at most 1000")
         require_keys("encoder", self.encoder, MODALITIES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Measure a run on standard benchmarks, with intervals, and compare it with another run.
+
+    Data comes from where the library finds it, usually the Hugging Face hub.
+    """
+
+    run: str = positional()
+    """The run's folder, as saffe train wrote it, or its repository on the hub, OWNER/NAME."""
+    tasks: tuple[str, ...]
+    """Name of a task, such as Flickr30kT2IRetrieval (mteb) or cifar10 (clip_benchmark). Repeat the option for
+    several."""
+    out: str
+    """Folder for the result, the report and the scores of single queries."""
+    library: Literal["mteb", "clip_benchmark"] = "mteb"
+    """Whose tasks and metrics. clip_benchmark: zero-shot retrieval and classification."""
+    against: str | None = None
+    """Another run to measure on the same tasks; differences get intervals by paired bootstrap over queries."""
+    split: str = "test"
+    """Split of clip_benchmark's datasets; mteb's tasks have their own."""
+    root: str = "benchmarks"
+    """Folder where clip_benchmark finds its datasets, or downloads them to."""
+    encoder: Mapping[str, str] = field(default_factory=dict)
+    """Where an encoder of the runs is now, as image=PLACE. Default: where extraction found it."""
+    seed: int = 0
+    """Of the bootstrap."""
+    device: str = "auto"
+    """auto takes a GPU where there is one; or cpu, cuda."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.tasks), "tasks", "none", "at least one")
+        require_keys("encoder", self.encoder, MODALITIES)
+        require_seed("seed", self.seed)
