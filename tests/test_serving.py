@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from browser import browsing, find_browser
 from PIL import Image
 from served_index import Client, serving
 from test_trained_fusion import World, trained, world
@@ -147,6 +148,31 @@ def test_heat_map_is_the_heads_attention(client: Client, found: SearchIndex, pho
     assert weights.sum() == pytest.approx(1, abs=1e-5)
     side = len(weights)
     assert answer["about"] == f"The fusion's mean attention to {side} x {side} patches: yellow is most."
+
+
+@pytest.mark.skipif(find_browser() is None, reason="no chromium or chrome is installed")
+def test_browser_searches_a_real_index(client: Client, found: SearchIndex, photos: Path, tmp_path: Path) -> None:
+    hits = "[...document.querySelectorAll('.hits .id')].map(one => one.textContent)"
+    status = "document.getElementById('status').textContent"
+    with browsing(tmp_path, is_online=True) as page:
+        page.open(client.address, 390)
+        page.wait("index !== null")
+        page.type("word1 word9")
+        page.press("Enter")
+        page.wait(f"{status}.startsWith('12 hits for')")
+        assert page.run(hits) == [hit.id for hit in found.search("word1 word9", k=24)]
+        page.run("document.getElementById('compare').click()")
+        page.wait(f"{hits}.length === 24")
+        page.press("Escape")
+        page.upload("#file", photos / "test" / "4.png")
+        page.wait(f"{status}.startsWith('12 hits for the photo')")
+        assert page.run(f"{hits}[0]") == "test/4.png"
+        page.run("document.querySelector('.hit').click()")
+        page.run("document.getElementById('look').click()")
+        page.wait("document.getElementById('heat') !== null")
+        assert page.run("document.getElementById('why').textContent").endswith("patches: yellow is most.")
+        assert page.run("document.querySelector('#frame img').naturalWidth") == 48
+        assert page.complaints == []
 
 
 def test_run_without_patches_says_so(world: World, photos: Path, tmp_path: Path) -> None:
