@@ -15,8 +15,9 @@ from typing import Any
 from saffe_cache.core.outputs import RESULT
 from saffe_cache.core.tables import Cell, Row, Table, percent, plain_row
 from saffe_cache.evaluation.config import EvaluateConfig
+from saffe_cache.evaluation.details import FAM
 from saffe_cache.evaluation.evaluate import evaluate
-from saffe_cache.evaluation.results import FAM, EvaluationResult
+from saffe_cache.evaluation.results import EvaluationResult
 from saffe_cache.studies.sweep import recipe
 from saffe_cache.studies.sweep.ablate import sweep
 from saffe_cache.studies.sweep.recipe import AblateConfig

@@ -41,7 +41,7 @@ class Trained:
     permuted: Fusion
 
     def controls(self, protocol: Protocol, **changes: Any) -> dict[str, Control]:
-        given = {"model": self.model, "permuted": self.permuted, "baselines": {}} | changes
+        given = {"system": self.model, "permuted": self.permuted, "baselines": {}} | changes
         return run_controls(protocol, **given)[0]
 
 

@@ -27,7 +27,8 @@ from saffe_cache.training.runs import open_run
 KEYS = {
     "verb", "version", "protocol", "definition", "main_metric", "split", "data", "failures", "warnings", "num_photos",
     "num_queries", "num_unusable_items", "systems", "descriptions", "absent", "differences", "controls",
-    "control_scores", "sensitivity", "duplicates", "index", "cost", "run", "config", "versions", "threads",
+    "control_scores", "sensitivity", "duplicates", "index", "cost", "run", "config", "versions", "threads", "system",
+    "resolved",
 }  # fmt: skip
 
 
@@ -164,10 +165,11 @@ def test_metadata_protocol_reports_each_side_and_late_fusion(beside: Reported) -
 def test_linear_baselines_may_see_the_runs_layers_alone(classified: Reported, tmp_path: Path) -> None:
     """Those of a cache with more layers are other ones; those on the run's own layers are found in the whole report."""
     run = quick_train(classified.cache, tmp_path / "run", fusion="linear", layers={"image": (3,)}, epochs=1)
-    options = {"baselines": "linear", "out": str(tmp_path / "out")}
-    on_run, on_cache = (
-        report_of(classified.cache, run, baseline_layers=layers, **options)["systems"] for layers in ("run", "cache")
-    )
+    reports = [
+        report_of(classified.cache, run, baseline_layers=layers, baselines="linear", out=str(tmp_path / layers))
+        for layers in ("run", "cache")
+    ]
+    on_run, on_cache = (report["systems"] for report in reports)
     assert set(on_run) == set(on_cache) == {"fam", "ridge", "linear_probe", "class_means"}
     assert on_run["fam"] == on_cache["fam"]
     assert on_run["ridge"]["map"]["value"] != on_cache["ridge"]["map"]["value"]

@@ -14,13 +14,13 @@ from synthetic_cache import make_cache
 
 from saffe_cache.cli import main
 from saffe_cache.core.features import Ragged
-from saffe_cache.evaluation.baselines import BASELINES, Baseline, Material
+from saffe_cache.evaluation.baselines import BASELINES, Baseline, Material, photo_vectors
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate
 from saffe_cache.evaluation.results import EvaluationResult
 from saffe_cache.protocols.base import SearchProtocol
 from saffe_cache.protocols.registry import PROTOCOLS, Entry
-from saffe_cache.protocols.setting import Answers, Queries, Vectors
+from saffe_cache.protocols.setting import Queries, System
 from saffe_cache.report.report import ReportConfig, make_report
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.retrieval.metrics import METRICS, Metric, first_ranks
@@ -48,9 +48,8 @@ class FirstCaptions(SearchProtocol):
         )
 
 
-def random_vectors(of: Material) -> Answers:
-    assert of.queries is not None
-    return Vectors(unit_rows(np.random.default_rng(0).normal(size=(len(of.setting.pairs), 12))), of.queries)
+def random_vectors(of: Material) -> System:
+    return photo_vectors(unit_rows(np.random.default_rng(0).normal(size=(len(of.setting.pairs), 12))))
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def is_begun(out: Path, new: Mapping[str, Any], kinds: Mapping[str, type], ignor
     old, asked = read_json(path), json.loads(json.dumps(new))
     pairs = [("the verb", old.get("verb"), new.get("verb"))]
     for part, kind in kinds.items():
-        before = _with_defaults(kind, old.get(part, {}))
+        before = with_defaults(kind, old.get(part, {}))
         pairs += [(name, before.get(name), value) for name, value in asked[part].items() if name not in ignored]
     different = [f"{name}: {there!r} there, {now!r} now" for name, there, now in pairs if there != now]
     if different:
@@ -88,7 +88,8 @@ def is_begun(out: Path, new: Mapping[str, Any], kinds: Mapping[str, type], ignor
     return True
 
 
-def _with_defaults(kind: type, content: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_defaults(kind: type, content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A part of a folder's config.json, where fields that are new since have their defaults."""
     try:
         return json.loads(json.dumps(asdict(made_of(kind, content))))  # type: ignore[no-any-return]
     except (TypeError, ValueError):  # of another version: compared as it stands

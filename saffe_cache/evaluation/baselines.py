@@ -4,24 +4,26 @@ All see the same: of the photos the first token and the mean of the others (of a
 cached layer or of those that the run fuses, or the encoder's own vector; of the texts the encoder's own vector. They
 know the run's training pairs and its validation pairs.
 
-A new baseline is one function and one entry of `BASELINES`; protocols name those that apply.
+A new baseline is one function and one entry of `BASELINES`; protocols name those that apply. Fitted, it is a system
+that answers as a model does, so that the same controls apply.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 
 from saffe_cache.core.features import Ragged
+from saffe_cache.core.options import refuse
 from saffe_cache.evaluation.config import BaselineChoice
 from saffe_cache.inputs.feature_loader import summaries
 from saffe_cache.inputs.pairs import Pairs, in_one_space, mean_text_vectors
 from saffe_cache.protocols.base import Protocol, SearchProtocol
-from saffe_cache.protocols.setting import Answered, Answers, ClassScores, Setting
+from saffe_cache.protocols.setting import Answered, Arrangement, FittedScores, FittedVectors, Setting, System
 from saffe_cache.retrieval.baselines import (
     LinearMap,
     fit_class_means,
@@ -54,6 +56,10 @@ class Material:
     validation: Pairs
     layers: tuple[int, ...]
     """The layers of the photos' hidden states that baselines see."""
+
+    def permuted(self, seed: int) -> Material:
+        """The same with permuted pairs, to fit a control on."""
+        return replace(self, training=self.training.permuted(seed), validation=self.validation.permuted(seed))
 
     @property
     def setting(self) -> Setting:
@@ -106,13 +112,6 @@ class Material:
             return None
         return unit_rows(self.gallery.vectors(pairs.rows))
 
-    def answers(self, gallery: np.ndarray, map_queries: _Map | None = None) -> Answers:
-        """Of a baseline's unit vectors; `map_queries` maps the queries' unit vectors where the baseline does."""
-        queries = self.queries
-        if queries is not None and map_queries is not None:
-            queries = map_queries(queries)
-        return self.protocol.vectors_answer(gallery, queries)
-
     def fit_ridge(self, training: np.ndarray, validation: np.ndarray) -> LinearMap:
         """From photos' features, or the texts that they are fused with, to the mean of their texts' vectors."""
         means = mean_text_vectors(self.training, self.text)
@@ -158,15 +157,20 @@ class Material:
         return self.features[0][chosen], labels.values[labels.offsets[chosen]], num_classes
 
 
-def _ridge(of: Material) -> Answers:
-    return of.answers(unit_rows(of.ridge(of.features[2])))
+def photo_vectors(vectors: np.ndarray, map_queries: _Map | None = None) -> FittedVectors:
+    """A system that knows one unit vector of each photo, [photos, d], whatever its paired text."""
+    return FittedVectors(lambda at: vectors[at.photos], map_queries)
 
 
-def _mlp(of: Material) -> Answers:
-    return of.answers(of.mlp.gallery(of.features[2]), of.mlp.queries)
+def _ridge(of: Material) -> System:
+    return photo_vectors(unit_rows(of.ridge(of.features[2])))
 
 
-def _own_vectors(of: Material, is_zero_shot: bool) -> Answers:
+def _mlp(of: Material) -> System:
+    return photo_vectors(of.mlp.gallery(of.features[2]), of.mlp.queries)
+
+
+def _own_vectors(of: Material, is_zero_shot: bool) -> System:
     """Those of an image-text model are zero_shot where texts search, all others pooled_cosine."""
     is_one_space = in_one_space(of.gallery, of.text)
     if not is_one_space if is_zero_shot else (is_one_space and of.queries is not None):
@@ -177,21 +181,21 @@ def _own_vectors(of: Material, is_zero_shot: bool) -> Answers:
     queries = own if of.queries is None else of.queries
     if own.shape[1] != queries.shape[1]:
         raise AbsentError(f"the encoders' own vectors cannot be compared: widths {own.shape[1]} and {queries.shape[1]}")
-    return of.answers(own)
+    return photo_vectors(own)
 
 
-def _summary_cosine(of: Material) -> Answers:
+def _summary_cosine(of: Material) -> System:
     training, _, reported = of.features
-    return of.answers(unit_rows(reported - training.mean(axis=0)))
+    return photo_vectors(unit_rows(reported - training.mean(axis=0)))
 
 
-def _linear_probe(of: Material) -> Answers:
+def _linear_probe(of: Material) -> System:
     _, validation, reported = of.features
     probe = fit_linear_probe(*of.training_labels(), lambda fit: of.validate_classes(log_odds(fit(validation))))
-    return ClassScores(log_odds(probe(reported)))
+    return FittedScores(log_odds(probe(reported)))
 
 
-def _zlap(of: Material) -> Answers:
+def _zlap(of: Material) -> System:
     """Label propagation over the training photos, from texts that the ridge regression maps photos to."""
     of.training_labels()
     if len(of.training) <= _LEAST_GRAPH_PHOTOS:
@@ -203,21 +207,26 @@ def _zlap(of: Material) -> Answers:
     similar = [unit_rows(of.ridge(features)) @ classes for features in of.features]
 
     fit = fit_zlap(images[0], similar[0], lambda fit: of.validate_classes(fit.scores(images[1], similar[1])))
-    return ClassScores(fit.scores(images[2], similar[2]))
+    return FittedScores(fit.scores(images[2], similar[2]))
 
 
-def _text_only_linear(of: Material) -> Answers:
+def text_vectors(vectors: np.ndarray) -> FittedVectors:
+    """A system that knows one unit vector of each paired text, [photos, d], whatever the photo."""
+    return FittedVectors(lambda at: vectors[at.texts])
+
+
+def _text_only_linear(of: Material) -> System:
     training, validation, reported = map(of.paired_texts, of.all_pairs)
-    return of.answers(unit_rows(of.fit_ridge(training, validation)(reported)))
+    return text_vectors(unit_rows(of.fit_ridge(training, validation)(reported)))
 
 
-def _concat_mlp(of: Material) -> Answers:
+def _concat_mlp(of: Material) -> System:
     training, validation, reported = map(of.paired_texts, of.all_pairs)
-    mlp = of.fit_mlp(training, validation)
-    return of.answers(mlp.gallery(of.features[2], reported), mlp.queries)
+    mlp, photos = of.fit_mlp(training, validation), of.features[2]
+    return FittedVectors(lambda at: mlp.gallery(photos[at.photos], reported[at.texts]), mlp.queries)
 
 
-def _late_fusion(of: Material, map_photos: _Map, map_texts: _Map | None) -> Answers:
+def _late_fusion(of: Material, map_photos: _Map, map_texts: _Map | None) -> System:
     """A weighted sum of the photo's vector and the text's; validation picks the weight."""
     texts = [of.paired_texts(pairs) for pairs in (of.validation, of.setting.pairs)]
     queries = of.validation_queries
@@ -225,7 +234,11 @@ def _late_fusion(of: Material, map_photos: _Map, map_texts: _Map | None) -> Answ
         texts, queries = [map_texts(vectors) for vectors in texts], map_texts(queries)
     photos = [map_photos(features) for features in of.features[1:]]
     weight = tune_late_fusion(photos[0], texts[0], lambda gallery: of.validate(gallery, queries))
-    return of.answers(fuse_late(photos[1], texts[1], weight), map_texts)
+
+    def gallery(at: Arrangement) -> np.ndarray:
+        return fuse_late(photos[1][at.photos], texts[1][at.texts], weight)
+
+    return FittedVectors(gallery, map_texts)
 
 
 @dataclass(frozen=True)
@@ -233,10 +246,12 @@ class Baseline:
     """A system that a FAM is compared with."""
 
     description: str
-    fit: Callable[[Material], Answers]
+    fit: Callable[[Material], System]
     """Raises AbsentError where it does not apply."""
     is_slow: bool = False
     """Whether fitting takes minutes rather than seconds."""
+    is_fitted: bool = True
+    """Whether it is fitted on training pairs; if not, permuted pairs change nothing."""
     needs_one_class: bool = False
     """Whether it is fitted on the training photos that have exactly one class."""
 
@@ -244,21 +259,26 @@ class Baseline:
 BASELINES: dict[str, Baseline] = {
     "ridge": Baseline("ridge regression from photo features to the mean vector of the photo's texts", _ridge),
     "mlp": Baseline("an MLP from photo features to the texts' space, trained with InfoNCE", _mlp, is_slow=True),
-    "zero_shot": Baseline("the vectors of an image-text model, untrained", lambda of: _own_vectors(of, True)),
-    "pooled_cosine": Baseline("the encoders' own vectors, untrained", lambda of: _own_vectors(of, False)),
-    "summary_cosine": Baseline("centred photo features, untrained", _summary_cosine),
+    "zero_shot": Baseline(
+        "the vectors of an image-text model, untrained", lambda of: _own_vectors(of, True), is_fitted=False
+    ),
+    "pooled_cosine": Baseline(
+        "the encoders' own vectors, untrained", lambda of: _own_vectors(of, False), is_fitted=False
+    ),
+    "summary_cosine": Baseline("centred photo features, untrained", _summary_cosine, is_fitted=False),
     "linear_probe": Baseline(
         "logistic regression of the class from photo features", _linear_probe, needs_one_class=True
     ),
     "class_means": Baseline(
         "the nearest mean of a class's photo features",
-        lambda of: ClassScores(fit_class_means(*of.training_labels())(of.features[2])),
+        lambda of: FittedScores(fit_class_means(*of.training_labels())(of.features[2])),
         needs_one_class=True,
     ),
     "zlap": Baseline("label propagation from class texts over the training photos", _zlap, is_slow=True),
     "text_only": Baseline(
         "the vector of the paired text, without the photo",
-        lambda of: of.answers(of.paired_texts(of.setting.pairs)),
+        lambda of: text_vectors(of.paired_texts(of.setting.pairs)),
+        is_fitted=False,
     ),
     "text_only_linear": Baseline("ridge regression from the paired text, without the photo", _text_only_linear),
     "image_only_ridge": Baseline("ridge regression from photo features, without the paired text", _ridge),
@@ -286,11 +306,25 @@ def fit_baselines(of: Material, choice: BaselineChoice = "all") -> tuple[dict[st
         is_chosen = choice == "all" or (choice == "linear" and not BASELINES[name].is_slow)
         if is_chosen or name in of.protocol.required_baselines:
             try:
-                answers = BASELINES[name].fit(of)
-                found[name] = Answered(of.protocol.score(answers), answers)
+                found[name] = of.protocol.answer(BASELINES[name].fit(of), of.setting.honest())
             except AbsentError as reason:
                 absent[name] = str(reason)
     return found, {name: reason for name, reason in absent.items() if reason}
+
+
+def fit_baseline(name: str, of: Material) -> System:
+    """One baseline, by name.
+
+    Raises:
+        ValueError: the protocol has no such baseline, or it does not apply to the encoders or the data.
+    """
+    if name not in of.protocol.baselines:
+        refuse("system", name, f"a baseline of protocol {of.protocol.name}: {', '.join(of.protocol.baselines)}")
+    try:
+        return BASELINES[name].fit(of)
+    except AbsentError as error:
+        swapped = "zero_shot is for both halves of an image-text model, pooled_cosine for all other encoders"
+        raise ValueError(f"--system {name}: it does not apply: {str(error) or swapped}. Use another one.") from None
 
 
 def left_out(training: Pairs, fitted: Collection[str]) -> list[str]:

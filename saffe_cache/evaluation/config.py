@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from saffe_cache.core.features import IndexKind
-from saffe_cache.core.options import one_of, require, require_seed
+from saffe_cache.core.options import one_of, refuse, require, require_seed
+from saffe_cache.inputs.spec import SplitOptions
 from saffe_cache.protocols.registry import protocol_choices
+from saffe_cache.training.config import DataOptions
 
 BaselineChoice = Literal["all", "linear", "none"]
+
+_OF_RUNS = ("baselines", "baseline_layers", "leak_true_text")
+"""Options that have no effect on a baseline alone."""
+_OF_SYSTEMS = ("data_seed", *(one.name for group in (SplitOptions, DataOptions) for one in fields(group)))
+"""Options that a run has decided already."""
 
 
 def _choices() -> dict[str, str]:
@@ -17,20 +24,26 @@ def _choices() -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Index a run's vectors and measure retrieval, with baselines, controls and chance.
+class EvaluateConfig(SplitOptions, DataOptions):
+    """Index the vectors of a run, or of a baseline without a run, and measure retrieval with controls and chance.
 
-    Exits with status 3 where a control fails.
+    A run is reported with baselines. A baseline alone (--system) needs no training; what it is fitted on follows from
+    the options of the groups below, as in saffe train. Exits with status 3 where a control fails.
     """
 
     cache: str
-    """The cache that the run was trained on."""
-    run: str
-    """The run's folder, as saffe train wrote it."""
+    """The cache. For a run, the one that it was trained on."""
+    run: str | None = None
+    """The run's folder, as saffe train wrote it. Either this or --system is required."""
+    system: str | None = None
+    """A baseline to evaluate without a run: ridge, mlp, zero_shot, pooled_cosine, summary_cosine, linear_probe,
+    class_means, zlap, text_only, text_only_linear, image_only_ridge, image_only_mlp, concat_mlp, late_fusion_ridge or
+    late_fusion_mlp, as far as the protocol has it."""
     split: str = "test"
     """Split to report on; its photos are the gallery."""
     out: str | None = None
-    """Folder for the result, the report and the index. Default: SPLIT-PROTOCOL in the run's folder, and -leak."""
+    """Folder for the result, the report and the index. Default: SPLIT-PROTOCOL in the run's folder, and -leak; of a
+    baseline, CACHE-baselines/SPLIT-PROTOCOL-SYSTEM. A result of other options is never replaced."""
     protocol: str = one_of(_choices, "auto")
     """What searches what."""
     rerank_k: int = 16
@@ -42,20 +55,34 @@ class EvaluateConfig:
     nearest clusters; ivf_pq does so with codes of a sixteenth of the size; hnsw follows a graph. Metrics are always
     exact; the report says how many of flat's results another kind finds."""
     baselines: BaselineChoice = "all"
-    """Which baselines are fitted. linear: those that take seconds, such as ridge regression and linear probe. none:
-    only those that controls are compared with."""
+    """Which baselines are fitted for a run. linear: those that take seconds, such as ridge regression and linear probe.
+    none: only those that controls are compared with."""
     baseline_layers: Literal["cache", "run"] = "cache"
-    """Layers of the photos that baselines see: all of the cache, or those that the run fuses."""
+    """Layers of the photos that a run's baselines see: all of the cache, or those that the run fuses. With --system,
+    --layers says it; by default all of the cache."""
     leak_true_text: bool = False
     """Fuse each photo of the gallery with a text that searches for it. THIS LEAKS THE ANSWER: noise instead of photos
     scores as well. It shows what such numbers are worth."""
     seed: int = 0
     """Of the controls, the breaking of ties and the bootstrap."""
+    data_seed: int = 0
+    """With --system, the seed of what is held out: the --seed, or --data-seed, of a comparable run."""
     device: str = "auto"
     """auto takes a GPU where there is one; or cpu, cuda."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError if a value is out of range, or an option has no effect with what is evaluated."""
         for option in ("rerank_k", "rerank_queries"):
             require(getattr(self, option) > 0, option, getattr(self, option), "a number above 0")
         require_seed("seed", self.seed)
+        require_seed("data_seed", self.data_seed)
         require(self.protocol in _choices(), "protocol", self.protocol, " or ".join(_choices()))
+        if self.run is None and self.system is None:
+            raise ValueError("found neither --run nor --system, expected one of them: a run's folder, or a baseline.")
+        if self.run is not None and self.system is not None:
+            raise ValueError(f"found both --run {self.run} and --system {self.system}, expected one of them.")
+        without_effect, kind = (_OF_RUNS, "--run") if self.run is None else (_OF_SYSTEMS, "--system")
+        for one in fields(self):
+            default = one.default_factory() if callable(one.default_factory) else one.default
+            if one.name in without_effect and getattr(self, one.name) != default:
+                refuse(one.name, getattr(self, one.name), f"this option only with {kind}")

@@ -1,9 +1,9 @@
 """What single queries find: details.npz beside result.json, for galleries and curves.
 
-For the FAM and each baseline the main metric of every query, and the first photos of some queries, drawn by the seed;
-where classes search, also precision at 101 recalls, and which class's text is nearest to the photos of each class. The
-mean of `metric` is the number in result.json, and the right ones among the first photos are marked here, so that a page
-made of it has nothing to decide.
+For each system, the evaluated one first, the main metric of every query, and the first photos of some queries, drawn by
+the seed; where classes search, also precision at 101 recalls, and which class's text is nearest to the photos of each
+class. The mean of `metric` is the number in result.json, and the right ones among the first photos are marked here, so
+that a page made of it has nothing to decide.
 
 Numpy arrays, in a file that is read without unpickling. All texts are one JSON object, stored as bytes.
 """
@@ -26,6 +26,8 @@ from saffe_cache.core.json_schema import typed
 from saffe_cache.core.results import Section
 from saffe_cache.core.tables import Table, percent, plain_row
 
+FAM = "fam"
+"""The name of the trained system."""
 NAME = "details.npz"
 RECALLS = np.linspace(0, 1, 101)
 """At which precision is stored."""
@@ -180,20 +182,21 @@ def _inside(numbers: np.ndarray, low: int, high: int) -> bool:
 def show_classes(section: Section, details: Details, ranked: list[str]) -> None:
     """Add precision over recall, average precision of each class, and confusion to a page's section.
 
-    `ranked`: the systems to draw, the FAM first and the best baselines next.
+    `ranked`: the systems to draw, the evaluated one first and the best baselines next.
     """
     shown = [name for name in ranked if name in details.systems]
     classes = details.systems[shown[0]].classes
     if classes is None:
         return
     section.figures += [_precision_recall(details, shown[:_MOST_CURVES]), _per_class(details, shown[:_MOST_BARS])]
+    named = label(shown[0], "the FAM")
     counts, names = classes.confusion, details.class_names
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     if len(names) <= _MOST_CLASSES:
         section.figures.append(
             HeatMap(
                 name="confusion",
-                caption="Confusion of the FAM: percent of each class's photos, by the class whose text is nearest.",
+                caption=f"Confusion of {named}: percent of each class's photos, by the class whose text is nearest.",
                 row_label="true class",
                 column_label="nearest class text",
                 rows=names,
@@ -211,7 +214,7 @@ def show_classes(section: Section, details: Details, ranked: list[str]) -> None:
     )
     if rows:
         header = ("true class", "nearest class text", "photos", "percent of the class")
-        section.tables.append(Table("What the FAM confuses most.", header, rows, folded=True))
+        section.tables.append(Table(f"What {named} confuses most.", header, rows, folded=True))
 
 
 def _precision_recall(details: Details, shown: list[str]) -> CurvePlot:
@@ -222,7 +225,7 @@ def _precision_recall(details: Details, shown: list[str]) -> CurvePlot:
         caption="Precision over recall, mean over classes; interpolated for this drawing only (map is not).",
         x_label="recall, percent",
         y_label="precision, percent",
-        curves=[Curve(_label(name), (100 * RECALLS).tolist(), mean) for name, mean in means.items()],
+        curves=[Curve(label(name), (100 * RECALLS).tolist(), mean) for name, mean in means.items()],
         y_limits=(0, 103),
     )
 
@@ -236,9 +239,10 @@ def _per_class(details: Details, shown: list[str]) -> ClassPlot:
         caption=f"Average precision of each class, not interpolated, worst first{left_out}.",
         label="average precision, percent",
         classes=[details.query_classes[query] for query in worst],
-        systems=[(_label(name), (100 * details.systems[name].metric[worst]).tolist()) for name in shown],
+        systems=[(label(name), (100 * details.systems[name].metric[worst]).tolist()) for name in shown],
     )
 
 
-def _label(name: str) -> str:
-    return "FAM" if name == "fam" else name
+def label(name: str, fam: str = "FAM") -> str:
+    """A system's name for people."""
+    return fam if name == FAM else name

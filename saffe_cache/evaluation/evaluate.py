@@ -1,4 +1,4 @@
-"""Index a run's fused vectors, search them, and report every number with baselines, controls and chance.
+"""Index the vectors of a run or a baseline, search them, and report every number with controls and chance.
 
 Protocols measure their controls (see `Protocol.measure_controls`) and know their levels. With null text in the gallery
 each must be at chance; with paired texts, at what the texts or the photos find alone.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -20,24 +20,33 @@ from saffe_cache.core.atomic_io import hold_folder, remove_partial_files
 from saffe_cache.core.controls import Control, failed
 from saffe_cache.core.devices import choose_device, peak_memory_mb
 from saffe_cache.core.options import require
-from saffe_cache.core.outputs import CONFIG, RESULT, provenance, write_json
-from saffe_cache.evaluation.baselines import BASELINES, Material, fit_baselines, left_out
+from saffe_cache.core.outputs import CONFIG, RESULT, is_begun, provenance, write_json
+from saffe_cache.evaluation.baselines import BASELINES, Material, fit_baseline, fit_baselines, left_out
 from saffe_cache.evaluation.config import EvaluateConfig
-from saffe_cache.evaluation.details import write_details
-from saffe_cache.evaluation.results import FAM, Cost, Difference, EvaluationResult, Index, numbers_of
+from saffe_cache.evaluation.details import FAM, write_details
+from saffe_cache.evaluation.results import Cost, Difference, EvaluationResult, Index, numbers_of
 from saffe_cache.evaluation.single_queries import details_of
 from saffe_cache.fusion.base import Fusion, counted_flops
 from saffe_cache.inputs.feature_loader import FeatureLoader
-from saffe_cache.inputs.pairs import Pairs, reported_fingerprint, same_training_pairs
+from saffe_cache.inputs.pairs import (
+    Pairs,
+    data_fingerprint,
+    reported_fingerprint,
+    same_training_pairs,
+    training_pairs,
+)
+from saffe_cache.inputs.spec import RunSpec, SplitOptions
 from saffe_cache.protocols.base import LEAKY_GALLERY, NULL_GALLERY, Level, Protocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
-from saffe_cache.protocols.setting import Setting
-from saffe_cache.retrieval.index import build_index, recall_of_index, require_size, save_index
+from saffe_cache.protocols.setting import Answered, Arrangement, FittedScores, Setting, System
+from saffe_cache.retrieval.index import INDEX_FILES, build_index, recall_of_index, require_size, save_index
 from saffe_cache.retrieval.metrics import paired_bootstrap
 from saffe_cache.retrieval.scores import Scores
-from saffe_cache.store.reader import open_cache
+from saffe_cache.store.reader import Cache, open_cache
+from saffe_cache.training.config import DataOptions, TrainConfig
+from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.result import TrainResult
-from saffe_cache.training.runs import load_permuted, open_run
+from saffe_cache.training.runs import load_permuted, open_run, weights_hash
 
 __all__ = ["EvaluateConfig", "evaluate"]
 
@@ -48,7 +57,29 @@ INDEX_KS = (10, 100)
 LEAST_SENSITIVITY = {"image": 0.2, "text": 0.05}
 """Mean distances of unit vectors below which a fusion does not look at its photo, or at its text."""
 _SENSITIVITY_PHOTOS = 256
+_NOT_COMPARED = ("cache", "run", "out", "device", "protocol")
+"""Fields of the config that may differ between two evaluations into one folder: what they resolved to is compared."""
+_PLAIN_FUSION = "linear"
+"""The fusion whose defaults for layers and paired texts a baseline without a run has: it makes no demands on them."""
 _FLOPS_BATCH = 8
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is evaluated, and the pairs that it was trained on."""
+
+    name: str
+    """fam, or the baseline's."""
+    spec: RunSpec
+    training: Pairs
+    validation: Pairs
+    run: _Run | None = None
+    """None of a baseline."""
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it learned from the training pairs."""
+        return self.run is not None or BASELINES[self.name].is_fitted
 
 
 class _Run(NamedTuple):
@@ -57,73 +88,130 @@ class _Run(NamedTuple):
     model: Fusion
     permuted: Fusion | None
     result: TrainResult
-    training: Pairs
-    validation: Pairs
+    weights: str
+    """Hash of the model's file."""
+
+
+class _Systems(NamedTuple):
+    """The systems of a protocol, ready to be measured."""
+
+    main: System
+    permuted: System | None
+    """The same, trained or fitted on permuted pairs."""
+    answered: Mapping[str, Answered]
+    """By name, the main one first."""
+    absent: Mapping[str, str]
+    """Why some baselines or controls are absent."""
+    fitting_seconds: float
+    """Of a baseline."""
 
 
 def evaluate(config: EvaluateConfig) -> str:
     """Evaluate, and return the output folder.
 
     Raises:
-        CacheError, ValueError: cache, run, split and protocol do not fit together.
+        CacheError, ValueError: cache, run, split and protocol do not fit together, the baseline does not apply, or the
+            output folder holds a result of other options.
         OSError: the disk is full or gone, or another process writes to the output folder.
     """
     started = time.perf_counter()
     torch.manual_seed(config.seed)
     cache, device = open_cache(config.cache), choose_device(config.device)
-    spec, model, trained = open_run(config.run, cache)
-    permuted = load_permuted(config.run, spec, cache)
-    permuted = None if permuted is None else permuted.to(device)
-    run = _Run(model.to(device), permuted, trained, *same_training_pairs(spec, cache, config.run))
-    name = own_protocol(spec) if config.protocol == "auto" else config.protocol
-    protocol = _protocol(config, FeatureLoader(cache, spec, device), run, name)
+    subject = _resolve_baseline(config, cache) if config.run is None else _load_run(config.run, cache, device)
+    name = own_protocol(subject.spec) if config.protocol == "auto" else config.protocol
+    protocol = _protocol(config, FeatureLoader(cache, subject.spec, device), subject, name)
     logger.info("%s protocol: %d photos of split %s.", name, len(protocol.setting.pairs), config.split)
-    leak = "-leak" if config.leak_true_text else ""
-    out = Path(config.out or Path(config.run) / f"{config.split}-{name}{leak}")
+    out = Path(config.out or _default_out(config, subject, name))
+    resolved = {"protocol_name": name, "weights": subject.run.weights if subject.run else None}
+    content = {"run": asdict(subject.spec), "resolved": resolved, **provenance(config)}
     with hold_folder(out):
         remove_partial_files(out)
-        fam = protocol.answer(run.model, protocol.setting.honest())
-        is_all = config.baseline_layers == "cache"
-        layers = tuple(cache.encoders[spec.gallery_key].layers) if is_all else spec.gallery_layers
-        baselines, absent = fit_baselines(Material(protocol, run.training, run.validation, layers), config.baselines)
-        (out / RESULT).unlink(missing_ok=True)  # of an evaluation with other options
-        write_json(out / CONFIG, {"run": asdict(spec), **provenance(config)})
-        systems = {FAM: fam, **baselines}
-        write_details(out, details_of(protocol, systems))
-        scores = {name: of.scores for name, of in systems.items()}
-        _result(config, protocol, run, scores, absent, out, started).save(out)
+        if (out / RESULT).exists():  # of the same options it is measured again
+            is_begun(out, content, {"run": RunSpec, "resolved": dict, "config": EvaluateConfig}, _NOT_COMPARED)
+        systems = _answers(config, protocol, subject)
+        for file in (RESULT, *INDEX_FILES):
+            (out / file).unlink(missing_ok=True)
+        write_json(out / CONFIG, content)
+        write_details(out, details_of(protocol, systems.answered))
+        _result(config, protocol, subject, systems, out, started).save(out)
     return str(out)
 
 
-def _protocol(config: EvaluateConfig, inputs: FeatureLoader, run: _Run, name: str) -> Protocol:
+def _load_run(folder: str, cache: Cache, device: str) -> _Subject:
+    spec, model, trained = open_run(folder, cache)
+    permuted = load_permuted(folder, spec, cache)
+    run = _Run(model.to(device), None if permuted is None else permuted.to(device), trained, weights_hash(folder))
+    return _Subject(FAM, spec, *same_training_pairs(spec, cache, folder), run)
+
+
+def _resolve_baseline(config: EvaluateConfig, cache: Cache) -> _Subject:
+    """A baseline with the encoders, layers and pairs of a run that was trained with the same options."""
+    assert config.system is not None
+    require(config.system in BASELINES, "system", config.system, " or ".join(BASELINES))
+    groups = (*fields(SplitOptions), *fields(DataOptions))
+    options = {one.name: getattr(config, one.name) for one in groups} | {"data_seed": config.data_seed}
+    spec = resolve_run(TrainConfig(cache=config.cache, out="", fusion=_PLAIN_FUSION, **options), cache)
+    training, validation, _ = training_pairs(spec, cache)
+    spec = replace(spec, data=data_fingerprint(cache, spec, training, validation))
+    return _Subject(config.system, spec, training, validation)
+
+
+def _default_out(config: EvaluateConfig, subject: _Subject, protocol: str) -> Path:
+    if config.run is None:
+        folder = f"{PurePath(config.cache).stem}-baselines"
+        return Path(folder) / f"{config.split}-{protocol}-{subject.name}"
+    return Path(config.run) / f"{config.split}-{protocol}{'-leak' if config.leak_true_text else ''}"
+
+
+def _protocol(config: EvaluateConfig, inputs: FeatureLoader, subject: _Subject, name: str) -> Protocol:
     """The protocol over the pairs of the split."""
     kind = load_protocol(name)
     pairs = kind.select(inputs.cache, inputs.spec, config.split)
     require_size(config.index, len(pairs))
-    setting = Setting(inputs, pairs, run.training.rows, config.seed)
+    setting = Setting(inputs, pairs, subject.training.rows, config.seed)
     if config.leak_true_text:
         require(kind.can_leak, "leak_true_text", f"--protocol {name}", "one that searches photos with null text")
         setting = setting.with_true_texts()
     return kind(setting, **{option: getattr(config, option) for option in kind.options})
 
 
+def _answers(config: EvaluateConfig, protocol: Protocol, subject: _Subject) -> _Systems:
+    """Fit what is not trained yet, and have all systems answer."""
+    honest, gallery = protocol.setting.honest(), protocol.setting.inputs.gallery
+    sees_all = config.baseline_layers == "cache" and gallery.manifest.modality not in config.layers
+    layers = tuple(gallery.layers) if sees_all else subject.spec.gallery_layers
+    material = Material(protocol, subject.training, subject.validation, layers)
+    why_no_permuted, started = protocol.why_no_permuted(), time.perf_counter()
+    main: System = subject.run.model if subject.run else fit_baseline(subject.name, material)
+    permuted: System | None = subject.run.permuted if subject.run else None
+    seconds = time.perf_counter() - started
+    if not subject.is_fitted:
+        why_no_permuted = "nothing is fitted on training pairs"
+    if subject.run is None and why_no_permuted is None:
+        permuted = fit_baseline(subject.name, material.permuted(subject.spec.seed))
+    others, absent = fit_baselines(material, config.baselines if subject.run else "none")
+    if why_no_permuted:
+        absent["control pairs_permuted"] = why_no_permuted
+    answered = {subject.name: protocol.answer(main, honest)}
+    return _Systems(main, permuted, answered | others, absent, seconds)
+
+
 def _result(
-    config: EvaluateConfig,
-    protocol: Protocol,
-    run: _Run,
-    systems: dict[str, Scores],
-    absent: dict[str, str],
-    out: Path,
-    started: float,
+    config: EvaluateConfig, protocol: Protocol, subject: _Subject, systems: _Systems, out: Path, started: float
 ) -> EvaluationResult:
-    setting, fitted = protocol.setting, {name: of for name, of in systems.items() if name != FAM}
-    controls, measured = run_controls(protocol, run.model, run.permuted, fitted)
-    moves, shared = sensitivity(setting, run.model), duplicates(setting.pairs, run.training)
-    why_no_permuted = protocol.why_no_permuted()
-    definition = protocol.definition
+    setting, run = protocol.setting, subject.run
+    scores = {name: of.scores for name, of in systems.answered.items()}
+    fitted = {name: of for name, of in scores.items() if name != FAM}
+    controls, measured = run_controls(protocol, systems.main, systems.permuted, fitted)
+    moves, shared = sensitivity(setting, systems.main), duplicates(setting.pairs, subject.training)
+    has_permuted = systems.permuted is not None
+    definition, is_compared = protocol.definition, run is not None and config.baselines != "none"
     return EvaluationResult(
-        failures=tuple(failures(controls, moves, shared, run.permuted is not None)),
-        warnings=(*_warnings(config, protocol), *left_out(run.training, fitted)),
+        failures=tuple(
+            failures(controls, moves, shared, has_permuted) if run else _baseline_failures(controls, shared, subject)
+        ),
+        warnings=(*_warnings(config, protocol, subject), *left_out(subject.training, fitted)),
+        system=subject.name,
         protocol=protocol.name,
         definition=definition.replace(NULL_GALLERY, LEAKY_GALLERY) if config.leak_true_text else definition,
         main_metric=protocol.main_metric,
@@ -132,24 +220,29 @@ def _result(
         num_photos=len(setting.pairs),
         num_queries=len(protocol.relevant),
         num_unusable_items=setting.pairs.num_unusable,
-        systems={name: numbers_of(scores) for name, scores in systems.items()},
+        systems={name: numbers_of(of) for name, of in scores.items()},
         descriptions={name: BASELINES[name].description for name in fitted},
-        absent=absent | ({"control pairs_permuted": why_no_permuted} if why_no_permuted else {}),
-        differences={} if config.baselines == "none" else differences(systems[FAM], fitted),
+        absent=systems.absent,
+        differences=differences(scores[FAM], fitted) if is_compared else {},
         controls=controls,
-        control_scores={name: numbers_of(scores) for name, scores in measured.items()},
+        control_scores={name: numbers_of(of) for name, of in measured.items()},
         sensitivity=moves,
         duplicates=shared,
-        index=_write_index(config, protocol, run.model, out),
-        cost=Cost(
-            trainable_parameters=run.result.trainable_parameters,
-            fusing_flops=fusing_flops(run.model, protocol),
-            training_seconds=run.result.seconds,
-            training_peak_memory_mb=run.result.peak_memory_mb,
-            evaluation_seconds=round(time.perf_counter() - started, 1),
-            evaluation_peak_memory_mb=peak_memory_mb(),
-        ),
+        index=_write_index(config, protocol, systems.main, out),
+        cost=_cost(protocol, subject, systems, started),
         run=setting.spec,
+    )
+
+
+def _cost(protocol: Protocol, subject: _Subject, systems: _Systems, started: float) -> Cost:
+    run = subject.run
+    return Cost(
+        trainable_parameters=run.result.trainable_parameters if run else None,
+        fusing_flops=fusing_flops(run.model, protocol) if run else None,
+        training_seconds=run.result.seconds if run else round(systems.fitting_seconds, 1),
+        training_peak_memory_mb=run.result.peak_memory_mb if run else peak_memory_mb(),
+        evaluation_seconds=round(time.perf_counter() - started, 1),
+        evaluation_peak_memory_mb=peak_memory_mb(),
     )
 
 
@@ -166,45 +259,51 @@ def differences(fam: Scores, baselines: Mapping[str, Scores]) -> dict[str, dict[
     return found
 
 
-def _warnings(config: EvaluateConfig, protocol: Protocol) -> list[str]:
+def _warnings(config: EvaluateConfig, protocol: Protocol, subject: _Subject) -> list[str]:
     """What a reader must know before the numbers."""
-    spec, found = protocol.setting.spec, []
+    spec, found = subject.spec, []
     if config.leak_true_text:
         found.append("LEAK, as requested: the gallery contains the texts that search it. These numbers mean nothing.")
-    if config.split == spec.validation:
+    what, choice = ("run", "the best epoch was chosen") if subject.run else ("baseline", "the baseline was tuned")
+    if config.split == spec.validation and subject.is_fitted:
         found.append(
-            f"the best epoch was chosen on split {config.split!r} itself: these numbers are optimistic. "
-            "Train with --validation heldout, or report on another split."
+            f"{choice} on split {config.split!r} itself: these numbers are optimistic. "
+            f"{'Train with' if subject.run else 'Use'} --validation heldout, or report on another split."
         )
-    if config.split == spec.train_split:
-        found.append(f"the run was trained on split {config.split!r}: these numbers do not show how it generalises.")
-    found += protocol.warnings()
-    if not spec.shape.entry.is_deterministic:
-        found.append(f"fusion {spec.shape.fusion} draws random numbers in evaluation too: repeated runs differ.")
+    if config.split == spec.train_split and subject.is_fitted:
+        found.append(f"the {what} was trained on split {config.split!r}: these numbers do not show how it generalises.")
+    if subject.run:
+        found += protocol.warnings()
+        if not spec.shape.entry.is_deterministic:
+            found.append(f"fusion {spec.shape.fusion} draws random numbers in evaluation too: repeated runs differ.")
+    elif protocol.fuses_pairs:
+        found.append("a baseline fuses no pairs: its numbers are those of a search without fusing.")
     if num_unusable := protocol.setting.pairs.num_unusable:
         found.append(f"{num_unusable} items of the split are left out: see saffe cache inspect.")
     return found
 
 
-def _write_index(config: EvaluateConfig, protocol: Protocol, model: Fusion, out: Path) -> Index:
-    """Write the index, and compare it with a flat one on the split's own queries."""
+def _write_index(config: EvaluateConfig, protocol: Protocol, system: System, out: Path) -> Index | None:
+    """Write the index, and compare it with a flat one on the split's own queries; None where there are no vectors."""
+    if isinstance(system, FittedScores):
+        return None
     setting, recall = protocol.setting, {}
-    vectors, ids = setting.gallery(model, setting.honest()), setting.pairs.ids
+    vectors, ids = setting.gallery(system, setting.honest()), setting.pairs.ids
     index = build_index(vectors, ids, setting.seed, config.index)
     bytes_per_vector = round(save_index(index, out) / len(vectors))
     if config.index != "flat":
-        queries = vectors if protocol.queries is None else setting.queries(model, protocol.queries)
+        queries = vectors if protocol.queries is None else setting.queries(system, protocol.queries)
         flat = build_index(vectors, ids, setting.seed)
         recall = {str(k): recall_of_index(index, flat, queries, k) for k in INDEX_KS if k <= len(vectors)}
     return Index(kind=config.index, bytes_per_vector=bytes_per_vector, parameters=index.parameters, recall=recall)
 
 
 def run_controls(
-    protocol: Protocol, model: Fusion, permuted: Fusion | None, baselines: Mapping[str, Scores]
+    protocol: Protocol, system: System, permuted: System | None, baselines: Mapping[str, Scores]
 ) -> tuple[dict[str, Control], dict[str, Scores]]:
     """The verdict on every control of a protocol, and all its scores; `baselines` are what some are compared with."""
-    measured = protocol.measure_controls(model, permuted)
-    levels = protocol.control_levels(model, permuted, measured, baselines)
+    measured = protocol.measure_controls(system, permuted)
+    levels = protocol.control_levels(system, permuted, measured, baselines)
     verdicts = {}
     for name, scores in measured.items():
         metric = protocol.control_metrics.get(name, protocol.main_metric)
@@ -213,24 +312,24 @@ def run_controls(
     return verdicts, measured
 
 
-@torch.inference_mode()
-def sensitivity(setting: Setting, model: Fusion) -> dict[str, float]:
+def sensitivity(setting: Setting, system: System) -> dict[str, float]:
     """How far the fused vector moves when another photo, or another text, takes the place: mean distances, 0 to 2.
 
-    `to_image` = E |f(x, t) - f(x', t)|, and with paired texts `to_text` = E |f(x, t) - f(x, t')|.
+    `to_image` = E |f(x, t) - f(x', t)|, and with paired texts `to_text` = E |f(x, t) - f(x, t')|. Empty of a system
+    that makes no vectors.
     """
-    pairs, inputs = setting.pairs, setting.inputs
+    if isinstance(system, FittedScores):
+        return {}
+    pairs = setting.pairs
     chosen = np.random.default_rng(setting.seed).permutation(len(pairs))[:_SENSITIVITY_PHOTOS]
     rolled = np.roll(chosen, 1)
 
-    def vectors(photos: np.ndarray, texts: np.ndarray) -> torch.Tensor:
-        states, mask = inputs.photos(pairs.rows[photos])
-        paired = None if pairs.paired_texts is None else inputs.texts(pairs.paired_texts[texts])
-        return model(states, mask, paired)  # type: ignore[no-any-return]
+    def vectors(photos: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        return setting.gallery(system, Arrangement(photos, texts))
 
     others = {"to_image": (rolled, chosen)} | ({} if pairs.paired_texts is None else {"to_text": (chosen, rolled)})
     own = vectors(chosen, chosen)
-    return {part: float((own - vectors(*other)).norm(dim=1).mean()) for part, other in others.items()}
+    return {part: float(np.linalg.norm(own - vectors(*other), axis=1).mean()) for part, other in others.items()}
 
 
 def duplicates(pairs: Pairs, training: Pairs) -> dict[str, int]:
@@ -260,7 +359,7 @@ def fusing_flops(model: Fusion, protocol: Protocol) -> int:
 def failures(
     controls: Mapping[str, Control], moves: Mapping[str, float], shared: Mapping[str, int], has_permuted: bool
 ) -> list[str]:
-    """Why the numbers must not be used, one line each; nothing where they may be."""
+    """Why a run's numbers must not be used, one line each; nothing where they may be."""
     found = failed(controls.values())
     if not has_permuted:
         found.append("no control was trained on permuted pairs (train with --control-epochs above 0)")
@@ -268,6 +367,13 @@ def failures(
         moved = moves.get(f"to_{part}")
         if moved is not None and moved < least:
             found.append(f"another {part} moves the fused vector by {moved:.3f}, expected at least {least}")
-    if shared["photos"]:
-        found.append(f"{shared['photos']} photos were trained on")
-    return found
+    return found + _seen(shared)
+
+
+def _baseline_failures(controls: Mapping[str, Control], shared: Mapping[str, int], subject: _Subject) -> list[str]:
+    """The same of a baseline, which may look at one of photo and text alone by design."""
+    return failed(controls.values()) + (_seen(shared) if subject.is_fitted else [])
+
+
+def _seen(shared: Mapping[str, int]) -> list[str]:
+    return [f"{shared['photos']} photos were trained on"] if shared["photos"] else []

@@ -12,12 +12,10 @@ from saffe_cache.core.figures import Dot, DotPlot
 from saffe_cache.core.outputs import CONFIG, read_json
 from saffe_cache.core.results import Estimate, Measurement, Result, Section
 from saffe_cache.core.tables import ABSENT, Cell, Row, RowKind, Table, duration, flops, percent
-from saffe_cache.evaluation.details import NAME, check_means, read_details, show_classes
+from saffe_cache.evaluation.details import FAM, NAME, check_means, label, read_details, show_classes
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.metrics import metric_named
 from saffe_cache.retrieval.scores import Scores
-
-FAM = "fam"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +52,12 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a run and its evaluation cost."""
+    """What a run, or the fitting of a baseline, and its evaluation cost."""
 
-    trainable_parameters: int
-    fusing_flops: int
-    """FLOPs of fusing one photo of the gallery."""
+    trainable_parameters: int | None
+    """None of a baseline."""
+    fusing_flops: int | None
+    """FLOPs of fusing one photo of the gallery; None of a baseline."""
     training_seconds: float
     training_peak_memory_mb: int
     evaluation_seconds: float
@@ -79,10 +78,12 @@ class Index:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult(Result):
-    """A run under one protocol on one split."""
+    """A run, or a baseline without one, under one protocol on one split."""
 
     verb: ClassVar[str] = "evaluate"
 
+    system: str = FAM
+    """What was evaluated: "fam" of a run, else the baseline."""
     protocol: str
     definition: str
     """Of the protocol, in words."""
@@ -94,7 +95,7 @@ class EvaluationResult(Result):
     num_queries: int
     num_unusable_items: int
     systems: Mapping[str, Numbers]
-    """ "fam" and each baseline."""
+    """The evaluated one, and each baseline that was fitted with it."""
     descriptions: Mapping[str, str]
     """What each baseline is."""
     absent: Mapping[str, str]
@@ -108,22 +109,24 @@ class EvaluationResult(Result):
     """How far the fused vector moves with another photo ("to_image") or another paired text ("to_text"), 0 to 2."""
     duplicates: Mapping[str, int]
     """Photos and texts that training saw too, by content."""
-    index: Index
+    index: Index | None
+    """None of a baseline that scores classes without making vectors."""
     cost: Cost
     run: RunSpec
-    """What was trained."""
+    """What was trained. Of a baseline, the encoders, layers, pairs and splits that it saw; it has no fusion and no
+    objective, whatever the fields say."""
 
     def __post_init__(self) -> None:
-        if self.main_metric not in self.systems.get(FAM, {}):
-            raise ValueError(f"systems: {self.main_metric} of {FAM} is missing")
+        if self.main_metric not in self.systems.get(self.system, {}):
+            raise ValueError(f"systems: {self.main_metric} of {self.system} is missing")
 
-    def main(self, system: str = FAM) -> Number:
-        """The main metric of a system."""
-        return self.systems[system][self.main_metric]
+    def main(self, system: str | None = None) -> Number:
+        """The main metric of a system; by default, of the evaluated one."""
+        return self.systems[system or self.system][self.main_metric]
 
     def ranked_baselines(self) -> list[str]:
         """The baselines that have the main metric, best first."""
-        names = [name for name, of in self.systems.items() if name != FAM and self.main_metric in of]
+        names = [name for name, of in self.systems.items() if name != self.system and self.main_metric in of]
         sign = -1 if metric_named(self.main_metric).higher_is_better else 1
         return sorted(names, key=lambda name: sign * self.main(name).value)
 
@@ -136,18 +139,25 @@ class EvaluationResult(Result):
     def sections(self) -> list[Section]:
         """Results, and what they rest on."""
         cost = self.cost
-        trained = f"{duration(cost.training_seconds)} of training at {cost.training_peak_memory_mb:,} MB"
+        learning = "training" if self.system == FAM else "fitting"
+        trained = f"{duration(cost.training_seconds)} of {learning} at {cost.training_peak_memory_mb:,} MB"
         evaluated = f"{duration(cost.evaluation_seconds)} of evaluation at {cost.evaluation_peak_memory_mb:,} MB"
         counts = f"{self.num_photos} photos, {self.num_queries} queries"
+        of_system = "" if self.system == FAM else f"{self.system}, "
+        of_fusion = []
+        if cost.trainable_parameters is not None and cost.fusing_flops is not None:
+            of_fusion = [
+                ("trainable parameters", f"{cost.trainable_parameters:,}"),
+                ("FLOPs of fusing one photo", flops(cost.fusing_flops)),
+            ]
         return [
             Section(
-                title=f"{self.protocol} protocol, split {self.split}: {counts}",
+                title=f"{of_system}{self.protocol} protocol, split {self.split}: {counts}",
                 lead=f"{self.definition[:1].upper()}{self.definition[1:]}.",
                 tables=[self._table()],
                 texts=self._texts(),
                 facts=[
-                    ("trainable parameters", f"{cost.trainable_parameters:,}"),
-                    ("FLOPs of fusing one photo", flops(cost.fusing_flops)),
+                    *of_fusion,
                     ("cost", f"{trained}, {evaluated}"),
                     ("unusable items", str(self.num_unusable_items)),
                 ],
@@ -166,11 +176,13 @@ class EvaluationResult(Result):
         if (folder / NAME).exists():
             details = read_details(folder)
             check_means(folder, details, {name: of[self.main_metric].value for name, of in self.systems.items()})
-            show_classes(section, details, [FAM, *self.ranked_baselines()])
+            show_classes(section, details, [self.system, *self.ranked_baselines()])
         return [section]
 
     def notes(self) -> list[str]:
         """Where a baseline finds more than the FAM."""
+        if self.system != FAM:
+            return []
         own, metric = self.main().value, metric_named(self.main_metric)
         for best in self.ranked_baselines()[:1]:
             value = self.main(best).value
@@ -181,12 +193,12 @@ class EvaluationResult(Result):
 
     def _metrics(self) -> list[str]:
         """The main one first."""
-        return [self.main_metric, *(name for name in self.systems[FAM] if name != self.main_metric)]
+        return [self.main_metric, *(name for name in self.systems[self.system] if name != self.main_metric)]
 
     def _table(self) -> Table:
-        """Chance and controls first, then the FAM, then the baselines, best first."""
-        names, fam = self._metrics(), self.systems[FAM]
-        chances = tuple(Cell(metric_named(name).show(fam[name].chance)) for name in names)
+        """Chance and controls first, then what is evaluated, then the baselines, best first."""
+        names, main = self._metrics(), self.systems[self.system]
+        chances = tuple(Cell(metric_named(name).show(main[name].chance)) for name in names)
         rows = [Row(Cell("chance", "a random order"), chances, "chance")]
 
         def add(numbers: Numbers, name: str, note: str, kind: RowKind) -> None:
@@ -195,9 +207,9 @@ class EvaluationResult(Result):
         for name, control in self.controls.items():
             note = f"{'holds' if control.passed else 'FAILED'}: {control.sentence.partition(': ')[2]}"
             add(self.control_scores[name], f"control: {name}", note, "control" if control.passed else "failed")
-        add(fam, "FAM", "this run", "fam")
+        add(main, label(self.system), "this run" if self.system == FAM else "this baseline", "fam")
         for name in dict.fromkeys([*self.ranked_baselines(), *self.systems]):
-            if name != FAM:
+            if name != self.system:
                 add(self.systems[name], name, "baseline", "baseline")
         return Table("Percent, with 95 % bootstrap intervals over photos.", ("", *names), tuple(rows))
 
@@ -209,9 +221,10 @@ class EvaluationResult(Result):
             found.append(f"FAM minus {name}, the best baseline, by paired bootstrap over photos: {parts}.")
         moves = ", ".join(f"{part.removeprefix('to_')} {value:.2f}" for part, value in self.sensitivity.items())
         shared = ", ".join(f"{count} {name}" for name, count in self.duplicates.items())
-        found.append(f"How far the fused vector moves with another input, 0 to 2: {moves}.")
+        if moves:
+            found.append(f"How far the fused vector moves with another input, 0 to 2: {moves}.")
         found.append(f"Shared with training: {shared}.")
-        if self.index.recall:
+        if self.index is not None and self.index.recall:
             shares = " and ".join(f"{percent(share)} % of the first {k}" for k, share in self.index.recall.items())
             kind = self.index.kind
             found.append(f"Index {kind} finds {shares} that a flat index finds; the numbers above are exact.")
@@ -220,12 +233,15 @@ class EvaluationResult(Result):
     def _origin(self, config: Mapping[str, Any]) -> list[tuple[str, str]]:
         spec, given = self.run, config.get("config", {})
         of_text = f", layers {', '.join(map(str, spec.text_layers))}" if spec.text_layers else ""
+        fusion = f"{spec.shape.fusion}, head {spec.shape.head}, paired text in training: {spec.gallery_text}"
+        of_run = self.system == FAM
+        chosen = "the epoch was chosen" if of_run else "tuned"
         return [
             ("cache", str(given.get("cache", ""))),
             ("gallery encoder", f"{spec.gallery_key}, layers {', '.join(map(str, spec.gallery_layers))}"),
             ("text encoder", f"{spec.text_key}{of_text}"),
-            ("fusion", f"{spec.shape.fusion}, head {spec.shape.head}, paired text in training: {spec.gallery_text}"),
-            ("trained on", f"split {spec.train_split}; the epoch was chosen on {spec.validation}; seed {spec.seed}"),
+            *([("fusion", fusion)] if of_run else [("baseline", self.descriptions[self.system])]),
+            ("trained on", f"split {spec.train_split}; {chosen} on {spec.validation}; seed {spec.seed}"),
             ("reported on", f"split {self.split}, seed {given.get('seed', '')}"),
             ("versions", ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items())),
         ]
@@ -234,12 +250,13 @@ class EvaluationResult(Result):
         """The main metric of every system."""
         main = self.main_metric
         shown = [name for name, control in self.controls.items() if control.metric == main]
-        dots = [_dot("FAM", self.main(), "fam")]
+        dots = [_dot(label(self.system), self.main(), "fam")]
         dots += [_dot(system, self.main(system), "baseline") for system in self.ranked_baselines()]
         dots += [_dot(name, self.control_scores[name][main], "control") for name in shown]
+        named = label(self.system, "the FAM")
         return DotPlot(
             name="systems",
-            caption=f"{main} of the FAM, baselines and controls, with 95 % intervals. Across: chance.",
+            caption=f"{main} of {named}, baselines and controls, with 95 % intervals. Across: chance.",
             label=f"{main}, percent",
             dots=dots,
             chance=100 * self.main().chance,

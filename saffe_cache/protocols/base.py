@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
@@ -23,7 +22,17 @@ from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import encode_gallery
 from saffe_cache.inputs.pairs import Pairs, select_pairs
 from saffe_cache.inputs.spec import PairKind, RunSpec
-from saffe_cache.protocols.setting import Answered, Answers, Arrangement, Queries, Setting, Vectors
+from saffe_cache.protocols.setting import (
+    Answered,
+    Answers,
+    Arrangement,
+    ClassScores,
+    FittedScores,
+    Queries,
+    Setting,
+    System,
+    Vectors,
+)
 from saffe_cache.retrieval.metrics import Ranking, metrics_of
 from saffe_cache.retrieval.scores import Scores
 from saffe_cache.store.reader import Cache
@@ -119,21 +128,24 @@ class Protocol(ABC):
         assert self.queries is not None
         return self.queries.relevant
 
-    @abstractmethod
-    def answer(self, model: Fusion, arrangement: Arrangement) -> Answered:
-        """How a model orders an arrangement of the gallery, and its scores."""
+    def answer(self, system: System, arrangement: Arrangement) -> Answered:
+        """How a system orders an arrangement of the gallery, and its scores."""
+        answers = self.search(system, arrangement)
+        return Answered(self.score(answers), answers)
 
-    def measure(self, model: Fusion, arrangement: Arrangement) -> Scores:
-        return self.answer(model, arrangement).scores
+    def measure(self, system: System, arrangement: Arrangement) -> Scores:
+        return self.answer(system, arrangement).scores
 
-    def vectors_answer(self, gallery: np.ndarray, queries: np.ndarray | None) -> Answers:
-        """How a baseline's unit vectors order the gallery; `queries` are None where photos search."""
-        assert queries is not None
-        return Vectors(gallery, queries)
+    def search(self, system: System, arrangement: Arrangement) -> Vectors | ClassScores:
+        """How a system orders an arrangement of the gallery if nothing is fused with the texts that search."""
+        if isinstance(system, FittedScores):
+            return ClassScores(system.scores[arrangement.photos])
+        gallery = self.setting.gallery(system, arrangement)
+        return Vectors(gallery, gallery if self.queries is None else self.setting.queries(system, self.queries))
 
     @abstractmethod
     def score(self, answers: Answers) -> Scores:
-        """The scores of a baseline."""
+        """The scores of such an order."""
 
     def validate(self, model: Fusion) -> float:
         """The main metric of a model in training; nothing is cached."""
@@ -157,36 +169,36 @@ class Protocol(ABC):
 
     # Controls: the same measurement where nothing can be found
 
-    def measure_controls(self, model: Fusion, permuted: Fusion | None) -> dict[str, Scores]:
+    def measure_controls(self, system: System, permuted: System | None) -> dict[str, Scores]:
         """The scores of each control.
 
         photos_shuffled    each place of the gallery has another's photo; paired texts stay
         photos_constant    the same photo at every place; paired texts stay
-        pairs_permuted     a model trained, for a few epochs, on permuted pairs
+        pairs_permuted     the same kind of system, trained or fitted on permuted pairs
         """
         generator = np.random.default_rng(self.setting.seed)
         honest, count = self.setting.honest(), len(self.setting.pairs)
         shuffled, constant = generator.permutation(count), np.full(count, generator.integers(count))
         measured = {
-            "photos_shuffled": self.measure(model, Arrangement(shuffled, honest.texts)),
-            "photos_constant": self.measure(model, Arrangement(constant, honest.texts)),
+            "photos_shuffled": self.measure(system, Arrangement(shuffled, honest.texts)),
+            "photos_constant": self.measure(system, Arrangement(constant, honest.texts)),
         }
         if permuted is not None and not self.why_no_permuted():
             measured["pairs_permuted"] = self.measure(permuted, honest)
-        return measured | self.own_controls(model, shuffled)
+        return measured | self.own_controls(system, shuffled)
 
-    def own_controls(self, model: Fusion, shuffled: np.ndarray) -> dict[str, Scores]:
+    def own_controls(self, system: System, shuffled: np.ndarray) -> dict[str, Scores]:
         """Controls that other protocols do not have; `shuffled` are the photos of photos_shuffled."""
         return {}
 
     def why_no_permuted(self) -> str | None:
-        """Why a run trained on permuted pairs shows nothing here; None where it does."""
+        """Why a system trained on permuted pairs shows nothing here; None where it does."""
         if self.class_names and len(np.unique(self.setting.pairs.labels.values)) < LEAST_CLASSES:
             return f"with fewer than {LEAST_CLASSES} classes, names dealt at random are often right"
         return None
 
     def control_levels(
-        self, model: Fusion, permuted: Fusion | None, measured: Mapping[str, Scores], baselines: Mapping[str, Scores]
+        self, system: System, permuted: System | None, measured: Mapping[str, Scores], baselines: Mapping[str, Scores]
     ) -> dict[str, Level]:
         """The levels of controls where they are not chance with the error of the control's bootstrap."""
         metric = self.main_metric
@@ -194,7 +206,7 @@ class Protocol(ABC):
         if self.num_shuffles or measured["photos_shuffled"][metric].interval is None:
             generator, texts = np.random.default_rng((self.setting.seed, 1)), self.setting.honest().texts
             values = [
-                self.measure(model, Arrangement(generator.permutation(texts), texts))[metric].value
+                self.measure(system, Arrangement(generator.permutation(texts), texts))[metric].value
                 for _ in range(self.num_shuffles or FEWEST_SHUFFLES)
             ]
             error = float(np.std(values, ddof=1))
@@ -202,10 +214,10 @@ class Protocol(ABC):
         dealt = None if permuted is None else self.dealt(permuted)
         return found if dealt is None else found | {"pairs_permuted": Level(*dealt, "class names dealt at random")}
 
-    def dealt(self, model: Fusion) -> tuple[float, float] | None:
+    def dealt(self, system: System) -> tuple[float, float] | None:
         """Where classes search: mean and standard deviation of map when the class names are dealt at random.
 
-        The chance of a model trained on permuted classes is not that of a random order: photos of one class are still
+        The chance of a system trained on permuted classes is not that of a random order: photos of one class are still
         alike to it, so that a ranking that knows nothing holds them together, early or late.
         """
         return None
@@ -235,19 +247,13 @@ class SearchProtocol(Protocol):
     def validation_search(self) -> SearchProtocol:
         return self
 
-    def answer(self, model: Fusion, arrangement: Arrangement) -> Answered:
-        vectors = Vectors(self.setting.gallery(model, arrangement), self.setting.queries(model, self.queries))
-        return Answered(self.score_vectors(*vectors), vectors)
-
     def score(self, answers: Answers) -> Scores:
         assert isinstance(answers, Vectors)
         return self.score_vectors(*answers)
 
-    def own_controls(self, model: Fusion, shuffled: np.ndarray) -> dict[str, Scores]:
+    def own_controls(self, system: System, shuffled: np.ndarray) -> dict[str, Scores]:
         """queries_constant: every text that searches is the same."""
-        same = replace(self.queries, vectors=np.tile(self.queries.vectors[:1], (len(self.queries), 1)))
-        gallery = self.setting.gallery(model, self.setting.honest())
-        return {"queries_constant": self.score_vectors(gallery, self.setting.queries(model, same))}
+        return {"queries_constant": self.score(self.search(system, self.setting.honest()).with_one_query())}
 
     def validation_score(self, gallery: np.ndarray, queries: np.ndarray) -> float:
         """The main metric of unit vectors."""

@@ -23,6 +23,7 @@ from saffe_cache.protocols.setting import (
     Queries,
     Reordered,
     Setting,
+    System,
     Vectors,
 )
 from saffe_cache.retrieval.metrics import metrics_of
@@ -78,8 +79,10 @@ class CandidateProtocol(Protocol):
         of_labels = metrics_of("candidates", len(cache.table.class_names))
         return [*metrics_of("classes"), *of_labels, "top1_prior_removed", *matching]
 
-    def answer(self, model: Fusion, arrangement: Arrangement) -> Answered:
-        pairs, prior = self._scores_of(model)
+    def answer(self, system: System, arrangement: Arrangement) -> Answered:
+        if not isinstance(system, Fusion):
+            return super().answer(system, arrangement)
+        pairs, prior = self._scores_of(system)
         labels, seed = self.setting.pairs.labels, self.setting.seed
         cosine = pairs.cosine[arrangement.photos]
         scores = candidate_scores(cosine, labels, seed=seed)
@@ -98,9 +101,8 @@ class CandidateProtocol(Protocol):
             self._known[model] = own, trained.cosine.mean(axis=0)
         return self._known[model]
 
-    def vectors_answer(self, gallery: np.ndarray, queries: np.ndarray | None) -> Answers:
-        assert queries is not None
-        return ClassScores(gallery @ queries.T)
+    def search(self, system: System, arrangement: Arrangement) -> ClassScores:
+        return ClassScores(super().search(system, arrangement).matrix())
 
     def score(self, answers: Answers) -> Scores:
         assert isinstance(answers, ClassScores)
@@ -113,8 +115,12 @@ class CandidateProtocol(Protocol):
     def fused_texts(self) -> np.ndarray | None:
         return np.resize(self.queries.text_rows, len(self.setting.pairs))
 
-    def dealt(self, model: Fusion) -> tuple[float, float]:
-        return dealt_map(self._scores_of(model)[0].cosine, self.setting.pairs.labels, seed=self.setting.seed)
+    def dealt(self, system: System) -> tuple[float, float]:
+        if isinstance(system, Fusion):
+            scores = self._scores_of(system)[0].cosine
+        else:
+            scores = self.search(system, self.setting.honest()).values
+        return dealt_map(scores, self.setting.pairs.labels, seed=self.setting.seed)
 
 
 @torch.inference_mode()
@@ -204,13 +210,15 @@ class RerankProtocol(Protocol):
     def search_kind(cls, spec: RunSpec) -> type[SearchProtocol]:
         return _first_stage(spec.pairs)
 
-    def answer(self, model: Fusion, arrangement: Arrangement) -> Answered:
+    def answer(self, system: System, arrangement: Arrangement) -> Answered:
+        if not isinstance(system, Fusion):
+            return super().answer(system, arrangement)
         of, texts = self.setting, self.queries
-        gallery, queries = of.gallery(model, arrangement), of.queries(model, texts)
+        gallery, queries = of.gallery(system, arrangement), of.queries(system, texts)
         answers = Vectors(gallery, queries)
         ranks = relevant_ranks(answers.scores(), texts.relevant, seed=of.seed)
         first = top_k(answers.scores(), self._k, seed=of.seed)
-        second = score_chosen_pairs(model, of.inputs, of.pairs.rows[arrangement.photos][first], texts)
+        second = score_chosen_pairs(system, of.inputs, of.pairs.rows[arrangement.photos][first], texts)
         scores = second.cosine
         if second.matching is not None:
             scores = second.matching + np.take_along_axis(queries @ gallery.T, first, axis=1)
@@ -226,8 +234,8 @@ class RerankProtocol(Protocol):
         assert isinstance(answers, Vectors)
         return text_scores(*answers, self.relevant, self.queries.units, seed=self.setting.seed)
 
-    def dealt(self, model: Fusion) -> tuple[float, float] | None:
-        return self.first_stage.dealt(model)
+    def dealt(self, system: System) -> tuple[float, float] | None:
+        return self.first_stage.dealt(system)
 
 
 def _first_stage(kind: str) -> type[SearchProtocol]:

@@ -9,12 +9,11 @@ from types import MappingProxyType
 import numpy as np
 
 from saffe_cache.core.features import Ragged
-from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.pairs import Pairs, class_vectors, require_classes, select_pairs
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.base import NULL_GALLERY, NUM_SHUFFLES, Level, Protocol, SearchProtocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
-from saffe_cache.protocols.setting import Answered, Answers, Arrangement, ClassScores, Queries, Setting, Vectors
+from saffe_cache.protocols.setting import Answers, Arrangement, ClassScores, Queries, Setting, System, Vectors
 from saffe_cache.retrieval.metrics import average_precision_of_ranks, metrics_of
 from saffe_cache.retrieval.ranking import members, top_k
 from saffe_cache.retrieval.scores import (
@@ -78,9 +77,8 @@ class ClassProtocol(SearchProtocol):
         names = self.metric_names(self.setting.cache, self.setting.spec)
         return {name: score for name, score in scores.items() if name in names}
 
-    def dealt(self, model: Fusion) -> tuple[float, float]:
-        gallery = self.setting.gallery(model, self.setting.honest())
-        scores = gallery @ self.setting.queries(model, self.queries).T
+    def dealt(self, system: System) -> tuple[float, float]:
+        scores = self.search(system, self.setting.honest()).matrix()
         return dealt_map(scores, self.setting.pairs.labels, seed=self.setting.seed)
 
 
@@ -122,19 +120,12 @@ class ImageProtocol(Protocol):
     def relevant(self) -> Ragged:
         return others_of_classes(self.setting.pairs.labels)
 
-    def answer(self, model: Fusion, arrangement: Arrangement) -> Answered:
-        answers = self.vectors_answer(self.setting.gallery(model, arrangement))
-        return Answered(self.score(answers), answers)
-
-    def vectors_answer(self, gallery: np.ndarray, queries: np.ndarray | None = None) -> Vectors:
-        return Vectors(gallery, gallery)
-
     def score(self, answers: Answers) -> Scores:
         assert isinstance(answers, Vectors)
         return image_scores(answers.gallery, self.setting.pairs.labels, seed=self.setting.seed)
 
     def why_no_permuted(self) -> str:
-        return "photos of a class are similar whatever the run was trained on"
+        return "photos of a class are similar whatever a system was trained on"
 
 
 class CaptionProtocol(SearchProtocol):
@@ -211,12 +202,12 @@ class MetadataProtocol(SearchProtocol):
         of, seed = self.queries, self.setting.seed
         return text_scores(gallery, queries, of.relevant, of.units, intervals=intervals, seed=seed)
 
-    def own_controls(self, model: Fusion, shuffled: np.ndarray) -> dict[str, Scores]:
+    def own_controls(self, system: System, shuffled: np.ndarray) -> dict[str, Scores]:
         """texts_shuffled: each place has another's text; photos stay."""
-        return {"texts_shuffled": self.measure(model, Arrangement(self.setting.honest().photos, shuffled))}
+        return {"texts_shuffled": self.measure(system, Arrangement(self.setting.honest().photos, shuffled))}
 
     def control_levels(
-        self, model: Fusion, permuted: Fusion | None, measured: Mapping[str, Scores], baselines: Mapping[str, Scores]
+        self, system: System, permuted: System | None, measured: Mapping[str, Scores], baselines: Mapping[str, Scores]
     ) -> dict[str, Level]:
         constant = {"photos_constant": measured["photos_constant"]}
         texts, photos = (

@@ -1,7 +1,11 @@
-"""What a protocol measures on: a run, some pairs, arrangements of the gallery; and how a system orders the gallery."""
+"""What a protocol measures on: pairs, arrangements of the gallery, systems; and how a system orders the gallery.
+
+A system is whatever answers queries: a trained fusion, or a fitted baseline. Controls measure it on other arrangements.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -12,6 +16,7 @@ from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.retrieval.ranking import InnerProducts, ScoreMatrix
 from saffe_cache.retrieval.scores import Scores
 from saffe_cache.store.reader import Cache
@@ -54,9 +59,31 @@ class Queries:
         return Queries(rows, vectors, relevant, self.units[usable])
 
 
+@dataclass(frozen=True, eq=False)
+class FittedVectors:
+    """A fitted baseline that makes unit vectors of the gallery and of the queries."""
+
+    gallery: Callable[[Arrangement], np.ndarray]
+    """Unit vectors [n, d] of an arrangement."""
+    map_queries: Callable[[np.ndarray], np.ndarray] | None = None
+    """From the unit vectors of texts to unit vectors in the gallery's space; None where they are in it already."""
+
+
+@dataclass(frozen=True, eq=False)
+class FittedScores:
+    """A fitted baseline that scores photos against classes."""
+
+    scores: np.ndarray
+    """[photos, classes], of the setting's pairs in order."""
+
+
+VectorSystem = Fusion | FittedVectors
+System = VectorSystem | FittedScores
+
+
 @dataclass(frozen=True)
 class Setting:
-    """A run, and the pairs that it is measured on."""
+    """The encoders and layers of a run, and the pairs that systems are measured on."""
 
     inputs: FeatureLoader
     pairs: Pairs
@@ -77,18 +104,23 @@ class Setting:
         places = np.arange(len(self.pairs))
         return Arrangement(places, places)
 
-    def gallery(self, model: Fusion, arrangement: Arrangement) -> np.ndarray:
-        """f(photo, paired text) at each place: unit vectors [n, d]. With null text each photo is encoded once."""
+    def gallery(self, system: VectorSystem, arrangement: Arrangement) -> np.ndarray:
+        """f(photo, paired text) at each place: unit vectors [n, d]. With null text a model encodes each photo once."""
+        if isinstance(system, FittedVectors):
+            return system.gallery(arrangement)
         if self.pairs.paired_texts is not None:
             rows, paired = self.pairs.rows[arrangement.photos], self.pairs.paired_texts[arrangement.texts]
-            return encode_gallery(model, self.inputs, rows, paired)
-        if model not in self._vectors:
-            self._vectors[model] = encode_gallery(model, self.inputs, self.pairs.rows)
-        return np.asarray(self._vectors[model][arrangement.photos])
+            return encode_gallery(system, self.inputs, rows, paired)
+        if system not in self._vectors:
+            self._vectors[system] = encode_gallery(system, self.inputs, self.pairs.rows)
+        return np.asarray(self._vectors[system][arrangement.photos])
 
-    def queries(self, model: Fusion, queries: Queries) -> np.ndarray:
+    def queries(self, system: VectorSystem, queries: Queries) -> np.ndarray:
         """g(text) of each query: unit vectors [queries, d]."""
-        return encode_queries(model, queries.vectors, self.inputs.device)
+        if isinstance(system, FittedVectors):
+            vectors = unit_rows(queries.vectors)
+            return vectors if system.map_queries is None else system.map_queries(vectors)
+        return encode_queries(system, queries.vectors, self.inputs.device)
 
     def with_true_texts(self) -> Setting:
         """The leak: each photo is fused with a text that searches for it, or with its own class's name."""
@@ -115,6 +147,14 @@ class Vectors(NamedTuple):
         """Scores of some queries with the gallery, [chosen, n]."""
         return InnerProducts(self.gallery, self.queries[chosen])
 
+    def matrix(self) -> np.ndarray:
+        """All scores, [n, m]."""
+        return np.asarray(self.gallery @ self.queries.T)
+
+    def with_one_query(self) -> Vectors:
+        """The same gallery, where every query is the first one."""
+        return self._replace(queries=np.tile(self.queries[:1], (len(self.queries), 1)))
+
 
 class ClassScores(NamedTuple):
     """A score of each photo with each class; the classes are the queries."""
@@ -125,6 +165,14 @@ class ClassScores(NamedTuple):
     def scores(self, chosen: slice | np.ndarray = ALL) -> ScoreMatrix:
         """As `Vectors.scores`."""
         return self.values[:, chosen].T
+
+    def matrix(self) -> np.ndarray:
+        """As `Vectors.matrix`."""
+        return self.values
+
+    def with_one_query(self) -> ClassScores:
+        """As `Vectors.with_one_query`."""
+        return ClassScores(np.tile(self.values[:, :1], self.values.shape[1]))
 
 
 class Reordered(NamedTuple):

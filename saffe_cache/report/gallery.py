@@ -1,4 +1,4 @@
-"""Retrieval galleries: for some queries the first photos of the FAM and of baselines, with right and wrong marked.
+"""Retrieval galleries: the first photos that systems find for some queries, with right and wrong marked.
 
 Photos are searched for where the cache says that its data are. A photo is known by the hash of its content: a file that
 has changed since, or another one under its name, is never shown in its place. A photo that cannot be found has a reason
@@ -20,7 +20,7 @@ import numpy as np
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.outputs import CONFIG, read_json
 from saffe_cache.core.results import Result
-from saffe_cache.evaluation.details import NAME, Details, read_details
+from saffe_cache.evaluation.details import NAME, Details, label, read_details
 from saffe_cache.evaluation.results import EvaluationResult
 from saffe_cache.report.report import ReportConfig
 from saffe_cache.sources.decoding import thumbnail
@@ -68,7 +68,7 @@ class Card:
 
     @property
     def lacks_answer(self) -> bool:
-        """Whether there is only one right photo, which the FAM does not show."""
+        """Whether there is only one right photo, which the evaluated system does not show."""
         return self.num_relevant == 1 and not any(is_relevant for _, is_relevant in self.rows[0].photos)
 
 
@@ -83,16 +83,21 @@ class Gallery:
     options: ReportConfig
 
     @property
+    def system(self) -> str:
+        """What was evaluated, in words."""
+        return label(next(iter(self.details.systems)), "the FAM")
+
+    @property
     def is_sound(self) -> bool:
         return self.encoder.startswith("audio-")
 
     @cached_property
     def cards(self) -> list[Card]:
-        """The queries with the words asked for, the FAM's best and worst, and random ones, none twice."""
+        """The queries with the words asked for, the evaluated system's best and worst, and random ones, none twice."""
         found = self.details.systems
-        others = [name for name in found if name != "fam"]
+        first, *others = found
         ranked = sorted(others, key=lambda name: -float(found[name].metric.mean()))
-        systems = ["fam", *ranked[:NUM_BASELINES]]
+        systems = [first, *ranked[:NUM_BASELINES]]
         systems += [name for name in ("zero_shot", "pooled_cosine") if name in ranked[NUM_BASELINES:]]
         chosen = choose_queries(self.details, self.options)
         return [_card(self.details, position, why, systems) for position, why in chosen.items()]
@@ -128,7 +133,7 @@ def open_gallery(folder: Path, result: Result, options: ReportConfig) -> Gallery
 
 def choose_queries(details: Details, options: ReportConfig) -> dict[int, str]:
     """Positions among the queries that are kept, and why each was chosen; a fixed seed decides between equals."""
-    values = details.systems["fam"].metric[details.shown]
+    values = next(iter(details.systems.values())).metric[details.shown]
     order = np.random.default_rng(_SEED).permutation(len(values))
     best = order[np.argsort(-values[order], kind="stable")]
     chosen: dict[int, str] = {}

@@ -31,6 +31,8 @@ from saffe_cache.core.atomic_io import write_whole
 from saffe_cache.core.features import IndexKind
 from saffe_cache.retrieval.ranking import require_k, require_queries, require_unit_length
 
+INDEX_FILES = ("index.faiss", "index_ids.json")
+"""What `save_index` writes."""
 _GPU_MOST_RANKS = 2048
 """The longest ranking that faiss returns from a GPU."""
 _LEAST_PER_CLUSTER, _MOST_PER_CLUSTER = 39, 64

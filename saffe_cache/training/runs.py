@@ -13,6 +13,7 @@ state.safetensors     the checkpoint that an interrupted run resumes from
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -227,6 +228,11 @@ def _kept_block(
     block = weights_from(attributes, own, where)
     assert isinstance(block, BlockWeights)
     return block
+
+
+def weights_hash(run_dir: str | Path) -> str:
+    """Hash of a run's best weights: equal hashes, equal models."""
+    return hashlib.sha256((Path(run_dir) / MODEL).read_bytes()).hexdigest()[:16]
 
 
 def load_permuted(run_dir: str | Path, spec: RunSpec, cache: Cache) -> Fusion | None:

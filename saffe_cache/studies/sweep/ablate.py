@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from saffe_cache.core.atomic_io import hold_folder, make_folder
 from saffe_cache.core.devices import choose_device, num_cores
-from saffe_cache.core.outputs import CONFIG, provenance, write_json
+from saffe_cache.core.outputs import CONFIG, RESULT, provenance, write_json
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate
 from saffe_cache.protocols.registry import load_protocol, own_protocol
@@ -179,5 +179,6 @@ def _work(jobs: Sequence[Job]) -> int:
     train_many([job.config for job in jobs])
     for job in jobs:
         if not job.is_reported:
+            (Path(job.report.out or "") / RESULT).unlink(missing_ok=True)  # of other options, or of data since changed
             evaluate(job.report)
     return len(jobs)

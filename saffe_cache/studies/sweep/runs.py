@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from saffe_cache.core.features import short_hash
-from saffe_cache.core.outputs import CONFIG, RESULT, read_json
+from saffe_cache.core.outputs import CONFIG, RESULT, read_json, with_defaults
 from saffe_cache.evaluation.config import EvaluateConfig
-from saffe_cache.evaluation.results import FAM, EvaluationResult, Numbers
+from saffe_cache.evaluation.details import FAM
+from saffe_cache.evaluation.results import EvaluationResult, Numbers
 from saffe_cache.extraction.ledger import extraction_seconds, reencoding
 from saffe_cache.inputs.pairs import data_fingerprint, reported_fingerprint, training_pairs
 from saffe_cache.protocols.registry import load_protocol
@@ -50,7 +51,8 @@ class Job:
         folder = Path(self.report.out or "")
         if not (folder / RESULT).exists():
             return False
-        found = read_json(folder / CONFIG).get("config"), read_json(folder / RESULT).get("data")
+        options = with_defaults(EvaluateConfig, read_json(folder / CONFIG).get("config", {}))
+        found = options, read_json(folder / RESULT).get("data")
         return found == (json.loads(json.dumps(asdict(self.report))), self.reported)
 
     @cached_property
@@ -95,7 +97,7 @@ class Planner:
         identity = short_hash({"config": options, "run": chosen(spec), "stored": stored})
         layers = "+".join(map(str, spec.gallery_layers))
         name = re.sub(r"[^A-Za-z0-9+-]+", "-", f"{config.fusion}-{layers}-seed{config.seed}")
-        out = Path(self.report.run) / f"{name}-{identity}"
+        out = Path(self.report.run or "") / f"{name}-{identity}"
         config = replace(config, out=str(out))
         report = replace(self.report, run=str(out), out=str(out / f"{split}-{protocol}"))
         return Job(config, report, reported, repr(same_batches(config, spec)))
@@ -177,7 +179,7 @@ def _point(cell: Cell, jobs: Sequence[Job], out: Path) -> SweepPoint:
         best_epoch=tuple(one.best_epoch for one in trained),
         failures=tuple(f"seed {job.config.seed}: {text}" for job in jobs for text in job.evaluated.failures),
         trainable_parameters=trained[0].trainable_parameters,
-        fusing_flops=reports[0].cost.fusing_flops,
+        fusing_flops=reports[0].cost.fusing_flops or 0,
         training_seconds=tuple(one.seconds for one in trained),
         training_peak_memory_mb=tuple(one.peak_memory_mb for one in trained),
         evaluation_seconds=tuple(report.cost.evaluation_seconds for report in reports),
