@@ -160,7 +160,7 @@ def test_baselines_that_do_not_apply_say_so(tmp_path: Path) -> None:
         alone(cache, "zlap", out)
     with pytest.raises(ValueError, match="--system zero_shot: it does not apply: zero_shot is for both halves of an"):
         alone(cache, "zero_shot", out)
-    with pytest.raises(ValueError, match="--system pooled_cosine: it does not apply: .* widths 16 and 12"):
+    with pytest.raises(ValueError, match=r"--system pooled_cosine: it does not apply: .* widths 16 and 12"):
         alone(cache, "pooled_cosine", out)
     assert not (out / "result.json").exists()
 

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from quick_runs import quick_train, report_of, value
-from recipes import install, register
+from recipes import blocks, install, register
 from synthetic_cache import make_cache
 
 import saffe_cache
 from saffe_cache import verbs
 from saffe_cache.cli import main
+from saffe_cache.evaluation import baselines
 from saffe_cache.fusion import registry as fusions
 from saffe_cache.protocols import registry as protocols
+from saffe_cache.protocols.searches import CaptionProtocol
 from saffe_cache.retrieval import metrics
 from saffe_cache.sources import registry as formats
 from saffe_cache.sources.items import Columns
@@ -47,6 +49,21 @@ def test_documented_protocol_and_metric_measure(captions: str, tmp_path: Path, m
     assert value(report, "recall_at_20") >= value(report, "recall_at_10")
     assert set(report["controls"]) == {"photos_shuffled", "photos_constant", "pairs_permuted", "queries_constant"}
     assert "ridge" in report["systems"]
+
+
+def test_documented_baseline_finds_nothing(captions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [code] = [block for block in blocks() if block.startswith("# in saffe_cache/evaluation/baselines.py\n")]
+    names = dict(vars(baselines))
+    exec(code, names)  # noqa: S102 -- our own page
+    monkeypatch.setitem(baselines.BASELINES, "mean_text", baselines.Baseline("the mean text", names["mean_text"]))
+    monkeypatch.setattr(CaptionProtocol, "baselines", ("ridge", "mean_text"))
+    out = tmp_path / "out"
+    arguments = ["evaluate", "--cache", captions, "--device", "cpu", "--out", str(out), "--system"]
+    assert main([*arguments, "mean_text"]) == 0
+    result = saffe_cache.load_result(out)
+    assert isinstance(result, saffe_cache.EvaluationResult)
+    assert result.main().value < 2 * result.main().chance
+    assert result.sensitivity == {"to_image": 0}
 
 
 def test_documented_format_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
