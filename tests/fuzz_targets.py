@@ -355,7 +355,7 @@ def _option_targets(work: Path) -> dict[str, Target]:
 
     lines = [
         "extract\n--data\nd\n--cache\nc\n--encoder\nimage=x\n--layers\nimage=11,12\n--max-items\ntrain=5\n--max-invalid\n0.5",
-        "train\n--cache\nc\n--out\no\n--fusion\nlinear\n--objective\ninfo_nce=1\n--seed\n3\n--no-tensorboard",
+        "train\n--cache\nc\n--out\no\n--fusion\nlinear\n--objective\ninfo_nce=1\n--seed\n3\n--log\nnone",
         "v\n--cache\nc\n--run\nr\n--rerank-k\n7\n--index\nivf\n--baselines\nlinear\n--seed\n1",
     ]
     examples = [line.encode() for line in lines]

@@ -28,7 +28,7 @@ def cache_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config(cache: str, out: Path, **changes: Any) -> TrainConfig:
-    given: dict[str, Any] = {"epochs": 2, "batch_size": 32, "tensorboard": False, "control_epochs": 0, "device": "cpu"}
+    given: dict[str, Any] = {"epochs": 2, "batch_size": 32, "log": ("none",), "control_epochs": 0, "device": "cpu"}
     return TrainConfig(cache=cache, out=str(out), gallery_text="first_caption", **{**given, **changes})
 
 

@@ -395,7 +395,7 @@ def test_added_fusion_trains_and_is_evaluated(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(cast(dict[str, FusionEntry], FUSIONS), "added", entry)
     cache = make_cache(tmp_path / "cache.zarr", {"train": 60, "dev": 20, "test": 20}, captions=3, joint=True)
     options: dict[str, Any] = {"fusion": "added", "gallery_text": "first_caption", "batch_size": 16, "epochs": 2}
-    run = train(TrainConfig(cache=cache, out=str(tmp_path / "run"), device="cpu", tensorboard=False, **options))
+    run = train(TrainConfig(cache=cache, out=str(tmp_path / "run"), device="cpu", log=("none",), **options))
     report = report_of(cache, run)
     assert report["run"]["shape"]["fusion"] == "added"
     assert report["run"]["objective"] == {"siglip": 1.0}

@@ -73,7 +73,7 @@ def test_own_modules_states_are_what_its_layers_take(bench: zoo_runs.Bench, tmp_
 
 def test_own_module_trains_and_its_blocks_are_refused(bench: zoo_runs.Bench, tmp_path: Path) -> None:
     cache = extracted(bench, tmp_path / "own.zarr", model=Net(), layers="blocks")
-    options: dict[str, Any] = {"epochs": 1, "control_epochs": 0, "tensorboard": False, "device": "cpu"}
+    options: dict[str, Any] = {"epochs": 1, "control_epochs": 0, "log": ("none",), "device": "cpu"}
     run = sc.TrainConfig(cache=str(cache.storage.root), out=str(tmp_path / "run"), fusion="linear", **options)
     assert sc.train(run) == str(tmp_path / "run")
     with pytest.raises(sc.CacheError, match="Net is no class of transformers, which rebuilds blocks"):

@@ -37,7 +37,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def config(cache: str, out: Path, **changes: Any) -> TrainConfig:
-    given: dict[str, Any] = {"epochs": 2, "batch_size": 32, "tensorboard": False, "control_epochs": 1, "device": "cpu"}
+    given: dict[str, Any] = {"epochs": 2, "batch_size": 32, "log": ("none",), "control_epochs": 1, "device": "cpu"}
     return TrainConfig(cache=cache, out=str(out), gallery_text="first_caption", **{**given, **changes})
 
 

@@ -23,7 +23,7 @@ COLUMNS = ("mrr", "recall_at_1")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Variants:
     folder = tmp_path_factory.mktemp("tables")
     cache = make_cache(folder / "cache.zarr", {"train": 120, "dev": 40, "test": 40})
-    shared = {"fusion": "linear", "epochs": 1, "control_epochs": 1, "tensorboard": False}
+    shared = {"fusion": "linear", "epochs": 1, "control_epochs": 1, "log": ("none",)}
     rows = [Variant("attention", {}), Variant("mean", {"head": "mean"})]
     return Variants(
         cache=cache, work=folder / "runs", rows=rows, protocols=("caption",), split="test", seeds=(0, 1), shared=shared

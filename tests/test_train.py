@@ -61,7 +61,7 @@ def classes_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def config_for(cache: str, out: Path, **changes: object) -> TrainConfig:
     """A quick run, without its control."""
-    given: dict[str, Any] = {"epochs": 6, "batch_size": 32, "tensorboard": False, "device": "cpu", "control_epochs": 0}
+    given: dict[str, Any] = {"epochs": 6, "batch_size": 32, "log": ("none",), "device": "cpu", "control_epochs": 0}
     return TrainConfig(cache=cache, out=str(out), **(given | changes))
 
 

@@ -32,7 +32,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def configs(cache: str, out: Path, variants: list[dict[str, Any]] = VARIANTS, **options: Any) -> list[TrainConfig]:
-    given: dict[str, Any] = {"epochs": 3, "batch_size": 32, "tensorboard": False, "control_epochs": 1, "data_seed": 0}
+    given: dict[str, Any] = {"epochs": 3, "batch_size": 32, "log": ("none",), "control_epochs": 1, "data_seed": 0}
     return [
         TrainConfig(cache=cache, out=str(out / str(number)), **{**given, **changes, **options})
         for number, changes in enumerate(variants)

@@ -294,7 +294,7 @@ def decoders_of(bench: Bench, cache: sc.Cache, encoders: Mapping[str, EncoderCac
             epochs=1,
             batch_size=12,
             control_epochs=0,
-            tensorboard=False,
+            log=("none",),
             device="cpu",
         )
         try:

@@ -13,6 +13,8 @@ from saffe_cache.fusion.options import ModelOptions, ObjectiveOptions
 from saffe_cache.fusion.registry import GalleryText
 from saffe_cache.inputs.spec import PairKind, Residency, SplitOptions
 
+LOGGERS = ("auto", "none", "tensorboard", "wandb", "trackio")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(OptionGroup):
@@ -96,12 +98,15 @@ class HardwareOptions(OptionGroup):
     fast."""
     checkpoint_seconds: float = 60.0
     """Seconds between the checkpoints that an interrupted run resumes from."""
-    tensorboard: bool = True
-    """Also log to TensorBoard if it is installed."""
+    log: tuple[str, ...] = ("auto",)
+    """Where every validation is logged besides log.jsonl: tensorboard (in the run's folder), wandb or trackio; repeat
+    it for several. auto: tensorboard if it is installed. none: nowhere else."""
 
     def check(self) -> None:
         """Raise ValueError if a value is out of range."""
         require(self.checkpoint_seconds >= 0, "checkpoint_seconds", self.checkpoint_seconds, "0 or more")
+        for name in self.log:
+            require(name in LOGGERS, "log", name, " or ".join(LOGGERS))
 
 
 @dataclass(frozen=True, kw_only=True)

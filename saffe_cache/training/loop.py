@@ -30,6 +30,7 @@ from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.fitting import adamw, update, warmed_cosine
 from saffe_cache.training.batches import Objective, TrainingData
 from saffe_cache.training.config import TrainConfig
+from saffe_cache.training.loggers import Loggers
 from saffe_cache.training.runs import MODEL, build_fusion
 
 logger = logging.getLogger(__name__)
@@ -101,32 +102,18 @@ def _take(numbers: Any, tensors: Mapping[str, torch.Tensor], state: TrainingStat
 
 
 class Log:
-    """log.jsonl, and TensorBoard if it is installed. Lines after the resumed step are dropped; without one, all."""
+    """log.jsonl, and other loggers. Lines after the resumed step are dropped; without one, all."""
 
-    def __init__(self, out: Path, resumed_step: int | None, tensorboard: bool) -> None:
-        self._path = out / "log.jsonl"
+    def __init__(self, out: Path, resumed_step: int | None, loggers: Loggers) -> None:
+        self._path, self._loggers = out / "log.jsonl", loggers
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         last = -1 if resumed_step is None else resumed_step
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last]
         write_whole(self._path, "".join(line + "\n" for line in kept).encode())
-        self._board: Any = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                return
-            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=resumed_step or 0)
 
-    def write(self, values: dict[str, Any]) -> None:
-        append_line(self._path, json.dumps(values))
-        if self._board is not None:
-            for name in values.keys() - {"step", "epoch", "seconds"}:
-                if values[name] is not None:
-                    self._board.add_scalar(name, values[name], values["step"])
-
-    def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        append_line(self._path, json.dumps({"step": step, **values}))
+        self._loggers.log(step, values)
 
 
 def start(config: TrainConfig, spec: RunSpec, data: TrainingData, *, resumes: bool = False) -> TrainingState:
@@ -150,14 +137,14 @@ def start(config: TrainConfig, spec: RunSpec, data: TrainingData, *, resumes: bo
 class Training:
     """A training run in its folder, which resumes from its last checkpoint."""
 
-    def __init__(self, config: TrainConfig, spec: RunSpec, data: TrainingData, out: Path) -> None:
+    def __init__(self, config: TrainConfig, spec: RunSpec, data: TrainingData, out: Path, loggers: Loggers) -> None:
         make_folder(out)
         remove_partial_files(out)
         self._config, self._data, self._out = config, data, out
         self.num_steps = config.epochs * data.steps_per_epoch
         self.state = start(config, spec, data, resumes=(out / "state.safetensors").exists())
         resumed = resume(out, self.state)
-        self._log = Log(out, self.state.step if resumed else None, config.tensorboard)
+        self._log = Log(out, self.state.step if resumed else None, loggers)
         self._saved = time.perf_counter()
         if self.state.best_epoch < 0:
             _finish_epoch(self.state, data, self._log, out, None)
@@ -185,7 +172,6 @@ class Training:
 
     def close(self) -> None:
         save_state(self._out, self.state)
-        self._log.close()
 
 
 @kept_memory()
@@ -227,6 +213,6 @@ def _finish_epoch(state: TrainingState, data: TrainingData, log: Log, out: Path,
     if score > state.best_score:
         state.best_score, state.best_epoch = score, epoch
         write_tensors(out / MODEL, state.model.state_dict())
-    values = {"step": state.step, "epoch": epoch, "loss": loss, "validation_score": score, **state.objective.scalars()}
+    values = {"epoch": epoch, "loss": loss, "validation_score": score, **state.objective.scalars()}
     rate = state.optimizer.param_groups[0]["lr"]
-    log.write({**values, "learning_rate": rate, "seconds": round(state.seconds, 2)})
+    log.write(state.step, {**values, "learning_rate": rate, "seconds": round(state.seconds, 2)})

@@ -4,6 +4,7 @@ config.json           the config, the resolved run (encoders' keys, layers, shap
 model.safetensors     the best weights by validation
 permuted/             the control that was trained on permuted pairs: its weights and log
 log.jsonl             one line for each validation
+loggers.json          where other loggers are, such as TensorBoard, whose files are in tensorboard/
 encoders.json         what the encoders are and how they were run, without the cache
 blocks.safetensors    blocks of the encoders that the fusion runs or was initialised from, if any
 ridge.safetensors     the ridge regression on the same photos and layers, the baseline that search is compared with

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.training.batches import TrainingData
 from saffe_cache.training.config import TrainConfig
+from saffe_cache.training.loggers import Logger, Loggers, required
 from saffe_cache.training.loop import Training, TrainingState, fit
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.result import PERMUTED, TrainResult
@@ -27,32 +29,43 @@ from saffe_cache.training.runs import RIDGE, keep_encoders, keep_ridge
 
 logger = logging.getLogger(__name__)
 
-_NOT_COMPARED = ("cache", "out", "device", "residency", "checkpoint_seconds", "tensorboard")
+_NOT_COMPARED = ("cache", "out", "device", "residency", "checkpoint_seconds", "log")
 """Fields of the config that may differ between two commands for the same folder."""
 _PLACES = {"device": "in its memory", "memory": "in main memory", "mapped": "memory-mapped", "streamed": "streamed"}
 
 
-def train(config: TrainConfig) -> str:
+def train(config: TrainConfig, callbacks: Sequence[Logger] = ()) -> str:
     """Train, and return the run's folder.
+
+    Args:
+        config: the options.
+        callbacks: objects with the methods `start`, `log` and `finish` of `saffe_cache.training.loggers.Logger`. One
+            that raises is dropped with a warning; a finished run calls none.
 
     Raises:
         CacheError: the cache lacks what the fusion needs.
         ValueError: the options do not fit the cache, or the folder holds another run.
+        ImportError: the package of a logger is not installed.
         OSError: the disk is full or gone, or another process is writing to the folder.
     """
-    return train_many([config])[0]
+    return train_many([config], callbacks={config.out: callbacks})[0]
 
 
-def train_many(configs: Sequence[TrainConfig], opened: Mapping[str, Cache] | None = None) -> list[str]:
+def train_many(
+    configs: Sequence[TrainConfig],
+    opened: Mapping[str, Cache] | None = None,
+    callbacks: Mapping[str, Sequence[Logger]] | None = None,
+) -> list[str]:
     """Train several runs, and return their folders. Runs that see the same batches are trained side by side.
 
     These are runs on one cache with equal layers, data, batch size and `data_seed`. Their batches are read and prepared
     once for all of them; each run is the same as if it were trained alone.
 
     `opened` caches, by path, are used instead of opening the path; for example a cache with renamed classes.
+    `callbacks` are those of each run, as of `train`, by its `out`.
 
     Raises:
-        CacheError, ValueError, OSError: as `train`; two runs have the same folder.
+        CacheError, ValueError, ImportError, OSError: as `train`; two runs have the same folder.
     """
     folders = [config.out for config in configs]
     twice = sorted({folder for folder in folders if folders.count(folder) > 1})
@@ -62,7 +75,7 @@ def train_many(configs: Sequence[TrainConfig], opened: Mapping[str, Cache] | Non
     groups: dict[object, list[_Plan]] = {}
     with ExitStack() as held:
         for config in configs:
-            plan = _plan(config, caches[config.cache])
+            plan = _plan(config, caches[config.cache], (callbacks or {}).get(config.out, ()))
             if not plan.is_finished or (plan.out / LOCK_NAME).exists():  # left if it was killed after its result
                 held.enter_context(hold_folder(plan.out))
             is_begun(plan.out, plan.content, {"run": RunSpec, "config": TrainConfig}, _NOT_COMPARED)
@@ -87,6 +100,9 @@ class _Plan:
     """The resolved --device."""
     residency: Residency
     parts: Parts
+    loggers: Sequence[str]
+    """Names of those that --log asks for."""
+    callbacks: Sequence[Logger]
 
     @property
     def out(self) -> Path:
@@ -108,14 +124,14 @@ def same_batches(config: TrainConfig, spec: RunSpec) -> tuple[object, ...]:
     return (*data, spec.gallery_text, own_protocol(spec), config.batch_size, spec.seed)
 
 
-def _plan(config: TrainConfig, cache: Cache) -> _Plan:
+def _plan(config: TrainConfig, cache: Cache, callbacks: Sequence[Logger]) -> _Plan:
     spec = resolve_run(config, cache)
     parts = training_pairs(spec, cache)
     device = choose_device(config.device)
     residency = choose_residency(config.residency, cache, spec, device)
     window = window_shards(cache, spec) if residency == "streamed" else None
     spec = replace(spec, shuffled_shards=window, data=data_fingerprint(cache, spec, parts.training, parts.validation))
-    return _Plan(config, cache, spec, device, residency, parts)
+    return _Plan(config, cache, spec, device, residency, parts, required(config.log), callbacks)
 
 
 def _train_group(plans: Sequence[_Plan]) -> None:
@@ -126,42 +142,52 @@ def _train_group(plans: Sequence[_Plan]) -> None:
         _tell(plan)
         write_json(plan.out / CONFIG, plan.content)
     inputs = FeatureLoader(first.cache, first.spec, first.device, first.residency)
-    states = _fit([(plan, plan.config, plan.out) for plan in plans], inputs, training, validation)
-    controls = [
-        (plan, replace(plan.config, epochs=plan.config.control_epochs, tensorboard=False), plan.out / PERMUTED)
-        for plan in plans
-        if plan.config.control_epochs
-    ]
-    permuted: dict[Path, float] = {}
-    if controls:
-        fitted = _fit(controls, inputs, training.permuted(seed), validation.permuted(seed))
-        permuted = {plan.out: state.seconds for (plan, *_), (state, _) in zip(controls, fitted, strict=True)}
-    for plan, (state, seen) in zip(plans, states, strict=True):
-        _finish(plan, state, seen, permuted.get(plan.out, 0.0))
+    with ExitStack() as opened:
+        loggers = [opened.enter_context(Loggers(plan.out, plan.loggers, plan.callbacks)) for plan in plans]
+        for plan, one in zip(plans, loggers, strict=True):
+            resolved = json.loads(json.dumps(plan.content["run"]))
+            one.start({**plan.content["config"], "resolved": resolved}, plan.out.name)
+        runs = [(plan, plan.config, plan.out, one) for plan, one in zip(plans, loggers, strict=True)]
+        states = _fit(runs, inputs, training, validation)
+        controls = [
+            (plan, replace(plan.config, epochs=plan.config.control_epochs), out, Loggers(out))
+            for plan in plans
+            if plan.config.control_epochs
+            for out in [plan.out / PERMUTED]
+        ]
+        permuted: dict[Path, float] = {}
+        if controls:
+            fitted = _fit(controls, inputs, training.permuted(seed), validation.permuted(seed))
+            permuted = {plan.out: state.seconds for (plan, *_), (state, _) in zip(controls, fitted, strict=True)}
+        for plan, one, (state, seen) in zip(plans, loggers, states, strict=True):
+            one.finish(_finish(plan, state, seen, permuted.get(plan.out, 0.0)))
 
 
 def _fit(
-    runs: Sequence[tuple[_Plan, TrainConfig, Path]], inputs: FeatureLoader, training: Pairs, validation: Pairs
+    runs: Sequence[tuple[_Plan, TrainConfig, Path, Loggers]], inputs: FeatureLoader, training: Pairs, validation: Pairs
 ) -> list[tuple[TrainingState, tuple[int, int]]]:
     """Train on some pairs and choose the epoch on others; resumes from the folders' checkpoints.
 
     Returns each run's state, and the numbers of photos and texts that it saw.
     """
     data = TrainingData(inputs, training, validation, runs[0][1].batch_size, inputs.spec.seed)
-    trainings = [Training(replace(config, device=plan.device), plan.spec, data, out) for plan, config, out in runs]
-    for plan, _, out in runs:
+    trainings = [
+        Training(replace(config, device=plan.device), plan.spec, data, out, loggers)
+        for plan, config, out, loggers in runs
+    ]
+    for plan, _, out, _ in runs:
         if out == plan.out and not (out / RIDGE).exists():
             keep_ridge(out, data.ridge())
     fit(trainings, data, str(runs[0][2]) if len(runs) == 1 else f"{len(runs)} runs")
     return [(one.state, data.seen(one.state.step)) for one in trainings]
 
 
-def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int], control_seconds: float) -> None:
+def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int], control_seconds: float) -> TrainResult:
     """Save the result, which marks the run as finished."""
     score_name = load_protocol(own_protocol(plan.spec)).main_metric
     keep_encoders(plan.out, plan.spec, plan.cache)
     num_trainable = sum(one.numel() for one in state.model.parameters() if one.requires_grad)
-    TrainResult(
+    result = TrainResult(
         best_epoch=state.best_epoch,
         best_validation_score=state.best_score,
         validation_score=score_name,
@@ -177,13 +203,15 @@ def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int], control_se
         seconds=round(state.seconds, 1),
         control_seconds=round(control_seconds, 2),
         peak_memory_mb=peak_memory_mb(),
-    ).save(plan.out)
+    )
+    result.save(plan.out)
     _remove_states(plan.out)
     logger.info(
         "%s: best validation %s %.2f %% after epoch %d of %d; %.2f M trainable parameters.",
         *(plan.out, score_name, 100 * state.best_score, state.best_epoch, plan.config.epochs),
         num_trainable / 1e6,
     )
+    return result
 
 
 def _remove_states(out: Path) -> None:

@@ -87,7 +87,7 @@ def extract_stage(folder: Path, image: str, text: str) -> None:
 
 
 def train_stage(folder: Path, image: str, text: str) -> None:
-    config = {"fusion": "linear", "epochs": 3, "control_epochs": 1, "tensorboard": False, "batch_size": 128}
+    config = {"fusion": "linear", "epochs": 3, "control_epochs": 1, "log": ("none",), "batch_size": 128}
     train(TrainConfig(cache=str(folder / "cache"), out=str(folder / "run"), **config))
 
 

@@ -211,7 +211,7 @@ class LiveEncoders:
 
 
 def config_of(cache: str, out: str, **options: Any) -> TrainConfig:
-    given: dict[str, Any] = {"fusion": "linear", "validation": "dev", "control_epochs": 0, "tensorboard": False}
+    given: dict[str, Any] = {"fusion": "linear", "validation": "dev", "control_epochs": 0, "log": ("none",)}
     given["device"] = choose_device("auto")
     return TrainConfig(cache=cache, out=out, **{**given, **options})
 

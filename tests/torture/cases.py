@@ -232,7 +232,7 @@ def make_cases(work: Path, *, grows: bool) -> dict[str, Case]:
         base = extraction(work / "base.zarr", fewer).with_reference().folder
         growth = replace(extraction(work / "grown.zarr", both), name="growth", before=base)
         made.append(growth.with_reference())
-    options = ["--epochs", "2", "--batch-size", "32", "--control-epochs", "1", "--no-tensorboard"]
+    options = ["--epochs", "2", "--batch-size", "32", "--control-epochs", "1", "--log", "none"]
     run = work / "run"
     made.append(reading("training", train_command, run, *options, "--checkpoint-seconds", "0").with_reference())
     shutil.copytree(run, work / "whole-run")

@@ -183,7 +183,7 @@ def _train_config(config: BindConfig, out: str, seed: int) -> TrainConfig:
         seed=seed,
         data_seed=config.seed,
         device=config.device,
-        tensorboard=False,
+        log=("none",),
     )
 
 

@@ -27,7 +27,7 @@ from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.result import TrainResult
 from saffe_cache.training.train import same_batches
 
-_WITHOUT_EFFECT = {"cache", "out", "device", "residency", "checkpoint_seconds", "tensorboard"}
+_WITHOUT_EFFECT = {"cache", "out", "device", "residency", "checkpoint_seconds", "log"}
 """Options that do not change a run's result."""
 
 
