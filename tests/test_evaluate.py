@@ -166,7 +166,7 @@ def test_linear_baselines_may_see_the_runs_layers_alone(classified: Reported, tm
     """Those of a cache with more layers are other ones; those on the run's own layers are found in the whole report."""
     run = quick_train(classified.cache, tmp_path / "run", fusion="linear", layers={"image": (3,)}, epochs=1)
     reports = [
-        report_of(classified.cache, run, baseline_layers=layers, baselines="linear", out=str(tmp_path / layers))
+        report_of(classified.cache, run, baseline_layers=layers, baselines="linear", out=str(tmp_path / f"on-{layers}"))
         for layers in ("run", "cache")
     ]
     on_run, on_cache = (report["systems"] for report in reports)

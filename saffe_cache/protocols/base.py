@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
@@ -253,7 +254,11 @@ class SearchProtocol(Protocol):
 
     def own_controls(self, system: System, shuffled: np.ndarray) -> dict[str, Scores]:
         """queries_constant: every text that searches is the same."""
-        return {"queries_constant": self.score(self.search(system, self.setting.honest()).with_one_query())}
+        if isinstance(system, FittedScores):
+            return {"queries_constant": self.score(ClassScores(system.scores).with_one_query())}
+        same = replace(self.queries, vectors=np.tile(self.queries.vectors[:1], (len(self.queries), 1)))
+        gallery = self.setting.gallery(system, self.setting.honest())
+        return {"queries_constant": self.score_vectors(gallery, self.setting.queries(system, same))}
 
     def validation_score(self, gallery: np.ndarray, queries: np.ndarray) -> float:
         """The main metric of unit vectors."""

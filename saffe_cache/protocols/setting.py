@@ -151,10 +151,6 @@ class Vectors(NamedTuple):
         """All scores, [n, m]."""
         return np.asarray(self.gallery @ self.queries.T)
 
-    def with_one_query(self) -> Vectors:
-        """The same gallery, where every query is the first one."""
-        return self._replace(queries=np.tile(self.queries[:1], (len(self.queries), 1)))
-
 
 class ClassScores(NamedTuple):
     """A score of each photo with each class; the classes are the queries."""
@@ -171,7 +167,7 @@ class ClassScores(NamedTuple):
         return self.values
 
     def with_one_query(self) -> ClassScores:
-        """As `Vectors.with_one_query`."""
+        """The same photos, where every class is the first one."""
         return ClassScores(np.tile(self.values[:, :1], self.values.shape[1]))
 
 
