@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # for type checkers and editors: a selection of what _places 
     from saffe_cache.evaluation.results import EvaluationResult as EvaluationResult
     from saffe_cache.extraction.config import ExtractConfig as ExtractConfig
     from saffe_cache.extraction.config import RepairConfig as RepairConfig
+    from saffe_cache.extraction.exporting import export_cache as export_cache
     from saffe_cache.extraction.extract import extract as extract
     from saffe_cache.extraction.repair import repair as repair
     from saffe_cache.inference.benchmarks import BenchmarkResult as BenchmarkResult
@@ -52,7 +53,6 @@ if TYPE_CHECKING:  # for type checkers and editors: a selection of what _places 
     from saffe_cache.store.config import InspectConfig as InspectConfig
     from saffe_cache.store.config import VerifyConfig as VerifyConfig
     from saffe_cache.store.exchange import convert_cache as convert_cache
-    from saffe_cache.store.exchange import export_cache as export_cache
     from saffe_cache.store.exchange import import_cache as import_cache
     from saffe_cache.store.inspect import inspect_cache as inspect_cache
     from saffe_cache.store.inspect import verify_cache as verify_cache

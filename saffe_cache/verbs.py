@@ -172,9 +172,9 @@ VERBS: Mapping[str, Verb] = {
         run="store.exchange:convert_cache",
     ),
     "cache export": Verb(
-        summary="Write a cache as one HDF5 file.",
+        summary="Write a cache as one HDF5 file, or as plain numbers.",
         config="store.config:ExportConfig",
-        run="store.exchange:export_cache",
+        run="extraction.exporting:export_cache",
     ),
     "cache import": Verb(
         summary="Make a cache from such a file.",

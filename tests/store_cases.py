@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from saffe_cache.core.features import BlockSpec, BlockWeights, Compression, Fingerprint, Item, Modality
+from saffe_cache.extraction.exporting import export_cache
 from saffe_cache.store.config import ConvertConfig, ExportConfig, ImportConfig, InspectConfig, VerifyConfig
 from saffe_cache.store.dtypes import to_storage
-from saffe_cache.store.exchange import convert_cache, export_cache, import_cache
+from saffe_cache.store.exchange import convert_cache, import_cache
 from saffe_cache.store.inspect import inspect_cache, verify_cache
 from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.manifest import (

@@ -42,7 +42,7 @@ OWNERS = {
     "clip_benchmark": {"inference"},
     "onnxscript": {"inference"},
     "onnxruntime": {"inference"},
-    "safetensors": {"core", "encoders", "training"},
+    "safetensors": {"core", "encoders", "store", "training"},
     "starlette": {"inference"},
     "uvicorn": {"inference"},
     "jinja2": {"report"},

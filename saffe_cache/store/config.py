@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from saffe_cache.core.features import Compression, StorageType
 from saffe_cache.core.options import positional, require
@@ -45,12 +46,22 @@ class ConvertConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write a cache as one HDF5 file."""
+    """Write a cache as one HDF5 file, or its hidden states and vectors as plain numbers for other programs."""
 
     cache: str = positional()
     """The cache."""
     file: str = positional()
-    """The HDF5 file to write."""
+    """The file to write; of the formats zarr and safetensors, the folder."""
+    decoded: bool = False
+    """Write plain numbers instead of the cache's storage types: hidden states as float16, or as float32 where a layer
+    has a magnitude beyond float16's 65,504, which is reported. No cache can be made from it."""
+    format: Literal["hdf5", "zarr", "safetensors"] = "hdf5"
+    """With --decoded: one HDF5 file, a Zarr v3 group, or a folder with one safetensors file for each input (with
+    input_ids for language models)."""
+
+    def __post_init__(self) -> None:
+        expected = "hdf5, or --decoded with it"
+        require(self.decoded or self.format == "hdf5", "format", self.format, expected)
 
 
 @dataclass(frozen=True, kw_only=True)

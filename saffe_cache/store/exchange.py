@@ -47,7 +47,7 @@ from saffe_cache.store.table import table_from_arrays, write_table
 from saffe_cache.store.writer import EncoderWriter, Portion, write_weights
 
 
-def export_cache(config: ExportConfig) -> str:
+def export_hdf5(config: ExportConfig) -> str:
     """Write a cache as an HDF5 file, and return the file's path.
 
     Raises:
@@ -74,7 +74,7 @@ def export_cache(config: ExportConfig) -> str:
 
 
 def import_cache(config: ImportConfig) -> str:
-    """Make a new cache from a file written by `export_cache`, and return the cache's path.
+    """Make a new cache from a file written by `export_hdf5`, and return the cache's path.
 
     Raises:
         CacheError: the cache exists, or the file is damaged or has another format.
