@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from saffe_cache.core.outputs import RESULT, read_json
 from saffe_cache.core.tables import percent
+from saffe_cache.evaluation.details import FAM
 from saffe_cache.evaluation.results import EvaluationResult
 
 if TYPE_CHECKING:
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 
 
 def evaluations_of(folder: Path) -> dict[str, EvaluationResult]:
-    """A run's evaluations by the names of their folders, without those that leak the answer as requested."""
-    found = {}
+    """A run's evaluations by the names of their folders, without those of baselines alone and those that leak."""
+    found: dict[str, EvaluationResult] = {}
     for path in sorted(folder.glob(f"*/{RESULT}")):
         content = read_json(path)
         if content.get("verb") == "evaluate" and not path.parent.name.endswith("-leak"):
-            found[path.parent.name] = EvaluationResult.from_json(content, path)
+            result = EvaluationResult.from_json(content, path)
+            found |= {path.parent.name: result} if result.system == FAM else {}
     return found
 
 
