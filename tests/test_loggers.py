@@ -135,6 +135,18 @@ def test_logger_that_cannot_be_made_is_dropped(
     assert "Logger tensorboard failed (OSError: no room for it)" in caplog.text
 
 
+def test_damaged_state_starts_a_new_log(cache: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "run").mkdir()
+    for damaged in ("{", '{"id": 3}', "[]"):
+        (tmp_path / "run" / "loggers.json").write_text(damaged)
+        recorder = Recorder()
+        one = loggers.Loggers(tmp_path / "run", callbacks=[recorder])
+        one.log(0, {"loss": None, "epoch": 0})
+        assert recorder.steps == [(0, {"epoch": 0})]
+        assert caplog.text.count("loggers.json is damaged") == 1
+        caplog.clear()
+
+
 def test_package_that_is_missing_is_named_before_training(cache: str, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loggers, "find_spec", lambda name: None)

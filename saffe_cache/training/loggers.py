@@ -11,11 +11,13 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.outputs import read_json, write_json
 from saffe_cache.training.result import TrainResult
 
@@ -147,21 +149,32 @@ def required(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+@dataclass(kw_only=True)
+class _State:
+    """What loggers.json holds."""
+
+    id: str
+    step: int = -1
+    """The last one that was passed on."""
+
+
 class Loggers:
     """All loggers of one run, none of which can stop it."""
 
     def __init__(self, out: Path, names: Sequence[str] = (), callbacks: Sequence[Logger] = ()) -> None:
-        self._path = out / STATE
-        self._state: dict[str, Any] = {"id": uuid.uuid4().hex[:12], "step": -1}
+        self._path, self._state = out / STATE, _State(id=uuid.uuid4().hex[:12])
         self._loggers: dict[str, Logger] = {}
         if (names or callbacks) and self._path.exists():
-            self._state |= read_json(self._path)
+            try:
+                self._state = made_of(_State, read_json(self._path))
+            except (TypeError, ValueError) as error:
+                logger.warning("%s is damaged (%s). Loggers start a new run.", self._path, error)
         for name in names:
             self._guarded(name, self._make, name, out)
         self._loggers |= {f"{type(one).__name__}, callback {n}": one for n, one in enumerate(callbacks, start=1)}
 
     def _make(self, name: str, out: Path) -> None:
-        self._loggers[name] = _MADE_BY[name](out, self._state["id"])
+        self._loggers[name] = _MADE_BY[name](out, self._state.id)
 
     def start(self, config: Mapping[str, Any], name: str) -> None:
         for key, one in list(self._loggers.items()):
@@ -169,13 +182,13 @@ class Loggers:
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
         """Pass a step on, unless it was logged before the run was resumed."""
-        if not self._loggers or step <= self._state["step"]:
+        if not self._loggers or step <= self._state.step:
             return
         known = {name: value for name, value in values.items() if value is not None}
         for key, one in list(self._loggers.items()):
             self._guarded(key, one.log, step, known)
-        self._state["step"] = step
-        write_json(self._path, self._state)
+        self._state.step = step
+        write_json(self._path, asdict(self._state))
 
     def finish(self, result: TrainResult | None) -> None:
         for key, one in list(self._loggers.items()):
