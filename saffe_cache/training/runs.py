@@ -132,7 +132,8 @@ def keep_encoders(run_dir: Path, spec: RunSpec, cache: Cache) -> None:
         }
         for layer, block in blocks.items():
             tensors |= {
-                f"{modality}/{layer}/{name}": np.asarray(value, np.float32) for name, value in block.tensors.items()
+                f"{modality}/{layer}/{name}": np.ascontiguousarray(value, np.float32)
+                for name, value in block.tensors.items()
             }
     if tensors:
         write_whole(run_dir / BLOCKS, save(tensors))
