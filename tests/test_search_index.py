@@ -153,7 +153,7 @@ def test_unreadable_photos_are_counted_and_named(photos: Photos) -> None:
     changes = photos.update()
     assert counts(changes) == (6, 0, 0, 0)
     shown = str(changes)
-    assert "2 items could not be embedded:\n" in shown
+    assert "2 could not be embedded:\n" in shown
     assert "train/noise.png: cannot be read" in shown
     assert "train/empty.png: unreadable image: the file is empty" in shown
     assert photos.open().problems == changes.problems

@@ -72,7 +72,7 @@ class Changes:
     def __str__(self) -> str:
         lines = [f"{self.added} added, {self.changed} changed, {self.removed} removed, {self.kept} kept"]
         if self.problems:
-            lines.append(f"{len(self.problems)} items could not be embedded:")
+            lines.append(f"{len(self.problems)} could not be embedded:")
             lines += [f"  {name}: {reason}" for name, reason in list(self.problems.items())[:_SHOWN]]
             if len(self.problems) > _SHOWN:
                 lines.append(f"  … all of them are in {Path(self.out) / MANIFEST}")
