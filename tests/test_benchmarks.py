@@ -251,6 +251,27 @@ def test_picture_with_text_is_refused_where_no_text_enters() -> None:
         list(run_mteb(WithoutText(), "ScenesT2IT"))
 
 
+def test_sounds_reach_the_run_as_waveforms() -> None:
+    """Stereo as the mean of its channels."""
+    given: list[Any] = []
+
+    class Sounds(ColourRun):
+        modality = "audio"
+
+        def embed_audio(self, sounds: Sequence[Any]) -> np.ndarray:
+            given.extend(sounds)
+            return np.eye(len(sounds), self.size, dtype=np.float32)
+
+    stereo = np.array([[0.0, 0.5, 1.0], [1.0, 0.5, 0.0]])
+    batches = [{"audio": [{"array": stereo, "sampling_rate": 8000}, {"array": [0.1, 0.2], "sampling_rate": 16000}]}]
+    model = MtebModel(Sounds())  # type: ignore[arg-type]
+    assert model.encode(batches).shape == (2, len(CLASSES))
+    assert model.mteb_model_meta.modalities == ["text", "audio"]
+    assert [one["sampling_rate"] for one in given] == [8000, 16000]
+    np.testing.assert_allclose(given[0]["array"], [0.5, 0.5, 0.5])
+    np.testing.assert_allclose(given[1]["array"], [0.1, 0.2])
+
+
 def test_unknown_mteb_task_is_refused_in_one_line() -> None:
     with pytest.raises(ValueError, match="--tasks ScenesT2J: mteb has no such task") as caught:
         list(run_mteb(RUN, "ScenesT2J"))
@@ -415,6 +436,9 @@ def test_trained_run_has_the_metadata_that_mteb_stores(trained: tuple[str, dict[
 
 def test_clip_benchmark_datasets_are_built_by_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its builder, which needs torchvision, is stood in for."""
+    monkeypatch.setitem(sys.modules, "clip_benchmark.datasets.builder", None)
+    with pytest.raises(ImportError, match=r"saffe benchmark needs clip_benchmark.datasets.builder: pip install"):
+        list(run_clip_benchmark(RUN, "wds/scenes", split="test", root=tmp_path))
     asked = []
 
     def build_dataset(name: str, **options: Any) -> Scenes:

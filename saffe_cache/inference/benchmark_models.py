@@ -69,6 +69,8 @@ class MtebModel:
             if texts is None:
                 raise ValueError(f"benchmark: found columns {', '.join(batch)}, expected text or {self.run.modality}.")
             return self.run.embed_texts(list(texts))
+        if self.run.modality == "audio":
+            media = [{"array": _mono(one["array"]), "sampling_rate": one["sampling_rate"]} for one in media]
         if texts is not None:
             return self.run.embed_pairs(list(media), list(texts))
         return self.run.embed_images(list(media)) if self.run.modality == "image" else self.run.embed_audio(list(media))
@@ -88,6 +90,12 @@ class MtebModel:
     def search(self, queries: Any, **arguments: Any) -> dict[str, dict[str, float]]:
         """Scores of each query's best documents."""
         return self._search.search(queries, **arguments)  # type: ignore[no-any-return]
+
+
+def _mono(waveform: Any) -> np.ndarray:
+    """Samples [n] of one channel; of [channels, n] their mean, as mteb's own models take it."""
+    samples = np.asarray(waveform, np.float32)
+    return samples if samples.ndim == 1 else samples.mean(axis=0)
 
 
 class _Gallery:

@@ -71,7 +71,9 @@ def run_mteb(run: TrainedFusion, name: str) -> Iterator[tuple[str, Scored]]:
     try:
         task = mteb.get_task(name)
     except KeyError as error:
-        raise ValueError(f"--tasks {name}: mteb has no such task ({error.args[0]}).") from None
+        raise ValueError(
+            f"--tasks {name}: mteb has no such task ({str(error.args[0]).removeprefix('KeyError: ')})."
+        ) from None
     model = MtebModel(run)
     found = _record(task, model)
     kwargs: Any = {"encode_kwargs": {"batch_size": BATCH, "show_progress_bar": False}, "show_progress_bar": False}
@@ -127,8 +129,10 @@ def _retrieved(scores: Mapping[str, Mapping[str, float]], relevant: Mapping[str,
 
 def run_clip_benchmark(run: TrainedFusion, name: str, *, split: str, root: Path) -> Iterator[tuple[str, Scored]]:
     """Run CLIP_benchmark's zero-shot retrieval or classification on a dataset, whichever it is meant for."""
-    from clip_benchmark.datasets.builder import build_dataset, get_dataset_default_task
-
+    try:
+        from clip_benchmark.datasets.builder import build_dataset, get_dataset_default_task
+    except ModuleNotFoundError as error:
+        raise ImportError(f"saffe benchmark needs {error.name}: pip install 'saffe-cache[benchmarks]'.") from None
     short = name.removeprefix("wds/")
     task, folder = get_dataset_default_task(short), root / short.replace("/", "-")
     if task not in ("zeroshot_retrieval", "zeroshot_classification"):

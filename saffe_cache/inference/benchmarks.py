@@ -25,7 +25,7 @@ from saffe_cache.retrieval.metrics import bootstrap_interval, paired_bootstrap, 
 
 FAM, AGAINST = "fam", "against"
 QUERIES = "queries.jsonl"
-_SHOWN = ("ndcg_at_10", "hit_rate_at_1", "hit_rate_at_5", "hit_rate_at_10", "accuracy", "mean_per_class_recall")
+_SHOWN = ("ndcg_at_10", "hit_rate_at_1", "hit_rate_at_5", "hit_rate_at_10", "mean_per_class_recall")
 _SIDES = ("image_retrieval_recall@", "text_retrieval_recall@")
 _TOLERANCE = 1e-4
 """How far the mean over queries may be from the library's number, which may be rounded."""
