@@ -2,7 +2,7 @@
 
     python tests/benchmarks/moved_run.py RUN DATA SPLIT
 
-RUN has been evaluated on SPLIT by the caption protocol with null text; DATA are the photos that its cache was made from.
+RUN has been evaluated on SPLIT by the caption protocol with null text; DATA are the photos of its cache.
 It is copied to a temporary folder and indexed there. Each caption then searches alone.
 """
 
