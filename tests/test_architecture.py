@@ -37,6 +37,7 @@ OWNERS = {
     "huggingface_hub": {"encoders", "inference"},
     "tokenizers": {"encoders"},
     "accelerate": {"encoders"},
+    "av": {"sources"},
     "faiss": {"retrieval"},
     "mteb": {"inference"},
     "clip_benchmark": {"inference"},

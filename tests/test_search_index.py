@@ -351,7 +351,7 @@ def test_another_run_is_refused_at_the_first_search(photos: Photos) -> None:
 @pytest.mark.parametrize(
     ("query", "error"),
     [
-        ({}, "expected a text, a photo or sound"),
+        ({}, "expected a text, a photo, sound or video"),
         ({"text": " "}, "the text to search by is empty"),
         ({"audio": "x.wav"}, "an index of image items, found --audio"),
         ({"text": "red", "k": 0}, "k=0 exceeds the gallery"),

@@ -378,7 +378,7 @@ def test_wrong_columns_raise(columns: Columns, message: str, monkeypatch: pytest
 
 
 def test_dataset_without_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"no image or audio column found; .* Choose them with --column"):
+    with pytest.raises(ValueError, match=r"no image, audio or video column found; .* Choose them with --column"):
         read_dataset(monkeypatch, dataset().remove_columns(["image"]))
 
 

@@ -80,14 +80,18 @@ def tables(draw: st.DrawFn) -> ItemTable:
         return np.frombuffer(draw(st.binary(min_size=32 * size, max_size=32 * size)), np.uint8).reshape(size, 32)
 
     count, classes, num_texts = draw(st.integers(0, 3)), draw(st.integers(0, 2)), draw(st.integers(0, 3))
-    inputs = {"text": Inputs(hashes(num_texts), texts(num_texts)), "image": Inputs(hashes(2))}
-    inputs = {name: inputs[name] for name in draw(st.sets(st.sampled_from(["text", "image"])))}
-    num_texts, num_images = (len(inputs.get(name, ())) for name in ("text", "image"))
+    inputs = {
+        "text": Inputs(hashes(num_texts), texts(num_texts)),
+        "image": Inputs(hashes(2)),
+        "video": Inputs(hashes(1)),
+    }
+    inputs = {name: inputs[name] for name in draw(st.sets(st.sampled_from(sorted(inputs))))}
+    num_texts, num_images, num_videos = (len(inputs.get(name, ())) for name in ("text", "image", "video"))
     return ItemTable(
         ids=texts(count, unique=True),
         splits=texts(count),
         problems=texts(count),
-        rows={"image": column(count, num_images), "audio": column(count, 0)},
+        rows={"image": column(count, num_images), "audio": column(count, 0), "video": column(count, num_videos)},
         captions=ragged(count, num_texts),
         labels=ragged(count, classes),
         class_names=texts(classes, unique=True),

@@ -32,8 +32,10 @@ from PIL import Image
 import saffe_cache as sc
 from saffe_cache.core.features import BlockSpec
 from saffe_cache.core.tensors import relative_difference
+from saffe_cache.encoders.discovery import clip_frames
 from saffe_cache.encoders.encoder import load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
+from saffe_cache.encoders.videos import load_video_processor
 from saffe_cache.fusion.decoders import OpaqueDecoder, ReuseDecoder
 from saffe_cache.fusion.library_block import TOLERANCE
 from saffe_cache.sources.decoding import decode
@@ -69,7 +71,7 @@ POOLED = [
     "swinv2",
 ]
 """Families whose own vector is what the library calls the pooled output."""
-CLASS_TOKEN = ["data2vec_vision", "deit", "dinov2", "dpt", "pvt", "vit", "vit_mae", "vit_msn"]
+CLASS_TOKEN = ["data2vec_vision", "deit", "dinov2", "dpt", "pvt", "timesformer", "vit", "vit_mae", "vit_msn", "vivit"]
 """Families whose own vector is their class token; that of others is the mean, of two towers their features."""
 PADDED = {"siglip": 64, "siglip2": 64, "siglip2_naflex": 64}
 """Families whose processors pad every text to this length."""
@@ -85,7 +87,7 @@ OTHER_STATES = {
     "mamba": "the library lists no embeddings, but the last state twice",
 }
 """Families whose `output_hidden_states` are others than the inputs of layers."""
-TOWERS = {"image": ("vision_model", "image_model"), "text": ("text_model",), "audio": ("audio_model",)}
+TOWERS = {"image": ("vision_model", "image_model"), "text": ("text_model",), "audio": ("audio_model",), "video": ()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,33 +130,41 @@ def captions(index: int) -> list[str]:
 
 
 class Bench:
-    """Photos and sounds, and caches of them with the encoders that serve as partners, made once."""
+    """Photos, sounds and films, and caches of them with the encoders that serve as partners, made once."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
         self.media: dict[bytes, Any] = {}
-        """Photos, and the bytes of sounds, by the hash of their file."""
+        """Photos, frames of films, and the bytes of sounds, by the hash of their file."""
         self._caches: dict[str, Path] = {}
-        for kind, ending in (("photos", "png"), ("sounds", "wav")):
-            rng = np.random.default_rng(0)
-            for split, rows in (("train", range(12)), ("test", range(12, 16))):
-                folder = work / kind / split
-                folder.mkdir(parents=True)
-                lines = [{"file_name": f"{row}.{ending}", "text": captions(row)} for row in rows]
-                (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-                for row in rows:
-                    self._write(folder / f"{row}.{ending}", rng)
+        self._make("photos", "png")
+        self._make("sounds", "wav")
+
+    def _make(self, kind: str, ending: str) -> None:
+        rng = np.random.default_rng(0)
+        for split, rows in (("train", range(12)), ("test", range(12, 16))):
+            folder = self.work / kind / split
+            folder.mkdir(parents=True)
+            lines = [{"file_name": f"{row}.{ending}", "text": captions(row)} for row in rows]
+            (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+            for row in rows:
+                self._write(folder / f"{row}.{ending}", rng)
 
     def _write(self, path: Path, rng: np.random.Generator) -> None:
         raw: np.ndarray
         if path.suffix == ".png":
             raw = rng.integers(0, 256, (40 + 2 * int(path.stem), 56, 3), dtype=np.uint8)
             Image.fromarray(raw).save(path)
+        elif path.suffix == ".mkv":
+            from films import film, noise
+
+            raw = noise(3 + int(path.stem), seed=int(path.stem))
+            path.write_bytes(film(raw))
         else:
             raw = rng.normal(0, 0.1, 16_000).astype(np.float32)
             soundfile.write(path, raw, 16_000, subtype="FLOAT")
         content = path.read_bytes()
-        self.media[hashlib.sha256(content).digest()] = raw if path.suffix == ".png" else content
+        self.media[hashlib.sha256(content).digest()] = content if path.suffix == ".wav" else raw
 
     def checkpoint(self, name: str) -> Path:
         """Folder of a checkpoint."""
@@ -165,7 +175,7 @@ class Bench:
         return folder
 
     def extract(self, kind: str, encoders: Mapping[str, str], cache: Path) -> None:
-        """Extract photos or sounds with these checkpoints."""
+        """Extract photos, sounds or films with these checkpoints."""
         sc.extract(
             sc.ExtractConfig(
                 data=str(self.work / kind),
@@ -180,9 +190,11 @@ class Bench:
     @contextlib.contextmanager
     def cache(self, name: str, modalities: tuple[str, ...]) -> Iterator[sc.Cache]:
         """A cache with a checkpoint's encoders and, for the other modality, a partner; removed behind it."""
-        kind = "sounds" if "audio" in modalities else "photos"
+        kind = "sounds" if "audio" in modalities else "films" if "video" in modalities else "photos"
         if kind not in self._caches:
-            partners = {"text": "bert"} if kind == "sounds" else {"image": "vit", "text": "bert"}
+            partners = {"image": "vit", "text": "bert"} if kind == "photos" else {"text": "bert"}
+            if kind == "films":
+                self._make("films", "mkv")
             self._caches[kind] = self.work / f"{kind}.zarr"
             self.extract(kind, partners, self._caches[kind])
         path = self.work / "one.zarr"
@@ -353,6 +365,8 @@ class Library:
             self.processor = transformers.AutoTokenizer.from_pretrained(folder)
         elif modality == "audio":
             self.processor = transformers.AutoFeatureExtractor.from_pretrained(folder)
+        elif modality == "video":
+            self.processor = load_video_processor(str(folder))  # test_videos.py compares it with the library's
         else:
             self.processor = picture_processor(folder)
 
@@ -381,6 +395,9 @@ class Library:
             if self.name == "vit_mae":
                 inputs["noise"] = torch.arange(16.0)[None]
             return {name: inputs[name] for name in ("pixel_values", "noise") if name in inputs}
+        if self.modality == "video":
+            places = np.arange(0, len(raw), len(raw) / clip_frames(self.model.config)).astype(int)  # as the library's
+            return dict(self.processor(videos=[raw[places]], do_sample_frames=False, return_tensors="pt"))
         if self.modality == "audio":
             rate = self.processor.sampling_rate
             sound = decode("audio", raw, rate)
@@ -430,11 +447,7 @@ def refusal(name: str, modality: str, folder: Path) -> str:
 
 def runnable() -> list[str]:
     """Checkpoints of which at least one modality runs."""
-    return [
-        name
-        for name, entry in zoo.ENTRIES.items()
-        if "video" not in entry.modalities and any((name, one) not in REFUSED for one in entry.modalities)
-    ]
+    return [name for name, entry in zoo.ENTRIES.items() if any((name, one) not in REFUSED for one in entry.modalities)]
 
 
 def documented() -> dict[tuple[str, str], tuple[str, ...]]:
@@ -492,11 +505,12 @@ REFUSED: dict[tuple[str, str], str] = {
     ("yolos", "image"): "of several shapes",
     ("funnel", "text"): "change the number or width of tokens",
     ("squeezebert", "text"): "not called in a forward pass",
-    ("videomae", "image"): "does not run on its own preprocessed inputs",
-    ("vivit", "image"): "does not run on its own preprocessed inputs",
-    ("vjepa2", "image"): "preprocessor_config.json cannot be loaded",
+    ("timesformer", "image"): "found a TimesformerModel, which takes videos",
+    ("videomae", "image"): "found a VideoMAEModel, which takes videos",
+    ("vit", "video"): "found a ViTModel, which takes images",
+    ("vjepa2", "image"): "found a VJEPA2Model, which takes videos",
 }
-"""Checkpoints that cannot run, with a part of the message. Models of clips are no encoders of single pictures."""
+"""Checkpoints that cannot run, with a part of the message. Models of videos are no encoders of photos."""
 
 
 if __name__ == "__main__":

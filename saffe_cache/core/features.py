@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-Modality = Literal["image", "text", "audio"]
-MODALITIES: tuple[Modality, ...] = ("image", "text", "audio")
+Modality = Literal["image", "text", "audio", "video"]
+MODALITIES: tuple[Modality, ...] = ("image", "text", "audio", "video")
 
 IndexKind = Literal["flat", "ivf", "ivf_pq", "hnsw"]
 StorageType = Literal["float32", "float16", "bfloat16", "int8", "float8"]
@@ -278,7 +278,7 @@ class ItemTable:
     splits: tuple[str, ...]
     """The split of each item."""
     rows: Mapping[Modality, np.ndarray]
-    """int64 [items] for "image" and "audio": the input of each item, -1 where it has none."""
+    """int64 [items] for "image", "audio" and "video": the input of each item, -1 where it has none."""
     captions: Ragged
     """Text rows of each item's captions."""
     labels: Ragged

@@ -28,7 +28,7 @@ _FEWEST_TOKENS = 0.8
 """Smallest vocabulary, as a fraction of the embeddings. Padding for speed adds a few embeddings, never a fifth."""
 _SAMPLING_RATE = 16_000
 """Rate in Hz of the sounds that all supported audio models were trained with; their configs do not state it."""
-_INPUT_NAMES = ("pixel_values", "input_features", "input_values")
+_INPUT_NAMES = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
 _SPAN = (0.2, 20.0)
 """Smallest distance of prepared white from black, and largest number in either: usual means and deviations give 1 to 5.
 """
@@ -126,7 +126,10 @@ def _input_problem(modality: Modality, family: Family, model: Any, processor: An
             )
         else:
             blank = [np.full((64, 64, 3), value, np.uint8) for value in (0, 255)]
-            prepared = processor(images=blank, return_tensors="pt")
+            if modality == "video":
+                prepared = processor(videos=[one[None] for one in blank], do_sample_frames=False, return_tensors="pt")
+            else:
+                prepared = processor(images=blank, return_tensors="pt")
     except Exception as error:  # whatever their code meets in a wrong config
         return f"its processor fails on a blank input ({type(error).__name__}: {error})"
     values: torch.Tensor = prepared[next(name for name in prepared if name in _INPUT_NAMES)]
@@ -137,7 +140,7 @@ def _input_problem(modality: Modality, family: Family, model: Any, processor: An
         for axis, (size, shown) in enumerate(zip(expected, found, strict=True))
     ):
         return f"its processor prepares inputs of shape {found}, the model's config says {expected}"
-    if modality == "image" and len(values) == 2:
+    if modality != "audio" and len(values) == 2:
         black, white = values
         span, largest = float((white - black).abs().min()), float(values.abs().max())
         if not (span >= _SPAN[0] and largest <= _SPAN[1]):

@@ -25,11 +25,27 @@ from transformers.utils.output_capturing import OutputRecorder
 from saffe_cache.core.features import Modality
 from saffe_cache.encoders.families import Family, masked_mean
 
-_CONFIGS = {"image": ("vision_config", "image_config"), "text": ("text_config",), "audio": ("audio_config",)}
+_CONFIGS = {
+    "image": ("vision_config", "image_config"),
+    "text": ("text_config",),
+    "audio": ("audio_config",),
+    "video": ("video_config", "vision_config"),
+}
 """A modality's part of the config of a model of several."""
-_TAKES = {"pixel_values": "image", "input_ids": "text", "input_values": "audio", "input_features": "audio"}
-"""Modality of each input of a model that has one."""
-FEATURES = {"image": "get_image_features", "text": "get_text_features", "audio": "get_audio_features"}
+_TAKES = {
+    "pixel_values": "image",
+    "pixel_values_videos": "video",
+    "input_ids": "text",
+    "input_values": "audio",
+    "input_features": "audio",
+}
+"""Modality of each input of a model that has one; `pixel_values` of a model of clips are clips."""
+FEATURES = {
+    "image": "get_image_features",
+    "text": "get_text_features",
+    "audio": "get_audio_features",
+    "video": "get_video_features",
+}
 _OTHER_MODELS = re.compile("PreTrained|Head")
 """In the names of classes that are no plain model."""
 _POSITIONS = re.compile("position|wpe$")
@@ -69,6 +85,11 @@ def model_class(config: Any, modality: Modality, *, generates: bool = False) -> 
     )
 
 
+def clip_frames(config: Any) -> int | None:
+    """Frames of the clips that a model takes; None for one of single pictures, texts or sounds."""
+    return getattr(config, "frames_per_clip", None) or getattr(config, "num_frames", None)
+
+
 def _can_be_made(kind: Any, config: Any) -> bool:
     """Whether a class takes a config; T5Gemma's encoder refuses that of a whole model."""
     try:
@@ -90,8 +111,14 @@ def discover(model: Any, modality: Modality, *, generates: bool = False) -> Fami
     if generates and any(_POSITIONS.search(name) for name in embeddings):
         raise ValueError("its positions are learned; photos would have none. Choose a model with rotary positions.")
     takes = [_TAKES[name] for name in inspect.signature(tower.forward).parameters if name in _TAKES]
+    if clip_frames(tower.config):
+        takes = ["video" if one == "image" else one for one in takes]
     if takes and modality not in takes:
-        raise ValueError(f"found a {type(tower).__name__}, which takes {takes[0]}s. Choose an {modality} encoder.")
+        article = "an" if modality in ("image", "audio") else "a"
+        raise ValueError(
+            f"found a {type(tower).__name__}, which takes {takes[0]}s. Choose {article} {modality} encoder, or use it "
+            f"as --encoder {takes[0]}=…."
+        )
     lists = [f"{path}.{name}" if path else name for name in _layer_lists(tower)]
     if not lists:
         raise ValueError(f"found a {type(tower).__name__} without a list of equal layers. Choose another encoder.")

@@ -46,7 +46,7 @@ from saffe_cache.core.tensors import entering, leaving
 from saffe_cache.encoders.blocks import library_block, read_block, read_language_model
 from saffe_cache.encoders.causal_tokens import CausalTokens, without_surrogates
 from saffe_cache.encoders.checks import check_processor
-from saffe_cache.encoders.discovery import OwnProcessor, layers_of
+from saffe_cache.encoders.discovery import OwnProcessor, clip_frames, layers_of
 from saffe_cache.encoders.loading import (
     EncoderRequest,
     Loaded,
@@ -192,6 +192,13 @@ class FrozenEncoder:
         return getattr(self._processor, "sampling_rate", None)
 
     @property
+    def num_frames(self) -> int | None:
+        """Frames of a clip; None where inputs are no clips."""
+        if self.request.modality != "video":
+            return None
+        return self.request.video_frames or clip_frames(self.tower.config)
+
+    @property
     def stated_window(self) -> int | None:
         """Samples to which the processor cuts and pads all sounds, where it says so."""
         return getattr(self._processor, "n_samples", None) or getattr(self._processor, "nb_max_samples", None)
@@ -299,10 +306,12 @@ class FrozenEncoder:
         self._converters = converters or {}
 
     def prepare(self, raw: Any) -> dict[str, torch.Tensor]:
-        """Turn one picture, or one window of a sound, into the model's input, each tensor [1, …]. Threads may call
-        this."""
+        """Turn one picture, clip [frames, height, width, 3], or window of a sound, into the model's input, each tensor
+        [1, …]. Threads may call this."""
         if self.request.modality == "image":
             return dict(self._processor(images=[raw], return_tensors="pt"))
+        if self.request.modality == "video":
+            return dict(self._processor(videos=[raw], do_sample_frames=False, return_tensors="pt"))
         return dict(self._processor([raw], sampling_rate=self.sampling_rate, return_tensors="pt"))
 
     def cut(self, num_samples: int) -> list[range]:
@@ -475,7 +484,7 @@ class FrozenEncoder:
     def _accepted_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The inputs that a discovered model takes, and the settings that it needs where it has them."""
         names = self._accepted
-        settings = {"use_cache": False, "return_dict": True}
+        settings = {"use_cache": False, "return_dict": True, "skip_predictor": True}
         if self.request.image_size:
             settings["interpolate_pos_encoding"] = True
         return {name: value for name, value in arguments.items() if name in names} | {

@@ -26,6 +26,7 @@ from saffe_cache.encoders.checks import explained
 from saffe_cache.encoders.discovery import OwnEncoder, discover, drop_other_towers, first_position, model_class
 from saffe_cache.encoders.families import FAMILIES, Family
 from saffe_cache.encoders.offloading import load_spread, require_accelerate, weights_of
+from saffe_cache.encoders.videos import load_video_processor
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ class EncoderRequest:
     """Which tokens of each layer are kept; `TokenSelection` reads it."""
     audio_seconds: float = 30.0
     """Longest window of a sound in seconds, for models that take sounds of any length."""
+    video_frames: int | None = None
+    """Frames of a clip; None takes the model's own number."""
     device: str = "cpu"
     device_map: str | None = None
     """How accelerate places a model that does not fit on the device: auto, balanced or sequential."""
@@ -223,6 +226,10 @@ def quietly() -> Iterator[None]:
             logs.enable_progress_bar()
 
 
+_AUTO = {"text": "AutoTokenizer", "audio": "AutoFeatureExtractor", "image": "AutoImageProcessor"}
+"""Classes that load a processor."""
+
+
 def load_processor(request: EncoderRequest) -> Any:
     """The processor, feature extractor or tokenizer.
 
@@ -234,7 +241,11 @@ def load_processor(request: EncoderRequest) -> Any:
         "subfolder": request.subfolder,
         "trust_remote_code": False,
     }
-    kind = {"text": "AutoTokenizer", "audio": "AutoFeatureExtractor", "image": "AutoImageProcessor"}[request.modality]
+    load = (
+        load_video_processor
+        if request.modality == "video"
+        else getattr(transformers, _AUTO[request.modality]).from_pretrained
+    )
     name = "tokenizer" if request.modality == "text" else "preprocessor_config.json"
     if request.modality == "image":
         # With torchvision installed, transformers would take classes that resize otherwise, and far more slowly.
@@ -242,7 +253,7 @@ def load_processor(request: EncoderRequest) -> Any:
     where = f"{request.modality} encoder {request.model_id}"
     with explained(where, request.model_id, f"its {name} cannot be loaded", "Add the model's own, or download again."):
         try:
-            processor = getattr(transformers, kind).from_pretrained(request.model_id, **options)
+            processor = load(request.model_id, **options)
         except ImportError:
             if request.modality != "image":
                 raise
@@ -378,6 +389,7 @@ def fingerprint_of(
             "max_length": max_length,
             "prompt": request.text_template if request.modality == "text" else None,
             "image_size": request.image_size,
+            **({"video_frames": request.video_frames} if request.video_frames else {}),
             "dtype": request.dtype,
             "attention": model.config._attn_implementation,
             "pooling": pooling,

@@ -24,7 +24,7 @@ from saffe_cache.encoders.families import Family, Pool, first_token, masked_mean
 if TYPE_CHECKING:
     from saffe_cache.encoders.encoder import FrozenEncoder
 
-_EMBEDS = {"image": "image_embeds", "text": "text_embeds", "audio": "audio_embeds"}
+_EMBEDS = {"image": "image_embeds", "text": "text_embeds", "audio": "audio_embeds", "video": "video_embeds"}
 _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
 _TEXTS = (
     "A dog sleeps on a red sofa near the window.",
@@ -125,16 +125,15 @@ class Probe:
         self._where = f"{self._modality} encoder {encoder.request.model_id}"
 
     def inputs(self, num_samples: int | None = None) -> dict[str, torch.Tensor]:
-        """One batch: texts of three lengths, pictures of three shapes, or sounds, of one second by default."""
+        """One batch: texts of three lengths, pictures or clips of three shapes, or sounds, of one second by default."""
         encoder = self._encoder
         if self._modality == "text":
             ids = encoder.tokenize(_TEXTS)
             if encoder.padding == "equal_length":
                 ids = [one[: min(map(len, ids))] for one in ids]
             return encoder.pad(ids)
-        prepared = [
-            encoder.prepare(raw) for raw in _media(self._modality, num_samples or encoder.sampling_rate or 16_000)
-        ]
+        size = encoder.num_frames or num_samples or encoder.sampling_rate or 16_000
+        prepared = [encoder.prepare(raw) for raw in _media(self._modality, size)]
         shapes = {name: {tuple(one[name].shape) for one in prepared} for name in prepared[0]}
         if ragged := [name for name, found in shapes.items() if len(found) > 1]:
             raise ValueError(
@@ -142,7 +141,7 @@ class Probe:
                 "expected one for all inputs. Choose --image-size, or another encoder."
             )
         batch = {name: torch.cat([one[name] for one in prepared]) for name in prepared[0]}
-        if self._modality == "image":
+        if self._modality in ("image", "video"):
             _require_unpadded(batch)
         return batch
 
@@ -341,11 +340,15 @@ class Probe:
         for part in self._encoder.tower.modules():
             if isinstance(getattr(part, "num_prefix_tokens", None), int):  # as timm's models say
                 return int(part.num_prefix_tokens)
-        if self._modality != "image" or patch is None or "pixel_values" not in batch:
+        tubelet = getattr(self._encoder.tower.config, "tubelet_size", 1)
+        if isinstance(tubelet, (list, tuple)):
+            tubelet, *patch = tubelet
+        pixels = batch.get("pixel_values_videos", batch.get("pixel_values"))
+        if self._modality == "audio" or patch is None or pixels is None:
             return 0
         height, width = (patch, patch) if isinstance(patch, int) else patch
-        rest = tokens - (batch["pixel_values"].shape[-2] // height) * (batch["pixel_values"].shape[-1] // width)
-        return max(0, rest)
+        steps = pixels.shape[1] // tubelet if self._modality == "video" else 1
+        return max(0, tokens - steps * (pixels.shape[-2] // height) * (pixels.shape[-1] // width))
 
     def _choose_padding(self, among: Recorded) -> Padding:
         """How texts are padded so that a text's states do not depend on others in its batch.
@@ -525,12 +528,13 @@ def _mean_of_places(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
     return as_tokens(state, layout_of(state, len(state))).mean(dim=1)
 
 
-def _media(modality: Modality, num_samples: int) -> list[Any]:
-    """Three random pictures of several shapes, or sounds."""
+def _media(modality: Modality, size: int) -> list[Any]:
+    """Three random pictures of several shapes, clips of `size` frames, or sounds of `size` samples."""
     rng = np.random.default_rng(0)
-    if modality == "image":
-        return [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in ((64, 64), (48, 80), (90, 60))]
-    return [rng.normal(0, 0.1, num_samples).astype(np.float32) for _ in range(3)]
+    if modality == "audio":
+        return [rng.normal(0, 0.1, size).astype(np.float32) for _ in range(3)]
+    frames = (size,) if modality == "video" else ()
+    return [rng.integers(0, 256, (*frames, *shape, 3), dtype=np.uint8) for shape in ((64, 64), (48, 80), (90, 60))]
 
 
 def _window_of(prepare: Callable[[np.ndarray], Mapping[str, torch.Tensor]], rate: int) -> int:

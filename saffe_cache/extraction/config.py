@@ -31,8 +31,8 @@ class ExtractConfig:
     cache: str
     """The cache to write: a folder name such as data.zarr, or a URL that fsspec opens."""
     encoder: Mapping[str, str]
-    """Frozen encoder of a modality, as image=ID, text=ID or audio=ID, where ID is a hub id or a local folder. Repeat
-    the option for several."""
+    """Frozen encoder of a modality, as image=ID, text=ID, audio=ID or video=ID, where ID is a hub id or a local folder.
+    Repeat the option for several."""
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Hidden states to keep, as image=11,12; hidden_states[i] is the input of layer i. Default: the last two."""
     tokens: Mapping[str, str] = field(default_factory=dict)
@@ -48,6 +48,9 @@ class ExtractConfig:
     audio_seconds: float = 30.0
     """Longest window of a sound in seconds, for encoders that take sounds of any length (wav2vec 2.0, HuBERT). A longer
     sound is encoded window by window. Encoders with a window of their own (Whisper, AST, CLAP) use that."""
+    video_frames: int | None = None
+    """Frames of a video that are encoded, evenly spaced. Default: as many as the encoder was made for. Encoders with
+    learned positions take no other number."""
     prompt: str | None = None
     """Inserted around every text, for models that need a prompt, such as 'query: {}'; '{}' for none. Default: the
     default prompt of the text encoder's repository, if it has one."""
@@ -66,8 +69,8 @@ class ExtractConfig:
     max_items: Mapping[str, int] = field(default_factory=dict)
     """Maximum number of items of a split, as train=5000: a fixed random choice by item id."""
     column: Mapping[str, str] = field(default_factory=dict)
-    """Columns of a dataset or fields of metadata.jsonl, as image=NAME, audio=NAME, caption=NAME, label=NAME, id=NAME,
-    split=NAME. Default: found by type and usual names."""
+    """Columns of a dataset or fields of metadata.jsonl, as image=NAME, audio=NAME, video=NAME, caption=NAME,
+    label=NAME, id=NAME, split=NAME. Default: found by type and usual names."""
     streaming: bool = False
     """Read Parquet files and datasets of the hub in order, without a copy on this machine's disk: once for the table,
     and once for each encoder of photos or sounds."""
@@ -131,7 +134,7 @@ class ExtractConfig:
         require(not named or self.prompt is None, "prompt_name", self.prompt_name, "no --prompt besides it")
         for prompt in (*([] if self.prompt is None else [self.prompt]), *self.class_prompt):
             require(prompt.count("{}") == 1, "prompt or --class-prompt", repr(prompt), "exactly one {} for the text")
-        for option in ("image_size", "max_length", "batch_size", "batch_tokens", "workers"):
+        for option in ("image_size", "max_length", "video_frames", "batch_size", "batch_tokens", "workers"):
             value = getattr(self, option)
             require(value is None or value > 0, option, value, "a number above 0")
         require(

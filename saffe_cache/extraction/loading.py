@@ -149,7 +149,8 @@ class _Decoder:
             return "not among --data"
         data = self._media[self._hashes[row]].read()  # it was read for its hash before, so a failure ends the run
         try:
-            take(decode(encoder.request.modality, data, encoder.sampling_rate, encoder.request.grey_bits))
+            request = encoder.request
+            take(decode(request.modality, data, encoder.sampling_rate, request.grey_bits, encoder.num_frames))
         except (ImportError, MemoryError):
             raise  # the machine's fault
         except Exception as error:  # decoders and processors raise many kinds for inputs that they do not expect

@@ -233,6 +233,7 @@ def encoder_request(config: ExtractConfig, modality: Modality) -> EncoderRequest
         pooled=config.pooled,
         tokens=config.tokens.get(modality, "all"),
         audio_seconds=config.audio_seconds,
+        video_frames=config.video_frames if modality == "video" else None,
         device=device,
         device_map=config.device_map,
         max_memory=config.max_memory,
@@ -441,10 +442,11 @@ def _state_specs(job: Job) -> dict[str, ArraySpec]:
 
 
 def blank_input(encoder: FrozenEncoder) -> Any:
-    """A blank picture or window of a sound, to determine the number of tokens."""
+    """A blank picture, clip or window of a sound, to determine the number of tokens."""
     if encoder.windows:
         return np.zeros(encoder.windows.size, np.float32)
-    return np.zeros((64, 64, 3), np.uint8)
+    frames = (encoder.num_frames,) if encoder.num_frames else ()
+    return np.zeros((*frames, 64, 64, 3), np.uint8)
 
 
 def _first_input(job: Job) -> int:

@@ -73,7 +73,9 @@ class MtebModel:
             media = [{"array": _mono(one["array"]), "sampling_rate": one["sampling_rate"]} for one in media]
         if texts is not None:
             return self.run.embed_pairs(list(media), list(texts))
-        return self.run.embed_images(list(media)) if self.run.modality == "image" else self.run.embed_audio(list(media))
+        run = self.run
+        embed = {"image": run.embed_images, "audio": run.embed_audio}.get(run.modality, run.embed_videos)
+        return embed(list(media))
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """Cosines of all pairs [n, m]."""

@@ -60,12 +60,16 @@ def model_card(fam: TrainedFusion, described: Mapping[str, Any], options: Mappin
     return "\n\n".join(parts) + "\n"
 
 
-_THINGS = {"image": "photos", "audio": "sounds"}
+_THINGS = {"image": "photos", "audio": "sounds", "video": "videos"}
+_CALLS = {
+    "image": ("embed_images", '["a.jpg", "b.jpg"]'),
+    "audio": ("embed_audio", '["a.wav", "b.wav"]'),
+    "video": ("embed_videos", '["a.mp4", "b.mp4"]'),
+}
 
 
 def _use(fam: TrainedFusion, name: str) -> str:
-    files = '["a.jpg", "b.jpg"]' if fam.modality == "image" else '["a.wav", "b.wav"]'
-    embed = "embed_images" if fam.modality == "image" else "embed_audio"
+    embed, files = _CALLS[fam.modality]
     vectors = f"fam.{embed}({files})"
     if fam.why_not_alone:
         vectors = f'fam.embed_pairs({files}, ["a note on the first", "a note on the second"])'

@@ -62,6 +62,8 @@ class SearchConfig:
     """A photo to search with; with a text, both are fused into one query."""
     audio: str | None = None
     """A sound to search with, in an index of sounds."""
+    video: str | None = None
+    """A video to search with, in an index of videos."""
     k: int = 10
     """Most results."""
     json: bool = False
@@ -76,8 +78,9 @@ class SearchConfig:
     def __post_init__(self) -> None:
         require(self.k > 0, "k", self.k, "a number above 0")
         require_keys("encoder", self.encoder, MODALITIES)
-        require(self.image is None or self.audio is None, "audio", "besides --image", "one of them")
-        if self.text is None and self.image is None and self.audio is None:
+        given = [one for one in (self.image, self.audio, self.video) if one is not None]
+        require(len(given) < 2, "image", "besides --audio or --video", "one of them")
+        if self.text is None and not given:
             raise ValueError("found nothing to search for, expected a text, --image or both.")
 
 

@@ -90,6 +90,7 @@ class TrainedFusion:
     ) -> None:
         """As `load_run`, for a local folder."""
         self.folder, self.device, self.storage = folder, choose_device(device), storage
+        self._is_auto = device == "auto"
         self._kept, self._past = kept_encoders(folder)
         spec, model, result = open_run(folder, self._kept)
         self.spec: RunSpec = spec
@@ -102,7 +103,7 @@ class TrainedFusion:
 
     @property
     def modality(self) -> Modality:
-        """What is searched: image or audio."""
+        """What is searched: image, audio or video."""
         return self.gallery_manifest.modality
 
     @property
@@ -158,6 +159,10 @@ class TrainedFusion:
     def embed_audio(self, sounds: Sequence[Any], *, progress: bool = False) -> np.ndarray:
         """As `embed_images`, of sounds: paths, bytes, or dicts of array and sampling_rate."""
         return self._embed_inputs("embed_audio", "audio", sounds, None, progress)
+
+    def embed_videos(self, videos: Sequence[Any], *, progress: bool = False) -> np.ndarray:
+        """As `embed_images`, of videos: paths or bytes of films, or of animated pictures."""
+        return self._embed_inputs("embed_videos", "video", videos, None, progress)
 
     def embed_pairs(self, inputs: Sequence[Any], texts: Sequence[str], *, progress: bool = False) -> np.ndarray:
         """Unit vectors of photos or sounds, each fused with a text: float32 [n, d].
@@ -512,7 +517,10 @@ class TrainedFusion:
                 f"--run {self.folder}: its cache does not say where {key} is from. Add something to the cache with "
                 "saffe extract, which records it, and train again."
             )
-        return replace(config_from_json(recorded), device=self.device)
+        config = config_from_json(recorded)
+        if self._is_auto and config.device_map:
+            return config
+        return replace(config, device=self.device, device_map=None, max_memory={})
 
 
 def load_run(

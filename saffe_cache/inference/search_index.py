@@ -269,19 +269,22 @@ class SearchIndex:
             )
         return found
 
-    def search(self, text: str | None = None, image: Any = None, k: int = 10, *, audio: Any = None) -> list[Hit]:
+    def search(
+        self, text: str | None = None, image: Any = None, k: int = 10, *, audio: Any = None, video: Any = None
+    ) -> list[Hit]:
         """The k best items, or all if there are fewer, best first.
 
         Args:
             text: alone, it is encoded as a query; with a photo or sound, both are fused.
             image: a path, a PIL picture, uint8 [height, width, 3] or a file's bytes.
             audio: a path or a file's bytes, in an index of sounds.
+            video: the same, in an index of videos.
 
         Raises:
             ValueError: nothing is given, the photo cannot be read or is of the wrong kind, the fusion takes no text
                 with a photo, or the run is not found.
         """
-        return self.hits(self._query(text, image, audio), k)
+        return self.hits(self._query(text, {"image": image, "audio": audio, "video": video}), k)
 
     def like(self, id: str, k: int = 10) -> list[Hit]:
         """The items whose vectors are nearest to that of an item, itself included; ValueError if there is none."""
@@ -336,27 +339,29 @@ class SearchIndex:
                 ]
                 writer.write_table(pa.table(columns, schema=schema))
 
-    def _query(self, text: str | None, image: Any, audio: Any) -> np.ndarray:
-        media, modality = (image, "image") if image is not None else (audio, "audio")
-        if (text is None and media is None) or (image is not None and audio is not None):
+    def _query(self, text: str | None, media: Mapping[Modality, Any]) -> np.ndarray:
+        given = [(modality, one) for modality, one in media.items() if one is not None]
+        if (text is None and not given) or len(given) > 1:
             raise ValueError(
-                f"{self.folder}: expected a text, a photo or sound, or a text with one of them to search by."
+                f"{self.folder}: expected a text, a photo, sound or video, or a text with one of them to search by."
             )
         if text is not None and not text.strip():
             raise ValueError(f"{self.folder}: the text to search by is empty. Give one.")
-        if media is not None and modality != self.manifest.modality:
+        if not given:
+            return self.fusion.embed_texts([str(text)])
+        ((modality, one),) = given
+        if modality != self.manifest.modality:
             raise ValueError(
                 f"{self.folder}: an index of {self.manifest.modality} items, found --{modality}. Give one of those."
             )
-        if media is None:
-            return self.fusion.embed_texts([str(text)])
         if text is not None:
             if self.fusion.why_not_paired:
                 raise ValueError(
                     f"{self.folder}: not by both at once: {self.fusion.why_not_paired}. Search by one of them."
                 )
-            return self.fusion.embed_pairs([media], [text])
-        return (self.fusion.embed_images if modality == "image" else self.fusion.embed_audio)([media])
+            return self.fusion.embed_pairs([one], [text])
+        names = {"image": "embed_images", "audio": "embed_audio", "video": "embed_videos"}
+        return np.asarray(getattr(self.fusion, names[modality])([one]))
 
     def hits(self, query: np.ndarray, k: int, *, ridge: bool = False) -> list[Hit]:
         """The k best items for the vector of a query, [1, width]; of the ridge regression's vectors if `ridge`.
@@ -403,7 +408,7 @@ def search(config: SearchConfig) -> FoundHits:
         ValueError: there is no index, its run is not found or takes no such query, or the photo cannot be read.
     """
     index = SearchIndex.open(config.index, config.run, encoder=config.encoder, device=config.device)
-    hits = index.search(config.text, config.image, config.k, audio=config.audio)
+    hits = index.search(config.text, config.image, config.k, audio=config.audio, video=config.video)
     return FoundHits(index, hits, config.json)
 
 

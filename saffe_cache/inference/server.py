@@ -178,7 +178,7 @@ class SearchPage:
             raise HTTPException(404, f"The photo cannot be read: {error}") from None
 
     def _make_thumbnail(self, side: int, name: str) -> bytes:
-        return thumbnail(self._served.photo(name), side)
+        return thumbnail(self._served.photo(name), side, self._served.about["modality"])
 
     def _known(self, options: Query) -> str:
         name = options.text("id")

@@ -74,7 +74,7 @@ class ServedIndex:
     @property
     def about(self) -> dict[str, Any]:
         manifest, fusion = self._index.manifest, self._index.fusion
-        noun = "photos" if manifest.modality == "image" else "sounds"
+        noun = {"image": "photos", "audio": "sounds"}.get(manifest.modality, "videos")
         return {
             "name": Path(manifest.data).name or manifest.data,
             "about": f"{len(self._index):,} {noun}, searched by a {fusion.spec.shape.fusion} fusion of frozen encoders",

@@ -75,9 +75,10 @@ def pair_kind(table: ItemTable) -> PairKind:
 
 
 def gallery_modality(cache: Cache) -> Modality:
-    """ "image", or "audio" in a cache of sounds alone."""
+    """ "image", or "audio" or "video" in a cache of sounds or videos without photos."""
     kinds = {encoder.manifest.modality for encoder in cache.encoders.values()}
-    return "audio" if "audio" in kinds and "image" not in kinds else "image"
+    order: tuple[Modality, ...] = ("image", "audio", "video")
+    return next((modality for modality in order if modality in kinds), "image")
 
 
 def in_one_space(gallery: EncoderCache, text: EncoderCache) -> bool:

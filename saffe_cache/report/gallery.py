@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from saffe_cache.core.features import CacheError
+from saffe_cache.core.features import MODALITIES, CacheError, Modality
 from saffe_cache.core.outputs import CONFIG, read_json
 from saffe_cache.core.results import Result
 from saffe_cache.evaluation.details import NAME, Details, label, read_details
@@ -88,8 +88,13 @@ class Gallery:
         return label(next(iter(self.details.systems)), "the FAM")
 
     @property
+    def modality(self) -> Modality:
+        """What is searched, with which the key of its encoder begins."""
+        return next(one for one in MODALITIES if self.encoder.startswith(f"{one}-"))
+
+    @property
     def is_sound(self) -> bool:
-        return self.encoder.startswith("audio-")
+        return self.modality == "audio"
 
     @cached_property
     def cards(self) -> list[Card]:
@@ -206,7 +211,7 @@ def find_photos(galleries: Sequence[Gallery], data: Sequence[str]) -> Album:
                 whole = media[content].read()
                 if hashlib.sha256(whole).digest() != content:
                     raise ValueError("its file is changing")
-                found[content] = thumbnail(whole, SIDE)
+                found[content] = thumbnail(whole, SIDE, gallery.modality)
             except (OSError, ValueError) as error:
                 album.reasons[content] = str(error)
     size = 0
@@ -246,8 +251,8 @@ def _find(
             continue
         for item in items:
             problems[item.id] = "its file has changed since it was extracted"
-            if "image" in item.hashes:
-                found[item.hashes["image"]] = item.media["image"]
+            if gallery.modality in item.hashes:
+                found[item.hashes[gallery.modality]] = item.media[gallery.modality]
             else:
                 problems[item.id] = item.problem or "it has no photo now"
     return found, problems, "" if problems else " ".join(failures)

@@ -1,4 +1,4 @@
-"""Decode files into pictures and sounds, and tell one from the other. The only importer of PIL and soundfile."""
+"""Decode files into pictures, sounds and clips, and tell one from the other. The only importer of soundfile."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from saffe_cache.core.features import Modality
+from saffe_cache.sources.clips import SIGNATURES, decode_clip
 
 _FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Supported formats of pictures. PIL knows forty more, among them EPS, for which it runs Ghostscript on the file."""
@@ -24,6 +25,7 @@ _SIGNATURES: tuple[tuple[Modality, bytes], ...] = (
     ("image", rb"RIFF.{4}WEBP|.{4}ftyp(?:avi[fs]|" + b"|".join(_HEIC) + rb")"),
     ("audio", rb"RIFF.{4}WAVE|RF64|fLaC|OggS|ID3|\xff[\xfb\xfa\xf3\xf2]|FORM.{4}AIF[FC]|caff\0|riff\x2e\x91|\.snd"),
     ("audio", rb".{4}ftypM4[AB]"),
+    *(("video", begin) for begin in SIGNATURES.values()),
 )
 """How files of each kind begin. TIFF is not among them: raw photos of cameras begin in the same way."""
 _CANCELLED = 0.01
@@ -34,8 +36,14 @@ LOW_GREY = 4095
 """Largest value of 16-bit grey that looks as if only 8 to 12 of the bits were used."""
 
 
-def decode(modality: Modality, data: bytes, sampling_rate: int | None = None, grey_bits: int | None = None) -> Any:
-    """Decode an upright RGB picture, or a mono float32 waveform at the sampling rate (Hz).
+def decode(
+    modality: Modality,
+    data: bytes,
+    sampling_rate: int | None = None,
+    grey_bits: int | None = None,
+    num_frames: int | None = None,
+) -> Any:
+    """Decode an upright RGB picture, a mono float32 waveform at the sampling rate (Hz), or so many frames of a clip.
 
     Transparency is dropped, as in transformers. 16-bit grey is scaled to 8 bits; a picture whose values are all low,
     and whose file does not say how many bits it uses, has `low_grey` in its `info`. Channels are averaged; if they
@@ -47,11 +55,13 @@ def decode(modality: Modality, data: bytes, sampling_rate: int | None = None, gr
     Raises:
         OSError, ValueError: the bytes are no readable picture or sound.
     """
+    if modality == "video":
+        return decode_clip(data, num_frames or 1)
     return _decode_image(data, grey_bits) if modality == "image" else _decode_audio(data, sampling_rate or 16_000)
 
 
 def modality_of_content(data: bytes) -> Modality | None:
-    """Whether a file is a picture or a sound, by its first 16 bytes; None if they do not say."""
+    """Whether a file is a picture, a sound or a film, by its first 16 bytes; None if they do not say."""
     for modality, signature in _SIGNATURES:
         if re.match(signature, data[:16], re.DOTALL):
             return modality
@@ -127,13 +137,15 @@ def count_samples(data: bytes, sampling_rate: int | None = None) -> int:
     return (2 * frames * rate + stored_rate) // (2 * stored_rate)  # rounded, as soxr does
 
 
-def thumbnail(data: bytes, side: int) -> bytes:
-    """A JPEG of a picture, decoded as for encoders, whose longer side has at most `side` pixels.
+def thumbnail(data: bytes, side: int, modality: Modality = "image") -> bytes:
+    """A JPEG of a picture, or of the middle frame of a video, whose longer side has at most `side` pixels.
 
     Raises:
-        OSError, ValueError: the bytes are no readable picture.
+        OSError, ValueError: the bytes are no readable picture or video.
     """
-    picture = _decode_image(data)
+    from PIL import Image
+
+    picture = Image.fromarray(decode_clip(data, 3)[1]) if modality == "video" else _decode_image(data)
     picture.thumbnail((side, side))
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=72, optimize=True)

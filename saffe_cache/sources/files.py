@@ -34,6 +34,7 @@ IMAGE_SUFFIXES = frozenset(
 AUDIO_SUFFIXES = frozenset(
     {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".caf", ".w64", ".rf64", ".au", ".m4a"}
 )
+VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".3gp", ".webm", ".mkv", ".avi", ".mpg", ".mpeg"})
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".json")
 _METADATA = frozenset(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
 SIDECARS = frozenset({".txt", ".caption", ".json", ".cls"})
@@ -69,6 +70,8 @@ def modality_of(name: str, folder: Path | None = None) -> Modality | None:
         return "image"
     if suffix in AUDIO_SUFFIXES:
         return "audio"
+    if suffix in VIDEO_SUFFIXES:
+        return "video"
     if folder is None or suffix in SIDECARS:
         return None
     try:

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 FILE_FIELDS = (
     *("file_name", "filename", "file", "filepath", "file_path", "path", "image", "image_path", "image_name"),
-    *("img", "img_path", "audio", "audio_path"),
+    *("img", "img_path", "audio", "audio_path", "video", "video_path"),
 )
 """Usual names of a column with a file's name."""
 
@@ -242,7 +242,7 @@ def _read_table(
 ) -> _Table:
     folder = name[: name.rfind("/") + 1]
     rows, names = [], Names()
-    for where, entry in table_rows(root / name, columns.image or columns.audio or "file_name"):
+    for where, entry in table_rows(root / name, columns.image or columns.audio or columns.video or "file_name"):
         listed, files, problems = [], [], []
         for one in _files_of(where, entry, columns, None if is_data else root / folder):
             found, problem = (one, "") if folder + one in known else names.resolve(root / folder, one)
@@ -278,7 +278,7 @@ def _files_of(where: str, entry: Mapping[str, Any], columns: Columns, folder: Pa
     """
     usual = [name for name in entry if name.endswith("_file_name")] if "file_name" not in entry else []
     usual = usual or [name for name in FILE_FIELDS if name in entry][:1]
-    fields = [name for name in (columns.image, columns.audio) if name] or usual or ["file_name"]
+    fields = [name for name in (columns.image, columns.audio, columns.video) if name] or usual or ["file_name"]
     try:
         names = {column: str(entry[column] or "") for column in fields}
         _ = entry[columns.id] if columns.id else None

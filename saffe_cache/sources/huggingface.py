@@ -268,7 +268,7 @@ def _is_media(kind: Any) -> bool:
 def _is_typed(kind: Any) -> bool:
     import datasets
 
-    return isinstance(kind, (datasets.Image, datasets.Audio))
+    return isinstance(kind, (datasets.Image, datasets.Audio, datasets.Video))
 
 
 def _media_columns(features: Any, split: str, columns: Columns) -> dict[Modality, tuple[str, Any]]:
@@ -280,7 +280,11 @@ def _media_columns(features: Any, split: str, columns: Columns) -> dict[Modality
     import datasets
 
     media: dict[Modality, tuple[str, Any]] = {}
-    typed: Mapping[Literal["image", "audio"], Any] = {"image": datasets.Image, "audio": datasets.Audio}
+    typed: Mapping[Literal["image", "audio", "video"], Any] = {
+        "image": datasets.Image,
+        "audio": datasets.Audio,
+        "video": datasets.Video,
+    }
     of_files = {name: None for name, kind in features.items() if _is_media(kind) and not _is_typed(kind)}
     for modality, feature in typed.items():
         chosen = columns.find(modality, features) if getattr(columns, modality) else ()
@@ -295,7 +299,7 @@ def _media_columns(features: Any, split: str, columns: Columns) -> dict[Modality
         media[modality] = (name, feature)
     if not media:
         raise ValueError(
-            f"split {split}: no image or audio column found; the columns are {', '.join(features)}. "
+            f"split {split}: no image, audio or video column found; the columns are {', '.join(features)}. "
             "Choose them with --column ROLE=NAME."
         )
     return media

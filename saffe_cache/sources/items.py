@@ -13,10 +13,11 @@ from typing import Any, Literal, Protocol
 from saffe_cache.core.features import Item, Modality
 from saffe_cache.sources.decoding import modality_of_content
 
-Role = Literal["image", "audio", "caption", "label", "id", "split"]
+Role = Literal["image", "audio", "video", "caption", "label", "id", "split"]
 _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     "image": ("image", "jpg", "jpeg", "png", "webp"),
     "audio": ("audio", "wav", "flac", "mp3", "ogg"),
+    "video": ("video", "mp4", "webm", "mov", "mkv", "avi"),
     "caption": ("txt", "captions", "caption", "text", "sentences", "sentence", "raw", "prompt"),
     "label": ("labels", "label", "fine_label", "category", "class", "cls"),
     "split": ("split",),
@@ -76,6 +77,7 @@ class Columns:
 
     image: str | None = None
     audio: str | None = None
+    video: str | None = None
     caption: str | None = None
     label: str | None = None
     id: str | None = None
@@ -171,7 +173,8 @@ class Format:
 
 
 def hashed(item: SourceItem) -> SourceItem:
-    """The item with the hashes of its media, which are read once. Their content decides whether they are sounds."""
+    """The item with the hashes of its media, which are read once. Their content decides what they are; a picture in a
+    column of videos stays there, as an animated one."""
     if item.hashes:
         return item
     problem, hashes, found = item.problem, {}, dict[Modality, Media]()
@@ -185,7 +188,8 @@ def hashed(item: SourceItem) -> SourceItem:
             found[modality] = media
             continue
         other = modality_of_content(data)
-        kind = other if other and other not in item.media else modality
+        is_animation = modality == "video" and other == "image"
+        kind = other if other and other not in item.media and not is_animation else modality
         found[kind], hashes[kind] = media, hashlib.sha256(data).digest()
         if not data:
             problem = problem or f"unreadable {modality}: the file is empty"

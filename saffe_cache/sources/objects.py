@@ -109,7 +109,7 @@ def _entry(rows: Any, row: int) -> Mapping[str, Any]:
 
 def _media(entry: Mapping[str, Any], columns: Columns, where: str) -> dict[Modality, str]:
     found: dict[Modality, str] = {}
-    for modality in ("image", "audio"):
+    for modality in ("image", "audio", "video"):
         for column in columns.find(modality, entry):
             found[modality] = column
     paths = [name for name in FILE_FIELDS if name in entry]

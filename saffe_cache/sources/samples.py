@@ -97,15 +97,16 @@ def sample_items(
 
 def _media_fields(sample: Sample, columns: Columns) -> Iterator[tuple[Modality, str]]:
     """The files that are photos or sounds, the ones to take first."""
-    modalities: tuple[Literal["image", "audio"], ...] = ("image", "audio")
-    if len(sample.kinds) == 1 and columns.image is columns.audio is None:
+    modalities: tuple[Literal["image", "audio", "video"], ...] = ("image", "audio", "video")
+    if len(sample.kinds) == 1 and columns.image is columns.audio is columns.video is None:
         yield from ((kind, field) for field, kind in sample.kinds.items())
         return
+    chosen = {one for other in modalities if getattr(columns, other) for one in columns.find(other, sample.files)}
     for modality in modalities:
-        kinds = [field for field, kind in sample.kinds.items() if kind == modality]
+        kinds = [field for field, kind in sample.kinds.items() if kind == modality and field not in chosen]
         first = columns.find(modality, sample.files)
         if getattr(columns, modality) is None:
-            first = (*first, *sorted(kinds, key=lambda field: field.count(".")))
+            first = (*(one for one in first if one not in chosen), *sorted(kinds, key=lambda field: field.count(".")))
         yield from ((modality, field) for field in dict.fromkeys(first))
 
 

@@ -147,7 +147,7 @@ class TableBuilder:
 
 
 ENCODING_TYPE = "saffe-items"
-_FILE_KINDS: tuple[Modality, ...] = ("image", "audio")
+_FILE_KINDS: tuple[Modality, ...] = ("image", "audio", "video")
 _TEXT_COLUMNS = ("ids", "splits", "problems", "class_names")
 _RAGGED_COLUMNS = ("captions", "labels", "class_texts")
 
@@ -174,7 +174,8 @@ def table_to_arrays(table: ItemTable) -> dict[str, np.ndarray]:
         ragged: Ragged = getattr(table, column)
         arrays[f"{column}/offsets"], arrays[f"{column}/values"] = ragged.offsets, ragged.values
     for modality, rows in table.rows.items():
-        arrays[f"rows/{modality}"] = rows
+        if modality != "video" or modality in table.inputs:  # releases before videos do not know the column
+            arrays[f"rows/{modality}"] = rows
     for modality, inputs in table.inputs.items():
         arrays[f"inputs/{modality}/content_hash"] = inputs.content_hash
         if inputs.texts is not None:
@@ -188,7 +189,8 @@ def table_from_arrays(arrays: Mapping[str, np.ndarray], where: str) -> ItemTable
         columns: dict[str, Any] = {column: _unpack_texts(arrays, column) for column in _TEXT_COLUMNS}
         for column in _RAGGED_COLUMNS:
             columns[column] = _ragged(arrays, column)
-        rows = {name: arrays[f"rows/{name}"] for name in _FILE_KINDS}
+        without = {"rows/video": np.full(len(columns["ids"]), -1, np.int64)}
+        rows = {name: (without | dict(arrays))[f"rows/{name}"] for name in _FILE_KINDS}
         inputs: dict[Modality, Inputs] = {}
         for modality in MODALITIES:
             if f"inputs/{modality}/content_hash" in arrays:

@@ -18,6 +18,7 @@ from saffe_cache.training.config import TrainConfig
 
 _OF_MODALITY: Mapping[str, tuple[str, ...]] = {
     "image": ("image_size",),
+    "video": ("video_frames",),
     "text": ("max_length", "prompt", "prompt_name", "position_offset"),
 }
 """Options of an extraction that belong to one encoder; for another encoder of the modality they have their default."""
