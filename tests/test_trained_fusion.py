@@ -331,3 +331,25 @@ def test_an_own_module_is_passed_again(world: World, tmp_path: Path, tiny_model:
     np.testing.assert_allclose(found, setting.gallery(model, setting.honest()), atol=1e-5)
     with pytest.raises(CacheError, match="own is not the encoder of the run"):
         load_run(run, encoder={"image": encoder(1)}, device="cpu").embed_images([world.photos / "test" / "0.png"])
+
+
+@pytest.mark.slow
+def test_onnx_file_maps_cached_states_to_the_same_vectors(world: World, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    run = trained(world, tmp_path / "run", "linear")
+    ids, gallery, _ = evaluated(world, run)
+    fam = load_run(run, device="cpu")
+    session = onnxruntime.InferenceSession(str(fam.to_onnx(tmp_path / "fam.onnx")))
+    cache = open_cache(world.cache)
+    rows = cache.table.rows["image"][[cache.table.ids.index(name) for name in ids]]
+    tokens = cache.encoders[fam.spec.gallery_key].tokens(rows, fam.spec.gallery_layers)
+    names = [f"hidden_states_{layer}" for layer in fam.spec.gallery_layers]
+    states = {name: np.asarray(one, np.float32) for name, one in zip(names, tokens.states, strict=True)}
+    np.testing.assert_allclose(session.run(["vectors"], states)[0], gallery, atol=1e-4)
+
+
+def test_onnx_of_a_run_on_pairs_alone_is_refused(world: World, tmp_path: Path) -> None:
+    fam = load_run(trained(world, tmp_path / "run", "concat", gallery_text="first_caption"), device="cpu")
+    with pytest.raises(ValueError, match="to_onnx: the run was trained on pairs alone"):
+        fam.to_onnx(tmp_path / "fam.onnx")
