@@ -178,6 +178,7 @@ def test_queries_that_know_their_answers(captions: Trained, monkeypatch: pytest.
     assert "queries_constant" in failed(captions.controls(CaptionProtocol(captions.setting)))
 
 
+@pytest.mark.slow
 def test_texts_beside_photos_that_photos_alone_find(metadata: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gallery that follows the photo and knows its answers: shuffled texts do not set it back."""
     protocol = MetadataProtocol(metadata.setting)
@@ -194,6 +195,7 @@ def test_texts_beside_photos_that_photos_alone_find(metadata: Trained, monkeypat
     assert controls["texts_shuffled"].expected == "no more than image_only_ridge"
 
 
+@pytest.mark.slow
 def test_texts_beside_photos_that_hold_the_answers(metadata: Trained) -> None:
     """Beside each photo lies a text that it is searched with: found as well with one photo everywhere, as is told."""
     protocol = MetadataProtocol(metadata.setting)
@@ -222,6 +224,7 @@ def test_score_at_the_limit_passes_and_above_it_fails(classes: Trained, monkeypa
         _ = Score(1.0, 0.5).error
 
 
+@pytest.mark.slow
 def test_sensitivity_is_the_mean_distance_of_fused_vectors(metadata: Trained) -> None:
     setting, model = metadata.setting, metadata.model
     moves = sensitivity(setting, model)

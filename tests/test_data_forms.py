@@ -171,7 +171,9 @@ def test_waveforms_in_memory_are_sounds() -> None:
     np.testing.assert_allclose(decode("audio", item.media["audio"].read(), 16_000), wave, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["DatasetDict", "frames", "lists of pairs"])
+@pytest.mark.parametrize(
+    "form", ["frames", *(pytest.param(name, marks=pytest.mark.slow) for name in ("DatasetDict", "lists of pairs"))]
+)
 def test_objects_are_extracted_as_files_are(form: str, tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
     items = drawn(("train",), ("caption",))
     encoder = {"image": str(tiny_model("dinov2")), "text": str(tiny_model("bert"))}

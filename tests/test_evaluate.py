@@ -78,7 +78,7 @@ def test_recall_equals_a_count_by_hand(captioned: Reported) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["captioned", "classified", "beside"])
+@pytest.mark.parametrize("kind", ["captioned", "classified", pytest.param("beside", marks=pytest.mark.slow)])
 def test_report_holds_what_the_readme_says(kind: str, request: pytest.FixtureRequest) -> None:
     report = request.getfixturevalue(kind).report
     assert set(report) == KEYS | {"out", "text", "status"}
@@ -108,7 +108,7 @@ def test_report_holds_what_the_readme_says(kind: str, request: pytest.FixtureReq
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["captioned", "classified", "beside"])
+@pytest.mark.parametrize("kind", ["captioned", "classified", pytest.param("beside", marks=pytest.mark.slow)])
 def test_result_reads_back_as_it_was_written(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     out = Path(request.getfixturevalue(kind).report["out"])
     result = EvaluationResult.load(out)
@@ -202,7 +202,7 @@ def test_text_says_what_is_in_the_report(captioned: Reported) -> None:
     assert max(map(len, text.splitlines())) <= 100
 
 
-@pytest.mark.parametrize("kind", ["captioned", "classified", "beside"])
+@pytest.mark.parametrize("kind", ["captioned", "classified", pytest.param("beside", marks=pytest.mark.slow)])
 def test_differences_are_those_to_the_best_baseline(kind: str, request: pytest.FixtureRequest) -> None:
     report = request.getfixturevalue(kind).report
     systems, main = report["systems"], "mrr" if kind == "captioned" else "map"

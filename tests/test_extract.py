@@ -374,7 +374,13 @@ def test_non_finite_states_make_the_input_invalid(config: ExtractConfig, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("storage", "error"), [("float16", 2**-11), ("bfloat16", 2**-8), ("int8", 1 / 254), ("float8", 2**-4)]
+    ("storage", "error"),
+    [
+        pytest.param("float16", 2**-11, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 2**-8, marks=pytest.mark.slow),
+        ("int8", 1 / 254),
+        ("float8", 2**-4),
+    ],
 )
 def test_every_storage_type_holds_the_hidden_states(config: ExtractConfig, storage: str, error: float) -> None:
     """Photos and texts, against float32; errors are relative to the token's largest number."""

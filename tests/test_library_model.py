@@ -91,7 +91,9 @@ def inserted(of_library: Any, token_ids: torch.Tensor, photos: torch.Tensor, lay
     return scores[:, first:]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("layer", range(NUM_LAYERS))
+@pytest.mark.parametrize(
+    "layer", [0, *(pytest.param(layer, marks=pytest.mark.slow) for layer in range(1, NUM_LAYERS - 1)), NUM_LAYERS - 1]
+)
 @torch.no_grad()
 def test_scores_equal_the_librarys(layer: int, cache: str, of_library: Any) -> None:
     source = source_of(cache, layer)

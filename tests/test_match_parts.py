@@ -238,7 +238,7 @@ def test_controls_that_find_something_fail() -> None:
     assert all(one.passed for one in many)
 
 
-@pytest.mark.parametrize("num_classes", [2, 3, 10])
+@pytest.mark.parametrize("num_classes", [3, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 10))])
 def test_shuffled_photos_of_classes_stay_within_error(num_classes: int) -> None:
     """Also where what is right for a photo's own text is wrong for the other."""
     drawn = draw_judged(even_classes(300, num_classes), 1, 0)

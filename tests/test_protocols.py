@@ -126,7 +126,9 @@ def assert_chance(scores: list[Scores]) -> None:
             assert abs(value - chance) < 4.5 * error + 1e-9, name
 
 
-@pytest.mark.parametrize("collapsed", ["photos", "texts", "both"])
+@pytest.mark.parametrize(
+    "collapsed", ["both", *(pytest.param(name, marks=pytest.mark.slow) for name in ("photos", "texts"))]
+)
 def test_collapsed_vectors_score_chance(collapsed: str) -> None:
     """No metric rewards a model whose vectors are all equal, whatever the order of the data."""
     constant = unit_rows(np.ones((1, 12)))
@@ -297,7 +299,7 @@ def test_photos_that_share_no_class_are_refused() -> None:
             image_scores(vectors, Ragged.from_rows(labels))
 
 
-@pytest.mark.parametrize("collapsed", [False, True])
+@pytest.mark.parametrize("collapsed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_noise_scores_chance_in_texts_and_images(collapsed: bool) -> None:
     _, _, relevant = described(60, 40, 0, seed=3)
     _, _, labels = classed(120, 6, 0, seed=3, several=True)

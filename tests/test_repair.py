@@ -166,7 +166,7 @@ def test_damaged_index_needs_no_data_and_no_encoder(cache: Damaged, tmp_path: Pa
     cache.check_whole()
 
 
-@pytest.mark.parametrize("dies_at", [0, 3, 9])
+@pytest.mark.parametrize("dies_at", [3, *(pytest.param(number, marks=pytest.mark.slow) for number in (0, 9))])
 def test_killed_repair_is_finished_by_the_next_one(cache: Damaged, dies_at: int) -> None:
     cache.flip("*/hidden_states/*/c/1/0*")
     cache.flip("*/hidden_states/*/c/1/0/0")

@@ -214,7 +214,7 @@ def test_sounds_of_any_length_equal_the_model(seconds: float, config: ExtractCon
         assert_rounded(torch.from_numpy(encoder.vectors(np.array([row]))[0]), torch.cat(frames).mean(dim=0))
 
 
-@pytest.mark.parametrize("name", ["whisper", "hubert"])
+@pytest.mark.parametrize("name", ["whisper", pytest.param("hubert", marks=pytest.mark.slow)])
 def test_sound_is_the_same_alone_and_beside_longer_ones(
     name: str, config: ExtractConfig, tmp_path: Path, tiny_model: Models, hubert: Path
 ) -> None:
@@ -262,6 +262,7 @@ def test_texts_and_photos_have_no_windows_in_their_keys(tiny_model: Models) -> N
 # Interruptions, growth, broken files
 
 
+@pytest.mark.slow
 def test_resumed_extraction_equals_an_uninterrupted_one(config: ExtractConfig, tmp_path: Path) -> None:
     config = replace(config, data=str(write_sounds(tmp_path / "many", LENGTHS * 9)), shard_mb=0, batch_size=4)
     whole = replace(config, cache=str(tmp_path / "whole.zarr"))
@@ -348,7 +349,9 @@ def test_sound_that_is_shorter_than_its_header_says_is_invalid(
     ]
 
 
-@pytest.mark.parametrize("name", ["whisper", "ast", "hubert"])
+@pytest.mark.parametrize(
+    "name", ["hubert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("whisper", "ast"))]
+)
 def test_damaged_sounds_are_repaired(name: str, config: ExtractConfig, tiny_model: Models, hubert: Path) -> None:
     folder = hubert if name == "hubert" else tiny_model(name)
     extract(replace(config, encoder={**config.encoder, "audio": str(folder)}, storage="float8"))

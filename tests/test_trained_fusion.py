@@ -85,7 +85,9 @@ def rows_of_pixels(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB").resize((16, 16)), np.float32).reshape(16, 48) / 255)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize(
+    "fusion", [name if name in ("concat", "reuse") else pytest.param(name, marks=pytest.mark.slow) for name in FUSIONS]
+)
 def test_vectors_are_those_of_evaluation(fusion: str, world: World, tmp_path: Path) -> None:
     """Of photos with a paired text where one enters; from another folder, while the cache is not opened."""
     pairs = {"gallery_text": "first_caption"} if FUSIONS[fusion].fuses_text and fusion != "two_tower" else {}
@@ -189,7 +191,7 @@ def test_vectors_of_classes_are_those_of_evaluation(tmp_path: Path, tiny_model: 
     np.testing.assert_allclose(load_run(run, device="cpu").embed_classes(opened.table.class_names), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["whisper", "ast"])
+@pytest.mark.parametrize("name", ["whisper", pytest.param("ast", marks=pytest.mark.slow)])
 def test_sounds(name: str, tmp_path: Path, tiny_model: Models) -> None:
     soundfile = pytest.importorskip("soundfile")
     for number in range(16):
