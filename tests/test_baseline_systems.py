@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from extraction_cases import tiny_config
 from quick_runs import Report, quick_train, report_of
 from synthetic_cache import make_cache
 
@@ -18,6 +20,7 @@ from saffe_cache.evaluation.baselines import BASELINES, Material
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate
 from saffe_cache.evaluation.results import EvaluationResult
+from saffe_cache.extraction.extract import extract
 from saffe_cache.protocols.setting import FittedVectors
 from saffe_cache.report.report import ReportConfig, make_report
 from saffe_cache.retrieval.baselines import unit_rows
@@ -78,6 +81,20 @@ def test_layers_are_those_of_a_run_with_the_same_layers(tmp_path: Path) -> None:
     assert vars(found.main()) == report["systems"]["ridge"]["mrr"]
     assert found.run.gallery_layers == (3,)
     assert alone(cache, "ridge", tmp_path / "all").main() != found.main()
+
+
+@pytest.mark.slow
+def test_zero_shot_equals_that_beside_a_run(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    clip = str(tiny_model("clip-vision"))
+    config = tiny_config(tmp_path, tiny_model, train=40)
+    cache = extract(replace(config, encoder={"image": clip, "text": clip}, layers={"image": (1,), "text": (1,)}))
+    run = quick_train(cache, tmp_path / "run", fusion="linear", epochs=1, validation="heldout")
+    report = report_of(cache, run, baselines="linear", split="dev")
+    found = alone(cache, "zero_shot", tmp_path / "out", split="dev", validation="heldout")
+    assert {name: vars(number) for name, number in found.systems["zero_shot"].items()} == report["systems"]["zero_shot"]
+    assert set(found.controls) == {"photos_shuffled", "photos_constant", "queries_constant"}
+    with pytest.raises(ValueError, match="--system pooled_cosine: it does not apply: zero_shot is for both halves"):
+        alone(cache, "pooled_cosine", tmp_path / "other", split="dev", validation="heldout")
 
 
 def test_controls_of_a_baseline_find_a_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
