@@ -128,6 +128,7 @@ def test_split_that_tuned_or_trained_is_flagged(tmp_path: Path) -> None:
     assert (untrained.warnings, untrained.failures) == ((), ())
 
 
+@pytest.mark.slow
 def test_files_and_page_are_as_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_cache(tmp_path / "small.zarr", {"train": 120, "test": 60}, classes=6, signal=0.5)
@@ -207,6 +208,7 @@ def test_result_of_other_options_is_never_replaced(tmp_path: Path) -> None:
     assert again.systems == first.systems
 
 
+@pytest.mark.slow
 def test_runs_evaluations_lie_side_by_side_or_are_refused(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache.zarr", {"train": 60, "dev": 20, "test": 30})
     run, other = (quick_train(cache, tmp_path / name, fusion="linear", epochs=1, seed=seed, data_seed=0)

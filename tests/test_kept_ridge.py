@@ -41,6 +41,7 @@ def test_kept_ridge_is_the_closed_form(run: str, world: World) -> None:
     np.testing.assert_allclose(ridge.bias, targets.mean(axis=0) - weight @ features.mean(axis=0), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_kept_ridge_scores_as_in_the_evaluation(run: str, world: World) -> None:
     report = report_of(world.cache, run, split="test", baselines="linear", baseline_layers="run", protocol="caption")
     ridge = kept_ridge(Path(run))

@@ -9,7 +9,10 @@ import pytest
 from browser import Page, browsing, find_browser
 from served_index import HOSTILE, Client, FakeIndex, drawn, serving, usual_texts
 
-pytestmark = pytest.mark.skipif(find_browser() is None, reason="no chromium or chrome is installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_browser() is None, reason="no chromium or chrome is installed"),
+]
 
 HITS = "document.querySelectorAll('.hit').length"
 SHOWN = "[...document.querySelectorAll('.hits .id')].map(one => one.textContent)"

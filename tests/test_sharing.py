@@ -127,6 +127,7 @@ def test_folder_that_is_not_empty_is_kept(shared: Shared, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 def test_hub_round_trip(shared: Shared, tiny_model: Models, tmp_path: Path) -> None:
     """In a process of its own, since the hub's address is read once; huggingface_hub itself speaks to the stand-in."""
     code = """

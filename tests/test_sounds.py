@@ -387,6 +387,7 @@ def stored_blocks(config: ExtractConfig, lengths: tuple[int, ...], folder: Path)
     return audio(replace(config, data=str(data), cache=cache)).manifest.unusable_blocks
 
 
+@pytest.mark.slow
 def test_blocks_are_used_only_where_they_see_what_the_model_saw(config: ExtractConfig, tmp_path: Path) -> None:
     assert stored_blocks(config, (16_000, 16_000), tmp_path) == {}
     assert "shorter than its window, whose padding" in stored_blocks(config, (16_000, 9_000), tmp_path)[1]
