@@ -217,6 +217,13 @@ def test_sounds(name: str, tmp_path: Path, tiny_model: Models) -> None:
     np.testing.assert_allclose(fam.embed_audio([one, own]), found.vectors[[0, 0]], atol=1e-5)
     with pytest.raises(ValueError, match=r"embed_images: the run .* is of audio"):
         fam.embed_images([one])
+    index = fam.index(tmp_path / "sounds", tmp_path / "sounds.index", splits=("test",))
+    assert index.ids == found.ids
+    np.testing.assert_allclose(index.vectors, found.vectors, atol=1e-5)
+    scores = {hit.id: hit.score for hit in index.search(audio=one, k=8)}
+    np.testing.assert_allclose([scores[name] for name in found.ids], found.vectors @ found.vectors[0], atol=1e-5)
+    with pytest.raises(ValueError, match=r"an index of audio items, found --image"):
+        index.search(image=one)
 
 
 # What is refused, and what is left out
