@@ -87,6 +87,7 @@ def test_map_carries_over_to_unseen_classes(tmp_path: Path) -> None:
     assert result_of(two, tmp_path / "few").absent["a_new"].startswith("2 classes; leaving half of them out")
 
 
+@pytest.mark.slow
 def test_chosen_layers_and_killed_runs_repeat_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = make_cache(tmp_path / "c.zarr", {"train": 80})
     options = {"layers": {"image": (3,), "text": (2,)}}

@@ -27,6 +27,8 @@ from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.retrieval.index import load_index
 from saffe_cache.verbs import load_result
 
+pytestmark = pytest.mark.slow
+
 KINDS: dict[str, tuple[dict[str, int], dict[str, Any], dict[str, Any]]] = {
     "captions": ({"train": 250, "test": 60}, {"text_width": 16}, {}),  # what is held out depends on the seed
     "classes": ({"train": 240, "test": 90}, {"classes": 6, "signal": 0.5}, {}),

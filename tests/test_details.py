@@ -18,6 +18,8 @@ from saffe_cache.inputs.pairs import class_vectors
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.runs import open_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:

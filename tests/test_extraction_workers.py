@@ -26,6 +26,8 @@ from saffe_cache.extraction.extract import extract
 from saffe_cache.sources.items import MediaFile
 from saffe_cache.store.reader import open_cache
 
+pytestmark = pytest.mark.slow
+
 launch_for_real = FrozenEncoder.launch
 
 

@@ -26,6 +26,8 @@ from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.retrieval.metrics import METRICS, Metric, first_ranks
 from saffe_cache.retrieval.scores import Scores, text_scores
 
+pytestmark = pytest.mark.slow
+
 
 class FirstCaptions(SearchProtocol):
     """The first caption of each photo searches the photos."""

@@ -18,6 +18,8 @@ from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.inference import exporting
 from saffe_cache.inference.exporting import export_onnx
 
+pytestmark = pytest.mark.slow
+
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 

@@ -25,6 +25,8 @@ from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.train import train
 
+pytestmark = pytest.mark.slow
+
 PHOTOS = 200
 
 

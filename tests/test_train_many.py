@@ -17,6 +17,8 @@ from saffe_cache.training.batches import TrainingData
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.train import train, train_many
 
+pytestmark = pytest.mark.slow
+
 VARIANTS: list[dict[str, Any]] = [
     {"fusion": "linear"},
     {"fusion": "linear", "seed": 1, "learning_rate": 1e-3},

@@ -73,9 +73,8 @@ class MtebModel:
             media = [{"array": _mono(one["array"]), "sampling_rate": one["sampling_rate"]} for one in media]
         if texts is not None:
             return self.run.embed_pairs(list(media), list(texts))
-        run = self.run
-        embed = {"image": run.embed_images, "audio": run.embed_audio}.get(run.modality, run.embed_videos)
-        return embed(list(media))
+        embed = {"image": "embed_images", "audio": "embed_audio", "video": "embed_videos"}[self.run.modality]
+        return getattr(self.run, embed)(list(media))
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """Cosines of all pairs [n, m]."""
