@@ -39,7 +39,10 @@ _TO_DO = {
 
 
 _NAME = "saffe"
-_DESCRIPTION = "Run frozen encoders once, cache their hidden states, then train and evaluate fusions from the cache."
+_DESCRIPTION = (
+    "Run frozen encoders once, cache their hidden states, train and evaluate fusions from the cache, and search photos "
+    "with them."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -124,7 +124,7 @@ VERBS: Mapping[str, Verb] = {
         result="studies.captioning.result:CaptionResult",
     ),
     "index": Verb(
-        summary="Embed a folder of photos or sounds with a run and index it.",
+        summary="Embed a folder of photos or sounds with a run, for searching.",
         config="inference.config:IndexConfig",
         run="inference.indexing:index",
     ),
@@ -134,7 +134,7 @@ VERBS: Mapping[str, Verb] = {
         run="inference.search_index:search",
     ),
     "serve": Verb(
-        summary="Open a page that searches an index.",
+        summary="Serve a page that searches an index.",
         config="inference.config:ServeConfig",
         run="inference.serving:serve",
         extra="app",

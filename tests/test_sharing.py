@@ -99,7 +99,7 @@ def test_card_has_every_number(shared: Shared) -> None:
     for part in ("| chance (a random order) |", "control: photos_shuffled", "32 photos to train on", "layers 2, 3"):
         assert part in card.content, part
     assert 'sc.load_run("kinds-fam")' in card.content
-    assert "It has no vectors of photos with a text beside them" in card.content
+    assert "It has no vectors of photos fused with a text" in card.content
 
 
 def test_card_of_a_run_without_evaluation(shared: Shared, tmp_path: Path) -> None:

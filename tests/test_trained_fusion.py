@@ -245,7 +245,7 @@ def test_broken_photos_are_named(world: World, alone: str, tmp_path: Path) -> No
 
 def test_untrained_vectors_are_refused(world: World, alone: str, paired: str, tmp_path: Path) -> None:
     photo = [world.photos / "test" / "0.png"]
-    with pytest.raises(ValueError, match="embed_pairs: the run was trained without texts"):
+    with pytest.raises(ValueError, match="embed_pairs: the run was trained without paired texts"):
         load_run(alone, device="cpu").embed_pairs(photo, ["a note"])
     with pytest.raises(ValueError, match="embed_images: the run was trained on pairs alone"):
         load_run(paired, device="cpu").embed_images(photo)

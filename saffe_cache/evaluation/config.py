@@ -27,8 +27,8 @@ def _choices() -> dict[str, str]:
 class EvaluateConfig(SplitOptions, DataOptions):
     """Index the vectors of a run, or of a baseline without a run, and measure retrieval with controls and chance.
 
-    A run is reported with baselines. A baseline alone (--system) needs no training; what it is fitted on follows from
-    the options of the groups below, as in saffe train. Exits with status 3 where a control fails.
+    A run is reported with baselines. A baseline alone (--system) needs no training; the groups of options below choose
+    what it is fitted on, as in saffe train. Exits with status 3 if a control fails.
     """
 
     cache: str
@@ -42,14 +42,15 @@ class EvaluateConfig(SplitOptions, DataOptions):
     split: str = "test"
     """Split to report on; its photos are the gallery."""
     out: str | None = None
-    """Folder for the result, the report and the index. Default: SPLIT-PROTOCOL in the run's folder, and -leak; of a
-    baseline, CACHE-baselines/SPLIT-PROTOCOL-SYSTEM. A result of other options is never replaced."""
+    """Folder for the result, the report and the index. Default: SPLIT-PROTOCOL in the run's folder, with -leak if the
+    true text leaks; for a baseline, CACHE-baselines/SPLIT-PROTOCOL-SYSTEM. A result of other options is never
+    replaced."""
     protocol: str = one_of(_choices, "auto")
-    """What searches what."""
+    """What the queries and the gallery are, and what is relevant."""
     rerank_k: int = 16
     """Results of each query that rerank scores again."""
     rerank_queries: int = 500
-    """The most queries that rerank measures, drawn at random: each costs rerank_k fusions."""
+    """Most queries that rerank measures, drawn at random: each costs rerank_k fusions."""
     index: IndexKind = "flat"
     """Kind of the index that is written for later searches. flat compares with every photo; ivf with those of the
     nearest clusters; ivf_pq does so with codes of a sixteenth of the size; hnsw follows a graph. Metrics are always
@@ -59,16 +60,16 @@ class EvaluateConfig(SplitOptions, DataOptions):
     none: only those that controls are compared with."""
     baseline_layers: Literal["cache", "run"] = "cache"
     """Layers of the photos that a run's baselines see: all of the cache, or those that the run fuses. With --system,
-    --layers says it; by default all of the cache."""
+    give --layers instead."""
     leak_true_text: bool = False
     """Fuse each photo of the gallery with a text that searches for it. THIS LEAKS THE ANSWER: noise instead of photos
     scores as well. It shows what such numbers are worth."""
     seed: int = 0
-    """Of the controls, the breaking of ties and the bootstrap."""
+    """Seed of the controls, the breaking of ties and the bootstrap."""
     data_seed: int = 0
     """With --system, the seed of what is held out: the --seed, or --data-seed, of a comparable run."""
     device: str = "auto"
-    """auto takes a GPU where there is one; or cpu, cuda."""
+    """cpu, cuda or cuda:N. auto: a GPU if there is one."""
 
     def check(self) -> None:
         """Raise ValueError if a value is out of range, or an option has no effect with what is evaluated."""

@@ -90,7 +90,7 @@ def _training(fam: TrainedFusion, described: Mapping[str, Any], options: Mapping
         f"epoch on ({spec.validation})",
         f"layers {_numbers(spec.gallery_layers)} of the {fam.modality} encoder"
         + (f" and {_numbers(spec.text_layers)} of the text encoder" if spec.text_layers else ""),
-        f"head {spec.shape.head}, objective {losses}, text beside each photo: {paired[spec.gallery_text]}",
+        f"head {spec.shape.head}, objective {losses}, paired text: {paired[spec.gallery_text]}",
         f"{result.trainable_parameters:,} trainable parameters, {result.steps:,} steps, seed {spec.seed}",
         f"epoch {result.best_epoch} of {options.get('epochs', 'unknown')}, validation {result.validation_score} "
         f"{percent(result.best_validation_score)} %",
@@ -162,7 +162,7 @@ def _limits(fam: TrainedFusion, described: Mapping[str, Any], evaluations: Mappi
     ]
     if not evaluations:
         lines.insert(0, "It has not been evaluated: nothing is known of its quality.")
-    for why, what in ((fam.why_not_alone, "alone"), (fam.why_not_paired, "with a text beside them")):
+    for why, what in ((fam.why_not_alone, "alone"), (fam.why_not_paired, "fused with a text")):
         if why:
             lines.append(f"It has no vectors of {_THINGS[fam.modality]} {what}: {why.partition('. ')[0]}.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)

@@ -25,9 +25,9 @@ class IndexConfig:
     out: str
     """Folder of the index."""
     index: IndexKind = "flat"
-    """Kind of the index. flat compares with every item and is exact; ivf compares with those of the nearest clusters
-    (at least 624 items); ivf_pq does so with codes of a sixteenth of the size (at least 9984 items); hnsw follows a
-    graph and is the fastest."""
+    """Kind of the index. flat: compares with every item, exact. ivf: with those of the nearest clusters (at least 624
+    items). ivf_pq: the same on codes of a sixteenth of the size (at least 9984 items). hnsw: follows a graph, the
+    fastest."""
     paired: bool | None = None
     """Fuse each item with its first caption, or with none. Default: as the run was trained."""
     ridge: bool = False
@@ -39,9 +39,9 @@ class IndexConfig:
     """Columns of a dataset or fields of metadata.jsonl, as image=NAME, caption=NAME, label=NAME, id=NAME, split=NAME.
     Default: found by type and usual names."""
     encoder: Mapping[str, str] = field(default_factory=dict)
-    """Where an encoder of the run is now, as image=PLACE. Default: where extraction found it."""
+    """Where an encoder of the run is now, if it has moved, as image=PLACE."""
     device: str = "auto"
-    """auto takes a GPU where there is one; or cpu, cuda."""
+    """cpu, cuda or cuda:N. auto: a GPU if there is one."""
     export: str | None = None
     """Also write ids, vectors, captions, labels and splits to this Parquet file."""
 
@@ -65,15 +65,15 @@ class SearchConfig:
     video: str | None = None
     """A video to search with, in an index of videos."""
     k: int = 10
-    """Most results."""
+    """Number of results; fewer if the index has fewer items."""
     json: bool = False
     """Print the results as JSON, one object a line."""
     run: str | None = None
-    """Where the run is now. Default: where it was when the index was made."""
+    """Where the run is now, if it has moved."""
     encoder: Mapping[str, str] = field(default_factory=dict)
-    """Where an encoder of the run is now, as text=PLACE. Default: where extraction found it."""
+    """Where an encoder of the run is now, if it has moved, as text=PLACE."""
     device: str = "auto"
-    """auto takes a GPU where there is one; or cpu, cuda."""
+    """cpu, cuda or cuda:N. auto: a GPU if there is one."""
 
     def __post_init__(self) -> None:
         require(self.k > 0, "k", self.k, "a number above 0")
@@ -86,7 +86,7 @@ class SearchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """Open a page that searches an index by text and photo, until Ctrl-C.
+    """Serve a page that searches an index by text and photo, until Ctrl-C.
 
     Only this machine can reach it unless --host says otherwise; there are no accounts and no encryption.
     """
@@ -102,11 +102,11 @@ class ServeConfig:
     upload_mb: float = 20.0
     """Largest photo that may be uploaded, in MB."""
     run: str | None = None
-    """Where the run is now. Default: where it was when the index was made."""
+    """Where the run is now, if it has moved."""
     encoder: Mapping[str, str] = field(default_factory=dict)
-    """Where an encoder of the run is now, as text=PLACE. Default: where extraction found it."""
+    """Where an encoder of the run is now, if it has moved, as text=PLACE."""
     device: str = "auto"
-    """auto takes a GPU where there is one; or cpu, cuda."""
+    """cpu, cuda or cuda:N. auto: a GPU if there is one."""
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 65536, "port", self.port, "0 to 65535")
@@ -118,7 +118,7 @@ class ServeConfig:
 class BenchmarkConfig:
     """Measure a run on standard benchmarks, with intervals, and compare it with another run.
 
-    Data comes from where the library finds it, usually the Hugging Face hub.
+    The library downloads the data of its tasks, usually from the Hugging Face hub.
     """
 
     run: str = positional()
@@ -129,7 +129,7 @@ class BenchmarkConfig:
     out: str
     """Folder for the result, the report and the scores of single queries."""
     library: Literal["mteb", "clip_benchmark"] = "mteb"
-    """Whose tasks and metrics. clip_benchmark: zero-shot retrieval and classification."""
+    """The library whose tasks and metrics are used. clip_benchmark: zero-shot retrieval and classification."""
     against: str | None = None
     """Another run to measure on the same tasks; differences get intervals by paired bootstrap over queries."""
     split: str = "test"
@@ -137,11 +137,11 @@ class BenchmarkConfig:
     root: str = "benchmarks"
     """Folder where clip_benchmark finds its datasets, or downloads them to."""
     encoder: Mapping[str, str] = field(default_factory=dict)
-    """Where an encoder of the runs is now, as image=PLACE. Default: where extraction found it."""
+    """Where an encoder of the runs is now, if it has moved, as image=PLACE."""
     seed: int = 0
-    """Of the bootstrap."""
+    """Seed of the bootstrap."""
     device: str = "auto"
-    """auto takes a GPU where there is one; or cpu, cuda."""
+    """cpu, cuda or cuda:N. auto: a GPU if there is one."""
 
     def __post_init__(self) -> None:
         require(bool(self.tasks), "tasks", "none", "at least one")

@@ -136,9 +136,12 @@ class TrainedFusion:
         """Why a text that is paired with a photo has no trained effect; None where it has."""
         spec = self.spec
         if not spec.shape.takes_text:
-            return f"no text enters fusion {spec.shape.fusion}. Train another one, such as concat, with --gallery-text"
+            return (
+                f"no text enters fusion {spec.shape.fusion} as it was trained. Train with --gallery-text first_caption, "
+                "for instance fusion concat"
+            )
         if spec.gallery_text == "null" and not spec.fuses_pairs:
-            return "the run was trained without texts beside the photos. Train with --gallery-text first_caption"
+            return "the run was trained without paired texts. Train with --gallery-text first_caption"
         return None
 
     # Vectors
