@@ -137,8 +137,8 @@ class TrainedFusion:
         spec = self.spec
         if not spec.shape.takes_text:
             return (
-                f"no text enters fusion {spec.shape.fusion} as it was trained. Train with --gallery-text first_caption, "
-                "for instance fusion concat"
+                f"no text enters fusion {spec.shape.fusion} as it was trained. Train with --gallery-text "
+                "first_caption, for instance fusion concat"
             )
         if spec.gallery_text == "null" and not spec.fuses_pairs:
             return "the run was trained without paired texts. Train with --gallery-text first_caption"
