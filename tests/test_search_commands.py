@@ -77,7 +77,7 @@ def test_search_prints_lines_or_json(indexed: Indexed, capsys: pytest.CaptureFix
     ("arguments", "error"),
     [
         (["INDEX", "word1", "--run", "nowhere"], "nowhere"),
-        (["INDEX", "--image", "nothing.png"], "nothing.png"),
+        (["INDEX", "--image", "nothing.png"], "--image nothing.png: there is no such file."),
         (["nowhere", "word1"], "nowhere: no index there (index.json is missing). Make one with saffe index"),
     ],
 )

@@ -65,6 +65,7 @@ def test_text_photo_and_both_find_what_they_mean(photos: Photos) -> None:
     assert index.search("something blue", k=1)[0][::2] == ("train/blue.png", "a blue square")
     assert index.search(image=photos.data / "train" / "red.png", k=1)[0].id == "train/red.png"
     assert index.search("something green", photos.data / "train" / "red.png", k=1)[0].id == "train/green.png"
+    assert repr(index) == f"<SearchIndex of {len(COLOURS)} image items in {photos.out}>"
     scores = [hit.score for hit in index.search("red", k=99)]
     assert len(scores) == len(COLOURS)
     assert scores == sorted(scores, reverse=True)
@@ -192,7 +193,9 @@ def test_another_run_or_other_options_are_refused(
 ) -> None:
     photos.update()
     before = (photos.out / MANIFEST).read_bytes()
-    with pytest.raises(ValueError, match=rf"it is another index \({found}.*Choose another --out, or delete it"):
+    with pytest.raises(
+        ValueError, match=rf"it is another index \({found}.*Repeat its options, choose another --out, or delete it"
+    ):
         photos.update(ColourFusion(photos.run, fingerprint or photos.fusion.fingerprint), **options)
     assert (photos.out / MANIFEST).read_bytes() == before
 
@@ -248,9 +251,7 @@ def test_pairs_are_refused_where_no_text_enters(photos: Photos) -> None:
         photos.update(fusion, paired=True)
     photos.update(fusion)
     index = SearchIndex.open(photos.out, fusion)  # type: ignore[arg-type]
-    with pytest.raises(
-        ValueError, match=r"not by both at once: no text enters fusion linear\. Search by one of them\."
-    ):
+    with pytest.raises(ValueError, match=r"cannot be fused: no text enters fusion linear\. Or search by one of them\."):
         index.search("red", photos.data / "train" / "red.png")
 
 

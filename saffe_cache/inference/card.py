@@ -50,7 +50,8 @@ def model_card(fam: TrainedFusion, described: Mapping[str, Any], options: Mappin
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
         f"A {fam.spec.shape.fusion} fusion of two frozen encoders, trained from their cached features with "
-        f"saffe_cache. It maps {_THINGS[fam.modality]} and texts into one space of {fam.size} dimensions, for search.",
+        f"saffe_cache. It maps {_THINGS[fam.modality]} and texts into one space of {fam.size} dimensions, for search. "
+        "Tables below call it FAM (FusionAlign Module).",
         _use(fam, name),
         _training(fam, described, options),
         _encoders(described),
@@ -109,8 +110,9 @@ def _encoders(described: Mapping[str, Any]) -> str:
         revision = fields.get("revision") or "–"
         licence = licence_of(place, fields.get("revision")) or "not known here: see the encoder's page"
         rows.append(f"| {fields['modality']} | {place} | {revision} | {licence} | `{key}` |")
-    return "## Frozen encoders\n\nTheir weights are not here; they are loaded by name, and compared.\n\n" + "\n".join(
-        rows
+    return (
+        "## Frozen encoders\n\nTheir weights are not here; they are loaded by name and checked against a hash.\n\n"
+        + "\n".join(rows)
     )
 
 
@@ -157,11 +159,11 @@ def _limits(fam: TrainedFusion, described: Mapping[str, Any], evaluations: Mappi
     )
     lines = [
         f"Texts are cut after {longest} tokens.",
-        "The numbers above are of the data above; on other data nothing is known.",
+        "The numbers above hold for the data above; how well it works on other data is unknown.",
         "Whatever the frozen encoders cannot tell apart, the fusion cannot either; their biases and licences apply.",
     ]
     if not evaluations:
-        lines.insert(0, "It has not been evaluated: nothing is known of its quality.")
+        lines.insert(0, "It has not been evaluated: its quality is unknown.")
     for why, what in ((fam.why_not_alone, "alone"), (fam.why_not_paired, "fused with a text")):
         if why:
             lines.append(f"It has no vectors of {_THINGS[fam.modality]} {what}: {why.partition('. ')[0]}.")

@@ -336,14 +336,14 @@ def _check_same(out: Path, old: IndexManifest, new: IndexManifest) -> None:
     """Raise ValueError if an index is of another run or of other options."""
     names = {"fingerprint": "run", "kind": "--index", "paired": "--paired", "ridge": "--ridge"}
     names |= {"splits": "--splits", "column": "--column"}
+    before, now = ({**vars(one), "ridge": one.ridge > 0} for one in (old, new))
     different = [
-        f"{shown} {getattr(old, name)} there, {getattr(new, name)} now"
-        for name, shown in names.items()
-        if getattr(old, name) != getattr(new, name)
+        f"{shown} {before[name]} there, {now[name]} now" for name, shown in names.items() if before[name] != now[name]
     ]
     if different:
         raise ValueError(
-            f"--out {out}: it is another index ({'; '.join(different)}). Choose another --out, or delete it."
+            f"--out {out}: it is another index ({'; '.join(different)}). Repeat its options, choose another --out, or "
+            "delete it."
         )
 
 

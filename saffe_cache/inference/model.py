@@ -101,6 +101,9 @@ class TrainedFusion:
         if unknown:
             raise ValueError(f"--encoder {sorted(unknown)[0]}=…: the run has encoders of {self.modality} and text.")
 
+    def __repr__(self) -> str:
+        return f"<TrainedFusion {self.spec.shape.fusion}: {self.spec.gallery_key} and {self.spec.text_key}>"
+
     @property
     def modality(self) -> Modality:
         """What is searched: image, audio or video."""

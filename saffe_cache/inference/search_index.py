@@ -192,6 +192,9 @@ class SearchIndex:
     def __len__(self) -> int:
         return self.manifest.num_items
 
+    def __repr__(self) -> str:
+        return f"<SearchIndex of {len(self)} {self.manifest.modality} items in {self.folder}>"
+
     @property
     def ids(self) -> tuple[str, ...]:
         """Names of the items, as in the data."""
@@ -357,7 +360,8 @@ class SearchIndex:
         if text is not None:
             if self.fusion.why_not_paired:
                 raise ValueError(
-                    f"{self.folder}: not by both at once: {self.fusion.why_not_paired}. Search by one of them."
+                    f"{self.folder}: a text and a photo cannot be fused: {self.fusion.why_not_paired}. Or search by one "
+                    "of them."
                 )
             return self.fusion.embed_pairs([one], [text])
         names = {"image": "embed_images", "audio": "embed_audio", "video": "embed_videos"}
@@ -407,6 +411,10 @@ def search(config: SearchConfig) -> FoundHits:
     Raises:
         ValueError: there is no index, its run is not found or takes no such query, or the photo cannot be read.
     """
+    for name in ("image", "audio", "video"):
+        path = getattr(config, name)
+        if path is not None and not Path(path).is_file():
+            raise ValueError(f"--{name} {path}: there is no such file. Give the path of a file to search with.")
     index = SearchIndex.open(config.index, config.run, encoder=config.encoder, device=config.device)
     hits = index.search(config.text, config.image, config.k, audio=config.audio, video=config.video)
     return FoundHits(index, hits, config.json)

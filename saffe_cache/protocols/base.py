@@ -195,7 +195,7 @@ class Protocol(ABC):
     def why_no_permuted(self) -> str | None:
         """Why a system trained on permuted pairs shows nothing here; None where it does."""
         if self.class_names and len(np.unique(self.setting.pairs.labels.values)) < LEAST_CLASSES:
-            return f"with fewer than {LEAST_CLASSES} classes, names dealt at random are often right"
+            return f"with fewer than {LEAST_CLASSES} classes, names assigned at random are often right"
         return None
 
     def control_levels(
@@ -213,7 +213,7 @@ class Protocol(ABC):
             error = float(np.std(values, ddof=1))
             found = {name: Level(scores[metric].chance, error) for name, scores in measured.items()}
         dealt = None if permuted is None else self.dealt(permuted)
-        return found if dealt is None else found | {"pairs_permuted": Level(*dealt, "class names dealt at random")}
+        return found if dealt is None else found | {"pairs_permuted": Level(*dealt, "class names assigned at random")}
 
     def dealt(self, system: System) -> tuple[float, float] | None:
         """Where classes search: mean and standard deviation of map when the class names are dealt at random.
