@@ -360,8 +360,8 @@ class SearchIndex:
         if text is not None:
             if self.fusion.why_not_paired:
                 raise ValueError(
-                    f"{self.folder}: a text and a photo cannot be fused: {self.fusion.why_not_paired}. Or search by one "
-                    "of them."
+                    f"{self.folder}: a text and a photo cannot be fused: {self.fusion.why_not_paired}. Or search by "
+                    "one of them."
                 )
             return self.fusion.embed_pairs([one], [text])
         names = {"image": "embed_images", "audio": "embed_audio", "video": "embed_videos"}
