@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors: a selection of what _places holds
     from saffe_cache.core.features import CacheError as CacheError
-    from saffe_cache.encoders.discovery import OwnEncoder as OwnEncoder
+    from saffe_cache.encoders.own import OwnEncoder as OwnEncoder
     from saffe_cache.evaluation.config import EvaluateConfig as EvaluateConfig
     from saffe_cache.evaluation.evaluate import evaluate as evaluate
     from saffe_cache.evaluation.results import EvaluationResult as EvaluationResult
@@ -88,7 +88,7 @@ def _places() -> dict[str, str]:
     of_verbs = (place for verb in VERBS.values() for place in (verb.config, verb.run, verb.result) if place)
     others = (
         "core.features:CacheError",
-        "encoders.discovery:OwnEncoder",
+        "encoders.own:OwnEncoder",
         "store.reader:Cache",
         "store.reader:open_cache",
         "inference.model:TrainedFusion",

@@ -24,9 +24,8 @@ from quick_runs import quick_train
 from store_cases import verify
 
 from saffe_cache.cli import extract_command, main
-from saffe_cache.core.features import CacheError
-from saffe_cache.core.tensors import Layout
-from saffe_cache.encoders import encoder as encoder_module
+from saffe_cache.core.features import CacheError, Layout
+from saffe_cache.encoders import running
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.encoders.transfers import Encoded, Launched
 from saffe_cache.extraction.config import ExtractConfig
@@ -423,7 +422,7 @@ def test_device_stores_the_bytes_of_the_cpu(
 
 def test_overflow_on_the_device_names_the_input(config: ExtractConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FrozenEncoder, "converts", True)
-    tokens_of = encoder_module.tokens_of
+    tokens_of = running.tokens_of
 
     def loud(state: torch.Tensor, layout: Layout, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         state = tokens_of(state, layout, inputs).clone()
@@ -432,7 +431,7 @@ def test_overflow_on_the_device_names_the_input(config: ExtractConfig, monkeypat
             state[0, 1, 1] = torch.nan
         return state
 
-    monkeypatch.setattr(encoder_module, "tokens_of", loud)
+    monkeypatch.setattr(running, "tokens_of", loud)
     with pytest.raises(CacheError, match=r"hidden_states/2 of input 2: magnitude .* exceeds float16's 65504"):
         extract(replace(config, storage="float16", max_invalid=0.9))
     cache = open_cache(extract(replace(config, storage="float8", cache=config.cache + ".f8", max_invalid=0.9)))

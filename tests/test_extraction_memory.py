@@ -13,8 +13,8 @@ from extraction_cases import dying_behind, files_of, tiny_config
 from tiny_models import load_tiny
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.encoders.encoder import FrozenEncoder, HalvingEncoder
-from saffe_cache.encoders.transfers import Launched
+from saffe_cache.encoders.encoder import FrozenEncoder
+from saffe_cache.encoders.transfers import HalvingEncoder, Launched
 from saffe_cache.extraction import planning
 from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.extract import extract

@@ -19,7 +19,7 @@ from tiny_models import NUM_LAYERS, SHAPE, assert_rounded, load_reference, rando
 from saffe_cache.core.features import CacheError
 from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
-from saffe_cache.encoders.probing import Windows
+from saffe_cache.encoders.windows import Windows
 from saffe_cache.extraction.config import ExtractConfig, RepairConfig
 from saffe_cache.extraction.extract import extract
 from saffe_cache.extraction.repair import repair
@@ -109,13 +109,15 @@ def test_windows_are_found(tiny_model: Models, hubert: Path) -> None:
 
 @pytest.mark.parametrize(
     ("num_samples", "expected"),
-    [(399, []), (400, [400]), (1000, [1000]), (1399, [1000]), (1400, [1000, 400]), (3000, [1000] * 3)],
+    [(400, [400]), (1000, [1000]), (1399, [1000]), (1400, [1000, 400]), (3000, [1000] * 3)],
 )
 def test_sounds_are_cut_without_overlap(num_samples: int, expected: list[int]) -> None:
     windows = Windows(size=1000, is_fixed=True, is_sequence=True, shortest=400, num_tokens=50)
     cut = windows.cut(num_samples)
     assert list(map(len, cut)) == expected
     assert [one.start for one in cut] == [1000 * number for number in range(len(cut))]
+    with pytest.raises(ValueError, match="the sound has 399 samples, expected 400 or more"):
+        windows.cut(399)
 
 
 @pytest.mark.parametrize("num_samples", [400, 719, 720, 1039, 1040, 5_000, 15_999, 16_000, 50_001])

@@ -25,6 +25,9 @@ StorageType = Literal["float32", "float16", "bfloat16", "int8", "float8"]
 """Type of hidden states on disk; `store.dtypes` describes each."""
 Compression = Literal["none", "zstd"]
 """Of hidden states on disk."""
+Layout = Literal["tokens", "time_first", "channels_first", "channels_last"]
+"""Axes of hidden states: [batch, tokens, d], [tokens, batch, d] (XLNet), [batch, d, height, width] or [batch, height,
+width, d]."""
 
 
 IndexConvention = Literal["hidden_states", "paper", "reference"]

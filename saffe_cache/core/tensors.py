@@ -5,18 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from saffe_cache.core.atomic_io import write_whole
-
-Layout = Literal["tokens", "time_first", "channels_first", "channels_last"]
-"""Axes of hidden states: [batch, tokens, d], [tokens, batch, d] (XLNet), [batch, d, height, width] or [batch, height,
-width, d]."""
-
+from saffe_cache.core.features import Layout
 
 ROUNDING = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 """Largest relative difference of a token's hidden state that rounding explains, by the type of the forward pass."""
@@ -78,6 +74,25 @@ def as_tokens(state: torch.Tensor, layout: Layout) -> torch.Tensor:
     if layout == "channels_first":
         return state.flatten(2).transpose(1, 2).contiguous()
     return state.flatten(1, -2) if layout == "channels_last" else state
+
+
+def layout_of(state: torch.Tensor, batch: int) -> Layout:
+    """The axes of the hidden states of a batch of so many inputs.
+
+    Raises:
+        ValueError: there is no axis of inputs, or there are more than four.
+    """
+    shape = tuple(state.shape)
+    if len(shape) == 3 and shape[0] == batch:
+        return "tokens"
+    if len(shape) == 3 and shape[1] == batch:
+        return "time_first"
+    if len(shape) == 4 and shape[0] == batch:
+        return "channels_last" if shape[1] == shape[2] != shape[3] else "channels_first"
+    raise ValueError(
+        f"its layers take {batch} inputs as a tensor of shape {shape}, expected [batch, tokens, d] or maps, with an "
+        "axis of inputs. Choose another encoder."
+    )
 
 
 def relative_difference(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None = None) -> float:

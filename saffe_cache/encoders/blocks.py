@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from saffe_cache.core.features import BlockSpec, BlockWeights, LibraryBlockSpec
-from saffe_cache.encoders.discovery import input_embeddings, layers_of
-from saffe_cache.encoders.families import DINOV2_SWIGLU_BLOCK, Family
-from saffe_cache.encoders.probing import Anatomy
+from saffe_cache.encoders.discovery import layers_of
+from saffe_cache.encoders.families import DINOV2_SWIGLU_BLOCK, Anatomy, Family, input_embeddings
 
 
 def read_block(family: Family, model: Any, config: Any, layer: Any) -> BlockWeights:

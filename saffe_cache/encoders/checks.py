@@ -6,7 +6,7 @@ the unknown token, and the extraction would succeed with wrong numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from saffe_cache.core.features import Modality
-from saffe_cache.encoders.discovery import first_position, input_embeddings
-from saffe_cache.encoders.families import Family
+from saffe_cache.encoders.families import Family, first_position, input_embeddings
 
 _PROBE = "A photo of two dogs: ein Hund, un chien, два, ένα, 二匹, 两只, 개, كلب, 42."
 """Words in several scripts; every tokenizer of natural language knows a part of them."""
@@ -77,7 +76,7 @@ def _folder_problem(folder: Path) -> str | None:
     return None
 
 
-def check_processor(where: str, modality: Modality, family: Family, model: Any, processor: Any, *, sized: bool) -> None:
+def check_processor(where: str, family: Family, model: Any, processor: Any, *, sized: bool) -> None:
     """
     Args:
         sized: whether the side of the pictures was requested, so it may differ from the model's.
@@ -85,14 +84,25 @@ def check_processor(where: str, modality: Modality, family: Family, model: Any, 
     Raises:
         ValueError: the tokenizer or processor contradicts the model.
     """
-    if modality == "text":
+    if family.modality == "text":
         problem = _tokenizer_problem(processor, model.get_submodule(family.tower))
         advice = "Add the model's own tokenizer files (tokenizer.json, tokenizer_config.json), or download it again."
     else:
-        problem = _input_problem(modality, family, model, processor, sized=sized)
+        problem = _input_problem(family, model, processor, sized=sized)
         advice = "Use the model's own preprocessor_config.json."
     if problem:
         raise ValueError(f"{where}: {problem}. {advice}")
+
+
+def prepared(processor: Any, modality: Modality, raw: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """A model's inputs for pictures, clips or sounds."""
+    if modality == "audio":
+        inputs = processor(raw, sampling_rate=getattr(processor, "sampling_rate", None), return_tensors="pt")
+    elif modality == "video":
+        inputs = processor(videos=raw, do_sample_frames=False, return_tensors="pt")
+    else:
+        inputs = processor(images=raw, return_tensors="pt")
+    return dict(inputs)
 
 
 def _tokenizer_problem(tokenizer: Any, model: Any) -> str | None:
@@ -113,26 +123,21 @@ def _tokenizer_problem(tokenizer: Any, model: Any) -> str | None:
     return None
 
 
-def _input_problem(modality: Modality, family: Family, model: Any, processor: Any, *, sized: bool) -> str | None:
+def _input_problem(family: Family, model: Any, processor: Any, *, sized: bool) -> str | None:
+    modality = family.modality
     config = getattr(model.config, "vision_config", model.config)
     rate = getattr(processor, "sampling_rate", None)
     expected_rate = getattr(config, "sampling_rate", None) or (rate if family.is_discovered else _SAMPLING_RATE)
     if modality == "audio" and rate != expected_rate:
         return f"its feature extractor expects sounds of {rate} Hz, the model {expected_rate} Hz"
     try:
-        if modality == "audio":
-            prepared = processor(
-                [np.zeros(expected_rate or _SAMPLING_RATE, np.float32)], sampling_rate=rate, return_tensors="pt"
-            )
-        else:
-            blank = [np.full((64, 64, 3), value, np.uint8) for value in (0, 255)]
-            if modality == "video":
-                prepared = processor(videos=[one[None] for one in blank], do_sample_frames=False, return_tensors="pt")
-            else:
-                prepared = processor(images=blank, return_tensors="pt")
+        shape = (1, 64, 64, 3) if modality == "video" else (64, 64, 3)
+        blank = [np.full(shape, value, np.uint8) for value in (0, 255)]
+        silence = [np.zeros(expected_rate or _SAMPLING_RATE, np.float32)]
+        inputs = prepared(processor, modality, silence if modality == "audio" else blank)
     except Exception as error:  # whatever their code meets in a wrong config
         return f"its processor fails on a blank input ({type(error).__name__}: {error})"
-    values: torch.Tensor = prepared[next(name for name in prepared if name in _INPUT_NAMES)]
+    values: torch.Tensor = inputs[next(name for name in inputs if name in _INPUT_NAMES)]
     found = tuple(values.shape[1:])
     expected = (None,) * len(found) if family.is_discovered else family.input_shape(config)
     if any(

@@ -1,4 +1,4 @@
-"""Find the parts of a model of any family: the tower of a modality and the lists that may be its layers.
+"""Find the parts of a model of any family: a modality's tower, the lists that may be its layers, and its own vector.
 
 Nothing here knows a family. Transformers declares the class of a model's layers, and models of two modalities have
 `get_image_features` and the like; where nothing is declared, the layers are the largest list of equal modules. What no
@@ -10,20 +10,17 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from types import SimpleNamespace
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers.image_transforms import to_pil_image
 from transformers.utils.output_capturing import OutputRecorder
 
 from saffe_cache.core.features import Modality
-from saffe_cache.encoders.families import Family, masked_mean
+from saffe_cache.core.tensors import as_tokens, layout_of
+from saffe_cache.encoders.families import Family, Pool, first_token, masked_mean, model_pooler
 
 _CONFIGS = {
     "image": ("vision_config", "image_config"),
@@ -40,7 +37,7 @@ _TAKES = {
     "input_features": "audio",
 }
 """Modality of each input of a model that has one; `pixel_values` of a model of clips are clips."""
-FEATURES = {
+_FEATURES = {
     "image": "get_image_features",
     "text": "get_text_features",
     "audio": "get_audio_features",
@@ -51,7 +48,9 @@ _OTHER_MODELS = re.compile("PreTrained|Head")
 _POSITIONS = re.compile("position|wpe$")
 """In the names of tables of learned positions."""
 OWN_POOLING = "own"
-"""Placeholder of a pooling that the probe chooses."""
+"""Placeholder of a pooling that is chosen once the model has run."""
+_EMBEDS = {"image": "image_embeds", "text": "text_embeds", "audio": "audio_embeds", "video": "video_embeds"}
+_CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
 _MOST_LISTS = 6
 """Lists of modules that are tried as the layers."""
 
@@ -101,7 +100,7 @@ def _can_be_made(kind: Any, config: Any) -> bool:
 
 
 def discover(model: Any, modality: Modality, *, generates: bool = False) -> Family:
-    """Describe a loaded model; its pooling is chosen by `probe`.
+    """Describe a loaded model; its pooling is chosen by `own_pool`.
 
     Raises:
         ValueError: it has no tower of the modality, or no list of layers.
@@ -122,14 +121,14 @@ def discover(model: Any, modality: Modality, *, generates: bool = False) -> Fami
     lists = [f"{path}.{name}" if path else name for name in _layer_lists(tower)]
     if not lists:
         raise ValueError(f"found a {type(tower).__name__} without a list of equal layers. Choose another encoder.")
-    has_features = hasattr(model, FEATURES[modality]) and tower is not model and not generates
+    has_features = hasattr(model, _FEATURES[modality]) and tower is not model and not generates
     return Family(
         modality=modality,
         model_class=type(model).__name__,
         load_options={},
         layers=lists[0],
         layer_lists=tuple(lists[:_MOST_LISTS]),
-        core=FEATURES[modality] if has_features else path,
+        core=_FEATURES[modality] if has_features else path,
         tower=path,
         block={},
         pool=masked_mean,
@@ -140,95 +139,44 @@ def discover(model: Any, modality: Modality, *, generates: bool = False) -> Fami
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class OwnEncoder:
-    """An encoder of photos or sounds of your own, for `extract(encoder={"image": OwnEncoder(...)}, ...)`.
+def own_pool(family: Family, tower: Any, output: Any, missing: Sequence[str]) -> tuple[Pool, str]:
+    """How the model's authors make one vector of an input, and its name for the fingerprint.
 
-    Its hidden states and its vector work with every fusion that needs no blocks. Blocks are refused, because nothing
-    can rebuild your class from the cache.
+    Args:
+        missing: weights that the checkpoint lacks, such as those of an untrained pooler.
     """
-
-    model: nn.Module
-    """Called with a batch of prepared inputs. It is put into evaluation mode, and its weights are frozen."""
-    prepare: Callable[[Any], torch.Tensor]
-    """A picture of PIL, or a sound as float32 [samples], to a tensor of one shape, without an axis for the batch."""
-    layers: str
-    """Path of the ModuleList or Sequential of the layers, such as "blocks". Each takes hidden states first."""
-    pool: Callable[[Any], torch.Tensor] | None = None
-    """Makes the vector of each input, [batch, d], of what the model returns. None: the mean over the tokens of what it
-    returns, or of the first of its results."""
-    sampling_rate: int | None = None
-    """Rate in Hz of the sounds that it takes."""
-    name: str = ""
-    """Name in the cache. Default: the model's class."""
-
-    def adapted(self, modality: Modality) -> tuple[OwnModel, Family]:
-        """The model and its description, in the form of discovered ones.
-
-        Raises:
-            ValueError: it has no such layers, or takes texts.
-        """
-        where = f"{modality} encoder of class {type(self.model).__name__}"
-        if modality == "text":
-            raise ValueError(f"{where}: found an own encoder of texts, expected one of images or audio. Omit it.")
-        if not isinstance(dict(self.model.named_modules()).get(self.layers), (nn.ModuleList, nn.Sequential)):
-            lists = [path for path, part in self.model.named_modules() if path and isinstance(part, nn.ModuleList)]
-            raise ValueError(
-                f"{where}: found no list of modules {self.layers!r}, expected the path of its layers, such as one of "
-                f"{lists}. Correct `layers`."
-            )
-        layers = f"module.{self.layers}"
-        return OwnModel(self.model), Family(
-            modality=modality,
-            model_class=type(self.model).__name__,
-            load_options={},
-            layers=layers,
-            layer_lists=(layers,),
-            core="",
-            block={},
-            pool=self._vector,
-            pooling=f"own: {getattr(self.pool, '__qualname__', 'pool')}" if self.pool else "mean of tokens",
-            norm_first=True,
-            is_discovered=True,
-            is_own=True,
-        )
-
-    def _vector(self, output: Any, mask: torch.Tensor | None) -> torch.Tensor:
-        if self.pool:
-            return self.pool(output)
-        tokens: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
-        return tokens.flatten(1, -2).mean(dim=1) if tokens.ndim > 2 else tokens
+    modality, embeds = family.modality, _EMBEDS[family.modality]
+    if family.core == _FEATURES[modality]:
+        return _features, f"the model's own {modality} features"
+    if getattr(output, embeds, None) is not None:
+        return lambda output, mask: getattr(output, embeds), f"the model's {embeds}"
+    if modality == "text" and getattr(output, "last_hidden_state", None) is not None:  # DPR returns a vector alone
+        return masked_mean, "mean of tokens"
+    if getattr(output, "pooler_output", None) is not None and not missing and not _is_dense_pooler(tower):
+        return model_pooler, "the model's own pooled output"
+    if any(name.split(".")[-1] in _CLASS_TOKENS for name, _ in tower.named_parameters()):
+        return first_token, "class token behind the final norm"
+    return _mean_of_places, "mean of tokens behind the final norm"
 
 
-class OwnModel(nn.Module):
-    """A module with what is asked of a transformers model."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.config = SimpleNamespace(model_type="own", _attn_implementation=None)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next((one.dtype for one in self.parameters()), torch.float32)
-
-    def forward(self, inputs: torch.Tensor) -> Any:
-        return self.module(inputs)
+def _is_dense_pooler(tower: nn.Module) -> bool:
+    """Whether its pooler is BERT's: a linear layer and tanh, trained for another task or not at all."""
+    return any(
+        path.split(".")[-1] == "pooler" and hasattr(part, "dense") and hasattr(part, "activation")
+        for path, part in tower.named_modules()
+    )
 
 
-class OwnProcessor:
-    """A callable with what is asked of a transformers processor."""
+def _features(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
+    vectors: torch.Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
+    return vectors[:, 0] if vectors.ndim == 3 else vectors.flatten(1)  # FLAVA projects all tokens, the first is used
 
-    def __init__(self, own: OwnEncoder) -> None:
-        self._prepare, self.sampling_rate = own.prepare, own.sampling_rate
 
-    def __call__(self, sounds: Any = (), images: Any = (), **_: Any) -> Mapping[str, torch.Tensor]:
-        pictures = [to_pil_image(one) if isinstance(one, np.ndarray) else one for one in images]
-        return {"inputs": torch.stack([self._prepare(one) for one in (*sounds, *pictures)])}
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the fingerprint; what the callable does cannot be seen, so its name stands for it."""
-        return {"prepare": getattr(self._prepare, "__qualname__", type(self._prepare).__name__)}
+def _mean_of_places(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
+    state = output[0]
+    if state.ndim == 3:
+        return masked_mean(output, mask if mask is not None and mask.shape == state.shape[:2] else None)
+    return as_tokens(state, layout_of(state, len(state))).mean(dim=1)
 
 
 def drop_other_towers(model: Any, tower: str) -> None:
@@ -244,9 +192,7 @@ def _tower(model: Any, modality: Modality) -> tuple[str, Any]:
     config = model.config
     said = {name: getattr(config, name, None) for names in _CONFIGS.values() for name in names}
     own = [said[name] for name in _CONFIGS[modality] if said[name] is not None]
-    if not own:
-        if any(value is not None for value in said.values()):
-            raise ValueError(f"found a {type(model).__name__} without a part for {modality}s. Choose another encoder.")
+    if all(value is None for value in said.values()):
         if not getattr(config, "is_encoder_decoder", False):
             return "", model
         encoder = model.get_encoder()
@@ -254,7 +200,7 @@ def _tower(model: Any, modality: Modality) -> tuple[str, Any]:
     towers = [
         (path, part)
         for path, part in model.named_modules()
-        if path and _is_same(getattr(part, "config", None), own[0]) and any(True for _ in part.children())
+        if path and own and _is_same(getattr(part, "config", None), own[0]) and any(True for _ in part.children())
     ]
     if not towers:
         raise ValueError(f"found a {type(model).__name__} without a part for {modality}s. Choose another encoder.")
@@ -302,21 +248,3 @@ def _declared_classes(tower: nn.Module) -> Iterator[type]:
             kind = one.target_class if isinstance(one, OutputRecorder) else one
             if inspect.isclass(kind):
                 yield kind
-
-
-def input_embeddings(model: Any) -> Any:
-    """The table of a text model's tokens: what the model says, or its largest one."""
-    try:
-        return model.get_input_embeddings()
-    except NotImplementedError:
-        return max(
-            (one for one in model.modules() if isinstance(one, nn.Embedding)), key=lambda one: one.num_embeddings
-        )
-
-
-def first_position(model: Any) -> int | None:
-    """Position of a text's first token in models that count positions from their padding token (RoBERTa), else None."""
-    for name, part in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
-            return int(part.padding_idx) + 1
-    return None

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
-from saffe_cache.core.features import Modality
+from saffe_cache.core.features import Layout, Modality
 
 Pool = Callable[[Any, torch.Tensor | None], torch.Tensor]
 """(model output, mask of real tokens) -> [batch, d]."""
@@ -141,6 +142,26 @@ class Family:
     """Whether there is no entry for the family: all was found out from the model."""
     is_own: bool = False
     """Whether it is the user's own module, which no library rebuilds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """What a forward pass does, as far as it must be known."""
+
+    calls: tuple[int, ...]
+    """Which layer of the list each step calls; ALBERT calls one layer several times."""
+    widths: tuple[int, ...]
+    """Width of `hidden_states[i]`: one more than steps."""
+    vectors: dict[str, int]
+    """Width of each of the encoder's vectors."""
+    layouts: tuple[Layout, ...]
+    """Axes of each of them in the model."""
+    num_outputs: int = 0
+    """Results of a layer that returns a tuple; 0 if it returns hidden states alone."""
+    class_tokens: int = 1
+    """Tokens before those of places: class tokens and registers."""
+    has_feature_maps: bool = False
+    """Whether tokens are places whose number or width changes with the layer."""
 
 
 _VIT = Family(
@@ -274,3 +295,21 @@ FAMILIES: Mapping[tuple[str, Modality], Family] = {
         interpolates=False,
     ),
 }
+
+
+def input_embeddings(model: Any) -> Any:
+    """The table of a text model's tokens: what the model says, or its largest one."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return max(
+            (one for one in model.modules() if isinstance(one, nn.Embedding)), key=lambda one: one.num_embeddings
+        )
+
+
+def first_position(model: Any) -> int | None:
+    """Position of a text's first token in models that count positions from their padding token (RoBERTa), else None."""
+    for name, part in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
+            return int(part.padding_idx) + 1
+    return None

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,10 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from saffe_cache.core.features import Fingerprint, Modality
 from saffe_cache.encoders.checks import explained
-from saffe_cache.encoders.discovery import OwnEncoder, discover, drop_other_towers, first_position, model_class
-from saffe_cache.encoders.families import FAMILIES, Family
+from saffe_cache.encoders.discovery import discover, drop_other_towers, model_class
+from saffe_cache.encoders.families import FAMILIES, Family, first_position
 from saffe_cache.encoders.offloading import load_spread, require_accelerate, weights_of
+from saffe_cache.encoders.own import OwnEncoder
 from saffe_cache.encoders.videos import load_video_processor
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,20 @@ class EncoderRequest:
     """The user's own encoder, named by `model_id`; None to load one."""
 
     @property
+    def where(self) -> str:
+        """The encoder, for messages."""
+        return f"{self.modality} encoder {self.model_id}"
+
+    def explained(self, found: str, to_do: str) -> AbstractContextManager[None]:
+        """Turn any failure to load a part of it into one line that says what to do."""
+        return explained(self.where, self.model_id, found, to_do)
+
+    @property
+    def version(self) -> dict[str, Any]:
+        """What the library's loaders take besides the model's id."""
+        return {"revision": self.revision, "subfolder": self.subfolder}
+
+    @property
     def text_template(self) -> str:
         """The prompt, with {} for the text."""
         return "{}" if self.prompt is None else self.prompt
@@ -104,11 +119,9 @@ def load_model(request: EncoderRequest) -> Loaded:
         ValueError: the model is unavailable or quantised, transformers has no plain model of its type, or weights of
             the forward pass are missing.
     """
-    where = f"{request.modality} encoder {request.model_id}"
-    with explained(where, request.model_id, "found no model", "Use a hub id or a folder with config.json."):
-        config = transformers.AutoConfig.from_pretrained(
-            request.model_id, trust_remote_code=False, revision=request.revision, subfolder=request.subfolder
-        )
+    where = request.where
+    with request.explained("found no model", "Use a hub id or a folder with config.json."):
+        config = transformers.AutoConfig.from_pretrained(request.model_id, trust_remote_code=False, **request.version)
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"{where}: its weights are quantised, expected float32, float16 or bfloat16: rounded weights would not be "
@@ -174,11 +187,10 @@ def _from_pretrained(
         dtype=getattr(torch, request.dtype),
         output_loading_info=True,
         use_safetensors=True,  # other formats would be unpickled
-        revision=request.revision,
-        subfolder=request.subfolder,
+        **request.version,
         **options,
     )
-    with quietly(), explained(where, request.model_id, "its weights cannot be loaded", "Download it again."):
+    with quietly(), request.explained("its weights cannot be loaded", "Download it again."):
         spread = request.device_map
         model, info = load_spread(load, spread, request.max_memory) if spread else load()
     return model, sorted(name for name in info["missing_keys"] if not name.endswith(_OPTIONAL_WEIGHTS))
@@ -236,11 +248,7 @@ def load_processor(request: EncoderRequest) -> Any:
     Raises:
         ValueError: its files are missing or damaged.
     """
-    options: dict[str, Any] = {
-        "revision": request.revision,
-        "subfolder": request.subfolder,
-        "trust_remote_code": False,
-    }
+    options: dict[str, Any] = {"trust_remote_code": False, **request.version}
     load = (
         load_video_processor
         if request.modality == "video"
@@ -250,8 +258,7 @@ def load_processor(request: EncoderRequest) -> Any:
     if request.modality == "image":
         # With torchvision installed, transformers would take classes that resize otherwise, and far more slowly.
         options["backend"] = "pil"
-    where = f"{request.modality} encoder {request.model_id}"
-    with explained(where, request.model_id, f"its {name} cannot be loaded", "Add the model's own, or download again."):
+    with request.explained(f"its {name} cannot be loaded", "Add the model's own, or download again."):
         try:
             processor = load(request.model_id, **options)
         except ImportError:
@@ -259,7 +266,7 @@ def load_processor(request: EncoderRequest) -> Any:
                 raise
             processor = _plain_pictures(request)
     if request.image_size:
-        _resize(where, processor, request.image_size)
+        _resize(request.where, processor, request.image_size)
     return processor
 
 
@@ -279,8 +286,8 @@ def _plain_pictures(request: EncoderRequest) -> Any:
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
     chosen = {name: settings[name] for name in (*kept, *steps) if settings.get(name) is not None}
     logger.info(
-        "image encoder %s: pictures are resized by PIL; its %s needs torchvision.",
-        *(request.model_id, settings.get("image_processor_type")),
+        "%s: pictures are resized by PIL; its %s needs torchvision.",
+        *(request.where, settings.get("image_processor_type")),
     )
     return transformers.BitImageProcessorPil(**{"do_center_crop": False, **chosen})
 
@@ -315,10 +322,9 @@ def repository_file(request: EncoderRequest, name: str) -> Path | None:
     except LocalEntryNotFoundError:
         if try_to_load_from_cache(request.model_id, name, revision=request.revision) is not _CACHED_NO_EXIST:
             logger.warning(
-                "text encoder %s: the hub is unreachable, so it is assumed to have no %s. If it defines its own "
-                "pooling, load it once with the hub available.",
-                request.model_id,
-                name,
+                "%s: the hub is unreachable, so it is assumed to have no %s. If it defines its own pooling, load it "
+                "once with the hub available.",
+                *(request.where, name),
             )
         return None
     except EntryNotFoundError:
@@ -359,14 +365,12 @@ def fingerprint_of(
     request: EncoderRequest,
     model: Any,
     processor: Any,
+    family: Family,
     *,
-    pooling: str,
-    pooling_weights: torch.nn.Module | None = None,
     max_length: int | None,
-    is_language_model: bool = False,
-    padding: str = "longest",
-    num_tokens: int | None = None,
-    windows: Mapping[str, Any] | None = None,
+    padding: str,
+    num_tokens: int | None,
+    windows: Mapping[str, Any] | None,
 ) -> Fingerprint:
     """The fingerprint of a loaded encoder: plain JSON values, whose hash is part of the encoder's key in a cache.
 
@@ -375,11 +379,11 @@ def fingerprint_of(
     of_language_model = {"position_offset": request.position_offset, "text_tokens": "begin, text, end"}
     return Fingerprint(
         {
-            **(of_language_model if is_language_model else {}),
+            **(of_language_model if family.generates else {}),
             **({} if padding == "longest" else {"padding": padding}),
             **({} if request.grey_bits is None else {"grey_bits": request.grey_bits}),
             **({} if request.tokens == "all" else {"tokens": request.tokens, "encoded_tokens": num_tokens}),
-            **({} if pooling_weights is None else {"pooling_sha256": _weights_hash(pooling_weights)}),
+            **({"pooling_sha256": _weights_hash(family.pool)} if isinstance(family.pool, torch.nn.Module) else {}),
             **({"audio_windows": dict(windows)} if windows else {}),
             "modality": request.modality,
             "model_id": request.model_id if not Path(request.model_id).exists() else Path(request.model_id).name,
@@ -392,7 +396,7 @@ def fingerprint_of(
             **({"video_frames": request.video_frames} if request.video_frames else {}),
             "dtype": request.dtype,
             "attention": model.config._attn_implementation,
-            "pooling": pooling,
+            "pooling": family.pooling,
             "layer_convention": "hidden_states[i] is the input of layer i",
             "library_versions": {
                 "torch": torch.__version__.split("+")[0],

@@ -25,7 +25,6 @@ from tokenizers import normalizers
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.encoders.checks import explained
 from saffe_cache.encoders.families import Family, first_token, masked_mean
 from saffe_cache.encoders.loading import EncoderRequest, longest_text, repository_file, repository_text
 
@@ -200,11 +199,6 @@ class Repository:
     """Of the Transformer module."""
     truncate_dim: int | None
 
-    @property
-    def where(self) -> str:
-        """The encoder, for messages."""
-        return f"text encoder {self.request.model_id}"
-
     def apply(self, family: Family, model: Any, tokenizer: Any) -> Family:
         """Change the tokenizer as the settings say, and return the family with the repository's own vector.
 
@@ -219,7 +213,7 @@ class Repository:
                 return self._projected(family)
             return self._with_chain(family, model, tokenizer)
         except _RefusedError as error:
-            raise ValueError(_refusal(self.where, error)) from None
+            raise ValueError(_refusal(self.request.where, error)) from None
 
     def _set_tokenizer(self, tokenizer: Any) -> None:
         limit = self.settings.get("max_seq_length")
@@ -259,7 +253,7 @@ class Repository:
         if is_plain and set(kinds[2:]) <= {"Normalize"}:
             return replace(family, pool=_PLAIN[modes[0]], pooling=_POOLS[modes[0]][0])
         steps, described = zip(*(self._step(*one) for one in self.modules[2:]), strict=True) if kinds[2:] else ((), ())
-        with explained(self.where, self.request.model_id, "its modules do not fit together", "Download it again."):
+        with self.request.explained("its modules do not fit together", "Download it again."):
             vector = SentenceVector(
                 modes,
                 steps,
@@ -281,27 +275,27 @@ class Repository:
         if kind == "Dense":
             _activation(config)
         damaged = f"its {folder} cannot be read"
-        with explained(self.where, self.request.model_id, damaged, "Download it again."):
+        with self.request.explained(damaged, "Download it again."):
             step, description = make(config), describe(config)
             path = repository_file(self.request, _below(folder, "model.safetensors"))
         if list(step.parameters()) and path is None:
             raise ValueError(
-                f"{self.where}: found no {folder}/model.safetensors. If the folder has a pytorch_model.bin, which can "
-                "run code and is not read, and you trust it, convert it: "
+                f"{self.request.where}: found no {folder}/model.safetensors. If the folder has a pytorch_model.bin, "
+                "which can run code and is not read, and you trust it, convert it: "
                 "sentence_transformers.SentenceTransformer(FOLDER).save(NEW_FOLDER)."
             )
-        with explained(self.where, self.request.model_id, damaged, "Download it again."):
+        with self.request.explained(damaged, "Download it again."):
             weights = load_file(path) if path else {}
             step.load_state_dict({name: values.float() for name, values in weights.items()})
         return step, description
 
     def _config(self, folder: str, *, required: bool = True) -> dict[str, Any]:
         name = _below(folder, "config.json")
-        with explained(self.where, self.request.model_id, f"its {name} cannot be read", "Download it again."):
+        with self.request.explained(f"its {name} cannot be read", "Download it again."):
             text = repository_text(self.request, name)
             config: dict[str, Any] = json.loads(text or "{}")
         if text is None and required:
-            raise ValueError(f"{self.where}: found no {name}, which modules.json needs. Download it again.")
+            raise ValueError(f"{self.request.where}: found no {name}, which modules.json needs. Download it again.")
         return config
 
     def _prompt_tokens(self, model: Any, tokenizer: Any) -> int:
@@ -318,8 +312,8 @@ class Repository:
         count = len(ids) - (ids[-1] in tokenizer.all_special_ids)
         if count >= limit - 1:
             raise ValueError(
-                f"{self.where}: its prompt {prompt!r} takes {count} tokens, --max-length {limit} leaves none for the "
-                "text. Choose a larger one, or another --prompt."
+                f"{self.request.where}: its prompt {prompt!r} takes {count} tokens, --max-length {limit} leaves none "
+                "for the text. Choose a larger one, or another --prompt."
             )
         return count
 
@@ -330,10 +324,10 @@ def read_repository(request: EncoderRequest) -> Repository:
     Raises:
         ValueError: its files are damaged, it has no prompt of the name, or a module that is not supported.
     """
-    where = f"text encoder {request.model_id}"
-    with explained(where, request.model_id, "found no model", "Use a hub id or a folder with config.json."):
+    where = request.where
+    with request.explained("found no model", "Use a hub id or a folder with config.json."):
         text = repository_text(request, "modules.json")
-    with explained(where, request.model_id, "its modules.json cannot be read", "Download it again."):
+    with request.explained("its modules.json cannot be read", "Download it again."):
         listed = json.loads(text or "[]")
         modules = tuple((_kind(str(one["type"])), str(one["path"])) for one in listed)
     try:
@@ -343,7 +337,7 @@ def read_repository(request: EncoderRequest) -> Repository:
     modules = tuple(one for one in modules if one[0] != "Dropout")  # encoders are frozen
     folder = modules[0][1] if modules else ""
     name = "config_sentence_transformers.json"
-    with explained(where, request.model_id, f"its {name} cannot be read", "Download it again."):
+    with request.explained(f"its {name} cannot be read", "Download it again."):
         config = json.loads(repository_text(request, name) or "{}")
         prompts = {str(key): str(text or "") for key, text in (config.get("prompts") or {}).items()}
         default = config.get("default_prompt_name")

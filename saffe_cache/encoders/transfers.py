@@ -2,18 +2,34 @@
 
 On a GPU each direction has its own stream: batch i + 1 is copied to the device and batch i - 1 is copied back while
 batch i is computed, and the launching thread waits for neither. On other devices the calls return when they are done.
+
+A batch that does not fit into memory is encoded in halves. How it is split depends only on its shape and the available
+memory, not on earlier batches: it is tried as a whole, tried again with nothing else in flight, and then split in the
+middle, each half in the same way. Shapes that failed are remembered, which only skips attempts that would fail. A
+resumed extraction therefore splits the same batches as an uninterrupted one and produces the same bytes, as long as the
+encoder has the same memory. If other programs take memory, numbers may differ by rounding, because a matrix product of
+another height may add in another order.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+from saffe_cache.core.devices import is_out_of_memory
+from saffe_cache.core.features import CacheError
+
+if TYPE_CHECKING:
+    from saffe_cache.encoders.encoder import FrozenEncoder
+
+logger = logging.getLogger(__name__)
 
 Converted = tuple[torch.Tensor, ...]
 """Stored hidden states [batch, tokens, …], and further results of their conversion, [batch, tokens]."""
@@ -123,6 +139,57 @@ class Transfers:
         finally:
             torch.cuda.synchronize(self._device)
             runtime.cudaHostUnregister(memory.data_ptr())
+
+
+class HalvingEncoder:
+    """Launches the batches of one encoder, in halves where they do not fit into memory."""
+
+    def __init__(self, encoder: FrozenEncoder) -> None:
+        self._encoder = encoder
+        self.too_large: list[tuple[int, ...]] = []
+        """Shapes that did not fit: the number of inputs, then the shape of one."""
+
+    def launch(self, tensors: Mapping[str, torch.Tensor]) -> list[Launched]:
+        """Launch a batch in as many parts as needed, in order.
+
+        Raises:
+            CacheError: a single input does not fit into memory.
+        """
+        shape = tuple(next(iter(tensors.values())).shape)
+        if not any(all(a >= b for a, b in zip(shape, failed, strict=True)) for failed in self.too_large):
+            launched = self._try(tensors)
+            if launched is None:
+                self._encoder.transfers.free_memory()
+                launched = self._try(tensors)
+            if launched is not None:
+                return [launched]
+            self._remember(shape)
+        middle = shape[0] // 2
+        return [
+            part
+            for rows in (slice(middle), slice(middle, None))
+            for part in self.launch({name: values[rows] for name, values in tensors.items()})
+        ]
+
+    def _try(self, tensors: Mapping[str, torch.Tensor]) -> Launched | None:
+        try:
+            return self._encoder.launch(tensors)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return None  # the error is dropped, and with it the tensors that its traceback holds
+
+    def _remember(self, shape: tuple[int, ...]) -> None:
+        if shape[0] == 1:
+            raise CacheError(
+                f"{self._encoder.fingerprint.key}: a single input of shape {shape[1:]} does not fit into the memory of "
+                f"{self._encoder.request.device}. Choose a smaller --image-size or --max-length, or --device cpu."
+            )
+        self.too_large.append(shape)
+        logger.warning(
+            "%s: a batch of shape %s does not fit into the memory of %s; batches of this size are encoded in halves.",
+            *(self._encoder.fingerprint.key, shape, self._encoder.request.device),
+        )
 
 
 def _moved(value: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -12,7 +12,7 @@ from saffe_cache.core.features import BlockSpec, BlockWeights, CacheError
 from saffe_cache.core.tensors import ROUNDING, relative_difference
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.encoders.probing import Probe
-from saffe_cache.extraction.planning import CutKinds
+from saffe_cache.encoders.windows import CutKinds
 from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.fusion.library_block import LibraryBlock, with_check, without_unused
 

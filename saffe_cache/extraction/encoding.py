@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 from saffe_cache.core.features import CacheError, ItemTable
-from saffe_cache.encoders.encoder import FrozenEncoder, HalvingEncoder
-from saffe_cache.encoders.transfers import Encoded, Launched
+from saffe_cache.encoders.encoder import FrozenEncoder
+from saffe_cache.encoders.transfers import Encoded, HalvingEncoder, Launched
 from saffe_cache.extraction.blocks import checked_blocks
 from saffe_cache.extraction.config import EncodeOptions
 from saffe_cache.extraction.loading import Batch, load_batches

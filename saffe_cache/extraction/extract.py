@@ -14,7 +14,7 @@ from typing import Any
 
 from saffe_cache.core.features import MODALITIES, CacheError, ItemTable, Modality
 from saffe_cache.core.outputs import provenance
-from saffe_cache.encoders.discovery import OwnEncoder
+from saffe_cache.encoders.own import OwnEncoder
 from saffe_cache.extraction.config import ExtractConfig, encode_options
 from saffe_cache.extraction.encoding import run_job
 from saffe_cache.extraction.loading import check_sources

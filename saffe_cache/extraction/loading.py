@@ -32,8 +32,8 @@ import numpy as np
 import torch
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.encoders.encoder import REAL_TOKENS
-from saffe_cache.extraction.planning import Job, blank_input, sound_rows, window_budget
+from saffe_cache.encoders.running import REAL_TOKENS
+from saffe_cache.extraction.planning import Job, blank_input, window_budget
 from saffe_cache.sources.decoding import LOW_GREY, decode
 from saffe_cache.sources.items import Media, is_file_fault
 
@@ -204,14 +204,15 @@ class _Sounds:
         windows = encoder.windows
         assert windows is not None
         assert offsets is not None
-        counts, start = sound_rows(encoder, len(sound)), 0
+        cut, start = windows.cut(len(sound)), 0
+        made = sum(windows.rows(len(window)) for window in cut)
         planned = int(offsets[row + 1] - offsets[row])
-        if sum(counts) != planned:
+        if made != planned:
             raise ValueError(
-                f"the sound has {len(sound)} samples, which make {sum(counts)} rows of hidden states; by its header, "
+                f"the sound has {len(sound)} samples, which make {made} rows of hidden states; by its header, "
                 f"it has {planned}"
             )
-        for window, rows in zip(encoder.cut(len(sound)), counts, strict=True):
+        for window in cut:
             prepared = encoder.prepare(sound[window.start : window.stop])
             yield _Window(
                 *(
@@ -222,7 +223,7 @@ class _Sounds:
                 ),
                 {name: value.numpy() for name, value in prepared.items()},
             )
-            start += rows
+            start += windows.rows(len(window))
 
     def finish(self, block: range, tasks: Sequence[Future[Any]]) -> Iterator[Batch]:
         """The batches of a block, once all its sounds are prepared."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from saffe_cache.core.features import CacheError, Inputs, ItemTable, Modality, S
 from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
 from saffe_cache.encoders.transfers import Converter
+from saffe_cache.encoders.windows import CutKinds
 from saffe_cache.extraction.config import EncodeOptions, ExtractConfig
 from saffe_cache.sources.decoding import count_samples
 from saffe_cache.sources.items import Media
@@ -45,19 +46,6 @@ _SOUND_SHARD_ROWS = 64
 
 _SOUND_ROWS = {False: "audio_token", True: "audio_window"}
 """What a row of the hidden states of sounds is, by whether windows are stored whole."""
-
-
-class CutKinds(NamedTuple):
-    """Kinds of sounds whose stored tokens are not those that one run of the model saw."""
-
-    has_partial: bool = False
-    """Some are shorter than a window that is padded, and only their real tokens are stored."""
-    has_several: bool = False
-    """Some have several windows, each of which the model saw alone."""
-    has_lengths: bool = False
-    """They have any length, and differ in it, so that training pads them."""
-    num_tokens: int = 0
-    """Tokens of each, if they may have any length and all have the same; otherwise 0."""
 
 
 @dataclass(kw_only=True)
@@ -300,8 +288,8 @@ def sound_offsets(job: Job, known: np.ndarray, media: Mapping[bytes, Media]) -> 
     Raises:
         OSError: a file that was read for its hash cannot be read again.
     """
-    encoder = job.encoder
-    assert encoder.windows is not None
+    windows, rate = job.encoder.windows, job.encoder.sampling_rate
+    assert windows is not None
 
     def count(number: int) -> int:
         content_hash = job.inputs.content_hash[number].tobytes()
@@ -309,23 +297,13 @@ def sound_offsets(job: Job, known: np.ndarray, media: Mapping[bytes, Media]) -> 
             return 1
         data = media[content_hash].read()
         try:
-            return sum(sound_rows(encoder, count_samples(data, encoder.sampling_rate)))
+            return sum(windows.rows(len(window)) for window in windows.cut(count_samples(data, rate)))
         except ValueError:
             return 1  # encoding says why
 
     with ThreadPoolExecutor(job.options.workers) as pool:
         counts = list(pool.map(count, range(len(known) - 1, job.num_inputs)))
     return np.concatenate([known, known[-1] + np.cumsum(counts, dtype=np.int64)])
-
-
-def sound_rows(encoder: FrozenEncoder, num_samples: int) -> list[int]:
-    """Rows of each window of a sound.
-
-    Raises:
-        ValueError: it is too short.
-    """
-    assert encoder.windows is not None
-    return [encoder.windows.rows(len(window)) for window in encoder.cut(num_samples)]
 
 
 def converters_of(arrays: Mapping[str, tuple[ArraySpec, int]]) -> dict[int, Converter]:

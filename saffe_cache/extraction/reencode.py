@@ -15,8 +15,8 @@ from itertools import takewhile
 import numpy as np
 
 from saffe_cache.core.features import CacheError, ItemTable
-from saffe_cache.encoders.discovery import OwnEncoder
 from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
+from saffe_cache.encoders.own import OwnEncoder
 from saffe_cache.extraction.config import ExtractConfig, config_from_json, encode_options
 from saffe_cache.extraction.encoding import encode_portions
 from saffe_cache.extraction.planning import Job, begin_blocks, block_rows, cut_blocks, encoder_request

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError, ItemTable, Modality, StorageType, short_hash
-from saffe_cache.encoders.discovery import OwnEncoder
 from saffe_cache.encoders.encoder import FrozenEncoder
+from saffe_cache.encoders.own import OwnEncoder
 from saffe_cache.extraction.config import ExtractConfig, config_from_json, encode_options
 from saffe_cache.extraction.encoding import encode_in_memory
 from saffe_cache.extraction.reencode import reload_encoder
