@@ -327,41 +327,6 @@ class TrainedFusion:
         update_index(self, IndexConfig(data=data, run=str(self.folder), out=str(out), **options))
         return SearchIndex.open(out, self)
 
-    def _problem(self, item: SourceItem, paired: bool) -> str:
-        """Why an item cannot be embedded; nothing where it can."""
-        if item.problem or self.modality not in item.hashes:
-            return item.problem or f"it has no {self.modality}"
-        if paired and not item.captions and self.why_not_alone:
-            return f"it has no caption, and {self.why_not_alone}"
-        return ""
-
-    def _embed_inputs(
-        self,
-        name: str,
-        modality: Modality,
-        inputs: Sequence[Any],
-        texts: Sequence[str] | None,
-        progress: bool,
-        ridge: LinearMap | None = None,
-    ) -> np.ndarray:
-        """With a ridge regression, its unit vectors follow those of the fusion in each row."""
-        if modality != self.modality:
-            raise ValueError(f"{name}: the run {self.folder} is of {self.modality}. Use the method for these.")
-        why = self.why_not_alone if texts is None else self.why_not_paired
-        if why:
-            raise ValueError(f"{name}: {why}.")
-        vectors = []
-        starts = range(0, len(inputs), _ITEMS_AT_ONCE)
-        for start in tqdm(starts, unit=f" {_ITEMS_AT_ONCE} {modality}s", disable=not progress):
-            chosen = range(start, min(start + _ITEMS_AT_ONCE, len(inputs)))
-            items = [_item(name, modality, i, inputs[i], None if texts is None else texts[i]) for i in chosen]
-            with self._lock:
-                own, invalid = self._encode(items, paired=texts is not None, ridge=ridge)
-            for number, reason in invalid.items():
-                raise ValueError(f"{name}: input {number}: {reason}. Give a file that can be read.")
-            vectors.append(own)
-        return np.concatenate(vectors) if vectors else np.zeros((0, self._width(ridge)), np.float32)
-
     # Exchange
 
     def save_pretrained(self, folder: str | Path, *, encoders: Mapping[str, str] | None = None) -> None:
@@ -396,6 +361,19 @@ class TrainedFusion:
         with tempfile.TemporaryDirectory() as work:
             return sharing.push_run(self, repository, Path(work), **options)
 
+    def to_onnx(self, path: str | Path) -> Path:
+        """Write f(x, null) of the encoder's hidden states as an ONNX file; see `inference.exporting`.
+
+        Raises:
+            ValueError: the fusion cannot be exported, or the run has no vectors of photos alone.
+            ImportError: a package of the extra `onnx` is missing.
+        """
+        from saffe_cache.inference.exporting import export_onnx
+
+        if self.why_not_alone:
+            raise ValueError(f"to_onnx: {self.why_not_alone}.")
+        return export_onnx(self.model, self.spec.gallery_layers, path)
+
     @classmethod
     def from_pretrained(cls, run: str | Path, **options: Any) -> TrainedFusion:
         """`load_run`, by the name that users of the hub know."""
@@ -403,15 +381,51 @@ class TrainedFusion:
 
     # From inputs to vectors
 
+    def _problem(self, item: SourceItem, paired: bool) -> str:
+        """Why an item cannot be embedded; nothing where it can."""
+        if item.problem or self.modality not in item.hashes:
+            return item.problem or f"it has no {self.modality}"
+        if paired and not item.captions and self.why_not_alone:
+            return f"it has no caption, and {self.why_not_alone}"
+        return ""
+
+    def _embed_inputs(
+        self,
+        name: str,
+        modality: Modality,
+        inputs: Sequence[Any],
+        texts: Sequence[str] | None,
+        progress: bool,
+        ridge: LinearMap | None = None,
+    ) -> np.ndarray:
+        """With a ridge regression, its unit vectors follow those of the fusion in each row."""
+        if modality != self.modality:
+            raise ValueError(f"{name}: the run {self.folder} is of {self.modality}. Use the method for these.")
+        why = self.why_not_alone if texts is None else self.why_not_paired
+        if why:
+            raise ValueError(f"{name}: {why}.")
+        vectors = [np.zeros((0, self._width(ridge)), np.float32)]
+        starts = range(0, len(inputs), _ITEMS_AT_ONCE)
+        for start in tqdm(starts, unit=f" {_ITEMS_AT_ONCE} {modality}s", disable=not progress):
+            chosen = range(start, min(start + _ITEMS_AT_ONCE, len(inputs)))
+            items = [_item(name, modality, i, inputs[i], None if texts is None else texts[i]) for i in chosen]
+            with self._lock:
+                own, invalid = self._encode(items, paired=texts is not None, ridge=ridge)
+            for number, reason in invalid.items():
+                raise ValueError(f"{name}: input {number}: {reason}. Give a file that can be read.")
+            vectors.append(own)
+        return np.concatenate(vectors)
+
     def _encode(
         self, items: Sequence[SourceItem], *, paired: bool, ridge: LinearMap | None = None
     ) -> tuple[np.ndarray, dict[str, str]]:
         """Vectors of the items that could be encoded, in order, and why the others could not."""
+        nothing = np.zeros((0, self._width(ridge)), np.float32)
         if not items:
-            return np.zeros((0, self._width(ridge)), np.float32), {}
+            return nothing, {}
         inputs, rows, texts, invalid = self._load(items, paired=paired)
         if not len(rows):
-            return np.zeros((0, self._width(ridge)), np.float32), invalid
+            return nothing, invalid
         vectors = encode_gallery(self.model, inputs, rows, texts)
         if ridge is not None:
             seen = summaries(inputs.gallery, rows, self.spec.gallery_layers)
@@ -477,19 +491,6 @@ class TrainedFusion:
             for name, array in manifest.arrays.items()
         }
         return replace(manifest, arrays=arrays)
-
-    def to_onnx(self, path: str | Path) -> Path:
-        """Write f(x, null) of the encoder's hidden states as an ONNX file; see `inference.exporting`.
-
-        Raises:
-            ValueError: the fusion cannot be exported, or the run has no vectors of photos alone.
-            ImportError: a package of the extra `onnx` is missing.
-        """
-        from saffe_cache.inference.exporting import export_onnx
-
-        if self.why_not_alone:
-            raise ValueError(f"to_onnx: {self.why_not_alone}.")
-        return export_onnx(self.model, self.spec.gallery_layers, path)
 
     def encoder(self, key: str) -> FrozenEncoder:
         """One of the run's two encoders, loaded when it is first needed and compared with its fingerprint.
