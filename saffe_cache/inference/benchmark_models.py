@@ -74,7 +74,8 @@ class MtebModel:
         if texts is not None:
             return self.run.embed_pairs(list(media), list(texts))
         embed = {"image": "embed_images", "audio": "embed_audio", "video": "embed_videos"}[self.run.modality]
-        return getattr(self.run, embed)(list(media))
+        vectors: np.ndarray = getattr(self.run, embed)(list(media))
+        return vectors
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """Cosines of all pairs [n, m]."""

@@ -20,7 +20,8 @@ from tiny_models import WORDS
 from training import config_of
 
 from saffe_cache.core.outputs import read_json
-from saffe_cache.encoders.encoder import EncoderRequest, FrozenEncoder, load_encoder
+from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
+from saffe_cache.encoders.loading import EncoderRequest
 from saffe_cache.extraction.extract import ExtractConfig, extract
 from saffe_cache.store.dtypes import convert
 from saffe_cache.store.layout import STORAGE_DTYPES
