@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import copy
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,11 +19,14 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 from quick_runs import quick_train, report_of
+from safetensors.numpy import save
 from stub_hub import stub_hub
 
 import saffe_cache as sc
-from saffe_cache.inference.card import licence_of
+from saffe_cache.inference import card
+from saffe_cache.inference.card import evaluations_of, licence_of, model_card
 from saffe_cache.inference.model import load_run
+from saffe_cache.training.runs import BLOCKS
 
 Models = Callable[[str], Path]
 
@@ -77,6 +84,63 @@ def test_saved_run_names_no_place_of_the_machine(shared: Shared, tiny_model: Mod
 def test_saved_run_asks_for_encoders_that_were_local(shared: Shared, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tiny-dinov2.*--encoder image=PLACE"):
         load_run(shared.folder, device="cpu").embed_images(shared.photos[:1])
+
+
+def test_encoder_that_training_chose_by_its_place(shared: Shared, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(shared.run, tmp_path / "run"))
+    config = json.loads((run / "config.json").read_text())
+    config["config"]["encoder"] = {"image": "/home/somebody/models/own-vit"}
+    (run / "config.json").write_text(json.dumps(config))
+    load_run(run, device="cpu").save_pretrained(tmp_path / "given")
+    saved = json.loads((tmp_path / "given" / "config.json").read_text())
+    assert saved["config"]["encoder"] == {"image": "own-vit"}
+
+
+def test_hostile_names_stay_names_in_the_card(shared: Shared) -> None:
+    fam = load_run(shared.run, device="cpu")
+    described = copy.deepcopy(json.loads((Path(shared.run) / "encoders.json").read_text()))
+    for one in described.values():
+        one["extraction"]["data"] = "a: b\n---\n# Heading <script>alert(1)</script> \udcff"
+    name = 'x"); import os\n---\nlicense: mit\n```'
+    text = model_card(fam, described, {}, name)
+    parsed = ModelCard(text.encode().decode())
+    assert parsed.data.library_name == "saffe-cache"
+    assert parsed.data.license is None
+    lines = parsed.text.splitlines()
+    assert not {"---", "license: mit"} & set(lines)
+    assert [line for line in lines if line.startswith("# ")] == ['# x"); import os --- license: mit \\`\\`\\`']
+    assert not re.search(r"(?<!\\)<script", parsed.text)
+    code = ast.parse(parsed.text.partition("```python")[2].partition("\n```")[0])
+    assert name in [node.value for node in ast.walk(code) if isinstance(node, ast.Constant)]
+
+
+def test_card_shows_evaluations_of_these_weights_alone(shared: Shared, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(shared.run, tmp_path / "run"))
+    assert list(evaluations_of(run)) == ["test-class"]
+    config = json.loads((run / "test-class" / "config.json").read_text())
+    config["resolved"]["weights"] = "0123456789abcdef"
+    (run / "test-class" / "config.json").write_text(json.dumps(config))
+    assert evaluations_of(run) == {}
+
+
+def test_card_says_where_weights_of_encoders_are(shared: Shared, tmp_path: Path) -> None:
+    assert "Their weights are not here" in (shared.folder / "README.md").read_text()
+    run = Path(shutil.copytree(shared.run, tmp_path / "run"))
+    (run / BLOCKS).write_bytes(save({}))
+    load_run(run, device="cpu").save_pretrained(tmp_path / "given")
+    text = (tmp_path / "given" / "README.md").read_text()
+    assert "blocks.safetensors holds blocks of theirs" in text
+    assert "Their weights are not here" not in text
+
+
+def test_licence_of_a_local_encoder_is_not_that_of_a_namesake(
+    shared: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(card, "licence_of", lambda place, revision=None: f"licence of {place}")
+    load_run(shared.run, device="cpu").save_pretrained(tmp_path / "given", encoders={"image": "someone/dinov2"})
+    text = (tmp_path / "given" / "README.md").read_text()
+    assert "licence of someone/dinov2" in text
+    assert "licence of tiny-bert" not in text
 
 
 def test_names_of_encoders_on_the_hub(shared: Shared, tmp_path: Path) -> None:

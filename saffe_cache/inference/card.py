@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,24 +11,35 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
-from saffe_cache.core.outputs import RESULT, read_json
+from saffe_cache.core.features import printable
+from saffe_cache.core.outputs import CONFIG, RESULT, read_json
 from saffe_cache.core.tables import percent
 from saffe_cache.evaluation.details import FAM
 from saffe_cache.evaluation.results import EvaluationResult
+from saffe_cache.training.runs import BLOCKS, weights_hash
 
 if TYPE_CHECKING:
     from saffe_cache.inference.model import TrainedFusion
 
 
 def evaluations_of(folder: Path) -> dict[str, EvaluationResult]:
-    """A run's evaluations by the names of their folders, without those of baselines alone and those that leak."""
+    """A run's evaluations by the names of their folders, without those that leak, of baselines alone and of other
+    weights."""
     found: dict[str, EvaluationResult] = {}
+    weights = weights_hash(folder)
     for path in sorted(folder.glob(f"*/{RESULT}")):
         content = read_json(path)
         if content.get("verb") == "evaluate" and not path.parent.name.endswith("-leak"):
             result = EvaluationResult.from_json(content, path)
-            found |= {path.parent.name: result} if result.system == FAM else {}
+            is_own = result.system == FAM and _weights_of(path.parent) in (None, weights)
+            found |= {path.parent.name: result} if is_own else {}
     return found
+
+
+def _weights_of(evaluation: Path) -> str | None:
+    """Hash of the weights that were evaluated; None where only the result was kept."""
+    path = evaluation / CONFIG
+    return read_json(path).get("resolved", {}).get("weights") if path.exists() else None
 
 
 def model_card(fam: TrainedFusion, described: Mapping[str, Any], options: Mapping[str, Any], name: str) -> str:
@@ -48,17 +61,22 @@ def model_card(fam: TrainedFusion, described: Mapping[str, Any], options: Mappin
     evaluations = evaluations_of(fam.folder)
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {name}",
+        f"# {_plain(name)}",
         f"A {fam.spec.shape.fusion} fusion of two frozen encoders, trained from their cached features with "
         f"saffe_cache. It maps {_THINGS[fam.modality]} and texts into one space of {fam.size} dimensions, for search. "
         "Tables below call it FAM (FusionAlign Module).",
         _use(fam, name),
         _training(fam, described, options),
-        _encoders(described),
+        _encoders(described, has_blocks=(fam.folder / BLOCKS).exists()),
         *(_evaluation(result) for result in evaluations.values()),
         _limits(fam, described, evaluations),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _plain(text: str) -> str:
+    """A name of any origin in one line, which Markdown and HTML leave as it is."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", printable(" ".join(text.split())))
 
 
 _THINGS = {"image": "photos", "audio": "sounds", "video": "videos"}
@@ -75,7 +93,7 @@ def _use(fam: TrainedFusion, name: str) -> str:
     if fam.why_not_alone:
         vectors = f'fam.embed_pairs({files}, ["a note on the first", "a note on the second"])'
     return (
-        f'## Use\n\n```python\nimport saffe_cache as sc\n\nfam = sc.load_run("{name}")\nfound = {vectors}\n'
+        f"## Use\n\n```python\nimport saffe_cache as sc\n\nfam = sc.load_run({json.dumps(name)})\nfound = {vectors}\n"
         'scores = fam.embed_texts(["a dog asleep"]) @ found.T\n```'
     )
 
@@ -86,9 +104,9 @@ def _training(fam: TrainedFusion, described: Mapping[str, Any], options: Mapping
     losses = ", ".join(f"{one} {weight:g}" for one, weight in spec.objective.items())
     paired = {"null": "none", "first_caption": "the first caption", "matched": "a caption that searches for it"}
     lines = [
-        f"data: {past.get('data') or 'unknown'}, split {spec.train_split}, described by {spec.pairs}",
+        f"data: {_plain(past.get('data') or 'unknown')}, split {_plain(spec.train_split)}, described by {spec.pairs}",
         f"{result.train_photos:,} {_THINGS[fam.modality]} to train on, {result.validation_photos:,} to choose the "
-        f"epoch on ({spec.validation})",
+        f"epoch on ({_plain(spec.validation)})",
         f"layers {_numbers(spec.gallery_layers)} of the {fam.modality} encoder"
         + (f" and {_numbers(spec.text_layers)} of the text encoder" if spec.text_layers else ""),
         f"head {spec.shape.head}, objective {losses}, paired text: {paired[spec.gallery_text]}",
@@ -103,17 +121,21 @@ def _numbers(layers: tuple[int, ...]) -> str:
     return ", ".join(map(str, layers))
 
 
-def _encoders(described: Mapping[str, Any]) -> str:
+def _encoders(described: Mapping[str, Any], *, has_blocks: bool) -> str:
     rows = ["| input | encoder | revision | licence | key |", "|---|---|---|---|---|"]
     for key, one in described.items():
         fields, place = one["manifest"]["fingerprint"], _place(one)
-        revision = fields.get("revision") or "–"
-        licence = licence_of(place, fields.get("revision")) or "not known here: see the encoder's page"
-        rows.append(f"| {fields['modality']} | {place} | {revision} | {licence} | `{key}` |")
-    return (
-        "## Frozen encoders\n\nTheir weights are not here; they are loaded by name and checked against a hash.\n\n"
-        + "\n".join(rows)
-    )
+        revision, is_on_hub = fields.get("revision"), place.count("/") == 1
+        licence = licence_of(place, revision) if revision or is_on_hub else None  # a folder's name is no hub id
+        shown = [_plain(one) for one in (place, revision or "–", licence or "not known here: see the encoder's page")]
+        rows.append(f"| {fields['modality']} | {' | '.join(shown)} | `{key}` |")
+    lead = "Their weights are not here; they are loaded by name and checked against a hash."
+    if has_blocks:
+        lead = (
+            f"{BLOCKS} holds blocks of theirs, which the fusion runs or started from: their licences apply to these "
+            "weights too. All others are loaded by name and checked against a hash."
+        )
+    return f"## Frozen encoders\n\n{lead}\n\n" + "\n".join(rows)
 
 
 def _place(one: Mapping[str, Any]) -> str:
@@ -138,11 +160,11 @@ def licence_of(place: str, revision: str | None = None) -> str | None:
 
 def _evaluation(result: EvaluationResult) -> str:
     [section] = result.sections()
-    wrong = [f"**Control failed: {text}. Do not use these numbers.**" for text in result.failures]
+    wrong = [f"**Control failed: {_plain(text)}. Do not use these numbers.**" for text in result.failures]
     parts = [
-        f"## Results: {section.title}",
+        f"## Results: {_plain(section.title)}",
         *wrong,
-        *(f"Warning: {text}" for text in result.warnings),
+        *(f"Warning: {_plain(text)}" for text in result.warnings),
         section.lead,
         section.tables[0].to_markdown(),
         *section.texts,
@@ -158,7 +180,7 @@ def _limits(fam: TrainedFusion, described: Mapping[str, Any], evaluations: Mappi
         if one["manifest"]["modality"] == "text"
     )
     lines = [
-        f"Texts are cut after {longest} tokens.",
+        *([f"Texts are cut after {longest} tokens."] if longest else []),
         "The numbers above hold for the data above; how well it works on other data is unknown.",
         "Whatever the frozen encoders cannot tell apart, the fusion cannot either; their biases and licences apply.",
     ]

@@ -65,6 +65,7 @@ def save_run(fam: TrainedFusion, folder: Path, encoders: Mapping[str, str], name
     write_json(folder / ENCODERS, described)
     config = read_json(fam.folder / CONFIG)
     options = {key: value for key, value in config.get("config", {}).items() if key not in ("cache", "out")}
+    options["encoder"] = {key: name_of_place(place) for key, place in options.get("encoder", {}).items()}
     write_json(folder / CONFIG, {**config, "config": options})
     for place, result in evaluations_of(fam.folder).items():
         result.save(folder / place)

@@ -124,7 +124,7 @@ def keep_encoders(run_dir: Path, spec: RunSpec, cache: Cache) -> None:
         past, blocks = encoder.manifest.extractions, {layer: encoder.block(layer) for layer in layers}
         described[key] = {
             "manifest": without_rows(encoder.manifest).to_json(),
-            "extraction": _of_encoder(past[-1]["config"], modality) if past else None,
+            "extraction": _of_encoder([one["config"] for one in past], modality) if past else None,
             "blocks": {
                 str(layer): {"encoding-type": weights_type("blocks/"), "spec": vars(block.spec)}
                 for layer, block in blocks.items()
@@ -177,12 +177,13 @@ _OF_DATA = (
 """Options of an extraction that say where inputs and encoders were, and not how an encoder was run."""
 
 
-def _of_encoder(config: Mapping[str, Any], modality: Modality) -> dict[str, Any]:
-    """The options of an extraction that tell how the encoder of a modality was run."""
-    kept = {name: value for name, value in config.items() if name not in _OF_DATA}
+def _of_encoder(configs: Sequence[Mapping[str, Any]], modality: Modality) -> dict[str, Any]:
+    """The options of the last extraction that tell how the encoder of a modality was run, and the names of all data."""
+    kept = {name: value for name, value in configs[-1].items() if name not in _OF_DATA}
+    data = dict.fromkeys(name_of_place(str(config["data"])) for config in configs)
     for name in ("encoder", "layers", "tokens", "revision"):
         kept[name] = {one: value for one, value in kept.get(name, {}).items() if one == modality}
-    return {**kept, "data": name_of_place(str(config["data"])), "cache": ""}
+    return {**kept, "data": ", ".join(data), "cache": ""}
 
 
 def name_of_place(place: str) -> str:
