@@ -144,6 +144,24 @@ def test_inputs_of_every_kind_have_the_same_vectors(world: World, alone: str) ->
         np.testing.assert_allclose(fam.embed_images(kind), expected, atol=1e-5)
 
 
+def test_picture_with_an_orientation_is_turned_as_its_file_is(world: World, alone: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(world.photos / "test" / "1.png").save(tmp_path / "turned.png", exif=exif)
+    file, picture = load_run(alone, device="cpu").embed_images(
+        [tmp_path / "turned.png", Image.open(tmp_path / "turned.png")]
+    )
+    np.testing.assert_allclose(picture, file, atol=1e-5)
+
+
+def test_one_input_is_no_list(world: World, alone: str) -> None:
+    fam, path = load_run(alone, device="cpu"), world.photos / "test" / "1.png"
+    picture = Image.open(path)
+    for one in (path, str(path), path.read_bytes(), picture, np.asarray(picture), iter([path])):
+        with pytest.raises(ValueError, match=r"embed_images: found one .*, expected a list of inputs\. Pass \[input\]"):
+            fam.embed_images(one)  # type: ignore[arg-type]
+
+
 def test_one_input_twice_and_none(world: World, alone: str) -> None:
     fam = load_run(alone, device="cpu")
     path = world.photos / "test" / "1.png"
@@ -170,6 +188,33 @@ def test_float32_is_close_to_the_storage_type(world: World, alone: str) -> None:
     difference = np.abs(stored.embed_images(paths) - exact.embed_images(paths)).max()
     assert 1e-6 < difference < 0.05
     assert stored.fingerprint != exact.fingerprint
+
+
+def test_fingerprint_is_of_the_weights_that_were_loaded(alone: str, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(alone, tmp_path / "run"))
+    fam = load_run(run, device="cpu")
+    (run / "model.safetensors").write_bytes(b"of a later training")
+    assert fam.fingerprint == load_run(alone, device="cpu").fingerprint
+
+
+def test_run_names_all_data_of_its_cache(world: World, tmp_path: Path, tiny_model: Models) -> None:
+    more = tmp_path / "more photos"
+    write_photos(more)
+    for path in more.rglob("*.png"):
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path.with_name(f"more-{path.name}"))
+        path.unlink()
+    for path in more.rglob("metadata.jsonl"):
+        path.write_text(path.read_text().replace('"file_name": "', '"file_name": "more-'))
+    cache = shutil.copytree(world.cache, tmp_path / "cache.zarr")
+    encoder = {"image": str(tiny_model("dinov2")), "text": str(tiny_model("bert"))}
+    sc.extract(
+        data=str(more), cache=str(cache), encoder=encoder, layers={"image": (1, 2), "text": (1, 2)}, device="cpu"
+    )
+    run = quick_train(str(cache), tmp_path / "run", fusion="linear", epochs=1, batch_size=16)
+    described = json.loads((Path(run) / ENCODERS).read_text())
+    photos, texts = described.values()
+    assert photos["extraction"]["data"] == "photos, more photos"
+    assert texts["extraction"]["data"] == "photos"  # whose texts are all texts
 
 
 def test_vectors_of_classes_are_those_of_evaluation(tmp_path: Path, tiny_model: Models) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import tempfile
 import threading
 from collections.abc import Collection, Mapping, Sequence
@@ -96,6 +97,7 @@ class TrainedFusion:
         self.spec: RunSpec = spec
         self.model: Fusion = model.to(self.device)
         self.result: TrainResult = result
+        self._weights = hashlib.sha256((folder / MODEL).read_bytes()).hexdigest()  # before the run is trained again
         self._places, self._encoders, self._lock = dict(encoder or {}), dict[str, FrozenEncoder](), threading.RLock()
         unknown = set(self._places) - {self.modality, "text"}
         if unknown:
@@ -123,8 +125,7 @@ class TrainedFusion:
     @cached_property
     def fingerprint(self) -> str:
         """What vectors depend on: weights, encoders and storage type, as a short hash."""
-        weights = hashlib.sha256((self.folder / MODEL).read_bytes()).hexdigest()
-        return short_hash([weights, self.spec.gallery_key, self.spec.text_key, self.storage])
+        return short_hash([self._weights, self.spec.gallery_key, self.spec.text_key, self.storage])
 
     @property
     def why_not_alone(self) -> str | None:
@@ -176,6 +177,8 @@ class TrainedFusion:
         Raises:
             ValueError: as `embed_images`; no text enters the fusion; inputs and texts differ in number.
         """
+        _require_several("embed_pairs", inputs)
+        _require_several("embed_pairs", texts)
         if len(inputs) != len(texts):
             raise ValueError(f"embed_pairs: {len(inputs)} inputs, {len(texts)} texts. Give one text for each.")
         return self._embed_inputs("embed_pairs", self.modality, inputs, texts, progress)
@@ -404,6 +407,7 @@ class TrainedFusion:
         why = self.why_not_alone if texts is None else self.why_not_paired
         if why:
             raise ValueError(f"{name}: {why}.")
+        _require_several(name, inputs)
         vectors = [np.zeros((0, self._width(ridge)), np.float32)]
         starts = range(0, len(inputs), _ITEMS_AT_ONCE)
         for start in tqdm(starts, unit=f" {_ITEMS_AT_ONCE} {modality}s", disable=not progress):
@@ -572,6 +576,12 @@ def _item(name: str, modality: Modality, number: int, value: Any, text: str | No
         hashes={modality: hashlib.sha256(data).digest()},
         captions=() if text is None else (text,),
     )
+
+
+def _require_several(name: str, inputs: Any) -> None:
+    is_picture = getattr(inputs, "ndim", 0) == 3 and inputs.shape[2] in (1, 3, 4)
+    if is_picture or isinstance(inputs, (str, bytes, os.PathLike, Mapping)) or not hasattr(inputs, "__len__"):
+        raise ValueError(f"{name}: found one {type(inputs).__name__}, expected a list of inputs. Pass [input].")
 
 
 def _table_of_texts(name: str, texts: Sequence[str]) -> ItemTable:

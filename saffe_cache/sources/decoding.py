@@ -87,7 +87,7 @@ def media_bytes(value: Any) -> bytes:
     if isinstance(value, (str, os.PathLike)):
         return Path(value).expanduser().read_bytes()
     if hasattr(value, "convert") and hasattr(value, "save"):  # of PIL
-        return _png_file(value)
+        return _png_file(_upright(value))  # as a file with the same EXIF data is read
     if value is None:
         raise OSError("there is none")
     pixels = np.asarray(value)
