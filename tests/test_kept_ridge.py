@@ -15,7 +15,7 @@ from saffe_cache.inputs.pairs import mean_text_vectors, same_training_pairs
 from saffe_cache.protocols.registry import load_protocol
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.store.reader import open_cache
-from saffe_cache.training.runs import RIDGE, kept_ridge, open_run
+from saffe_cache.training.runs import BLOCKS, RIDGE, kept_ridge, open_run
 
 __all__ = ["world"]
 
@@ -39,6 +39,15 @@ def test_kept_ridge_is_the_closed_form(run: str, world: World) -> None:
     weight = np.linalg.solve(own.T @ own + penalty, own.T @ others).T
     np.testing.assert_allclose(ridge.weight, weight, atol=1e-4 * np.abs(weight).max())
     np.testing.assert_allclose(ridge.bias, targets.mean(axis=0) - weight @ features.mean(axis=0), atol=1e-4)
+
+
+def test_what_another_run_left_is_not_used(world: World, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name in (RIDGE, BLOCKS, "state.safetensors"):
+        (tmp_path / "run" / name).write_bytes(b"of another run, whose config.json was removed")
+    run = Path(trained(world, tmp_path / "run", "linear"))
+    assert kept_ridge(run) is not None
+    assert not (run / BLOCKS).exists()
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from saffe_cache.training.loggers import Logger, Loggers, required
 from saffe_cache.training.loop import Training, TrainingState, fit
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.result import PERMUTED, TrainResult
-from saffe_cache.training.runs import RIDGE, keep_encoders, keep_ridge
+from saffe_cache.training.runs import BLOCKS, RIDGE, keep_encoders, keep_ridge
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +140,10 @@ def _train_group(plans: Sequence[_Plan]) -> None:
     training, validation, _ = first.parts
     for plan in plans:
         _tell(plan)
+        if not (plan.out / CONFIG).exists():  # whatever is there is of another run
+            _remove_states(plan.out)
+            for name in (RIDGE, BLOCKS):
+                (plan.out / name).unlink(missing_ok=True)
         write_json(plan.out / CONFIG, plan.content)
     inputs = FeatureLoader(first.cache, first.spec, first.device, first.residency)
     with ExitStack() as opened:
