@@ -373,6 +373,16 @@ def test_queries_that_do_not_explain_a_number_are_left_out(monkeypatch: pytest.M
     assert "accuracy has no interval" in result.warnings[0]
 
 
+@pytest.mark.usefixtures("two_runs")
+def test_numbers_of_a_run_that_was_trained_again_are_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = BenchmarkConfig(run="clear", tasks=("ScenesZeroShot",), out=str(tmp_path / "out"))
+    benchmarks.benchmark(config)
+    assert benchmarks.benchmark(config) == config.out  # finished
+    monkeypatch.setattr(ColourRun, "fingerprint", "of another run")
+    with pytest.raises(ValueError, match=r"holds another result \(fam: '0123456789ab' there, 'of another run' now"):
+        benchmarks.benchmark(config)
+
+
 def test_library_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> str:
         raise benchmarks.PackageNotFoundError(name)

@@ -50,6 +50,11 @@ class Scored(NamedTuple):
     """Several where some metrics have other queries than others; none where the library's task has no queries."""
 
 
+def fingerprint(config: BenchmarkConfig, folder: str) -> str:
+    """What the numbers of a run depend on; ValueError if it is missing or damaged."""
+    return load_run(folder, encoder=config.encoder, device=config.device).fingerprint
+
+
 def measure(config: BenchmarkConfig, folder: str) -> dict[str, Scored]:
     """Every task, split and subset on one run."""
     run, found = load_run(folder, encoder=config.encoder, device=config.device), {}

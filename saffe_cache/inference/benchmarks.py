@@ -19,7 +19,7 @@ from saffe_cache.core.atomic_io import write_whole
 from saffe_cache.core.outputs import output_folder
 from saffe_cache.core.results import Estimate, Measurement, Result, Section
 from saffe_cache.core.tables import ABSENT, Cell, Row, RowKind, Table
-from saffe_cache.inference.benchmark_scores import Queries, Scored, measure
+from saffe_cache.inference.benchmark_scores import Queries, Scored, fingerprint, measure
 from saffe_cache.inference.config import BenchmarkConfig
 from saffe_cache.retrieval.metrics import bootstrap_interval, paired_bootstrap, unit_totals
 
@@ -99,11 +99,11 @@ def benchmark(config: BenchmarkConfig) -> str:
         OSError: the disk is full or gone, or a dataset is unavailable.
     """
     out, library = Path(config.out), f"{config.library} {_version(config.library)}"
-    ignored = ("device", "root", "encoder")
-    with output_folder(out, "benchmark", config, {"library": library}, ignored) as is_finished:
+    folders = {FAM: config.run, **({AGAINST: config.against} if config.against else {})}
+    ignored, resolved = ("device", "root", "encoder"), {one: fingerprint(config, path) for one, path in folders.items()}
+    with output_folder(out, "benchmark", config, {"library": library, **resolved}, ignored) as is_finished:
         if is_finished:
             return config.out
-        folders = {FAM: config.run, **({AGAINST: config.against} if config.against else {})}
         scored = {system: measure(config, folder) for system, folder in folders.items()}
         of_tasks = {task: {system: of[task] for system, of in scored.items()} for task in scored[FAM]}
         tasks = {task: _task_scores(of, config.seed) for task, of in of_tasks.items()}
