@@ -215,6 +215,16 @@ def test_a_folder_that_holds_something_else_is_refused(photos: Photos) -> None:
         photos.update()
 
 
+@pytest.mark.parametrize("folder", ["data", "out"])
+def test_an_export_into_the_data_or_the_index_is_refused(photos: Photos, folder: str) -> None:
+    place = getattr(photos, folder) / "gallery.parquet"
+    with pytest.raises(ValueError, match=r"gallery\.parquet: it lies in .*\. Choose another place"):
+        photos.update(export=str(place))
+    assert photos.fusion.num_embedded == 0
+    with pytest.raises(ValueError, match="it is a folder, expected the name of a file"):
+        photos.update(export=str(photos.run))
+
+
 def test_an_index_among_its_data_is_refused(photos: Photos) -> None:
     photos.out = photos.data / "index"
     with pytest.raises(ValueError, match=r"index: it lies in the data, .*\. Choose another --out"):
@@ -243,6 +253,21 @@ def test_readers_follow_an_update(photos: Photos, monkeypatch: pytest.MonkeyPatc
     read = search_index.read_manifest
     monkeypatch.setattr(search_index, "read_manifest", lambda folder: before.pop() if before else read(folder))
     assert photos.open().manifest == read(photos.out)
+
+
+def test_readers_follow_an_update_while_they_open(photos: Photos, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was removed after it was checked is not missed."""
+    photos.update()
+    paint(photos.data / "train" / "red.png", (128, 0, 10))
+    opened, updates = search_index.map_index, [photos.update]
+
+    def open_late(*arguments: Any) -> Any:
+        if updates:
+            updates.pop()()
+        return opened(*arguments)
+
+    monkeypatch.setattr(search_index, "map_index", open_late)
+    assert photos.open().manifest == search_index.read_manifest(photos.out)
 
 
 def test_pairs_are_refused_where_no_text_enters(photos: Photos) -> None:

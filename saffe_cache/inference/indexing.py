@@ -100,6 +100,7 @@ def update_index(fusion: TrainedFusion, config: IndexConfig) -> Changes:
     """
     out = Path(config.out)
     _check_place(out, config.data)
+    _check_export(config)
     manifest = _manifest(fusion, config, out)
     if (out / MANIFEST).exists():
         _check_same(out, read_manifest(out), manifest)
@@ -330,6 +331,20 @@ def _check_place(out: Path, data: Any) -> None:
         found = "it is a file"
     if found:
         raise ValueError(f"--out {out}: {found}. Choose another --out.")
+
+
+def _check_export(config: IndexConfig) -> None:
+    """Raise ValueError if the exported file would lie in the index or in the data."""
+    if config.export is None:
+        return
+    folders = [config.out, *([config.data] if isinstance(config.data, (str, Path)) else [])]
+    for folder in folders:
+        if Path(config.export).resolve().is_relative_to(Path(folder).expanduser().resolve()):
+            raise ValueError(
+                f"--export {config.export}: it lies in {folder}, whose files are read. Choose another place."
+            )
+    if Path(config.export).is_dir():
+        raise ValueError(f"--export {config.export}: it is a folder, expected the name of a file.")
 
 
 def _check_same(out: Path, old: IndexManifest, new: IndexManifest) -> None:

@@ -172,10 +172,11 @@ def serialized(index: RetrievalIndex) -> memoryview:
 
 def map_index(path: Path, ids: tuple[str, ...], order: np.ndarray) -> RetrievalIndex:
     """Open an index whose vectors stay in its file, memory-mapped; ValueError if it does not have as many as there are
-    ids. (FAISS before 1.10 reads flat indices and graphs into memory.)"""
+    ids, FileNotFoundError if it is missing. (FAISS before 1.10 reads flat indices and graphs into memory.)"""
     try:
         index = faiss.read_index(str(path), getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP))
     except RuntimeError as error:
+        path.stat()  # a file that is missing is an OSError, as of other readers
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not readable as a FAISS index ({reason:.200}). Index again.") from None
     if not index.ntotal == len(ids) == len(order):
