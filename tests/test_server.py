@@ -90,6 +90,16 @@ def test_missing_photo_says_why(client: Client) -> None:
     assert (answer.status, answer.error) == (404, "The photo cannot be shown: its file is gone")
 
 
+def test_missing_photo_does_not_say_where_it_was() -> None:
+    class Unreadable(FakeIndex):
+        def photo(self, name: str) -> bytes:
+            raise FileNotFoundError(2, "No such file or directory", f"/home/somebody/{name}")
+
+    with serving(Unreadable({"a.png": ""})) as client:
+        answer = client.ask("/api/thumbnail?id=a.png")
+    assert (answer.status, answer.error) == (404, "The photo cannot be shown: No such file or directory")
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

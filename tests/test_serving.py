@@ -22,13 +22,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from browser import browsing, find_browser
+from colour_fusion import ColourFusion, paint
 from PIL import Image
 from served_index import Client, serving
 from test_trained_fusion import World, trained, world
 
 from saffe_cache.encoders.pictures import quick_pictures
+from saffe_cache.inference import serving as serving_module
 from saffe_cache.inference.config import IndexConfig
-from saffe_cache.inference.indexing import index
+from saffe_cache.inference.heatmap import HeatMap
+from saffe_cache.inference.indexing import index, update_index
 from saffe_cache.inference.model import load_run
 from saffe_cache.inference.search_index import SearchIndex
 from saffe_cache.inference.serving import ServedIndex
@@ -288,6 +291,24 @@ def test_fifty_clients_are_answered_in_flat_memory(found: SearchIndex) -> None:
     assert not load.failures
     assert set(load.seconds) == {"text", "photo", "like", "thumbnail", "heat map", "page"}
     assert load.growth < 0.2, load.memory_mb
+
+
+def test_class_name_is_no_text_of_a_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paint(tmp_path / "photos" / "train" / "poppies" / "a.png", "red")
+    (tmp_path / "run").mkdir()
+    fusion: Any = ColourFusion(tmp_path / "run")
+    config = IndexConfig(data=str(tmp_path / "photos"), run="", out=str(tmp_path / "index"), paired=True)
+    update_index(fusion, config)
+    opened, seen = SearchIndex.open(tmp_path / "index", fusion), []
+
+    def record(*arguments: Any) -> HeatMap:
+        seen.append(arguments[2])
+        return HeatMap(np.ones((2, 2), np.float32), (0, 0, 1, 1))
+
+    monkeypatch.setattr(serving_module, "heat_map", record)
+    ServedIndex(opened).heat_map("train/poppies/a.png", None)
+    assert opened.texts == (("poppies",),)
+    assert seen == [None]  # as it was indexed
 
 
 def test_index_of_pairs_takes_the_photos_own_text(world: World, photos: Path, tmp_path: Path) -> None:

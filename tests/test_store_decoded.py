@@ -174,6 +174,17 @@ def test_layer_beyond_float16_is_float32_and_named(tmp_path: Path, kind: str, ca
     np.testing.assert_array_equal(found["3"], rows[2])
 
 
+def test_inputs_that_are_not_encoded_yet_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = make_cache(tmp_path / "cache.zarr", {"train": 6})
+    key = open_cache(cache).encoder("image").key
+    manifest = read_encoder(Storage(cache), key)
+    manifest.finished_rows = 4
+    write_encoder(Storage(cache), manifest)
+    path = export(cache, tmp_path / "out", "safetensors")
+    assert f"{key}: 4 of 6 inputs are encoded; the others are left out" in caplog.text
+    assert len(list((path / key).iterdir())) == 4
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_readers_need_nothing_of_this_package(tmp_path: Path, kind: str) -> None:
     cache = make_cache(tmp_path / "cache.zarr", {"train": 6})

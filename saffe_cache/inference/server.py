@@ -166,7 +166,7 @@ class SearchPage:
         try:
             picture = await to_thread.run_sync(self._thumbnails[size], name, limiter=self._decoding)
         except (OSError, ValueError) as error:
-            raise HTTPException(404, f"The photo cannot be shown: {error}") from None
+            raise HTTPException(404, f"The photo cannot be shown: {_reason(error)}") from None
         return Response(picture, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
 
     async def heat_map(self, request: Request) -> Response:
@@ -175,7 +175,7 @@ class SearchPage:
         try:
             return as_json(await self._encode(self._served.heat_map, name, text))
         except OSError as error:
-            raise HTTPException(404, f"The photo cannot be read: {error}") from None
+            raise HTTPException(404, f"The photo cannot be read: {_reason(error)}") from None
 
     def _make_thumbnail(self, side: int, name: str) -> bytes:
         return thumbnail(self._served.photo(name), side, self._served.about["modality"])
@@ -265,6 +265,11 @@ def _hits(found: Mapping[str, Sequence[Found]], started: float) -> Response:
         for system, hits in found.items()
     }
     return as_json({"systems": systems, "seconds": round(time.perf_counter() - started, 4)})
+
+
+def _reason(error: Exception) -> str:
+    """Without the place of a file on this machine."""
+    return str((isinstance(error, OSError) and error.strerror) or error)
 
 
 def key_of(name: str) -> str:

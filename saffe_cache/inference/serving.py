@@ -120,7 +120,7 @@ class ServedIndex:
     def heat_map(self, name: str, text: str | None) -> dict[str, Any]:
         fusion, manifest = self._index.fusion, self._index.manifest
         if manifest.paired:
-            own = self._index.texts[self._positions[name]]
+            own = self._index.columns.one("captions", self._positions[name])
             text = own[0] if own else None
         text = None if fusion.why_not_paired else text
         found = heat_map(fusion, self.photo(name), text)

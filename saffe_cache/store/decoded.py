@@ -94,6 +94,10 @@ def export_decoded(config: ExportConfig, token_ids: TokenIds) -> str:
     unfinished = [key for key, encoder in cache.encoders.items() if not encoder.manifest.finished_rows]
     if unfinished:
         raise CacheError(f"{config.cache}: {unfinished[0]} is unfinished. Run saffe extract again, then export.")
+    for key, encoder in cache.encoders.items():
+        finished, total = encoder.manifest.finished_rows, len(cache.table.inputs[encoder.manifest.modality])
+        if finished < total:
+            logger.warning("%s: %d of %d inputs are encoded; the others are left out.", key, finished, total)
     sides = [_side(cache, encoder, token_ids) for encoder in cache.encoders.values()]
     logger.info("%s: %.1f MB of hidden states and vectors.", target, sum(side.num_bytes for side in sides) / 1e6)
     _remove(partial)
