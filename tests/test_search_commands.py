@@ -60,6 +60,12 @@ def test_indexing_again_embeds_nothing(indexed: Indexed, capsys: pytest.CaptureF
     assert "--paired False there, True now" in capsys.readouterr().err
 
 
+def test_usage_names_the_optional_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["search", "--help"])
+    assert capsys.readouterr().out.startswith("usage: saffe search INDEX [TEXT] [options]\n")
+
+
 def test_search_prints_lines_or_json(indexed: Indexed, capsys: pytest.CaptureFixture[str]) -> None:
     photo = str(indexed.photos / "train" / "5.png")
     assert main(["search", str(indexed.out), "word1", "--image", photo, "-k", "3", "--device", "cpu"]) == 0

@@ -285,6 +285,8 @@ def test_runs_of_pairs_index_pairs_by_default(photos: Photos) -> None:
     photos.fusion.why_not_alone = "the run was trained on pairs alone"
     photos.update()
     assert photos.open().manifest.paired
+    with pytest.raises(ValueError, match=r"a photo alone finds nothing: .* on pairs alone\. Or add a text\."):
+        photos.open().search(image=photos.data / "train" / "red.png")
     with pytest.raises(ValueError, match="--no-paired: the run was trained on pairs alone"):
         photos.update(paired=False)
 

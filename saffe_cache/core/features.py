@@ -305,7 +305,9 @@ class ItemTable:
         """Indices of the items of a split, in order; ValueError if there are none."""
         found = np.array([i for i, name in enumerate(self.splits) if name == split], dtype=np.int64)
         if not len(found):
-            raise ValueError(f"split {split!r} has no items; the cache has {sorted(set(self.splits))}.")
+            raise ValueError(
+                f"split {split!r} has no items; the cache has {', '.join(sorted(set(self.splits)))}. Choose one."
+            )
         return found
 
 

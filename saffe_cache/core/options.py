@@ -95,7 +95,7 @@ def add_options(parser: argparse.ArgumentParser, config_class: type[Any]) -> Non
         "--config", metavar="FILE.toml", dest=_FILE, help="read options from a file; others override it"
     )
     parser.add_argument("--print-config", dest=_PRINT, action="store_true", help="print such a file and exit")
-    parser.usage = " ".join(["%(prog)s", *(one.usage for one in options if one.is_required), "[options]"])
+    parser.usage = " ".join(["%(prog)s", *(one.usage for one in options if one.is_in_usage), "[options]"])
 
 
 def require(holds: bool, option: str, found: Any, expected: str) -> None:
@@ -154,10 +154,16 @@ class _Option:
         self.shown = field.name.upper() if self._is_positional else "--" + field.name.replace("_", "-")
 
     @property
+    def is_in_usage(self) -> bool:
+        """Whether the one-line usage names it; the other options have help alone."""
+        return self.is_required or self._is_positional
+
+    @property
     def usage(self) -> str:
-        """How a required option is shown in the one-line usage."""
+        """How it is shown in the one-line usage."""
         if self._is_positional:
-            return self.shown + " …" * (self._container is tuple)
+            shown = self.shown + " …" * (self._container is tuple)
+            return shown if self.is_required else f"[{shown}]"
         return f"{self.shown} {'KEY=' * (self._container is Mapping)}{_metavar(self._one)}"
 
     def add_to(self, parser: Any, text: str) -> None:

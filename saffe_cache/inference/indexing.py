@@ -131,7 +131,8 @@ def _update(
     if not indexed:
         name, reason = next(iter(problems.items()))
         raise ValueError(
-            f"--data {manifest.data}: none of its {len(problems)} items could be embedded; {name}: {reason}"
+            f"--data {manifest.data}: none of its {len(problems)} items could be embedded; {name}: "
+            f"{reason.rstrip('.')}."
         )
     manifest = replace(manifest, problems=problems, num_items=len(indexed))
     columns = _columns(indexed, manifest)

@@ -364,6 +364,8 @@ class SearchIndex:
                     "one of them."
                 )
             return self.fusion.embed_pairs([one], [text])
+        if self.fusion.why_not_alone:
+            raise ValueError(f"{self.folder}: a photo alone finds nothing: {self.fusion.why_not_alone}. Or add a text.")
         names = {"image": "embed_images", "audio": "embed_audio", "video": "embed_videos"}
         return np.asarray(getattr(self.fusion, names[modality])([one]))
 

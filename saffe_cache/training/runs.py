@@ -202,8 +202,8 @@ def kept_encoders(run_dir: str | Path) -> tuple[HeldCache, dict[str, Mapping[str
     folder = Path(run_dir)
     if not (folder / ENCODERS).exists():
         raise ValueError(
-            f"--run {run_dir}: found no {ENCODERS}, expected a run that saffe train has finished. Train again to use "
-            "it without its cache."
+            f"--run {run_dir}: found no {ENCODERS}, expected a run that saffe train has finished. Give its folder, or "
+            "train it again if an earlier release did."
         )
     described = read_json(folder / ENCODERS)
     encoders: dict[str, EncoderCache] = {}
