@@ -164,6 +164,7 @@ def test_card_has_every_number(shared: Shared) -> None:
         assert part in card.content, part
     assert 'sc.load_run("kinds-fam")' in card.content
     assert "It has no vectors of photos fused with a text" in card.content
+    assert "Tables below call it FAM" in card.content
 
 
 def test_card_of_a_run_without_evaluation(shared: Shared, tmp_path: Path) -> None:
@@ -174,7 +175,9 @@ def test_card_of_a_run_without_evaluation(shared: Shared, tmp_path: Path) -> Non
     for name in ("config.json", "model.safetensors", "encoders.json", "result.json"):
         (bare / name).write_bytes((Path(shared.run) / name).read_bytes())
     load_run(bare, device="cpu").save_pretrained(tmp_path / "given")
-    assert "It has not been evaluated" in (tmp_path / "given" / "README.md").read_text()
+    card = (tmp_path / "given" / "README.md").read_text()
+    assert "It has not been evaluated" in card
+    assert "Tables below" not in card
 
 
 def test_licence_is_read_from_the_card_of_an_encoder(tmp_path: Path) -> None:

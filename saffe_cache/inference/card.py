@@ -63,8 +63,9 @@ def model_card(fam: TrainedFusion, described: Mapping[str, Any], options: Mappin
         f"---\n{data.to_yaml()}\n---",
         f"# {_plain(name)}",
         f"A {fam.spec.shape.fusion} fusion of two frozen encoders, trained from their cached features with "
-        f"saffe_cache. It maps {_THINGS[fam.modality]} and texts into one space of {fam.size} dimensions, for search. "
-        "Tables below call it FAM (FusionAlign Module).",
+        f"saffe_cache. It maps {_THINGS[fam.modality]} and texts into one space of {fam.size} dimensions, for search."
+        + " Tables below call it FAM (FusionAlign Module)."
+        * bool(evaluations),
         _use(fam, name),
         _training(fam, described, options),
         _encoders(described, has_blocks=(fam.folder / BLOCKS).exists()),

@@ -52,7 +52,7 @@ def _describe_encoder(encoder: EncoderCache, table: ItemTable) -> list[str]:
     lines = [
         f"{manifest.key}: {manifest.num_layers} layers of width {manifest.hidden_size}, {state}, "
         f"{len(manifest.invalid)} unreadable",
-        f"  model {fields.get('model_id')}, revision {fields.get('revision')}, {fields.get('dtype')}",
+        f"  model {fields.get('model_id')}, revision {fields.get('revision') or 'unknown'}, {fields.get('dtype')}",
     ]
     own = f"  own vector: {fields.get('pooling')}"
     lines.append(own + (f"; prompt {fields['prompt']!r}" if fields.get("prompt") not in (None, "{}") else ""))
