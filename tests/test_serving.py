@@ -174,7 +174,7 @@ def test_browser_searches_a_real_index(client: Client, found: SearchIndex, photo
         page.run("document.getElementById('look').click()")
         page.wait("document.getElementById('heat') !== null")
         assert page.run("document.getElementById('why').textContent").endswith("patches: yellow is most.")
-        assert page.run("document.querySelector('#frame img').naturalWidth") == 48
+        page.wait("document.querySelector('#frame img').naturalWidth === 48")
         assert page.complaints == []
 
 
