@@ -26,7 +26,7 @@ _TO_DO = {
     errno.EDQUOT: "Make room within the quota",
     errno.EFBIG: "Allow larger files (ulimit -f)",
     errno.EROFS: "Make the disk writable",
-    errno.EACCES: "Allow this user to write there",
+    errno.EACCES: "Give this user access to it",
     errno.EMFILE: "Allow more open files (ulimit -n 4096)",
     errno.ENFILE: "Close other programs: the system has too many files open",
     errno.ENOMEM: "Free some memory",

@@ -73,6 +73,10 @@ def test_a_sigterm_that_is_ignored_stays_ignored() -> None:
             OSError(errno.ENOSPC, "No space left\n on device", "a/file"),
             "a/file: No space left on device. Make room on the disk, and run the same command again.",
         ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "photos/private"),  # to be read
+            "photos/private: Permission denied. Give this user access to it, and run the same command again.",
+        ),
         (OSError("words of our own"), "words of our own"),
         (
             MemoryError("Unable to allocate 8 GiB\nfor an array"),
