@@ -89,7 +89,8 @@ def test_a_cache_of_other_widths_is_refused(trained: tuple[Cache, Path], tmp_pat
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 100, None], ids=["empty", "no header", "no numbers"])
 def test_a_damaged_state_is_not_resumed_from(trained: tuple[Cache, Path], tmp_path: Path, damage: bytes | None) -> None:
     state = tmp_path / "run" / "state.safetensors"
-    state.parent.mkdir()
+    quick_train(trained[0].storage.root, state.parent, fusion="linear")
+    (state.parent / "result.json").unlink()  # as if it had been killed
     if damage is None:
         save_file({"model.x": torch.zeros(1)}, state)
     else:
