@@ -302,6 +302,11 @@ def test_texts_that_are_none(alone: str) -> None:
     fam = load_run(alone, device="cpu")
     with pytest.raises(ValueError, match=r"Pass \[text\]"):
         fam.embed_texts("a dog")
+    with pytest.raises(ValueError, match="found a generator, expected a list of texts"):
+        fam.embed_texts(text for text in ("a dog",))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"embed_classes: found one str, expected a list of inputs"):
+        fam.embed_classes("dog")
+    assert fam.embed_classes([]).shape == (0, fam.size)
     with pytest.raises(ValueError, match="text 1 is a int, expected str"):
         fam.embed_texts(["a dog", 3])  # type: ignore[list-item]
 

@@ -249,6 +249,9 @@ class TrainedFusion:
 
     def embed_classes(self, names: Sequence[str]) -> np.ndarray:
         """Unit vectors of class names that search, float32 [n, d]: means over the prompts of the extraction."""
+        _require_several("embed_classes", names)
+        if not len(names):
+            return np.zeros((0, self.size), np.float32)
         prompts = self._recorded(self.spec.text_key).class_prompt
         builder = TableBuilder(None, prompts)
         for number, name in enumerate(names):
@@ -586,8 +589,9 @@ def _require_several(name: str, inputs: Any) -> None:
 
 def _table_of_texts(name: str, texts: Sequence[str]) -> ItemTable:
     """A table with one item for each text."""
-    if isinstance(texts, str):
-        raise ValueError(f"{name}: found one text, expected a list of texts. Pass [text].")
+    if isinstance(texts, str) or not hasattr(texts, "__len__"):
+        found = "one text" if isinstance(texts, str) else f"a {type(texts).__name__}"
+        raise ValueError(f"{name}: found {found}, expected a list of texts. Pass [text].")
     builder = TableBuilder(None, ())
     for number, text in enumerate(texts):
         _require_text(name, number, text)
