@@ -162,11 +162,11 @@ def test_permuted_run_that_learned_the_true_pairs(classes: Trained, captions: Tr
         assert failed(of.controls(kind(of.setting), permuted=of.model)) == {"pairs_permuted"}
 
 
-def test_level_of_a_permuted_run_is_that_of_dealt_names(classes: Trained) -> None:
+def test_level_of_a_permuted_run_is_that_of_names_assigned_at_random(classes: Trained) -> None:
     protocol = ClassProtocol(classes.setting)
     control = classes.controls(protocol)["pairs_permuted"]
     level, spread = protocol.dealt(classes.permuted)
-    assert control.expected == "class names dealt at random"
+    assert control.expected == "class names assigned at random"
     assert (control.level, control.limit) == pytest.approx((level, level + 3 * spread))
     assert level > 0.9 * protocol.measure(classes.model, classes.setting.honest())["map"].chance
 
