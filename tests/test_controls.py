@@ -162,7 +162,7 @@ def test_permuted_run_that_learned_the_true_pairs(classes: Trained, captions: Tr
         assert failed(of.controls(kind(of.setting), permuted=of.model)) == {"pairs_permuted"}
 
 
-def test_level_of_a_permuted_run_is_that_of_names_assigned_at_random(classes: Trained) -> None:
+def test_level_of_a_permuted_run_is_that_of_random_names(classes: Trained) -> None:
     protocol = ClassProtocol(classes.setting)
     control = classes.controls(protocol)["pairs_permuted"]
     level, spread = protocol.dealt(classes.permuted)
