@@ -126,3 +126,39 @@ def test_lancedb_finds_what_the_index_finds(indexed: Indexed, tmp_path: Path) ->
     query = index.fusion.embed_texts(["word1 word9"])
     found = table.search(query[0]).distance_type("dot").limit(5).to_list()
     assert [row["id"] for row in found] == index.search_vectors(query, 5)[1][0].tolist()
+
+
+def test_every_photo_of_a_folder_is_indexed(
+    indexed: Indexed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However deep it lies, with a table beside some or not; what `saffe extract` would leave out too."""
+    photos = iter(sorted((indexed.photos / "test").glob("*.png")))
+    names = [
+        "a.png",
+        "2023/b.png",
+        "2023/june/c.png",
+        "2023/june/lake/d.png",
+        "train/cat/e.png",
+        "told/f.png",
+        "told/g.png",
+    ]
+    for name in names:
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(next(photos), tmp_path / "mine" / name)
+    (tmp_path / "mine" / "told" / "metadata.jsonl").write_text('{"file_name": "f.png", "captions": ["word1"]}\n')
+    (tmp_path / "mine" / "notes.txt").write_text("no photo")
+    out = tmp_path / "mine.index"
+    command = ["index", str(tmp_path / "mine"), "--run", indexed.run, "--out", str(out), "--no-paired"]
+    assert main([*command, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == f"7 added, 0 changed, 0 removed, 0 kept\n{out}\n"
+    index = sc.SearchIndex.open(out, device="cpu")
+    assert sorted(index.ids) == sorted(names)
+    assert all(str(index.file_of(name)).endswith(name) for name in names)
+    assert dict(zip(index.ids, index.texts, strict=True))["told/f.png"] == ("word1",)
+
+
+def test_folder_with_photos_one_level_down_is_indexed(indexed: Indexed, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "cats").mkdir(parents=True)
+    shutil.copyfile(indexed.photos / "test" / "0.png", tmp_path / "mine" / "cats" / "x.png")
+    index = sc.load_run(indexed.run, device="cpu").index(tmp_path / "mine", tmp_path / "out", paired=False)
+    assert index.ids == ("cats/x.png",)

@@ -104,7 +104,7 @@ def update_index(fusion: TrainedFusion, config: IndexConfig) -> Changes:
     manifest = _manifest(fusion, config, out)
     if (out / MANIFEST).exists():
         _check_same(out, read_manifest(out), manifest)
-    items = read_items(config.data, Columns(**config.column), config.splits)
+    items = read_items(config.data, Columns(**config.column), config.splits, every=True)
     with hold_folder(out):
         remove_partial_files(out)
         old = SearchIndex.open(out) if (out / MANIFEST).exists() else None

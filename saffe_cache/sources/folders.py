@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,11 @@ def _is_folder(data: str) -> bool:
     return Path(data).expanduser().is_dir()
 
 
-def folder_items(data: str, columns: Columns) -> Iterator[SourceItem]:
+def folder_items(data: str, columns: Columns, *, every: bool = False) -> Iterator[SourceItem]:
     """The items of all splits, in the order of their names.
+
+    Args:
+        every: whether photos and sounds that belong to no split are items too, of split "" and named by their paths.
 
     Raises:
         ValueError: a table of metadata, an archive or the columns are invalid.
@@ -62,6 +66,10 @@ def folder_items(data: str, columns: Columns) -> Iterator[SourceItem]:
     columns.require(list(dict.fromkeys([*(name for table in tables for name in table.columns), *fields])), where)
     found = [item for table in tables for item in table.items(columns)]
     found += sample_items(samples, columns, where, fields)
+    if every:
+        others = [name for name in (*unlisted, *beside.skipped) if name in tree.media]
+        found += [SourceItem(id=one, split="", media={tree.media[one]: MediaFile(root / one)}) for one in others]
+        unlisted, beside.skipped = [], [name for name in beside.skipped if name not in tree.media]
     for reason, left_out in (
         ("hidden files and helper folders are skipped", tree.helpers),
         ("links are skipped: they lead back to a folder above them", tree.loops),
@@ -96,6 +104,7 @@ FOLDERS = Format(
     "beside them",
     recognises=_is_folder,
     read_items=folder_items,
+    read_every=partial(folder_items, every=True),
 )
 TABLES = Format(
     layout="a table (.csv, .tsv, .json, .jsonl, .parquet) of file names with captions or labels",

@@ -170,6 +170,8 @@ class Format:
     """
     stream_items: Callable[[Any, Columns], Iterator[SourceItem]] | None = None
     """The same without a copy on this machine's disk, with hashes; None where reading makes none."""
+    read_every: Callable[[Any, Columns], Iterator[SourceItem]] | None = None
+    """The same with photos and sounds that belong to no split; None where all belong to one."""
 
 
 def hashed(item: SourceItem) -> SourceItem:

@@ -33,6 +33,7 @@ def read_items(
     max_items: Mapping[str, int] | None = None,
     *,
     streaming: bool = False,
+    every: bool = False,
 ) -> list[SourceItem]:
     """The items of a dataset with the hashes of their content; unreadable ones have a problem.
 
@@ -40,12 +41,13 @@ def read_items(
         splits: only these; empty for all.
         max_items: most items of a split. Only the chosen items' media are read.
         streaming: make no copy of the data on this machine's disk.
+        every: take also a folder's photos and sounds that belong to no split.
 
     Raises:
         ValueError: there is no usable dataset, or a split has no items.
     """
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
-    found, items = _find_format(data), _all_items(data, columns, streaming)
+    found, items = _find_format(data), _all_items(data, columns, streaming, every)
     data = described(data)
     if not items:
         raise ValueError(f"--data {data}: found no items, expected {found.layout}.")
@@ -75,10 +77,11 @@ def _find_format(data: Any) -> Format:
     raise ValueError(f"--data {data}: found no dataset, expected {layouts}.")
 
 
-def _all_items(data: Any, columns: Columns, streaming: bool) -> list[SourceItem]:
+def _all_items(data: Any, columns: Columns, streaming: bool, every: bool = False) -> list[SourceItem]:
     items: dict[str, SourceItem] = {}
     found = _find_format(data)
-    for item in (found.stream_items if streaming and found.stream_items else found.read_items)(data, columns):
+    read = (streaming and found.stream_items) or (every and found.read_every) or found.read_items
+    for item in read(data, columns):
         if item.id in items:
             raise ValueError(
                 f"--data {described(data)}: two items have the id {item.id}. Choose another column with "
