@@ -131,7 +131,7 @@ def test_lancedb_finds_what_the_index_finds(indexed: Indexed, tmp_path: Path) ->
 def test_every_photo_of_a_folder_is_indexed(
     indexed: Indexed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """However deep it lies, with a table beside some or not; what `saffe extract` would leave out too."""
+    """However deep it lies, with captions or an empty one; what `saffe extract` would leave out too."""
     photos = iter(sorted((indexed.photos / "test").glob("*.png")))
     names = [
         "a.png",
@@ -145,7 +145,8 @@ def test_every_photo_of_a_folder_is_indexed(
     for name in names:
         (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(next(photos), tmp_path / "mine" / name)
-    (tmp_path / "mine" / "told" / "metadata.jsonl").write_text('{"file_name": "f.png", "captions": ["word1"]}\n')
+    told = [{"file_name": "f.png", "captions": ["word1"]}, {"file_name": "g.png", "captions": [" "]}]
+    (tmp_path / "mine" / "told" / "metadata.jsonl").write_text("\n".join(map(json.dumps, told)))
     (tmp_path / "mine" / "notes.txt").write_text("no photo")
     out = tmp_path / "mine.index"
     command = ["index", str(tmp_path / "mine"), "--run", indexed.run, "--out", str(out), "--no-paired"]
@@ -154,7 +155,8 @@ def test_every_photo_of_a_folder_is_indexed(
     index = sc.SearchIndex.open(out, device="cpu")
     assert sorted(index.ids) == sorted(names)
     assert all(str(index.file_of(name)).endswith(name) for name in names)
-    assert dict(zip(index.ids, index.texts, strict=True))["told/f.png"] == ("word1",)
+    texts = dict(zip(index.ids, index.texts, strict=True))
+    assert (texts["told/f.png"], texts["told/g.png"]) == (("word1",), ())
 
 
 def test_folder_with_photos_one_level_down_is_indexed(indexed: Indexed, tmp_path: Path) -> None:

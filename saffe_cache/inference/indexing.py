@@ -41,7 +41,7 @@ from saffe_cache.inference.search_index import (
     read_manifest,
 )
 from saffe_cache.retrieval.index import build_index, require_size, serialized
-from saffe_cache.sources.items import Columns, MediaFile, SourceItem
+from saffe_cache.sources.items import EMPTY_TEXT, Columns, MediaFile, SourceItem
 from saffe_cache.sources.objects import described
 from saffe_cache.sources.registry import read_items
 
@@ -104,7 +104,10 @@ def update_index(fusion: TrainedFusion, config: IndexConfig) -> Changes:
     manifest = _manifest(fusion, config, out)
     if (out / MANIFEST).exists():
         _check_same(out, read_manifest(out), manifest)
-    items = read_items(config.data, Columns(**config.column), config.splits, every=True)
+    items = [
+        replace(item, problem="") if item.problem == EMPTY_TEXT else item  # its photo can be found all the same
+        for item in read_items(config.data, Columns(**config.column), config.splits, every=True)
+    ]
     with hold_folder(out):
         remove_partial_files(out)
         old = SearchIndex.open(out) if (out / MANIFEST).exists() else None

@@ -29,6 +29,8 @@ SPLIT_NAMES = frozenset(
     ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation")
 )
 """Usual names of splits."""
+EMPTY_TEXT = "empty caption or label"
+"""Problem of an item that lacks nothing else."""
 _LFS_POINTER = b"version https://git-lfs"
 _MACHINE_FAULTS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
@@ -216,7 +218,7 @@ def texts_of(value: Any) -> tuple[tuple[str, ...], str]:
         elif isinstance(one, (str, int)) and (text := str(one).strip()):
             texts.append(text)
         elif one is None or isinstance(one, str):
-            problem = problem or "empty caption or label"
+            problem = problem or EMPTY_TEXT
         else:
             problem = problem or f"caption or label is {_described(one)}, expected a text"
     return tuple(texts), problem
