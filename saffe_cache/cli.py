@@ -138,30 +138,45 @@ def _guarded(prog: str, action: Callable[[], int]) -> int:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for noisy in ("httpx", "httpx2", "httpcore", "httpcore2", "fsspec", "faiss", "faiss.loader"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    received: list[int] = []
     try:
-        with _sigterm_raised():
+        with _sigterm_raised(received):
             status = action()
             sys.stdout.flush()
             return status
     except BrokenPipeError:  # nobody reads the standard output any more, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to print at the end
         return 141  # as of a program that SIGPIPE ends
-    except (OSError, CacheError, ValueError, ImportError) as error:
+    except KeyboardInterrupt:
+        return _interrupted(prog, terminated=bool(received))
+    except Exception as error:
+        if received:  # an import that was cut off, for one, raises what it likes
+            return _interrupted(prog, terminated=True)
+        return _failed(prog, error)
+
+
+def _interrupted(prog: str, *, terminated: bool) -> int:
+    warnings.simplefilter("ignore")  # coroutines of zarr that were cut off complain as they go
+    print(f"{prog}: interrupted. Run the same command again to resume.", file=sys.stderr)
+    return 143 if terminated else 130
+
+
+def _failed(prog: str, error: Exception) -> int:
+    """Say in one line what a user can act on; other errors are raised again."""
+    if isinstance(error, (OSError, CacheError, ValueError, ImportError)):
         what = _explained(error) if isinstance(error, OSError) else str(error)
-        print(f"{prog}: {_plain(what)}", file=sys.stderr)
-        return 1
-    except (MemoryError, RuntimeError) as error:
+    else:
         from saffe_cache.core.devices import is_out_of_memory
 
-        if not (isinstance(error, MemoryError) or is_out_of_memory(error) or "can't start new thread" in str(error)):
-            raise
-        what = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"{prog}: out of memory: {what}. Free some, and run the same command again.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        warnings.simplefilter("ignore")  # coroutines of zarr that were cut off complain as they go
-        print(f"{prog}: interrupted. Run the same command again to resume.", file=sys.stderr)
-        return 143 if isinstance(stop, _Terminated) else 130
+        is_of_memory = isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError) and (is_out_of_memory(error) or "can't start new thread" in str(error))
+        )
+        if not is_of_memory:
+            raise error
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        what = f"out of memory: {line}. Free some, and run the same command again."
+    print(f"{prog}: {_plain(what)}", file=sys.stderr)
+    return 1
 
 
 class _Terminated(KeyboardInterrupt):
@@ -169,10 +184,11 @@ class _Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def _sigterm_raised() -> Iterator[None]:
-    """Only the main thread may set handlers; a SIGTERM that is ignored stays so."""
+def _sigterm_raised(received: list[int]) -> Iterator[None]:
+    """Note and raise a SIGTERM. Only the main thread may set handlers; a SIGTERM that is ignored stays so."""
 
-    def terminate(*_: object) -> NoReturn:
+    def terminate(number: int, _: object) -> NoReturn:
+        received.append(number)
         raise _Terminated
 
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:

@@ -47,6 +47,21 @@ def send(sent: int) -> Callable[[], object]:
     return action
 
 
+def test_import_that_sigterm_cuts_off_ends_as_sigterm(capsys: pytest.CaptureFixture[str]) -> None:
+    """Compiled modules make an ImportError of what is raised in their initialisation."""
+
+    def action() -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise ImportError("cut off") from None
+        return 0
+
+    assert _guarded("saffe", action) == 143
+    assert "interrupted. Run the same command again to resume." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_a_command_in_one_line(sent: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
