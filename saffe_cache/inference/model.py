@@ -43,7 +43,7 @@ from saffe_cache.store.manifest import EncoderManifest
 from saffe_cache.store.reader import EncoderCache
 from saffe_cache.store.table import TableBuilder
 from saffe_cache.training.result import TrainResult
-from saffe_cache.training.runs import MODEL, kept_encoders, kept_ridge, open_run
+from saffe_cache.training.runs import kept_encoders, kept_ridge, open_run, weights_hash
 
 if TYPE_CHECKING:
     from saffe_cache.inference.search_index import SearchIndex
@@ -97,7 +97,7 @@ class TrainedFusion:
         self.spec: RunSpec = spec
         self.model: Fusion = model.to(self.device)
         self.result: TrainResult = result
-        self._weights = hashlib.sha256((folder / MODEL).read_bytes()).hexdigest()  # before the run is trained again
+        self._weights = weights_hash(folder)  # before the run is trained again
         self._places, self._encoders, self._lock = dict(encoder or {}), dict[str, FrozenEncoder](), threading.RLock()
         unknown = set(self._places) - {self.modality, "text"}
         if unknown:

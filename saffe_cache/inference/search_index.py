@@ -250,7 +250,8 @@ class SearchIndex:
         return np.argsort(self._retrieval.order)
 
     @cached_property
-    def _position_of(self) -> dict[str, int]:
+    def position_of(self) -> Mapping[str, int]:
+        """Where each item stands among `ids` and `vectors`."""
         return {name: position for position, name in enumerate(self.ids)}
 
     @cached_property
@@ -291,11 +292,11 @@ class SearchIndex:
 
     def like(self, id: str, k: int = 10) -> list[Hit]:
         """The items whose vectors are nearest to that of an item, itself included; ValueError if there is none."""
-        if id not in self._position_of:
+        if id not in self.position_of:
             raise ValueError(
                 f"{self.folder}: no item {id!r}; the first one is {self.ids[0]!r}. Give an id of the index."
             )
-        return self.hits(self.vectors_at(np.array([self._position_of[id]])), k)
+        return self.hits(self.vectors_at(np.array([self.position_of[id]])), k)
 
     def search_vectors(self, vectors: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
         """Scores, float32 [queries, k], and ids of the k best items of each query, as `RetrievalIndex.search`."""
@@ -303,11 +304,11 @@ class SearchIndex:
 
     def content_hash(self, id: str) -> bytes:
         """SHA-256 of the file of an item's photo or sound when it was indexed."""
-        return bytes(self.columns.table["content_hash"][self._position_of[id]].as_py())
+        return bytes(self.columns.table["content_hash"][self.position_of[id]].as_py())
 
     def file_of(self, id: str) -> Path | None:
         """An item's file; None if it has none of its own, as in a Parquet file."""
-        name = self.columns.one("file", self._position_of[id])
+        name = self.columns.one("file", self.position_of[id])
         return Path(self.manifest.data) / name if name else None
 
     def to_parquet(self, path: str | Path) -> None:

@@ -59,7 +59,6 @@ class ServedIndex:
 
     def __init__(self, index: SearchIndex) -> None:
         self._index, self._lock = index, threading.Lock()
-        self._positions = {name: position for position, name in enumerate(index.ids)}
 
     def warm_up(self) -> None:
         """Load the encoders, so that the first query does not wait for them.
@@ -88,7 +87,7 @@ class ServedIndex:
         }
 
     def __contains__(self, name: object) -> bool:
-        return name in self._positions
+        return name in self._index.position_of
 
     def search(self, text: str | None, image: bytes | None, k: int, systems: Sequence[str]) -> dict[str, list[Hit]]:
         self._require(systems)
@@ -102,7 +101,7 @@ class ServedIndex:
 
     def like(self, name: str, k: int, systems: Sequence[str]) -> dict[str, list[Hit]]:
         self._require(systems)
-        position = np.array([self._positions[name]])
+        position = np.array([self._index.position_of[name]])
         found = {}
         if "fusion" in systems:
             found["fusion"] = self._index.hits(self._index.vectors_at(position), k)
@@ -120,7 +119,7 @@ class ServedIndex:
     def heat_map(self, name: str, text: str | None) -> dict[str, Any]:
         fusion, manifest = self._index.fusion, self._index.manifest
         if manifest.paired:
-            own = self._index.columns.one("captions", self._positions[name])
+            own = self._index.columns.one("captions", self._index.position_of[name])
             text = own[0] if own else None
         text = None if fusion.why_not_paired else text
         found = heat_map(fusion, self.photo(name), text)
@@ -165,5 +164,5 @@ class ServedIndex:
     def _media(self) -> Mapping[str, Media]:
         """Those photos, found when the first one is shown."""
         manifest = self._index.manifest
-        items = read_named_items(manifest.data, Columns(**manifest.column), self._positions.keys())
+        items = read_named_items(manifest.data, Columns(**manifest.column), self._index.position_of.keys())
         return {item.id: item.media[manifest.modality] for item in items if manifest.modality in item.media}
