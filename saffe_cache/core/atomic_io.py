@@ -19,9 +19,13 @@ logger = logging.getLogger(__name__)
 Buffer = bytes | memoryview
 
 LOCK_NAME = ".saffe-lock"
+COMMIT_NAME = ".saffe-commit"
 
 _HOLDER_START = 1
 """The first byte of the lock file that others can read: Windows locks the byte before it."""
+
+_POLL_SECONDS = 0.005
+"""How often a lock is tried that is held for the time of one small write."""
 
 _held: dict[Path, IO[bytes]] = {}
 """The folders that this process holds, and their open lock files."""
@@ -47,21 +51,87 @@ def write_whole(path: Path, *parts: Buffer) -> None:
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write to, which `write_whole` would write in one piece; an error in the block leaves the old file."""
-    _check_held(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    with _errors_named(path):
-        make_folder(path.parent)
-        try:
-            with temporary.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+    with _errors_named(path), _temporary_file(path) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()  # Windows renames no open file
+        Path(file.name).replace(path)
         _fsync_folder(path.parent)
+
+
+def create_whole(path: Path, *parts: Buffer) -> bool:
+    """Write a file only if there is none of that name; of several claimants exactly one gets True.
+
+    It is complete and durable when True is returned. Errors as of `write_whole`.
+    """
+    if path.exists():
+        return False
+    with _errors_named(path), _temporary_file(path) as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        if not _link(Path(file.name), path):
+            return False
+        _fsync_folder(path.parent)
+    return True
+
+
+def replace_whole(folder: Path, path: Path, data: bytes, was: bytes | None) -> bool:
+    """Write a file below a folder only if its content is `was` (None: there is no file); otherwise return False.
+
+    All who replace files of that folder in this way wait for one another. Errors as of `write_whole`.
+    """
+    with _commit_lock(folder):
+        if (path.read_bytes() if path.exists() else None) != was:
+            return False
+        write_whole(path, data)
+        return True
+
+
+@contextmanager
+def _temporary_file(path: Path) -> Iterator[IO[bytes]]:
+    """An open file beside a path, which is removed at the end unless it was renamed."""
+    _check_held(path)
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    """Give a file a second name; False if another file has it."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        # NFS repeats a request whose answer was lost, and then refuses what it has done itself
+        return temporary.stat().st_nlink > 1
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        with _commit_lock(path.parent):  # a file system without links
+            if path.exists():
+                return False
+            temporary.replace(path)
+    return True
+
+
+@contextmanager
+def _commit_lock(folder: Path) -> Iterator[None]:
+    """Wait for all others that hold this lock of a folder; it is held for the time of one small write."""
+    make_folder(folder)
+    path = folder.absolute() / COMMIT_NAME
+    file = _lock(path, blocking=True)
+    try:
+        yield
+    finally:
+        _unlock(path, file)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -111,12 +181,12 @@ def hold_folder(folder: Path) -> Iterator[None]:
         _unlock(path, file)
 
 
-def _lock(path: Path) -> IO[bytes]:
+def _lock(path: Path, *, blocking: bool = False) -> IO[bytes]:
     """The open lock file, which this process has locked; where the system has no locks, a warning says so."""
     while True:
         file = path.open("a+b")
         try:
-            is_locked = lock_descriptor(file.fileno(), blocking=False)
+            is_locked = lock_descriptor(file.fileno(), blocking=blocking, poll_interval=_POLL_SECONDS)
         except OSError as error:
             if error.errno != errno.ENOSYS:
                 file.close()

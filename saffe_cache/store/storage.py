@@ -26,7 +26,7 @@ import zarr
 from fsspec.implementations.local import LocalFileSystem
 from zarr.storage import MemoryStore
 
-from saffe_cache.core.atomic_io import Buffer, hold_folder, write_whole
+from saffe_cache.core.atomic_io import Buffer, create_whole, hold_folder, replace_whole, write_whole
 from saffe_cache.core.features import REPAIR_ADVICE, CacheError
 from saffe_cache.core.json_schema import whole_numbers
 
@@ -75,6 +75,64 @@ class Storage:
             self._filesystem.pipe_file(f"{self._prefix}/{name}", b"".join(parts))
         else:
             write_whole(path, *parts)
+
+    def create(self, name: str, *parts: Buffer) -> bool:
+        """Write a file only if there is none of that name, and return whether it was written, durable and complete.
+
+        Of several claimants exactly one gets True. Behind a URL that fsspec opens, two at the same instant may both.
+        """
+        path = self.local_path(name)
+        if path is not None:
+            return create_whole(path, *parts)
+        return self.replace(name, b"".join(parts), None)
+
+    def replace(self, name: str, data: bytes, was: bytes | None) -> bool:
+        """Write a file only if its content is `was` (None: there is no file), and return whether it was written.
+
+        Of several that replace the same content exactly one gets True. Behind a URL that fsspec opens, two at the same
+        instant may both.
+        """
+        path = self.local_path(name)
+        if path is not None:
+            assert self._local is not None
+            return replace_whole(self._local, path, data, was)
+        if (self.read(name) if self.exists(name) else None) != was:
+            return False
+        self.write(name, data)
+        return True
+
+    def list(self, prefix: str) -> list[str]:
+        """Names of all files below a folder, sorted; empty if there is no such folder. Temporary files are left out."""
+        folder = self.local_path(prefix)
+        if folder is not None:
+            found = [path.relative_to(folder) for path in folder.rglob("[!.]*") if path.is_file()]
+            return sorted(f"{prefix}/{path.as_posix()}" for path in found)
+        start = len(self._prefix) + 1
+        return sorted(path[start:] for path in self._filesystem.find(f"{self._prefix}/{prefix}"))
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it exists."""
+        path = self.local_path(name)
+        if path is not None:
+            path.unlink(missing_ok=True)
+        elif self.exists(name):
+            self._filesystem.rm_file(f"{self._prefix}/{name}")
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """Some bytes of a file. Raises CacheError if there is no such file, or it ends earlier."""
+        path = self.local_path(name)
+        try:
+            if path is not None:
+                with path.open("rb") as file:
+                    file.seek(start)
+                    data = file.read(length)
+            else:
+                data = bytes(self._filesystem.cat_file(f"{self._prefix}/{name}", start, start + length))
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise CacheError(f"{self.root}: {name} is missing. {REPAIR_ADVICE}") from None
+        if len(data) != length:
+            raise CacheError(f"{self.root}: {name} ends before byte {start + length}. {REPAIR_ADVICE}")
+        return data
 
     def remove_folder(self, name: str) -> None:
         """Remove a folder and its contents, if it exists."""
