@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from saffe_cache.sources.decoding import decode
-from saffe_cache.sources.items import Columns, SourceItem
-from saffe_cache.sources.registry import read_items
+from saffe_cache.sources.items import Columns, MediaFile, SourceItem
+from saffe_cache.sources.registry import list_items, read_items
 
 RED, BLUE = (200, 30, 40), (20, 60, 220)
 NO_COLUMNS = Columns()
@@ -232,6 +232,16 @@ def test_splits_are_chosen(tmp_path: Path) -> None:
     assert [item.id for item in read(tmp_path, "train", "dev")] == ["dev/1.png", "train/1.png"]
     with pytest.raises(ValueError, match="no items in split tset; its splits are dev, test, train"):
         read(tmp_path, "train", "tset")
+
+
+def test_listing_reads_no_media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("1.png", "2.png"):
+        write(tmp_path / "train" / "cat" / name, photo())
+    expected = [(item.id, item.labels) for item in read(tmp_path)]
+    monkeypatch.setattr(MediaFile, "read", None)
+    items = list_items(str(tmp_path), NO_COLUMNS, (), {"train": 2})
+    assert [(item.id, item.labels) for item in items] == expected
+    assert all(not item.hashes and item.media for item in items)
 
 
 def test_folder_without_items_says_what_is_expected(tmp_path: Path) -> None:

@@ -35,11 +35,29 @@ def read_items(
     streaming: bool = False,
     every: bool = False,
 ) -> list[SourceItem]:
-    """The items of a dataset with the hashes of their content; unreadable ones have a problem.
+    """The items that `list_items` finds, with the hashes of their content; unreadable ones have a problem.
+
+    Raises:
+        ValueError: there is no usable dataset, or a split has no items.
+    """
+    items = list_items(data, columns, splits, max_items, streaming=streaming, every=every)
+    return _hashed(items, described(data))
+
+
+def list_items(
+    data: Any,
+    columns: Columns,
+    splits: tuple[str, ...],
+    max_items: Mapping[str, int] | None = None,
+    *,
+    streaming: bool = False,
+    every: bool = False,
+) -> list[SourceItem]:
+    """The items of a dataset as they are found, without hashes: their media are not read.
 
     Args:
         splits: only these; empty for all.
-        max_items: most items of a split. Only the chosen items' media are read.
+        max_items: most items of a split.
         streaming: make no copy of the data on this machine's disk.
         every: take also a folder's photos and sounds that belong to no split.
 
@@ -56,8 +74,9 @@ def read_items(
     if absent:
         raise ValueError(f"--data {data}: no items in split {absent[0]}; its splits are {', '.join(existing)}.")
     _report_odd_splits(items, splits, data)
-    _report_lacking([item for item in items if not splits or item.split in splits])
-    return _hashed(_limit([item for item in items if not splits or item.split in splits], max_items or {}), data)
+    chosen = [item for item in items if not splits or item.split in splits]
+    _report_lacking(chosen)
+    return _limit(chosen, max_items or {})
 
 
 def read_named_items(data: str, columns: Columns, ids: Collection[str], *, streaming: bool = False) -> list[SourceItem]:
