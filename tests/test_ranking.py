@@ -129,6 +129,82 @@ def test_ties_favour_no_position(width: int) -> None:
     assert abs(precision.mean() - chance_average_precision(count, 7)) < 4 * precision.std() / np.sqrt(seeds)
 
 
+def counted_ranks(scores: InnerProducts, relevant: Ragged, exclude: np.ndarray | None, seed: int) -> list[list[int]]:
+    """The rule itself, from exact scores: by the rounded score, then by the place in the drawn order."""
+    num_queries, num_items = scores.shape
+    exact = scores[slice(0, num_queries), slice(0, num_items)]
+    places = np.argsort(np.random.default_rng(seed).permutation(num_items))
+    found = []
+    for query, items in enumerate(relevant):
+        order = np.lexsort((places, np.rint(exact[query] / -ROUNDING)))
+        ranked = order if exclude is None else order[order != exclude[query]]
+        found.append(sorted(1 + ranked.tolist().index(item) for item in set(items.tolist())))
+    return found
+
+
+def near_ties(num_items: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Queries, and a gallery of copies of a few vectors that differ from each other by about a rounding or less."""
+    generator = np.random.default_rng(seed)
+    few = unit_vectors(3, width, seed)[generator.integers(3, size=num_items)]
+    steps = 10.0 ** generator.uniform(-9, -4, size=(num_items, 1)) * (generator.random((num_items, 1)) < 0.7)
+    gallery = few + steps * generator.normal(size=(num_items, width))
+    return gallery / np.linalg.norm(gallery, axis=1, keepdims=True), few[:40] + 0.1 * unit_vectors(40, width, seed + 1)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("targets", [1, 3, 30])
+@pytest.mark.parametrize("excludes", [False, True])
+def test_near_ties_are_ranked_by_exact_scores(targets: int, excludes: bool, kind: type) -> None:
+    for seed, width in enumerate((4, 48, 256)):
+        gallery, queries = (vectors.astype(kind) for vectors in near_ties(400, width, seed))
+        generator = np.random.default_rng(seed)
+        drawn = [generator.choice(400, targets + 1, replace=False) for _ in queries]
+        relevant, exclude = Ragged.from_rows(row[1:] for row in drawn), np.array([row[0] for row in drawn])
+        scores, left_out = InnerProducts(gallery, queries), exclude if excludes else None
+        expected = counted_ranks(scores, relevant, left_out, seed)
+        for block in (64, 400):
+            found = relevant_ranks(scores, relevant, exclude=left_out, seed=seed, block=block)
+            assert rows(found) == expected
+
+
+def test_few_near_ties_among_many_items_are_ranked_exactly() -> None:
+    """So few that they are scored one by one: rounded to float32 their order is another."""
+    gallery, queries = unit_vectors(3000, 96, seed=1).astype(np.float64), unit_vectors(150, 96, seed=2)
+    generator = np.random.default_rng(0)
+    for item in range(0, 3000, 30):
+        gallery[item + 1 : item + 6] = gallery[item] + 10.0 ** generator.uniform(-8, -5, (5, 1)) * gallery[item + 6]
+    gallery /= np.linalg.norm(gallery, axis=1, keepdims=True)
+    relevant = Ragged.from_rows([[30 * (i % 100) + i % 6, 30 * (i % 99)] for i in range(150)])
+    scores = InnerProducts(gallery, queries)
+    found = relevant_ranks(scores, relevant, seed=3)
+    assert rows(found) == counted_ranks(scores, relevant, None, 3)
+    rough = InnerProducts(gallery, queries).approximate(np.arange(150), slice(0, 3000)).astype(np.float64)
+    assert rows(relevant_ranks(rough, relevant, seed=3)) != rows(found)
+
+
+@pytest.mark.parametrize("excludes", [False, True])
+def test_equal_items_and_equal_queries_are_ranked_by_the_rule(excludes: bool) -> None:
+    some, generator = unit_vectors(90, 12, seed=1), np.random.default_rng(0)
+    half = np.concatenate([np.repeat(some[:1], 50, axis=0), some[:40]])
+    drawn = [generator.choice(90, 1 + number % 12, replace=False) for number in range(1, 91)]
+    relevant, exclude = Ragged.from_rows(row[1:] for row in drawn), np.array([row[0] for row in drawn])
+    for gallery, queries in ((half, some), (some, np.repeat(some[:1], 90, axis=0)), (half, half)):
+        scores, left_out = InnerProducts(gallery, queries), exclude if excludes else None
+        found = relevant_ranks(scores, relevant, exclude=left_out, seed=5, block=25)
+        assert rows(found) == counted_ranks(scores, relevant, left_out, 5)
+
+
+@seeded
+@given(st.integers(0, 10**6), st.integers(1, 700), st.sampled_from([np.float16, np.float32, np.float64]))
+def test_float32_products_are_within_their_bound(seed: int, width: int, kind: type) -> None:
+    gallery, queries = unit_vectors(40, width, seed), unit_vectors(9, width, seed + 1)
+    gallery[:20] = np.abs(gallery[:20])  # nothing cancels, where errors are largest
+    queries[:5] = np.abs(queries[:5])
+    scores = InnerProducts(gallery.astype(kind), 3 * queries.astype(kind))
+    found = scores.approximate(np.arange(9), slice(0, 40)).astype(np.float64)
+    assert np.abs(found - scores[slice(0, 9), slice(0, 40)]).max() <= scores.error
+
+
 def test_scores_within_the_rounding_tie_and_others_do_not() -> None:
     near, far = np.array([[0.5, 0.5 + 0.2e-6, 0.5 - 0.2e-6]]), np.array([[0.5, 0.5 + 2e-6, 0.5 - 2e-6]])
     one = Ragged.from_rows([[0]])

@@ -10,13 +10,16 @@ then a sum of multiples of 2^-52 that never exceeds 2, and float64 holds each of
 whatever order BLAS adds. So equal vectors have equal scores in every block. The rounding changes a score by about 1e-8,
 a tenth of the error of float32 products.
 
-Scores are read twice, in blocks: for the scores of the relevant items, then to count the items above each. A gallery
-may therefore be a memory-mapped file that is larger than memory.
+Items above a relevant one are counted block by block, so that a gallery may be a memory-mapped file that is larger
+than memory. Where a query has few relevant items, float32 products count, at half the cost: they are within
+`InnerProducts.error` of the exact scores, so that they decide about all items but those whose score is that close to
+the relevant one's. Those few are scored again, exactly. The ranks are the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,6 +32,13 @@ BLOCK = 4096
 """Gallery items at a time."""
 _QUERIES = 128
 """Queries at a time: 4 MB of scores with a full block of items, and as much for each of their four forms."""
+_MOST_TARGETS = 8
+"""Relevant items of a query up to which float32 products count: each costs two comparisons of every score."""
+_CROWDED = 64
+"""Where one in so many items of a block is too close to a relevant one, the whole block is scored exactly instead."""
+_LANES = 128
+"""Words of eight truth values that are added at a time: byte by byte, which holds 255."""
+_PAIRS_AT_ONCE = 4096
 _SCALE = 2.0**26
 _LAST = np.iinfo(np.int64).max
 
@@ -47,24 +57,75 @@ class InnerProducts:
         self.shape = (len(queries), gallery.shape[0])
         self._gallery, self._queries = gallery, queries
         self._items: slice | None = None
-        self._columns = np.zeros((gallery.shape[1], 0))
+        self._vectors = np.zeros((0, gallery.shape[1]))
+        self._columns: dict[type, np.ndarray] = {}
+        self._is_one = False
 
-    def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
+    @property
+    def error(self) -> float:
+        """The most by which `approximate` differs from the exact scores.
+
+        A product of d float32 numbers, added in any order, is within d u / (1 - d u) of the sum of their magnitudes,
+        u = 2^-24, which unit vectors bound by 1 (here 1.001: see `require_unit_length`). Both factors are rounded to
+        float32 before. Source: Higham, Accuracy and Stability of Numerical Algorithms, sec. 3.1.
+        """
+        return float(1.02 * (self._gallery.shape[1] + 4) * 2.0**-24 + 1e-9)
+
+    def __getitem__(self, block: tuple[slice | np.ndarray, slice]) -> np.ndarray:
         """Float64 scores of some queries with some gallery items."""
         rows, items = block
-        if items != self._items:
-            vectors = np.asarray(self._gallery[items], np.float64)
-            require_unit_length(vectors, "gallery", lambda row: f"row {(items.start or 0) + row}")
-            self._items, self._columns = items, np.asarray(np.rint(vectors * _SCALE).T)
-        queries = np.asarray(self._queries[rows], np.float64)
-        lengths = np.linalg.norm(queries, axis=1, keepdims=True)
-        scores: np.ndarray = np.rint(queries / np.where(lengths > 0, lengths, 1) * _SCALE) @ self._columns
+        scores: np.ndarray = self._rounded_queries(rows) @ self._columns_of(items, np.float64)
         scores *= _SCALE**-2
         return scores
 
+    def approximate(self, rows: np.ndarray, items: slice) -> np.ndarray:
+        """The same, float32."""
+        queries = (self._rounded_queries(rows) / _SCALE).astype(np.float32)
+        return np.asarray(queries @ self._columns_of(items, np.float32))
+
+    def of_pairs(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Float64 scores of each query with one gallery item, both by position."""
+        scores = np.empty(len(rows))
+        for start in range(0, len(rows), _PAIRS_AT_ONCE):
+            these = slice(start, start + _PAIRS_AT_ONCE)
+            vectors = np.rint(np.asarray(self._gallery[items[these]], np.float64) * _SCALE)
+            scores[these] = np.einsum("ij,ij->i", self._rounded_queries(rows[these]), vectors)
+        scores *= _SCALE**-2
+        return scores
+
+    def is_one_item(self, items: slice) -> bool:
+        """Whether all vectors of a block of the gallery are equal."""
+        self._load(items)
+        return self._is_one
+
+    def is_one_query(self, rows: np.ndarray) -> bool:
+        """Whether all of some queries are equal."""
+        return bool((self._queries[rows] == self._queries[rows[0]]).all())
+
+    def _rounded_queries(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Directions of queries in multiples of 2^-26, float64 [rows, d]."""
+        queries = np.asarray(self._queries[rows], np.float64)
+        lengths = np.linalg.norm(queries, axis=1, keepdims=True)
+        return np.asarray(np.rint(queries / np.where(lengths > 0, lengths, 1) * _SCALE))
+
+    def _columns_of(self, items: slice, kind: type) -> np.ndarray:
+        """Rounded vectors of a block of the gallery, [d, items]: in multiples of 2^-26, or as float32."""
+        self._load(items)
+        if kind not in self._columns:
+            rounded = np.rint(self._vectors * _SCALE)
+            self._columns[kind] = (rounded if kind is np.float64 else (rounded / _SCALE).astype(kind)).T
+        return self._columns[kind]
+
+    def _load(self, items: slice) -> None:
+        if items != self._items:
+            self._items, self._columns = None, {}
+            self._vectors = np.asarray(self._gallery[items], np.float64)
+            require_unit_length(self._vectors, "gallery", lambda row: f"row {(items.start or 0) + row}")
+            self._items, self._is_one = items, bool((self._vectors == self._vectors[:1]).all())
+
 
 ScoreMatrix = np.ndarray | InnerProducts
-"""Scores of all pairs, [queries, items]; a block of them is read by two slices."""
+"""Scores of all pairs, [queries, items]; a block of them is read by queries and a slice of items."""
 
 
 def require_k(k: int, num_items: int) -> None:
@@ -98,7 +159,7 @@ def relevant_ranks(
     """Ranks of each query's relevant items among all items.
 
     Args:
-        scores: [queries, items], the higher the better, in any unit in which `ROUNDING` is nothing; read twice.
+        scores: [queries, items], the higher the better, in any unit in which `ROUNDING` is nothing; read once.
         relevant: items of each query, in any order; may be none. One that is named twice counts once.
         exclude: int [queries], an item of each query that is not ranked: the query itself.
         seed: of the order of ties.
@@ -110,21 +171,12 @@ def relevant_ranks(
     Raises:
         ValueError: a score is not finite or too large for the rounding, or an item is named that cannot be.
     """
-    num_items = scores.shape[1]
     relevant = _distinct(relevant, exclude, scores.shape)
-    places = np.argsort(np.random.default_rng(seed).permutation(num_items))
-    keys = _relevant_keys(scores, relevant, places, block)
-    above = np.zeros(len(keys), np.int64)
+    count = _Count(scores, relevant, exclude, np.argsort(np.random.default_rng(seed).permutation(scores.shape[1])))
+    order = np.argsort(relevant.lengths, kind="stable")  # those with few relevant items together
     for rows, items in _tiles(scores.shape, block):
-        of_block = _keys(scores[rows, items], places[items], num_items)
-        if exclude is not None:
-            inside = np.flatnonzero((exclude[rows] >= items.start) & (exclude[rows] < items.stop))
-            of_block[inside, exclude[rows][inside] - items.start] = _LAST
-        of_block.sort(axis=1)
-        for query, of_query in enumerate(of_block, rows.start):
-            own = slice(*relevant.offsets[query : query + 2])
-            above[own] += np.searchsorted(of_query, keys[own])
-    return Ragged(relevant.offsets, 1 + above)
+        count.add(order[rows], items)
+    return Ragged(relevant.offsets, 1 + count.above)
 
 
 def top_k(scores: ScoreMatrix, k: int, *, seed: int = 0, block: int = BLOCK) -> np.ndarray:
@@ -177,19 +229,149 @@ def _keys(scores: np.ndarray, places: np.ndarray, num_items: int) -> np.ndarray:
     return integers
 
 
-def _relevant_keys(scores: ScoreMatrix, relevant: Ragged, places: np.ndarray, block: int) -> np.ndarray:
-    """The keys of each query's relevant items, ascending."""
-    queries, keys = relevant.owners, np.empty(len(relevant.values), np.int64)
-    for rows, items in _tiles(scores.shape, block):
-        first, last = relevant.offsets[rows.start], relevant.offsets[rows.stop]
-        named = relevant.values[first:last]
-        pairs = first + np.flatnonzero((named >= items.start) & (named < items.stop))
-        if len(pairs):
-            of_pairs = scores[rows, items][queries[pairs] - rows.start, relevant.values[pairs] - items.start]
-            keys[pairs] = _keys(of_pairs, places[relevant.values[pairs]], scores.shape[1])
-    for first, last in zip(relevant.offsets[:-1], relevant.offsets[1:], strict=True):
-        keys[first:last].sort()
-    return keys
+class _Count:
+    """How many items are above each relevant one, tile by tile."""
+
+    def __init__(self, scores: ScoreMatrix, relevant: Ragged, exclude: np.ndarray | None, places: np.ndarray) -> None:
+        """`relevant` of each query are distinct; `places` int64 [items] break ties."""
+        self._scores, self._offsets, self._exclude, self._places = scores, relevant.offsets, exclude, places
+        queries, items = relevant.owners, relevant.values
+        of_pairs = scores.of_pairs(queries, items) if isinstance(scores, InnerProducts) else scores[queries, items]
+        keys = _keys(of_pairs, places[items], len(places))
+        order = np.lexsort((keys, queries))
+        self._keys, self._targets = keys[order], items[order]
+        """Of the relevant items, best first."""
+        self.above = np.zeros(len(keys), np.int64)
+        self._mask, self._width = np.zeros((_QUERIES, 0), bool), 0
+
+    def add(self, rows: np.ndarray, items: slice) -> None:
+        """Count the items of a block for some queries."""
+        scores, lengths = self._scores, self._offsets[rows + 1] - self._offsets[rows]
+        if not isinstance(scores, InnerProducts):
+            self._add_exactly(rows, items)
+        elif scores.is_one_item(items):
+            self._add_one_item(rows, items)
+        elif self._exclude is None and scores.is_one_query(rows):
+            self._add_one_query(rows, items)
+        elif lengths.max() <= _MOST_TARGETS:
+            self._add_quickly(scores, rows, lengths, items)
+        else:
+            self._add_exactly(rows, items)
+
+    def _add_exactly(self, rows: np.ndarray, items: slice) -> None:
+        of_block = _keys(self._scores[rows, items], self._places[items], len(self._places))
+        if self._exclude is not None:
+            inside, columns = self._excluded(rows, items)
+            of_block[inside, columns] = _LAST
+        of_block.sort(axis=1)
+        for query, of_query in zip(rows, of_block, strict=True):
+            own = slice(*self._offsets[query : query + 2])
+            self.above[own] += np.searchsorted(of_query, self._keys[own])
+
+    def _add_one_item(self, rows: np.ndarray, items: slice) -> None:
+        """Where all items have one score, their places alone distinguish them."""
+        pairs, owner = self._pairs(rows)
+        first = np.full(len(rows), items.start)
+        assert isinstance(self._scores, InnerProducts)
+        levels = _keys(self._scores.of_pairs(rows, first), np.zeros(len(rows), np.int64), len(self._places))[owner]
+        places = np.sort(self._places[items])
+        self.above[pairs] += np.searchsorted(places, np.clip(self._keys[pairs] - levels, 0, len(self._places)))
+        if self._exclude is not None:
+            inside, columns = self._excluded(rows, items)
+            keys = np.full(len(rows), _LAST)
+            keys[inside] = self._places[items.start + columns]
+            self.above[pairs] -= keys[owner] < self._keys[pairs] - levels
+
+    def _add_one_query(self, rows: np.ndarray, items: slice) -> None:
+        """Equal queries have one ranking."""
+        pairs, _ = self._pairs(rows)
+        of_block = _keys(self._scores[rows[:1], items], self._places[items], len(self._places))[0]
+        self.above[pairs] += np.searchsorted(np.sort(of_block), self._keys[pairs])
+
+    def _add_quickly(self, scores: InnerProducts, rows: np.ndarray, lengths: np.ndarray, items: slice) -> None:
+        """By float32 products; what these leave open is scored exactly."""
+        approximate = scores.approximate(rows, items)
+        if self._exclude is not None:
+            inside, columns = self._excluded(rows, items)
+            approximate[inside, columns] = -np.inf
+        slots = [self._slot(rows, lengths, slot, scores.error) for slot in range(lengths.max(initial=0))]
+        surely = [self._number(np.greater, approximate, slot.upper) for slot in slots]
+        near = [
+            self._number(np.greater_equal, approximate, slot.lower) - above
+            for slot, above in zip(slots, surely, strict=True)
+        ]
+        crowded = np.array(near).max(axis=0, initial=0) * _CROWDED > approximate.shape[1] + _CROWDED
+        for slot, above, close in zip(slots, surely, near, strict=True):
+            quick = slot.has & ~crowded
+            self.above[slot.pairs[quick]] += above[quick]
+            is_own = (self._targets[slot.pairs] >= items.start) & (self._targets[slot.pairs] < items.stop)
+            open_rows = np.flatnonzero(quick & (close > is_own))
+            self._add_near(scores, approximate, rows, open_rows, slot, items)
+        if crowded.any():
+            self._add_exactly(rows[crowded], items)
+
+    def _add_near(
+        self,
+        scores: InnerProducts,
+        approximate: np.ndarray,
+        rows: np.ndarray,
+        open_rows: np.ndarray,
+        slot: _Slot,
+        items: slice,
+    ) -> None:
+        """Score the items exactly that float32 products cannot distinguish from a relevant one."""
+        of_rows = approximate[open_rows]
+        found, columns = np.nonzero((of_rows >= slot.lower[open_rows]) & (of_rows <= slot.upper[open_rows]))
+        of_pairs = scores.of_pairs(rows[open_rows[found]], items.start + columns)
+        pairs, keys = slot.pairs[open_rows], _keys(of_pairs, self._places[items.start + columns], len(self._places))
+        self.above[pairs] += np.bincount(found[keys < self._keys[pairs[found]]], minlength=len(open_rows))
+
+    def _slot(self, rows: np.ndarray, lengths: np.ndarray, slot: int, error: float) -> _Slot:
+        """The relevant items of that number, and the scores between which others may be equal to them."""
+        has = slot < lengths
+        pairs = np.where(has, self._offsets[rows] + slot, 0)
+        levels = -(self._keys[pairs] // len(self._places))
+        bounds = (
+            np.nextafter(((levels + side) * ROUNDING + np.sign(side) * error).astype(np.float32), np.float32(way))
+            for side, way in ((-0.5, -np.inf), (0.5, np.inf))
+        )
+        lower, upper = (np.where(has, bound, np.float32(np.inf))[:, None] for bound in bounds)
+        return _Slot(pairs, has, lower, upper)
+
+    def _number(self, compare: np.ufunc, scores: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+        """In how many of its scores a query exceeds its bound, int64 [queries]."""
+        count, width = scores.shape
+        padded = -(-width // (8 * _LANES)) * 8 * _LANES
+        if self._width != width:
+            self._mask, self._width = np.zeros((_QUERIES, padded), bool), width
+        compare(scores, bounds, out=self._mask[:count, :width])
+        words = self._mask[:count].view(np.uint64).reshape(count, -1, _LANES).sum(axis=2)
+        return np.asarray(words.view(np.uint8).reshape(count, -1).sum(axis=1, dtype=np.int64))
+
+    def _pairs(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The relevant items of some queries, and the position of each one's query in `rows`."""
+        lengths = self._offsets[rows + 1] - self._offsets[rows]
+        owner = np.repeat(np.arange(len(rows)), lengths)
+        before = np.cumsum(lengths) - lengths
+        return np.arange(len(owner)) + (self._offsets[rows] - before)[owner], owner
+
+    def _excluded(self, rows: np.ndarray, items: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Queries, by position, whose excluded item is in the block, and its position there."""
+        assert self._exclude is not None
+        excluded = self._exclude[rows]
+        inside = np.flatnonzero((excluded >= items.start) & (excluded < items.stop))
+        return inside, excluded[inside] - items.start
+
+
+class _Slot(NamedTuple):
+    """One relevant item of each of some queries."""
+
+    pairs: np.ndarray
+    """Its number; 0 of a query that has no more."""
+    has: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    """float32 [queries, 1]: a float32 product above `upper` is surely above it, one below `lower` surely is not."""
 
 
 def _distinct(relevant: Ragged, exclude: np.ndarray | None, shape: tuple[int, ...]) -> Ragged:
