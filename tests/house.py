@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "saffe_cache"
-LIMITS = {"modules": 175, "lines": 23_500, "floors": 14, "longest function": 50}
+LIMITS = {"modules": 195, "lines": 23_500, "floors": 14, "longest function": 50}
 MOST_FILES = 2
 REGISTRIES = {
     "fusion": ("fusion.registry", "FUSIONS"),

@@ -32,7 +32,7 @@ from saffe_cache.store.manifest import (
 )
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder, read_table, write_table
-from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks
+from saffe_cache.store.writer import EncoderWriter, Portion, begin_log, write_blocks
 
 NUM_LAYERS, WIDTH = 3, 4
 
@@ -176,7 +176,7 @@ def _write_root(storage: Storage, all_contents: tuple[Contents, ...]) -> None:
         write_table(storage, f"tables/{generation}", builder.build())
     new = [contents for contents in all_contents if contents.key not in root.encoders]
     for contents in new:
-        EncoderWriter(storage, _new_manifest(contents), {})
+        begin_log(storage, _new_manifest(contents), {})
     keys = (*root.encoders, *(contents.key for contents in new))
     if (generation, keys) != (root.table, root.encoders):
         write_root(storage, RootManifest(generation, keys))

@@ -30,7 +30,6 @@ OWNERS = {
     "h5py": {"store"},
     "numcodecs": {"store"},
     "fsspec": {"store"},
-    "obstore": {"store"},
     "datasets": {"sources"},
     "PIL": {"sources"},
     "soundfile": {"sources"},

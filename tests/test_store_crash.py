@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,18 +54,22 @@ class Died(BaseException):
 def write_until(path: Path, contents: tuple[Contents, ...], num_writes: int) -> int:
     """Write, and die at the write number `num_writes`. Returns how many were begun; others may still be under way."""
     done = 0
-    real, counting = Storage.write, threading.Lock()
+    counting = threading.Lock()
 
-    def write(self: Storage, name: str, *parts: bytes) -> None:
-        nonlocal done
-        with counting:
-            if done == num_writes:
-                raise Died
-            done += 1
-        real(self, name, *parts)
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def write(*args: Any) -> Any:
+            nonlocal done
+            with counting:
+                if done == num_writes:
+                    raise Died
+                done += 1
+            return real(*args)
+
+        return write
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Storage, "write", write)
+        for method in ("write", "create", "replace", "remove"):
+            patch.setattr(Storage, method, counted(getattr(Storage, method)))
         try:
             write_contents(path, *contents)
         except Died:
@@ -263,11 +268,11 @@ def test_lock_file_removed_by_its_holder_is_no_lock(tmp_path: Path, monkeypatch:
     storage, real = Storage(tmp_path), atomic_io.lock_descriptor
     calls = []
 
-    def lock(descriptor: int, blocking: bool) -> bool:
+    def lock(descriptor: int, blocking: bool, **options: float) -> bool:
         if not calls:
             (tmp_path / ".saffe-lock").unlink()
         calls.append(descriptor)
-        return real(descriptor, blocking=blocking)
+        return real(descriptor, blocking=blocking, **options)
 
     monkeypatch.setattr(atomic_io, "lock_descriptor", lock)
     with storage.writer_lock():
@@ -297,8 +302,8 @@ def test_layer_that_is_being_added_is_hidden_from_readers(tmp_path: Path) -> Non
     encoder = open_cache(tmp_path).encoder("image")
     assert (encoder.layers, encoder.block_layers) == ([3], [])
     shutil.copytree(tmp_path, tmp_path / "copy")
-    write_until(tmp_path, (contents,), write_until(tmp_path / "copy", (contents,), 10**9) - 1)
-    encoder = open_cache(tmp_path).encoder("image")
+    write_until(tmp_path, (contents,), write_until(tmp_path / "copy", (contents,), 10**9) - 2)
+    encoder = open_cache(tmp_path).encoder("image")  # the record of the tail and the manifest are missing
     assert (len(encoder.array("hidden_states/1")), encoder.layers, encoder.block_layers) == (12, [3], [1])
     write_contents(tmp_path, contents)
     assert open_cache(tmp_path).encoder("image").layers == [1, 3]

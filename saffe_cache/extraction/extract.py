@@ -25,7 +25,7 @@ from saffe_cache.sources.registry import read_items
 from saffe_cache.store.manifest import RootManifest, layers_among, read_encoder, read_root, write_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder, read_table, write_table
-from saffe_cache.store.writer import EncoderWriter
+from saffe_cache.store.writer import begin_log
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def _write_root(storage: Storage, table: ItemTable | None, jobs: Sequence[Job]) 
         write_table(storage, f"tables/{generation}", table)
     for job in jobs:
         if job.manifest.key not in root.encoders:
-            EncoderWriter(storage, job.manifest, {})
+            begin_log(storage, job.manifest, {})
     keys = tuple(dict.fromkeys([*root.encoders, *(job.manifest.key for job in jobs)]))
     if (generation, keys) != (root.table, root.encoders):
         write_root(storage, RootManifest(generation, keys))

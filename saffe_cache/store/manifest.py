@@ -1,7 +1,7 @@
 """The cache's manifests: attributes of the root group and of each encoder's group, and Zarr's metadata of its arrays.
 
-An encoder's manifest is replaced in one atomic write after the shards that it lists are durable, so it is the only
-authority on what is complete.
+An encoder's manifest and, while an extraction runs, the records of its log are the only authority on what is complete.
+Both are written in one atomic step, after the shards that they list are durable.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from zarr.codecs import BloscCodec
 from saffe_cache.core.features import MODALITIES, REPAIR_ADVICE, CacheError, Fingerprint, Modality, short_hash
 from saffe_cache.core.json_schema import made_of, whole_number
 from saffe_cache.store.layout import COMPRESSION_LEVEL, ArraySpec, ShardEntry, decode_shard, encode_shard, shard_name
+from saffe_cache.store.log import read_log, reasons_from_json, reasons_to_json
 from saffe_cache.store.storage import (
     FORMAT_VERSION,
     Storage,
     check_encoding,
+    group_metadata,
     mark_group,
+    own_attributes,
     read_attributes,
     write_attributes,
     zarr_json,
@@ -39,13 +42,26 @@ class ArrayManifest:
 
     spec: ArraySpec
     shards: list[ShardEntry] = field(default_factory=list)
+    later: dict[int, ShardEntry] = field(default_factory=dict)
+    """Committed shards behind a gap, by number: parallel writers do not commit in order."""
 
     @property
     def rows(self) -> int:
-        """Committed rows."""
+        """Committed rows before the first gap."""
         return sum(entry.rows for entry in self.shards)
 
+    def commit(self, index: int, entry: ShardEntry) -> None:
+        """Take a durable shard, or the longer version of a tail shard; a shorter version is older and ignored."""
+        if index < len(self.shards):
+            if entry.rows >= self.shards[index].rows:
+                self.shards[index] = entry
+        elif index not in self.later or entry.rows >= self.later[index].rows:
+            self.later[index] = entry
+        while len(self.shards) in self.later and (not self.shards or self.shards[-1].rows == self.spec.shard_rows):
+            self.shards.append(self.later.pop(len(self.shards)))
+
     def to_json(self) -> dict[str, Any]:
+        """Without the shards behind a gap, which only the log lists."""
         spec = {name: value for name, value in vars(self.spec).items() if (name, value) != ("compression", "none")}
         return {**spec, "shards": [asdict(entry) for entry in self.shards]}
 
@@ -88,6 +104,10 @@ class EncoderManifest:
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry for each extraction that added something, with its config, versions and times, and for each conversion
     and repair."""
+    log: str = ""
+    """The folder of records of the extraction that runs or was interrupted; empty after its end."""
+    stored: bytes = field(default=b"", init=False, compare=False, repr=False)
+    """The file as it was read or written last; empty for a new one. It must still be that when it is replaced."""
 
     def __post_init__(self) -> None:
         if self.class_tokens < 0:
@@ -129,9 +149,10 @@ class EncoderManifest:
             **({"feature_maps": True} if self.has_feature_maps else {}),
             **({"language_model": True} if self.is_language_model else {}),
             **({"class_tokens": self.class_tokens} if self.class_tokens != 1 - self.has_feature_maps else {}),
-            **({"unusable_blocks": _by_row(self.unusable_blocks)} if self.unusable_blocks else {}),
+            **({"unusable_blocks": reasons_to_json(self.unusable_blocks)} if self.unusable_blocks else {}),
+            **({"log": self.log} if self.log else {}),
             "finished_rows": self.finished_rows,
-            "invalid": _by_row(self.invalid),
+            "invalid": reasons_to_json(self.invalid),
             "history": self.history,
             "arrays": {name: array.to_json() for name, array in sorted(self.arrays.items())},
         }
@@ -153,20 +174,17 @@ class EncoderManifest:
                 has_feature_maps=is_map,
                 is_language_model=content.get("language_model") is True,
                 class_tokens=whole_number({"class_tokens": int(not is_map), **content}, "class_tokens"),
-                unusable_blocks={_row(i): str(reason) for i, reason in content.get("unusable_blocks", {}).items()},
+                unusable_blocks=reasons_from_json(content.get("unusable_blocks", {})),
                 arrays={_array_name(name): ArrayManifest.from_json(one) for name, one in content["arrays"].items()},
                 finished_rows=whole_number(content, "finished_rows"),
                 history=[dict(entry) for entry in content["history"]],
-                invalid={_row(row): str(reason) for row, reason in content["invalid"].items()},
+                invalid=reasons_from_json(content["invalid"]),
+                log=_log_name(content.get("log", "")),
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CacheError(
                 f"{where}: its manifest lacks or misstates {error}. Restore zarr.json from a copy."
             ) from None
-
-
-def _by_row(reasons: Mapping[int, str]) -> dict[str, str]:
-    return {str(row): reason for row, reason in sorted(reasons.items())}
 
 
 _STATES = "hidden_states/"
@@ -194,11 +212,11 @@ def _array_name(name: str) -> str:
     return name
 
 
-def _row(text: str) -> int:
-    """An input's number from the key of a JSON object."""
-    if not re.fullmatch(r"[0-9]{1,18}", text):
-        raise ValueError(f"invalid: {text!r:.60}, expected the number of an input")
-    return int(text)
+def _log_name(value: Any) -> str:
+    """The name of a log's folder; it has no way out of the encoder's group."""
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-z]{0,32}", value):
+        raise ValueError(f"log: {value!r:.60}, expected small letters and digits")
+    return value
 
 
 def encoder_group(key: str) -> str:
@@ -211,21 +229,68 @@ def weights_type(name: str) -> str:
     return "saffe-block" if name.startswith("blocks/") else "saffe-language-model"
 
 
+def log_folder(manifest: EncoderManifest) -> str:
+    """Name of the folder with the records of the extraction that runs."""
+    return f"{encoder_group(manifest.key)}/log/{manifest.log}"
+
+
 def read_encoder(storage: Storage, key: str) -> EncoderManifest:
-    """An encoder's manifest. Raises CacheError if its group is missing or its manifest is damaged."""
+    """An encoder's manifest, with what the log of a running or interrupted extraction adds.
+
+    Raises CacheError if its group is missing, or its manifest or a record is damaged.
+    """
     name = encoder_group(key)
-    manifest = EncoderManifest.from_json(read_attributes(storage, name), f"{storage.root}: {name}")
-    if manifest.key != key:
-        raise CacheError(
-            f"{storage.root}: {name} contains the fingerprint of {manifest.key}: the folder was renamed or its "
-            "zarr.json was edited. Restore it from a copy."
-        )
-    return manifest
+    stored = b""
+    while True:
+        before, stored = stored, storage.read(f"{name}/zarr.json")
+        manifest = EncoderManifest.from_json(own_attributes(storage, name, stored), f"{storage.root}: {name}")
+        if manifest.key != key:
+            raise CacheError(
+                f"{storage.root}: {name} contains the fingerprint of {manifest.key}: the folder was renamed or its "
+                "zarr.json was edited. Restore it from a copy."
+            )
+        manifest.stored = stored
+        if not manifest.log:
+            return manifest
+        try:
+            _add_log(manifest, storage)
+        except CacheError:
+            if stored == before:
+                raise
+            continue
+        if stored == storage.read(f"{name}/zarr.json"):  # otherwise its end has moved the log into the manifest
+            return manifest
+
+
+def _add_log(manifest: EncoderManifest, storage: Storage) -> None:
+    folder = log_folder(manifest)
+    for record in read_log(storage, folder):
+        manifest.invalid |= record.invalid
+        for name, entries in record.shards.items():
+            if name not in manifest.arrays:
+                raise CacheError(
+                    f"{storage.root}: {folder}: a record names {name!r:.60}, which the manifest does not. Remove the "
+                    "folder, and run saffe extract again."
+                )
+            for index, entry in sorted(entries.items()):
+                manifest.arrays[name].commit(index, entry)
 
 
 def write_encoder(storage: Storage, manifest: EncoderManifest) -> None:
-    """Commit a manifest; all shards that it lists must be durable before."""
-    write_attributes(storage, encoder_group(manifest.key), manifest.to_json())
+    """Commit a manifest; all shards that it lists must be durable before.
+
+    Raises CacheError if another process has changed it since it was read.
+    """
+    name = f"{encoder_group(manifest.key)}/zarr.json"
+    data = group_metadata({"saffe_cache": manifest.to_json()})
+    if not manifest.stored:  # what a crashed writer left of an encoder that the root does not list
+        storage.write(name, data)
+    elif not storage.replace(name, data, manifest.stored):
+        raise CacheError(
+            f"{storage.root}: {name} was changed by another process while this one wrote. Nothing of the cache is "
+            "lost; run the same command again when no other one writes to it."
+        )
+    manifest.stored = data
 
 
 @dataclass(frozen=True)
@@ -288,7 +353,7 @@ def content_hash(storage: Storage) -> str:
     Raises CacheError if there is no cache, or one of another format version.
     """
     root = existing_root(storage)
-    encoders = [read_encoder(storage, key).to_json() | {"history": []} for key in root.encoders]
+    encoders = [read_encoder(storage, key).to_json() | {"history": [], "log": ""} for key in root.encoders]
     return short_hash({"table": read_attributes(storage, f"tables/{root.table}"), "encoders": encoders})
 
 

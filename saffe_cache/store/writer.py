@@ -1,13 +1,16 @@
 """Write an encoder's arrays, shard by shard.
 
 Rows come in order, in portions of any size. A full shard is written at once by other threads, while the next shard
-fills. When that is full too, the first is durable and is recorded in the manifest. A killed process therefore loses at
-most two shards of each array, and at most two are in memory. A tail shard that new rows extend is read back, checked,
-and written again as a whole.
+fills. When that is full too, the first is durable and is recorded in the extraction's log. A killed process therefore
+loses at most two shards of each array, and at most two are in memory. A tail shard that new rows extend is read back,
+checked, and written again as a whole.
+
+One writer writes all that an encoder lacks, or several write a part each, of whole shards.
 """
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -18,11 +21,13 @@ import numpy as np
 from saffe_cache.core.atomic_io import make_folder
 from saffe_cache.core.features import BlockWeights, LanguageModelWeights, Weights
 from saffe_cache.store.layout import ArraySpec, ShardEntry, describe_shard
+from saffe_cache.store.log import LogWriter, Record
 from saffe_cache.store.manifest import (
     ArrayFiles,
     ArrayManifest,
     EncoderManifest,
     encoder_group,
+    log_folder,
     weights_type,
     write_encoder,
 )
@@ -33,25 +38,35 @@ _HELPERS = 4
 
 
 class _ArrayWriter:
-    """One array: `position` rows are on disk, being written, or in the open shard as the portions they came in."""
+    """One array: rows before `position` are on disk, being written, or in the open shard as the portions they came in.
 
-    def __init__(self, files: ArrayFiles, array: ArrayManifest, target_rows: int, helpers: Executor) -> None:
+    `committed` are the shards that became durable since they were taken from it.
+    """
+
+    def __init__(self, files: ArrayFiles, array: ArrayManifest, rows: range, helpers: Executor) -> None:
+        """`rows`: those to write, from the start of a shard or the array's committed rows; the last shard is whole, or
+        the array's tail."""
         self._files, self._shard_rows, self._helpers = files, files.spec.shard_rows, helpers
-        self._entries = array.shards
-        self.position = self._written = array.rows
-        self.target_rows = max(target_rows, array.rows)
+        self._array, self.committed = array, dict[int, ShardEntry]()
+        self.position = self._written = rows.start
+        self.stop = max(rows.start, rows.stop)
         self._open: list[np.ndarray] = []
         if self.position % self._shard_rows:
-            self._open = [files.read(len(array.shards) - 1, array.shards[-1])]
+            index = self.position // self._shard_rows
+            self._open = [files.read(index, array.shards[index])]
         self._under_way: tuple[int, Future[None], Future[ShardEntry]] | None = None
         """Number of the shard that is being written, and its results."""
         self._next_folder = helpers.submit(self._make_folder, self.position // self._shard_rows)
-        files.write_metadata(self.target_rows)
 
     def append(self, first_row: int, rows: np.ndarray) -> bool:
-        """Add rows in the stored type; rows that are present are skipped. Returns whether a shard became durable."""
+        """Add rows in the stored type; those before the position and from the end on are skipped.
+
+        Returns whether a shard became durable.
+        """
+        if self.position == self.stop:
+            return False
         assert first_row <= self.position, f"rows {self.position}…{first_row} of {self._files.folder} are missing"
-        fresh, settled = rows[self.position - first_row :], False
+        fresh, settled = rows[self.position - first_row : self.stop - first_row], False
         while len(fresh):
             taken = fresh[: self._shard_rows - self.position % self._shard_rows]
             self._open.append(taken)
@@ -73,7 +88,8 @@ class _ArrayWriter:
             return False
         number, written, entry = self._under_way
         written.result()
-        self._entries[number:] = [entry.result()]
+        self.committed[number] = entry.result()
+        self._array.commit(number, entry.result())
         self._under_way = None
         return True
 
@@ -91,7 +107,7 @@ class _ArrayWriter:
     def _make_folder(self, index: int) -> None:
         """Make a shard's folder in advance, if the shard will exist: fsync of a folder is as slow as that of a file."""
         path = self._files.storage.local_path(self._files.shard(index))
-        if path is not None and index * self._shard_rows < self.target_rows:
+        if path is not None and index * self._shard_rows < self.stop:
             make_folder(path.parent)
 
 
@@ -106,27 +122,42 @@ class Portion:
 
 
 class EncoderWriter:
-    """Writes one encoder's group; other threads write its shards.
+    """Writes one encoder's group, or a part of it; other threads write its shards.
 
-    Use it as a context manager and call `finish` at the end; leaving the context alone does not finish the extraction.
+    Use it as a context manager and call `finish` (or, for a part, `finish_part`) at the end; leaving the context alone
+    does not finish the extraction.
     """
 
     def __init__(
-        self, storage: Storage, manifest: EncoderManifest, targets: Mapping[str, tuple[ArraySpec, int]]
+        self,
+        storage: Storage,
+        manifest: EncoderManifest,
+        targets: Mapping[str, tuple[ArraySpec, int]],
+        *,
+        part: Mapping[str, range] | None = None,
+        name: str = "writer",
     ) -> None:
-        """`targets`: the spec and the final number of rows of each growing array."""
+        """
+        Args:
+            targets: the spec and the final number of rows of each growing array.
+            part: the rows of each array that this writer writes, if others write the rest: whole shards, the last of
+                which may be the array's tail. `begin_log` has been called before, once for all.
+            name: of this writer in the log; no other that runs has it.
+        """
         self._storage, self.manifest = storage, manifest
         self.seconds = 0.0
         """Time spent in `put`."""
-        for group in ("encoders", f"{encoder_group(manifest.key)}/blocks"):
-            mark_group(storage, group)
+        if part is None:
+            begin_log(storage, manifest, targets)
+        self._log = LogWriter(storage, log_folder(manifest), name)
+        self._new = Record()
         self._helpers = ThreadPoolExecutor(_HELPERS, "shard-helper")
         self._arrays: dict[str, _ArrayWriter] = {}
-        for name, (spec, target_rows) in targets.items():
-            array = manifest.arrays.setdefault(name, ArrayManifest(spec))
-            files = ArrayFiles(storage, manifest.key, name, spec)
-            self._arrays[name] = _ArrayWriter(files, array, target_rows, self._helpers)
-        write_encoder(storage, manifest)
+        for array_name, (spec, num_rows) in targets.items():
+            array = manifest.arrays[array_name]
+            rows = range(array.rows, num_rows) if part is None else part[array_name]
+            files = ArrayFiles(storage, manifest.key, array_name, spec)
+            self._arrays[array_name] = _ArrayWriter(files, array, rows, self._helpers)
 
     def __enter__(self) -> EncoderWriter:
         return self
@@ -143,30 +174,70 @@ class EncoderWriter:
         started = time.perf_counter()
         settled = [self._arrays[name].append(first_row, rows) for name, (first_row, rows) in portion.rows.items()]
         self.manifest.invalid.update(portion.invalid)
+        self._new.invalid.update(portion.invalid)
         if any(settled):
-            write_encoder(self._storage, self.manifest)
+            self._record()
         self.seconds += time.perf_counter() - started
 
-    def finish(self, num_inputs: int) -> None:
-        """Write the remaining rows, and record that `num_inputs` inputs are complete in every array.
+    def finish_part(self) -> None:
+        """Write the remaining rows and record them.
 
         Raises OSError if a portion could not be written.
         """
         for name, array in self._arrays.items():
-            assert array.position == array.target_rows, f"{name} ends at row {array.position} of {array.target_rows}"
+            assert array.position == array.stop, f"{name} ends at row {array.position} of {array.stop}"
         self._settle()
         for array in self._arrays.values():
             array.flush()
         for array in self._arrays.values():
             array.settle()
-        self.manifest.finished_rows = num_inputs
-        write_encoder(self._storage, self.manifest)
+        self._record()
+
+    def finish(self, num_inputs: int) -> None:
+        """Write the remaining rows, and record in the manifest that `num_inputs` inputs are complete in every array.
+
+        Raises OSError if a portion could not be written.
+        """
+        self.finish_part()
+        end_log(self._storage, self.manifest, num_inputs)
 
     def _settle(self) -> None:
         """Wait for all shards that are being written, and record them."""
-        settled = [array.settle() for array in self._arrays.values()]
-        if any(settled):
-            write_encoder(self._storage, self.manifest)
+        for array in self._arrays.values():
+            array.settle()
+        self._record()
+
+    def _record(self) -> None:
+        """Add what has become durable to the log."""
+        for name, array in self._arrays.items():
+            if array.committed:
+                self._new.shards[name], array.committed = array.committed, {}
+        if self._new:
+            self._log.add(self._new)
+            self._new = Record()
+
+
+def begin_log(storage: Storage, manifest: EncoderManifest, targets: Mapping[str, tuple[ArraySpec, int]]) -> None:
+    """Enter the arrays that will grow into the manifest, and begin a log, or go on with an interrupted one.
+
+    Args:
+        targets: the spec and the final number of rows of each growing array.
+    """
+    for group in ("encoders", f"{encoder_group(manifest.key)}/blocks"):
+        mark_group(storage, group)
+    for name, (spec, num_rows) in targets.items():
+        array = manifest.arrays.setdefault(name, ArrayManifest(spec))
+        ArrayFiles(storage, manifest.key, name, spec).write_metadata(max(num_rows, array.rows))
+    if targets and not manifest.log:
+        manifest.log = secrets.token_hex(8)
+    write_encoder(storage, manifest)
+
+
+def end_log(storage: Storage, manifest: EncoderManifest, num_inputs: int) -> None:
+    """Commit that `num_inputs` inputs are complete in every array, with all that the log says, and remove the log."""
+    manifest.finished_rows, manifest.log = num_inputs, ""
+    write_encoder(storage, manifest)
+    storage.remove_folder(f"{encoder_group(manifest.key)}/log")
 
 
 def write_blocks(storage: Storage, key: str, blocks: Mapping[int, BlockWeights]) -> None:
