@@ -40,6 +40,8 @@ TEXT_BLOCK_ROWS = 1024
 """Texts that are sorted by length together; padding is then a few percent of the tokens."""
 SOUND_BLOCK_ROWS = 16
 """Sounds whose windows are sorted by length together, and held in memory at once: few, since a sound may be long."""
+_VECTOR_SHARDS = 1024
+"""Most shards of the vectors of a new encoder, so that millions of texts do not become thousands of files."""
 _SOUND_SHARD_ROWS = 64
 """Vectors of sounds per shard: few, since an interrupted extraction resumes at the last whole shard."""
 
@@ -367,10 +369,11 @@ def _arrays(job: Job) -> dict[str, tuple[ArraySpec, int]]:
     if job.options.pooled:
         fixed = {"text": TEXT_BLOCK_ROWS, "audio": _SOUND_SHARD_ROWS}
         rows = fixed.get(job.encoder.request.modality, next(iter(wanted.values())).shard_rows)
+        few = 1 << max(0, -(-job.num_inputs // (_VECTOR_SHARDS * rows)) - 1).bit_length()
         for name, width in job.encoder.vector_widths.items():
             names = (job.encoder.request.modality, f"{name}_dimension")
             wanted[name] = ArraySpec(
-                row_shape=(width,), dtype="float32", dimension_names=names, chunk_rows=rows, shard_rows=rows
+                row_shape=(width,), dtype="float32", dimension_names=names, chunk_rows=rows, shard_rows=few * rows
             )
     if job.offsets is not None:
         wanted["offsets"] = ArraySpec(
