@@ -30,6 +30,7 @@ OWNERS = {
     "h5py": {"store"},
     "numcodecs": {"store"},
     "fsspec": {"store"},
+    "obstore": {"store"},
     "datasets": {"sources"},
     "PIL": {"sources"},
     "soundfile": {"sources"},

@@ -1,7 +1,7 @@
 """Files below a cache's root, on a local disk or behind a URL, and the small Zarr groups among them.
 
 A local write goes to a temporary name, then fsync, rename, and fsync of the folder. After a crash a file is therefore
-the old one or the new one, complete. Behind a URL, a single PUT to an object store has the same property.
+the old one or the new one, complete. Behind a URL, what an object store has accepted has the same property.
 
 Arrays that do not grow (columns of the item table, tensors of blocks) lie in groups of their own, with one chunk each.
 The attributes of such a group are written last and list every array with its checksum, because Zarr itself reads a
@@ -12,79 +12,93 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import fsspec
 import google_crc32c
 import numpy as np
 import zarr
-from fsspec.implementations.local import LocalFileSystem
 from zarr.storage import MemoryStore
 
-from saffe_cache.core.atomic_io import Buffer, create_whole, hold_folder, replace_whole, write_whole
+from saffe_cache.core.atomic_io import Buffer, hold_folder
 from saffe_cache.core.features import REPAIR_ADVICE, CacheError
 from saffe_cache.core.json_schema import whole_numbers
+from saffe_cache.store.files import ForeignFiles, LocalFiles
+from saffe_cache.store.objects import SCHEMES, ObjectFiles
 
 FORMAT_VERSION = 1
 _PLAIN_DTYPES = ("float32", "int64", "uint8")
+
+
+class _Files(Protocol):
+    """What a cache needs of the place where it lies. `read` and `read_range` raise FileNotFoundError."""
+
+    def exists(self, name: str) -> bool: ...
+    def read(self, name: str) -> bytes: ...
+    def read_range(self, name: str, start: int, stop: int) -> bytes: ...
+    def write(self, name: str, *parts: Buffer) -> None: ...
+    def create(self, name: str, *parts: Buffer) -> bool: ...
+    def replace(self, name: str, data: bytes, was: bytes | None) -> bool: ...
+    def list(self, prefix: str) -> list[str]: ...
+    def remove(self, name: str) -> None: ...
+    def remove_folder(self, name: str) -> None: ...
 
 
 class Storage:
     """Named byte strings below a root. Names use `/` and never start with it."""
 
     def __init__(self, root: str | Path) -> None:
+        """Raises CacheError if the root is a URL that nothing here opens."""
         self.root = str(root)
-        self._local = None if "://" in self.root else Path(self.root).expanduser().absolute()
-        if self._local is None:
-            self._filesystem, self._prefix = fsspec.core.url_to_fs(self.root)
-            if isinstance(self._filesystem, LocalFileSystem):  # file:///folder
-                self._local = Path(self._prefix)
+        self._local: Path | None = None
+        self.objects: ObjectFiles | None = None
+        """The object store, if the cache lies in one."""
+        scheme, _, below = self.root.partition("://")
+        if not below or scheme == "file":
+            self._local = Path(below if scheme == "file" else self.root).expanduser().absolute()
+            self._files: _Files = LocalFiles(self._local)
+        elif scheme in SCHEMES:
+            self._files = self.objects = ObjectFiles(self.root)
+        else:
+            self._files = ForeignFiles(self.root)
 
     def local_path(self, name: str) -> Path | None:
         """The path of a name on the local disk; None behind a URL.
 
         Raises CacheError if the name points outside the cache.
         """
-        if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
-            raise CacheError(f"{self.root}: {name!r} is no name inside a cache.")
+        self._check(name)
         return self._local / name if self._local is not None else None
 
     def exists(self, name: str) -> bool:
-        path = self.local_path(name)
-        return path.exists() if path is not None else bool(self._filesystem.exists(f"{self._prefix}/{name}"))
+        return self._files.exists(self._check(name))
 
     def read(self, name: str) -> bytes:
         """The bytes of a file. Raises CacheError if there is no such file."""
-        path = self.local_path(name)
-        try:
-            if path is not None:
-                return path.read_bytes()
-            return bytes(self._filesystem.cat_file(f"{self._prefix}/{name}"))
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise CacheError(f"{self.root}: {name} is missing. {REPAIR_ADVICE}") from None
+        with self._missing_told(name):
+            return self._files.read(self._check(name))
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """Some bytes of a file. Raises CacheError if there is no such file, or it ends earlier."""
+        with self._missing_told(name):
+            data = self._files.read_range(self._check(name), start, start + length)
+        if len(data) != length:
+            raise CacheError(f"{self.root}: {name} ends before byte {start + length}. {REPAIR_ADVICE}")
+        return data
 
     def write(self, name: str, *parts: Buffer) -> None:
         """Write a file; it is durable and complete when this returns."""
-        path = self.local_path(name)
-        if path is None:
-            self._filesystem.pipe_file(f"{self._prefix}/{name}", b"".join(parts))
-        else:
-            write_whole(path, *parts)
+        self._files.write(self._check(name), *parts)
 
     def create(self, name: str, *parts: Buffer) -> bool:
         """Write a file only if there is none of that name, and return whether it was written, durable and complete.
 
         Of several claimants exactly one gets True. Behind a URL that fsspec opens, two at the same instant may both.
         """
-        path = self.local_path(name)
-        if path is not None:
-            return create_whole(path, *parts)
-        return self.replace(name, b"".join(parts), None)
+        return self._files.create(self._check(name), *parts)
 
     def replace(self, name: str, data: bytes, was: bytes | None) -> bool:
         """Write a file only if its content is `was` (None: there is no file), and return whether it was written.
@@ -92,55 +106,31 @@ class Storage:
         Of several that replace the same content exactly one gets True. Behind a URL that fsspec opens, two at the same
         instant may both.
         """
-        path = self.local_path(name)
-        if path is not None:
-            assert self._local is not None
-            return replace_whole(self._local, path, data, was)
-        if (self.read(name) if self.exists(name) else None) != was:
-            return False
-        self.write(name, data)
-        return True
+        return self._files.replace(self._check(name), data, was)
 
     def list(self, prefix: str) -> list[str]:
         """Names of all files below a folder, sorted; empty if there is no such folder. Temporary files are left out."""
-        folder = self.local_path(prefix)
-        if folder is not None:
-            found = [path.relative_to(folder) for path in folder.rglob("[!.]*") if path.is_file()]
-            return sorted(f"{prefix}/{path.as_posix()}" for path in found)
-        start = len(self._prefix) + 1
-        return sorted(path[start:] for path in self._filesystem.find(f"{self._prefix}/{prefix}"))
+        return self._files.list(self._check(prefix))
 
     def remove(self, name: str) -> None:
         """Remove a file, if it exists."""
-        path = self.local_path(name)
-        if path is not None:
-            path.unlink(missing_ok=True)
-        elif self.exists(name):
-            self._filesystem.rm_file(f"{self._prefix}/{name}")
-
-    def read_range(self, name: str, start: int, length: int) -> bytes:
-        """Some bytes of a file. Raises CacheError if there is no such file, or it ends earlier."""
-        path = self.local_path(name)
-        try:
-            if path is not None:
-                with path.open("rb") as file:
-                    file.seek(start)
-                    data = file.read(length)
-            else:
-                data = bytes(self._filesystem.cat_file(f"{self._prefix}/{name}", start, start + length))
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise CacheError(f"{self.root}: {name} is missing. {REPAIR_ADVICE}") from None
-        if len(data) != length:
-            raise CacheError(f"{self.root}: {name} ends before byte {start + length}. {REPAIR_ADVICE}")
-        return data
+        self._files.remove(self._check(name))
 
     def remove_folder(self, name: str) -> None:
         """Remove a folder and its contents, if it exists."""
-        path = self.local_path(name)
-        if path is not None:
-            shutil.rmtree(path, ignore_errors=True)
-        elif self.exists(name):
-            self._filesystem.rm(f"{self._prefix}/{name}", recursive=True)
+        self._files.remove_folder(self._check(name))
+
+    def _check(self, name: str) -> str:
+        if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+            raise CacheError(f"{self.root}: {name!r} is no name inside a cache.")
+        return name
+
+    @contextmanager
+    def _missing_told(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise CacheError(f"{self.root}: {name} is missing. {REPAIR_ADVICE}") from None
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The object in a JSON file. Raises CacheError if the file is missing, or is not a JSON object."""
