@@ -14,6 +14,12 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def user_folder_of_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is remembered of files stays out of the user's cache folder."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("user"))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of the tiny model of a family; see tiny_models.CASES. Not to be written to."""

@@ -258,7 +258,7 @@ class Inputs:
         return len(self.content_hash)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
     """One item of a dataset; its photos and sounds are identified by their content hashes."""
 

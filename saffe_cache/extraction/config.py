@@ -114,6 +114,9 @@ class ExtractConfig:
     """What to do if an item's file, captions or labels have changed since extraction. error: stop and name it.
     reencode: encode the new content; the old rows stay in the cache unused. Runs trained on changed items must be
     trained again."""
+    rehash: bool = False
+    """Read all files again. Default: a file of an earlier run that has the same path, size, times and inode is taken to
+    be unchanged."""
     plan: bool = False
     """Print the number of items, bytes and files and the estimated time, and write nothing."""
 

@@ -51,7 +51,9 @@ def extract(config: ExtractConfig | None = None, /, **options: Any) -> str:
     names = {modality: one.name or type(one.model).__name__ for modality, one in own.items()}
     config = replace(config, encoder={**config.encoder, **names})
     items = read_items(
-        config.data, Columns(**config.column), config.splits, config.max_items, streaming=config.streaming
+        *(config.data, Columns(**config.column), config.splits, config.max_items),
+        streaming=config.streaming,
+        rehash=config.rehash,
     )
     config = replace(config, data=described(config.data), streaming=config.streaming or is_streamed(config.data))
     _check_unreadable(items, config)

@@ -244,9 +244,9 @@ def _columns(items: Sequence[SourceItem], manifest: IndexManifest) -> ItemColumn
 def _file_of(item: SourceItem, manifest: IndexManifest) -> str:
     """Relative to the data where it lies below them."""
     media = item.media[manifest.modality]
-    if not isinstance(media, MediaFile):
+    if not isinstance(media, MediaFile) or media.size is not None:
         return ""
-    path = media.path.absolute()
+    path = Path(media.path).absolute()
     return str(path.relative_to(manifest.data) if path.is_relative_to(manifest.data) else path)
 
 

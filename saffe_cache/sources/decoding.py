@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
@@ -28,6 +29,8 @@ _SIGNATURES: tuple[tuple[Modality, bytes], ...] = (
     *(("video", begin) for begin in SIGNATURES.values()),
 )
 """How files of each kind begin. TIFF is not among them: raw photos of cameras begin in the same way."""
+CONTENT_RULES = hashlib.sha256(repr(_SIGNATURES).encode()).hexdigest()
+"""Which release's `modality_of_content` it is."""
 _CANCELLED = 0.01
 """Power of a sound's mean, as a fraction of its loudest channel's, below which that channel replaces the mean."""
 

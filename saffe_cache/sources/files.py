@@ -23,7 +23,7 @@ from typing import Any
 
 from saffe_cache.core.features import Modality
 from saffe_cache.sources.decoding import modality_of_content
-from saffe_cache.sources.items import SPLIT_NAMES
+from saffe_cache.sources.items import SPLIT_NAMES, MediaFile
 
 logger = logging.getLogger(__name__)
 
@@ -128,30 +128,13 @@ def _walk(root: Path, folder: Path, prefix: str, above: tuple[tuple[int, int], .
             tree.others.append(name)
 
 
-@dataclass(frozen=True)
-class TarMember:
-    """A file in a tar archive, read in place."""
-
-    path: Path
-    start: int
-    size: int
-
-    def read(self) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            data = file.read(self.size)
-        if len(data) < self.size:
-            raise OSError(f"{self.path} ends within it")
-        return data
-
-
-def tar_members(path: Path) -> tuple[dict[str, TarMember], list[str]]:
+def tar_members(path: Path) -> tuple[dict[str, MediaFile], list[str]]:
     """The files in a tar archive by name, in order, and the names of its links and helpers, which are left out.
 
     Raises:
         ValueError: the archive is compressed or damaged, or two files have the same name.
     """
-    members: dict[str, TarMember] = {}
+    members: dict[str, MediaFile] = {}
     others: list[str] = []
     place = 0
     try:
@@ -166,7 +149,7 @@ def tar_members(path: Path) -> tuple[dict[str, TarMember], list[str]]:
                 elif name in members:
                     raise ValueError(f"{path}: two files are named {name}. Leave one out.")
                 else:
-                    members[name] = TarMember(path, member.offset_data, member.size)
+                    members[name] = MediaFile(str(path), member.offset_data, member.size)
         with path.open("rb") as file:  # tarfile takes a damaged header for the end
             file.seek(place)
             end = file.read(_BLOCK)

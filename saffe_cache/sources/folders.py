@@ -68,7 +68,7 @@ def folder_items(data: str, columns: Columns, *, every: bool = False) -> Iterato
     found += sample_items(samples, columns, where, fields)
     if every:
         others = [name for name in (*unlisted, *beside.skipped) if name in tree.media]
-        found += [SourceItem(id=one, split="", media={tree.media[one]: MediaFile(root / one)}) for one in others]
+        found += [SourceItem(id=one, split="", media={tree.media[one]: MediaFile(str(root / one))}) for one in others]
         unlisted, beside.skipped = [], [name for name in beside.skipped if name not in tree.media]
     for reason, left_out in (
         ("hidden files and helper folders are skipped", tree.helpers),
@@ -148,8 +148,8 @@ class _Beside:
                 continue
             split, label = place
             field = suffix_of(name)[1:]
-            files = {field: MediaFile(self._root / name)}
-            files |= {suffix_of(text)[1:]: MediaFile(self._root / text) for text in self._beside(name)}
+            files = {field: MediaFile(str(self._root / name))}
+            files |= {suffix_of(text)[1:]: MediaFile(str(self._root / text)) for text in self._beside(name)}
             known = {"label": label} if label else {}
             yield Sample(name.removeprefix(f"{split}/"), split, files, known, {field: self._kinds[name]})
 
@@ -220,7 +220,7 @@ class _Table:
                 split, name = str(row.entry[chosen[0]]), row.name.removeprefix(f"{row.entry[chosen[0]]}/")
             media = {modality_of(one, self.root / self.folder): one for one in row.files}
             unknown = [Path(one).suffix for one in row.files if not modality_of(one, self.root / self.folder)]
-            files = {kind: MediaFile(self.root / self.folder / one) for kind, one in media.items() if kind}
+            files = {kind: MediaFile(str(self.root / self.folder / one)) for kind, one in media.items() if kind}
             problem = row.problem or (f"unknown kind of file {unknown[0]!r}" if unknown else "")
             item = columns.item(name.lstrip("/"), split, files, row.entry, self.columns, problem)
             known = found.get(item.id)

@@ -19,7 +19,8 @@ from weakref import WeakValueDictionary
 from saffe_cache.core.features import Modality
 from saffe_cache.sources.decoding import media_bytes
 from saffe_cache.sources.files import TABLE_SUFFIXES, expand, is_helper, is_metadata, modality_of, split_of, walk
-from saffe_cache.sources.items import Columns, Format, SourceItem, as_list, hashed, texts_of
+from saffe_cache.sources.hashing import hashed
+from saffe_cache.sources.items import Columns, Format, SourceItem, as_list, texts_of
 
 _KEPT_BYTES = 2**29
 """Media of a stream that are kept for readers that are behind."""

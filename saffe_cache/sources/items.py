@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from saffe_cache.core.features import Item, Modality
-from saffe_cache.sources.decoding import modality_of_content
 
 Role = Literal["image", "audio", "video", "caption", "label", "id", "split"]
 _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -31,7 +28,6 @@ SPLIT_NAMES = frozenset(
 """Usual names of splits."""
 EMPTY_TEXT = "empty caption or label"
 """Problem of an item that lacks nothing else."""
-_LFS_POINTER = b"version https://git-lfs"
 _MACHINE_FAULTS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
@@ -51,19 +47,29 @@ class Media(Protocol):
         """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MediaFile:
-    """Media in a file of its own."""
+    """Media in a file of its own, or in a part of an archive."""
 
-    path: Path
+    path: str
+    start: int = 0
+    size: int | None = None
+    """In bytes; None for the whole file."""
 
     def read(self) -> bytes:
-        return self.path.read_bytes()
+        with open(self.path, "rb") as file:
+            if self.size is None:
+                return file.read()
+            file.seek(self.start)
+            data = file.read(self.size)
+        if len(data) < self.size:
+            raise OSError(f"{self.path} ends within it")
+        return data
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SourceItem(Item):
-    """One item of a dataset with its media. Formats leave `hashes` empty; `registry` fills it in."""
+    """One item of a dataset with its media. Formats leave `hashes` empty; `hashing` fills it in."""
 
     media: Mapping[Modality, Media]
     columns: tuple[str, ...] = ()
@@ -174,32 +180,6 @@ class Format:
     """The same without a copy on this machine's disk, with hashes; None where reading makes none."""
     read_every: Callable[[Any, Columns], Iterator[SourceItem]] | None = None
     """The same with photos and sounds that belong to no split; None where all belong to one."""
-
-
-def hashed(item: SourceItem) -> SourceItem:
-    """The item with the hashes of its media, which are read once. Their content decides what they are; a picture in a
-    column of videos stays there, as an animated one."""
-    if item.hashes:
-        return item
-    problem, hashes, found = item.problem, {}, dict[Modality, Media]()
-    for modality, media in item.media.items():
-        try:
-            data = media.read()
-        except OSError as error:
-            if not is_file_fault(error):
-                raise
-            problem = problem or f"unreadable {modality}: {error.strerror or error}"
-            found[modality] = media
-            continue
-        other = modality_of_content(data)
-        is_animation = modality == "video" and other == "image"
-        kind = other if other and other not in item.media and not is_animation else modality
-        found[kind], hashes[kind] = media, hashlib.sha256(data).digest()
-        if not data:
-            problem = problem or f"unreadable {modality}: the file is empty"
-        if data.startswith(_LFS_POINTER):
-            problem = problem or f"unreadable {modality}: a pointer of Git LFS, not the file. Run git lfs pull"
-    return replace(item, problem=problem, hashes=hashes, media=found)
 
 
 def texts_of(value: Any) -> tuple[tuple[str, ...], str]:

@@ -9,14 +9,12 @@ import hashlib
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from tqdm import tqdm
-
 from saffe_cache.sources.folders import FOLDERS, TABLES
+from saffe_cache.sources.hashing import hash_items
 from saffe_cache.sources.huggingface import HUB_DATASET, PARQUET, SAVED_DATASET, SNAPSHOT
-from saffe_cache.sources.items import SPLIT_NAMES, Columns, Format, SourceItem, hashed
+from saffe_cache.sources.items import SPLIT_NAMES, Columns, Format, SourceItem
 from saffe_cache.sources.objects import OBJECTS, described
 from saffe_cache.sources.samples import TARS
 
@@ -34,14 +32,19 @@ def read_items(
     *,
     streaming: bool = False,
     every: bool = False,
+    rehash: bool = False,
 ) -> list[SourceItem]:
     """The items that `list_items` finds, with the hashes of their content; unreadable ones have a problem.
+
+    Args:
+        rehash: read also the files that have not changed since an earlier run.
 
     Raises:
         ValueError: there is no usable dataset, or a split has no items.
     """
     items = list_items(data, columns, splits, max_items, streaming=streaming, every=every)
-    return _hashed(items, described(data))
+    place = os.fspath(data) if isinstance(data, (str, os.PathLike)) else None
+    return hash_items(items, place, described(data), rehash=rehash)
 
 
 def list_items(
@@ -80,12 +83,12 @@ def list_items(
 
 
 def read_named_items(data: str, columns: Columns, ids: Collection[str], *, streaming: bool = False) -> list[SourceItem]:
-    """The items of a dataset with these ids, as `read_items` returns them; other items' media are not read.
+    """The items of a dataset with these ids, as `read_items` returns them; their media are read, and no others.
 
     Raises:
         ValueError: there is no usable dataset.
     """
-    return _hashed([item for item in _all_items(data, columns, streaming) if item.id in ids], data)
+    return hash_items([item for item in _all_items(data, columns, streaming) if item.id in ids], None, data)
 
 
 def _find_format(data: Any) -> Format:
@@ -158,9 +161,3 @@ def _limit(items: Sequence[SourceItem], max_items: Mapping[str, int]) -> list[So
         ids = [item.id for item in items if item.split == split]
         chosen.update(sorted(ids, key=lambda name: hashlib.sha256(name.encode("utf-8", "replace")).digest())[:count])
     return [item for item in items if item.id in chosen]
-
-
-def _hashed(items: Sequence[SourceItem], data: str) -> list[SourceItem]:
-    with ThreadPoolExecutor() as pool:
-        read = pool.map(hashed, items)
-        return list(tqdm(read, total=len(items), unit=" items", desc=f"reading {data}", leave=False))
