@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,3 +137,15 @@ def test_mapped_shard_is_checked_once(tmp_path: Path, monkeypatch: pytest.Monkey
     for index in (3, 4, 3, 3, 4):
         np.testing.assert_array_equal(opened[index], expected(index))
     assert [where.rsplit("/c/")[1] for where in checked] == ["3/0/0", "4/0/0"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")
+def test_mapped_shards_keep_no_file_open(tmp_path: Path) -> None:
+    _, opened = open_shards(tmp_path, "none")
+    for index in range(15):
+        opened[index]
+    files = [os.readlink(one) for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
+    assert not [name for name in files if name.startswith(str(tmp_path))]
+    assert Path("/proc/self/maps").read_text().count(str(tmp_path)) == 15
+    opened._mapped.clear()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 import shutil
+import weakref
+from functools import cache
 from pathlib import Path
 
 import fsspec
+import numpy as np
 
 from saffe_cache.core.atomic_io import Buffer, create_whole, replace_whole, write_whole
 
@@ -85,3 +91,47 @@ class ForeignFiles:
     def remove_folder(self, name: str) -> None:
         if self.exists(name):
             self._filesystem.rm(f"{self._prefix}/{name}", recursive=True)
+
+
+class MappedFile:
+    """A file in memory, read-only. It is not kept open, because a process may have only 1,024 files open.
+
+    (Python's own `mmap` keeps a descriptor of each; its `trackfd=False` is younger than Python 3.11.)
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError if there is no such file, or no more can be mapped."""
+        self._address = 0
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if os.name == "nt":  # where open files are not few
+                self.bytes = np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
+                return
+            address = _libc().mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+        if address == _FAILED:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+        self._address = address
+        memory = (ctypes.c_ubyte * size).from_address(address)
+        weakref.finalize(memory, _libc().munmap, address, size).atexit = False
+        self.bytes = np.frombuffer(memoryview(memory), np.uint8)
+        self.bytes.flags.writeable = False
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Ask the operating system to read some bytes in advance, without waiting for them."""
+        start = start // mmap.PAGESIZE * mmap.PAGESIZE
+        if self._address:
+            _libc().madvise(self._address + start, stop - start, mmap.MADV_WILLNEED)
+
+
+_FAILED = ctypes.c_void_p(-1).value
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    library = ctypes.CDLL(None, use_errno=True)
+    size, whole = ctypes.c_size_t, ctypes.c_int
+    library.mmap.argtypes = [ctypes.c_void_p, size, whole, whole, whole, ctypes.c_long]
+    library.mmap.restype = ctypes.c_void_p
+    library.munmap.argtypes = [ctypes.c_void_p, size]
+    library.madvise.argtypes = [ctypes.c_void_p, size, whole]
+    return library

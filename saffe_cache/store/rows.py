@@ -8,7 +8,6 @@ that know which rows they need can request them ahead.
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import threading
 from collections import OrderedDict
@@ -21,6 +20,7 @@ import numpy as np
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.store.dtypes import from_storage
+from saffe_cache.store.files import MappedFile
 from saffe_cache.store.layout import ShardEntry, check_rows
 from saffe_cache.store.manifest import ArrayFiles
 
@@ -28,8 +28,8 @@ _LONG_RUN_BYTES = 2**13
 """Runs of consecutive rows of this average size are copied one by one, which is faster than indexing all rows."""
 _BLOCK_BYTES = 2**18
 """Bytes of a file that are read at once."""
-_MAX_MAPPED = 64
-"""Mapped shards of one array. Each memory map holds a file open, and a process may have only 1024 of them."""
+_MAX_MAPPED = 8192
+"""Mapped shards of one array. Linux grants a process 65,530 memory maps."""
 _SPARE_BYTES, _MIN_SPARE = 2**28, 4
 """Loaded shards of one array that are kept although nobody holds them: this many bytes, but at least this many."""
 
@@ -139,7 +139,7 @@ class OpenShards:
     def __init__(self, files: ArrayFiles, entries: Sequence[ShardEntry]) -> None:
         self._files, self._storage, self._spec, self._entries = files, files.storage, files.spec, entries
         self.are_mapped = files.spec.compression == "none" and files.storage.local_path("zarr.json") is not None
-        self._mapped: dict[int, tuple[np.ndarray, mmap.mmap]] = {}
+        self._mapped: dict[int, tuple[np.ndarray, MappedFile]] = {}
         self._checked: set[int] = set()
         self._loaded: OrderedDict[int, Future[np.ndarray]] = OrderedDict()
         self._held: set[int] = set()
@@ -161,12 +161,9 @@ class OpenShards:
 
     def will_need(self, index: int, first: int, stop: int) -> None:
         """Ask the operating system to read rows of a mapped shard in advance, without waiting for them."""
-        memory, row_bytes = self._map(index)[1], self._spec.row_bytes
-        start = first * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-        if hasattr(mmap, "MADV_WILLNEED"):  # not on Windows
-            memory.madvise(mmap.MADV_WILLNEED, start, stop * row_bytes - start)
+        self._map(index)[1].will_need(first * self._spec.row_bytes, stop * self._spec.row_bytes)
 
-    def _map(self, index: int) -> tuple[np.ndarray, mmap.mmap]:
+    def _map(self, index: int) -> tuple[np.ndarray, MappedFile]:
         """Open a shard; above the limit, the one opened first is closed. A reopened shard is not checked again."""
         with self._lock:
             if index not in self._mapped:
@@ -175,7 +172,7 @@ class OpenShards:
                 self._mapped[index] = self._open(index)
             return self._mapped[index]
 
-    def _open(self, index: int) -> tuple[np.ndarray, mmap.mmap]:
+    def _open(self, index: int) -> tuple[np.ndarray, MappedFile]:
         spec, entry, name = self._spec, self._entries[index], self._files.shard(index)
         path = self._storage.local_path(name)
         assert path is not None
@@ -184,13 +181,13 @@ class OpenShards:
                 f"{self._storage.root}: {name} is missing or truncated. Run `saffe cache verify` to list all damage "
                 "and `saffe cache repair` to repair it."
             )
-        with path.open("rb") as file:
-            if index not in self._checked:
+        if index not in self._checked:
+            with path.open("rb") as file:
                 check_rows(entry, _blocks(file, entry.rows * spec.row_bytes), f"{self._storage.root}: {name}")
-                self._checked.add(index)
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        rows = np.frombuffer(memory, spec.numpy_dtype, entry.rows * math.prod(spec.stored_shape))
-        return rows.reshape(entry.rows, -1), memory
+            self._checked.add(index)
+        mapped = MappedFile(path)
+        rows = mapped.bytes[: entry.rows * spec.row_bytes].view(spec.numpy_dtype)
+        return rows.reshape(entry.rows, -1), mapped
 
     def _load(self, index: int) -> Future[np.ndarray]:
         """Load a shard. During sequential reads without `hold`, also prefetch the next one."""
