@@ -17,9 +17,11 @@ from saffe_cache.core.atomic_io import LOCK_NAME, FolderInUseError, hold_folder
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.outputs import read_json
 from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
+from saffe_cache.evaluation.results import EvaluationResult
 from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.inputs.feature_loader import FeatureLoader, summaries
 from saffe_cache.inputs.pairs import hold_out, mean_text_vectors, same_training_pairs, select_pairs, training_pairs
+from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
@@ -31,6 +33,7 @@ from saffe_cache.training import train as train_module
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.loop import TrainingState
 from saffe_cache.training.resolve import resolve_run
+from saffe_cache.training.result import TrainResult
 from saffe_cache.training.runs import load_permuted, open_run
 from saffe_cache.training.train import train
 
@@ -383,6 +386,54 @@ def test_held_out_photos_stay_held_out_as_the_data_grow(cache_path: str) -> None
     order_of_half = [row for row in of_half.rows if row in of_all.rows]
     assert len(order_of_half) >= len(of_half) // 2
     assert set(of_half.rows) != set(hold_out(pairs.take(np.arange(60)), 0.2, 1, hashes)[1].rows)
+
+
+def validation_rows(path: str, out: Path, **changes: Any) -> np.ndarray:
+    cache = open_cache(path)
+    return training_pairs(resolve_run(config_for(path, out, **changes), cache), cache).validation.rows
+
+
+def test_validation_looks_at_a_drawn_part_of_many_photos(tmp_path: Path) -> None:
+    """The part of fewer photos lies within that of more, and one of grown data is mostly the same photos."""
+    path = make_cache(tmp_path / "some.zarr", {"train": 40, "dev": 30})
+    of_all, of_nine, of_ten = (validation_rows(path, tmp_path, validation_photos=most) for most in (0, 9, 10))
+    assert len(of_all) == len(validation_rows(path, tmp_path, validation_photos=30)) == 30
+    assert len(of_nine) == 9
+    assert set(of_nine) < set(of_ten) < set(of_all)
+    assert set(of_nine) != set(of_all[:9])
+    assert set(of_nine) != set(validation_rows(path, tmp_path, validation_photos=9, seed=1))
+    more = make_cache(tmp_path / "more.zarr", {"train": 40, "dev": 33})  # whose first rows are those of the other
+    assert len(set(validation_rows(more, tmp_path, validation_photos=9)) & set(of_nine)) >= 6
+
+
+def test_what_is_not_held_out_is_trained_on(cache_path: str, tmp_path: Path) -> None:
+    cache = open_cache(cache_path)
+    spec = resolve_run(config_for(cache_path, tmp_path, validation_photos=5), cache)
+    training, validation, _ = training_pairs(spec, cache)
+    assert (len(training), len(validation), validation.drawn_from) == (115, 5, 12)
+    assert not set(training.rows) & set(validation.rows)
+
+
+def test_drawn_validation_is_told_and_known_to_evaluation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_cache(tmp_path / "cache.zarr", {"train": 64, "dev": 30, "test": 20})
+    with caplog.at_level("INFO"):
+        run = train(config_for(path, tmp_path / "run", epochs=1, validation_photos=9))
+    assert "9 of 30 to validate on (dev)" in caplog.text
+    result = TrainResult.load(run)
+    assert (result.validation_photos, result.validation_photos_drawn_from) == (9, 30)
+    assert "9 of 30 to validate on" in dict(result.sections()[0].facts)["photos"]
+    evaluated = EvaluationResult.load(evaluate(EvaluateConfig(cache=path, run=run, baselines="linear")))
+    assert (evaluated.validation_photos, evaluated.validation_photos_drawn_from) == (9, 30)
+    assert "dev, 9 of 30 photos" in str(evaluated._origin({}))
+    earlier = train(config_for(path, tmp_path / "earlier", epochs=1, validation_photos=0))
+    config = json.loads((Path(earlier) / "config.json").read_text())
+    del config["run"]["validation_photos"]
+    (Path(earlier) / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(RunSpec, "validation_photos", 9)
+    spec, _, _ = open_run(earlier, open_cache(path))
+    assert len(same_training_pairs(spec, open_cache(path), earlier)[1]) == 30
 
 
 def test_smaller_part_lies_within_a_larger_one(cache_path: str, tmp_path: Path) -> None:

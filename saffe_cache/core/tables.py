@@ -95,6 +95,11 @@ def interval_cell(value: float | None, low: float | None = None, high: float | N
     return Cell(percent(value, digits), f"[{percent(low)}, {percent(high)}]")
 
 
+def drawn(count: int, drawn_from: int) -> str:
+    """How many there are, and of how many they were drawn: 0 where they are all."""
+    return f"{count:,} of {drawn_from:,}" if drawn_from else f"{count:,}"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds in the unit that people would use."""
     if seconds is None:

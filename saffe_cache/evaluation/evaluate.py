@@ -220,6 +220,8 @@ def _result(
         num_photos=len(setting.pairs),
         num_queries=len(protocol.relevant),
         num_unusable_items=setting.pairs.num_unusable,
+        validation_photos=len(subject.validation),
+        validation_photos_drawn_from=subject.validation.drawn_from,
         systems={name: numbers_of(of) for name, of in scores.items()},
         descriptions={name: BASELINES[name].description for name in fitted},
         absent=systems.absent,

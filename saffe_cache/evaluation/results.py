@@ -11,7 +11,7 @@ from saffe_cache.core.controls import Control
 from saffe_cache.core.figures import Dot, DotPlot
 from saffe_cache.core.outputs import CONFIG, read_json
 from saffe_cache.core.results import Estimate, Measurement, Result, Section
-from saffe_cache.core.tables import ABSENT, Cell, Row, RowKind, Table, duration, flops, percent
+from saffe_cache.core.tables import ABSENT, Cell, Row, RowKind, Table, drawn, duration, flops, percent
 from saffe_cache.evaluation.details import FAM, NAME, check_means, label, read_details, show_classes
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.metrics import metric_named
@@ -94,6 +94,10 @@ class EvaluationResult(Result):
     num_photos: int
     num_queries: int
     num_unusable_items: int
+    validation_photos: int = 0
+    """That chose the epoch, or tuned the baselines; 0 in a result of an earlier release."""
+    validation_photos_drawn_from: int = 0
+    """Photos that those were drawn from; 0 where they are all that there are."""
     systems: Mapping[str, Numbers]
     """The evaluated one, and each baseline that was fitted with it."""
     descriptions: Mapping[str, str]
@@ -235,13 +239,15 @@ class EvaluationResult(Result):
         of_text = f", layers {', '.join(map(str, spec.text_layers))}" if spec.text_layers else ""
         fusion = f"{spec.shape.fusion}, head {spec.shape.head}, paired text in training: {spec.gallery_text}"
         of_run = self.system == FAM
+        photos = drawn(self.validation_photos, self.validation_photos_drawn_from)
+        of_photos = f", {photos} photos" if self.validation_photos_drawn_from else ""
         chosen = "the epoch was chosen" if of_run else "tuned"
         return [
             ("cache", str(given.get("cache", ""))),
             ("gallery encoder", f"{spec.gallery_key}, layers {', '.join(map(str, spec.gallery_layers))}"),
             ("text encoder", f"{spec.text_key}{of_text}"),
             *([("fusion", fusion)] if of_run else [("baseline", self.descriptions[self.system])]),
-            ("trained on", f"split {spec.train_split}; {chosen} on {spec.validation}; seed {spec.seed}"),
+            ("trained on", f"split {spec.train_split}; {chosen} on {spec.validation}{of_photos}; seed {spec.seed}"),
             ("reported on", f"split {self.split}, seed {given.get('seed', '')}"),
             ("versions", ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items())),
         ]

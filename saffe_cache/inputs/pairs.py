@@ -37,6 +37,8 @@ class Pairs:
     """int64 [n]: the text row that is paired with each photo in the gallery; None for null text."""
     num_unusable: int = 0
     """Items that are left out because an input is unreadable or missing."""
+    drawn_from: int = 0
+    """Photos that these were drawn from; 0 where they are all that there are."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -51,6 +53,7 @@ class Pairs:
             self.labels.take(chosen),
             None if self.paired_texts is None else self.paired_texts[chosen],
             self.num_unusable,
+            self.drawn_from,
         )
 
     def permuted(self, seed: int) -> Pairs:
@@ -203,7 +206,7 @@ def split_pairs(
     training = own_pairs(table, modality, options.train_split, chosen)
     num_shared = len(chosen) - len(training)
     if options.validation == "heldout":
-        training, validation = hold_out(training, options.validation_fraction, seed, hashes)
+        training, validation = hold_out(training, options.validation_fraction, seed, hashes, options.validation_photos)
     else:
         validation = select_pairs(table, *encoders, options.validation, kind, first_paired=first_paired)
         require_classes(validation, table, options.validation)
@@ -212,6 +215,9 @@ def split_pairs(
         if not is_free.any():
             raise ValueError(f"--validation {options.validation}: all of its {len(validation)} photos are reported.")
         validation = validation.take(np.flatnonzero(is_free))
+    if 0 < options.validation_photos < len(validation):
+        first = _drawn_order(validation, seed, hashes)[: options.validation_photos]
+        validation = replace(validation.take(np.sort(first)), drawn_from=len(validation))
     return Parts(keep_part(training, options.train_fraction, seed, hashes), validation, num_shared)
 
 
@@ -272,16 +278,18 @@ def same_training_pairs(spec: RunSpec, cache: Cache, run_dir: str | Path) -> tup
     return training, validation
 
 
-def hold_out(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray) -> tuple[Pairs, Pairs]:
-    """Split by photo into a part to train on and a part that is held out.
+def hold_out(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray, most: int = 0) -> tuple[Pairs, Pairs]:
+    """Split by photo into a part to train on and a part that is held out, of at most `most` photos; 0 sets no bound.
 
     Photos are ordered by a hash of their content and the seed, so the parts change little as the data grow.
     """
     order = _drawn_order(pairs, seed, content_hash)
-    count = max(1, round(fraction * len(pairs)))
-    if count >= len(pairs):
+    wanted = max(1, round(fraction * len(pairs)))
+    if wanted >= len(pairs):
         raise ValueError(f"{len(pairs)} pairs are too few to hold out {fraction:.0%}. Use more data.")
-    return pairs.take(np.sort(order[count:])), pairs.take(np.sort(order[:count]))
+    count = min(wanted, most or wanted)
+    held = pairs.take(np.sort(order[:count]))
+    return pairs.take(np.sort(order[count:])), replace(held, drawn_from=wanted) if count < wanted else held
 
 
 def keep_part(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray) -> Pairs:

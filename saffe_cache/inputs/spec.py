@@ -24,6 +24,9 @@ class SplitOptions(OptionGroup):
     auto: dev, val, valid or validation if there is one, else heldout."""
     validation_fraction: float = 0.1
     """Fraction of the train split that heldout takes, from 0 to below 1."""
+    validation_photos: int = 5000
+    """Most photos that are validated on, drawn by their content; 0 for all. Each validation searches all of them, at a
+    cost that grows with their square. What heldout does not take is trained on."""
     train_fraction: float = 1.0
     """Fraction of the remaining photos to train on, above 0, at most 1. For the same seed, a smaller part lies within
     a larger one; what is held out stays the same."""
@@ -33,6 +36,9 @@ class SplitOptions(OptionGroup):
         require(self.validation != self.train_split, "validation", self.validation, "another split, or heldout")
         fraction = self.validation_fraction
         require(0 <= fraction < 1, "validation_fraction", fraction, "a fraction from 0 to below 1")
+        require(
+            self.validation_photos >= 0, "validation_photos", self.validation_photos, "a number above 0, or 0 for all"
+        )
         require(0 < self.train_fraction <= 1, "train_fraction", self.train_fraction, "a fraction above 0, to 1")
 
 

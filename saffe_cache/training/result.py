@@ -12,7 +12,7 @@ from saffe_cache.core.figures import Curve, TrainingPlot
 from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.outputs import CONFIG, read_json
 from saffe_cache.core.results import Measurement, Result, Section
-from saffe_cache.core.tables import duration, percent
+from saffe_cache.core.tables import drawn, duration, percent
 
 LOG, PERMUTED = "log.jsonl", "permuted"
 """The log's file, and the folder of the control that is trained on permuted pairs."""
@@ -43,6 +43,8 @@ class TrainResult(Result):
     trainable_parameters: int
     train_photos: int
     validation_photos: int
+    validation_photos_drawn_from: int = 0
+    """Photos that those were drawn from; 0 where they are all that there are."""
     unusable_items: int
     photos_shared_with_other_splits: int
     """Photos of the training split that other splits contain too; they are left out."""
@@ -61,12 +63,13 @@ class TrainResult(Result):
         yield Measurement("", "fam", f"validation {self.validation_score}", self.best_validation_score)
 
     def sections(self) -> list[Section]:
+        validated = drawn(self.validation_photos, self.validation_photos_drawn_from)
         kept = f"epoch {self.best_epoch}, validation {self.validation_score} {percent(self.best_validation_score)} %"
         return [
             Section(
                 title="Training",
                 facts=[
-                    ("photos", f"{self.train_photos:,} to train on, {self.validation_photos:,} to validate on"),
+                    ("photos", f"{self.train_photos:,} to train on, {validated} to validate on"),
                     ("kept", kept),
                     ("steps", f"{self.steps:,} in {duration(self.seconds)}, {self.peak_memory_mb:,} MB at most"),
                     ("trainable parameters", f"{self.trainable_parameters:,}"),

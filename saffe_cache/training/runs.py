@@ -73,8 +73,12 @@ def open_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, TrainR
         raise ValueError(
             f"--run {run_dir}: no finished run there (result.json is missing). Run saffe train --out {run_dir}."
         )
+    result = TrainResult.load(folder)
     try:
-        spec = made_of(RunSpec, read_json(folder / CONFIG)["run"])
+        content = dict(read_json(folder / CONFIG)["run"])
+        if result.validation_photos > content.get("validation_photos", RunSpec.validation_photos):
+            content |= {"validation_photos": 0}  # an earlier release, which validated on all
+        spec = made_of(RunSpec, content)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"--run {run_dir}: config.json is damaged or of another version ({error}). Train again."
@@ -86,7 +90,6 @@ def open_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, TrainR
             f"({', '.join(cache.encoders) or 'no encoder'}). Give the cache that it was trained on."
         )
     _check_widths(run_dir, spec, cache)
-    result = TrainResult.load(folder)
     return spec, _load_model(folder / MODEL, spec, cache), result
 
 

@@ -14,6 +14,7 @@ from saffe_cache.core.atomic_io import LOCK_NAME, hold_folder
 from saffe_cache.core.devices import choose_device, peak_memory_mb
 from saffe_cache.core.options import require
 from saffe_cache.core.outputs import CONFIG, RESULT, is_begun, provenance, write_json
+from saffe_cache.core.tables import drawn
 from saffe_cache.inputs.feature_loader import FeatureLoader, choose_residency, window_shards
 from saffe_cache.inputs.pairs import Pairs, Parts, data_fingerprint, training_pairs
 from saffe_cache.inputs.spec import Residency, RunSpec
@@ -198,6 +199,7 @@ def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int], control_se
         trainable_parameters=num_trainable,
         train_photos=len(plan.parts.training),
         validation_photos=len(plan.parts.validation),
+        validation_photos_drawn_from=plan.parts.validation.drawn_from,
         unusable_items=plan.parts.training.num_unusable,
         photos_shared_with_other_splits=plan.parts.num_shared,
         steps=state.step,
@@ -232,8 +234,9 @@ def _tell(plan: _Plan) -> None:
     )
     training, validation, num_shared = plan.parts
     logger.info(
-        "%d items to train on, %d to validate on (%s); skipped %d unusable ones and %d that are in other splits too.",
-        *(len(training), len(validation), spec.validation, training.num_unusable, num_shared),
+        "%d items to train on, %s to validate on (%s); skipped %d unusable ones and %d that are in other splits too.",
+        *(len(training), drawn(len(validation), validation.drawn_from), spec.validation),
+        *(training.num_unusable, num_shared),
     )
 
 

@@ -85,7 +85,8 @@ class Planner:
         assert protocol != "auto"
         spec = resolve_run(config, cache)
         pairs = (spec.gallery_key, spec.text_key, spec.pairs, spec.gallery_text)
-        drawn = (spec.train_split, spec.validation, spec.validation_fraction, spec.train_fraction, spec.seed)
+        validation = (spec.validation, spec.validation_fraction, spec.validation_photos)
+        drawn = (spec.train_split, *validation, spec.train_fraction, spec.seed)
         seen = self._once((*pairs, *drawn), lambda: data_fingerprint(cache, spec, *training_pairs(spec, cache)[:2]))
         reported = self._once(
             pairs, lambda: reported_fingerprint(cache, spec, load_protocol(protocol).select(cache, spec, split))
