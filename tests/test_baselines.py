@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from saffe_cache.retrieval import baselines
 from saffe_cache.retrieval.baselines import (
     LinearMap,
+    Rows,
     fit_class_means,
     fit_linear_probe,
     fit_ridge,
@@ -43,6 +44,42 @@ def test_ridge_equals_scikit_learn(num_samples: int, strength: float) -> None:
     np.testing.assert_allclose(fit.bias, expected.intercept_, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(fit(features), expected.predict(features), rtol=1e-4, atol=1e-3)
     assert fit(features).dtype == np.float32
+
+
+@pytest.mark.usefixtures("many_blocks")
+def test_ridge_reads_rows_once_and_a_few_at_a_time() -> None:
+    features, targets = regression(200)
+    read: list[int] = []
+
+    def compute(rows: slice) -> np.ndarray:
+        read.extend(range(rows.start, rows.stop))
+        assert rows.stop - rows.start <= 64
+        return features[rows]
+
+    of_rows = fit_ridge(Rows(200, compute), Rows(200, targets.__getitem__), judge=lambda fit: fit.strength)
+    of_arrays = fit_ridge(features, targets, judge=lambda fit: fit.strength)
+    np.testing.assert_array_equal(of_rows.weight, of_arrays.weight)
+    np.testing.assert_array_equal(of_rows.bias, of_arrays.bias)
+    assert sorted(set(read)) == list(range(200))
+    assert len(read) == 200 + 64  # the first rows also give the means to start from
+
+
+@pytest.mark.usefixtures("many_blocks")
+def test_rows_are_kept_where_they_are_small() -> None:
+    values, read = np.arange(400.0).reshape(200, 2), []
+
+    def compute(rows: slice) -> np.ndarray:
+        read.append(rows)
+        return values[rows]
+
+    rows = Rows(200, compute)
+    np.testing.assert_array_equal(rows.mapped(lambda some: some + 1), values + 1)
+    assert [one.start for one in read] == [0, 64, 128, 192]
+    for most, is_kept in ((values.nbytes, True), (values.nbytes - 1, False)):
+        kept = rows.kept(most)
+        read.clear()
+        np.testing.assert_array_equal(kept.whole, values)
+        assert bool(read) != is_kept
 
 
 def test_ridge_takes_the_strength_that_the_judge_likes_best() -> None:

@@ -436,6 +436,16 @@ def test_drawn_validation_is_told_and_known_to_evaluation(
     assert len(same_training_pairs(spec, open_cache(path), earlier)[1]) == 30
 
 
+def test_mean_text_vectors_of_a_part_are_those_of_all(cache_path: str) -> None:
+    cache = open_cache(cache_path)
+    text = cache.encoder("text")
+    pairs = select_pairs(cache.table, cache.encoder("image"), text, "train", "captions")
+    means = mean_text_vectors(pairs, text)
+    expected = [unit_rows(text.vectors(of_photo)).mean(axis=0) for of_photo in pairs.texts]
+    np.testing.assert_allclose(means.whole, expected, atol=1e-6)
+    np.testing.assert_array_equal(means[7:30], means.whole[7:30])
+
+
 def test_smaller_part_lies_within_a_larger_one(cache_path: str, tmp_path: Path) -> None:
     cache = open_cache(cache_path)
     parts = {

@@ -26,6 +26,7 @@ from saffe_cache.protocols.base import Protocol, SearchProtocol
 from saffe_cache.protocols.setting import Answered, Arrangement, FittedScores, FittedVectors, Setting, System
 from saffe_cache.retrieval.baselines import (
     LinearMap,
+    Rows,
     fit_class_means,
     fit_linear_probe,
     fit_ridge,
@@ -41,6 +42,8 @@ from saffe_cache.store.reader import EncoderCache
 _Map = Callable[[np.ndarray], np.ndarray]
 _LEAST_GRAPH_PHOTOS = 100
 """Training photos above which label propagation is fitted."""
+_MOST_KEPT_BYTES = 2**29
+"""Features of photos that are kept in memory; larger ones are read from the cache as often as they are needed."""
 
 
 class AbsentError(Exception):
@@ -79,9 +82,13 @@ class Material:
         return self.training, self.validation, self.setting.pairs
 
     @cached_property
-    def features(self) -> list[np.ndarray]:
-        """Summaries of the training, validation and reported photos, [photos, 2 P d] each."""
-        return [summaries(self.gallery, pairs.rows, self.layers) for pairs in self.all_pairs]
+    def features(self) -> list[Rows]:
+        """Summaries of the training, validation and reported photos, [photos, 2 P d] each: kept if they are small."""
+
+        def of_pairs(pairs: Pairs) -> Rows:
+            return Rows(len(pairs), lambda these: summaries(self.gallery, pairs.rows[these], self.layers))
+
+        return [of_pairs(pairs).kept(_MOST_KEPT_BYTES) for pairs in self.all_pairs]
 
     @cached_property
     def validation_search(self) -> SearchProtocol:
@@ -101,10 +108,11 @@ class Material:
     def validation_queries(self) -> np.ndarray:
         return unit_rows(self.validation_search.queries.vectors)
 
-    def paired_texts(self, pairs: Pairs) -> np.ndarray:
+    def paired_texts(self, pairs: Pairs) -> Rows:
         """Unit vectors of the texts that photos are fused with."""
-        assert pairs.paired_texts is not None
-        return unit_rows(self.text.vectors(pairs.paired_texts))
+        paired = pairs.paired_texts
+        assert paired is not None
+        return Rows(len(pairs), lambda these: unit_rows(self.text.vectors(paired[these])))
 
     def own_vectors(self, pairs: Pairs) -> np.ndarray | None:
         """The photo encoder's own vectors, of unit length; None where none are cached."""
@@ -112,12 +120,10 @@ class Material:
             return None
         return unit_rows(self.gallery.vectors(pairs.rows))
 
-    def fit_ridge(self, training: np.ndarray, validation: np.ndarray) -> LinearMap:
+    def fit_ridge(self, training: Rows, validation: Rows) -> LinearMap:
         """From photos' features, or the texts that they are fused with, to the mean of their texts' vectors."""
-        means = mean_text_vectors(self.training, self.text)
-        return fit_ridge(
-            training, means, lambda fit: self.validate(unit_rows(fit(validation)), self.validation_queries)
-        )
+        means, judged = mean_text_vectors(self.training, self.text), validation.whole
+        return fit_ridge(training, means, lambda fit: self.validate(unit_rows(fit(judged)), self.validation_queries))
 
     @cached_property
     def ridge(self) -> LinearMap:
@@ -131,11 +137,12 @@ class Material:
     def fit_mlp(self, known: np.ndarray | None, texts: np.ndarray | None) -> MlpFit:
         """On photos, and the texts that those of training and of validation are fused with, if any."""
         distinct, position = np.unique(self.training.texts.values, return_inverse=True)
+        judged = self.features[1].whole
         return fit_mlp(
-            self.features[0],
+            self.features[0].whole,
             unit_rows(self.text.vectors(distinct)),
             Ragged(self.training.texts.offsets, position),
-            lambda fit: self.validate(fit.gallery(self.features[1], texts), fit.queries(self.validation_queries)),
+            lambda fit: self.validate(fit.gallery(judged, texts), fit.queries(self.validation_queries)),
             paired_texts=known,
         )
 
@@ -154,7 +161,7 @@ class Material:
             raise AbsentError("there is only one class")
         if 2 * len(chosen) < len(self.training):
             raise AbsentError("most photos have several classes")
-        return self.features[0][chosen], labels.values[labels.offsets[chosen]], num_classes
+        return self.features[0].whole[chosen], labels.values[labels.offsets[chosen]], num_classes
 
 
 def photo_vectors(vectors: np.ndarray, map_queries: _Map | None = None) -> FittedVectors:
@@ -163,11 +170,11 @@ def photo_vectors(vectors: np.ndarray, map_queries: _Map | None = None) -> Fitte
 
 
 def _ridge(of: Material) -> System:
-    return photo_vectors(unit_rows(of.ridge(of.features[2])))
+    return photo_vectors(of.features[2].mapped(lambda features: unit_rows(of.ridge(features))))
 
 
 def _mlp(of: Material) -> System:
-    return photo_vectors(of.mlp.gallery(of.features[2]), of.mlp.queries)
+    return photo_vectors(of.features[2].mapped(of.mlp.gallery), of.mlp.queries)
 
 
 def _own_vectors(of: Material, is_zero_shot: bool) -> System:
@@ -185,14 +192,14 @@ def _own_vectors(of: Material, is_zero_shot: bool) -> System:
 
 
 def _summary_cosine(of: Material) -> System:
-    training, _, reported = of.features
-    return photo_vectors(unit_rows(reported - training.mean(axis=0)))
+    center = of.features[0].whole.mean(axis=0)
+    return photo_vectors(of.features[2].mapped(lambda features: unit_rows(features - center)))
 
 
 def _linear_probe(of: Material) -> System:
-    _, validation, reported = of.features
-    probe = fit_linear_probe(*of.training_labels(), lambda fit: of.validate_classes(log_odds(fit(validation))))
-    return FittedScores(log_odds(probe(reported)))
+    judged = of.features[1].whole
+    probe = fit_linear_probe(*of.training_labels(), lambda fit: of.validate_classes(log_odds(fit(judged))))
+    return FittedScores(of.features[2].mapped(lambda features: log_odds(probe(features))))
 
 
 def _zlap(of: Material) -> System:
@@ -203,8 +210,9 @@ def _zlap(of: Material) -> System:
     assert of.queries is not None
     classes = of.queries.T
     own = map(of.own_vectors, of.all_pairs)
-    images = [unit_rows(features) if one is None else one for features, one in zip(of.features, own, strict=True)]
-    similar = [unit_rows(of.ridge(features)) @ classes for features in of.features]
+    features = of.features
+    images = [one.mapped(unit_rows) if vectors is None else vectors for one, vectors in zip(features, own, strict=True)]
+    similar = [one.mapped(lambda some: unit_rows(of.ridge(some)) @ classes) for one in features]
 
     fit = fit_zlap(images[0], similar[0], lambda fit: of.validate_classes(fit.scores(images[1], similar[1])))
     return FittedScores(fit.scores(images[2], similar[2]))
@@ -217,22 +225,23 @@ def text_vectors(vectors: np.ndarray) -> FittedVectors:
 
 def _text_only_linear(of: Material) -> System:
     training, validation, reported = map(of.paired_texts, of.all_pairs)
-    return text_vectors(unit_rows(of.fit_ridge(training, validation)(reported)))
+    ridge = of.fit_ridge(training, validation)
+    return text_vectors(reported.mapped(lambda texts: unit_rows(ridge(texts))))
 
 
 def _concat_mlp(of: Material) -> System:
-    training, validation, reported = map(of.paired_texts, of.all_pairs)
-    mlp, photos = of.fit_mlp(training, validation), of.features[2]
+    training, validation, reported = (of.paired_texts(pairs).whole for pairs in of.all_pairs)
+    mlp, photos = of.fit_mlp(training, validation), of.features[2].whole
     return FittedVectors(lambda at: mlp.gallery(photos[at.photos], reported[at.texts]), mlp.queries)
 
 
 def _late_fusion(of: Material, map_photos: _Map, map_texts: _Map | None) -> System:
     """A weighted sum of the photo's vector and the text's; validation picks the weight."""
-    texts = [of.paired_texts(pairs) for pairs in (of.validation, of.setting.pairs)]
+    texts = [of.paired_texts(pairs).whole for pairs in (of.validation, of.setting.pairs)]
     queries = of.validation_queries
     if map_texts is not None:
         texts, queries = [map_texts(vectors) for vectors in texts], map_texts(queries)
-    photos = [map_photos(features) for features in of.features[1:]]
+    photos = [features.mapped(map_photos) for features in of.features[1:]]
     weight = tune_late_fusion(photos[0], texts[0], lambda gallery: of.validate(gallery, queries))
 
     def gallery(at: Arrangement) -> np.ndarray:
@@ -271,13 +280,13 @@ BASELINES: dict[str, Baseline] = {
     ),
     "class_means": Baseline(
         "the nearest mean of a class's photo features",
-        lambda of: FittedScores(fit_class_means(*of.training_labels())(of.features[2])),
+        lambda of: FittedScores(of.features[2].mapped(fit_class_means(*of.training_labels()))),
         needs_one_class=True,
     ),
     "zlap": Baseline("label propagation from class texts over the training photos", _zlap, is_slow=True),
     "text_only": Baseline(
         "the vector of the paired text, without the photo",
-        lambda of: text_vectors(of.paired_texts(of.setting.pairs)),
+        lambda of: text_vectors(of.paired_texts(of.setting.pairs).whole),
         is_fitted=False,
     ),
     "text_only_linear": Baseline("ridge regression from the paired text, without the photo", _text_only_linear),

@@ -15,7 +15,7 @@ import numpy as np
 
 from saffe_cache.core.features import ItemTable, Modality, Ragged, short_hash
 from saffe_cache.inputs.spec import PairKind, RunSpec, SplitOptions
-from saffe_cache.retrieval.baselines import unit_rows
+from saffe_cache.retrieval.baselines import Rows, unit_rows
 from saffe_cache.store.reader import Cache, EncoderCache
 
 VALIDATION_SPLITS = ("dev", "val", "valid", "validation")
@@ -145,12 +145,17 @@ def _texts_of(table: ItemTable, item: int, kind: PairKind) -> np.ndarray:
     return np.concatenate(classes) if classes else np.zeros(0, np.int64)
 
 
-def mean_text_vectors(pairs: Pairs, text: EncoderCache) -> np.ndarray:
+def mean_text_vectors(pairs: Pairs, text: EncoderCache) -> Rows:
     """Mean of the unit vectors of each pair's texts, float32 [n, d]: the target of a ridge regression."""
-    distinct, position = np.unique(pairs.texts.values, return_inverse=True)
-    vectors = unit_rows(text.vectors(distinct))[position]
-    sums = np.add.reduceat(vectors, pairs.texts.offsets[:-1], axis=0)
-    return np.asarray(sums / pairs.texts.lengths[:, None], np.float32)
+
+    def means(these: slice) -> np.ndarray:
+        offsets = pairs.texts.offsets[these.start : these.stop + 1]
+        distinct, position = np.unique(pairs.texts.values[offsets[0] : offsets[-1]], return_inverse=True)
+        vectors = unit_rows(text.vectors(distinct))[position]
+        sums = np.add.reduceat(vectors, offsets[:-1] - offsets[0], axis=0)
+        return np.asarray(sums / np.diff(offsets)[:, None], np.float32)
+
+    return Rows(len(pairs), means)
 
 
 def class_vectors(table: ItemTable, text: EncoderCache) -> np.ndarray:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 
 import numpy as np
@@ -109,30 +108,90 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
     return np.asarray(vectors / np.maximum(norms, 1e-12), np.float32)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Numbers of many rows that are computed when they are read, some rows at a time. Arrays are read in the same way.
+
+    `compute` is given a slice with both ends, and returns [rows, …].
+    """
+
+    count: int
+    compute: Callable[[slice], np.ndarray]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self.compute(slice(*rows.indices(self.count)[:2]))
+
+    @property
+    def whole(self) -> np.ndarray:
+        """All rows, in memory."""
+        return self[:]
+
+    def kept(self, most_bytes: int) -> Rows:
+        """The same, read once and kept in memory if they are no larger than this."""
+        if not self.count or self[:1].nbytes * self.count > most_bytes:
+            return self
+        return Rows(self.count, self.whole.__getitem__)
+
+    def mapped(self, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """What a function makes of the rows, some at a time."""
+        return np.concatenate([function(self[rows]) for rows in _blocks(self)])
+
+
+def _blocks(features: np.ndarray | Rows) -> Iterator[slice]:
+    """At least one."""
+    for start in range(0, max(1, len(features)), _ROWS_AT_ONCE):
+        yield slice(start, start + _ROWS_AT_ONCE)
+
+
+@dataclass(frozen=True)
+class _Spectrum:
+    """Ridge regressions with intercept, W = (X'X + lambda n I)^-1 X'Y, for any lambda."""
+
+    count: int
+    center: np.ndarray
+    """float64 [in], of the features."""
+    eigenvalues: np.ndarray
+    """Of X'X, X centered."""
+    vectors: np.ndarray
+
+    @classmethod
+    def of(cls, count: int, center: np.ndarray, own: np.ndarray) -> _Spectrum:
+        """`own` is X'X."""
+        eigenvalues, vectors = np.linalg.eigh(own)
+        return cls(count, center, np.maximum(eigenvalues, 0), vectors)
+
+    def map(self, projected: np.ndarray, center: np.ndarray, strength: float) -> LinearMap:
+        """`projected` [in, out]: X'Y of centered X and Y, rotated as X'X is; `center` of Y."""
+        shrunk = self.eigenvalues + strength * self.count
+        weight = (self.vectors @ (projected / shrunk[:, None])).T
+        bias = center - weight @ self.center
+        return LinearMap(weight.astype(np.float32), bias.astype(np.float32), strength)
+
+
 class Ridge:
-    """Ridge regressions with intercept, W = (X'X + lambda n I)^-1 X'Y, from one set of features.
+    """Ridge regressions from one set of features to any targets, each fitted without a validation set.
 
     The features are decomposed once, for all strengths and all targets.
     """
 
     def __init__(self, features: np.ndarray) -> None:
-        self._features, self._center = features, features.mean(axis=0, dtype=np.float64)
-        own = np.zeros((len(self._center), len(self._center)))
-        for _, centered in self._blocks():
+        center, own = features.mean(axis=0, dtype=np.float64), np.zeros((features.shape[1],) * 2)
+        for rows in _blocks(features):
+            centered = np.subtract(features[rows], center, dtype=np.float64)
             own += centered.T @ centered
-        eigenvalues, self._vectors = np.linalg.eigh(own)
-        self._eigenvalues = np.maximum(eigenvalues, 0)
-
-    def fit(
-        self, targets: np.ndarray, judge: Callable[[LinearMap], float], strengths: Sequence[float] = RIDGE_STRENGTHS
-    ) -> LinearMap:
-        """To targets [n, out]; `judge` picks lambda."""
-        center = targets.mean(axis=0, dtype=np.float64)
-        shared = np.zeros((len(self._center), len(center)))
-        for rows, centered in self._blocks():
-            shared += centered.T @ (targets[rows] - center)
-        projected = self._vectors.T @ shared
-        return max((self._map(projected, center, strength) for strength in strengths), key=judge)
+        self._spectrum = _Spectrum.of(len(features), center, own)
+        vectors = self._spectrum.vectors.astype(np.float32)
+        self._rotated = np.concatenate(
+            [
+                np.subtract(features[rows], center, dtype=np.float64).astype(np.float32) @ vectors
+                for rows in _blocks(features)
+            ]
+        )
+        """The centered features in the axes of their covariance, float32 [n, in]."""
+        self._squares = self._rotated**2
 
     def fit_left_out(self, targets: np.ndarray) -> tuple[LinearMap, float]:
         """To targets [n, out], with the lambda that has the least squared error of left-out samples, and that error.
@@ -141,49 +200,51 @@ class Ridge:
         fit is needed. Source: Hastie et al., The Elements of Statistical Learning, eq. 7.64. It is a fraction of the
         targets' variance; 1 means that nothing was learned.
         """
-        rotated, squares = self._rotated
+        rotated, squares = self._rotated, self._squares
         center = targets.mean(axis=0, dtype=np.float64)
         centered = (targets - center).astype(np.float32)
         projected = rotated.T @ centered
         spread = float((centered**2).mean()) or 1.0
         errors = []
         for strength in RIDGE_STRENGTHS:
-            shrunk = (1 / (self._eigenvalues + strength * len(centered))).astype(np.float32)
+            shrunk = (1 / (self._spectrum.eigenvalues + strength * len(centered))).astype(np.float32)
             leverages = squares @ shrunk + 1 / len(centered)
             residuals = centered - rotated @ (shrunk[:, None] * projected)
             errors.append(float(((residuals / np.maximum(1 - leverages, 1e-6)[:, None]) ** 2).mean()) / spread)
         best = int(np.argmin(errors))
-        return self._map(projected, center, RIDGE_STRENGTHS[best]), errors[best]
-
-    def _map(self, projected: np.ndarray, center: np.ndarray, strength: float) -> LinearMap:
-        """`projected` [in, out]: X'Y of centered X and Y, rotated as the features' covariance is."""
-        shrunk = self._eigenvalues + strength * len(self._features)
-        weight = (self._vectors @ (projected / shrunk[:, None])).T
-        bias = center - weight @ self._center
-        return LinearMap(weight.astype(np.float32), bias.astype(np.float32), strength)
-
-    def _blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """Centered features in float64, some rows at a time."""
-        for start in range(0, len(self._features), _ROWS_AT_ONCE):
-            rows = slice(start, start + _ROWS_AT_ONCE)
-            yield rows, np.subtract(self._features[rows], self._center, dtype=np.float64)
-
-    @cached_property
-    def _rotated(self) -> tuple[np.ndarray, np.ndarray]:
-        """The centered features in the axes of their covariance, float32 [n, in], and their squares."""
-        vectors = self._vectors.astype(np.float32)
-        rotated = np.concatenate([centered.astype(np.float32) @ vectors for _, centered in self._blocks()])
-        return rotated, rotated**2
+        return self._spectrum.map(projected, center, RIDGE_STRENGTHS[best]), errors[best]
 
 
 def fit_ridge(
-    features: np.ndarray,
-    targets: np.ndarray,
+    features: np.ndarray | Rows,
+    targets: np.ndarray | Rows,
     judge: Callable[[LinearMap], float],
     strengths: Sequence[float] = RIDGE_STRENGTHS,
 ) -> LinearMap:
-    """One ridge regression; see `Ridge.fit`."""
-    return Ridge(features).fit(targets, judge, strengths)
+    """A ridge regression with intercept from features [n, in] to targets [n, out]; `judge` picks lambda.
+
+    Both are read once, some rows at a time: X'X and X'Y are summed around the means of the first rows, and then moved
+    to the means of all.
+    """
+    count, first = len(features), next(_blocks(features))
+    starts = [of[first].mean(axis=0, dtype=np.float64) for of in (features, targets)]
+    sums = [np.zeros_like(start) for start in starts]
+    own, shared = (np.zeros((len(starts[0]), len(start))) for start in starts)
+    for rows in _blocks(features):
+        x, y = (
+            np.subtract(of[rows], start, dtype=np.float64)
+            for of, start in zip((features, targets), starts, strict=True)
+        )
+        own += x.T @ x
+        shared += x.T @ y
+        sums = [total + block.sum(axis=0) for total, block in zip(sums, (x, y), strict=True)]
+    if count > _ROWS_AT_ONCE:  # of fewer, the first rows are all
+        own -= np.outer(sums[0], sums[0]) / count
+        shared -= np.outer(*sums) / count
+        starts = [start + total / count for start, total in zip(starts, sums, strict=True)]
+    spectrum = _Spectrum.of(count, starts[0], own)
+    projected = spectrum.vectors.T @ shared
+    return max((spectrum.map(projected, starts[1], strength) for strength in strengths), key=judge)
 
 
 def fit_linear_probe(

@@ -28,7 +28,7 @@ from saffe_cache.protocols.base import Protocol, SearchProtocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.retrieval import fitting
-from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
+from saffe_cache.retrieval.baselines import LinearMap, Rows, fit_ridge, unit_rows
 
 _TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
 """Candidates for the starting weight of the paired text's vector, relative to the photo's."""
@@ -165,10 +165,12 @@ class TrainingData:
         known = None if model.fuses_first else model.shape.maps_queries  # where all else that is new is equal
         if known is not None and known in self._ridges:
             return self._ridges[known]
-        training, validation = (self._linear_features(of, model) for of in (self._pairs, self._validation))
-        best = fit_ridge(
-            training, self._text_means, lambda fit: self._search_score(unit_rows(fit(validation)), model.eval())
+        model.eval()
+        training, validation = (
+            self._linear_features(self._pairs, model),
+            self._linear_features(self._validation, model).whole,
         )
+        best = fit_ridge(training, self._text_means, lambda fit: self._search_score(unit_rows(fit(validation)), model))
         found = best, best(validation)
         if known is not None:
             self._ridges[known] = found
@@ -181,13 +183,10 @@ class TrainingData:
             return best
         has_class_token = self.inputs.spec.shape.has_class_token
 
-        def features(pairs: Pairs) -> np.ndarray:
-            def of_photos(these: slice) -> torch.Tensor:
-                return summarize(*self.inputs.photos(pairs.rows[these]), has_class_token=has_class_token)
+        def features(pairs: Pairs) -> Rows:
+            return _rows(pairs.rows, lambda rows: summarize(*self.inputs.photos(rows), has_class_token=has_class_token))
 
-            return in_blocks(of_photos, len(pairs))
-
-        training, validation = features(self._pairs), features(self._validation)
+        training, validation = features(self._pairs), features(self._validation).whole
         queries = unit_rows(self._search.queries.vectors)
         return fit_ridge(
             training,
@@ -199,18 +198,17 @@ class TrainingData:
         """The main metric of a search over unit vectors of the validation photos."""
         return self._search.validate_gallery(photos, model)
 
-    def _linear_features(self, pairs: Pairs, model: Fusion) -> np.ndarray:
-        model.eval()
+    def _linear_features(self, pairs: Pairs, model: Fusion) -> Rows:
         paired = pairs.paired_texts if model.fuses_first else None
 
-        def features(these: slice) -> torch.Tensor:
-            texts = None if paired is None else self.inputs.texts(paired[these])
-            return model.linear_features(*self.inputs.photos(pairs.rows[these]), texts)
+        def features(places: np.ndarray) -> torch.Tensor:
+            texts = None if paired is None else self.inputs.texts(paired[places])
+            return model.linear_features(*self.inputs.photos(pairs.rows[places]), texts)
 
-        return in_blocks(features, len(pairs))
+        return _rows(np.arange(len(pairs)), features)
 
-    @cached_property
-    def _text_means(self) -> np.ndarray:
+    @property
+    def _text_means(self) -> Rows:
         return mean_text_vectors(self._pairs, self.inputs.text)
 
     @cached_property
@@ -221,6 +219,11 @@ class TrainingData:
     @cached_property
     def _search(self) -> SearchProtocol:
         return self.protocol.validation_search()
+
+
+def _rows(inputs: np.ndarray, compute: Callable[[np.ndarray], torch.Tensor]) -> Rows:
+    """What is computed of some inputs, a block at a time."""
+    return Rows(len(inputs), lambda rows: in_blocks(lambda these: compute(inputs[rows][these]), len(inputs[rows])))
 
 
 class Objective(nn.Module):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,10 @@ def open_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, TrainR
         )
     result = TrainResult.load(folder)
     try:
-        content = dict(read_json(folder / CONFIG)["run"])
-        if result.validation_photos > content.get("validation_photos", RunSpec.validation_photos):
-            content |= {"validation_photos": 0}  # an earlier release, which validated on all
+        content = read_json(folder / CONFIG)["run"]
         spec = made_of(RunSpec, content)
+        if "validation_photos" not in content and result.validation_photos > spec.validation_photos:
+            spec = replace(spec, validation_photos=0)  # an earlier release, which validated on all
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"--run {run_dir}: config.json is damaged or of another version ({error}). Train again."
