@@ -8,10 +8,14 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would only wait for one another
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from s3_server import S3Proxy
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,6 +37,27 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return made[name]
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def s3_of_session() -> Iterator[S3Proxy]:
+    pytest.importorskip("obstore")
+    pytest.importorskip("moto")
+    from s3_server import s3_server
+
+    with s3_server() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def s3(s3_of_session: S3Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Proxy]:
+    """Without faults, and known to the client by its environment."""
+    for name, value in s3_of_session.environment.items():
+        monkeypatch.setenv(name, value)
+    yield s3_of_session
+    s3_of_session.latency_seconds, s3_of_session.share_failing, s3_of_session.refuses = 0.0, 0.0, False
+    if not s3_of_session.is_up:
+        s3_of_session.start()
 
 
 @pytest.hookimpl(wrapper=True)

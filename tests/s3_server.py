@@ -39,6 +39,8 @@ class S3Proxy:
         self.refuses = False
         self.requests: list[tuple[str, str]] = []
         """Method and path of each request that came."""
+        self.sent_bytes = 0
+        """Bodies of answers."""
         self.random = random.Random(0)
         self.writing = threading.Lock()
         """Held by each write: the server looks at a condition and writes in two steps, which no store does."""
@@ -103,6 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", (length or "0") if self.command == "HEAD" else str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
+            self.proxy.sent_bytes += len(content)
             self.wfile.write(content)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _forward  # noqa: N815

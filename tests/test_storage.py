@@ -5,42 +5,22 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
+from s3_server import BUCKET, S3Proxy
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.store.storage import Storage
-from tests.s3_server import BUCKET, S3Proxy, s3_server
 
 CLAIMANTS, ROUNDS = 8, 5
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Proxy]:
-    pytest.importorskip("obstore")
-    pytest.importorskip("moto")
-    with s3_server() as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(server: S3Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Proxy]:
-    """Without faults, and known to the client by its environment."""
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    yield server
-    server.latency_seconds, server.share_failing, server.refuses = 0.0, 0.0, False
-    if not server.is_up:
-        server.start()
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "s3":
-        request.getfixturevalue("proxy")
+        request.getfixturevalue("s3")
     return Storage({"local": tmp_path, "memory": f"memory://{tmp_path.name}/x", "s3": url(tmp_path)}[request.param])
 
 
@@ -141,9 +121,9 @@ def test_a_file_system_without_links_has_one_winner(tmp_path: Path, monkeypatch:
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["b", "c"]
 
 
-def test_one_of_eight_clients_wins_on_s3(proxy: S3Proxy, tmp_path: Path) -> None:
+def test_one_of_eight_clients_wins_on_s3(s3: S3Proxy, tmp_path: Path) -> None:
     """While a fifth of all requests fail, half of them with only their answer lost."""
-    proxy.share_failing = 0.2
+    s3.share_failing = 0.2
     storage = Storage(url(tmp_path))
     storage.write("r", WAS)
     won: list[tuple[str, int]] = []
@@ -161,37 +141,37 @@ def test_one_of_eight_clients_wins_on_s3(proxy: S3Proxy, tmp_path: Path) -> None
     assert sorted(action for action, _ in won) == ["create", "replace"]
 
 
-def test_large_objects_and_failing_requests(proxy: S3Proxy, tmp_path: Path) -> None:
-    proxy.share_failing = 0.05
+def test_large_objects_and_failing_requests(s3: S3Proxy, tmp_path: Path) -> None:
+    s3.share_failing = 0.05
     storage, data = Storage(url(tmp_path)), os.urandom(40 * 2**20)
     storage.write("large", data)
     assert storage.read("large") == data
     assert storage.read_range("large", 2**20, 7) == data[2**20 : 2**20 + 7]
-    assert [path for method, path in proxy.requests if method == "POST" and "uploads" in path]  # it went in parts
+    assert [path for method, path in s3.requests if method == "POST" and "uploads" in path]  # it went in parts
     storage.remove_folder("large")
     storage.remove_folder("nothing")
 
 
-def test_a_client_waits_for_a_server_that_comes_back(proxy: S3Proxy, tmp_path: Path) -> None:
+def test_a_client_waits_for_a_server_that_comes_back(s3: S3Proxy, tmp_path: Path) -> None:
     storage = Storage(url(tmp_path))
-    proxy.stop()
-    threading.Timer(1.5, proxy.start).start()
+    s3.stop()
+    threading.Timer(1.5, s3.start).start()
     storage.write("a", b"1")
     assert storage.read("a") == b"1"
 
 
-def test_what_is_wrong_with_a_store_is_told(proxy: S3Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_with_a_store_is_told(s3: S3Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAFFE_RETRY_SECONDS", "1")
     with pytest.raises(CacheError, match="there is no such bucket"):
         Storage("s3://other/cache").write("a", b"")
     with pytest.raises(CacheError, match="there is no such bucket"):
         Storage("s3://other/cache").list("a")
     storage = Storage(url(tmp_path))
-    proxy.refuses = True
+    s3.refuses = True
     for action in (storage.read, storage.write, storage.create):
         with pytest.raises(CacheError, match=r"the store refuses access .InvalidAccessKeyId.*Check the credentials"):
             action("a")
-    proxy.stop()
+    s3.stop()
     with pytest.raises(OSError, match=r"nothing listens at the server's address.*Run the same command again"):
         storage.read("a")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://no.such.host.invalid")

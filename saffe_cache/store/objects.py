@@ -39,6 +39,10 @@ _MISSING_BUCKETS = ("NoSuchBucket", "ContainerNotFound", "The specified bucket d
 _CREDENTIAL_SOURCES = ("169.254.169.254", "metadata.google.internal", "token request", "Account must be specified")
 
 
+class ReplacedError(CacheError):
+    """An object has another etag than before."""
+
+
 class ObjectFiles:
     """Objects below a URL, by names that use `/`."""
 
@@ -74,11 +78,11 @@ class ObjectFiles:
         return self.read_version(name, start, stop, None)[0]
 
     def read_version(self, name: str, start: int, stop: int, etag: str | None) -> tuple[bytes, int, str | None]:
-        """Bytes of an object, fewer at its end; its size, and its etag.
+        """Bytes of an object, fewer at its end; its size (0 if it ends before them), and its etag.
 
         Raises:
             FileNotFoundError: there is no object.
-            CacheError: it has another etag than the given one.
+            ReplacedError: it has another etag than the given one.
         """
         options: dict[str, Any] = {"range": (start, stop), **({"if_match": etag} if etag else {})}
         with self._told(name):
@@ -86,9 +90,11 @@ class ObjectFiles:
                 found = obstore.get(self._store, name, options=options)
                 return bytes(found.bytes()), found.meta["size"], found.meta["e_tag"]
             except exceptions.PreconditionError:
-                raise CacheError(
-                    f"{self._url}: {name} was replaced while it was read. Run the same command again."
-                ) from None
+                raise ReplacedError(f"{self._url}: {name} was replaced while it was read.") from None
+            except exceptions.GenericError as error:
+                if "416 Range Not Satisfiable" in str(error):
+                    return b"", 0, None
+                raise
 
     def write(self, name: str, *parts: Buffer) -> None:
         data = b"".join(parts)

@@ -2,18 +2,21 @@
 
 Each shard is compared with its checksum before its first row is returned. A local uncompressed shard is memory-mapped.
 Others are loaded whole and decompressed by background threads: sequential reads find the next shard loaded, and callers
-that know which rows they need can request them ahead.
+that know which rows they need can request them ahead. From an object store, a few rows of an uncompressed shard are
+read in pieces (pieces.py), and shards that were loaded whole may be kept on the local disk.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -21,8 +24,11 @@ import numpy as np
 from saffe_cache.core.features import CacheError
 from saffe_cache.store.dtypes import from_storage
 from saffe_cache.store.files import MappedFile
-from saffe_cache.store.layout import ShardEntry, check_rows
+from saffe_cache.store.layout import ShardEntry, check_rows, decode_shard
 from saffe_cache.store.manifest import ArrayFiles
+from saffe_cache.store.pieces import Pieces, between, local_copies, missing_shard
+
+logger = logging.getLogger(__name__)
 
 _LONG_RUN_BYTES = 2**13
 """Runs of consecutive rows of this average size are copied one by one, which is faster than indexing all rows."""
@@ -30,6 +36,8 @@ _BLOCK_BYTES = 2**18
 """Bytes of a file that are read at once."""
 _MAX_MAPPED = 8192
 """Mapped shards of one array. Linux grants a process 65,530 memory maps."""
+_FEW = 8
+"""Less than this part of a shard is read in pieces."""
 _SPARE_BYTES, _MIN_SPARE = 2**28, 4
 """Loaded shards of one array that are kept although nobody holds them: this many bytes, but at least this many."""
 
@@ -42,7 +50,13 @@ class RowReader:
         self._files, self.spec, self._num_rows = files, files.spec, sum(one.rows for one in entries)
         self._shards = OpenShards(files, entries)
         self.is_mapped = self._shards.are_mapped
-        """Whether reading a row reads that row alone; otherwise its whole shard is loaded."""
+        """Whether shards are files on the local disk that rows are read from as they are."""
+        in_pieces = files.spec.compression == "none" and files.storage.objects is not None
+        self._pieces = Pieces(files, entries) if in_pieces else None
+        self._next = 0
+        """The row after those that were read last: who goes on there reads all."""
+        self._ahead: tuple[np.ndarray, Future[np.ndarray]] | None = None
+        """Rows that were requested in pieces ahead, ascending."""
 
     def __len__(self) -> int:
         return self._num_rows
@@ -58,11 +72,15 @@ class RowReader:
         """
         self._check(rows)
         rows = np.unique(rows)
+        if self._pieces is not None:
+            few = self._few_of_their_shard(rows, is_read=False)
+            scattered, rows, pieces = rows[few], rows[~few], self._pieces
+            self._ahead = (scattered, _loaders().submit(pieces.read, scattered)) if len(scattered) else None
         shards, within = np.divmod(rows, self.spec.shard_rows)
         if not self.is_mapped or not len(rows):
             self._shards.hold(np.unique(shards).tolist())
             return
-        for start, stop in _runs((shards[1:] != shards[:-1]) | (rows[1:] != rows[:-1] + 1)).tolist():
+        for start, stop in between((shards[1:] != shards[:-1]) | (rows[1:] != rows[:-1] + 1)).tolist():
             self._shards.will_need(int(shards[start]), int(within[start]), int(within[stop - 1]) + 1)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
@@ -84,26 +102,68 @@ class RowReader:
         self._check(rows)
         if not len(rows):
             return np.empty((0, *spec.stored_shape), spec.numpy_dtype)
+        few = np.zeros(len(rows), bool) if self._goes_on(rows) else self._few_of_their_shard(rows, is_read=True)
+        if not few.any():
+            return self._of_whole_shards(rows).reshape(len(rows), *spec.stored_shape)
+        result = np.empty((len(rows), math.prod(spec.stored_shape)), spec.numpy_dtype)
+        result[few] = self._in_pieces(rows[few])
+        if not few.all():
+            result[~few] = self._of_whole_shards(rows[~few])
+        return result.reshape(len(rows), *spec.stored_shape)
+
+    def _of_whole_shards(self, rows: np.ndarray) -> np.ndarray:
+        """Rows from shards that are open, [n, numbers of a row]."""
+        spec = self.spec
         result = np.empty((len(rows), math.prod(spec.stored_shape)), spec.numpy_dtype)
         shards, within = np.divmod(rows, spec.shard_rows)
         changes = shards[1:] != shards[:-1]
         if (shards[1:] >= shards[:-1]).all():
-            for start, stop in _runs(changes).tolist():
+            for start, stop in between(changes).tolist():
                 # mode="clip" lets numpy write into `result` directly; all rows lie within the shard
                 np.take(self._shards[int(shards[start])], within[start:stop], 0, result[start:stop], mode="clip")
-            return result.reshape(len(rows), *spec.stored_shape)
-        runs = _runs(changes | (rows[1:] != rows[:-1] + 1))
+            return result
+        runs = between(changes | (rows[1:] != rows[:-1] + 1))
         if result.nbytes >= _LONG_RUN_BYTES * len(runs):
             self._copy_runs(runs, shards, within, result)
         else:
             for number in np.unique(shards).tolist():
                 here = np.flatnonzero(shards == number)
                 result[here] = self._shards[number][within[here]]
-        return result.reshape(len(rows), *spec.stored_shape)
+        return result
 
     def read_range(self, start: int, stop: int) -> np.ndarray:
         """Consecutive rows."""
         return self.read(np.arange(start, stop))
+
+    def _goes_on(self, rows: np.ndarray) -> bool:
+        """Whether these rows follow, one after the other, those that were read last, or are never read in pieces."""
+        if self._pieces is None:
+            return True
+        follows = rows[0] == self._next and bool((np.diff(rows) == 1).all())
+        self._next = int(rows[-1]) + 1
+        return follows
+
+    def _few_of_their_shard(self, rows: np.ndarray, *, is_read: bool) -> np.ndarray:
+        """bool [n]: whether a row's shard is not at hand, and has too few of these rows to be loaded whole."""
+        numbers, places, counts = np.unique(rows // self.spec.shard_rows, return_inverse=True, return_counts=True)
+        few = [
+            count * _FEW < self.spec.shard_rows and not self._shards.is_at_hand(number, count * is_read)
+            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
+        ]
+        return np.array(few, bool)[places]
+
+    def _in_pieces(self, rows: np.ndarray) -> np.ndarray:
+        assert self._pieces is not None
+        if self._ahead is None:
+            return self._pieces.read(rows)
+        ahead, future = self._ahead
+        places = np.minimum(np.searchsorted(ahead, rows), len(ahead) - 1)
+        known = ahead[places] == rows
+        if known.all():
+            return future.result()[places]
+        result = np.empty((len(rows), math.prod(self.spec.stored_shape)), self.spec.numpy_dtype)
+        result[known], result[~known] = future.result()[places[known]], self._pieces.read(rows[~known])
+        return result
 
     def _check(self, rows: np.ndarray) -> None:
         beyond = rows[(rows < 0) | (rows >= len(self))]
@@ -127,12 +187,6 @@ class RowReader:
                 result[start:stop] = shard[first : first + stop - start]
 
 
-def _runs(breaks: np.ndarray) -> np.ndarray:
-    """int64 [n, 2]: starts and stops of runs among `len(breaks) + 1` places; a break starts a run at the next place."""
-    starts = np.flatnonzero(np.append(True, breaks))
-    return np.stack([starts, np.append(starts[1:], len(breaks) + 1)], axis=1)
-
-
 class OpenShards:
     """Shards by number, for any thread: [rows, numbers of a row]."""
 
@@ -144,11 +198,27 @@ class OpenShards:
         self._loaded: OrderedDict[int, Future[np.ndarray]] = OrderedDict()
         self._held: set[int] = set()
         self._lock = threading.Lock()
+        self._copies = local_copies(files)
+        self._read_rows: Counter[int] = Counter()
+        """Rows that were read of each shard in pieces."""
         self._max_spare = max(_MIN_SPARE, _SPARE_BYTES // max(1, files.spec.shard_rows * files.spec.row_bytes))
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Raises CacheError if the shard is missing, truncated or damaged."""
         return self._map(index)[0] if self.are_mapped else self._load(index).result()
+
+    def is_at_hand(self, index: int, rows: int) -> bool:
+        """Whether a shard needs no request, or should be loaded whole as so many of its rows are read.
+
+        With copies on the local disk, a shard is loaded whole once half its rows were read in pieces.
+        """
+        if index in self._loaded:
+            return True
+        if self._copies is None:
+            return False
+        self._read_rows[index] += rows
+        half = 2 * self._read_rows[index] >= self._entries[index].rows
+        return half or self._copies.find(self._files, index, self._entries[index]) is not None
 
     def hold(self, indices: Iterable[int]) -> None:
         """Load shards that cannot be mapped, keep them until the next call, and release all others."""
@@ -169,18 +239,14 @@ class OpenShards:
             if index not in self._mapped:
                 while len(self._mapped) >= _MAX_MAPPED:
                     del self._mapped[next(iter(self._mapped))]
-                self._mapped[index] = self._open(index)
+                self._mapped[index] = self._open(index, self._storage.local_path(self._files.shard(index)))
             return self._mapped[index]
 
-    def _open(self, index: int) -> tuple[np.ndarray, MappedFile]:
+    def _open(self, index: int, path: Path | None) -> tuple[np.ndarray, MappedFile]:
         spec, entry, name = self._spec, self._entries[index], self._files.shard(index)
-        path = self._storage.local_path(name)
         assert path is not None
         if not path.exists() or path.stat().st_size < spec.shard_file_bytes(entry.rows):
-            raise CacheError(
-                f"{self._storage.root}: {name} is missing or truncated. Run `saffe cache verify` to list all damage "
-                "and `saffe cache repair` to repair it."
-            )
+            raise missing_shard(self._files, index)
         if index not in self._checked:
             with path.open("rb") as file:
                 check_rows(entry, _blocks(file, entry.rows * spec.row_bytes), f"{self._storage.root}: {name}")
@@ -210,7 +276,22 @@ class OpenShards:
 
     def _fetch(self, index: int) -> np.ndarray:
         entry = self._entries[index]
-        return self._files.read(index, entry).reshape(entry.rows, -1)
+        if self._copies is None:
+            return self._files.read(index, entry).reshape(entry.rows, -1)
+        path = self._copies.find(self._files, index, entry)
+        if path is not None:
+            try:
+                return self._read_copy(index, path)
+            except (CacheError, OSError) as error:  # another process may just have removed it
+                logger.info("%s is loaded again (%s).", path, error)
+                path.unlink(missing_ok=True)
+        return self._copies.load(self._files, index, entry).reshape(entry.rows, -1)
+
+    def _read_copy(self, index: int, path: Path) -> np.ndarray:
+        if self._spec.compression == "none":
+            return self._open(index, path)[0]
+        entry = self._entries[index]
+        return decode_shard(self._spec, entry, path.read_bytes(), str(path)).reshape(entry.rows, -1)
 
 
 @cache
