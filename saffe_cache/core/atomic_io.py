@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,11 @@ from pathlib import Path
 from typing import IO
 
 from filelock import lock_descriptor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +32,9 @@ _HOLDER_START = 1
 
 _POLL_SECONDS = 0.005
 """How often a lock is tried that is held for the time of one small write."""
+
+_SHARED_PATIENCE = 2.0
+"""Seconds for which a shared lock is tried: one of its holders has the folder for itself for a moment as it leaves."""
 
 _held: dict[Path, IO[bytes]] = {}
 """The folders that this process holds, and their open lock files."""
@@ -156,19 +165,28 @@ def remove_partial_files(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_partial_files_below(folder: Path) -> None:
+    """As `remove_partial_files`, in all folders below too."""
+    for path in folder.rglob(".*.partial"):
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
-def hold_folder(folder: Path) -> Iterator[None]:
+def hold_folder(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Make a folder and hold it for one writer. The lock ends with its process, however that ends.
 
     The lock file is removed at the end: other programs take it for a foreign body in a Zarr group. While the folder is
     held, writing below it fails if the folder has vanished or been replaced.
+
+    Args:
+        shared: hold it with others that share it. The last of them removes temporary files that killed ones left.
 
     Raises:
         FolderInUseError: another process holds it.
     """
     make_folder(folder)
     path = folder.absolute() / LOCK_NAME
-    file = _lock(path)
+    file = _lock(path, shared=shared)
     _held[path.parent] = file
     try:
         with suppress(OSError):  # on a full disk nobody is named
@@ -178,15 +196,19 @@ def hold_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         _held.pop(path.parent, None)
-        _unlock(path, file)
+        if shared:
+            _unlock_shared(path, file)
+        else:
+            _unlock(path, file)
 
 
-def _lock(path: Path, *, blocking: bool = False) -> IO[bytes]:
+def _lock(path: Path, *, shared: bool = False, blocking: bool = False) -> IO[bytes]:
     """The open lock file, which this process has locked; where the system has no locks, a warning says so."""
+    patience = time.monotonic() + (_SHARED_PATIENCE if shared else 0)
     while True:
         file = path.open("a+b")
         try:
-            is_locked = lock_descriptor(file.fileno(), blocking=blocking, poll_interval=_POLL_SECONDS)
+            is_locked = _lock_descriptor(file, shared=shared, blocking=blocking)
         except OSError as error:
             if error.errno != errno.ENOSYS:
                 file.close()
@@ -196,13 +218,31 @@ def _lock(path: Path, *, blocking: bool = False) -> IO[bytes]:
         if is_locked and _is_at(path, file):
             return file
         with file:
-            if not is_locked:
+            if not is_locked and time.monotonic() >= patience:
                 file.seek(_HOLDER_START)
                 raise FolderInUseError(
                     f"{path.parent}: another process is writing to it ({file.read().decode().strip()}). "
                     "Wait for it to end, or stop it, and run this again."
                 )
-        # else its last holder removed the file after we had opened it
+        # else its last holder removed the file after we had opened it, or one of those who share it is leaving
+        if not is_locked:
+            time.sleep(_POLL_SECONDS)
+
+
+def _lock_descriptor(file: IO[bytes], *, shared: bool, blocking: bool = False) -> bool:
+    """Lock an open file, or change its lock; False if another process has a lock that excludes this one.
+
+    Raises OSError (ENOSYS) where the system has no such lock.
+    """
+    if not shared:
+        return lock_descriptor(file.fileno(), blocking=blocking, poll_interval=_POLL_SECONDS)
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, "no shared locks")
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _unlock(path: Path, file: IO[bytes]) -> None:
@@ -213,6 +253,14 @@ def _unlock(path: Path, file: IO[bytes]) -> None:
             path.unlink()
         elif _is_at(path, file):
             path.unlink()
+
+
+def _unlock_shared(path: Path, file: IO[bytes]) -> None:
+    """Release a shared lock. The last of its holders also removes what killed ones left."""
+    with file, suppress(OSError):
+        if _lock_descriptor(file, shared=False):
+            remove_partial_files_below(path.parent)
+            _unlock(path, file)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from saffe_cache.extraction.planning import Job, encoder_request, plan_job, seco
 from saffe_cache.sources.items import Columns, Media, SourceItem
 from saffe_cache.sources.objects import described, is_streamed
 from saffe_cache.sources.registry import read_items
+from saffe_cache.store.claims import held_cache
 from saffe_cache.store.manifest import RootManifest, layers_among, read_encoder, read_root, write_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder, read_table, write_table
@@ -63,7 +64,7 @@ def extract(config: ExtractConfig | None = None, /, **options: Any) -> str:
         table, _ = _grow_table(storage, items, config)
         _print_plan(list(_plan_jobs(storage, table, config, items, own, media)), items, config)
         return f"nothing was written to {config.cache}"
-    with storage.writer_lock():
+    with held_cache(storage):
         table, changed = _grow_table(storage, items, config)
         jobs = list(_plan_jobs(storage, table, config, items, own, media))
         for job in jobs:

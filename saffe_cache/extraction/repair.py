@@ -30,6 +30,7 @@ from saffe_cache.extraction.reencode import (
     reload_encoder,
 )
 from saffe_cache.sources.items import Columns
+from saffe_cache.store.claims import held_cache
 from saffe_cache.store.inspect import Damage, find_damage
 from saffe_cache.store.layout import describe_shard, rows_without_index
 from saffe_cache.store.manifest import ArrayFiles, existing_root, read_encoder, write_encoder
@@ -96,7 +97,7 @@ def repair(config: RepairConfig) -> RepairReport:
     for name in config.encoder:
         known = (*MODALITIES, *root.encoders)
         require(name in known, "encoder", f"{name}=…", " or ".join(f"{one}=…" for one in known))
-    with storage.writer_lock():
+    with held_cache(storage):
         num_shards, damage = find_damage(storage)
         report = RepairReport(num_shards=num_shards)
         if any(one.part == "table" for one in damage):

@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 
 from saffe_cache.core.features import CacheError
+from saffe_cache.store.claims import held_cache
 from saffe_cache.store.config import ConvertConfig, ExportConfig, ImportConfig
 from saffe_cache.store.dtypes import from_storage, to_storage
 from saffe_cache.store.layout import ArraySpec, choose_rows
@@ -83,7 +84,7 @@ def import_cache(config: ImportConfig) -> str:
     storage, file_path = Storage(config.cache), config.file
     if read_root(storage) is not None:
         raise CacheError(f"{config.cache}: a cache exists there. Import into a new one.")
-    with _explained(file_path), h5py.File(file_path, "r") as file, storage.writer_lock():
+    with _explained(file_path), h5py.File(file_path, "r") as file, held_cache(storage):
         _refuse_links(file)
         root = json.loads(file.attrs["saffe_cache"])
         if root["format_version"] != FORMAT_VERSION:
@@ -217,7 +218,7 @@ def convert_cache(config: ConvertConfig) -> str:
     unfinished = [key for key, encoder in source.encoders.items() if not encoder.manifest.finished_rows]
     if unfinished:
         raise CacheError(f"{config.cache}: {unfinished[0]} is unfinished. Run saffe extract again, then convert.")
-    with storage.writer_lock():
+    with held_cache(storage):
         write_table(storage, "tables/1", source.table)
         for encoder in source.encoders.values():
             _convert_encoder(storage, encoder, config)

@@ -23,7 +23,7 @@ import numpy as np
 import zarr
 from zarr.storage import MemoryStore
 
-from saffe_cache.core.atomic_io import Buffer, hold_folder
+from saffe_cache.core.atomic_io import Buffer, hold_folder, remove_partial_files_below
 from saffe_cache.core.features import REPAIR_ADVICE, CacheError
 from saffe_cache.core.json_schema import whole_numbers
 from saffe_cache.store.files import ForeignFiles, LocalFiles
@@ -146,18 +146,26 @@ class Storage:
             raise CacheError(f"{self.root}: {name} is not a JSON object. Restore it from a copy.")
         return value
 
+    @property
+    def is_local(self) -> bool:
+        return self._local is not None
+
     @contextmanager
-    def writer_lock(self) -> Iterator[None]:
-        """Lock the cache for one writer, and remove temporary files of a killed one.
+    def writer_lock(self, *, shared: bool = False) -> Iterator[None]:
+        """Lock a local cache for one writer, and remove temporary files of a killed one; `claims.held_cache` also holds
+        one behind a URL.
 
         The lock ends with its process, however that ends. Raises FolderInUseError if another process writes to it.
+
+        Args:
+            shared: lock it with other workers that share it.
         """
         if self._local is None:  # object stores have no lock that all of them honour
             yield
             return
-        with hold_folder(self._local):
-            for path in self._local.rglob(".*.partial"):
-                path.unlink(missing_ok=True)
+        with hold_folder(self._local, shared=shared):
+            if not shared:
+                remove_partial_files_below(self._local)
             yield
 
 
