@@ -156,6 +156,11 @@ VERBS: Mapping[str, Verb] = {
         config="store.config:InspectConfig",
         run="store.inspect:inspect_cache",
     ),
+    "cache status": Verb(
+        summary="Show how far an extraction by several processes is.",
+        config="store.config:StatusConfig",
+        run="store.work:cache_status",
+    ),
     "cache verify": Verb(
         summary="Read every shard and compare it with its checksum.",
         config="store.config:VerifyConfig",

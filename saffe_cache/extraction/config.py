@@ -120,7 +120,14 @@ class ExtractConfig:
     plan: bool = False
     """Print the number of items, bytes and files and the estimated time, and write nothing."""
 
+    rank: int | None = None
+    """Number of this process among those that extract together, from 0, such as $SLURM_PROCID. They share one plan and
+    take ranges of it; one that starts late, or again, does what others have left."""
+    world_size: int | None = None
+    """Number of processes that extract together, such as $SLURM_NTASKS. All are started with the same other options."""
+
     def __post_init__(self) -> None:
+        self._check_ranks()
         for option, mapping in (
             ("encoder", self.encoder),
             ("layers", self.layers),
@@ -163,6 +170,16 @@ class ExtractConfig:
         require(self.shard_mb >= 0, "shard_mb", self.shard_mb, "0 (the smallest) or more")
         require(0 <= self.max_invalid <= 1, "max_invalid", self.max_invalid, "a fraction from 0 to 1")
         require(min(self.max_items.values(), default=1) > 0, "max_items", dict(self.max_items), "numbers above 0")
+
+    def _check_ranks(self) -> None:
+        given = (self.rank is None) == (self.world_size is None)
+        require(given, "rank", f"{self.rank} with --world-size {self.world_size}", "both or neither")
+        if self.rank is not None and self.world_size is not None:
+            require(
+                0 <= self.rank < self.world_size, "rank", self.rank, f"0 to --world-size - 1, {self.world_size - 1}"
+            )
+            require(not self.plan, "plan", "it with --rank", "it without --rank")
+            require(not self.streaming, "streaming", "it with --rank", "a copy of the data that all ranks can read")
 
 
 @dataclass(frozen=True, kw_only=True)

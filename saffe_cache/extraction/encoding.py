@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from saffe_cache.core.features import CacheError, ItemTable
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.encoders.transfers import Encoded, HalvingEncoder, Launched
 from saffe_cache.extraction.blocks import checked_blocks
-from saffe_cache.extraction.config import EncodeOptions
+from saffe_cache.extraction.config import EncodeOptions, ExtractConfig
 from saffe_cache.extraction.loading import Batch, load_batches
 from saffe_cache.extraction.planning import Job, new_job, sound_offsets
 from saffe_cache.sources.items import Media
@@ -33,7 +33,7 @@ from saffe_cache.store.held import HeldEncoder
 from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.manifest import EncoderManifest, encoder_group, write_encoder
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks, write_weights
+from saffe_cache.store.writer import EncoderWriter, Portion, begin_log, write_blocks, write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +93,13 @@ def run_job(storage: Storage, job: Job, media: Mapping[bytes, Media], record: Ma
     with load_batches(job, media) as batches, EncoderWriter(storage, job.manifest, job.missing) as writer:
         if "offsets" in job.missing:
             writer.put(_offsets(job))
-        with _Storing(storage, job, writer) as storing:
-            _encode(job, batches, encoder, storing, seconds)
+        names = [name for name in job.missing if name != "offsets"]
+        unit = f" {job.encoder.request.modality}s"
+        with (
+            _Storing(job, writer, names) as storing,
+            tqdm(total=job.num_inputs, initial=job.start, unit=unit, desc=job.manifest.key) as progress,
+        ):
+            _encode(batches, encoder, storing, seconds, progress.update)
         job.manifest.history.append(entry)
         with seconds.spent_on("waiting_for_writer"), seconds.spent_on("writing"):
             writer.finish(job.num_inputs)
@@ -107,6 +112,58 @@ def run_job(storage: Storage, job: Job, media: Mapping[bytes, Media], record: Ma
         entry["halved"] = [list(shape) for shape in encoder.too_large]
     write_encoder(storage, job.manifest)
     _log_times(job, seconds)
+
+
+def begin_parts(storage: Storage, job: Job) -> None:
+    """Store all that is known before encoding, and begin the log to which the writers of parts add.
+
+    Raises:
+        OSError: the disk is full or gone; this can be repeated.
+    """
+    _store_weights(storage, job)
+    begin_log(storage, job.manifest, job.missing)
+    if "offsets" in job.missing:
+        spec, num_rows = job.arrays["offsets"]
+        part = {"offsets": range(job.rows_of("offsets"), num_rows)}
+        with EncoderWriter(storage, job.manifest, {"offsets": (spec, num_rows)}, part=part, name="planner") as writer:
+            writer.put(_offsets(job))
+            writer.finish_part()
+
+
+def run_part(
+    storage: Storage,
+    job: Job,
+    media: Mapping[bytes, Media],
+    part: Mapping[str, range],
+    name: str,
+    advance: Callable[[int], object],
+) -> dict[str, Any]:
+    """Encode the chosen blocks of a job, and store some rows of its arrays.
+
+    Args:
+        part: the rows of each array, which the blocks hold.
+        name: of this part in the log.
+        advance: called with a number of inputs that are encoded.
+
+    Returns:
+        Times for the manifest's history, and the shapes of batches that were halved, if any.
+
+    Raises:
+        CacheError, OSError: as of `run_job`.
+    """
+    seconds, started, encoder = Seconds(), time.perf_counter(), HalvingEncoder(job.encoder)
+    targets = {one: job.arrays[one] for one in part}
+    with (
+        load_batches(job, media) as batches,
+        EncoderWriter(storage, job.manifest, targets, part=part, name=name) as writer,
+    ):
+        with _Storing(job, writer, targets) as storing:
+            _encode(batches, encoder, storing, seconds, advance)
+        with seconds.spent_on("waiting_for_writer"), seconds.spent_on("writing"):
+            writer.finish_part()
+    seconds.writing += writer.seconds
+    seconds.total = time.perf_counter() - started
+    return {"seconds": seconds.to_json(), "halved": [list(shape) for shape in encoder.too_large]}
 
 
 def _offsets(job: Job) -> Portion:
@@ -181,27 +238,31 @@ def encode_in_memory(
     return HeldEncoder(manifest, held, usual_tokens=usual_tokens)
 
 
-def _encode(job: Job, batches: Iterator[Batch], encoder: HalvingEncoder, storing: _Storing, seconds: Seconds) -> None:
+def _encode(
+    batches: Iterator[Batch],
+    encoder: HalvingEncoder,
+    storing: _Storing,
+    seconds: Seconds,
+    advance: Callable[[int], object],
+) -> None:
     """Launch one batch after another, each before waiting for the previous one."""
-    unit = f" {job.encoder.request.modality}s"
     previous: tuple[Batch, list[Launched]] | None = None
-    with tqdm(total=job.num_inputs, initial=job.start, unit=unit, desc=job.manifest.key) as progress:
-        while True:
-            with seconds.spent_on("waiting_for_data"):
-                batch = next(batches, None)
-            with seconds.spent_on("encoding"):
-                launched = encoder.launch(batch.tensors) if batch and batch.tensors else []
-                for part in previous[1] if previous else ():
-                    part.wait()
-            if previous:
-                with seconds.spent_on("waiting_for_writer"):
-                    storing.put(*previous)
-                progress.update(previous[0].num_finished)
-            if batch is None:
-                break
-            previous = batch, launched
-        with seconds.spent_on("waiting_for_writer"):
-            storing.finish()
+    while True:
+        with seconds.spent_on("waiting_for_data"):
+            batch = next(batches, None)
+        with seconds.spent_on("encoding"):
+            launched = encoder.launch(batch.tensors) if batch and batch.tensors else []
+            for part in previous[1] if previous else ():
+                part.wait()
+        if previous:
+            with seconds.spent_on("waiting_for_writer"):
+                storing.put(*previous)
+            advance(previous[0].num_finished)
+        if batch is None:
+            break
+        previous = batch, launched
+    with seconds.spent_on("waiting_for_writer"):
+        storing.finish()
 
 
 def _store_weights(storage: Storage, job: Job) -> None:
@@ -231,9 +292,10 @@ class _Storing:
     written.
     """
 
-    def __init__(self, storage: Storage, job: Job, writer: EncoderWriter) -> None:
-        self._storage, self._job, self._writer = storage, job, writer
-        self._specs = {name: spec for name, (spec, _) in job.missing.items() if name != "offsets"}
+    def __init__(self, job: Job, writer: EncoderWriter, names: Iterable[str]) -> None:
+        """`names`: the arrays that need rows."""
+        self._job, self._writer = job, writer
+        self._specs = {name: job.arrays[name][0] for name in names}
         self._max_bytes = job.options.shard_mb * 2**20 * len(self._specs)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="converting")
         self._tasks: deque[tuple[Future[Mapping[int, str]], int]] = deque()
@@ -271,14 +333,7 @@ class _Storing:
     def _take_oldest(self) -> None:
         found = self._tasks.popleft()[0].result()
         self._invalid |= {row: reason for row, reason in found.items() if self._job.is_wanted[row]}
-        allowed = self._job.options.max_invalid
-        if len(self._invalid) > allowed * self._job.num_inputs:
-            row, reason = max(self._invalid.items())
-            raise CacheError(
-                f"{self._job.manifest.key}: {len(self._invalid)} of {self._job.num_inputs} inputs are unreadable, more "
-                f"than --max-invalid {allowed:g} allows; for instance {self._job.name_of(row)}: {reason}. Correct the "
-                "data, or raise --max-invalid; all encoded inputs are kept."
-            )
+        check_invalid(self._job.manifest, self._invalid, self._job.num_inputs, self._job.options, self._job.name_of)
 
     def _store(self, batch: Batch, parts: Sequence[Launched]) -> Mapping[int, str]:
         """In the thread: convert a batch, and write its block at the end. Returns the block's invalid inputs."""
@@ -287,6 +342,26 @@ class _Storing:
             return {}
         self._writer.put(portion)
         return portion.invalid
+
+
+def check_invalid(
+    manifest: EncoderManifest,
+    invalid: Mapping[int, str],
+    num_inputs: int,
+    options: ExtractConfig,
+    name_of: Callable[[int], str],
+) -> None:
+    """
+    Raises:
+        CacheError: more inputs are unreadable than --max-invalid allows.
+    """
+    if len(invalid) > options.max_invalid * num_inputs:
+        row, reason = max(invalid.items())
+        raise CacheError(
+            f"{manifest.key}: {len(invalid)} of {num_inputs} inputs are unreadable, more than --max-invalid "
+            f"{options.max_invalid:g} allows; for instance {name_of(row)}: {reason}. Correct the data, or raise "
+            "--max-invalid; all encoded inputs are kept."
+        )
 
 
 def _log_times(job: Job, seconds: Seconds) -> None:

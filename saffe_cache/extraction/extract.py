@@ -26,6 +26,7 @@ from saffe_cache.store.claims import held_cache
 from saffe_cache.store.manifest import RootManifest, layers_among, read_encoder, read_root, write_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder, read_table, write_table
+from saffe_cache.store.work import WORK
 from saffe_cache.store.writer import begin_log
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,36 @@ def extract(config: ExtractConfig | None = None, /, **options: Any) -> str:
         OSError: the disk is full or gone; the extraction can be resumed.
     """
     config = config or ExtractConfig(**options)
+    if config.rank is not None:
+        from saffe_cache.extraction.workers import run_rank  # it plans by what is here
+
+        return run_rank(config)
+    config, items, own = _read(config)
+    storage = Storage(config.cache)
+    if config.plan:
+        table, _ = _grow_table(storage, items, config)
+        _print_plan(list(_plan_jobs(storage, table, config, items, own, media_of(items))), items, config)
+        return f"nothing was written to {config.cache}"
+    with held_cache(storage):
+        jobs, media = _begin(storage, config, items, own)
+        storage.remove_folder(WORK)  # of processes that are gone; their finished shards count
+        record = provenance(config)
+        for job in jobs:
+            run_job(storage, job, media, record)
+    return config.cache
+
+
+def begin_extraction(storage: Storage, config: ExtractConfig) -> tuple[list[Job], Mapping[bytes, Media]]:
+    """Read the data, commit the table and the encoders, and return what is left to encode, and the media by their hash.
+
+    The caller holds the cache. Errors as of `extract`.
+    """
+    config, items, own = _read(config)
+    return _begin(storage, config, items, own)
+
+
+def _read(config: ExtractConfig) -> tuple[ExtractConfig, list[SourceItem], Mapping[str, OwnEncoder]]:
+    """The config in words, the items of its data, and the encoders that are Python objects."""
     own = {modality: one for modality, one in config.encoder.items() if isinstance(one, OwnEncoder)}
     names = {modality: one.name or type(one.model).__name__ for modality, one in own.items()}
     config = replace(config, encoder={**config.encoder, **names})
@@ -58,23 +89,25 @@ def extract(config: ExtractConfig | None = None, /, **options: Any) -> str:
     )
     config = replace(config, data=described(config.data), streaming=config.streaming or is_streamed(config.data))
     _check_unreadable(items, config)
-    storage = Storage(config.cache)
-    media = {h: item.media[m] for item in items if not item.problem for m, h in item.hashes.items()}
-    if config.plan:
-        table, _ = _grow_table(storage, items, config)
-        _print_plan(list(_plan_jobs(storage, table, config, items, own, media)), items, config)
-        return f"nothing was written to {config.cache}"
-    with held_cache(storage):
-        table, changed = _grow_table(storage, items, config)
-        jobs = list(_plan_jobs(storage, table, config, items, own, media))
-        for job in jobs:
-            check_sources(job, media)
-        _log_plan(jobs, table, items)
-        _write_root(storage, table if changed else None, jobs)
-        record = provenance(config)
-        for job in jobs:
-            run_job(storage, job, media, record)
-    return config.cache
+    return config, items, own
+
+
+def media_of(items: Sequence[SourceItem]) -> dict[bytes, Media]:
+    """The photos and sounds of the usable items by their hash."""
+    return {h: item.media[m] for item in items if not item.problem for m, h in item.hashes.items()}
+
+
+def _begin(
+    storage: Storage, config: ExtractConfig, items: Sequence[SourceItem], own: Mapping[str, OwnEncoder]
+) -> tuple[list[Job], Mapping[bytes, Media]]:
+    media = media_of(items)
+    table, changed = _grow_table(storage, items, config)
+    jobs = list(_plan_jobs(storage, table, config, items, own, media))
+    for job in jobs:
+        check_sources(job, media)
+    _log_plan(jobs, table, items)
+    _write_root(storage, table if changed else None, jobs)
+    return jobs, media
 
 
 def _plan_jobs(

@@ -254,10 +254,7 @@ def plan_job(
 def new_job(encoder: FrozenEncoder, manifest: EncoderManifest, options: EncodeOptions, table: ItemTable) -> Job:
     """A job for the inputs of a table, without arrays, and for sounds without offsets."""
     modality = manifest.modality
-    inputs = table.inputs[modality]
-    is_wanted = np.ones(len(inputs), bool)  # texts are always available
-    if modality in table.rows:
-        is_wanted = np.isin(np.arange(len(inputs)), table.rows[modality])
+    inputs, is_wanted = table.inputs[modality], wanted_inputs(table, modality)
     name_of = partial(table.name_of, modality)
     job = Job(encoder=encoder, manifest=manifest, options=options, inputs=inputs, is_wanted=is_wanted, name_of=name_of)
     if modality == "text":
@@ -268,6 +265,14 @@ def new_job(encoder: FrozenEncoder, manifest: EncoderManifest, options: EncodeOp
         lengths = [kept(len(ids)) for ids in job.token_ids]
         job.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return job
+
+
+def wanted_inputs(table: ItemTable, modality: Modality) -> np.ndarray:
+    """bool [inputs]: whether an item refers to an input."""
+    count = len(table.inputs[modality])
+    if modality not in table.rows:
+        return np.ones(count, bool)  # texts are always available
+    return np.isin(np.arange(count), table.rows[modality])
 
 
 def stored_offsets(storage: Storage, manifest: EncoderManifest) -> np.ndarray:

@@ -74,10 +74,16 @@ def missing_rows(job: Job, inputs: range) -> dict[str, range]:
 def _first_missing(array: ArrayManifest, rows: range) -> int:
     """The first row that is not committed, among rows that begin with a shard."""
     for start in range(rows.start, rows.stop, array.spec.shard_rows):
-        held = array.rows_of_shard(start // array.spec.shard_rows)
+        held = _committed(array, start // array.spec.shard_rows)
         if start + held < min(start + array.spec.shard_rows, rows.stop):
             return start + held
     return rows.stop
+
+
+def _committed(array: ArrayManifest, index: int) -> int:
+    """Committed rows of a shard."""
+    entry = array.shards[index] if index < len(array.shards) else array.later.get(index)
+    return entry.rows if entry else 0
 
 
 def blocks_for(job: Job, start: int, rows: Mapping[str, range]) -> list[range]:
@@ -88,4 +94,8 @@ def blocks_for(job: Job, start: int, rows: Mapping[str, range]) -> list[range]:
     if not needed:
         return []
     first, last = min(one for one, _ in needed), max(one for _, one in needed)
-    return [block for block in cut_blocks(start, job.num_inputs, job.block_rows) if block.stop > first and block.start <= last]
+    return [
+        block
+        for block in cut_blocks(start, job.num_inputs, job.block_rows)
+        if block.stop > first and block.start <= last
+    ]

@@ -110,6 +110,11 @@ def _process_start(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
+def seconds_since(holder: Holder) -> float:
+    """Since the last heartbeat, by the clocks of two machines that may differ: for people alone."""
+    return max(0.0, time.time() - holder.at)
+
+
 class Watch:
     """Remembers when each claim last changed, by this process's clock."""
 

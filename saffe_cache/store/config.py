@@ -26,6 +26,17 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StatusConfig:
+    """Show how far the extraction into a cache is: ranges that are done, running (with the age of the last heartbeat),
+    failed, dead and free."""
+
+    cache: str = positional()
+    """The cache."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
     """Copy a cache, with hidden states of another type or compression."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from saffe_cache.core.features import CacheError, Modality, printable, short_hash
 from saffe_cache.core.json_schema import made_of
-from saffe_cache.store.claims import DEAD_AFTER_SECONDS, Holder, Watch, generations, seconds_since
+from saffe_cache.store.claims import DEAD_AFTER_SECONDS, Watch, generations, seconds_since
 from saffe_cache.store.config import StatusConfig
 from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.manifest import existing_root, read_encoder
@@ -51,6 +51,8 @@ class PlannedEncoder:
     block_rows: int
     """Inputs of a block. All blocks are those of one process that encodes everything from `start` on."""
     num_truncated: int = 0
+    num_absent: int = 0
+    """Wanted inputs from `start` on that were not among the data."""
     arrays: Mapping[str, PlannedArray]
     edges: tuple[int, ...]
     """Range i has the inputs from edge i to edge i + 1, and owns the shards whose first row belongs to one of them."""
@@ -219,16 +221,13 @@ def cache_status(config: StatusConfig) -> CacheState:
         if holder and silent < DEAD_AFTER_SECONDS and seconds_since(holder) < DEAD_AFTER_SECONDS:
             planner = str(holder)
     plan = read_plan(storage)
-    encoders = []
-    if not planner or storage.exists("zarr.json"):
-        planned = {one.key: one for one in plan.encoders} if plan else {}
-        for key in existing_root(storage).encoders:
-            encoders.append(_encoder_state(storage, key, plan, planned.get(key)))
+    planned = {one.key: one for one in plan.encoders} if plan else {}
+    keys = existing_root(storage).encoders if not planner or storage.exists("zarr.json") else ()
     return CacheState(
         cache=config.cache,
         is_planned=plan is not None,
         planner=planner,
-        encoders=encoders,
+        encoders=[_encoder_state(storage, key, plan, planned.get(key)) for key in keys],
         as_json=config.json,
     )
 
@@ -244,7 +243,8 @@ def _encoder_state(storage: Storage, key: str, plan: Plan | None, planned: Plann
     states = [_range_state(storage, piece, f"{plan.claims}/{piece.name}.{taken[piece.name]}") for piece in begun]
     return EncoderState(
         key=key,
-        finished_inputs=planned.start + sum(max(0, piece.inputs.stop - max(piece.inputs.start, planned.start)) for piece in done),
+        finished_inputs=planned.start
+        + sum(max(0, piece.inputs.stop - max(piece.inputs.start, planned.start)) for piece in done),
         num_inputs=planned.num_inputs,
         done=len(done),
         free=len(pieces) - len(done) - len(begun),
@@ -255,7 +255,9 @@ def _encoder_state(storage: Storage, key: str, plan: Plan | None, planned: Plann
 def _range_state(storage: Storage, piece: Piece, claim: str) -> RangeState:
     holder, _ = Watch(storage).look(claim)
     if holder is None:
-        return RangeState(number=piece.number, state="dead", owner="unknown", seconds=0.0, reason="its claim is damaged")
+        return RangeState(
+            number=piece.number, state="dead", owner="unknown", seconds=0.0, reason="its claim is damaged"
+        )
     seconds = seconds_since(holder)
     state = "failed" if holder.failed else "dead" if holder.has_ended or seconds > DEAD_AFTER_SECONDS else "running"
     return RangeState(
