@@ -23,6 +23,7 @@ from saffe_cache.encoders.windows import Windows
 from saffe_cache.extraction.config import ExtractConfig, RepairConfig
 from saffe_cache.extraction.extract import extract
 from saffe_cache.extraction.repair import repair
+from saffe_cache.extraction.workers import plan_work
 from saffe_cache.fusion.known.insertion import inserted_tokens
 from saffe_cache.fusion.layers import mean_weights
 from saffe_cache.inputs.feature_loader import FeatureLoader, summaries
@@ -274,6 +275,19 @@ def test_resumed_extraction_equals_an_uninterrupted_one(config: ExtractConfig, t
             extract(config)
     assert files_of(extract(config)) == expected
     assert verify(config.cache)[1] == []
+
+
+def test_sounds_extracted_by_workers_equal_one_process(config: ExtractConfig, tmp_path: Path, hubert: Path) -> None:
+    lengths = tuple(800 + 331 * (number % 13) for number in range(200))
+    data = write_sounds(tmp_path / "many", lengths)
+    alone = replace(config, data=str(data), encoder={"audio": str(hubert)}, shard_mb=0)
+    extract(alone)
+    shared = replace(alone, cache=str(tmp_path / "shared.zarr"), rank=1, world_size=2)
+    plan = plan_work(shared)
+    assert plan is not None
+    assert len(plan.pieces) > 2
+    extract(shared)
+    assert files_of(shared.cache) == files_of(alone.cache)
 
 
 def test_sounds_decoded_in_processes_are_the_same(config: ExtractConfig, tmp_path: Path) -> None:
