@@ -334,7 +334,7 @@ def test_texts_in_several_ranges_equal_one_process(config: ExtractConfig) -> Non
     entry = {"file_name": "000.png", "captions": [f"word{n % 40} word{n // 40} {n}" for n in range(3500)]}
     (Path(config.data) / "dev" / "metadata.jsonl").write_text(json.dumps(entry))
     texts = replace(config, encoder={"text": config.encoder["text"]}, layers={"text": (1, 3)}, splits=("dev",))
-    plan = plan_work(texts)
+    plan = plan_work(texts, num_workers=4)
     assert plan is not None
     assert len(plan.pieces) > 2
     with Worker(texts, "a", shows_progress=False) as worker:

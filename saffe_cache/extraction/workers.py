@@ -98,15 +98,18 @@ def run_rank(config: ExtractConfig) -> str:
     return config.cache
 
 
-def plan_work(config: ExtractConfig, owner: str = "planner") -> Plan | None:
+def plan_work(config: ExtractConfig, owner: str = "planner", num_workers: int = 1) -> Plan | None:
     """Plan an extraction by several processes, or find the plan that another one made; None if nothing is left to do.
 
     Errors as of `extract`.
+
+    Args:
+        num_workers: about how many workers there will be. What they write does not depend on it.
     """
     _refuse_objects(config)
     storage = Storage(config.cache)
     with held_cache(storage, shared=True, owner=owner):
-        return _shared_plan(storage, config, owner)[0]
+        return _shared_plan(storage, config, owner, num_workers)[0]
 
 
 def finish_work(config: ExtractConfig, owner: str = "planner") -> None:
@@ -135,7 +138,7 @@ class Worker:
         self._stack = ExitStack()
         with ExitStack() as stack:
             stack.enter_context(held_cache(self._storage, shared=True, owner=owner))
-            self.plan, self._jobs, self._media = _shared_plan(self._storage, config, owner)
+            self.plan, self._jobs, self._media = _shared_plan(self._storage, config, owner, config.world_size or 1)
             if self.plan is not None:
                 self._begin(self.plan, stack, shows_progress)
             self._stack = stack.pop_all()
@@ -350,7 +353,7 @@ def _num_absent(modality: Any, start: int, table: ItemTable, media: Mapping[byte
 
 
 def _shared_plan(
-    storage: Storage, config: ExtractConfig, owner: str
+    storage: Storage, config: ExtractConfig, owner: str, num_workers: int
 ) -> tuple[Plan | None, dict[str, Job], Mapping[bytes, Media] | None]:
     """The plan, and what the process that made it knows already: its jobs and media."""
     claims, seen = Claims(storage, PLANNING, owner), set[str]()
@@ -366,7 +369,7 @@ def _shared_plan(
             raise CacheError(f"{holder} could not plan the extraction: {holder.failed}")
         claim = claims.take("plan")
         if claim is not None:
-            return _plan_once(storage, config, claim)
+            return _plan_once(storage, config, claim, num_workers)
         if holder and holder.token not in seen:
             logger.info("%s: waiting for the plan of %s.", owner, holder)
             seen.add(holder.token)
@@ -374,7 +377,7 @@ def _shared_plan(
 
 
 def _plan_once(
-    storage: Storage, config: ExtractConfig, claim: Claim
+    storage: Storage, config: ExtractConfig, claim: Claim, num_workers: int
 ) -> tuple[Plan | None, dict[str, Job], Mapping[bytes, Media] | None]:
     """Plan under a claim; others wait for the plan, or for the claim's end."""
     try:
@@ -382,7 +385,7 @@ def _plan_once(
         if plan is None:
             jobs, media = _begin_jobs(storage, config)
         if jobs:
-            create_plan(storage, _plan_of(storage, config, jobs, media or {}))
+            create_plan(storage, _plan_of(storage, config, jobs, media or {}, num_workers))
             plan = read_plan(storage)
     except Exception as error:
         claim.give_up(str(error) or type(error).__name__)
@@ -407,7 +410,9 @@ def _begin_jobs(storage: Storage, config: ExtractConfig) -> tuple[dict[str, Job]
     return left, media
 
 
-def _plan_of(storage: Storage, config: ExtractConfig, jobs: Mapping[str, Job], media: Mapping[bytes, Media]) -> Plan:
+def _plan_of(
+    storage: Storage, config: ExtractConfig, jobs: Mapping[str, Job], media: Mapping[bytes, Media], num_workers: int
+) -> Plan:
     root = read_root(storage)
     assert root is not None
     table = read_table(storage, f"tables/{root.table}")
@@ -421,7 +426,7 @@ def _plan_of(storage: Storage, config: ExtractConfig, jobs: Mapping[str, Job], m
             num_truncated=job.num_truncated,
             num_absent=_num_absent(job.manifest.modality, job.start, table, media),
             arrays=_planned_arrays(job),
-            edges=cut_ranges(job, config.world_size or 1),
+            edges=cut_ranges(job, num_workers),
         )
         for key, job in jobs.items()
     ]
