@@ -490,6 +490,7 @@ def _finish(storage: Storage, plan: Plan, config: ExtractConfig) -> None:
     for planned in plan.encoders:
         _complete(storage, plan, planned, config)
     if _is_current(storage, plan):
+        storage.remove_folder(PLANNING)  # of planners that died; nobody plans while there is a plan
         storage.remove(PLAN)
     storage.remove_folder(plan.folder)
     if not storage.list(WORK):

@@ -181,7 +181,11 @@ class Claim:
             self._storage.write(self.name, replace(self._holder, failed=reason, at=time.time()).to_bytes())
 
     def remove(self) -> None:
+        """End the claim and remove its file, and those of the dead holders before."""
         self.release()
+        piece, _, generation = self.name.rpartition(".")
+        for number in range(int(generation) if piece else 0):
+            self._storage.remove(f"{piece}.{number}")
         self._storage.remove(self.name)
 
 

@@ -115,7 +115,7 @@ def ask(question: Callable[[], Any], folder: Path) -> Any:
 
 def preload() -> None:
     """Import here what the commands import, so that no child has to."""
-    for verb in ("extraction.extract", "training.train", "evaluation.evaluate"):
+    for verb in ("extraction.extract", "extraction.workers", "training.train", "evaluation.evaluate"):
         importlib.import_module(f"saffe_cache.{verb}")
     importlib.import_module("torch._dynamo")
     for name in ("AutoTokenizer", "BitImageProcessorPil", "Dinov2Model", "BertModel"):

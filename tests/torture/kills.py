@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import time
+from dataclasses import replace
 
 from cases import Case
 from forked import at_call, kill_self
@@ -14,6 +15,7 @@ from table import Table, not_clean, not_recovered
 _ANY = re.compile("")
 _LONGEST_CHAIN = 4
 """Kills of one run, each behind a resumption, before it may go on to its end."""
+_RANKS = 3
 
 
 def kill_at_random(case: Case, kills: int, table: Table, generator: random.Random) -> None:
@@ -49,6 +51,32 @@ def _kill(case: Case, sent: signal.Signals, moment: float) -> list[str] | None:
     elif outcome.status != -sent:
         problems.append(f"status {outcome.status}: {outcome.errors[-500:]}")
     return problems + case.damage()
+
+
+def kill_ranks(case: Case, kills: int, table: Table, generator: random.Random) -> None:
+    """kill -9 at random ranks of one extraction, which are started again, until all end by themselves."""
+    ranks = [
+        replace(case, arguments=[*case.arguments, "--rank", str(n), "--world-size", str(_RANKS)]) for n in range(_RANKS)
+    ]
+    fault = f"kill -9 at random of {_RANKS} ranks, each started again, {case.name}"
+    while kills > 0:
+        case.reset()
+        children = [one.start() for one in ranks]
+        problems = []
+        for _ in range(min(kills, _LONGEST_CHAIN)):
+            time.sleep(generator.uniform(0, 0.5 * case.seconds))
+            number = generator.randrange(_RANKS)
+            children[number].end(signal.SIGKILL)
+            outcome = children[number].wait()
+            if outcome.status not in (-signal.SIGKILL, 0):
+                problems.append(f"rank {number}: status {outcome.status}: {outcome.errors[-500:]}")
+            kills -= outcome.status == -signal.SIGKILL
+            children[number] = ranks[number].start()
+        ends = [child.wait() for child in children]
+        problems += [f"status {end.status}: {end.errors[-500:]}" for end in ends if end.status]
+        different = case.differences()
+        problems += [f"these differ from an uninterrupted run: {different[:5]}"] if different else []
+        table.add(fault, "equal to an uninterrupted run of one process", *problems)
 
 
 def kill_at_calls(

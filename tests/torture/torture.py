@@ -41,6 +41,7 @@ def torture(cases: dict[str, Case], table: Table, generator: random.Random, has_
     for case in cases.values():
         kills.kill_at_random(case, 30, table, generator)
     for case in (extraction, growth):
+        kills.kill_ranks(case, 20, table, generator)
         kills.kill_at_commits(case, table)
         kills.kill_at_calls(case, "replace", table, step=8)
         kills.kill_at_calls(case, "fsync", table, step=24)
@@ -72,6 +73,7 @@ def quick(cases: dict[str, Case], table: Table, generator: random.Random, has_mo
     extraction, training, evaluation = (cases[name] for name in ("extraction", "training", "evaluation"))
     for case in (extraction, training, evaluation):
         kills.kill_at_random(case, 1, table, generator)
+    kills.kill_ranks(extraction, 1, table, generator)
     kills.kill_at_calls(training, "replace", table, step=12, after=True)
     faults.limit_handles(extraction, table, range(12, 13))
     faults.kill_workers(extraction, table, range(9, 10))
