@@ -75,8 +75,13 @@ class LogWriter:
     def add(self, record: Record) -> None:
         """Make a record durable."""
         self._since.add(record)
-        if len(self._recent) < _JOINED:
-            self._recent.append(self._create(record))
+        self._recent.append(self._create(record))
+        if len(self._recent) > _JOINED:
+            self.join()
+
+    def join(self) -> None:
+        """Replace the recent records by one that says the same, so that the log stays short."""
+        if len(self._recent) < 2:
             return
         joined, self._recent = self._recent, []
         self._create(self._since)

@@ -184,6 +184,10 @@ class EncoderWriter:
 
         Raises OSError if a portion could not be written.
         """
+        self._finish_rows()
+        self._log.join()
+
+    def _finish_rows(self) -> None:
         for name, array in self._arrays.items():
             assert array.position == array.stop, f"{name} ends at row {array.position} of {array.stop}"
         self._settle()
@@ -198,7 +202,7 @@ class EncoderWriter:
 
         Raises OSError if a portion could not be written.
         """
-        self.finish_part()
+        self._finish_rows()
         end_log(self._storage, self.manifest, num_inputs)
 
     def _settle(self) -> None:
