@@ -64,7 +64,7 @@ _NOTHING = "nothing is left to do"
 _FREE_OPTIONS = frozenset(
     {
         *("cache", "data", "encoder", "revision", "device", "device_map", "max_memory", "workers", "decode_in"),
-        *("max_invalid", "changed", "plan", "rank", "world_size"),
+        *("max_invalid", "changed", "rehash", "plan", "rank", "world_size"),
     }
 )
 """Options that may differ between processes. Encoders are compared by what they are, devices by their type."""
