@@ -34,15 +34,16 @@ from store_cases import (
 from synthetic_cache import make_cache
 
 from saffe_cache.core import options
-from saffe_cache.core.features import CacheError
+from saffe_cache.core.features import CacheError, ItemTable
 from saffe_cache.sources.folders import folder_items
 from saffe_cache.sources.items import Columns
 from saffe_cache.store import inspect
 from saffe_cache.store.layout import ShardEntry, compress, decode_shard, describe_shard, encode_shard
-from saffe_cache.store.manifest import ArrayFiles, read_encoder, read_root
+from saffe_cache.store.manifest import ArrayFiles, RootManifest, read_encoder, read_root
+from saffe_cache.store.parts import check_inputs, read_table, table_to_arrays
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
-from saffe_cache.store.storage import Storage, describe_group, group_metadata
-from saffe_cache.store.table import TableBuilder, read_table, table_to_arrays
+from saffe_cache.store.storage import Storage, describe_group, group_metadata, read_group
+from saffe_cache.store.table import TableBuilder
 
 PROMISED = (CacheError, ValueError, OSError)
 Change = Callable[[bytes, Random], bytes]
@@ -111,7 +112,8 @@ def _store_targets(work: Path) -> dict[str, Target]:
         assert found is not None
         for key in found.encoders[:3]:
             read_encoder(storage, key)
-        storage.exists(f"tables/{found.table}/zarr.json")
+        for name in found.tables[:3]:
+            storage.exists(f"tables/{name}/zarr.json")
 
     def manifest(data: bytes) -> None:
         one, name = (images, keys[0]) if b"tiny image" in data else (texts, keys[1])
@@ -137,7 +139,8 @@ def _store_targets(work: Path) -> dict[str, Target]:
         "array zarr.json": Target(call=array, examples=[files[pooled]], change=changed_json),
         "block": Target(call=plain_group, examples=[files[block]], change=changed_json),
         "shard": _shard_target(),
-        "item table": _table_target(files),
+        "item table": _table_target(table),
+        "part of a table": _part_target(files),
     }
 
 
@@ -172,9 +175,38 @@ def _shard_target() -> Target:
     return Target(call=shard, examples=examples, change=changed_bytes)
 
 
-def _table_target(files: Mapping[str, bytes]) -> Target:
+def _use_table(storage: Storage, root: RootManifest) -> None:
+    found = read_table(storage, root)
+    check_inputs(found)
+    TableBuilder(found, ("a {}",)).build()
+    for split in found.splits.counts():
+        found.in_split(split)
+    cache = Cache.__new__(Cache)
+    cache.table = found
+    inspect._describe_items(cache)
+
+
+def _part_target(files: Mapping[str, bytes]) -> Target:
+    """Arrow files, the first byte chooses which; their checksums are true."""
+    root = read_root(MemoryStorage(files))
+    assert root is not None
+    group, kinds = f"tables/{root.tables[0]}", ("items", "text", "image")
+    attributes, arrays = read_group(MemoryStorage(files), group, "saffe-items", (2,))
+    fields = {name: attributes[name] for name in ("encoding-version", "rows")}
+
+    def part(data: bytes) -> None:
+        kind = kinds[data[0] % 3 if data else 0]
+        changed = {**arrays, kind: np.frombuffer(data[1:], np.uint8)}
+        described = group_metadata({"saffe_cache": describe_group("saffe-items", changed, fields)})
+        names = {f"{group}/zarr.json": described, f"{group}/{kind}/c/0": data[1:]}
+        _use_table(MemoryStorage({**files, **names}), root)
+
+    examples = [bytes([number]) + arrays[kind].tobytes() for number, kind in enumerate(kinds)]
+    return Target(call=part, examples=examples, change=changed_bytes)
+
+
+def _table_target(table: ItemTable) -> Target:
     """Columns as JSON; their checksums are true, so that what they say is looked at."""
-    table = read_table(MemoryStorage(files), "tables/1")
     good = {
         name: {"dtype": values.dtype.name, "shape": list(values.shape), "values": values.reshape(-1).tolist()}
         for name, values in table_to_arrays(table).items()
@@ -196,13 +228,7 @@ def _table_target(files: Mapping[str, bytes]) -> Target:
         }
         attributes = describe_group("saffe-items", arrays, {})
         storage = MemoryStorage({**stored, "tables/1/zarr.json": group_metadata({"saffe_cache": attributes})})
-        found = read_table(storage, "tables/1")
-        TableBuilder(found, ("a {}",)).build()
-        for split in set(found.splits):
-            found.in_split(split)
-        cache = Cache.__new__(Cache)
-        cache.table = found
-        inspect._describe_items(cache)
+        _use_table(storage, RootManifest(("1",), (), 1))
 
     return Target(call=item_table, examples=[json.dumps(good).encode()], change=changed_json)
 
@@ -403,7 +429,9 @@ def _exchange_targets(work: Path) -> dict[str, Target]:
 
 
 _MAKERS = {
-    **dict.fromkeys(("root", "manifest", "array zarr.json", "block", "shard", "item table"), _store_targets),
+    **dict.fromkeys(
+        ("root", "manifest", "array zarr.json", "block", "shard", "item table", "part of a table"), _store_targets
+    ),
     **dict.fromkeys(("metadata.jsonl", "class folders"), _source_targets),
     **dict.fromkeys(("run config.json", "run result.json", "model.safetensors", "state.safetensors"), _run_targets),
     **dict.fromkeys(("options", "options file"), _option_targets),

@@ -30,8 +30,9 @@ from saffe_cache.store.manifest import (
     write_encoder,
     write_root,
 )
+from saffe_cache.store.parts import read_table, remove_unlisted, write_part
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.table import TableBuilder, read_table, write_table
+from saffe_cache.store.table import TableBuilder
 from saffe_cache.store.writer import EncoderWriter, Portion, begin_log, write_blocks
 
 NUM_LAYERS, WIDTH = 3, 4
@@ -166,22 +167,21 @@ def write_contents(path: str | Path, *all_contents: Contents, portion: int = 3) 
 
 
 def _write_root(storage: Storage, all_contents: tuple[Contents, ...]) -> None:
-    root = read_root(storage) or RootManifest(0, ())
-    builder = TableBuilder(read_table(storage, f"tables/{root.table}") if root.table else None, ("a {}",))
+    was = read_root(storage)
+    root = was or RootManifest((), ())
+    builder = TableBuilder(read_table(storage, root) if root.tables else None, ("a {}",))
     count = max(contents.num_inputs for contents in all_contents)
-    changed = [builder.add(make_item(number)) for number in range(count)]
-    generation = root.table + any(changed)
-    if any(changed):
-        storage.remove_folder(f"tables/{generation}")
-        write_table(storage, f"tables/{generation}", builder.build())
+    for number in range(count):
+        builder.add(make_item(number))
+    part = builder.part()
+    tables = write_part(storage, root, part) if part else root.tables
     new = [contents for contents in all_contents if contents.key not in root.encoders]
     for contents in new:
         begin_log(storage, _new_manifest(contents), {})
-    keys = (*root.encoders, *(contents.key for contents in new))
-    if (generation, keys) != (root.table, root.encoders):
-        write_root(storage, RootManifest(generation, keys))
-        if any(changed):
-            storage.remove_folder(f"tables/{generation - 1}")
+    grown = RootManifest(tables, (*root.encoders, *(contents.key for contents in new)))
+    if grown != root:
+        write_root(storage, grown, was)
+        remove_unlisted(storage, grown)
 
 
 def _write_encoder(storage: Storage, contents: Contents, portion: int) -> None:

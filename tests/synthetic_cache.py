@@ -12,8 +12,9 @@ from saffe_cache.core.features import BlockSpec, BlockWeights, Fingerprint, Item
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.manifest import EncoderManifest, RootManifest, write_root
+from saffe_cache.store.parts import write_table
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.table import TableBuilder, write_table
+from saffe_cache.store.table import TableBuilder
 from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks
 
 TOKENS, WIDTH, TEXT_WIDTH, LAYERS = 5, 16, 12, 3
@@ -93,8 +94,7 @@ def make_cache(
         _write_encoder(storage, "image", images, len(of_photo), width, generator, feature_maps=feature_maps),
         _write_encoder(storage, "text", words, num_texts, text_width, generator),
     ]
-    write_table(storage, "tables/1", table)
-    write_root(storage, RootManifest(1, tuple(keys)))
+    write_root(storage, RootManifest(write_table(storage, table), tuple(keys)))
     return str(path)
 
 

@@ -32,10 +32,10 @@ from saffe_cache.core import atomic_io
 from saffe_cache.core.atomic_io import FolderInUseError
 from saffe_cache.core.features import CacheError, ItemTable
 from saffe_cache.store import inspect, reader
-from saffe_cache.store.manifest import encoder_group, read_encoder, read_root
+from saffe_cache.store.manifest import RootManifest, encoder_group, read_encoder, read_root
+from saffe_cache.store.parts import read_table
 from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.table import read_table
 from saffe_cache.store.writer import EncoderWriter
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -317,18 +317,18 @@ def test_readers_follow_a_replaced_table(
     write_contents(tmp_path, image_contents(3))
     grow, tables = iter((7, 13)), []
 
-    def late(storage: Storage, name: str) -> ItemTable:
-        tables.append(name)
+    def late(storage: Storage, root: RootManifest) -> ItemTable:
+        tables.append([name.partition("-")[0] for name in root.tables])
         for count in grow:
             with monkeypatch.context() as patch:
                 for module in (reader, inspect):
                     patch.setattr(module, "read_table", read_table)
                 write_contents(tmp_path, image_contents(count))
             break
-        return read_table(storage, name)
+        return read_table(storage, root)
 
     for module in (reader, inspect):
         monkeypatch.setattr(module, "read_table", late)
     result = read(tmp_path)
-    assert tables == ["tables/1", "tables/2", "tables/3"]
+    assert tables == [["1"], ["2"], ["3"]]
     assert not isinstance(result, tuple) or result[1] == []

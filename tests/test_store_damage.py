@@ -154,15 +154,31 @@ def test_swapped_shards_are_found(cache: Path) -> None:
     assert all(f"hidden_states/1/c/{index}/0/0: its rows differ" in problems[index] for index in (0, 1))
 
 
-@pytest.mark.parametrize("name", ["tables/1/ids/utf8/c/0", "encoders/{key}/blocks/1/query_weight/c/0/0"])
+@pytest.mark.parametrize("name", ["tables/{part}/items/c/0", "encoders/{key}/blocks/1/query_weight/c/0/0"])
 @pytest.mark.parametrize("damage", [remove, cut, lambda path: flip(path, 0)])
 def test_tables_and_blocks_are_verified(cache: Path, name: str, damage: Callable[[Path], None]) -> None:
-    damage(cache / name.format(key=IMAGES.key))
+    [part] = open_cache(cache).root.tables
+    damage(cache / name.format(key=IMAGES.key, part=part))
     count, [problem] = verify(cache)
     assert count == SHARDS
-    assert name.format(key=IMAGES.key).rsplit("/c/")[0].rsplit("/", 1)[1] in problem
+    assert name.format(key=IMAGES.key, part=part).rsplit("/c/")[0].rsplit("/", 1)[1] in problem
     with pytest.raises(CacheError):
         open_cache(cache).encoder("image").block(1)
+
+
+@pytest.mark.parametrize("damage", [remove, cut, lambda path: flip(path, 0), lambda path: flip(path, -1)])
+def test_damaged_inputs_are_refused_when_used(cache: Path, damage: Callable[[Path], None]) -> None:
+    """They are not read when a cache is opened."""
+    [part] = open_cache(cache).root.tables
+    damage(cache / f"tables/{part}/text/c/0")
+    count, [problem] = verify(cache)
+    assert count == SHARDS
+    inputs = open_cache(cache).table.inputs
+    assert len(inputs["image"].content_hash) == 13
+    for column in ("texts", "content_hash"):
+        with pytest.raises(CacheError, match=rf"tables/{part}/text"):
+            getattr(inputs["text"], column)
+    assert f"tables/{part}/text" in problem
 
 
 @pytest.mark.parametrize("change", [{"shape": [3, 3]}, {"data_type": "float64"}, {"codecs": []}, {"shape": None}])
@@ -199,7 +215,17 @@ def test_no_cache_is_refused(tmp_path: Path) -> None:
         ('{"zarr_format": 3, "node_type": "group", "attributes": {}}', "found a Zarr group, expected a feature cache"),
         ('{"zarr_format": 3, "node_type": "group"}', "found a Zarr group, expected a feature cache"),
         ('{"attributes": {"saffe_cache": 1}}', "found a Zarr group, expected a feature cache"),
-        ('{"attributes": {"saffe_cache": {"format_version": 2}}}', "format version 2, this release reads 1"),
+        ('{"attributes": {"saffe_cache": {"format_version": 3}}}', "format version 3, this release reads 1 and 2"),
+        (
+            '{"attributes": {"saffe_cache": {"format_version": true}}}',
+            "format version True, this release reads 1 and 2",
+        ),
+        ('{"attributes": {"saffe_cache": {"format_version": 2, "table": 1, "encoders": []}}}', "misstates 'tables'"),
+        ('{"attributes": {"saffe_cache": {"format_version": 2, "tables": [], "encoders": []}}}', "expected names such"),
+        (
+            '{"attributes": {"saffe_cache": {"format_version": 2, "tables": ["../1-0a1b2c3d"], "encoders": []}}}',
+            "expected names such as",
+        ),
         ('{"attributes": {"saffe_cache": {"format_version": 1}}}', "lacks or misstates 'table'"),
         ('{"attributes": {"saffe_cache": {"format_version": 1, "table": "x", "encoders": []}}}', "misstates"),
         ('{"attributes": {"saffe_cache": {"format_version": 1, "table": 1, "encoders": 5}}}', "misstates encoders: 5"),

@@ -8,14 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_cases import memory_folder, without_fsync
 
 from saffe_cache.core.features import CacheError, Inputs, Item, ItemTable, Ragged
-from saffe_cache.store.storage import Storage, describe_group, write_group
-from saffe_cache.store.table import TableBuilder, read_table, table_to_arrays, text_hash, write_table
+from saffe_cache.core.texts import Coded, Texts
+from saffe_cache.store import table as table_module
+from saffe_cache.store.manifest import RootManifest, existing_root, write_root
+from saffe_cache.store.parts import Part, merge, read_table, remove_unlisted, table_to_arrays, write_part, write_table
+from saffe_cache.store.storage import Storage, describe_group, read_group, write_group
+from saffe_cache.store.table import TableBuilder, text_hash
 
 pytestmark = pytest.mark.filterwarnings("error")
 PROMPTS = ("a photo of a {}.", "{}")
@@ -41,6 +46,20 @@ def build(*items: Item, table: ItemTable | None = None) -> ItemTable:
     for item in items:
         builder.add(item)
     return builder.build()
+
+
+def root_of(*tables: str, version: int = 2) -> RootManifest:
+    return RootManifest(tables, (), version)
+
+
+def read_back(folder: Path, table: ItemTable) -> ItemTable:
+    return read_table(Storage(folder), root_of(*write_table(Storage(folder), table)))
+
+
+def write_columns(storage: Storage, arrays: dict[str, np.ndarray]) -> RootManifest:
+    """A table of format version 1."""
+    write_group(storage, "tables/1", describe_group("saffe-items", arrays, {}), arrays)
+    return root_of("1", version=1)
 
 
 def check_equal(found: ItemTable, expected: ItemTable) -> None:
@@ -81,16 +100,16 @@ def tables(draw: st.DrawFn) -> ItemTable:
 
     count, classes, num_texts = draw(st.integers(0, 3)), draw(st.integers(0, 2)), draw(st.integers(0, 3))
     inputs = {
-        "text": Inputs(hashes(num_texts), texts(num_texts)),
+        "text": Inputs(hashes(num_texts), Texts.of(texts(num_texts))),
         "image": Inputs(hashes(2)),
         "video": Inputs(hashes(1)),
     }
     inputs = {name: inputs[name] for name in draw(st.sets(st.sampled_from(sorted(inputs))))}
     num_texts, num_images, num_videos = (len(inputs.get(name, ())) for name in ("text", "image", "video"))
     return ItemTable(
-        ids=texts(count, unique=True),
-        splits=texts(count),
-        problems=texts(count),
+        ids=Texts.of(texts(count, unique=True)),
+        splits=Coded.of(texts(count)),
+        problems=Texts.of(texts(count)),
         rows={"image": column(count, num_images), "audio": column(count, 0), "video": column(count, num_videos)},
         captions=ragged(count, num_texts),
         labels=ragged(count, classes),
@@ -104,15 +123,15 @@ def tables(draw: st.DrawFn) -> ItemTable:
 @given(tables())
 def test_table_is_read_back_equal(table: ItemTable) -> None:
     with memory_folder() as folder:
-        write_table(Storage(folder), "tables/1", table)
-        check_equal(read_table(Storage(folder), "tables/1"), table)
+        check_equal(read_back(folder / "2", table), table)
+        storage = Storage(folder / "1")
+        check_equal(read_table(storage, write_columns(storage, table_to_arrays(table))), table)
 
 
 def test_unusual_texts_are_read_back_equal(tmp_path: Path) -> None:
     strange = ("", "\0", "\ud800 alone", "\ud83d\ude00 as two halves", "😀", "e\u0301", "\u202eright to left", "\r\n")
     table = build(photo(0, captions=strange, labels=strange[2:5]))
-    write_table(Storage(tmp_path), "tables/1", table)
-    found = read_table(Storage(tmp_path), "tables/1")
+    found = read_back(tmp_path, table)
     check_equal(found, table)
     assert found.inputs["text"].texts is not None
     assert found.inputs["text"].texts[: len(strange)] == strange
@@ -221,11 +240,11 @@ def test_inputs_of_unusable_items_are_not_extracted() -> None:
 
 def test_a_table_that_lacks_a_column_is_refused(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
-    write_table(storage, "tables/1", build(photo(0)))
+    root = write_columns(storage, table_to_arrays(build(photo(0))))
     text = storage.read("tables/1/zarr.json").decode()
     storage.write("tables/1/zarr.json", text.replace('"rows/image"', '"rows/other"').encode())
     with pytest.raises(CacheError, match=r"tables/1.*rows/other"):
-        read_table(storage, "tables/1")
+        read_table(storage, root)
 
 
 @pytest.mark.parametrize("damage", ["missing", "flipped", "short"])
@@ -233,14 +252,14 @@ def test_a_table_that_lacks_a_column_is_refused(tmp_path: Path) -> None:
 def test_damaged_columns_are_refused(tmp_path: Path, column: str, damage: str) -> None:
     """Zarr alone would take a missing chunk for zeros: a table of wrong pairs."""
     storage = Storage(tmp_path)
-    write_table(storage, "tables/1", build(photo(0), photo(1)))
+    root = write_columns(storage, table_to_arrays(build(photo(0), photo(1))))
     [chunk] = [path for path in (tmp_path / "tables/1" / column / "c").rglob("0") if path.is_file()]
     data = chunk.read_bytes()
     chunk.unlink()
     if damage != "missing":
         chunk.write_bytes(data[:-1] if damage == "short" else bytes([data[0] ^ 1]) + data[1:])
     with pytest.raises(CacheError, match=rf"tables/1.*{column}"):
-        read_table(storage, "tables/1")
+        read_table(storage, root)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +286,143 @@ def test_contradictory_columns_are_refused(tmp_path: Path, column: str, values: 
     """With checksums that are true of them: each would be an index out of range later, or a wrong pair."""
     storage = Storage(tmp_path)
     arrays = table_to_arrays(build(photo(0, captions=("a",), labels=("x",)), photo(1))) | {column: values}
-    write_group(storage, "tables/1", describe_group("saffe-items", arrays, {}), arrays)
+    root = write_columns(storage, arrays)
     with pytest.raises(CacheError, match=rf"tables/1: .*{words}.*Restore it from a copy"):
-        read_table(storage, "tables/1")
+        read_table(storage, root)
+
+
+def test_growth_is_written_as_a_small_part(tmp_path: Path) -> None:
+    """Until the small parts are as many rows as the large one."""
+    storage, items = Storage(tmp_path), [photo(number, captions=(f"caption {number}",)) for number in range(60)]
+    root = root_of(*write_table(storage, build(*items[:40])))
+    numbers = []
+    for count in range(41, 61):
+        builder = TableBuilder(read_table(storage, root), PROMPTS)
+        assert [builder.add(item) for item in items[:count]] == [False] * (count - 1) + [True]
+        part = builder.part()
+        assert part is not None
+        assert part.numbers.tolist() == [count - 1]
+        root = root_of(*write_part(storage, root, part))
+        numbers.append(len(root.tables))
+        check_equal(read_table(storage, root), build(*items[:count]))
+    assert max(numbers) <= 5
+    assert root.tables[0].startswith("1-")
+
+
+def test_a_changed_item_replaces_its_old_version(tmp_path: Path) -> None:
+    storage, items = Storage(tmp_path), [photo(number, captions=(f"caption {number}",)) for number in range(40)]
+    old, other = build(*items), replace(items[3], captions=("another", "caption 5"), labels=("x",))
+    root = root_of(*write_table(storage, old))
+    builder = TableBuilder(old, PROMPTS, may_change=True)
+    assert builder.add(other)
+    assert builder.add(photo(40))
+    part = builder.part()
+    assert part is not None
+    assert part.numbers.tolist() == [3, 40]
+    grown = root_of(*write_part(storage, root, part))
+    found = read_table(storage, grown)
+    assert len(grown.tables) == 2
+    check_equal(found, builder.build())
+    assert found.captions[3].tolist() == [40, 5]
+    assert (found.ids, found.class_names) == ((*old.ids, "photo 40"), ("x",))
+    assert not TableBuilder(found, PROMPTS).add(other)
+
+
+def test_columns_are_made_while_items_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [
+        photo(number, captions=(f"caption {number % 7}", f"caption {number}"), labels=(f"class {number % 3}",))
+        for number in range(50)
+    ]
+    expected = build(*items)
+    monkeypatch.setattr(table_module, "_LEAST_PENDING", 4)
+    builder = TableBuilder(build(*items[:5]), PROMPTS)
+    assert [builder.add(item) for item in items] == [False] * 5 + [True] * 45
+    assert not any(builder.add(item) for item in items[::-1])
+    check_equal(builder.build(), expected)
+    part = builder.part()
+    assert part is not None
+    assert part.numbers.tolist() == list(range(5, 50))
+    assert part.table.inputs["text"].texts == [f"caption {number}" for number in range(5, 50)]
+    check_equal(merge([Part(np.arange(5), build(*items[:5])), part]).table, expected)
+
+
+def test_a_table_of_version_1_becomes_a_part_when_it_grows(tmp_path: Path) -> None:
+    storage, items = Storage(tmp_path), [photo(number) for number in range(5)]
+    root = write_columns(storage, table_to_arrays(build(*items[:4])))
+    builder = TableBuilder(read_table(storage, root), PROMPTS)
+    builder.add(items[4])
+    part = builder.part()
+    assert part is not None
+    [name] = write_part(storage, root, part)
+    assert name.startswith("2-")
+    check_equal(read_table(storage, root_of(name)), build(*items))
+
+
+def arrow_file(table: pa.Table) -> np.ndarray:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return np.frombuffer(sink.getvalue(), np.uint8)
+
+
+def with_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("items", lambda items: items.slice(0, 1), "found 1 rows of"),
+        ("items", lambda items: items.drop_columns("image"), "image"),
+        ("items", lambda items: with_column(items, "image", pa.array([0, None])), "without nulls"),
+        ("items", lambda items: with_column(items, "image", pa.array([0, 2])), "rows/image has 0 to 2, expected -1 to"),
+        ("items", lambda items: with_column(items, "image", pa.array([0.0, 1.0])), "image: double"),
+        ("items", lambda items: with_column(items, "id", pa.array([b"a", b"a"], pa.large_binary())), "ids has a dupl"),
+        ("items", lambda items: with_column(items, "id", pa.array([b"a", b"\xff"], pa.large_binary())), "decode byte"),
+        (
+            "items",
+            lambda items: with_column(items, "id", pa.array([b"\xc3", b"\xa4"], pa.large_binary())),
+            "within a ch",
+        ),
+        ("items", lambda items: with_column(items, "number", pa.array([0, 2])), "do not continue those before"),
+        ("items", lambda items: with_column(items, "number", pa.array([0, 0])), "do not continue those before"),
+        ("items", lambda items: b"no Arrow file", "File is too small"),
+    ],
+)
+def test_contradictory_files_are_refused(tmp_path: Path, kind: str, change: object, words: str) -> None:
+    """With checksums that are true of them."""
+    storage = Storage(tmp_path)
+    [name] = write_table(storage, build(photo(0, captions=("a",), labels=("x",)), photo(1)))
+    attributes, arrays = read_group(storage, f"tables/{name}", "saffe-items", (2,))
+    with pa.ipc.open_file(pa.BufferReader(arrays[kind])) as file:
+        changed = change(file.read_all())  # type: ignore[operator]
+    arrays[kind] = np.frombuffer(changed, np.uint8) if isinstance(changed, bytes) else arrow_file(changed)
+    fields = {key: attributes[key] for key in ("encoding-version", "rows")}
+    write_group(storage, f"tables/{name}", describe_group("saffe-items", arrays, fields), arrays)
+    with pytest.raises(CacheError, match=rf"tables/{name}.*{words}.*Restore it from a copy"):
+        read_table(storage, root_of(name))
+
+
+def test_inputs_are_read_from_the_part_that_replaced_theirs(tmp_path: Path) -> None:
+    """On a store whose files cannot be mapped, a reader may come late."""
+    url, items = (
+        f"memory://{tmp_path.name}/late",
+        [photo(number, captions=(f"caption {number}",)) for number in range(9)],
+    )
+    storage = Storage(url)
+    root = root_of(*write_table(storage, build(*items[:3])))
+    write_root(storage, root)
+    was, late = existing_root(storage), read_table(storage, root)
+    builder = TableBuilder(read_table(storage, root), PROMPTS)
+    for item in items:
+        builder.add(item)
+    part = builder.part()
+    assert part is not None
+    grown = root_of(*write_part(storage, root, part))
+    write_root(storage, grown, was)
+    remove_unlisted(storage, grown)
+    assert len(grown.tables) == 1
+    assert late.inputs["text"].texts == ("caption 0", "caption 1", "caption 2")
+    storage.remove_folder(f"tables/{grown.tables[0]}")
+    with pytest.raises(CacheError, match=r"zarr\.json is missing"):
+        assert late.inputs["image"].content_hash

@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from saffe_cache.core.texts import Coded, Texts, take_values
+
 Modality = Literal["image", "text", "audio", "video"]
 MODALITIES: tuple[Modality, ...] = ("image", "text", "audio", "video")
 
@@ -231,9 +233,21 @@ class Ragged:
         """The row of each value."""
         return np.asarray(np.repeat(np.arange(len(self)), self.lengths))
 
+    @staticmethod
+    def joined(parts: Sequence[Ragged]) -> Ragged:
+        """The rows of some after one another; a single one is not copied."""
+        if len(parts) == 1:
+            return parts[0]
+        starts = np.cumsum([0, *(len(part.values) for part in parts)])
+        offsets = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
+        values = [part.values for part in parts]
+        return Ragged(
+            np.concatenate([np.zeros(1, np.int64), *offsets]), np.concatenate([np.zeros(0, np.int64), *values])
+        )
+
     def take(self, chosen: np.ndarray) -> Ragged:
         """The chosen rows, in the given order."""
-        return Ragged.from_rows(self[row] for row in chosen)
+        return Ragged(*take_values(self.offsets, self.values, np.asarray(chosen, np.int64)))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -251,7 +265,7 @@ class Inputs:
 
     content_hash: np.ndarray
     """uint8 [n, 32]: SHA-256 of the file's bytes, or of the text's UTF-8."""
-    texts: tuple[str, ...] | None = None
+    texts: Texts | None = None
     """The texts themselves; None for photos and sounds."""
 
     def __len__(self) -> int:
@@ -277,8 +291,8 @@ class Item:
 class ItemTable:
     """Items by id, and the rows of the distinct inputs that they are paired with."""
 
-    ids: tuple[str, ...]
-    splits: tuple[str, ...]
+    ids: Texts
+    splits: Coded
     """The split of each item."""
     rows: Mapping[Modality, np.ndarray]
     """int64 [items] for "image", "audio" and "video": the input of each item, -1 where it has none."""
@@ -289,7 +303,7 @@ class ItemTable:
     class_names: tuple[str, ...]
     class_texts: Ragged
     """Text rows of each class: its name in each class prompt."""
-    problems: tuple[str, ...]
+    problems: Texts
     """Why an item cannot be used; empty for a usable one."""
     inputs: Mapping[Modality, Inputs] = field(default_factory=dict)
 
@@ -303,10 +317,10 @@ class ItemTable:
 
     def in_split(self, split: str) -> np.ndarray:
         """Indices of the items of a split, in order; ValueError if there are none."""
-        found = np.array([i for i, name in enumerate(self.splits) if name == split], dtype=np.int64)
+        found = np.flatnonzero(self.splits.are(split))
         if not len(found):
             raise ValueError(
-                f"split {split!r} has no items; the cache has {', '.join(sorted(set(self.splits)))}. Choose one."
+                f"split {split!r} has no items; the cache has {', '.join(self.splits.counts())}. Choose one."
             )
         return found
 

@@ -290,7 +290,7 @@ def _write_index(config: EvaluateConfig, protocol: Protocol, system: System, out
     if isinstance(system, FittedScores):
         return None
     setting, recall = protocol.setting, {}
-    vectors, ids = setting.gallery(system, setting.honest()), setting.pairs.ids
+    vectors, ids = setting.gallery(system, setting.honest()), tuple(setting.pairs.ids)
     index = build_index(vectors, ids, setting.seed, config.index)
     bytes_per_vector = round(save_index(index, out) / len(vectors))
     if config.index != "flat":

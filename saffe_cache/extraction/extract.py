@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from saffe_cache.core.features import MODALITIES, CacheError, ItemTable, Modality
 from saffe_cache.core.outputs import provenance
 from saffe_cache.encoders.own import OwnEncoder
@@ -24,8 +26,9 @@ from saffe_cache.sources.objects import described, is_streamed
 from saffe_cache.sources.registry import read_items
 from saffe_cache.store.claims import held_cache
 from saffe_cache.store.manifest import RootManifest, layers_among, read_encoder, read_root, write_root
+from saffe_cache.store.parts import Part, read_table, remove_unlisted, write_part
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.table import TableBuilder, read_table, write_table
+from saffe_cache.store.table import TableBuilder
 from saffe_cache.store.work import WORK
 from saffe_cache.store.writer import begin_log
 
@@ -101,12 +104,12 @@ def _begin(
     storage: Storage, config: ExtractConfig, items: Sequence[SourceItem], own: Mapping[str, OwnEncoder]
 ) -> tuple[list[Job], Mapping[bytes, Media]]:
     media = media_of(items)
-    table, changed = _grow_table(storage, items, config)
+    table, part = _grow_table(storage, items, config)
     jobs = list(_plan_jobs(storage, table, config, items, own, media))
     for job in jobs:
         check_sources(job, media)
     _log_plan(jobs, table, items)
-    _write_root(storage, table if changed else None, jobs)
+    _write_root(storage, part, jobs)
     return jobs, media
 
 
@@ -131,13 +134,13 @@ def _plan_jobs(
         yield plan_job(storage, request, table, options, media)
 
 
-def _grow_table(storage: Storage, items: Sequence[SourceItem], config: ExtractConfig) -> tuple[ItemTable, bool]:
-    """The cache's table with the items added, and whether it changed."""
+def _grow_table(storage: Storage, items: Sequence[SourceItem], config: ExtractConfig) -> tuple[ItemTable, Part | None]:
+    """The cache's table with the items added, and what they add; None if nothing."""
     root = read_root(storage)
-    old = read_table(storage, f"tables/{root.table}") if root else None
+    old = read_table(storage, root) if root else None
     may_change = config.changed == "reencode"
     builder = TableBuilder(old, config.class_prompt, _unencoded(storage, root, old), may_change=may_change)
-    added = [builder.add(item) for item in items]
+    is_grown = [builder.add(item) for item in items]
     table = builder.build()
     if builder.changed:
         item_id, what = next(iter(builder.changed.items()))
@@ -146,36 +149,35 @@ def _grow_table(storage: Storage, items: Sequence[SourceItem], config: ExtractCo
             "items do not match the cache: train them again.",
             *(len(builder.changed), item_id, what),
         )
-    return table, any(added)
+    return table, builder.part() if any(is_grown) else None
 
 
-def _unencoded(storage: Storage, root: RootManifest | None, table: ItemTable | None) -> dict[Modality, set[int]]:
-    """Photos and sounds that no encoder has encoded: broken ones, and those that an interrupted run did not reach."""
-    found: dict[Modality, set[int]] = {}
-    for modality, inputs in table.inputs.items() if table else ():
-        found[modality] = set(range(len(inputs)))
-        for key in root.encoders if root else ():
-            manifest = read_encoder(storage, key)
-            if manifest.modality == modality:
-                found[modality] -= set(range(min(manifest.finished_rows, len(inputs)))) - manifest.invalid.keys()
+def _unencoded(storage: Storage, root: RootManifest | None, table: ItemTable | None) -> dict[Modality, np.ndarray]:
+    """bool [inputs]: which photos and sounds no encoder has encoded: broken ones, and those that an interrupted run did
+    not reach."""
+    found = {modality: np.ones(len(inputs), bool) for modality, inputs in table.inputs.items()} if table else {}
+    for key in root.encoders if root else ():
+        manifest = read_encoder(storage, key)
+        if manifest.modality in found:
+            is_left = found[manifest.modality]
+            is_invalid = np.isin(np.arange(len(is_left)), np.fromiter(manifest.invalid, np.int64))
+            is_left[: manifest.finished_rows] &= is_invalid[: manifest.finished_rows]
     return found
 
 
-def _write_root(storage: Storage, table: ItemTable | None, jobs: Sequence[Job]) -> None:
-    """Commit a new table, if any, and register the encoders. Their manifests are written with their first rows."""
-    root = read_root(storage) or RootManifest(0, ())
-    generation = root.table
-    if table is not None:
-        generation += 1
-        storage.remove_folder(f"tables/{generation}")
-        write_table(storage, f"tables/{generation}", table)
+def _write_root(storage: Storage, part: Part | None, jobs: Sequence[Job]) -> None:
+    """Commit what is new of the table, and register the encoders. Their manifests are written with their first rows."""
+    was = read_root(storage)
+    root = was or RootManifest((), ())
+    tables = root.tables if part is None else write_part(storage, root, part)
     for job in jobs:
         if job.manifest.key not in root.encoders:
             begin_log(storage, job.manifest, {})
     keys = tuple(dict.fromkeys([*root.encoders, *(job.manifest.key for job in jobs)]))
-    if (generation, keys) != (root.table, root.encoders):
-        write_root(storage, RootManifest(generation, keys))
-    storage.remove_folder(f"tables/{generation - 1}")  # or its remains after a crash
+    new = RootManifest(tables, keys, root.version if part is None else RootManifest.version)
+    if new != root:
+        write_root(storage, new, was)
+    remove_unlisted(storage, new)
 
 
 def _check_unreadable(items: Sequence[SourceItem], config: ExtractConfig) -> None:
@@ -213,13 +215,11 @@ def _warn_of_texts(job: Job, table: ItemTable) -> None:
             "--max-length if the model allows it.",
             *(key, job.num_truncated, job.num_inputs, job.encoder.max_length),
         )
-    for split in sorted(set(table.splits)):
-        rows: set[int] = set()
-        for item in table.in_split(split).tolist():
-            rows.update(table.captions[item].tolist())
-            for label in table.labels[item].tolist():
-                rows.update(table.class_texts[label].tolist())
-        counts = Counter(tuple(job.token_ids[row]) for row in rows)
+    for split in table.splits.counts():
+        items = table.in_split(split)
+        of_classes = table.class_texts.take(np.unique(table.labels.take(items).values))
+        rows = np.union1d(table.captions.take(items).values, of_classes.values)
+        counts = Counter(tuple(job.token_ids[row]) for row in rows.tolist())
         shared = sum(count for count in counts.values() if count > 1)
         if shared > _SHARED_TEXTS * len(rows):
             logger.warning(

@@ -241,8 +241,8 @@ class SourceFiles:
         """By content hash."""
         self._found: dict[str, SourceItem] = {}
         self._failures: list[str] = []
-        rows = table.rows.get(self._modality, ())
-        ids = {item for item, row in zip(table.ids, rows, strict=False) if int(row) in inputs}
+        rows = table.rows.get(self._modality, np.zeros(0, np.int64))
+        ids = set(table.ids.take(np.flatnonzero(np.isin(rows, np.fromiter(inputs, np.int64)))))
         for data, columns, streaming in places if ids else ():
             try:
                 found = read_named_items(data, columns, ids, streaming=streaming)

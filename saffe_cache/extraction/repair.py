@@ -34,8 +34,8 @@ from saffe_cache.store.claims import held_cache
 from saffe_cache.store.inspect import Damage, find_damage
 from saffe_cache.store.layout import describe_shard, rows_without_index
 from saffe_cache.store.manifest import ArrayFiles, existing_root, read_encoder, write_encoder
+from saffe_cache.store.parts import read_table
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.table import read_table
 from saffe_cache.store.writer import write_weights
 
 _NUM_NAMED = 3
@@ -104,7 +104,7 @@ def repair(config: RepairConfig) -> RepairReport:
             for one in damage:
                 report.leave(one, _NO_ROWS if one.part == "table" else _NO_TABLE)
             return report
-        table = read_table(storage, f"tables/{existing_root(storage).table}")
+        table = read_table(storage, existing_root(storage))
         for key in dict.fromkeys(one.encoder for one in damage):
             _EncoderRepair(storage, table, config, report, [one for one in damage if one.encoder == key]).run()
     return report

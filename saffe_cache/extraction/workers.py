@@ -41,8 +41,8 @@ from saffe_cache.sources.items import Columns, Media
 from saffe_cache.sources.registry import list_items
 from saffe_cache.store.claims import Claim, Claims, held_cache
 from saffe_cache.store.manifest import read_encoder, read_root
+from saffe_cache.store.parts import read_table
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.table import read_table
 from saffe_cache.store.work import (
     PLAN,
     PLANNING,
@@ -148,7 +148,7 @@ class Worker:
         root = read_root(self._storage)
         if root is None or root_hash(self._storage) != plan.root:
             _refuse(self._config, self._owner, "the item table or the encoders have changed since the plan was made")
-        self._table = read_table(self._storage, f"tables/{root.table}")
+        self._table = read_table(self._storage, root)
         self._pieces = plan.pieces
         self._claims = Claims(self._storage, plan.claims, self._owner)
         total = sum(one.num_inputs - one.start for one in plan.encoders)
@@ -415,7 +415,7 @@ def _plan_of(
 ) -> Plan:
     root = read_root(storage)
     assert root is not None
-    table = read_table(storage, f"tables/{root.table}")
+    table = read_table(storage, root)
     planned = [
         PlannedEncoder(
             key=key,
@@ -516,7 +516,7 @@ def _complete(storage: Storage, plan: Plan, planned: PlannedEncoder, config: Ext
         )
     root = read_root(storage)
     assert root is not None
-    table = read_table(storage, f"tables/{root.table}")
+    table = read_table(storage, root)
     wanted = wanted_inputs(table, planned.modality)
     invalid = {row: reason for row, reason in manifest.invalid.items() if wanted[row]}
     check_invalid(manifest, invalid, planned.num_inputs, config, partial(table.name_of, planned.modality))

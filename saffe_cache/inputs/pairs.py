@@ -14,10 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 from saffe_cache.core.features import ItemTable, Modality, Ragged, short_hash
+from saffe_cache.core.texts import Texts
 from saffe_cache.inputs.spec import PairKind, RunSpec, SplitOptions
 from saffe_cache.retrieval.baselines import Rows, unit_rows
 from saffe_cache.store.reader import Cache, EncoderCache
 
+_BLOCK = 2**16
+"""Photos whose hashes are drawn together."""
 VALIDATION_SPLITS = ("dev", "val", "valid", "validation")
 
 
@@ -26,7 +29,7 @@ class Pairs:
     """Gallery inputs, one row for each, and the texts that describe them."""
 
     kind: PairKind
-    ids: tuple[str, ...]
+    ids: Texts
     rows: np.ndarray
     """int64 [n]: the photo's (or sound's) row in its encoder's arrays; no two are equal."""
     texts: Ragged
@@ -47,7 +50,7 @@ class Pairs:
         """The chosen pairs, in the given order."""
         return Pairs(
             self.kind,
-            tuple(self.ids[i] for i in chosen),
+            self.ids.take(chosen),
             self.rows[chosen],
             self.texts.take(chosen),
             self.labels.take(chosen),
@@ -108,41 +111,71 @@ def select_pairs(
     Raises:
         ValueError: the split has no usable pair.
     """
-    rows = table.rows[gallery.manifest.modality]
     least = 2 if first_paired else 1
-    merged: dict[int, tuple[str, dict[int, None], dict[int, None]]] = {}
-    unusable = 0
-    for item in table.in_split(split):
-        texts = _texts_of(table, int(item), kind)
-        usable = not table.problems[item] and gallery.usable(rows[[item]])[0] and text.usable(texts).all()
-        if not usable or len(set(texts.tolist())) < least:
-            unusable += 1
-            continue
-        _, seen_texts, seen_labels = merged.setdefault(int(rows[item]), (table.ids[item], {}, {}))
-        seen_texts.update(dict.fromkeys(texts.tolist()))
-        seen_labels.update(dict.fromkeys(table.labels[int(item)].tolist()))
-    if not merged:
+    items = table.in_split(split)
+    rows = table.rows[gallery.manifest.modality][items]
+    texts = _texts_of(table, items, kind)
+    is_usable = (table.problems.lengths[items] == 0) & gallery.usable(rows) & (_num_distinct(texts, least) >= least)
+    is_usable[texts.owners[~text.usable(texts.values)]] = False
+    unusable = int(np.count_nonzero(~is_usable))
+    if unusable == len(items):
         needed = f"at least {least} captions" if first_paired else kind
         raise ValueError(
             f"split {split!r}: none of its {unusable} items has a readable input and {needed}. See inspect."
         )
-    texts_of = [list(texts) for _, texts, _ in merged.values()]
+    kept = np.flatnonzero(is_usable)
+    distinct, first, inverse = np.unique(rows[kept], return_index=True, return_inverse=True)
+    order = np.argsort(first)  # of the photos, by their first item
+    group = np.argsort(order)[inverse]
+    merged, labels = (_merged(of.take(kept), group) for of in (texts, table.labels.take(items)))
+    paired = merged.values[merged.offsets[:-1]] if first_paired else None
     return Pairs(
         kind,
-        tuple(item_id for item_id, _, _ in merged.values()),
-        np.array(list(merged), np.int64),
-        Ragged.from_rows(texts[least - 1 :] for texts in texts_of),
-        Ragged.from_rows(list(labels) for _, _, labels in merged.values()),
-        np.array([texts[0] for texts in texts_of], np.int64) if first_paired else None,
+        table.ids.take(items[kept[first[order]]]),
+        distinct[order],
+        _without_first(merged) if first_paired else merged,
+        labels,
+        paired,
         unusable,
     )
 
 
-def _texts_of(table: ItemTable, item: int, kind: PairKind) -> np.ndarray:
+def _texts_of(table: ItemTable, items: np.ndarray, kind: PairKind) -> Ragged:
+    """Text rows of each item: its captions, or the prompts of its classes."""
     if kind == "captions":
-        return table.captions[item]
-    classes = [table.class_texts[int(label)] for label in table.labels[item]]
-    return np.concatenate(classes) if classes else np.zeros(0, np.int64)
+        return table.captions.take(items)
+    labels = table.labels.take(items)
+    texts = table.class_texts.take(labels.values)
+    return Ragged(texts.offsets[labels.offsets], texts.values)
+
+
+def _num_distinct(rows: Ragged, most: int) -> np.ndarray:
+    """How many different values each row has, counted up to `most` (1 or 2)."""
+    lengths = rows.lengths
+    if most == 1 or not len(rows.values):
+        return np.asarray(np.minimum(lengths, most))
+    is_first = np.ones(len(rows.values), bool)
+    is_first[1:] = rows.owners[1:] != rows.owners[:-1]
+    differs = rows.values != np.repeat(rows.values[is_first], lengths[lengths > 0])
+    return np.asarray((lengths > 0) + (np.bincount(rows.owners[differs], minlength=len(rows)) > 0))
+
+
+def _merged(rows: Ragged, group: np.ndarray) -> Ragged:
+    """The rows of each group as one, in their order; of equal values the first is kept."""
+    groups = group[rows.owners]
+    order = np.argsort(groups, kind="stable")
+    groups, values = groups[order], rows.values[order]
+    _, first = np.unique(groups * (values.max(initial=0) + 1) + values, return_index=True)
+    first.sort()
+    lengths = np.bincount(groups[first], minlength=group.max() + 1)
+    return Ragged(np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]), values[first])
+
+
+def _without_first(rows: Ragged) -> Ragged:
+    """The rows without the first value of each."""
+    is_rest = np.ones(len(rows.values), bool)
+    is_rest[rows.offsets[:-1]] = False
+    return Ragged(rows.offsets - np.arange(len(rows.offsets)), rows.values[is_rest])
 
 
 def mean_text_vectors(pairs: Pairs, text: EncoderCache) -> Rows:
@@ -174,7 +207,7 @@ class Parts(NamedTuple):
 
 def own_pairs(table: ItemTable, modality: Modality, split: str, pairs: Pairs) -> Pairs:
     """The pairs of a split whose photo belongs to no other split; ValueError if there are none."""
-    elsewhere = table.rows[modality][np.array(table.splits) != split]
+    elsewhere = table.rows[modality][~table.splits.are(split)]
     is_own = ~np.isin(pairs.rows, elsewhere)
     if not is_own.any():
         raise ValueError(
@@ -307,6 +340,9 @@ def keep_part(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray
 
 def _drawn_order(pairs: Pairs, seed: int, content_hash: np.ndarray) -> np.ndarray:
     """The pairs in the order of a hash of their photo's content and the seed."""
-    contents = (content_hash[row].tobytes() + seed.to_bytes(8, "big") for row in pairs.rows)
-    draws = [int.from_bytes(hashlib.sha256(content).digest()[:8], "big") for content in contents]
-    return np.argsort(np.array(draws, np.uint64), kind="stable")
+    end, draws = seed.to_bytes(8, "big"), np.empty(len(pairs), np.uint64)
+    for start in range(0, len(pairs), _BLOCK):
+        contents = content_hash[pairs.rows[start : start + _BLOCK]].tobytes()
+        digests = [hashlib.sha256(contents[at : at + 32] + end).digest()[:8] for at in range(0, len(contents), 32)]
+        draws[start : start + _BLOCK] = np.frombuffer(b"".join(digests), ">u8")
+    return np.argsort(draws, kind="stable")

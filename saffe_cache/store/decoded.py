@@ -31,10 +31,9 @@ from tqdm import tqdm
 from saffe_cache.core.features import CacheError
 from saffe_cache.store.config import ExportConfig
 from saffe_cache.store.manifest import encoder_group
+from saffe_cache.store.parts import table_to_arrays
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 from saffe_cache.store.rows import RowReader
-from saffe_cache.store.storage import read_group
-from saffe_cache.store.table import ENCODING_TYPE as ITEMS
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +164,7 @@ def _write_arrays(cache: Cache, sides: Sequence[_Side], path: Path, progress: An
     with _opened(path, is_zarr) as root:
         about = {"version": VERSION, "encoders": [side.encoder.key for side in sides]}
         root.attrs["saffe_cache_decoded"] = about if is_zarr else json.dumps(about)
-        _, columns = read_group(cache.storage, f"tables/{cache.root.table}", ITEMS)
-        for name, values in columns.items():
+        for name, values in table_to_arrays(cache.table).items():
             _put(root, f"items/{name}", values, is_zarr)
         for side in sides:
             group = root.require_group(encoder_group(side.encoder.key))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,18 +33,18 @@ from saffe_cache.store.manifest import (
     weights_type,
     write_root,
 )
+from saffe_cache.store.parts import ENCODING_TYPE as ITEMS
+from saffe_cache.store.parts import table_from_arrays, table_to_arrays, write_table
 from saffe_cache.store.reader import EncoderCache, open_cache, weights_from
 from saffe_cache.store.storage import (
     FORMAT_VERSION,
     Storage,
     check_arrays,
     check_encoding,
-    mark_group,
+    describe_group,
     read_group,
     write_group,
 )
-from saffe_cache.store.table import ENCODING_TYPE as ITEMS
-from saffe_cache.store.table import table_from_arrays, write_table
 from saffe_cache.store.writer import EncoderWriter, Portion, write_weights
 
 
@@ -63,7 +63,8 @@ def export_hdf5(config: ExportConfig) -> str:
     try:
         with h5py.File(partial, "w") as file:
             file.attrs["saffe_cache"] = json.dumps({"format_version": FORMAT_VERSION, "encoders": root.encoders})
-            _export_group(cache.storage, f"tables/{root.table}", ITEMS, file.create_group("items"))
+            columns = table_to_arrays(cache.table)
+            _put_group(file.create_group("items"), describe_group(ITEMS, columns, {}), columns)
             for key, encoder in cache.encoders.items():
                 _export_encoder(cache.storage, encoder, file.create_group(encoder_group(key)))
         with partial.open("rb") as written:
@@ -94,10 +95,9 @@ def import_cache(config: ImportConfig) -> str:
             )
         for key in root["encoders"]:
             _import_encoder(storage, file[encoder_group(key)], f"{file_path}: {key}")
-        mark_group(storage, "tables")
-        arrays, _ = _import_group(storage, "tables/1", ITEMS, file["items"], f"{file_path}: items")
-        table_from_arrays(arrays, f"{file_path}: items")
-        write_root(storage, RootManifest(1, tuple(root["encoders"])))
+        arrays, _ = _read_group(ITEMS, file["items"], f"{file_path}: items")
+        tables = write_table(storage, table_from_arrays(arrays, f"{file_path}: items"))
+        write_root(storage, RootManifest(tables, tuple(root["encoders"])))
     return config.cache
 
 
@@ -159,28 +159,29 @@ def _import_encoder(storage: Storage, group: Any, where: str) -> None:
             raise CacheError(f"{where}: {name} differs from its checksums. {_DAMAGED}")
     for name in EncoderCache(storage, promised).weights:
         folder, of_group = f"{encoder_group(manifest.key)}/{name}", f"{where}: {name}"
-        arrays, attributes = _import_group(storage, folder, weights_type(name), group[name], of_group)
+        arrays, attributes = _read_group(weights_type(name), group[name], of_group)
+        write_group(storage, folder, attributes, arrays)
         weights_from(attributes, arrays, of_group)
 
 
 def _export_group(storage: Storage, name: str, encoding_type: str, group: Any) -> None:
-    attributes, arrays = read_group(storage, name, encoding_type)
+    _put_group(group, *read_group(storage, name, encoding_type))
+
+
+def _put_group(group: Any, attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     group.attrs["saffe_cache"] = json.dumps(attributes)
     for array_name, values in arrays.items():
         group[array_name] = values
 
 
-def _import_group(
-    storage: Storage, name: str, encoding_type: str, group: Any, where: str
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Import a group of plain arrays, compared with its checksums; returns the arrays and the attributes."""
+def _read_group(encoding_type: str, group: Any, where: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays of a group of plain arrays, compared with their checksums, and the attributes."""
     attributes = json.loads(group.attrs["saffe_cache"])
     check_encoding(attributes, encoding_type, where)
     names: list[str] = []
     group.visititems(lambda array_name, node: names.append(array_name) if isinstance(node, h5py.Dataset) else None)
     arrays = {array_name: _read(group[array_name]) for array_name in names}
     check_arrays(attributes, arrays, where)
-    write_group(storage, name, attributes, arrays)
     return arrays, attributes
 
 
@@ -219,10 +220,10 @@ def convert_cache(config: ConvertConfig) -> str:
     if unfinished:
         raise CacheError(f"{config.cache}: {unfinished[0]} is unfinished. Run saffe extract again, then convert.")
     with held_cache(storage):
-        write_table(storage, "tables/1", source.table)
+        tables = write_table(storage, source.table)
         for encoder in source.encoders.values():
             _convert_encoder(storage, encoder, config)
-        write_root(storage, RootManifest(1, tuple(source.encoders)))
+        write_root(storage, RootManifest(tables, tuple(source.encoders)))
     return config.new
 
 

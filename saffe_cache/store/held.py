@@ -87,7 +87,7 @@ class HeldCache(Cache):
     """An item table and encoders in memory."""
 
     def __init__(self, table: ItemTable, encoders: Mapping[str, EncoderCache], where: str = "memory") -> None:
-        self.storage, self.root = Storage(where), RootManifest(0, tuple(encoders))
+        self.storage, self.root = Storage(where), RootManifest((), tuple(encoders))
         self.table, self.encoders = table, encoders
 
 

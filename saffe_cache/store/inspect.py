@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,9 +12,9 @@ import numpy as np
 from saffe_cache.core.features import CacheError, ItemTable, printable
 from saffe_cache.store.config import InspectConfig, VerifyConfig
 from saffe_cache.store.manifest import ArrayFiles, existing_root, read_encoder
+from saffe_cache.store.parts import check_inputs, read_table
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache, read_current
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.table import read_table
 
 Read = TypeVar("Read")
 
@@ -32,8 +31,8 @@ def inspect_cache(config: InspectConfig) -> str:
     cache = open_cache(config.cache)
     table = cache.table
     lines = [f"{config.cache}: {len(table)} items"]
-    for split, count in sorted(Counter(table.splits).items()):
-        unusable = sum(bool(table.problems[i]) for i in table.in_split(split))
+    for split, count in table.splits.counts().items():
+        unusable = np.count_nonzero(table.problems.lengths[table.in_split(split)])
         lines.append(f"  split {split}: {count} items, {unusable} unreadable")
     if table.class_names:
         shown = [*table.class_names[:_NUM_CLASSES], *(["…"] if len(table.class_names) > _NUM_CLASSES else [])]
@@ -161,7 +160,7 @@ def find_damage(storage: Storage) -> tuple[int, list[Damage]]:
             damage.append(replace(part, message=str(error)))
             return None
 
-    table = partial(read_current, storage, root, lambda root: read_table(storage, f"tables/{root.table}"))
+    table = partial(read_current, storage, root, lambda root: check_inputs(read_table(storage, root)))
     check(Damage(part="table"), table)
     for key in root.encoders:
         manifest = check(Damage(part="manifest", encoder=key), partial(read_encoder, storage, key))

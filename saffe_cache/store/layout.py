@@ -24,6 +24,7 @@ from numcodecs.blosc import BITSHUFFLE, NOSHUFFLE, Blosc
 
 from saffe_cache.core.features import REPAIR_ADVICE, CacheError, Compression, StorageType
 from saffe_cache.core.json_schema import made_of
+from saffe_cache.store.checksums import bytes_of, crc32c
 from saffe_cache.store.dtypes import SCALE_BYTES, Moments, is_scaled, sampled_moments, stored_type
 
 STORAGE_DTYPES, COMPRESSIONS = get_args(StorageType), get_args(Compression)
@@ -34,7 +35,6 @@ _SIZES = struct.Struct("<4xIII")
 _MISSING_CHUNK = 2**64 - 1
 _MAX_CHUNK_BYTES = 2**31 - 17
 """Most bytes that Blosc accepts at once."""
-_CRC_BYTES = 2**18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,23 +139,9 @@ def encode_shard(spec: ArraySpec, *portions: np.ndarray) -> tuple[memoryview | b
     num_chunks = math.ceil(num_rows / spec.chunk_rows)
     padding = np.full((num_chunks * spec.chunk_rows - num_rows, *spec.stored_shape), spec.fill_value, spec.numpy_dtype)
     if spec.compression == "none":
-        return *map(_bytes_of, portions), padding.tobytes(), _shard_index(spec, [spec.chunk_bytes] * num_chunks)
+        return *map(bytes_of, portions), padding.tobytes(), _shard_index(spec, [spec.chunk_bytes] * num_chunks)
     chunks = [compress(chunk) for chunk in np.split(np.concatenate([*portions, padding]), num_chunks)]
     return *chunks, _shard_index(spec, [len(chunk) for chunk in chunks])
-
-
-def _bytes_of(rows: np.ndarray) -> memoryview:
-    """The bytes of a contiguous array, without a copy."""
-    return rows.reshape(-1).view(np.uint8).data.toreadonly()
-
-
-def _crc32c(portions: Iterable[np.ndarray]) -> int:
-    """CRC-32C of consecutive contiguous arrays. The library accepts bytes only, so a little is copied at a time."""
-    crc = 0
-    for data in map(_bytes_of, portions):
-        for start in range(0, len(data), _CRC_BYTES):
-            crc = google_crc32c.extend(crc, bytes(data[start : start + _CRC_BYTES]))
-    return crc
 
 
 def _shard_index(spec: ArraySpec, lengths: Sequence[int]) -> bytes:
@@ -170,7 +156,7 @@ def _shard_index(spec: ArraySpec, lengths: Sequence[int]) -> bytes:
 def describe_shard(spec: ArraySpec, *portions: np.ndarray) -> ShardEntry:
     """The manifest's entry for stored rows; it does not depend on how they are cut into portions."""
     moments = Moments() if spec.dtype == "int64" else sampled_moments(portions, spec.dtype)
-    return ShardEntry(rows=sum(map(len, portions)), crc32c=_crc32c(portions), **asdict(moments))
+    return ShardEntry(rows=sum(map(len, portions)), crc32c=crc32c(portions), **asdict(moments))
 
 
 def decode_shard(spec: ArraySpec, entry: ShardEntry, data: bytes, where: str) -> np.ndarray:
@@ -196,7 +182,7 @@ def decode_shard(spec: ArraySpec, entry: ShardEntry, data: bytes, where: str) ->
 
 def check_rows(entry: ShardEntry, portions: Iterable[np.ndarray], where: str) -> None:
     """Compare a shard's rows, in any portions, with their checksum. Raises CacheError if a byte differs."""
-    if _crc32c(portions) != entry.crc32c:
+    if crc32c(portions) != entry.crc32c:
         raise CacheError(f"{where}: its rows differ from the manifest's checksum. {REPAIR_ADVICE}")
 
 
@@ -205,7 +191,7 @@ def rows_without_index(spec: ArraySpec, entry: ShardEntry, data: bytes) -> np.nd
     if spec.compression != "none" or len(data) < entry.rows * spec.row_bytes:
         return None
     rows = _plain_rows(spec, entry, data)
-    return rows if _crc32c([rows]) == entry.crc32c else None
+    return rows if crc32c([rows]) == entry.crc32c else None
 
 
 def _plain_rows(spec: ArraySpec, entry: ShardEntry, data: bytes) -> np.ndarray:

@@ -36,9 +36,9 @@ from saffe_cache.store.manifest import (
     read_root,
     weights_type,
 )
+from saffe_cache.store.parts import read_table
 from saffe_cache.store.rows import RowReader
 from saffe_cache.store.storage import Storage, read_group
-from saffe_cache.store.table import read_table
 
 Read = TypeVar("Read")
 
@@ -123,7 +123,8 @@ class EncoderCache:
             return rows, None
         lengths = (self.offsets[rows + 1] - self.offsets[rows]).astype(np.int64)
         mask = np.arange(lengths.max(initial=1)) < lengths[:, None]
-        return np.concatenate([np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows]), mask
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return np.repeat(self.offsets[rows], lengths) + within, mask
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -221,7 +222,7 @@ class EncoderCache:
 
     def usable(self, rows: np.ndarray) -> np.ndarray:
         """bool [n]: which inputs were encoded. Row -1 (no such input) was not."""
-        broken = np.array(sorted(self.manifest.invalid), dtype=np.int64)
+        broken = np.fromiter(self.manifest.invalid, np.int64)
         return (rows >= 0) & (rows < self.manifest.finished_rows) & ~np.isin(rows, broken)
 
 
@@ -252,7 +253,7 @@ class Cache:
 
     def __init__(self, storage: Storage, root: RootManifest) -> None:
         self.storage, self.root = storage, root
-        self.table: ItemTable = read_table(storage, f"tables/{root.table}")
+        self.table: ItemTable = read_table(storage, root)
         self.encoders: Mapping[str, EncoderCache] = {
             key: EncoderCache(storage, read_encoder(storage, key)) for key in root.encoders
         }

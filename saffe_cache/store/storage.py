@@ -18,14 +18,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-import google_crc32c
 import numpy as np
 import zarr
 from zarr.storage import MemoryStore
 
 from saffe_cache.core.atomic_io import Buffer, hold_folder, remove_partial_files_below
 from saffe_cache.core.features import REPAIR_ADVICE, CacheError
-from saffe_cache.core.json_schema import whole_numbers
+from saffe_cache.core.json_schema import whole_number, whole_numbers
+from saffe_cache.store.checksums import bytes_of, crc32c
 from saffe_cache.store.files import ForeignFiles, LocalFiles
 from saffe_cache.store.objects import SCHEMES, ObjectFiles
 
@@ -132,14 +132,13 @@ class Storage:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise CacheError(f"{self.root}: {name} is missing. {REPAIR_ADVICE}") from None
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """The object in a JSON file. Raises CacheError if the file is missing, or is not a JSON object."""
-        return self.parse_json(name, self.read(name))
+    def read_json(self, name: str, data: bytes | None = None) -> dict[str, Any]:
+        """The object in a JSON file, whose `data` may have been read before.
 
-    def parse_json(self, name: str, data: bytes) -> dict[str, Any]:
-        """The object in the bytes of a JSON file. Raises CacheError if they are no JSON object."""
+        Raises CacheError if the file is missing, or is not a JSON object.
+        """
         try:
-            value = json.loads(data)
+            value = json.loads(self.read(name) if data is None else data)
         except (ValueError, RecursionError) as error:
             raise CacheError(f"{self.root}: {name} is not JSON ({error}). Restore it from a copy.") from None
         if not isinstance(value, dict):
@@ -180,17 +179,15 @@ def write_attributes(storage: Storage, name: str, attributes: Mapping[str, Any])
     storage.write(f"{name}/zarr.json".lstrip("/"), group_metadata({"saffe_cache": dict(attributes)}))
 
 
-def read_attributes(storage: Storage, name: str) -> dict[str, Any]:
-    """The attributes that `write_attributes` wrote, empty without that key.
+def read_attributes(storage: Storage, name: str, data: bytes | None = None) -> dict[str, Any]:
+    """The attributes that `write_attributes` wrote, empty without that key; the `data` may have been read before.
 
     Raises CacheError if its `zarr.json` is missing or not a JSON object.
     """
-    return own_attributes(storage, name, storage.read(f"{name}/zarr.json".lstrip("/")))
-
-
-def own_attributes(storage: Storage, name: str, data: bytes) -> dict[str, Any]:
-    """The same of the bytes of a group's `zarr.json`."""
-    attributes = storage.parse_json(f"{name}/zarr.json".lstrip("/"), data).get("attributes")
+from saffe_cache.core.json_schema import whole_number, whole_numbers
+from saffe_cache.store.checksums import bytes_of, crc32c
+from saffe_cache.store.files import ForeignFiles, LocalFiles
+from saffe_cache.store.objects import SCHEMES, ObjectFiles
     own = attributes.get("saffe_cache") if isinstance(attributes, dict) else None
     return own if isinstance(own, dict) else {}
 
@@ -216,7 +213,11 @@ def mark_group(storage: Storage, name: str) -> None:
 def describe_group(encoding_type: str, arrays: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> dict[str, Any]:
     """The attributes of a group of plain arrays: `fields`, and each array's shape, type and checksum."""
     listed = {
-        name: {"shape": list(values.shape), "dtype": values.dtype.name, "crc32c": google_crc32c.value(values.tobytes())}
+        name: {
+            "shape": list(values.shape),
+            "dtype": values.dtype.name,
+            "crc32c": crc32c([np.ascontiguousarray(values)]),
+        }
         for name, values in arrays.items()
     }
     return {"encoding-type": encoding_type, "encoding-version": FORMAT_VERSION, **fields, "arrays": listed}
@@ -231,18 +232,20 @@ def write_group(storage: Storage, name: str, attributes: Mapping[str, Any], arra
             mark_group(storage, "/".join([name, *parts[:depth]]))
         storage.write(f"{name}/{array_name}/zarr.json", _plain_metadata(array_name, values.shape, values.dtype.name))
         if values.size:
-            storage.write(f"{name}/{array_name}/{_only_chunk(values.ndim)}", values.tobytes())
+            storage.write(f"{name}/{array_name}/{_only_chunk(values.ndim)}", bytes_of(np.ascontiguousarray(values)))
     write_attributes(storage, name, attributes)
 
 
-def read_group(storage: Storage, name: str, encoding_type: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read_group(
+    storage: Storage, name: str, encoding_type: str, versions: Sequence[int] = (FORMAT_VERSION,)
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The attributes of a group of plain arrays, and the arrays by their names below it.
 
     Raises CacheError if something is missing, or an array differs from its checksum.
     """
     where = f"{storage.root}: {name}"
     attributes = read_attributes(storage, name)
-    check_encoding(attributes, encoding_type, where)
+    check_encoding(attributes, encoding_type, where, versions)
     try:
         listed = [(key, whole_numbers(one, "shape"), str(one["dtype"])) for key, one in attributes["arrays"].items()]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -255,6 +258,43 @@ def read_group(storage: Storage, name: str, encoding_type: str) -> tuple[dict[st
         arrays[key] = np.frombuffer(data, dtype).reshape(shape).copy()
     check_arrays(attributes, arrays, where)
     return attributes, arrays
+
+
+class PlainArray:
+    """A plain array whose bytes are read, and compared with their checksum, when they are asked for.
+
+    A local file is mapped at once, so that its bytes stay even if a writer removes it.
+    """
+
+    def __init__(self, storage: Storage, group: str, name: str, attributes: Mapping[str, Any]) -> None:
+        """
+        Args:
+            attributes: the group's.
+
+        Raises:
+            KeyError, TypeError, ValueError: they do not describe the array.
+        """
+        entry = attributes["arrays"][name]
+        self._shape, self._dtype = whole_numbers(entry, "shape"), np.dtype(str(entry["dtype"]))
+        if self._dtype.name not in _PLAIN_DTYPES:
+            raise ValueError(f"dtype: {self._dtype}")
+        self._crc32c, self._storage = whole_number(entry, "crc32c"), storage
+        self._where, self._file = f"{storage.root}: {group}/{name}", f"{group}/{name}/{_only_chunk(len(self._shape))}"
+        path = storage.local_path(self._file)
+        is_mapped = path is not None and path.is_file() and path.stat().st_size > 0
+        self._mapped = np.memmap(path, np.uint8, "r") if path is not None and is_mapped else None
+
+    def read(self) -> np.ndarray:
+        """The array; it cannot be written to. Raises CacheError if it is missing or differs from its checksum."""
+        count = math.prod(self._shape)
+        data: np.ndarray | None = self._mapped
+        if data is None:
+            data = np.frombuffer(self._storage.read(self._file) if count else b"", np.uint8)
+        if len(data) != count * self._dtype.itemsize:
+            raise CacheError(f"{self._where}: {len(data)} bytes, expected {self._shape} {self._dtype}. {REPAIR_ADVICE}")
+        if crc32c([data]) != self._crc32c:
+            raise CacheError(f"{self._where} differs from its checksum. {REPAIR_ADVICE}")
+        return np.asarray(data).view(self._dtype).reshape(self._shape)
 
 
 def check_arrays(attributes: Mapping[str, Any], arrays: Mapping[str, np.ndarray], where: str) -> None:

@@ -1,27 +1,32 @@
-"""The item table on disk, and how it grows by new items.
+"""How an item table grows by new items.
 
-A table is written as a whole, as a new generation `tables/N`. The root's attributes name the current one, so a reader
-sees the old table or the new one. Inputs never change their rows, because encoders' arrays are indexed by them.
+Inputs never change their rows, because encoders' arrays are indexed by them. What the table has is looked up in its
+columns, and what is added is made into columns from time to time, so that the memory holds no Python object for each
+item of a large table.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from saffe_cache.core.features import MODALITIES, CacheError, Inputs, Item, ItemTable, Modality, Ragged
-from saffe_cache.store.storage import Storage, describe_group, mark_group, read_group, write_group
+from saffe_cache.core.texts import Coded, Texts, encoded
+from saffe_cache.store.parts import FILE_KINDS, Part, join_inputs, merge, take_items
 
 _NUM_NAMED = 3
+_LEAST_PENDING, _MOST_PENDING = 2**14, 2**17
+"""Items that are added before they are made into columns: an eighth of the table within these bounds."""
 
 
 def text_hash(text: str) -> bytes:
     """SHA-256 of the text's UTF-8."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(encoded(text)).digest()
 
 
 class _Entry(NamedTuple):
@@ -34,6 +39,97 @@ class _Entry(NamedTuple):
     labels: tuple[int, ...] = ()
 
 
+class _Keys:
+    """Where 64-bit keys stand in a column."""
+
+    def __init__(self, keys: np.ndarray) -> None:
+        self._order = np.argsort(keys)
+        self._sorted = keys[self._order]
+
+    def places(self, key: int) -> list[int]:
+        """All places of a key; several where different contents have equal keys."""
+        one = self._sorted.dtype.type(key)
+        first = self._sorted.searchsorted(one)
+        last = first
+        while last < len(self._sorted) and self._sorted[last] == one:
+            last += 1
+        return self._order[first:last].tolist()  # type: ignore[no-any-return]
+
+
+class _Columns:
+    """A table's columns with what finds items and inputs in them. What is not asked for is not made."""
+
+    def __init__(self, table: ItemTable) -> None:
+        self.table = table
+        self._ids: _Keys | None = None
+        self._next = 0
+        self._rows: dict[Modality, _Keys] = {}
+
+    def number(self, item_id: str) -> int:
+        """The number of an item; -1 if there is none of this id."""
+        data, ids = encoded(item_id), self.table.ids
+        if self._next < len(ids) and ids.bytes_at(self._next) == data:  # items often come in the table's order
+            self._next += 1
+            return self._next - 1
+        if self._ids is None:
+            whole = ids.utf8.data
+            hashes = (hash(bytes(whole[start:end])) for start, end in pairwise(ids.offsets.tolist()))
+            self._ids = _Keys(np.fromiter(hashes, np.int64, len(ids)))
+        found = next((place for place in self._ids.places(hash(data)) if ids.bytes_at(place) == data), -1)
+        self._next = found + 1 if found >= 0 else self._next
+        return found
+
+    def row(self, modality: Modality, content_hash: bytes) -> int:
+        """The row of an input; -1 if there is none of this content."""
+        if modality not in self.table.inputs:
+            return -1
+        hashes = self.table.inputs[modality].content_hash
+        if modality not in self._rows:
+            self._rows[modality] = _Keys(np.ascontiguousarray(hashes[:, :8]).view(np.int64).reshape(-1))
+        places = self._rows[modality].places(int.from_bytes(content_hash[:8], "little", signed=True))
+        return next((place for place in places if hashes[place].tobytes() == content_hash), -1)
+
+    def entry(self, number: int) -> _Entry:
+        """An item."""
+        table = self.table
+        files = {name: rows.item(number) for name, rows in table.rows.items() if rows.item(number) >= 0}
+        captions, labels = tuple(table.captions[number].tolist()), tuple(table.labels[number].tolist())
+        return _Entry(table.splits[number], table.problems[number], files, captions, labels)
+
+    def holds(self, number: int, item: Item) -> bool:
+        """Whether an item of the table has this content."""
+        table, entry = self.table, self.entry(number)
+        if (entry.split, entry.problem, entry.files.keys()) != (item.split, item.problem, item.hashes.keys()):
+            return False
+        if (len(entry.captions), len(entry.labels)) != (len(item.captions), len(item.labels)):
+            return False
+        hashes = {name: table.inputs[name].content_hash[row].tobytes() for name, row in entry.files.items()}
+        texts = table.inputs["text"].texts if entry.captions else None
+        return (
+            hashes == item.hashes
+            and all(
+                texts is not None and texts.bytes_at(row) == encoded(text)
+                for row, text in zip(entry.captions, item.captions, strict=True)
+            )
+            and all(table.class_names[at] == name for at, name in zip(entry.labels, item.labels, strict=True))
+        )
+
+
+def _empty_table() -> ItemTable:
+    rows = {name: np.zeros(0, np.int64) for name in FILE_KINDS}
+    texts, ragged = Texts.of(()), Ragged.from_rows(())
+    return ItemTable(
+        ids=texts,
+        splits=Coded.of(()),
+        problems=texts,
+        rows=rows,
+        captions=ragged,
+        labels=ragged,
+        class_names=(),
+        class_texts=ragged,
+    )
+
+
 class TableBuilder:
     """Adds items to a table: new inputs get the next free rows, known inputs keep theirs."""
 
@@ -41,13 +137,13 @@ class TableBuilder:
         self,
         table: ItemTable | None,
         class_prompts: Sequence[str],
-        replaceable: Mapping[Modality, Collection[int]] | None = None,
+        replaceable: Mapping[Modality, np.ndarray] | None = None,
         *,
         may_change: bool = False,
     ) -> None:
         """
         Args:
-            replaceable: rows of inputs that no encoder has encoded; their items may change their content.
+            replaceable: bool [inputs]: inputs that no encoder has encoded; their items may change their content.
             may_change: all items may change their content; otherwise `build` raises an error.
         """
         self.changed: dict[str, str] = {}
@@ -55,34 +151,73 @@ class TableBuilder:
         self._may_change = may_change
         self._class_prompts = tuple(class_prompts)
         self._replaceable = replaceable or {}
-        self._entries: dict[str, _Entry] = {}
+        old = table or _empty_table()
+        self._num_old, self._num_old_classes = len(old), len(old.class_names)
+        self._touched: set[int] = set()
+        """Numbers of items of the old table that have changed."""
+        self._added: dict[Modality, list[Inputs]] = {}
+        self._class_texts = [tuple(row.tolist()) for row in old.class_texts]
+        self._class_index_of = {name: index for index, name in enumerate(old.class_names)}
+        self._prompted: set[str] = set()
+        """Classes whose texts are those of the prompts."""
+        self._columns = _Columns(old)
+        self._start_pending()
+
+    def _start_pending(self) -> None:
+        self._entries: dict[int, tuple[str, _Entry]] = {}
+        """Added and changed items since the columns were made, by number."""
+        self._number_of: dict[str, int] = {}
         self._row_of: dict[Modality, dict[bytes, int]] = {name: {} for name in MODALITIES}
         self._texts: list[str] = []
-        self._class_texts: list[tuple[int, ...]] = []
-        self._class_index_of: dict[str, int] = {}
-        if table is not None:
-            self._take(table)
+        table = self._columns.table
+        self._num_inputs = {name: len(table.inputs.get(name, ())) for name in MODALITIES}
+        self._most_pending = min(max(len(table) // 8, _LEAST_PENDING), _MOST_PENDING)
 
     def add(self, item: Item) -> bool:
         """Add an item, and return whether the table changes.
 
         An existing item is left unchanged unless it was unusable or its content has changed.
         """
-        entry, known = _Entry(item.split, item.problem, {}), self._entries.get(item.id)
+        number = self._number_of[item.id] if item.id in self._number_of else self._columns.number(item.id)
+        known = None
+        if number >= 0:
+            is_held = number not in self._entries
+            if item.problem or (is_held and self._columns.holds(number, item)):
+                for name in () if item.problem else item.labels:
+                    self._class_index(name)
+                return False
+            known = self._columns.entry(number) if is_held else self._entries[number][1]
+        entry = _Entry(item.split, item.problem, {})
         if not item.problem:
             files = {name: self._row(name, content_hash) for name, content_hash in item.hashes.items()}
             captions = tuple(self._text_row(text) for text in item.captions)
             entry = _Entry(item.split, "", files, captions, tuple(self._class_index(name) for name in item.labels))
         if known is not None:
-            if item.problem or entry == known:
+            if entry == known:
                 return False
-            was_encoded = all(row not in self._replaceable.get(name, ()) for name, row in known.files.items())
-            if was_encoded and not known.problem:
-                names = {"files": "file", "captions": "captions", "labels": "labels", "split": "split"}
-                differing = [name for part, name in names.items() if getattr(entry, part) != getattr(known, part)]
-                self.changed[item.id] = " and ".join(differing)
-        self._entries[item.id] = entry
+            self._note_change(item.id, known, entry)
+        self._put(number, item.id, entry)
         return True
+
+    def _note_change(self, item_id: str, known: _Entry, entry: _Entry) -> None:
+        was_encoded = not any(
+            name in self._replaceable and row < len(self._replaceable[name]) and self._replaceable[name][row]
+            for name, row in known.files.items()
+        )
+        if was_encoded and not known.problem:
+            names = {"files": "file", "captions": "captions", "labels": "labels", "split": "split"}
+            differing = [name for part, name in names.items() if getattr(entry, part) != getattr(known, part)]
+            self.changed[item_id] = " and ".join(differing)
+
+    def _put(self, number: int, item_id: str, entry: _Entry) -> None:
+        if number < 0:
+            number = len(self._columns.table) + len(self._number_of)
+            self._number_of[item_id] = number
+        elif number < self._num_old:
+            self._touched.add(number)
+        self._entries[number] = item_id, entry
+        if len(self._entries) >= self._most_pending:
+            self._make_columns()
 
     def build(self) -> ItemTable:
         """The table with all added items. Raises CacheError if the content of existing items has changed."""
@@ -93,174 +228,88 @@ class TableBuilder:
                 f"{len(self.changed)} items have changed since they were extracted: {named}{more}. Use "
                 "--changed reencode to encode them again, or extract the changed data into a new cache."
             )
-        entries = list(self._entries.values())
-        hashes = {name: np.frombuffer(b"".join(rows), np.uint8) for name, rows in self._row_of.items() if rows}
-        texts = {"text": tuple(self._texts)}
-        inputs = {name: Inputs(flat.reshape(-1, 32), texts.get(name)) for name, flat in hashes.items()}
-        return ItemTable(
-            ids=tuple(self._entries),
-            splits=tuple(entry.split for entry in entries),
-            rows={name: np.array([entry.files.get(name, -1) for entry in entries], np.int64) for name in _FILE_KINDS},
+        self._make_columns()
+        return self._columns.table
+
+    def part(self) -> Part | None:
+        """What the added items add to the table; None if nothing."""
+        table = self.build()
+        numbers = np.concatenate([np.array(sorted(self._touched), np.int64), np.arange(self._num_old, len(table))])
+        if not len(numbers) and not self._added:
+            return None
+        added = replace(
+            take_items(table, numbers),
+            class_names=table.class_names[self._num_old_classes :],
+            class_texts=table.class_texts.take(np.arange(self._num_old_classes, len(table.class_names))),
+            inputs={name: join_inputs(parts) for name, parts in self._added.items()},
+        )
+        return Part(numbers, added)
+
+    def _make_columns(self) -> None:
+        """Make what was added since the last time into columns."""
+        order = sorted(self._entries)
+        ids, entries = [self._entries[number][0] for number in order], [self._entries[number][1] for number in order]
+        new: dict[Modality, Inputs] = {}
+        for name, rows in self._row_of.items():
+            if rows:
+                hashes = np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 32)
+                new[name] = Inputs(hashes, Texts.of(self._texts) if name == "text" else None)
+                self._added.setdefault(name, []).append(new[name])
+        if not entries and not new:
+            return
+        num_classes = len(self._columns.table.class_names)
+        pending = ItemTable(
+            ids=Texts.of(ids),
+            splits=Coded.of(entry.split for entry in entries),
+            problems=Texts.of(entry.problem for entry in entries),
+            rows={name: np.array([entry.files.get(name, -1) for entry in entries], np.int64) for name in FILE_KINDS},
             captions=Ragged.from_rows([entry.captions for entry in entries]),
             labels=Ragged.from_rows([entry.labels for entry in entries]),
-            class_names=tuple(self._class_index_of),
-            class_texts=Ragged.from_rows(self._class_texts),
-            problems=tuple(entry.problem for entry in entries),
-            inputs=inputs,
+            class_names=tuple(self._class_index_of)[num_classes:],
+            class_texts=Ragged.from_rows(self._class_texts[num_classes:]),
+            inputs=new,
         )
-
-    def _take(self, table: ItemTable) -> None:
-        for name, inputs in table.inputs.items():
-            self._row_of[name] = {row.tobytes(): index for index, row in enumerate(inputs.content_hash)}
-            if inputs.texts is not None:
-                self._texts = list(inputs.texts)
-        self._class_texts = [tuple(row.tolist()) for row in table.class_texts]
-        self._class_index_of = {name: index for index, name in enumerate(table.class_names)}
-        for index, item_id in enumerate(table.ids):
-            files = {name: int(rows[index]) for name, rows in table.rows.items() if rows[index] >= 0}
-            captions, labels = tuple(table.captions[index].tolist()), tuple(table.labels[index].tolist())
-            self._entries[item_id] = _Entry(table.splits[index], table.problems[index], files, captions, labels)
+        table = self._columns.table
+        self._columns = _Columns(
+            merge([Part(np.arange(len(table)), table), Part(np.array(order, np.int64), pending)]).table
+        )
+        self._start_pending()
 
     def _row(self, modality: Modality, content_hash: bytes) -> int:
-        return self._row_of[modality].setdefault(content_hash, len(self._row_of[modality]))
+        rows = self._row_of[modality]
+        if content_hash in rows:
+            return rows[content_hash]
+        row = self._columns.row(modality, content_hash)
+        if row < 0:
+            row = rows[content_hash] = self._num_inputs[modality] + len(rows)
+        return row
 
     def _text_row(self, text: str) -> int:
         row = self._row("text", text_hash(text))
-        if row == len(self._texts):
+        if row == self._num_inputs["text"] + len(self._texts):
             self._texts.append(text)
         return row
 
+    def _text(self, row: int) -> str:
+        pending = row - self._num_inputs["text"]
+        if pending >= 0:
+            return self._texts[pending]
+        texts = self._columns.table.inputs["text"].texts
+        assert texts is not None
+        return texts[row]
+
     def _class_index(self, name: str) -> int:
-        index, texts = self._class_index_of.get(name), self._prompted(name)
+        if name in self._prompted:
+            return self._class_index_of[name]
+        index = self._class_index_of.get(name)
+        texts = [prompt.replace("{}", name.replace("_", " ")) for prompt in self._class_prompts]
         if index is None:
             index = self._class_index_of[name] = len(self._class_texts)
             self._class_texts.append(tuple(self._text_row(text) for text in texts))
-        elif (cached := [self._texts[row] for row in self._class_texts[index]]) != texts:
+        elif (cached := [self._text(row) for row in self._class_texts[index]]) != texts:
             raise CacheError(
                 f"class {name!r}: the cache has {cached}, found {texts}. "
                 "Use the cache's --class-prompt, or extract into a new cache."
             )
+        self._prompted.add(name)
         return index
-
-    def _prompted(self, name: str) -> list[str]:
-        return [prompt.replace("{}", name.replace("_", " ")) for prompt in self._class_prompts]
-
-
-ENCODING_TYPE = "saffe-items"
-_FILE_KINDS: tuple[Modality, ...] = ("image", "audio", "video")
-_TEXT_COLUMNS = ("ids", "splits", "problems", "class_names")
-_RAGGED_COLUMNS = ("captions", "labels", "class_texts")
-
-
-def write_table(storage: Storage, name: str, table: ItemTable) -> None:
-    """Write a generation of the table to group `name`."""
-    mark_group(storage, "tables")
-    arrays = table_to_arrays(table)
-    write_group(storage, name, describe_group(ENCODING_TYPE, arrays, {}), arrays)
-
-
-def read_table(storage: Storage, name: str) -> ItemTable:
-    """Read a generation of the table. Raises CacheError if a column is missing or damaged."""
-    _, arrays = read_group(storage, name, ENCODING_TYPE)
-    return table_from_arrays(arrays, f"{storage.root}: {name}")
-
-
-def table_to_arrays(table: ItemTable) -> dict[str, np.ndarray]:
-    """The columns by their names on disk."""
-    arrays: dict[str, np.ndarray] = {}
-    for column in _TEXT_COLUMNS:
-        _pack_texts(arrays, column, getattr(table, column))
-    for column in _RAGGED_COLUMNS:
-        ragged: Ragged = getattr(table, column)
-        arrays[f"{column}/offsets"], arrays[f"{column}/values"] = ragged.offsets, ragged.values
-    for modality, rows in table.rows.items():
-        if modality != "video" or modality in table.inputs:  # releases before videos do not know the column
-            arrays[f"rows/{modality}"] = rows
-    for modality, inputs in table.inputs.items():
-        arrays[f"inputs/{modality}/content_hash"] = inputs.content_hash
-        if inputs.texts is not None:
-            _pack_texts(arrays, f"inputs/{modality}/texts", inputs.texts)
-    return arrays
-
-
-def table_from_arrays(arrays: Mapping[str, np.ndarray], where: str) -> ItemTable:
-    """The table of columns. Raises CacheError if one is missing, has another type, or contradicts the others."""
-    try:
-        columns: dict[str, Any] = {column: _unpack_texts(arrays, column) for column in _TEXT_COLUMNS}
-        for column in _RAGGED_COLUMNS:
-            columns[column] = _ragged(arrays, column)
-        without = {"rows/video": np.full(len(columns["ids"]), -1, np.int64)}
-        rows = {name: (without | dict(arrays))[f"rows/{name}"] for name in _FILE_KINDS}
-        inputs: dict[Modality, Inputs] = {}
-        for modality in MODALITIES:
-            if f"inputs/{modality}/content_hash" in arrays:
-                texts = _unpack_texts(arrays, f"inputs/{modality}/texts") if modality == "text" else None
-                inputs[modality] = Inputs(arrays[f"inputs/{modality}/content_hash"], texts)
-        table = ItemTable(rows=rows, inputs=inputs, **columns)
-        _check_table(table)
-    except KeyError as error:
-        raise CacheError(f"{where} has no {error}. Restore it from a copy.") from None
-    except ValueError as error:
-        raise CacheError(f"{where}: {error}. Restore it from a copy, or extract into a new cache.") from None
-    return table
-
-
-def _check_table(table: ItemTable) -> None:
-    """Raises ValueError if columns differ in length, an entry is duplicated, or a row does not exist."""
-    num_items, num_texts = len(table.ids), len(table.inputs["text"]) if "text" in table.inputs else 0
-    lengths = [len(column) for column in (table.splits, table.problems, table.captions, table.labels)]
-    num_classes = len(table.class_names)
-    if lengths != [num_items] * 4 or len(table.class_texts) != num_classes:
-        raise ValueError(
-            f"its columns have {[num_items, *lengths]} items and {len(table.class_texts)} class texts, expected "
-            f"equal numbers and {num_classes}"
-        )
-    for name, texts in (("ids", table.ids), ("class_names", table.class_names)):
-        if len(set(texts)) < len(texts):
-            raise ValueError(f"{name} has a duplicate entry")
-    for modality, rows in table.rows.items():
-        num_inputs = len(table.inputs[modality]) if modality in table.inputs else 0
-        if rows.shape != (num_items,) or rows.dtype != np.int64:
-            raise ValueError(f"rows/{modality} is {rows.shape} {rows.dtype}, expected ({num_items},) int64")
-        _check_range(f"rows/{modality}", rows, -1, num_inputs)
-    for name, end in (("captions", num_texts), ("class_texts", num_texts), ("labels", num_classes)):
-        _check_range(name, getattr(table, name).values, 0, end)
-    for modality, inputs in table.inputs.items():
-        hashes = inputs.content_hash
-        if hashes.dtype != np.uint8 or hashes.shape[1:] != (32,):
-            raise ValueError(f"inputs/{modality}/content_hash is {hashes.shape} {hashes.dtype}, expected (n, 32) uint8")
-        if inputs.texts is not None and len(inputs.texts) != len(hashes):
-            raise ValueError(f"inputs/{modality} has {len(hashes)} hashes of {len(inputs.texts)} texts")
-
-
-def _check_range(column: str, numbers: np.ndarray, least: int, end: int) -> None:
-    if len(numbers) and not least <= numbers.min() <= numbers.max() < end:
-        raise ValueError(f"{column} has {numbers.min()} to {numbers.max()}, expected {least} to {end - 1}")
-
-
-def _ragged(arrays: Mapping[str, np.ndarray], column: str) -> Ragged:
-    values = arrays[f"{column}/values"]
-    is_list = values.ndim == 1 and values.dtype == np.int64
-    return Ragged(_offsets(arrays, column, len(values) if is_list else -1), values)
-
-
-def _offsets(arrays: Mapping[str, np.ndarray], column: str, num_values: int) -> np.ndarray:
-    """A column's offsets, which ascend from 0 to the number of its values (-1 if these have another type)."""
-    offsets = arrays[f"{column}/offsets"]
-    ascends = offsets.ndim == 1 and offsets.dtype == np.int64 and len(offsets) and (np.diff(offsets) >= 0).all()
-    if not ascends or offsets[0] != 0 or offsets[-1] != num_values:
-        raise ValueError(f"{column}/offsets do not ascend from 0 to the length of their values")
-    return offsets
-
-
-def _pack_texts(arrays: dict[str, np.ndarray], column: str, texts: Iterable[str]) -> None:
-    """Store texts as UTF-8 bytes and offsets, which every Zarr reader supports, unlike strings."""
-    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-    arrays[f"{column}/offsets"] = np.concatenate([[0], np.cumsum([len(part) for part in encoded])]).astype(np.int64)
-    arrays[f"{column}/utf8"] = np.frombuffer(b"".join(encoded), np.uint8)
-
-
-def _unpack_texts(arrays: Mapping[str, np.ndarray], column: str) -> tuple[str, ...]:
-    data = arrays[f"{column}/utf8"].tobytes()
-    offsets = _offsets(arrays, column, len(data))
-    return tuple(data[start:end].decode("utf-8", "surrogatepass") for start, end in pairwise(offsets))

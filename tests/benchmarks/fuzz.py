@@ -37,6 +37,7 @@ SHARES = {
     "block": 60,
     "shard": 350,
     "item table": 25,
+    "part of a table": 100,
     "metadata.jsonl": 90,
     "class folders": 2,
     "run config.json": 20,

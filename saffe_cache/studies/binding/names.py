@@ -17,6 +17,7 @@ import numpy as np
 
 from saffe_cache.core.atomic_io import write_whole
 from saffe_cache.core.features import Inputs, Ragged
+from saffe_cache.core.texts import Texts
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.evaluation.baselines import log_odds
 from saffe_cache.inputs.feature_loader import FeatureLoader, summaries
@@ -129,7 +130,7 @@ def renamed_cache(cache: Cache, text_key: str, names: Sequence[str], vectors: np
         cache.table,
         class_names=tuple(names),
         class_texts=Ragged.from_rows([number] for number in range(len(names))),
-        inputs={**cache.table.inputs, "text": Inputs(hashes, tuple(names))},
+        inputs={**cache.table.inputs, "text": Inputs(hashes, Texts.of(names))},
     )
     texts = RenamedTexts(cache.storage, cache.encoders[text_key].manifest, vectors)
     renamed.encoders = {**cache.encoders, text_key: texts}
