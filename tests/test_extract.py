@@ -142,7 +142,7 @@ def test_remains_of_an_old_table_are_removed(config: ExtractConfig) -> None:
     (tables / "1" / "splits").mkdir(parents=True)
     (tables / "1" / "splits" / "zarr.json").write_text("{}")
     extract(config)
-    assert sorted(path.name for path in tables.iterdir()) == ["2", "zarr.json"]
+    assert sorted(path.name for path in tables.iterdir()) == [*open_cache(config.cache).root.tables, "zarr.json"]
 
 
 def test_second_encoder_is_added_to_the_first(config: ExtractConfig, tiny_model: Callable[[str], Path]) -> None:

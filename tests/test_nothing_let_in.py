@@ -6,7 +6,7 @@ import ast
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ from saffe_cache.core.tables import Cell, Row, Table
 from saffe_cache.encoders.encoder import load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
 from saffe_cache.fusion.library_block import blank_model
-from saffe_cache.store.manifest import read_encoder, write_encoder
+from saffe_cache.store.manifest import existing_root, read_encoder, write_encoder, write_root
 from saffe_cache.store.parts import write_table
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder
@@ -113,7 +113,9 @@ def test_inspect_sends_nothing_to_the_terminal(tmp_path: Path) -> None:
         fields = {"split": f"train{ESCAPES}", "captions": (f"caption{ESCAPES}",), "labels": (f"class{ESCAPES}",)}
         builder.add(Item(id=f"id{ESCAPES}", hashes={"image": bytes(32)}, **fields))  # type: ignore[arg-type]
         builder.add(Item(id="broken", split="train", problem=f"unreadable{ESCAPES}"))
-        write_table(Storage(tmp_path), builder.build())
+        root = existing_root(Storage(tmp_path))
+        tables = write_table(Storage(tmp_path), builder.build())
+        write_root(Storage(tmp_path), replace(root, tables=tables), root)
         manifest = read_encoder(Storage(tmp_path), contents.key)
         manifest.invalid[0] = f"broken{ESCAPES}"
         manifest.arrays[f"more{ESCAPES}"] = manifest.arrays["pooled"]

@@ -157,7 +157,8 @@ def _num_distinct(rows: Ragged, most: int) -> np.ndarray:
     is_first = np.ones(len(rows.values), bool)
     is_first[1:] = rows.owners[1:] != rows.owners[:-1]
     differs = rows.values != np.repeat(rows.values[is_first], lengths[lengths > 0])
-    return np.asarray((lengths > 0) + (np.bincount(rows.owners[differs], minlength=len(rows)) > 0))
+    differing = np.bincount(rows.owners[differs], minlength=len(rows))
+    return np.asarray(np.minimum(lengths, 1) + np.minimum(differing, 1))
 
 
 def _merged(rows: Ragged, group: np.ndarray) -> Ragged:

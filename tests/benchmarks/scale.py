@@ -2,9 +2,9 @@
 
 Makes a synthetic cache of each size in a temporary folder (5 captions an item, rows of 2 numbers), and measures in one
 process each: opening it, adding one item (as an extraction does it: the table read, the item added, its part and the
-root committed), selecting all pairs, and reading the texts. Prints seconds (and those of CPU time in brackets, which other
-processes on the machine do not change), peak memory in MB (of the whole process, with the imports) and the bytes of the
-table on disk.
+root committed), selecting all pairs, and reading the texts. Prints seconds (in brackets those of CPU time, which other
+processes on the machine do not change), peak memory in MB (of the whole process, with the imports) and the table's
+bytes on disk.
 """
 
 from __future__ import annotations
