@@ -28,7 +28,6 @@ from saffe_cache.store.storage import (
     mark_group,
     own_attributes,
     read_attributes,
-    write_attributes,
     zarr_json,
 )
 
@@ -327,7 +326,7 @@ def read_root(storage: Storage) -> RootManifest | None:
     if not storage.exists("zarr.json"):
         return None
     stored = storage.read("zarr.json")
-    content = read_attributes(storage, "", stored)
+    content = own_attributes(storage, "", stored)
     if "format_version" not in content:
         raise CacheError(f"{storage.root}: found a Zarr group, expected a feature cache. Choose another --cache.")
     version = content["format_version"]

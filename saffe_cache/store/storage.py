@@ -132,13 +132,14 @@ class Storage:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise CacheError(f"{self.root}: {name} is missing. {REPAIR_ADVICE}") from None
 
-    def read_json(self, name: str, data: bytes | None = None) -> dict[str, Any]:
-        """The object in a JSON file, whose `data` may have been read before.
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file. Raises CacheError if the file is missing, or is not a JSON object."""
+        return self.parse_json(name, self.read(name))
 
-        Raises CacheError if the file is missing, or is not a JSON object.
-        """
+    def parse_json(self, name: str, data: bytes) -> dict[str, Any]:
+        """The object in the bytes of a JSON file. Raises CacheError if they are no JSON object."""
         try:
-            value = json.loads(self.read(name) if data is None else data)
+            value = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise CacheError(f"{self.root}: {name} is not JSON ({error}). Restore it from a copy.") from None
         if not isinstance(value, dict):
@@ -179,15 +180,17 @@ def write_attributes(storage: Storage, name: str, attributes: Mapping[str, Any])
     storage.write(f"{name}/zarr.json".lstrip("/"), group_metadata({"saffe_cache": dict(attributes)}))
 
 
-def read_attributes(storage: Storage, name: str, data: bytes | None = None) -> dict[str, Any]:
-    """The attributes that `write_attributes` wrote, empty without that key; the `data` may have been read before.
+def read_attributes(storage: Storage, name: str) -> dict[str, Any]:
+    """The attributes that `write_attributes` wrote, empty without that key.
 
     Raises CacheError if its `zarr.json` is missing or not a JSON object.
     """
-from saffe_cache.core.json_schema import whole_number, whole_numbers
-from saffe_cache.store.checksums import bytes_of, crc32c
-from saffe_cache.store.files import ForeignFiles, LocalFiles
-from saffe_cache.store.objects import SCHEMES, ObjectFiles
+    return own_attributes(storage, name, storage.read(f"{name}/zarr.json".lstrip("/")))
+
+
+def own_attributes(storage: Storage, name: str, data: bytes) -> dict[str, Any]:
+    """The same of the bytes of a group's `zarr.json`."""
+    attributes = storage.parse_json(f"{name}/zarr.json".lstrip("/"), data).get("attributes")
     own = attributes.get("saffe_cache") if isinstance(attributes, dict) else None
     return own if isinstance(own, dict) else {}
 
