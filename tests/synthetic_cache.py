@@ -35,6 +35,7 @@ def make_cache(
     deep: bool = False,
     feature_maps: bool = False,
     labels: Callable[[str, int], Sequence[int]] | None = None,
+    shard_rows: int = 32,
 ) -> str:
     """Write a cache, finished, with layers 2 and 3 of a photo encoder and of a text encoder.
 
@@ -50,6 +51,7 @@ def make_cache(
         deep: with layer 1 and its block, too.
         labels: the classes of an item, by its split and number, if not one after another.
         feature_maps: photos' tokens are places of a CNN's feature maps, and have no blocks.
+        shard_rows: of every array; more for a large cache.
     """
     generator = np.random.default_rng(seed)
     builder = TableBuilder(None, ("a {}",))
@@ -91,8 +93,8 @@ def make_cache(
     if deep:
         images, words = {"hidden_states/1": tokens * 0.9} | images, {"hidden_states/1": flat * 0.9} | words
     keys = [
-        _write_encoder(storage, "image", images, len(of_photo), width, generator, feature_maps=feature_maps),
-        _write_encoder(storage, "text", words, num_texts, text_width, generator),
+        _write_encoder(storage, "image", images, len(of_photo), width, generator, shard_rows, feature_maps),
+        _write_encoder(storage, "text", words, num_texts, text_width, generator, shard_rows),
     ]
     write_root(storage, RootManifest(write_table(storage, table), tuple(keys)))
     return str(path)
@@ -105,7 +107,7 @@ def _write_encoder(
     count: int,
     width: int,
     generator: np.random.Generator,
-    *,
+    shard_rows: int,
     feature_maps: bool = False,
 ) -> str:
     manifest = EncoderManifest(
@@ -120,7 +122,9 @@ def _write_encoder(
     for name, values in arrays.items():
         dtype = "int64" if name == "offsets" else "float32"
         names = tuple(f"axis{axis}" for axis in range(values.ndim))
-        spec = ArraySpec(row_shape=values.shape[1:], dtype=dtype, chunk_rows=4, shard_rows=32, dimension_names=names)
+        spec = ArraySpec(
+            row_shape=values.shape[1:], dtype=dtype, chunk_rows=4, shard_rows=shard_rows, dimension_names=names
+        )
         targets[name] = (spec, len(values))
         portion[name] = (0, to_storage(values.astype(np.float32) if dtype == "float32" else values, dtype))
     with EncoderWriter(storage, manifest, targets) as writer:

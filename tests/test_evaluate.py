@@ -27,8 +27,8 @@ from saffe_cache.training.runs import open_run
 KEYS = {
     "verb", "version", "protocol", "definition", "main_metric", "split", "data", "failures", "warnings", "num_photos",
     "num_queries", "num_unusable_items", "validation_photos", "validation_photos_drawn_from", "systems", "descriptions",
-    "absent", "differences", "controls", "control_scores", "sensitivity", "duplicates", "index", "cost", "run", "config",
-    "versions", "threads", "system", "resolved",
+    "absent", "differences", "controls", "control_scores", "sensitivity", "duplicates", "index", "cost", "run",
+    "config", "versions", "threads", "system", "resolved",
 }  # fmt: skip
 
 

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from saffe_cache.core.features import Ragged
-from saffe_cache.retrieval.scores import Scores, caption_scores, class_scores, image_scores, text_scores
+from saffe_cache.retrieval.scores import (
+    Scores,
+    caption_scores,
+    class_scores,
+    drawn_queries,
+    image_scores,
+    text_scores,
+)
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
@@ -313,6 +320,23 @@ def test_noise_scores_chance_in_texts_and_images(collapsed: bool) -> None:
         image_runs.append(image_scores(photos, labels, intervals=False, seed=seed))
     assert_chance(text_runs)
     assert_chance(image_runs)
+
+
+def test_few_queries_search_the_whole_gallery() -> None:
+    photos, captions, owners = captioned(120, 1.5, seed=4)
+    every = caption_scores(photos, captions, owners, seed=2)
+    few = caption_scores(photos, captions, owners, seed=2, most=50)
+    for name, count in (("mrr", len(captions)), ("image_to_text_mrr", len(photos))):
+        chosen = drawn_queries(count, 50, 2)
+        np.testing.assert_array_equal(few[name].of_queries, every[name].of_queries[chosen])
+        assert few[name].value == few[name].of_queries.mean()
+        assert few[name].chance == pytest.approx(every[name].chance, rel=0.2)
+    assert few["mrr"].interval is not None
+    assert every["mrr"].interval is not None
+    assert np.ptp(few["mrr"].interval) > np.ptp(every["mrr"].interval)
+    assert caption_scores(photos, captions, owners, seed=2, most=len(captions)) == every
+    forwards = caption_scores(photos, captions, owners, seed=2, photos_search=False)
+    assert forwards == {name: score for name, score in every.items() if not name.startswith("image_to_text")}
 
 
 @pytest.mark.slow

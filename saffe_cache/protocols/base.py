@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple
@@ -40,6 +41,8 @@ from saffe_cache.store.reader import Cache
 
 NULL_GALLERY = "the gallery is f(photo, null text)"
 LEAKY_GALLERY = "the gallery is f(photo, a text that searches for it)"
+CONTROL_QUERIES = 20_000
+"""Queries of a control, drawn by the seed, where there are more and each has a few answers in a gallery of all."""
 NUM_SHUFFLES, FEWEST_SHUFFLES = 10, 5
 """Shuffles of the photos that show how far chance spreads, where a bootstrap does not."""
 LEAST_CLASSES = 6
@@ -87,6 +90,8 @@ class Protocol(ABC):
     """The texts that search; None where photos do."""
     class_names: tuple[str, ...] = ()
     """Of the classes that search."""
+    most_queries: int = 0
+    """Texts that search, and photos that do, at most, where each is one of many; 0 for all."""
     num_shuffles: int = 0
     """Shuffles of the photos that the spread of a control is taken from, where a bootstrap over the queries does not
     show it: the photos that search are the gallery too, or the queries are a few classes. 0 for a bootstrap."""
@@ -171,7 +176,7 @@ class Protocol(ABC):
     # Controls: the same measurement where nothing can be found
 
     def measure_controls(self, system: System, permuted: System | None) -> dict[str, Scores]:
-        """The scores of each control.
+        """The scores of each control, of at most `CONTROL_QUERIES` queries: a control need not be as exact as a result.
 
         photos_shuffled    each place of the gallery has another's photo; paired texts stay
         photos_constant    the same photo at every place; paired texts stay
@@ -180,13 +185,15 @@ class Protocol(ABC):
         generator = np.random.default_rng(self.setting.seed)
         honest, count = self.setting.honest(), len(self.setting.pairs)
         shuffled, constant = generator.permutation(count), np.full(count, generator.integers(count))
+        few = copy(self)
+        few.most_queries = CONTROL_QUERIES
         measured = {
-            "photos_shuffled": self.measure(system, Arrangement(shuffled, honest.texts)),
-            "photos_constant": self.measure(system, Arrangement(constant, honest.texts)),
+            "photos_shuffled": few.measure(system, Arrangement(shuffled, honest.texts)),
+            "photos_constant": few.measure(system, Arrangement(constant, honest.texts)),
         }
         if permuted is not None and not self.why_no_permuted():
-            measured["pairs_permuted"] = self.measure(permuted, honest)
-        return measured | self.own_controls(system, shuffled)
+            measured["pairs_permuted"] = few.measure(permuted, honest)
+        return measured | few.own_controls(system, shuffled)
 
     def own_controls(self, system: System, shuffled: np.ndarray) -> dict[str, Scores]:
         """Controls that other protocols do not have; `shuffled` are the photos of photos_shuffled."""

@@ -21,6 +21,7 @@ from saffe_cache.retrieval.scores import (
     candidate_scores,
     caption_scores,
     class_scores,
+    drawn_queries,
     image_scores,
     others_of_classes,
     text_scores,
@@ -157,7 +158,13 @@ class CaptionProtocol(SearchProtocol):
         return Queries(rows, text.vectors(rows), relevant, pairs.owners)
 
     def score_vectors(self, gallery: np.ndarray, queries: np.ndarray, *, intervals: bool = True) -> Scores:
-        return caption_scores(gallery, queries, self.queries.units, intervals=intervals, seed=self.setting.seed)
+        owners, seed, most = self.queries.units, self.setting.seed, self.most_queries
+        return caption_scores(gallery, queries, owners, intervals=intervals, seed=seed, most=most)
+
+    def validation_score(self, gallery: np.ndarray, queries: np.ndarray) -> float:
+        owners, seed = self.queries.units, self.setting.seed
+        scores = caption_scores(gallery, queries, owners, intervals=False, seed=seed, photos_search=False)
+        return scores[self.main_metric].value
 
 
 class MetadataProtocol(SearchProtocol):
@@ -200,7 +207,9 @@ class MetadataProtocol(SearchProtocol):
 
     def score_vectors(self, gallery: np.ndarray, queries: np.ndarray, *, intervals: bool = True) -> Scores:
         of, seed = self.queries, self.setting.seed
-        return text_scores(gallery, queries, of.relevant, of.units, intervals=intervals, seed=seed)
+        chosen = drawn_queries(len(of), self.most_queries, seed)
+        relevant = of.relevant if len(chosen) == len(of) else of.relevant.take(chosen)
+        return text_scores(gallery, queries[chosen], relevant, of.units[chosen], intervals=intervals, seed=seed)
 
     def own_controls(self, system: System, shuffled: np.ndarray) -> dict[str, Scores]:
         """texts_shuffled: each place has another's text; photos stay."""

@@ -213,14 +213,22 @@ def bootstrap_interval(
     Captions of one photo are not independent; a photo's captions are drawn together. Totals and counts are the sum of
     the metric over each unit's queries and their number, [units] each; see `unit_totals`.
     """
-    generator, values = np.random.default_rng(seed), []
-    for _ in range(resamples):
-        drawn = generator.integers(len(totals), size=len(totals))
-        values.append(totals[drawn].sum() / counts[drawn].sum())
-    return _middle(values)
+    return bootstrap_intervals([totals], counts, seed=seed, resamples=resamples)[0]
 
 
-def _middle(values: Sequence[float]) -> tuple[float, float]:
+def bootstrap_intervals(
+    totals: Sequence[np.ndarray], counts: np.ndarray, *, seed: int = 0, resamples: int = 1000
+) -> list[tuple[float, float]]:
+    """As `bootstrap_interval`, of several metrics over the same units; each is the same as if it were alone."""
+    generator, values = np.random.default_rng(seed), np.empty((len(totals), resamples))
+    for resample in range(resamples):
+        drawn = generator.integers(len(counts), size=len(counts))
+        number = counts[drawn].sum()
+        values[:, resample] = [of_metric[drawn].sum() / number for of_metric in totals]
+    return [_middle(of_metric) for of_metric in values]
+
+
+def _middle(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """The interval that holds the middle 95 %."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)

@@ -36,6 +36,8 @@ _MOST_TARGETS = 8
 """Relevant items of a query up to which float32 products count: each costs two comparisons of every score."""
 _CROWDED = 64
 """Where one in so many items of a block is too close to a relevant one, the whole block is scored exactly instead."""
+_SPARSE = 16
+"""Where at most one in so many scores reaches a bound, only those are compared with each one's bounds."""
 _LANES = 128
 """Words of eight truth values that are added at a time: byte by byte, which holds 255."""
 _PAIRS_AT_ONCE = 4096
@@ -295,13 +297,10 @@ class _Count:
             inside, columns = self._excluded(rows, items)
             approximate[inside, columns] = -np.inf
         slots = [self._slot(rows, lengths, slot, scores.error) for slot in range(lengths.max(initial=0))]
-        surely = [self._number(np.greater, approximate, slot.upper) for slot in slots]
-        near = [
-            self._number(np.greater_equal, approximate, slot.lower) - above
-            for slot, above in zip(slots, surely, strict=True)
-        ]
-        crowded = np.array(near).max(axis=0, initial=0) * _CROWDED > approximate.shape[1] + _CROWDED
-        for slot, above, close in zip(slots, surely, near, strict=True):
+        numbers = self._numbers(approximate, slots)
+        near = np.array([reached - above for above, reached in numbers])
+        crowded = near.max(axis=0, initial=0) * _CROWDED > approximate.shape[1] + _CROWDED
+        for slot, (above, _), close in zip(slots, numbers, near, strict=True):
             quick = slot.has & ~crowded
             self.above[slot.pairs[quick]] += above[quick]
             is_own = (self._targets[slot.pairs] >= items.start) & (self._targets[slot.pairs] < items.stop)
@@ -337,6 +336,28 @@ class _Count:
         )
         lower, upper = (np.where(has, bound, np.float32(np.inf))[:, None] for bound in bounds)
         return _Slot(pairs, has, lower, upper)
+
+    def _numbers(self, scores: np.ndarray, slots: list[_Slot]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each slot, how many scores of a query are above its upper bound, and how many reach its lower one."""
+        if not slots:
+            return []
+        count, width = scores.shape
+        lowest = np.minimum.reduce([slot.lower for slot in slots])
+        reached = self._number(np.greater_equal, scores, lowest)
+        if reached.sum() * _SPARSE > scores.size:
+            return [
+                (self._number(np.greater, scores, slot.upper), self._number(np.greater_equal, scores, slot.lower))
+                for slot in slots
+            ]
+        places = np.flatnonzero(self._mask[:count, :width])
+        values, owner = scores.ravel()[places], np.repeat(np.arange(count), reached)
+        return [
+            (
+                np.bincount(owner[values > slot.upper[owner, 0]], minlength=count),
+                np.bincount(owner[values >= slot.lower[owner, 0]], minlength=count),
+            )
+            for slot in slots
+        ]
 
     def _number(self, compare: np.ufunc, scores: np.ndarray, bounds: np.ndarray) -> np.ndarray:
         """In how many of its scores a query exceeds its bound, int64 [queries]."""

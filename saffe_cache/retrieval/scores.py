@@ -19,7 +19,7 @@ from saffe_cache.core.features import Ragged
 from saffe_cache.retrieval.metrics import (
     RandomOrder,
     Ranking,
-    bootstrap_interval,
+    bootstrap_intervals,
     map_interval,
     metrics_of,
     unit_totals,
@@ -72,18 +72,41 @@ Scores = dict[str, Score]
 
 
 def caption_scores(
-    photos: np.ndarray, captions: np.ndarray, owners: np.ndarray, *, intervals: bool = True, seed: int = 0
+    photos: np.ndarray,
+    captions: np.ndarray,
+    owners: np.ndarray,
+    *,
+    intervals: bool = True,
+    seed: int = 0,
+    most: int = 0,
+    photos_search: bool = True,
 ) -> Scores:
     """Both directions of caption retrieval (M2); mAP = MRR, as one photo is relevant to a caption.
 
-    `owners` int [m] says which photo each caption describes; each photo owns at least one.
+    `owners` int [m] says which photo each caption describes; each photo owns at least one. Of the captions, and of the
+    photos, at most `most` search, drawn by the seed; 0 for all. `photos_search`: whether photos search at all.
     """
+
+    def scores(gallery: np.ndarray, queries: np.ndarray, relevant: Ragged, units: np.ndarray) -> Scores:
+        chosen = drawn_queries(len(queries), most, seed)
+        if len(chosen) < len(queries):
+            queries, relevant, units = queries[chosen], relevant.take(chosen), units[chosen]
+        ranks = relevant_ranks(InnerProducts(gallery, queries), relevant, seed=seed)
+        return _scores_of("captions", ranks, units, len(gallery), intervals, seed)
+
     photo_of = Ragged(np.arange(len(owners) + 1), owners)
-    to_photo = relevant_ranks(InnerProducts(photos, captions), photo_of, seed=seed)
-    to_caption = relevant_ranks(InnerProducts(captions, photos), members(photo_of, len(photos)), seed=seed)
-    forwards = _scores_of("captions", to_photo, owners, len(photos), intervals, seed)
-    backwards = _scores_of("captions", to_caption, np.arange(len(photos)), len(captions), intervals, seed)
+    forwards = scores(photos, captions, photo_of, owners)
+    if not photos_search:
+        return forwards
+    backwards = scores(captions, photos, members(photo_of, len(photos)), np.arange(len(photos)))
     return forwards | {f"image_to_text_{name}": replace(score, units=None) for name, score in backwards.items()}
+
+
+def drawn_queries(count: int, most: int, seed: int) -> np.ndarray:
+    """Some of so many queries, ascending; 0 for all."""
+    if not 0 < most < count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
 
 
 def text_scores(
@@ -180,9 +203,13 @@ def _scores_of(
         values, chance = metric.values(ranks), metric.chance(order)
         if metric.is_rank:
             found[name] = Score(float(np.median(values)), chance)
-            continue
-        interval = bootstrap_interval(*unit_totals(values, units), seed=seed) if intervals else None
-        found[name] = Score(float(values.mean()), chance, interval, values, units if intervals else None)
+        else:
+            found[name] = Score(float(values.mean()), chance, None, values, units if intervals else None)
+    means = {name: score.of_queries for name, score in found.items() if score.values is not None}
+    if intervals and means:
+        totals, counts = zip(*(unit_totals(values, units) for values in means.values()), strict=True)
+        of_metrics = bootstrap_intervals(totals, counts[0], seed=seed)
+        found |= {name: replace(found[name], interval=one) for name, one in zip(means, of_metrics, strict=True)}
     return found
 
 
