@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,43 @@ def test_truncated_texts_are_logged_kept_and_shown(
     caplog.clear()
     assert "were truncated" not in describe(extract(whole))
     assert "texts" not in caplog.text
+
+
+def test_counts_of_truncated_texts_include_earlier_ones(config: ExtractConfig, tmp_path: Path) -> None:
+    texts = [f"word1 word2 word3 word{i}" for i in range(6)]
+    config = replace(config, data=str(captioned(tmp_path / "few", texts[:4])), max_length=5)
+    extract(config)
+    extract(replace(config, data=str(captioned(tmp_path / "more", [*texts, "word1"]))))
+    cache = open_cache(extract(replace(config, layers={"text": (0, 1, 2)})))
+    assert [entry["truncated"] for entry in cache.encoder("text").manifest.extractions] == [4, 6, 6]
+
+
+def test_only_new_texts_are_tokenized(config: ExtractConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"word1 word2 word{i}" for i in range(6)]
+    config = replace(config, data=str(captioned(tmp_path / "few", texts[:4])))
+    extract(config)
+    tokenized, tokenize = list[str](), FrozenEncoder.tokenize
+
+    def counted(encoder: FrozenEncoder, texts: Sequence[str]) -> list[list[int]]:
+        tokenized.extend(texts)
+        return tokenize(encoder, texts)
+
+    monkeypatch.setattr(FrozenEncoder, "tokenize", counted)
+    extract(config)
+    assert not set(tokenized) & set(texts)
+    extract(replace(config, data=str(captioned(tmp_path / "more", texts))))
+    assert set(tokenized) & set(texts) == set(texts[4:])
+
+
+def test_other_tokens_than_planned_end_the_run(
+    config: ExtractConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, data=str(captioned(tmp_path / "few", ["word1 word2", "word1"])), layers={"text": (1,)})
+    extract(config)
+    tokenize = FrozenEncoder.tokenize
+    monkeypatch.setattr(FrozenEncoder, "tokenize", lambda *given: [ids[:3] for ids in tokenize(*given)])
+    with pytest.raises(CacheError, match=r"text 0 has 3 tokens, expected 4 as in the cache\. Install the library"):
+        extract(replace(config, layers={"text": (0, 1)}))
 
 
 @pytest.mark.parametrize(("num_equal", "warns"), [(2, False), (3, True)])

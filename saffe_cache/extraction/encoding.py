@@ -26,7 +26,7 @@ from saffe_cache.encoders.transfers import Encoded, HalvingEncoder, Launched
 from saffe_cache.extraction.blocks import checked_blocks
 from saffe_cache.extraction.config import EncodeOptions, ExtractConfig
 from saffe_cache.extraction.loading import Batch, load_batches
-from saffe_cache.extraction.planning import Job, new_job, sound_offsets
+from saffe_cache.extraction.planning import Job, find_offsets, new_job
 from saffe_cache.sources.items import Media
 from saffe_cache.store.dtypes import Stored, as_tensor, convert, to_storage
 from saffe_cache.store.held import HeldEncoder
@@ -221,8 +221,7 @@ def encode_in_memory(
     """
     manifest = replace(manifest, invalid={}, history=[])
     job = new_job(encoder, manifest, options, table)
-    if encoder.windows:
-        job.offsets = sound_offsets(job, np.zeros(1, np.int64), media)
+    find_offsets(job, np.zeros(1, np.int64), media)
     job.arrays = {name: (array.spec, job.first_row(name, job.num_inputs)) for name, array in manifest.arrays.items()}
     job.select([name for name in names if name != "offsets"])
     specs = {name: manifest.arrays[name].spec for name in names if name != "offsets"}

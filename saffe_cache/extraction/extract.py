@@ -7,7 +7,6 @@ lacks) -> encoding, which passes rows to the store's writer.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -202,13 +201,13 @@ def _log_plan(jobs: Sequence[Job], table: ItemTable, items: Sequence[SourceItem]
         left = job.num_inputs - job.start
         what = "nothing to do" if job.is_done else f"{left} to encode, {job.num_bytes / 1e6:.1f} MB when done"
         logger.info("%s: layers %s, %d inputs, %s.", job.manifest.key, layers, job.num_inputs, what)
-        if job.token_ids and not job.is_done:
+        if len(job.token_hashes) and not job.is_done:
             _warn_of_texts(job, table)
 
 
 def _warn_of_texts(job: Job, table: ItemTable) -> None:
-    """Warn of truncated texts, and of splits in which many texts have the same tokens, and so the same vector."""
-    key = job.manifest.key
+    """Warn of truncated texts, and of splits in which many new texts have the same tokens, and so the same vector."""
+    key, first = job.manifest.key, job.num_inputs - len(job.token_hashes)
     if job.num_truncated:
         logger.warning(
             "%s: %d of %d texts are longer than %s tokens and are truncated. Use shorter texts, or a larger "
@@ -219,13 +218,13 @@ def _warn_of_texts(job: Job, table: ItemTable) -> None:
         items = table.in_split(split)
         of_classes = table.class_texts.take(np.unique(table.labels.take(items).values))
         rows = np.union1d(table.captions.take(items).values, of_classes.values)
-        counts = Counter(tuple(job.token_ids[row]) for row in rows.tolist())
-        shared = sum(count for count in counts.values() if count > 1)
-        if shared > _SHARED_TEXTS * len(rows):
+        _, counts = np.unique(job.token_hashes[rows[rows >= first] - first], return_counts=True)
+        shared, total = counts[counts > 1].sum(), counts.sum()
+        if shared > _SHARED_TEXTS * total:
             logger.warning(
                 "%s, split %s: %d of %d distinct texts have the same tokens as another one, and so the same vector. "
                 "Check that the tokenizer fits the language of the texts, and --max-length.",
-                *(key, split, shared, len(rows)),
+                *(key, split, shared, total),
             )
 
 

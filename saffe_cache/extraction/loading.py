@@ -6,7 +6,7 @@ the interpreter's lock, so threads suffice for encoders that take milliseconds p
 remaining Python code holds the lock for 0.1 to 0.2 ms per photo, which limits threads to about 5,000 photos per second
 on any number of cores and would also delay an encoder on a GPU; processes are used there.
 
-Texts are small, so one thread pads them.
+Texts are small, so one thread tokenizes and pads them.
 """
 
 from __future__ import annotations
@@ -140,14 +140,14 @@ class _Decoder:
 
     def __init__(self, job: Job, media: Mapping[bytes, Media]) -> None:
         self._job, self._media = job, media
-        self._hashes = [row.tobytes() for row in job.inputs.content_hash]
 
     def use(self, row: int, take: Callable[[Any], None]) -> str:
         """Pass what an input is decoded to on; returns the reason if it cannot be read, or not taken, else nothing."""
         encoder = self._job.encoder
-        if self._hashes[row] not in self._media:
+        media = self._media.get(self._job.inputs.content_hash[row].tobytes())
+        if media is None:
             return "not among --data"
-        data = self._media[self._hashes[row]].read()  # it was read for its hash before, so a failure ends the run
+        data = media.read()  # it was read for its hash before, so a failure ends the run
         try:
             request = encoder.request
             take(decode(request.modality, data, encoder.sampling_rate, request.grey_bits, encoder.num_frames))
@@ -362,17 +362,42 @@ def _load_in_fork(*task: Any) -> Any:
 
 def _pad_texts(job: Job, pool: Executor) -> Iterator[Future[Batch]]:
     """Batches of texts, sorted by length within a block, with a padded size of about `batch_tokens`."""
+    equal = job.encoder.padding == "equal_length"
 
-    def pad(block: range, inputs: list[int], ends_block: bool) -> Batch:
-        tensors = job.encoder.pad([job.token_ids[row] for row in inputs])
-        return Batch(block=block, inputs=inputs, tensors=tensors, ends_block=ends_block)
+    def tokenize(block: range) -> list[list[int]]:
+        return _tokens_of(job, block)
 
-    for block in job.blocks():
-        order = sorted(block, key=lambda row: len(job.token_ids[row]))
-        equal = job.encoder.padding == "equal_length"
-        batches = list(token_batches(order, job.token_ids, job.options.batch_tokens, equal_length=equal))
-        for number, inputs in enumerate(batches, start=1):
-            yield pool.submit(pad, block, inputs, number == len(batches))
+    def pad(block: range, inputs: list[int], token_ids: list[list[int]], ends_block: bool) -> Batch:
+        return Batch(block=block, inputs=inputs, tensors=job.encoder.pad(token_ids), ends_block=ends_block)
+
+    for block, task in _ahead(((block, pool.submit(tokenize, block)) for block in job.blocks()), 1):
+        token_ids = task.result()
+        order = sorted(range(len(block)), key=lambda place: len(token_ids[place]))
+        batches = list(token_batches(order, token_ids, job.options.batch_tokens, equal_length=equal))
+        for number, places in enumerate(batches, start=1):
+            inputs, ids = [block[place] for place in places], [token_ids[place] for place in places]
+            yield pool.submit(pad, block, inputs, ids, number == len(batches))
+
+
+def _tokens_of(job: Job, block: range) -> list[list[int]]:
+    """The token ids of a block's texts.
+
+    Raises:
+        CacheError: they are not as many as the offsets say.
+    """
+    assert job.inputs.texts is not None
+    assert job.offsets is not None
+    token_ids = job.encoder.tokenize(job.inputs.texts[block.start : block.stop])
+    kept = job.encoder.selection.count if job.encoder.selection else int
+    expected = np.diff(job.offsets[block.start : block.stop + 1])
+    differing = np.flatnonzero(expected != [kept(len(ids)) for ids in token_ids])
+    if len(differing):
+        place = int(differing[0])
+        raise CacheError(
+            f"{job.manifest.key}: text {block[place]} has {len(token_ids[place])} tokens, expected {expected[place]} "
+            "as in the cache. Install the library versions in the manifest's history, or extract into a new cache."
+        )
+    return token_ids
 
 
 def token_batches(
@@ -395,10 +420,11 @@ def check_sources(job: Job, media: Mapping[bytes, Media]) -> None:
     Raises:
         CacheError: more of the cache's photos or sounds than --max-invalid allows are missing in `media`.
     """
-    hashes = [row.tobytes() for row in job.inputs.content_hash]
-    wanted = [row for row in range(job.start, job.num_inputs) if job.is_wanted[row]]
-    absent = [row for row in wanted if hashes[row] not in media]
-    if not job.is_of_texts and len(absent) > job.options.max_invalid * job.num_inputs:
+    if job.is_of_texts:
+        return
+    wanted = job.start + np.flatnonzero(job.is_wanted[job.start :])
+    absent = [row for row in wanted.tolist() if job.inputs.content_hash[row].tobytes() not in media]
+    if len(absent) > job.options.max_invalid * job.num_inputs:
         raise CacheError(
             f"{job.manifest.key}: {len(absent)} of its {job.encoder.request.modality} inputs are not in --data, "
             f"the first is {job.name_of(absent[0])}. Use the data that they came from, or raise "

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError, Inputs, ItemTable, Modality, StorageType, Weights
@@ -40,6 +41,9 @@ TEXT_BLOCK_ROWS = 1024
 """Texts that are sorted by length together; padding is then a few percent of the tokens."""
 SOUND_BLOCK_ROWS = 16
 """Sounds whose windows are sorted by length together, and held in memory at once: few, since a sound may be long."""
+_TOKENIZED_AT_ONCE = 8192
+_MEASURED_TEXTS = 1000
+"""Texts among which one of median length is found."""
 _VECTOR_SHARDS = 1024
 """Most shards of the vectors of a new encoder, so that millions of texts do not become thousands of files."""
 _SOUND_SHARD_ROWS = 64
@@ -62,10 +66,10 @@ class Job:
     """bool [inputs]: whether an item refers to it. A broken photo that was replaced is no longer wanted."""
     name_of: Callable[[int], str]
     """The item of an input, for messages."""
-    token_ids: list[list[int]] = field(default_factory=list)
-    """Token ids of all texts; empty for others."""
     offsets: np.ndarray | None = None
     """int64 [inputs + 1]: where each text's or sound's rows begin in the arrays of hidden states; None for photos."""
+    token_hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64: a hash of the token ids of each new text, from the first on that no extraction has finished."""
     num_truncated: int = 0
     """Texts that are longer than the encoder's `max_length`."""
     arrays: dict[str, tuple[ArraySpec, int]] = field(default_factory=dict)
@@ -242,8 +246,7 @@ def plan_job(
     """
     encoder = load_encoder(request)
     job = new_job(encoder, _manifest(storage, encoder), options, table)
-    if encoder.windows:
-        job.offsets = sound_offsets(job, stored_offsets(storage, job.manifest), media)
+    find_offsets(job, stored_offsets(storage, job.manifest), media)
     job.arrays = _arrays(job)
     job.start = _first_input(job)
     if job.missing:
@@ -252,19 +255,11 @@ def plan_job(
 
 
 def new_job(encoder: FrozenEncoder, manifest: EncoderManifest, options: EncodeOptions, table: ItemTable) -> Job:
-    """A job for the inputs of a table, without arrays, and for sounds without offsets."""
+    """A job for the inputs of a table, without arrays and offsets."""
     modality = manifest.modality
     inputs, is_wanted = table.inputs[modality], wanted_inputs(table, modality)
     name_of = partial(table.name_of, modality)
-    job = Job(encoder=encoder, manifest=manifest, options=options, inputs=inputs, is_wanted=is_wanted, name_of=name_of)
-    if modality == "text":
-        texts = inputs.texts or ()
-        job.token_ids = encoder.tokenize(texts)
-        job.num_truncated = encoder.count_truncated(texts, job.token_ids)
-        kept = encoder.selection.count if encoder.selection else int
-        lengths = [kept(len(ids)) for ids in job.token_ids]
-        job.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return job
+    return Job(encoder=encoder, manifest=manifest, options=options, inputs=inputs, is_wanted=is_wanted, name_of=name_of)
 
 
 def wanted_inputs(table: ItemTable, modality: Modality) -> np.ndarray:
@@ -287,13 +282,41 @@ def stored_offsets(storage: Storage, manifest: EncoderManifest) -> np.ndarray:
     return RowReader(ArrayFiles(storage, manifest.key, "offsets", array.spec), array.shards).read_range(0, array.rows)
 
 
-def sound_offsets(job: Job, known: np.ndarray, media: Mapping[bytes, Media]) -> np.ndarray:
-    """Where the rows of each sound begin, by the length in its header; `known` are those of the first sounds.
-
-    A sound that cannot be read or is too short has one row, which stays NaN.
+def find_offsets(job: Job, known: np.ndarray, media: Mapping[bytes, Media]) -> None:
+    """Determine where the rows of each text or sound begin; `known` are the offsets of the first ones.
 
     Raises:
         OSError: a file that was read for its hash cannot be read again.
+    """
+    if job.encoder.windows:
+        job.offsets = _sound_offsets(job, known, media)
+    elif job.is_of_texts:
+        job.offsets = _text_offsets(job, known)
+
+
+def _text_offsets(job: Job, known: np.ndarray) -> np.ndarray:
+    """Tokenizes the texts that no extraction has finished; sets also what the job says of their tokens."""
+    encoder, texts, first = job.encoder, job.inputs.texts or (), min(len(known) - 1, job.manifest.finished_rows)
+    kept = encoder.selection.count if encoder.selection else int
+    counts, hashes = (np.empty(len(texts) - first, np.int64) for _ in range(2))
+    earlier = [entry.get("truncated", 0) for entry in job.manifest.extractions] if first else []
+    job.num_truncated = max(earlier, default=0)
+    with tqdm(total=len(counts), unit=" texts", desc="tokenizing", leave=False, delay=1) as progress:
+        for start in range(0, len(counts), _TOKENIZED_AT_ONCE):
+            part = texts[first + start : first + start + _TOKENIZED_AT_ONCE]
+            token_ids = encoder.tokenize(part)
+            job.num_truncated += encoder.count_truncated(part, token_ids)
+            counts[start : start + len(part)] = [kept(len(ids)) for ids in token_ids]
+            hashes[start : start + len(part)] = [hash(tuple(ids)) for ids in token_ids]
+            progress.update(len(part))
+    job.token_hashes = hashes
+    return np.concatenate([known[: first + 1], known[first] + np.cumsum(counts)])
+
+
+def _sound_offsets(job: Job, known: np.ndarray, media: Mapping[bytes, Media]) -> np.ndarray:
+    """Takes the lengths of sounds from their headers.
+
+    A sound that cannot be read or is too short has one row, which stays NaN.
     """
     windows, rate = job.encoder.windows, job.encoder.sampling_rate
     assert windows is not None
@@ -332,7 +355,9 @@ def seconds_per_input(job: Job) -> float:
         one = job.encoder.prepare(blank)
         batch = {name: torch.cat([value] * count) for name, value in one.items()}
     else:
-        median = sorted(job.token_ids, key=len)[len(job.token_ids) // 2]
+        texts = job.inputs.texts or ()
+        places = np.linspace(0, len(texts) - 1, min(len(texts), _MEASURED_TEXTS)).astype(np.int64)
+        median = sorted(job.encoder.tokenize([texts[place] for place in places]), key=len)[len(places) // 2]
         count = max(1, min(64, job.options.batch_tokens // len(median)))
         batch = job.encoder.pad([median] * count)
     job.encoder.encode(batch)

@@ -17,7 +17,7 @@ from saffe_cache.core.options import require
 from saffe_cache.core.outputs import provenance
 from saffe_cache.extraction.blocks import checked_blocks
 from saffe_cache.extraction.config import RepairConfig, encode_options
-from saffe_cache.extraction.planning import Job, new_job, sound_offsets, stored_offsets
+from saffe_cache.extraction.planning import Job, find_offsets, new_job, stored_offsets
 from saffe_cache.extraction.reencode import (
     LostShard,
     PastExtraction,
@@ -176,18 +176,19 @@ class _EncoderRepair:
         encoder = reload_encoder(manifest, past[-1].config, moved, f"--encoder {modality}=…")
         job = new_job(encoder, manifest, encode_options(past[-1].config), self._table)
         job.arrays = {name: (array.spec, array.rows) for name, array in manifest.arrays.items()}
-        if encoder.windows:
-            job.offsets = self._sound_offsets(job, past)
+        self._find_offsets(job, past)
         if job.offsets is not None:
             check_tokens(job)
         return job
 
-    def _sound_offsets(self, job: Job, past: Sequence[PastExtraction]) -> np.ndarray:
-        """The offsets in the cache or, if these are damaged, those that the lengths of the sounds give."""
-        if not any(one.name == "offsets" and one.part == "shard" for one in self._damage):
-            return stored_offsets(self._storage, self._manifest)
-        media = SourceFiles(job, self._table, _places(self._config, past), range(job.num_inputs)).media
-        return sound_offsets(job, np.zeros(1, np.int64), media)
+    def _find_offsets(self, job: Job, past: Sequence[PastExtraction]) -> None:
+        """Those of texts by their tokens; of sounds those in the cache, or by their lengths if these are damaged."""
+        is_damaged = any(one.name == "offsets" and one.part == "shard" for one in self._damage)
+        if job.encoder.windows and not is_damaged:
+            job.offsets = stored_offsets(self._storage, self._manifest)
+            return
+        places = _places(self._config, past) if job.encoder.windows else ()
+        find_offsets(job, np.zeros(1, np.int64), SourceFiles(job, self._table, places, range(job.num_inputs)).media)
 
     def _repair_weights(self, damage: Sequence[Damage]) -> None:
         layers = [int(one.name.removeprefix("blocks/")) for one in damage if one.name != "language_model"]

@@ -285,7 +285,7 @@ class Worker:
             _refuse(self._config, self._owner, what)
         manifest = read_encoder(self._storage, planned.key)
         job = new_job(encoder, manifest, encode_options(self._config), self._table)
-        if encoder.windows:
+        if "offsets" in planned.arrays:
             job.offsets = stored_offsets(self._storage, manifest)
         job.arrays = {name: (one.spec, one.rows) for name, one in planned.arrays.items()}
         job.start = planned.start

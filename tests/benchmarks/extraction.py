@@ -110,7 +110,6 @@ def first_inputs(job: Job, most: int) -> Job:
     return replace(
         job,
         inputs=replace(job.inputs, content_hash=job.inputs.content_hash[:most], texts=texts and texts[:most]),
-        token_ids=job.token_ids[:most],
         offsets=None if offsets is None else offsets[: most + 1],
         arrays={
             name: (spec, job.first_row(name, most) + (name == "offsets")) for name, (spec, _) in job.arrays.items()
