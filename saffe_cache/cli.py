@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import saffe_cache
+from saffe_cache.core import ranks
 from saffe_cache.core.features import CacheError, printable
 from saffe_cache.core.options import add_options, parse_config
 from saffe_cache.core.results import exit_status, read_report
-from saffe_cache.verbs import GROUPS, VERBS
+from saffe_cache.verbs import GROUPS, VERBS, Verb
 
 _GONE = "Bring the disk back"
 _TO_DO = {
@@ -86,19 +87,29 @@ def _parser(*, with_options: bool) -> argparse.ArgumentParser:
 
 def _run_verb(name: str, prog: str, arguments: Sequence[str] | None) -> int:
     verb = VERBS[name]
-    config = parse_config(verb.load_config(), arguments, prog)
+    with ranks.only_first_is_heard():
+        config = parse_config(verb.load_config(), arguments, prog)
 
     def run() -> int:
-        found = verb.load_run()(config)
-        if verb.result is None:
-            print(found)
-            return getattr(found, "exit_status", 0)
-        folders = (found,) if isinstance(found, str) else found
-        print(*map(read_report, folders), sep="\n", end="")
-        print(*folders, sep="\n")
-        return max(map(exit_status, folders))
+        with ranks.together():
+            if ranks.size() > 1 and not verb.over_ranks:
+                found = f"{ranks.size()} processes, started by torchrun"
+                raise ValueError(f"{found}, expected one: {name} is not divided. Run it without torchrun.")
+            found = verb.load_run()(config)
+            return _report(verb, found) if ranks.is_first() else 0
 
     return _guarded(prog, run)
+
+
+def _report(verb: Verb, found: Any) -> int:
+    """Print what a verb returned; the exit status."""
+    if verb.result is None:
+        print(found)
+        return getattr(found, "exit_status", 0)
+    folders = (found,) if isinstance(found, str) else found
+    print(*map(read_report, folders), sep="\n", end="")
+    print(*folders, sep="\n")
+    return max(map(exit_status, folders))
 
 
 def extract_command(arguments: Sequence[str] | None = None) -> int:
@@ -135,7 +146,7 @@ def _guarded(prog: str, action: Callable[[], int]) -> int:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_PlainText())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=logging.ERROR if ranks.started()[0] else logging.INFO, handlers=[handler])
     for noisy in ("httpx", "httpx2", "httpcore", "httpcore2", "fsspec", "faiss", "faiss.loader"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     received: list[int] = []
@@ -157,7 +168,8 @@ def _guarded(prog: str, action: Callable[[], int]) -> int:
 
 def _interrupted(prog: str, *, terminated: bool) -> int:
     warnings.simplefilter("ignore")  # coroutines of zarr that were cut off complain as they go
-    print(f"{prog}: interrupted. Run the same command again to resume.", file=sys.stderr)
+    if ranks.may_report():
+        print(f"{prog}: interrupted. Run the same command again to resume.", file=sys.stderr)
     return 143 if terminated else 130
 
 
@@ -175,7 +187,8 @@ def _failed(prog: str, error: Exception) -> int:
             raise error
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         what = f"out of memory: {line}. Free some, and run the same command again."
-    print(f"{prog}: {_plain(what)}", file=sys.stderr)
+    if ranks.may_report():
+        print(f"{prog}: {_plain(what)}", file=sys.stderr)
     return 1
 
 

@@ -26,6 +26,8 @@ class Verb:
     text and an `exit_status`)."""
     result: str | None = None
     """MODULE:CLASS of its result; None where it writes none."""
+    over_ranks: bool = False
+    """Whether processes that torchrun starts share its work."""
     extra: str | None = None
     """Its optional dependencies, as in pip install 'saffe-cache[EXTRA]'; None where it has none."""
 
@@ -85,12 +87,14 @@ VERBS: Mapping[str, Verb] = {
         config="training.config:TrainConfig",
         run="training.train:train",
         result="training.result:TrainResult",
+        over_ranks=True,
     ),
     "evaluate": Verb(
         summary="Index a run's vectors and measure retrieval, with baselines, controls and chance.",
         config="evaluation.config:EvaluateConfig",
         run="evaluation.evaluate:evaluate",
         result="evaluation.results:EvaluationResult",
+        over_ranks=True,
     ),
     "align": Verb(
         summary="Measure how well two encoders' layers agree, before training.",

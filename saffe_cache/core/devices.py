@@ -8,13 +8,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from saffe_cache.core import ranks
+
 
 def choose_device(device: str) -> str:
-    """ "auto" takes a GPU where there is one."""
+    """ "auto" takes a GPU where there is one; of several ranks, each takes its own."""
     import torch
 
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return ranks.own_gpu(torch.cuda.device_count())
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -28,9 +32,12 @@ def num_cores() -> int:
 
 
 def available_memory() -> int:
-    """Free memory in bytes; 2 GiB where the system does not report it (macOS and Windows do not)."""
+    """Free memory in bytes, this rank's part if ranks share the machine.
+
+    2 GiB where the system does not report it (macOS and Windows do not).
+    """
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks.on_this_host()
     except (AttributeError, OSError, ValueError):
         return 2 * 2**30
 

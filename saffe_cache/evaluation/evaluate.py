@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from saffe_cache.core import ranks
 from saffe_cache.core.atomic_io import hold_folder, remove_partial_files
 from saffe_cache.core.controls import Control, failed
 from saffe_cache.core.devices import choose_device, peak_memory_mb
@@ -124,16 +126,22 @@ def evaluate(config: EvaluateConfig) -> str:
     out = Path(config.out or _default_out(config, subject, name))
     resolved = {"protocol_name": name, "weights": subject.run.weights if subject.run else None}
     content = {"run": asdict(subject.spec), "resolved": resolved, **provenance(config)}
-    with hold_folder(out):
-        remove_partial_files(out)
-        if (out / RESULT).exists():  # of the same options it is measured again
-            is_begun(out, content, {"run": RunSpec, "resolved": dict, "config": EvaluateConfig}, _NOT_COMPARED)
+    with ExitStack() as held:
+        if ranks.is_first():
+            held.enter_context(hold_folder(out))
+            remove_partial_files(out)
+            if (out / RESULT).exists():  # of the same options it is measured again
+                is_begun(out, content, {"run": RunSpec, "resolved": dict, "config": EvaluateConfig}, _NOT_COMPARED)
         systems = _answers(config, protocol, subject)
-        for file in (RESULT, *INDEX_FILES):
-            (out / file).unlink(missing_ok=True)
-        write_json(out / CONFIG, content)
-        write_details(out, details_of(protocol, systems.answered))
-        _result(config, protocol, subject, systems, out, started).save(out)
+        details = details_of(protocol, systems.answered)
+        if ranks.is_first():
+            for file in (RESULT, *INDEX_FILES):
+                (out / file).unlink(missing_ok=True)
+            write_json(out / CONFIG, content)
+            write_details(out, details)
+        result = _result(config, protocol, subject, systems, out, started)
+        if ranks.is_first():
+            result.save(out)
     return str(out)
 
 
@@ -292,7 +300,7 @@ def _write_index(config: EvaluateConfig, protocol: Protocol, system: System, out
     setting, recall = protocol.setting, {}
     vectors, ids = setting.gallery(system, setting.honest()), tuple(setting.pairs.ids)
     index = build_index(vectors, ids, setting.seed, config.index)
-    bytes_per_vector = round(save_index(index, out) / len(vectors))
+    bytes_per_vector = round(save_index(index, out) / len(vectors)) if ranks.is_first() else 0
     if config.index != "flat":
         queries = vectors if protocol.queries is None else setting.queries(system, protocol.queries)
         flat = build_index(vectors, ids, setting.seed)

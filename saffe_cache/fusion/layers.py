@@ -14,12 +14,15 @@ A head makes one vector, [batch, out], of the tokens of P layers; a `TextMap` ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from saffe_cache.core import ranks
 
 States = Sequence[torch.Tensor]
 """Tokens of P layers, [batch, tokens, width] each."""
@@ -33,14 +36,23 @@ class Dropout(nn.Dropout):
     """torch's dropout on an accelerator. On a CPU, where torch draws a double for every number, 16 random bits decide.
 
     The probability is rounded to a multiple of 2^-16, and the numbers that are kept are scaled accordingly.
+
+    A rank that computes some rows of a batch drops in them what one process would, and draws as much: torch's own
+    dropout would draw other numbers. The rows are the first axis.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = ranks.drawn_rows() if self.training and self.p else None
+        shape = input.shape if rows is None else (rows.total, *input.shape[1:])
         if input.device.type != "cpu" or not self.training or not self.p:
-            return functional.dropout(input, self.p, self.training)
-        num_dropped = min(round(self.p * _LEVELS), _LEVELS - 1)
-        words = torch.empty(input.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
-        levels = words.view(torch.int16)[: input.numel()].view(input.shape)
+            if rows is None:
+                return functional.dropout(input, self.p, self.training)
+            return input * functional.dropout(input.new_ones(shape), self.p)[rows.own]
+        num_dropped, count = min(round(self.p * _LEVELS), _LEVELS - 1), math.prod(shape)
+        words = torch.empty(count // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+        levels = words.view(torch.int16)[:count].view(shape)
+        if rows is not None:
+            levels = levels[rows.own]
         is_kept = levels >= num_dropped - _LEVELS // 2
         return input * is_kept.to(input.dtype).mul_(_LEVELS / (_LEVELS - num_dropped))
 

@@ -21,7 +21,8 @@ from torch import nn
 from torch.nn import functional
 
 from saffe_cache.core.features import Ragged
-from saffe_cache.fusion.base import Fused, Texts
+from saffe_cache.core.ranks import Share
+from saffe_cache.fusion.base import Texts
 from saffe_cache.fusion.layers import Learning, Mask, States
 from saffe_cache.fusion.options import ObjectiveOptions
 
@@ -159,16 +160,21 @@ class Temperature(nn.Module):
 
 
 class Batch(NamedTuple):
-    """The data of one step."""
+    """The data of one step. What is as large as the photos or texts themselves is that of this rank's alone."""
 
+    photos: Share
+    """This rank's photos."""
+    texts: Share
+    """This rank's among the distinct texts."""
     states: States
+    """Of the own photos."""
     mask: Mask
     paired_texts: Texts | None
-    """The texts that are paired with the photos; None for null text."""
+    """The texts that are paired with the own photos; None for null text."""
     text_rows: np.ndarray
     """int64 [texts]: the batch's distinct texts."""
     vectors: torch.Tensor
-    """The text encoder's own vectors of these texts, [texts, d]."""
+    """The text encoder's own vectors of the own texts, [own texts, d]."""
     positives: torch.Tensor
     """bool [photos, texts]: which texts describe which photo."""
     own: torch.Tensor
@@ -176,20 +182,24 @@ class Batch(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """What an objective sees of one batch."""
+    """What an objective sees of one batch: the same on every rank, and all of the batch."""
 
     batch: Batch
     photos: torch.Tensor
     """Unit vectors [n, d] of the photos, each with its paired text or the null text."""
     queries: torch.Tensor
     """Unit vectors [m, d] of the batch's distinct texts."""
-    fuse: Callable[[torch.Tensor, torch.Tensor], Fused]
-    """Fuses photos by row with texts by column, int64 [pairs] each."""
-    match: Callable[[Fused, torch.Tensor], torch.Tensor]
-    """Logits [pairs] of fused pairs and the unit vectors of their texts."""
+    fuse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """Unit vectors [pairs, d] of photos by row, fused with texts by column, int64 [pairs] each."""
+    match: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """Logits [pairs] of the same."""
+
+    def text_vectors(self) -> torch.Tensor:
+        """The text encoder's own vectors of the batch's distinct texts, [m, d]."""
+        return self.batch.texts.gather(self.batch.vectors)
 
     def draw_photos(self, most: int) -> torch.Tensor:
-        """Rows of some photos, int64 [at most `most`], drawn with torch's generator."""
+        """Share of some photos, int64 [at most `most`], drawn with torch's generator."""
         return torch.randperm(len(self.photos), device=self.photos.device)[:most]
 
 
@@ -227,7 +237,7 @@ class SoftTarget(_Loss):
     """`soft_target` with the text encoder's own vector as the target."""
 
     def forward(self, seen: Contrast) -> torch.Tensor:
-        return soft_target(seen.photos, functional.normalize(seen.batch.vectors[seen.batch.own], dim=-1))
+        return soft_target(seen.photos, functional.normalize(seen.text_vectors()[seen.batch.own], dim=-1))
 
 
 class Pair(_Loss):
@@ -244,7 +254,7 @@ class Pair(_Loss):
         wrong = draw_negatives(scores, seen.batch.positives[chosen], num_hard, negatives - num_hard)
         columns = torch.cat([seen.batch.own[chosen, None], wrong], dim=1)
         fused = seen.fuse(chosen.repeat_interleave(columns.shape[1]), columns.flatten())
-        agreement = (fused.vectors.float() * seen.queries[columns.flatten()]).sum(dim=-1)
+        agreement = (fused.float() * seen.queries[columns.flatten()]).sum(dim=-1)
         return pair_info_nce(agreement.view_as(columns), self.temperature())
 
 
@@ -258,8 +268,7 @@ class Matching(_Loss):
         wrong_texts = _draw_likely(scores[chosen], seen.batch.positives[chosen])
         wrong_photos = _draw_likely(scores[:, own].T, seen.batch.positives[:, own].T)
         texts = torch.cat([own, wrong_texts, own])
-        fused = seen.fuse(torch.cat([chosen, chosen, wrong_photos]), texts)
-        logits = seen.match(fused, seen.queries[texts])
+        logits = seen.match(torch.cat([chosen, chosen, wrong_photos]), texts)
         return matching(logits.float(), torch.arange(len(texts), device=logits.device) < len(chosen))
 
 

@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from saffe_cache.core import ranks
 from saffe_cache.core.devices import available_memory
 from saffe_cache.core.options import refuse
 from saffe_cache.fusion.base import Fusion, Texts
@@ -192,9 +193,9 @@ def encode_queries(model: Fusion, vectors: np.ndarray, device: str = "cpu", batc
 
 @torch.inference_mode()
 def in_blocks(compute: Callable[[slice], torch.Tensor], count: int, batch: int = 256) -> np.ndarray:
-    """What is computed of `count` rows, a block of rows at a time; float32."""
-    blocks = [slice(start, start + batch) for start in range(0, count, batch)]
-    return np.concatenate([compute(block).float().cpu().numpy() for block in blocks])
+    """What is computed of `count` rows, a block of rows at a time; float32. Each rank computes some of the blocks."""
+    blocks = [slice(start, min(start + batch, count)) for start in range(0, count, batch)]
+    return ranks.concatenated(blocks, lambda block: compute(block).float().cpu().numpy())
 
 
 def _arrays(cache: Cache, spec: RunSpec) -> list[tuple[EncoderCache, str]]:

@@ -16,7 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from saffe_cache.core import ranks
 from saffe_cache.core.devices import num_cores
+from saffe_cache.core.options import require
+from saffe_cache.core.ranks import Share
 from saffe_cache.fusion.base import Fused, Fusion, Pairing, Texts
 from saffe_cache.fusion.layers import summarize
 from saffe_cache.fusion.losses import Batch, Contrast, distinct_positives
@@ -70,6 +73,7 @@ class TrainingData:
         self._order: EpochOrder | None = None
         self._held: tuple[int, ...] = ()
         self._batch_size = fitting.batch_size(batch_size, len(pairs))
+        require(self._batch_size >= ranks.size(), "batch_size", self._batch_size, f"{ranks.size()}, one for each rank")
         self._ridges: dict[bool, tuple[LinearMap, np.ndarray]] = {}
 
     @property
@@ -79,15 +83,14 @@ class TrainingData:
 
     def batches(self, step: int, stop: int) -> Iterator[Batch]:
         """The batches of steps `step` to `stop`, read one ahead if the steps leave a processor core for it."""
-        reads_ahead = self.inputs.device != "cpu" or torch.get_num_threads() < num_cores()
+        reads_ahead = self.inputs.device != "cpu" or torch.get_num_threads() * ranks.on_this_host() < num_cores()
         # The reader gets one thread: more would exceed the cores and slow down the steps.
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             ahead: Future[Batch] | None = None
             for number in range(step, stop):
                 batch = ahead.result() if ahead else self._read(number)
                 if number + 1 < stop:
-                    order, here = self._place(number + 1)
-                    self.inputs.will_need(self._pairs.rows[order.pairs[here]])
+                    self.inputs.will_need(self._pairs.rows[_own_pairs(*self._place(number + 1))])
                     ahead = pool.submit(self._read, number + 1) if reads_ahead else None
                 yield batch
 
@@ -122,12 +125,15 @@ class TrainingData:
         draws = np.random.default_rng((self._seed, epoch, within)).random(len(chosen))
         own = columns[texts.offsets[:-1] + (draws * texts.lengths).astype(np.int64)]
         on_device = (torch.from_numpy(of_batch).to(self.inputs.device) for of_batch in (positives, own))
-        states, mask = self.inputs.photos(self._pairs.rows[chosen])
+        of_photos, of_texts = Share.of(len(chosen)), Share.of(len(distinct))
+        states, mask = self.inputs.photos(self._pairs.rows[chosen[of_photos.own]])
         paired = None
         if self.inputs.spec.gallery_text != "null":
-            of_photos = self._pairs.paired_texts
-            paired = self.inputs.texts(distinct[own] if of_photos is None else of_photos[chosen])
-        return Batch(states, mask, paired, distinct, self.inputs.vectors(distinct), *on_device)
+            paired_texts = self._pairs.paired_texts
+            of_chosen = distinct[own] if paired_texts is None else paired_texts[chosen]
+            paired = self.inputs.texts(of_chosen[of_photos.own])
+        vectors = self.inputs.vectors(distinct[of_texts.own])
+        return Batch(of_photos, of_texts, states, mask, paired, distinct, vectors, *on_device)
 
     def _hold(self, order: EpochOrder, here: slice) -> None:
         """If photos are streamed, load the windows of a batch and prefetch the next one."""
@@ -136,10 +142,15 @@ class TrainingData:
         first, last = int(order.windows[here][0]), int(order.windows[here][-1]) + 1
         if self._held != (order.epoch, first, last):
             self._held = (order.epoch, first, last)
-            pairs = order.pairs[(order.windows >= first) & (order.windows <= last)]
+            places = np.flatnonzero((order.windows >= first) & (order.windows <= last))
+            pairs = order.pairs[places]
             paired = [] if self._pairs.paired_texts is None else [self._pairs.paired_texts[pairs]]
-            texts = self._pairs.texts.take(pairs).values
-            self.inputs.hold(self._pairs.rows[pairs], np.unique(np.concatenate([texts, *paired])))
+            texts = np.unique(np.concatenate([self._pairs.texts.take(pairs).values, *paired]))
+            if ranks.size() > 1:  # photos are large: each rank holds those of its own
+                numbers = range(int(places[0]) // self._batch_size, int(places[-1]) // self._batch_size + 1)
+                batches = (slice(number * self._batch_size, (number + 1) * self._batch_size) for number in numbers)
+                pairs = np.intersect1d(pairs, np.concatenate([_own_pairs(order, batch) for batch in batches]))
+            self.inputs.hold(self._pairs.rows[pairs], texts)
 
     def start_as_late_fusion(self, model: Fusion, linear: nn.Linear) -> None:
         """Set the ridge regression of the photo and the weight of the paired text, both chosen by validation.
@@ -226,6 +237,12 @@ def _rows(inputs: np.ndarray, compute: Callable[[np.ndarray], torch.Tensor]) -> 
     return Rows(len(inputs), lambda rows: in_blocks(lambda these: compute(inputs[rows][these]), len(inputs[rows])))
 
 
+def _own_pairs(order: EpochOrder, batch: slice) -> np.ndarray:
+    """The pairs of a batch whose photos this rank reads, ascending."""
+    chosen = np.sort(order.pairs[batch])
+    return chosen[Share.of(len(chosen)).own]
+
+
 class Objective(nn.Module):
     """The weighted sum, and the losses' own learned scalars."""
 
@@ -243,13 +260,19 @@ class Objective(nn.Module):
         """The loss of a batch; draws at random from torch's generator."""
         paired = batch.paired_texts
         if paired is not None and self._options.text_dropout:
-            dropped = torch.rand(len(paired.mask), device=paired.mask.device) < self._options.text_dropout
-            paired = paired.without(dropped)
+            dropped = torch.rand(batch.photos.total, device=paired.mask.device) < self._options.text_dropout
+            paired = paired.without(dropped[batch.photos.own])
         self._check(batch.positives)
-        photos = model(batch.states, batch.mask, paired).float()
-        queries = model.encode_queries(batch.vectors).float()
-        fuse = partial(self._fuse, model, batch)
-        contrast = Contrast(batch, photos, queries, fuse, model.match)
+        with batch.photos.drawn():
+            photos = batch.photos.gather(model(batch.states, batch.mask, paired).float())
+        with batch.texts.drawn():
+            queries = batch.texts.gather(model.encode_queries(batch.vectors).float())
+
+        def match(fused: Fused, columns: torch.Tensor) -> torch.Tensor:
+            return model.match(fused, queries[columns].detach())
+
+        fuse = partial(self._of_pairs, model, batch, lambda fused, _: fused.vectors)
+        contrast = Contrast(batch, photos, queries, fuse, partial(self._of_pairs, model, batch, match))
         losses = [weight * self.losses[name](contrast) for name, weight in self._options.objective.items()]
         return torch.stack(losses).sum()
 
@@ -264,8 +287,24 @@ class Objective(nn.Module):
                 "wrong photo. Give several classes, or a larger --batch-size."
             )
 
+    def _of_pairs(
+        self,
+        model: Fusion,
+        batch: Batch,
+        compute: Callable[[Fused, torch.Tensor], torch.Tensor],
+        photos: torch.Tensor,
+        columns: torch.Tensor,
+    ) -> torch.Tensor:
+        """What is computed of photos of the batch, by position, fused with texts, by column, where the photos are."""
+        pairs = batch.photos.owning(photos)
+        own, places = columns[pairs.own], photos[pairs.own] - batch.photos.start
+        with pairs.drawn():
+            # without a pair of its own, a rank computes one in vain, of any photo that it has
+            fused = self._fuse(model, batch, places % batch.photos.num_own, own)
+            return pairs.gather(compute(fused, own))
+
     def _fuse(self, model: Fusion, batch: Batch, photos: torch.Tensor, columns: torch.Tensor) -> Fused:
-        """Fuse photos of the batch, by position, with texts of the batch, by column; each side is computed once."""
+        """Fuse own photos, by position, with texts of the batch, by column; each side is computed once."""
         distinct_photos, gallery = torch.unique(photos, return_inverse=True)
         distinct_columns, text = torch.unique(columns, return_inverse=True)
         texts = self._read_texts(batch.text_rows[distinct_columns.cpu().numpy()])

@@ -12,26 +12,32 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from saffe_cache.core import ranks
 from saffe_cache.core.atomic_io import append_line, make_folder, remove_partial_files, write_whole
 from saffe_cache.core.devices import kept_memory
 from saffe_cache.core.json_schema import made_of
+from saffe_cache.core.options import refuse
 from saffe_cache.core.tensors import write_tensors
 from saffe_cache.fusion.base import Fusion
-from saffe_cache.fusion.layers import parameter_groups
+from saffe_cache.fusion.layers import Dropout, parameter_groups
 from saffe_cache.fusion.losses import Batch
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.fitting import adamw, update, warmed_cosine
 from saffe_cache.training.batches import Objective, TrainingData
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.loggers import Loggers
-from saffe_cache.training.runs import MODEL, build_fusion
+from saffe_cache.training.runs import MODEL, STATE, build_fusion
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +63,27 @@ class TrainingState(_Numbers):
     objective: Objective
     optimizer: torch.optim.AdamW
 
+    @cached_property
+    def loss(self) -> nn.Module:
+        """The loss of a batch, as a module that takes it. Ranks have equal weights from here on."""
+        loss = _Loss(self.model, self.objective)
+        if ranks.size() == 1:
+            return loss
+        if any(isinstance(one, nn.Dropout) and not isinstance(one, Dropout) for one in self.model.modules()):
+            refuse("fusion", "one that draws dropout of its own", "saffe_cache.fusion.layers.Dropout, or one process")
+        return DistributedDataParallel(loss, find_unused_parameters=True)
+
+
+class _Loss(nn.Module):
+    """One module of the model and the objective, as DistributedDataParallel averages the gradients of one module."""
+
+    def __init__(self, model: Fusion, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return self.objective(self.model, batch)  # type: ignore[no-any-return]
+
 
 def save_state(out: Path, state: TrainingState) -> None:
     """Write everything that `resume` needs into one file."""
@@ -65,7 +92,7 @@ def save_state(out: Path, state: TrainingState) -> None:
     for number, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
     numbers = {one.name: getattr(state, one.name) for one in fields(_Numbers)}
-    write_tensors(out / "state.safetensors", tensors, {"state": json.dumps(numbers)})
+    write_tensors(out / STATE, tensors, {"state": json.dumps(numbers)})
 
 
 def resume(out: Path, state: TrainingState) -> bool:
@@ -74,13 +101,14 @@ def resume(out: Path, state: TrainingState) -> bool:
     Raises:
         ValueError: it is damaged or belongs to another run.
     """
-    path = out / "state.safetensors"
-    if not path.exists():
+    path = out / STATE
+    data = ranks.from_first(lambda: path.read_bytes() if path.exists() else b"")
+    if not data and not ranks.agreed(path.exists):
         return False
     try:
-        with safe_open(path, framework="pt") as file:
-            numbers = json.loads((file.metadata() or {})["state"])
-            _take(numbers, {name: file.get_tensor(name) for name in file.keys()}, state)  # noqa: SIM118 — not a dict
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        _take(json.loads(header["__metadata__"]["state"]), tensors, state)
     except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not this run's state ({error}). Delete it to start again.") from None
     logger.info("resuming from step %d", state.step)
@@ -106,12 +134,16 @@ class Log:
 
     def __init__(self, out: Path, resumed_step: int | None, loggers: Loggers) -> None:
         self._path, self._loggers = out / "log.jsonl", loggers
+        if not ranks.is_first():
+            return
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         last = -1 if resumed_step is None else resumed_step
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last]
         write_whole(self._path, "".join(line + "\n" for line in kept).encode())
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        if not ranks.is_first():
+            return
         append_line(self._path, json.dumps({"step": step, **values}))
         self._loggers.log(step, values)
 
@@ -138,11 +170,12 @@ class Training:
     """A training run in its folder, which resumes from its last checkpoint."""
 
     def __init__(self, config: TrainConfig, spec: RunSpec, data: TrainingData, out: Path, loggers: Loggers) -> None:
-        make_folder(out)
-        remove_partial_files(out)
+        if ranks.is_first():
+            make_folder(out)
+            remove_partial_files(out)
         self._config, self._data, self._out = config, data, out
         self.num_steps = config.epochs * data.steps_per_epoch
-        self.state = start(config, spec, data, resumes=(out / "state.safetensors").exists())
+        self.state = start(config, spec, data, resumes=ranks.agreed((out / STATE).exists))
         resumed = resume(out, self.state)
         self._log = Log(out, self.state.step if resumed else None, loggers)
         self._saved = time.perf_counter()
@@ -167,11 +200,12 @@ class Training:
             state.loss_sum = 0.0
             state.seconds += time.perf_counter() - started
         if time.perf_counter() - self._saved > self._config.checkpoint_seconds:
-            save_state(self._out, state)
+            self.close()
             self._saved = time.perf_counter()
 
     def close(self) -> None:
-        save_state(self._out, self.state)
+        if ranks.is_first():
+            save_state(self._out, self.state)
 
 
 @kept_memory()
@@ -180,7 +214,7 @@ def fit(trainings: Sequence[Training], data: TrainingData, name: str) -> None:
     first = min((training.state.step for training in trainings if not training.is_over), default=0)
     total = max((training.num_steps for training in trainings if not training.is_over), default=0)
     requested = time.perf_counter()
-    with tqdm(total=total, initial=first, unit=" steps", desc=name) as progress:
+    with tqdm(total=total, initial=first, unit=" steps", desc=name, disable=not ranks.is_first()) as progress:
         for step, batch in enumerate(data.batches(first, total), first):
             able = [training for training in trainings if training.state.step == step and not training.is_over]
             waited = time.perf_counter() - requested
@@ -201,7 +235,7 @@ def _step(config: TrainConfig, state: TrainingState, batch: Batch, total: int) -
     state.model.train()
     device = batch.vectors.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        loss = state.objective(state.model, batch)
+        loss = state.loss(batch)
     update(state.optimizer, loss, rate, tuple(state.model.parameters()), config.clip)
     return float(loss.detach())
 
@@ -209,10 +243,12 @@ def _step(config: TrainConfig, state: TrainingState, batch: Batch, total: int) -
 def _finish_epoch(state: TrainingState, data: TrainingData, log: Log, out: Path, loss: float | None) -> None:
     """Validate, and save the weights if they are the best so far. Epoch 0 is before the first step."""
     epoch = state.step // data.steps_per_epoch
-    score = data.protocol.validate(state.model.eval())
+    measured = data.protocol.validate(state.model.eval())
+    score = ranks.agreed(lambda: measured)  # on which all stop, or none
     if score > state.best_score:
         state.best_score, state.best_epoch = score, epoch
-        write_tensors(out / MODEL, state.model.state_dict())
+        if ranks.is_first():
+            write_tensors(out / MODEL, state.model.state_dict())
     values = {"epoch": epoch, "loss": loss, "validation_score": score, **state.objective.scalars()}
     rate = state.optimizer.param_groups[0]["lr"]
     log.write(state.step, {**values, "learning_rate": rate, "seconds": round(state.seconds, 2)})

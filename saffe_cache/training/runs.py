@@ -40,6 +40,7 @@ from saffe_cache.store.table import TableBuilder
 from saffe_cache.training.result import PERMUTED, TrainResult
 
 MODEL, ENCODERS, BLOCKS, RIDGE = "model.safetensors", "encoders.json", "blocks.safetensors", "ridge.safetensors"
+STATE = "state.safetensors"
 
 
 def build_fusion(spec: RunSpec, cache: Cache) -> Fusion:

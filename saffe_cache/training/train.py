@@ -7,9 +7,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from saffe_cache.core import ranks
 from saffe_cache.core.atomic_io import LOCK_NAME, hold_folder
 from saffe_cache.core.devices import choose_device, peak_memory_mb
 from saffe_cache.core.options import require
@@ -26,7 +28,7 @@ from saffe_cache.training.loggers import Logger, Loggers, required
 from saffe_cache.training.loop import Training, TrainingState, fit
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.result import PERMUTED, TrainResult
-from saffe_cache.training.runs import BLOCKS, RIDGE, keep_encoders, keep_ridge
+from saffe_cache.training.runs import BLOCKS, RIDGE, STATE, keep_encoders, keep_ridge
 
 logger = logging.getLogger(__name__)
 
@@ -77,17 +79,22 @@ def train_many(
     with ExitStack() as held:
         for config in configs:
             plan = _plan(config, caches[config.cache], (callbacks or {}).get(config.out, ()))
-            if not plan.is_finished or (plan.out / LOCK_NAME).exists():  # left if it was killed after its result
-                held.enter_context(hold_folder(plan.out))
-            is_begun(plan.out, plan.content, {"run": RunSpec, "config": TrainConfig}, _NOT_COMPARED)
-            if plan.is_finished:
-                _remove_states(plan.out)  # of such a run too
-                logger.info("%s is finished already, nothing to do.", plan.out)
-            else:
+            if not ranks.agreed(partial(_is_finished, plan, held)):
                 groups.setdefault((same_batches(config, plan.spec), plan.device, plan.residency), []).append(plan)
         for group in groups.values():
             _train_group(group)
     return folders
+
+
+def _is_finished(plan: _Plan, held: ExitStack) -> bool:
+    """Whether the folder has its result; holds it otherwise, and refuses that of another run."""
+    if not plan.is_finished or (plan.out / LOCK_NAME).exists():  # left if it was killed after its result
+        held.enter_context(hold_folder(plan.out))
+    is_begun(plan.out, plan.content, {"run": RunSpec, "config": TrainConfig}, _NOT_COMPARED)
+    if plan.is_finished:
+        _remove_states(plan.out)  # of such a run too
+        logger.info("%s is finished already, nothing to do.", plan.out)
+    return plan.is_finished
 
 
 @dataclass(frozen=True)
@@ -129,9 +136,11 @@ def _plan(config: TrainConfig, cache: Cache, callbacks: Sequence[Logger]) -> _Pl
     spec = resolve_run(config, cache)
     parts = training_pairs(spec, cache)
     device = choose_device(config.device)
-    residency = choose_residency(config.residency, cache, spec, device)
+    residency = ranks.agreed(lambda: choose_residency(config.residency, cache, spec, device))
     window = window_shards(cache, spec) if residency == "streamed" else None
     spec = replace(spec, shuffled_shards=window, data=data_fingerprint(cache, spec, parts.training, parts.validation))
+    if ranks.agreed(lambda: spec.data) != spec.data:
+        raise ValueError(f"{config.cache}: this rank reads other data than the first one. Give all the same cache.")
     return _Plan(config, cache, spec, device, residency, parts, required(config.log), callbacks)
 
 
@@ -139,7 +148,7 @@ def _train_group(plans: Sequence[_Plan]) -> None:
     """Train the runs, then their controls on permuted pairs, each side by side."""
     first, seed = plans[0], plans[0].spec.seed
     training, validation, _ = first.parts
-    for plan in plans:
+    for plan in plans if ranks.is_first() else ():
         _tell(plan)
         if not (plan.out / CONFIG).exists():  # whatever is there is of another run
             _remove_states(plan.out)
@@ -148,7 +157,8 @@ def _train_group(plans: Sequence[_Plan]) -> None:
         write_json(plan.out / CONFIG, plan.content)
     inputs = FeatureLoader(first.cache, first.spec, first.device, first.residency)
     with ExitStack() as opened:
-        loggers = [opened.enter_context(Loggers(plan.out, plan.loggers, plan.callbacks)) for plan in plans]
+        asked = [(plan.loggers, plan.callbacks) if ranks.is_first() else () for plan in plans]
+        loggers = [opened.enter_context(Loggers(plan.out, *of)) for plan, of in zip(plans, asked, strict=True)]
         for plan, one in zip(plans, loggers, strict=True):
             resolved = json.loads(json.dumps(plan.content["run"]))
             one.start({**plan.content["config"], "resolved": resolved}, plan.out.name)
@@ -181,8 +191,10 @@ def _fit(
         for plan, config, out, loggers in runs
     ]
     for plan, _, out, _ in runs:
-        if out == plan.out and not (out / RIDGE).exists():
-            keep_ridge(out, data.ridge())
+        if out == plan.out and not ranks.agreed((out / RIDGE).exists):
+            ridge = data.ridge()
+            if ranks.is_first():
+                keep_ridge(out, ridge)
     fit(trainings, data, str(runs[0][2]) if len(runs) == 1 else f"{len(runs)} runs")
     return [(one.state, data.seen(one.state.step)) for one in trainings]
 
@@ -190,7 +202,8 @@ def _fit(
 def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int], control_seconds: float) -> TrainResult:
     """Save the result, which marks the run as finished."""
     score_name = load_protocol(own_protocol(plan.spec)).main_metric
-    keep_encoders(plan.out, plan.spec, plan.cache)
+    if ranks.is_first():
+        keep_encoders(plan.out, plan.spec, plan.cache)
     num_trainable = sum(one.numel() for one in state.model.parameters() if one.requires_grad)
     result = TrainResult(
         best_epoch=state.best_epoch,
@@ -210,8 +223,9 @@ def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int], control_se
         control_seconds=round(control_seconds, 2),
         peak_memory_mb=peak_memory_mb(),
     )
-    result.save(plan.out)
-    _remove_states(plan.out)
+    if ranks.is_first():
+        result.save(plan.out)
+        _remove_states(plan.out)
     logger.info(
         "%s: best validation %s %.2f %% after epoch %d of %d; %.2f M trainable parameters.",
         *(plan.out, score_name, 100 * state.best_score, state.best_epoch, plan.config.epochs),
@@ -221,7 +235,7 @@ def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int], control_se
 
 
 def _remove_states(out: Path) -> None:
-    for path in out.rglob("state.safetensors"):
+    for path in out.rglob(STATE):
         path.unlink()
 
 

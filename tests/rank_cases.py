@@ -1,0 +1,111 @@
+"""What several ranks do at once, for tests/test_ranks.py: losses, gradients and trainings of many options.
+
+    torchrun --nproc-per-node 2 tests/rank_cases.py CACHES OUT
+
+The same functions, called in one process, make what is expected.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from saffe_cache.core import ranks
+from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
+from saffe_cache.inputs.feature_loader import FeatureLoader
+from saffe_cache.inputs.pairs import training_pairs
+from saffe_cache.store.reader import open_cache
+from saffe_cache.training.batches import TrainingData
+from saffe_cache.training.config import TrainConfig
+from saffe_cache.training.loop import start
+from saffe_cache.training.resolve import resolve_run
+from saffe_cache.training.train import train
+
+CAPTIONS, CLASSES = "notes.zarr", "classes.zarr"
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "info_nce": {"fusion": "reuse"},
+    "siglip": {"fusion": "linear", "objective": {"siglip": 1.0}},
+    "soft_target": {"fusion": "paper", "objective": {"soft_target": 1.0}},
+    "pair": {"fusion": "linear", "pooled_text": True, "cache": CLASSES, "objective": {"pair": 1.0}},
+    "one_pair": {"fusion": "reuse", "objective": {"info_nce": 1.0, "pair": 1.0}, "pair_photos": 1},
+    "matching": {"fusion": "concat", "objective": {"info_nce": 0.5, "matching": 1.0}, "pair_photos": 7},
+    "all": {
+        "fusion": "albef",
+        "gallery_text": "first_caption",
+        "text_dropout": 0.4,
+        "objective": {"info_nce": 1.0, "siglip": 0.5, "soft_target": 0.1, "pair": 1.0, "matching": 1.0},
+    },
+    "matched": {"fusion": "paper", "gallery_text": "matched", "query_side": "text"},
+    "frozen": {"fusion": "reuse", "freeze_decoder": True, "gallery_text": "first_caption"},
+    "classes": {"fusion": "linear", "cache": CLASSES},
+    "no_dropout": {"fusion": "two_tower", "dropout": 0.0},
+    "mbt": {"fusion": "mbt", "layers": {"image": (1,), "text": (1,)}, "gallery_text": "first_caption"},
+    "flamingo": {"fusion": "flamingo", "objective": {"info_nce": 1.0, "pair": 1.0}},
+}
+"""Options of trainings whose first loss and gradient are compared; batches of 33 photos."""
+
+TRAININGS: dict[str, dict[str, Any]] = {
+    "captions": {"fusion": "reuse", "control_epochs": 1},
+    "streamed": {"fusion": "concat", "residency": "streamed", "objective": {"info_nce": 1.0, "pair": 0.5}},
+    "classes": {"fusion": "linear", "cache": CLASSES, "objective": {"siglip": 1.0}},
+    "pairs": {"fusion": "linear", "cache": CLASSES, "pooled_text": True, "objective": {"pair": 1.0}},
+}
+
+REPORTS: dict[str, dict[str, Any]] = {
+    "captions": {},
+    "streamed-rerank": {"protocol": "rerank", "baselines": "none"},
+    "classes": {"baselines": "none"},
+    "classes-image": {"protocol": "image", "baselines": "none"},
+    "pairs": {"baselines": "none"},
+}
+"""Evaluations of these trainings."""
+
+
+def config_of(caches: Path, out: Path, options: dict[str, Any]) -> TrainConfig:
+    usual: dict[str, Any] = {"cache": CAPTIONS, "epochs": 3, "batch_size": 33, "control_epochs": 0}
+    given = usual | options
+    return TrainConfig(out=str(out), log=("none",), device="cpu", **(given | {"cache": str(caches / given["cache"])}))
+
+
+def gradient(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """The first loss of a training, its gradient, and how the generator stands afterwards."""
+    cache = open_cache(config.cache)
+    spec = resolve_run(config, cache)
+    training, validation, _ = training_pairs(spec, cache)
+    data = TrainingData(FeatureLoader(cache, spec), training, validation, config.batch_size, spec.seed)
+    state = start(config, spec, data)
+    torch.manual_seed(1)
+    loss = state.loss(next(data.batches(0, 1)))
+    loss.backward()
+    named = [*state.model.named_parameters(), *state.objective.named_parameters()]
+    found = {name: one.grad for name, one in named if one.grad is not None}
+    return {**found, "loss": loss.detach(), "drawn": torch.rand(3)}
+
+
+def report(caches: Path, run: Path, out: Path, options: dict[str, Any]) -> None:
+    """Evaluate a run by a protocol."""
+    cache = str(caches / TRAININGS[run.name].get("cache", CAPTIONS))
+    evaluate(EvaluateConfig(cache=cache, run=str(run), out=str(out), split="dev", device="cpu", **options))
+
+
+def main(caches: Path, out: Path) -> None:
+    with ranks.together():
+        for name, options in LOSSES.items():
+            save_file(gradient(config_of(caches, out, options)), out / f"{name}.{int(not ranks.is_first())}")
+        for name, options in TRAININGS.items():
+            train(config_of(caches, out / name, options))
+        for name, options in REPORTS.items():
+            report(caches, out / name.split("-")[0], out / f"{name}.of", options)
+        parts = [ranks.shares(count) for count in (0, 1, 7)]
+        if ranks.is_first():
+            (out / "shares.json").write_text(json.dumps(parts))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
