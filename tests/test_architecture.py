@@ -24,6 +24,7 @@ LAYERS = [
     {"verbs"},
     {"report"},
     {"cli"},
+    {"__main__"},
 ]
 OWNERS = {
     "zarr": {"store"},

@@ -56,6 +56,10 @@ def test_commands_parse(page: str, words: list[str]) -> None:
             check_options(verb, rest[len(verb.split()) :])
         case [name, *rest] if name in FIXED_NAMES:
             check_options(FIXED_NAMES[name], rest)
+        case ["torchrun", *rest] if "saffe_cache" in rest:
+            verb, *options = rest[rest.index("saffe_cache") + 1 :]
+            assert VERBS[verb].over_ranks
+            check_options(verb, options)
         case ["make", target]:
             assert f"\n{target}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
         case ["python", path, *_] if path.endswith(".py"):
