@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 5.0
 DEAD_AFTER_SECONDS = 60.0
 _LEASES = "writers"
+_beating: set[str] = set()
+"""Tokens of the claims that this process holds; its others are left from a store that was away when they ended."""
 _LEASE_ATTEMPTS = 4
 """Two writers that begin at the same instant see each other, withdraw and try again after a random time."""
 
@@ -85,9 +87,10 @@ class Holder:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it gave up, or was a process of this machine that is gone."""
+        """Whether it gave up, or was a process of this machine that is gone, or this one, which holds it no more."""
         is_here = bool(self.machine) and self.machine == _machine()
-        return self.failed is not None or (is_here and _process_start(self.pid) != self.started)
+        is_left = self.pid == os.getpid() and self.token not in _beating
+        return self.failed is not None or (is_here and (_process_start(self.pid) != self.started or is_left))
 
     def __str__(self) -> str:
         return f"{self.owner}, host {self.host}, process {self.pid}"
@@ -155,6 +158,7 @@ class Claim:
         self.name, self.is_lost = name, False
         self._storage, self._holder, self._successor = storage, holder, successor
         self._ended = threading.Event()
+        _beating.add(holder.token)
         self._heart = threading.Thread(target=self._beat, name=f"heartbeat of {name}", daemon=True)
         self._heart.start()
 
@@ -173,6 +177,7 @@ class Claim:
         """End the heartbeat; the file stays as it is."""
         self._ended.set()
         self._heart.join()
+        _beating.discard(self._holder.token)
 
     def give_up(self, reason: str) -> None:
         """Let another process take the claim over at once. `reason` is empty if nothing is wrong with the work."""
