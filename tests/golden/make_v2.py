@@ -1,8 +1,8 @@
-"""Made v1.tar.xz, the golden cache of format version 1: `python tests/golden/make_v1.py`.
+"""Made v2.tar.xz, the golden cache of format version 2: `python tests/golden/make_v2.py`.
 
-It was run once, with the release that wrote version 1, and shall not be run again: the archive is there to show that
+It was run once, with the release that wrote version 2, and shall not be run again: the archive is there to show that
 later releases still read what that one wrote. The contents are fixed formulas, which tests/test_store_golden.py
-states once more.
+states once more. Version 1 was made by the same program of its release; the table of version 2 has a second part.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import tarfile
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from saffe_cache.core.features import BlockSpec, BlockWeights, Fingerprint, Item
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.layout import ArraySpec
 from saffe_cache.store.manifest import EncoderManifest, RootManifest, write_root
+from saffe_cache.store.parts import write_part, write_table
 from saffe_cache.store.storage import Storage
-from saffe_cache.store.table import TableBuilder, write_table
+from saffe_cache.store.table import TableBuilder
 from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks
 
 NUM_IMAGES, NUM_TEXTS = 5, 7
@@ -34,20 +36,30 @@ def numbers(*shape: int) -> np.ndarray:
     return (np.arange(np.prod(shape)).reshape(shape) / 4).astype(np.float32)
 
 
-def make_table(storage: Storage) -> None:
+def make_item(number: int) -> Item:
+    return Item(
+        id=f"train/{number}.png",
+        split="test" if number == 4 else "train",
+        hashes={"image": hashlib.sha256(bytes([number])).digest()},
+        captions=(f"caption {number}", "ein Bär \ud800") if number < 4 or number == 6 else (),
+        labels=("polar_bear",) if number % 2 else ("fox", "polar_bear"),
+        problem="OSError: cut short" if number == 5 else "",
+    )
+
+
+def make_table(storage: Storage) -> tuple[str, ...]:
+    """6 items, and a part with another one and new captions of the second."""
     builder = TableBuilder(None, ("a photo of a {}.",))
     for number in range(6):
-        builder.add(
-            Item(
-                id=f"train/{number}.png",
-                split="test" if number == 4 else "train",
-                hashes={"image": hashlib.sha256(bytes([number])).digest()},
-                captions=(f"caption {number}", "ein Bär \ud800") if number < 4 else (),
-                labels=("polar_bear",) if number % 2 else ("fox", "polar_bear"),
-                problem="OSError: cut short" if number == 5 else "",
-            )
-        )
-    write_table(storage, "tables/1", builder.build())
+        builder.add(make_item(number))
+    table = builder.build()
+    tables = write_table(storage, table)
+    builder = TableBuilder(table, ("a photo of a {}.",), may_change=True)
+    builder.add(make_item(6))
+    builder.add(replace(make_item(1), captions=("caption 0",)))
+    part = builder.part()
+    assert part is not None
+    return write_part(storage, RootManifest(tables, ()), part)
 
 
 def make_encoder(storage: Storage, manifest: EncoderManifest, arrays: dict[str, tuple[ArraySpec, np.ndarray]]) -> str:
@@ -72,7 +84,7 @@ def make_arrays(**arrays: tuple[str, np.ndarray, tuple[str, ...]]) -> dict[str, 
 
 def make_cache(path: Path) -> None:
     storage = Storage(path)
-    make_table(storage)
+    tables = make_table(storage)
     image = EncoderManifest(
         fingerprint=Fingerprint({"modality": "image", "model_id": "golden/vit", "revision": "0" * 40}),
         modality="image",
@@ -103,11 +115,11 @@ def make_cache(path: Path) -> None:
         offsets=("int64", offsets, ("text_offset",)),
     )
     keys = (make_encoder(storage, image, image_arrays), make_encoder(storage, text, text_arrays))
-    write_root(storage, RootManifest(1, keys))
+    write_root(storage, RootManifest(tables, keys))
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        make_cache(Path(folder) / "v1.zarr")
-        with tarfile.open(Path(__file__).with_name("v1.tar.xz"), "w:xz") as archive:
-            archive.add(Path(folder) / "v1.zarr", "v1.zarr")
+        make_cache(Path(folder) / "v2.zarr")
+        with tarfile.open(Path(__file__).with_name("v2.tar.xz"), "w:xz") as archive:
+            archive.add(Path(folder) / "v2.zarr", "v2.zarr")
