@@ -22,6 +22,7 @@ import pytest
 from extraction_cases import draw, dying_behind, files_of, make_captioned, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from s3_server import BUCKET, S3Proxy
 from store_cases import verify
 
 from saffe_cache.core.atomic_io import FolderInUseError
@@ -531,3 +532,29 @@ def test_killed_restarted_and_doubled_ranks_equal_one_process(config: ExtractCon
     assert len(twice) <= 2
     assert_equal_to_one_process(config)
     assert not (Path(config.cache) / "work").exists()
+
+
+@pytest.mark.slow
+def test_ranks_on_an_object_store_equal_one_process(config: ExtractConfig, s3: S3Proxy, tmp_path: Path) -> None:
+    """The rank that made the plan is killed at its third shard, and two others do the rest."""
+    shared = replace(config, cache=f"s3://{BUCKET}/ranks.zarr")
+    logs = [tmp_path / f"{number}.log" for number in range(3)]
+    killed, again, other = [
+        start_rank(shared, log, rank, die_at=die_at)
+        for log, rank, die_at in zip(logs, (1, 0, 2), (3, 0, 0), strict=True)
+    ]
+    go(killed)
+    assert killed.wait(120) == -signal.SIGKILL
+    go(again)
+    go(other)
+    for process in (again, other):
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    extract(alone(config))
+    storage, expected = Storage(shared.cache), files_of(alone(config).cache)
+    assert {name: storage.read(name) for name in expected} == expected
+    assert storage.list("work") == storage.list("writers") == []
+    written = [name for log in logs for name in log.read_text().split()]
+    twice = {name for name, count in Counter(written).items() if count > 1}
+    assert twice <= set(logs[0].read_text().split())
+    assert verify(shared.cache)[1] == []

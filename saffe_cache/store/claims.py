@@ -252,6 +252,15 @@ def held_cache(storage: Storage, *, shared: bool = False, owner: str = "a writer
             yield
         finally:
             lease.remove()
+            _remove_ended(storage)
+
+
+def _remove_ended(storage: Storage) -> None:
+    """Remove the leases of processes of this machine that are gone."""
+    for name in storage.list(_LEASES):
+        holder, _ = Watch(storage).look(name)
+        if holder is not None and holder.has_ended:
+            storage.remove(name)
 
 
 def _lease(storage: Storage, kind: str, owner: str) -> Claim:

@@ -58,8 +58,8 @@ def measure(work: Path) -> list[Figure]:
             measured[count].append(extraction(data, str(work / f"{count}-{number}.zarr"), model, count))
     rates = Rounds({f"{count} wall": 1 / np.array([wall for wall, _ in found]) for count, found in measured.items()})
     costs = Rounds({f"{count} cpu": np.array([cpu for _, cpu in found]) for count, found in measured.items()})
-    medians = ", ".join(
-        f"{count}: {np.median([wall for wall, _ in found]):.1f} s and {np.median([cpu for _, cpu in found]):.1f} s of cores"
+    medians = "; ".join(
+        f"{count}: {np.median([wall for wall, _ in found]):.1f} s, CPU {np.median([cpu for _, cpu in found]):.1f} s"
         for count, found in measured.items()
     )
     return [
