@@ -432,7 +432,10 @@ def test_too_many_unreadable_files_stop_the_workers(config: ExtractConfig) -> No
     assert_equal_to_one_process(allowed)
 
 
-def test_those_who_wait_hear_why_planning_failed(config: ExtractConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_those_who_wait_hear_why_planning_failed(
+    config: ExtractConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setattr(workers, "_POLL_SECONDS", 0.01)
     storage = Storage(config.cache)
     claim = Claims(storage, "work/planning", "rank 0").take("plan")
@@ -447,7 +450,10 @@ def test_those_who_wait_hear_why_planning_failed(config: ExtractConfig, monkeypa
 
     thread = threading.Thread(target=wait)
     thread.start()
-    time.sleep(0.3)
+    deadline = time.monotonic() + 30
+    while "waiting for the plan of rank 0" not in caplog.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     claim.give_up("the disk is full")
     thread.join()
     assert "rank 0" in heard[0]

@@ -151,14 +151,14 @@ class Watch:
 
 
 class Claim:
-    """A claim that this process holds; a thread writes it again every few seconds until it is released."""
+    """A claim that this process holds, and has noted in `_beating` before it made the file; a thread writes it again
+    every few seconds until it is released."""
 
     def __init__(self, storage: Storage, name: str, holder: Holder, successor: str | None = None) -> None:
         """`successor`: the file that another process creates if it takes this claim over."""
         self.name, self.is_lost = name, False
         self._storage, self._holder, self._successor = storage, holder, successor
         self._ended = threading.Event()
-        _beating.add(holder.token)
         self._heart = threading.Thread(target=self._beat, name=f"heartbeat of {name}", daemon=True)
         self._heart.start()
 
@@ -219,7 +219,9 @@ class Claims:
             return None
         number = 0 if last is None else last + 1
         name, holder = f"{self._folder}/{piece}.{number}", replace(Holder.current(self._owner), at=time.time())
+        _beating.add(holder.token)
         if not self._storage.create(name, holder.to_bytes()):
+            _beating.discard(holder.token)
             return None
         return Claim(self._storage, name, holder, f"{self._folder}/{piece}.{number + 1}")
 
@@ -268,6 +270,7 @@ def _lease(storage: Storage, kind: str, owner: str) -> Claim:
     for attempt in range(_LEASE_ATTEMPTS):
         holder = replace(Holder.current(owner), at=time.time())
         mine = f"{_LEASES}/{kind}-{holder.token}"
+        _beating.add(holder.token)
         storage.create(mine, holder.to_bytes())
         lease = Claim(storage, mine, holder)
         try:
