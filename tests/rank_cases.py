@@ -12,13 +12,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from saffe_cache.core import ranks
+from saffe_cache.core.features import Ragged
 from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
 from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import training_pairs
+from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks, top_k
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.batches import TrainingData
 from saffe_cache.training.config import TrainConfig
@@ -88,6 +91,21 @@ def gradient(config: TrainConfig) -> dict[str, torch.Tensor]:
     return {**found, "loss": loss.detach(), "drawn": torch.rand(3)}
 
 
+def divided() -> dict[str, np.ndarray]:
+    """Ranks, first results and computed rows, of more blocks than there are ranks."""
+    vectors = np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32)
+    gallery, queries = vectors[:100] / np.linalg.norm(vectors[:100], axis=1, keepdims=True), vectors[100:]
+    scores, relevant = InnerProducts(gallery, queries), Ragged.from_rows(np.arange(200)[:, None] % 100)
+    blocks = [slice(start, start + 20) for start in range(0, 300, 20)]
+    return {
+        "ranks": relevant_ranks(scores, relevant, block=9).values,
+        "first": top_k(scores, 5, block=9),
+        "all": top_k(scores, 100, block=9),
+        "rows": ranks.concatenated(blocks, lambda block: vectors[block] * 2),
+        "one": ranks.concatenated(blocks[:1], lambda block: vectors[block]),
+    }
+
+
 def report(caches: Path, run: Path, out: Path, options: dict[str, Any]) -> None:
     """Evaluate a run by a protocol."""
     cache = str(caches / TRAININGS[run.name].get("cache", CAPTIONS))
@@ -102,6 +120,7 @@ def main(caches: Path, out: Path) -> None:
             train(config_of(caches, out / name, options))
         for name, options in REPORTS.items():
             report(caches, out / name.split("-")[0], out / f"{name}.of", options)
+        np.savez(out / f"divided.{int(not ranks.is_first())}.npz", **divided())  # type: ignore[arg-type]
         parts = [ranks.shares(count) for count in (0, 1, 7)]
         if ranks.is_first():
             (out / "shares.json").write_text(json.dumps(parts))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rank_cases import CAPTIONS, CLASSES, LOSSES, REPORTS, TRAININGS, config_of, gradient, report
+from rank_cases import CAPTIONS, CLASSES, LOSSES, REPORTS, TRAININGS, config_of, divided, gradient, report
 from safetensors.torch import load_file
 from synthetic_cache import WIDTH, make_cache
 
@@ -79,6 +79,15 @@ def test_evaluation_over_ranks_equals_one_process(caches: Path, of_two: Path, tm
     assert {**found, "cost": None} == {**expected, "cost": None}
     assert (of_two / f"{name}.of" / "details.npz").read_bytes() == (tmp_path / "details.npz").read_bytes()
     assert {path.name for path in (of_two / f"{name}.of").iterdir()} == {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_divided_rankings_and_rows_are_exact(of_two: Path, rank: int) -> None:
+    expected = divided()
+    with np.load(of_two / f"divided.{rank}.npz") as found:
+        assert found.files == [*expected]
+        for name, values in expected.items():
+            np.testing.assert_array_equal(found[name], values)
 
 
 def test_shares_are_equal_and_complete(of_two: Path) -> None:

@@ -252,10 +252,26 @@ def concatenated(blocks: Sequence[slice], compute: Callable[[slice], np.ndarray]
     edges = [0, *np.cumsum(shares(len(blocks)))]
     of_ranks = [blocks[start:stop] for start, stop in pairwise(edges)]
     counts = [sum(block.stop - block.start for block in of_rank) for of_rank in of_ranks]
-    # the first rank has no block only if all have none; others without one need the shape and type of a row
+    # a rank without a block computes the first one in vain, for the shape and type of a row
     found = [compute(block) for block in of_ranks[_group.rank] or blocks[:1]]
     own = np.concatenate(found)[: counts[_group.rank]]
     return np.concatenate([part.numpy() for part in _all_parts(torch.from_numpy(own), counts)])
+
+
+def own_part(things: Sequence[_Value]) -> Sequence[_Value]:
+    """Those that this rank takes on: equal shares, one after another."""
+    counts = shares(len(things))
+    start = sum(counts[: _group.rank])
+    return things[start : start + counts[_group.rank]]
+
+
+def from_all(own: np.ndarray) -> list[np.ndarray]:
+    """The arrays of all ranks, which are of one shape."""
+    if size() == 1:
+        return [own]
+    import torch
+
+    return [part.numpy() for part in _all_parts(torch.from_numpy(own), [len(own)] * size())]
 
 
 def from_first(make: Callable[[], bytes]) -> bytes:

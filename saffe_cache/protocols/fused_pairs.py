@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from saffe_cache.core.features import Ragged
+from saffe_cache.core.ranks import concatenated
 from saffe_cache.fusion.base import Fusion, Pairing, Texts
 from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import Pairs
@@ -130,29 +132,36 @@ def score_all_pairs(model: Fusion, inputs: FeatureLoader, rows: np.ndarray, sear
     The part of a fusion that needs the photo alone is computed once for it.
     """
     num_texts = len(search.text_rows)
-    texts, parts = _texts_of(model, inputs, search, np.arange(num_texts)), []
-    for block in _blocks(len(rows), num_texts):
+    texts = _texts_of(model, inputs, search, np.arange(num_texts))
+
+    def score(block: slice) -> np.ndarray:
         pairing = np.divmod(np.arange(len(rows[block]) * num_texts), num_texts)
-        parts.append(_score_pairs(model, inputs, rows[block], texts, pairing))
-    return _stack(parts, num_texts)
+        return _score_pairs(model, inputs, rows[block], texts, pairing)
+
+    return _in_blocks(score, len(rows), num_texts)
 
 
 @torch.inference_mode()
 def score_chosen_pairs(model: Fusion, inputs: FeatureLoader, rows: np.ndarray, search: Queries) -> PairScores:
     """The photos `rows` [queries, k] with the text of their query: [queries, k]."""
-    (num_queries, k), parts = rows.shape, []
-    for block in _blocks(num_queries, k):
+    num_queries, k = rows.shape
+
+    def score(block: slice) -> np.ndarray:
         distinct, position = np.unique(rows[block], return_inverse=True)
         queries = np.arange(num_queries)[block]
         pairing = position.ravel(), np.arange(len(queries)).repeat(k)
-        parts.append(_score_pairs(model, inputs, distinct, _texts_of(model, inputs, search, queries), pairing))
-    return _stack(parts, k)
+        return _score_pairs(model, inputs, distinct, _texts_of(model, inputs, search, queries), pairing)
+
+    return _in_blocks(score, num_queries, k)
 
 
-def _blocks(count: int, width: int) -> list[slice]:
-    """Rows of `width` pairs that are fused together."""
+def _in_blocks(score: Callable[[slice], np.ndarray], count: int, width: int) -> PairScores:
+    """The scores of `count` rows of `width` pairs, as many together as are fused at once."""
     size = max(1, _PAIRS_AT_ONCE // width)
-    return [slice(start, start + size) for start in range(0, count, size)]
+    blocks = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    scores = concatenated(blocks, lambda block: score(block).reshape(block.stop - block.start, width, -1))
+    cosine, *matching = (np.ascontiguousarray(scores[..., kind]) for kind in range(scores.shape[2]))
+    return PairScores(cosine, matching[0] if matching else None)
 
 
 def _texts_of(model: Fusion, inputs: FeatureLoader, search: Queries, queries: np.ndarray) -> tuple[Texts, torch.Tensor]:
@@ -167,18 +176,12 @@ def _score_pairs(
     rows: np.ndarray,
     given: tuple[Texts, torch.Tensor],
     pairing: tuple[np.ndarray, np.ndarray],
-) -> PairScores:
-    """Scores [pairs] of photos by row and texts, paired by position."""
+) -> np.ndarray:
+    """Scores of photos by row and texts, paired by position: [pairs, 1], or with the matching head's [pairs, 2]."""
     (texts, vectors), (photo, text) = given, (torch.from_numpy(side).to(inputs.device) for side in pairing)
     fused, queries = model.fuse(*inputs.photos(rows), texts, Pairing(photo, text)), vectors[text]
-    matching = model.match(fused, queries).float().cpu().numpy() if model.shape.matches else None
-    return PairScores((fused.vectors * queries).sum(dim=-1).float().cpu().numpy(), matching)
-
-
-def _stack(parts: list[PairScores], width: int) -> PairScores:
-    cosine, matching = zip(*parts, strict=True)
-    stacked = np.concatenate(cosine).reshape(-1, width)
-    return PairScores(stacked, None if matching[0] is None else np.concatenate(matching).reshape(-1, width))
+    scores = [(fused.vectors * queries).sum(dim=-1), *([model.match(fused, queries)] if model.shape.matches else [])]
+    return np.stack([score.float().cpu().numpy() for score in scores], axis=1)
 
 
 class RerankProtocol(Protocol):

@@ -14,6 +14,8 @@ Items above a relevant one are counted block by block, so that a gallery may be 
 than memory. Where a query has few relevant items, float32 products count, at half the cost: they are within
 `InnerProducts.error` of the exact scores, so that they decide about all items but those whose score is that close to
 the relevant one's. Those few are scored again, exactly. The ranks are the same.
+
+Processes that torchrun started divide the blocks. Their counts are added, which is exact.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from saffe_cache.core.features import Ragged
+from saffe_cache.core.ranks import from_all, own_part
 
 ROUNDING = 1e-6
 """Scores that round to the same multiple of it are equal: float32 leaves noise of about 1e-7."""
@@ -38,6 +41,8 @@ _CROWDED = 64
 """Where one in so many items of a block is too close to a relevant one, the whole block is scored exactly instead."""
 _SPARSE = 16
 """Where at most one in so many scores reaches a bound, only those are compared with each one's bounds."""
+_LONG = 8
+"""Ranks search for lists of one in so many items on their own: merging them costs as much."""
 _LANES = 128
 """Words of eight truth values that are added at a time: byte by byte, which holds 255."""
 _PAIRS_AT_ONCE = 4096
@@ -178,7 +183,7 @@ def relevant_ranks(
     order = np.argsort(relevant.lengths, kind="stable")  # those with few relevant items together
     for rows, items in _tiles(scores.shape, block):
         count.add(order[rows], items)
-    return Ragged(relevant.offsets, 1 + count.above)
+    return Ragged(relevant.offsets, 1 + np.sum(from_all(count.above), axis=0))
 
 
 def top_k(scores: ScoreMatrix, k: int, *, seed: int = 0, block: int = BLOCK) -> np.ndarray:
@@ -194,12 +199,15 @@ def top_k(scores: ScoreMatrix, k: int, *, seed: int = 0, block: int = BLOCK) -> 
     order = np.random.default_rng(seed).permutation(num_items)
     places = np.argsort(order)
     best = np.full((num_queries, k), _LAST)
-    for rows, items in _tiles(scores.shape, block):
+    is_divided = k * _LONG <= num_items
+    for rows, items in _tiles(scores.shape, block, is_divided=is_divided):
         both = np.concatenate([best[rows], _keys(scores[rows, items], places[items], num_items)], axis=1)
         both.partition(k - 1, axis=1)
         best[rows] = both[:, :k]
+    if is_divided:
+        best = np.concatenate(from_all(best), axis=1)
     best.sort(axis=1)
-    return np.asarray(order[best % num_items])
+    return np.asarray(order[best[:, :k] % num_items])
 
 
 def members(labels: Ragged, num_classes: int) -> Ragged:
@@ -210,12 +218,14 @@ def members(labels: Ragged, num_classes: int) -> Ragged:
     return Ragged(np.searchsorted(classes, np.arange(num_classes + 1)), photos)
 
 
-def _tiles(shape: tuple[int, ...], block: int) -> Iterator[tuple[slice, slice]]:
-    """Queries and items of each block; the items change last, so that each is read once."""
+def _tiles(shape: tuple[int, ...], block: int, *, is_divided: bool = True) -> Iterator[tuple[slice, slice]]:
+    """Queries and items of each block, divided among ranks; the items change last, so that each is read once."""
     num_queries, num_items = shape
-    for item in range(0, num_items, block):
-        for query in range(0, num_queries, _QUERIES):
-            yield slice(query, min(query + _QUERIES, num_queries)), slice(item, min(item + block, num_items))
+    row_starts = range(0, num_queries, _QUERIES)
+    numbers = range(-(-num_items // block) * len(row_starts))
+    for number in own_part(numbers) if is_divided else numbers:
+        item, query = number // len(row_starts) * block, number % len(row_starts) * _QUERIES
+        yield slice(query, min(query + _QUERIES, num_queries)), slice(item, min(item + block, num_items))
 
 
 def _keys(scores: np.ndarray, places: np.ndarray, num_items: int) -> np.ndarray:
