@@ -29,7 +29,9 @@ class ExtractConfig:
     texts beside photos; a table of file names; tar archives of samples, also as {000..099}.tar; Parquet files; a folder
     saved by datasets.save_to_disk; or a dataset of the Hugging Face hub as OWNER/NAME:CONFIG@REVISION."""
     cache: str
-    """The cache to write: a folder name such as data.zarr, or a URL that fsspec opens."""
+    """The cache to write: a folder name such as data.zarr, or a URL: s3://, gs:// or az:// (with credentials from
+    AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME and so on, and AWS_ENDPOINT_URL for
+    another server), or one that fsspec opens."""
     encoder: Mapping[str, str]
     """Frozen encoder of a modality, as image=ID, text=ID, audio=ID or video=ID, where ID is a hub id or a local folder.
     Repeat the option for several."""

@@ -17,7 +17,6 @@ from datetime import timedelta
 from typing import Any
 
 from saffe_cache.core.atomic_io import Buffer
-from saffe_cache.core.features import CacheError
 
 try:
     import obstore
@@ -39,7 +38,7 @@ _MISSING_BUCKETS = ("NoSuchBucket", "ContainerNotFound", "The specified bucket d
 _CREDENTIAL_SOURCES = ("169.254.169.254", "metadata.google.internal", "token request", "Account must be specified")
 
 
-class ReplacedError(CacheError):
+class ReplacedError(OSError):
     """An object has another etag than before."""
 
 
@@ -47,10 +46,10 @@ class ObjectFiles:
     """Objects below a URL, by names that use `/`."""
 
     def __init__(self, url: str) -> None:
-        """Raises CacheError if obstore is not installed, or the URL is none of its."""
+        """Raises ImportError if obstore is not installed, and OSError if the URL is none of its."""
         self._url = url.rstrip("/")
         if obstore is None:
-            raise CacheError(f"{url}: object stores need the package obstore: pip install 'saffe-cache[objects]'.")
+            raise ImportError(f"{url}: object stores need the package obstore: pip install 'saffe-cache[objects]'.")
         seconds = timedelta(seconds=float(os.environ.get("SAFFE_RETRY_SECONDS", RETRY_SECONDS)))
         backoff = {"max_backoff": timedelta(seconds=5)}
         with self._told("the store"):
@@ -166,15 +165,13 @@ class ObjectFiles:
     def _told(self, name: str) -> Iterator[None]:
         """Errors of the client become one line; FileNotFoundError stays.
 
-        Raises:
-            CacheError: there is no bucket, or no access to it.
-            OSError: all else, which may pass.
+        Raises OSError, which says whether the bucket, the access to it or the server is missing.
         """
         try:
             yield
         except (exceptions.BaseError, FileNotFoundError) as error:
             if _lacks_bucket(error):
-                raise CacheError(f"{self._url}: there is no such bucket. Make it, or correct the URL.") from None
+                raise OSError(f"{self._url}: there is no such bucket. Make it, or correct the URL.") from None
             if isinstance(error, FileNotFoundError):
                 raise
             raise _explained(error, f"{self._url}: {name}") from None
@@ -184,18 +181,18 @@ def _lacks_bucket(error: Exception) -> bool:
     return any(one in str(error) for one in _MISSING_BUCKETS)
 
 
-def _explained(error: Exception, where: str) -> CacheError | OSError:
+def _explained(error: Exception, where: str) -> OSError:
     """What a user reads of an error of the client."""
     text = str(error)
     line = " ".join(text.split("\n\nDebug source")[0].split())
     if any(one in line for one in _CREDENTIAL_SOURCES):
-        return CacheError(
+        return OSError(
             f"{where}: no credentials were found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
             "GOOGLE_APPLICATION_CREDENTIALS, or AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY."
         )
     if isinstance(error, (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)):
         code = re.search(r"<Code>(\w+)</Code>", line)
-        return CacheError(
+        return OSError(
             f"{where}: the store refuses access ({code[1] if code else type(error).__name__}). Check the credentials "
             "in the environment (AWS_ACCESS_KEY_ID, …) and what they may do with this bucket."
         )

@@ -16,13 +16,16 @@ from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.store.layout import ShardEntry, decode_shard
-from saffe_cache.store.manifest import ArrayFiles
 from saffe_cache.store.objects import ReplacedError
+
+if TYPE_CHECKING:
+    from saffe_cache.store.manifest import ArrayFiles
 
 logger = logging.getLogger(__name__)
 

@@ -119,7 +119,8 @@ class TrainConfig(
     """
 
     cache: str
-    """The cache, as saffe extract wrote it."""
+    """The cache, as saffe extract wrote it: a folder, or a URL with credentials as in extraction. SAFFE_CACHE_DIR=DIR
+    keeps its shards on the local disk, up to SAFFE_CACHE_DIR_GB (50)."""
     out: str
     """Folder of the run."""
 
