@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from saffe_cache.core.features import Modality
 from saffe_cache.sources.decoding import modality_of_content
 from saffe_cache.sources.items import SPLIT_NAMES, MediaFile
@@ -102,16 +104,20 @@ class Tree:
 
 def walk(root: Path) -> Tree:
     tree = Tree()
-    _walk(root, root, "", (), tree)
+    with tqdm(unit=" files", desc=f"listing {root}", leave=False, delay=1) as progress:
+        _walk(root, root, "", (), tree, progress)
     return tree
 
 
-def _walk(root: Path, folder: Path, prefix: str, above: tuple[tuple[int, int], ...], tree: Tree) -> None:
+def _walk(
+    root: Path, folder: Path, prefix: str, above: tuple[tuple[int, int], ...], tree: Tree, progress: tqdm[Any]
+) -> None:
     """Add what lies in a folder; `prefix` is its name with a slash, `above` identifies the folders that contain it."""
     status = folder.stat()
     above = (*above, (status.st_dev, status.st_ino))
     with os.scandir(folder) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
+    progress.update(len(found))
     for entry in found:
         name = prefix + entry.name
         if is_helper(name):
@@ -121,7 +127,7 @@ def _walk(root: Path, folder: Path, prefix: str, above: tuple[tuple[int, int], .
             if (target.st_dev, target.st_ino) in above:
                 tree.loops.append(name)
             else:
-                _walk(root, folder / entry.name, f"{name}/", above, tree)
+                _walk(root, folder / entry.name, f"{name}/", above, tree, progress)
         elif modality := modality_of(name, root):
             tree.media[name] = modality
         else:
@@ -205,7 +211,7 @@ class Names:
 
     def resolve(self, folder: Path, name: str) -> tuple[str, str]:
         """The name on the disk, and a problem if several files fit; the name itself if none does."""
-        if os.path.lexists(folder / name):
+        if os.path.lexists(os.path.join(folder, name)):
             return name, ""
         place, found = folder, list[str]()
         for part in name.replace("\\", "/").split("/"):
@@ -241,7 +247,7 @@ def table_rows(path: Path, expected: str) -> Iterator[tuple[str, Mapping[str, An
         ValueError: the table is invalid.
     """
     rows = {".jsonl": _json_lines, ".json": _json_rows, ".parquet": _parquet_rows}.get(path.suffix.lower(), _csv_rows)
-    for where, row in rows(path):
+    for where, row in tqdm(rows(path), unit=" rows", desc=f"reading {path}", leave=False, delay=1):
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected a JSON object with {expected}, found {row!r}. Correct the line.")
         yield where, row
@@ -249,17 +255,25 @@ def table_rows(path: Path, expected: str) -> Iterator[tuple[str, Mapping[str, An
 
 def decoded(data: bytes) -> str:
     """The text of a file in UTF-8 or UTF-16; bytes that are no UTF-8 become surrogates."""
-    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return data.decode("utf-16", "replace")
-    if b"\0" in data[:2]:  # the first character is ASCII in all tables
-        return data.decode("utf-16-be" if data[:1] == b"\0" else "utf-16-le", "replace")
-    return data.decode("utf-8-sig", "surrogateescape")
+    return data.decode(*_encoding(data[:2]))
+
+
+def _encoding(begin: bytes) -> tuple[str, str]:
+    """The encoding of a text by its first two bytes, and what to do with bytes that do not fit."""
+    if begin in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-16", "replace"
+    if b"\0" in begin:  # the first character is ASCII in all tables
+        return "utf-16-be" if begin[:1] == b"\0" else "utf-16-le", "replace"
+    return "utf-8-sig", "surrogateescape"
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(io.StringIO(decoded(path.read_bytes()), newline=None), start=1):
-        if line.strip():
-            yield f"{path}:{number}", _parsed(line)
+    with path.open("rb") as file:
+        encoding, errors = _encoding(file.read(2))
+    with path.open(encoding=encoding, errors=errors) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield f"{path}:{number}", _parsed(line)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:

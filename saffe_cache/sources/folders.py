@@ -13,8 +13,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from saffe_cache.core.features import Modality
 from saffe_cache.sources.files import (
     SIDECARS,
     TABLE_SUFFIXES,
@@ -28,7 +29,7 @@ from saffe_cache.sources.files import (
     table_rows,
     walk,
 )
-from saffe_cache.sources.items import SPLIT_NAMES, Columns, Format, MediaFile, SourceItem
+from saffe_cache.sources.items import SPLIT_NAMES, Columns, Format, Media, MediaFile, SourceItem
 from saffe_cache.sources.samples import Sample, fields_of, sample_items, tar_samples
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,8 @@ def folder_items(data: str, columns: Columns, *, every: bool = False) -> Iterato
     """
     root = Path(data).expanduser()
     tree = walk(root)
-    names = [name for name in tree.others if is_metadata(name)]
-    tables = [_read_table(root, name, columns, known={*tree.media, *tree.others}) for name in names]
+    names, on_disk = [name for name in tree.others if is_metadata(name)], {*tree.media, *tree.others}
+    tables = [_read_table(root, name, columns, on_disk) for name in names]
     folders = {table.folder for table in tables}
     listed = {name for table in tables for name in table.files}
     unlisted = [name for name in tree.media if _is_below(name, folders) and name not in listed]
@@ -92,7 +93,7 @@ def table_items(data: str, columns: Columns) -> Iterator[SourceItem]:
     paths = expand(data)
     tables = [_read_table(path.parent, path.name, columns, is_data=True) for path in paths]
     columns.require(list(dict.fromkeys(name for table in tables for name in table.columns)), f"--data {data}")
-    outside = [name for table in tables for name in table.files if Path(name).is_absolute() or ".." in Path(name).parts]
+    outside = [name for table in tables for name in table.files if os.path.isabs(name) or ".." in name.split("/")]
     if outside:
         logger.warning("--data %s: %d files are outside its folder; for instance %s.", data, len(outside), outside[0])
     found = [item for table in tables for item in table.items(columns)]
@@ -148,8 +149,8 @@ class _Beside:
                 continue
             split, label = place
             field = suffix_of(name)[1:]
-            files = {field: MediaFile(str(self._root / name))}
-            files |= {suffix_of(text)[1:]: MediaFile(str(self._root / text)) for text in self._beside(name)}
+            files = {field: MediaFile(os.path.join(self._root, name))}
+            files |= {suffix_of(text)[1:]: MediaFile(os.path.join(self._root, text)) for text in self._beside(name)}
             known = {"label": label} if label else {}
             yield Sample(name.removeprefix(f"{split}/"), split, files, known, {field: self._kinds[name]})
 
@@ -213,15 +214,18 @@ class _Table:
             ValueError: a file is listed twice.
         """
         found: dict[str, SourceItem] = {}
+        folder = self.root / self.folder
         for row in self.rows:
             split, _, name = f"{self.prefix}{row.name}".partition("/")
             chosen = columns.find("split", row.entry) if self.is_data or columns.split else ()
             if chosen and row.entry[chosen[0]]:
                 split, name = str(row.entry[chosen[0]]), row.name.removeprefix(f"{row.entry[chosen[0]]}/")
-            media = {modality_of(one, self.root / self.folder): one for one in row.files}
-            unknown = [Path(one).suffix for one in row.files if not modality_of(one, self.root / self.folder)]
-            files = {kind: MediaFile(str(self.root / self.folder / one)) for kind, one in media.items() if kind}
-            problem = row.problem or (f"unknown kind of file {unknown[0]!r}" if unknown else "")
+            files, problem = dict[Modality, Media](), row.problem
+            for one in row.files:
+                if kind := modality_of(one, folder):
+                    files[kind] = MediaFile(os.path.join(folder, one))
+                else:
+                    problem = problem or f"unknown kind of file {Path(one).suffix!r}"
             item = columns.item(name.lstrip("/"), split, files, row.entry, self.columns, problem)
             known = found.get(item.id)
             if known is not None and not (self.is_data and columns.id is None and known.labels == item.labels):
@@ -235,8 +239,7 @@ class _Table:
         yield from found.values()
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     where: str
     entry: Mapping[str, Any]
     name: str
@@ -247,17 +250,27 @@ class _Row:
 
 
 def _read_table(
-    root: Path, name: str, columns: Columns, known: Collection[str] = (), *, is_data: bool = False
+    root: Path, name: str, columns: Columns, on_disk: Collection[str] = (), *, is_data: bool = False
 ) -> _Table:
+    """
+    Args:
+        on_disk: names of files that are known to be below `root`; others are looked for.
+    """
     folder = name[: name.rfind("/") + 1]
+    place = root / folder
     rows, names = [], Names()
     for where, entry in table_rows(root / name, columns.image or columns.audio or columns.video or "file_name"):
         listed, files, problems = [], [], []
-        for one in _files_of(where, entry, columns, None if is_data else root / folder):
-            found, problem = (one, "") if folder + one in known else names.resolve(root / folder, one)
-            listed.append(Path(one if found == one else one.replace("\\", "/")).as_posix())
-            files.append(Path(found).as_posix())
-            problems.append(problem)
+        for column, one in _files_of(where, entry, columns).items():
+            found = one
+            if f"{folder}{one}" not in on_disk:  # as the disk names them, and so in no need of a check
+                _check_place(where, column, one, None if is_data else place)
+                found, problem = names.resolve(place, one)
+                problems.append(problem)
+                one = _posix(one if found == one else one.replace("\\", "/"))
+                found = _posix(found)
+            listed.append(one)
+            files.append(found)
         rows.append(_Row(where, entry, listed[0], tuple(files), " ".join(filter(None, problems))))
     if not rows:
         raise ValueError(f"{root / name}: the table has no rows, expected one for each file. Fill it or remove it.")
@@ -279,36 +292,46 @@ def _read_table(
     return table
 
 
-def _files_of(where: str, entry: Mapping[str, Any], columns: Columns, folder: Path | None) -> Iterator[str]:
-    """The files of a row: in the chosen columns, in a usual one, or in columns such as image_file_name.
-
-    Args:
-        folder: where they must lie; None for anywhere.
-    """
-    usual = [name for name in entry if name.endswith("_file_name")] if "file_name" not in entry else []
+def _files_of(where: str, entry: Mapping[str, Any], columns: Columns) -> dict[str, str]:
+    """The files of a row by column: in the chosen columns, in a usual one, or in columns such as image_file_name."""
+    usual = [name for name in entry if name.endswith("_file_name")] if "file_name" not in entry else ["file_name"]
     usual = usual or [name for name in FILE_FIELDS if name in entry][:1]
     fields = [name for name in (columns.image, columns.audio, columns.video) if name] or usual or ["file_name"]
     try:
-        names = {column: str(entry[column] or "") for column in fields}
         _ = entry[columns.id] if columns.id else None
+        return {column: str(entry[column] or "") for column in fields}
     except KeyError as error:
         raise ValueError(
             f"{where}: expected a JSON object with {', '.join(fields)}, found {error!r}; its fields are "
             f"{', '.join(map(str, entry)) or 'none'}. Correct the line, or name the field with --column image=NAME."
         ) from None
-    for column, name in names.items():
-        parts = name.replace("\\", "/").split("/")
-        if "\0" in name or (folder and (Path(name).is_absolute() or (not parts[0] and name) or ".." in parts)):
-            raise ValueError(
-                f"{where}: {column} {name!r} is outside its folder. Move the file, or a link to it, into "
-                f"{folder or 'the folder of the table'}."
-            )
-        if "://" in name:
-            raise ValueError(
-                f"{where}: {column} is the URL {name!r:.80}, expected a file. Download the files first, for instance "
-                "with img2dataset, whose output folder can be the --data."
-            )
-        yield name
+
+
+def _posix(name: str) -> str:
+    """A path in its plain form."""
+    is_plain = os.sep == "/" and name and not ("//" in name or "./" in name or name[-1] in "/.")
+    return name if is_plain else Path(name).as_posix()
+
+
+def _check_place(where: str, column: str, name: str, folder: Path | None) -> None:
+    """
+    Args:
+        folder: where the file must lie; None for anywhere.
+
+    Raises:
+        ValueError: it does not, or it is no file.
+    """
+    parts = name.replace("\\", "/").split("/")
+    if "\0" in name or (folder and (os.path.isabs(name) or (not parts[0] and name) or ".." in parts)):
+        raise ValueError(
+            f"{where}: {column} {name!r} is outside its folder. Move the file, or a link to it, into "
+            f"{folder or 'the folder of the table'}."
+        )
+    if "://" in name:
+        raise ValueError(
+            f"{where}: {column} is the URL {name!r:.80}, expected a file. Download the files first, for instance "
+            "with img2dataset, whose output folder can be the --data."
+        )
 
 
 def _is_below(name: str, folders: Collection[str]) -> bool:

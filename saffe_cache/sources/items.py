@@ -6,6 +6,7 @@ import errno
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 from saffe_cache.core.features import Item, Modality
@@ -96,15 +97,7 @@ class Columns:
 
         Captions may also be in numbered columns, such as caption_0 to caption_4.
         """
-        chosen = getattr(self, role)
-        if chosen is not None:
-            return tuple(name for name in _split(chosen, names) if name in names)
-        usual = _USUAL_NAMES.get(role, ())
-        found = tuple(name for name in usual if name in names)[:1]
-        if found or role != "caption":
-            return found
-        matches = [match for match in map(_NUMBERED.fullmatch, names) if match]
-        return tuple(match[0] for match in sorted(matches, key=lambda match: (match[1], int(match[2]))))
+        return _found(role, getattr(self, role), tuple(names))
 
     def texts(self, role: Role, entry: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
         """The texts of a role in one row, and a problem if one of them is empty or no text."""
@@ -162,6 +155,17 @@ class Columns:
                 )
 
 
+@lru_cache(1024)  # the rows of a dataset have few different columns
+def _found(role: Role, chosen: str | None, names: tuple[str, ...]) -> tuple[str, ...]:
+    if chosen is not None:
+        return tuple(name for name in _split(chosen, names) if name in names)
+    found = tuple(name for name in _USUAL_NAMES.get(role, ()) if name in names)[:1]
+    if found or role != "caption":
+        return found
+    matches = [match for match in map(_NUMBERED.fullmatch, names) if match]
+    return tuple(match[0] for match in sorted(matches, key=lambda match: (match[1], int(match[2]))))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """How one kind of dataset is recognised and read. `data` is what `--data` says, or a Python object."""
@@ -190,6 +194,9 @@ def texts_of(value: Any) -> tuple[tuple[str, ...], str]:
     texts: list[str] = []
     problem = ""
     for one in as_list(value):
+        if type(one) is str and (text := one.strip()):  # quickly, since nearly all are
+            texts.append(text)
+            continue
         names = Columns().find("caption", one) if isinstance(one, Mapping) else ()
         if names:
             inner, wrong = texts_of([text for name in names for text in as_list(one[name])])
@@ -213,6 +220,8 @@ def _described(value: Any) -> str:
 
 def as_list(value: Any) -> list[Any]:
     """The values in a cell, which holds none, one or a list; NaN stands for none."""
+    if type(value) is list:
+        return value
     if hasattr(value, "tolist"):  # of numpy or torch
         value = value.tolist()
     if value is None or value != value:

@@ -156,6 +156,8 @@ def _some(names: Collection[str]) -> str:
 
 def _limit(items: Sequence[SourceItem], max_items: Mapping[str, int]) -> list[SourceItem]:
     """The items of each limited split whose hashed ids come first, in the dataset's order."""
+    if not max_items:
+        return list(items)
     chosen = {item.id for item in items if item.split not in max_items}
     for split, count in max_items.items():
         ids = [item.id for item in items if item.split == split]
