@@ -54,7 +54,7 @@ torture: .venv/test
 # timm apart, with torchvision, whose compiled part does not load beside a CPU build of torch: transformers would take
 # other image processors with it; without them, their test is skipped
 .venv/test: .venv/base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app,demo,report,audio,large,logging,onnx,video,test]' 'mteb>=2.26,<3'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app,demo,report,audio,large,logging,objects,onnx,video,test]' 'mteb>=2.26,<3'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps clip-benchmark
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target .venv/timm timm torchvision
 	touch $@
@@ -63,11 +63,10 @@ torture: .venv/test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs,report]'
 	touch $@
 
-# LitData without what it asks for: torchvision is of no use here, and boto3 asks for
-# an older dateutil than the tests have
+# LitData without what it asks for: torchvision is of no use here
 .venv/bench: .venv/base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,bench]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps litdata boto3 botocore jmespath s3transfer
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,bench,objects]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps litdata
 	touch $@
 
 clean:
