@@ -40,7 +40,7 @@ from saffe_cache.sources.items import Columns
 from saffe_cache.store import inspect
 from saffe_cache.store.layout import ShardEntry, compress, decode_shard, describe_shard, encode_shard
 from saffe_cache.store.manifest import ArrayFiles, RootManifest, read_encoder, read_root
-from saffe_cache.store.parts import check_inputs, read_table, table_to_arrays
+from saffe_cache.store.parts import check_whole, read_table, table_to_arrays
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 from saffe_cache.store.storage import Storage, describe_group, group_metadata, read_group
 from saffe_cache.store.table import TableBuilder
@@ -177,7 +177,7 @@ def _shard_target() -> Target:
 
 def _use_table(storage: Storage, root: RootManifest) -> None:
     found = read_table(storage, root)
-    check_inputs(found)
+    check_whole(storage, root)
     TableBuilder(found, ("a {}",)).build()
     for split in found.splits.counts():
         found.in_split(split)

@@ -31,7 +31,7 @@ from store_cases import (
 from saffe_cache.core import atomic_io
 from saffe_cache.core.atomic_io import FolderInUseError
 from saffe_cache.core.features import CacheError, ItemTable
-from saffe_cache.store import inspect, reader
+from saffe_cache.store import parts, reader
 from saffe_cache.store.manifest import RootManifest, encoder_group, read_encoder, read_root
 from saffe_cache.store.parts import read_table
 from saffe_cache.store.reader import open_cache
@@ -321,13 +321,13 @@ def test_readers_follow_a_replaced_table(
         tables.append([name.partition("-")[0] for name in root.tables])
         for count in grow:
             with monkeypatch.context() as patch:
-                for module in (reader, inspect):
+                for module in (reader, parts):
                     patch.setattr(module, "read_table", read_table)
                 write_contents(tmp_path, image_contents(count))
             break
         return read_table(storage, root)
 
-    for module in (reader, inspect):
+    for module in (reader, parts):
         monkeypatch.setattr(module, "read_table", late)
     result = read(tmp_path)
     assert tables == [["1"], ["2"], ["3"]]

@@ -18,7 +18,16 @@ from saffe_cache.core.features import CacheError, Inputs, Item, ItemTable, Ragge
 from saffe_cache.core.texts import Coded, Texts
 from saffe_cache.store import table as table_module
 from saffe_cache.store.manifest import RootManifest, existing_root, write_root
-from saffe_cache.store.parts import Part, merge, read_table, remove_unlisted, table_to_arrays, write_part, write_table
+from saffe_cache.store.parts import (
+    Part,
+    check_whole,
+    merge,
+    read_table,
+    remove_unlisted,
+    table_to_arrays,
+    write_part,
+    write_table,
+)
 from saffe_cache.store.storage import Storage, describe_group, read_group, write_group
 from saffe_cache.store.table import TableBuilder, text_hash
 
@@ -400,7 +409,7 @@ def test_contradictory_files_are_refused(tmp_path: Path, kind: str, change: obje
     fields = {key: attributes[key] for key in ("encoding-version", "rows")}
     write_group(storage, f"tables/{name}", describe_group("saffe-items", arrays, fields), arrays)
     with pytest.raises(CacheError, match=rf"tables/{name}.*{words}.*Restore it from a copy"):
-        read_table(storage, root_of(name))
+        check_whole(storage, root_of(name))
 
 
 def test_inputs_are_read_from_the_part_that_replaced_theirs(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from saffe_cache.core.features import CacheError, ItemTable, printable
 from saffe_cache.store.config import InspectConfig, VerifyConfig
 from saffe_cache.store.manifest import ArrayFiles, existing_root, read_encoder
-from saffe_cache.store.parts import check_inputs, read_table
+from saffe_cache.store.parts import check_whole
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache, read_current
 from saffe_cache.store.storage import Storage
 
@@ -160,7 +160,7 @@ def find_damage(storage: Storage) -> tuple[int, list[Damage]]:
             damage.append(replace(part, message=str(error)))
             return None
 
-    table = partial(read_current, storage, root, lambda root: check_inputs(read_table(storage, root)))
+    table = partial(read_current, storage, root, lambda root: check_whole(storage, root))
     check(Damage(part="table"), table)
     for key in root.encoders:
         manifest = check(Damage(part="manifest", encoder=key), partial(read_encoder, storage, key))

@@ -184,10 +184,18 @@ def _where(storage: Storage, name: str) -> str:
     return f"{storage.root}: tables/{name}"
 
 
-def check_inputs(table: ItemTable) -> None:
-    """Read what is read when it is first asked for. Raises CacheError if it is missing or damaged."""
+def check_whole(storage: Storage, root: RootManifest) -> None:
+    """Read all of a table, and compare more of it than opening does.
+
+    Raises CacheError if a part is missing or damaged, or an id stands there twice.
+    """
+    table = read_table(storage, root)
     for inputs in table.inputs.values():
         assert len(inputs.content_hash) == len(inputs)
+    try:
+        _check_distinct(table)
+    except ValueError as error:
+        raise CacheError(f"{_where(storage, root.tables[-1])}: {error}. {_ADVICE}") from None
 
 
 def _read_part(storage: Storage, name: str, starts: Mapping[Modality, int]) -> Part:
@@ -405,6 +413,7 @@ def table_from_arrays(arrays: Mapping[str, np.ndarray], where: str) -> ItemTable
                 _check_hashes(modality, inputs[modality])
         table = ItemTable(rows=rows, inputs=inputs, **columns)
         _check_table(table)
+        _check_distinct(table)
     except KeyError as error:
         raise CacheError(f"{where} has no {error}. Restore it from a copy.") from None
     except ValueError as error:
@@ -430,8 +439,6 @@ def _check_table(table: ItemTable) -> None:
             f"its columns have {[num_items, *lengths]} items and {len(table.class_texts)} class texts, expected "
             f"equal numbers and {num_classes}"
         )
-    if pc.count_distinct(_from_texts(table.ids)).as_py() < num_items:
-        raise ValueError("ids has a duplicate entry")
     if len(set(table.class_names)) < num_classes:
         raise ValueError("class_names has a duplicate entry")
     for modality, rows in table.rows.items():
@@ -441,6 +448,12 @@ def _check_table(table: ItemTable) -> None:
         _check_range(f"rows/{modality}", rows, -1, num_inputs)
     for name, end in (("captions", num_texts), ("class_texts", num_texts), ("labels", num_classes)):
         _check_range(name, getattr(table, name).values, 0, end)
+
+
+def _check_distinct(table: ItemTable) -> None:
+    """Raises ValueError if an id stands there twice. It takes half of the time of opening a large cache."""
+    if pc.count_distinct(_from_texts(table.ids)).as_py() < len(table):
+        raise ValueError("ids has a duplicate entry")
 
 
 def _check_range(column: str, numbers: np.ndarray, least: int, end: int) -> None:
