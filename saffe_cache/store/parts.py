@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -103,16 +103,30 @@ class StoredInputs(Inputs):
         return self._count
 
 
+class _JoinedInputs(Inputs):
+    """Inputs after one another; each column is made when it is first asked for."""
+
+    def __init__(self, parts: Sequence[Inputs]) -> None:
+        self.parts: list[Inputs] = [
+            one for part in parts for one in (part.parts if isinstance(part, _JoinedInputs) else [part])
+        ]
+
+    @cached_property
+    def content_hash(self) -> np.ndarray:
+        return np.concatenate([part.content_hash for part in self.parts])
+
+    @cached_property
+    def texts(self) -> Texts | None:
+        found = [texts for part in self.parts if (texts := part.texts) is not None]
+        return Texts.joined(found) if found else None
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+
 def join_inputs(parts: Sequence[Inputs]) -> Inputs:
-    """Inputs after one another, when they are first asked for."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def read() -> Inputs:
-        texts = [part.texts for part in parts if part.texts is not None]
-        return Inputs(np.concatenate([part.content_hash for part in parts]), Texts.joined(texts) if texts else None)
-
-    return StoredInputs(sum(map(len, parts)), read)
+    """Inputs after one another."""
+    return parts[0] if len(parts) == 1 else _JoinedInputs(parts)
 
 
 def merge(parts: Sequence[Part]) -> Part:

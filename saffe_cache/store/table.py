@@ -20,6 +20,8 @@ from saffe_cache.core.texts import Coded, Texts, encoded
 from saffe_cache.store.parts import FILE_KINDS, Part, join_inputs, merge, take_items
 
 _NUM_NAMED = 3
+_FEW = 16
+"""Lookups in a column before it is sorted."""
 _LEAST_PENDING, _MOST_PENDING = 2**14, 2**17
 """Items that are added before they are made into columns: an eighth of the table within these bounds."""
 
@@ -40,15 +42,20 @@ class _Entry(NamedTuple):
 
 
 class _Keys:
-    """Where 64-bit keys stand in a column."""
+    """Where 64-bit keys stand in a column, which is sorted when that pays."""
 
     def __init__(self, keys: np.ndarray) -> None:
-        self._order = np.argsort(keys)
-        self._sorted = keys[self._order]
+        self._keys, self._num_asked = keys, 0
 
     def places(self, key: int) -> list[int]:
         """All places of a key; several where different contents have equal keys."""
-        one = self._sorted.dtype.type(key)
+        one = np.int64(key)
+        self._num_asked += 1
+        if self._num_asked <= _FEW:
+            return np.flatnonzero(self._keys == one).tolist()
+        if self._num_asked == _FEW + 1:
+            self._order = np.argsort(self._keys)
+            self._sorted = self._keys[self._order]
         first = self._sorted.searchsorted(one)
         last = first
         while last < len(self._sorted) and self._sorted[last] == one:
@@ -62,7 +69,7 @@ class _Columns:
     def __init__(self, table: ItemTable) -> None:
         self.table = table
         self._ids: _Keys | None = None
-        self._next = 0
+        self._num_asked = self._next = 0
         self._rows: dict[Modality, _Keys] = {}
 
     def number(self, item_id: str) -> int:
@@ -71,6 +78,11 @@ class _Columns:
         if self._next < len(ids) and ids.bytes_at(self._next) == data:  # items often come in the table's order
             self._next += 1
             return self._next - 1
+        self._num_asked += 1
+        if self._num_asked <= _FEW:
+            found = next(iter(ids.places(item_id).tolist()), -1)
+            self._next = found + 1 if found >= 0 else self._next
+            return found
         if self._ids is None:
             whole = ids.utf8.data
             hashes = (hash(bytes(whole[start:end])) for start, end in pairwise(ids.offsets.tolist()))
