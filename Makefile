@@ -54,7 +54,7 @@ torture: .venv/test
 # timm apart, with torchvision, whose compiled part does not load beside a CPU build of torch: transformers would take
 # other image processors with it; without them, their test is skipped
 .venv/test: .venv/base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app,demo,report,audio,large,logging,objects,onnx,video,test]' 'mteb>=2.26,<3'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app,demo,report,audio,large,logging,objects,onnx,ray,video,test]' 'mteb>=2.26,<3'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps clip-benchmark
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target .venv/timm timm torchvision
 	touch $@

@@ -39,6 +39,7 @@ OWNERS = {
     "huggingface_hub": {"encoders", "inference"},
     "tokenizers": {"encoders"},
     "accelerate": {"encoders"},
+    "ray": {"extraction"},
     "av": {"sources"},
     "faiss": {"retrieval"},
     "mteb": {"inference"},

@@ -128,8 +128,18 @@ class ExtractConfig:
     world_size: int | None = None
     """Number of processes that extract together, such as $SLURM_NTASKS. All are started with the same other options."""
 
+    workers_on: Literal["ray"] | None = None
+    """Encode on all GPUs of a Ray cluster, or on its processor cores if it has no GPU. Its nodes need this package, and
+    the same paths to data, encoders and cache, or URLs; a run grows and shrinks with the cluster."""
+    ray_address: str | None = None
+    """Address of the cluster's head, such as 10.0.0.1:6379; auto: the one that runs on this machine. Default:
+    $RAY_ADDRESS, or else a cluster of this machine alone, which ends with the command."""
+    gpus_per_worker: float = 1.0
+    """GPUs of each worker on the cluster; 0 to use processor cores alone."""
+
     def __post_init__(self) -> None:
         self._check_ranks()
+        self._check_cluster()
         for option, mapping in (
             ("encoder", self.encoder),
             ("layers", self.layers),
@@ -182,6 +192,23 @@ class ExtractConfig:
             )
             require(not self.plan, "plan", "it with --rank", "it without --rank")
             require(not self.streaming, "streaming", "it with --rank", "a copy of the data that all ranks can read")
+
+    def _check_cluster(self) -> None:
+        require(
+            self.ray_address is None or self.workers_on is not None,
+            *("ray_address", "no --workers-on", "--workers-on ray besides it"),
+        )
+        address = self.ray_address or "auto"
+        require("://" not in address, "ray_address", address, "HOST:PORT of the cluster's head, or auto")
+        require(0 <= self.gpus_per_worker < math.inf, "gpus_per_worker", self.gpus_per_worker, "0 or more")
+        if self.workers_on is None:
+            return
+        where = f"it with --workers-on {self.workers_on}"
+        require(self.rank is None, "rank", where, "one of both")
+        require(not self.plan, "plan", where, "it alone")
+        require(not self.streaming, "streaming", where, "a copy of the data that all nodes can read")
+        device = f"{self.device} with --workers-on {self.workers_on}"
+        require(self.device in ("auto", "cpu", "cuda"), "device", device, "auto, cpu or cuda: Ray chooses which GPU")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,6 +55,10 @@ def extract(config: ExtractConfig | None = None, /, **options: Any) -> str:
         from saffe_cache.extraction.workers import run_rank  # it plans by what is here
 
         return run_rank(config)
+    if config.workers_on is not None:
+        from saffe_cache.extraction.on_ray import extract_on_ray
+
+        return extract_on_ray(config)
     config, items, own = _read(config)
     storage = Storage(config.cache)
     if config.plan:

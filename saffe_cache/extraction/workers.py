@@ -65,6 +65,7 @@ _FREE_OPTIONS = frozenset(
     {
         *("cache", "data", "encoder", "revision", "device", "device_map", "max_memory", "workers", "decode_in"),
         *("max_invalid", "changed", "rehash", "plan", "rank", "world_size"),
+        *("workers_on", "ray_address", "gpus_per_worker"),
     }
 )
 """Options that may differ between processes. Encoders are compared by what they are, devices by their type."""
@@ -106,7 +107,7 @@ def plan_work(config: ExtractConfig, owner: str = "planner", num_workers: int = 
     Args:
         num_workers: about how many workers there will be. What they write does not depend on it.
     """
-    _refuse_objects(config)
+    refuse_objects(config)
     storage = Storage(config.cache)
     with held_cache(storage, shared=True, owner=owner):
         return _shared_plan(storage, config, owner, num_workers)[0]
@@ -131,14 +132,30 @@ class Worker:
     Use it as a context manager: it holds the cache, together with the other workers.
     """
 
-    def __init__(self, config: ExtractConfig, owner: str, *, shows_progress: bool = True) -> None:
-        """`owner`: the worker's name for people. Errors as of `extract`."""
-        _refuse_objects(config)
-        self._config, self._owner, self._storage = config, owner, Storage(config.cache)
+    def __init__(
+        self, config: ExtractConfig, owner: str, *, crew: str = "", plans: bool = True, shows_progress: bool = True
+    ) -> None:
+        """
+        Args:
+            owner: the worker's name for people.
+            crew: a name that only workers of the same driver have; they take each other's ranges over at once.
+            plans: whether it makes a plan if there is none; otherwise it finds nothing to do then.
+
+        Raises:
+            Errors as of `extract`.
+        """
+        refuse_objects(config)
+        self._config, self._owner, self._crew, self._storage = config, owner, crew, Storage(config.cache)
+        self.num_encoded = 0
+        """Inputs that this worker has encoded so far."""
         self._stack = ExitStack()
         with ExitStack() as stack:
             stack.enter_context(held_cache(self._storage, shared=True, owner=owner))
-            self.plan, self._jobs, self._media = _shared_plan(self._storage, config, owner, config.world_size or 1)
+            self._jobs: dict[str, Job] = {}
+            self._media: Mapping[bytes, Media] | None = None
+            self.plan = read_plan(self._storage)
+            if plans:
+                self.plan, self._jobs, self._media = _shared_plan(self._storage, config, owner, config.world_size or 1)
             if self.plan is not None:
                 self._begin(self.plan, stack, shows_progress)
             self._stack = stack.pop_all()
@@ -150,7 +167,7 @@ class Worker:
             _refuse(self._config, self._owner, "the item table or the encoders have changed since the plan was made")
         self._table = read_table(self._storage, root)
         self._pieces = plan.pieces
-        self._claims = Claims(self._storage, plan.claims, self._owner)
+        self._claims = Claims(self._storage, plan.claims, self._owner, crew=self._crew)
         total = sum(one.num_inputs - one.start for one in plan.encoders)
         self._progress = stack.enter_context(
             tqdm(total=total, unit=" inputs", desc=self._owner, disable=not shows_progress)
@@ -171,6 +188,18 @@ class Worker:
     def num_ranges(self) -> int:
         """Ranges of the plan."""
         return len(self._pieces) if self.plan is not None else 0
+
+    @property
+    def range_inputs(self) -> list[int]:
+        """Number of inputs to encode of each range of the plan."""
+        pieces = self._pieces if self.plan is not None else []
+        return [one.inputs.stop - max(one.inputs.start, one.encoder.start) for one in pieces]
+
+    def finished(self) -> set[int]:
+        """Numbers of the finished ranges: all of them if the plan is done and gone."""
+        if self.plan is None or not _is_current(self._storage, self.plan):
+            return set(range(self.num_ranges))
+        return {int(name) for name in self.plan.finished(self._storage)}
 
     def run_all(self) -> None:
         """Run ranges until all are finished, by this worker or others, and complete the manifests."""
@@ -252,6 +281,7 @@ class Worker:
         def advance(count: int) -> None:
             if claim.is_lost:
                 raise _LostError
+            self.num_encoded += count
             self._progress.update(count)
 
         if job.chosen:
@@ -397,6 +427,8 @@ def _plan_once(
         claim.give_up(_NOTHING)
         time.sleep(2 * _POLL_SECONDS)  # for those who wait
     claim.remove()
+    if plan is None:
+        _remove_if_empty(storage)
     return plan, jobs, media
 
 
@@ -474,7 +506,7 @@ def _refuse(config: ExtractConfig, owner: str, what: str) -> NoReturn:
     )
 
 
-def _refuse_objects(config: ExtractConfig) -> None:
+def refuse_objects(config: ExtractConfig) -> None:
     """
     Raises:
         ValueError: the data or an encoder cannot be opened by several processes.
@@ -493,6 +525,11 @@ def _finish(storage: Storage, plan: Plan, config: ExtractConfig) -> None:
         storage.remove_folder(PLANNING)  # of planners that died; nobody plans while there is a plan
         storage.remove(PLAN)
     storage.remove_folder(plan.folder)
+    _remove_if_empty(storage)
+
+
+def _remove_if_empty(storage: Storage) -> None:
+    """Remove the folder of the work if nobody plans or works."""
     if not storage.list(WORK):
         storage.remove_folder(WORK)
 

@@ -60,6 +60,8 @@ class Holder:
     """When it was written, in seconds since 1970 by the holder's clock: for people alone."""
     failed: str | None = None
     """Why the holder gave up; empty if it was interrupted or has finished."""
+    crew: str = ""
+    """Shared by processes whose driver decides which of them works on what; empty without a driver."""
 
     @staticmethod
     def current(owner: str) -> Holder:
@@ -197,8 +199,15 @@ class Claim:
 class Claims:
     """The claims of one folder, as one process sees them."""
 
-    def __init__(self, storage: Storage, folder: str, owner: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._storage, self._folder, self._owner = storage, folder, owner
+    def __init__(
+        self,
+        storage: Storage,
+        folder: str,
+        owner: str,
+        clock: Callable[[], float] = time.monotonic,
+        crew: str = "",
+    ) -> None:
+        self._storage, self._folder, self._owner, self._crew = storage, folder, owner, crew
         self._watch = Watch(storage, clock)
 
     def generations(self) -> dict[str, int]:
@@ -210,15 +219,18 @@ class Claims:
         return self._watch.look(f"{self._folder}/{piece}.{generation}")
 
     def take(self, piece: str, known: Mapping[str, int] | None = None) -> Claim | None:
-        """Claim a piece that nobody holds, or whose holder is dead; None if another process has it.
+        """Claim a piece that nobody holds, or whose holder is dead or of the same crew; None if another process has it.
 
         `known`: what `generations` returned.
         """
         last = (self.generations() if known is None else known).get(piece)
-        if last is not None and not self._watch.is_dead(f"{self._folder}/{piece}.{last}"):
-            return None
+        if last is not None:
+            holder, silent = self.look(piece, last)
+            if silent < DEAD_AFTER_SECONDS and not (holder and self._crew and holder.crew == self._crew):
+                return None
         number = 0 if last is None else last + 1
-        name, holder = f"{self._folder}/{piece}.{number}", replace(Holder.current(self._owner), at=time.time())
+        name = f"{self._folder}/{piece}.{number}"
+        holder = replace(Holder.current(self._owner), at=time.time(), crew=self._crew)
         _beating.add(holder.token)
         if not self._storage.create(name, holder.to_bytes()):
             _beating.discard(holder.token)
