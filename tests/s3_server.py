@@ -35,7 +35,7 @@ class S3Proxy:
         self.port = free_port()
         self.latency_seconds = 0.0
         self.share_failing = 0.0
-        """Of requests, half before the server has seen them, and half after: only the answer is lost."""
+        """Of requests, half before the server has seen them, and half after: the answer is lost, or cut in two."""
         self.refuses = False
         self.requests: list[tuple[str, str]] = []
         """Method and path of each request that came."""
@@ -92,21 +92,26 @@ class _Handler(BaseHTTPRequestHandler):
             answer = connection.getresponse()
             content = answer.read()
             connection.close()
-        if fate < proxy.share_failing or not proxy.is_up:
+        is_cut = fate < proxy.share_failing or not proxy.is_up
+        if is_cut and self.command != "GET":
             self.close_connection = True  # the server has done it, and nobody hears
             return
         headers = {name: value for name, value in answer.getheaders() if name.lower() not in _OF_ONE_CONNECTION}
-        self._answer(answer.status, headers, content, answer.getheader("Content-Length"))
+        self._answer(answer.status, headers, content, answer.getheader("Content-Length"), is_cut=is_cut)
 
-    def _answer(self, status: int, headers: dict[str, str], content: bytes, length: str | None = None) -> None:
+    def _answer(
+        self, status: int, headers: dict[str, str], content: bytes, length: str | None = None, *, is_cut: bool = False
+    ) -> None:
         self.send_response_only(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", (length or "0") if self.command == "HEAD" else str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
-            self.proxy.sent_bytes += len(content)
-            self.wfile.write(content)
+            self.close_connection |= is_cut
+            sent = content[: len(content) // 2] if is_cut else content
+            self.proxy.sent_bytes += len(sent)
+            self.wfile.write(sent)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _forward  # noqa: N815
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -132,6 +134,31 @@ def test_refused_credentials_are_one_line(
     told = capfd.readouterr().err
     assert "Traceback" not in told
     assert "the store refuses access" in told.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_two_writers_never_both_win(s3: S3Proxy, config: ExtractConfig, tmp_path: Path) -> None:
+    """Two processes that add other layers of the same encoders at the same time: nothing that one reports is lost."""
+    s3.latency_seconds = 0.02
+    given = {2: replace(config, layers={"image": (2,), "text": (1,)}), 3: replace(config, layers={"image": (3,)})}
+    processes = {
+        layer: subprocess.Popen(
+            [sys.executable, "-m", "saffe_cache", *arguments(one, url(tmp_path))],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for layer, one in given.items()
+    }
+    told = {layer: process.communicate(timeout=300)[1] for layer, process in processes.items()}
+    won = [layer for layer, process in processes.items() if process.returncode == 0]
+    assert won, told
+    assert set(won) <= set(open_cache(url(tmp_path)).encoder("image").layers)
+    for layer in given.keys() - set(won):
+        assert "Traceback" not in told[layer]
+        assert "another process" in told[layer].splitlines()[-1]
+        assert main(arguments(given[layer], url(tmp_path))) == 0
+    assert open_cache(url(tmp_path)).encoder("image").layers == [2, 3]
+    assert verify(url(tmp_path))[1] == []
 
 
 @pytest.mark.slow

@@ -152,6 +152,22 @@ def test_large_objects_and_failing_requests(s3: S3Proxy, tmp_path: Path) -> None
     storage.remove_folder("nothing")
 
 
+def test_lists_are_whole_while_answers_are_cut(s3: S3Proxy, tmp_path: Path) -> None:
+    storage = Storage(url(tmp_path))
+    names = [f"log/{number}" for number in range(5)]
+    for name in names:
+        storage.write(name, b"")
+    s3.share_failing = 0.5
+    for _ in range(10):
+        assert storage.list("log") == names
+
+
+def test_environment_without_numbers_is_refused(s3: S3Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAFFE_RETRY_SECONDS", "soon")
+    with pytest.raises(ValueError, match=r"SAFFE_RETRY_SECONDS: found 'soon', expected a number of 0 or more"):
+        Storage(f"s3://{BUCKET}/x")
+
+
 def test_a_client_waits_for_a_server_that_comes_back(s3: S3Proxy, tmp_path: Path) -> None:
     storage = Storage(url(tmp_path))
     s3.stop()

@@ -46,19 +46,27 @@ class ObjectFiles:
     """Objects below a URL, by names that use `/`."""
 
     def __init__(self, url: str) -> None:
-        """Raises ImportError if obstore is not installed, and OSError if the URL is none of its."""
+        """
+        Raises:
+            ImportError: obstore is not installed.
+            OSError: the URL is none of its.
+            ValueError: SAFFE_RETRY_SECONDS is no number.
+        """
         self._url = url.rstrip("/")
         if obstore is None:
             raise ImportError(f"{url}: object stores need the package obstore: pip install 'saffe-cache[objects]'.")
-        seconds = timedelta(seconds=float(os.environ.get("SAFFE_RETRY_SECONDS", RETRY_SECONDS)))
+        self._give_up = number_from_environment("SAFFE_RETRY_SECONDS", RETRY_SECONDS)
         backoff = {"max_backoff": timedelta(seconds=5)}
         with self._told("the store"):
             self._store = store.from_url(
                 self._url,
                 client_options=_client_options(self._url, os.environ),
-                retry_config={"max_retries": 10_000, "backoff": backoff, "retry_timeout": seconds},
+                retry_config={
+                    "max_retries": 10_000,
+                    "backoff": backoff,
+                    "retry_timeout": timedelta(seconds=self._give_up),
+                },
             )
-        self._give_up = seconds.total_seconds()
 
     def exists(self, name: str) -> bool:
         try:
@@ -118,8 +126,14 @@ class ObjectFiles:
         return self._write_if(name, data, {key: value for key, value in version.items() if value is not None})
 
     def list(self, prefix: str) -> list[str]:
-        with self._told(prefix):
-            return sorted(one["path"] for batch in obstore.list(self._store, prefix) for one in batch)
+        started = time.monotonic()
+        while True:
+            with self._told(prefix):
+                try:
+                    return sorted(one["path"] for batch in obstore.list(self._store, prefix) for one in batch)
+                except exceptions.GenericError as error:  # the client does not ask again for a list that was cut off
+                    if "body error" not in str(error) or time.monotonic() - started > self._give_up:
+                        raise
 
     def remove(self, name: str) -> None:
         self._delete(name, [name])
@@ -175,6 +189,18 @@ class ObjectFiles:
             if isinstance(error, FileNotFoundError):
                 raise
             raise _explained(error, f"{self._url}: {name}") from None
+
+
+def number_from_environment(name: str, default: float) -> float:
+    """Raises ValueError if the variable is set to anything but a number of 0 or more."""
+    text = os.environ.get(name, "")
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name}: found {text!r}, expected a number of 0 or more.")
+    return value
 
 
 def _lacks_bucket(error: Exception) -> bool:

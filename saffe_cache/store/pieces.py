@@ -22,7 +22,7 @@ import numpy as np
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.store.layout import ShardEntry, decode_shard
-from saffe_cache.store.objects import ReplacedError
+from saffe_cache.store.objects import ReplacedError, number_from_environment
 
 if TYPE_CHECKING:
     from saffe_cache.store.manifest import ArrayFiles
@@ -171,4 +171,4 @@ def local_copies(files: ArrayFiles) -> LocalCopies | None:
     folder = os.environ.get("SAFFE_CACHE_DIR")
     if not folder or files.storage.local_path("zarr.json") is not None:
         return None
-    return LocalCopies(Path(folder).expanduser(), int(1e9 * float(os.environ.get("SAFFE_CACHE_DIR_GB", _DEFAULT_GB))))
+    return LocalCopies(Path(folder).expanduser(), int(1e9 * number_from_environment("SAFFE_CACHE_DIR_GB", _DEFAULT_GB)))
