@@ -19,14 +19,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from extraction import draw_photos
 from timing import Figure, Rounds
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # data/
 
 from data.encoders import fetch_encoders
+from data.scenes import draw_scenes
 
 ROUNDS = 3
+PHOTOS = 128
 _WORKER = """
 import sys, time
 import torch
@@ -38,7 +39,7 @@ data, cache, model, rank, world_size = sys.argv[1:]
 torch.set_num_threads(1)
 transformers.AutoModel, transformers.Dinov2Model
 config = ExtractConfig(
-    data=data, cache=cache, encoder={"image": model}, layers={"image": (11, 12)}, image_size=224, shard_mb=4, workers=2,
+    data=data, cache=cache, encoder={"image": model}, layers={"image": (11, 12)}, image_size=112, shard_mb=2, workers=2,
     device="cpu", rank=int(rank), world_size=int(world_size),
 )
 print("ready", flush=True)
@@ -51,7 +52,7 @@ print(time.process_time() - before, flush=True)
 
 def measure(work: Path) -> list[Figure]:
     model = str(fetch_encoders(work.parent / "encoders")["dinov2-small"])
-    data = str(draw_photos(work))
+    data = str(draw_scenes(work / "data", {"train": PHOTOS}, seed=0, size=224))
     measured = {1: list[tuple[float, float]](), 2: list[tuple[float, float]]()}
     for number in range(ROUNDS):
         for count in measured:
