@@ -33,7 +33,7 @@ def test_kept_ridge_is_the_closed_form(run: str, world: World) -> None:
     pairs, _ = same_training_pairs(spec, cache, run)
     photos, texts = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
     features = summaries(photos, pairs.rows, spec.gallery_layers).astype(np.float64)
-    targets = mean_text_vectors(pairs, texts).whole.astype(np.float64)
+    targets = mean_text_vectors(pairs, texts).astype(np.float64)
     own, others = features - features.mean(axis=0), targets - targets.mean(axis=0)
     penalty = ridge.strength * len(own) * np.eye(own.shape[1])
     weight = np.linalg.solve(own.T @ own + penalty, own.T @ others).T

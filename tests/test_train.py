@@ -20,7 +20,14 @@ from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
 from saffe_cache.evaluation.results import EvaluationResult
 from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.inputs.feature_loader import FeatureLoader, summaries
-from saffe_cache.inputs.pairs import hold_out, mean_text_vectors, same_training_pairs, select_pairs, training_pairs
+from saffe_cache.inputs.pairs import (
+    hold_out,
+    mean_text_rows,
+    mean_text_vectors,
+    same_training_pairs,
+    select_pairs,
+    training_pairs,
+)
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Setting
@@ -440,10 +447,10 @@ def test_mean_text_vectors_of_a_part_are_those_of_all(cache_path: str) -> None:
     cache = open_cache(cache_path)
     text = cache.encoder("text")
     pairs = select_pairs(cache.table, cache.encoder("image"), text, "train", "captions")
-    means = mean_text_vectors(pairs, text)
+    means = mean_text_rows(pairs, text)
     expected = [unit_rows(text.vectors(of_photo)).mean(axis=0) for of_photo in pairs.texts]
     np.testing.assert_allclose(means.whole, expected, atol=1e-6)
-    np.testing.assert_array_equal(means[7:30], means.whole[7:30])
+    np.testing.assert_array_equal(means[7:30], mean_text_vectors(pairs, text)[7:30])
 
 
 def test_smaller_part_lies_within_a_larger_one(cache_path: str, tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ import torch
 from saffe_cache.core.features import Ragged
 from saffe_cache.core.options import refuse
 from saffe_cache.evaluation.config import BaselineChoice
+from saffe_cache.evaluation.single_queries import Shown, shown_of
 from saffe_cache.inputs.feature_loader import summaries
-from saffe_cache.inputs.pairs import Pairs, in_one_space, mean_text_vectors
+from saffe_cache.inputs.pairs import Pairs, in_one_space, mean_text_rows
 from saffe_cache.protocols.base import Protocol, SearchProtocol
-from saffe_cache.protocols.setting import Answered, Arrangement, FittedScores, FittedVectors, Setting, System
+from saffe_cache.protocols.setting import Arrangement, FittedScores, FittedVectors, Setting, System
 from saffe_cache.retrieval.baselines import (
     LinearMap,
     Rows,
@@ -82,13 +83,18 @@ class Material:
         return self.training, self.validation, self.setting.pairs
 
     @cached_property
-    def features(self) -> list[Rows]:
+    def rows(self) -> list[Rows]:
         """Summaries of the training, validation and reported photos, [photos, 2 P d] each: kept if they are small."""
 
         def of_pairs(pairs: Pairs) -> Rows:
             return Rows(len(pairs), lambda these: summaries(self.gallery, pairs.rows[these], self.layers))
 
         return [of_pairs(pairs).kept(_MOST_KEPT_BYTES) for pairs in self.all_pairs]
+
+    @property
+    def features(self) -> list[np.ndarray]:
+        """The same, whole, in memory."""
+        return [rows.whole for rows in self.rows]
 
     @cached_property
     def validation_search(self) -> SearchProtocol:
@@ -98,11 +104,6 @@ class Material:
     def validate(self, gallery: np.ndarray, queries: np.ndarray) -> float:
         """The validation score of unit vectors."""
         return self.validation_search.validation_score(gallery, queries)
-
-    @cached_property
-    def queries(self) -> np.ndarray | None:
-        """Unit vectors of the texts that search; None where photos do."""
-        return None if self.protocol.queries is None else unit_rows(self.protocol.queries.vectors)
 
     @cached_property
     def validation_queries(self) -> np.ndarray:
@@ -122,12 +123,12 @@ class Material:
 
     def fit_ridge(self, training: Rows, validation: Rows) -> LinearMap:
         """From photos' features, or the texts that they are fused with, to the mean of their texts' vectors."""
-        means, judged = mean_text_vectors(self.training, self.text), validation.whole
+        means, judged = mean_text_rows(self.training, self.text), validation.whole
         return fit_ridge(training, means, lambda fit: self.validate(unit_rows(fit(judged)), self.validation_queries))
 
     @cached_property
     def ridge(self) -> LinearMap:
-        return self.fit_ridge(*self.features[:2])
+        return self.fit_ridge(*self.rows[:2])
 
     @cached_property
     def mlp(self) -> MlpFit:
@@ -137,9 +138,9 @@ class Material:
     def fit_mlp(self, known: np.ndarray | None, texts: np.ndarray | None) -> MlpFit:
         """On photos, and the texts that those of training and of validation are fused with, if any."""
         distinct, position = np.unique(self.training.texts.values, return_inverse=True)
-        judged = self.features[1].whole
+        judged = self.rows[1].whole
         return fit_mlp(
-            self.features[0].whole,
+            self.rows[0].whole,
             unit_rows(self.text.vectors(distinct)),
             Ragged(self.training.texts.offsets, position),
             lambda fit: self.validate(fit.gallery(judged, texts), fit.queries(self.validation_queries)),
@@ -161,7 +162,7 @@ class Material:
             raise AbsentError("there is only one class")
         if 2 * len(chosen) < len(self.training):
             raise AbsentError("most photos have several classes")
-        return self.features[0].whole[chosen], labels.values[labels.offsets[chosen]], num_classes
+        return self.rows[0].whole[chosen], labels.values[labels.offsets[chosen]], num_classes
 
 
 def photo_vectors(vectors: np.ndarray, map_queries: _Map | None = None) -> FittedVectors:
@@ -170,36 +171,37 @@ def photo_vectors(vectors: np.ndarray, map_queries: _Map | None = None) -> Fitte
 
 
 def _ridge(of: Material) -> System:
-    return photo_vectors(of.features[2].mapped(lambda features: unit_rows(of.ridge(features))))
+    return photo_vectors(of.rows[2].mapped(lambda features: unit_rows(of.ridge(features))))
 
 
 def _mlp(of: Material) -> System:
-    return photo_vectors(of.features[2].mapped(of.mlp.gallery), of.mlp.queries)
+    return photo_vectors(of.rows[2].mapped(of.mlp.gallery), of.mlp.queries)
 
 
 def _own_vectors(of: Material, is_zero_shot: bool) -> System:
     """Those of an image-text model are zero_shot where texts search, all others pooled_cosine."""
     is_one_space = in_one_space(of.gallery, of.text)
-    if not is_one_space if is_zero_shot else (is_one_space and of.queries is not None):
+    if not is_one_space if is_zero_shot else (is_one_space and of.protocol.queries is not None):
         raise AbsentError
     own = of.own_vectors(of.setting.pairs)
     if own is None:
         raise AbsentError("no vector of the photo encoder is cached")
-    queries = own if of.queries is None else of.queries
-    if own.shape[1] != queries.shape[1]:
-        raise AbsentError(f"the encoders' own vectors cannot be compared: widths {own.shape[1]} and {queries.shape[1]}")
+    searching = own if of.protocol.queries is None else of.protocol.queries.vectors
+    if own.shape[1] != searching.shape[1]:
+        widths = f"{own.shape[1]} and {searching.shape[1]}"
+        raise AbsentError(f"the encoders' own vectors cannot be compared: widths {widths}")
     return photo_vectors(own)
 
 
 def _summary_cosine(of: Material) -> System:
-    center = of.features[0].whole.mean(axis=0)
-    return photo_vectors(of.features[2].mapped(lambda features: unit_rows(features - center)))
+    center = of.rows[0].whole.mean(axis=0)
+    return photo_vectors(of.rows[2].mapped(lambda features: unit_rows(features - center)))
 
 
 def _linear_probe(of: Material) -> System:
-    judged = of.features[1].whole
+    judged = of.rows[1].whole
     probe = fit_linear_probe(*of.training_labels(), lambda fit: of.validate_classes(log_odds(fit(judged))))
-    return FittedScores(of.features[2].mapped(lambda features: log_odds(probe(features))))
+    return FittedScores(of.rows[2].mapped(lambda features: log_odds(probe(features))))
 
 
 def _zlap(of: Material) -> System:
@@ -207,10 +209,10 @@ def _zlap(of: Material) -> System:
     of.training_labels()
     if len(of.training) <= _LEAST_GRAPH_PHOTOS:
         raise AbsentError("fewer than 100 photos to propagate over")
-    assert of.queries is not None
-    classes = of.queries.T
+    assert of.protocol.queries is not None
+    classes = unit_rows(of.protocol.queries.vectors).T
     own = map(of.own_vectors, of.all_pairs)
-    features = of.features
+    features = of.rows
     images = [one.mapped(unit_rows) if vectors is None else vectors for one, vectors in zip(features, own, strict=True)]
     similar = [one.mapped(lambda some: unit_rows(of.ridge(some)) @ classes) for one in features]
 
@@ -231,7 +233,7 @@ def _text_only_linear(of: Material) -> System:
 
 def _concat_mlp(of: Material) -> System:
     training, validation, reported = (of.paired_texts(pairs).whole for pairs in of.all_pairs)
-    mlp, photos = of.fit_mlp(training, validation), of.features[2].whole
+    mlp, photos = of.fit_mlp(training, validation), of.rows[2].whole
     return FittedVectors(lambda at: mlp.gallery(photos[at.photos], reported[at.texts]), mlp.queries)
 
 
@@ -241,7 +243,7 @@ def _late_fusion(of: Material, map_photos: _Map, map_texts: _Map | None) -> Syst
     queries = of.validation_queries
     if map_texts is not None:
         texts, queries = [map_texts(vectors) for vectors in texts], map_texts(queries)
-    photos = [features.mapped(map_photos) for features in of.features[1:]]
+    photos = [features.mapped(map_photos) for features in of.rows[1:]]
     weight = tune_late_fusion(photos[0], texts[0], lambda gallery: of.validate(gallery, queries))
 
     def gallery(at: Arrangement) -> np.ndarray:
@@ -280,7 +282,7 @@ BASELINES: dict[str, Baseline] = {
     ),
     "class_means": Baseline(
         "the nearest mean of a class's photo features",
-        lambda of: FittedScores(of.features[2].mapped(fit_class_means(*of.training_labels()))),
+        lambda of: FittedScores(of.rows[2].mapped(fit_class_means(*of.training_labels()))),
         needs_one_class=True,
     ),
     "zlap": Baseline("label propagation from class texts over the training photos", _zlap, is_slow=True),
@@ -305,7 +307,7 @@ BASELINES: dict[str, Baseline] = {
 }
 
 
-def fit_baselines(of: Material, choice: BaselineChoice = "all") -> tuple[dict[str, Answered], dict[str, str]]:
+def fit_baselines(of: Material, choice: BaselineChoice = "all") -> tuple[dict[str, Shown], dict[str, str]]:
     """The baselines of a protocol, and why some are absent.
 
     With "linear" those that take minutes are left out, with "none" all but those that controls are compared with.
@@ -315,7 +317,9 @@ def fit_baselines(of: Material, choice: BaselineChoice = "all") -> tuple[dict[st
         is_chosen = choice == "all" or (choice == "linear" and not BASELINES[name].is_slow)
         if is_chosen or name in of.protocol.required_baselines:
             try:
-                found[name] = of.protocol.answer(BASELINES[name].fit(of), of.setting.honest())
+                answered = of.protocol.answer(BASELINES[name].fit(of), of.setting.honest())
+                found[name] = shown_of(of.protocol, answered)
+                del answered  # whose vectors may be as large as all others
             except AbsentError as reason:
                 absent[name] = str(reason)
     return found, {name: reason for name, reason in absent.items() if reason}

@@ -27,7 +27,7 @@ from saffe_cache.evaluation.baselines import BASELINES, Material, fit_baseline, 
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.details import FAM, write_details
 from saffe_cache.evaluation.results import Cost, Difference, EvaluationResult, Index, numbers_of
-from saffe_cache.evaluation.single_queries import details_of
+from saffe_cache.evaluation.single_queries import Shown, details_of, shown_of
 from saffe_cache.fusion.base import Fusion, counted_flops
 from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import (
@@ -40,7 +40,7 @@ from saffe_cache.inputs.pairs import (
 from saffe_cache.inputs.spec import RunSpec, SplitOptions
 from saffe_cache.protocols.base import LEAKY_GALLERY, NULL_GALLERY, Level, Protocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
-from saffe_cache.protocols.setting import Answered, Arrangement, FittedScores, Setting, System
+from saffe_cache.protocols.setting import Arrangement, FittedScores, Setting, System
 from saffe_cache.retrieval.index import INDEX_FILES, build_index, recall_of_index, require_size, save_index
 from saffe_cache.retrieval.metrics import paired_bootstrap
 from saffe_cache.retrieval.scores import Scores
@@ -100,7 +100,7 @@ class _Systems(NamedTuple):
     main: System
     permuted: System | None
     """The same, trained or fitted on permuted pairs."""
-    answered: Mapping[str, Answered]
+    answered: Mapping[str, Shown]
     """By name, the main one first."""
     absent: Mapping[str, str]
     """Why some baselines or controls are absent."""
@@ -200,7 +200,7 @@ def _answers(config: EvaluateConfig, protocol: Protocol, subject: _Subject) -> _
     others, absent = fit_baselines(material, config.baselines if subject.run else "none")
     if why_no_permuted:
         absent["control pairs_permuted"] = why_no_permuted
-    answered = {subject.name: protocol.answer(main, honest)}
+    answered = {subject.name: shown_of(protocol, protocol.answer(main, honest))}
     return _Systems(main, permuted, answered | others, absent, seconds)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,21 +11,40 @@ from saffe_cache.evaluation.details import RECALLS, ClassDetails, Details, Syste
 from saffe_cache.protocols.base import Protocol
 from saffe_cache.protocols.setting import Answered, Answers, Reordered, Setting
 from saffe_cache.retrieval.ranking import members, relevant_ranks, top_k
-from saffe_cache.retrieval.scores import nearest_classes
+from saffe_cache.retrieval.scores import Scores, drawn_queries, nearest_classes
 
 FIRST_K = 10
 MOST_QUERIES = 2000
 
 
-def details_of(protocol: Protocol, systems: Mapping[str, Answered]) -> Details:
+class Shown(NamedTuple):
+    """What is kept of a system's answers: its scores, and what is shown of single queries."""
+
+    scores: Scores
+    first: np.ndarray
+    """int64 [shown, up to 10]: the first photos of the queries that are shown, best first."""
+    classes: ClassDetails | None
+
+
+def shown_of(protocol: Protocol, answered: Answered) -> Shown:
+    """All vectors of all queries would be too large to keep for every system."""
+    queries, shown = _shown_queries(protocol)
+    first = _first(answered.answers, queries[shown], protocol.setting.seed, protocol.queries is None)
+    classes = _class_details(answered.answers, protocol) if protocol.shows_classes else None
+    return Shown(answered.scores, first, classes)
+
+
+def _shown_queries(protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
+    """The queries that have something relevant, and which of them are shown."""
+    queries = np.flatnonzero(protocol.relevant.lengths)
+    return queries, drawn_queries(len(queries), MOST_QUERIES, protocol.setting.seed)
+
+
+def details_of(protocol: Protocol, systems: Mapping[str, Shown]) -> Details:
     """The details of some systems under one protocol."""
     setting, relevant, by_photo = protocol.setting, protocol.relevant, protocol.queries is None
-    queries = np.flatnonzero(relevant.lengths)
-    shown = np.arange(len(queries))
-    if len(shown) > MOST_QUERIES:
-        shown = np.sort(np.random.default_rng(setting.seed).choice(shown, MOST_QUERIES, replace=False))
-    chosen = queries[shown]
-    first = {name: _first(of.answers, chosen, setting.seed, by_photo) for name, of in systems.items()}
+    queries, shown = _shown_queries(protocol)
+    chosen, first = queries[shown], {name: of.first for name, of in systems.items()}
     answers = np.array([relevant[query][0] for query in chosen], np.int64)
     asking = chosen if by_photo else answers
     named = np.unique(np.concatenate([answers, asking, *(of.ravel() for of in first.values())]))
@@ -48,7 +68,7 @@ def details_of(protocol: Protocol, systems: Mapping[str, Answered]) -> Details:
                 metric=of.scores[protocol.main_metric].of_queries,
                 first=np.searchsorted(named, first[name]),
                 is_relevant=np.array([np.isin(row, relevant[q]) for q, row in zip(chosen, first[name], strict=True)]),
-                classes=_class_details(of.answers, protocol) if protocol.shows_classes else None,
+                classes=of.classes,
             )
             for name, of in systems.items()
         },

@@ -26,7 +26,7 @@ from saffe_cache.fusion.losses import Batch, Contrast, distinct_positives
 from saffe_cache.fusion.options import ObjectiveOptions
 from saffe_cache.fusion.registry import OBJECTIVES
 from saffe_cache.inputs.feature_loader import FeatureLoader, in_blocks
-from saffe_cache.inputs.pairs import Pairs, mean_text_vectors
+from saffe_cache.inputs.pairs import Pairs, mean_text_rows
 from saffe_cache.protocols.base import Protocol, SearchProtocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Setting
@@ -220,7 +220,7 @@ class TrainingData:
 
     @property
     def _text_means(self) -> Rows:
-        return mean_text_vectors(self._pairs, self.inputs.text)
+        return mean_text_rows(self._pairs, self.inputs.text)
 
     @cached_property
     def protocol(self) -> Protocol:
