@@ -6,8 +6,10 @@ lacks) -> encoding, which passes rows to the store's writer.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -62,16 +64,28 @@ def extract(config: ExtractConfig | None = None, /, **options: Any) -> str:
     config, items, own = _read(config)
     storage = Storage(config.cache)
     if config.plan:
-        table, _ = _grow_table(storage, items, config)
-        _print_plan(list(_plan_jobs(storage, table, config, items, own, media_of(items))), items, config)
-        return f"nothing was written to {config.cache}"
+        return _plan(storage, config, items, own)
     with held_cache(storage):
         jobs, media = _begin(storage, config, items, own)
+        del items  # their texts are in the table
         storage.remove_folder(WORK)  # of processes that are gone; their finished shards count
         record = provenance(config)
         for job in jobs:
             run_job(storage, job, media, record)
     return config.cache
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No search for reference cycles, of which there are none among items: it would go through all of them, and through
+    the libraries, again and again while they become more, which took a quarter of the time of a plan."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def begin_extraction(storage: Storage, config: ExtractConfig) -> tuple[list[Job], Mapping[bytes, Media]]:
@@ -83,6 +97,7 @@ def begin_extraction(storage: Storage, config: ExtractConfig) -> tuple[list[Job]
     return _begin(storage, config, items, own)
 
 
+@_uncollected()
 def _read(config: ExtractConfig) -> tuple[ExtractConfig, list[SourceItem], Mapping[str, OwnEncoder]]:
     """The config in words, the items of its data, and the encoders that are Python objects."""
     own = {modality: one for modality, one in config.encoder.items() if isinstance(one, OwnEncoder)}
@@ -103,6 +118,14 @@ def media_of(items: Sequence[SourceItem]) -> dict[bytes, Media]:
     return {h: item.media[m] for item in items if not item.problem for m, h in item.hashes.items()}
 
 
+@_uncollected()
+def _plan(storage: Storage, config: ExtractConfig, items: Sequence[SourceItem], own: Mapping[str, OwnEncoder]) -> str:
+    table, _ = _grow_table(storage, items, config)
+    _print_plan(list(_plan_jobs(storage, table, config, items, own, media_of(items))), items, config)
+    return f"nothing was written to {config.cache}"
+
+
+@_uncollected()
 def _begin(
     storage: Storage, config: ExtractConfig, items: Sequence[SourceItem], own: Mapping[str, OwnEncoder]
 ) -> tuple[list[Job], Mapping[bytes, Media]]:

@@ -336,9 +336,10 @@ def _check_place(where: str, column: str, name: str, folder: Path | None) -> Non
 
 def _is_below(name: str, folders: Collection[str]) -> bool:
     """Whether one of the folders, each with a slash, contains the file."""
-    return bool(folders) and any(
-        name[:end] in folders for end in (0, *(at + 1 for at, one in enumerate(name) if one == "/"))
-    )
+    folder = _folder(name)
+    while folders and folder not in folders and folder:
+        folder = folder[: folder.rfind("/", 0, -1) + 1]
+    return folder in folders
 
 
 def _folder(name: str) -> str:
