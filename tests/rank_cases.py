@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from saffe_cache.core import ranks
 from saffe_cache.core.features import Ragged
 from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
+from saffe_cache.inputs import feature_loader
 from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import training_pairs
 from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks, top_k
@@ -59,6 +60,9 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "classes": {"fusion": "linear", "cache": CLASSES, "objective": {"siglip": 1.0}},
     "pairs": {"fusion": "linear", "cache": CLASSES, "pooled_text": True, "objective": {"pair": 1.0}},
 }
+
+WINDOW_BYTES = 2**14
+"""So that a streamed training has several windows."""
 
 REPORTS: dict[str, dict[str, Any]] = {
     "captions": {},
@@ -113,6 +117,7 @@ def report(caches: Path, run: Path, out: Path, options: dict[str, Any]) -> None:
 
 
 def main(caches: Path, out: Path) -> None:
+    feature_loader._WINDOW_BYTES = WINDOW_BYTES
     with ranks.together():
         for name, options in LOSSES.items():
             save_file(gradient(config_of(caches, out, options)), out / f"{name}.{int(not ranks.is_first())}")

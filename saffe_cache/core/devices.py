@@ -19,6 +19,8 @@ def choose_device(device: str) -> str:
         return ranks.own_gpu(torch.cuda.device_count())
     if device == "auto":
         return "cpu"
+    if ranks.size() > 1 and device.startswith("cuda:"):
+        raise ValueError(f"--device {device}: found one GPU for {ranks.size()} ranks, expected one each. Give auto.")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
