@@ -162,6 +162,28 @@ def test_lists_are_whole_while_answers_are_cut(s3: S3Proxy, tmp_path: Path) -> N
         assert storage.list("log") == names
 
 
+def test_object_is_read_while_it_is_replaced_and_answers_cut(s3: S3Proxy, tmp_path: Path) -> None:
+    """The client cannot go on with the rest of another object."""
+    storage, ended = Storage(url(tmp_path)), threading.Event()
+    contents = [bytes([number]) * 1000 for number in range(10)]
+    storage.write("a", contents[0])
+
+    def replace() -> None:
+        while not ended.is_set():
+            for content in contents:
+                Storage(url(tmp_path)).write("a", content)
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    s3.share_failing = 0.5
+    try:
+        found = [storage.read("a") for _ in range(20)]
+    finally:
+        ended.set()
+        thread.join()
+    assert set(found) <= set(contents)
+
+
 def test_environment_without_numbers_is_refused(s3: S3Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAFFE_RETRY_SECONDS", "soon")
     with pytest.raises(ValueError, match=r"SAFFE_RETRY_SECONDS: found 'soon', expected a number of 0 or more"):

@@ -11,10 +11,10 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from saffe_cache.core.atomic_io import Buffer
 
@@ -23,6 +23,8 @@ try:
     from obstore import exceptions, store
 except ImportError:  # of the extra `objects`
     obstore = None
+
+Answer = TypeVar("Answer")
 
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "http", "https")
 RETRY_SECONDS = 60.0
@@ -78,8 +80,7 @@ class ObjectFiles:
 
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError if there is none."""
-        with self._told(name):
-            return bytes(obstore.get(self._store, name).bytes())
+        return self._asked(name, lambda: bytes(obstore.get(self._store, name).bytes()))
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
         return self.read_version(name, start, stop, None)[0]
@@ -92,7 +93,8 @@ class ObjectFiles:
             ReplacedError: it has another etag than the given one.
         """
         options: dict[str, Any] = {"range": (start, stop), **({"if_match": etag} if etag else {})}
-        with self._told(name):
+
+        def piece() -> tuple[bytes, int, str | None]:
             try:
                 found = obstore.get(self._store, name, options=options)
                 return bytes(found.bytes()), found.meta["size"], found.meta["e_tag"]
@@ -102,6 +104,8 @@ class ObjectFiles:
                 if "416 Range Not Satisfiable" in str(error):
                     return b"", 0, None
                 raise
+
+        return self._asked(name, piece)
 
     def write(self, name: str, *parts: Buffer) -> None:
         data = b"".join(parts)
@@ -114,10 +118,13 @@ class ObjectFiles:
     def replace(self, name: str, data: bytes, was: bytes | None) -> bool:
         if was is None:
             return self.create(name, data)
+
+        def current() -> tuple[bytes, Any]:
+            found = obstore.get(self._store, name)
+            return bytes(found.bytes()), found.meta
+
         try:
-            with self._told(name):
-                found = obstore.get(self._store, name)
-                content, meta = bytes(found.bytes()), found.meta
+            content, meta = self._asked(name, current)
         except FileNotFoundError:
             return False
         if content != was:
@@ -126,14 +133,9 @@ class ObjectFiles:
         return self._write_if(name, data, {key: value for key, value in version.items() if value is not None})
 
     def list(self, prefix: str) -> list[str]:
-        started = time.monotonic()
-        while True:
-            with self._told(prefix):
-                try:
-                    return sorted(one["path"] for batch in obstore.list(self._store, prefix) for one in batch)
-                except exceptions.GenericError as error:  # the client does not ask again for a list that was cut off
-                    if "body error" not in str(error) or time.monotonic() - started > self._give_up:
-                        raise
+        return self._asked(
+            prefix, lambda: sorted(one["path"] for batch in obstore.list(self._store, prefix) for one in batch)
+        )
 
     def remove(self, name: str) -> None:
         self._delete(name, [name])
@@ -174,6 +176,20 @@ class ObjectFiles:
             return bool(obstore.get(self._store, name).attributes.get(_WRITER) == token)
         except FileNotFoundError:
             return False
+
+    def _asked(self, name: str, request: Callable[[], Answer]) -> Answer:
+        """What a request to read returns.
+
+        The client goes on with an answer that was cut off, but not with a list, nor if the object was replaced since.
+        """
+        started = time.monotonic()
+        while True:
+            with self._told(name):
+                try:
+                    return request()
+                except exceptions.GenericError as error:
+                    if "body error" not in str(error) or time.monotonic() - started > self._give_up:
+                        raise
 
     @contextmanager
     def _told(self, name: str) -> Iterator[None]:
