@@ -27,6 +27,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's allocator; what forks has one thread
 sys.path.append(str(Path(__file__).parents[1]))
 
+import cluster
 import faults
 import kills
 import mounts
@@ -43,6 +44,7 @@ def torture(cases: dict[str, Case], table: Table, generator: random.Random, has_
         kills.kill_at_random(case, 30, table, generator)
     for case in (extraction, growth):
         kills.kill_ranks(case, 20, table, generator)
+        cluster.die_on_ray(case, 10, table, generator)
         kills.kill_at_commits(case, table)
         kills.kill_at_calls(case, "replace", table, step=8)
         kills.kill_at_calls(case, "fsync", table, step=24)
