@@ -310,14 +310,16 @@ class _Driver:
                 self._take(ref)
 
     def close(self) -> None:
-        """Say how fast the actors were, and let the idle ones leave the cache, rather than being cut off."""
+        """Say how fast the actors were, and let them leave the cache: the last one removes the file of the lock."""
         if self._bar is not None:
             self._bar.close()
         for one in self._hired.values():
             if one.seconds:
                 rate = one.num_encoded / one.seconds
                 logger.info("%s, host %s: %d inputs, %.1f per second.", one.name, one.host, one.num_encoded, rate)
-        leaving = [one.actor.close.remote() for one in self._hired.values() if one.is_idle]
+        asked = "begin" if self._is_finished else None
+        begun = [one for one in self._hired.values() if one.is_idle or asked in one.asks.values()]
+        leaving = [one.actor.close.remote() for one in begun]
         if leaving:
             self._ray.wait(leaving, num_returns=len(leaving), timeout=_CONNECT_SECONDS)
 
