@@ -216,6 +216,18 @@ def test_another_user_reads_all(
     assert memory(tmp_path / "home" / ".cache").is_file()
 
 
+def test_user_without_a_home_has_nothing_remembered(
+    data: Path, reads: Reads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", str)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        read(data)
+        assert len(reads.taken()) == len(NAMES)
+    assert not (tmp_path / "~").exists()
+
+
 def test_processes_at_once_lose_nothing_but_time(data: Path, reads: Reads) -> None:
     """Each reads files of its own, over and over, and replaces what is remembered of all."""
     folders = [data / name / "cat" for name in ("train", "test")]

@@ -9,7 +9,14 @@ import pytest
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.store.layout import ArraySpec
-from saffe_cache.store.manifest import EncoderManifest, encoder_group, log_folder, read_encoder, write_encoder
+from saffe_cache.store.manifest import (
+    ArrayFiles,
+    EncoderManifest,
+    encoder_group,
+    log_folder,
+    read_encoder,
+    write_encoder,
+)
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.writer import EncoderWriter, Portion, begin_log, end_log
 from tests.store_cases import fingerprint
@@ -63,6 +70,19 @@ def test_parts_in_any_order_make_the_files_of_one_writer(tmp_path: Path) -> None
     assert files(tmp_path / "one") == files(tmp_path / "many")
     assert read_encoder(storage, key) == read_encoder(one, key)
     assert not storage.list(f"{encoder_group(key)}/log")
+
+
+def test_tail_behind_a_gap_grows(tmp_path: Path) -> None:
+    storage, key = begun(tmp_path)
+    write_part(storage, key, range(24, 26), "interrupted", stop=None)
+    write_part(storage, key, range(26, 30), "later")
+    write_part(storage, key, range(24), "first")
+    manifest = read_encoder(storage, key)
+    assert manifest.arrays[NAME].rows == len(ROWS)
+    end_log(storage, manifest, len(ROWS))
+    files = ArrayFiles(storage, key, NAME, SPEC)
+    found = [files.read(index, one) for index, one in enumerate(manifest.arrays[NAME].shards)]
+    assert np.array_equal(np.concatenate(found), ROWS)
 
 
 def test_shards_behind_a_gap_are_known_but_are_no_rows(tmp_path: Path) -> None:

@@ -441,6 +441,9 @@ def test_drawn_validation_is_told_and_known_to_evaluation(
     monkeypatch.setattr(RunSpec, "validation_photos", 9)
     spec, _, _ = open_run(earlier, open_cache(path))
     assert len(same_training_pairs(spec, open_cache(path), earlier)[1]) == 30
+    train(config_for(path, tmp_path / "earlier", epochs=1, validation_photos=0))  # goes on, or is finished
+    with pytest.raises(ValueError, match="data: "):
+        train(config_for(path, tmp_path / "earlier", epochs=1, validation_photos=5))
 
 
 def test_mean_text_vectors_of_a_part_are_those_of_all(cache_path: str) -> None:

@@ -38,6 +38,7 @@ from saffe_cache.store.claims import Claims, Holder, Watch, held_cache
 from saffe_cache.store.config import StatusConfig
 from saffe_cache.store.layout import ArraySpec, ShardEntry
 from saffe_cache.store.manifest import ArrayManifest
+from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.work import cache_status, read_plan
 
@@ -373,6 +374,23 @@ def test_single_process_goes_on_without_the_workers(config: ExtractConfig) -> No
     assert_equal_to_one_process(config)
 
 
+def test_rank_that_finishes_an_old_plan_encodes_what_is_new_too(config: ExtractConfig) -> None:
+    photos = replace(config, encoder={"image": config.encoder["image"]}, layers={"image": (3,)})
+    plan_work(photos)
+    data = Path(config.data)
+    draw(data / "train" / "new.png", 5)
+    with (data / "train" / "metadata.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"file_name": "new.png", "captions": ["word1 word2"]}))
+    extract(ranked(replace(config, layers={"image": (3,)}), 1))
+    cache = open_cache(config.cache)
+    assert sorted(one.manifest.modality for one in cache.encoders.values()) == ["image", "text"]
+    assert any("new" in one for one in cache.table.ids)
+    assert all(
+        one.manifest.finished_rows == len(cache.table.inputs[one.manifest.modality]) for one in cache.encoders.values()
+    )
+    assert not (Path(config.cache) / "work").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -467,6 +485,7 @@ RANK = """
 import os, signal, sys, time
 import saffe_cache.extraction.workers
 from saffe_cache.cli import extract_command
+from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage
 
 log, die_at, arguments = open(sys.argv[1], "a"), int(sys.argv[2]), sys.argv[3:]

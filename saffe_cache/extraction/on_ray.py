@@ -62,11 +62,14 @@ def extract_on_ray(config: ExtractConfig) -> str:
     refuse_objects(config)
     ray = _load_ray()
     with _connected(ray, config.ray_address):
-        driver = _Driver(ray, config)
-        try:
-            driver.run()
-        finally:
-            driver.close()
+        is_asked = False
+        while not is_asked:
+            driver = _Driver(ray, config)
+            try:
+                driver.run()
+            finally:
+                driver.close()
+            is_asked = not driver.found_plan
     return config.cache
 
 
@@ -141,6 +144,8 @@ class _Begun:
     version: str
     left: Mapping[int, int]
     """Number of inputs of each range that is not finished."""
+    found_plan: bool
+    """Whether the plan was there before."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +205,7 @@ class _Actor:
         self._plans = False
         finished = worker.finished()
         left = {number: count for number, count in enumerate(worker.range_inputs) if number not in finished}
-        return _Begun(socket.gethostname(), __version__, left)
+        return _Begun(socket.gethostname(), __version__, left, worker.found_plan)
 
     def run(self, number: int) -> _Ran:
         worker, started = self._ready(), time.perf_counter()
@@ -290,6 +295,8 @@ class _Driver:
         """By range; of actors that had none, by node."""
         self._told: set[str] = set()
         self._started, self._is_finished = time.monotonic(), False
+        self.found_plan = False
+        """Whether it was left by others, who may have known less of the data, or not all encoders."""
         self._bar: tqdm[Any] | None = None
 
     def run(self) -> None:
@@ -414,7 +421,7 @@ class _Driver:
             )
         hired.host, hired.is_idle = begun.host, True
         if self._left is None:
-            self._left = dict(begun.left)
+            self._left, self.found_plan = dict(begun.left), begun.found_plan
             self._free.extend(self._left)
             self._bar = tqdm(total=sum(self._left.values()), unit=" inputs", desc="Ray")
 

@@ -82,7 +82,7 @@ def _first_missing(array: ArrayManifest, rows: range) -> int:
 
 def _committed(array: ArrayManifest, index: int) -> int:
     """Committed rows of a shard."""
-    entry = array.shards[index] if index < len(array.shards) else array.later.get(index)
+    entry = array.entry(index)
     return entry.rows if entry else 0
 
 

@@ -94,8 +94,11 @@ def run_rank(config: ExtractConfig) -> str:
 
     Errors as of `extract`.
     """
-    with Worker(config, f"rank {config.rank} of {config.world_size}") as worker:
-        worker.run_all()
+    is_asked = False
+    while not is_asked:
+        with Worker(config, f"rank {config.rank} of {config.world_size}") as worker:
+            worker.run_all()
+            is_asked = not worker.found_plan
     return config.cache
 
 
@@ -154,6 +157,8 @@ class Worker:
             self._jobs: dict[str, Job] = {}
             self._media: Mapping[bytes, Media] | None = None
             self.plan = read_plan(self._storage)
+            self.found_plan = self.plan is not None
+            """Whether the plan was there before: it may be older than some of the data, or lack an encoder."""
             if plans:
                 self.plan, self._jobs, self._media = _shared_plan(self._storage, config, owner, config.world_size or 1)
             if self.plan is not None:

@@ -227,9 +227,10 @@ class _Memory:
 
 
 def _cache_folder() -> Path:
-    """As the XDG Base Directory Specification says, on every system."""
+    """As the XDG Base Directory Specification says, on every system; a user without a home has nothing remembered."""
     chosen = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(chosen if os.path.isabs(chosen) else os.path.expanduser("~/.cache")) / "saffe_cache"
+    folder = chosen if os.path.isabs(chosen) else os.path.expanduser("~/.cache")
+    return Path(folder if os.path.isabs(folder) else os.devnull) / "saffe_cache"
 
 
 def _load(path: Path) -> pa.Table:

@@ -49,6 +49,10 @@ class ArrayManifest:
         """Committed rows before the first gap."""
         return sum(entry.rows for entry in self.shards)
 
+    def entry(self, index: int) -> ShardEntry | None:
+        """A committed shard, also behind a gap."""
+        return self.shards[index] if index < len(self.shards) else self.later.get(index)
+
     def commit(self, index: int, entry: ShardEntry) -> None:
         """Take a durable shard, or the longer version of a tail shard; a shorter version is older and ignored."""
         if index < len(self.shards):

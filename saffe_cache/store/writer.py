@@ -53,7 +53,9 @@ class _ArrayWriter:
         self._open: list[np.ndarray] = []
         if self.position % self._shard_rows:
             index = self.position // self._shard_rows
-            self._open = [files.read(index, array.shards[index])]
+            entry = array.entry(index)
+            assert entry is not None
+            self._open = [files.read(index, entry)]
         self._under_way: tuple[int, Future[None], Future[ShardEntry]] | None = None
         """Number of the shard that is being written, and its results."""
         self._next_folder = helpers.submit(self._make_folder, self.position // self._shard_rows)

@@ -32,8 +32,9 @@ from saffe_cache.training.runs import BLOCKS, RIDGE, STATE, keep_encoders, keep_
 
 logger = logging.getLogger(__name__)
 
-_NOT_COMPARED = ("cache", "out", "device", "residency", "checkpoint_seconds", "log")
-"""Fields of the config that may differ between two commands for the same folder."""
+_NOT_COMPARED = ("cache", "out", "device", "residency", "checkpoint_seconds", "log", "validation_photos")
+"""Fields of the config that may differ between two commands for the same folder. `data` tells the photos that validate;
+runs of earlier releases, which validated on all, do not have their number."""
 _PLACES = {"device": "in its memory", "memory": "in main memory", "mapped": "memory-mapped", "streamed": "streamed"}
 
 
