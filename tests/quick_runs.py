@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.core.results import exit_status
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from saffe_cache.core import ranks
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
 from saffe_cache.inputs import feature_loader
 from saffe_cache.inputs.feature_loader import FeatureLoader

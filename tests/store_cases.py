@@ -14,23 +14,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saffe_cache.core.features import BlockSpec, BlockWeights, Compression, Fingerprint, Item, Modality
+from saffe_cache.core.features import BlockSpec, BlockWeights, Compression, Fingerprint, Modality
+from saffe_cache.core.items import Item
 from saffe_cache.extraction.exporting import export_cache
 from saffe_cache.store.config import ConvertConfig, ExportConfig, ImportConfig, InspectConfig, VerifyConfig
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.exchange import convert_cache, import_cache
 from saffe_cache.store.inspect import inspect_cache, verify_cache
-from saffe_cache.store.layout import ArraySpec
+from saffe_cache.store.layout import (
+    ArraySpec,
+    encoder_group,
+)
 from saffe_cache.store.manifest import (
     EncoderManifest,
-    RootManifest,
-    encoder_group,
     read_encoder,
-    read_root,
     write_encoder,
-    write_root,
 )
 from saffe_cache.store.parts import read_table, remove_unlisted, write_part
+from saffe_cache.store.root import (
+    RootManifest,
+    read_root,
+    write_root,
+)
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder
 from saffe_cache.store.writer import EncoderWriter, Portion, begin_log, write_blocks

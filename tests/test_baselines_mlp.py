@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.retrieval import fitting
 from saffe_cache.retrieval.baselines import fit_ridge
 from saffe_cache.retrieval.fitting import MlpFit, fit_mlp

@@ -19,7 +19,7 @@ from quick_runs import quick_train, report_of, value
 
 from data.scenes import COLOURS, captions, plan_scenes, render
 from saffe_cache import ExtractConfig, cli, extract, load_result, load_run
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.retrieval.metrics import average_precision_of_ranks, first_ranks, recall_at_k
 from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.protocols.fused_pairs import reranked
 from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks, top_k
 from saffe_cache.retrieval.scores import Scores, candidate_scores, class_scores, rank_scores, text_scores

@@ -14,7 +14,7 @@ from quick_runs import Report, error_of, first_labels, quick_train, report_of, s
 from synthetic_cache import make_cache
 
 from saffe_cache.core.controls import Control
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.evaluation.baselines import Material, fit_baselines
 from saffe_cache.evaluation.evaluate import duplicates, failures, run_controls, sensitivity
 from saffe_cache.fusion.base import Fusion

@@ -18,7 +18,7 @@ from quick_runs import Report, error_of, first_labels, quick_train, report_of, s
 from sklearn.metrics import roc_auc_score
 from synthetic_cache import make_cache
 
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.inputs.feature_loader import encode_gallery, encode_queries
 from saffe_cache.inputs.pairs import class_vectors
 from saffe_cache.protocols.fused_pairs import score_all_pairs

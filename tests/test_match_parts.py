@@ -11,7 +11,7 @@ from scipy.stats import t as student
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 from saffe_cache.core.controls import Control, failed
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.studies.matching.baselines import fit_baselines

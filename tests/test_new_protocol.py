@@ -13,7 +13,7 @@ from quick_runs import quick_train
 from synthetic_cache import make_cache
 
 from saffe_cache.cli import main
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.evaluation.baselines import BASELINES, Baseline, Material, photo_vectors
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate

@@ -15,14 +15,22 @@ from store_cases import describe, image_contents, without_fsync, write_contents
 from test_architecture import modules
 
 from saffe_cache import cli
-from saffe_cache.core.features import Item, printable
+from saffe_cache.core.features import printable
+from saffe_cache.core.items import Item
 from saffe_cache.core.results import Measurement, Result, Section
 from saffe_cache.core.tables import Cell, Row, Table
 from saffe_cache.encoders.encoder import load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
 from saffe_cache.fusion.library_block import blank_model
-from saffe_cache.store.manifest import existing_root, read_encoder, write_encoder, write_root
+from saffe_cache.store.manifest import (
+    read_encoder,
+    write_encoder,
+)
 from saffe_cache.store.parts import write_table
+from saffe_cache.store.root import (
+    existing_root,
+    write_root,
+)
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder
 

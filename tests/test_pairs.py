@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saffe_cache.core.features import Inputs, ItemTable, Ragged
+from saffe_cache.core.items import Inputs, ItemTable, Ragged
 from saffe_cache.core.texts import Coded, Texts
 from saffe_cache.inputs.pairs import select_pairs
 

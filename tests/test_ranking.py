@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.retrieval.metrics import average_precision_of_ranks, chance_average_precision
 from saffe_cache.retrieval.ranking import (
     ROUNDING,

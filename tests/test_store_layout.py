@@ -14,6 +14,9 @@ from store_cases import make_spec, random_rows
 
 from saffe_cache.core.features import CacheError, Compression
 from saffe_cache.core.json_schema import made_of
+from saffe_cache.store.arrays import (
+    zarr_codec,
+)
 from saffe_cache.store.layout import (
     COMPRESSIONS,
     ArraySpec,
@@ -23,7 +26,6 @@ from saffe_cache.store.layout import (
     encode_shard,
     shard_name,
 )
-from saffe_cache.store.manifest import zarr_codec
 
 pytestmark = pytest.mark.filterwarnings("error")
 quick = settings(deadline=None, max_examples=60, derandomize=True)

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.store.layout import ArraySpec
-from saffe_cache.store.manifest import (
+from saffe_cache.store.arrays import (
     ArrayFiles,
-    EncoderManifest,
+)
+from saffe_cache.store.layout import (
+    ArraySpec,
     encoder_group,
+)
+from saffe_cache.store.manifest import (
+    EncoderManifest,
     log_folder,
     read_encoder,
     write_encoder,

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_cases import memory_folder, without_fsync
 
-from saffe_cache.core.features import CacheError, Inputs, Item, ItemTable, Ragged
+from saffe_cache.core.features import CacheError
+from saffe_cache.core.items import Inputs, Item, ItemTable, Ragged
 from saffe_cache.core.texts import Coded, Texts
 from saffe_cache.store import table as table_module
-from saffe_cache.store.manifest import RootManifest, existing_root, write_root
 from saffe_cache.store.parts import (
     Part,
     check_whole,
@@ -27,6 +27,11 @@ from saffe_cache.store.parts import (
     table_to_arrays,
     write_part,
     write_table,
+)
+from saffe_cache.store.root import (
+    RootManifest,
+    existing_root,
+    write_root,
 )
 from saffe_cache.store.storage import Storage, describe_group, read_group, write_group
 from saffe_cache.store.table import TableBuilder, text_hash

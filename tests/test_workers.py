@@ -26,7 +26,8 @@ from s3_server import BUCKET, S3Proxy
 from store_cases import verify
 
 from saffe_cache.core.atomic_io import FolderInUseError
-from saffe_cache.core.features import CacheError, Inputs
+from saffe_cache.core.features import CacheError
+from saffe_cache.core.items import Inputs
 from saffe_cache.extraction import workers
 from saffe_cache.extraction.config import ExtractConfig, encode_options
 from saffe_cache.extraction.extract import extract
@@ -37,7 +38,9 @@ from saffe_cache.store import claims
 from saffe_cache.store.claims import Claims, Holder, Watch, held_cache
 from saffe_cache.store.config import StatusConfig
 from saffe_cache.store.layout import ArraySpec, ShardEntry
-from saffe_cache.store.manifest import ArrayManifest
+from saffe_cache.store.manifest import (
+    ArrayManifest,
+)
 from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.work import cache_status, read_plan

@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.core.options import refuse
 from saffe_cache.evaluation.config import BaselineChoice
 from saffe_cache.evaluation.single_queries import Shown, shown_of

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from saffe_cache.core.features import CacheError, ItemTable
+from saffe_cache.core.features import CacheError
+from saffe_cache.core.items import ItemTable
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.encoders.transfers import Encoded, HalvingEncoder, Launched
 from saffe_cache.extraction.blocks import checked_blocks
@@ -30,8 +31,14 @@ from saffe_cache.extraction.planning import Job, find_offsets, new_job
 from saffe_cache.sources.items import Media
 from saffe_cache.store.dtypes import Stored, as_tensor, convert, to_storage
 from saffe_cache.store.held import HeldEncoder
-from saffe_cache.store.layout import ArraySpec
-from saffe_cache.store.manifest import EncoderManifest, encoder_group, write_encoder
+from saffe_cache.store.layout import (
+    ArraySpec,
+    encoder_group,
+)
+from saffe_cache.store.manifest import (
+    EncoderManifest,
+    write_encoder,
+)
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.writer import EncoderWriter, Portion, begin_log, write_blocks, write_weights
 

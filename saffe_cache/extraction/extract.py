@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from saffe_cache.core.features import MODALITIES, CacheError, ItemTable, Modality
+from saffe_cache.core.features import MODALITIES, CacheError, Modality
+from saffe_cache.core.items import ItemTable
 from saffe_cache.core.outputs import provenance
 from saffe_cache.encoders.own import OwnEncoder
 from saffe_cache.extraction.config import ExtractConfig, encode_options
@@ -26,8 +27,18 @@ from saffe_cache.sources.items import Columns, Media, SourceItem
 from saffe_cache.sources.objects import described, is_streamed
 from saffe_cache.sources.registry import read_items
 from saffe_cache.store.claims import held_cache
-from saffe_cache.store.manifest import RootManifest, layers_among, read_encoder, read_root, write_root
+from saffe_cache.store.layout import (
+    layers_among,
+)
+from saffe_cache.store.manifest import (
+    read_encoder,
+)
 from saffe_cache.store.parts import Part, read_table, remove_unlisted, write_part
+from saffe_cache.store.root import (
+    RootManifest,
+    read_root,
+    write_root,
+)
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder
 from saffe_cache.store.work import WORK

@@ -19,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 from saffe_cache.core.devices import choose_device
-from saffe_cache.core.features import CacheError, Inputs, ItemTable, Modality, StorageType, Weights
+from saffe_cache.core.features import CacheError, Modality, StorageType, Weights
+from saffe_cache.core.items import Inputs, ItemTable
 from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
 from saffe_cache.encoders.transfers import Converter
@@ -27,9 +28,22 @@ from saffe_cache.encoders.windows import CutKinds
 from saffe_cache.extraction.config import EncodeOptions, ExtractConfig
 from saffe_cache.sources.decoding import count_samples
 from saffe_cache.sources.items import Media
+from saffe_cache.store.arrays import (
+    ArrayFiles,
+)
 from saffe_cache.store.dtypes import convert
-from saffe_cache.store.layout import ArraySpec, choose_rows
-from saffe_cache.store.manifest import ArrayFiles, EncoderManifest, layers_among, read_encoder, read_root
+from saffe_cache.store.layout import (
+    ArraySpec,
+    choose_rows,
+    layers_among,
+)
+from saffe_cache.store.manifest import (
+    EncoderManifest,
+    read_encoder,
+)
+from saffe_cache.store.root import (
+    read_root,
+)
 from saffe_cache.store.rows import RowReader
 from saffe_cache.store.storage import Storage
 

@@ -14,7 +14,8 @@ from itertools import takewhile
 
 import numpy as np
 
-from saffe_cache.core.features import CacheError, ItemTable
+from saffe_cache.core.features import CacheError
+from saffe_cache.core.items import ItemTable
 from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
 from saffe_cache.encoders.own import OwnEncoder
 from saffe_cache.extraction.config import ExtractConfig, config_from_json, encode_options
@@ -24,8 +25,15 @@ from saffe_cache.sources.items import Columns, Media, SourceItem
 from saffe_cache.sources.registry import read_named_items
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.inspect import Damage
-from saffe_cache.store.layout import ArraySpec, ShardEntry, describe_shard
-from saffe_cache.store.manifest import EncoderManifest, layers_among
+from saffe_cache.store.layout import (
+    ArraySpec,
+    ShardEntry,
+    describe_shard,
+    layers_among,
+)
+from saffe_cache.store.manifest import (
+    EncoderManifest,
+)
 
 logger = logging.getLogger(__name__)
 

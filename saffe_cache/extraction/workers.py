@@ -28,7 +28,8 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from saffe_cache.core.devices import choose_device
-from saffe_cache.core.features import CacheError, ItemTable
+from saffe_cache.core.features import CacheError
+from saffe_cache.core.items import ItemTable
 from saffe_cache.core.options import require
 from saffe_cache.core.outputs import provenance
 from saffe_cache.encoders.encoder import load_encoder
@@ -40,8 +41,13 @@ from saffe_cache.extraction.ranges import blocks_for, cut_ranges, missing_rows
 from saffe_cache.sources.items import Columns, Media
 from saffe_cache.sources.registry import list_items
 from saffe_cache.store.claims import Claim, Claims, held_cache
-from saffe_cache.store.manifest import read_encoder, read_root
+from saffe_cache.store.manifest import (
+    read_encoder,
+)
 from saffe_cache.store.parts import read_table
+from saffe_cache.store.root import (
+    read_root,
+)
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.work import (
     PLAN,

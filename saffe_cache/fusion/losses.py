@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.core.ranks import Share
 from saffe_cache.fusion.base import Texts
 from saffe_cache.fusion.layers import Learning, Mask, States

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.inference.benchmark_models import ClipBenchmarkModel, MtebModel, OnAnyDevice
 from saffe_cache.inference.config import BenchmarkConfig
 from saffe_cache.inference.model import TrainedFusion, load_run

@@ -21,7 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from saffe_cache.core.devices import choose_device
-from saffe_cache.core.features import CacheError, ItemTable, Modality, StorageType, short_hash
+from saffe_cache.core.features import CacheError, Modality, StorageType, short_hash
+from saffe_cache.core.items import ItemTable
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.encoders.own import OwnEncoder
 from saffe_cache.extraction.config import ExtractConfig, config_from_json, encode_options
@@ -39,7 +40,9 @@ from saffe_cache.sources.decoding import media_bytes
 from saffe_cache.sources.items import Columns, Media, SourceItem
 from saffe_cache.sources.registry import read_items
 from saffe_cache.store.held import HeldCache, HeldEncoder
-from saffe_cache.store.manifest import EncoderManifest
+from saffe_cache.store.manifest import (
+    EncoderManifest,
+)
 from saffe_cache.store.reader import EncoderCache
 from saffe_cache.store.table import TableBuilder
 from saffe_cache.training.result import TrainResult

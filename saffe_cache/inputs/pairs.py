@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saffe_cache.core.features import ItemTable, Modality, Ragged, short_hash
+from saffe_cache.core.features import Modality, short_hash
+from saffe_cache.core.items import ItemTable, Ragged
 from saffe_cache.core.texts import Texts
 from saffe_cache.inputs.spec import PairKind, RunSpec, SplitOptions
 from saffe_cache.retrieval.baselines import Rows, unit_rows

@@ -19,7 +19,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import encode_gallery
 from saffe_cache.inputs.pairs import Pairs, select_pairs

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.core.ranks import concatenated
 from saffe_cache.fusion.base import Fusion, Pairing, Texts
 from saffe_cache.inputs.feature_loader import FeatureLoader

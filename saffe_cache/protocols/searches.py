@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.inputs.pairs import Pairs, class_vectors, require_classes, select_pairs
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.base import NULL_GALLERY, NUM_SHUFFLES, Level, Protocol, SearchProtocol

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries
 from saffe_cache.inputs.pairs import Pairs

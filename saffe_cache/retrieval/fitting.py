@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.fusion.layers import Learning, identity_linear, parameter_groups, zero_linear
 from saffe_cache.fusion.losses import Temperature, distinct_positives, info_nce
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.core.results import Estimate
 
 

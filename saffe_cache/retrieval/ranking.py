@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.core.ranks import from_all, own_part
 
 ROUNDING = 1e-6

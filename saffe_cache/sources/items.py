@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Protocol
 
-from saffe_cache.core.features import Item, Modality
+from saffe_cache.core.features import Modality
+from saffe_cache.core.items import Item
 
 Role = Literal["image", "audio", "video", "caption", "label", "id", "split"]
 _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {

@@ -249,3 +249,16 @@ def decompress(data: bytes, into: np.ndarray) -> None:
 def shard_name(index: int, spec: ArraySpec) -> str:
     """Zarr's default chunk key."""
     return "/".join(["c", str(index), *["0"] * len(spec.stored_shape)])
+
+
+LAYER_PREFIX = "hidden_states/"
+
+
+def layers_among(names: Iterable[str]) -> list[int]:
+    """The layer indices i of the arrays named `hidden_states/i`, ascending."""
+    return sorted(int(name.removeprefix(LAYER_PREFIX)) for name in names if name.startswith(LAYER_PREFIX))
+
+
+def encoder_group(key: str) -> str:
+    """Name of an encoder's group."""
+    return f"encoders/{key}"

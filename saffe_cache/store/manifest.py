@@ -1,4 +1,4 @@
-"""The cache's manifests: attributes of the root group and of each encoder's group, and Zarr's metadata of its arrays.
+"""The cache's manifests: attributes of each encoder's group, and what its log adds.
 
 An encoder's manifest and, while an extraction runs, the records of its log are the only authority on what is complete.
 Both are written in one atomic step, after the shards that they list are durable.
@@ -6,29 +6,35 @@ Both are written in one atomic step, after the shards that they list are durable
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-from zarr.codecs import BloscCodec
-
-from saffe_cache.core.features import MODALITIES, REPAIR_ADVICE, CacheError, Fingerprint, Modality, short_hash
+from saffe_cache.core.features import (
+    MODALITIES,
+    CacheError,
+    Fingerprint,
+    Modality,
+    short_hash,
+)
 from saffe_cache.core.json_schema import made_of, whole_number
-from saffe_cache.store.layout import COMPRESSION_LEVEL, ArraySpec, ShardEntry, decode_shard, encode_shard, shard_name
+from saffe_cache.store.layout import (
+    LAYER_PREFIX,
+    ArraySpec,
+    ShardEntry,
+    encoder_group,
+    layers_among,
+)
 from saffe_cache.store.log import read_log, reasons_from_json, reasons_to_json
+from saffe_cache.store.root import existing_root
 from saffe_cache.store.storage import (
     FORMAT_VERSION,
     Storage,
     check_encoding,
     group_metadata,
-    mark_group,
     own_attributes,
     read_attributes,
-    zarr_json,
 )
 
 _COMPRESSED = 2
@@ -190,14 +196,6 @@ class EncoderManifest:
             ) from None
 
 
-_STATES = "hidden_states/"
-
-
-def layers_among(names: Iterable[str]) -> list[int]:
-    """The layer indices i of the arrays named `hidden_states/i`, ascending."""
-    return sorted(int(name.removeprefix(_STATES)) for name in names if name.startswith(_STATES))
-
-
 def _fingerprint(content: Mapping[str, Any]) -> Fingerprint:
     """The fingerprint in a manifest's attributes."""
     fields = content["fingerprint"]
@@ -210,8 +208,8 @@ def _fingerprint(content: Mapping[str, Any]) -> Fingerprint:
 
 def _array_name(name: str) -> str:
     """Check an array's name: a layer's number has no leading zeros. (Storage checks for paths outside the cache.)"""
-    if name.startswith(_STATES) and not re.fullmatch(r"0|[1-9][0-9]{0,17}", name.removeprefix(_STATES)):
-        raise ValueError(f"arrays: {name!r:.60}, expected {_STATES} followed by a layer's number")
+    if name.startswith(LAYER_PREFIX) and not re.fullmatch(r"0|[1-9][0-9]{0,17}", name.removeprefix(LAYER_PREFIX)):
+        raise ValueError(f"arrays: {name!r:.60}, expected {LAYER_PREFIX} followed by a layer's number")
     return name
 
 
@@ -220,11 +218,6 @@ def _log_name(value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[0-9a-z]{0,32}", value):
         raise ValueError(f"log: {value!r:.60}, expected small letters and digits")
     return value
-
-
-def encoder_group(key: str) -> str:
-    """Name of an encoder's group."""
-    return f"encoders/{key}"
 
 
 def weights_type(name: str) -> str:
@@ -296,92 +289,6 @@ def write_encoder(storage: Storage, manifest: EncoderManifest) -> None:
     manifest.stored = data
 
 
-@dataclass(frozen=True)
-class RootManifest:
-    """The root group: the parts of the item table and the encoders."""
-
-    tables: tuple[str, ...]
-    """Names of the parts below `tables`, oldest first."""
-    encoders: tuple[str, ...]
-    """Keys, oldest first."""
-    version: int = 2
-    """The format version: 1 for a table that is one group of plain columns."""
-    stored: bytes | None = field(default=None, compare=False, repr=False)
-    """The file that it was read from."""
-
-    def to_json(self) -> dict[str, Any]:
-        tables = {"table": int(self.tables[0])} if self.version == FORMAT_VERSION else {"tables": list(self.tables)}
-        return {
-            "encoding-type": "saffe-cache",
-            "format_version": self.version,
-            **tables,
-            "encoders": list(self.encoders),
-        }
-
-
-_ROOT_VERSIONS = (FORMAT_VERSION, RootManifest.version)
-
-
-def read_root(storage: Storage) -> RootManifest | None:
-    """The root manifest, or None if there is no cache yet.
-
-    Raises CacheError if it is no feature cache, or one of another format version.
-    """
-    if not storage.exists("zarr.json"):
-        return None
-    stored = storage.read("zarr.json")
-    content = own_attributes(storage, "", stored)
-    if "format_version" not in content:
-        raise CacheError(f"{storage.root}: found a Zarr group, expected a feature cache. Choose another --cache.")
-    version = content["format_version"]
-    if version not in _ROOT_VERSIONS or isinstance(version, bool):
-        raise CacheError(
-            f"{storage.root}: format version {version}, this release reads {' and '.join(map(str, _ROOT_VERSIONS))}. "
-            "Use the release that wrote it, or extract into a new cache."
-        )
-    try:
-        tables: tuple[str, ...]
-        if version == FORMAT_VERSION:
-            tables = (str(whole_number(content, "table")),)
-        else:
-            tables = _names(content, "tables", "parts")
-            if not all(re.fullmatch(r"[1-9][0-9]{0,17}-[0-9a-f]{8}", name) for name in tables) or not tables:
-                raise ValueError(f"tables: {tables!r:.60}, expected names such as 1-0a1b2c3d")
-        encoders = _names(content, "encoders", "keys")
-        for key in encoders:
-            storage.local_path(encoder_group(key))  # raises if it points outside the cache
-        return RootManifest(tables, encoders, version, stored)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CacheError(f"{storage.root}: zarr.json lacks or misstates {error}. Restore it from a copy.") from None
-
-
-def _names(content: Mapping[str, Any], name: str, what: str) -> tuple[str, ...]:
-    if not isinstance(content[name], list):
-        raise ValueError(f"{name}: {content[name]!r:.60}, expected a list of {what}")
-    return tuple(map(str, content[name]))
-
-
-def write_root(storage: Storage, root: RootManifest, was: RootManifest | None = None) -> None:
-    """Commit a root in place of the one that was read before; None for a new cache.
-
-    Raises CacheError if another writer has committed one in the meantime.
-    """
-    data = group_metadata({"saffe_cache": root.to_json()})
-    if not storage.replace("zarr.json", data, was.stored if was else None):
-        raise CacheError(
-            f"{storage.root}: another process has written to the cache in the meantime, and this one has changed "
-            "nothing. Run it again."
-        )
-
-
-def existing_root(storage: Storage) -> RootManifest:
-    """The root manifest. Raises CacheError if there is no cache, or one of another format version."""
-    root = read_root(storage)
-    if root is None:
-        raise CacheError(f"{storage.root}: there is no feature cache. Make one with saffe extract.")
-    return root
-
-
 def content_hash(storage: Storage) -> str:
     """A hash of the item table and all rows, made from the checksums in their manifests; it ignores the history.
 
@@ -391,78 +298,3 @@ def content_hash(storage: Storage) -> str:
     encoders = [read_encoder(storage, key).to_json() | {"history": [], "log": ""} for key in root.encoders]
     tables = [read_attributes(storage, f"tables/{name}") for name in root.tables]
     return short_hash({"tables": tables, "encoders": encoders})
-
-
-def zarr_codec(dtype: np.dtype) -> Any:
-    """The codec in Zarr's metadata."""
-    shuffle: Literal["noshuffle", "bitshuffle"] = "noshuffle" if dtype.itemsize == 1 else "bitshuffle"
-    return BloscCodec(cname="zstd", clevel=COMPRESSION_LEVEL, shuffle=shuffle, typesize=dtype.itemsize, blocksize=0)
-
-
-@lru_cache(maxsize=256)
-def _array_metadata(spec: ArraySpec, num_rows: int) -> bytes:
-    """The `zarr.json` of a growing array with `num_rows` rows, sharded."""
-    attributes = {"encoding-type": "saffe-array", "encoding-version": FORMAT_VERSION, "dtype": spec.dtype}
-    return zarr_json(
-        shape=(num_rows, *spec.stored_shape),
-        chunks=(spec.chunk_rows, *spec.stored_shape),
-        shards=(spec.shard_rows, *spec.stored_shape),
-        dtype=spec.numpy_dtype,
-        fill_value=spec.fill_value,
-        dimension_names=spec.dimension_names,
-        attributes={"saffe_cache": attributes},
-        compressors=None if spec.compression == "none" else zarr_codec(spec.numpy_dtype),
-    )
-
-
-@dataclass(frozen=True)
-class ArrayFiles:
-    """The files of one growing array: its shards, and its `zarr.json` for other programs."""
-
-    storage: Storage
-    key: str
-    """The encoder's."""
-    name: str
-    spec: ArraySpec
-
-    @property
-    def folder(self) -> str:
-        return f"{encoder_group(self.key)}/{self.name}"
-
-    def shard(self, index: int) -> str:
-        """The name of a shard's file."""
-        return f"{self.folder}/{shard_name(index, self.spec)}"
-
-    def read(self, index: int, entry: ShardEntry) -> np.ndarray:
-        """The rows of a shard, as `decode_shard` returns them.
-
-        Raises CacheError if the file is missing, truncated or damaged.
-        """
-        name = self.shard(index)
-        return decode_shard(self.spec, entry, self.storage.read(name), f"{self.storage.root}: {name}")
-
-    def write(self, index: int, *portions: np.ndarray) -> None:
-        """Write a shard of the rows of these portions; the manifest is not changed."""
-        self.storage.write(self.shard(index), *encode_shard(self.spec, *portions))
-
-    def write_metadata(self, num_rows: int) -> None:
-        """Write the `zarr.json` of an array with `num_rows` rows."""
-        if layers_among([self.name]):
-            mark_group(self.storage, f"{encoder_group(self.key)}/hidden_states")
-        self.storage.write(f"{self.folder}/zarr.json", _array_metadata(self.spec, num_rows))
-
-    def check_metadata(self, num_rows: int) -> None:
-        """Check that other programs can find the rows that the manifest counts; this package needs only the manifest.
-
-        Raises CacheError if the array's `zarr.json` is missing or damaged, or states another layout or fewer rows.
-        """
-        found = self.storage.read_json(f"{self.folder}/zarr.json")
-        expected = json.loads(_array_metadata(self.spec, num_rows))
-        shape = found.get("shape")
-        if isinstance(shape, list) and shape and isinstance(shape[0], int) and shape[0] > num_rows:
-            expected["shape"][0] = shape[0]  # written for the final number of rows
-        fields = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
-        wrong = [field for field in fields if found.get(field) != expected[field]]
-        if wrong:
-            root = self.storage.root
-            raise CacheError(f"{root}: {self.folder}/zarr.json misstates {' and '.join(wrong)}. {REPAIR_ADVICE}")

@@ -22,10 +22,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from saffe_cache.core.features import MODALITIES, CacheError, Inputs, ItemTable, Modality, Ragged, short_hash
+from saffe_cache.core.features import MODALITIES, CacheError, Modality, short_hash
+from saffe_cache.core.items import Inputs, ItemTable, Ragged
 from saffe_cache.core.json_schema import whole_numbers
 from saffe_cache.core.texts import Coded, Texts
-from saffe_cache.store.manifest import RootManifest, existing_root
+from saffe_cache.store.root import (
+    RootManifest,
+    existing_root,
+)
 from saffe_cache.store.storage import (
     FORMAT_VERSION,
     PlainArray,

@@ -25,7 +25,9 @@ from saffe_cache.store.layout import ShardEntry, decode_shard
 from saffe_cache.store.objects import ReplacedError, number_from_environment
 
 if TYPE_CHECKING:
-    from saffe_cache.store.manifest import ArrayFiles
+    from saffe_cache.store.arrays import (
+        ArrayFiles,
+    )
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saffe_cache.core.features import MODALITIES, CacheError, Inputs, Item, ItemTable, Modality, Ragged
+from saffe_cache.core.features import MODALITIES, CacheError, Modality
+from saffe_cache.core.items import Inputs, Item, ItemTable, Ragged
 from saffe_cache.core.texts import Coded, Texts, encoded
 from saffe_cache.store.parts import FILE_KINDS, Part, join_inputs, merge, take_items
 

@@ -20,13 +20,19 @@ import numpy as np
 
 from saffe_cache.core.atomic_io import make_folder
 from saffe_cache.core.features import BlockWeights, LanguageModelWeights, Weights
-from saffe_cache.store.layout import ArraySpec, ShardEntry, describe_shard
+from saffe_cache.store.arrays import (
+    ArrayFiles,
+)
+from saffe_cache.store.layout import (
+    ArraySpec,
+    ShardEntry,
+    describe_shard,
+    encoder_group,
+)
 from saffe_cache.store.log import LogWriter, Record
 from saffe_cache.store.manifest import (
-    ArrayFiles,
     ArrayManifest,
     EncoderManifest,
-    encoder_group,
     log_folder,
     weights_type,
     write_encoder,

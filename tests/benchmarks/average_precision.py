@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.retrieval.metrics import average_precision_of_ranks
 from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # synthetic_cache.py
 
 from synthetic_cache import make_cache
 
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
 from saffe_cache.retrieval import ranking
 from saffe_cache.training.config import TrainConfig

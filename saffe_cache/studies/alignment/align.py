@@ -10,7 +10,8 @@ from functools import partial
 
 import numpy as np
 
-from saffe_cache.core.features import CacheError, Ragged
+from saffe_cache.core.features import CacheError
+from saffe_cache.core.items import Ragged
 from saffe_cache.core.options import require
 from saffe_cache.inputs.pairs import gallery_modality, own_pairs, pair_kind, select_pairs
 from saffe_cache.inputs.spec import PairKind

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.core.results import Estimate
 from saffe_cache.retrieval.baselines import LinearMap, unit_rows
 from saffe_cache.retrieval.fitting import MlpFit, fit_mlp

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from saffe_cache.core.controls import Control
-from saffe_cache.core.features import Ragged
+from saffe_cache.core.items import Ragged
 from saffe_cache.inputs.feature_loader import summaries
 from saffe_cache.inputs.spec import PairKind
 from saffe_cache.retrieval.baselines import Ridge, unit_rows

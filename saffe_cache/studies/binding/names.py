@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from saffe_cache.core.atomic_io import write_whole
-from saffe_cache.core.features import Inputs, Ragged
+from saffe_cache.core.items import Inputs, Ragged
 from saffe_cache.core.texts import Texts
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.evaluation.baselines import log_odds
@@ -26,7 +26,9 @@ from saffe_cache.protocols.searches import ClassProtocol
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.retrieval.baselines import LinearMap, fit_linear_probe, unit_rows
 from saffe_cache.retrieval.scores import candidate_scores
-from saffe_cache.store.manifest import EncoderManifest
+from saffe_cache.store.manifest import (
+    EncoderManifest,
+)
 from saffe_cache.store.reader import Cache, EncoderCache
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import text_hash
