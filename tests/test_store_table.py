@@ -20,6 +20,7 @@ from saffe_cache.core.texts import Coded, Texts
 from saffe_cache.store import table as table_module
 from saffe_cache.store.parts import (
     Part,
+    StoredInputs,
     check_whole,
     merge,
     read_table,
@@ -440,3 +441,17 @@ def test_inputs_are_read_from_the_part_that_replaced_theirs(tmp_path: Path) -> N
     storage.remove_folder(f"tables/{grown.tables[0]}")
     with pytest.raises(CacheError, match=r"zarr\.json is missing"):
         assert late.inputs["image"].content_hash
+
+
+def test_inputs_that_another_thread_has_read_meanwhile() -> None:
+    whole, others = Inputs(np.zeros((3, 32), np.uint8)), []
+
+    def read() -> Inputs:
+        if not others:
+            others.append(None)
+            others.append(inputs.content_hash)  # as another thread that begins later and ends earlier
+        return whole
+
+    inputs = StoredInputs(3, read)
+    assert inputs.content_hash is whole.content_hash
+    assert others[1] is whole.content_hash

@@ -404,11 +404,15 @@ def _shared_plan(
             return plan, {}, None
         generation = claims.generations().get("plan")
         holder = claims.look("plan", generation)[0] if generation is not None else None
-        if holder and holder.token in seen and holder.failed == _NOTHING:
-            return None, {}, None
+        claim = None if holder and holder.token in seen and holder.failed else claims.take("plan")
+        if claim and generation is not None:
+            holder = claims.look("plan", generation)[0]  # it may have given up just now
         if holder and holder.token in seen and holder.failed:
+            if claim:
+                claim.give_up(holder.failed)
+            if holder.failed == _NOTHING:
+                return None, {}, None
             raise CacheError(f"{holder} could not plan the extraction: {holder.failed}")
-        claim = claims.take("plan")
         if claim is not None:
             return _plan_once(storage, config, claim, num_workers)
         if holder and holder.token not in seen:

@@ -86,13 +86,16 @@ class StoredInputs(Inputs):
     """Inputs that are read when they are first asked for."""
 
     def __init__(self, count: int, read: Callable[[], Inputs]) -> None:
-        self._count, self._read = count, read
+        self._count = count
+        self._read: Callable[[], Inputs] | None = read
         self._inputs: Inputs | None = None
 
     def _whole(self) -> Inputs:
+        read = self._read  # before the inputs: another thread may finish in between
         if self._inputs is None:
-            self._inputs = self._read()
-            del self._read  # with what it holds
+            assert read is not None
+            self._inputs = read()
+            self._read = None  # with what it holds
         return self._inputs
 
     @property
