@@ -28,6 +28,7 @@ from saffe_cache.core.features import CacheError, Layout
 from saffe_cache.encoders import running
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.encoders.transfers import Encoded, Launched
+from saffe_cache.extraction import planning
 from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.extract import extract
 from saffe_cache.inputs.pairs import same_training_pairs
@@ -473,6 +474,24 @@ def test_data_of_another_source_in_the_cache_are_requested(config: ExtractConfig
     other = make_captioned(tmp_path / "other", {"another": 3})
     with pytest.raises(CacheError, match=r"26 of its image inputs are not in --data"):
         extract(replace(config, data=str(other), layers={"image": (1,), "text": (1,)}))
+
+
+def test_plan_estimates_lengths_from_some_texts(
+    config: ExtractConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The estimate differs from the truth by as much as the sample does; an extraction itself tokenizes all texts."""
+
+    def token_rows() -> int:
+        extract(replace(config, plan=True))
+        printed = capsys.readouterr().out
+        assert ("estimated from" in printed) == (planning._PLANNED_TEXTS < 20)
+        return int(re.findall(r"text-tiny-bert[^:]*:.*?hidden_states/\d+: (\d+) x", printed, re.DOTALL)[0])
+
+    whole = token_rows()
+    monkeypatch.setattr(planning, "_PLANNED_TEXTS", 15)
+    assert 0.8 * whole < token_rows() < 1.25 * whole
+    extract(config)
+    assert len(open_cache(config.cache).encoder("text").array("hidden_states/1")) == whole
 
 
 def test_plan_writes_nothing(config: ExtractConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -275,6 +275,8 @@ def _print_plan(jobs: Sequence[Job], items: Sequence[SourceItem], config: Extrac
         seconds = left * seconds_per_input(job) if left else 0.0
         total += seconds
         print(f"{job.manifest.key}: {left} of {job.num_inputs} distinct inputs to encode, about {seconds:.0f} s")
+        if job.num_sampled:
+            print(f"  lengths of texts: estimated from {job.num_sampled} of them")
         for name, (spec, rows) in sorted(job.arrays.items()):
             shape = " x ".join(map(str, (rows, *spec.row_shape)))
             print(f"  {name}: {shape} {spec.described}, {rows * spec.row_bytes / 1e6:.1f} MB")

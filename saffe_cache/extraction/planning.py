@@ -56,6 +56,8 @@ TEXT_BLOCK_ROWS = 1024
 SOUND_BLOCK_ROWS = 16
 """Sounds whose windows are sorted by length together, and held in memory at once: few, since a sound may be long."""
 _TOKENIZED_AT_ONCE = 8192
+_PLANNED_TEXTS = 20_000
+"""Texts whose lengths stand for those of all in a plan that is only printed."""
 _MEASURED_TEXTS = 1000
 """Texts among which one of median length is found."""
 _VECTOR_SHARDS = 1024
@@ -84,6 +86,8 @@ class Job:
     """int64 [inputs + 1]: where each text's or sound's rows begin in the arrays of hidden states; None for photos."""
     token_hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """int64: a hash of the token ids of each new text, from the first on that no extraction has finished."""
+    num_sampled: int = 0
+    """Texts whose lengths stand for those of all, in a plan that is only printed; 0 where all are known."""
     num_truncated: int = 0
     """Texts that are longer than the encoder's `max_length`."""
     arrays: dict[str, tuple[ArraySpec, int]] = field(default_factory=dict)
@@ -309,21 +313,25 @@ def find_offsets(job: Job, known: np.ndarray, media: Mapping[bytes, Media]) -> N
 
 
 def _text_offsets(job: Job, known: np.ndarray) -> np.ndarray:
-    """Tokenizes the texts that no extraction has finished; sets also what the job says of their tokens."""
+    """Tokenizes the texts that no extraction has finished (for a plan, some); sets also what the job says of them."""
     encoder, texts, first = job.encoder, job.inputs.texts or (), min(len(known) - 1, job.manifest.finished_rows)
     kept = encoder.selection.count if encoder.selection else int
-    counts, hashes = (np.empty(len(texts) - first, np.int64) for _ in range(2))
+    step = max(1, (len(texts) - first) // _PLANNED_TEXTS) if job.options.plan else 1
+    counts, hashes = (np.empty(len(range(first, len(texts), step)), np.int64) for _ in range(2))
     earlier = [entry.get("truncated", 0) for entry in job.manifest.extractions] if first else []
     job.num_truncated = max(earlier, default=0)
     with tqdm(total=len(counts), unit=" texts", desc="tokenizing", leave=False, delay=1) as progress:
         for start in range(0, len(counts), _TOKENIZED_AT_ONCE):
-            part = texts[first + start : first + start + _TOKENIZED_AT_ONCE]
+            part = texts[first + start * step : first + (start + _TOKENIZED_AT_ONCE) * step : step]
             token_ids = encoder.tokenize(part)
             job.num_truncated += encoder.count_truncated(part, token_ids)
             counts[start : start + len(part)] = [kept(len(ids)) for ids in token_ids]
             hashes[start : start + len(part)] = [hash(tuple(ids)) for ids in token_ids]
             progress.update(len(part))
-    job.token_hashes = hashes
+    if step > 1:
+        job.num_sampled, counts = len(counts), np.repeat(counts, step)[: len(texts) - first]
+    else:
+        job.token_hashes = hashes
     return np.concatenate([known[: first + 1], known[first] + np.cumsum(counts)])
 
 
