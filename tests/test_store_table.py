@@ -349,7 +349,7 @@ def test_columns_are_made_while_items_are_added(monkeypatch: pytest.MonkeyPatch)
         for number in range(50)
     ]
     expected = build(*items)
-    monkeypatch.setattr(table_module, "_LEAST_PENDING", 4)
+    monkeypatch.setattr(table_module, "_MOST_PENDING", 4)
     builder = TableBuilder(build(*items[:5]), PROMPTS)
     assert [builder.add(item) for item in items] == [False] * 5 + [True] * 45
     assert not any(builder.add(item) for item in items[::-1])

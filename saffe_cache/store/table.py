@@ -23,8 +23,8 @@ from saffe_cache.store.parts import FILE_KINDS, Part, join_inputs, merge, take_i
 _NUM_NAMED = 3
 _FEW = 16
 """Lookups in a column before it is sorted."""
-_LEAST_PENDING, _MOST_PENDING = 2**14, 2**17
-"""Items that are added before they are made into columns: an eighth of the table within these bounds."""
+_MOST_PENDING = 2**17
+"""Items that are added before they are made into columns; an item of five captions takes about 2 kB until then."""
 
 
 def text_hash(text: str) -> bytes:
@@ -184,7 +184,6 @@ class TableBuilder:
         self._texts: list[str] = []
         table = self._columns.table
         self._num_inputs = {name: len(table.inputs.get(name, ())) for name in MODALITIES}
-        self._most_pending = min(max(len(table) // 8, _LEAST_PENDING), _MOST_PENDING)
 
     def add(self, item: Item) -> bool:
         """Add an item, and return whether the table changes.
@@ -229,7 +228,7 @@ class TableBuilder:
         elif number < self._num_old:
             self._touched.add(number)
         self._entries[number] = item_id, entry
-        if len(self._entries) >= self._most_pending:
+        if len(self._entries) >= _MOST_PENDING:
             self._make_columns()
 
     def build(self) -> ItemTable:
