@@ -39,19 +39,12 @@ from saffe_cache.core.items import ItemTable
 from saffe_cache.sources.folders import folder_items
 from saffe_cache.sources.items import Columns
 from saffe_cache.store import inspect
-from saffe_cache.store.arrays import (
-    ArrayFiles,
-)
+from saffe_cache.store.arrays import ArrayFiles
 from saffe_cache.store.layout import ShardEntry, compress, decode_shard, describe_shard, encode_shard
-from saffe_cache.store.manifest import (
-    read_encoder,
-)
+from saffe_cache.store.manifest import read_encoder
 from saffe_cache.store.parts import check_whole, read_table, table_to_arrays
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
-from saffe_cache.store.root import (
-    RootManifest,
-    read_root,
-)
+from saffe_cache.store.root import RootManifest, read_root
 from saffe_cache.store.storage import Storage, describe_group, group_metadata, read_group
 from saffe_cache.store.table import TableBuilder
 

@@ -21,21 +21,10 @@ from saffe_cache.store.config import ConvertConfig, ExportConfig, ImportConfig, 
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.exchange import convert_cache, import_cache
 from saffe_cache.store.inspect import inspect_cache, verify_cache
-from saffe_cache.store.layout import (
-    ArraySpec,
-    encoder_group,
-)
-from saffe_cache.store.manifest import (
-    EncoderManifest,
-    read_encoder,
-    write_encoder,
-)
+from saffe_cache.store.layout import ArraySpec, encoder_group
+from saffe_cache.store.manifest import EncoderManifest, read_encoder, write_encoder
 from saffe_cache.store.parts import read_table, remove_unlisted, write_part
-from saffe_cache.store.root import (
-    RootManifest,
-    read_root,
-    write_root,
-)
+from saffe_cache.store.root import RootManifest, read_root, write_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder
 from saffe_cache.store.writer import EncoderWriter, Portion, begin_log, write_blocks

@@ -12,14 +12,9 @@ from saffe_cache.core.features import BlockSpec, BlockWeights, Fingerprint, Moda
 from saffe_cache.core.items import Item
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.layout import ArraySpec
-from saffe_cache.store.manifest import (
-    EncoderManifest,
-)
+from saffe_cache.store.manifest import EncoderManifest
 from saffe_cache.store.parts import write_table
-from saffe_cache.store.root import (
-    RootManifest,
-    write_root,
-)
+from saffe_cache.store.root import RootManifest, write_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder
 from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks

@@ -25,10 +25,7 @@ from saffe_cache.fusion.options import FusionShape
 from saffe_cache.inputs.pairs import data_fingerprint, reported_fingerprint
 from saffe_cache.protocols.registry import load_protocol
 from saffe_cache.store import exchange
-from saffe_cache.store.manifest import (
-    read_encoder,
-    write_encoder,
-)
+from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.reader import open_cache
 from saffe_cache.studies.sweep import ablate as running
 from saffe_cache.studies.sweep.ablate import ablate

@@ -17,13 +17,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from saffe_cache.core.results import Estimate
 from saffe_cache.retrieval.baselines import RIDGE_STRENGTHS, LinearMap, Ridge, unit_rows
-from saffe_cache.studies.alignment.maps import (
-    answers,
-    answers_of_scores,
-    fit_text_mlp,
-    maxsim,
-    normed,
-)
+from saffe_cache.studies.alignment.maps import answers, answers_of_scores, fit_text_mlp, maxsim, normed
 from saffe_cache.studies.alignment.measures import (
     canonical_variates,
     centered_gram,

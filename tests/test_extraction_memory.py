@@ -18,13 +18,9 @@ from saffe_cache.encoders.transfers import HalvingEncoder, Launched
 from saffe_cache.extraction import planning
 from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.extract import extract
-from saffe_cache.store.manifest import (
-    read_encoder,
-)
+from saffe_cache.store.manifest import read_encoder
 from saffe_cache.store.reader import open_cache
-from saffe_cache.store.root import (
-    read_root,
-)
+from saffe_cache.store.root import read_root
 from saffe_cache.store.storage import Storage
 
 Inputs = Mapping[str, torch.Tensor]

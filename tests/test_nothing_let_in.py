@@ -22,15 +22,9 @@ from saffe_cache.core.tables import Cell, Row, Table
 from saffe_cache.encoders.encoder import load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
 from saffe_cache.fusion.library_block import blank_model
-from saffe_cache.store.manifest import (
-    read_encoder,
-    write_encoder,
-)
+from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.parts import write_table
-from saffe_cache.store.root import (
-    existing_root,
-    write_root,
-)
+from saffe_cache.store.root import existing_root, write_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder
 

@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 
 from saffe_cache.core.items import Ragged
-from saffe_cache.retrieval.scores import (
-    Scores,
-    caption_scores,
-    class_scores,
-    drawn_queries,
-    image_scores,
-    text_scores,
-)
+from saffe_cache.retrieval.scores import Scores, caption_scores, class_scores, drawn_queries, image_scores, text_scores
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:

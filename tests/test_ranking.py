@@ -12,13 +12,7 @@ from hypothesis import strategies as st
 
 from saffe_cache.core.items import Ragged
 from saffe_cache.retrieval.metrics import average_precision_of_ranks, chance_average_precision
-from saffe_cache.retrieval.ranking import (
-    ROUNDING,
-    InnerProducts,
-    members,
-    relevant_ranks,
-    top_k,
-)
+from saffe_cache.retrieval.ranking import ROUNDING, InnerProducts, members, relevant_ranks, top_k
 
 seeded = settings(derandomize=True, deadline=None, database=None)
 

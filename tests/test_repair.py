@@ -25,9 +25,7 @@ from saffe_cache.extraction.extract import extract
 from saffe_cache.extraction.reencode import LostShard, past_extractions
 from saffe_cache.extraction.repair import RepairReport, repair
 from saffe_cache.store.inspect import Damage
-from saffe_cache.store.manifest import (
-    read_encoder,
-)
+from saffe_cache.store.manifest import read_encoder
 from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage
 

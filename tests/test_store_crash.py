@@ -33,18 +33,11 @@ from saffe_cache.core.atomic_io import FolderInUseError
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.items import ItemTable
 from saffe_cache.store import parts, reader
-from saffe_cache.store.layout import (
-    encoder_group,
-)
-from saffe_cache.store.manifest import (
-    read_encoder,
-)
+from saffe_cache.store.layout import encoder_group
+from saffe_cache.store.manifest import read_encoder
 from saffe_cache.store.parts import read_table
 from saffe_cache.store.reader import open_cache
-from saffe_cache.store.root import (
-    RootManifest,
-    read_root,
-)
+from saffe_cache.store.root import RootManifest, read_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.writer import EncoderWriter
 

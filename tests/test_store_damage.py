@@ -24,22 +24,10 @@ from store_cases import (
 )
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.store.layout import (
-    ShardEntry,
-    decode_shard,
-    describe_shard,
-    encode_shard,
-    encoder_group,
-    shard_name,
-)
-from saffe_cache.store.manifest import (
-    read_encoder,
-    write_encoder,
-)
+from saffe_cache.store.layout import ShardEntry, decode_shard, describe_shard, encode_shard, encoder_group, shard_name
+from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.reader import open_cache
-from saffe_cache.store.root import (
-    read_root,
-)
+from saffe_cache.store.root import read_root
 from saffe_cache.store.storage import Storage
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -27,10 +27,7 @@ from saffe_cache.extraction.extract import extract
 from saffe_cache.store import decoded
 from saffe_cache.store.config import ExportConfig, ImportConfig
 from saffe_cache.store.exchange import import_cache
-from saffe_cache.store.manifest import (
-    read_encoder,
-    write_encoder,
-)
+from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 from saffe_cache.store.storage import Storage
 

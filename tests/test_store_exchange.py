@@ -26,17 +26,10 @@ from store_cases import (
 )
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.store.layout import (
-    encoder_group,
-)
-from saffe_cache.store.manifest import (
-    read_encoder,
-    write_encoder,
-)
+from saffe_cache.store.layout import encoder_group
+from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.reader import open_cache
-from saffe_cache.store.root import (
-    read_root,
-)
+from saffe_cache.store.root import read_root
 from saffe_cache.store.storage import Storage, describe_group
 
 pytestmark = pytest.mark.filterwarnings("error")

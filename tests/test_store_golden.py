@@ -21,11 +21,7 @@ from saffe_cache.core.features import BlockSpec, Fingerprint
 from saffe_cache.core.items import Item
 from saffe_cache.store.parts import read_table, remove_unlisted, write_part
 from saffe_cache.store.reader import open_cache
-from saffe_cache.store.root import (
-    RootManifest,
-    existing_root,
-    write_root,
-)
+from saffe_cache.store.root import RootManifest, existing_root, write_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder
 

@@ -14,9 +14,7 @@ from store_cases import make_spec, random_rows
 
 from saffe_cache.core.features import CacheError, Compression
 from saffe_cache.core.json_schema import made_of
-from saffe_cache.store.arrays import (
-    zarr_codec,
-)
+from saffe_cache.store.arrays import zarr_codec
 from saffe_cache.store.layout import (
     COMPRESSIONS,
     ArraySpec,

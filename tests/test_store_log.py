@@ -8,19 +8,9 @@ import numpy as np
 import pytest
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.store.arrays import (
-    ArrayFiles,
-)
-from saffe_cache.store.layout import (
-    ArraySpec,
-    encoder_group,
-)
-from saffe_cache.store.manifest import (
-    EncoderManifest,
-    log_folder,
-    read_encoder,
-    write_encoder,
-)
+from saffe_cache.store.arrays import ArrayFiles
+from saffe_cache.store.layout import ArraySpec, encoder_group
+from saffe_cache.store.manifest import EncoderManifest, log_folder, read_encoder, write_encoder
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.writer import EncoderWriter, Portion, begin_log, end_log
 from tests.store_cases import fingerprint

@@ -10,9 +10,7 @@ from s3_server import BUCKET, S3Proxy
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.store import pieces
-from saffe_cache.store.arrays import (
-    ArrayFiles,
-)
+from saffe_cache.store.arrays import ArrayFiles
 from saffe_cache.store.layout import ArraySpec, ShardEntry, describe_shard
 from saffe_cache.store.rows import RowReader
 from saffe_cache.store.storage import Storage

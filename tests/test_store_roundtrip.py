@@ -35,22 +35,11 @@ from store_cases import (
 from saffe_cache.core.features import BlockSpec, BlockWeights, CacheError, Compression
 from saffe_cache.store import reader
 from saffe_cache.store.dtypes import from_storage, is_scaled
-from saffe_cache.store.layout import (
-    COMPRESSIONS,
-    STORAGE_DTYPES,
-    ArraySpec,
-    encoder_group,
-)
-from saffe_cache.store.manifest import (
-    EncoderManifest,
-    read_encoder,
-)
+from saffe_cache.store.layout import COMPRESSIONS, STORAGE_DTYPES, ArraySpec, encoder_group
+from saffe_cache.store.manifest import EncoderManifest, read_encoder
 from saffe_cache.store.parts import read_table, write_table
 from saffe_cache.store.reader import EncoderCache, open_cache
-from saffe_cache.store.root import (
-    RootManifest,
-    write_root,
-)
+from saffe_cache.store.root import RootManifest, write_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder
 from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks

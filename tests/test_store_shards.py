@@ -13,13 +13,9 @@ from store_cases import image_contents, shard_files, without_fsync, write_conten
 
 from saffe_cache.core.features import CacheError, Compression
 from saffe_cache.store import rows
-from saffe_cache.store.arrays import (
-    ArrayFiles,
-)
+from saffe_cache.store.arrays import ArrayFiles
 from saffe_cache.store.layout import COMPRESSIONS
-from saffe_cache.store.manifest import (
-    read_encoder,
-)
+from saffe_cache.store.manifest import read_encoder
 from saffe_cache.store.rows import OpenShards
 from saffe_cache.store.storage import Storage
 

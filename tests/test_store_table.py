@@ -29,11 +29,7 @@ from saffe_cache.store.parts import (
     write_part,
     write_table,
 )
-from saffe_cache.store.root import (
-    RootManifest,
-    existing_root,
-    write_root,
-)
+from saffe_cache.store.root import RootManifest, existing_root, write_root
 from saffe_cache.store.storage import Storage, describe_group, read_group, write_group
 from saffe_cache.store.table import TableBuilder, text_hash
 

@@ -20,9 +20,7 @@ from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.inference.model import load_run
 from saffe_cache.inputs.feature_loader import encode_queries
 from saffe_cache.inputs.pairs import class_vectors, select_pairs
-from saffe_cache.store.manifest import (
-    EncoderManifest,
-)
+from saffe_cache.store.manifest import EncoderManifest
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.runs import BLOCKS, ENCODERS
 

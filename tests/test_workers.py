@@ -38,9 +38,7 @@ from saffe_cache.store import claims
 from saffe_cache.store.claims import Claims, Holder, Watch, held_cache
 from saffe_cache.store.config import StatusConfig
 from saffe_cache.store.layout import ArraySpec, ShardEntry
-from saffe_cache.store.manifest import (
-    ArrayManifest,
-)
+from saffe_cache.store.manifest import ArrayManifest
 from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.work import cache_status, read_plan

@@ -30,13 +30,7 @@ from saffe_cache.evaluation.results import Cost, Difference, EvaluationResult, I
 from saffe_cache.evaluation.single_queries import Shown, details_of, shown_of
 from saffe_cache.fusion.base import Fusion, counted_flops
 from saffe_cache.inputs.feature_loader import FeatureLoader
-from saffe_cache.inputs.pairs import (
-    Pairs,
-    data_fingerprint,
-    reported_fingerprint,
-    same_training_pairs,
-    training_pairs,
-)
+from saffe_cache.inputs.pairs import Pairs, data_fingerprint, reported_fingerprint, same_training_pairs, training_pairs
 from saffe_cache.inputs.spec import RunSpec, SplitOptions
 from saffe_cache.protocols.base import LEAKY_GALLERY, NULL_GALLERY, Level, Protocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol

@@ -31,14 +31,8 @@ from saffe_cache.extraction.planning import Job, find_offsets, new_job
 from saffe_cache.sources.items import Media
 from saffe_cache.store.dtypes import Stored, as_tensor, convert, to_storage
 from saffe_cache.store.held import HeldEncoder
-from saffe_cache.store.layout import (
-    ArraySpec,
-    encoder_group,
-)
-from saffe_cache.store.manifest import (
-    EncoderManifest,
-    write_encoder,
-)
+from saffe_cache.store.layout import ArraySpec, encoder_group
+from saffe_cache.store.manifest import EncoderManifest, write_encoder
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.writer import EncoderWriter, Portion, begin_log, write_blocks, write_weights
 

@@ -27,18 +27,10 @@ from saffe_cache.sources.items import Columns, Media, SourceItem
 from saffe_cache.sources.objects import described, is_streamed
 from saffe_cache.sources.registry import read_items
 from saffe_cache.store.claims import held_cache
-from saffe_cache.store.layout import (
-    layers_among,
-)
-from saffe_cache.store.manifest import (
-    read_encoder,
-)
+from saffe_cache.store.layout import layers_among
+from saffe_cache.store.manifest import read_encoder
 from saffe_cache.store.parts import Part, read_table, remove_unlisted, write_part
-from saffe_cache.store.root import (
-    RootManifest,
-    read_root,
-    write_root,
-)
+from saffe_cache.store.root import RootManifest, read_root, write_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder
 from saffe_cache.store.work import WORK

@@ -28,22 +28,11 @@ from saffe_cache.encoders.windows import CutKinds
 from saffe_cache.extraction.config import EncodeOptions, ExtractConfig
 from saffe_cache.sources.decoding import count_samples
 from saffe_cache.sources.items import Media
-from saffe_cache.store.arrays import (
-    ArrayFiles,
-)
+from saffe_cache.store.arrays import ArrayFiles
 from saffe_cache.store.dtypes import convert
-from saffe_cache.store.layout import (
-    ArraySpec,
-    choose_rows,
-    layers_among,
-)
-from saffe_cache.store.manifest import (
-    EncoderManifest,
-    read_encoder,
-)
-from saffe_cache.store.root import (
-    read_root,
-)
+from saffe_cache.store.layout import ArraySpec, choose_rows, layers_among
+from saffe_cache.store.manifest import EncoderManifest, read_encoder
+from saffe_cache.store.root import read_root
 from saffe_cache.store.rows import RowReader
 from saffe_cache.store.storage import Storage
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from saffe_cache.extraction.planning import Job, cut_blocks
-from saffe_cache.store.manifest import (
-    ArrayManifest,
-)
+from saffe_cache.store.manifest import ArrayManifest
 
 _MOST_TWICE = 0.05
 """Fraction of the inputs that may be encoded twice."""

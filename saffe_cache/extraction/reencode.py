@@ -25,15 +25,8 @@ from saffe_cache.sources.items import Columns, Media, SourceItem
 from saffe_cache.sources.registry import read_named_items
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.inspect import Damage
-from saffe_cache.store.layout import (
-    ArraySpec,
-    ShardEntry,
-    describe_shard,
-    layers_among,
-)
-from saffe_cache.store.manifest import (
-    EncoderManifest,
-)
+from saffe_cache.store.layout import ArraySpec, ShardEntry, describe_shard, layers_among
+from saffe_cache.store.manifest import EncoderManifest
 
 logger = logging.getLogger(__name__)
 

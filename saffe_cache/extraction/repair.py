@@ -31,20 +31,13 @@ from saffe_cache.extraction.reencode import (
     reload_encoder,
 )
 from saffe_cache.sources.items import Columns
-from saffe_cache.store.arrays import (
-    ArrayFiles,
-)
+from saffe_cache.store.arrays import ArrayFiles
 from saffe_cache.store.claims import held_cache
 from saffe_cache.store.inspect import Damage, find_damage
 from saffe_cache.store.layout import describe_shard, rows_without_index
-from saffe_cache.store.manifest import (
-    read_encoder,
-    write_encoder,
-)
+from saffe_cache.store.manifest import read_encoder, write_encoder
 from saffe_cache.store.parts import read_table
-from saffe_cache.store.root import (
-    existing_root,
-)
+from saffe_cache.store.root import existing_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.writer import write_weights
 

@@ -41,13 +41,9 @@ from saffe_cache.extraction.ranges import blocks_for, cut_ranges, missing_rows
 from saffe_cache.sources.items import Columns, Media
 from saffe_cache.sources.registry import list_items
 from saffe_cache.store.claims import Claim, Claims, held_cache
-from saffe_cache.store.manifest import (
-    read_encoder,
-)
+from saffe_cache.store.manifest import read_encoder
 from saffe_cache.store.parts import read_table
-from saffe_cache.store.root import (
-    read_root,
-)
+from saffe_cache.store.root import read_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.work import (
     PLAN,

@@ -40,9 +40,7 @@ from saffe_cache.sources.decoding import media_bytes
 from saffe_cache.sources.items import Columns, Media, SourceItem
 from saffe_cache.sources.registry import read_items
 from saffe_cache.store.held import HeldCache, HeldEncoder
-from saffe_cache.store.manifest import (
-    EncoderManifest,
-)
+from saffe_cache.store.manifest import EncoderManifest
 from saffe_cache.store.reader import EncoderCache
 from saffe_cache.store.table import TableBuilder
 from saffe_cache.training.result import TrainResult

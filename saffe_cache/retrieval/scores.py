@@ -24,14 +24,7 @@ from saffe_cache.retrieval.metrics import (
     metrics_of,
     unit_totals,
 )
-from saffe_cache.retrieval.ranking import (
-    ROUNDING,
-    InnerProducts,
-    ScoreMatrix,
-    members,
-    relevant_ranks,
-    top_k,
-)
+from saffe_cache.retrieval.ranking import ROUNDING, InnerProducts, ScoreMatrix, members, relevant_ranks, top_k
 
 _MOST_ORDERED = 2e7
 """Classes times photos up to which the interval of a class's mAP is computed: 0.7 GB, and a minute."""

@@ -30,9 +30,7 @@ from tqdm import tqdm
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.store.config import ExportConfig
-from saffe_cache.store.layout import (
-    encoder_group,
-)
+from saffe_cache.store.layout import encoder_group
 from saffe_cache.store.parts import table_to_arrays
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 from saffe_cache.store.rows import RowReader

@@ -19,30 +19,16 @@ import h5py
 import numpy as np
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.store.arrays import (
-    ArrayFiles,
-)
+from saffe_cache.store.arrays import ArrayFiles
 from saffe_cache.store.claims import held_cache
 from saffe_cache.store.config import ConvertConfig, ExportConfig, ImportConfig
 from saffe_cache.store.dtypes import from_storage, to_storage
-from saffe_cache.store.layout import (
-    ArraySpec,
-    choose_rows,
-    encoder_group,
-    layers_among,
-)
-from saffe_cache.store.manifest import (
-    EncoderManifest,
-    weights_type,
-)
+from saffe_cache.store.layout import ArraySpec, choose_rows, encoder_group, layers_among
+from saffe_cache.store.manifest import EncoderManifest, weights_type
 from saffe_cache.store.parts import ENCODING_TYPE as ITEMS
 from saffe_cache.store.parts import table_from_arrays, table_to_arrays, write_table
 from saffe_cache.store.reader import EncoderCache, open_cache, weights_from
-from saffe_cache.store.root import (
-    RootManifest,
-    read_root,
-    write_root,
-)
+from saffe_cache.store.root import RootManifest, read_root, write_root
 from saffe_cache.store.storage import (
     FORMAT_VERSION,
     Storage,

@@ -12,13 +12,9 @@ from saffe_cache.core.features import BlockWeights, CacheError
 from saffe_cache.core.items import ItemTable
 from saffe_cache.store.dtypes import from_storage
 from saffe_cache.store.layout import ArraySpec
-from saffe_cache.store.manifest import (
-    EncoderManifest,
-)
+from saffe_cache.store.manifest import EncoderManifest
 from saffe_cache.store.reader import Cache, EncoderCache
-from saffe_cache.store.root import (
-    RootManifest,
-)
+from saffe_cache.store.root import RootManifest
 from saffe_cache.store.rows import RowReader
 from saffe_cache.store.storage import Storage
 

@@ -11,18 +11,12 @@ import numpy as np
 
 from saffe_cache.core.features import CacheError, printable
 from saffe_cache.core.items import ItemTable
-from saffe_cache.store.arrays import (
-    ArrayFiles,
-)
+from saffe_cache.store.arrays import ArrayFiles
 from saffe_cache.store.config import InspectConfig, VerifyConfig
-from saffe_cache.store.manifest import (
-    read_encoder,
-)
+from saffe_cache.store.manifest import read_encoder
 from saffe_cache.store.parts import check_whole
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache, read_current
-from saffe_cache.store.root import (
-    existing_root,
-)
+from saffe_cache.store.root import existing_root
 from saffe_cache.store.storage import Storage
 
 Read = TypeVar("Read")

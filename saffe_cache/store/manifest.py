@@ -11,21 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from saffe_cache.core.features import (
-    MODALITIES,
-    CacheError,
-    Fingerprint,
-    Modality,
-    short_hash,
-)
+from saffe_cache.core.features import MODALITIES, CacheError, Fingerprint, Modality, short_hash
 from saffe_cache.core.json_schema import made_of, whole_number
-from saffe_cache.store.layout import (
-    LAYER_PREFIX,
-    ArraySpec,
-    ShardEntry,
-    encoder_group,
-    layers_among,
-)
+from saffe_cache.store.layout import LAYER_PREFIX, ArraySpec, ShardEntry, encoder_group, layers_among
 from saffe_cache.store.log import read_log, reasons_from_json, reasons_to_json
 from saffe_cache.store.root import existing_root
 from saffe_cache.store.storage import (

@@ -26,10 +26,7 @@ from saffe_cache.core.features import MODALITIES, CacheError, Modality, short_ha
 from saffe_cache.core.items import Inputs, ItemTable, Ragged
 from saffe_cache.core.json_schema import whole_numbers
 from saffe_cache.core.texts import Coded, Texts
-from saffe_cache.store.root import (
-    RootManifest,
-    existing_root,
-)
+from saffe_cache.store.root import RootManifest, existing_root
 from saffe_cache.store.storage import (
     FORMAT_VERSION,
     PlainArray,

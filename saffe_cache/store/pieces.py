@@ -25,9 +25,7 @@ from saffe_cache.store.layout import ShardEntry, decode_shard
 from saffe_cache.store.objects import ReplacedError, number_from_environment
 
 if TYPE_CHECKING:
-    from saffe_cache.store.arrays import (
-        ArrayFiles,
-    )
+    from saffe_cache.store.arrays import ArrayFiles
 
 logger = logging.getLogger(__name__)
 

@@ -25,24 +25,12 @@ from saffe_cache.core.features import (
 )
 from saffe_cache.core.items import ItemTable
 from saffe_cache.core.json_schema import made_of
-from saffe_cache.store.arrays import (
-    ArrayFiles,
-)
+from saffe_cache.store.arrays import ArrayFiles
 from saffe_cache.store.dtypes import Moments, combine_moments
-from saffe_cache.store.layout import (
-    encoder_group,
-)
-from saffe_cache.store.manifest import (
-    EncoderManifest,
-    read_encoder,
-    weights_type,
-)
+from saffe_cache.store.layout import encoder_group
+from saffe_cache.store.manifest import EncoderManifest, read_encoder, weights_type
 from saffe_cache.store.parts import read_table
-from saffe_cache.store.root import (
-    RootManifest,
-    existing_root,
-    read_root,
-)
+from saffe_cache.store.root import RootManifest, existing_root, read_root
 from saffe_cache.store.rows import RowReader
 from saffe_cache.store.storage import Storage, read_group
 

@@ -10,12 +10,7 @@ from typing import Any
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.json_schema import whole_number
 from saffe_cache.store.layout import encoder_group
-from saffe_cache.store.storage import (
-    FORMAT_VERSION,
-    Storage,
-    group_metadata,
-    own_attributes,
-)
+from saffe_cache.store.storage import FORMAT_VERSION, Storage, group_metadata, own_attributes
 
 
 @dataclass(frozen=True)

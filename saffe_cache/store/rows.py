@@ -22,9 +22,7 @@ from typing import IO
 import numpy as np
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.store.arrays import (
-    ArrayFiles,
-)
+from saffe_cache.store.arrays import ArrayFiles
 from saffe_cache.store.dtypes import from_storage
 from saffe_cache.store.files import MappedFile
 from saffe_cache.store.layout import ShardEntry, check_rows, decode_shard

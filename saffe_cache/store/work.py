@@ -18,12 +18,8 @@ from saffe_cache.core.json_schema import made_of
 from saffe_cache.store.claims import DEAD_AFTER_SECONDS, Watch, generations, seconds_since
 from saffe_cache.store.config import StatusConfig
 from saffe_cache.store.layout import ArraySpec
-from saffe_cache.store.manifest import (
-    read_encoder,
-)
-from saffe_cache.store.root import (
-    existing_root,
-)
+from saffe_cache.store.manifest import read_encoder
+from saffe_cache.store.root import existing_root
 from saffe_cache.store.storage import Storage, read_attributes
 
 WORK = "work"

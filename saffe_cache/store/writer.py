@@ -20,23 +20,10 @@ import numpy as np
 
 from saffe_cache.core.atomic_io import make_folder
 from saffe_cache.core.features import BlockWeights, LanguageModelWeights, Weights
-from saffe_cache.store.arrays import (
-    ArrayFiles,
-)
-from saffe_cache.store.layout import (
-    ArraySpec,
-    ShardEntry,
-    describe_shard,
-    encoder_group,
-)
+from saffe_cache.store.arrays import ArrayFiles
+from saffe_cache.store.layout import ArraySpec, ShardEntry, describe_shard, encoder_group
 from saffe_cache.store.log import LogWriter, Record
-from saffe_cache.store.manifest import (
-    ArrayManifest,
-    EncoderManifest,
-    log_folder,
-    weights_type,
-    write_encoder,
-)
+from saffe_cache.store.manifest import ArrayManifest, EncoderManifest, log_folder, weights_type, write_encoder
 from saffe_cache.store.storage import Storage, describe_group, mark_group, write_group
 
 _HELPERS = 4

@@ -34,10 +34,7 @@ from saffe_cache.fusion.base import Blocks, Fusion
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.baselines import LinearMap
 from saffe_cache.store.held import HeldCache, HeldEncoder, without_rows
-from saffe_cache.store.manifest import (
-    EncoderManifest,
-    weights_type,
-)
+from saffe_cache.store.manifest import EncoderManifest, weights_type
 from saffe_cache.store.reader import Cache, EncoderCache, weights_from
 from saffe_cache.store.table import TableBuilder
 from saffe_cache.training.result import PERMUTED, TrainResult

@@ -15,10 +15,7 @@ import numpy as np
 
 from saffe_cache.core.features import Fingerprint
 from saffe_cache.store.layout import ArraySpec
-from saffe_cache.store.manifest import (
-    EncoderManifest,
-    read_encoder,
-)
+from saffe_cache.store.manifest import EncoderManifest, read_encoder
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.writer import EncoderWriter, Portion
 

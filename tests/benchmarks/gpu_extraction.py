@@ -33,10 +33,7 @@ from saffe_cache.extraction.loading import Batch
 from saffe_cache.extraction.planning import Job, converters_of
 from saffe_cache.sources import Media
 from saffe_cache.store.dtypes import to_storage
-from saffe_cache.store.layout import (
-    choose_rows,
-    layers_among,
-)
+from saffe_cache.store.layout import choose_rows, layers_among
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.writer import EncoderWriter, Portion
 

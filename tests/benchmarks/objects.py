@@ -21,9 +21,7 @@ from streaming import windows
 from timing import Candidate, Figure, not_installed, take_turns
 from writing import LAYER, array_spec, draw_states, write_array
 
-from saffe_cache.store.manifest import (
-    EncoderManifest,
-)
+from saffe_cache.store.manifest import EncoderManifest
 from saffe_cache.store.reader import EncoderCache
 from saffe_cache.store.storage import Storage
 

@@ -23,9 +23,7 @@ from safetensors.numpy import save_file
 from timing import Candidate, Figure, not_installed, take_turns
 from writing import LAYER, SHARD_BYTES, array_spec, draw_states, write_array, write_plain
 
-from saffe_cache.store.layout import (
-    encoder_group,
-)
+from saffe_cache.store.layout import encoder_group
 from saffe_cache.store.reader import EncoderCache
 from saffe_cache.store.storage import Storage
 

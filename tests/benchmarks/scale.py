@@ -25,16 +25,10 @@ from saffe_cache.core.features import Fingerprint, Modality
 from saffe_cache.core.items import Item
 from saffe_cache.inputs.pairs import select_pairs
 from saffe_cache.store.layout import ArraySpec
-from saffe_cache.store.manifest import (
-    EncoderManifest,
-)
+from saffe_cache.store.manifest import EncoderManifest
 from saffe_cache.store.parts import Part, read_table, remove_unlisted, write_part
 from saffe_cache.store.reader import open_cache
-from saffe_cache.store.root import (
-    RootManifest,
-    read_root,
-    write_root,
-)
+from saffe_cache.store.root import RootManifest, read_root, write_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder
 from saffe_cache.store.writer import EncoderWriter, Portion

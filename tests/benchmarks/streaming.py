@@ -17,13 +17,8 @@ import zarr
 from timing import Candidate, Figure, not_installed, take_turns
 from writing import LAYER, array_spec, draw_states, write_array
 
-from saffe_cache.store.layout import (
-    ArraySpec,
-    encoder_group,
-)
-from saffe_cache.store.manifest import (
-    EncoderManifest,
-)
+from saffe_cache.store.layout import ArraySpec, encoder_group
+from saffe_cache.store.manifest import EncoderManifest
 from saffe_cache.store.reader import EncoderCache
 from saffe_cache.store.rows import RowReader
 from saffe_cache.store.storage import Storage

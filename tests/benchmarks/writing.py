@@ -16,10 +16,7 @@ from timing import Figure, take_turns
 from saffe_cache.core.features import Fingerprint
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.layout import STORAGE_DTYPES, ArraySpec, choose_rows
-from saffe_cache.store.manifest import (
-    ArrayManifest,
-    EncoderManifest,
-)
+from saffe_cache.store.manifest import ArrayManifest, EncoderManifest
 from saffe_cache.store.reader import EncoderCache
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.writer import EncoderWriter, Portion

@@ -26,9 +26,7 @@ from saffe_cache.protocols.searches import ClassProtocol
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.retrieval.baselines import LinearMap, fit_linear_probe, unit_rows
 from saffe_cache.retrieval.scores import candidate_scores
-from saffe_cache.store.manifest import (
-    EncoderManifest,
-)
+from saffe_cache.store.manifest import EncoderManifest
 from saffe_cache.store.reader import Cache, EncoderCache
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import text_hash

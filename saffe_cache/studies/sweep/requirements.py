@@ -11,13 +11,9 @@ from saffe_cache.core.features import MODALITIES, CacheError, Modality, StorageT
 from saffe_cache.extraction.config import ExtractConfig, config_from_json
 from saffe_cache.store.config import ConvertConfig
 from saffe_cache.store.exchange import convert_cache
-from saffe_cache.store.manifest import (
-    content_hash,
-)
+from saffe_cache.store.manifest import content_hash
 from saffe_cache.store.reader import Cache, EncoderCache
-from saffe_cache.store.root import (
-    read_root,
-)
+from saffe_cache.store.root import read_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.training.config import TrainConfig
 
