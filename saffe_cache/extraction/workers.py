@@ -260,21 +260,15 @@ class Worker:
 
     def _run(self, plan: Plan, piece: Piece, claim: Claim) -> Done | None:
         try:
-            if self._storage.exists(plan.mark(piece.name)):  # finished since it was looked for
-                claim.release()
-                return None
-            done, result = self._encode(piece, claim)
-            self._storage.create(plan.mark(piece.name), json.dumps({"owner": self._owner, **result}).encode())
+            with claim.given_up_on_errors():
+                if self._storage.exists(plan.mark(piece.name)):  # finished since it was looked for
+                    claim.release()
+                    return None
+                done, result = self._encode(piece, claim)
+                self._storage.create(plan.mark(piece.name), json.dumps({"owner": self._owner, **result}).encode())
         except _LostError:
             logger.warning("%s: another process has taken range %d over.", self._owner, piece.number)
-            claim.release()
             return None
-        except Exception as error:
-            claim.give_up(str(error) or type(error).__name__)
-            raise
-        except BaseException:
-            claim.give_up("")
-            raise
         claim.release()
         return done
 
@@ -421,19 +415,13 @@ def _plan_once(
     storage: Storage, config: ExtractConfig, claim: Claim, num_workers: int
 ) -> tuple[Plan | None, dict[str, Job], Mapping[bytes, Media] | None]:
     """Plan under a claim; others wait for the plan, or for the claim's end."""
-    try:
+    with claim.given_up_on_errors():
         plan, jobs, media = read_plan(storage), dict[str, Job](), None
         if plan is None:
             jobs, media = _begin_jobs(storage, config)
         if jobs:
             create_plan(storage, _plan_of(storage, config, jobs, media or {}, num_workers))
             plan = read_plan(storage)
-    except Exception as error:
-        claim.give_up(str(error) or type(error).__name__)
-        raise
-    except BaseException:
-        claim.give_up("")
-        raise
     if plan is None:
         claim.give_up(_NOTHING)
         time.sleep(2 * _POLL_SECONDS)  # for those who wait

@@ -187,6 +187,18 @@ class Claim:
         if not self.is_lost:
             self._storage.write(self.name, replace(self._holder, failed=reason, at=time.time()).to_bytes())
 
+    @contextmanager
+    def given_up_on_errors(self) -> Iterator[None]:
+        """Give up if the work fails, and say why, or if it is interrupted. A lost claim only ends."""
+        try:
+            yield
+        except Exception as error:
+            self.give_up(str(error) or type(error).__name__)
+            raise
+        except BaseException:
+            self.give_up("")
+            raise
+
     def remove(self) -> None:
         """End the claim and remove its file, and those of the dead holders before."""
         self.release()
