@@ -38,11 +38,11 @@ _QUERIES = 128
 _MOST_TARGETS = 8
 """Relevant items of a query up to which float32 products count: each costs two comparisons of every score."""
 _CROWDED = 64
-"""Where one in so many items of a block is too close to a relevant one, the whole block is scored exactly instead."""
+"""A block is scored exactly if one of this many of its items is too close to a relevant one."""
 _SPARSE = 16
-"""Where at most one in so many scores reaches a bound, only those are compared with each one's bounds."""
+"""If at most one of this many scores reaches a bound, only those are compared with each one's bounds."""
 _LONG = 8
-"""Ranks search for lists of one in so many items on their own: merging them costs as much."""
+"""Ranks divide a search for at most one of this many items; merging longer lists would cost as much."""
 _LANES = 128
 """Words of eight truth values that are added at a time: byte by byte, which holds 255."""
 _PAIRS_AT_ONCE = 4096

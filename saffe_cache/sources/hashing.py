@@ -107,7 +107,7 @@ def hash_items(items: Sequence[SourceItem], data: str | None, where: str, *, reh
     Args:
         data: what the hashes are remembered under; None reads all, and remembers nothing.
         where: the data in one line.
-        rehash: read all, and remember them anew.
+        rehash: read all, and remember what is found instead.
     """
     memory = _Memory(data, items, is_ignored=rehash) if data is not None else None
     found: list[SourceItem] = []

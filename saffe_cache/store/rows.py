@@ -144,7 +144,7 @@ class RowReader:
         return follows
 
     def _few_of_their_shard(self, rows: np.ndarray, *, is_read: bool) -> np.ndarray:
-        """bool [n]: whether a row's shard is not at hand, and has too few of these rows to be loaded whole."""
+        """bool [n]: whether a row's shard is not loaded, and has too few of these rows to be loaded whole."""
         numbers, places, counts = np.unique(rows // self.spec.shard_rows, return_inverse=True, return_counts=True)
         few = [
             count * _FEW < self.spec.shard_rows and not self._shards.is_at_hand(number, count * is_read)
