@@ -85,7 +85,7 @@ def gradient(config: TrainConfig) -> dict[str, torch.Tensor]:
     cache = open_cache(config.cache)
     spec = resolve_run(config, cache)
     training, validation, _ = training_pairs(spec, cache)
-    data = TrainingData(FeatureLoader(cache, spec), training, validation, config.batch_size, spec.seed)
+    data = TrainingData(FeatureLoader(cache, spec), training, validation, config.recipe.batch_size, spec.seed)
     state = start(config, spec, data)
     torch.manual_seed(1)
     loss = state.loss(next(data.batches(0, 1)))

@@ -6,7 +6,7 @@ A field `batch_size: int = 32` with a docstring below it becomes `--batch-size N
 given as KEY=VALUE and repeated; a bool becomes a pair `--flag/--no-flag`. A field declared as `positional()` is given
 without a flag; a tuple takes one or more. Fields that a config inherits are shown under the first line of the docstring
 of the class that declares them. A field that chooses from a registry names it in its metadata, `entries`, and its help
-lists the entries' summaries.
+lists what each entry says in `help`.
 
 `--config FILE.toml` takes any of these options by their field names; an option on the command line replaces the file's.
 `--print-config` prints such a file.
@@ -26,7 +26,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, Self, TypeVar
 
 from saffe_cache.core.json_schema import typed
 
@@ -55,6 +55,10 @@ class OptionGroup:
         for group in reversed(type(self).__mro__):
             if "check" in vars(group):
                 vars(group)["check"](self)
+
+    def resolved(self) -> Self:
+        """The same with the defaults filled in that depend on other options."""
+        return self
 
 
 def parse_config(config_class: type[Config], arguments: Sequence[str] | None, prog: str) -> Config:
@@ -168,7 +172,7 @@ class _Option:
 
     def add_to(self, parser: Any, text: str) -> None:
         """Add it to a parser with its docstring as help."""
-        text = " ".join([text, *(f"{name}: {one.summary}" for name, one in self._metadata.get("entries", {}).items())])
+        text = " ".join([text, *(f"{name}: {one.help}" for name, one in self._metadata.get("entries", {}).items())])
         if self._is_positional:
             # "?" and "*": --config may give it instead
             count, read = ("*", _list_of(str)) if self._container is tuple else ("?", self._kind)

@@ -15,6 +15,7 @@ from typing import Any
 from saffe_cache import __version__
 from saffe_cache.core.atomic_io import hold_folder, remove_partial_files, write_whole
 from saffe_cache.core.json_schema import made_of
+from saffe_cache.core.options import OptionGroup
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,9 @@ def is_begun(out: Path, new: Mapping[str, Any], kinds: Mapping[str, type], ignor
 def with_defaults(kind: type, content: Mapping[str, Any]) -> Mapping[str, Any]:
     """A part of a folder's config.json, where fields that are new since have their defaults."""
     try:
-        return json.loads(json.dumps(asdict(made_of(kind, content))))  # type: ignore[no-any-return]
+        made: Any = made_of(kind, content)
+        made = made.resolved() if isinstance(made, OptionGroup) else made
+        return json.loads(json.dumps(asdict(made)))  # type: ignore[no-any-return]
     except (TypeError, ValueError):  # of another version: compared as it stands
         return content
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -13,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from saffe_cache.core.features import BlockWeights
+from saffe_cache.core.items import Ragged
 from saffe_cache.fusion.layers import Learning, Mask, States, TextMap, summarize
 from saffe_cache.fusion.options import FusionShape
 
@@ -77,6 +80,33 @@ class Fused(NamedTuple):
     mask: Mask
 
 
+@dataclass(frozen=True)
+class TrainingVectors:
+    """The training pairs as one vector for each photo and text, for fusions in closed form."""
+
+    photos: np.ndarray
+    """Summaries of the photos, float32 [n, summary_size]."""
+    texts: np.ndarray
+    """Unit vectors of the distinct texts, float32 [m, text_size]."""
+    positives: Ragged
+    """Rows of each photo's texts."""
+    validate: Callable[[], float]
+    """The validation score of the model as it is at the time."""
+
+    @property
+    def mean_texts(self) -> np.ndarray:
+        """Mean of the unit vectors of each photo's texts, float32 [n, text_size]."""
+        sums = np.add.reduceat(self.texts[self.positives.values], self.positives.offsets[:-1], axis=0)
+        return np.asarray(sums / self.positives.lengths[:, None], np.float32)
+
+
+def as_read(shape: FusionShape, states: States, mask: Mask) -> tuple[States, Mask]:
+    """What a fusion sees of gallery inputs, of all their tokens: these, or their summaries as one token each."""
+    if shape.entry.reads == "tokens":
+        return states, mask
+    return [summarize(states, mask, has_class_token=shape.has_class_token).unsqueeze(1)], None
+
+
 class Fusion(nn.Module):
     """Gallery side f(x, text or null) and query side g(text), both as unit vectors.
 
@@ -133,6 +163,8 @@ class Fusion(nn.Module):
 
     def linear_features(self, states: States, mask: Mask, texts: Texts | None) -> torch.Tensor:
         """What the linear path sees, [inputs, summary_size]; same arguments as `forward`."""
+        if self.shape.entry.reads == "summary":
+            return states[0].squeeze(1)
         return summarize(states, mask, has_class_token=self.shape.has_class_token)
 
     @property
@@ -148,6 +180,17 @@ class Fusion(nn.Module):
     def linear_start(self) -> nn.Linear | None:
         """The linear path from the photo's summary, if everything else that reads the photo starts at zero."""
         return None
+
+    def fit(self, seen: TrainingVectors) -> None:
+        """Compute the weights of a fusion in closed form; what it must choose, it chooses by `seen.validate`."""
+        raise NotImplementedError
+
+    @property
+    def num_fitted(self) -> int:
+        """How many numbers a training sets."""
+        if self.shape.entry.is_closed_form:
+            return sum(one.numel() for one in self.state_dict().values())
+        return sum(one.numel() for one in self.parameters() if one.requires_grad)
 
     def freeze_unused(self, *, null_only: bool) -> None:
         """Freeze what must not train and, if only null text is fused, what gets no gradient."""

@@ -125,4 +125,5 @@ class ObjectiveOptions(OptionGroup):
     @property
     def trains_only_pairs(self) -> bool:
         """Whether only vectors of fused pairs are trained, so that a gallery with null text means nothing."""
-        return all(OBJECTIVES[name].trains_only_pairs for name in self.objective)
+        of_pairs = [OBJECTIVES[name].trains_only_pairs for name in self.objective]
+        return bool(of_pairs) and all(of_pairs)

@@ -15,6 +15,8 @@ BlockUse = Literal["none", "paired", "text", "both"]
 HeadName = Literal["attention", "mean", "flatten"]
 QuerySide = Literal["gallery", "text"]
 GalleryText = Literal["null", "first_caption", "matched"]
+Reading = Literal["tokens", "summary"]
+Origin = Literal["published", "validation", ""]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,11 @@ class Entry:
     """MODULE:CLASS."""
     summary: str
     """For --help: one or two short sentences."""
+
+    @property
+    def help(self) -> str:
+        """What --help says of it."""
+        return self.summary
 
     def make(self, *arguments: Any) -> Any:
         """Import the class and call it."""
@@ -64,6 +71,24 @@ class FusionEntry(Entry):
     """Objectives that fuse texts in training even when none is paired with the photos; used with `without_text`."""
     is_deterministic: bool = True
     """Whether the same inputs always give the same vectors in evaluation."""
+    reads: Reading = "tokens"
+    """What it sees of a photo: its tokens, or their summary (`layers.summarize`) as one token of width summary_size."""
+    is_closed_form: bool = False
+    """Whether its weights are computed by `Fusion.fit`, without steps and without an objective."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """Its default of options in `training.config.TrainingRecipe` that differ from the usual ones, such as epochs."""
+    recipe_from: Origin = ""
+    """Where the recipe is from: its paper or released code, or our choice on validation photos. Of a closed form: how
+    its parameters, such as the strength of a penalty, are chosen."""
+
+    @property
+    def help(self) -> str:
+        parts = [f"{name} {value}" for name, value in self.recipe.items()]
+        parts += {"published": ["as published"], "validation": ["chosen on validation photos"], "": []}[
+            self.recipe_from
+        ]
+        what = "Closed form" if self.is_closed_form else "Recipe"
+        return f"{self.summary} {what}: {', '.join(parts)}." if parts else self.summary
 
     @property
     def has_decoder(self) -> bool:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from saffe_cache.core.atomic_io import write_whole
-from saffe_cache.fusion.base import Fusion
+from saffe_cache.fusion.base import Fusion, as_read
 
 _TOLERANCE = 1e-4
 """How far a coordinate of a unit vector may be from torch's."""
@@ -59,9 +59,8 @@ class _NullGallery(nn.Module):
         self.model, self.has_mask = model, has_mask
 
     def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        if self.has_mask:
-            return self.model(inputs[:-1], inputs[-1])  # type: ignore[no-any-return]
-        return self.model(inputs)  # type: ignore[no-any-return]
+        states, mask = (inputs[:-1], inputs[-1]) if self.has_mask else (inputs, None)
+        return self.model(*as_read(self.model.shape, states, mask))  # type: ignore[no-any-return]
 
 
 def _example(gallery: _NullGallery, count: int) -> list[torch.Tensor]:

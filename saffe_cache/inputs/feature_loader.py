@@ -7,6 +7,9 @@
 | `mapped` | in their files, memory-mapped; the system keeps in memory what fits | on a CPU, and for larger caches |
 | `streamed` | compressed or behind a URL; the shards of two windows of photos are in memory | if all are too large |
 
+A fusion that reads summaries has them in the place of hidden states with `device` and `memory`: each photo's tokens are
+read once.
+
 A window is what a streamed training shuffles at a time: a few random shards of photos. While training uses one window,
 the next one is fetched and decompressed. Hidden states are kept and copied in their storage type, half or a quarter of
 a float32's bytes, and become float32 on the device.
@@ -17,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +40,17 @@ _WINDOW_BYTES = 2**29
 """Approximate size of one window of a streamed training."""
 
 
+class _Kept(NamedTuple):
+    """Summaries of gallery inputs that are kept."""
+
+    rows: np.ndarray
+    """Ascending."""
+    summaries: torch.Tensor
+
+    def of(self, rows: np.ndarray) -> torch.Tensor:
+        return self.summaries[torch.from_numpy(np.searchsorted(self.rows, rows)).to(self.summaries.device)]
+
+
 class FeatureLoader:
     """Reads the features of one run from a cache."""
 
@@ -44,13 +58,37 @@ class FeatureLoader:
         self.cache, self.spec, self.device, self.residency = cache, spec, device, residency
         self.gallery, self.text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
         self._held: dict[tuple[str, str], torch.Tensor] = {}
-        if residency in ("device", "memory"):
+        self._kept: _Kept | None = None
+        if residency in ("device", "memory") and spec.shape.entry.reads == "tokens":
             for encoder, name in _arrays(cache, spec):
                 self._held[encoder.key, name] = self._load(encoder, name)
 
     def photos(self, rows: np.ndarray) -> tuple[list[torch.Tensor], Mask]:
-        """Hidden states of gallery inputs, float32 [n, tokens, d] for each layer, and their mask, bool [n, tokens]."""
+        """What the fusion sees of gallery inputs.
+
+        Hidden states, float32 [n, tokens, d] for each layer, and their mask, bool [n, tokens]; or, for a fusion that
+        reads summaries, these as one token each, [n, 1, summary_size].
+        """
+        if self.spec.shape.entry.reads == "summary":
+            return [self.summaries(rows).unsqueeze(1)], None
         return self._tokens(self.gallery, rows, self.spec.gallery_layers)
+
+    def summaries(self, rows: np.ndarray) -> torch.Tensor:
+        """Of gallery inputs, float32 [n, summary_size]: what `layers.summarize` makes of their hidden states."""
+        if self._kept is not None:
+            return self._kept.of(rows)
+        states, mask = self._tokens(self.gallery, rows, self.spec.gallery_layers)
+        return summarize(states, mask, has_class_token=self.spec.shape.has_class_token)
+
+    def keep_summaries(self, rows: np.ndarray) -> None:
+        """For a fusion that reads summaries, compute those of these inputs and keep them where the residency says.
+
+        Their tokens are not read again; with `mapped` and `streamed`, they are read for every batch.
+        """
+        if self.spec.shape.entry.reads == "summary" and self.residency in ("device", "memory"):
+            distinct = np.unique(rows)
+            found = in_blocks(lambda these: self.summaries(distinct[these]), len(distinct))
+            self._kept = _Kept(distinct, torch.from_numpy(found).to(self.device))
 
     def texts(self, rows: np.ndarray) -> Texts:
         """Texts to pair with gallery inputs; for a fusion without text layers, only their own vectors."""
@@ -124,6 +162,8 @@ class FeatureLoader:
 def choose_residency(requested: Residency | Literal["auto"], cache: Cache, spec: RunSpec, device: str) -> Residency:
     """Where to keep the hidden states of a training; "auto" takes the fastest place that has room for them.
 
+    Of a fusion that reads summaries, these are kept, which also `memory` has room for as a rule.
+
     Raises:
         ValueError: device is requested on a CPU, or mapped for shards that are compressed or behind a URL.
     """
@@ -135,10 +175,13 @@ def choose_residency(requested: Residency | Literal["auto"], cache: Cache, spec:
         refuse("residency", "mapped, of shards that are compressed or behind a URL", "memory or streamed")
     if requested != "auto":
         return requested
+    reads_summaries = spec.shape.entry.reads == "summary"
     needed = sum(len(array) * array.spec.row_bytes for array in arrays)
+    if reads_summaries:
+        needed = len(cache.table) * spec.shape.summary_size * 4
     if device != "cpu" and needed < _DEVICE_PART * torch.cuda.mem_get_info()[0]:
         return "device"
-    if (device != "cpu" or not can_map) and needed < _MEMORY_PART * available_memory():
+    if (reads_summaries or device != "cpu" or not can_map) and needed < _MEMORY_PART * available_memory():
         return "memory"
     return "mapped" if can_map else "streamed"
 

@@ -18,10 +18,10 @@ from torch import nn
 
 from saffe_cache.core import ranks
 from saffe_cache.core.devices import num_cores
+from saffe_cache.core.items import Ragged
 from saffe_cache.core.options import require
 from saffe_cache.core.ranks import Share
-from saffe_cache.fusion.base import Fused, Fusion, Pairing, Texts
-from saffe_cache.fusion.layers import summarize
+from saffe_cache.fusion.base import Fused, Fusion, Pairing, Texts, TrainingVectors
 from saffe_cache.fusion.losses import Batch, Contrast, distinct_positives
 from saffe_cache.fusion.options import ObjectiveOptions
 from saffe_cache.fusion.registry import OBJECTIVES
@@ -192,18 +192,27 @@ class TrainingData:
         whose linear path sees the photo alone."""
         for best, _ in self._ridges.values():
             return best
-        has_class_token = self.inputs.spec.shape.has_class_token
-
-        def features(pairs: Pairs) -> Rows:
-            return _rows(pairs.rows, lambda rows: summarize(*self.inputs.photos(rows), has_class_token=has_class_token))
-
-        training, validation = features(self._pairs), features(self._validation).whole
+        training, validation = (_rows(pairs.rows, self.inputs.summaries) for pairs in (self._pairs, self._validation))
+        photos = validation.whole
         queries = unit_rows(self._search.queries.vectors)
         return fit_ridge(
             training,
             self._text_means,
-            lambda fit: self._search.validation_score(unit_rows(fit(validation)), queries),
+            lambda fit: self._search.validation_score(unit_rows(fit(photos)), queries),
         )
+
+    def training_vectors(self, model: Fusion) -> TrainingVectors:
+        """What a fusion in closed form is fitted on; it validates the model that is to be fitted."""
+        texts = self._pairs.texts
+        distinct, places = np.unique(texts.values, return_inverse=True)
+        photos = _rows(self._pairs.rows, self.inputs.summaries).whole
+        vectors = unit_rows(self.inputs.text.vectors(distinct))
+        return TrainingVectors(photos, vectors, Ragged(texts.offsets, places), lambda: self.validate(model))
+
+    def validate(self, model: Fusion) -> float:
+        """The validation score of a model, on which all ranks agree."""
+        measured = self.protocol.validate(model.eval())
+        return ranks.agreed(lambda: measured)
 
     def _search_score(self, photos: np.ndarray, model: Fusion) -> float:
         """The main metric of a search over unit vectors of the validation photos."""

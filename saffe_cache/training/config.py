@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, Self
 
 from saffe_cache.core.features import MODALITIES, IndexConvention
 from saffe_cache.core.options import OptionGroup, refuse, require, require_keys, require_seed
@@ -46,28 +46,54 @@ class DataOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingRecipe(OptionGroup):
+    """How a fusion is trained: the usual values of the options of the same names.
+
+    A fusion may have others (`FusionEntry.recipe`), and an option that is given replaces either.
+    """
+
+    epochs: int = 20
+    batch_size: int = 512
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    patience: int = 8
+
+    def check(self) -> None:
+        """Raise ValueError if a value is out of range."""
+        for option in ("batch_size", "learning_rate", "patience"):
+            require(0 < getattr(self, option) < math.inf, option, getattr(self, option), "a number above 0")
+        for option in ("epochs", "weight_decay"):
+            require(getattr(self, option) >= 0, option, getattr(self, option), "0 or more")
+        require(0 <= self.warmup < 1, "warmup", self.warmup, "a fraction from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimisationOptions(OptionGroup):
     """Optimisation"""
 
     start: Literal["ridge", "random"] = "ridge"
     """Starting weights of the attention head. ridge: the ridge regression from photos to their texts. random: drawn at
     random, as those of the other heads."""
-    epochs: int = 20
-    """Passes over the photos; 0 keeps the starting weights."""
+    epochs: int | None = None
+    """Passes over the photos; 0 keeps the starting weights. Default: the fusion's own, usually 20; a fusion in closed
+    form has none."""
     control_epochs: int = 2
     """Epochs of the control, which is trained on permuted pairs; 0 trains no control, and the report says so."""
-    batch_size: int = 512
-    """Photos in a batch, each with all its texts; fewer if the data would give fewer than 8 such batches."""
-    learning_rate: float = 2e-3
-    """Peak learning rate of AdamW."""
-    weight_decay: float = 0.05
-    """Weight decay of AdamW, on matrices."""
-    warmup: float = 0.1
-    """Fraction of the steps in which the learning rate rises; a cosine down to 2 % follows."""
+    batch_size: int | None = None
+    """Photos in a batch, each with all its texts; fewer if the data would give fewer than 8 such batches. Default: the
+    fusion's own, usually 512."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW. Default: the fusion's own, usually 0.002."""
+    weight_decay: float | None = None
+    """Weight decay of AdamW, on matrices. Default: the fusion's own, usually 0.05."""
+    warmup: float | None = None
+    """Fraction of the steps in which the learning rate rises; a cosine down to 2 % follows. Default: the fusion's own,
+    usually 0.1."""
     clip: float = 5.0
     """Largest norm of the gradient."""
-    patience: int = 8
-    """Stop after this many epochs without a better validation score."""
+    patience: int | None = None
+    """Stop after this many epochs without a better validation score. Default: the fusion's own, usually 8."""
     seed: int = 0
     """Seed of the starting weights and of dropout."""
     data_seed: int | None = None
@@ -76,11 +102,8 @@ class OptimisationOptions(OptionGroup):
 
     def check(self) -> None:
         """Raise ValueError if a value is out of range."""
-        for option in ("batch_size", "learning_rate", "clip", "patience"):
-            require(0 < getattr(self, option) < math.inf, option, getattr(self, option), "a number above 0")
-        for option in ("epochs", "weight_decay", "control_epochs"):
-            require(getattr(self, option) >= 0, option, getattr(self, option), "0 or more")
-        require(0 <= self.warmup < 1, "warmup", self.warmup, "a fraction from 0 to below 1")
+        require(0 < self.clip < math.inf, "clip", self.clip, "a number above 0")
+        require(self.control_epochs >= 0, "control_epochs", self.control_epochs, "0 or more")
         for option in ("seed", "data_seed"):
             require_seed(option, getattr(self, option) or 0)
 
@@ -125,6 +148,35 @@ class TrainConfig(
     """Folder of the run."""
 
     def check(self) -> None:
-        """Raise ValueError if text layers are given to a fusion that takes no text tokens."""
+        """Raise ValueError if an option is out of range, or the fusion takes none."""
         if "text" in self.layers and self.entry.blocks == "none":
             refuse("layers", "text=…", f"no text: {self.fusion} takes no tokens")
+        recipe = self.recipe
+        if self.entry.is_closed_form:
+            for option, value in asdict(self._own_recipe).items():
+                if getattr(recipe, option) != value:
+                    refuse(option, getattr(recipe, option), f"none: {self.fusion} is fitted in closed form")
+            if self.objective:
+                refuse("objective", ", ".join(self.objective), f"none: {self.fusion} is fitted in closed form")
+
+    @property
+    def recipe(self) -> TrainingRecipe:
+        """The options that are given, and for the others the fusion's own values or the usual ones."""
+        names = [one.name for one in fields(TrainingRecipe)]
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(self._own_recipe, **given)
+
+    @property
+    def _own_recipe(self) -> TrainingRecipe:
+        """The fusion's own recipe, whatever is given."""
+        without_steps: Mapping[str, Any] = {"epochs": 0} if self.entry.is_closed_form else {}
+        return TrainingRecipe(**{**without_steps, **self.entry.recipe})
+
+    def resolved(self) -> Self:
+        """With the values of its recipe, as a run's config.json holds them."""
+        return replace(self, **asdict(self.recipe))
+
+    @property
+    def of_control(self) -> Self:
+        """The training of the control."""
+        return self if self.entry.is_closed_form else replace(self, epochs=self.control_epochs)

@@ -149,9 +149,10 @@ class Log:
 
 
 def start(config: TrainConfig, spec: RunSpec, data: TrainingData, *, resumes: bool = False) -> TrainingState:
-    """The model before the first step; an attention head starts as the late fusion with the best validation score.
+    """The model before the first step; an attention head starts as the late fusion with the best validation score, and
+    a fusion in closed form is fitted.
 
-    `resumes`: skip that start, since a checkpoint replaces the weights.
+    `resumes`: skip that, since a checkpoint replaces the weights.
     """
     torch.manual_seed(config.seed)
     model = build_fusion(spec, data.inputs.cache).to(config.device)
@@ -159,11 +160,16 @@ def start(config: TrainConfig, spec: RunSpec, data: TrainingData, *, resumes: bo
     model.freeze_unused(null_only=not sees_text)
     if config.start == "ridge" and model.linear_start is not None and not resumes:
         data.start_as_late_fusion(model, model.linear_start)
+    started = time.perf_counter()
+    if config.entry.is_closed_form and not resumes:
+        model.fit(data.training_vectors(model))
+    seconds = time.perf_counter() - started
     objective = Objective(spec, data.inputs.texts).to(config.device)
-    rates = config.learning_rate, config.weight_decay
-    groups = [*parameter_groups(model, *rates), *parameter_groups(objective, *rates)]
-    optimizer = adamw(groups, config.learning_rate, betas=(0.9, 0.98), fused=True)  # one pass over the weights, not 12
-    return TrainingState(model=model, objective=objective, optimizer=optimizer)
+    rates = config.recipe.learning_rate, config.recipe.weight_decay
+    groups = [*parameter_groups(model, *rates), *parameter_groups(objective, *rates)] or [{"params": []}]
+    # fused: one pass over the weights, not 12
+    optimizer = adamw(groups, config.recipe.learning_rate, betas=(0.9, 0.98), fused=True)
+    return TrainingState(model=model, objective=objective, optimizer=optimizer, seconds=seconds)
 
 
 class Training:
@@ -174,7 +180,7 @@ class Training:
             make_folder(out)
             remove_partial_files(out)
         self._config, self._data, self._out = config, data, out
-        self.num_steps = config.epochs * data.steps_per_epoch
+        self.num_steps = config.recipe.epochs * data.steps_per_epoch
         self.state = start(config, spec, data, resumes=ranks.agreed((out / STATE).exists))
         resumed = resume(out, self.state)
         self._log = Log(out, self.state.step if resumed else None, loggers)
@@ -186,7 +192,7 @@ class Training:
     def is_over(self) -> bool:
         """Whether all steps are done, or validation has not improved for `patience` epochs."""
         epoch = self.state.step // self._data.steps_per_epoch
-        return self.state.step >= self.num_steps or epoch - self.state.best_epoch >= self._config.patience
+        return self.state.step >= self.num_steps or epoch - self.state.best_epoch >= self._config.recipe.patience
 
     def take(self, batch: Batch, waited: float) -> None:
         """Do one step, and validate at the end of an epoch. `waited`: seconds spent waiting for the batch."""
@@ -231,7 +237,7 @@ def fit(trainings: Sequence[Training], data: TrainingData, name: str) -> None:
 def _step(config: TrainConfig, state: TrainingState, batch: Batch, total: int) -> float:
     """One update of the weights; returns the loss."""
     torch.manual_seed(config.seed * 1_000_003 + state.step)
-    rate = warmed_cosine(state.step, total, max(1, int(config.warmup * total)), floor=0.02)
+    rate = warmed_cosine(state.step, total, max(1, int(config.recipe.warmup * total)), floor=0.02)
     state.model.train()
     device = batch.vectors.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -243,8 +249,7 @@ def _step(config: TrainConfig, state: TrainingState, batch: Batch, total: int) -
 def _finish_epoch(state: TrainingState, data: TrainingData, log: Log, out: Path, loss: float | None) -> None:
     """Validate, and save the weights if they are the best so far. Epoch 0 is before the first step."""
     epoch = state.step // data.steps_per_epoch
-    measured = data.protocol.validate(state.model.eval())
-    score = ranks.agreed(lambda: measured)  # on which all stop, or none
+    score = data.validate(state.model)
     if score > state.best_score:
         state.best_score, state.best_epoch = score, epoch
         if ranks.is_first():

@@ -32,7 +32,7 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
         present = set(cache.table.splits)
         validation = next((name for name in VALIDATION_SPLITS if name in present), "heldout")
     gallery_text = config.gallery_text or config.entry.gallery_text
-    objective = dict(config.objective or config.entry.objective)
+    objective = {} if config.entry.is_closed_form else dict(config.objective or config.entry.objective)
     spec = RunSpec(
         **(_options(config, SplitOptions) | {"validation": validation}),
         **(_options(config, ObjectiveOptions) | {"objective": objective}),

@@ -80,9 +80,11 @@ class TrainResult(Result):
     def page_sections(self, folder: Path) -> list[Section]:
         """The section for a page: also the objective and the training curves."""
         [section] = self.sections()
-        losses = dict(read_json(folder / CONFIG)["config"].get("objective") or {})
+        content = read_json(folder / CONFIG)
+        losses = dict(content["config"].get("objective") or {})
         weights = ", ".join(f"{name}={weight}" for name, weight in losses.items())
-        section.facts.append(("objective", weights or "default"))
+        usual = "default" if content["run"].get("objective", True) else "none: the fusion is fitted in closed form"
+        section.facts.append(("objective", weights or usual))
         logs = {"run": read_log(folder / LOG), "control: permuted pairs": read_log(folder / PERMUTED / LOG)}
         if logs["run"]:
             plot = TrainingPlot(

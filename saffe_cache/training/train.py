@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from saffe_cache.core import ranks
 from saffe_cache.core.atomic_io import LOCK_NAME, hold_folder
 from saffe_cache.core.devices import choose_device, peak_memory_mb
@@ -103,6 +105,7 @@ class _Plan:
     """A run to train."""
 
     config: TrainConfig
+    """Resolved."""
     cache: Cache
     spec: RunSpec
     device: str
@@ -130,7 +133,7 @@ class _Plan:
 def same_batches(config: TrainConfig, spec: RunSpec) -> tuple[object, ...]:
     """Equal for runs that see the same batches in the same order, and can be trained side by side."""
     data = (config.cache, spec.gallery_key, spec.text_key, spec.gallery_layers, spec.text_layers, spec.data)
-    return (*data, spec.gallery_text, own_protocol(spec), config.batch_size, spec.seed)
+    return (*data, spec.gallery_text, own_protocol(spec), spec.shape.entry.reads, config.recipe.batch_size, spec.seed)
 
 
 def _plan(config: TrainConfig, cache: Cache, callbacks: Sequence[Logger]) -> _Plan:
@@ -142,7 +145,7 @@ def _plan(config: TrainConfig, cache: Cache, callbacks: Sequence[Logger]) -> _Pl
     spec = replace(spec, shuffled_shards=window, data=data_fingerprint(cache, spec, parts.training, parts.validation))
     if ranks.agreed(lambda: spec.data) != spec.data:
         raise ValueError(f"{config.cache}: this rank reads other data than the first one. Give all the same cache.")
-    return _Plan(config, cache, spec, device, residency, parts, required(config.log), callbacks)
+    return _Plan(config.resolved(), cache, spec, device, residency, parts, required(config.log), callbacks)
 
 
 def _train_group(plans: Sequence[_Plan]) -> None:
@@ -157,6 +160,7 @@ def _train_group(plans: Sequence[_Plan]) -> None:
                 (plan.out / name).unlink(missing_ok=True)
         write_json(plan.out / CONFIG, plan.content)
     inputs = FeatureLoader(first.cache, first.spec, first.device, first.residency)
+    inputs.keep_summaries(np.concatenate([training.rows, validation.rows]))
     with ExitStack() as opened:
         asked = [(plan.loggers, plan.callbacks) if ranks.is_first() else () for plan in plans]
         loggers = [opened.enter_context(Loggers(plan.out, *of)) for plan, of in zip(plans, asked, strict=True)]
@@ -166,7 +170,7 @@ def _train_group(plans: Sequence[_Plan]) -> None:
         runs = [(plan, plan.config, plan.out, one) for plan, one in zip(plans, loggers, strict=True)]
         states = _fit(runs, inputs, training, validation)
         controls = [
-            (plan, replace(plan.config, epochs=plan.config.control_epochs), out, Loggers(out))
+            (plan, plan.config.of_control, out, Loggers(out))
             for plan in plans
             if plan.config.control_epochs
             for out in [plan.out / PERMUTED]
@@ -186,7 +190,7 @@ def _fit(
 
     Returns each run's state, and the numbers of photos and texts that it saw.
     """
-    data = TrainingData(inputs, training, validation, runs[0][1].batch_size, inputs.spec.seed)
+    data = TrainingData(inputs, training, validation, runs[0][1].recipe.batch_size, inputs.spec.seed)
     trainings = [
         Training(replace(config, device=plan.device), plan.spec, data, out, loggers)
         for plan, config, out, loggers in runs
@@ -205,7 +209,7 @@ def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int], control_se
     score_name = load_protocol(own_protocol(plan.spec)).main_metric
     if ranks.is_first():
         keep_encoders(plan.out, plan.spec, plan.cache)
-    num_trainable = sum(one.numel() for one in state.model.parameters() if one.requires_grad)
+    num_trainable = state.model.num_fitted
     result = TrainResult(
         best_epoch=state.best_epoch,
         best_validation_score=state.best_score,
@@ -229,7 +233,7 @@ def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int], control_se
         _remove_states(plan.out)
     logger.info(
         "%s: best validation %s %.2f %% after epoch %d of %d; %.2f M trainable parameters.",
-        *(plan.out, score_name, 100 * state.best_score, state.best_epoch, plan.config.epochs),
+        *(plan.out, score_name, 100 * state.best_score, state.best_epoch, plan.config.recipe.epochs),
         num_trainable / 1e6,
     )
     return result
@@ -241,7 +245,9 @@ def _remove_states(out: Path) -> None:
 
 
 def _tell(plan: _Plan) -> None:
-    spec, place = plan.spec, f"{plan.device} with hidden states {_PLACES[plan.residency]}"
+    spec = plan.spec
+    what = "hidden states" if spec.shape.entry.reads == "tokens" else "their summaries"
+    place = f"{plan.device} with {what} {_PLACES[plan.residency]}"
     logger.info(
         "%s fusion, %s head, on %s: %s of %s%s, described by %s (%s).",
         *(spec.shape.fusion, spec.shape.head, place, _names(spec.gallery_layers), spec.gallery_key),

@@ -98,7 +98,7 @@ def training_data(config: TrainConfig, residency: Any) -> TrainingData:
         spec = replace(spec, shuffled_shards=window_shards(cache, spec))
     training, validation, _ = training_pairs(spec, cache)
     inputs = FeatureLoader(cache, spec, config.device, residency)
-    return TrainingData(inputs, training, validation, config.batch_size, spec.seed)
+    return TrainingData(inputs, training, validation, config.recipe.batch_size, spec.seed)
 
 
 def stepper(config: TrainConfig, data: TrainingData) -> Callable[[Iterable[Batch]], int]:

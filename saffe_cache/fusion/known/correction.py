@@ -28,6 +28,7 @@ from saffe_cache.fusion.layers import (
     zero_linear,
 )
 from saffe_cache.fusion.options import FusionShape
+from saffe_cache.fusion.two_sided import TwoSided
 
 
 class Correction(NamedTuple):
@@ -122,7 +123,7 @@ class HadamardFusion(CorrectingFusion):
         return Correction(masked(self.out(joint), texts.is_text), states[-1], mask)
 
 
-class TwoTowerFusion(Fusion):
+class TwoTowerFusion(TwoSided):
     """The photo's first token and the text's own vector, each through Linear(d, 256): 393,728 parameters for d = 768,
     one photo layer and a text vector of the same width.
 
@@ -141,19 +142,14 @@ class TwoTowerFusion(Fusion):
         if shape.matches:
             self.match_head = MatchHead(shape.hidden_size, 1, self.WIDTH)
 
-    def encode_queries(self, vectors: torch.Tensor) -> torch.Tensor:
-        unit = functional.normalize(vectors, dim=-1) * self.shape.text_size**0.5
-        return functional.normalize(self.text_tower(unit), dim=-1)
+    def photo_side(self, summary: torch.Tensor) -> torch.Tensor:
+        return self.photo_tower(summary)  # type: ignore[no-any-return]
 
-    def fuse(
-        self, states: States, mask: Mask = None, texts: Texts | None = None, pairing: Pairing = ROW_BY_ROW
-    ) -> Fused:
-        whole = torch.cat([self._whole(state, mask) for state in states], dim=-1)
-        vectors = gathered(functional.normalize(self.photo_tower(whole), dim=-1), pairing.gallery)
-        if texts is not None:
-            paired = texts.rows(pairing.text)
-            vectors = functional.normalize(vectors + self.encode_queries(paired.vectors) * paired.is_text, dim=-1)
-        return Fused(vectors, [gathered(states[-1], pairing.gallery)], gathered(mask, pairing.gallery))
+    def text_side(self, unit: torch.Tensor) -> torch.Tensor:
+        return self.text_tower(unit * self.shape.text_size**0.5)  # type: ignore[no-any-return]
+
+    def photo_summary(self, states: States, mask: Mask) -> torch.Tensor:
+        return torch.cat([self._whole(state, mask) for state in states], dim=-1)
 
     def _whole(self, state: torch.Tensor, mask: Mask) -> torch.Tensor:
         """The normed token, or mean, that stands for each whole photo, [inputs, d]."""

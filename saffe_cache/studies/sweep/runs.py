@@ -22,13 +22,14 @@ from saffe_cache.protocols.registry import load_protocol
 from saffe_cache.store.reader import Cache
 from saffe_cache.studies.sweep.recipe import Cell, Recipe
 from saffe_cache.studies.sweep.result import Level, SweepCost, SweepPoint, SweepResult, SweepSeries
-from saffe_cache.training.config import TrainConfig
+from saffe_cache.training.config import TrainConfig, TrainingRecipe
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.result import TrainResult
 from saffe_cache.training.train import same_batches
 
 _WITHOUT_EFFECT = {"cache", "out", "device", "residency", "checkpoint_seconds", "log"}
 """Options that do not change a run's result."""
+_OF_RECIPE = {one.name for one in fields(TrainingRecipe)}
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class Planner:
         spec = replace(spec, data=seen)
         sides = ((spec.gallery_key, spec.gallery_layers), (spec.text_key, spec.text_layers))
         stored = [cache.encoders[key].array(f"hidden_states/{layer}").spec.dtype for key, of in sides for layer in of]
-        options = {name: value for name, value in chosen(config).items() if name not in _WITHOUT_EFFECT}
+        options = {name: value for name, value in chosen(config).items() if name not in _WITHOUT_EFFECT | _OF_RECIPE}
+        options |= chosen(config.recipe)
         identity = short_hash({"config": options, "run": chosen(spec), "stored": stored})
         layers = "+".join(map(str, spec.gallery_layers))
         name = re.sub(r"[^A-Za-z0-9+-]+", "-", f"{config.fusion}-{layers}-seed{config.seed}")
