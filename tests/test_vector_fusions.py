@@ -50,7 +50,9 @@ class LeastSquares(TwoSided):
 
     def fit(self, seen):
         start = seen.validate()
-        self.weight = torch.linalg.lstsq(torch.from_numpy(seen.photos), torch.from_numpy(seen.mean_texts)).solution
+        photos, texts = torch.from_numpy(seen.photos), torch.from_numpy(seen.mean_texts)
+        penalty = 10 * torch.eye(photos.shape[1])
+        self.weight = torch.linalg.solve(photos.T @ photos + penalty, photos.T @ texts)
         assert 0 < start <= 1 and start != seen.validate()
 
     def photo_side(self, summary):
@@ -138,7 +140,7 @@ def test_closed_form_is_fitted_and_evaluated(path: str, tmp_path: Path) -> None:
     assert result["trainable_parameters"] == 2 * 2 * 16 * 12
     assert result["seconds"] >= 0
     report = report_of(path, run)
-    assert value(report, "mrr") > 1.5 * value(report, "mrr", "pairs_permuted")
+    assert value(report, "mrr") > 2 * value(report, "mrr", "pairs_permuted")
     assert report["run"]["objective"] == {}
     assert "none: the fusion is fitted" in str(vars(_page(tmp_path / "run")))
     quick_train(path, tmp_path / "run", fusion="least_squares", **NO_STEPS)  # nothing to do
