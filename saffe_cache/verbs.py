@@ -108,6 +108,12 @@ VERBS: Mapping[str, Verb] = {
         run="studies.sweep.ablate:ablate",
         result="studies.sweep.result:SweepResult",
     ),
+    "few-pairs": Verb(
+        summary="Compare all methods that align encoders with few pairs, and the claims of their papers.",
+        config="studies.few_pairs.config:FewPairsConfig",
+        run="studies.few_pairs.few_pairs:few_pairs",
+        result="studies.few_pairs.result:FewPairsResult",
+    ),
     "bind": Verb(
         summary="Learn made-up names from a few photos, in many episodes.",
         config="studies.binding.config:BindConfig",

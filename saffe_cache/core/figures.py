@@ -122,11 +122,15 @@ class Panel:
     series: Sequence[Series]
     published: Sequence[tuple[str, int, float]] = ()
     """Published numbers: name, index of the place, value."""
+    title: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesPlot(Figure):
-    """Series with error bars over named places: a frame for each panel, two in a row, on one vertical axis."""
+    """Series with error bars over named places: a frame for each panel, two in a row, on one vertical axis.
+
+    Series of one name look alike in all panels.
+    """
 
     x_label: str
     y_label: str

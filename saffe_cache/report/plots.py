@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import io
-import itertools
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -235,12 +234,12 @@ def _series(of: figures.SeriesPlot) -> Drawn:
     columns = min(2, len(of.panels))
     rows = -(-len(of.panels) // columns)
     figure, frames = _frames(0.8 + 2.1 * rows, columns, rows, shared=True)
-    numbers = itertools.count()
+    names = list(dict.fromkeys(one.name for panel in of.panels for one in panel.series))
     kinds = list(dict.fromkeys(one.name for panel in of.panels for series in panel.series for one in series.baselines))
     for axes, panel in zip(frames, of.panels, strict=False):
         for place, one in enumerate(panel.series):
             shift = 0.08 * (place - (len(panel.series) - 1) / 2)
-            look = _look(next(numbers)) if of.joined else _points(next(numbers))
+            look = (_look if of.joined else _points)(names.index(one.name))
             _draw_series(axes, one, look, shift, kinds)
         for of_level, (level, value) in enumerate(of.levels):
             axes.axhline(value, color=INK, linestyle=LINES[3 - of_level % 2], linewidth=1, label=level)
@@ -248,6 +247,7 @@ def _series(of: figures.SeriesPlot) -> Drawn:
             axes.plot(place, value, "*", color=INK, markerfacecolor=PAPER, markersize=12, label="published")
             axes.annotate(who, (place, value), (6, 6), textcoords="offset points", fontsize=8)
         _name_places(axes, panel.places, columns)
+        axes.set_title(panel.title, fontsize=8)
     for axes in frames[len(of.panels) :]:
         axes.set_visible(False)
     for axes in frames[len(of.panels) - columns : len(of.panels)]:
@@ -256,9 +256,11 @@ def _series(of: figures.SeriesPlot) -> Drawn:
         axes.set_ylabel(of.y_label)
     _draw_legend(figure, frames)
     values = []
-    for names, one in ((panel.places, one) for panel in of.panels for one in panel.series):
-        means = (f"{names[place]} {mean:.1f}" for place, mean in zip(one.places, one.means, strict=True))
-        values.append(f"{one.name}: {', '.join(means)}")
+    for panel in of.panels:
+        for one in panel.series:
+            means = (f"{panel.places[place]} {mean:.1f}" for place, mean in zip(one.places, one.means, strict=True))
+            titled = f"{panel.title}, {one.name}" if panel.title else one.name
+            values.append(f"{titled}: {', '.join(means)}")
     return figure, f"{of.y_label} by {of.x_label}. {'; '.join(values)}"
 
 

@@ -220,15 +220,25 @@ def bootstrap_intervals(
     totals: Sequence[np.ndarray], counts: np.ndarray, *, seed: int = 0, resamples: int = 1000
 ) -> list[tuple[float, float]]:
     """As `bootstrap_interval`, of several metrics over the same units; each is the same as if it were alone."""
+    return [middle(values) for values in bootstrap_resamples(totals, counts, seed=seed, resamples=resamples)]
+
+
+def bootstrap_resamples(
+    totals: Sequence[np.ndarray], counts: np.ndarray, *, seed: int = 0, resamples: int = 1000
+) -> np.ndarray:
+    """The value of each metric in each resample, float64 [metrics, resamples]; arguments as of `bootstrap_intervals`.
+
+    Equal seeds draw equal units, so the difference of two systems' rows is that of a paired bootstrap.
+    """
     generator, values = np.random.default_rng(seed), np.empty((len(totals), resamples))
     for resample in range(resamples):
         drawn = generator.integers(len(counts), size=len(counts))
         number = counts[drawn].sum()
         values[:, resample] = [of_metric[drawn].sum() / number for of_metric in totals]
-    return [_middle(of_metric) for of_metric in values]
+    return values
 
 
-def _middle(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+def middle(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """The interval that holds the middle 95 %."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
@@ -260,7 +270,12 @@ def paired_bootstrap(
 
 
 def map_interval(order: np.ndarray, ranked: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of mAP over resampled photos.
+    """95 % percentile interval of mAP over resampled photos; arguments as of `map_resamples`."""
+    return middle(map_resamples(order, ranked, seed=seed))
+
+
+def map_resamples(order: np.ndarray, ranked: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """mAP in each of 200 to 1,000 resamples of the photos, float64; equal seeds draw equal photos.
 
     A photo that is drawn twice counts twice, also among those above another; but its copies do not stand
     above each other, which would raise every resample (by a third of the interval, with 50 photos a class).
@@ -283,7 +298,7 @@ def map_interval(order: np.ndarray, ranked: np.ndarray, *, seed: int = 0) -> tup
         precision = (1 + relevant_above) / (1 + above)
         counts = np.add.reduceat(copies, starts)
         values.append((np.add.reduceat(precision * copies, starts)[counts > 0] / counts[counts > 0]).mean())
-    return _middle(values)
+    return np.array(values)
 
 
 _STUDENT = (

@@ -217,11 +217,22 @@ def _class_map_scores(scores: ScoreMatrix, labels: Ragged, intervals: bool, seed
     ranks = Ragged(np.unique(ranks.offsets), ranks.values)  # without the empty rows
     found = _scores_of("classes", ranks, np.flatnonzero(present), num_photos, False, seed)
     if intervals and num_classes * num_photos <= _MOST_ORDERED:
-        order = top_k(scores, num_photos, seed=seed)[present]
-        ranked = np.zeros(order.shape, bool)
-        ranked[ranks.owners, ranks.values - 1] = True
-        found["map"] = replace(found["map"], interval=map_interval(order, ranked, seed=seed))
+        found["map"] = replace(found["map"], interval=map_interval(*class_orders(scores, labels, seed), seed=seed))
     return found
+
+
+def class_orders(scores: ScoreMatrix, labels: Ragged, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The photo at each rank of each class that has photos, and whether it is relevant, [classes, photos] each.
+
+    `scores` are [classes, photos].
+    """
+    num_classes, num_photos = scores.shape
+    of_classes = members(labels, num_classes)
+    present = of_classes.lengths > 0
+    order = top_k(scores, num_photos, seed=seed)[present]
+    is_relevant = np.zeros((num_classes, num_photos), bool)
+    is_relevant[of_classes.owners, of_classes.values] = True
+    return order, np.take_along_axis(is_relevant[present], order, axis=1)
 
 
 def others_of_classes(labels: Ragged) -> Ragged:

@@ -1,0 +1,1 @@
+"""Which method aligns two frozen encoders best with few pairs."""

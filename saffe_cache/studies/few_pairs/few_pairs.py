@@ -1,0 +1,89 @@
+"""Every method on few photos of every cache: `saffe few-pairs`.
+
+Cells (saffe_cache/studies/harness.py) are the methods of one group, trained on the same photos with one seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from saffe_cache.core.controls import failed
+from saffe_cache.studies.few_pairs.cells import Part
+from saffe_cache.studies.few_pairs.config import FewPairsConfig
+from saffe_cache.studies.few_pairs.measuring import measure_part
+from saffe_cache.studies.few_pairs.planning import Source, describe, make_source
+from saffe_cache.studies.few_pairs.result import FewPairsCache, FewPairsResult
+from saffe_cache.studies.few_pairs.summary import Runs, controls_of, reference_of, runs_of, setting_of, verdicts_of
+from saffe_cache.studies.harness import Study, run_study
+
+
+def few_pairs(config: FewPairsConfig) -> str:
+    """Train and measure all methods, and return the output folder.
+
+    Raises:
+        CacheError, ValueError: caches, splits and options do not go together, or the folder holds another study.
+        OSError: the disk is full or gone, or another process writes to the folder.
+    """
+    sources = [make_source(config, *of) for of in zip(config.names, config.cache, strict=True)]
+    return run_study(
+        "few-pairs", config, {"sources": describe(sources)}, partial(_measure, config, sources), ("keep_runs",)
+    )
+
+
+def _measure(config: FewPairsConfig, sources: Sequence[Source], study: Study) -> FewPairsResult:
+    measures: dict[str, Callable[[], Part]] = {}
+    places = {}
+    for source in sources:
+        for photos in source.sizes:
+            for seed in config.used_seeds:
+                for group in source.groups:
+                    name = f"{source.name}-{photos}-seed{seed}-{group}"
+                    measures[name] = partial(measure_part, config, source, photos, seed, group)
+                    places[name] = source.name, photos
+    parts: dict[tuple[str, int], list[Part]] = {}
+    for name, part in study.cells(Part, measures).items():
+        parts.setdefault(places[name], []).append(part)
+    return summarise(config, sources, parts, study.seconds)
+
+
+def summarise(
+    config: FewPairsConfig,
+    sources: Sequence[Source],
+    parts: Mapping[tuple[str, int], Sequence[Part]],
+    seconds: Mapping[str, float],
+) -> FewPairsResult:
+    """Everything that follows from all cells, which are given by cache and number of photos."""
+    settings, controls, caches = [], [], {}
+    places: dict[tuple[str, int], tuple[str, str, Runs, str]] = {}
+    for source in sources:
+        main, closed = source.main_metric, source.closed_forms
+        skipped, of_source = dict(source.skipped), []
+        for photos in source.sizes:
+            runs, failures = runs_of(parts[source.name, photos], len(config.used_seeds))
+            skipped |= {f"{method} at {photos:,} photos": why for method, why in failures.items()}
+            reference = reference_of(runs, closed)
+            of_source.append(runs)
+            for gallery in source.galleries:
+                name = source.name if gallery == source.name else f"{source.name} on {gallery}"
+                settings.append(setting_of(name, gallery, photos, runs, reference, main))
+                places[name, photos] = gallery, main, runs, reference
+        controls += controls_of(source, of_source, main)
+        caches[source.name] = FewPairsCache(
+            gallery=source.spec.gallery_key,
+            text=source.spec.text_key,
+            protocol=source.protocol,
+            photos=source.available,
+            skipped=skipped,
+        )
+    return FewPairsResult(
+        title=config.title or ", ".join(config.names),
+        split=config.split,
+        seeds=config.used_seeds,
+        closed_forms=tuple(dict.fromkeys(name for source in sources for name in source.closed_forms)),
+        caches=caches,
+        settings=tuple(settings),
+        verdicts=tuple(verdicts_of(places)),
+        failures=tuple(failed(controls)),
+        seconds=seconds,
+    )
