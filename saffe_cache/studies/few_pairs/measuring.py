@@ -75,9 +75,8 @@ def _measure(config: FewPairsConfig, source: Source, run: TrainConfig) -> Traine
     spec, model, trained = open_run(run.out, source.cache)
     permuted = load_permuted(run.out, spec, source.cache)
     models = model.to(device), None if permuted is None else permuted.to(device)
-    numbers = [one.numel() for one in (*model.parameters(), *model.buffers())]
     return Trained(
-        parameters=sum(numbers) if spec.shape.entry.is_closed_form else trained.trainable_parameters,
+        parameters=trained.trainable_parameters,
         seconds=trained.seconds,
         validation_score=trained.best_validation_score,
         best_epoch=trained.best_epoch,
