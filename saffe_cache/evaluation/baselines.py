@@ -115,6 +115,19 @@ class Material:
         assert paired is not None
         return Rows(len(pairs), lambda these: unit_rows(self.text.vectors(paired[these])))
 
+    @property
+    def bank_photos(self) -> np.ndarray | None:
+        """Positions of the training photos of the search correction's bank; None where it needs none."""
+        bank = self.setting.bank
+        return bank.photos if bank is not None and self.protocol.photos_search else None
+
+    def training_features(self, chosen: np.ndarray) -> np.ndarray:
+        """Summaries of some training photos, by position."""
+        rows = self.rows[0]
+        if rows[:1].nbytes * len(rows) <= _MOST_KEPT_BYTES:
+            return np.asarray(rows.whole[chosen])
+        return summaries(self.gallery, self.training.rows[chosen], self.layers)
+
     def own_vectors(self, pairs: Pairs) -> np.ndarray | None:
         """The photo encoder's own vectors, of unit length; None where none are cached."""
         if self.gallery.manifest.vector not in self.gallery.manifest.arrays:
@@ -165,17 +178,26 @@ class Material:
         return self.rows[0].whole[chosen], labels.values[labels.offsets[chosen]], num_classes
 
 
-def photo_vectors(vectors: np.ndarray, map_queries: _Map | None = None) -> FittedVectors:
+def photo_vectors(
+    vectors: np.ndarray, map_queries: _Map | None = None, bank_photos: np.ndarray | None = None
+) -> FittedVectors:
     """A system that knows one unit vector of each photo, [photos, d], whatever its paired text."""
-    return FittedVectors(lambda at: vectors[at.photos], map_queries)
+    return FittedVectors(lambda at: vectors[at.photos], map_queries, bank_photos)
+
+
+def _of_features(of: Material, map_photos: _Map, map_queries: _Map | None = None) -> FittedVectors:
+    """A system that maps the features of photos."""
+    bank = of.bank_photos
+    of_bank = None if bank is None else map_photos(of.training_features(bank))
+    return photo_vectors(of.rows[2].mapped(map_photos), map_queries, of_bank)
 
 
 def _ridge(of: Material) -> System:
-    return photo_vectors(of.rows[2].mapped(lambda features: unit_rows(of.ridge(features))))
+    return _of_features(of, lambda features: unit_rows(of.ridge(features)))
 
 
 def _mlp(of: Material) -> System:
-    return photo_vectors(of.rows[2].mapped(of.mlp.gallery), of.mlp.queries)
+    return _of_features(of, of.mlp.gallery, of.mlp.queries)
 
 
 def _own_vectors(of: Material, is_zero_shot: bool) -> System:
@@ -190,7 +212,8 @@ def _own_vectors(of: Material, is_zero_shot: bool) -> System:
     if own.shape[1] != searching.shape[1]:
         widths = f"{own.shape[1]} and {searching.shape[1]}"
         raise AbsentError(f"the encoders' own vectors cannot be compared: widths {widths}")
-    return photo_vectors(own)
+    bank = of.bank_photos
+    return photo_vectors(own, None, None if bank is None else unit_rows(of.gallery.vectors(of.training.rows[bank])))
 
 
 def _summary_cosine(of: Material) -> System:

@@ -9,6 +9,7 @@ from saffe_cache.core.features import IndexKind
 from saffe_cache.core.options import one_of, refuse, require, require_seed
 from saffe_cache.inputs.spec import SplitOptions
 from saffe_cache.protocols.registry import protocol_choices
+from saffe_cache.retrieval.correction import CorrectionOptions
 from saffe_cache.training.config import DataOptions
 
 BaselineChoice = Literal["all", "linear", "none"]
@@ -24,7 +25,7 @@ def _choices() -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(SplitOptions, DataOptions):
+class EvaluateConfig(SplitOptions, DataOptions, CorrectionOptions):
     """Index the vectors of a run, or of a baseline without a run, and measure retrieval with controls and chance.
 
     A run is reported with baselines. A baseline alone (--system) needs no training; the groups of options below choose
@@ -43,8 +44,8 @@ class EvaluateConfig(SplitOptions, DataOptions):
     """Split to report on; its photos are the gallery."""
     out: str | None = None
     """Folder for the result, the report and the index. Default: SPLIT-PROTOCOL in the run's folder, with -leak if the
-    true text leaks; for a baseline, CACHE-baselines/SPLIT-PROTOCOL-SYSTEM. A result of other options is never
-    replaced."""
+    true text leaks and the name of --search-correction if one is given; for a baseline,
+    CACHE-baselines/SPLIT-PROTOCOL-SYSTEM. A result of other options is never replaced."""
     protocol: str = one_of(_choices, "auto")
     """What the queries and the gallery are, and what is relevant."""
     rerank_k: int = 16

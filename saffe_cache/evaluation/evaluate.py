@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from saffe_cache.core import ranks
 from saffe_cache.core.atomic_io import hold_folder, remove_partial_files
 from saffe_cache.core.controls import Control, failed
 from saffe_cache.core.devices import choose_device, peak_memory_mb
-from saffe_cache.core.options import require
+from saffe_cache.core.options import refuse, require
 from saffe_cache.core.outputs import CONFIG, RESULT, is_begun, provenance, write_json
 from saffe_cache.evaluation.baselines import BASELINES, Material, fit_baseline, fit_baselines, left_out
 from saffe_cache.evaluation.config import EvaluateConfig
@@ -29,6 +30,7 @@ from saffe_cache.evaluation.details import FAM, write_details
 from saffe_cache.evaluation.results import Cost, Difference, EvaluationResult, Index, numbers_of
 from saffe_cache.evaluation.single_queries import Shown, details_of, shown_of
 from saffe_cache.fusion.base import Fusion, counted_flops
+from saffe_cache.inputs.bank import Bank, draw_bank
 from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import Pairs, data_fingerprint, reported_fingerprint, same_training_pairs, training_pairs
 from saffe_cache.inputs.spec import RunSpec, SplitOptions
@@ -58,6 +60,7 @@ _NOT_COMPARED = ("cache", "run", "out", "device", "protocol")
 _PLAIN_FUSION = "linear"
 """The fusion whose defaults for layers and paired texts a baseline without a run has: it makes no demands on them."""
 _FLOPS_BATCH = 8
+_CORRECTED = "one in which texts search vectors of photos: caption, class or metadata"
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class _Systems(NamedTuple):
     """Why some baselines or controls are absent."""
     fitting_seconds: float
     """Of a baseline."""
+    uncorrected: Scores
+    """Of the main one without the search correction; empty where there is none."""
 
 
 def evaluate(config: EvaluateConfig) -> str:
@@ -159,10 +164,12 @@ def _resolve_baseline(config: EvaluateConfig, cache: Cache) -> _Subject:
 
 
 def _default_out(config: EvaluateConfig, subject: _Subject, protocol: str) -> Path:
+    of_correction = f"-{config.search_correction}" if config.search_correction else ""
     if config.run is None:
         folder = f"{PurePath(config.cache).stem}-baselines"
-        return Path(folder) / f"{config.split}-{protocol}-{subject.name}"
-    return Path(config.run) / f"{config.split}-{protocol}{'-leak' if config.leak_true_text else ''}"
+        return Path(folder) / f"{config.split}-{protocol}-{subject.name}{of_correction}"
+    leak = "-leak" if config.leak_true_text else ""
+    return Path(config.run) / f"{config.split}-{protocol}{leak}{of_correction}"
 
 
 def _protocol(config: EvaluateConfig, inputs: FeatureLoader, subject: _Subject, name: str) -> Protocol:
@@ -174,7 +181,31 @@ def _protocol(config: EvaluateConfig, inputs: FeatureLoader, subject: _Subject, 
     if config.leak_true_text:
         require(kind.can_leak, "leak_true_text", f"--protocol {name}", "one that searches photos with null text")
         setting = setting.with_true_texts()
-    return kind(setting, **{option: getattr(config, option) for option in kind.options})
+    protocol = kind(setting, **{option: getattr(config, option) for option in kind.options})
+    protocol.setting = replace(setting, bank=_bank(config, protocol, subject))
+    return protocol
+
+
+def _bank(config: EvaluateConfig, protocol: Protocol, subject: _Subject) -> Bank | None:
+    """The training queries of the search correction; None if there is none, or the default one does not apply.
+
+    Raises:
+        ValueError: the correction that was requested does not apply.
+    """
+    correction, setting = config.correction, protocol.setting
+    if correction is None:
+        return None
+    pairs = setting.pairs
+    reported = [pairs.texts.values, *([] if pairs.paired_texts is None else [pairs.paired_texts])]
+    try:
+        if not protocol.corrects_search:
+            refuse("search_correction", f"{correction.kind} with protocol {protocol.name}", _CORRECTED)
+        return draw_bank(correction, setting.cache, setting.spec, subject.training, np.concatenate(reported))
+    except ValueError as error:
+        if config.search_correction is not None:
+            raise
+        logger.info("Searches are not corrected: %s", error)
+        return None
 
 
 def _answers(config: EvaluateConfig, protocol: Protocol, subject: _Subject) -> _Systems:
@@ -195,13 +226,18 @@ def _answers(config: EvaluateConfig, protocol: Protocol, subject: _Subject) -> _
     if why_no_permuted:
         absent["control pairs_permuted"] = why_no_permuted
     answered = {subject.name: shown_of(protocol, protocol.answer(main, honest))}
-    return _Systems(main, permuted, answered | others, absent, seconds)
+    uncorrected = {}
+    if protocol.setting.bank is not None:
+        without = copy(protocol)
+        without.setting = replace(protocol.setting, bank=None)
+        uncorrected = without.measure(main, honest)
+    return _Systems(main, permuted, answered | others, absent, seconds, uncorrected)
 
 
 def _result(
     config: EvaluateConfig, protocol: Protocol, subject: _Subject, systems: _Systems, out: Path, started: float
 ) -> EvaluationResult:
-    setting, run = protocol.setting, subject.run
+    setting, run, bank = protocol.setting, subject.run, protocol.setting.bank
     scores = {name: of.scores for name, of in systems.answered.items()}
     fitted = {name: of for name, of in scores.items() if name != FAM}
     controls, measured = run_controls(protocol, systems.main, systems.permuted, fitted)
@@ -225,6 +261,10 @@ def _result(
         validation_photos=len(subject.validation),
         validation_photos_drawn_from=subject.validation.drawn_from,
         systems={name: numbers_of(of) for name, of in scores.items()},
+        search_correction=bank.correction if bank else None,
+        bank_texts=len(bank.texts) if bank else 0,
+        bank_photos=len(bank.photos) if bank and protocol.photos_search else 0,
+        uncorrected=numbers_of(systems.uncorrected),
         descriptions={name: BASELINES[name].description for name in fitted},
         absent=systems.absent,
         differences=differences(scores[FAM], fitted) if is_compared else {},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from saffe_cache.core.results import Estimate, Measurement, Result, Section
 from saffe_cache.core.tables import ABSENT, Cell, Row, RowKind, Table, drawn, duration, flops, percent
 from saffe_cache.evaluation.details import FAM, NAME, check_means, label, read_details, show_classes
 from saffe_cache.inputs.spec import RunSpec
+from saffe_cache.retrieval.correction import SearchCorrection
 from saffe_cache.retrieval.metrics import metric_named
 from saffe_cache.retrieval.scores import Scores
 
@@ -100,6 +101,14 @@ class EvaluationResult(Result):
     """Photos that those were drawn from; 0 where they are all that there are."""
     systems: Mapping[str, Numbers]
     """The evaluated one, and each baseline that was fitted with it."""
+    search_correction: SearchCorrection | None = None
+    """Of all systems that make vectors; None where scores are not corrected."""
+    bank_texts: int = 0
+    """Training texts in its bank."""
+    bank_photos: int = 0
+    """Training photos in its bank, where photos search texts."""
+    uncorrected: Numbers = field(default_factory=dict)
+    """Of the evaluated system without the correction; empty where there is none."""
     descriptions: Mapping[str, str]
     """What each baseline is."""
     absent: Mapping[str, str]
@@ -162,6 +171,7 @@ class EvaluationResult(Result):
                 texts=self._texts(),
                 facts=[
                     *of_fusion,
+                    *self._correction(),
                     ("cost", f"{trained}, {evaluated}"),
                     ("unusable items", str(self.num_unusable_items)),
                 ],
@@ -212,10 +222,20 @@ class EvaluationResult(Result):
             note = f"{'holds' if control.passed else 'FAILED'}: {control.sentence.partition(': ')[2]}"
             add(self.control_scores[name], f"control: {name}", note, "control" if control.passed else "failed")
         add(main, label(self.system), "this run" if self.system == FAM else "this baseline", "fam")
+        if self.uncorrected:
+            add(self.uncorrected, f"{label(self.system)}, uncorrected", "without search correction", "plain")
         for name in dict.fromkeys([*self.ranked_baselines(), *self.systems]):
             if name != self.system:
                 add(self.systems[name], name, "baseline", "baseline")
         return Table("Percent, with 95 % bootstrap intervals over photos.", ("", *names), tuple(rows))
+
+    def _correction(self) -> list[tuple[str, str]]:
+        """What was subtracted from scores, if anything."""
+        if self.search_correction is None:
+            return []
+        photos = f" and {self.bank_photos:,} training photos" if self.bank_photos else ""
+        bank = f"bank of {self.bank_texts:,} training texts{photos}"
+        return [("search correction", f"{self.search_correction}; {bank}")]
 
     def _texts(self) -> list[str]:
         """What does not fit a table: differences, sensitivity, duplicates, the index, absent systems."""

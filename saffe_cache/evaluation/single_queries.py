@@ -9,7 +9,7 @@ import numpy as np
 
 from saffe_cache.evaluation.details import RECALLS, ClassDetails, Details, SystemDetails
 from saffe_cache.protocols.base import Protocol
-from saffe_cache.protocols.setting import Answered, Answers, Reordered, Setting
+from saffe_cache.protocols.setting import Answered, Answers, Reordered, Setting, Vectors
 from saffe_cache.retrieval.ranking import members, relevant_ranks, top_k
 from saffe_cache.retrieval.scores import Scores, drawn_queries, nearest_classes
 
@@ -100,8 +100,10 @@ def _class_details(answers: Answers, protocol: Protocol) -> ClassDetails:
     pairs, seed, num_classes = protocol.setting.pairs, protocol.setting.seed, len(protocol.class_names)
     alone = np.flatnonzero(pairs.labels.lengths == 1)
     labels = pairs.labels.values[pairs.labels.offsets[alone]]
-    confusion = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(confusion, (labels, nearest_classes(answers.scores(), seed)[alone]), 1)
+    confusion, bias = np.zeros((num_classes, num_classes), np.int64), None
+    if isinstance(answers, Vectors):
+        bias = answers.biases.queries
+    np.add.at(confusion, (labels, nearest_classes(answers.scores(), seed, bias)[alone]), 1)
     ranks = relevant_ranks(answers.scores(), members(pairs.labels, num_classes), seed=seed)
     curves = [interpolated_precision(of_class) for of_class in ranks if len(of_class)]
     return ClassDetails(precision=np.array(curves, np.float32), confusion=confusion)

@@ -261,7 +261,7 @@ def split_pairs(
             raise ValueError(f"--validation {options.validation}: all of its {len(validation)} photos are reported.")
         validation = validation.take(np.flatnonzero(is_free))
     if 0 < options.validation_photos < len(validation):
-        first = _drawn_order(validation, seed, hashes)[: options.validation_photos]
+        first = drawn_order(validation.rows, seed, hashes)[: options.validation_photos]
         validation = replace(validation.take(np.sort(first)), drawn_from=len(validation))
     return Parts(keep_part(training, options.train_fraction, seed, hashes), validation, num_shared)
 
@@ -328,7 +328,7 @@ def hold_out(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray,
 
     Photos are ordered by a hash of their content and the seed, so the parts change little as the data grow.
     """
-    order = _drawn_order(pairs, seed, content_hash)
+    order = drawn_order(pairs.rows, seed, content_hash)
     wanted = max(1, round(fraction * len(pairs)))
     if wanted >= len(pairs):
         raise ValueError(f"{len(pairs)} pairs are too few to hold out {fraction:.0%}. Use more data.")
@@ -341,15 +341,15 @@ def keep_part(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray
     """A fraction of the pairs, at least one, drawn as in `hold_out`: a smaller part lies within a larger one."""
     if fraction == 1:
         return pairs
-    last = _drawn_order(pairs, seed, content_hash)[::-1]
+    last = drawn_order(pairs.rows, seed, content_hash)[::-1]
     return pairs.take(np.sort(last[: max(1, round(fraction * len(pairs)))]))
 
 
-def _drawn_order(pairs: Pairs, seed: int, content_hash: np.ndarray) -> np.ndarray:
-    """The pairs in the order of a hash of their photo's content and the seed."""
-    end, draws = seed.to_bytes(8, "big"), np.empty(len(pairs), np.uint64)
-    for start in range(0, len(pairs), _BLOCK):
-        contents = content_hash[pairs.rows[start : start + _BLOCK]].tobytes()
+def drawn_order(rows: np.ndarray, seed: int, content_hash: np.ndarray) -> np.ndarray:
+    """The order of some photos' or texts' rows by a hash of their content and the seed, as positions in `rows`."""
+    end, draws = seed.to_bytes(8, "big"), np.empty(len(rows), np.uint64)
+    for start in range(0, len(rows), _BLOCK):
+        contents = content_hash[rows[start : start + _BLOCK]].tobytes()
         digests = [hashlib.sha256(contents[at : at + 32] + end).digest()[:8] for at in range(0, len(contents), 32)]
         draws[start : start + _BLOCK] = np.frombuffer(b"".join(digests), ">u8")
     return np.argsort(draws, kind="stable")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
 from types import MappingProxyType
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -83,6 +83,10 @@ class Protocol(ABC):
     """Options of an evaluation that it is made with."""
     control_metrics: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """The metrics that verdicts on controls rest on, where it is not the main one."""
+    photos_search: ClassVar[bool] = False
+    """Whether the gallery's photos search the texts too, or rank the classes."""
+    corrects_search: ClassVar[bool] = False
+    """Whether a search correction applies. Then `score_vectors` also takes `biases`, which it subtracts."""
     shows_classes: ClassVar[bool] = False
     """Whether every class ranks all photos, so that details have curves and confusion of classes."""
 
@@ -146,8 +150,10 @@ class Protocol(ABC):
         """How a system orders an arrangement of the gallery if nothing is fused with the texts that search."""
         if isinstance(system, FittedScores):
             return ClassScores(system.scores[arrangement.photos])
+        if self.queries is not None:
+            return self.setting.vectors(system, arrangement, self.queries, photos_search=self.photos_search)
         gallery = self.setting.gallery(system, arrangement)
-        return Vectors(gallery, gallery if self.queries is None else self.setting.queries(system, self.queries))
+        return Vectors(gallery, gallery)
 
     @abstractmethod
     def score(self, answers: Answers) -> Scores:
@@ -257,15 +263,16 @@ class SearchProtocol(Protocol):
 
     def score(self, answers: Answers) -> Scores:
         assert isinstance(answers, Vectors)
-        return self.score_vectors(*answers)
+        biases: dict[str, Any] = {"biases": answers.biases} if self.corrects_search else {}
+        return self.score_vectors(answers.gallery, answers.queries, **biases)
 
     def own_controls(self, system: System, shuffled: np.ndarray) -> dict[str, Scores]:
         """queries_constant: every text that searches is the same."""
         if isinstance(system, FittedScores):
             return {"queries_constant": self.score(ClassScores(system.scores).with_one_query())}
         same = replace(self.queries, vectors=np.tile(self.queries.vectors[:1], (len(self.queries), 1)))
-        gallery = self.setting.gallery(system, self.setting.honest())
-        return {"queries_constant": self.score_vectors(gallery, self.setting.queries(system, same))}
+        vectors = self.setting.vectors(system, self.setting.honest(), same, photos_search=self.photos_search)
+        return {"queries_constant": self.score(vectors)}
 
     def validation_score(self, gallery: np.ndarray, queries: np.ndarray) -> float:
         """The main metric of unit vectors."""

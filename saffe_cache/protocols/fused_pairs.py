@@ -235,7 +235,7 @@ class RerankProtocol(Protocol):
     def score(self, answers: Answers) -> Scores:
         """Of the first stage: baselines do not fuse."""
         assert isinstance(answers, Vectors)
-        return text_scores(*answers, self.relevant, self.queries.units, seed=self.setting.seed)
+        return text_scores(answers.gallery, answers.queries, self.relevant, self.queries.units, seed=self.setting.seed)
 
     def dealt(self, system: System) -> tuple[float, float] | None:
         return self.first_stage.dealt(system)

@@ -17,6 +17,8 @@ from saffe_cache.protocols.setting import Answers, Arrangement, ClassScores, Que
 from saffe_cache.retrieval.metrics import average_precision_of_ranks, metrics_of
 from saffe_cache.retrieval.ranking import members, top_k
 from saffe_cache.retrieval.scores import (
+    NO_BIASES,
+    Biases,
     Scores,
     candidate_scores,
     caption_scores,
@@ -42,9 +44,11 @@ class ClassProtocol(SearchProtocol):
     )
     rankings = ("classes", "labels")
     baselines = CLASS_BASELINES
+    corrects_search = True
     can_leak = True
     # the same query for all classes ranks one class first, which AP sees; which class is nearest stays open
     control_metrics = MappingProxyType({"queries_constant": "top1"})
+    photos_search = True
     shows_classes = True
 
     def __init__(self, setting: Setting) -> None:
@@ -68,8 +72,11 @@ class ClassProtocol(SearchProtocol):
         units = np.array([photos[0] if len(photos) else -1 for photos in relevant], np.int64)
         return Queries(rows, class_vectors(table, self.setting.inputs.text), relevant, units)
 
-    def score_vectors(self, gallery: np.ndarray, queries: np.ndarray, *, intervals: bool = True) -> Scores:
-        return class_scores(gallery, queries, self.setting.pairs.labels, intervals=intervals, seed=self.setting.seed)
+    def score_vectors(
+        self, gallery: np.ndarray, queries: np.ndarray, *, biases: Biases = NO_BIASES, intervals: bool = True
+    ) -> Scores:
+        labels, seed = self.setting.pairs.labels, self.setting.seed
+        return class_scores(gallery, queries, labels, biases, intervals=intervals, seed=seed)
 
     def score(self, answers: Answers) -> Scores:
         if not isinstance(answers, ClassScores):
@@ -141,6 +148,8 @@ class CaptionProtocol(SearchProtocol):
     pair_kind = "captions"
     baselines = ("ridge", "mlp", "zero_shot", "pooled_cosine")
     can_leak = True
+    corrects_search = True
+    photos_search = True
 
     @classmethod
     def is_trained_for(cls, spec: RunSpec) -> bool:
@@ -157,9 +166,11 @@ class CaptionProtocol(SearchProtocol):
         relevant = Ragged(np.arange(len(rows) + 1), pairs.owners)
         return Queries(rows, text.vectors(rows), relevant, pairs.owners)
 
-    def score_vectors(self, gallery: np.ndarray, queries: np.ndarray, *, intervals: bool = True) -> Scores:
+    def score_vectors(
+        self, gallery: np.ndarray, queries: np.ndarray, *, biases: Biases = NO_BIASES, intervals: bool = True
+    ) -> Scores:
         owners, seed, most = self.queries.units, self.setting.seed, self.most_queries
-        return caption_scores(gallery, queries, owners, intervals=intervals, seed=seed, most=most)
+        return caption_scores(gallery, queries, owners, biases, intervals=intervals, seed=seed, most=most)
 
     def validation_score(self, gallery: np.ndarray, queries: np.ndarray) -> float:
         owners, seed = self.queries.units, self.setting.seed
@@ -183,6 +194,7 @@ class MetadataProtocol(SearchProtocol):
     required_baselines = ("text_only", "text_only_linear", "image_only_ridge")
     baselines = (*required_baselines, "late_fusion_ridge", "image_only_mlp", "concat_mlp", "late_fusion_mlp")
     shows_photos_alone = False
+    corrects_search = True
 
     @classmethod
     def is_trained_for(cls, spec: RunSpec) -> bool:
@@ -205,11 +217,13 @@ class MetadataProtocol(SearchProtocol):
         units = relevant.values[relevant.offsets[:-1]]
         return Queries(rows, self.setting.inputs.text.vectors(rows), relevant, units)
 
-    def score_vectors(self, gallery: np.ndarray, queries: np.ndarray, *, intervals: bool = True) -> Scores:
-        of, seed = self.queries, self.setting.seed
+    def score_vectors(
+        self, gallery: np.ndarray, queries: np.ndarray, *, biases: Biases = NO_BIASES, intervals: bool = True
+    ) -> Scores:
+        of, seed, bias = self.queries, self.setting.seed, biases.gallery
         chosen = drawn_queries(len(of), self.most_queries, seed)
         relevant = of.relevant if len(chosen) == len(of) else of.relevant.take(chosen)
-        return text_scores(gallery, queries[chosen], relevant, of.units[chosen], intervals=intervals, seed=seed)
+        return text_scores(gallery, queries[chosen], relevant, of.units[chosen], bias, intervals=intervals, seed=seed)
 
     def own_controls(self, system: System, shuffled: np.ndarray) -> dict[str, Scores]:
         """texts_shuffled: each place has another's text; photos stay."""

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from saffe_cache.core.items import Ragged
 from saffe_cache.fusion.base import Fusion
+from saffe_cache.inputs.bank import Bank
 from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.retrieval.ranking import InnerProducts, ScoreMatrix
-from saffe_cache.retrieval.scores import Scores
+from saffe_cache.retrieval.scores import NO_BIASES, Biases, Scores
 from saffe_cache.store.reader import Cache
 
 ALL = slice(None)
@@ -67,6 +68,8 @@ class FittedVectors:
     """Unit vectors [n, d] of an arrangement."""
     map_queries: Callable[[np.ndarray], np.ndarray] | None = None
     """From the unit vectors of texts to unit vectors in the gallery's space; None where they are in it already."""
+    bank_photos: np.ndarray | None = None
+    """Unit vectors of the photos of the setting's bank; None without one, or where no photo searches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +93,10 @@ class Setting:
     training_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """Photos of the training pairs; empty where no trained model is measured."""
     seed: int = 0
+    bank: Bank | None = None
+    """Of the search correction; None for none."""
     _vectors: dict[Fusion, np.ndarray] = field(default_factory=dict, repr=False)
+    _banks: dict[tuple[Fusion, str], np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
     def cache(self) -> Cache:
@@ -122,6 +128,39 @@ class Setting:
             return vectors if system.map_queries is None else system.map_queries(vectors)
         return encode_queries(system, queries.vectors, self.inputs.device)
 
+    def vectors(
+        self, system: VectorSystem, arrangement: Arrangement, queries: Queries, *, photos_search: bool = False
+    ) -> Vectors:
+        """The gallery, what searches it, and what the search correction subtracts, also where photos search."""
+        gallery, searching = self.gallery(system, arrangement), self.queries(system, queries)
+        if self.bank is None:
+            return Vectors(gallery, searching)
+        correct = self.bank.correction.biases
+        of_gallery = correct(gallery, self._bank_vectors(system, "texts"))
+        of_queries = correct(searching, self._bank_vectors(system, "photos")) if photos_search else None
+        return Vectors(gallery, searching, Biases(of_gallery, of_queries))
+
+    def _bank_vectors(self, system: VectorSystem, side: Literal["texts", "photos"]) -> np.ndarray:
+        """The bank's texts, mapped as queries of a system, or its photos with null text: unit vectors."""
+        assert self.bank is not None
+        if isinstance(system, Fusion) and (system, side) in self._banks:
+            return self._banks[system, side]
+        if side == "texts":
+            nothing, rows = np.zeros(len(self.bank.texts), np.int64), self.bank.texts
+            texts = Queries(rows, self.inputs.text.vectors(rows), Ragged(np.append(nothing, 0), nothing[:0]), nothing)
+            return self._kept(system, side, self.queries(system, texts))
+        if isinstance(system, FittedVectors):
+            assert system.bank_photos is not None
+            return system.bank_photos
+        rows = self.training_rows[self.bank.photos]
+        return self._kept(system, side, encode_gallery(system, self.inputs, rows))
+
+    def _kept(self, system: VectorSystem, side: str, vectors: np.ndarray) -> np.ndarray:
+        """A model is measured several times, with its control arrangements."""
+        if isinstance(system, Fusion):
+            self._banks[system, side] = vectors
+        return vectors
+
     def with_true_texts(self) -> Setting:
         """The leak: each photo is fused with a text that searches for it, or with its own class's name."""
         if not self.spec.shape.takes_text:
@@ -142,14 +181,17 @@ class Vectors(NamedTuple):
     """[n, d], of unit length."""
     queries: np.ndarray
     """[m, d]"""
+    biases: Biases = NO_BIASES
+    """What a search correction subtracts."""
 
     def scores(self, chosen: slice | np.ndarray = ALL) -> ScoreMatrix:
         """Scores of some queries with the gallery, [chosen, n]."""
-        return InnerProducts(self.gallery, self.queries[chosen])
+        return InnerProducts(self.gallery, self.queries[chosen], self.biases.gallery)
 
     def matrix(self) -> np.ndarray:
         """All scores, [n, m]."""
-        return np.asarray(self.gallery @ self.queries.T)
+        scores = np.asarray(self.gallery @ self.queries.T)
+        return scores if self.biases.gallery is None else scores - self.biases.gallery[:, None]
 
 
 class ClassScores(NamedTuple):

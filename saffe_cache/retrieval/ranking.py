@@ -53,16 +53,19 @@ _LAST = np.iinfo(np.int64).max
 class InnerProducts:
     """The scores of vectors, computed exactly, block by block, on reading."""
 
-    def __init__(self, gallery: np.ndarray, queries: np.ndarray) -> None:
+    def __init__(self, gallery: np.ndarray, queries: np.ndarray, bias: np.ndarray | None = None) -> None:
         """The gallery [n, d], of unit length, may be memory-mapped; of the queries [m, d] only the directions count.
 
+        `bias` float32 [n], from -2 to 2, is subtracted from all scores of each item.
+
         Raises:
-            ValueError: a query is not finite or of another width; on reading, a gallery vector that is not
-                finite or not of unit length.
+            ValueError: a query is not finite or of another width, or a bias is out of range; on reading, a gallery
+                vector that is not finite or not of unit length.
         """
         require_queries(queries, gallery.shape[1], "gallery")
+        require_biases(bias, gallery.shape[0])
         self.shape = (len(queries), gallery.shape[0])
-        self._gallery, self._queries = gallery, queries
+        self._gallery, self._queries, self._bias = gallery, queries, bias
         self._items: slice | None = None
         self._vectors = np.zeros((0, gallery.shape[1]))
         self._columns: dict[type, np.ndarray] = {}
@@ -74,21 +77,26 @@ class InnerProducts:
 
         A product of d float32 numbers, added in any order, is within d u / (1 - d u) of the sum of their magnitudes,
         u = 2^-24, which unit vectors bound by 1 (here 1.001: see `require_unit_length`). Both factors are rounded to
-        float32 before. Source: Higham, Accuracy and Stability of Numerical Algorithms, sec. 3.1.
+        float32 before. Subtracting a bias of at most 2 rounds once more. Source: Higham, Accuracy and Stability of
+        Numerical Algorithms, sec. 3.1.
         """
-        return float(1.02 * (self._gallery.shape[1] + 4) * 2.0**-24 + 1e-9)
+        of_bias = 0 if self._bias is None else 4
+        return float(1.02 * (self._gallery.shape[1] + 4 + of_bias) * 2.0**-24 + 1e-9)
 
     def __getitem__(self, block: tuple[slice | np.ndarray, slice]) -> np.ndarray:
         """Float64 scores of some queries with some gallery items."""
         rows, items = block
         scores: np.ndarray = self._rounded_queries(rows) @ self._columns_of(items, np.float64)
         scores *= _SCALE**-2
-        return scores
+        return scores if self._bias is None else scores - self._bias[items]
 
     def approximate(self, rows: np.ndarray, items: slice) -> np.ndarray:
         """The same, float32."""
         queries = (self._rounded_queries(rows) / _SCALE).astype(np.float32)
-        return np.asarray(queries @ self._columns_of(items, np.float32))
+        scores = np.asarray(queries @ self._columns_of(items, np.float32))
+        if self._bias is not None:
+            scores -= self._bias[items]
+        return scores
 
     def of_pairs(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Float64 scores of each query with one gallery item, both by position."""
@@ -98,10 +106,10 @@ class InnerProducts:
             vectors = np.rint(np.asarray(self._gallery[items[these]], np.float64) * _SCALE)
             scores[these] = np.einsum("ij,ij->i", self._rounded_queries(rows[these]), vectors)
         scores *= _SCALE**-2
-        return scores
+        return scores if self._bias is None else scores - self._bias[items]
 
     def is_one_item(self, items: slice) -> bool:
-        """Whether all vectors of a block of the gallery are equal."""
+        """Whether all vectors of a block of the gallery are equal, and their biases."""
         self._load(items)
         return self._is_one
 
@@ -129,6 +137,8 @@ class InnerProducts:
             self._vectors = np.asarray(self._gallery[items], np.float64)
             require_unit_length(self._vectors, "gallery", lambda row: f"row {(items.start or 0) + row}")
             self._items, self._is_one = items, bool((self._vectors == self._vectors[:1]).all())
+            if self._bias is not None:
+                self._is_one &= bool((self._bias[items] == self._bias[items][:1]).all())
 
 
 ScoreMatrix = np.ndarray | InnerProducts
@@ -148,6 +158,17 @@ def require_queries(queries: np.ndarray, width: int, searched: str) -> None:
     finite = np.isfinite(queries).all(axis=1)
     if not finite.all():
         raise ValueError(f"queries: row {int(finite.argmin())} is not finite. Leave it out, or fix the model.")
+
+
+def require_biases(bias: np.ndarray | None, num_items: int) -> None:
+    """Raise ValueError if there is not one bias for each item, float32 and from -2 to 2."""
+    if bias is None:
+        return
+    if bias.shape != (num_items,) or bias.dtype != np.float32:
+        found = f"biases: {bias.dtype} of shape {bias.shape}"
+        raise ValueError(f"{found}, expected float32 of shape ({num_items},). Give one for each item.")
+    if not (np.abs(bias) <= 2).all():
+        raise ValueError("biases: one is not finite or not from -2 to 2. Use a smaller strength of the correction.")
 
 
 def require_unit_length(vectors: np.ndarray, where: str, name: Callable[[int], str]) -> None:

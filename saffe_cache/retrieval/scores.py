@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -64,10 +65,23 @@ class Score:
 Scores = dict[str, Score]
 
 
+class Biases(NamedTuple):
+    """What a search correction subtracts from the scores of items; None for nothing."""
+
+    gallery: np.ndarray | None = None
+    """float32 [n], of the photos that texts search."""
+    queries: np.ndarray | None = None
+    """float32 [m], of the texts that photos search."""
+
+
+NO_BIASES = Biases()
+
+
 def caption_scores(
     photos: np.ndarray,
     captions: np.ndarray,
     owners: np.ndarray,
+    biases: Biases = NO_BIASES,
     *,
     intervals: bool = True,
     seed: int = 0,
@@ -80,18 +94,20 @@ def caption_scores(
     photos, at most `most` search, drawn by the seed; 0 for all. `photos_search`: whether photos search at all.
     """
 
-    def scores(gallery: np.ndarray, queries: np.ndarray, relevant: Ragged, units: np.ndarray) -> Scores:
+    def scores(
+        gallery: np.ndarray, queries: np.ndarray, bias: np.ndarray | None, relevant: Ragged, units: np.ndarray
+    ) -> Scores:
         chosen = drawn_queries(len(queries), most, seed)
         if len(chosen) < len(queries):
             queries, relevant, units = queries[chosen], relevant.take(chosen), units[chosen]
-        ranks = relevant_ranks(InnerProducts(gallery, queries), relevant, seed=seed)
+        ranks = relevant_ranks(InnerProducts(gallery, queries, bias), relevant, seed=seed)
         return _scores_of("captions", ranks, units, len(gallery), intervals, seed)
 
     photo_of = Ragged(np.arange(len(owners) + 1), owners)
-    forwards = scores(photos, captions, photo_of, owners)
+    forwards = scores(photos, captions, biases.gallery, photo_of, owners)
     if not photos_search:
         return forwards
-    backwards = scores(captions, photos, members(photo_of, len(photos)), np.arange(len(photos)))
+    backwards = scores(captions, photos, biases.queries, members(photo_of, len(photos)), np.arange(len(photos)))
     return forwards | {f"image_to_text_{name}": replace(score, units=None) for name, score in backwards.items()}
 
 
@@ -107,6 +123,7 @@ def text_scores(
     queries: np.ndarray,
     relevant: Ragged,
     units: np.ndarray,
+    bias: np.ndarray | None = None,
     *,
     intervals: bool = True,
     seed: int = 0,
@@ -114,9 +131,10 @@ def text_scores(
     """Texts search gallery items, of which several may be relevant to a text.
 
     `recall_at_k` is the share of texts with a relevant item among the first k, `mrr` and `median_rank` are
-    those of the first relevant item, `map` counts all of them (M2 where each text has one).
+    those of the first relevant item, `map` counts all of them (M2 where each text has one). `bias`, of each gallery
+    item, is subtracted from its scores.
     """
-    ranks = relevant_ranks(InnerProducts(gallery, queries), relevant, seed=seed)
+    ranks = relevant_ranks(InnerProducts(gallery, queries, bias), relevant, seed=seed)
     return rank_scores(ranks, units, gallery.shape[0], intervals=intervals, seed=seed)
 
 
@@ -126,7 +144,13 @@ def rank_scores(ranks: Ragged, units: np.ndarray, num_gallery: int, *, intervals
 
 
 def class_scores(
-    photos: np.ndarray, classes: np.ndarray, labels: Ragged, *, intervals: bool = True, seed: int = 0
+    photos: np.ndarray,
+    classes: np.ndarray,
+    labels: Ragged,
+    biases: Biases = NO_BIASES,
+    *,
+    intervals: bool = True,
+    seed: int = 0,
 ) -> Scores:
     """Class names search photos (M1). Classes without a photo are no queries; top1 has them as wrong answers.
 
@@ -134,8 +158,9 @@ def class_scores(
     classification metric, where it is not interpolated. Its interval resamples the gallery, for which it needs each
     whole ranking: it is None where photos times classes exceed 2e7.
     """
-    scores = InnerProducts(photos, classes)
-    return _class_map_scores(scores, labels, intervals, seed) | _label_scores("labels", scores, labels, intervals, seed)
+    scores = InnerProducts(photos, classes, biases.gallery)
+    of_labels = _label_scores("labels", scores, labels, intervals, seed, biases.queries)
+    return _class_map_scores(scores, labels, intervals, seed) | of_labels
 
 
 def candidate_scores(
@@ -246,30 +271,37 @@ def others_of_classes(labels: Ragged) -> Ragged:
     return Ragged.from_rows(rows)
 
 
-def _label_scores(ranking: Ranking, scores: ScoreMatrix, labels: Ragged, intervals: bool, seed: int) -> Scores:
-    """The metrics of each photo's ranking of the classes, by scores [classes, photos].
+def _label_scores(
+    ranking: Ranking,
+    scores: ScoreMatrix,
+    labels: Ragged,
+    intervals: bool,
+    seed: int,
+    bias: np.ndarray | None = None,
+) -> Scores:
+    """The metrics of each photo's ranking of the classes, by scores [classes, photos] minus the bias of each class.
 
     The rank is that of the first of a photo's own classes; one more than there are classes for a photo without.
     """
     num_classes, num_photos = scores.shape
     num_own = np.array([len(np.unique(of_photo)) for of_photo in labels])
     first = np.empty(num_photos, np.int64)
-    for start, below in _class_orders(scores, seed):
+    for start, below in _class_orders(scores, seed, bias):
         own = np.array([of[labels[photo]].min(initial=np.inf) for photo, of in enumerate(below, start)])
         first[start : start + len(below)] = 1 + (below < own[:, None]).sum(axis=1)
     ranks, photos = Ragged(np.arange(num_photos + 1), first), np.arange(num_photos)
     return _scores_of(ranking, ranks, photos, num_classes, intervals, seed, num_relevant=num_own)
 
 
-def nearest_classes(scores: ScoreMatrix, seed: int) -> np.ndarray:
+def nearest_classes(scores: ScoreMatrix, seed: int, bias: np.ndarray | None = None) -> np.ndarray:
     """The class that scores [classes, photos] highest with each photo, int64 [photos]: whose right answers top1 counts.
 
-    `seed`, of the breaking of ties, is that of the scores.
+    `seed`, of the breaking of ties, and `bias`, of the classes, are those of the scores.
     """
-    return np.concatenate([below.argmin(axis=1) for _, below in _class_orders(scores, seed)])
+    return np.concatenate([below.argmin(axis=1) for _, below in _class_orders(scores, seed, bias)])
 
 
-def _class_orders(scores: ScoreMatrix, seed: int) -> Iterator[tuple[int, np.ndarray]]:
+def _class_orders(scores: ScoreMatrix, seed: int, bias: np.ndarray | None) -> Iterator[tuple[int, np.ndarray]]:
     """Block by block, the first photo, and numbers [photos, classes] of which the smaller is the better.
 
     Ties are broken for each photo separately: where all scores tie, photos differ in their nearest class.
@@ -280,6 +312,8 @@ def _class_orders(scores: ScoreMatrix, seed: int) -> Iterator[tuple[int, np.ndar
     for start in range(0, num_photos, block):
         photos = slice(start, min(start + block, num_photos))
         of_photos = np.asarray(scores[slice(0, num_classes), photos], np.float64).T
+        if bias is not None:
+            of_photos = of_photos - bias
         below = np.floor((of_photos.max(axis=1, keepdims=True) - of_photos) / ROUNDING) * num_classes
         below += generator.permuted(np.tile(np.arange(num_classes), (len(of_photos), 1)), axis=1)
         yield start, below
