@@ -30,13 +30,14 @@ from saffe_cache.evaluation.details import FAM, write_details
 from saffe_cache.evaluation.results import Cost, Difference, EvaluationResult, Index, numbers_of
 from saffe_cache.evaluation.single_queries import Shown, details_of, shown_of
 from saffe_cache.fusion.base import Fusion, counted_flops
-from saffe_cache.inputs.bank import Bank, draw_bank
+from saffe_cache.inputs.bank import draw_bank
 from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import Pairs, data_fingerprint, reported_fingerprint, same_training_pairs, training_pairs
 from saffe_cache.inputs.spec import RunSpec, SplitOptions
 from saffe_cache.protocols.base import LEAKY_GALLERY, NULL_GALLERY, Level, Protocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Arrangement, FittedScores, Setting, System
+from saffe_cache.retrieval.correction import Bank
 from saffe_cache.retrieval.index import INDEX_FILES, build_index, recall_of_index, require_size, save_index
 from saffe_cache.retrieval.metrics import paired_bootstrap
 from saffe_cache.retrieval.scores import Scores

@@ -6,24 +6,12 @@ left out, and so is everything of the evaluated split. So the bank of a run is t
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from saffe_cache.inputs.pairs import Pairs, drawn_order
 from saffe_cache.inputs.spec import RunSpec
-from saffe_cache.retrieval.correction import MOST_BANK_PHOTOS, MOST_BANK_TEXTS, SearchCorrection
+from saffe_cache.retrieval.correction import MOST_BANK_PHOTOS, MOST_BANK_TEXTS, Bank, SearchCorrection
 from saffe_cache.store.reader import Cache
-
-
-class Bank(NamedTuple):
-    """Training queries, and the correction that they are for."""
-
-    correction: SearchCorrection
-    texts: np.ndarray
-    """int64 [texts]: text rows, ascending."""
-    photos: np.ndarray
-    """int64 [photos]: positions in the training pairs, ascending."""
 
 
 def draw_bank(correction: SearchCorrection, cache: Cache, spec: RunSpec, training: Pairs, reported: np.ndarray) -> Bank:

@@ -13,11 +13,11 @@ import numpy as np
 
 from saffe_cache.core.items import Ragged
 from saffe_cache.fusion.base import Fusion
-from saffe_cache.inputs.bank import Bank
 from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.baselines import unit_rows
+from saffe_cache.retrieval.correction import Bank
 from saffe_cache.retrieval.ranking import InnerProducts, ScoreMatrix
 from saffe_cache.retrieval.scores import NO_BIASES, Biases, Scores
 from saffe_cache.store.reader import Cache

@@ -21,7 +21,7 @@ equal biases, whatever stands beside them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -88,6 +88,16 @@ class SearchCorrection:
         nearest = np.partition(scores, -self.k, axis=1)[:, -self.k :]
         nearest.sort(axis=1)  # so that the order of the bank does not reach the sum
         return np.asarray((self.strength if self.kind == "nnn" else 0.5) * nearest.mean(axis=1))
+
+
+class Bank(NamedTuple):
+    """Training queries, and the correction that they are for."""
+
+    correction: SearchCorrection
+    texts: np.ndarray
+    """int64 [texts]: text rows, ascending."""
+    photos: np.ndarray
+    """int64 [photos]: positions in the training pairs, ascending."""
 
 
 @dataclass(frozen=True, kw_only=True)
