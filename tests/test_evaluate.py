@@ -28,7 +28,8 @@ KEYS = {
     "verb", "version", "protocol", "definition", "main_metric", "split", "data", "failures", "warnings", "num_photos",
     "num_queries", "num_unusable_items", "validation_photos", "validation_photos_drawn_from", "systems", "descriptions",
     "absent", "differences", "controls", "control_scores", "sensitivity", "duplicates", "index", "cost", "run",
-    "config", "versions", "threads", "system", "resolved",
+    "config", "versions", "threads", "system", "resolved", "search_correction", "bank_texts", "bank_photos",
+    "uncorrected",
 }  # fmt: skip
 
 
