@@ -123,7 +123,7 @@ def _scores_of(protocol: SearchProtocol, model: Fusion) -> tuple[Scores, dict[st
     """All metrics, and the resampled values of those that have them."""
     answers = protocol.search(model, protocol.setting.honest())
     assert isinstance(answers, Vectors)
-    scores = protocol.score_vectors(*answers, intervals=False)
+    scores = protocol.score_vectors(answers.gallery, answers.queries, intervals=False)
     photos, resampled = np.arange(len(protocol.setting.pairs)), {}
     means = {name: score for name, score in scores.items() if score.values is not None}
     if protocol.shows_classes:
