@@ -36,7 +36,9 @@ from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.runs import open_run
 from saffe_cache.training.train import train
 
-WITHOUT_BLOCKS = "linear, concat, late, hadamard, two_tower, flamingo, limber, magma, deep_insert, albef"
+WITHOUT_BLOCKS = (
+    "linear, concat, late, hadamard, two_tower, flamingo, limber, magma, deep_insert, frozen, fromage, pang, albef"
+)
 
 
 @pytest.fixture

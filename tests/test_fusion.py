@@ -323,9 +323,9 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 HEADS = dict.fromkeys(FUSIONS, "attention") | {"linear": "mean", "paper": "mean"}
-WIDTHS = dict.fromkeys(FUSIONS, 10) | {"two_tower": 256}
+WIDTHS = dict.fromkeys(FUSIONS, 10) | {"two_tower": 256, "fromage": 256}
 """Of the output."""
-ADDS_TEXT = dict.fromkeys(FUSIONS, True) | {"two_tower": False}
+ADDS_TEXT = dict.fromkeys(FUSIONS, True) | {"two_tower": False, "fromage": False}
 MIXED = torch.tensor([[True] * 4, [False] * 4, [True] * 2 + [False] * 2, [False] * 4, [True] + [False] * 3])
 
 
@@ -481,7 +481,8 @@ def backward(fam: FusionAlignModule, *texts: Texts | None) -> None:
     """Of a random direction of all outputs, at each of the texts."""
     states, target = draw_states(5), rand(5, WIDTHS[fam.shape.fusion], seed=4)
     fam.zero_grad()
-    loss = (fam.encode_queries(rand(5, 10, seed=5)) * target).sum()
+    searching = draw_texts(torch.ones(5, 3, dtype=torch.bool), fam.shape.text_hidden_size, seed=5)
+    loss = (fam.encode_texts(searching) * target).sum()
     for given in texts:
         fused = fam.fuse(states, None, given)
         loss = loss + (fused.vectors * target).sum()

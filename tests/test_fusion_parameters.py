@@ -117,6 +117,21 @@ def deep_insert(w: Widths) -> int:
     return limber(w) + norm(w.text)
 
 
+def frozen(w: Widths) -> int:
+    """Two tokens of the photo's summary; both means are read."""
+    return late(w) + linear(2 * w.photo, 2 * w.text) + linear(2 * w.text, w.vector)
+
+
+def fromage(w: Widths) -> int:
+    """The token, and two maps into 256 dimensions."""
+    return w.text + linear(2 * w.photo, 256) + linear(w.text, 256)
+
+
+def pang(w: Widths) -> int:
+    """Maps without biases in front of the block and behind it; the class token and the mean are read."""
+    return late(w) + 2 * w.photo * w.text + linear(2 * w.photo, w.vector)
+
+
 def albef(w: Widths) -> int:
     """Queries and output of the text's width, keys and values of the photo's tokens; a head that matches."""
     attention = linear(w.text, w.text) + 2 * linear(w.photo, w.text) + linear(w.text, w.text)
@@ -138,6 +153,9 @@ COUNTS: Mapping[str, Callable[[Widths], int]] = {
     "limber": limber,
     "magma": magma,
     "deep_insert": deep_insert,
+    "frozen": frozen,
+    "fromage": fromage,
+    "pang": pang,
     "albef": albef,
 }
 
@@ -171,11 +189,10 @@ def num_trained(name: str, widths: Widths) -> int:
         pooled_text=entry.pooled_text,
         maps_queries=entry.maps_queries,
         matches="matching" in entry.objective,
-        num_blocks={"none": 0, "paired": 0, "text": BLOCKS, "both": BLOCKS}[entry.blocks],
+        num_blocks={"none": 0, "paired": 0, "text": BLOCKS, "one_text": 1, "both": BLOCKS}[entry.blocks],
     )
-    num_photo, num_text = {"none": (0, 0), "paired": (1, 1), "text": (0, BLOCKS), "both": (BLOCKS, BLOCKS)}[
-        entry.blocks
-    ]
+    used = {"none": (0, 0), "paired": (1, 1), "text": (0, BLOCKS), "one_text": (0, 1), "both": (BLOCKS, BLOCKS)}
+    num_photo, num_text = used[entry.blocks]
     photo, text = block(widths.photo, 6, has_scales=True), block(widths.text, 12, has_scales=False)
     with torch.device("meta"):
         fusion = entry.make(shape, Blocks([photo] * num_photo, [text] * num_text))

@@ -41,7 +41,7 @@ def make(fusion: str, tiny_model: Models, **changes: Any) -> Fusion:
         blocks = load_tiny(name, tiny_model(name)).blocks
         return [blocks[1], blocks[2]] if entry.blocks in uses else []
 
-    blocks = Blocks(blocks_of("dinov2", ("paired", "both")), blocks_of("bert", ("paired", "text", "both")))
+    blocks = Blocks(blocks_of("dinov2", ("paired", "both")), blocks_of("bert", ("paired", "text", "one_text", "both")))
     values: dict[str, Any] = {"fusion": fusion, "head": entry.head, "num_layers": 2 if "head" in entry.options else 1}
     values |= {"hidden_size": 32, "num_tokens": 26, "text_hidden_size": 32, "text_size": 32, "num_blocks": 2}
     torch.manual_seed(2)

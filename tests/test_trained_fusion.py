@@ -16,9 +16,10 @@ from quick_runs import quick_train, setting_of
 
 import saffe_cache as sc
 from saffe_cache.core.features import CacheError
+from saffe_cache.core.items import Ragged
 from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.inference.model import load_run
-from saffe_cache.inputs.feature_loader import encode_queries
+from saffe_cache.inputs.feature_loader import encode_queries, encode_texts
 from saffe_cache.inputs.pairs import class_vectors, select_pairs
 from saffe_cache.store.manifest import EncoderManifest
 from saffe_cache.store.reader import open_cache
@@ -76,7 +77,11 @@ def evaluated(world: World, run: str) -> tuple[tuple[str, ...], np.ndarray, np.n
     spec = json.loads(Path(run, "config.json").read_text())["run"]
     paired = spec["gallery_text"] == "first_caption"
     setting, model = setting_of(world.cache, run, "captions", paired_texts=paired)
-    queries = encode_queries(model, setting.inputs.text.vectors(np.unique(setting.pairs.texts.values)))
+    rows = np.unique(setting.pairs.texts.values)
+    if model.shape.entry.query_tokens:
+        queries = encode_texts(model, setting.inputs, Ragged.from_rows(rows[:, None]))
+    else:
+        queries = encode_queries(model, setting.inputs.text.vectors(rows))
     return setting.pairs.ids, setting.gallery(model, setting.honest()), queries
 
 
@@ -90,7 +95,11 @@ def rows_of_pixels(picture: Image.Image) -> torch.Tensor:
 )
 def test_vectors_are_those_of_evaluation(fusion: str, world: World, tmp_path: Path) -> None:
     """Of photos with a paired text where one enters; from another folder, while the cache is not opened."""
-    pairs = {"gallery_text": "first_caption"} if FUSIONS[fusion].fuses_text and fusion != "two_tower" else {}
+    pairs = (
+        {"gallery_text": "first_caption"}
+        if FUSIONS[fusion].fuses_text and fusion not in ("two_tower", "fromage", "pang")
+        else {}
+    )
     run = trained(world, tmp_path / "run", fusion, **pairs)
     if fusion == "reference":
         torch.manual_seed(0)  # it draws random numbers
@@ -217,7 +226,8 @@ def test_run_names_all_data_of_its_cache(world: World, tmp_path: Path, tiny_mode
     assert texts["extraction"]["data"] == "photos"  # whose texts are all texts
 
 
-def test_vectors_of_classes_are_those_of_evaluation(tmp_path: Path, tiny_model: Models) -> None:
+@pytest.mark.parametrize("fusion", ["linear", "fromage"])
+def test_vectors_of_classes_are_those_of_evaluation(fusion: str, tmp_path: Path, tiny_model: Models) -> None:
     for number in range(24):
         path = tmp_path / "photos" / ("train", "test")[number % 2] / f"kind_{number % 3}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,10 +239,15 @@ def test_vectors_of_classes_are_those_of_evaluation(tmp_path: Path, tiny_model: 
         class_prompt=("a photo of a {}.", "one {}"),
         device="cpu",
     )
-    run = quick_train(cache, tmp_path / "run", fusion="linear", epochs=1)
+    run = quick_train(cache, tmp_path / "run", fusion=fusion, epochs=1)
     opened = open_cache(cache)
-    _, model = setting_of(cache, run, "classes")
-    expected = encode_queries(model, class_vectors(opened.table, opened.encoder("text")))
+    setting, model = setting_of(cache, run, "classes")
+    if fusion == "linear":
+        expected = encode_queries(model, class_vectors(opened.table, opened.encoder("text")))
+    else:
+        with torch.inference_mode():
+            units = [model.encode_texts(setting.inputs.queries(rows)).numpy() for rows in opened.table.class_texts]
+        expected = unit_rows(np.stack([of_class.mean(axis=0) for of_class in units]))
     np.testing.assert_allclose(load_run(run, device="cpu").embed_classes(opened.table.class_names), expected, atol=1e-5)
 
 

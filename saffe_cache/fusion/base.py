@@ -45,6 +45,11 @@ class Texts(NamedTuple):
     vectors: torch.Tensor
     """[texts, text_size]: the text encoder's own output."""
 
+    @staticmethod
+    def of_vectors(vectors: torch.Tensor) -> Texts:
+        """Texts without tokens, none of them null."""
+        return Texts((), torch.ones(len(vectors), 1, dtype=torch.bool, device=vectors.device), vectors)
+
     @property
     def is_text(self) -> torch.Tensor:
         """bool [texts, 1]: False for null texts."""
@@ -151,6 +156,13 @@ class Fusion(nn.Module):
     def encode_queries(self, vectors: torch.Tensor) -> torch.Tensor:
         """Unit vectors [batch, width of the output] of the text encoder's own vectors."""
         return functional.normalize(self.query_map(vectors), dim=-1)
+
+    def encode_texts(self, texts: Texts) -> torch.Tensor:
+        """Unit vectors [texts, width of the output] of texts that search.
+
+        A fusion that reads their tokens (`FusionEntry.query_tokens`) defines this instead of `encode_queries`.
+        """
+        return self.encode_queries(texts.vectors)
 
     def match(self, fused: Fused, queries: torch.Tensor) -> torch.Tensor:
         """Logits [pairs] that photo and text belong together; `queries` are the texts' unit vectors."""

@@ -86,6 +86,7 @@ class LibraryBlock(nn.Module):
         )
         self._model = [model.eval()]  # in a list, so that its unused weights are not among this module's
         self._extras: dict[tuple[Any, ...], Call] = {}
+        self._has_order = True
         self.requires_grad_(False).eval()
 
     @property
@@ -107,6 +108,8 @@ class LibraryBlock(nn.Module):
         if mask is not None and self.spec.has_equal_lengths:
             return self._by_length(hidden, mask)
         taken = self._taken(hidden, mask)
+        if not self._has_order:
+            taken = _without_order(taken, hidden, mask)
         if self.spec.is_time_first:
             hidden = hidden.transpose(0, 1)
         arguments, keywords = replacing(hidden, *taken)
@@ -128,6 +131,13 @@ class LibraryBlock(nn.Module):
         mask = None if (lengths < 0).any() else torch.arange(inputs.shape[1]) < lengths[:, None]
         with torch.no_grad():
             return relative_difference(self(inputs, mask), expected, mask)
+
+    def forget_order(self) -> None:
+        """Let each token see all others, and none have a place: no causal mask, and rotary positions all zero.
+
+        Other positions stay; `require_no_positions` finds them.
+        """
+        self._has_order = False
 
     @torch.no_grad()
     def require_no_positions(self, fusion: str) -> None:
@@ -189,6 +199,17 @@ def call_of(layer: nn.Module, model: Any, inputs: Mapping[str, Any]) -> Call:
     finally:
         handle.remove()
     return found[0]
+
+
+def _without_order(call: Call, hidden: torch.Tensor, mask: torch.Tensor | None) -> Call:
+    """The same call, in which all real tokens see each other and are rotated by nothing."""
+    batch, tokens = hidden.shape[:2]
+    seen = hidden.new_ones(batch, tokens, dtype=torch.bool) if mask is None else mask
+    changed: dict[str, Any] = {"attention_mask": seen[:, None, None, :].expand(-1, 1, tokens, -1)}
+    rotary = call[1].get("position_embeddings")
+    if rotary is not None:
+        changed["position_embeddings"] = torch.ones_like(rotary[0]), torch.zeros_like(rotary[1])
+    return call[0], {name: changed.get(name, value) for name, value in call[1].items()}
 
 
 def make_block(weights: BlockWeights) -> EncoderBlock | LibraryBlock:

@@ -179,6 +179,8 @@ class Batch(NamedTuple):
     """bool [photos, texts]: which texts describe which photo."""
     own: torch.Tensor
     """int64 [photos]: one text of each photo, drawn at random; the paired one if texts are matched."""
+    queries: Texts | None = None
+    """The own texts with their tokens, for a fusion that reads them; None where `vectors` are all that is read."""
 
 
 class Contrast(NamedTuple):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-BlockUse = Literal["none", "paired", "text", "both"]
+BlockUse = Literal["none", "paired", "text", "one_text", "both"]
 HeadName = Literal["attention", "mean", "flatten"]
 QuerySide = Literal["gallery", "text"]
 GalleryText = Literal["null", "first_caption", "matched"]
@@ -46,7 +46,8 @@ class FusionEntry(Entry):
     blocks: BlockUse = "none"
     """Which cached encoder blocks it uses, and with them the text's tokens. none: no block, and no text tokens.
     paired: for each layer, the block that follows it in both encoders. text: all blocks of the text encoder from the
-    text's layer on. both: as many blocks of each encoder as follow both layers."""
+    text's layer on. one_text: the one that follows the text's layer, and no text tokens. both: as many blocks of each
+    encoder as follow both layers."""
     options: frozenset[str] = frozenset({"pooled_text"})
     """Which of the options --head, --query-side, --share-decoder, --freeze-decoder and --pooled-text it understands."""
     head: HeadName = "attention"
@@ -59,6 +60,9 @@ class FusionEntry(Entry):
     """Its default --gallery-text."""
     objective: Mapping[str, float] = field(default_factory=lambda: {"info_nce": 1.0})
     """Its default --objective."""
+    query_tokens: bool = False
+    """Whether it reads the tokens of texts that search (`Fusion.encode_texts`), and not the text encoder's own vectors.
+    It then needs a text layer."""
     maps_queries: bool = True
     """Whether queries pass a learned map; otherwise they are the text encoder's own vectors."""
     fuses_text: bool = True
@@ -99,6 +103,11 @@ class FusionEntry(Entry):
     def continues_text(self) -> bool:
         """Whether the text encoder's blocks run from the text's layer to the last one."""
         return self.blocks in ("text", "both")
+
+    @property
+    def reads_text_tokens(self) -> bool:
+        """Whether text tokens enter it."""
+        return self.blocks not in ("none", "one_text")
 
     @property
     def needs_gallery_blocks(self) -> bool:
@@ -192,6 +201,24 @@ FUSIONS: Mapping[str, FusionEntry] = {
         made_by=f"{_KNOWN}.insertion:DeepInsertFusion",
         summary="LiMBeR whose photo tokens enter at a later text layer (DeepInsert).",
         blocks="text",
+    ),
+    "frozen": FusionEntry(
+        made_by=f"{_KNOWN}.insertion:FrozenFusion",
+        summary="The photo's summary as a prefix of 2 tokens in front of the text's (Frozen).",
+        blocks="text",
+    ),
+    "fromage": FusionEntry(
+        made_by=f"{_KNOWN}.fromage:FromageFusion",
+        summary="A learned [RET] token behind the text in the frozen text encoder, and linear maps (FROMAGe).",
+        blocks="text",
+        query_tokens=True,
+        options=frozenset(),
+        pooled_text=False,
+    ),
+    "pang": FusionEntry(
+        made_by=f"{_KNOWN}.pang:PangFusion",
+        summary="A frozen text block between two linear maps as one more layer of the photo encoder (Pang et al.).",
+        blocks="one_text",
     ),
     "albef": FusionEntry(
         made_by=f"{_KNOWN}.cross_attention:AlbefFusion",

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError, Modality, StorageType, short_hash
-from saffe_cache.core.items import ItemTable
+from saffe_cache.core.items import ItemTable, Ragged
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.encoders.own import OwnEncoder
 from saffe_cache.extraction.config import ExtractConfig, config_from_json, encode_options
@@ -32,7 +33,7 @@ from saffe_cache.fusion.base import Fusion, Texts
 from saffe_cache.fusion.layers import Mask, States
 from saffe_cache.inference import sharing
 from saffe_cache.inference.config import IndexConfig
-from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries, summaries
+from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries, encode_texts, summaries
 from saffe_cache.inputs.pairs import class_vectors
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.baselines import LinearMap, unit_rows
@@ -120,8 +121,11 @@ class TrainedFusion:
     @cached_property
     def size(self) -> int:
         """Width of the vectors."""
-        one = np.ones((1, self.spec.shape.text_size), np.float32)
-        return int(encode_queries(self.model, one, self.device).shape[1])
+        shape, is_token = self.spec.shape, torch.ones(1, 1, dtype=torch.bool)
+        token, vector = torch.zeros(1, 1, shape.text_hidden_size), torch.ones(1, shape.text_size)
+        with torch.inference_mode():
+            blank = Texts((token.to(self.device),), is_token.to(self.device), vector.to(self.device))
+            return int(self.model.encode_texts(blank).shape[1])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -191,10 +195,13 @@ class TrainedFusion:
             ValueError: one is no text.
             CacheError: the text encoder is another one than the run's.
         """
-        vectors = self.text_vectors(texts)
-        return (
-            encode_queries(self.model, vectors, self.device) if len(vectors) else np.zeros((0, self.size), np.float32)
-        )
+        table = _table_of_texts("embed_texts", texts)
+        if not len(texts):
+            return np.zeros((0, self.size), np.float32)
+        with self._lock:
+            if self.spec.shape.entry.query_tokens:
+                return self._encode_texts(table, table.captions)
+            return encode_queries(self.model, self._text_vectors(table).vectors(table.captions.values), self.device)
 
     def text_vectors(self, texts: Sequence[str]) -> np.ndarray:
         """The text encoder's own vectors, float32 [n, k] of any length, which `embed_texts` maps.
@@ -259,7 +266,10 @@ class TrainedFusion:
             builder.add(SourceItem(id=str(number), split="", media={}, labels=(name,)))
         table = builder.build()
         with self._lock:
-            of_class = encode_queries(self.model, class_vectors(table, self._text_vectors(table)), self.device)
+            if self.spec.shape.entry.query_tokens:
+                of_class = self._encode_texts(table, table.class_texts)
+            else:
+                of_class = encode_queries(self.model, class_vectors(table, self._text_vectors(table)), self.device)
         return np.asarray(of_class[table.labels.values])
 
     def embed_items(
@@ -458,8 +468,7 @@ class TrainedFusion:
         self._require_tokens(gallery)
         text: EncoderCache = self._kept.encoders[spec.text_key]
         if paired:
-            names = [f"hidden_states/{layer}" for layer in spec.text_layers]
-            text = self._held(spec.text_key, table, {}, [*names, text.manifest.vector])
+            text = self._texts(table)
         inputs = FeatureLoader(HeldCache(table, {spec.gallery_key: gallery, spec.text_key: text}), spec, self.device)
         rows = table.rows[self.modality]
         usable, texts = gallery.usable(rows), table.captions.values
@@ -476,6 +485,16 @@ class TrainedFusion:
                 f"--run {self.folder}: its head takes {shape.num_tokens} tokens of each input, found another number. "
                 "Give sounds of the length that it was trained on."
             )
+
+    def _texts(self, table: ItemTable) -> HeldEncoder:
+        """The texts of a table, with the tokens that the fusion reads."""
+        key, names = self.spec.text_key, [f"hidden_states/{layer}" for layer in self.spec.token_layers]
+        return self._held(key, table, {}, [*names, self._kept.encoders[key].manifest.vector])
+
+    def _encode_texts(self, table: ItemTable, prompts: Ragged) -> np.ndarray:
+        """Unit vectors of queries whose tokens the fusion reads, each the mean over the texts of a row."""
+        encoders = {**self._kept.encoders, self.spec.text_key: self._texts(table)}
+        return encode_texts(self.model, FeatureLoader(HeldCache(table, encoders), self.spec, self.device), prompts)
 
     def _text_vectors(self, table: ItemTable) -> HeldEncoder:
         key = self.spec.text_key

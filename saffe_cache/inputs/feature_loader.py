@@ -27,10 +27,12 @@ import torch
 
 from saffe_cache.core import ranks
 from saffe_cache.core.devices import available_memory
+from saffe_cache.core.items import Ragged
 from saffe_cache.core.options import refuse
 from saffe_cache.fusion.base import Fusion, Texts
 from saffe_cache.fusion.layers import Mask, summarize
 from saffe_cache.inputs.spec import Residency, RunSpec
+from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.store.dtypes import numbers_of
 from saffe_cache.store.reader import Cache, EncoderCache
 
@@ -93,11 +95,15 @@ class FeatureLoader:
     def texts(self, rows: np.ndarray) -> Texts:
         """Texts to pair with gallery inputs; for a fusion without text layers, only their own vectors."""
         vectors = self.vectors(rows)
-        if not self.spec.text_layers:
-            return Texts((), torch.ones(len(rows), 1, dtype=torch.bool, device=self.device), vectors)
-        states, mask = self._tokens(self.text, rows, self.spec.text_layers)
+        if not self.spec.token_layers:
+            return Texts.of_vectors(vectors)
+        states, mask = self._tokens(self.text, rows, self.spec.token_layers)
         assert mask is not None
         return Texts(tuple(states), mask, vectors)
+
+    def queries(self, rows: np.ndarray) -> Texts:
+        """Texts that search: with tokens for a fusion that reads them, otherwise their own vectors alone."""
+        return self.texts(rows) if self.spec.shape.entry.query_tokens else Texts.of_vectors(self.vectors(rows))
 
     def hold(self, photos: np.ndarray, texts: np.ndarray) -> None:
         """Prefetch these inputs, which are needed next, and release all others."""
@@ -234,6 +240,18 @@ def encode_queries(model: Fusion, vectors: np.ndarray, device: str = "cpu", batc
     )
 
 
+def encode_texts(model: Fusion, inputs: FeatureLoader, prompts: Ragged, batch: int = 256) -> np.ndarray:
+    """g of queries whose tokens the model reads: unit vectors, float32 [n, d].
+
+    `prompts` are the text rows of each query; of several, a class's prompts, the unit vectors are averaged.
+    """
+    distinct, places = np.unique(prompts.values, return_inverse=True)
+    vectors = in_blocks(lambda these: model.encode_texts(inputs.queries(distinct[these])), len(distinct), batch)
+    if len(prompts.values) == len(prompts):
+        return np.asarray(vectors[places])
+    return unit_rows(np.add.reduceat(vectors[places], prompts.offsets[:-1]))
+
+
 @torch.inference_mode()
 def in_blocks(compute: Callable[[slice], torch.Tensor], count: int, batch: int = 256) -> np.ndarray:
     """What is computed of `count` rows, a block of rows at a time; float32. Each rank computes some of the blocks."""
@@ -243,7 +261,7 @@ def in_blocks(compute: Callable[[slice], torch.Tensor], count: int, batch: int =
 
 def _arrays(cache: Cache, spec: RunSpec) -> list[tuple[EncoderCache, str]]:
     """The arrays of hidden states that a run reads."""
-    sides = ((spec.gallery_key, spec.gallery_layers), (spec.text_key, spec.text_layers))
+    sides = ((spec.gallery_key, spec.gallery_layers), (spec.text_key, spec.token_layers))
     return [(cache.encoders[key], f"hidden_states/{layer}") for key, layers in sides for layer in layers]
 
 

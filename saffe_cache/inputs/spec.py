@@ -50,7 +50,7 @@ class RunSpec(SplitOptions, ObjectiveOptions):
     text_key: str
     gallery_layers: tuple[int, ...]
     text_layers: tuple[int, ...]
-    """Empty where no text tokens enter the fusion."""
+    """Empty where neither text tokens nor blocks of the text encoder enter the fusion."""
     pairs: PairKind
     gallery_text: GalleryText
     """The text that is paired with each photo in training."""
@@ -61,6 +61,11 @@ class RunSpec(SplitOptions, ObjectiveOptions):
     """A streamed training shuffles the photos of this many shards together; None shuffles all photos."""
     data: str = ""
     """Hash of the photos and texts that the run trains on and is validated on."""
+
+    @property
+    def token_layers(self) -> tuple[int, ...]:
+        """The text layers whose tokens enter the fusion."""
+        return self.text_layers if self.shape.entry.reads_text_tokens else ()
 
     @property
     def sees_null(self) -> bool:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
@@ -270,7 +269,7 @@ class SearchProtocol(Protocol):
         """queries_constant: every text that searches is the same."""
         if isinstance(system, FittedScores):
             return {"queries_constant": self.score(ClassScores(system.scores).with_one_query())}
-        same = replace(self.queries, vectors=np.tile(self.queries.vectors[:1], (len(self.queries), 1)))
+        same = self.queries.with_one_text()
         vectors = self.setting.vectors(system, self.setting.honest(), same, photos_search=self.photos_search)
         return {"queries_constant": self.score(vectors)}
 

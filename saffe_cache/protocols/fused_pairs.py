@@ -12,7 +12,7 @@ import torch
 from saffe_cache.core.items import Ragged
 from saffe_cache.core.ranks import concatenated
 from saffe_cache.fusion.base import Fusion, Pairing, Texts
-from saffe_cache.inputs.feature_loader import FeatureLoader
+from saffe_cache.inputs.feature_loader import FeatureLoader, encode_texts
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.base import NUM_SHUFFLES, Protocol, SearchProtocol
@@ -132,7 +132,7 @@ def score_all_pairs(model: Fusion, inputs: FeatureLoader, rows: np.ndarray, sear
     The part of a fusion that needs the photo alone is computed once for it.
     """
     num_texts = len(search.text_rows)
-    texts = _texts_of(model, inputs, search, np.arange(num_texts))
+    texts = _texts_of(model, inputs, search, np.arange(num_texts), _encoded(model, inputs, search))
 
     def score(block: slice) -> np.ndarray:
         pairing = np.divmod(np.arange(len(rows[block]) * num_texts), num_texts)
@@ -145,12 +145,13 @@ def score_all_pairs(model: Fusion, inputs: FeatureLoader, rows: np.ndarray, sear
 def score_chosen_pairs(model: Fusion, inputs: FeatureLoader, rows: np.ndarray, search: Queries) -> PairScores:
     """The photos `rows` [queries, k] with the text of their query: [queries, k]."""
     num_queries, k = rows.shape
+    encoded = _encoded(model, inputs, search)
 
     def score(block: slice) -> np.ndarray:
         distinct, position = np.unique(rows[block], return_inverse=True)
         queries = np.arange(num_queries)[block]
         pairing = position.ravel(), np.arange(len(queries)).repeat(k)
-        return _score_pairs(model, inputs, distinct, _texts_of(model, inputs, search, queries), pairing)
+        return _score_pairs(model, inputs, distinct, _texts_of(model, inputs, search, queries, encoded), pairing)
 
     return _in_blocks(score, num_queries, k)
 
@@ -164,10 +165,18 @@ def _in_blocks(score: Callable[[slice], np.ndarray], count: int, width: int) -> 
     return PairScores(cosine, matching[0] if matching else None)
 
 
-def _texts_of(model: Fusion, inputs: FeatureLoader, search: Queries, queries: np.ndarray) -> tuple[Texts, torch.Tensor]:
+def _encoded(model: Fusion, inputs: FeatureLoader, search: Queries) -> np.ndarray | None:
+    """Unit vectors of all queries if the model reads their tokens: all ranks compute them together, before pairs."""
+    return encode_texts(model, inputs, search.prompts) if model.shape.entry.query_tokens else None
+
+
+def _texts_of(
+    model: Fusion, inputs: FeatureLoader, search: Queries, queries: np.ndarray, encoded: np.ndarray | None
+) -> tuple[Texts, torch.Tensor]:
     """Texts of some queries, to be fused, and their unit vectors."""
     texts = inputs.texts(search.text_rows[queries])
-    return texts, model.encode_queries(torch.from_numpy(search.vectors[queries]).to(inputs.device))
+    own = torch.from_numpy((search.vectors if encoded is None else encoded)[queries]).to(inputs.device)
+    return texts, model.encode_queries(own) if encoded is None else own
 
 
 def _score_pairs(

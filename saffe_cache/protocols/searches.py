@@ -70,7 +70,7 @@ class ClassProtocol(SearchProtocol):
         rows = np.array([prompts[0] for prompts in table.class_texts], np.int64)
         relevant = members(pairs.labels, len(rows))
         units = np.array([photos[0] if len(photos) else -1 for photos in relevant], np.int64)
-        return Queries(rows, class_vectors(table, self.setting.inputs.text), relevant, units)
+        return Queries(rows, class_vectors(table, self.setting.inputs.text), relevant, units, table.class_texts)
 
     def score_vectors(
         self, gallery: np.ndarray, queries: np.ndarray, *, biases: Biases = NO_BIASES, intervals: bool = True

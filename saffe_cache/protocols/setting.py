@@ -13,7 +13,7 @@ import numpy as np
 
 from saffe_cache.core.items import Ragged
 from saffe_cache.fusion.base import Fusion
-from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries
+from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries, encode_texts
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.baselines import unit_rows
@@ -47,17 +47,34 @@ class Queries:
     """Positions in the gallery that are relevant to each query; none for a class without photos."""
     units: np.ndarray
     """int64 [queries]: the photo that each query is drawn with in a bootstrap."""
+    several: Ragged | None = None
+    """All text rows of each query, where `vectors` are means over several texts; None where each is one."""
 
     def __len__(self) -> int:
         return len(self.text_rows)
+
+    @property
+    def prompts(self) -> Ragged:
+        """The text rows of each query: of a class, all its prompts."""
+        return Ragged(np.arange(len(self) + 1), self.text_rows) if self.several is None else self.several
+
+    def take(self, chosen: np.ndarray) -> Queries:
+        """Some of the queries."""
+        rows, vectors, relevant = self.text_rows[chosen], self.vectors[chosen], self.relevant.take(chosen)
+        several = None if self.several is None else self.several.take(chosen)
+        return Queries(rows, vectors, relevant, self.units[chosen], several)
+
+    def with_one_text(self) -> Queries:
+        """The same queries, if each of them were the first one."""
+        first = self.take(np.zeros(len(self), np.int64))
+        return replace(first, relevant=self.relevant, units=self.units)
 
     def sample(self, most: int, seed: int) -> Queries:
         """The queries that have a relevant photo; at most `most` of them, drawn at random."""
         usable = np.flatnonzero(self.relevant.lengths)
         if len(usable) > most:
             usable = np.sort(np.random.default_rng(seed).choice(usable, most, replace=False))
-        rows, vectors, relevant = self.text_rows[usable], self.vectors[usable], self.relevant.take(usable)
-        return Queries(rows, vectors, relevant, self.units[usable])
+        return self.take(usable)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +143,8 @@ class Setting:
         if isinstance(system, FittedVectors):
             vectors = unit_rows(queries.vectors)
             return vectors if system.map_queries is None else system.map_queries(vectors)
+        if system.shape.entry.query_tokens:
+            return encode_texts(system, self.inputs, queries.prompts)
         return encode_queries(system, queries.vectors, self.inputs.device)
 
     def vectors(

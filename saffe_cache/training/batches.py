@@ -124,7 +124,7 @@ class TrainingData:
         distinct, columns, positives = distinct_positives(texts)
         draws = np.random.default_rng((self._seed, epoch, within)).random(len(chosen))
         own = columns[texts.offsets[:-1] + (draws * texts.lengths).astype(np.int64)]
-        on_device = (torch.from_numpy(of_batch).to(self.inputs.device) for of_batch in (positives, own))
+        on_device = torch.from_numpy(positives).to(self.inputs.device), torch.from_numpy(own).to(self.inputs.device)
         of_photos, of_texts = Share.of(len(chosen)), Share.of(len(distinct))
         states, mask = self.inputs.photos(self._pairs.rows[chosen[of_photos.own]])
         paired = None
@@ -132,8 +132,11 @@ class TrainingData:
             paired_texts = self._pairs.paired_texts
             of_chosen = distinct[own] if paired_texts is None else paired_texts[chosen]
             paired = self.inputs.texts(of_chosen[of_photos.own])
-        vectors = self.inputs.vectors(distinct[of_texts.own])
-        return Batch(of_photos, of_texts, states, mask, paired, distinct, vectors, *on_device)
+        queries = self.inputs.queries(distinct[of_texts.own])
+        with_tokens = queries if queries.states else None
+        return Batch(
+            of_photos, of_texts, states, mask, paired, distinct, queries.vectors, *on_device, queries=with_tokens
+        )
 
     def _hold(self, order: EpochOrder, here: slice) -> None:
         """If photos are streamed, load the windows of a batch and prefetch the next one."""
@@ -275,7 +278,8 @@ class Objective(nn.Module):
         with batch.photos.drawn():
             photos = batch.photos.gather(model(batch.states, batch.mask, paired).float())
         with batch.texts.drawn():
-            queries = batch.texts.gather(model.encode_queries(batch.vectors).float())
+            texts = Texts.of_vectors(batch.vectors) if batch.queries is None else batch.queries
+            queries = batch.texts.gather(model.encode_texts(texts).float())
 
         def match(fused: Fused, columns: torch.Tensor) -> torch.Tensor:
             return model.match(fused, queries[columns].detach())

@@ -72,7 +72,7 @@ def _shape(
     objective: Mapping[str, float],
 ) -> FusionShape:
     entry, text_rms = config.entry, 1.0
-    if layers.num_blocks:
+    if layers.num_blocks and entry.reads_text_tokens:
         numbers = text.statistics(f"hidden_states/{layers.text[0]}")
         text_rms = math.hypot(numbers.mean, numbers.std)
     adds_text = gallery_text != "null" and entry.pooled_text
@@ -149,7 +149,7 @@ def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCach
             f"{gallery.key}: its hidden states are feature maps, which differ in shape from layer to layer; --fusion "
             f"{config.fusion} needs the block that follows a layer. Use another encoder, or one of --fusion {others}."
         )
-    needing = {"paired": (gallery, text), "text": (text,), "both": (gallery, text)}.get(config.entry.blocks, ())
+    needing = {"none": (), "text": (text,), "one_text": (text,)}.get(config.entry.blocks, (gallery, text))
     for encoder in needing:
         if encoder.manifest.selected_tokens != "all":
             without = ", ".join(name for name, entry in FUSIONS.items() if entry.blocks == "none")
@@ -168,6 +168,11 @@ def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCach
         case "text":
             first = _first_layer(config, text)
             return _Layers(_layers_of(config, gallery, gallery.layers), (first,), text.manifest.num_layers - first)
+        case "one_text":
+            chosen = _layers_of(config, text, text.block_layers, text.block_layers[-1:])
+            if len(chosen) != 1:
+                refuse("layers", f"text={','.join(map(str, chosen))}", "one: the block that follows it runs")
+            return _Layers(_layers_of(config, gallery, gallery.layers), chosen, 1)
         case "both":
             first, depth = _first_layer(config, text), gallery.manifest.num_layers
             begins = depth - (text.manifest.num_layers - first)  # so that both encoders end together

@@ -105,7 +105,7 @@ def _check_widths(run_dir: str | Path, spec: RunSpec, cache: Cache) -> None:
     widths = {layer: gallery.array(f"hidden_states/{layer}").spec.row_shape[-1] for layer in spec.gallery_layers}
     any_length = gallery.manifest.is_ragged and shape.head != "flatten"
     photos = {(shape.num_tokens if any_length else gallery.num_tokens(i), width) for i, width in widths.items()}
-    for layer in spec.text_layers:
+    for layer in spec.token_layers:
         text.array(f"hidden_states/{layer}")
     vector = text.array(text.manifest.vector).spec.row_shape
     found = (photos, len(spec.gallery_layers), text.manifest.hidden_size, vector)

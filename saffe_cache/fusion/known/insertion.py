@@ -41,13 +41,18 @@ class LimberFusion(CorrectingFusion):
         """Photo tokens as the text encoder sees them."""
         return self.project(tokens)  # type: ignore[no-any-return]
 
+    def prefix(self, states: States, mask: Mask, summary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What precedes the text, [pairs, tokens, e], and its mask."""
+        photo, seen = inserted_tokens(states[-1], mask, has_class_token=self.shape.has_class_token)
+        return self.insert(photo), seen
+
     def run(self, number: int, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Run one of the text encoder's blocks."""
         return self.text_blocks[number](tokens, mask)  # type: ignore[no-any-return]
 
     def correct(self, states: States, mask: Mask, texts: Texts | None, summary: torch.Tensor) -> Correction:
-        photo, seen = inserted_tokens(states[-1], mask, has_class_token=self.shape.has_class_token)
-        tokens, photo_seen, length = self.insert(photo), seen, photo.shape[1]
+        tokens, seen = self.prefix(states, mask, summary)
+        photo_seen, length = seen, tokens.shape[1]
         if texts is not None:
             tokens, seen = torch.cat([tokens, texts.states[0]], dim=1), torch.cat([seen, texts.mask], dim=1)
         for number in range(len(self.text_blocks)):
@@ -94,6 +99,28 @@ class DeepInsertFusion(LimberFusion):
 
     def insert(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.norm(super().insert(tokens))  # type: ignore[no-any-return]
+
+
+class FrozenFusion(LimberFusion):
+    """Frozen (Tsimpoukelli et al. 2021, arXiv 2106.13884): a photo is a prefix of 2 tokens, a linear map of one vector.
+
+    LiMBeR maps each of a photo's tokens; Frozen its summary, to both tokens at once. The source trains its image
+    encoder (NF-ResNet-50) through a language model of 7 billion parameters, on the text's likelihood alone; here the
+    encoder is a frozen one, the summary the class token and the mean of the others, and the vector that searches reads
+    the means over prefix and text, as LiMBeR's does. `saffe caption --layer 0` trains the prefix on the likelihood.
+
+    It adds 2 (s + 1) e parameters, for a summary of width s, and (2 e + 1) k to read both means.
+    """
+
+    NUM_TOKENS = 2
+
+    def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
+        super().__init__(shape, blocks)
+        self.project = nn.Linear(shape.summary_size, self.NUM_TOKENS * shape.text_hidden_size)
+
+    def prefix(self, states: States, mask: Mask, summary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self.project(summary).unflatten(-1, (self.NUM_TOKENS, -1))
+        return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
 
 
 def inserted_tokens(

@@ -1,0 +1,78 @@
+"""A learned token behind the text stands for it in retrieval (FROMAGe)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from saffe_cache.fusion.base import ROW_BY_ROW, Blocks, Fused, Fusion, Pairing, Texts, gathered
+from saffe_cache.fusion.layers import Learning, Mask, MatchHead, States, summarize
+from saffe_cache.fusion.library_block import make_block
+from saffe_cache.fusion.options import FusionShape
+
+
+class FromageFusion(Fusion):
+    """FROMAGe's retrieval (Koh et al. 2023, arXiv 2301.13823, sec. 3.1.2): 256 dimensions for photos and texts.
+
+        photo = unit( W_i summary )        text = unit( W_t norm( state of [RET] after the last block ) )
+
+    [RET] is one learned vector behind the text's last real token; everything else of the text encoder is frozen. The
+    source adds a token to the vocabulary of OPT-6.7B, at the input. Here it enters at the text's layer l, so that
+    blocks below l never run again, as a vector of that layer's width: a token that the lower blocks did not see. At
+    `--layers text=0` this is the source's, except that the vector includes any learned position, and is the same one
+    for each. Rotary and relative positions, and a causal mask, treat it as the next token. It works in a bidirectional
+    encoder (MiniLM) too, where the text's tokens also see [RET].
+
+    Further differences: only the contrastive loss is trained, not the captioning loss, so nothing is generated and
+    [RET] is never predicted; the photo is its summary and not CLIP's pooled output; a norm without gain replaces the
+    language model's last norm, whose gain W_t can learn. A text that is paired with a photo is averaged with it in the
+    shared space, which the source does not do.
+
+    e + 256 (s + e + 2) parameters, for a summary of width s and text tokens of width e.
+    """
+
+    learning: ClassVar = {"ret": Learning(decays=False)}
+    WIDTH = 256
+
+    def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
+        super().__init__(shape)
+        self.text_blocks = nn.ModuleList(make_block(block) for block in blocks.text)
+        self.ret = nn.Parameter(torch.randn(shape.text_hidden_size) * 0.02)
+        self.of_photo = nn.Linear(shape.summary_size, self.WIDTH)
+        self.of_text = nn.Linear(shape.text_hidden_size, self.WIDTH)
+        if shape.matches:
+            self.match_head = MatchHead(shape.hidden_size, 1, self.WIDTH)
+
+    def encode_queries(self, vectors: torch.Tensor) -> torch.Tensor:
+        """
+        Raises:
+            ValueError: always. A text's own vector is not enough.
+        """
+        raise ValueError("fromage: found the text encoder's own vectors, expected tokens. Call encode_texts.")
+
+    def encode_texts(self, texts: Texts) -> torch.Tensor:
+        return functional.normalize(self.of_text(self.last_state(texts)), dim=-1)
+
+    def last_state(self, texts: Texts) -> torch.Tensor:
+        """[RET] after the last block, normed: [texts, e]."""
+        lengths = texts.mask.sum(dim=1)
+        tokens = functional.pad(texts.states[0], (0, 0, 0, 1))
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        tokens = torch.where((places == lengths[:, None])[..., None], self.ret, tokens)
+        for block in self.text_blocks:
+            tokens = block(tokens, places <= lengths[:, None])
+        found = tokens[torch.arange(len(tokens), device=tokens.device), lengths]
+        return functional.layer_norm(found, found.shape[-1:])
+
+    def fuse(
+        self, states: States, mask: Mask = None, texts: Texts | None = None, pairing: Pairing = ROW_BY_ROW
+    ) -> Fused:
+        summary = summarize(states, mask, has_class_token=self.shape.has_class_token)
+        vectors = gathered(functional.normalize(self.of_photo(summary), dim=-1), pairing.gallery)
+        if texts is not None:
+            paired = gathered(self.encode_texts(texts) * texts.is_text, pairing.text)
+            vectors = functional.normalize(vectors + paired, dim=-1)
+        return Fused(vectors, [gathered(states[-1], pairing.gallery)], gathered(mask, pairing.gallery))
