@@ -21,6 +21,7 @@ from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.inference.model import load_run
 from saffe_cache.inputs.feature_loader import encode_queries, encode_texts
 from saffe_cache.inputs.pairs import class_vectors, select_pairs
+from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.store.manifest import EncoderManifest
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.runs import BLOCKS, ENCODERS
