@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from quick_runs import setting_of
+from quick_runs import report_of, setting_of, value
 from synthetic_cache import make_cache
 
 from saffe_cache.cli import main
@@ -175,6 +175,7 @@ def test_blocks_run_only_if_all_fusions_are_named() -> None:
     assert list(skipped) == ["reuse"]
     assert "reuse" in choose_methods(("all",))[0]
     assert list(choose_methods(("late",))[0]) == ["late", "drawn", "least_squares"]
+    assert list(choose_methods(("default", "reuse"))[0])[:2] == ["reuse", "linear"]
 
 
 def test_plain_form_of_a_claim_is_trained_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,8 +239,19 @@ def test_other_language_is_reported_with_the_same_runs(tmp_path: Path) -> None:
     assert (own.name, other.name) == ("en", "en on de")
     assert other.methods["linear"].scores == own.methods["linear"].scores  # here the same photos and texts
     leaky = make_cache(tmp_path / "leaky.zarr", {"train": 60, "test": 40}, shared=5)
-    with pytest.raises(ValueError, match=r"leaky: 5 of its 40 reported photos are among those to train on"):
+    with pytest.raises(ValueError, match=r"en on leaky: 5 of its 40 reported photos are among those to train on"):
         few_pairs(replace(config, out=str(tmp_path / "b"), report_cache={"en": (leaky,)}))
+
+
+def test_corrected_search_is_reported_beside_the_plain_one(cache: str, tmp_path: Path) -> None:
+    options = {"photos": (80,), "search_correction": "nnn", "keep_runs": True}
+    plain, corrected = result_of(config_of(cache, tmp_path / "out", **options)).settings
+    assert (plain.name, corrected.name) == ("c", "c with nnn")
+    run = str(tmp_path / "out" / "runs" / "c-80-seed0" / "linear")
+    report = report_of(cache, run, search_correction="nnn")
+    for metric in ("mrr", "recall_at_1", "image_to_text_mrr"):
+        assert corrected.methods["linear"].scores[metric].value == pytest.approx(value(report, metric))
+    assert corrected.methods["linear"].scores != plain.methods["linear"].scores
 
 
 def test_command_prints_its_report_and_page_draws_it(
@@ -258,7 +270,7 @@ def test_command_prints_its_report_and_page_draws_it(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fusions": ("linaer",)}, "--fusions: found linaer, expected all or reuse, linear, concat"),
+        ({"fusions": ("linaer",)}, "--fusions: found linaer, expected default, all or reuse, linear, concat"),
         ({"photos": (1,)}, r"--photos: found \(1,\), expected 2 or more"),
         ({"seeds": ()}, "--seeds: found none, expected one or more"),
         ({"validation": "train"}, "--validation: found train, expected heldout, or a split"),

@@ -9,15 +9,17 @@ from pathlib import Path
 from saffe_cache.core.features import MODALITIES
 from saffe_cache.core.options import positional, require, require_keys, require_seed
 from saffe_cache.fusion.registry import FUSIONS
+from saffe_cache.retrieval.correction import CorrectionOptions
 
+DEFAULT, EVERY = "default", "all"
+"""Names of several fusions."""
 SIZES = (500, 1500, 3000, 6000)
 """Default numbers of photos, as far as a cache has them."""
 QUICK_SIZES, QUICK_EPOCHS = 2, 3
-EVERY = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewPairsConfig:
+class FewPairsConfig(CorrectionOptions):
     """Train every method on a few photos of each cache, and compare them all with the best closed form.
 
     Every method sees the same photos, texts and seeds; runs that share batches read the cache once. A finished part is
@@ -39,8 +41,8 @@ class FewPairsConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the photos that are drawn, and of starting weights."""
     fusions: tuple[str, ...] = field(default=(), metadata={"entries": FUSIONS})
-    """Methods to compare; the closed forms among them are always added, as one of them is what all are compared with.
-    Default: all that train on photos alone and run no block of an encoder's. all: those, too."""
+    """Methods to compare; closed forms are always added, as one of them is what all are compared with. default: all
+    that train on photos alone and run no block of an encoder's. all: those too. Default: default."""
     validation: str = "heldout"
     """Where epochs and hyper-parameters are chosen: heldout takes a part of the photos that are drawn; or the name of
     a split, whose photos are not counted."""
@@ -62,12 +64,13 @@ class FewPairsConfig:
     device: str = "auto"
     """cpu, cuda or cuda:N. auto: a GPU if there is one."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError if an option is out of range, or unknown."""
         require(len(self.cache) > 0, "cache", "no cache", "one or more")
         names = self.names
         require(len(set(names)) == len(names), "cache", ", ".join(names), "caches of different names")
         for name in self.fusions:
-            require(name in (*FUSIONS, EVERY), "fusions", name, f"{EVERY} or {', '.join(FUSIONS)}")
+            require(name in (*FUSIONS, DEFAULT, EVERY), "fusions", name, f"{DEFAULT}, {EVERY} or {', '.join(FUSIONS)}")
         require(all(count >= 2 for count in self.photos), "photos", self.photos, "2 or more")
         for option in ("photos", "seeds"):
             values = getattr(self, option)

@@ -55,7 +55,7 @@ def summarise(
 ) -> FewPairsResult:
     """Everything that follows from all cells, which are given by cache and number of photos."""
     settings, controls, caches = [], [], {}
-    places: dict[tuple[str, int], tuple[str, str, Runs, str]] = {}
+    places: dict[tuple[str, int], tuple[str, Runs, str]] = {}
     for source in sources:
         main, closed = source.main_metric, source.closed_forms
         skipped, of_source = dict(source.skipped), []
@@ -65,9 +65,8 @@ def summarise(
             reference = reference_of(runs, closed)
             of_source.append(runs)
             for gallery in source.galleries:
-                name = source.name if gallery == source.name else f"{source.name} on {gallery}"
-                settings.append(setting_of(name, gallery, photos, runs, reference, main))
-                places[name, photos] = gallery, main, runs, reference
+                settings.append(setting_of(gallery, photos, runs, reference, main))
+                places[gallery, photos] = main, runs, reference
         controls += controls_of(source, of_source, main)
         caches[source.name] = FewPairsCache(
             gallery=source.spec.gallery_key,

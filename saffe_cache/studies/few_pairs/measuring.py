@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,17 +14,18 @@ from saffe_cache.core.controls import interval_error
 from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError
 from saffe_cache.fusion.base import Fusion
+from saffe_cache.inputs.bank import draw_bank
 from saffe_cache.inputs.feature_loader import FeatureLoader
+from saffe_cache.inputs.pairs import Pairs, training_pairs
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.base import SearchProtocol
 from saffe_cache.protocols.registry import load_protocol
 from saffe_cache.protocols.setting import Setting, Vectors
 from saffe_cache.retrieval.metrics import bootstrap_resamples, map_resamples, metrics_of, middle, unit_totals
 from saffe_cache.retrieval.scores import Scores, class_orders
-from saffe_cache.store.reader import Cache
 from saffe_cache.studies.few_pairs.cells import Measured, Part, Permuted, Trained
 from saffe_cache.studies.few_pairs.config import FewPairsConfig
-from saffe_cache.studies.few_pairs.planning import Source, reported_pairs, run_config, run_folder
+from saffe_cache.studies.few_pairs.planning import Gallery, Source, reported_pairs, run_config, run_folder
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.runs import load_permuted, open_run
 from saffe_cache.training.train import train_many
@@ -75,6 +77,7 @@ def _measure(config: FewPairsConfig, source: Source, run: TrainConfig) -> Traine
     spec, model, trained = open_run(run.out, source.cache)
     permuted = load_permuted(run.out, spec, source.cache)
     models = model.to(device), None if permuted is None else permuted.to(device)
+    training = training_pairs(spec, source.cache).training
     return Trained(
         parameters=trained.trainable_parameters,
         seconds=trained.seconds,
@@ -83,25 +86,28 @@ def _measure(config: FewPairsConfig, source: Source, run: TrainConfig) -> Traine
         train_photos=trained.train_photos,
         validation_photos=trained.validation_photos,
         galleries={
-            name: _measure_on(config, cache, spec, source.protocol, device, models)
-            for name, cache in source.galleries.items()
+            name: _measure_on(_protocol(config, source, gallery, spec, training), *models)
+            for name, gallery in source.galleries.items()
         },
     )
 
 
-def _measure_on(
-    config: FewPairsConfig,
-    cache: Cache,
-    spec: RunSpec,
-    protocol_name: str,
-    device: str,
-    models: tuple[Fusion, Fusion | None],
-) -> Measured:
-    torch.manual_seed(_SEED)
-    pairs = reported_pairs(config, cache, spec, protocol_name)
-    protocol = load_protocol(protocol_name)(Setting(FeatureLoader(cache, spec, device), pairs, seed=_SEED))
+def _protocol(
+    config: FewPairsConfig, source: Source, gallery: Gallery, spec: RunSpec, training: Pairs
+) -> SearchProtocol:
+    """The protocol over a gallery, with the bank of its search correction."""
+    cache, bank = gallery.cache, None
+    pairs = reported_pairs(config, cache, spec, source.protocol)
+    if gallery.correction:
+        bank = draw_bank(gallery.correction, cache, spec, training, pairs.texts.values)
+    loader = FeatureLoader(cache, spec, choose_device(config.device))
+    protocol = load_protocol(source.protocol)(Setting(loader, pairs, training.rows, _SEED, bank))
     assert isinstance(protocol, SearchProtocol)
-    model, permuted = models
+    return protocol
+
+
+def _measure_on(protocol: SearchProtocol, model: Fusion, permuted: Fusion | None) -> Measured:
+    torch.manual_seed(_SEED)
     scores, resampled = _scores_of(protocol, model)
     return Measured(
         values={name: score.value for name, score in scores.items()},
@@ -123,7 +129,8 @@ def _scores_of(protocol: SearchProtocol, model: Fusion) -> tuple[Scores, dict[st
     """All metrics, and the resampled values of those that have them."""
     answers = protocol.search(model, protocol.setting.honest())
     assert isinstance(answers, Vectors)
-    scores = protocol.score_vectors(answers.gallery, answers.queries, intervals=False)
+    biases: dict[str, Any] = {"biases": answers.biases} if protocol.corrects_search else {}
+    scores = protocol.score_vectors(answers.gallery, answers.queries, intervals=False, **biases)
     photos, resampled = np.arange(len(protocol.setting.pairs)), {}
     means = {name: score for name, score in scores.items() if score.values is not None}
     if protocol.shows_classes:

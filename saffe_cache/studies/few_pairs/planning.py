@@ -8,15 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from saffe_cache.core.features import CacheError
+import numpy as np
+
+from saffe_cache.core.features import CacheError, Modality
 from saffe_cache.core.options import refuse
-from saffe_cache.fusion.registry import FUSIONS, FusionEntry
+from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.inputs.pairs import Pairs, content_fingerprint, own_pairs, select_pairs
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.registry import load_protocol, own_protocol
+from saffe_cache.retrieval.correction import SearchCorrection
 from saffe_cache.store.reader import Cache, open_cache
-from saffe_cache.studies.few_pairs.claims import CLAIMS
-from saffe_cache.studies.few_pairs.config import EVERY, QUICK_EPOCHS, QUICK_SIZES, SIZES, FewPairsConfig
+from saffe_cache.studies.few_pairs.claims import CLAIMS, VARIANTS, Method
+from saffe_cache.studies.few_pairs.config import DEFAULT, EVERY, QUICK_EPOCHS, QUICK_SIZES, SIZES, FewPairsConfig
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.resolve import resolve_run
 
@@ -28,25 +31,11 @@ _RUNS = "runs"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
-    """What is trained under one name."""
+class Gallery:
+    """What is reported on."""
 
-    fusion: str
-    options: Mapping[str, Any]
-    """Of TrainConfig, where they differ from the fusion's own."""
-
-    @property
-    def entry(self) -> FusionEntry:
-        return FUSIONS[self.fusion]
-
-    @property
-    def group(self) -> str:
-        """Methods of a group read alike, so that one pass over the cache serves many of them."""
-        if self.entry.is_closed_form:
-            return "closed-form"
-        if self.entry.blocks != "none":
-            return "blocks"
-        return "vectors" if self.entry.reads == "summary" else "tokens"
+    cache: Cache
+    correction: SearchCorrection | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +45,8 @@ class Source:
     name: str
     path: str
     cache: Cache
-    galleries: Mapping[str, Cache]
-    """By name: its own, and those of `--report-cache`."""
+    galleries: Mapping[str, Gallery]
+    """By the name of the setting: its own, the same with search correction, and those of `--report-cache`."""
     spec: RunSpec
     protocol: str
     available: int
@@ -94,16 +83,21 @@ def make_source(config: FewPairsConfig, name: str, path: str) -> Source:
     cache = open_cache(path)
     spec = resolve_run(TrainConfig(cache=path, out="", fusion=_PLAIN, **_common(config)), cache)
     protocol = own_protocol(spec)
-    galleries = {name: cache} | {Path(one).stem: open_cache(one) for one in config.report_cache.get(name, ())}
+    galleries = {name: Gallery(cache=cache)}
+    if config.correction and load_protocol(protocol).corrects_search:
+        galleries[f"{name} with {config.correction.kind}"] = Gallery(cache=cache, correction=config.correction)
+    for one in config.report_cache.get(name, ()):
+        galleries[f"{name} on {Path(one).stem}"] = Gallery(cache=open_cache(one))
     encoders = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
     modality = encoders[0].manifest.modality
     drawn = own_pairs(
         cache.table, modality, config.train_split, select_pairs(cache.table, *encoders, config.train_split, spec.pairs)
     )
-    reported = {gallery: reported_pairs(config, one, spec, protocol) for gallery, one in galleries.items()}
-    _require_unseen(cache, spec, drawn, galleries, reported)
     parts = [content_fingerprint(cache.table, modality, drawn)]
-    parts += [content_fingerprint(galleries[gallery].table, modality, pairs) for gallery, pairs in reported.items()]
+    for of, gallery in galleries.items():
+        pairs = reported_pairs(config, gallery.cache, spec, protocol)
+        _require_unseen(of, cache.table.inputs[modality].content_hash[drawn.rows], gallery.cache, modality, pairs)
+        parts.append(content_fingerprint(gallery.cache.table, modality, pairs))
     sizes, left_out = choose_sizes(config, len(drawn))
     source = Source(
         name=name,
@@ -138,19 +132,15 @@ def reported_pairs(config: FewPairsConfig, cache: Cache, spec: RunSpec, protocol
     return load_protocol(protocol).select(cache, spec, config.split)
 
 
-def _require_unseen(
-    cache: Cache, spec: RunSpec, drawn: Pairs, galleries: Mapping[str, Cache], reported: Mapping[str, Pairs]
-) -> None:
-    """Raise ValueError if a photo that may be trained on is reported on."""
-    modality = cache.encoders[spec.gallery_key].manifest.modality
-    seen = {one.tobytes() for one in cache.table.inputs[modality].content_hash[drawn.rows]}
-    for name, one in galleries.items():
-        hashes = one.table.inputs[modality].content_hash[reported[name].rows]
-        if shared := sum(content.tobytes() in seen for content in hashes):
-            raise ValueError(
-                f"{name}: {shared} of its {len(hashes)} reported photos are among those to train on, expected none. "
-                "Report on another --split."
-            )
+def _require_unseen(name: str, seen: np.ndarray, cache: Cache, modality: Modality, reported: Pairs) -> None:
+    """Raise ValueError if a reported photo is among those that may be trained on, uint8 [photos, 32] hashes."""
+    known = {one.tobytes() for one in seen}
+    hashes = cache.table.inputs[modality].content_hash[reported.rows]
+    if shared := sum(content.tobytes() in known for content in hashes):
+        raise ValueError(
+            f"{name}: {shared} of its {len(hashes)} reported photos are among those to train on, expected none. Report "
+            "on another --split."
+        )
 
 
 def choose_sizes(config: FewPairsConfig, available: int) -> tuple[tuple[int, ...], dict[str, str]]:
@@ -189,18 +179,21 @@ def _with_methods(config: FewPairsConfig, source: Source) -> Source:
 
 
 def choose_methods(fusions: Collection[str]) -> tuple[dict[str, Method], dict[str, str]]:
-    """The methods that `--fusions` asks for and the forms that their claims need, and why other fusions are skipped."""
-    every = EVERY in fusions
+    """The methods that `--fusions` asks for, and why other fusions are skipped.
+
+    A fusion comes with its variants, and with the forms that claims compare it with.
+    """
     skipped, found = {}, {}
     for name, entry in FUSIONS.items():
-        if not (every or entry.is_closed_form or name in fusions):
-            if fusions:
+        if EVERY not in fusions and not entry.is_closed_form and name not in fusions:
+            if fusions and DEFAULT not in fusions:
                 skipped[name] = "--fusions does not name it"
                 continue
             if entry.blocks != "none":
                 skipped[name] = f"encoder blocks run in training, which takes long; --fusions {EVERY} includes it"
                 continue
-        found[name] = Method(fusion=name, options={})
+        found[name] = Method(fusion=name)
+        found |= {variant: method for variant, method in VARIANTS.items() if method.fusion == name}
         claim = CLAIMS.get(name)
         if claim and claim.plain:
             found[claim.against] = Method(fusion=name, options=claim.plain)
@@ -245,7 +238,7 @@ def describe(sources: Sequence[Source]) -> dict[str, Any]:
             "data": source.data,
             "photos": list(source.sizes),
             "methods": list(source.methods),
-            "galleries": list(source.galleries),
+            "galleries": {name: str(gallery.correction) for name, gallery in source.galleries.items()},
         }
         for source in sources
     }

@@ -68,7 +68,7 @@ class FewPairsResult(StudyResult):
             found.append(
                 Section(
                     title=name,
-                    lead=f"Trained on {name.partition(' on ')[0]}, reported on split {self.split}. Intervals are 95 %, "
+                    lead=f"Reported on split {self.split}. Intervals are 95 %, "
                     f"over the reported photos, of the mean of {len(self.seeds)} seeds.",
                     tables=[_table(setting) for setting in settings],
                     definitions=[

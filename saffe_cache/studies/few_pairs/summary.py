@@ -51,7 +51,7 @@ class FewPairsSetting:
     """A cache, a gallery and a number of photos."""
 
     name: str
-    """The cache, and the gallery where it is another's."""
+    """The cache, and what is reported on where it is another, or with search correction."""
     photos: int
     """Of training and validation together, where that is held out."""
     train_photos: int
@@ -95,10 +95,10 @@ def _resampled(of_seeds: Sequence[Measured], metric: str) -> np.ndarray:
     return np.mean([one.resampled[metric] for one in of_seeds], axis=0)  # type: ignore[no-any-return]
 
 
-def setting_of(name: str, gallery: str, photos: int, runs: Runs, reference: str, main_metric: str) -> FewPairsSetting:
+def setting_of(name: str, photos: int, runs: Runs, reference: str, main_metric: str) -> FewPairsSetting:
     """What all methods reach in one place."""
     first = runs[reference][0]
-    measured = {method: [one.galleries[gallery] for one in of] for method, of in runs.items()}
+    measured = {method: [one.galleries[name] for one in of] for method, of in runs.items()}
     found = {
         method: _method_result(of, measured[method], None if method == reference else measured[reference])
         for method, of in runs.items()
@@ -136,20 +136,20 @@ def _score(measured: Sequence[Measured], metric: str) -> MethodScore:
     return MethodScore(value=float(np.mean(values)), low=low, high=high, seeds=values)
 
 
-def verdicts_of(places: Mapping[tuple[str, int], tuple[str, str, Runs, str]]) -> list[Verdict]:
+def verdicts_of(places: Mapping[tuple[str, int], tuple[str, Runs, str]]) -> list[Verdict]:
     """The verdict on the claim of each method that has one and was measured with what it names.
 
     Args:
-        places: by setting and number of photos, the gallery, the main metric, the runs and the reference.
+        places: by setting and number of photos, the main metric, the runs and the reference.
     """
     found = []
     for method, claim in CLAIMS.items():
         leads = {}
         metrics = []
-        for place, (gallery, metric, runs, reference) in places.items():
+        for place, (metric, runs, reference) in places.items():
             against = reference if claim.against == BEST else claim.against
             if method in runs and against in runs and against != method:
-                mine, other = ([one.galleries[gallery] for one in runs[name]] for name in (method, against))
+                mine, other = ([one.galleries[place[0]] for one in runs[name]] for name in (method, against))
                 leads[place] = lead_of(mine, other, metric)
                 metrics.append(metric)
         if leads:
@@ -170,6 +170,6 @@ def controls_of(source: Source, runs: Sequence[Runs], metric: str) -> list[Contr
             known = [(one.value, one.level, one.error) for one in measured if one]
             if known:
                 value, level, error = (float(np.mean(column)) for column in zip(*known, strict=True))
-                name = f"{source.name}, {gallery}, {method} of permuted pairs"
+                name = f"{gallery}, {method} of permuted pairs"
                 found.append(Control.at_most(name, metric, value, level, error))
     return found
