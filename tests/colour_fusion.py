@@ -37,6 +37,7 @@ class ColourFusion:
     modality = "image"
     size = 3
     storage = None
+    index_views = "plain"
     why_not_alone: str | None = None
 
     def __init__(self, folder: Path, fingerprint: str = "0123456789ab", why_not_paired: str | None = None) -> None:

@@ -38,6 +38,7 @@ def make_cache(
     feature_maps: bool = False,
     labels: Callable[[str, int], Sequence[int]] | None = None,
     shard_rows: int = 32,
+    views: Sequence[str] = (),
 ) -> str:
     """Write a cache, finished, with layers 2 and 3 of a photo encoder and of a text encoder.
 
@@ -54,6 +55,7 @@ def make_cache(
         labels: the classes of an item, by its split and number, if not one after another.
         feature_maps: photos' tokens are places of a CNN's feature maps, and have no blocks.
         shard_rows: of every array; more for a large cache.
+        views: of the photos, besides the plain ones: their numbers times 1.1, 1.2 and so on.
     """
     generator = np.random.default_rng(seed)
     builder = TableBuilder(None, ("a {}",))
@@ -94,6 +96,12 @@ def make_cache(
     words = {"hidden_states/2": flat, "hidden_states/3": flat, "pooled": texts, "offsets": offsets}
     if deep:
         images, words = {"hidden_states/1": tokens * 0.9} | images, {"hidden_states/1": flat * 0.9} | words
+    plain = list(images.items())
+    images |= {
+        f"views/{view}/{name}": values * (1 + number / 10)
+        for number, view in enumerate(views, start=1)
+        for name, values in plain
+    }
     keys = [
         _write_encoder(storage, "image", images, len(of_photo), width, generator, shard_rows, feature_maps),
         _write_encoder(storage, "text", words, num_texts, text_width, generator, shard_rows),

@@ -7,6 +7,7 @@ from typing import Literal
 
 from saffe_cache.core.features import IndexKind
 from saffe_cache.core.options import one_of, refuse, require, require_seed
+from saffe_cache.core.views import IndexViews
 from saffe_cache.inputs.spec import SplitOptions
 from saffe_cache.protocols.registry import protocol_choices
 from saffe_cache.retrieval.correction import CorrectionOptions
@@ -14,7 +15,7 @@ from saffe_cache.training.config import DataOptions
 
 BaselineChoice = Literal["all", "linear", "none"]
 
-_OF_RUNS = ("baselines", "baseline_layers", "leak_true_text")
+_OF_RUNS = ("baselines", "baseline_layers", "leak_true_text", "index_views")
 """Options that have no effect on a baseline alone."""
 _OF_SYSTEMS = ("data_seed", *(one.name for group in (SplitOptions, DataOptions) for one in fields(group)))
 """Options that a run has decided already."""
@@ -44,8 +45,8 @@ class EvaluateConfig(SplitOptions, DataOptions, CorrectionOptions):
     """Split to report on; its photos are the gallery."""
     out: str | None = None
     """Folder for the result, the report and the index. Default: SPLIT-PROTOCOL in the run's folder, with -leak if the
-    true text leaks and the name of --search-correction if one is given; for a baseline,
-    CACHE-baselines/SPLIT-PROTOCOL-SYSTEM. A result of other options is never replaced."""
+    true text leaks, the name of --search-correction if one is given, and -views if the mean of all views is searched;
+    for a baseline, CACHE-baselines/SPLIT-PROTOCOL-SYSTEM. A result of other options is never replaced."""
     protocol: str = one_of(_choices, "auto")
     """What the queries and the gallery are, and what is relevant."""
     rerank_k: int = 16
@@ -56,6 +57,9 @@ class EvaluateConfig(SplitOptions, DataOptions, CorrectionOptions):
     """Kind of the index that is written for later searches. flat compares with every photo; ivf with those of the
     nearest clusters; ivf_pq does so with codes of a sixteenth of the size; hnsw follows a graph. Metrics are always
     exact; the report says how many of flat's results another kind finds."""
+    index_views: IndexViews = "plain"
+    """Views of each photo of the gallery. plain: the photo itself. mean: the mean of the vectors of all views that the
+    cache has of the run's layers. Baselines, and scores of fused pairs, always take the photo itself."""
     baselines: BaselineChoice = "all"
     """Which baselines are fitted for a run. linear: those that take seconds, such as ridge regression and linear probe.
     none: only those that controls are compared with."""

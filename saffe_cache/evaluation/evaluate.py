@@ -24,6 +24,7 @@ from saffe_cache.core.controls import Control, failed
 from saffe_cache.core.devices import choose_device, peak_memory_mb
 from saffe_cache.core.options import refuse, require
 from saffe_cache.core.outputs import CONFIG, RESULT, is_begun, provenance, write_json
+from saffe_cache.core.views import indexed_views
 from saffe_cache.evaluation.baselines import BASELINES, Material, fit_baseline, fit_baselines, left_out
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.details import FAM, write_details
@@ -121,7 +122,10 @@ def evaluate(config: EvaluateConfig) -> str:
     cache, device = open_cache(config.cache), choose_device(config.device)
     subject = _resolve_baseline(config, cache) if config.run is None else _load_run(config.run, cache, device)
     name = own_protocol(subject.spec) if config.protocol == "auto" else config.protocol
-    protocol = _protocol(config, FeatureLoader(cache, subject.spec, device), subject, name)
+    others = cache.encoders[subject.spec.gallery_key].views(subject.spec.gallery_layers)
+    views = indexed_views(config.index_views, others, config.cache)
+    inputs = FeatureLoader(cache, subject.spec, device, index_views=views)
+    protocol = _protocol(config, inputs, subject, name)
     logger.info("%s protocol: %d photos of split %s.", name, len(protocol.setting.pairs), config.split)
     out = Path(config.out or _default_out(config, subject, name))
     resolved = {"protocol_name": name, "weights": subject.run.weights if subject.run else None}
@@ -169,8 +173,8 @@ def _default_out(config: EvaluateConfig, subject: _Subject, protocol: str) -> Pa
     if config.run is None:
         folder = f"{PurePath(config.cache).stem}-baselines"
         return Path(folder) / f"{config.split}-{protocol}-{subject.name}{of_correction}"
-    leak = "-leak" if config.leak_true_text else ""
-    return Path(config.run) / f"{config.split}-{protocol}{leak}{of_correction}"
+    leak, views = "-leak" * config.leak_true_text, "-views" * (config.index_views == "mean")
+    return Path(config.run) / f"{config.split}-{protocol}{leak}{of_correction}{views}"
 
 
 def _protocol(config: EvaluateConfig, inputs: FeatureLoader, subject: _Subject, name: str) -> Protocol:

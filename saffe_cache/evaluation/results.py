@@ -262,12 +262,17 @@ class EvaluationResult(Result):
         photos = drawn(self.validation_photos, self.validation_photos_drawn_from)
         of_photos = f", {photos} photos" if self.validation_photos_drawn_from else ""
         chosen = "the epoch was chosen" if of_run else "tuned"
+        averages = given.get("index_views", "plain") == "mean"
+        views = (
+            f"trained on {1 + len(spec.views)} of each photo, searched the {'mean of all' if averages else 'plain one'}"
+        )
         return [
             ("cache", str(given.get("cache", ""))),
             ("gallery encoder", f"{spec.gallery_key}, layers {', '.join(map(str, spec.gallery_layers))}"),
             ("text encoder", f"{spec.text_key}{of_text}"),
             *([("fusion", fusion)] if of_run else [("baseline", self.descriptions[self.system])]),
             ("trained on", f"split {spec.train_split}; {chosen} on {spec.validation}{of_photos}; seed {spec.seed}"),
+            *([("views", views)] if spec.views or averages else []),
             ("reported on", f"split {self.split}, seed {given.get('seed', '')}"),
             ("versions", ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items())),
         ]

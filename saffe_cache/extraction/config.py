@@ -12,6 +12,7 @@ from saffe_cache.core.devices import choose_device, num_cores
 from saffe_cache.core.features import MODALITIES, Compression, StorageType
 from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.options import positional, require, require_keys
+from saffe_cache.core.views import parse_views
 from saffe_cache.sources.items import Columns
 
 _SIZE = re.compile(r"\d+([KMG]i?B)", re.IGNORECASE)
@@ -45,6 +46,10 @@ class ExtractConfig:
     """Side of the pictures in pixels. Default: the setting of the model's processor."""
     grey_bits: int | None = None
     """Bits that grey pictures with 16 bits use, 8 to 16, where their files do not say it. Default: all 16."""
+    views: str | None = None
+    """Views of each photo to encode besides the photo itself, of one decoding, for training to draw from: flip (its
+    mirror image), crop=N (N random crops of half of it or more) or flip,crop=N. Each takes the time and the bytes that
+    the photo itself takes. Default: none; views that the cache has grow with it."""
     max_length: int | None = None
     """Longest text in tokens. Default: the model's limit."""
     audio_seconds: float = 30.0
@@ -151,6 +156,10 @@ class ExtractConfig:
         require(bool(self.encoder), "encoder", "none", "at least one, such as image=facebook/dinov2-small")
         idle = [name for name in self.layers if name not in self.encoder]
         require(not idle, "layers", f"{idle}=…", "modalities that --encoder names")
+        require(
+            not self.view_names or "image" in self.encoder,
+            *("views", f"{self.views} with --encoder {'=…, '.join(self.encoder)}=…", "an --encoder image=…"),
+        )
         named = self.prompt_name is not None
         require(not named or "text" in self.encoder, "prompt_name", self.prompt_name, "an --encoder text=…")
         require(not named or self.prompt is None, "prompt_name", self.prompt_name, "no --prompt besides it")
@@ -182,6 +191,11 @@ class ExtractConfig:
         require(self.shard_mb >= 0, "shard_mb", self.shard_mb, "0 (the smallest) or more")
         require(0 <= self.max_invalid <= 1, "max_invalid", self.max_invalid, "a fraction from 0 to 1")
         require(min(self.max_items.values(), default=1) > 0, "max_items", dict(self.max_items), "numbers above 0")
+
+    @property
+    def view_names(self) -> tuple[str, ...]:
+        """Names of the views that are encoded besides the plain photos."""
+        return parse_views(self.views or "")
 
     def _check_ranks(self) -> None:
         given = (self.rank is None) == (self.world_size is None)

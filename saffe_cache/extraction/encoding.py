@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.items import ItemTable
+from saffe_cache.core.views import PLAIN
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.encoders.transfers import Encoded, HalvingEncoder, Launched
 from saffe_cache.extraction.blocks import checked_blocks
@@ -31,7 +32,7 @@ from saffe_cache.extraction.planning import Job, find_offsets, new_job
 from saffe_cache.sources.items import Media
 from saffe_cache.store.dtypes import Stored, as_tensor, convert, to_storage
 from saffe_cache.store.held import HeldEncoder
-from saffe_cache.store.layout import ArraySpec, encoder_group
+from saffe_cache.store.layout import ArraySpec, encoder_group, split_view
 from saffe_cache.store.manifest import EncoderManifest, write_encoder
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.writer import EncoderWriter, Portion, begin_log, write_blocks, write_weights
@@ -398,7 +399,7 @@ class PortionBuilder:
             encoded = part.encoded()
             these = slice(done, done + len(encoded.lengths))
             if batch.starts is None or batch.weights is None:
-                self._rows.put(batch.inputs[these], encoded)
+                self._rows.put(batch.inputs[these], encoded, view=batch.view)
             else:
                 self._rows.put(batch.inputs[these], encoded, batch.starts[these], batch.weights[these])
             done = these.stop
@@ -428,6 +429,7 @@ class BlockRows:
         encoded: Encoded,
         starts: np.ndarray | None = None,
         weights: np.ndarray | None = None,
+        view: str = PLAIN,
     ) -> None:
         """Add a batch: one row of `encoded` per input. Inputs with non-finite numbers become invalid.
 
@@ -436,12 +438,13 @@ class BlockRows:
             encoded: the batch.
             starts: for windows of sounds, where each begins among the rows of its sound.
             weights: for windows of sounds, what the vector of each counts for.
+            view: the view that it has of its photos.
 
         Raises:
             CacheError: a finite number exceeds the range of the storage type.
         """
         owners, lengths = np.asarray(inputs), encoded.lengths
-        for name in self._specs:
+        for name in (one for one in self._specs if split_view(one)[0] == view):
             if self._job.is_flat(name):
                 within = _counted(lengths) + (0 if starts is None else np.repeat(starts, lengths))
                 self._put(name, self._rows(name, encoded), np.repeat(owners, lengths), within)
@@ -461,9 +464,10 @@ class BlockRows:
     def _rows(self, name: str, encoded: Encoded) -> Stored:
         """A batch's rows of one array without padding, converted here unless the device has done so."""
         converted = {f"hidden_states/{i}": Stored(*parts) for i, parts in encoded.converted.items()}
-        stored = converted.get(name)
+        own = split_view(name)[1]
+        stored = converted.get(own)
         states = {f"hidden_states/{i}": states for i, states in encoded.states.items()}
-        values = stored.rows if stored else as_tensor((states | dict(encoded.vectors))[name])
+        values = stored.rows if stored else as_tensor((states | dict(encoded.vectors))[own])
         if not self._job.is_flat(name):
             return stored or convert(values, self._specs[name].dtype)
         if len(self._specs[name].row_shape) > 1:  # a row is a whole window

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from saffe_cache.core.features import CacheError
+from saffe_cache.core.views import PLAIN, seen_as
 from saffe_cache.encoders.running import REAL_TOKENS
 from saffe_cache.extraction.planning import Job, blank_input, window_budget
 from saffe_cache.sources.decoding import LOW_GREY, decode
@@ -67,10 +68,17 @@ class Batch:
     """For windows of sounds, int64 [rows]: where a window begins among the rows of its sound."""
     weights: np.ndarray | None = None
     """For windows of sounds, int64 [rows]: what each window's vector counts for."""
+    view: str = PLAIN
+    """The view of its photos."""
+    is_repeated: bool = False
+    """Whether an earlier batch had the same photos, in another view."""
 
     @property
     def num_finished(self) -> int:
-        """Inputs that it finishes, or that could not be read; a sound counts with its first window."""
+        """Inputs that it finishes, or that could not be read; a sound counts with its first window, a photo with its
+        first view."""
+        if self.is_repeated:
+            return 0
         windows = len(self.inputs) if self.starts is None else int((self.starts == 0).sum())
         return windows + len(self.unreadable)
 
@@ -98,7 +106,7 @@ def load_batches(job: Job, media: Mapping[bytes, Media]) -> Iterator[Iterator[Ba
         pool.submit(int).result()  # processes are forked here, before any memory is pinned
         for memory in ring.memory.values():
             stack.enter_context(job.encoder.transfers.pinned(memory))
-        yield (ring.finish(*task) for task in _ahead(ring.begin(pool), ring.ahead))
+        yield (batch for task in _ahead(ring.begin(pool), ring.ahead) for batch in ring.finish(*task))
         ring.warn()
 
 
@@ -261,16 +269,16 @@ def _stacked(windows: Sequence[_Window]) -> dict[str, torch.Tensor]:
 
 
 class _Ring:
-    """A ring buffer of batches of photos in shared memory, filled by workers."""
+    """A ring buffer of blocks of photos in all their views in shared memory, filled by workers."""
 
     def __init__(self, job: Job, media: Mapping[bytes, Media]) -> None:
         self._job, self._decoder = job, _Decoder(job, media)
         self.ahead = max(_AHEAD, math.ceil(2 * job.options.workers * _TASK_INPUTS / job.block_rows))
         self._batches = self.ahead + _IN_USE
-        shape = (self._batches, max(map(len, job.blocks()), default=0))
+        shape = (self._batches, len(job.views), max(map(len, job.blocks()), default=0))
         blank = job.encoder.prepare(blank_input(job.encoder))
         self.memory = {name: _shared(value, shape, job.encoder.dtype) for name, value in blank.items()}
-        self.is_low = _shared(torch.zeros(1, dtype=torch.uint8), (1, job.num_inputs), torch.uint8)[0]
+        self.is_low = _shared(torch.zeros(1, dtype=torch.uint8), (job.num_inputs,), torch.uint8)
         """Whether a picture's 16-bit grey is low without a word about it."""
 
     def begin(self, pool: Executor) -> Iterator[tuple[range, int, list[Future[dict[int, str]]]]]:
@@ -285,13 +293,17 @@ class _Ring:
         """In a worker: fill the rows of some inputs. Returns the reason for each that cannot be read."""
         reasons = {}
         for row in inputs:
-            out = {name: values[place, row - first] for name, values in self.memory.items()}
+            out = {name: values[place, :, row - first] for name, values in self.memory.items()}
             reasons[row] = self._decoder.use(row, partial(self._take, row, out))
         return {row: reason for row, reason in reasons.items() if reason}
 
     def _take(self, row: int, out: Mapping[str, torch.Tensor], raw: Any) -> None:
+        """Prepare all views of a decoded photo, or a clip."""
         self.is_low[row] = int("low_grey" in getattr(raw, "info", {}))
-        self._job.encoder.prepare_into(raw, out)
+        content_hash = self._job.inputs.content_hash[row].tobytes()
+        for number, view in enumerate(self._job.views):
+            of_view = {name: values[number] for name, values in out.items()}
+            self._job.encoder.prepare_into(seen_as(raw, view, content_hash), of_view)
 
     def warn(self) -> None:
         """Tell of pictures that are nearly black because few of their bits are used."""
@@ -303,19 +315,28 @@ class _Ring:
                 *(self._job.manifest.key, len(rows), LOW_GREY, self._job.name_of(rows[0])),
             )
 
-    def finish(self, block: range, place: int, tasks: Sequence[Future[dict[int, str]]]) -> Batch:
-        """Wait for a batch, and drop its unreadable inputs."""
+    def finish(self, block: range, place: int, tasks: Sequence[Future[dict[int, str]]]) -> Iterator[Batch]:
+        """Wait for a block, and drop its unreadable inputs; a batch for each view."""
         unreadable: dict[int, str] = {}
         for task in tasks:
             unreadable |= task.result()
         good = [row for row in block if row not in unreadable]
         rows = [row - block.start for row in good] if unreadable else slice(len(block))
-        tensors = {name: values[place][rows] for name, values in self.memory.items()} if good else {}
-        return Batch(block=block, inputs=good, tensors=tensors, unreadable=unreadable)
+        for number, view in enumerate(self._job.views):
+            tensors = {name: values[place, number][rows] for name, values in self.memory.items()} if good else {}
+            yield Batch(
+                block=block,
+                inputs=good,
+                tensors=tensors,
+                unreadable={} if number else unreadable,
+                ends_block=number == len(self._job.views) - 1,
+                view=view,
+                is_repeated=number > 0,
+            )
 
 
-def _shared(example: torch.Tensor, batches: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Memory for batches of inputs like the example [1, …], shared with forked processes."""
+def _shared(example: torch.Tensor, batches: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory for batches, of this shape, of inputs like the example [1, …], shared with forked processes."""
     kind = dtype if example.is_floating_point() else example.dtype
     shape = (*batches, *example.shape[1:])
     return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * kind.itemsize), dtype=kind).view(shape)

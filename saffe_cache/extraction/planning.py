@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError, Modality, StorageType, Weights
 from saffe_cache.core.items import Inputs, ItemTable
+from saffe_cache.core.views import PLAIN, place_of
 from saffe_cache.encoders.encoder import FrozenEncoder, load_encoder
 from saffe_cache.encoders.loading import EncoderRequest
 from saffe_cache.encoders.transfers import Converter
@@ -30,7 +31,7 @@ from saffe_cache.sources.decoding import count_samples
 from saffe_cache.sources.items import Media
 from saffe_cache.store.arrays import ArrayFiles
 from saffe_cache.store.dtypes import convert
-from saffe_cache.store.layout import ArraySpec, choose_rows, layers_among
+from saffe_cache.store.layout import ArraySpec, array_of_view, choose_rows, layers_among, split_view
 from saffe_cache.store.manifest import EncoderManifest, read_encoder
 from saffe_cache.store.root import read_root
 from saffe_cache.store.rows import RowReader
@@ -85,6 +86,8 @@ class Job:
     """First input to encode; `num_inputs` if none remains."""
     chosen: Sequence[range] | None = None
     """The blocks to encode; None for all that remain."""
+    views: Sequence[str] = (PLAIN,)
+    """The views of each photo to encode."""
 
     @property
     def num_inputs(self) -> int:
@@ -170,9 +173,14 @@ class Job:
         """The blocks to encode, in order."""
         return cut_blocks(self.start, self.num_inputs, self.block_rows) if self.chosen is None else self.chosen
 
-    def select(self, names: Iterable[str]) -> None:
-        """Let the encoder compute only these arrays, and convert hidden states on its device."""
-        arrays = {name: self.arrays[name] for name in names}
+    def select(self, names: Collection[str]) -> None:
+        """Let the encoder compute only these arrays, and convert hidden states on its device.
+
+        Raises:
+            ValueError: one is of a view that this release does not know.
+        """
+        arrays = {split_view(name)[1]: self.arrays[name] for name in names}
+        self.views = sorted({split_view(name)[0] for name in names if name != "offsets"}, key=place_of) or [PLAIN]
         vectors = any(name in self.encoder.vector_widths for name in arrays)
         self.encoder.select(layers_among(arrays), vectors=vectors, converters=converters_of(arrays))
 
@@ -354,8 +362,9 @@ def converters_of(arrays: Mapping[str, tuple[ArraySpec, int]]) -> dict[int, Conv
 
 
 def seconds_per_input(job: Job) -> float:
-    """Measured on one batch of blank inputs, of texts of median length, or of whole windows of sounds."""
-    per_input = 1.0
+    """Measured on one batch of blank inputs (for each view of a photo), of texts of median length, or of whole windows
+    of sounds."""
+    per_input = float(len(job.views))
     if not job.is_of_texts:
         blank, count = blank_input(job.encoder), job.block_rows
         windows = job.encoder.windows
@@ -424,6 +433,7 @@ def _arrays(job: Job) -> dict[str, tuple[ArraySpec, int]]:
             chunk_rows=2**17,
             shard_rows=2**17,
         )
+    requested = list(wanted) if job.encoder.request.modality == "image" else []
     for name, array in job.manifest.arrays.items():
         if name in wanted and array.spec.dtype != wanted[name].dtype:
             raise CacheError(
@@ -431,6 +441,9 @@ def _arrays(job: Job) -> dict[str, tuple[ArraySpec, int]]:
                 f"Use --storage {array.spec.dtype}, or another --cache."
             )
         wanted[name] = array.spec
+    for view in job.options.view_names:
+        for name in requested:
+            wanted.setdefault(array_of_view(view, name), wanted[name])
     return {
         name: (spec, job.first_row(name, job.num_inputs) + (1 if name == "offsets" else 0))
         for name, spec in wanted.items()

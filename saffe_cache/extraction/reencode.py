@@ -25,7 +25,7 @@ from saffe_cache.sources.items import Columns, Media, SourceItem
 from saffe_cache.sources.registry import read_named_items
 from saffe_cache.store.dtypes import to_storage
 from saffe_cache.store.inspect import Damage
-from saffe_cache.store.layout import ArraySpec, ShardEntry, describe_shard, layers_among
+from saffe_cache.store.layout import ArraySpec, ShardEntry, array_of_view, describe_shard, layers_among
 from saffe_cache.store.manifest import EncoderManifest
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,8 @@ def _requested(config: ExtractConfig, manifest: EncoderManifest) -> set[str]:
     """The arrays that a config requests."""
     layers = config.layers.get(manifest.modality, (manifest.num_layers - 1, manifest.num_layers))
     vectors = {"pooled", "projected"} if config.pooled else set()
-    return {f"hidden_states/{layer}" for layer in layers} | vectors | {"offsets"}
+    plain = {f"hidden_states/{layer}" for layer in layers} | vectors
+    return plain | {array_of_view(view, name) for view in config.view_names for name in plain} | {"offsets"}
 
 
 def reload_encoder(

@@ -8,6 +8,7 @@ from typing import Literal
 
 from saffe_cache.core.features import MODALITIES, IndexKind
 from saffe_cache.core.options import positional, require, require_keys, require_seed
+from saffe_cache.core.views import IndexViews
 from saffe_cache.sources.items import Columns
 
 
@@ -30,6 +31,9 @@ class IndexConfig:
     fastest."""
     paired: bool | None = None
     """Fuse each item with its first caption, or with none. Default: as the run was trained."""
+    index_views: IndexViews = "plain"
+    """Views of each photo. plain: the photo itself. mean: the mean of the vectors of all views that the run's cache
+    has, which are made of each new photo, and of a photo to search with."""
     ridge: bool = False
     """Also keep the vectors of the run's ridge regression, so that `saffe serve` can compare the fusion with it. This
     doubles the size of a flat index."""

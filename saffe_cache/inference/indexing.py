@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from saffe_cache.core.atomic_io import hold_folder, remove_partial_files, whole_file, write_whole
 from saffe_cache.core.features import printable
+from saffe_cache.core.options import refuse
 from saffe_cache.core.outputs import write_json
 from saffe_cache.inference.config import IndexConfig
 from saffe_cache.inference.search_index import (
@@ -89,7 +90,8 @@ def index(config: IndexConfig) -> Changes:
     """
     from saffe_cache.inference.model import load_run
 
-    return update_index(load_run(config.run, encoder=config.encoder, device=config.device), config)
+    fusion = load_run(config.run, encoder=config.encoder, device=config.device, index_views=config.index_views)
+    return update_index(fusion, config)
 
 
 def update_index(fusion: TrainedFusion, config: IndexConfig) -> Changes:
@@ -98,7 +100,9 @@ def update_index(fusion: TrainedFusion, config: IndexConfig) -> Changes:
     Raises:
         ValueError, OSError: as of `index`.
     """
-    out = Path(config.out)
+    out, views = Path(config.out), config.index_views
+    if views != fusion.index_views:
+        refuse("index_views", f"{views} for a run that was loaded with {fusion.index_views}", "the same in load_run")
     _check_place(out, config.data)
     _check_export(config)
     manifest = _manifest(fusion, config, out)
@@ -318,6 +322,7 @@ def _manifest(fusion: TrainedFusion, config: IndexConfig, out: Path) -> IndexMan
         run_relative=relative,
         fingerprint=fusion.fingerprint,
         storage=fusion.storage,
+        index_views=fusion.index_views,
         modality=fusion.modality,
         width=fusion.size,
         ridge=fusion.spec.shape.text_size if config.ridge else 0,
@@ -354,6 +359,7 @@ def _check_export(config: IndexConfig) -> None:
 def _check_same(out: Path, old: IndexManifest, new: IndexManifest) -> None:
     """Raise ValueError if an index is of another run or of other options."""
     names = {"fingerprint": "run", "kind": "--index", "paired": "--paired", "ridge": "--ridge"}
+    names |= {"index_views": "--index-views"}
     names |= {"splits": "--splits", "column": "--column"}
     before, now = ({**vars(one), "ridge": one.ridge > 0} for one in (old, new))
     different = [

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import CacheError, Modality, StorageType, short_hash
 from saffe_cache.core.items import ItemTable, Ragged
+from saffe_cache.core.views import IndexViews, indexed_views
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.encoders.own import OwnEncoder
 from saffe_cache.extraction.config import ExtractConfig, config_from_json, encode_options
@@ -41,6 +42,7 @@ from saffe_cache.sources.decoding import media_bytes
 from saffe_cache.sources.items import Columns, Media, SourceItem
 from saffe_cache.sources.registry import read_items
 from saffe_cache.store.held import HeldCache, HeldEncoder
+from saffe_cache.store.layout import array_of_view
 from saffe_cache.store.manifest import EncoderManifest
 from saffe_cache.store.reader import EncoderCache
 from saffe_cache.store.table import TableBuilder
@@ -90,6 +92,7 @@ class TrainedFusion:
         encoder: Mapping[str, str | OwnEncoder] | None = None,
         device: str = "auto",
         storage: StorageType | None = None,
+        index_views: IndexViews = "plain",
     ) -> None:
         """As `load_run`, for a local folder."""
         self.folder, self.device, self.storage = folder, choose_device(device), storage
@@ -99,6 +102,8 @@ class TrainedFusion:
         self.spec: RunSpec = spec
         self.model: Fusion = model.to(self.device)
         self.result: TrainResult = result
+        self.index_views = index_views
+        self._views = indexed_views(index_views, self.gallery_manifest.views_of(spec.gallery_layers), f"run {folder}")
         self._weights = weights_hash(folder)  # before the run is trained again
         self._places, self._encoders, self._lock = dict(encoder or {}), dict[str, FrozenEncoder](), threading.RLock()
         unknown = set(self._places) - {self.modality, "text"}
@@ -129,8 +134,9 @@ class TrainedFusion:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What vectors depend on: weights, encoders and storage type, as a short hash."""
-        return short_hash([self._weights, self.spec.gallery_key, self.spec.text_key, self.storage])
+        """What vectors depend on: weights, encoders, storage type and views, as a short hash."""
+        views = self._views[1:]
+        return short_hash([self._weights, self.spec.gallery_key, self.spec.text_key, self.storage, *views])
 
     @property
     def why_not_alone(self) -> str | None:
@@ -341,6 +347,7 @@ class TrainedFusion:
         from saffe_cache.inference.indexing import update_index
         from saffe_cache.inference.search_index import SearchIndex
 
+        options = {"index_views": self.index_views, **options}
         update_index(self, IndexConfig(data=data, run=str(self.folder), out=str(out), **options))
         return SearchIndex.open(out, self)
 
@@ -463,13 +470,14 @@ class TrainedFusion:
             builder.add(replace(item, captions=item.captions[:1] if paired else (), labels=()))
             media[item.hashes[self.modality]] = item.media[self.modality]
         table = builder.build()
-        states = [f"hidden_states/{layer}" for layer in spec.gallery_layers]
+        states = [array_of_view(view, f"hidden_states/{i}") for view in self._views for i in spec.gallery_layers]
         gallery = self._held(spec.gallery_key, table, media, states)
         self._require_tokens(gallery)
         text: EncoderCache = self._kept.encoders[spec.text_key]
         if paired:
             text = self._texts(table)
-        inputs = FeatureLoader(HeldCache(table, {spec.gallery_key: gallery, spec.text_key: text}), spec, self.device)
+        cache = HeldCache(table, {spec.gallery_key: gallery, spec.text_key: text})
+        inputs = FeatureLoader(cache, spec, self.device, index_views=self._views)
         rows = table.rows[self.modality]
         usable, texts = gallery.usable(rows), table.captions.values
         reasons = {int(row): reason for row, reason in gallery.manifest.invalid.items()}
@@ -514,7 +522,7 @@ class TrainedFusion:
         if self.storage is None:
             return manifest
         arrays = {
-            name: replace(array, spec=replace(array.spec, dtype=self.storage)) if name.startswith("hidden_") else array
+            name: replace(array, spec=replace(array.spec, dtype=self.storage)) if "hidden_states/" in name else array
             for name, array in manifest.arrays.items()
         }
         return replace(manifest, arrays=arrays)
@@ -563,6 +571,7 @@ def load_run(
     encoder: Mapping[str, str | OwnEncoder] | None = None,
     device: str = "auto",
     storage: StorageType | None = None,
+    index_views: IndexViews = "plain",
     revision: str | None = None,
 ) -> TrainedFusion:
     """A trained run, to embed and search new inputs.
@@ -576,12 +585,15 @@ def load_run(
         device: auto, cpu, cuda or cuda:1.
         storage: type in which hidden states are rounded before they are fused. None takes that of the cache, so that
             vectors are those of evaluation; float32 does not round.
+        index_views: plain, or mean: the vector of a photo is the mean of those of all views that the run's cache had,
+            which are encoded of each photo.
         revision: of the repository on the hub.
 
     Raises:
-        ValueError: there is no finished run, or it is damaged.
+        ValueError: there is no finished run, or it is damaged, or its cache had no views to average.
     """
-    return TrainedFusion(sharing.fetched_run(run, revision), encoder=encoder, device=device, storage=storage)
+    folder = sharing.fetched_run(run, revision)
+    return TrainedFusion(folder, encoder=encoder, device=device, storage=storage, index_views=index_views)
 
 
 def _item(name: str, modality: Modality, number: int, value: Any, text: str | None) -> SourceItem:

@@ -29,6 +29,7 @@ from saffe_cache.core.atomic_io import whole_file
 from saffe_cache.core.features import IndexKind, Modality, StorageType, printable
 from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.outputs import read_json
+from saffe_cache.core.views import IndexViews
 from saffe_cache.inference.config import SearchConfig
 from saffe_cache.retrieval.index import RetrievalIndex, flat_rows, map_index
 
@@ -85,6 +86,8 @@ class IndexManifest:
     """Of the run."""
     storage: StorageType | None = None
     """Type in which the run's hidden states were rounded; None for that of its cache."""
+    index_views: IndexViews = "plain"
+    """Whether a photo's vector is its own, or the mean of those of its views."""
     modality: Modality
     width: int
     ridge: int = 0
@@ -265,7 +268,8 @@ class SearchIndex:
         if isinstance(found, (str, Path)):
             from saffe_cache.inference.model import load_run
 
-            found = load_run(found, storage=self.manifest.storage, **self._options)
+            one = self.manifest
+            found = load_run(found, storage=one.storage, index_views=one.index_views, **self._options)
         if found.fingerprint != self.manifest.fingerprint:
             raise ValueError(
                 f"--run {found.folder}: run {found.fingerprint}, but {self.folder} was made with run "

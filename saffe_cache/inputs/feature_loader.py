@@ -24,16 +24,19 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import normalize
 
 from saffe_cache.core import ranks
 from saffe_cache.core.devices import available_memory
 from saffe_cache.core.items import Ragged
 from saffe_cache.core.options import refuse
+from saffe_cache.core.views import PLAIN
 from saffe_cache.fusion.base import Fusion, Texts
 from saffe_cache.fusion.layers import Mask, summarize
 from saffe_cache.inputs.spec import Residency, RunSpec
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.store.dtypes import numbers_of
+from saffe_cache.store.layout import array_of_view
 from saffe_cache.store.reader import Cache, EncoderCache
 
 _DEVICE_PART, _MEMORY_PART = 0.6, 0.5
@@ -48,38 +51,73 @@ class _Kept(NamedTuple):
     rows: np.ndarray
     """Ascending."""
     summaries: torch.Tensor
+    """[views, rows, summary_size]"""
 
-    def of(self, rows: np.ndarray) -> torch.Tensor:
-        return self.summaries[torch.from_numpy(np.searchsorted(self.rows, rows)).to(self.summaries.device)]
+    def of(self, rows: np.ndarray, views: np.ndarray | None) -> torch.Tensor:
+        views = np.zeros_like(rows) if views is None else views
+        places = (torch.from_numpy(one).to(self.summaries.device) for one in (views, np.searchsorted(self.rows, rows)))
+        return self.summaries[tuple(places)]
 
 
 class FeatureLoader:
     """Reads the features of one run from a cache."""
 
-    def __init__(self, cache: Cache, spec: RunSpec, device: str = "cpu", residency: Residency = "mapped") -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        spec: RunSpec,
+        device: str = "cpu",
+        residency: Residency = "mapped",
+        index_views: Sequence[str] = (PLAIN,),
+    ) -> None:
+        """`index_views`: the views of a photo whose vectors are averaged where photos are searched."""
         self.cache, self.spec, self.device, self.residency = cache, spec, device, residency
         self.gallery, self.text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
+        self.views = tuple(dict.fromkeys((PLAIN, *spec.views, *index_views)))
+        """The views that can be read; the first is the plain one."""
+        self.index_views = tuple(map(self.views.index, index_views))
+        """The numbers of those that `encode_gallery` averages."""
         self._held: dict[tuple[str, str], torch.Tensor] = {}
         self._kept: _Kept | None = None
         if residency in ("device", "memory") and spec.shape.entry.reads == "tokens":
             for encoder, name in _arrays(cache, spec):
                 self._held[encoder.key, name] = self._load(encoder, name)
 
-    def photos(self, rows: np.ndarray) -> tuple[list[torch.Tensor], Mask]:
+    def photos(self, rows: np.ndarray, views: np.ndarray | None = None) -> tuple[list[torch.Tensor], Mask]:
         """What the fusion sees of gallery inputs.
 
         Hidden states, float32 [n, tokens, d] for each layer, and their mask, bool [n, tokens]; or, for a fusion that
         reads summaries, these as one token each, [n, 1, summary_size].
+
+        Args:
+            rows: of the inputs, int64 [n].
+            views: the number of each one's view among `views`, int64 [n]; None for the plain ones.
         """
         if self.spec.shape.entry.reads == "summary":
-            return [self.summaries(rows).unsqueeze(1)], None
-        return self._tokens(self.gallery, rows, self.spec.gallery_layers)
+            return [self.summaries(rows, views).unsqueeze(1)], None
+        return self._states(rows, views)
 
-    def summaries(self, rows: np.ndarray) -> torch.Tensor:
-        """Of gallery inputs, float32 [n, summary_size]: what `layers.summarize` makes of their hidden states."""
+    def _states(self, rows: np.ndarray, views: np.ndarray | None) -> tuple[list[torch.Tensor], Mask]:
+        if views is None:
+            return self._tokens(self.gallery, rows, self.spec.gallery_layers)
+        return [self._of_views(f"hidden_states/{layer}", rows, views) for layer in self.spec.gallery_layers], None
+
+    def _of_views(self, name: str, rows: np.ndarray, views: np.ndarray) -> torch.Tensor:
+        """Rows of an array, each in its own view."""
+        order = np.argsort(views, kind="stable")
+        numbers, starts = np.unique(views[order], return_index=True)
+        parts = [
+            self._numbers(self.gallery, array_of_view(self.views[number], name), rows[places])
+            for number, places in zip(numbers, np.split(order, starts[1:]), strict=True)
+        ]
+        return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(self.device)]
+
+    def summaries(self, rows: np.ndarray, views: np.ndarray | None = None) -> torch.Tensor:
+        """Of gallery inputs, float32 [n, summary_size]: what `layers.summarize` makes of their hidden states, of their
+        views as of `photos`."""
         if self._kept is not None:
-            return self._kept.of(rows)
-        states, mask = self._tokens(self.gallery, rows, self.spec.gallery_layers)
+            return self._kept.of(rows, views)
+        states, mask = self._states(rows, views)
         return summarize(states, mask, has_class_token=self.spec.shape.has_class_token)
 
     def keep_summaries(self, rows: np.ndarray) -> None:
@@ -89,8 +127,14 @@ class FeatureLoader:
         """
         if self.spec.shape.entry.reads == "summary" and self.residency in ("device", "memory"):
             distinct = np.unique(rows)
-            found = in_blocks(lambda these: self.summaries(distinct[these]), len(distinct))
+            found = np.stack([self._summaries_of_view(distinct, number) for number in range(len(self.views))])
             self._kept = _Kept(distinct, torch.from_numpy(found).to(self.device))
+
+    def _summaries_of_view(self, rows: np.ndarray, number: int) -> np.ndarray:
+        views = np.full(len(rows), number) if number else None
+        return in_blocks(
+            lambda these: self.summaries(rows[these], None if views is None else views[these]), len(rows)
+        )
 
     def texts(self, rows: np.ndarray) -> Texts:
         """Texts to pair with gallery inputs; for a fusion without text layers, only their own vectors."""
@@ -111,12 +155,14 @@ class FeatureLoader:
             encoder.array(name).hold(encoder.token_rows(photos if encoder is self.gallery else texts)[0])
         self.text.array(self.text.manifest.vector).hold(texts)
 
-    def will_need(self, photos: np.ndarray) -> None:
-        """Have the system read these photos ahead, which are needed next, if they are memory-mapped."""
-        if self.residency == "mapped":
-            rows, _ = self.gallery.token_rows(photos)
+    def will_need(self, photos: np.ndarray, views: np.ndarray | None = None) -> None:
+        """Have the system read these photos ahead, in their views, which are needed next, if they are memory-mapped."""
+        if self.residency != "mapped":
+            return
+        for number in [0] if views is None else np.unique(views).tolist():
+            rows, _ = self.gallery.token_rows(photos if views is None else photos[views == number])
             for layer in self.spec.gallery_layers:
-                self.gallery.array(f"hidden_states/{layer}").hold(rows)
+                self.gallery.array(array_of_view(self.views[number], f"hidden_states/{layer}")).hold(rows)
 
     def vectors(self, rows: np.ndarray) -> torch.Tensor:
         """The text encoder's own vectors, float32 [n, d]."""
@@ -184,7 +230,7 @@ def choose_residency(requested: Residency | Literal["auto"], cache: Cache, spec:
     reads_summaries = spec.shape.entry.reads == "summary"
     needed = sum(len(array) * array.spec.row_bytes for array in arrays)
     if reads_summaries:
-        needed = len(cache.table) * spec.shape.summary_size * 4
+        needed = len(cache.table) * (1 + len(spec.views)) * spec.shape.summary_size * 4
     if device != "cpu" and needed < _DEVICE_PART * torch.cuda.mem_get_info()[0]:
         return "device"
     if (reads_summaries or device != "cpu" or not can_map) and needed < _MEMORY_PART * available_memory():
@@ -224,11 +270,18 @@ def summaries(
 def encode_gallery(
     model: Fusion, inputs: FeatureLoader, rows: np.ndarray, paired_texts: np.ndarray | None = None, batch: int = 256
 ) -> np.ndarray:
-    """f(x, text) of gallery inputs and the rows of their paired texts, or f(x, null): unit vectors, float32 [n, d]."""
+    """f(x, text) of gallery inputs and the rows of their paired texts, or f(x, null): unit vectors, float32 [n, d].
+
+    Of several views, the mean of their vectors, made unit.
+    """
 
     def encode(these: slice) -> torch.Tensor:
         texts = None if paired_texts is None else inputs.texts(paired_texts[these])
-        return model(*inputs.photos(rows[these]), texts)  # type: ignore[no-any-return]
+        own = rows[these]
+        found = [
+            model(*inputs.photos(own, np.full(len(own), one) if one else None), texts) for one in inputs.index_views
+        ]
+        return found[0] if len(found) == 1 else normalize(torch.stack(found).float().mean(dim=0), dim=1)
 
     return in_blocks(encode, len(rows), batch)
 
@@ -261,8 +314,10 @@ def in_blocks(compute: Callable[[slice], torch.Tensor], count: int, batch: int =
 
 def _arrays(cache: Cache, spec: RunSpec) -> list[tuple[EncoderCache, str]]:
     """The arrays of hidden states that a run reads."""
-    sides = ((spec.gallery_key, spec.gallery_layers), (spec.text_key, spec.token_layers))
-    return [(cache.encoders[key], f"hidden_states/{layer}") for key, layers in sides for layer in layers]
+    photos = [f"hidden_states/{layer}" for layer in spec.gallery_layers]
+    photos += [array_of_view(view, name) for view in spec.views for name in photos]
+    gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
+    return [(gallery, name) for name in photos] + [(text, f"hidden_states/{layer}") for layer in spec.token_layers]
 
 
 def _as_tensor(stored: np.ndarray) -> torch.Tensor:

@@ -57,6 +57,8 @@ class RunSpec(SplitOptions, ObjectiveOptions):
     seed: int
     """Seed of the order of photos and of what is held out."""
     shape: FusionShape
+    views: tuple[str, ...] = ()
+    """Views of the photos that training draws from besides the plain ones."""
     shuffled_shards: int | None = None
     """A streamed training shuffles the photos of this many shards together; None shuffles all photos."""
     data: str = ""

@@ -18,7 +18,6 @@ from saffe_cache.store.layout import (
     decode_shard,
     encode_shard,
     encoder_group,
-    layers_among,
     shard_name,
 )
 from saffe_cache.store.storage import FORMAT_VERSION, Storage, mark_group, zarr_json
@@ -78,8 +77,9 @@ class ArrayFiles:
 
     def write_metadata(self, num_rows: int) -> None:
         """Write the `zarr.json` of an array with `num_rows` rows."""
-        if layers_among([self.name]):
-            mark_group(self.storage, f"{encoder_group(self.key)}/hidden_states")
+        *parents, _ = self.name.split("/")
+        for depth in range(1, len(parents) + 1):
+            mark_group(self.storage, "/".join([encoder_group(self.key), *parents[:depth]]))
         self.storage.write(f"{self.folder}/zarr.json", _array_metadata(self.spec, num_rows))
 
     def check_metadata(self, num_rows: int) -> None:

@@ -23,7 +23,7 @@ from saffe_cache.store.arrays import ArrayFiles
 from saffe_cache.store.claims import held_cache
 from saffe_cache.store.config import ConvertConfig, ExportConfig, ImportConfig
 from saffe_cache.store.dtypes import from_storage, to_storage
-from saffe_cache.store.layout import ArraySpec, choose_rows, encoder_group, layers_among
+from saffe_cache.store.layout import ArraySpec, choose_rows, encoder_group, layers_among, split_view
 from saffe_cache.store.manifest import EncoderManifest, weights_type
 from saffe_cache.store.parts import ENCODING_TYPE as ITEMS
 from saffe_cache.store.parts import table_from_arrays, table_to_arrays, write_table
@@ -230,7 +230,7 @@ def _new_spec(spec: ArraySpec, config: ConvertConfig) -> ArraySpec:
 def _convert_encoder(storage: Storage, encoder: EncoderCache, config: ConvertConfig) -> None:
     old = encoder.manifest
     specs = {name: array.spec for name, array in old.arrays.items()}
-    specs |= {name: _new_spec(spec, config) for name, spec in specs.items() if layers_among([name])}
+    specs |= {name: _new_spec(spec, config) for name, spec in specs.items() if layers_among([split_view(name)[1]])}
     changed = {"converted": {name: spec.described for name, spec in specs.items()}}
     manifest = replace(old, arrays={}, finished_rows=0, history=[*old.history, changed])
     for name in encoder.weights:

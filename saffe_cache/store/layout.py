@@ -255,8 +255,24 @@ LAYER_PREFIX = "hidden_states/"
 
 
 def layers_among(names: Iterable[str]) -> list[int]:
-    """The layer indices i of the arrays named `hidden_states/i`, ascending."""
+    """The layer indices i of the arrays named `hidden_states/i`, ascending; those of views are not counted."""
     return sorted(int(name.removeprefix(LAYER_PREFIX)) for name in names if name.startswith(LAYER_PREFIX))
+
+
+VIEW_PREFIX = "views/"
+
+
+def array_of_view(view: str, name: str) -> str:
+    """Name of the array that holds of a view what another one holds of the plain photos."""
+    return f"{VIEW_PREFIX}{view}/{name}" if view else name
+
+
+def split_view(name: str) -> tuple[str, str]:
+    """The view that an array is of, empty for the plain photo, and the name of the same array of plain photos."""
+    if not name.startswith(VIEW_PREFIX):
+        return "", name
+    view, _, own = name.removeprefix(VIEW_PREFIX).partition("/")
+    return view, own
 
 
 def encoder_group(key: str) -> str:

@@ -7,13 +7,14 @@ Both are written in one atomic step, after the shards that they list are durable
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from saffe_cache.core.features import MODALITIES, CacheError, Fingerprint, Modality, short_hash
 from saffe_cache.core.json_schema import made_of, whole_number
-from saffe_cache.store.layout import LAYER_PREFIX, ArraySpec, ShardEntry, encoder_group, layers_among
+from saffe_cache.core.views import PLAIN, place_of
+from saffe_cache.store.layout import LAYER_PREFIX, ArraySpec, ShardEntry, encoder_group, layers_among, split_view
 from saffe_cache.store.log import read_log, reasons_from_json, reasons_to_json
 from saffe_cache.store.root import existing_root
 from saffe_cache.store.storage import (
@@ -124,6 +125,13 @@ class EncoderManifest:
         """Cached indices i of `hidden_states[i]`, ascending."""
         return layers_among(self.arrays)
 
+    def views_of(self, layers: Iterable[int]) -> tuple[str, ...]:
+        """The views, besides the plain photos, of which there are arrays of all these layers, in order."""
+        held = [
+            {split_view(name)[0] for name in self.arrays if split_view(name)[1] == f"{LAYER_PREFIX}{i}"} for i in layers
+        ]
+        return tuple(sorted(set.intersection(*held) - {PLAIN}, key=place_of)) if held else ()
+
     @property
     def extractions(self) -> list[dict[str, Any]]:
         """The extractions in the history."""
@@ -195,8 +203,10 @@ def _fingerprint(content: Mapping[str, Any]) -> Fingerprint:
 
 
 def _array_name(name: str) -> str:
-    """Check an array's name: a layer's number has no leading zeros. (Storage checks for paths outside the cache.)"""
-    if name.startswith(LAYER_PREFIX) and not re.fullmatch(r"0|[1-9][0-9]{0,17}", name.removeprefix(LAYER_PREFIX)):
+    """Check an array's name, of any view: a layer's number has no leading zeros. (Storage checks for paths outside the
+    cache.)"""
+    own = split_view(name)[1]
+    if own.startswith(LAYER_PREFIX) and not re.fullmatch(r"0|[1-9][0-9]{0,17}", own.removeprefix(LAYER_PREFIX)):
         raise ValueError(f"arrays: {name!r:.60}, expected {LAYER_PREFIX} followed by a layer's number")
     return name
 

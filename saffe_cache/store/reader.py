@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ from saffe_cache.core.items import ItemTable
 from saffe_cache.core.json_schema import made_of
 from saffe_cache.store.arrays import ArrayFiles
 from saffe_cache.store.dtypes import Moments, combine_moments
-from saffe_cache.store.layout import encoder_group
+from saffe_cache.store.layout import array_of_view, encoder_group
 from saffe_cache.store.manifest import EncoderManifest, read_encoder, weights_type
 from saffe_cache.store.parts import read_table
 from saffe_cache.store.root import RootManifest, existing_root, read_root
@@ -147,6 +147,16 @@ class EncoderCache:
         finished, arrays = self.manifest.finished_rows, self.manifest.arrays
         num_rows = int(self.offsets[finished]) if finished and self.manifest.is_ragged else finished
         return [layer for layer in self.manifest.layers if arrays[f"hidden_states/{layer}"].rows >= num_rows]
+
+    def views(self, layers: Sequence[int]) -> tuple[str, ...]:
+        """The views, besides the plain photos, of which there are these layers of all finished inputs, in order."""
+        arrays, finished = self.manifest.arrays, self.manifest.finished_rows
+        names = [f"hidden_states/{layer}" for layer in layers]
+        return tuple(
+            view
+            for view in self.manifest.views_of(layers)
+            if all(arrays[array_of_view(view, name)].rows >= finished for name in names)
+        )
 
     @property
     def block_layers(self) -> list[int]:

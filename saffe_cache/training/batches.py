@@ -90,7 +90,9 @@ class TrainingData:
             for number in range(step, stop):
                 batch = ahead.result() if ahead else self._read(number)
                 if number + 1 < stop:
-                    self.inputs.will_need(self._pairs.rows[_own_pairs(*self._place(number + 1))])
+                    self.inputs.will_need(
+                        self._pairs.rows[_own_pairs(*self._place(number + 1))], self._views(number + 1)
+                    )
                     ahead = pool.submit(self._read, number + 1) if reads_ahead else None
                 yield batch
 
@@ -126,7 +128,7 @@ class TrainingData:
         own = columns[texts.offsets[:-1] + (draws * texts.lengths).astype(np.int64)]
         on_device = torch.from_numpy(positives).to(self.inputs.device), torch.from_numpy(own).to(self.inputs.device)
         of_photos, of_texts = Share.of(len(chosen)), Share.of(len(distinct))
-        states, mask = self.inputs.photos(self._pairs.rows[chosen[of_photos.own]])
+        states, mask = self.inputs.photos(self._pairs.rows[chosen[of_photos.own]], self._views(step))
         paired = None
         if self.inputs.spec.gallery_text != "null":
             paired_texts = self._pairs.paired_texts
@@ -137,6 +139,14 @@ class TrainingData:
         return Batch(
             of_photos, of_texts, states, mask, paired, distinct, queries.vectors, *on_device, queries=with_tokens
         )
+
+    def _views(self, step: int) -> np.ndarray | None:
+        """The view of each of this rank's photos in the batch of a step, drawn at random; None if there is only one."""
+        count = 1 + len(self.inputs.spec.views)
+        if count == 1:
+            return None
+        drawn = np.random.default_rng((self._seed, *divmod(step, self.steps_per_epoch), count))
+        return drawn.integers(count, size=self._batch_size)[Share.of(self._batch_size).own]
 
     def _hold(self, order: EpochOrder, here: slice) -> None:
         """If photos are streamed, load the windows of a batch and prefetch the next one."""

@@ -87,6 +87,9 @@ class OptimisationOptions(OptionGroup):
     """Peak learning rate of AdamW. Default: the fusion's own, usually 0.002."""
     weight_decay: float | None = None
     """Weight decay of AdamW, on matrices. Default: the fusion's own, usually 0.05."""
+    train_views: Literal["all", "plain"] = "all"
+    """Views of the photos in training: each step takes one of each photo at random. all: those that the cache has of
+    all --layers. plain: the photos themselves, as in validation and in a closed form."""
     warmup: float | None = None
     """Fraction of the steps in which the learning rate rises; a cosine down to 2 % follows. Default: the fusion's own,
     usually 0.1."""

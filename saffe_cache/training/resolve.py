@@ -39,6 +39,7 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
         gallery_key=gallery.key,
         text_key=text.key,
         gallery_layers=layers.gallery,
+        views=gallery.views(layers.gallery) if config.train_views == "all" else (),
         text_layers=layers.text,
         pairs=pair_kind(cache.table) if config.pairs == "auto" else config.pairs,
         seed=config.seed if config.data_seed is None else config.data_seed,

@@ -133,7 +133,11 @@ class _Plan:
 def same_batches(config: TrainConfig, spec: RunSpec) -> tuple[object, ...]:
     """Equal for runs that see the same batches in the same order, and can be trained side by side."""
     data = (config.cache, spec.gallery_key, spec.text_key, spec.gallery_layers, spec.text_layers, spec.data)
+<<<<<<< HEAD
     return (*data, spec.gallery_text, own_protocol(spec), spec.shape.entry.reads, config.recipe.batch_size, spec.seed)
+=======
+    return (*data, spec.views, spec.gallery_text, own_protocol(spec), config.batch_size, spec.seed)
+>>>>>>> b1aef8e (Keep views of photos in a cache, to train on and to average: mirror image and random crops, of one decoding)
 
 
 def _plan(config: TrainConfig, cache: Cache, callbacks: Sequence[Logger]) -> _Plan:
@@ -249,8 +253,9 @@ def _tell(plan: _Plan) -> None:
     what = "hidden states" if spec.shape.entry.reads == "tokens" else "their summaries"
     place = f"{plan.device} with {what} {_PLACES[plan.residency]}"
     logger.info(
-        "%s fusion, %s head, on %s: %s of %s%s, described by %s (%s).",
+        "%s fusion, %s head, on %s: %s of %s%s%s, described by %s (%s).",
         *(spec.shape.fusion, spec.shape.head, place, _names(spec.gallery_layers), spec.gallery_key),
+        f" in {1 + len(spec.views)} views" if spec.views else "",
         *(f" and {_names(spec.text_layers)} of the text" if spec.text_layers else "", spec.pairs, spec.text_key),
     )
     training, validation, num_shared = plan.parts
