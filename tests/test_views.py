@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -150,7 +151,7 @@ def test_views_are_added_to_what_an_extraction_without_them_writes(
 
 
 def test_an_interrupted_extraction_of_views_is_resumed(config: ExtractConfig, whole: str, tmp_path: Path) -> None:
-    resumed = replace(config, cache=str(tmp_path / "resumed.zarr"))
+    resumed = replace(config, cache=str(tmp_path / "resumed.zarr"), decode_in="processes")
     for launches in (3, 10):
         with dying_behind(launches):
             extract(resumed)
@@ -215,9 +216,9 @@ def test_photos_are_read_in_their_views(synthetic: str) -> None:
     spec = resolve_run(TrainConfig(cache=synthetic, out=""), cache)
     assert spec.views == ALL
     rows, views = np.array([5, 3, 5, 0, 90]), np.array([2, 0, 0, 3, 1])
-    for residency in ("mapped", "memory"):
+    for residency in ("mapped", "memory", "streamed"):
         inputs = FeatureLoader(cache, spec, residency=residency)  # type: ignore[arg-type]
-        (_, plain), (_, found) = inputs.photos(rows)[0], inputs.photos(rows, views)[0]
+        (plain,), (found,) = inputs.photos(rows)[0], inputs.photos(rows, views)[0]
         torch.testing.assert_close(found, plain * (1 + torch.from_numpy(views)[:, None, None] / 10).float())
 
 
@@ -262,16 +263,19 @@ def test_a_resumed_training_on_views_equals_an_uninterrupted_one(
             raise KeyboardInterrupt
         return step(*given)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(fitting, "_step", dying)
-        quick_train(synthetic, tmp_path / "killed", checkpoint_seconds=0.0, **options)
+        with pytest.raises(KeyboardInterrupt):
+            quick_train(synthetic, tmp_path / "killed", checkpoint_seconds=0.0, **options)
     quick_train(synthetic, tmp_path / "killed", checkpoint_seconds=0.0, **options)
     quick_train(synthetic, tmp_path / "plain", train_views="plain", **options)
-    whole, killed, plain = (
-        (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed", "plain")
-    )
+    whole, killed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
     assert whole == killed
-    assert whole != plain
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").open()]
+        for name in ("whole", "killed", "plain")
+    ]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_the_mean_of_the_views_is_searched(synthetic: str, tmp_path: Path) -> None:
@@ -286,8 +290,8 @@ def test_the_mean_of_the_views_is_searched(synthetic: str, tmp_path: Path) -> No
     assert np.abs(views[0] - views[3]).max() > 1e-3
     mean, plain = (report_of(synthetic, run, index_views=views) for views in ("mean", "plain"))
     assert mean["out"].endswith("-views")
-    assert "searched the mean of all" in mean["text"]
-    assert mean["result"]["systems"]["fam"] != plain["result"]["systems"]["fam"]
+    assert mean["systems"]["fam"] != plain["systems"]["fam"]
+    assert mean["systems"].keys() == plain["systems"].keys()
 
 
 def test_a_mean_without_views_is_refused(tmp_path: Path) -> None:
@@ -317,7 +321,7 @@ def test_new_photos_are_indexed_by_the_mean_of_their_views(
     assert fam.fingerprint != load_run(run, device="cpu").fingerprint
     made = fam.index(config.data, tmp_path / "index", splits=("dev",))
     assert SearchIndex.open(tmp_path / "index").fusion.index_views == "mean"
-    hits = made.search(image=str(Path(config.data) / "dev" / "003.png"), k=1).hits
+    hits = made.search(image=str(Path(config.data) / "dev" / "003.png"), k=1)
     assert hits[0].id == "dev/003.png"
     assert hits[0].score > 0.9999
     with pytest.raises(ValueError, match="--index-views"):
