@@ -139,9 +139,7 @@ def test_each_photo_is_decoded_once(config: ExtractConfig, tmp_path: Path, monke
     assert set(decoded.values()) == {1}
 
 
-def test_views_are_added_to_what_an_extraction_without_them_writes(
-    config: ExtractConfig, whole: str, tmp_path: Path
-) -> None:
+def test_plain_photos_are_the_same_beside_views(config: ExtractConfig, whole: str, tmp_path: Path) -> None:
     """The plain photos are the same byte for byte, and each view takes as many bytes."""
     plain = files_of(extract(replace(config, views=None, cache=str(tmp_path / "plain.zarr"))))
     found = files_of(whole)
@@ -249,7 +247,7 @@ def test_training_draws_all_views_by_seed_and_step(synthetic: str) -> None:
     assert all(torch.isin(batch.states[0][:, 0, 0], states).all() for batch in data.batches(0, 2))
 
 
-def test_a_resumed_training_on_views_equals_an_uninterrupted_one(
+def test_a_resumed_training_draws_the_same_views(
     synthetic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"epochs": 2, "batch_size": 16, "control_epochs": 0}
