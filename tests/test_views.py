@@ -28,6 +28,8 @@ from saffe_cache.extraction import loading
 from saffe_cache.extraction.config import ExtractConfig, RepairConfig
 from saffe_cache.extraction.extract import extract
 from saffe_cache.extraction.repair import repair
+from saffe_cache.fusion.layers import summarize
+from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.inference.config import IndexConfig
 from saffe_cache.inference.indexing import index
 from saffe_cache.inference.model import load_run
@@ -218,6 +220,20 @@ def test_photos_are_read_in_their_views(synthetic: str) -> None:
         inputs = FeatureLoader(cache, spec, residency=residency)  # type: ignore[arg-type]
         (plain,), (found,) = inputs.photos(rows)[0], inputs.photos(rows, views)[0]
         torch.testing.assert_close(found, plain * (1 + torch.from_numpy(views)[:, None, None] / 10).float())
+
+
+def test_summaries_are_of_the_views(synthetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = open_cache(synthetic)
+    spec = resolve_run(TrainConfig(cache=synthetic, out="", fusion="linear"), cache)
+    rows, views = np.array([5, 3, 5, 0, 90]), np.array([2, 0, 0, 3, 1])
+    tokens = FeatureLoader(cache, spec).photos(rows, views)
+    expected = summarize(*tokens, has_class_token=spec.shape.has_class_token)
+    monkeypatch.setitem(FUSIONS, "linear", replace(FUSIONS["linear"], reads="summary"))
+    for residency in ("mapped", "memory"):
+        inputs = FeatureLoader(cache, spec, residency=residency)  # type: ignore[arg-type]
+        inputs.keep_summaries(np.arange(100))
+        torch.testing.assert_close(inputs.photos(rows, views)[0][0][:, 0], expected)
+        torch.testing.assert_close(inputs.photos(rows[1:3])[0][0][:, 0], expected[1:3])
 
 
 def test_training_draws_all_views_by_seed_and_step(synthetic: str) -> None:

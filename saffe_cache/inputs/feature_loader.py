@@ -132,9 +132,7 @@ class FeatureLoader:
 
     def _summaries_of_view(self, rows: np.ndarray, number: int) -> np.ndarray:
         views = np.full(len(rows), number) if number else None
-        return in_blocks(
-            lambda these: self.summaries(rows[these], None if views is None else views[these]), len(rows)
-        )
+        return in_blocks(lambda these: self.summaries(rows[these], None if views is None else views[these]), len(rows))
 
     def texts(self, rows: np.ndarray) -> Texts:
         """Texts to pair with gallery inputs; for a fusion without text layers, only their own vectors."""

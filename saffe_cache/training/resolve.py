@@ -33,13 +33,14 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
         validation = next((name for name in VALIDATION_SPLITS if name in present), "heldout")
     gallery_text = config.gallery_text or config.entry.gallery_text
     objective = {} if config.entry.is_closed_form else dict(config.objective or config.entry.objective)
+    draws_views = config.train_views == "all" and not config.entry.is_closed_form
     spec = RunSpec(
         **(_options(config, SplitOptions) | {"validation": validation}),
         **(_options(config, ObjectiveOptions) | {"objective": objective}),
         gallery_key=gallery.key,
         text_key=text.key,
         gallery_layers=layers.gallery,
-        views=gallery.views(layers.gallery) if config.train_views == "all" else (),
+        views=gallery.views(layers.gallery) if draws_views else (),
         text_layers=layers.text,
         pairs=pair_kind(cache.table) if config.pairs == "auto" else config.pairs,
         seed=config.seed if config.data_seed is None else config.data_seed,

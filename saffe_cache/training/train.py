@@ -132,12 +132,8 @@ class _Plan:
 
 def same_batches(config: TrainConfig, spec: RunSpec) -> tuple[object, ...]:
     """Equal for runs that see the same batches in the same order, and can be trained side by side."""
-    data = (config.cache, spec.gallery_key, spec.text_key, spec.gallery_layers, spec.text_layers, spec.data)
-<<<<<<< HEAD
+    data = (config.cache, spec.gallery_key, spec.text_key, spec.gallery_layers, spec.text_layers, spec.data, spec.views)
     return (*data, spec.gallery_text, own_protocol(spec), spec.shape.entry.reads, config.recipe.batch_size, spec.seed)
-=======
-    return (*data, spec.views, spec.gallery_text, own_protocol(spec), config.batch_size, spec.seed)
->>>>>>> b1aef8e (Keep views of photos in a cache, to train on and to average: mirror image and random crops, of one decoding)
 
 
 def _plan(config: TrainConfig, cache: Cache, callbacks: Sequence[Logger]) -> _Plan:
