@@ -42,7 +42,8 @@ MASK = torch.tensor([[True] * 6, [True] * 3 + [False] * 3, [True] + [False] * 5]
 SIDES = ("gallery", "text")
 DECODERS = [name for name, entry in FUSIONS.items() if entry.has_decoder]
 ELSEWHERE = [name for name, entry in FUSIONS.items() if "head" not in entry.options]
-CASES = [(name, side) for name in FUSIONS for side in (SIDES if name in DECODERS else SIDES[:1])]
+OF_TOKENS = [name for name, entry in FUSIONS.items() if entry.reads == "tokens"]
+CASES = [(name, side) for name in OF_TOKENS for side in (SIDES if name in DECODERS else SIDES[:1])]
 every_fusion = pytest.mark.parametrize(("fusion", "side"), CASES, ids=["-".join(case) for case in CASES])
 
 
@@ -325,7 +326,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 HEADS = dict.fromkeys(FUSIONS, "attention") | {"linear": "mean", "paper": "mean"}
 WIDTHS = dict.fromkeys(FUSIONS, 10) | {"two_tower": 256, "fromage": 256}
 """Of the output."""
-ADDS_TEXT = dict.fromkeys(FUSIONS, True) | {"two_tower": False, "fromage": False}
+ADDS_TEXT = {name: "pooled_text" in entry.options for name, entry in FUSIONS.items()}
 MIXED = torch.tensor([[True] * 4, [False] * 4, [True] * 2 + [False] * 2, [False] * 4, [True] + [False] * 3])
 
 

@@ -35,13 +35,14 @@ from saffe_cache.training.train import train
 
 Models = Callable[[str], Path]
 ELSEWHERE = [name for name in FUSIONS if "head" not in FUSIONS[name].options]
-CORRECTING = [name for name in ELSEWHERE if name not in ("two_tower", "fromage")]
+CORRECTING = [name for name in ELSEWHERE if "pooled_text" in FUSIONS[name].options]
 MASK = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] + [False] * 4])
 
 
 def shape_of(fusion: str, **changes: Any) -> FusionShape:
     values: dict[str, Any] = {"head": "attention", "num_layers": 1, "hidden_size": 32, "num_tokens": 10}
-    values |= {"text_hidden_size": 32, "text_size": 32, "pooled_text": fusion != "two_tower", "num_blocks": 2}
+    values |= {"text_hidden_size": 32, "text_size": 32, "num_blocks": 2}
+    values["pooled_text"] = "pooled_text" in FUSIONS[fusion].options
     return FusionShape(fusion=fusion, **(values | changes))
 
 

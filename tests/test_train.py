@@ -149,7 +149,7 @@ RUNNING: list[dict[str, Any]] = [
     *(
         {"fusion": fusion, "gallery_text": beside}
         for fusion in FUSIONS
-        if "head" not in FUSIONS[fusion].options
+        if "head" not in FUSIONS[fusion].options and not FUSIONS[fusion].is_closed_form
         for beside in ("null", "first_caption")
         if (fusion, beside) != ("hadamard", "null")
     ),

@@ -70,7 +70,10 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Models) -> World
 
 def trained(world: World, out: Path, fusion: str, **options: Any) -> str:
     layers = {} if FUSIONS[fusion].blocks != "paired" else {"layers": {"image": (1,), "text": (1,)}}
-    return quick_train(world.cache, out, fusion=fusion, epochs=1, batch_size=16, **{**layers, **options})
+    steps = (
+        dict.fromkeys(("epochs", "batch_size")) if FUSIONS[fusion].is_closed_form else {"epochs": 1, "batch_size": 16}
+    )
+    return quick_train(world.cache, out, fusion=fusion, **{**steps, **layers, **options})
 
 
 def evaluated(world: World, run: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:

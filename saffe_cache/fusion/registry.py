@@ -116,8 +116,22 @@ class FusionEntry(Entry):
 
 
 _KNOWN, _FAM = "saffe_cache.fusion.known", "saffe_cache.fusion.fam"
+_CLOSED = "saffe_cache.fusion.closed_form"
 _HEAD = frozenset({"pooled_text", "head"})
 _DECODER = _HEAD | {"query_side", "share_decoder", "freeze_decoder"}
+
+
+def _closed_form(made_by: str, summary: str) -> FusionEntry:
+    return FusionEntry(
+        made_by=f"{_CLOSED}.{made_by}",
+        summary=summary,
+        options=frozenset(),
+        pooled_text=False,
+        reads="summary",
+        is_closed_form=True,
+        recipe_from="validation",
+    )
+
 
 FUSIONS: Mapping[str, FusionEntry] = {
     "reuse": FusionEntry(
@@ -226,6 +240,11 @@ FUSIONS: Mapping[str, FusionEntry] = {
         blocks="text",
         objective={"info_nce": 1.0, "matching": 1.0},
     ),
+    "ridge": _closed_form("ridge:RidgeFusion", "Ridge regressions in both directions, averaged."),
+    "procrustes": _closed_form("procrustes:ProcrustesFusion", "The orthonormal projections that agree best."),
+    "cca": _closed_form("cca:CcaFusion", "Regularised canonical correlation analysis."),
+    "csa": _closed_form("csa:CsaFusion", "Canonical coordinates, weighted by held-out correlations (CSA)."),
+    "asif": _closed_form("asif:AsifFusion", "Similarities to paired anchors (ASIF)."),
 }
 
 

@@ -36,7 +36,7 @@ class TwoSided(Fusion):
         vectors = gathered(_unit(self.photo_side(self.photo_summary(states, mask))), pairing.gallery)
         if texts is not None:
             paired = texts.rows(pairing.text)
-            vectors = functional.normalize(vectors + self.encode_queries(paired.vectors) * paired.is_text, dim=-1)
+            vectors = _unit(vectors + self.encode_queries(paired.vectors) * paired.is_text)
         return Fused(vectors, [gathered(states[-1], pairing.gallery)], gathered(mask, pairing.gallery))
 
 
