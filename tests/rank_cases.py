@@ -21,7 +21,7 @@ from saffe_cache.core.items import Ragged
 from saffe_cache.evaluation.evaluate import EvaluateConfig, evaluate
 from saffe_cache.inputs import feature_loader
 from saffe_cache.inputs.feature_loader import FeatureLoader
-from saffe_cache.inputs.pairs import training_pairs
+from saffe_cache.inputs.pairs import training_pairs, unpaired_inputs
 from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks, top_k
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.batches import TrainingData
@@ -51,6 +51,13 @@ LOSSES: dict[str, dict[str, Any]] = {
     "no_dropout": {"fusion": "two_tower", "dropout": 0.0},
     "mbt": {"fusion": "mbt", "layers": {"image": (1,), "text": (1,)}, "gallery_text": "first_caption"},
     "flamingo": {"fusion": "flamingo", "objective": {"info_nce": 1.0, "pair": 1.0}},
+    "unpaired": {
+        "fusion": "linear",
+        "objective": {"siglip": 1.0, "structure": 1.0, "transport": 1.0},
+        "structure_warmup": 0,
+        "train_fraction": 0.6,
+        "unpaired": "rest",
+    },
 }
 """Options of trainings whose first loss and gradient are compared; batches of 33 photos."""
 
@@ -85,7 +92,8 @@ def gradient(config: TrainConfig) -> dict[str, torch.Tensor]:
     cache = open_cache(config.cache)
     spec = resolve_run(config, cache)
     training, validation, _ = training_pairs(spec, cache)
-    data = TrainingData(FeatureLoader(cache, spec), training, validation, config.recipe.batch_size, spec.seed)
+    inputs, unpaired = FeatureLoader(cache, spec), unpaired_inputs(spec, cache)
+    data = TrainingData(inputs, training, validation, config.recipe.batch_size, spec.seed, unpaired)
     state = start(config, spec, data)
     torch.manual_seed(1)
     loss = state.loss(next(data.batches(0, 1)))

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from saffe_cache.core.features import BlockWeights, hidden_states_index
 from saffe_cache.encoders.encoder import FrozenEncoder
-from saffe_cache.fusion.base import Blocks, Fused, Pairing, Texts
+from saffe_cache.fusion.base import Blocks, Fused, Pairing, Texts, as_read
 from saffe_cache.fusion.block import EncoderBlock
 from saffe_cache.fusion.decoders import CrossAttention, PaperDecoder, ReuseDecoder
 from saffe_cache.fusion.fam import FusionAlignModule
@@ -292,10 +292,12 @@ def awake(fam: FusionAlignModule) -> FusionAlignModule:
     return fam
 
 
-def fuse(fam: FusionAlignModule, *given: Any) -> Fused:
+def fuse(
+    fam: FusionAlignModule, states: Sequence[torch.Tensor], mask: torch.Tensor | None = None, *given: Any
+) -> Fused:
     """On a copy and with a seed of its own, as the reference draws weights in every forward."""
     torch.manual_seed(0)
-    return copy.deepcopy(fam).fuse(*given)
+    return copy.deepcopy(fam).fuse(*as_read(fam.shape, states, mask), *given)
 
 
 def blocks_for(tiny_model: Models, fusion: str, gallery: str = "dinov2", text: str = "bert") -> list[Block]:
@@ -324,7 +326,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 HEADS = dict.fromkeys(FUSIONS, "attention") | {"linear": "mean", "paper": "mean"}
-WIDTHS = dict.fromkeys(FUSIONS, 10) | {"two_tower": 256, "fromage": 256}
+WIDTHS = dict.fromkeys(FUSIONS, 10) | {"two_tower": 256, "fromage": 256, "structure": 512, "sotalign": 1024}
 """Of the output."""
 ADDS_TEXT = {name: "pooled_text" in entry.options for name, entry in FUSIONS.items()}
 MIXED = torch.tensor([[True] * 4, [False] * 4, [True] * 2 + [False] * 2, [False] * 4, [True] + [False] * 3])
@@ -485,7 +487,7 @@ def backward(fam: FusionAlignModule, *texts: Texts | None) -> None:
     searching = draw_texts(torch.ones(5, 3, dtype=torch.bool), fam.shape.text_hidden_size, seed=5)
     loss = (fam.encode_texts(searching) * target).sum()
     for given in texts:
-        fused = fam.fuse(states, None, given)
+        fused = fam.fuse(*as_read(fam.shape, states, None), given)
         loss = loss + (fused.vectors * target).sum()
         if fam.shape.matches:
             loss = loss + (fam.match(fused, target) * rand(5, seed=7)).sum()

@@ -157,6 +157,8 @@ COUNTS: Mapping[str, Callable[[Widths], int]] = {
     "fromage": fromage,
     "pang": pang,
     "albef": albef,
+    "structure": lambda w: linear(2 * w.photo, 512) + linear(w.vector, 512),
+    "sotalign": lambda w: linear(2 * w.photo, 1024) + linear(w.vector, 1024),
 }
 
 

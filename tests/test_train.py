@@ -262,6 +262,7 @@ def test_permuted_pairs_differ_in_their_photos_alone(notes_path: str) -> None:
 # Resuming
 
 ALL_TERMS = {"info_nce": 1.0, "pair": 1.0, "matching": 1.0}
+UNPAIRED_TERMS = {"info_nce": 1.0, "structure": 10.0, "transport": 1.0}
 
 
 @pytest.mark.slow
@@ -273,8 +274,10 @@ ALL_TERMS = {"info_nce": 1.0, "pair": 1.0, "matching": 1.0}
         {"fusion": "reuse", "objective": ALL_TERMS, "gallery_text": "first_caption", "text_dropout": 0.5},
         {"fusion": "concat", "objective": {"siglip": 1.0, "pair": 0.5}, "gallery_text": "first_caption"},
         {"fusion": "reference"},
+        {"fusion": "linear", "objective": UNPAIRED_TERMS, "train_fraction": 0.6, "unpaired": "rest"},
+        {"fusion": "sotalign"},
     ],
-    ids=["linear", "reuse", "reuse-all-terms", "concat-siglip-pair", "reference"],
+    ids=["linear", "reuse", "reuse-all-terms", "concat-siglip-pair", "reference", "unpaired", "sotalign"],
 )
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     notes_path: str, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -33,7 +33,15 @@ from saffe_cache.evaluation.single_queries import Shown, details_of, shown_of
 from saffe_cache.fusion.base import Fusion, counted_flops
 from saffe_cache.inputs.bank import draw_bank
 from saffe_cache.inputs.feature_loader import FeatureLoader
-from saffe_cache.inputs.pairs import Pairs, data_fingerprint, reported_fingerprint, same_training_pairs, training_pairs
+from saffe_cache.inputs.pairs import (
+    Pairs,
+    Unpaired,
+    data_fingerprint,
+    reported_fingerprint,
+    same_training_pairs,
+    training_pairs,
+    unpaired_inputs,
+)
 from saffe_cache.inputs.spec import RunSpec, SplitOptions
 from saffe_cache.protocols.base import LEAKY_GALLERY, NULL_GALLERY, Level, Protocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
@@ -76,6 +84,8 @@ class _Subject:
     validation: Pairs
     run: _Run | None = None
     """None of a baseline."""
+    unpaired: Unpaired | None = None
+    """What it saw without pairing."""
 
     @property
     def is_fitted(self) -> bool:
@@ -153,7 +163,7 @@ def _load_run(folder: str, cache: Cache, device: str) -> _Subject:
     spec, model, trained = open_run(folder, cache)
     permuted = load_permuted(folder, spec, cache)
     run = _Run(model.to(device), None if permuted is None else permuted.to(device), trained, weights_hash(folder))
-    return _Subject(FAM, spec, *same_training_pairs(spec, cache, folder), run)
+    return _Subject(FAM, spec, *same_training_pairs(spec, cache, folder), run, unpaired_inputs(spec, cache))
 
 
 def _resolve_baseline(config: EvaluateConfig, cache: Cache) -> _Subject:
@@ -246,7 +256,7 @@ def _result(
     scores = {name: of.scores for name, of in systems.answered.items()}
     fitted = {name: of for name, of in scores.items() if name != FAM}
     controls, measured = run_controls(protocol, systems.main, systems.permuted, fitted)
-    moves, shared = sensitivity(setting, systems.main), duplicates(setting.pairs, subject.training)
+    moves, shared = sensitivity(setting, systems.main), duplicates(setting.pairs, subject.training, subject.unpaired)
     has_permuted = systems.permuted is not None
     definition, is_compared = protocol.definition, run is not None and config.baselines != "none"
     return EvaluationResult(
@@ -381,11 +391,13 @@ def sensitivity(setting: Setting, system: System) -> dict[str, float]:
     return {part: float(np.linalg.norm(own - vectors(*other), axis=1).mean()) for part, other in others.items()}
 
 
-def duplicates(pairs: Pairs, training: Pairs) -> dict[str, int]:
+def duplicates(pairs: Pairs, training: Pairs, unpaired: Unpaired | None = None) -> dict[str, int]:
     """Photos and texts, by content, that the reported pairs share with those that the run was trained on."""
+    photos, texts = unpaired or Unpaired(training.rows[:0], training.texts.values[:0])
+    photos, texts = np.concatenate([training.rows, photos]), np.concatenate([training.texts.values, texts])
     return {
-        "photos": int(np.isin(pairs.rows, training.rows).sum()),
-        "texts": int(np.isin(np.unique(pairs.texts.values), training.texts.values).sum()),
+        "photos": int(np.isin(pairs.rows, photos).sum()),
+        "texts": int(np.isin(np.unique(pairs.texts.values), texts).sum()),
     }
 
 

@@ -175,6 +175,10 @@ class Fusion(nn.Module):
 
     def linear_features(self, states: States, mask: Mask, texts: Texts | None) -> torch.Tensor:
         """What the linear path sees, [inputs, summary_size]; same arguments as `forward`."""
+        return self.summaries(states, mask)
+
+    def summaries(self, states: States, mask: Mask) -> torch.Tensor:
+        """Summaries of gallery inputs, [inputs, summary_size], from what the fusion reads of them."""
         if self.shape.entry.reads == "summary":
             return states[0].squeeze(1)
         return summarize(states, mask, has_class_token=self.shape.has_class_token)

@@ -44,12 +44,15 @@ def info_nce(
         positives: bool [n, m], at least one True in each row and column.
         temperature: positive scalar.
     """
-    scores = _cosines(gallery, queries) / temperature
+    scores = cosines(gallery, queries) / temperature
     return (_one_direction(scores, positives) + _one_direction(scores.T, positives.T)) / 2
 
 
-def _cosines(gallery: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """In full precision, also under autocast: at a temperature of 0.01, bfloat16 products would be off by 0.4."""
+def cosines(gallery: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """Of unit vectors, [n, m]; in full precision, also under autocast.
+
+    At a temperature of 0.01, bfloat16 products would be off by 0.4.
+    """
     with torch.autocast(gallery.device.type, enabled=False):
         return gallery @ queries.T
 
@@ -68,7 +71,7 @@ def siglip(
 
     Args as of `info_nce`, but rows need no positive; `scale` is the inverse of a temperature.
     """
-    logits = scale * _cosines(gallery, queries) + bias
+    logits = scale * cosines(gallery, queries) + bias
     signs = 2 * positives.to(logits.dtype) - 1
     return -functional.logsigmoid(signs * logits).sum() / len(gallery)
 
@@ -159,6 +162,30 @@ class Temperature(nn.Module):
         return self.log.exp()
 
 
+class FixedTemperature(nn.Module):
+    """A temperature that is not learned."""
+
+    value: torch.Tensor
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.register_buffer("value", torch.tensor(value))
+
+    def forward(self) -> torch.Tensor:
+        return self.value
+
+
+class UnpairedBatch(NamedTuple):
+    """Photos and texts of a step that were drawn independently of each other; fields as of `Batch`."""
+
+    photos: Share
+    texts: Share
+    states: States
+    mask: Mask
+    vectors: torch.Tensor
+    queries: Texts | None = None
+
+
 class Batch(NamedTuple):
     """The data of one step. What is as large as the photos or texts themselves is that of this rank's alone."""
 
@@ -181,6 +208,16 @@ class Batch(NamedTuple):
     """int64 [photos]: one text of each photo, drawn at random; the paired one if texts are matched."""
     queries: Texts | None = None
     """The own texts with their tokens, for a fusion that reads them; None where `vectors` are all that is read."""
+    unpaired: UnpairedBatch | None = None
+
+
+class Side(NamedTuple):
+    """Photos, or texts, as the encoder has them and in the shared space, one row for each."""
+
+    own: torch.Tensor
+    """The photos' summaries, or the text encoder's own vectors."""
+    mapped: torch.Tensor
+    """Unit vectors."""
 
 
 class Contrast(NamedTuple):
@@ -195,6 +232,28 @@ class Contrast(NamedTuple):
     """Unit vectors [pairs, d] of photos by row, fused with texts by column, int64 [pairs] each."""
     match: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     """Logits [pairs] of the same."""
+    summarize: Callable[[States, Mask], torch.Tensor]
+    """Summaries of photos, [photos, summary_size]."""
+    unpaired: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Unit vectors of the unpaired photos, and of the unpaired texts."""
+
+    def photo_side(self) -> Side:
+        """The batch's photos, followed by the unpaired ones."""
+        side = Side(self.batch.photos.gather(self.summarize(self.batch.states, self.batch.mask)), self.photos)
+        if self.batch.unpaired is None or self.unpaired is None:
+            return side
+        more = self.batch.unpaired
+        own = more.photos.gather(self.summarize(more.states, more.mask))
+        return Side(torch.cat([side.own, own]), torch.cat([side.mapped, self.unpaired[0]]))
+
+    def text_side(self) -> Side:
+        """One text of each photo of the batch, each once, followed by the unpaired ones."""
+        chosen = torch.unique(self.batch.own)
+        side = Side(self.text_vectors()[chosen], self.queries[chosen])
+        if self.batch.unpaired is None or self.unpaired is None:
+            return side
+        own = self.batch.unpaired.texts.gather(self.batch.unpaired.vectors)
+        return Side(torch.cat([side.own, own]), torch.cat([side.mapped, self.unpaired[1]]))
 
     def text_vectors(self) -> torch.Tensor:
         """The text encoder's own vectors of the batch's distinct texts, [m, d]."""
@@ -214,11 +273,11 @@ class _Loss(nn.Module):
 
 
 class InfoNce(_Loss):
-    """`info_nce` with a learned temperature."""
+    """`info_nce` with a learned temperature, or a fixed one."""
 
     def __init__(self, options: ObjectiveOptions) -> None:
         super().__init__(options)
-        self.temperature = Temperature()
+        self.temperature = Temperature() if options.temperature is None else FixedTemperature(options.temperature)
 
     def forward(self, seen: Contrast) -> torch.Tensor:
         return info_nce(seen.photos, seen.queries, seen.batch.positives, self.temperature())

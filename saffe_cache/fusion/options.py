@@ -107,14 +107,31 @@ class ObjectiveOptions(OptionGroup):
     """Number of photos of a batch that pair and matching use."""
     text_dropout: float = 0.0
     """Fraction of paired texts that training replaces by the null text, from 0 to below 1."""
+    temperature: float | None = None
+    """Temperature of info_nce, fixed. Default: the fusion's own, usually learned from 0.07 on."""
+    structure_levels: int = 1
+    """Steps between neighbours, up to which structure and structure_published compare neighbourhoods."""
+    structure_diagonal: bool = True
+    """Count each photo's and text's similarity to itself in structure. It holds most of the mass, so that the term is
+    small."""
+    structure_warmup: int = 100
+    """Number of steps in which the weight of structure and structure_published rises from 0. The paper has 1,000, of
+    more data."""
+    unpaired: str | None = None
+    """Split whose photos and texts structure and transport use too, without their pairing: both are drawn
+    independently. rest: the photos that --train-fraction leaves out, and their texts. Photos that belong to several
+    splits are left out. Each batch gets as many as it has photos."""
 
     def check(self) -> None:
         """Raise ValueError if a loss is unknown or a value is out of range."""
         require_keys("objective", self.objective, tuple(OBJECTIVES))
         for name, weight in self.objective.items():
             require(0 < weight < math.inf, "objective", f"{name}={weight}", "a weight above 0")
-        for option in ("negatives", "pair_photos"):
+        for option in ("negatives", "pair_photos", "structure_levels"):
             require(getattr(self, option) > 0, option, getattr(self, option), "a number above 0")
+        if self.temperature is not None:
+            require(0 < self.temperature < math.inf, "temperature", self.temperature, "a number above 0")
+        require(self.structure_warmup >= 0, "structure_warmup", self.structure_warmup, "0 or more")
         require(0 <= self.text_dropout < 1, "text_dropout", self.text_dropout, "a fraction from 0 to below 1")
 
     @property

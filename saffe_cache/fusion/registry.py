@@ -60,6 +60,8 @@ class FusionEntry(Entry):
     """Its default --gallery-text."""
     objective: Mapping[str, float] = field(default_factory=lambda: {"info_nce": 1.0})
     """Its default --objective."""
+    temperature: float | None = None
+    """Its default --temperature; None for a learned one."""
     query_tokens: bool = False
     """Whether it reads the tokens of texts that search (`Fusion.encode_texts`), and not the text encoder's own vectors.
     It then needs a text layer."""
@@ -115,8 +117,9 @@ class FusionEntry(Entry):
         return self.blocks in ("paired", "both")
 
 
-_KNOWN, _FAM = "saffe_cache.fusion.known", "saffe_cache.fusion.fam"
+
 _CLOSED = "saffe_cache.fusion.closed_form"
+_KNOWN, _VECTORS, _FAM = "saffe_cache.fusion.known", "saffe_cache.fusion.vectors", "saffe_cache.fusion.fam"
 _HEAD = frozenset({"pooled_text", "head"})
 _DECODER = _HEAD | {"query_side", "share_decoder", "freeze_decoder"}
 
@@ -245,6 +248,23 @@ FUSIONS: Mapping[str, FusionEntry] = {
     "cca": _closed_form("cca:CcaFusion", "Regularised canonical correlation analysis."),
     "csa": _closed_form("csa:CsaFusion", "Canonical coordinates, weighted by held-out correlations (CSA)."),
     "asif": _closed_form("asif:AsifFusion", "Similarities to paired anchors (ASIF)."),
+    "structure": FusionEntry(
+        made_by=f"{_VECTORS}.structure:StructureFusion",
+        summary="Linear maps into 512 dimensions that keep each side's neighbourhoods (STRUCTURE).",
+        options=frozenset(),
+        pooled_text=False,
+        reads="summary",
+        objective={"info_nce": 1.0, "structure": 10.0},
+        temperature=0.05,
+    ),
+    "sotalign": FusionEntry(
+        made_by=f"{_VECTORS}.sotalign:SotalignFusion",
+        summary="Linear maps into 1,024 dimensions that follow a closed-form teacher, on unpaired data too (SOTAlign).",
+        options=frozenset(),
+        pooled_text=False,
+        reads="summary",
+        objective={"siglip": 1.0, "transport": 1.0},
+    ),
 }
 
 
@@ -256,6 +276,10 @@ class ObjectiveEntry(Entry):
     """Whether photos of a batch are fused with several candidate texts. Each photo then needs a wrong text."""
     needs_wrong_photos: bool = False
     """Whether each text of a batch needs a wrong photo too."""
+    uses_unpaired: bool = False
+    """Whether it uses photos and texts without pairing."""
+    has_teacher: bool = False
+    """Whether its `fit` gets the training pairs' vectors before the first step."""
     needs_match_head: bool = False
     """Whether the fusion needs a head for image-text matching."""
     trains_only_pairs: bool = False
@@ -281,5 +305,21 @@ OBJECTIVES: Mapping[str, ObjectiveEntry] = {
         fuses_pairs=True,
         needs_wrong_photos=True,
         needs_match_head=True,
+    ),
+    "structure": ObjectiveEntry(
+        made_by=f"{_VECTORS}.structure:Structure",
+        summary="Keep each side's neighbourhoods (STRUCTURE); added to a contrast.",
+        uses_unpaired=True,
+    ),
+    "structure_published": ObjectiveEntry(
+        made_by=f"{_VECTORS}.structure:PublishedStructure",
+        summary="The same as the paper's code computes it.",
+        uses_unpaired=True,
+    ),
+    "transport": ObjectiveEntry(
+        made_by=f"{_VECTORS}.sotalign:Transport",
+        summary="Match photos and texts as a closed-form teacher does, without their pairing (SOTAlign).",
+        uses_unpaired=True,
+        has_teacher=True,
     ),
 }

@@ -15,6 +15,7 @@ import numpy as np
 
 from saffe_cache.core.features import Modality, short_hash
 from saffe_cache.core.items import ItemTable, Ragged
+from saffe_cache.core.options import require
 from saffe_cache.core.texts import Texts
 from saffe_cache.inputs.spec import PairKind, RunSpec, SplitOptions
 from saffe_cache.retrieval.baselines import Rows, unit_rows
@@ -203,6 +204,15 @@ def class_vectors(table: ItemTable, text: EncoderCache) -> np.ndarray:
     return np.stack([unit_rows(text.vectors(rows)).mean(axis=0) for rows in table.class_texts]).astype(np.float32)
 
 
+class Unpaired(NamedTuple):
+    """Photos and texts of some items, without their pairing: each side's order follows from its content alone."""
+
+    rows: np.ndarray
+    """int64: distinct photos (or sounds), by their rows in the encoder's arrays."""
+    texts: np.ndarray
+    """int64: distinct texts, by their rows."""
+
+
 class Parts(NamedTuple):
     """Pairs without a common photo."""
 
@@ -283,6 +293,34 @@ def training_pairs(spec: RunSpec, cache: Cache) -> Parts:
     return split_pairs(cache, encoders, spec.pairs, spec, spec.seed, first_paired=first_paired)
 
 
+def unpaired_inputs(spec: RunSpec, cache: Cache) -> Unpaired | None:
+    """The photos and texts that a run uses without their pairing, if any; ValueError if none are left."""
+    gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
+    modality, table = gallery.manifest.modality, cache.table
+    if spec.unpaired is None:
+        return None
+    if spec.unpaired == "rest":
+        whole, kept = (training_pairs(of, cache).training for of in (replace(spec, train_fraction=1.0), spec))
+        pairs = whole.take(np.flatnonzero(~np.isin(whole.rows, kept.rows)))
+        require(len(pairs) > 0, "unpaired", "rest, with all photos trained on", "a smaller --train-fraction")
+    else:
+        chosen = select_pairs(table, gallery, text, spec.unpaired, spec.pairs)
+        pairs = own_pairs(table, modality, spec.unpaired, chosen)
+    texts = np.unique(pairs.texts.values)
+    sides = ((pairs.rows, table.inputs[modality]), (texts, table.inputs["text"]))
+    return Unpaired(*(rows[drawn_order(rows, spec.seed, of.content_hash)] for rows, of in sides))
+
+
+def run_fingerprint(cache: Cache, spec: RunSpec, training: Pairs, validation: Pairs) -> str:
+    """Hash of the content of all that a run trains on and is validated on."""
+    of_pairs, unpaired = data_fingerprint(cache, spec, training, validation), unpaired_inputs(spec, cache)
+    if unpaired is None:
+        return of_pairs
+    inputs, modality = cache.table.inputs, cache.encoders[spec.gallery_key].manifest.modality
+    sides = ((unpaired.rows, inputs[modality]), (unpaired.texts, inputs["text"]))
+    return short_hash([of_pairs, *(hashlib.sha256(of.content_hash[rows].tobytes()).hexdigest() for rows, of in sides)])
+
+
 def data_fingerprint(cache: Cache, spec: RunSpec, *parts: Pairs) -> str:
     """Hash of the content of pairs that a run sees."""
     return content_fingerprint(cache.table, cache.encoders[spec.gallery_key].manifest.modality, *parts)
@@ -315,7 +353,7 @@ def same_training_pairs(spec: RunSpec, cache: Cache, run_dir: str | Path) -> tup
         ValueError: the cache holds other data than the run has seen: it is another cache, or has grown.
     """
     training, validation, _ = training_pairs(spec, cache)
-    if data_fingerprint(cache, spec, training, validation) != spec.data:
+    if run_fingerprint(cache, spec, training, validation) != spec.data:
         raise ValueError(
             f"--run {run_dir}: it was trained on other photos or texts than {cache.storage.root} holds now for "
             f"split {spec.train_split!r}: what it has seen is unknown. Give the cache of its training, or train again."

@@ -22,11 +22,11 @@ from saffe_cache.core.items import Ragged
 from saffe_cache.core.options import require
 from saffe_cache.core.ranks import Share
 from saffe_cache.fusion.base import Fused, Fusion, Pairing, Texts, TrainingVectors
-from saffe_cache.fusion.losses import Batch, Contrast, distinct_positives
+from saffe_cache.fusion.losses import Batch, Contrast, UnpairedBatch, distinct_positives
 from saffe_cache.fusion.options import ObjectiveOptions
 from saffe_cache.fusion.registry import OBJECTIVES
 from saffe_cache.inputs.feature_loader import FeatureLoader, in_blocks
-from saffe_cache.inputs.pairs import Pairs, mean_text_rows
+from saffe_cache.inputs.pairs import Pairs, Unpaired, mean_text_rows
 from saffe_cache.protocols.base import Protocol, SearchProtocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Setting
@@ -68,8 +68,18 @@ def draw_order(shards: np.ndarray, shards_per_window: int | None, seed: int, epo
 class TrainingData:
     """Batches of the training pairs, and the validation score."""
 
-    def __init__(self, inputs: FeatureLoader, pairs: Pairs, validation: Pairs, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        inputs: FeatureLoader,
+        pairs: Pairs,
+        validation: Pairs,
+        batch_size: int,
+        seed: int,
+        unpaired: Unpaired | None = None,
+    ) -> None:
+        """`unpaired`: photos and texts that each batch has too, drawn independently of each other."""
         self.inputs, self._pairs, self._validation, self._seed = inputs, pairs, validation, seed
+        self._unpaired = unpaired
         self._order: EpochOrder | None = None
         self._held: tuple[int, ...] = ()
         self._batch_size = fitting.batch_size(batch_size, len(pairs))
@@ -126,7 +136,7 @@ class TrainingData:
         distinct, columns, positives = distinct_positives(texts)
         draws = np.random.default_rng((self._seed, epoch, within)).random(len(chosen))
         own = columns[texts.offsets[:-1] + (draws * texts.lengths).astype(np.int64)]
-        on_device = torch.from_numpy(positives).to(self.inputs.device), torch.from_numpy(own).to(self.inputs.device)
+        matches, drawn = (torch.from_numpy(of_batch).to(self.inputs.device) for of_batch in (positives, own))
         of_photos, of_texts = Share.of(len(chosen)), Share.of(len(distinct))
         states, mask = self.inputs.photos(self._pairs.rows[chosen[of_photos.own]], self._views(step))
         paired = None
@@ -136,9 +146,21 @@ class TrainingData:
             paired = self.inputs.texts(of_chosen[of_photos.own])
         queries = self.inputs.queries(distinct[of_texts.own])
         with_tokens = queries if queries.states else None
-        return Batch(
-            of_photos, of_texts, states, mask, paired, distinct, queries.vectors, *on_device, queries=with_tokens
-        )
+        unpaired = None if self._unpaired is None else self._read_unpaired(self._unpaired, (epoch, within))
+        inputs = of_photos, of_texts, states, mask, paired, distinct, queries.vectors
+        return Batch(*inputs, matches, drawn, queries=with_tokens, unpaired=unpaired)
+
+    def _read_unpaired(self, unpaired: Unpaired, step: tuple[int, int]) -> UnpairedBatch:
+        """As many photos as a batch has, and as many texts, each drawn by a generator of its own."""
+        drawn = []
+        for side, rows in enumerate(unpaired):
+            generator = np.random.default_rng((self._seed, *step, 1 + side))
+            drawn.append(rows[generator.choice(len(rows), min(self._batch_size, len(rows)), replace=False)])
+        of_photos, of_texts = (Share.of(len(rows)) for rows in drawn)
+        states, mask = self.inputs.photos(drawn[0][of_photos.own])
+        queries = self.inputs.queries(drawn[1][of_texts.own])
+        with_tokens = queries if queries.states else None
+        return UnpairedBatch(of_photos, of_texts, states, mask, queries.vectors, with_tokens)
 
     def _views(self, step: int) -> np.ndarray | None:
         """The view of each of this rank's photos in the batch of a step, drawn at random; None if there is only one."""
@@ -265,6 +287,18 @@ def _own_pairs(order: EpochOrder, batch: slice) -> np.ndarray:
     return chosen[Share.of(len(chosen)).own]
 
 
+def _mapped(
+    model: Fusion, batch: Batch | UnpairedBatch, paired: Texts | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit vectors of a batch's photos, with the texts that are paired with the own ones, and of its texts."""
+    with batch.photos.drawn():
+        photos = batch.photos.gather(model(batch.states, batch.mask, paired).float())
+    with batch.texts.drawn():
+        texts = Texts.of_vectors(batch.vectors) if batch.queries is None else batch.queries
+        queries = batch.texts.gather(model.encode_texts(texts).float())
+    return photos, queries
+
+
 class Objective(nn.Module):
     """The weighted sum, and the losses' own learned scalars."""
 
@@ -273,6 +307,14 @@ class Objective(nn.Module):
         super().__init__()
         self._options, self._read_texts = options, read_texts
         self.losses = nn.ModuleDict({name: OBJECTIVES[name].make(options) for name in options.objective})
+
+    def fit(self, seen: Callable[[], TrainingVectors]) -> None:
+        """Fit what losses compare with, before the first step."""
+        taught = [loss for name, loss in self.losses.items() if OBJECTIVES[name].has_teacher]
+        if taught:
+            vectors = seen()
+            for loss in taught:
+                loss.fit(vectors)  # type: ignore[operator]
 
     def scalars(self) -> dict[str, float]:
         """The learned scalars, for the log."""
@@ -285,17 +327,15 @@ class Objective(nn.Module):
             dropped = torch.rand(batch.photos.total, device=paired.mask.device) < self._options.text_dropout
             paired = paired.without(dropped[batch.photos.own])
         self._check(batch.positives)
-        with batch.photos.drawn():
-            photos = batch.photos.gather(model(batch.states, batch.mask, paired).float())
-        with batch.texts.drawn():
-            texts = Texts.of_vectors(batch.vectors) if batch.queries is None else batch.queries
-            queries = batch.texts.gather(model.encode_texts(texts).float())
+        photos, queries = _mapped(model, batch, paired)
+        unpaired = None if batch.unpaired is None else _mapped(model, batch.unpaired)
 
         def match(fused: Fused, columns: torch.Tensor) -> torch.Tensor:
             return model.match(fused, queries[columns].detach())
 
         fuse = partial(self._of_pairs, model, batch, lambda fused, _: fused.vectors)
-        contrast = Contrast(batch, photos, queries, fuse, partial(self._of_pairs, model, batch, match))
+        matched = partial(self._of_pairs, model, batch, match)
+        contrast = Contrast(batch, photos, queries, fuse, matched, model.summaries, unpaired)
         losses = [weight * self.losses[name](contrast) for name, weight in self._options.objective.items()]
         return torch.stack(losses).sum()
 

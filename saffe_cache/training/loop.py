@@ -164,7 +164,9 @@ def start(config: TrainConfig, spec: RunSpec, data: TrainingData, *, resumes: bo
     if config.entry.is_closed_form and not resumes:
         model.fit(data.training_vectors(model))
     seconds = time.perf_counter() - started
-    objective = Objective(spec, data.inputs.texts).to(config.device)
+    objective = Objective(spec, data.inputs.texts)
+    objective.fit(lambda: data.training_vectors(model))  # a checkpoint has the numbers, not the shapes
+    objective.to(config.device)
     rates = config.recipe.learning_rate, config.recipe.weight_decay
     groups = [*parameter_groups(model, *rates), *parameter_groups(objective, *rates)] or [{"params": []}]
     # fused: one pass over the weights, not 12

@@ -34,9 +34,10 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
     gallery_text = config.gallery_text or config.entry.gallery_text
     objective = {} if config.entry.is_closed_form else dict(config.objective or config.entry.objective)
     draws_views = config.train_views == "all" and not config.entry.is_closed_form
+    temperature = config.entry.temperature if config.temperature is None else config.temperature
     spec = RunSpec(
         **(_options(config, SplitOptions) | {"validation": validation}),
-        **(_options(config, ObjectiveOptions) | {"objective": objective}),
+        **(_options(config, ObjectiveOptions) | {"objective": objective, "temperature": temperature}),
         gallery_key=gallery.key,
         text_key=text.key,
         gallery_layers=layers.gallery,
@@ -135,6 +136,12 @@ def _check_together(spec: RunSpec) -> None:
         refuse("head", "flatten", "attention or mean: sounds differ in length")
     if shape.head != "attention" and entry.text_in_head == "always":
         refuse("head", shape.head, f"attention: {shape.fusion} shows the text to that head's MLP")
+    if spec.unpaired is not None:
+        able = [name for name, of in OBJECTIVES.items() if of.uses_unpaired]
+        if not any(name in able for name in spec.objective):
+            refuse("unpaired", spec.unpaired, f"none, or --objective {' or '.join(able)}: no other term uses it")
+        if spec.unpaired in (spec.train_split, spec.validation):
+            refuse("unpaired", spec.unpaired, "a split that neither trains nor validates, or rest")
     if not has_text and spec.text_dropout:
         refuse("text_dropout", spec.text_dropout, "0: no text is paired with the photos")
 

@@ -16,11 +16,11 @@ import numpy as np
 from saffe_cache.core import ranks
 from saffe_cache.core.atomic_io import LOCK_NAME, hold_folder
 from saffe_cache.core.devices import choose_device, peak_memory_mb
-from saffe_cache.core.options import require
+from saffe_cache.core.options import refuse, require
 from saffe_cache.core.outputs import CONFIG, RESULT, is_begun, provenance, write_json
 from saffe_cache.core.tables import drawn
 from saffe_cache.inputs.feature_loader import FeatureLoader, choose_residency, window_shards
-from saffe_cache.inputs.pairs import Pairs, Parts, data_fingerprint, training_pairs
+from saffe_cache.inputs.pairs import Pairs, Parts, Unpaired, run_fingerprint, training_pairs, unpaired_inputs
 from saffe_cache.inputs.spec import Residency, RunSpec
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.store.reader import Cache, open_cache
@@ -112,6 +112,7 @@ class _Plan:
     """The resolved --device."""
     residency: Residency
     parts: Parts
+    unpaired: Unpaired | None
     loggers: Sequence[str]
     """Names of those that --log asks for."""
     callbacks: Sequence[Logger]
@@ -141,11 +142,14 @@ def _plan(config: TrainConfig, cache: Cache, callbacks: Sequence[Logger]) -> _Pl
     parts = training_pairs(spec, cache)
     device = choose_device(config.device)
     residency = ranks.agreed(lambda: choose_residency(config.residency, cache, spec, device))
+    unpaired = unpaired_inputs(spec, cache)
+    if unpaired and residency == "streamed":
+        refuse("residency", "streamed with --unpaired", "memory or mapped: unpaired photos are drawn from all shards")
     window = window_shards(cache, spec) if residency == "streamed" else None
-    spec = replace(spec, shuffled_shards=window, data=data_fingerprint(cache, spec, parts.training, parts.validation))
+    spec = replace(spec, shuffled_shards=window, data=run_fingerprint(cache, spec, parts.training, parts.validation))
     if ranks.agreed(lambda: spec.data) != spec.data:
         raise ValueError(f"{config.cache}: this rank reads other data than the first one. Give all the same cache.")
-    return _Plan(config.resolved(), cache, spec, device, residency, parts, required(config.log), callbacks)
+    return _Plan(config.resolved(), cache, spec, device, residency, parts, unpaired, required(config.log), callbacks)
 
 
 def _train_group(plans: Sequence[_Plan]) -> None:
@@ -160,7 +164,8 @@ def _train_group(plans: Sequence[_Plan]) -> None:
                 (plan.out / name).unlink(missing_ok=True)
         write_json(plan.out / CONFIG, plan.content)
     inputs = FeatureLoader(first.cache, first.spec, first.device, first.residency)
-    inputs.keep_summaries(np.concatenate([training.rows, validation.rows]))
+    more = [] if first.unpaired is None else [first.unpaired.rows]
+    inputs.keep_summaries(np.concatenate([training.rows, validation.rows, *more]))
     with ExitStack() as opened:
         asked = [(plan.loggers, plan.callbacks) if ranks.is_first() else () for plan in plans]
         loggers = [opened.enter_context(Loggers(plan.out, *of)) for plan, of in zip(plans, asked, strict=True)]
@@ -190,7 +195,9 @@ def _fit(
 
     Returns each run's state, and the numbers of photos and texts that it saw.
     """
-    data = TrainingData(inputs, training, validation, runs[0][1].recipe.batch_size, inputs.spec.seed)
+    data = TrainingData(
+        inputs, training, validation, runs[0][1].recipe.batch_size, inputs.spec.seed, runs[0][0].unpaired
+    )
     trainings = [
         Training(replace(config, device=plan.device), plan.spec, data, out, loggers)
         for plan, config, out, loggers in runs

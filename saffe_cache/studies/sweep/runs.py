@@ -17,7 +17,7 @@ from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.details import FAM
 from saffe_cache.evaluation.results import EvaluationResult, Numbers
 from saffe_cache.extraction.ledger import extraction_seconds, reencoding
-from saffe_cache.inputs.pairs import data_fingerprint, reported_fingerprint, training_pairs
+from saffe_cache.inputs.pairs import reported_fingerprint, run_fingerprint, training_pairs
 from saffe_cache.protocols.registry import load_protocol
 from saffe_cache.store.reader import Cache
 from saffe_cache.studies.sweep.recipe import Cell, Recipe
@@ -87,8 +87,8 @@ class Planner:
         spec = resolve_run(config, cache)
         pairs = (spec.gallery_key, spec.text_key, spec.pairs, spec.gallery_text)
         validation = (spec.validation, spec.validation_fraction, spec.validation_photos)
-        drawn = (spec.train_split, *validation, spec.train_fraction, spec.seed)
-        seen = self._once((*pairs, *drawn), lambda: data_fingerprint(cache, spec, *training_pairs(spec, cache)[:2]))
+        drawn = (spec.train_split, *validation, spec.train_fraction, spec.unpaired, spec.seed)
+        seen = self._once((*pairs, *drawn), lambda: run_fingerprint(cache, spec, *training_pairs(spec, cache)[:2]))
         reported = self._once(
             pairs, lambda: reported_fingerprint(cache, spec, load_protocol(protocol).select(cache, spec, split))
         )
