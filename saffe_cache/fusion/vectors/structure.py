@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn import functional
 
 from saffe_cache.fusion.base import Blocks
-from saffe_cache.fusion.layers import Dropout
+from saffe_cache.fusion.layers import Dropout, MatchHead
 from saffe_cache.fusion.losses import Contrast
 from saffe_cache.fusion.options import FusionShape, ObjectiveOptions
 from saffe_cache.fusion.two_sided import TwoSided
@@ -105,6 +105,8 @@ class StructureFusion(TwoSided):
         self.dropout = Dropout(shape.dropout)
         self.of_photo = nn.Linear(shape.summary_size, self.WIDTH)
         self.of_text = nn.Linear(shape.text_size, self.WIDTH)
+        if shape.matches:
+            self.match_head = MatchHead(shape.summary_size, 1, self.WIDTH)
 
     def photo_side(self, summary: torch.Tensor) -> torch.Tensor:
         return self.of_photo(self.dropout(summary))  # type: ignore[no-any-return]
