@@ -117,7 +117,6 @@ class FusionEntry(Entry):
         return self.blocks in ("paired", "both")
 
 
-
 _CLOSED = "saffe_cache.fusion.closed_form"
 _KNOWN, _VECTORS, _FAM = "saffe_cache.fusion.known", "saffe_cache.fusion.vectors", "saffe_cache.fusion.fam"
 _HEAD = frozenset({"pooled_text", "head"})
