@@ -5,7 +5,7 @@ A case is one combination of layers and one kind of gallery. Its values are scor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ import numpy as np
 from scipy.stats import rankdata
 
 from saffe_cache.retrieval.metrics import seed_interval
+from saffe_cache.studies.alignment.cases import Case as TrainedCase
+from saffe_cache.studies.alignment.cases import best_constant, best_threshold, left_out
 
 Adviser = Callable[["Case"], str]
 _RESAMPLES = 2000
@@ -21,14 +23,9 @@ LEAST_CASES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """One combination of layers, one kind of gallery."""
+class Case(TrainedCase):
+    """One combination of layers, one kind of gallery; "no FAM" is among its fusions."""
 
-    dataset: str
-    name: str
-    values: Mapping[str, Sequence[float]]
-    """Of each fusion, "no FAM" among them, for each seed: fractions."""
-    measures: Mapping[str, float]
     advised: str
     """By the rule of saffe_cache.studies.alignment.result."""
     hypothesis: str
@@ -41,73 +38,10 @@ class Case:
     failures: Sequence[str] = ()
     """Failed controls of its runs."""
 
-    @property
-    def fusions(self) -> list[str]:
-        return list(self.values)
-
-    def mean(self, fusion: str) -> float:
-        return float(np.mean(self.values[fusion]))
-
-    @property
-    def best(self) -> str:
-        return max(self.values, key=self.mean)
-
-    def regret(self, fusion: str) -> float:
-        """How much more the best fusion finds."""
-        return self.mean(self.best) - self.mean(fusion)
-
     def within_noise(self, fusion: str) -> bool:
         """Whether the best fusion is not clearly better: the 95 % t-interval of the paired difference contains 0."""
         difference = np.subtract(self.values[self.best], self.values[fusion])
         return fusion == self.best or seed_interval(difference.tolist())[1] <= 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """One fusion where a measure is at most a threshold, another where it is above; or one fusion always."""
-
-    below: str
-    above: str
-    measure: str | None = None
-    threshold: float = 0.0
-
-    def __call__(self, case: Case) -> str:
-        return self.below if self.measure is None or case.measures[self.measure] <= self.threshold else self.above
-
-    def __str__(self) -> str:
-        if self.measure is None:
-            return f"always {self.below}"
-        return f"{self.below} where {self.measure} is at most {self.threshold:.3g}, else {self.above}"
-
-
-def best_constant(cases: Sequence[Case]) -> Rule:
-    """The fusion that loses least on these cases."""
-    fusion = min(cases[0].fusions, key=lambda one: sum(case.regret(one) for case in cases))
-    return Rule(below=fusion, above=fusion)
-
-
-def best_threshold(cases: Sequence[Case]) -> Rule:
-    """The one threshold on one measure that loses least on these cases; a constant where it loses as little."""
-    rules = [best_constant(cases)]
-    for measure in cases[0].measures:
-        found = np.unique([case.measures[measure] for case in cases])
-        for threshold in (found[:-1] + found[1:]) / 2:
-            sides = [
-                [case for case in cases if (case.measures[measure] <= threshold) == is_below]
-                for is_below in (True, False)
-            ]
-            below, above = (best_constant(side).below for side in sides)
-            rules.append(Rule(below=below, above=above, measure=measure, threshold=float(threshold)))
-    return min(rules, key=lambda rule: sum(case.regret(rule(case)) for case in cases) - 1e-12 * (rule.measure is None))
-
-
-def left_out(cases: Sequence[Case], groups: Sequence[str], fit: Callable[[Sequence[Case]], Rule]) -> list[str]:
-    """The advice for each case by a rule fitted to the cases of all other groups."""
-    advised = []
-    for case, group in zip(cases, groups, strict=True):
-        others = [one for one, of in zip(cases, groups, strict=True) if of != group]
-        advised.append(fit(others)(case) if others else "")
-    return advised
 
 
 def judged(cases: Sequence[Case], advised: Sequence[str]) -> dict[str, float]:
@@ -122,8 +56,7 @@ def judged(cases: Sequence[Case], advised: Sequence[str]) -> dict[str, float]:
 
 def advisers(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
     """Our rule, every constant, chance, and what can be fitted, each judged on cases that it was not fitted to."""
-    fusions, places = cases[0].fusions, [str(number) for number in range(len(cases))]
-    datasets = [case.dataset for case in cases]
+    fusions = cases[0].fusions
     found = {
         "saffe align": judged(cases, [case.advised for case in cases]),
         "the rule before it": judged(cases, [case.hypothesis for case in cases]),
@@ -132,12 +65,16 @@ def advisers(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
     each = [judged(cases, [one] * len(cases)) for one in fusions]
     found["at random"] = {name: float(np.mean([one[name] for one in each])) for name in each[0]}
     if len(cases) > 1:
-        found["best constant of the other cases"] = judged(cases, left_out(cases, places, best_constant))
-        found["threshold fitted to the other cases"] = judged(cases, left_out(cases, places, best_threshold))
-    if len(set(datasets)) > 1:
-        advised = left_out(cases, datasets, best_threshold)
+        found["best constant of the other cases"] = judged(cases, left_out(cases, _is_same, best_constant))
+        found["threshold fitted to the other cases"] = judged(cases, left_out(cases, _is_same, best_threshold))
+    if len({case.dataset for case in cases}) > 1:
+        advised = left_out(cases, lambda one, other: one.dataset == other.dataset, best_threshold)
         found["threshold fitted to the other datasets"] = judged(cases, advised)
     return found
+
+
+def _is_same(one: Case, other: Case) -> bool:
+    return one is other
 
 
 def proposal(cases: Sequence[Case]) -> str:

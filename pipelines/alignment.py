@@ -42,7 +42,7 @@ from saffe_cache.store.reader import EncoderCache, open_cache
 from saffe_cache.store.storage import Storage
 from saffe_cache.studies.alignment.align import align
 from saffe_cache.studies.alignment.config import AlignConfig
-from saffe_cache.studies.alignment.result import AlignmentResult, Evidence
+from saffe_cache.studies.alignment.result import AlignmentResult, Evidence, advise
 from saffe_cache.studies.sweep.ablate import ablate
 from saffe_cache.studies.sweep.recipe import AblateConfig
 from saffe_cache.studies.sweep.result import SweepResult
@@ -201,7 +201,8 @@ def case_of(dataset: str, kind: str, layer: int, sweep: SweepResult, alignment: 
     linear = points["linear"]
     values = {"no FAM": linear.baselines[NO_FAM[kind]][metric]}
     values |= {advised: points[fusion].values[metric] for advised, fusion in TRAINED[kind].items()}
-    [advised] = [one.fusion for one in alignment.advice if one.gallery == kind]
+    by_measures = advise(alignment.best_layer.evidence, has_paired_texts=True)
+    [advised] = [one.fusion for one in by_measures if one.gallery == kind]
     return Case(
         dataset=dataset,
         name=f"{dataset}, hidden_states {layer}",

@@ -14,8 +14,9 @@ from scipy.stats import spearmanr
 from synthetic_cache import make_cache
 
 from pipelines import alignment
-from pipelines.advisers import Case, advisers, best_threshold, correlations, judged, proposal
+from pipelines.advisers import Case, advisers, correlations, judged, proposal
 from saffe_cache.core.results import Estimate
+from saffe_cache.studies.alignment.cases import best_threshold
 from saffe_cache.studies.alignment.result import Evidence
 
 

@@ -6,6 +6,8 @@ Cells (saffe_cache/studies/harness.py) are the measures of all pairs of layers, 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,6 +18,7 @@ from saffe_cache.core.options import require
 from saffe_cache.inputs.pairs import gallery_modality, own_pairs, pair_kind, select_pairs
 from saffe_cache.inputs.spec import PairKind
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
+from saffe_cache.studies.alignment.cases import Case, advise_method, read_cases
 from saffe_cache.studies.alignment.config import AlignConfig
 from saffe_cache.studies.alignment.measuring import Sample, measure_best_layer, measures_of
 from saffe_cache.studies.alignment.result import AlignmentResult, BestLayer, LayerMeasure, advise
@@ -41,14 +44,19 @@ def align(config: AlignConfig) -> str:
         "pairs": kind,
         "data": _fingerprint(cache, sample),
     }
-    return run_study("align", config, resolved, partial(_measure, sample))
+    cases = read_cases(config.few_pairs)
+    return run_study("align", config, resolved, partial(_measure, sample, cases))
 
 
-def _measure(sample: Sample, study: Study) -> AlignmentResult:
+def _measure(sample: Sample, cases: Sequence[Case], study: Study) -> AlignmentResult:
     config = sample.config
     measures, absent = measures_of(sample)
     measured = study.cells(LayerMeasure, measures)
     best = study.cell(BestLayer, "best-layer", partial(measure_best_layer, sample))
+    advice = advise(best.evidence, has_paired_texts=sample.has_captions)
+    method = advise_method(cases, best.evidence.measures(sample.num_available))
+    if method and advice[0].fusion != "no FAM":
+        advice[0] = replace(advice[0], fusion=method.method, because=f"{method.sentence}; {advice[0].because}")
     return AlignmentResult(
         pairs=sample.kind,
         encoders={"gallery": sample.encoders[0].key, "text": sample.encoders[1].key},
@@ -59,7 +67,8 @@ def _measure(sample: Sample, study: Study) -> AlignmentResult:
         measures=measured,
         absent=absent,
         best_layer=best,
-        advice=tuple(advise(best.evidence, has_paired_texts=sample.has_captions)),
+        advice=tuple(advice),
+        method=method,
         **study.common_fields(config, [best.control]),
     )
 
@@ -82,6 +91,7 @@ def _draw(config: AlignConfig, cache: Cache, encoders: tuple[EncoderCache, Encod
         order, texts = order[first], texts[first]
     else:
         order = order[np.diff(pairs.labels.offsets)[order] == 1]
+    num_available = len(order)
     num_judged, least = min(config.max_photos, len(order) // 2), 4 * config.neighbours
     if num_judged < least:
         raise ValueError(
@@ -104,6 +114,7 @@ def _draw(config: AlignConfig, cache: Cache, encoders: tuple[EncoderCache, Encod
         prompts=prompts,
         text_of=text_of,
         num_judged=num_judged,
+        num_available=num_available,
     )
 
 

@@ -44,6 +44,9 @@ class AlignConfig:
     """Permutations of the pairs, for the null."""
     half_samples: int = 40
     """Random halves of the photos, for the intervals of CKA and shared neighbours."""
+    few_pairs: str | None = None
+    """Folder of a result of saffe few-pairs, whose cases decide which method is advised. Default: the cases that come
+    with the package, if there are enough."""
     title: str | None = None
     """Title of the result. Default: the cache's name."""
     seed: int = 0

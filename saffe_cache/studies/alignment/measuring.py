@@ -57,6 +57,8 @@ class Sample:
     text_of: np.ndarray
     """int64 [photos]: which of the texts; a caption has the number of its photo."""
     num_judged: int
+    num_available: int
+    """Photos that could be trained on."""
 
     @property
     def has_captions(self) -> bool:

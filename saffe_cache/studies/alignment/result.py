@@ -12,6 +12,7 @@ from saffe_cache.core.controls import Control
 from saffe_cache.core.figures import HeatMap
 from saffe_cache.core.results import Estimate, Measurement, Section
 from saffe_cache.core.tables import Cell, Row, RowKind, Table, duration, interval_cell, percent
+from saffe_cache.studies.alignment.cases import MethodAdvice
 from saffe_cache.studies.harness import StudyResult
 
 NAMES: Mapping[str, str] = {"cka": "CKA", "mutual_neighbours": "shared neighbours", "svcca": "SVCCA"} | {
@@ -124,6 +125,8 @@ class AlignmentResult(StudyResult):
     """Measures that are undefined, and why."""
     best_layer: BestLayer
     advice: tuple[Advice, ...]
+    method: MethodAdvice | None = None
+    """Where the advice for photos alone comes from cases in which all methods were trained."""
 
     def measurements(self) -> Iterator[Measurement]:
         layers = list(product(enumerate(self.gallery_layers), enumerate(self.text_layers)))
@@ -150,7 +153,7 @@ class AlignmentResult(StudyResult):
                 title=f"Which fusion? {self.title}",
                 lead="; ".join(f"{one.gallery}: {one.fusion.upper()}" for one in self.advice) + ".",
                 tables=[self._map_table()],
-                texts=[*(f"{one.gallery}: {one.fusion}, because {one.because}" for one in self.advice), STANDING],
+                texts=[*(f"{one.gallery}: {one.fusion}, because {one.because}" for one in self.advice), self._standing],
                 facts=[*self.encoders.items(), ("time", duration(self.total_seconds))],
             ),
             Section(
@@ -162,6 +165,11 @@ class AlignmentResult(StudyResult):
                 figures=[heat_map for _, heat_map in grids],
             ),
         ]
+
+    @property
+    def _standing(self) -> str:
+        """How far to trust the advice."""
+        return STANDING if self.method is None else f"{STANDING} {OF_CASES}"
 
     def page_sections(self, folder: Path) -> list[Section]:
         """Heat maps show the tables of all pairs, which are folded."""
@@ -226,6 +234,11 @@ STANDING = (
     "the choice of measured photos, but not the MLP's seed or the photos that maps are fitted on."
 )
 
+OF_CASES = (
+    "Which method is advised for photos alone rests on the cases that it names: a method, or a threshold on what is "
+    "known before training, if it is better than any one method on data sets and encoders that it was not fitted to."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
@@ -245,13 +258,18 @@ class Evidence:
     token_gain: Estimate
     """A_tok less A_lin of the same hidden states."""
 
+    def measures(self, photos: int) -> dict[str, float]:
+        """What a rule may depend on: known before training, with the number of photos to train on."""
+        gains = {"mlp_gain": self.mlp_gain.value, "token_gain": self.token_gain.value}
+        return {"photos": float(photos), "a_lin": self.a_lin, **gains}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
     """One fusion for one kind of gallery."""
 
     gallery: Gallery
-    fusion: Fusion
+    fusion: str
     because: str
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from saffe_cache.core.controls import failed
+import numpy as np
+
+from saffe_cache.core.controls import Control, failed
 from saffe_cache.studies.few_pairs.cells import Part
 from saffe_cache.studies.few_pairs.config import FewPairsConfig
 from saffe_cache.studies.few_pairs.measuring import measure_part
 from saffe_cache.studies.few_pairs.planning import Source, describe, make_source
 from saffe_cache.studies.few_pairs.result import FewPairsCache, FewPairsResult
-from saffe_cache.studies.few_pairs.summary import Runs, controls_of, reference_of, runs_of, setting_of, verdicts_of
+from saffe_cache.studies.few_pairs.summary import Runs, reference_of, runs_of, setting_of, verdicts_of
 from saffe_cache.studies.harness import Study, run_study
 
 
@@ -44,10 +46,10 @@ def _measure(config: FewPairsConfig, sources: Sequence[Source], study: Study) ->
     parts: dict[tuple[str, int], list[Part]] = {}
     for name, part in study.cells(Part, measures).items():
         parts.setdefault(places[name], []).append(part)
-    return summarise(config, sources, parts, study.seconds)
+    return _summarise(config, sources, parts, study.seconds)
 
 
-def summarise(
+def _summarise(
     config: FewPairsConfig,
     sources: Sequence[Source],
     parts: Mapping[tuple[str, int], Sequence[Part]],
@@ -67,7 +69,7 @@ def summarise(
             for gallery in source.galleries:
                 settings.append(setting_of(gallery, photos, runs, reference, main))
                 places[gallery, photos] = main, runs, reference
-        controls += controls_of(source, of_source, main)
+        controls += _controls_of(source, of_source, main)
         caches[source.name] = FewPairsCache(
             gallery=source.spec.gallery_key,
             text=source.spec.text_key,
@@ -86,3 +88,21 @@ def summarise(
         failures=tuple(failed(controls)),
         seconds=seconds,
     )
+
+
+def _controls_of(source: Source, runs: Sequence[Runs], metric: str) -> list[Control]:
+    """One control for each method and gallery: trained on permuted pairs, it finds what is found by chance.
+
+    Values, levels and errors are means over sizes and seeds: a verdict on each run alone would fail by chance in some
+    of some hundred.
+    """
+    found = []
+    for method in source.methods:
+        for gallery in source.galleries:
+            measured = [one.galleries[gallery].permuted for of in runs for one in of.get(method, ())]
+            known = [(one.value, one.level, one.error) for one in measured if one]
+            if known:
+                value, level, error = (float(np.mean(column)) for column in zip(*known, strict=True))
+                name = f"{gallery}, {method} of permuted pairs"
+                found.append(Control.at_most(name, metric, value, level, error))
+    return found

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saffe_cache.core.controls import Control
 from saffe_cache.core.results import Estimate
 from saffe_cache.retrieval.metrics import middle
 from saffe_cache.studies.few_pairs.cells import Measured, Part, Trained
 from saffe_cache.studies.few_pairs.claims import BEST, CLAIMS, Verdict, judge
-from saffe_cache.studies.few_pairs.planning import Source
 
 Runs = Mapping[str, Sequence[Trained]]
 """Of each method, one for each seed."""
@@ -154,22 +152,4 @@ def verdicts_of(places: Mapping[tuple[str, int], tuple[str, Runs, str]]) -> list
                 metrics.append(metric)
         if leads:
             found.append(judge(method, " or ".join(dict.fromkeys(metrics)), leads))
-    return found
-
-
-def controls_of(source: Source, runs: Sequence[Runs], metric: str) -> list[Control]:
-    """One control for each method and gallery: trained on permuted pairs, it finds what is found by chance.
-
-    Values, levels and errors are means over sizes and seeds: a verdict on each run alone would fail by chance in some
-    of some hundred.
-    """
-    found = []
-    for method in source.methods:
-        for gallery in source.galleries:
-            measured = [one.galleries[gallery].permuted for of in runs for one in of.get(method, ())]
-            known = [(one.value, one.level, one.error) for one in measured if one]
-            if known:
-                value, level, error = (float(np.mean(column)) for column in zip(*known, strict=True))
-                name = f"{gallery}, {method} of permuted pairs"
-                found.append(Control.at_most(name, metric, value, level, error))
     return found
