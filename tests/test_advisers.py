@@ -28,7 +28,7 @@ def cases_with(found: list[tuple[str, float, float, float]], noise: float = 0.00
             dataset=dataset,
             name=str(number),
             values={
-                name: (value + noise * generator.normal(size=3)).tolist()
+                name: tuple((value + noise * generator.normal(size=3)).tolist())
                 for name, value in (("no FAM", without), ("linear", linear))
             },
             measures={"useful": measure, "useless": float(generator.normal())},

@@ -126,6 +126,7 @@ def test_align_advises_by_the_cases_of_a_table(tmp_path: Path, monkeypatch: pyte
     assert "by 12 cases in which all methods were trained" in " ".join(text.split())
 
 
+@pytest.mark.slow
 def test_pipeline_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("a-one", "b-two")
     caches = [make_cache(tmp_path / f"{name}.zarr", {"train": 96, "test": 30}, signal=3) for name in names]

@@ -34,7 +34,7 @@ class Case:
 
     dataset: str
     name: str
-    values: Mapping[str, Sequence[float]]
+    values: Mapping[str, tuple[float, ...]]
     """Of each method, for each seed: fractions."""
     measures: Mapping[str, float]
     """What is known before training, such as the number of photos."""
