@@ -398,6 +398,8 @@ def test_classes_are_found(name: str, tmp_path: Path) -> None:
     assert value(report, "map") > report["systems"]["fam"]["map"]["chance"] + 0.2
 
 
-def test_docs_list_each() -> None:
+def test_docs_list_each_with_its_numbers() -> None:
     page = (Path(__file__).parents[1] / "docs/fusions.md").read_text()
     assert all(f"| `{name}` |" in page for name in CLOSED)
+    for name in ("ridge", "procrustes"):  # whose numbers do not depend on the data, at w = k
+        assert f" = {make(name, 768, 384).num_fitted:,}" in page

@@ -8,20 +8,18 @@ Source: the standard baseline of aligning encoders, for example the digest of SO
     cos(x, y) = 1/2 cos(a U + m_y, b) + 1/2 cos(a, b W + m_x)        a, b centred where they enter a map
 
 A map from photos to texts and one from texts to photos have different hubs, which the average evens out. Of each
-direction, validation chooses lambda, from 1e-3 to 1e3 times the mean variance of its input, and whether the mean of the
-output is added back or else subtracted from what is compared with it.
+direction, validation chooses lambda, from 1e-3 to 1e3 times the mean variance of its input, and then whether the mean
+of the output is added back or else subtracted from what is compared with it.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from saffe_cache.fusion.base import Blocks, TrainingVectors
-from saffe_cache.fusion.closed_form.fitting import ClosedForm, Values
+from saffe_cache.fusion.closed_form.fitting import ClosedForm
 from saffe_cache.fusion.closed_form.moments import Moments, Side
 from saffe_cache.fusion.options import FusionShape
 
@@ -36,7 +34,7 @@ def ridge_map(side: Side, shared: np.ndarray, strength: float) -> np.ndarray:
 
 
 class RidgeFusion(ClosedForm):
-    """2 s k + s + k + 4 parameters, for summaries of width s and text vectors of width k: 591,364 for 768 and 384."""
+    """2 s k + s + k + 4 parameters, for summaries of width s and text vectors of width k: 590,980 for 768 and 384."""
 
     photo_mean: torch.Tensor
     text_mean: torch.Tensor
@@ -57,14 +55,20 @@ class RidgeFusion(ClosedForm):
 
     def fit(self, seen: TrainingVectors) -> None:
         moments = Moments.of_training(seen)
-        self.set({"photo_mean": moments.photos.mean, "text_mean": moments.texts.mean})
-        directions = (("to_text", moments.photos, moments.shared), ("to_photo", moments.texts, moments.shared.T))
-        chosen = np.zeros(2)
-        for place, (name, side, shared) in enumerate(directions):
-            alone = np.eye(2)[place]
-            best = self.choose(_candidates(name, side, shared, alone), seen)
-            chosen += best["adds_mean"]
-        self.set({"adds_mean": chosen, "shares": np.ones(2)})
+        means = {"photo_mean": moments.photos.mean, "text_mean": moments.texts.mean}
+        self.set({**means, "adds_mean": np.zeros(2)})
+        self._choose_direction("to_text", moments.photos, moments.shared, np.array([1.0, 0.0]), seen)
+        self._choose_direction("to_photo", moments.texts, moments.shared.T, np.array([0.0, 1.0]), seen)
+        self.set({"shares": np.ones(2)})
+
+    def _choose_direction(
+        self, name: str, side: Side, shared: np.ndarray, alone: np.ndarray, seen: TrainingVectors
+    ) -> None:
+        """The penalty of one direction, and what becomes of its mean, compared by itself."""
+        self.set({"shares": alone})
+        self.choose(({name: ridge_map(side, shared, strength)} for strength in STRENGTHS), seen)
+        without = self.adds_mean.numpy(force=True)
+        self.choose(({"adds_mean": without}, {"adds_mean": without + alone}), seen)
 
     def photo_side(self, summary: torch.Tensor) -> torch.Tensor:
         photo = functional.normalize(summary, dim=-1)
@@ -79,11 +83,3 @@ class RidgeFusion(ClosedForm):
         """In the space of texts and in that of photos, side by side: the inner product is the mean of both cosines."""
         parts = (functional.normalize(part, dim=-1) for part in (in_text, in_photo))
         return torch.cat([share * part for share, part in zip(self.shares, parts, strict=True)], dim=-1)
-
-
-def _candidates(name: str, side: Side, shared: np.ndarray, alone: np.ndarray) -> Iterator[Values]:
-    """Of one direction, compared by itself."""
-    for strength in STRENGTHS:
-        mapping = ridge_map(side, shared, strength)
-        for adds in (0.0, 1.0):
-            yield {name: mapping, "adds_mean": adds * alone, "shares": alone}
