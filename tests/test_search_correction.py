@@ -13,6 +13,7 @@ from quick_runs import Report, quick_train, report_of, setting_of, value
 from sklearn.metrics import average_precision_score
 from synthetic_cache import make_cache
 
+from saffe_cache.core.features import IndexKind
 from saffe_cache.core.items import Ragged
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate
@@ -21,6 +22,7 @@ from saffe_cache.inputs.feature_loader import encode_gallery, encode_queries
 from saffe_cache.inputs.pairs import training_pairs
 from saffe_cache.protocols.searches import ClassProtocol
 from saffe_cache.retrieval.correction import CorrectionKind, SearchCorrection
+from saffe_cache.retrieval.index import build_index
 from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks, top_k
 from saffe_cache.retrieval.scores import Biases, caption_scores, class_scores
 from saffe_cache.store.reader import open_cache
@@ -42,6 +44,7 @@ def correction(kind: CorrectionKind, **options: float) -> SearchCorrection:
 def corrected_scores(of: SearchCorrection, items: np.ndarray, queries: np.ndarray, bank: np.ndarray) -> np.ndarray:
     """The papers' scores [queries, items], one at a time."""
     found = np.empty((len(queries), len(items)))
+    to_items = np.sort(queries.astype(np.float64) @ items.astype(np.float64).T, axis=1)[:, -of.k :].mean(axis=1)
     for j, item in enumerate(items.astype(np.float64)):
         similar = sorted((float(item @ one) for one in bank.astype(np.float64)), reverse=True)
         for i, query in enumerate(queries.astype(np.float64)):
@@ -49,8 +52,7 @@ def corrected_scores(of: SearchCorrection, items: np.ndarray, queries: np.ndarra
             if of.kind == "nnn":
                 found[i, j] = score - of.strength * sum(similar[: of.k]) / of.k
             elif of.kind == "csls":
-                to_items = sorted((float(query @ one) for one in items.astype(np.float64)), reverse=True)
-                found[i, j] = 2 * score - sum(similar[: of.k]) / of.k - sum(to_items[: of.k]) / of.k
+                found[i, j] = 2 * score - sum(similar[: of.k]) / of.k - to_items[i]
             else:
                 found[i, j] = math.exp(score / of.temperature) / sum(math.exp(one / of.temperature) for one in similar)
     return found
@@ -261,6 +263,28 @@ def test_default_correction_is_left_out_where_it_does_not_apply(
     assert plain["search_correction"] is None
     assert plain["uncorrected"] == {}
     assert report_of(cache, run, out=str(tmp_path / "none"), search_correction="none")["search_correction"] is None
+
+
+@pytest.mark.parametrize(("kind", "least"), [("flat", 1.0), ("ivf", 0.6), ("hnsw", 0.95), ("ivf_pq", 0.3)])
+def test_each_kind_of_index_applies_biases(kind: IndexKind, least: float) -> None:
+    items, queries = unit_vectors(10_000, 16, seed=1), 3 * unit_vectors(40, 16, seed=2)
+    bias = correction("nnn", strength=1.0).biases(items, unit_vectors(500, 16, seed=3))
+    expected = top_k(InnerProducts(items, queries, bias), 10)
+    index = build_index(items, tuple(map(str, range(10_000))), kind=kind, biases=bias)
+    scores, found = index.nearest(queries, 10)
+    assert np.mean([np.isin(*of_query).mean() for of_query in zip(found, expected, strict=True)]) >= least
+    without = build_index(items, index.ids, kind=kind)
+    assert np.mean(np.isin(found[:, 0], without.nearest(queries, 1)[1])) < 0.9
+    plain = index.nearest(queries, 10, corrected=False)[1]
+    assert (
+        np.mean([np.isin(*both).mean() for both in zip(plain, top_k(InnerProducts(items, queries), 10), strict=True)])
+        >= 0.9 * least
+    )
+    if kind == "flat":
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_allclose(scores[0], queries[0] @ items[found[0]].T - 3 * bias[found[0]], atol=1e-5)
+    if kind == "ivf_pq":
+        assert index.parameters["num_codes"] == 5
 
 
 def zero_shot_cache(folder: Path) -> str:

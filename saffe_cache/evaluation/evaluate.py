@@ -346,13 +346,16 @@ def _write_index(config: EvaluateConfig, protocol: Protocol, system: System, out
     """Write the index, and compare it with a flat one on the split's own queries; None where there are no vectors."""
     if isinstance(system, FittedScores):
         return None
-    setting, recall = protocol.setting, {}
-    vectors, ids = setting.gallery(system, setting.honest()), tuple(setting.pairs.ids)
-    index = build_index(vectors, ids, setting.seed, config.index)
+    setting, recall, ids = protocol.setting, {}, tuple(protocol.setting.pairs.ids)
+    if protocol.queries is None:
+        vectors = queries = setting.gallery(system, setting.honest())
+        biases = None
+    else:
+        vectors, queries, (biases, _) = setting.vectors(system, setting.honest(), protocol.queries)
+    index = build_index(vectors, ids, setting.seed, config.index, biases)
     bytes_per_vector = round(save_index(index, out) / len(vectors)) if ranks.is_first() else 0
     if config.index != "flat":
-        queries = vectors if protocol.queries is None else setting.queries(system, protocol.queries)
-        flat = build_index(vectors, ids, setting.seed)
+        flat = build_index(vectors, ids, setting.seed, biases=biases)
         recall = {str(k): recall_of_index(index, flat, queries, k) for k in INDEX_KS if k <= len(vectors)}
     return Index(kind=config.index, bytes_per_vector=bytes_per_vector, parameters=index.parameters, recall=recall)
 

@@ -9,11 +9,12 @@ from typing import Literal
 from saffe_cache.core.features import MODALITIES, IndexKind
 from saffe_cache.core.options import positional, require, require_keys, require_seed
 from saffe_cache.core.views import IndexViews
+from saffe_cache.retrieval.correction import CorrectionOptions
 from saffe_cache.sources.items import Columns
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexConfig:
+class IndexConfig(CorrectionOptions):
     """Embed a folder or dataset with a run and write an index that `saffe search` searches.
 
     Running it again embeds only what is new or has changed, and removes what has vanished.
@@ -48,8 +49,12 @@ class IndexConfig:
     """cpu, cuda or cuda:N. auto: a GPU if there is one."""
     export: str | None = None
     """Also write ids, vectors, captions, labels and splits to this Parquet file."""
+    cache: str | None = None
+    """The cache that the run was trained on, from which a search correction takes its bank of training texts. Default:
+    where it was then. An index keeps its bank: updates need no cache."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError if a key is unknown."""
         require_keys("column", self.column, [one.name for one in fields(Columns)])
         require_keys("encoder", self.encoder, MODALITIES)
 

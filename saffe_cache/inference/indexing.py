@@ -28,7 +28,9 @@ from saffe_cache.core.features import printable
 from saffe_cache.core.options import refuse
 from saffe_cache.core.outputs import write_json
 from saffe_cache.inference.config import IndexConfig
+from saffe_cache.inference.correcting import IndexBank, index_bank
 from saffe_cache.inference.search_index import (
+    BANK,
     FAISS,
     ITEMS,
     MANIFEST,
@@ -41,7 +43,7 @@ from saffe_cache.inference.search_index import (
     describe_file,
     read_manifest,
 )
-from saffe_cache.retrieval.index import build_index, require_size, serialized
+from saffe_cache.retrieval.index import build_index, require_size, serialized, with_biases
 from saffe_cache.sources.items import EMPTY_TEXT, Columns, MediaFile, SourceItem
 from saffe_cache.sources.objects import described
 from saffe_cache.sources.registry import read_items
@@ -105,9 +107,13 @@ def update_index(fusion: TrainedFusion, config: IndexConfig) -> Changes:
         refuse("index_views", f"{views} for a run that was loaded with {fusion.index_views}", "the same in load_run")
     _check_place(out, config.data)
     _check_export(config)
+    before = read_manifest(out) if (out / MANIFEST).exists() else None
     manifest = _manifest(fusion, config, out)
-    if (out / MANIFEST).exists():
-        _check_same(out, read_manifest(out), manifest)
+    if before is not None:
+        _check_same(out, before, manifest)
+    bank = index_bank(fusion, config, out, before)
+    if bank is not None:
+        manifest = replace(manifest, correction=bank.correction, bank_texts=len(bank.vectors))
     items = [
         replace(item, problem="") if item.problem == EMPTY_TEXT else item  # its photo can be found all the same
         for item in read_items(config.data, Columns(**config.column), config.splits, every=True)
@@ -118,7 +124,7 @@ def update_index(fusion: TrainedFusion, config: IndexConfig) -> Changes:
         if old is not None:
             _check_same(out, old.manifest, manifest)
             _check_overlap(old, items)
-        written, changes = _update(fusion, items, old, manifest, out)
+        written, changes = _update(fusion, items, old, manifest, bank, out)
         _remove_all_but(out, written.generation)
         if config.export is not None:
             SearchIndex.open(out).to_parquet(config.export)
@@ -126,7 +132,12 @@ def update_index(fusion: TrainedFusion, config: IndexConfig) -> Changes:
 
 
 def _update(
-    fusion: TrainedFusion, items: Sequence[SourceItem], old: SearchIndex | None, manifest: IndexManifest, out: Path
+    fusion: TrainedFusion,
+    items: Sequence[SourceItem],
+    old: SearchIndex | None,
+    manifest: IndexManifest,
+    bank: IndexBank | None,
+    out: Path,
 ) -> tuple[IndexManifest, Changes]:
     """Embed what is new and write the index, if anything differs from the old one."""
     problems = {item.id: item.problem or f"it has no {fusion.modality}" for item in items if not _usable(item, fusion)}
@@ -146,7 +157,8 @@ def _update(
     if old is not None and old.columns.table.equals(columns.table):
         manifest = replace(manifest, generation=old.manifest.generation, files=old.manifest.files)
     else:
-        manifest = _write_files(columns, vectors.of(indexed), manifest, out)
+        rows, biases = vectors.of(indexed, bank)
+        manifest = _write_files(columns, rows, manifest, out, bank, biases)
     if old is None or old.manifest != manifest:
         write_json(out / MANIFEST, asdict(manifest))
     return manifest, _changes(indexed, old, manifest, out)
@@ -204,8 +216,11 @@ class _Vectors:
                 bar.update(len(block))
         return {item.id: reasons[key] for key, item in zip(keys, items, strict=True) if reasons.get(key)}
 
-    def of(self, items: Sequence[SourceItem]) -> np.ndarray:
-        """Vectors of items, float32 [items, width]; those of the ridge regression, if any, follow in the same rows."""
+    def of(self, items: Sequence[SourceItem], bank: IndexBank | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Vectors of items, float32 [items, width], and what a search correction subtracts, as of `IndexBank.biases`.
+
+        The vectors of the ridge regression, if any, follow in the same rows.
+        """
         width = self._manifest.width
         vectors = np.empty((len(items), width + self._manifest.ridge), np.float32)
         positions = np.full(len(items), -1)
@@ -220,7 +235,14 @@ class _Vectors:
             vectors[kept, :width] = self._old.vectors_at(positions[kept])
             if self._manifest.ridge:
                 vectors[kept, width:] = self._old.ridge_vectors_at(positions[kept])
-        return vectors
+        if bank is None:
+            return vectors, None
+        biases = np.empty((len(items), 2 if self._manifest.ridge else 1), np.float32)
+        if self._old is not None:
+            biases[kept] = self._old.biases_at(positions[kept])
+        new = np.flatnonzero(positions < 0)
+        biases[new] = bank.biases(vectors[new], width)
+        return vectors, biases
 
     def _is_known(self, key: bytes) -> bool:
         return key in self._new or key in self._position
@@ -276,11 +298,19 @@ def _keys_of(old: SearchIndex) -> list[bytes]:
     return [_key_of(one, of_item[0] if of_item else None) for one, of_item in zip(hashes, texts, strict=True)]
 
 
-def _write_files(columns: ItemColumns, vectors: np.ndarray, manifest: IndexManifest, out: Path) -> IndexManifest:
+def _write_files(
+    columns: ItemColumns,
+    vectors: np.ndarray,
+    manifest: IndexManifest,
+    out: Path,
+    bank: IndexBank | None = None,
+    biases: np.ndarray | None = None,
+) -> IndexManifest:
     """Write a new generation; returns the manifest that names its files."""
     ids = columns.texts("id")
     vectors, of_ridge = np.split(vectors, [manifest.width], axis=1)
-    built = build_index(vectors, ids, kind=manifest.kind)
+    own = None if biases is None else biases[:, 0]
+    built = build_index(vectors, ids, kind=manifest.kind, biases=own)
     folder = out / f"g-{uuid.uuid4().hex[:12]}"
     with whole_file(folder / ITEMS) as file:
         pq.write_table(columns.table.append_column("row", pa.array(np.argsort(built.order))), file)
@@ -288,11 +318,16 @@ def _write_files(columns: ItemColumns, vectors: np.ndarray, manifest: IndexManif
     names = [ITEMS, FAISS]
     if manifest.kind != "flat":
         with whole_file(folder / VECTORS) as file:
-            np.save(file, vectors[built.order])
+            np.save(file, (vectors if own is None else with_biases(vectors, own))[built.order])
         names.append(VECTORS)
     if manifest.ridge:  # whose random order is the same
-        write_whole(folder / RIDGE, serialized(build_index(of_ridge, ids)))
+        of_bank = None if biases is None else biases[:, 1]
+        write_whole(folder / RIDGE, serialized(build_index(of_ridge, ids, biases=of_bank)))
         names.append(RIDGE)
+    if bank is not None:
+        with whole_file(folder / BANK) as file:
+            np.save(file, bank.vectors)
+        names.append(BANK)
     files = {name: describe_file(folder / name) for name in names}
     return replace(manifest, generation=folder.name, files=files)
 

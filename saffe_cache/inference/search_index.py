@@ -5,7 +5,11 @@ g-…/items.parquet    ids, captions, classes, splits, files, content hashes, an
 g-…/index.faiss      the FAISS index, memory-mapped
 g-…/vectors.npy      the vectors by row, memory-mapped; absent for a flat index, which holds them itself
 g-…/ridge.faiss      the vectors of the run's ridge regression in the same rows; only with --ridge
+g-…/bank.npy         unit vectors of training texts, by which a search correction was made; only with one
 pending-…/           vectors that an interrupted indexing has embedded; the next one uses them
+
+With a search correction, rows of vectors end with what it subtracts: see `retrieval.index.with_biases`. It applies
+where a text searches, not where a photo does: the bank is of texts.
 
 An update writes a new folder g-… and then index.json, so that a crash leaves the old index or the new one. Opening
 compares every file with its checksum. Searching by vectors needs no run; searching by a text or a photo loads it.
@@ -31,12 +35,14 @@ from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.outputs import read_json
 from saffe_cache.core.views import IndexViews
 from saffe_cache.inference.config import SearchConfig
+from saffe_cache.retrieval.correction import SearchCorrection
 from saffe_cache.retrieval.index import RetrievalIndex, flat_rows, map_index
 
 if TYPE_CHECKING:
     from saffe_cache.inference.model import TrainedFusion
 
 MANIFEST, ITEMS, VECTORS, FAISS, RIDGE = "index.json", "items.parquet", "vectors.npy", "index.faiss", "ridge.faiss"
+BANK = "bank.npy"
 VERSION = 1
 _BLOCK = 2**22
 """Bytes of a file that are read at a time."""
@@ -51,7 +57,7 @@ class Hit(NamedTuple):
 
     id: str
     score: float
-    """Inner product of unit vectors, from -1 to 1."""
+    """Inner product of unit vectors, from -1 to 1; for a text, minus what a search correction subtracts."""
     text: str
     """The item's first caption or class name; empty if it has none."""
 
@@ -92,6 +98,10 @@ class IndexManifest:
     width: int
     ridge: int = 0
     """Width of the ridge regression's vectors; 0 without them."""
+    correction: SearchCorrection | None = None
+    """The search correction of texts that search."""
+    bank_texts: int = 0
+    """Training texts in its bank."""
     num_items: int
     problems: Mapping[str, str] = field(default_factory=dict)
     """Items that could not be embedded, and why."""
@@ -222,15 +232,27 @@ class SearchIndex:
     @property
     def vectors(self) -> np.ndarray:
         """Unit vectors, float32 [items, width]; a copy in memory."""
-        return np.asarray(self._rows[self._row_of])
+        return self.vectors_at(slice(None))
 
     def vectors_at(self, positions: np.ndarray | slice) -> np.ndarray:
         """Vectors of some items."""
-        return np.asarray(self._rows[self._row_of[positions]])
+        return np.asarray(self._rows[self._row_of[positions], : self.size])
 
     def ridge_vectors_at(self, positions: np.ndarray | slice) -> np.ndarray:
         """Unit vectors of some items by the ridge regression, float32; ValueError if the index keeps none."""
-        return np.asarray(flat_rows(self._ridge_index)[self._row_of[positions]])
+        index = self._ridge_index
+        return np.asarray(flat_rows(index)[self._row_of[positions], : index.width])
+
+    def biases_at(self, positions: np.ndarray | slice) -> np.ndarray:
+        """What a search correction subtracts from the scores of some items, float32 [items, 1]; zeros without one. With
+        a ridge regression [items, 2]: for its vectors, too."""
+        rows = self._row_of[positions]
+        kinds = [(self._rows, self.size)]
+        if self._ridge is not None:
+            kinds.append((flat_rows(self._ridge), self._ridge.width))
+        if self.manifest.correction is None:
+            return np.zeros((len(rows), len(kinds)), np.float32)
+        return -np.stack([of[rows, width] for of, width in kinds], axis=1)
 
     @property
     def _ridge_index(self) -> RetrievalIndex:
@@ -292,7 +314,8 @@ class SearchIndex:
             ValueError: nothing is given, the photo cannot be read or is of the wrong kind, the fusion takes no text
                 with a photo, or the run is not found.
         """
-        return self.hits(self._query(text, {"image": image, "audio": audio, "video": video}), k)
+        media: dict[Modality, Any] = {"image": image, "audio": audio, "video": video}
+        return self.hits(self._query(text, media), k, corrected=all(one is None for one in media.values()))
 
     def like(self, id: str, k: int = 10) -> list[Hit]:
         """The items whose vectors are nearest to that of an item, itself included; ValueError if there is none."""
@@ -300,11 +323,16 @@ class SearchIndex:
             raise ValueError(
                 f"{self.folder}: no item {id!r}; the first one is {self.ids[0]!r}. Give an id of the index."
             )
-        return self.hits(self.vectors_at(np.array([self.position_of[id]])), k)
+        return self.hits(self.vectors_at(np.array([self.position_of[id]])), k, corrected=False)
 
-    def search_vectors(self, vectors: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
-        """Scores, float32 [queries, k], and ids of the k best items of each query, as `RetrievalIndex.search`."""
-        return self._retrieval.search(np.asarray(vectors), k)
+    def search_vectors(
+        self, vectors: np.ndarray, k: int = 10, *, corrected: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores, float32 [queries, k], and ids of the k best items of each query, as `RetrievalIndex.search`.
+
+        `corrected`: whether the index's search correction applies, as for vectors of texts.
+        """
+        return self._retrieval.search(np.asarray(vectors), k, corrected=corrected)
 
     def content_hash(self, id: str) -> bytes:
         """SHA-256 of the file of an item's photo or sound when it was indexed."""
@@ -319,7 +347,8 @@ class SearchIndex:
         """Write ids, vectors, captions, labels and splits as a Parquet file, whole or not at all.
 
         Columns: `id`, `vector` (float32, a list of fixed size), `caption` and `label` (the first ones, or null),
-        `captions` and `labels` (all), `split`. What is no Unicode in the name of a file is written as an escape.
+        `captions` and `labels` (all), `split`, and `bias` where there is a search correction, which subtracts it from
+        the inner product with a text. What is no Unicode in the name of a file is written as an escape.
         """
         schema = pa.schema(
             {
@@ -332,6 +361,8 @@ class SearchIndex:
                 "labels": pa.list_(pa.string()),
             }
         )
+        if self.manifest.correction is not None:
+            schema = schema.append(pa.field("bias", pa.float32()))
         captions = self.columns.text_lists("captions")
         with whole_file(Path(path)) as file, pq.ParquetWriter(file, schema) as writer:
             for start in range(0, len(self), _EXPORT_ROWS):
@@ -345,6 +376,7 @@ class SearchIndex:
                     pa.array(map(_unicode, self.splits[part]), pa.string()),
                     *(pa.array(one, pa.list_(pa.string())) for one in of_part),
                 ]
+                columns += [] if self.manifest.correction is None else [pa.array(self.biases_at(part)[:, 0])]
                 writer.write_table(pa.table(columns, schema=schema))
 
     def _query(self, text: str | None, media: Mapping[Modality, Any]) -> np.ndarray:
@@ -374,13 +406,16 @@ class SearchIndex:
         names = {"image": "embed_images", "audio": "embed_audio", "video": "embed_videos"}
         return np.asarray(getattr(self.fusion, names[modality])([one]))
 
-    def hits(self, query: np.ndarray, k: int, *, ridge: bool = False) -> list[Hit]:
+    def hits(self, query: np.ndarray, k: int, *, ridge: bool = False, corrected: bool = True) -> list[Hit]:
         """The k best items for the vector of a query, [1, width]; of the ridge regression's vectors if `ridge`.
+
+        `corrected`: whether the index's search correction applies, as for a text.
 
         Raises:
             ValueError: the index keeps no such vectors, or the query is of another width.
         """
-        scores, positions = (self._ridge_index if ridge else self._retrieval).nearest(query, k)
+        index = self._ridge_index if ridge else self._retrieval
+        scores, positions = index.nearest(query, k, corrected=corrected)
         found = zip(positions[0].tolist(), scores[0].tolist(), strict=True)
         return [Hit(self.ids[position], score, self._text(position)) for position, score in found if position >= 0]
 
@@ -476,13 +511,14 @@ def _read_files(
     table = pq.read_table(where / ITEMS, memory_map=True, partitioning=None)
     order = np.argsort(table["row"].to_numpy())
     columns = ItemColumns(table.drop_columns(["row"]))
-    retrieval = map_index(where / FAISS, columns.texts("id"), order)
+    has_biases = manifest.correction is not None
+    retrieval = map_index(where / FAISS, columns.texts("id"), order, has_biases)
     rows = (
         np.load(where / VECTORS, mmap_mode="r", allow_pickle=False)
         if VECTORS in manifest.files
         else flat_rows(retrieval)
     )
-    ridge = map_index(where / RIDGE, retrieval.ids, order) if RIDGE in manifest.files else None
+    ridge = map_index(where / RIDGE, retrieval.ids, order, has_biases) if RIDGE in manifest.files else None
     return columns, retrieval, rows, ridge
 
 

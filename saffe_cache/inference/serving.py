@@ -96,17 +96,17 @@ class ServedIndex:
         of_fusion, of_ridge = self._queries(text, image)
         found = {}
         if "fusion" in systems:
-            found["fusion"] = self._index.hits(of_fusion, k)
-        return found | {"ridge": self._index.hits(of_ridge, k, ridge=True)}
+            found["fusion"] = self._index.hits(of_fusion, k, corrected=image is None)
+        return found | {"ridge": self._index.hits(of_ridge, k, ridge=True, corrected=image is None)}
 
     def like(self, name: str, k: int, systems: Sequence[str]) -> dict[str, list[Hit]]:
         self._require(systems)
         position = np.array([self._index.position_of[name]])
         found = {}
         if "fusion" in systems:
-            found["fusion"] = self._index.hits(self._index.vectors_at(position), k)
+            found["fusion"] = self._index.hits(self._index.vectors_at(position), k, corrected=False)
         if "ridge" in systems:
-            found["ridge"] = self._index.hits(self._index.ridge_vectors_at(position), k, ridge=True)
+            found["ridge"] = self._index.hits(self._index.ridge_vectors_at(position), k, ridge=True, corrected=False)
         return found
 
     def photo(self, name: str) -> bytes:

@@ -69,6 +69,12 @@ class Queries:
         first = self.take(np.zeros(len(self), np.int64))
         return replace(first, relevant=self.relevant, units=self.units)
 
+    @staticmethod
+    def of_texts(inputs: FeatureLoader, rows: np.ndarray) -> Queries:
+        """Texts to which nothing is relevant: those of a bank."""
+        nothing = np.zeros(len(rows), np.int64)
+        return Queries(rows, inputs.text.vectors(rows), Ragged(np.append(nothing, 0), nothing[:0]), nothing)
+
     def sample(self, most: int, seed: int) -> Queries:
         """The queries that have a relevant photo; at most `most` of them, drawn at random."""
         usable = np.flatnonzero(self.relevant.lengths)
@@ -165,9 +171,7 @@ class Setting:
         if isinstance(system, Fusion) and (system, side) in self._banks:
             return self._banks[system, side]
         if side == "texts":
-            nothing, rows = np.zeros(len(self.bank.texts), np.int64), self.bank.texts
-            texts = Queries(rows, self.inputs.text.vectors(rows), Ragged(np.append(nothing, 0), nothing[:0]), nothing)
-            return self._kept(system, side, self.queries(system, texts))
+            return self._kept(system, side, self.queries(system, Queries.of_texts(self.inputs, self.bank.texts)))
         if isinstance(system, FittedVectors):
             assert system.bank_photos is not None
             return system.bank_photos

@@ -12,6 +12,9 @@ which the vectors were given.
 | `hnsw` | a graph of near neighbours (Malkov and Yashunin 2018) | 4 d + 270 |
 
 `ivf` and `ivf_pq` depend on the seed alone. The graph also depends on the timing of threads.
+
+With a search correction, -bias follows each vector, and the length of a query follows the query: their inner product is
+then the corrected score. Three zeros follow, so that codes of four coordinates each hold the bias alone.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import numpy as np
 
 from saffe_cache.core.atomic_io import write_whole
 from saffe_cache.core.features import IndexKind
-from saffe_cache.retrieval.ranking import require_k, require_queries, require_unit_length
+from saffe_cache.retrieval.ranking import require_biases, require_k, require_queries, require_unit_length
 
 INDEX_FILES = ("index.faiss", "index_ids.json")
 """What `save_index` writes."""
@@ -42,6 +45,8 @@ _CODE_ROUNDS = 10
 """Of k-means for the codes: 25, faiss's default, takes twice as long and finds no more (0.70 and 0.73 of 10)."""
 _NEIGHBOURS, _KEPT_IN_BUILDING, _KEPT_IN_SEARCH = 32, 40, 128
 """Of the graph: M, efConstruction, efSearch."""
+_BIAS_WIDTH = 4
+"""Coordinates that hold a bias."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,20 @@ class RetrievalIndex:
     ids: tuple[str, ...]
     order: np.ndarray
     """int64 [items]: which of the given vectors became row i of `faiss_index`."""
+    has_biases: bool = False
+    """Whether a search correction is in its rows."""
 
-    def search(self, queries: np.ndarray, k: int, block: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def width(self) -> int:
+        """Of the vectors, and of queries."""
+        return int(self.faiss_index.d) - _BIAS_WIDTH * self.has_biases
+
+    def search(
+        self, queries: np.ndarray, k: int, block: int = 256, *, corrected: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The k best items of each query, or all if there are fewer, best first.
+
+        `corrected`: whether the search correction applies, if the index has one.
 
         Returns:
             scores: float32 [queries, k].
@@ -65,16 +81,18 @@ class RetrievalIndex:
         Raises:
             ValueError: k is below 1, or the queries are not finite or of another width.
         """
-        scores, positions = self.nearest(queries, k, block)
+        scores, positions = self.nearest(queries, k, block, corrected=corrected)
         names = np.array([*self.ids, None], object)  # -1 takes the last
         return scores, names[positions]
 
-    def nearest(self, queries: np.ndarray, k: int, block: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    def nearest(
+        self, queries: np.ndarray, k: int, block: int = 256, *, corrected: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Scores as of `search`, and positions in `ids`, int64 [queries, k], -1 where there is none."""
         k = min(k, max(1, len(self.order)))
         require_k(k, len(self.order))
-        require_queries(queries, self.faiss_index.d, "index")
-        found = list(self._search_blocks(queries, k, block))
+        require_queries(queries, self.width, "index")
+        found = list(self._search_blocks(queries, k, block, corrected))
         scores = np.concatenate([np.zeros((0, k), np.float32), *(scores for scores, _ in found)])
         positions = np.concatenate([np.zeros((0, k), np.int64), *(positions for _, positions in found)])
         return np.where(positions < 0, np.float32(-np.inf), scores), positions
@@ -90,11 +108,15 @@ class RetrievalIndex:
         """
         k = len(self.order) if k is None else k
         require_k(k, len(self.order))
-        require_queries(queries, self.faiss_index.d, "index")
+        require_queries(queries, self.width, "index")
         return (positions for _, positions in self._search_blocks(queries, k, block))
 
-    def _search_blocks(self, queries: np.ndarray, k: int, block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _search_blocks(
+        self, queries: np.ndarray, k: int, block: int, corrected: bool = True
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         index = self.faiss_index
+        if self.has_biases:
+            queries = with_biases(queries, -np.linalg.norm(queries, axis=1) * corrected)
         is_exact_on_gpu = isinstance(index, (faiss.IndexFlat, faiss.IndexIVFFlat)) and k <= _GPU_MOST_RANKS
         if len(queries) > block and is_exact_on_gpu and faiss.get_num_gpus():  # for fewer, copying takes longer
             index = faiss.index_cpu_to_all_gpus(index)
@@ -121,8 +143,20 @@ def require_size(kind: IndexKind, num_vectors: int) -> None:
         raise ValueError(f"{found}, it learns its clusters from {least} or more. Use flat or hnsw.")
 
 
-def build_index(vectors: np.ndarray, ids: tuple[str, ...], seed: int = 0, kind: IndexKind = "flat") -> RetrievalIndex:
-    """Index unit vectors, float32 [items, d].
+def with_biases(vectors: np.ndarray, biases: np.ndarray) -> np.ndarray:
+    """The rows of an index with a search correction, [items, d + 4]: vectors [items, d], -biases [items], zeros."""
+    zeros = np.zeros((len(vectors), _BIAS_WIDTH - 1), vectors.dtype)
+    return np.concatenate([vectors, -np.asarray(biases, vectors.dtype)[:, None], zeros], axis=1)
+
+
+def build_index(
+    vectors: np.ndarray,
+    ids: tuple[str, ...],
+    seed: int = 0,
+    kind: IndexKind = "flat",
+    biases: np.ndarray | None = None,
+) -> RetrievalIndex:
+    """Index unit vectors, float32 [items, d], with the biases of a search correction, if any, float32 [items].
 
     Raises:
         ValueError: a vector is not finite or not of unit length, ids and vectors differ in number, or there are too
@@ -132,11 +166,13 @@ def build_index(vectors: np.ndarray, ids: tuple[str, ...], seed: int = 0, kind: 
     if len(ids) != len(vectors):
         raise ValueError(f"index: {len(vectors)} vectors, {len(ids)} ids. Give one id for each vector.")
     require_unit_length(vectors, "index", ids.__getitem__)
+    require_biases(biases, len(vectors))
+    rows = vectors if biases is None else with_biases(vectors, biases)
     order = np.random.default_rng(seed).permutation(len(vectors))
-    index, ordered = _empty_index(kind, len(vectors), vectors.shape[1], seed), vectors[order].astype(np.float32)
+    index, ordered = _empty_index(kind, len(vectors), rows.shape[1], seed), rows[order].astype(np.float32)
     index.train(ordered)
     index.add(ordered)
-    return RetrievalIndex(index, tuple(ids), order)
+    return RetrievalIndex(index, tuple(ids), order, biases is not None)
 
 
 def _empty_index(kind: IndexKind, num_vectors: int, width: int, seed: int) -> Any:
@@ -170,7 +206,7 @@ def serialized(index: RetrievalIndex) -> memoryview:
     return data.data
 
 
-def map_index(path: Path, ids: tuple[str, ...], order: np.ndarray) -> RetrievalIndex:
+def map_index(path: Path, ids: tuple[str, ...], order: np.ndarray, has_biases: bool = False) -> RetrievalIndex:
     """Open an index whose vectors stay in its file, memory-mapped; ValueError if it does not have as many as there are
     ids, FileNotFoundError if it is missing. (FAISS before 1.10 reads flat indices and graphs into memory.)"""
     try:
@@ -181,11 +217,12 @@ def map_index(path: Path, ids: tuple[str, ...], order: np.ndarray) -> RetrievalI
         raise ValueError(f"{path}: not readable as a FAISS index ({reason:.200}). Index again.") from None
     if not index.ntotal == len(ids) == len(order):
         raise ValueError(f"{path}: {index.ntotal} vectors, expected {len(ids)}, one for each id. Index again.")
-    return RetrievalIndex(index, ids, order)
+    return RetrievalIndex(index, ids, order, has_biases)
 
 
 def flat_rows(index: RetrievalIndex) -> np.ndarray:
-    """The vectors of a flat index, float32 [items, d], in the order of its rows; a view, which needs the index."""
+    """The rows of a flat index in their order, float32 [items, d], or [items, d + 4] as of `with_biases`; a view, which
+    needs the index."""
     flat = index.faiss_index
     return np.asarray(faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d))
 
@@ -201,6 +238,7 @@ def save_index(index: RetrievalIndex, folder: Path) -> int:
     data = faiss.serialize_index(index.faiss_index).tobytes()
     ids = [index.ids[position] for position in index.order]
     content = {"sha256": hashlib.sha256(data).hexdigest(), "ids": ids, "order": index.order.tolist()}
+    content |= {"has_biases": True} if index.has_biases else {}
     write_whole(folder / "index.faiss", data)
     write_whole(folder / "index_ids.json", json.dumps(content, ensure_ascii=True).encode())
     return len(data)
@@ -213,4 +251,5 @@ def load_index(folder: Path) -> RetrievalIndex:
     if hashlib.sha256(data).hexdigest() != content["sha256"]:
         raise ValueError(f"{folder}: index.faiss is not the file that index_ids.json describes. Evaluate again.")
     index, order = faiss.deserialize_index(np.frombuffer(data, np.uint8)), np.array(content["order"], np.int64)
-    return RetrievalIndex(index, tuple(content["ids"][row] for row in np.argsort(order)), order)
+    ids = tuple(content["ids"][row] for row in np.argsort(order))
+    return RetrievalIndex(index, ids, order, content.get("has_biases", False))
