@@ -39,6 +39,7 @@ from saffe_cache.store.reader import open_cache
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.runs import keep_encoders, kept_encoders
+from saffe_cache.training.train import same_batches
 
 Models = Callable[[str], Path]
 KINDS = ("bert", "mpnet", "gpt2", "Qwen3", "Gemma3Text")
@@ -270,6 +271,16 @@ def test_pang_reads_one_block_and_no_text_token(gpt2_cache: str, tmp_path: Path)
     (tmp_path / "config.json").write_text('{"run": {"shape": {"num_tokens": 0}}}')
     kept = kept_encoders(tmp_path)[0].encoders[spec.text_key]
     assert kept.block(2).tensors.keys() == opened.encoders[spec.text_key].block(2).tensors.keys()
+
+
+def test_runs_that_read_texts_differently_share_no_batches(gpt2_cache: str) -> None:
+    """Frozen's are paired with photos alone, FROMAGe's search; Pang's and late fusion's are vectors."""
+    opened, found = open_cache(gpt2_cache), {}
+    for fusion in ("frozen", "fromage", "pang", "late"):
+        config = TrainConfig(cache=gpt2_cache, out="unused", fusion=fusion, batch_size=16).resolved()
+        found[fusion] = same_batches(config, resolve_run(config, opened))
+    assert len(set(found.values())) == 3
+    assert found["pang"] == found["late"]
 
 
 def test_a_query_of_several_texts_is_the_mean_of_their_vectors(gpt2_cache: str) -> None:

@@ -116,6 +116,11 @@ class LibraryBlock(nn.Module):
         output = leaving(self.layer(*arguments, **keywords))
         return output.transpose(0, 1) if self.spec.is_time_first else output
 
+    def at(self, hidden: torch.Tensor, mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """`forward` at one place of each row, int64 [batch]: [batch, d]."""
+        output: torch.Tensor = self(hidden, mask)
+        return output[torch.arange(len(hidden), device=hidden.device), places]
+
     def _by_length(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """As `forward`, for inputs of each length apart; padding becomes zero."""
         output, lengths = torch.zeros_like(hidden), mask.sum(dim=1)

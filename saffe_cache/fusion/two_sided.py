@@ -36,7 +36,7 @@ class TwoSided(Fusion):
         vectors = gathered(_unit(self.photo_side(self.photo_summary(states, mask))), pairing.gallery)
         if texts is not None:
             paired = texts.rows(pairing.text)
-            vectors = _unit(vectors + self.encode_queries(paired.vectors) * paired.is_text)
+            vectors = _unit(vectors + self.encode_texts(paired) * paired.is_text)
         return Fused(vectors, [gathered(states[-1], pairing.gallery)], gathered(mask, pairing.gallery))
 
 

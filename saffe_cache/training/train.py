@@ -133,8 +133,9 @@ class _Plan:
 
 def same_batches(config: TrainConfig, spec: RunSpec) -> tuple[object, ...]:
     """Equal for runs that see the same batches in the same order, and can be trained side by side."""
-    data = (config.cache, spec.gallery_key, spec.text_key, spec.gallery_layers, spec.text_layers, spec.data, spec.views)
-    return (*data, spec.gallery_text, own_protocol(spec), spec.shape.entry.reads, config.recipe.batch_size, spec.seed)
+    data = config.cache, spec.gallery_key, spec.text_key, spec.gallery_layers, spec.token_layers, spec.data, spec.views
+    read = spec.gallery_text, spec.shape.entry.reads, spec.shape.entry.query_tokens
+    return (*data, *read, own_protocol(spec), config.recipe.batch_size, spec.seed)
 
 
 def _plan(config: TrainConfig, cache: Cache, callbacks: Sequence[Logger]) -> _Plan:

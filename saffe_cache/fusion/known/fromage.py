@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.fusion.base import ROW_BY_ROW, Blocks, Fused, Fusion, Pairing, Texts, gathered
+from saffe_cache.fusion.base import Blocks, Texts
 from saffe_cache.fusion.layers import Learning, Mask, MatchHead, States, summarize
 from saffe_cache.fusion.library_block import make_block
 from saffe_cache.fusion.options import FusionShape
+from saffe_cache.fusion.two_sided import TwoSided
 
 
-class FromageFusion(Fusion):
+class FromageFusion(TwoSided):
     """FROMAGe's retrieval (Koh et al. 2023, arXiv 2301.13823, sec. 3.1.2): 256 dimensions for photos and texts.
 
         photo = unit( W_i summary )        text = unit( W_t norm( state of [RET] after the last block ) )
@@ -46,6 +47,12 @@ class FromageFusion(Fusion):
         if shape.matches:
             self.match_head = MatchHead(shape.hidden_size, 1, self.WIDTH)
 
+    def photo_summary(self, states: States, mask: Mask) -> torch.Tensor:
+        return summarize(states, mask, has_class_token=self.shape.has_class_token)
+
+    def photo_side(self, summary: torch.Tensor) -> torch.Tensor:
+        return self.of_photo(summary)  # type: ignore[no-any-return]
+
     def encode_queries(self, vectors: torch.Tensor) -> torch.Tensor:
         """
         Raises:
@@ -62,17 +69,10 @@ class FromageFusion(Fusion):
         tokens = functional.pad(texts.states[0], (0, 0, 0, 1))
         places = torch.arange(tokens.shape[1], device=tokens.device)
         tokens = torch.where((places == lengths[:, None])[..., None], self.ret, tokens)
-        for block in self.text_blocks:
-            tokens = block(tokens, places <= lengths[:, None])
-        found = tokens[torch.arange(len(tokens), device=tokens.device), lengths]
+        seen, found = places <= lengths[:, None], self.ret.expand(len(tokens), -1)
+        for number, block in enumerate(self.text_blocks, 1):
+            if number < len(self.text_blocks):
+                tokens = block(tokens, seen)
+            else:  # of the last block's output, [RET] alone is read
+                found = block.at(tokens, seen, lengths)  # type: ignore[operator]
         return functional.layer_norm(found, found.shape[-1:])
-
-    def fuse(
-        self, states: States, mask: Mask = None, texts: Texts | None = None, pairing: Pairing = ROW_BY_ROW
-    ) -> Fused:
-        summary = summarize(states, mask, has_class_token=self.shape.has_class_token)
-        vectors = gathered(functional.normalize(self.of_photo(summary), dim=-1), pairing.gallery)
-        if texts is not None:
-            paired = gathered(self.encode_texts(texts) * texts.is_text, pairing.text)
-            vectors = functional.normalize(vectors + paired, dim=-1)
-        return Fused(vectors, [gathered(states[-1], pairing.gallery)], gathered(mask, pairing.gallery))

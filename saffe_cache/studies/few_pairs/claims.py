@@ -119,7 +119,7 @@ CLAIMS: Mapping[str, Claim] = {
     "sotalign with unpaired data": Claim(text="photos and texts without pairs help", source=_WEB, against="sotalign"),
     "fromage": Claim(text="a learned token behind the text and linear maps are enough", source="arXiv 2301.13823"),
     "pang": Claim(
-        text="a frozen block of a language model improves a photo encoder", source="arXiv 2310.12973", against="linear"
+        text="a frozen block of a language model improves a photo encoder", source="arXiv 2310.12973", against="late"
     ),
 }
 """By method. Closed forms without a claim are what others are compared with."""
