@@ -230,6 +230,7 @@ FUSIONS: Mapping[str, FusionEntry] = {
         query_tokens=True,
         options=frozenset(),
         pooled_text=False,
+        recipe_from="validation",
     ),
     "pang": FusionEntry(
         made_by=f"{_KNOWN}.pang:PangFusion",
