@@ -6,6 +6,7 @@ itself, called without mask and positions.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -271,6 +272,13 @@ def test_pang_reads_one_block_and_no_text_token(gpt2_cache: str, tmp_path: Path)
     (tmp_path / "config.json").write_text('{"run": {"shape": {"num_tokens": 0}}}')
     kept = kept_encoders(tmp_path)[0].encoders[spec.text_key]
     assert kept.block(2).tensors.keys() == opened.encoders[spec.text_key].block(2).tensors.keys()
+
+
+def test_tokens_of_unpaired_texts_are_read_too(gpt2_cache: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"unpaired": "test", "objective": {"info_nce": 1.0, "structure": 1.0}}
+    run = quick_train(gpt2_cache, tmp_path / "run", fusion="fromage", epochs=1, batch_size=16, **options)
+    lines = [json.loads(line) for line in Path(run, "log.jsonl").open()]
+    assert np.isfinite(lines[-1]["loss"])
 
 
 def test_runs_that_read_texts_differently_share_no_batches(gpt2_cache: str) -> None:
