@@ -26,9 +26,16 @@ from saffe_cache.fusion.base import Texts
 from saffe_cache.fusion.layers import Learning, Mask, States
 from saffe_cache.fusion.options import ObjectiveOptions
 
+_IGNORED = -1e9
+"""Score of a cell that does not count in a softmax."""
+
 
 def info_nce(
-    gallery: torch.Tensor, queries: torch.Tensor, positives: torch.Tensor, temperature: torch.Tensor
+    gallery: torch.Tensor,
+    queries: torch.Tensor,
+    positives: torch.Tensor,
+    temperature: torch.Tensor,
+    ignored: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """InfoNCE with several positives per row, in both directions.
 
@@ -43,8 +50,11 @@ def info_nce(
         queries: unit vectors [m, d].
         positives: bool [n, m], at least one True in each row and column.
         temperature: positive scalar.
+        ignored: bool [n, m], cells that are neither positive nor negative; None for none.
     """
     scores = cosines(gallery, queries) / temperature
+    if ignored is not None:
+        scores = scores.masked_fill(ignored, _IGNORED)
     return (_one_direction(scores, positives) + _one_direction(scores.T, positives.T)) / 2
 
 
@@ -63,7 +73,12 @@ def _one_direction(scores: torch.Tensor, positives: torch.Tensor) -> torch.Tenso
 
 
 def siglip(
-    gallery: torch.Tensor, queries: torch.Tensor, positives: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
+    gallery: torch.Tensor,
+    queries: torch.Tensor,
+    positives: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    ignored: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Every pair is a yes-or-no question (Zhai et al. 2023, algorithm 1).
 
@@ -73,7 +88,8 @@ def siglip(
     """
     logits = scale * cosines(gallery, queries) + bias
     signs = 2 * positives.to(logits.dtype) - 1
-    return -functional.logsigmoid(signs * logits).sum() / len(gallery)
+    cells = functional.logsigmoid(signs * logits)
+    return -(cells if ignored is None else cells.masked_fill(ignored, 0.0)).sum() / len(gallery)
 
 
 def soft_target(vectors: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.1) -> torch.Tensor:
@@ -208,6 +224,8 @@ class Batch(NamedTuple):
     """int64 [photos]: one text of each photo, drawn at random; the paired one if texts are matched."""
     queries: Texts | None = None
     """The own texts with their tokens, for a fusion that reads them; None where `vectors` are all that is read."""
+    ignored: torch.Tensor | None = None
+    """bool [photos, texts]: cells that are neither positive nor negative; None for none."""
     unpaired: UnpairedBatch | None = None
 
 
@@ -280,7 +298,7 @@ class InfoNce(_Loss):
         self.temperature = Temperature() if options.temperature is None else FixedTemperature(options.temperature)
 
     def forward(self, seen: Contrast) -> torch.Tensor:
-        return info_nce(seen.photos, seen.queries, seen.batch.positives, self.temperature())
+        return info_nce(seen.photos, seen.queries, seen.batch.positives, self.temperature(), seen.batch.ignored)
 
 
 class Siglip(_Loss):
@@ -291,7 +309,8 @@ class Siglip(_Loss):
         self.sigmoid = SigmoidScale()
 
     def forward(self, seen: Contrast) -> torch.Tensor:
-        return siglip(seen.photos, seen.queries, seen.batch.positives, *self.sigmoid())
+        scale, bias = self.sigmoid()
+        return siglip(seen.photos, seen.queries, seen.batch.positives, scale, bias, seen.batch.ignored)
 
 
 class SoftTarget(_Loss):

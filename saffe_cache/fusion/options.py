@@ -75,6 +75,11 @@ class FusionShape(ModelOptions):
         return (2 if self.has_class_token else 1) * self.num_layers * self.hidden_size
 
     @property
+    def read_size(self) -> int:
+        """Width of what the fusion reads of a gallery input: of its tokens, or of their summary."""
+        return self.hidden_size if self.entry.reads == "tokens" else self.summary_size
+
+    @property
     def takes_text(self) -> bool:
         """Whether a paired text changes a gallery input's vector."""
         return self.entry.fuses_text or bool(self.pooled_text)
@@ -109,6 +114,9 @@ class ObjectiveOptions(OptionGroup):
     """Fraction of paired texts that training replaces by the null text, from 0 to below 1."""
     temperature: float | None = None
     """Temperature of info_nce, fixed. Default: the fusion's own, usually learned from 0.07 on."""
+    mixup: float | None = None
+    """Mix each photo with another of the batch, and one text of each, with a weight from Beta(X, X); 0 mixes nothing.
+    Default: the fusion's own, usually 0."""
     structure_levels: int = 1
     """Steps between neighbours, up to which structure and structure_published compare neighbourhoods."""
     structure_diagonal: bool = True
@@ -129,6 +137,7 @@ class ObjectiveOptions(OptionGroup):
             require(0 < weight < math.inf, "objective", f"{name}={weight}", "a weight above 0")
         for option in ("negatives", "pair_photos", "structure_levels"):
             require(getattr(self, option) > 0, option, getattr(self, option), "a number above 0")
+        require(0 <= (self.mixup or 0) < math.inf, "mixup", self.mixup, "0 or more")
         if self.temperature is not None:
             require(0 < self.temperature < math.inf, "temperature", self.temperature, "a number above 0")
         require(self.structure_warmup >= 0, "structure_warmup", self.structure_warmup, "0 or more")

@@ -23,6 +23,7 @@ from saffe_cache.core.options import require
 from saffe_cache.core.ranks import Share
 from saffe_cache.fusion.base import Fused, Fusion, Pairing, Texts, TrainingVectors
 from saffe_cache.fusion.losses import Batch, Contrast, UnpairedBatch, distinct_positives
+from saffe_cache.fusion.mixing import mixed
 from saffe_cache.fusion.options import ObjectiveOptions
 from saffe_cache.fusion.registry import OBJECTIVES
 from saffe_cache.inputs.feature_loader import FeatureLoader, in_blocks
@@ -322,6 +323,8 @@ class Objective(nn.Module):
 
     def forward(self, model: Fusion, batch: Batch) -> torch.Tensor:
         """The loss of a batch; draws at random from torch's generator."""
+        if self._options.mixup:
+            batch = mixed(batch, self._options.mixup)
         paired = batch.paired_texts
         if paired is not None and self._options.text_dropout:
             dropped = torch.rand(batch.photos.total, device=paired.mask.device) < self._options.text_dropout

@@ -13,6 +13,7 @@ from saffe_cache.fusion.options import ModelOptions, ObjectiveOptions
 from saffe_cache.fusion.registry import GalleryText
 from saffe_cache.inputs.spec import PairKind, Residency, SplitOptions
 
+OptimizerName = Literal["adamw", "lion"]
 LOGGERS = ("auto", "none", "tensorboard", "wandb", "trackio")
 
 
@@ -58,6 +59,8 @@ class TrainingRecipe(OptionGroup):
     weight_decay: float = 0.05
     warmup: float = 0.1
     patience: int = 8
+    optimizer: OptimizerName = "adamw"
+    mixup: float = 0.0
 
     def check(self) -> None:
         """Raise ValueError if a value is out of range."""
@@ -83,10 +86,14 @@ class OptimisationOptions(OptionGroup):
     batch_size: int | None = None
     """Photos in a batch, each with all its texts; fewer if the data would give fewer than 8 such batches. Default: the
     fusion's own, usually 512."""
+    optimizer: OptimizerName | None = None
+    """adamw: AdamW. lion: Lion, whose steps are of equal size for all weights. Default: the fusion's own, usually
+    adamw."""
     learning_rate: float | None = None
-    """Peak learning rate of AdamW. Default: the fusion's own, usually 0.002."""
+    """Peak learning rate. Default: the fusion's own, usually 0.002, with its own optimiser; a tenth or ten times of it
+    if --optimizer is the other one."""
     weight_decay: float | None = None
-    """Weight decay of AdamW, on matrices. Default: the fusion's own, usually 0.05."""
+    """Weight decay, on matrices. Default: the fusion's own, usually 0.05."""
     train_views: Literal["all", "plain"] = "all"
     """Views of the photos in training: each step takes one of each photo at random. all: those that the cache has of
     all --layers. plain: the photos themselves, as in validation and in a closed form."""
@@ -167,7 +174,10 @@ class TrainConfig(
         """The options that are given, and for the others the fusion's own values or the usual ones."""
         names = [one.name for one in fields(TrainingRecipe)]
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return replace(self._own_recipe, **given)
+        own = self._own_recipe
+        if given.get("optimizer", own.optimizer) != own.optimizer:  # Lion's steps do not shrink with the gradients
+            own = replace(own, learning_rate=own.learning_rate * (0.1 if own.optimizer == "adamw" else 10))
+        return replace(own, **given)
 
     @property
     def _own_recipe(self) -> TrainingRecipe:

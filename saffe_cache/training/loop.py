@@ -33,10 +33,11 @@ from saffe_cache.fusion.base import Fusion
 from saffe_cache.fusion.layers import Dropout, parameter_groups
 from saffe_cache.fusion.losses import Batch
 from saffe_cache.inputs.spec import RunSpec
-from saffe_cache.retrieval.fitting import adamw, update, warmed_cosine
+from saffe_cache.retrieval.fitting import update, warmed_cosine
 from saffe_cache.training.batches import Objective, TrainingData
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.loggers import Loggers
+from saffe_cache.training.optimizers import make_optimizer
 from saffe_cache.training.runs import MODEL, STATE, build_fusion
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class TrainingState(_Numbers):
 
     model: Fusion
     objective: Objective
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
 
     @cached_property
     def loss(self) -> nn.Module:
@@ -71,6 +72,8 @@ class TrainingState(_Numbers):
             return loss
         if any(isinstance(one, nn.Dropout) and not isinstance(one, Dropout) for one in self.model.modules()):
             refuse("fusion", "one that draws dropout of its own", "saffe_cache.fusion.layers.Dropout, or one process")
+        if any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in self.model.modules()):
+            refuse("fusion", "one with a batch norm, which sees one rank's texts alone", "another one, or one process")
         return DistributedDataParallel(loss, find_unused_parameters=True)
 
 
@@ -169,8 +172,7 @@ def start(config: TrainConfig, spec: RunSpec, data: TrainingData, *, resumes: bo
     objective.to(config.device)
     rates = config.recipe.learning_rate, config.recipe.weight_decay
     groups = [*parameter_groups(model, *rates), *parameter_groups(objective, *rates)] or [{"params": []}]
-    # fused: one pass over the weights, not 12
-    optimizer = adamw(groups, config.recipe.learning_rate, betas=(0.9, 0.98), fused=True)
+    optimizer = make_optimizer(config.recipe.optimizer, groups, config.recipe.learning_rate)
     return TrainingState(model=model, objective=objective, optimizer=optimizer, seconds=seconds)
 
 

@@ -35,9 +35,10 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
     objective = {} if config.entry.is_closed_form else dict(config.objective or config.entry.objective)
     draws_views = config.train_views == "all" and not config.entry.is_closed_form
     temperature = config.entry.temperature if config.temperature is None else config.temperature
+    mixup = config.recipe.mixup or None
     spec = RunSpec(
         **(_options(config, SplitOptions) | {"validation": validation}),
-        **(_options(config, ObjectiveOptions) | {"objective": objective, "temperature": temperature}),
+        **(_options(config, ObjectiveOptions) | {"objective": objective, "temperature": temperature, "mixup": mixup}),
         gallery_key=gallery.key,
         text_key=text.key,
         gallery_layers=layers.gallery,
@@ -50,6 +51,7 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
     )
     _check_supported(config)
     _check_together(spec)
+    _check_mixup(spec)
     return spec
 
 
@@ -144,6 +146,22 @@ def _check_together(spec: RunSpec) -> None:
             refuse("unpaired", spec.unpaired, "a split that neither trains nor validates, or rest")
     if not has_text and spec.text_dropout:
         refuse("text_dropout", spec.text_dropout, "0: no text is paired with the photos")
+
+
+def _check_mixup(spec: RunSpec) -> None:
+    """Raise ValueError if pairs cannot be mixed."""
+    if not spec.mixup:
+        return
+    if spec.gallery_text != "null":
+        refuse("mixup", f"{spec.mixup} with --gallery-text {spec.gallery_text}", "0: paired texts cannot be mixed")
+    if spec.shape.entry.query_tokens:
+        refuse("mixup", f"{spec.mixup} with {spec.shape.fusion}", "0: it reads texts token by token, which differ in length")
+    if spec.fuses_pairs:
+        over_pairs = ", ".join(name for name in spec.objective if OBJECTIVES[name].fuses_pairs)
+        refuse("mixup", f"{spec.mixup} with {over_pairs}", "0: these objectives fuse photos with whole texts")
+    if spec.shape.entry.reads == "tokens" and not spec.shape.num_tokens:
+        others = ", ".join(name for name, entry in FUSIONS.items() if entry.reads == "summary")
+        refuse("mixup", f"{spec.mixup} of tokens", f"0, or --fusion {others}: these sounds differ in length")
 
 
 def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCache) -> _Layers:
