@@ -58,6 +58,10 @@ LOSSES: dict[str, dict[str, Any]] = {
         "train_fraction": 0.6,
         "unpaired": "rest",
     },
+    "mixup": {"fusion": "linear", "mixup": 1.0},
+    "mixed_vectors": {"fusion": "fusemix"},
+    "gpo": {"fusion": "gpo"},
+    "sail": {"fusion": "sail"},
 }
 """Options of trainings whose first loss and gradient are compared; batches of 33 photos."""
 

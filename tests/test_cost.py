@@ -75,7 +75,7 @@ def test_all_fusions_are_counted(equally_wide: str, fusion: str) -> None:
     """At least the maps of the photo and of the text."""
     opened = open_cache(equally_wide)
     beside: GalleryText = "matched" if fusion == "reference" else "first_caption"
-    spec = resolve_run(TrainConfig(cache=equally_wide, out="", fusion=fusion, gallery_text=beside), opened)
+    spec = resolve_run(TrainConfig(cache=equally_wide, out="", fusion=fusion, gallery_text=beside, mixup=0), opened)
     gallery, text = opened.encoders[spec.gallery_key], opened.encoders[spec.text_key]
     pairs = select_pairs(opened.table, gallery, text, "test", "captions", first_paired=True)
     setting = Setting(FeatureLoader(opened, spec), pairs, pairs.rows, 0)

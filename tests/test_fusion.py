@@ -326,7 +326,8 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 HEADS = dict.fromkeys(FUSIONS, "attention") | {"linear": "mean", "paper": "mean"}
-WIDTHS = dict.fromkeys(FUSIONS, 10) | {"two_tower": 256, "fromage": 256, "structure": 512, "sotalign": 1024}
+WIDTHS = dict.fromkeys(FUSIONS, 10) | {"two_tower": 256, "fromage": 256, "gpo": 256, "sharelock": 128, "dino_txt": 128}
+WIDTHS |= dict.fromkeys(("contrastive", "fusemix", "sail", "freeze_align", "structure"), 512) | {"sotalign": 1024}
 """Of the output."""
 ADDS_TEXT = {name: "pooled_text" in entry.options for name, entry in FUSIONS.items()}
 MIXED = torch.tensor([[True] * 4, [False] * 4, [True] * 2 + [False] * 2, [False] * 4, [True] + [False] * 3])
@@ -560,7 +561,7 @@ def test_groups_hold_every_trainable_parameter_once(
     settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}  # type: ignore[attr-defined]
     for name, parameter in trainable.items():
         rate, decay = settings[id(parameter)]
-        is_map = name.startswith(("query_map.", "text_map."))
+        is_map = name.startswith(("query_map.", "text_map.", "parts."))
         named = {"head.pool_queries": 2.5, "text_weight": 20}
         speed = 0.15 if is_map else 5 if name.endswith(".gate") else named.get(name, 1)
         assert rate == pytest.approx(1e-3 * speed), name

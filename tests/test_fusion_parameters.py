@@ -139,6 +139,47 @@ def albef(w: Widths) -> int:
     return late(w) + BLOCKS * asking + linear(w.text, w.vector) + linear(w.text, 2)
 
 
+def contrastive(w: Widths) -> int:
+    return linear(2 * w.photo, 512) + linear(w.vector, 512)
+
+
+def fusemix(w: Widths) -> int:
+    """A block of two layers, a norm and a map on each side."""
+    total = 0
+    for size in (2 * w.photo, w.vector):
+        inner = min(4 * size, 2048)
+        total += norm(size) + linear(size, inner) + linear(inner, size) + norm(size) + linear(size, 512)
+    return total
+
+
+def sail(w: Widths) -> int:
+    """A norm, a gate, what it lets pass, and a map on each side."""
+    sides = [(size, min(4 * size, 2048)) for size in (2 * w.photo, w.vector)]
+    return sum(norm(size) + 2 * linear(size, inner) + linear(inner, 512) for size, inner in sides)
+
+
+def sharelock(w: Widths) -> int:
+    """Three layers with batch norms and a map, of the text alone."""
+    inner = linear(w.vector, 1024) + 2 * linear(1024, 1024) + 3 * norm(1024)
+    return inner + linear(1024, 2 * w.photo)
+
+
+def freeze_align(w: Widths) -> int:
+    """Projectors of the patches, the class token and the text's vector; three layers and a norm of the text."""
+    projectors = sum(2 * linear(size, 512) + linear(512, 512) for size in (w.photo, w.photo, w.vector))
+    return projectors + 2 * linear(512, 512) + norm(512)
+
+
+def gpo(w: Widths) -> int:
+    """A bidirectional GRU has a matrix and a bias for its input and its state, in each of 3 gates and 2 directions."""
+    operator = 2 * 3 * 2 * linear(32, 32) + 32
+    return linear(w.photo, 256) + operator + linear(w.vector, 256)
+
+
+def dino_txt(w: Widths) -> int:
+    return 2 * linear(w.photo, w.photo) + linear(w.vector, 2 * w.photo)
+
+
 COUNTS: Mapping[str, Callable[[Widths], int]] = {
     "reuse": reuse,
     "paper": paper,
@@ -159,6 +200,13 @@ COUNTS: Mapping[str, Callable[[Widths], int]] = {
     "albef": albef,
     "structure": lambda w: linear(2 * w.photo, 512) + linear(w.vector, 512),
     "sotalign": lambda w: linear(2 * w.photo, 1024) + linear(w.vector, 1024),
+    "contrastive": contrastive,
+    "fusemix": fusemix,
+    "sail": sail,
+    "sharelock": sharelock,
+    "freeze_align": freeze_align,
+    "gpo": gpo,
+    "dino_txt": dino_txt,
 }
 
 

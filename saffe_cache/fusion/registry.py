@@ -121,6 +121,8 @@ _CLOSED = "saffe_cache.fusion.closed_form"
 _KNOWN, _VECTORS, _FAM = "saffe_cache.fusion.known", "saffe_cache.fusion.vectors", "saffe_cache.fusion.fam"
 _HEAD = frozenset({"pooled_text", "head"})
 _DECODER = _HEAD | {"query_side", "share_decoder", "freeze_decoder"}
+_TWO_SIDED: Mapping[str, Any] = {"options": frozenset(), "pooled_text": False}
+"""Of fusions of two separate sides, in which a paired text is averaged with the photo."""
 
 
 def _closed_form(made_by: str, summary: str) -> FusionEntry:
@@ -265,6 +267,62 @@ FUSIONS: Mapping[str, FusionEntry] = {
         reads="summary",
         objective={"siglip": 1.0, "transport": 1.0},
     ),
+    "contrastive": FusionEntry(
+        made_by=f"{_VECTORS}.contrastive:ContrastiveFusion",
+        summary="One linear map a side, trained with InfoNCE.",
+        reads="summary",
+        recipe={"learning_rate": 5e-3, "epochs": 30},
+        recipe_from="validation",
+        **_TWO_SIDED,
+    ),
+    "fusemix": FusionEntry(
+        made_by=f"{_VECTORS}.fusemix:FuseMixFusion",
+        summary="A residual MLP a side, trained on mixed pairs (FuseMix).",
+        reads="summary",
+        recipe={"mixup": 1.0, "learning_rate": 1e-3, "weight_decay": 0.1, "epochs": 60},
+        recipe_from="published",
+        **_TWO_SIDED,
+    ),
+    "sail": FusionEntry(
+        made_by=f"{_VECTORS}.sail:SailFusion",
+        summary="A gated head a side, with a sigmoid loss (SAIL).",
+        reads="summary",
+        objective={"sail": 1.0},
+        recipe={"optimizer": "lion", "learning_rate": 3e-4, "weight_decay": 1e-4},
+        recipe_from="published",
+        **_TWO_SIDED,
+    ),
+    "sharelock": FusionEntry(
+        made_by=f"{_VECTORS}.sharelock:ShareLockFusion",
+        summary="The photo's own vectors, and an MLP that maps texts to them (ShareLock).",
+        reads="summary",
+        temperature=0.07,
+        recipe={"learning_rate": 1e-3, "weight_decay": 1e-4},
+        recipe_from="published",
+        **_TWO_SIDED,
+    ),
+    "freeze_align": FusionEntry(
+        made_by=f"{_VECTORS}.freeze_align:FreezeAlignFusion",
+        summary="Projectors of patches, class token and text (Freeze-Align).",
+        recipe={"learning_rate": 1e-3, "weight_decay": 0.02},
+        recipe_from="published",
+        **_TWO_SIDED,
+    ),
+    "gpo": FusionEntry(
+        made_by=f"{_KNOWN}.gpo:GpoFusion",
+        summary="Learned weights of each channel's sorted tokens (GPO).",
+        recipe={"learning_rate": 5e-4, "weight_decay": 1e-4},
+        recipe_from="published",
+        **_TWO_SIDED,
+    ),
+    "dino_txt": FusionEntry(
+        made_by=f"{_KNOWN}.dino_txt:DinoTxtFusion",
+        summary="Class token and patch mean side by side, each mapped linearly (dino.txt).",
+        reads="summary",
+        recipe={"learning_rate": 3e-3, "weight_decay": 1e-4, "epochs": 30},
+        recipe_from="validation",
+        **_TWO_SIDED,
+    ),
 }
 
 
@@ -292,6 +350,9 @@ _LOSSES = "saffe_cache.fusion.losses"
 OBJECTIVES: Mapping[str, ObjectiveEntry] = {
     "info_nce": ObjectiveEntry(made_by=f"{_LOSSES}:InfoNce", summary="Contrast photos and texts of a batch (CLIP)."),
     "siglip": ObjectiveEntry(made_by=f"{_LOSSES}:Siglip", summary="A yes-or-no question for each pair (SigLIP)."),
+    "sail": ObjectiveEntry(
+        made_by=f"{_VECTORS}.sail:Sail", summary="siglip as a mean, with a bias that fits the batch size (SAIL)."
+    ),
     "soft_target": ObjectiveEntry(made_by=f"{_LOSSES}:SoftTarget", summary="The released SAFFE code's loss."),
     "pair": ObjectiveEntry(
         made_by=f"{_LOSSES}:Pair",

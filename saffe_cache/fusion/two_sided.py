@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from saffe_cache.fusion.base import ROW_BY_ROW, Fused, Fusion, Pairing, Texts, gathered
-from saffe_cache.fusion.layers import Mask, States
+from saffe_cache.fusion.layers import Mask, MatchHead, States
 
 
 class TwoSided(Fusion):
@@ -14,6 +14,11 @@ class TwoSided(Fusion):
 
     Nothing is fused: a paired text is averaged with the photo in the shared space.
     """
+
+    def _make_match_head(self, width: int) -> None:
+        """Make the head for image-text matching, if there is one; `width` is that of the shared space."""
+        if self.shape.matches:
+            self.match_head = MatchHead(self.shape.read_size, 1, width)
 
     def photo_side(self, summary: torch.Tensor) -> torch.Tensor:
         """[inputs, w] of what `photo_summary` makes of photos."""

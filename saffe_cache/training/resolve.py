@@ -155,7 +155,11 @@ def _check_mixup(spec: RunSpec) -> None:
     if spec.gallery_text != "null":
         refuse("mixup", f"{spec.mixup} with --gallery-text {spec.gallery_text}", "0: paired texts cannot be mixed")
     if spec.shape.entry.query_tokens:
-        refuse("mixup", f"{spec.mixup} with {spec.shape.fusion}", "0: it reads texts token by token, which differ in length")
+        refuse(
+            "mixup",
+            f"{spec.mixup} with {spec.shape.fusion}",
+            "0: it reads texts token by token, which differ in length",
+        )
     if spec.fuses_pairs:
         over_pairs = ", ".join(name for name in spec.objective if OBJECTIVES[name].fuses_pairs)
         refuse("mixup", f"{spec.mixup} with {over_pairs}", "0: these objectives fuse photos with whole texts")

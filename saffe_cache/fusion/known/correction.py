@@ -139,8 +139,7 @@ class TwoTowerFusion(TwoSided):
         super().__init__(shape)
         self.photo_tower = nn.Linear(shape.num_layers * shape.hidden_size, self.WIDTH)
         self.text_tower = nn.Linear(shape.text_size, self.WIDTH)
-        if shape.matches:
-            self.match_head = MatchHead(shape.hidden_size, 1, self.WIDTH)
+        self._make_match_head(self.WIDTH)
 
     def photo_side(self, summary: torch.Tensor) -> torch.Tensor:
         return self.photo_tower(summary)  # type: ignore[no-any-return]
