@@ -45,8 +45,8 @@ class EvaluateConfig(SplitOptions, DataOptions, CorrectionOptions):
     """Split to report on; its photos are the gallery."""
     out: str | None = None
     """Folder for the result, the report and the index. Default: SPLIT-PROTOCOL in the run's folder, with -leak if the
-    true text leaks, the name of --search-correction if one is given, and -views if the mean of all views is searched;
-    for a baseline, CACHE-baselines/SPLIT-PROTOCOL-SYSTEM. A result of other options is never replaced."""
+    true text leaks, the name of --search-correction if it is not the default, and -views if the mean of all views is
+    searched; for a baseline, CACHE-baselines/SPLIT-PROTOCOL-SYSTEM. A result of other options is never replaced."""
     protocol: str = one_of(_choices, "auto")
     """What the queries and the gallery are, and what is relevant."""
     rerank_k: int = 16

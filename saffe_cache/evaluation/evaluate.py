@@ -46,7 +46,7 @@ from saffe_cache.inputs.spec import RunSpec, SplitOptions
 from saffe_cache.protocols.base import LEAKY_GALLERY, NULL_GALLERY, Level, Protocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Arrangement, FittedScores, Setting, System
-from saffe_cache.retrieval.correction import Bank
+from saffe_cache.retrieval.correction import DEFAULT_CORRECTION, Bank
 from saffe_cache.retrieval.index import INDEX_FILES, build_index, recall_of_index, require_size, save_index
 from saffe_cache.retrieval.metrics import paired_bootstrap
 from saffe_cache.retrieval.scores import Scores
@@ -179,7 +179,8 @@ def _resolve_baseline(config: EvaluateConfig, cache: Cache) -> _Subject:
 
 
 def _default_out(config: EvaluateConfig, subject: _Subject, protocol: str) -> Path:
-    of_correction = f"-{config.search_correction}" if config.search_correction else ""
+    is_usual = config.search_correction in (None, DEFAULT_CORRECTION)
+    of_correction = "" if is_usual else f"-{config.search_correction}"
     if config.run is None:
         folder = f"{PurePath(config.cache).stem}-baselines"
         return Path(folder) / f"{config.split}-{protocol}-{subject.name}{of_correction}"

@@ -262,7 +262,7 @@ class SearchProtocol(Protocol):
 
     def score(self, answers: Answers) -> Scores:
         assert isinstance(answers, Vectors)
-        biases: dict[str, Any] = {"biases": answers.biases} if self.corrects_search else {}
+        biases: dict[str, Any] = {} if self.setting.bank is None else {"biases": answers.biases}
         return self.score_vectors(answers.gallery, answers.queries, **biases)
 
     def own_controls(self, system: System, shuffled: np.ndarray) -> dict[str, Scores]:
