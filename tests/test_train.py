@@ -274,7 +274,7 @@ UNPAIRED_TERMS = {"info_nce": 1.0, "structure": 10.0, "transport": 1.0}
         {"fusion": "reuse", "objective": ALL_TERMS, "gallery_text": "first_caption", "text_dropout": 0.5},
         {"fusion": "concat", "objective": {"siglip": 1.0, "pair": 0.5}, "gallery_text": "first_caption"},
         {"fusion": "reference"},
-        {"fusion": "linear", "objective": UNPAIRED_TERMS, "train_fraction": 0.6, "unpaired": "rest"},
+        {"fusion": "linear", "objective": UNPAIRED_TERMS, "train_fraction": 0.85, "unpaired": "rest"},
         {"fusion": "sotalign"},
     ],
     ids=["linear", "reuse", "reuse-all-terms", "concat-siglip-pair", "reference", "unpaired", "sotalign"],

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import sqrtm
 from scipy.optimize import linear_sum_assignment
 from scipy.special import logsumexp
 
-from saffe_cache.fusion.vectors.sotalign import klot, transport_plan
+from saffe_cache.core.items import Ragged
+from saffe_cache.fusion.vectors.sotalign import RIDGES, fit_teacher, klot, transport_plan
 
 
 def cosines(rows: int = 7, columns: int = 7, seed: int = 0) -> torch.Tensor:
@@ -92,3 +94,47 @@ def test_gradient_equals_finite_differences() -> None:
         shift[place] = step
         ends = [klot(scores.detach() + sign * shift, teacher, 0.2, 0.1, 500) for sign in (1, -1)]
         assert scores.grad[place].item() == pytest.approx((ends[0] - ends[1]).item() / (2 * step), abs=1e-9)
+
+
+def pairs(count: int, noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, Ragged]:
+    """Unit vectors of photos and of one text each, which share 4 directions."""
+    generator = np.random.default_rng(seed)
+    shared = generator.normal(size=(count, 4))
+    sides = [shared @ generator.normal(size=(4, width)) for width in (9, 7)]
+    noisy = [side + noise * generator.normal(size=side.shape) for side in sides]
+    photos, texts = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in noisy)
+    return photos, texts, Ragged.from_rows(np.arange(count)[:, None])
+
+
+def plain_cca(photos: np.ndarray, texts: np.ndarray, ridge: float) -> np.ndarray:
+    """Cosines in the space of canonical coordinates, each times the root of its correlation."""
+    whitened, centred = [], []
+    for rows in (photos, texts):
+        centred.append(rows - rows.mean(axis=0))
+        covariance = centred[-1].T @ centred[-1] / len(rows)
+        strength = ridge * np.trace(covariance) / len(covariance)
+        whitened.append(np.linalg.inv(sqrtm(covariance + strength * np.eye(len(covariance)))).real)
+    left, shares, right = np.linalg.svd(whitened[0] @ centred[0].T @ centred[1] @ whitened[1] / len(photos))
+    count = len(shares)
+    mapped = [centred[0] @ whitened[0] @ left[:, :count], centred[1] @ whitened[1] @ right.T[:, :count]]
+    units = [one * np.sqrt(shares) / np.linalg.norm(one * np.sqrt(shares), axis=1, keepdims=True) for one in mapped]
+    return np.asarray(units[0] @ units[1].T)
+
+
+def test_teacher_is_a_regularised_cca_of_the_pairs() -> None:
+    photos, texts, positives = pairs(60, 0.3)
+    teacher = fit_teacher(photos, texts, positives)
+    mapped = (photos - teacher.photo_center) @ teacher.photo_map, (texts - teacher.text_center) @ teacher.text_map
+    units = [side / np.linalg.norm(side, axis=1, keepdims=True) for side in mapped]
+    candidates = [plain_cca(photos, texts, ridge) for ridge in RIDGES]
+    assert sum(np.allclose(units[0] @ units[1].T, one, atol=1e-8) for one in candidates) == 1
+
+
+def test_teacher_of_permuted_pairs_knows_nothing() -> None:
+    photos, texts, positives = pairs(400, 0.3)
+    fitted, others = slice(0, 300), slice(300, 400)
+    permuted = Ragged.from_rows(np.random.default_rng(1).permutation(300)[:, None])
+    right, wrong = (fit_teacher(photos[fitted], texts[fitted], of) for of in (positives.take(np.arange(300)), permuted))
+    chance = np.mean(1 / np.arange(1, 101))
+    assert right.score(photos[others], texts[others]) > 10 * chance
+    assert wrong.score(photos[others], texts[others]) < 2 * chance

@@ -13,10 +13,10 @@ derivative of the iterations (the paper's theorem 5.1), and the teacher none at 
 The photos are those of the batch and the unpaired ones, and the texts one of each photo and the unpaired ones: which
 belongs to which does not enter the term.
 
-The teacher is fitted on the training pairs alone: unit vectors less their means, a photo's text being the mean of its
-texts. The paper adds 0.1 to the eigenvalues of matrices whose scale it does not state. Here the ridge is a multiple of
-the mean eigenvalue, chosen on a tenth of the pairs that is left out of a first fit, and each canonical coordinate
-counts by its correlation, as in CSA: with few pairs the many coordinates that correlate by chance would drown the rest.
+The teacher is a CCA of the training pairs alone. The paper adds 0.1 to the eigenvalues of matrices whose scale it does
+not state. Here the ridge is a multiple of the mean eigenvalue, chosen on a tenth of the photos that is left out of a
+first fit, and each canonical coordinate counts by its correlation, as in CSA: with few pairs the many that correlate by
+chance would drown the rest.
 
 The fusion is one linear map a side to 1,024 dimensions, (s + 1) 1,024 + (k + 1) 1,024 parameters for summaries of width
 s and text vectors of width k. The paper takes batches of up to 32,000 items and Lion for 2,000 steps, on 10,000 pairs.
@@ -32,7 +32,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from saffe_cache.core.items import Ragged
 from saffe_cache.fusion.base import TrainingVectors
+from saffe_cache.fusion.closed_form.cca import canonical
+from saffe_cache.fusion.closed_form.moments import Moments, unit
 from saffe_cache.fusion.losses import Contrast, Side, cosines
 from saffe_cache.fusion.options import ObjectiveOptions
 from saffe_cache.fusion.vectors.structure import StructureFusion
@@ -107,29 +110,8 @@ def klot(
     return found
 
 
-class _Whitening(NamedTuple):
-    """The eigenvalues and eigenvectors of one side's covariance, and its mean."""
-
-    center: np.ndarray
-    centred: np.ndarray
-    eigenvalues: np.ndarray
-    vectors: np.ndarray
-
-    @classmethod
-    def of(cls, rows: np.ndarray) -> _Whitening:
-        unit = _unit(rows)
-        center = unit.mean(axis=0, dtype=np.float64)
-        centred = unit - center
-        return cls(center, centred, *np.linalg.eigh(centred.T @ centred))
-
-    def map(self, ridge: float) -> np.ndarray:
-        """(S + lambda I)^-1/2, lambda being `ridge` times the mean eigenvalue."""
-        kept = np.maximum(self.eigenvalues, 0)
-        return np.asarray((self.vectors / np.sqrt(kept + ridge * kept.mean())) @ self.vectors.T)
-
-
 class Teacher(NamedTuple):
-    """Linear maps of both sides' unit vectors into the space of a regularised CCA."""
+    """Linear maps of both sides' unit vectors, less their means, into a shared space."""
 
     photo_center: np.ndarray
     photo_map: np.ndarray
@@ -139,33 +121,26 @@ class Teacher(NamedTuple):
     """[k, d]"""
 
     @classmethod
-    def of(cls, photos: _Whitening, texts: _Whitening, ridge: float) -> Teacher:
-        of_photos, of_texts = photos.map(ridge), texts.map(ridge)
-        left, correlations, right = np.linalg.svd(
-            of_photos @ (photos.centred.T @ texts.centred) @ of_texts, full_matrices=False
-        )
-        shares = np.sqrt(correlations)
-        return cls(photos.center, of_photos @ left * shares, texts.center, of_texts @ right.T * shares)
+    def of(cls, moments: Moments, ridge: float) -> Teacher:
+        found = canonical(moments, ridge)
+        shares = np.sqrt(found.correlations)
+        return cls(moments.photos.mean, found.photo * shares, moments.texts.mean, found.text * shares)
 
     def score(self, photos: np.ndarray, texts: np.ndarray) -> float:
         """Mean reciprocal rank of each text's photo among all photos, row by row."""
-        sides = ((photos, self.photo_center, self.photo_map), (texts, self.text_center, self.text_map))
-        mapped = [_unit((_unit(rows) - center) @ weight) for rows, center, weight in sides]
-        scores = mapped[1] @ mapped[0].T
+        mapped = unit((photos - self.photo_center) @ self.photo_map)
+        scores = unit((texts - self.text_center) @ self.text_map) @ mapped.T
         return float((1 / (scores >= scores.diagonal()[:, None]).sum(axis=1)).mean())
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
-
-
-def fit_teacher(photos: np.ndarray, texts: np.ndarray) -> Teacher:
-    """A teacher from pairs, row by row: `photos` [n, D] and `texts` [n, k]."""
+def fit_teacher(photos: np.ndarray, texts: np.ndarray, positives: Ragged) -> Teacher:
+    """A teacher of pairs; arguments as of `Moments.of`."""
     is_left_out = np.arange(len(photos)) % _LEFT_OUT == 0
-    fitted = _Whitening.of(photos[~is_left_out]), _Whitening.of(texts[~is_left_out])
-    left_out = photos[is_left_out], texts[is_left_out]
-    best = max(RIDGES, key=lambda ridge: Teacher.of(*fitted, ridge).score(*left_out))
-    return Teacher.of(_Whitening.of(photos), _Whitening.of(texts), best)
+    fitted, left_out = np.flatnonzero(~is_left_out), np.flatnonzero(is_left_out)
+    moments = Moments.of(photos[fitted], texts, positives.take(fitted))
+    first_texts = texts[positives.values[positives.offsets[left_out]]]
+    best = max(RIDGES, key=lambda ridge: Teacher.of(moments, ridge).score(photos[left_out], first_texts))
+    return Teacher.of(Moments.of(photos, texts, positives), best)
 
 
 class Transport(nn.Module):
@@ -181,7 +156,8 @@ class Transport(nn.Module):
 
     def fit(self, seen: TrainingVectors) -> None:
         """Fit the teacher, before the first step."""
-        for name, value in fit_teacher(seen.photos, seen.mean_texts)._asdict().items():
+        teacher = fit_teacher(unit(seen.photos), seen.texts.astype(np.float64), seen.positives)
+        for name, value in teacher._asdict().items():
             self.register_buffer(name, torch.from_numpy(np.asarray(value, np.float32)))
 
     def forward(self, seen: Contrast) -> torch.Tensor:
