@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from synthetic_cache import make_cache
 
 from saffe_cache.core.items import Ragged
 from saffe_cache.fusion.base import Blocks, TrainingVectors
-from saffe_cache.fusion.closed_form.asif import axis_weights, relative
+from saffe_cache.fusion.closed_form.asif import AsifFusion, axis_weights, relative
 from saffe_cache.fusion.closed_form.cca import Canonical, canonical
 from saffe_cache.fusion.closed_form.csa import held_out_correlations
 from saffe_cache.fusion.closed_form.moments import Moments, Side, unit
@@ -26,7 +27,11 @@ from saffe_cache.fusion.options import FusionShape
 from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.inference.exporting import export_onnx
 from saffe_cache.store.reader import open_cache
-from saffe_cache.training.runs import load_permuted, open_run
+from saffe_cache.studies.sweep.ablate import ablate
+from saffe_cache.studies.sweep.recipe import AblateConfig
+from saffe_cache.studies.sweep.result import SweepResult
+from saffe_cache.training import train as training
+from saffe_cache.training.runs import load_permuted, open_run, weights_hash
 
 CLOSED = [name for name, entry in FUSIONS.items() if entry.is_closed_form]
 NO_STEPS: dict[str, Any] = {"epochs": None, "batch_size": None}
@@ -202,9 +207,9 @@ def test_held_out_correlations_are_honest() -> None:
     """Near the width, the training pairs seem to correlate perfectly; independent sides do not."""
     x, y, positives = draw(30, 20), draw(30, 25, seed=1), Ragged.from_rows([[i] for i in range(30)])
     assert canonical(Moments.of(x, y, positives), 1e-6).correlations[:5].min() > 0.99
-    assert held_out_correlations(x, y, positives, 1e-6).mean() < 0.3
+    assert held_out_correlations(x, y, positives, [1e-6])[0].mean() < 0.3
     x, y, positives = one_caption(300, 7, 5)
-    rho = held_out_correlations(x, y, positives, 1e-6)
+    [rho] = held_out_correlations(x, y, positives, [1e-6])
     np.testing.assert_allclose(rho[:3], canonical(Moments.of(x, y, positives), 0.0).correlations[:3], atol=0.05)
 
 
@@ -387,6 +392,42 @@ def test_run_is_trained_and_evaluated_with_controls(name: str, path: str, tmp_pa
     assert load_permuted(run, spec, cache) is not None
     paired = quick_train(path, tmp_path / "paired", fusion=name, gallery_text="first_caption", **NO_STEPS)
     assert value(report_of(path, paired), "mrr") > value(report, "mrr")  # the captions of a photo are alike
+
+
+def test_resumed_run_is_not_fitted_again(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """asif's weights have shapes that only its data say."""
+    expected = quick_train(path, tmp_path / "whole", fusion="asif", control_epochs=0, **NO_STEPS)
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_finish", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            quick_train(path, tmp_path / "run", fusion="asif", control_epochs=0, **NO_STEPS)
+    monkeypatch.setattr(AsifFusion, "fit", None)
+    run = quick_train(path, tmp_path / "run", fusion="asif", control_epochs=0, **NO_STEPS)
+    assert weights_hash(run) == weights_hash(expected)
+
+
+def test_sweep_compares_closed_forms(path: str, tmp_path: Path) -> None:
+    (tmp_path / "methods.toml").write_text(
+        """
+        title = "Methods"
+        question = "Which?"
+        x = "fusion"
+        x_label = "fusion"
+        seeds = [0]
+        shared = { control_epochs = 0 }
+        [[series]]
+        name = "closed form"
+        fusion = ["ridge", "cca"]
+        """
+    )
+    [out] = ablate(
+        AblateConfig(
+            recipe=(str(tmp_path / "methods.toml"),), cache=path, out=str(tmp_path / "out"), split="test",
+            baselines="none", device="cpu", workers=1,
+        )
+    )  # fmt: skip
+    [series] = SweepResult.load(out).series
+    assert [point.x for point in series.points] == ["ridge", "cca"]
 
 
 @pytest.mark.parametrize("name", CLOSED)

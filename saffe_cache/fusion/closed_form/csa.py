@@ -16,7 +16,7 @@ photos; 0 at least), and validation chooses lambda and w.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -34,22 +34,27 @@ RANKS = (10, 25, 50, 100, 200, 350, 500, 750)
 FOLDS = 5
 
 
-def held_out_correlations(photos: np.ndarray, texts: np.ndarray, positives: Ragged, strength: float) -> np.ndarray:
+def held_out_correlations(
+    photos: np.ndarray, texts: np.ndarray, positives: Ragged, strengths: Sequence[float]
+) -> list[np.ndarray]:
     """rho, [r], in [0, 1]: what correlations canonical coordinates have on photos that they were not fitted on.
 
     Args:
         photos, texts, positives: as of `Moments.of`.
+        strengths: penalties, for each of which there is a rho.
     """
     if len(photos) < 2:
         raise ValueError("csa: found 1 photo to train on, expected 2 or more, of which some are held out. Add photos.")
     folds = np.random.default_rng(0).permutation(len(photos)) % min(FOLDS, len(photos))
-    found = []
+    found: list[list[np.ndarray]] = [[] for _ in strengths]
     for fold in range(folds.max() + 1):
         fitted, held = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         moments = Moments.of(photos[fitted], texts, positives.take(fitted))
-        found.append(_correlations(moments, canonical(moments, strength), photos[held], texts, positives.take(held)))
-    count = min(map(len, found))
-    return np.asarray(np.clip(np.mean([one[:count] for one in found], axis=0), 0, 1))
+        for of_strength, strength in zip(found, strengths, strict=True):
+            maps = canonical(moments, strength)
+            of_strength.append(_correlations(moments, maps, photos[held], texts, positives.take(held)))
+    count = min(len(rho) for of_strength in found for rho in of_strength)
+    return [np.clip(np.mean([rho[:count] for rho in of_strength], axis=0), 0, 1) for of_strength in found]
 
 
 def _correlations(
@@ -92,8 +97,8 @@ class CsaFusion(LinearSides):
 
 
 def _candidates(moments: Moments, seen: TrainingVectors) -> Iterator[Values]:
-    for strength in STRENGTHS:
-        rho = held_out_correlations(unit(seen.photos), seen.texts.astype(np.float64), seen.positives, strength)
+    pairs = unit(seen.photos), seen.texts.astype(np.float64), seen.positives
+    for strength, rho in zip(STRENGTHS, held_out_correlations(*pairs, STRENGTHS), strict=True):
         maps = canonical(moments, strength)
         for w in sorted({min(rank, len(rho), len(maps.correlations)) for rank in (*RANKS, len(rho))}):
             yield {"from_photo": maps.photo[:, :w], "from_text": maps.text[:, :w], "correlations": rho[:w]}
