@@ -48,6 +48,11 @@ class Method:
         return FUSIONS[self.fusion]
 
     @property
+    def uses_rest(self) -> bool:
+        """Whether it uses the photos that are left out of the pairs."""
+        return self.options.get("unpaired") == "rest"
+
+    @property
     def group(self) -> str:
         """Methods of a group read alike, so that one pass over the cache serves many of them."""
         if self.entry.is_closed_form:

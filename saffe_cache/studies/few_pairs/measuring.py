@@ -40,10 +40,15 @@ _DIGITS = 7
 
 def measure_part(config: FewPairsConfig, source: Source, photos: int, seed: int, group: str) -> Part:
     """Train the group's methods side by side, measure them, and remove their runs."""
+    names = source.groups[group]
+    lacking = [name for name in names if source.methods[name].uses_rest and photos == source.available]
+    failed = dict.fromkeys(lacking, "all photos of the cache have their pairs")
     configs = {
-        name: run_config(config, source, name, source.methods[name], photos, seed) for name in source.groups[group]
+        name: run_config(config, source, name, source.methods[name], photos, seed)
+        for name in names
+        if name not in failed
     }
-    failed = _train(configs, source)
+    failed |= _train(configs, source)
     runs = {name: _measure(config, source, one) for name, one in configs.items() if name not in failed}
     if not config.keep_runs:
         for one in configs.values():

@@ -190,7 +190,7 @@ def _table(setting: FewPairsSetting) -> Table:
         cells = [cell for metric in first for cell in (of.scores[metric].cell(), _lead_cell(of.leads.get(metric)))]
         cells += [Cell(percent(of.scores[metric].value)) for metric in others]
         control = ABSENT if of.permuted is None else percent(of.permuted)
-        cells += [Cell(control), Cell(f"{of.seconds:.1f}"), Cell(f"{of.parameters / 1e6:.2f} M")]
+        cells += [Cell(control), Cell(f"{of.seconds:.1f}"), Cell(_count(of.parameters))]
         is_reference = method == setting.reference
         rows.append(Row(Cell(f"{rank}. {method}"), tuple(cells), "baseline" if is_reference else "plain"))
     header = [name for metric in first for name in (metric, f"above {setting.reference}")]
@@ -200,6 +200,10 @@ def _table(setting: FewPairsSetting) -> Table:
         ("", *header, *others, f"permuted: {main}", "training s", "parameters"),
         tuple(rows),
     )
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e6:.2f} M" if parameters >= 1e6 else f"{parameters / 1e3:.1f} K"
 
 
 def _chance_cells(setting: FewPairsSetting, first: Sequence[str], others: Sequence[str]) -> tuple[Cell, ...]:
