@@ -38,7 +38,7 @@ from saffe_cache.fusion.closed_form.cca import canonical
 from saffe_cache.fusion.closed_form.moments import Moments, unit
 from saffe_cache.fusion.losses import Contrast, Side, cosines
 from saffe_cache.fusion.options import ObjectiveOptions
-from saffe_cache.fusion.vectors.structure import StructureFusion
+from saffe_cache.fusion.vectors.contrastive import ContrastiveFusion
 
 STUDENT_ENTROPY, TEACHER_ENTROPY, ITERATIONS = 0.05, 0.01, 100
 RIDGES = (0.1, 1.0, 10.0)
@@ -49,7 +49,7 @@ _SCALINGS = 10
 """Iterations on plain scalings before they are absorbed into the potentials again."""
 
 
-class SotalignFusion(StructureFusion):
+class SotalignFusion(ContrastiveFusion):
     """One linear map into 1,024 dimensions on each side."""
 
     WIDTH = 1024

@@ -11,15 +11,15 @@ lambda is the objective's weight; it rises linearly over the first steps. tau is
 `structure` is this formula. `structure_published` is what the paper's code computes, which differs in four ways: KL's
 arguments are the other way round, so that the divergence has no upper bound; the two sides are averaged instead of
 added; the weights 1/l count only with several levels (with one they are 1 anyway); and tau is the temperature of
-info_nce, which is 0.05 in the fusion `structure` too. Both can leave out each row's similarity to itself, which holds
-most of its mass at this temperature and makes the term small; the published one keeps it.
+info_nce, which is 0.05 in the fusion `structure` too. A row's similarity to itself holds most of its mass at this
+temperature, which makes the term small; `structure` can leave it out.
 
-The fusion is the paper's linear pair of heads, Linear(D, 512) with bias on each side. Its other head adds a low-rank
-residual behind a gate that starts at exactly 0; the gate multiplies both gradients there, so this path never opens and
-the head stays linear. Here it is left out. It has 512 (s + k + 2) parameters for summaries of width s and text vectors
-of width k. The paper has lambda 10, a fixed temperature of 0.05, batches of 4,096 pairs, one caption of each photo, and
-up to 1,000 epochs of AdamW with early stopping, on 80,000 pairs. Here lambda and the temperature are the paper's, the
-batches and epochs those of all fusions, every caption takes part in the contrast, and --dropout applies.
+The fusion `structure` is `contrastive`, a linear map with bias on each side, trained with this loss. lambda and the
+fixed temperature are the paper's, epochs and learning rate those of `contrastive`. The paper's other head adds a low-rank
+residual behind a gate that starts at exactly 0. The gate multiplies the gradient of its output map, and a sigmoid
+that is 0 has no slope, so neither ever moves and that head stays linear: it is left out. The paper has batches of 4,096
+pairs, one caption of each photo, and up to 1,000 epochs with early stopping, on 80,000 pairs. Here every caption takes
+part in the contrast, and --dropout applies.
 """
 
 from __future__ import annotations
@@ -30,11 +30,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.fusion.base import Blocks
-from saffe_cache.fusion.layers import Dropout, MatchHead
 from saffe_cache.fusion.losses import Contrast
-from saffe_cache.fusion.options import FusionShape, ObjectiveOptions
-from saffe_cache.fusion.two_sided import TwoSided
+from saffe_cache.fusion.options import ObjectiveOptions
 
 TEMPERATURE = 0.05
 _LEAST = 1e-30
@@ -93,26 +90,6 @@ def structure_term(
         left, right = left @ first[0], right @ first[1]
         total = total + divergence(left, right) / level
     return total / levels
-
-
-class StructureFusion(TwoSided):
-    """One linear map into 512 dimensions on each side; text vectors have a root mean square of 1, as summaries do."""
-
-    WIDTH = 512
-
-    def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
-        super().__init__(shape)
-        self.dropout = Dropout(shape.dropout)
-        self.of_photo = nn.Linear(shape.summary_size, self.WIDTH)
-        self.of_text = nn.Linear(shape.text_size, self.WIDTH)
-        if shape.matches:
-            self.match_head = MatchHead(shape.summary_size, 1, self.WIDTH)
-
-    def photo_side(self, summary: torch.Tensor) -> torch.Tensor:
-        return self.of_photo(self.dropout(summary))  # type: ignore[no-any-return]
-
-    def text_side(self, unit: torch.Tensor) -> torch.Tensor:
-        return self.of_text(self.dropout(unit * self.shape.text_size**0.5))  # type: ignore[no-any-return]
 
 
 class Structure(nn.Module):
