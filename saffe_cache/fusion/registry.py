@@ -273,6 +273,8 @@ FUSIONS: Mapping[str, FusionEntry] = {
         summary="One linear map a side that follows a closed-form teacher, on unpaired data too (SOTAlign).",
         reads="summary",
         objective={"siglip": 1.0, "transport": 1.0},
+        recipe={"learning_rate": 5e-3},
+        recipe_from="validation",
         **_TWO_SIDED,
     ),
     "fusemix": FusionEntry(

@@ -15,11 +15,11 @@ info_nce, which is 0.05 in the fusion `structure` too. A row's similarity to its
 temperature, which makes the term small; `structure` can leave it out.
 
 The fusion `structure` is `contrastive`, a linear map with bias on each side, trained with this loss. lambda and the
-fixed temperature are the paper's, epochs and learning rate those of `contrastive`. The paper's other head adds a low-rank
-residual behind a gate that starts at exactly 0. The gate multiplies the gradient of its output map, and a sigmoid
-that is 0 has no slope, so neither ever moves and that head stays linear: it is left out. The paper has batches of 4,096
-pairs, one caption of each photo, and up to 1,000 epochs with early stopping, on 80,000 pairs. Here every caption takes
-part in the contrast, and --dropout applies.
+fixed temperature are the paper's, epochs and learning rate those of `contrastive`. The paper's other head adds a
+low-rank residual behind a gate that starts at exactly 0. The gate multiplies the gradient of its output map, and a
+sigmoid that is 0 has no slope, so neither ever moves and that head stays linear: it is left out. The paper has batches
+of 4,096 pairs, one caption of each photo, and up to 1,000 epochs with early stopping, on 80,000 pairs. Here every
+caption takes part in the contrast, and --dropout applies.
 """
 
 from __future__ import annotations
