@@ -12,11 +12,14 @@ import pytest
 from synthetic_cache import make_cache
 
 from pipelines import few_pairs as pipeline
+from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.studies.alignment import cases as module
 from saffe_cache.studies.alignment.align import align
 from saffe_cache.studies.alignment.cases import Case, advise_method, enough_photos, left_out, read_cases
 from saffe_cache.studies.alignment.config import AlignConfig
 from saffe_cache.studies.alignment.result import AlignmentResult
+from saffe_cache.studies.few_pairs.claims import BEST, CLAIMS, VARIANTS, Method
+from saffe_cache.training.config import TrainConfig
 
 QUICK: dict[str, Any] = {"neighbours": 4, "components": 4, "permutations": 5, "half_samples": 3}
 
@@ -105,6 +108,13 @@ def test_enough_photos_are_the_median_over_data() -> None:
     ]
     assert enough_photos(cases, "m") == 1500  # of 1,500, 500 and 6,000
     assert enough_photos(cases[:1], "m") is None
+
+
+def test_claims_compare_methods_that_can_be_trained() -> None:
+    for name, claim in CLAIMS.items():
+        method = VARIANTS.get(name, Method(fusion=name))
+        TrainConfig(cache="c.zarr", out="o", fusion=method.fusion, **method.options, **claim.plain)
+        assert claim.plain or claim.against in {BEST, *FUSIONS, *VARIANTS}, name
 
 
 def test_packaged_table_can_be_read() -> None:
