@@ -219,7 +219,7 @@ def test_held_out_correlations_are_honest() -> None:
 def asif(x: np.ndarray, anchors: np.ndarray, kept: int, power: float, weights: np.ndarray | None = None) -> np.ndarray:
     ones = np.ones(len(anchors)) if weights is None else weights
     tensors = (torch.from_numpy(of.astype(np.float64)) for of in (x, anchors, ones))
-    return unit(relative(*tensors, torch.tensor([kept]), torch.tensor([power], dtype=torch.float64)).numpy())
+    return unit(relative(*tensors, kept, torch.tensor([power], dtype=torch.float64)).numpy())
 
 
 def test_anchors_find_themselves() -> None:

@@ -19,12 +19,14 @@ At most 10,000 anchors are used, as the vectors are as wide as their number; of 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch.nn import functional
 
 from saffe_cache.fusion.base import Blocks, TrainingVectors
-from saffe_cache.fusion.closed_form.fitting import ClosedForm
+from saffe_cache.fusion.closed_form.fitting import ClosedForm, Values
 from saffe_cache.fusion.closed_form.moments import unit as unit_rows
 from saffe_cache.fusion.options import FusionShape
 
@@ -33,7 +35,7 @@ PARTS, POWERS = (50, 20, 10, 4), (1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 def relative(
-    vectors: torch.Tensor, anchors: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor, power: torch.Tensor
+    vectors: torch.Tensor, anchors: torch.Tensor, weights: torch.Tensor, kept: int, power: torch.Tensor
 ) -> torch.Tensor:
     """v before its length is made 1, [n, anchors]; zero if no anchor is near.
 
@@ -41,11 +43,11 @@ def relative(
         vectors: unit vectors [n, d].
         anchors: unit vectors [anchors, d].
         weights: [anchors]: what an axis counts.
-        kept: k, int64 [1].
+        kept: k.
         power: p, [1].
     """
     similarities = (vectors @ anchors.T).clamp(min=0)
-    least = similarities.sort(dim=-1, descending=True).values.index_select(1, kept - 1)
+    least = similarities.topk(kept).values[:, -1:]
     near = torch.where(similarities >= least, similarities, 0.0)
     return (near / near.amax(dim=-1, keepdim=True).clamp(min=1e-12)) ** power * weights
 
@@ -75,6 +77,15 @@ class AsifFusion(ClosedForm):
         self.register_buffer("weights", torch.ones(1))
         self.register_buffer("kept", torch.ones(1, dtype=torch.int64))
         self.register_buffer("power", torch.ones(1))
+        self._num_kept = 1
+
+    def set(self, values: Values) -> None:
+        super().set(values)
+        self._num_kept = int(self.kept)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._num_kept = int(self.kept)
 
     def fit(self, seen: TrainingVectors) -> None:
         photos, texts = unit_rows(seen.photos), seen.mean_texts.astype(np.float64)
@@ -104,4 +115,4 @@ class AsifFusion(ClosedForm):
         return self._relative(unit - self.text_mean, self.text_anchors)
 
     def _relative(self, vectors: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-        return relative(functional.normalize(vectors, dim=-1), anchors, self.weights, self.kept, self.power)
+        return relative(functional.normalize(vectors, dim=-1), anchors, self.weights, self._num_kept, self.power)
