@@ -69,7 +69,7 @@ class FewPairsResult(StudyResult):
                 Section(
                     title=name,
                     lead=f"Reported on split {self.split}. Intervals are 95 %, "
-                    f"over the reported photos, of the mean of {len(self.seeds)} seeds.",
+                    f"over the reported photos, of the mean of {len(self.seeds)} seed{'s' * (len(self.seeds) > 1)}.",
                     tables=[_table(setting) for setting in settings],
                     definitions=[
                         (one, metric_named(one).description) for one in metrics if not metric_named(one).is_rank
