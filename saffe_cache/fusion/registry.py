@@ -291,7 +291,7 @@ FUSIONS: Mapping[str, FusionEntry] = {
         reads="summary",
         objective={"sail": 1.0},
         recipe={"optimizer": "lion", "learning_rate": 3e-4, "weight_decay": 1e-4},
-        recipe_from="published",
+        recipe_from="validation",
         **_TWO_SIDED,
     ),
     "sharelock": FusionEntry(
@@ -313,8 +313,8 @@ FUSIONS: Mapping[str, FusionEntry] = {
     "gpo": FusionEntry(
         made_by=f"{_KNOWN}.gpo:GpoFusion",
         summary="Learned weights of each channel's sorted tokens (GPO).",
-        recipe={"learning_rate": 5e-4, "weight_decay": 1e-4},
-        recipe_from="published",
+        recipe={"learning_rate": 5e-3, "weight_decay": 1e-4, "epochs": 25},
+        recipe_from="validation",
         **_TWO_SIDED,
     ),
     "dino_txt": FusionEntry(

@@ -18,6 +18,7 @@ What differs from the paper: its photo side has an MLP with a batch norm beside 
 text side pools the words of a trained BERT by the same operator, here a linear map takes the text's own vector. Its
 loss is a hinge with the hardest negative, preceded by an epoch on all negatives, since it collapses without; the
 default here is InfoNCE. Class tokens are pooled with the others.
+Its learning rate of 5e-4, for 5,700 steps, is 5e-3 here, for hundreds of them.
 """
 
 from __future__ import annotations

@@ -13,8 +13,11 @@ are positives: texts are contrasted with photos, not with one another.
 
 The release has m = 8 D, outputs of 1,024, Lion at a learning rate of 1e-5 and batches of 32,768 for 23 million pairs.
 Its bias starts at -10, which is -ln 32,768 + 0.4: the odds of a positive in its batches. Batches are small here, so
-b = b' - ln N for N photos, and b', which is learned, starts at 0. Published features are the class token and the patch
-mean of the last layer, side by side: the photo's summary with the image layers left to choose.
+b = b' - ln N for N photos, and b', which is learned, starts at 0. m is 4 D, at most INNER. Lion's rate is 3e-4, the
+better one of 1e-4 and 3e-4 on validation photos: a run has hundreds of steps, not 70,000.
+
+Published features are the class token and the patch mean of the last layer, side by side: the photo's summary with the
+image layers left to choose.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ fixed temperature 1 / exp(2.6592) = 0.07.
 m (k + 1) + 2 m (m + 1) + 6 m + s (m + 1) parameters for text vectors of width k, inner layers of m, summaries of s.
 
 The paper's text encoder is a language model, whose last token's state, 4,096 wide, passes layers of the same width at a
-learning rate of 1e-3, with 0.2 of the units dropped. Here the text is the encoder's own vector, and m is INNER. The
-paper draws one of an item's captions in each step; here all of them are positives.
+learning rate of 1e-3, with 0.2 of the units dropped. Here the text is the encoder's own vector, and m is INNER. At the
+default --dropout of 0.5 the same 0.2 are dropped, since three layers with more learn slowly. The paper draws one of an
+item's captions in each step; here all of them are positives.
 
 The batch norm sees the distinct texts of a batch. Ranks would each see their own, so a training on several is refused.
 In evaluation it uses running means, and no text depends on the others.
@@ -29,13 +30,14 @@ from saffe_cache.fusion.two_sided import TwoSided
 class ShareLockFusion(TwoSided):
     """The identity for photos, an MLP with batch norms for texts."""
 
-    LAYERS, INNER = 3, 1024
+    LAYERS, INNER, DROPOUT = 3, 1024, 0.4
+    """DROPOUT is relative to --dropout."""
 
     def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
         super().__init__(shape)
-        size, layers = shape.text_size, list[nn.Module]()
+        size, dropout, layers = shape.text_size, self.DROPOUT * shape.dropout, list[nn.Module]()
         for _ in range(self.LAYERS):
-            layers += [nn.Linear(size, self.INNER), nn.BatchNorm1d(self.INNER), nn.ReLU(), Dropout(shape.dropout)]
+            layers += [nn.Linear(size, self.INNER), nn.BatchNorm1d(self.INNER), nn.ReLU(), Dropout(dropout)]
             size = self.INNER
         self.text_mlp = nn.Sequential(*layers, nn.Linear(size, shape.summary_size))
         self._make_match_head(shape.summary_size)
