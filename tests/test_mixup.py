@@ -19,7 +19,7 @@ from saffe_cache.fusion.losses import Batch, info_nce, siglip
 from saffe_cache.fusion.mixing import Mix, draw_mix, mixed, shared_cells
 from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import training_pairs
-from saffe_cache.store.reader import open_cache
+from saffe_cache.store.reader import EncoderCache, open_cache
 from saffe_cache.training import loop
 from saffe_cache.training.batches import Objective, TrainingData
 from saffe_cache.training.config import TrainConfig
@@ -158,6 +158,18 @@ def test_fixed_temperature_is_not_learned(cache: str) -> None:
     assert objective(temperature=None).scalars() != {}
     with pytest.raises(ValueError, match="--temperature: found 0, expected a number above 0"):
         TrainConfig(cache=cache, out="", temperature=0)
+
+
+def test_mixup_of_tokens_refuses_inputs_of_differing_lengths(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_cache(cache)
+    monkeypatch.setattr(EncoderCache, "num_tokens", lambda self, layer: 0)
+    with pytest.raises(ValueError, match=r"--mixup: found 1.0 of tokens, expected 0, or --fusion .*contrastive"):
+        resolve_run(TrainConfig(cache=cache, out="", fusion="linear", mixup=1.0), opened)
+    assert resolve_run(TrainConfig(cache=cache, out="", fusion="fusemix"), opened).mixup == 1.0
+    with pytest.raises(
+        ValueError, match=r"--mixup: found 1\.0 with fromage, expected 0: it reads texts token by token"
+    ):
+        resolve_run(TrainConfig(cache=cache, out="", fusion="fromage", mixup=1.0), opened)
 
 
 # Lion

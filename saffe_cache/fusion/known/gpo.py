@@ -19,6 +19,8 @@ text side pools the words of a trained BERT by the same operator, here a linear 
 loss is a hinge with the hardest negative, preceded by an epoch on all negatives, since it collapses without; the
 default here is InfoNCE. Class tokens are pooled with the others.
 Its learning rate of 5e-4, for 5,700 steps, is 5e-3 here, for hundreds of them.
+
+Where inputs differ in length, as sounds do, it cannot be exported to ONNX: its weights follow the lengths in a batch.
 """
 
 from __future__ import annotations
