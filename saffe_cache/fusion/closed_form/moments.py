@@ -2,8 +2,8 @@
 
 Photos are unit vectors a_i, texts unit vectors b_j. Each caption makes a pair with its photo, and each photo counts
 once: a caption of a photo with c captions has the weight 1 / c. A mean of a photo's captions would have the same
-covariance with the photos, but less of its own than the single captions that search have, and so the wrong whitening
-and the wrong ridge from texts to photos. Equal texts are one row, with the sum of their weights.
+covariance with the photos, but less of its own than the single captions that search have. Equal texts are one row, with
+the sum of their weights.
 
 With n photos, X the centred vectors of one side and w their weights,
 

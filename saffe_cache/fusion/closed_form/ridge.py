@@ -7,6 +7,9 @@ Source: the standard baseline of aligning encoders, for example the digest of SO
 
     cos(x, y) = 1/2 cos(a U + m_y, b) + 1/2 cos(a, b W + m_x)        a, b centred where they enter a map
 
+S_y is that of the means of each photo's captions. That of single captions, which search has, would be the right one
+for squared errors, but finds fewer photos: with text to photo alone, R@1 was 15.8 instead of 19.2 (Flickr8k).
+
 A map from photos to texts and one from texts to photos have different hubs, which the average evens out. Of each
 direction, validation chooses lambda, from 1e-3 to 1e3 times the mean variance of its input, and then whether the mean
 of the output is added back or else subtracted from what is compared with it.
@@ -58,7 +61,8 @@ class RidgeFusion(ClosedForm):
         means = {"photo_mean": moments.photos.mean, "text_mean": moments.texts.mean}
         self.set({**means, "adds_mean": np.zeros(2)})
         self._choose_direction("to_text", moments.photos, moments.shared, np.array([1.0, 0.0]), seen)
-        self._choose_direction("to_photo", moments.texts, moments.shared.T, np.array([0.0, 1.0]), seen)
+        means = Side.of(seen.mean_texts.astype(np.float64), np.ones(len(seen.photos)))
+        self._choose_direction("to_photo", means, moments.shared.T, np.array([0.0, 1.0]), seen)
         self.set({"shares": np.ones(2)})
 
     def _choose_direction(
