@@ -281,7 +281,7 @@ FUSIONS: Mapping[str, FusionEntry] = {
         made_by=f"{_VECTORS}.fusemix:FuseMixFusion",
         summary="A residual MLP a side, trained on mixed pairs (FuseMix).",
         reads="summary",
-        recipe={"mixup": 1.0, "learning_rate": 1e-3, "weight_decay": 0.1, "epochs": 60},
+        recipe={"mixup": 1.0, "learning_rate": 1e-3, "weight_decay": 0.1, "epochs": 25},
         recipe_from="published",
         **_TWO_SIDED,
     ),
@@ -314,7 +314,6 @@ FUSIONS: Mapping[str, FusionEntry] = {
         made_by=f"{_KNOWN}.gpo:GpoFusion",
         summary="Learned weights of each channel's sorted tokens (GPO).",
         recipe={"learning_rate": 5e-3, "weight_decay": 1e-4, "epochs": 25},
-        recipe_from="validation",
         **_TWO_SIDED,
     ),
     "dino_txt": FusionEntry(

@@ -6,7 +6,7 @@ W1: D -> h and W2: h -> D with h = 4 D, at most INNER. The mixing itself is the 
 
 BLOCKS (2 D h + h + 3 D) + 2 D + 512 (D + 1) parameters for a side whose vectors are D wide.
 
-The released run has 4 blocks, dropout 0.6 and no bound on h, and 500 epochs of 20,480 mixed pairs, for 5 million pairs.
+The released run has 4 blocks, dropout 0.6, no bound on h, and 500 epochs of 20,480 mixed pairs, for 5 million pairs.
 A few thousand pairs get one block, the --dropout of all heads here, and an inner width that does not grow with the
 number of cached layers. The paper mixes the two halves of a batch; here each pair is mixed with another pair of the
 whole batch, so that the loss sees all of it. The photo's summary has normed tokens, the original's class token has
