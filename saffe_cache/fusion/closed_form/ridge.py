@@ -61,8 +61,8 @@ class RidgeFusion(ClosedForm):
         means = {"photo_mean": moments.photos.mean, "text_mean": moments.texts.mean}
         self.set({**means, "adds_mean": np.zeros(2)})
         self._choose_direction("to_text", moments.photos, moments.shared, np.array([1.0, 0.0]), seen)
-        means = Side.of(seen.mean_texts.astype(np.float64), np.ones(len(seen.photos)))
-        self._choose_direction("to_photo", means, moments.shared.T, np.array([0.0, 1.0]), seen)
+        of_means = Side.of(seen.mean_texts.astype(np.float64), np.ones(len(seen.photos)))
+        self._choose_direction("to_photo", of_means, moments.shared.T, np.array([0.0, 1.0]), seen)
         self.set({"shares": np.ones(2)})
 
     def _choose_direction(
