@@ -16,7 +16,7 @@ from synthetic_cache import make_cache
 from torch.nn import functional
 
 from saffe_cache.fusion.losses import Batch, info_nce, siglip
-from saffe_cache.fusion.mixing import Mix, draw_mix, mixed, shared_cells
+from saffe_cache.fusion.mixing import MOST_TEXTS, Mix, draw_mix, mixed, pair_texts, shared_cells
 from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import training_pairs
 from saffe_cache.store.reader import EncoderCache, open_cache
@@ -72,41 +72,70 @@ def test_both_sides_are_mixed_with_the_same_weight(cache: str) -> None:
     before = [state.clone() for state in batch.states]
     photos, texts = (model.photo_linear(one) for one in (batch.states[0][:, 0], pairs.states[0][:, 0]))
     torch.testing.assert_close(texts, mix.weight * photos + (1 - mix.weight) * photos[mix.partners])
-    drawn = batch.vectors[batch.own]
-    expected = mix.weight * drawn + (1 - mix.weight) * drawn[mix.partners]
-    torch.testing.assert_close(pairs.vectors, expected)
     assert torch.equal(before[0], batch.states[0])  # runs that train side by side share the batch
-    assert torch.equal(pairs.positives, torch.eye(32, dtype=torch.bool))
+    torch.manual_seed(5)
+    partners = draw_mix(1.0, 32).partners
+    texts = pair_texts(batch.positives, partners)
+    expected = mix.weight * batch.vectors[texts.texts] + (1 - mix.weight) * batch.vectors[texts.others]
+    torch.testing.assert_close(pairs.vectors, expected)
+    assert pairs.positives.sum(dim=0).tolist() == [1] * len(expected)
+    assert pairs.positives.int().argmax(dim=0).tolist() == texts.photos.tolist()
+
+
+def test_each_text_is_mixed_with_one_of_the_partner() -> None:
+    """Photos have 1 to 9 texts of their own; the second has one of the first's as well."""
+    lengths = [1, 2, 3, 4, 5, 9]
+    positives = torch.zeros(6, sum(lengths), dtype=torch.bool)
+    for photo, length in enumerate(lengths):
+        positives[photo, sum(lengths[:photo]) : sum(lengths[:photo]) + length] = True
+    positives[1, 0] = True
+    partners = torch.arange(6).roll(-1)
+    orders = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        texts = pair_texts(positives, partners)
+        assert texts.photos.bincount().tolist() == [1, 3, 3, 4, 5, MOST_TEXTS]
+        assert texts.photos[texts.starts].tolist() == list(range(6))
+        assert positives[texts.photos, texts.texts].all()
+        assert positives[partners[texts.photos], texts.others].all()
+        of_last = texts.texts[texts.photos == 5].tolist()
+        assert len(set(of_last)) == MOST_TEXTS
+        assert set(texts.others[texts.photos == 4].tolist()) == set(of_last)
+        orders.add(tuple(of_last))
+    assert len(orders) > 10
 
 
 @pytest.mark.parametrize("fusion", ["contrastive", "linear"])
-def test_loss_with_weight_1_is_that_of_the_drawn_pairs(
+def test_loss_with_weight_1_is_that_of_the_texts_themselves(
     cache: str, fusion: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, batch, objective = batch_of(cache, fusion=fusion)
     monkeypatch.setattr("saffe_cache.fusion.mixing.draw_mix", lambda _, count: Mix(1.0, torch.arange(count).roll(1)))
     found = objective(mixup=1.0)(model, batch)
-    photos, queries = model(batch.states, batch.mask), model.encode_queries(batch.vectors[batch.own])
-    partners = torch.arange(32).roll(1)
-    is_near = torch.zeros(32, 32, dtype=torch.bool)
-    is_near[torch.arange(32), partners] = is_near[partners, torch.arange(32)] = True
-    scores = (photos @ queries.T / 0.07).masked_fill(is_near, -torch.inf)
-    target = torch.arange(32)
-    expected = (functional.cross_entropy(scores, target) + functional.cross_entropy(scores.T, target)) / 2
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    photos, queries = model(batch.states, batch.mask), model.encode_queries(batch.vectors)
+    partners, own = torch.arange(32).roll(1), batch.positives.int().argmax(dim=0)
+    near = [{int(partners[i]), *(j for j in range(32) if partners[j] == i)} for i in range(32)]
+    is_near = torch.tensor([[int(own[text]) in near[i] for text in range(len(own))] for i in range(32)])
+    assert (batch.positives.sum(dim=0) == 1).all()
+    torch.testing.assert_close(
+        found, info_nce(photos, queries, batch.positives, torch.tensor(0.07), is_near), rtol=1e-5, atol=1e-5
+    )
     found.backward()
 
 
 def test_cells_that_share_a_photo_or_a_text_are_ignored() -> None:
     """Photos 0 and 3 have the same text; 0 is mixed with 1, 1 with 2, and so on."""
-    positives = torch.zeros(6, 5, dtype=torch.bool)
-    own = torch.tensor([0, 1, 2, 0, 3, 4])
-    positives[torch.arange(6), own] = True
+    positives = torch.zeros(6, 8, dtype=torch.bool)
+    for photo, of_photo in enumerate([[0, 5], [1], [2, 6, 7], [0], [3], [4]]):
+        positives[photo, of_photo] = True
     partners = torch.arange(6).roll(-1)
-    parts = [{i, (i + 1) % 6} for i in range(6)]
-    texts = [{int(own[i]) for i in of} for of in parts]
-    expected = [[i != j and bool(texts[i] & texts[j]) for j in range(6)] for i in range(6)]
-    assert shared_cells(positives, own, partners).tolist() == expected
+    mix = pair_texts(positives, partners)
+    parts = [positives[i] | positives[partners[i]] for i in range(6)]
+    expected = [
+        [i != int(photo) and bool(parts[i][own] | parts[i][other]) for photo, own, other in zip(*mix[:3], strict=True)]
+        for i in range(6)
+    ]
+    assert shared_cells(positives, partners, mix).tolist() == expected
 
 
 def test_ignored_cells_do_not_enter_the_losses() -> None:

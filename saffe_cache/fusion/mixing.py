@@ -1,14 +1,16 @@
 """Mixup of cached features: a batch of pairs becomes as many mixed pairs (FuseMix, Vouitsis et al. 2023, sec. 4.2).
 
-    x~_i = lambda x_i + (1 - lambda) x_p(i),   t~_i = lambda t_i + (1 - lambda) t_p(i),   lambda ~ Beta(alpha, alpha)
+    x~_i = lambda x_i + (1 - lambda) x_p(i),   t~_ik = lambda t_ik + (1 - lambda) t_p(i)k,   lambda ~ Beta(alpha, alpha)
 
-x_i is what the fusion reads of a photo, as it is cached, and t_i one of its texts' own vectors, drawn at random. One
-lambda is drawn for a batch, and used for photos and texts. p is a cycle through the batch in random order, so that no
-photo is its own partner. Mixed pair i is the positive of itself. The other cells are negatives, except those of which
-we know that they share a photo or a text: these are ignored.
+x_i is what the fusion reads of a photo, as it is cached, and t_ik the own vectors of its texts, in random order: all of
+them, but at most `MOST_TEXTS`. One lambda is drawn for a batch, and used for photos and texts. p is a cycle through the
+batch in random order, so that no photo is its own partner; if the partner has fewer texts, some are used again. Mixed
+texts t~_ik are the positives of mixed photo i. The other cells are negatives, except those of which we know that they
+share a photo or a text: these are ignored.
 
-The paper halves the batch and mixes one half with the other. A cycle keeps as many pairs as the batch has, and each is
-in two of them; the cells that share one are among the ignored ones.
+The paper has one text for each photo; of five captions, mixing only one that is drawn finds fewer photos (see the log).
+It halves the batch and mixes one half with the other. A cycle keeps as many pairs as the batch has, and each is in two
+of them; the cells that share one are among the ignored ones.
 """
 
 from __future__ import annotations
@@ -17,7 +19,11 @@ from typing import NamedTuple
 
 import torch
 
+from saffe_cache.core.ranks import Share
 from saffe_cache.fusion.losses import Batch
+
+MOST_TEXTS = 5
+"""Texts of a photo that are mixed: a class may have a hundred prompts, which would all be mixed for each photo."""
 
 
 class Mix(NamedTuple):
@@ -42,31 +48,60 @@ def draw_mix(alpha: float, count: int) -> Mix:
     return Mix(weight, partners)
 
 
-def shared_cells(positives: torch.Tensor, own: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
-    """bool [pairs, pairs]: which mixed photo and mixed text have parts that belong together, except for the diagonal.
+class MixedTexts(NamedTuple):
+    """The mixed texts of a batch, ordered by photo. On the CPU."""
 
-    `positives`, bool [pairs, texts], says which text describes which photo; `own` [pairs] which one was drawn.
+    photos: torch.Tensor
+    """int64 [mixed]: the photo i that each belongs to."""
+    texts: torch.Tensor
+    """int64 [mixed]: column of its own text."""
+    others: torch.Tensor
+    """int64 [mixed]: column of the partner's text."""
+    starts: torch.Tensor
+    """int64 [photos]: the first one of each photo."""
+
+
+def pair_texts(positives: torch.Tensor, partners: torch.Tensor) -> MixedTexts:
+    """Pair texts of each photo with those of its partner, in an order that is drawn with torch's generator of the CPU.
+
+    `positives`, bool [photos, texts], says which text describes which photo: at least one each.
     """
-    drawn = positives[:, own]  # photo i and the text that was drawn for photo j
-    of_photos = drawn | drawn[partners]
-    shared = of_photos | of_photos[:, partners]
-    return shared.fill_diagonal_(False)
+    photos, texts = positives.cpu().nonzero().unbind(1)
+    shuffled = torch.rand(len(photos)).argsort()
+    shuffled = shuffled[photos[shuffled].argsort(stable=True)]
+    counts = photos.bincount(minlength=len(positives))
+    texts, starts = texts[shuffled], counts.cumsum(0) - counts
+    place = torch.arange(len(photos)) - starts[photos]
+    photos, place = photos[place < MOST_TEXTS], place[place < MOST_TEXTS]
+    of_partner = partners[photos]
+    others = texts[starts[of_partner] + place % counts[of_partner].clamp(max=MOST_TEXTS)]
+    kept = counts.clamp(max=MOST_TEXTS)
+    return MixedTexts(photos, texts[starts[photos] + place], others, kept.cumsum(0) - kept)
+
+
+def shared_cells(positives: torch.Tensor, partners: torch.Tensor, mixed: MixedTexts) -> torch.Tensor:
+    """bool [photos, mixed]: which mixed photo and mixed text have parts that belong together, if it is not its own."""
+    of_photos = positives | positives[partners]
+    shared = of_photos[:, mixed.texts] | of_photos[:, mixed.others]
+    shared[mixed.photos, torch.arange(len(mixed.photos))] = False
+    return shared
 
 
 def mixed(batch: Batch, alpha: float) -> Batch:
-    """The mixed pairs of a batch, in the order of its photos. This rank has those of its own photos."""
+    """The mixed pairs of a batch, in the order of its photos. This rank has the mixed photos of its own photos."""
     mix = draw_mix(alpha, batch.photos.total)
-    own = batch.photos.own
-    states = [mix.of(batch.photos.gather(state), own) for state in batch.states]
-    vectors = mix.of(batch.texts.gather(batch.vectors)[batch.own], own)
-    partners = mix.partners.to(batch.own.device)
-    pairs = torch.arange(batch.photos.total, device=batch.own.device)
+    texts = pair_texts(batch.positives, mix.partners)
+    share, device = Share.of(len(texts.photos)), batch.positives.device
+    states = [mix.of(batch.photos.gather(state), batch.photos.own) for state in batch.states]
+    vectors, (own, others) = batch.texts.gather(batch.vectors), (one[share.own].to(device) for one in texts[1:3])
+    positives = torch.zeros(batch.photos.total, share.total, dtype=torch.bool, device=device)
+    positives[texts.photos, torch.arange(share.total)] = True
     return batch._replace(
-        texts=batch.photos,
+        texts=share,
         states=states,
-        text_rows=batch.text_rows[batch.own.cpu().numpy()],
-        vectors=vectors,
-        positives=pairs[:, None] == pairs,
-        ignored=shared_cells(batch.positives, batch.own, partners),
-        own=pairs,
+        text_rows=batch.text_rows[texts.texts.numpy()],
+        vectors=mix.weight * vectors[own] + (1 - mix.weight) * vectors[others],
+        positives=positives,
+        ignored=shared_cells(batch.positives.cpu(), mix.partners, texts).to(device),
+        own=texts.starts.to(device),
     )
