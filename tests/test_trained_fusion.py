@@ -100,7 +100,7 @@ def rows_of_pixels(picture: Image.Image) -> torch.Tensor:
 def test_vectors_are_those_of_evaluation(fusion: str, world: World, tmp_path: Path) -> None:
     """Of photos with a paired text where one enters; from another folder, while the cache is not opened."""
     pairs = (
-        {"gallery_text": "first_caption"}
+        {"gallery_text": "first_caption", "mixup": 0.0}
         if FUSIONS[fusion].fuses_text and fusion not in ("two_tower", "fromage", "pang")
         else {}
     )
