@@ -211,6 +211,17 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_cache(tmp_path_factory.mktemp("synthetic") / "c.zarr", {"train": 96, "test": 30}, views=ALL)
 
 
+@pytest.mark.slow
+def test_run_of_views_embeds_new_texts_too(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    """Both encoders were run by one command, of whose options each needs its own."""
+    config = replace(tiny_config(tmp_path, tiny_model), views="flip")
+    run = quick_train(extract(config), tmp_path / "run", fusion="linear")
+    fam = load_run(run, device="cpu", index_views="mean")
+    assert fam.embed_texts(["a red ball"]).shape == (1, fam.size)
+    [photo] = list(Path(config.data, "dev").glob("*.png"))[:1]
+    assert fam.embed_images([str(photo)]).shape == (1, fam.size)
+
+
 def test_photos_are_read_in_their_views(synthetic: str) -> None:
     cache = open_cache(synthetic)
     spec = resolve_run(TrainConfig(cache=synthetic, out=""), cache)

@@ -182,6 +182,10 @@ _OF_DATA = (
 """Options of an extraction that say where inputs and encoders were, and not how an encoder was run."""
 
 
+_ONLY_OF: Mapping[str, Modality] = {"views": "image", "prompt_name": "text"}
+"""Options that an extraction without an encoder of this modality refuses."""
+
+
 def _of_encoder(configs: Sequence[Mapping[str, Any]], modality: Modality) -> dict[str, Any]:
     """The options of the last extraction that tell how the encoder of a modality was run, and the names of all data."""
     kept = {name: value for name, value in configs[-1].items() if name not in _OF_DATA}
@@ -223,10 +227,17 @@ def kept_encoders(run_dir: str | Path) -> tuple[HeldCache, dict[str, Mapping[str
                 for layer, attributes in one["blocks"].items()
             }
             encoders[key] = HeldEncoder(manifest, blocks=blocks, usual_tokens=usual, where=str(folder))
-        past = {key: one["extraction"] for key, one in described.items()}
+        past = {key: _own_options(one["extraction"], encoders[key].manifest.modality) for key, one in described.items()}
     except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise ValueError(f"--run {run_dir}: {ENCODERS} or {BLOCKS} is damaged ({error}). Train again.") from None
     return HeldCache(TableBuilder(None, ()).build(), encoders, str(folder)), past
+
+
+def _own_options(extraction: Mapping[str, Any] | None, modality: Modality) -> Mapping[str, Any] | None:
+    """The options of an extraction without those that are for encoders of another modality."""
+    if extraction is None:
+        return None
+    return {name: value for name, value in extraction.items() if _ONLY_OF.get(name, modality) == modality}
 
 
 def _kept_block(
