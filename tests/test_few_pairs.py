@@ -254,6 +254,14 @@ def test_corrected_search_is_reported_beside_the_plain_one(cache: str, tmp_path:
     assert corrected.methods["linear"].scores != plain.methods["linear"].scores
 
 
+def test_correction_without_a_bank_is_skipped_with_its_reason(cache: str, tmp_path: Path) -> None:
+    """Not refused after everything is trained."""
+    options = {"photos": (40, 80), "search_correction": "nnn", "correction_k": 50, "fusions": ("linear",)}
+    result = result_of(config_of(cache, tmp_path / "out", **options))
+    assert {setting.name for setting in result.settings} == {"c"}
+    assert "--correction-k" in result.caches["c"].skipped["c with nnn"]
+
+
 def test_command_prints_its_report_and_page_draws_it(
     cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

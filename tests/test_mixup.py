@@ -185,8 +185,28 @@ def test_fixed_temperature_is_not_learned(cache: str) -> None:
     torch.testing.assert_close(fixed(model, batch), expected, rtol=1e-4, atol=1e-4)
     assert fixed.scalars() == {}
     assert objective(temperature=None).scalars() != {}
-    with pytest.raises(ValueError, match="--temperature: found 0, expected a number above 0"):
+    with pytest.raises(ValueError, match=r"--temperature: found 0, expected a number from 0\.001"):
         TrainConfig(cache=cache, out="", temperature=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"fusion": "ridge", "temperature": 0.1}, "temperature: found 0.1 with no loss"),
+        ({"fusion": "sail", "temperature": 0.1}, "temperature: found 0.1 with sail"),
+        ({"fusion": "linear", "structure_levels": 2}, "structure-levels: found 2 with info_nce"),
+        ({"fusion": "sotalign", "structure_warmup": 0}, "structure-warmup: found 0 with siglip, transport"),
+    ],
+)
+def test_options_of_losses_that_do_not_train_are_refused(cache: str, options: dict[str, Any], found: str) -> None:
+    config = TrainConfig(cache=cache, out="", **options)
+    with pytest.raises(ValueError, match=f"--{found}, expected this option only with --objective"):
+        resolve_run(config, open_cache(cache))
+
+
+def test_closed_form_refuses_the_option_that_is_given(cache: str) -> None:
+    with pytest.raises(ValueError, match="--optimizer: found lion, expected none: ridge is fitted in closed form"):
+        TrainConfig(cache=cache, out="", fusion="ridge", optimizer="lion")
 
 
 def test_mixup_of_tokens_refuses_inputs_of_differing_lengths(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config_for(cache: str, out: Path, **changes: Any) -> TrainConfig:
-    given: dict[str, Any] = {"fusion": "linear", "objective": TERMS, "unpaired": "extra", "structure_warmup": 2}
+    given: dict[str, Any] = {"fusion": "linear", "objective": TERMS, "unpaired": "extra"}
+    given |= {"structure_warmup": 2} if "structure" in changes.get("objective", TERMS) else {}
     quick: dict[str, Any] = {"epochs": 2, "batch_size": 32, "control_epochs": 0, "log": ("none",), "device": "cpu"}
     return TrainConfig(cache=cache, out=str(out), **(given | quick | changes))
 
@@ -119,6 +120,7 @@ def test_published_fusions_learn_and_pass_their_controls(
 ) -> None:
     options: dict[str, Any] = {"objective": {}, "train_fraction": 0.7, "epochs": 12, "control_epochs": 2}
     faster: dict[str, Any] = {"learning_rate": 1e-2, "dropout": 0.0}
+    faster |= {"structure_warmup": 2} if fusion == "structure" else {}
     run = train(config_for(path, tmp_path / "run", fusion=fusion, unpaired=unpaired, **options, **faster))
     assert TrainResult.load(Path(run)).best_epoch > 0
     report: dict[str, Any] = {"split": "test", "baselines": "none", "device": "cpu"}

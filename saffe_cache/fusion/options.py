@@ -139,7 +139,7 @@ class ObjectiveOptions(OptionGroup):
             require(getattr(self, option) > 0, option, getattr(self, option), "a number above 0")
         require(0 <= (self.mixup or 0) < math.inf, "mixup", self.mixup, "0 or more")
         if self.temperature is not None:
-            require(0 < self.temperature < math.inf, "temperature", self.temperature, "a number above 0")
+            require(0.001 <= self.temperature <= 10, "temperature", self.temperature, "a number from 0.001 to 10")
         require(self.structure_warmup >= 0, "structure_warmup", self.structure_warmup, "0 or more")
         require(0 <= self.text_dropout < 1, "text_dropout", self.text_dropout, "a fraction from 0 to below 1")
 

@@ -24,13 +24,15 @@ def draw_bank(correction: SearchCorrection, cache: Cache, spec: RunSpec, trainin
     others = np.flatnonzero(~table.splits.are(spec.train_split))
     labels = np.unique(table.labels.take(others).values)
     known = [table.captions.take(others).values, table.class_texts.take(labels).values, reported]
-    candidates = np.setdiff1d(training.texts.values, np.concatenate(known))
+    trained = np.unique(training.texts.values)
+    candidates = np.setdiff1d(trained, np.concatenate(known))
     least = correction.least_bank()
     if len(candidates) < least:
+        fewer = "Use none." if least == 1 or not len(candidates) else "Use none, or a smaller --correction-k."
         raise ValueError(
-            f"--search-correction {correction.kind}: {len(candidates)} of the {len(np.unique(training.texts.values))} "
-            f"training texts belong to split {spec.train_split!r} alone, expected at least {least} for its bank. Use "
-            "none."
+            f"--search-correction {correction.kind}: {len(trained) - len(candidates)} of the {len(trained)} training "
+            f"texts belong to other splits or to the reported one, expected at least {least} others for its bank. "
+            f"{fewer}"
         )
     modality = cache.encoders[spec.gallery_key].manifest.modality
     hashes, photo_hashes = table.inputs["text"].content_hash, table.inputs[modality].content_hash

@@ -346,12 +346,23 @@ def reported_fingerprint(cache: Cache, spec: RunSpec, pairs: Pairs) -> str:
     return short_hash([data_fingerprint(cache, spec, pairs), classes])
 
 
+def require_encoders(spec: RunSpec, cache: Cache, run_dir: str | Path) -> None:
+    """Raise ValueError if the cache lacks an encoder that a run was trained on."""
+    missing = [key for key in (spec.gallery_key, spec.text_key) if key not in cache.encoders]
+    if missing:
+        raise ValueError(
+            f"--run {run_dir}: it was trained on {missing[0]}, which {cache.storage.root} does not hold "
+            f"({', '.join(cache.encoders) or 'no encoder'}). Give the cache that it was trained on."
+        )
+
+
 def same_training_pairs(spec: RunSpec, cache: Cache, run_dir: str | Path) -> tuple[Pairs, Pairs]:
     """The pairs that a run was trained and validated on, from the cache that it was trained on.
 
     Raises:
-        ValueError: the cache holds other data than the run has seen: it is another cache, or has grown.
+        ValueError: the cache holds other encoders or data than the run has seen: it is another cache, or has grown.
     """
+    require_encoders(spec, cache, run_dir)
     training, validation, _ = training_pairs(spec, cache)
     if run_fingerprint(cache, spec, training, validation) != spec.data:
         raise ValueError(

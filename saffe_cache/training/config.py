@@ -161,11 +161,10 @@ class TrainConfig(
         """Raise ValueError if an option is out of range, or the fusion takes none."""
         if "text" in self.layers and self.entry.blocks == "none":
             refuse("layers", "text=…", f"no text: {self.fusion} takes no tokens")
-        recipe = self.recipe
         if self.entry.is_closed_form:
             for option, value in asdict(self._own_recipe).items():
-                if getattr(recipe, option) != value:
-                    refuse(option, getattr(recipe, option), f"none: {self.fusion} is fitted in closed form")
+                if getattr(self, option) not in (None, value):
+                    refuse(option, getattr(self, option), f"none: {self.fusion} is fitted in closed form")
             if self.objective:
                 refuse("objective", ", ".join(self.objective), f"none: {self.fusion} is fitted in closed form")
 

@@ -101,6 +101,16 @@ def _shape(
     )
 
 
+_STRUCTURE = ("structure", "structure_published")
+_OF_LOSSES = {
+    "temperature": ("info_nce",),
+    "structure_levels": _STRUCTURE,
+    "structure_diagonal": ("structure",),
+    "structure_warmup": _STRUCTURE,
+}
+"""Losses that an option is for."""
+
+
 def _check_supported(config: TrainConfig) -> None:
     """Raise ValueError if an option is given that the fusion does not have."""
     given = {
@@ -113,6 +123,12 @@ def _check_supported(config: TrainConfig) -> None:
     for option, is_given in given.items():
         if is_given and option not in config.entry.options:
             refuse(option, getattr(config, option), f"nothing: {config.fusion} has no such option")
+    objective = {} if config.entry.is_closed_form else config.objective or config.entry.objective
+    for option, losses in _OF_LOSSES.items():
+        value, usual = getattr(config, option), getattr(ObjectiveOptions, option)
+        if value != usual and not any(name in objective for name in losses):
+            trained = ", ".join(objective) or "no loss"
+            refuse(option, f"{value} with {trained}", f"this option only with --objective {' or '.join(losses)}")
 
 
 def _check_together(spec: RunSpec) -> None:

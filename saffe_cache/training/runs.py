@@ -31,6 +31,7 @@ from saffe_cache.core.features import BlockWeights, Modality
 from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.outputs import CONFIG, RESULT, read_json, write_json
 from saffe_cache.fusion.base import Blocks, Fusion
+from saffe_cache.inputs.pairs import require_encoders
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.baselines import LinearMap
 from saffe_cache.store.held import HeldCache, HeldEncoder, without_rows
@@ -85,12 +86,7 @@ def open_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, TrainR
         raise ValueError(
             f"--run {run_dir}: config.json is damaged or of another version ({error}). Train again."
         ) from None
-    missing = [key for key in (spec.gallery_key, spec.text_key) if key not in cache.encoders]
-    if missing:
-        raise ValueError(
-            f"--run {run_dir}: it was trained on {missing[0]}, which {cache.storage.root} does not hold "
-            f"({', '.join(cache.encoders) or 'no encoder'}). Give the cache that it was trained on."
-        )
+    require_encoders(spec, cache, run_dir)
     _check_widths(run_dir, spec, cache)
     return spec, _load_model(folder / MODEL, spec, cache), result
 

@@ -80,7 +80,8 @@ class FewPairsConfig(CorrectionOptions):
             require_seed("seeds", seed)
         fraction = self.validation_fraction
         require(0 < fraction < 1, "validation_fraction", fraction, "a fraction between 0 and 1")
-        require(self.validation not in ("auto", self.train_split), "validation", self.validation, "heldout, or a split")
+        others = ("auto", self.train_split, self.split)
+        require(self.validation not in others, "validation", self.validation, "heldout, or a split of its own")
         require_keys("report_cache", self.report_cache, names)
         for option in ("layers", "encoder"):
             require_keys(option, getattr(self, option), MODALITIES)

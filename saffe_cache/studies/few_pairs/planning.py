@@ -13,7 +13,8 @@ import numpy as np
 from saffe_cache.core.features import CacheError, Modality
 from saffe_cache.core.options import refuse
 from saffe_cache.fusion.registry import FUSIONS
-from saffe_cache.inputs.pairs import Pairs, content_fingerprint, own_pairs, select_pairs
+from saffe_cache.inputs.bank import draw_bank
+from saffe_cache.inputs.pairs import Pairs, content_fingerprint, own_pairs, select_pairs, training_pairs
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.retrieval.correction import SearchCorrection
@@ -84,8 +85,6 @@ def make_source(config: FewPairsConfig, name: str, path: str) -> Source:
     spec = resolve_run(TrainConfig(cache=path, out="", fusion=_PLAIN, **_common(config)), cache)
     protocol = own_protocol(spec)
     galleries = {name: Gallery(cache=cache)}
-    if config.correction and load_protocol(protocol).corrects_search:
-        galleries[f"{name} with {config.correction.kind}"] = Gallery(cache=cache, correction=config.correction)
     for one in config.report_cache.get(name, ()):
         galleries[f"{name} on {Path(one).stem}"] = Gallery(cache=open_cache(one))
     encoders = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
@@ -112,7 +111,30 @@ def make_source(config: FewPairsConfig, name: str, path: str) -> Source:
         skipped=left_out,
         data=hashlib.sha256("".join(parts).encode()).hexdigest()[:16],
     )
-    return _with_methods(config, source)
+    return _with_methods(config, _with_correction(config, source))
+
+
+def _with_correction(config: FewPairsConfig, source: Source) -> Source:
+    """The source with a gallery for the search correction; without it where some number of photos has no bank."""
+    if config.correction is None:
+        return source
+    name = f"{source.name} with {config.correction.kind}"
+    if not load_protocol(source.protocol).corrects_search:
+        return replace(source, skipped={**source.skipped, name: f"not for protocol {source.protocol}"})
+    reported = reported_pairs(config, source.cache, source.spec, source.protocol).texts.values
+    try:
+        for photos in source.sizes:
+            for seed in config.used_seeds:
+                run = run_config(config, source, _PLAIN, Method(fusion=_PLAIN), photos, seed)
+                spec = resolve_run(run, source.cache)
+                training = training_pairs(spec, source.cache).training
+                bank = draw_bank(config.correction, source.cache, spec, training, reported)
+                if len(bank.photos) < config.correction.least_bank():
+                    raise ValueError(f"--correction-k: found {config.correction.k} with {len(bank.photos)} photos.")
+    except ValueError as error:
+        return replace(source, skipped={**source.skipped, name: str(error)})
+    galleries = {**source.galleries, name: Gallery(cache=source.cache, correction=config.correction)}
+    return replace(source, galleries=galleries)
 
 
 def _common(config: FewPairsConfig) -> dict[str, Any]:
