@@ -54,7 +54,7 @@ from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.training.config import DataOptions, TrainConfig
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.result import TrainResult
-from saffe_cache.training.runs import load_permuted, open_run, weights_hash
+from saffe_cache.training.runs import kept_encoders, load_permuted, open_run, weights_hash
 
 __all__ = ["EvaluateConfig", "evaluate"]
 
@@ -132,8 +132,7 @@ def evaluate(config: EvaluateConfig) -> str:
     cache, device = open_cache(config.cache), choose_device(config.device)
     subject = _resolve_baseline(config, cache) if config.run is None else _load_run(config.run, cache, device)
     name = own_protocol(subject.spec) if config.protocol == "auto" else config.protocol
-    others = cache.encoders[subject.spec.gallery_key].views(subject.spec.gallery_layers)
-    views = indexed_views(config.index_views, others, config.cache)
+    views = _index_views(config, cache, subject.spec)
     inputs = FeatureLoader(cache, subject.spec, device, index_views=views)
     protocol = _protocol(config, inputs, subject, name)
     logger.info("%s protocol: %d photos of split %s.", name, len(protocol.setting.pairs), config.split)
@@ -157,6 +156,16 @@ def evaluate(config: EvaluateConfig) -> str:
         if ranks.is_first():
             result.save(out)
     return str(out)
+
+
+def _index_views(config: EvaluateConfig, cache: Cache, spec: RunSpec) -> tuple[str, ...]:
+    """The views that --index-views averages: of a run those that its cache had at its training, as in an index."""
+    encoder, where = cache.encoders[spec.gallery_key], config.cache
+    others = encoder.views(spec.gallery_layers)
+    if config.index_views == "mean" and config.run is not None:
+        kept, where = kept_encoders(config.run)[0], f"the cache when run {config.run} was trained"
+        others = kept.encoders[spec.gallery_key].manifest.views_of(spec.gallery_layers)
+    return indexed_views(config.index_views, others, where)
 
 
 def _load_run(folder: str, cache: Cache, device: str) -> _Subject:
