@@ -199,9 +199,7 @@ def test_bank_holds_no_text_of_other_splits(tmp_path: Path) -> None:
     assert {texts[row] for row in bank.texts} == {f"a class{number}" for number in range(10)}
     assert np.array_equal(bank.photos, np.arange(len(training)))
     reported = bank.texts[:1]
-    with pytest.raises(
-        ValueError, match=r"6 of the 15 training texts .* at least 10 others for its bank. Use none"
-    ):
+    with pytest.raises(ValueError, match=r"6 of the 15 training texts .* at least 10 others for its bank. Use none"):
         draw_bank(correction("nnn"), cache, spec, training, reported)
     assert len(draw_bank(correction("csls", k=9), cache, spec, training, reported).texts) == 9
 
