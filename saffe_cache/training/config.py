@@ -161,6 +161,7 @@ class TrainConfig(
         """Raise ValueError if an option is out of range, or the fusion takes none."""
         if "text" in self.layers and self.entry.blocks == "none":
             refuse("layers", "text=…", f"no text: {self.fusion} takes no tokens")
+        self.recipe.check()
         if self.entry.is_closed_form:
             for option, value in asdict(self._own_recipe).items():
                 if getattr(self, option) not in (None, value):
