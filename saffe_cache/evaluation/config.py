@@ -59,7 +59,8 @@ class EvaluateConfig(SplitOptions, DataOptions, CorrectionOptions):
     exact; the report says how many of flat's results another kind finds."""
     index_views: IndexViews = "plain"
     """Views of each photo of the gallery. plain: the photo itself. mean: the mean of the vectors of all views that the
-    cache has of the run's layers. Baselines, and scores of fused pairs, always take the photo itself."""
+    cache had of the run's layers when it was trained. Baselines, and scores of fused pairs, always take the photo
+    itself."""
     baselines: BaselineChoice = "all"
     """Which baselines are fitted for a run. linear: those that take seconds, such as ridge regression and linear probe.
     none: only those that controls are compared with."""

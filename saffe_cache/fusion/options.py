@@ -115,7 +115,7 @@ class ObjectiveOptions(OptionGroup):
     temperature: float | None = None
     """Temperature of info_nce, fixed. Default: the fusion's own, usually learned from 0.07 on."""
     mixup: float | None = None
-    """Mix each photo with another of the batch, and one text of each, with a weight from Beta(X, X); 0 mixes nothing.
+    """Mix each photo and its texts with another's of the batch, with a weight from Beta(X, X); 0 mixes nothing.
     Default: the fusion's own, usually 0.0."""
     structure_levels: int = 1
     """Steps between neighbours, up to which structure and structure_published compare neighbourhoods."""

@@ -49,7 +49,7 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
         shape=_shape(config, gallery, text, layers, gallery_text, objective),
         gallery_text=gallery_text,
     )
-    _check_supported(config)
+    _check_supported(config, objective)
     _check_together(spec)
     _check_mixup(spec)
     return spec
@@ -111,8 +111,8 @@ _OF_LOSSES = {
 """Losses that an option is for."""
 
 
-def _check_supported(config: TrainConfig) -> None:
-    """Raise ValueError if an option is given that the fusion does not have."""
+def _check_supported(config: TrainConfig, objective: Mapping[str, float]) -> None:
+    """Raise ValueError if an option is given that the fusion, or no loss of the objective, has."""
     given = {
         "head": config.head is not None,
         "query_side": config.query_side != ModelOptions.query_side,
@@ -123,7 +123,6 @@ def _check_supported(config: TrainConfig) -> None:
     for option, is_given in given.items():
         if is_given and option not in config.entry.options:
             refuse(option, getattr(config, option), f"nothing: {config.fusion} has no such option")
-    objective = {} if config.entry.is_closed_form else config.objective or config.entry.objective
     for option, losses in _OF_LOSSES.items():
         value, usual = getattr(config, option), getattr(ObjectiveOptions, option)
         if value != usual and not any(name in objective for name in losses):

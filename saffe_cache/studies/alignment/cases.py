@@ -131,7 +131,7 @@ class MethodAdvice:
     lost_by_constant: float | None
     """The same, by the best constant."""
     photos: int | None
-    """With so many photos the method reaches `LEVEL` of what it finds with the most; None if that is not known."""
+    """The number with which the method reaches `LEVEL` of what it finds with the most; None if that is not known."""
 
     @property
     def sentence(self) -> str:

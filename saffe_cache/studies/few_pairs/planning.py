@@ -130,7 +130,8 @@ def _with_correction(config: FewPairsConfig, source: Source) -> Source:
                 training = training_pairs(spec, source.cache).training
                 bank = draw_bank(config.correction, source.cache, spec, training, reported)
                 if len(bank.photos) < config.correction.least_bank():
-                    raise ValueError(f"--correction-k: found {config.correction.k} with {len(bank.photos)} photos.")
+                    found = f"{config.correction.k} with {len(bank.photos)} photos to train on"
+                    refuse("correction_k", found, f"at most {len(bank.photos)}")
     except ValueError as error:
         return replace(source, skipped={**source.skipped, name: str(error)})
     galleries = {**source.galleries, name: Gallery(cache=source.cache, correction=config.correction)}
@@ -238,7 +239,7 @@ def run_folder(config: FewPairsConfig, source: Source, photos: int, seed: int) -
 
 
 def split_options(config: FewPairsConfig, source: Source, photos: int) -> dict[str, Any]:
-    """The options by which a training draws exactly so many photos, those that are held out included."""
+    """The options by which a training draws exactly this number of photos, those that are held out included."""
     if config.validation != "heldout":
         return {"train_fraction": photos / source.available}
     held = max(1, round(config.validation_fraction * photos))
