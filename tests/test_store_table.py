@@ -203,7 +203,6 @@ def test_rows_never_move_and_adding_again_changes_nothing(items: list[Item], cut
         {"split": "test"},
         {"hashes": {"image": digest("another")}},
         {"hashes": {}},
-        {"hashes": {"image": digest("photo 1"), "audio": digest("sound")}},
         {"captions": ("one",)},
         {"captions": ("two", "one")},
         {"labels": ("x",)},

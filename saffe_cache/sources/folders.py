@@ -39,6 +39,12 @@ FILE_FIELDS = (
     *("img", "img_path", "audio", "audio_path", "video", "video_path"),
 )
 """Usual names of a column with a file's name."""
+_OTHER_MEDIA: Mapping[Modality, tuple[str, ...]] = {
+    "image": ("image", "image_path", "image_name", "img", "img_path"),
+    "audio": ("audio", "audio_path"),
+    "video": ("video", "video_path"),
+}
+"""Usual names of columns with files that a row may have besides its first one."""
 
 
 def _is_folder(data: str) -> bool:
@@ -228,7 +234,8 @@ class _Table:
                     problem = problem or f"unknown kind of file {Path(one).suffix!r}"
             item = columns.item(name.lstrip("/"), split, files, row.entry, self.columns, problem)
             known = found.get(item.id)
-            if known is not None and not (self.is_data and columns.id is None and known.labels == item.labels):
+            is_joined = self.is_data and columns.id is None
+            if known is not None and not (is_joined and (known.labels, known.media) == (item.labels, item.media)):
                 raise ValueError(f"{row.where}: {item.id} is listed twice. Give each file one line.")
             if known is not None:
                 captions = tuple(dict.fromkeys([*known.captions, *item.captions]))
@@ -293,18 +300,34 @@ def _read_table(
 
 
 def _files_of(where: str, entry: Mapping[str, Any], columns: Columns) -> dict[str, str]:
-    """The files of a row by column: in the chosen columns, in a usual one, or in columns such as image_file_name."""
+    """The files of a row by column: in the chosen columns, or in a usual one and those of other media.
+
+    Columns such as image_file_name are usual too. Empty cells are left out, unless all are empty.
+    """
     usual = [name for name in entry if name.endswith("_file_name")] if "file_name" not in entry else ["file_name"]
     usual = usual or [name for name in FILE_FIELDS if name in entry][:1]
     fields = [name for name in (columns.image, columns.audio, columns.video) if name] or usual or ["file_name"]
     try:
         _ = entry[columns.id] if columns.id else None
-        return {column: str(entry[column] or "") for column in fields}
+        files = {column: str(entry[column] or "") for column in fields}
     except KeyError as error:
         raise ValueError(
             f"{where}: expected a JSON object with {', '.join(fields)}, found {error!r}; its fields are "
             f"{', '.join(map(str, entry)) or 'none'}. Correct the line, or name the field with --column image=NAME."
         ) from None
+    if fields == usual:
+        files |= other_media(entry, {modality_of(name) for name in files.values()})
+    return {column: name for column, name in files.items() if name} or files
+
+
+def other_media(entry: Mapping[str, Any], known: Collection[Modality | None]) -> dict[str, str]:
+    """Files of a row in usual columns of other media than the known ones, by column; their suffixes must say so too."""
+    found: dict[str, str] = {}
+    for modality, names in _OTHER_MEDIA.items():
+        fits = (name for name in names if name in entry and modality_of(str(entry[name] or "")) == modality)
+        if modality not in known and (name := next(fits, None)):
+            found[name] = str(entry[name])
+    return found
 
 
 def _posix(name: str) -> str:

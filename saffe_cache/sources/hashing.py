@@ -29,7 +29,7 @@ from tqdm import tqdm
 from saffe_cache.core.atomic_io import whole_file
 from saffe_cache.core.features import MODALITIES, Modality
 from saffe_cache.sources.decoding import CONTENT_RULES, modality_of_content
-from saffe_cache.sources.items import Media, MediaFile, SourceItem, is_file_fault
+from saffe_cache.sources.items import Media, MediaFile, NoMediaError, SourceItem, is_file_fault
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,10 @@ def _with_content(item: SourceItem, found: Sequence[Found]) -> SourceItem:
     """The item whose media have this content, which decides what they are; a picture in a column of videos stays there,
     as an animated one."""
     problem, hashes, media = item.problem, {}, dict[Modality, Media]()
+    has_any = not all(isinstance(content, NoMediaError) for content in found)
     for (modality, one), content in zip(item.media.items(), found, strict=True):
+        if has_any and isinstance(content, NoMediaError):
+            continue
         if isinstance(content, OSError):
             problem = problem or f"unreadable {modality}: {content.strerror or content}"
             media[modality] = one

@@ -20,7 +20,7 @@ from saffe_cache.core.features import Modality
 from saffe_cache.sources.decoding import media_bytes
 from saffe_cache.sources.files import TABLE_SUFFIXES, expand, is_helper, is_metadata, modality_of, split_of, walk
 from saffe_cache.sources.hashing import hashed
-from saffe_cache.sources.items import Columns, Format, SourceItem, as_list, texts_of
+from saffe_cache.sources.items import Columns, Format, NoMediaError, SourceItem, as_list, texts_of
 
 _KEPT_BYTES = 2**29
 """Media of a stream that are kept for readers that are behind."""
@@ -165,7 +165,7 @@ class _Cell:
     def read(self) -> bytes:
         value = self.rows[self.row][self.column]
         if value is None or (value["bytes"] is None and value["path"] is None):
-            raise OSError(f"row {self.row} has no {self.column}")
+            raise NoMediaError(f"row {self.row} has no {self.column}")
         return media_bytes(value)
 
 

@@ -38,6 +38,10 @@ def is_file_fault(error: Exception) -> bool:
     return not isinstance(error, OSError) or error.errno not in _MACHINE_FAULTS
 
 
+class NoMediaError(OSError):
+    """A row has nothing in a column of media, as where an item lacks one of several."""
+
+
 class Media(Protocol):
     """A photo or a sound that is not read yet."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from saffe_cache.core.features import Modality
 from saffe_cache.sources.decoding import media_bytes
 from saffe_cache.sources.files import modality_of
-from saffe_cache.sources.folders import FILE_FIELDS
+from saffe_cache.sources.folders import FILE_FIELDS, other_media
 from saffe_cache.sources.huggingface import dataset_items
 from saffe_cache.sources.items import Columns, Format, SourceItem
 
@@ -115,12 +115,13 @@ def _media(entry: Mapping[str, Any], columns: Columns, where: str) -> dict[Modal
     paths = [name for name in FILE_FIELDS if name in entry]
     if not found and paths:
         found[modality_of(str(entry[paths[0]])) or "image"] = paths[0]
+        found |= {kind: name for name, one in other_media(entry, found).items() if (kind := modality_of(one))}
     if not found:
         raise ValueError(
             f"data: {where}: no column with photos or sounds; the columns are {', '.join(entry) or 'none'}. Name one "
             'with column={"image": NAME}.'
         )
-    return found
+    return {modality: column for modality, column in found.items() if entry[column] is not None} or found
 
 
 def _require_same(rows: Any, media: Mapping[Modality, str]) -> None:

@@ -36,7 +36,7 @@ def inspect_cache(config: InspectConfig) -> str:
     lines = [f"{config.cache}: {len(table)} items"]
     for split, count in table.splits.counts().items():
         unusable = np.count_nonzero(table.problems.lengths[table.in_split(split)])
-        lines.append(f"  split {split}: {count} items, {unusable} unreadable")
+        lines.append(f"  split {split}: {count} items, {unusable} unreadable{_media_of(table, split)}")
     if table.class_names:
         shown = [*table.class_names[:_NUM_CLASSES], *(["…"] if len(table.class_names) > _NUM_CLASSES else [])]
         lines.append(f"  {len(table.class_names)} classes: {', '.join(shown)}")
@@ -45,6 +45,18 @@ def inspect_cache(config: InspectConfig) -> str:
     for encoder in cache.encoders.values():
         lines += _describe_encoder(encoder, table)
     return "\n".join(map(printable, [*lines, *_describe_items(cache)]))
+
+
+def _media_of(table: ItemTable, split: str) -> str:
+    """How many items have which media, where the cache has several kinds; empty otherwise."""
+    kinds = [name for name, rows in table.rows.items() if (rows >= 0).any()]
+    items = table.in_split(split)
+    items = items[table.problems.lengths[items] == 0]
+    if len(kinds) < 2 or not len(items):
+        return ""
+    subsets, counts = np.unique(np.stack([table.rows[name][items] >= 0 for name in kinds]), axis=1, return_counts=True)
+    named = (" + ".join(name for name, has in zip(kinds, of, strict=True) if has) or "no file" for of in subsets.T)
+    return "; " + ", ".join(f"{count} with {subset}" for subset, count in zip(named, counts, strict=True))
 
 
 def _describe_encoder(encoder: EncoderCache, table: ItemTable) -> list[str]:

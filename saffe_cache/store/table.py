@@ -212,14 +212,21 @@ class TableBuilder:
         return True
 
     def _note_change(self, item_id: str, known: _Entry, entry: _Entry) -> None:
+        """Note what has changed of what an item had. Its first captions, classes or medium of a kind are no change."""
         was_encoded = not any(
             name in self._replaceable and row < len(self._replaceable[name]) and self._replaceable[name][row]
             for name, row in known.files.items()
         )
         if was_encoded and not known.problem:
             names = {"files": "file", "captions": "captions", "labels": "labels", "split": "split"}
-            differing = [name for part, name in names.items() if getattr(entry, part) != getattr(known, part)]
-            self.changed[item_id] = " and ".join(differing)
+            kept = entry._replace(
+                files={name: row for name, row in entry.files.items() if name in known.files},
+                captions=entry.captions if known.captions else (),
+                labels=entry.labels if known.labels else (),
+            )
+            differing = [name for part, name in names.items() if getattr(kept, part) != getattr(known, part)]
+            if differing:
+                self.changed[item_id] = " and ".join(differing)
 
     def _put(self, number: int, item_id: str, entry: _Entry) -> None:
         if number < 0:
