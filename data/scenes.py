@@ -187,7 +187,7 @@ def _statement(scene: Scene, rng: random.Random) -> str:
     """there is a green cross above a yellow heart, with a pink moon on the left"""
     (first, first_name), (second, second_name), *others = _named(scene, rng)
     text = rng.choice(STATEMENTS).format(first_name, rng.choice(relations(first, second)), second_name)
-    return text + "".join(f", with {name} {_where(item, rng)}" for item, name in others)
+    return text + "".join(f", with {name} {place_words(item, rng)}" for item, name in others)
 
 
 def _listing(frames: Sequence[str], scene: Scene, rng: random.Random) -> str:
@@ -200,7 +200,7 @@ def _listing(frames: Sequence[str], scene: Scene, rng: random.Random) -> str:
 def _places(scene: Scene, rng: random.Random) -> str:
     """on the left a red star, at the top right a blue circle and in the middle a pink moon"""
     order = rng.choice(["{name} {place}", "{place} {name}"])
-    return _enumerate([order.format(name=name, place=_where(item, rng)) for item, name in _named(scene, rng)])
+    return _enumerate([order.format(name=name, place=place_words(item, rng)) for item, name in _named(scene, rng)])
 
 
 def relations(first: SceneObject, second: SceneObject) -> list[str]:
@@ -225,7 +225,8 @@ def _named(scene: Scene, rng: random.Random) -> list[tuple[SceneObject, str]]:
     return list(zip(objects, names, strict=True))
 
 
-def _where(item: SceneObject, rng: random.Random) -> str:
+def place_words(item: SceneObject, rng: random.Random) -> str:
+    """on the left side"""
     if item.place == "centre":
         return rng.choice(["in the centre", "in the middle"])
     if item.place in ("left", "right"):
