@@ -30,7 +30,7 @@ ROWS = [
     Variant("linear (late fusion)", {"fusion": "linear", "layers": {"image": (9, 12)}}),
     Variant("concat", {"fusion": "concat", "layers": {"image": (9, 12)}}),
 ]
-METRICS = ("mrr", "recall_at_1", "recall_at_5")
+METRICS = ("map", "recall_at_1", "recall_at_5")
 
 
 def main() -> None:

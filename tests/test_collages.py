@@ -64,7 +64,7 @@ def test_pictures_notes_and_captions_fit_the_source(photos: Path, tmp_path: Path
             assert captions == [f"{split} {shown[place]} {i}" for i in (1, 2)]
 
 
-def test_the_same_settings_return_the_folder_and_others_are_refused(photos: Path, tmp_path: Path) -> None:
+def test_other_settings_of_a_made_folder_are_refused(photos: Path, tmp_path: Path) -> None:
     out = make_collages(photos, tmp_path / "out", 2, 0, size=16)
     before = (out / "train" / "metadata.jsonl").stat().st_mtime_ns
     assert make_collages(photos, out, 2, 0, size=16) == out
@@ -84,7 +84,7 @@ def test_a_photo_in_two_splits_is_left_out(photos: Path, tmp_path: Path, capsys:
     assert [len(read_collages(out, split)) for split in ("train", "dev")] == [19, 16]
 
 
-def test_too_few_photos_and_a_folder_without_captions_are_refused(photos: Path, tmp_path: Path) -> None:
+def test_too_few_photos_and_no_captions_are_refused(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a split has 8 photos, expected more than 8"):
         make_collages(photos, tmp_path / "out", 2, 0, most=8)
     with pytest.raises(ValueError, match=r"found no SPLIT/metadata.jsonl"):

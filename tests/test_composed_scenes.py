@@ -103,7 +103,7 @@ def test_every_kind_of_edit_is_common_in_every_split() -> None:
         assert all(kinds.count(kind) > 0.07 * len(kinds) for kind in composed.TEXTS), split
 
 
-def test_no_scene_is_in_two_splits_and_held_out_pairs_are_in_one() -> None:
+def test_no_scene_is_in_two_splits_and_held_out_pairs_in_one() -> None:
     found: dict[frozenset[tuple[str, str, str]], str] = {}
     for split in composed.SPLITS:
         for scene in (scene for family in plan_families(split, 40, seed=0) for scene in family.scenes):
@@ -116,7 +116,7 @@ def test_no_scene_is_in_two_splits_and_held_out_pairs_are_in_one() -> None:
     )
 
 
-def test_a_larger_split_begins_with_the_families_of_a_smaller() -> None:
+def test_a_larger_split_begins_with_a_smaller_one() -> None:
     assert plan_families("test", 6, seed=3)[:3] == plan_families("test", 3, seed=3)
     assert plan_families("test", 3, seed=4) != plan_families("test", 3, seed=3)
 
