@@ -173,7 +173,7 @@ def sample_edit(scene: Scene, kind: str, rng: random.Random) -> Edit | None:
         edit = Edit(None, new)
     else:
         old = rng.choice(scene.objects)
-        values = {"colour": COLOURS, "shape": OUTLINES, "size": RADII}[kind]
+        values = {"colour": list(COLOURS), "shape": list(OUTLINES), "size": list(RADII)}[kind]
         value = rng.choice([value for value in values if value != getattr(old, kind)])
         edit = Edit(old, replace(old, **{kind: value}))
     changed = edit.apply(scene)
