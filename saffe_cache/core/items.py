@@ -10,6 +10,9 @@ import numpy as np
 from saffe_cache.core.features import Modality
 from saffe_cache.core.texts import Coded, Texts, take_values
 
+NO_QUERY, UNUSABLE = -1, -2
+"""References of items that are not queries, and of queries that cannot be used."""
+
 
 @dataclass(frozen=True)
 class Ragged:
@@ -73,6 +76,18 @@ class Inputs:
         return len(self.content_hash)
 
 
+@dataclass(frozen=True, slots=True)
+class QueryOf:
+    """What makes an item a composed query: its texts change the reference photo, and the targets are what it finds."""
+
+    reference: str
+    """Id of the item with the photo."""
+    targets: tuple[str, ...]
+    """Ids of the items that it should find; empty where they are not known."""
+    members: tuple[str, ...] = ()
+    """Ids of the items of its own small gallery, such as the subsets of CIRR; empty for none."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
     """One item of a dataset; its photos and sounds are identified by their content hashes."""
@@ -86,6 +101,40 @@ class Item:
     labels: tuple[str, ...] = ()
     problem: str = ""
     """Why the item cannot be used; empty if it can."""
+    query: QueryOf | None = None
+    """For a composed query, whose captions are its texts (the first one searches) and which has no photo of its own."""
+
+
+@dataclass(frozen=True)
+class QueryRows:
+    """Columns of the items that are composed queries; other items have empty rows."""
+
+    references: np.ndarray
+    """int64 [items]: number of the item with the reference photo; NO_QUERY for an ordinary item, UNUSABLE for a query
+    with a problem."""
+    targets: Ragged
+    """Numbers of the items that a query should find."""
+    members: Ragged
+    """Numbers of the items of its own small gallery."""
+
+    @staticmethod
+    def none(count: int) -> QueryRows:
+        """Those of ordinary items."""
+        empty = Ragged(np.zeros(count + 1, np.int64), np.zeros(0, np.int64))
+        return QueryRows(np.full(count, NO_QUERY, np.int64), empty, empty)
+
+    @staticmethod
+    def joined(parts: Sequence[QueryRows]) -> QueryRows:
+        """Those of some items after one another."""
+        return QueryRows(
+            np.concatenate([part.references for part in parts]),
+            Ragged.joined([part.targets for part in parts]),
+            Ragged.joined([part.members for part in parts]),
+        )
+
+    def take(self, chosen: np.ndarray) -> QueryRows:
+        """Those of the chosen items."""
+        return QueryRows(self.references[chosen], self.targets.take(chosen), self.members.take(chosen))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +156,32 @@ class ItemTable:
     problems: Texts
     """Why an item cannot be used; empty for a usable one."""
     inputs: Mapping[Modality, Inputs] = field(default_factory=dict)
+    queries: QueryRows | None = None
+    """None where no item is a composed query."""
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def query_rows(self) -> QueryRows:
+        """Columns of composed queries, also where there are none."""
+        return self.queries or QueryRows.none(len(self))
+
+    @property
+    def references(self) -> np.ndarray:
+        """int64 [items]: number of the item with a query's reference photo; -1 for an ordinary item, -2 for a query
+        with a problem."""
+        return self.query_rows.references
+
+    @property
+    def targets(self) -> Ragged:
+        """Numbers of the items that each query should find; empty for an ordinary item."""
+        return self.query_rows.targets
+
+    @property
+    def members(self) -> Ragged:
+        """Numbers of the items of each query's own small gallery; empty for other items."""
+        return self.query_rows.members
 
     def name_of(self, modality: Modality, row: int) -> str:
         """The first item that has an input, for messages; its row where no item has it."""
@@ -117,10 +189,19 @@ class ItemTable:
         return self.ids[int(owners[0])] if len(owners) else f"row {row}"
 
     def in_split(self, split: str) -> np.ndarray:
-        """Indices of the items of a split, in order; ValueError if there are none."""
-        found = np.flatnonzero(self.splits.are(split))
+        """Indices of the ordinary items of a split, in order, without its queries; ValueError if there are none."""
+        found = np.flatnonzero(self.splits.are(split) & ~self.are_queries)
         if not len(found):
             raise ValueError(
                 f"split {split!r} has no items; the cache has {', '.join(self.splits.counts())}. Choose one."
             )
         return found
+
+    def queries_in(self, split: str) -> np.ndarray:
+        """Indices of the composed queries of a split without a problem, in order; there may be none."""
+        return np.flatnonzero(self.splits.are(split) & (self.references >= 0))
+
+    @property
+    def are_queries(self) -> np.ndarray:
+        """bool [items]: which are composed queries, also those with a problem."""
+        return np.asarray(self.references != NO_QUERY)

@@ -245,7 +245,7 @@ def _warn_of_texts(job: Job, table: ItemTable) -> None:
             *(key, job.num_truncated, job.num_inputs, job.encoder.max_length),
         )
     for split in table.splits.counts():
-        items = table.in_split(split)
+        items = np.flatnonzero(table.splits.are(split))
         of_classes = table.class_texts.take(np.unique(table.labels.take(items).values))
         rows = np.union1d(table.captions.take(items).values, of_classes.values)
         _, counts = np.unique(job.token_hashes[rows[rows >= first] - first], return_counts=True)

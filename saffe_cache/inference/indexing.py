@@ -117,6 +117,7 @@ def update_index(fusion: TrainedFusion, config: IndexConfig) -> Changes:
     items = [
         replace(item, problem="") if item.problem == EMPTY_TEXT else item  # its photo can be found all the same
         for item in read_items(config.data, Columns(**config.column), config.splits, every=True)
+        if item.query is None
     ]
     with hold_folder(out):
         remove_partial_files(out)

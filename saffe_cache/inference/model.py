@@ -296,7 +296,7 @@ class TrainedFusion:
         Raises:
             ValueError: there is no usable dataset, or the run has no such vectors.
         """
-        items = read_items(data, Columns(**(column or {})), splits)
+        items = [item for item in read_items(data, Columns(**(column or {})), splits) if item.query is None]
         return self.embed_read_items(items, paired=paired, progress=progress)
 
     def embed_read_items(

@@ -1,6 +1,7 @@
 """Folders of splits: class folders, files with texts beside them, or files that a table of metadata lists.
 
-A table lists the files of its own folder and of those below, as in Hugging Face's imagefolder. Such tables often come
+A table lists the files of its own folder and of those below, as in Hugging Face's imagefolder. `queries.jsonl` beside
+it lists composed queries. Such tables often come
 with a downloaded dataset, so file names in them must stay below their folder. Whatever is left out is counted and
 logged, once for each reason.
 """
@@ -30,6 +31,7 @@ from saffe_cache.sources.files import (
     walk,
 )
 from saffe_cache.sources.items import SPLIT_NAMES, Columns, Format, Media, MediaFile, SourceItem
+from saffe_cache.sources.queries import folder_queries, is_list_of_queries
 from saffe_cache.sources.samples import Sample, fields_of, sample_items, tar_samples
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,8 @@ def folder_items(data: str, columns: Columns, *, every: bool = False) -> Iterato
     """
     root = Path(data).expanduser()
     tree = walk(root)
+    queries = list(filter(is_list_of_queries, tree.others))
+    tree.others = [name for name in tree.others if name not in queries]
     names, on_disk = [name for name in tree.others if is_metadata(name)], {*tree.media, *tree.others}
     tables = [_read_table(root, name, columns, on_disk) for name in names]
     folders = {table.folder for table in tables}
@@ -88,6 +92,7 @@ def folder_items(data: str, columns: Columns, *, every: bool = False) -> Iterato
         if left_out:
             logger.warning("%s: %d %s; for instance %s.", root, len(left_out), reason, ", ".join(sorted(left_out)[:3]))
     yield from sorted(found, key=lambda item: item.split)
+    yield from folder_queries(root, queries, found)
 
 
 def table_items(data: str, columns: Columns) -> Iterator[SourceItem]:

@@ -16,6 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -147,16 +148,7 @@ def _with_content(item: SourceItem, found: Sequence[Found]) -> SourceItem:
         media[kind], hashes[kind] = one, content.sha256
         if content.flaw:
             problem = problem or f"unreadable {modality}: {content.flaw}"
-    return SourceItem(
-        id=item.id,
-        split=item.split,
-        hashes=hashes,
-        captions=item.captions,
-        labels=item.labels,
-        problem=problem,
-        media=media,
-        columns=item.columns,
-    )
+    return replace(item, hashes=hashes, problem=problem, media=media)
 
 
 class _Memory:

@@ -16,6 +16,7 @@ from saffe_cache.sources.hashing import hash_items
 from saffe_cache.sources.huggingface import HUB_DATASET, PARQUET, SAVED_DATASET, SNAPSHOT
 from saffe_cache.sources.items import SPLIT_NAMES, Columns, Format, SourceItem
 from saffe_cache.sources.objects import OBJECTS, described
+from saffe_cache.sources.queries import checked_queries, is_within, usable_queries
 from saffe_cache.sources.samples import TARS
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def read_items(
     """
     items = list_items(data, columns, splits, max_items, streaming=streaming, every=every)
     place = os.fspath(data) if isinstance(data, (str, os.PathLike)) else None
-    return hash_items(items, place, described(data), rehash=rehash)
+    return usable_queries(hash_items(items, place, described(data), rehash=rehash))
 
 
 def list_items(
@@ -68,7 +69,7 @@ def list_items(
         ValueError: there is no usable dataset, or a split has no items.
     """
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
-    found, items = _find_format(data), _all_items(data, columns, streaming, every)
+    found, items = _find_format(data), checked_queries(_all_items(data, columns, streaming, every))
     data = described(data)
     if not items:
         raise ValueError(f"--data {data}: found no items, expected {found.layout}.")
@@ -76,9 +77,9 @@ def list_items(
     absent = [split for split in (*splits, *(max_items or ())) if split not in existing]
     if absent:
         raise ValueError(f"--data {data}: no items in split {absent[0]}; its splits are {', '.join(existing)}.")
-    _report_odd_splits(items, splits, data)
+    _report_odd_splits([item for item in items if item.query is None], splits, data)
     chosen = [item for item in items if not splits or item.split in splits]
-    _report_lacking(chosen)
+    _report_lacking([item for item in chosen if item.query is None])
     return _limit(chosen, max_items or {})
 
 
@@ -155,11 +156,11 @@ def _some(names: Collection[str]) -> str:
 
 
 def _limit(items: Sequence[SourceItem], max_items: Mapping[str, int]) -> list[SourceItem]:
-    """The items of each limited split whose hashed ids come first, in the dataset's order."""
+    """The items of each limited split whose hashed ids come first, in the dataset's order, and the queries on them."""
     if not max_items:
         return list(items)
     chosen = {item.id for item in items if item.split not in max_items}
     for split, count in max_items.items():
-        ids = [item.id for item in items if item.split == split]
+        ids = [item.id for item in items if item.split == split and item.query is None]
         chosen.update(sorted(ids, key=lambda name: hashlib.sha256(name.encode("utf-8", "replace")).digest())[:count])
-    return [item for item in items if item.id in chosen]
+    return [item for item in items if item.id in chosen or (item.split in max_items and is_within(item.query, chosen))]

@@ -249,10 +249,14 @@ def _tensors(side: _Side, row: int) -> dict[str, np.ndarray]:
 
 def _items(cache: Cache) -> Iterator[dict[str, Any]]:
     table = cache.table
+    queries, ragged = table.queries, {"targets": table.targets, "members": table.members}
     for item, (name, split, problem) in enumerate(zip(table.ids, table.splits, table.problems, strict=True)):
         inputs: dict[str, int] = {modality: int(rows[item]) for modality, rows in table.rows.items() if rows[item] >= 0}
         classes = [table.class_names[label] for label in table.labels[item]]
-        others = {"captions": table.captions[item].tolist(), "classes": classes}
+        others: dict[str, Any] = {"captions": table.captions[item].tolist(), "classes": classes}
+        if queries is not None and queries.references[item] >= 0:
+            others["reference"] = table.ids[int(queries.references[item])]
+            others |= {name: [*table.ids.take(rows[item])] for name, rows in ragged.items()}
         yield {"id": name, "split": split, **inputs, **others, **({"problem": problem} if problem else {})}
 
 

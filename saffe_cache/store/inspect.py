@@ -34,9 +34,7 @@ def inspect_cache(config: InspectConfig) -> str:
     cache = open_cache(config.cache)
     table = cache.table
     lines = [f"{config.cache}: {len(table)} items"]
-    for split, count in table.splits.counts().items():
-        unusable = np.count_nonzero(table.problems.lengths[table.in_split(split)])
-        lines.append(f"  split {split}: {count} items, {unusable} unreadable{_media_of(table, split)}")
+    lines += [f"  split {split}: {_describe_split(table, split)}" for split in table.splits.counts()]
     if table.class_names:
         shown = [*table.class_names[:_NUM_CLASSES], *(["…"] if len(table.class_names) > _NUM_CLASSES else [])]
         lines.append(f"  {len(table.class_names)} classes: {', '.join(shown)}")
@@ -50,13 +48,25 @@ def inspect_cache(config: InspectConfig) -> str:
 def _media_of(table: ItemTable, split: str) -> str:
     """How many items have which media, where the cache has several kinds; empty otherwise."""
     kinds = [name for name, rows in table.rows.items() if (rows >= 0).any()]
-    items = table.in_split(split)
+    items = np.flatnonzero(table.splits.are(split) & ~table.are_queries)
     items = items[table.problems.lengths[items] == 0]
     if len(kinds) < 2 or not len(items):
         return ""
     subsets, counts = np.unique(np.stack([table.rows[name][items] >= 0 for name in kinds]), axis=1, return_counts=True)
     named = (" + ".join(name for name, has in zip(kinds, of, strict=True) if has) or "no file" for of in subsets.T)
     return "; " + ", ".join(f"{count} with {subset}" for subset, count in zip(named, counts, strict=True))
+
+
+def _describe_split(table: ItemTable, split: str) -> str:
+    is_there, are_queries = table.splits.are(split), table.are_queries
+    has_problem = table.problems.lengths > 0
+    counts = [
+        (np.count_nonzero(found), np.count_nonzero(found & has_problem))
+        for found in (is_there & ~are_queries, is_there & are_queries)
+    ]
+    (items, unreadable), (queries, unusable) = counts
+    of_queries = f"; {queries} composed queries, {unusable} unusable" if queries else ""
+    return f"{items} items, {unreadable} unreadable{_media_of(table, split)}{of_queries}"
 
 
 def _describe_encoder(encoder: EncoderCache, table: ItemTable) -> list[str]:
@@ -97,12 +107,16 @@ def _describe_encoder(encoder: EncoderCache, table: ItemTable) -> list[str]:
 def _describe_items(cache: Cache) -> list[str]:
     table: ItemTable = cache.table
     texts = table.inputs["text"].texts if "text" in table.inputs else ()
-    lines = []
+    lines, references = [], table.references.tolist()
     for item in np.linspace(0, len(table) - 1, min(_NUM_EXAMPLES, len(table)), dtype=int):
         problem = f": {table.problems[item]}" if table.problems[item] else ""
         lines.append(f"item {table.ids[item]!r} ({table.splits[item]}){problem}")
         lines += [f"  class {table.class_names[int(label)]!r}" for label in table.labels[int(item)]]
-        lines += [f"  caption {texts[int(row)]!r}" for row in table.captions[int(item)]] if texts else []
+        what = "text" if references[item] >= 0 else "caption"
+        lines += [f"  reference {table.ids[references[item]]!r}"] if references[item] >= 0 else []
+        lines += [f"  {what} {texts[int(row)]!r}" for row in table.captions[int(item)]] if texts else []
+        targets = table.targets[int(item)]
+        lines += [f"  {len(targets)} targets, such as {table.ids[int(targets[0])]!r}"] if len(targets) else []
     return lines
 
 

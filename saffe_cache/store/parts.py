@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from saffe_cache.core.features import MODALITIES, CacheError, Modality, short_hash
-from saffe_cache.core.items import Inputs, ItemTable, Ragged
+from saffe_cache.core.items import UNUSABLE, Inputs, ItemTable, QueryRows, Ragged
 from saffe_cache.core.json_schema import whole_numbers
 from saffe_cache.core.texts import Coded, Texts
 from saffe_cache.store.root import RootManifest, existing_root
@@ -45,6 +45,7 @@ _OF_PARTS = 2
 """Version of a part of Arrow files."""
 _TEXT_COLUMNS = ("ids", "splits", "problems", "class_names")
 _RAGGED_COLUMNS = ("captions", "labels", "class_texts")
+_QUERY_RAGGED = ("targets", "members")
 
 _TEXT, _LIST, _HASH = pa.large_binary(), pa.large_list(pa.int64()), pa.binary(32)
 _SCHEMAS: dict[str, dict[str, pa.DataType]] = {
@@ -62,6 +63,8 @@ _SCHEMAS: dict[str, dict[str, pa.DataType]] = {
     **{kind: {"content_hash": _HASH} for kind in FILE_KINDS},
 }
 """Columns of each array's file."""
+_QUERY_COLUMNS = {"reference": pa.int64(), "targets": _LIST, "members": _LIST}
+"""Further columns of items, all of them or none."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,7 @@ def merge(parts: Sequence[Part]) -> Part:
         class_names=tuple(name for table in tables for name in table.class_names),
         class_texts=Ragged.joined([table.class_texts for table in tables]),
         inputs=inputs,
+        queries=QueryRows.joined([table.query_rows for table in tables]) if any(of.queries for of in tables) else None,
     )
     if (np.diff(numbers) > 0).all():
         return Part(numbers, merged)
@@ -171,6 +175,7 @@ def take_items(table: ItemTable, chosen: np.ndarray) -> ItemTable:
         rows={name: rows[chosen] for name, rows in table.rows.items()},
         captions=table.captions.take(chosen),
         labels=table.labels.take(chosen),
+        queries=table.queries and table.queries.take(chosen),
     )
 
 
@@ -246,6 +251,7 @@ def _read_part(storage: Storage, name: str, starts: Mapping[Modality, int]) -> P
 
     items, classes = columns("items"), columns("classes")
     inputs = {kind: StoredInputs(rows[kind], partial(read, kind)) for kind in MODALITIES if kind in files}
+    query_columns = [items[name] for name in _QUERY_COLUMNS if name in items]
     table = ItemTable(
         ids=items["id"],
         splits=items["split"],
@@ -256,6 +262,7 @@ def _read_part(storage: Storage, name: str, starts: Mapping[Modality, int]) -> P
         class_names=tuple(classes["name"]),
         class_texts=classes["texts"],
         inputs=inputs,
+        queries=QueryRows(*query_columns) if query_columns else None,
     )
     return Part(items["number"], table)
 
@@ -303,6 +310,7 @@ def _to_files(part: Part) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """The Arrow file and the number of rows of each array of a part that has any."""
     table = part.table
     splits = pa.DictionaryArray.from_arrays(pa.array(table.splits.codes), _from_texts(Texts.of(table.splits.names)))
+    schemas = _SCHEMAS | ({} if table.queries is None else {"items": _SCHEMAS["items"] | _QUERY_COLUMNS})
     columns: dict[str, list[pa.Array]] = {
         "items": [
             pa.array(part.numbers),
@@ -312,6 +320,7 @@ def _to_files(part: Part) -> tuple[dict[str, np.ndarray], dict[str, int]]:
             *(pa.array(table.rows[kind]) for kind in FILE_KINDS),
             _from_ragged(table.captions),
             _from_ragged(table.labels),
+            *_from_queries(table.queries),
         ],
         "classes": [_from_texts(Texts.of(table.class_names)), _from_ragged(table.class_texts)],
     }
@@ -322,7 +331,7 @@ def _to_files(part: Part) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     rows: dict[str, int] = {}
     for kind, of_kind in columns.items():
         if len(of_kind[0]):
-            batch = pa.record_batch(of_kind, names=list(_SCHEMAS[kind]))
+            batch = pa.record_batch(of_kind, names=list(schemas[kind]))
             sink = pa.BufferOutputStream()
             with pa.ipc.new_file(sink, batch.schema) as writer:
                 writer.write_batch(batch)
@@ -338,6 +347,12 @@ def _from_texts(texts: Texts) -> pa.Array:
     return pa.Array.from_buffers(_TEXT, len(texts), [None, _buffer(texts.offsets), _buffer(texts.utf8)])
 
 
+def _from_queries(queries: QueryRows | None) -> list[pa.Array]:
+    if queries is None:
+        return []
+    return [pa.array(queries.references), _from_ragged(queries.targets), _from_ragged(queries.members)]
+
+
 def _from_ragged(ragged: Ragged) -> pa.Array:
     return pa.LargeListArray.from_arrays(pa.array(ragged.offsets), pa.array(ragged.values))
 
@@ -348,7 +363,8 @@ def _columns(data: np.ndarray, kind: str, num_rows: int, where: str) -> dict[str
         with pa.ipc.open_file(pa.BufferReader(pa.py_buffer(data))) as file:
             found = file.read_all()
         found.validate(full=True)
-        schema = pa.schema(_SCHEMAS[kind])
+        has_queries = kind == "items" and not _QUERY_COLUMNS.keys().isdisjoint(found.schema.names)
+        schema = pa.schema(_SCHEMAS[kind] | (_QUERY_COLUMNS if has_queries else {}))
         columns = [found.column(name) for name in schema.names]
         types = pa.schema(zip(schema.names, (column.type for column in columns), strict=True))
         if types != schema or found.num_rows != num_rows or any(column.null_count for column in columns):
@@ -407,6 +423,11 @@ def table_to_arrays(table: ItemTable) -> dict[str, np.ndarray]:
     for modality, rows in table.rows.items():
         if modality != "video" or modality in table.inputs:  # releases before videos do not know the column
             arrays[f"rows/{modality}"] = rows
+    if table.queries is not None:
+        arrays["queries/references"] = table.queries.references
+        for column in _QUERY_RAGGED:
+            ragged = getattr(table.queries, column)
+            arrays[f"queries/{column}/offsets"], arrays[f"queries/{column}/values"] = ragged.offsets, ragged.values
     for modality, inputs in table.inputs.items():
         arrays[f"inputs/{modality}/content_hash"] = inputs.content_hash
         if inputs.texts is not None:
@@ -429,7 +450,11 @@ def table_from_arrays(arrays: Mapping[str, np.ndarray], where: str) -> ItemTable
                 texts = _unpack_texts(arrays, f"inputs/{modality}/texts") if modality == "text" else None
                 inputs[modality] = Inputs(arrays[f"inputs/{modality}/content_hash"], texts)
                 _check_hashes(modality, inputs[modality])
-        table = ItemTable(rows=rows, inputs=inputs, **columns)
+        queries = None
+        if "queries/references" in arrays:
+            ragged = (_ragged(arrays, f"queries/{column}") for column in _QUERY_RAGGED)
+            queries = QueryRows(arrays["queries/references"], *ragged)
+        table = ItemTable(rows=rows, inputs=inputs, queries=queries, **columns)
         _check_table(table)
         _check_distinct(table)
     except KeyError as error:
@@ -466,6 +491,20 @@ def _check_table(table: ItemTable) -> None:
         _check_range(f"rows/{modality}", rows, -1, num_inputs)
     for name, end in (("captions", num_texts), ("class_texts", num_texts), ("labels", num_classes)):
         _check_range(name, getattr(table, name).values, 0, end)
+    if table.queries is not None:
+        _check_queries(table.queries, num_items)
+
+
+def _check_queries(queries: QueryRows, num_items: int) -> None:
+    """Raises ValueError if columns of queries have another length, or an item that they name does not exist."""
+    references = queries.references
+    if references.shape != (num_items,) or references.dtype != np.int64:
+        raise ValueError(f"reference is {references.shape} {references.dtype}, expected ({num_items},) int64")
+    _check_range("reference", references, UNUSABLE, num_items)
+    for name, ragged in (("targets", queries.targets), ("members", queries.members)):
+        if len(ragged) != num_items:
+            raise ValueError(f"{name} has {len(ragged)} items, expected {num_items}")
+        _check_range(name, ragged.values, 0, num_items)
 
 
 def _check_distinct(table: ItemTable) -> None:

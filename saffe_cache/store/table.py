@@ -16,11 +16,19 @@ from typing import NamedTuple
 import numpy as np
 
 from saffe_cache.core.features import MODALITIES, CacheError, Modality
-from saffe_cache.core.items import Inputs, Item, ItemTable, Ragged
+from saffe_cache.core.items import NO_QUERY, UNUSABLE, Inputs, Item, ItemTable, QueryRows, Ragged
 from saffe_cache.core.texts import Coded, Texts, encoded
 from saffe_cache.store.parts import FILE_KINDS, Part, join_inputs, merge, take_items
 
 _NUM_NAMED = 3
+_CHANGES = {
+    "files": "file",
+    "captions": "captions",
+    "labels": "labels",
+    "split": "split",
+    "query": "reference, targets or members",
+}
+"""What of an item may have changed, as it is reported."""
 _FEW = 16
 """Lookups in a column before it is sorted."""
 _MOST_PENDING = 2**17
@@ -32,6 +40,14 @@ def text_hash(text: str) -> bytes:
     return hashlib.sha256(encoded(text)).digest()
 
 
+class _Query(NamedTuple):
+    """The query of an item, with numbers of items."""
+
+    reference: int
+    targets: tuple[int, ...]
+    members: tuple[int, ...]
+
+
 class _Entry(NamedTuple):
     """An item in the table, with rows and class numbers."""
 
@@ -40,6 +56,7 @@ class _Entry(NamedTuple):
     files: dict[Modality, int]
     captions: tuple[int, ...] = ()
     labels: tuple[int, ...] = ()
+    query: _Query | None = None
 
 
 class _Keys:
@@ -107,12 +124,18 @@ class _Columns:
         table = self.table
         files = {name: rows.item(number) for name, rows in table.rows.items() if rows.item(number) >= 0}
         captions, labels = tuple(table.captions[number].tolist()), tuple(table.labels[number].tolist())
-        return _Entry(table.splits[number], table.problems[number], files, captions, labels)
+        query = None
+        if table.queries is not None and (reference := table.queries.references.item(number)) != NO_QUERY:
+            targets, members = (tuple(of[number].tolist()) for of in (table.queries.targets, table.queries.members))
+            query = _Query(reference, targets, members)
+        return _Entry(table.splits[number], table.problems[number], files, captions, labels, query)
 
-    def holds(self, number: int, item: Item) -> bool:
+    def holds(self, number: int, item: Item, query: _Query | None) -> bool:
         """Whether an item of the table has this content."""
         table, entry = self.table, self.entry(number)
         if (entry.split, entry.problem, entry.files.keys()) != (item.split, item.problem, item.hashes.keys()):
+            return False
+        if entry.query != query:
             return False
         if (len(entry.captions), len(entry.labels)) != (len(item.captions), len(item.labels)):
             return False
@@ -126,6 +149,16 @@ class _Columns:
             )
             and all(table.class_names[at] == name for at, name in zip(entry.labels, item.labels, strict=True))
         )
+
+
+def _query_rows(queries: Sequence[_Query | None]) -> QueryRows | None:
+    if not any(queries):
+        return None
+    return QueryRows(
+        np.array([NO_QUERY if query is None else query.reference for query in queries], np.int64),
+        Ragged.from_rows([() if query is None else query.targets for query in queries]),
+        Ragged.from_rows([() if query is None else query.members for query in queries]),
+    )
 
 
 def _empty_table() -> ItemTable:
@@ -188,28 +221,53 @@ class TableBuilder:
     def add(self, item: Item) -> bool:
         """Add an item, and return whether the table changes.
 
-        An existing item is left unchanged unless it was unusable or its content has changed.
+        An existing item is left unchanged unless it was unusable or its content has changed. A query follows its
+        reference photo; targets and members that the table lacks are left out of it.
+
+        Raises:
+            ValueError: the table lacks a query's reference photo.
         """
-        number = self._number_of[item.id] if item.id in self._number_of else self._columns.number(item.id)
+        number, query = self._number(item.id), self._query(item)
         known = None
         if number >= 0:
             is_held = number not in self._entries
-            if item.problem or (is_held and self._columns.holds(number, item)):
+            if item.problem or (is_held and self._columns.holds(number, item, query)):
                 for name in () if item.problem else item.labels:
                     self._class_index(name)
                 return False
             known = self._columns.entry(number) if is_held else self._entries[number][1]
-        entry = _Entry(item.split, item.problem, {})
+        entry = _Entry(item.split, item.problem, {}, query=query)
         if not item.problem:
             files = {name: self._row(name, content_hash) for name, content_hash in item.hashes.items()}
             captions = tuple(self._text_row(text) for text in item.captions)
-            entry = _Entry(item.split, "", files, captions, tuple(self._class_index(name) for name in item.labels))
+            labels = tuple(self._class_index(name) for name in item.labels)
+            entry = _Entry(item.split, "", files, captions, labels, query)
         if known is not None:
             if entry == known:
                 return False
             self._note_change(item.id, known, entry)
         self._put(number, item.id, entry)
         return True
+
+    def _number(self, item_id: str) -> int:
+        """The number of an item; -1 if there is none of this id."""
+        return self._number_of[item_id] if item_id in self._number_of else self._columns.number(item_id)
+
+    def _query(self, item: Item) -> _Query | None:
+        if item.query is None:
+            return None
+        if item.problem:
+            return _Query(UNUSABLE, (), ())
+        reference = self._number(item.query.reference)
+        if reference < 0:
+            raise ValueError(
+                f"{item.id}: its reference {item.query.reference!r} is not in the table. Add the photo before it."
+            )
+        targets, members = (
+            tuple(number for name in names if (number := self._number(name)) >= 0)
+            for names in (item.query.targets, item.query.members)
+        )
+        return _Query(reference, targets, members)
 
     def _note_change(self, item_id: str, known: _Entry, entry: _Entry) -> None:
         """Note what has changed of what an item had. Its first captions, classes or medium of a kind are no change."""
@@ -218,15 +276,24 @@ class TableBuilder:
             for name, row in known.files.items()
         )
         if was_encoded and not known.problem:
-            names = {"files": "file", "captions": "captions", "labels": "labels", "split": "split"}
             kept = entry._replace(
                 files={name: row for name, row in entry.files.items() if name in known.files},
                 captions=entry.captions if known.captions else (),
                 labels=entry.labels if known.labels else (),
+                query=known.query if self._has_grown(known.query, entry.query) else entry.query,
             )
-            differing = [name for part, name in names.items() if getattr(kept, part) != getattr(known, part)]
+            differing = [name for part, name in _CHANGES.items() if getattr(kept, part) != getattr(known, part)]
             if differing:
                 self.changed[item_id] = " and ".join(differing)
+
+    def _has_grown(self, known: _Query | None, query: _Query | None) -> bool:
+        """Whether a query differs only by targets and members that the table did not have before."""
+        if known is None or query is None:
+            return False
+        targets, members = (
+            tuple(number for number in numbers if number < self._num_old) for numbers in (query.targets, query.members)
+        )
+        return known == _Query(query.reference, targets, members)
 
     def _put(self, number: int, item_id: str, entry: _Entry) -> None:
         if number < 0:
@@ -287,6 +354,7 @@ class TableBuilder:
             class_names=tuple(self._class_index_of)[num_classes:],
             class_texts=Ragged.from_rows(self._class_texts[num_classes:]),
             inputs=new,
+            queries=_query_rows([entry.query for entry in entries]),
         )
         table = self._columns.table
         self._columns = _Columns(
