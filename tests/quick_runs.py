@@ -27,7 +27,7 @@ Report = dict[str, Any]
 
 
 def quick_train(cache: str, out: Path, **options: Any) -> str:
-    quick = {"epochs": 6, "batch_size": 64, "control_epochs": 1, "log": ("none",), "device": "cpu"}
+    quick = {"fusion": "reuse", "epochs": 6, "batch_size": 64, "control_epochs": 1, "log": ("none",), "device": "cpu"}
     return train(TrainConfig(cache=cache, out=str(out), **(quick | options)))
 
 

@@ -105,13 +105,15 @@ def test_leads_equal_a_bootstrap_of_the_runs_themselves(cache: str, tmp_path: Pa
         lead = setting.methods["linear"].leads[metric]
         assert (lead.value, lead.low, lead.high) == pytest.approx(expected, abs=1e-6)
     assert setting.methods["least_squares"].leads == {}
+    assert setting.methods["least_squares"].default_leads == setting.methods["linear"].leads
+    assert setting.methods["linear"].default_leads == {}
     assert setting.chance["recall_at_1"] == pytest.approx(1 / 40)
 
 
 def test_all_methods_see_equal_numbers_of_photos(cache: str, tmp_path: Path) -> None:
     result_of(config_of(cache, tmp_path / "out", keep_runs=True, photos=(33,)))
     runs = [json.loads(path.read_text()) for path in (tmp_path / "out" / "runs").glob("*/*/result.json")]
-    assert len(runs) == 3
+    assert len(runs) == 4  # with the form without mixing
     assert {run["train_photos"] + run["validation_photos"] for run in runs} == {33}
     specs = [json.loads(path.read_text())["run"] for path in (tmp_path / "out" / "runs").glob("*/*/config.json")]
     assert len({spec["data"] for spec in specs}) == 1
@@ -162,7 +164,7 @@ def test_run_that_fails_is_reported_and_others_stay(
     monkeypatch.setattr("saffe_cache.fusion.known.correction.LateFusion.__init__", _refuse)
     result = result_of(config_of(cache, tmp_path / "out", fusions=("linear", "late"), photos=(40,)))
     assert result.caches["c"].skipped["late at 40 photos"] == "too few photos"
-    assert set(result.settings[0].methods) == {"linear", "least_squares", "drawn"}
+    assert set(result.settings[0].methods) == {"linear", "linear without mixing", "least_squares", "drawn"}
 
 
 def _refuse(*_: object) -> None:
@@ -171,7 +173,7 @@ def _refuse(*_: object) -> None:
 
 def test_blocks_run_only_if_all_fusions_are_named() -> None:
     chosen, skipped = choose_methods(())
-    assert list(chosen) == ["linear", "concat", "late", "drawn", "least_squares"]
+    assert list(chosen) == ["linear", "linear without mixing", "concat", "late", "drawn", "least_squares"]
     assert list(skipped) == ["reuse"]
     assert "reuse" in choose_methods(("all",))[0]
     assert list(choose_methods(("late",))[0]) == ["late", "drawn", "least_squares"]

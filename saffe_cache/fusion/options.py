@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from saffe_cache.core.options import OptionGroup, require, require_keys
-from saffe_cache.fusion.registry import FUSIONS, OBJECTIVES, FusionEntry, HeadName, QuerySide
+from saffe_cache.fusion.registry import AUTO, FUSIONS, OBJECTIVES, FusionEntry, HeadName, QuerySide
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(OptionGroup):
     """Model"""
 
-    fusion: str = field(default="reuse", metadata={"entries": FUSIONS})
-    """How photo and text features are combined."""
+    fusion: str = field(default=AUTO, metadata={"entries": FUSIONS})
+    """How photo and text features are combined. auto: linear where photos are searched alone; reuse where a text is
+    fused with them, by --gallery-text or an objective over pairs."""
     head: HeadName | None = None
     """How tokens become one vector. attention: learned queries pool them. mean: their mean. flatten: all tokens enter
     one linear map, as in the SAFFE paper. Default: the fusion's own, usually attention."""
@@ -34,7 +35,7 @@ class ModelOptions(OptionGroup):
 
     def check(self) -> None:
         """Raise ValueError if the fusion is unknown or a value is out of range."""
-        require(self.fusion in FUSIONS, "fusion", self.fusion, " or ".join(FUSIONS))
+        require(self.fusion in (AUTO, *FUSIONS), "fusion", self.fusion, " or ".join((AUTO, *FUSIONS)))
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a fraction from 0 to below 1")
 
     @property

@@ -137,6 +137,11 @@ def _closed_form(made_by: str, summary: str) -> FusionEntry:
     )
 
 
+AUTO = "auto"
+"""A fusion that follows from what is fused."""
+OF_PHOTOS_ALONE, OF_PAIRS = "linear", "reuse"
+"""What it is where photos are searched alone, and where texts are fused with them."""
+
 FUSIONS: Mapping[str, FusionEntry] = {
     "reuse": FusionEntry(
         made_by=f"{_FAM}:ReuseFusion",
@@ -170,6 +175,8 @@ FUSIONS: Mapping[str, FusionEntry] = {
         summary="No attention between modalities: the head pools the photo's tokens; a paired text adds its vector.",
         options=_HEAD,
         fuses_text=False,
+        recipe={"mixup": 0.4, "epochs": 30},
+        recipe_from="validation",
     ),
     "concat": FusionEntry(
         made_by=f"{_FAM}:FusionAlignModule",

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from saffe_cache.core.features import MODALITIES, IndexConvention
 from saffe_cache.core.options import OptionGroup, refuse, require, require_keys, require_seed
 from saffe_cache.fusion.options import ModelOptions, ObjectiveOptions
-from saffe_cache.fusion.registry import GalleryText
+from saffe_cache.fusion.registry import AUTO, FUSIONS, OBJECTIVES, OF_PAIRS, OF_PHOTOS_ALONE, FusionEntry, GalleryText
 from saffe_cache.inputs.spec import PairKind, Residency, SplitOptions
 
 OptimizerName = Literal["adamw", "lion"]
@@ -157,10 +157,23 @@ class TrainConfig(
     out: str
     """Folder of the run."""
 
+    @property
+    def chosen_fusion(self) -> str:
+        """The fusion; in the place of auto, the one that fits what is fused."""
+        if self.fusion != AUTO:
+            return self.fusion
+        fuses = self.gallery_text not in (None, "null") or any(OBJECTIVES[name].fuses_pairs for name in self.objective)
+        return OF_PAIRS if fuses else OF_PHOTOS_ALONE
+
+    @property
+    def entry(self) -> FusionEntry:
+        """The chosen fusion's registry entry."""
+        return FUSIONS[self.chosen_fusion]
+
     def check(self) -> None:
         """Raise ValueError if an option is out of range, or the fusion takes none."""
         if "text" in self.layers and self.entry.blocks == "none":
-            refuse("layers", "text=…", f"no text: {self.fusion} takes no tokens")
+            refuse("layers", "text=…", f"no text: {self.chosen_fusion} takes no tokens")
         self.recipe.check()
         if self.entry.is_closed_form:
             for option, value in asdict(self._own_recipe).items():
@@ -187,7 +200,7 @@ class TrainConfig(
 
     def resolved(self) -> Self:
         """With the values of its recipe, as a run's config.json holds them."""
-        return replace(self, **asdict(self.recipe))
+        return replace(self, **asdict(self.recipe), fusion=self.chosen_fusion)
 
     @property
     def of_control(self) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from saffe_cache.core.features import CacheError, hidden_states_index
@@ -51,8 +51,7 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
     )
     _check_supported(config, objective)
     _check_together(spec)
-    _check_mixup(spec)
-    return spec
+    return _with_mixup(spec, config.mixup)
 
 
 def _options(config: TrainConfig, group: type[SplitOptions | ObjectiveOptions | ModelOptions]) -> dict[str, Any]:
@@ -82,6 +81,7 @@ def _shape(
         text_rms = math.hypot(numbers.mean, numbers.std)
     adds_text = gallery_text != "null" and entry.pooled_text
     defaults = {
+        "fusion": config.chosen_fusion,
         "head": config.head or entry.head,
         "share_decoder": entry.share_decoder if config.share_decoder is None else config.share_decoder,
         "pooled_text": adds_text if config.pooled_text is None else config.pooled_text,
@@ -122,7 +122,7 @@ def _check_supported(config: TrainConfig, objective: Mapping[str, float]) -> Non
     }
     for option, is_given in given.items():
         if is_given and option not in config.entry.options:
-            refuse(option, getattr(config, option), f"nothing: {config.fusion} has no such option")
+            refuse(option, getattr(config, option), f"nothing: {config.chosen_fusion} has no such option")
     for option, losses in _OF_LOSSES.items():
         value, usual = getattr(config, option), getattr(ObjectiveOptions, option)
         if value != usual and not any(name in objective for name in losses):
@@ -163,24 +163,31 @@ def _check_together(spec: RunSpec) -> None:
         refuse("text_dropout", spec.text_dropout, "0: no text is paired with the photos")
 
 
-def _check_mixup(spec: RunSpec) -> None:
-    """Raise ValueError if pairs cannot be mixed."""
+def _with_mixup(spec: RunSpec, asked: float | None) -> RunSpec:
+    """The spec without the mixing of pairs where they cannot be mixed; ValueError if it was asked for."""
+    found, expected = _why_not_mixed(spec) or ("", "")
+    if not expected:
+        return spec
+    if asked:
+        refuse("mixup", f"{asked} {found}", f"0{expected}")
+    return replace(spec, mixup=None)
+
+
+def _why_not_mixed(spec: RunSpec) -> tuple[str, str] | None:
+    """With what pairs cannot be mixed, and why or with what they could; None if they can, or are not."""
     if not spec.mixup:
-        return
+        return None
     if spec.gallery_text != "null":
-        refuse("mixup", f"{spec.mixup} with --gallery-text {spec.gallery_text}", "0: paired texts cannot be mixed")
+        return f"with --gallery-text {spec.gallery_text}", ": paired texts cannot be mixed"
     if spec.shape.entry.query_tokens:
-        refuse(
-            "mixup",
-            f"{spec.mixup} with {spec.shape.fusion}",
-            "0: it reads texts token by token, which differ in length",
-        )
+        return f"with {spec.shape.fusion}", ": it reads texts token by token, which differ in length"
     if spec.fuses_pairs:
         over_pairs = ", ".join(name for name in spec.objective if OBJECTIVES[name].fuses_pairs)
-        refuse("mixup", f"{spec.mixup} with {over_pairs}", "0: these objectives fuse photos with whole texts")
+        return f"with {over_pairs}", ": these objectives fuse photos with whole texts"
     if spec.shape.entry.reads == "tokens" and not spec.shape.num_tokens:
         others = ", ".join(name for name, entry in FUSIONS.items() if entry.reads == "summary")
-        refuse("mixup", f"{spec.mixup} of tokens", f"0, or --fusion {others}: these sounds differ in length")
+        return "of tokens", f", or --fusion {others}: these sounds differ in length"
+    return None
 
 
 def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCache) -> _Layers:
@@ -193,7 +200,8 @@ def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCach
         others = ", ".join(name for name, entry in FUSIONS.items() if not entry.needs_gallery_blocks)
         raise CacheError(
             f"{gallery.key}: its hidden states are feature maps, which differ in shape from layer to layer; --fusion "
-            f"{config.fusion} needs the block that follows a layer. Use another encoder, or one of --fusion {others}."
+            f"{config.chosen_fusion} needs the block that follows a layer. Use another encoder, or one of --fusion "
+            f"{others}."
         )
     needing = {"none": (), "text": (text,), "one_text": (text,)}.get(config.entry.blocks, (gallery, text))
     for encoder in needing:
@@ -201,7 +209,7 @@ def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCach
             without = ", ".join(name for name, entry in FUSIONS.items() if entry.blocks == "none")
             raise CacheError(
                 f"{encoder.key}: it was extracted with --tokens {encoder.manifest.selected_tokens}; --fusion "
-                f"{config.fusion} runs an encoder's blocks, which need all tokens. Extract with --tokens "
+                f"{config.chosen_fusion} runs an encoder's blocks, which need all tokens. Extract with --tokens "
                 f"{encoder.manifest.modality}=all, or use one of --fusion {without}."
             )
     match config.entry.blocks:
@@ -253,11 +261,11 @@ def _layers_of(
         unusable = encoder.manifest.unusable_blocks
         if refused := [layer for layer in wrong or encoder.layers if layer in unusable]:
             raise CacheError(
-                f"{encoder.key}: --fusion {config.fusion} runs its block {refused[0]}, which cannot be used: "
+                f"{encoder.key}: --fusion {config.chosen_fusion} runs its block {refused[0]}, which cannot be used: "
                 f"{unusable[refused[0]]}. Use another layer, another --fusion, or another encoder."
             )
         raise CacheError(
-            f"{encoder.key}: --fusion {config.fusion} can use layers {list(usable)}{why}, "
+            f"{encoder.key}: --fusion {config.chosen_fusion} can use layers {list(usable)}{why}, "
             f"{f'requested {list(chosen)}' if given else 'found none'}. "
             f"Add layers with saffe extract --layers {encoder.manifest.modality}=…."
         )
@@ -304,7 +312,7 @@ def _check_blocks(config: TrainConfig, encoder: EncoderCache, first: int, count:
     missing = [layer for layer in range(first, first + count) if layer not in encoder.block_layers]
     if missing:
         raise CacheError(
-            f"{encoder.key}: --fusion {config.fusion} runs the blocks from layer {first}, found "
+            f"{encoder.key}: --fusion {config.chosen_fusion} runs the blocks from layer {first}, found "
             f"{encoder.block_layers}, expected {missing} too. Add them with "
             f"saffe extract --layers {encoder.manifest.modality}={','.join(map(str, missing))}."
         )

@@ -150,7 +150,8 @@ def _plan(config: TrainConfig, cache: Cache, callbacks: Sequence[Logger]) -> _Pl
     spec = replace(spec, shuffled_shards=window, data=run_fingerprint(cache, spec, parts.training, parts.validation))
     if ranks.agreed(lambda: spec.data) != spec.data:
         raise ValueError(f"{config.cache}: this rank reads other data than the first one. Give all the same cache.")
-    return _Plan(config.resolved(), cache, spec, device, residency, parts, unpaired, required(config.log), callbacks)
+    config = replace(config.resolved(), mixup=spec.mixup or 0.0)
+    return _Plan(config, cache, spec, device, residency, parts, unpaired, required(config.log), callbacks)
 
 
 def _train_group(plans: Sequence[_Plan]) -> None:

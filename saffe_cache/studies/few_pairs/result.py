@@ -9,6 +9,7 @@ from typing import ClassVar
 from saffe_cache.core.figures import Figure, HeatMap, Panel, SeriesPlot
 from saffe_cache.core.results import Estimate, Measurement, Section, series_of
 from saffe_cache.core.tables import ABSENT, Cell, Row, Table, drawn, percent
+from saffe_cache.fusion.registry import OF_PHOTOS_ALONE
 from saffe_cache.retrieval.metrics import metric_named
 from saffe_cache.studies.few_pairs.claims import CLAIMS, Verdict
 from saffe_cache.studies.few_pairs.summary import FewPairsSetting
@@ -16,7 +17,6 @@ from saffe_cache.studies.harness import StudyResult
 
 _MOST_DRAWN = 6
 """Methods in a plot, each with a hue of its own; tables and heat maps have all."""
-_ALWAYS_DRAWN = "linear"
 _PLOTTED = ("recall_at_1", "top1")
 """Metrics that are drawn besides the main one, where there are any."""
 _BACKWARDS = "image_to_text_"
@@ -112,10 +112,27 @@ class FewPairsResult(StudyResult):
             title=f"What to train with few pairs: {self.title}",
             lead="The best closed form is chosen by its validation score; the best method, by the numbers shown.",
             tables=[Table("The best method for each number of photos.", header, tuple(rows))],
-            texts=[*(verdict.sentence for verdict in self.verdicts), *self._without_claims()],
+            texts=[
+                *self._of_default(),
+                *(verdict.sentence for verdict in self.verdicts),
+                *self._without_claims(),
+            ],
             facts=[*facts, *skipped],
             figures=self._plots(names),
         )
+
+    def _of_default(self) -> list[str]:
+        """Whether the default is above all other methods, in each setting that it was trained in."""
+        found = []
+        for setting in self.settings:
+            leads = {name: of.default_leads.get(setting.main_metric) for name, of in setting.methods.items()}
+            not_above = [name for name, lead in leads.items() if lead and lead.sign <= 0]
+            if not any(leads.values()):
+                continue
+            above = sum(lead is not None and lead.sign > 0 for lead in leads.values())
+            rest = f"; not above {', '.join(not_above)}" if not_above else ""
+            found.append(f"{setting.name}, {setting.photos:,}: above {above} of {above + len(not_above)}{rest}")
+        return [f"{OF_PHOTOS_ALONE}, the default, by intervals that exclude 0. {'. '.join(found)}."] if found else []
 
     def _without_claims(self) -> list[str]:
         """The methods that have no verdict."""
@@ -168,7 +185,7 @@ class FewPairsResult(StudyResult):
         most = max(map(len, ranks.values()))
         everywhere = [method for method, of in ranks.items() if len(of) == most]
         best = sorted(everywhere, key=lambda method: sum(ranks[method]))
-        first = [setting.reference for setting in settings][-1:] + [_ALWAYS_DRAWN] * (_ALWAYS_DRAWN in ranks)
+        first = [setting.reference for setting in settings][-1:] + [OF_PHOTOS_ALONE] * (OF_PHOTOS_ALONE in ranks)
         return list(dict.fromkeys((*first, *best)))[:_MOST_DRAWN]
 
 
@@ -188,6 +205,7 @@ def _table(setting: FewPairsSetting) -> Table:
     rows = [Row(Cell("chance"), _chance_cells(setting, first, others), "chance")]
     for rank, (method, of) in enumerate(setting.methods.items(), start=1):
         cells = [cell for metric in first for cell in (of.scores[metric].cell(), _lead_cell(of.leads.get(metric)))]
+        cells.append(_lead_cell(of.default_leads.get(main)))
         cells += [Cell(percent(of.scores[metric].value)) for metric in others]
         control = ABSENT if of.permuted is None else percent(of.permuted)
         cells += [Cell(control), Cell(f"{of.seconds:.1f}"), Cell(_count(of.parameters))]
@@ -197,7 +215,7 @@ def _table(setting: FewPairsSetting) -> Table:
     counts = f"{setting.train_photos:,} to train on, {drawn(setting.validation_photos, 0)} to validate on"
     return Table(
         f"{setting.photos:,} photos: {counts}. Percent; leads in points, paired over photos.",
-        ("", *header, *others, f"permuted: {main}", "training s", "parameters"),
+        ("", *header, f"{OF_PHOTOS_ALONE} above it: {main}", *others, f"permuted: {main}", "training s", "parameters"),
         tuple(rows),
     )
 
@@ -208,7 +226,7 @@ def _count(parameters: int) -> str:
 
 def _chance_cells(setting: FewPairsSetting, first: Sequence[str], others: Sequence[str]) -> tuple[Cell, ...]:
     cells = [cell for metric in first for cell in (Cell(percent(setting.chance[metric])), Cell(""))]
-    cells += [Cell(percent(setting.chance[metric])) for metric in others]
+    cells += [Cell(""), *(Cell(percent(setting.chance[metric])) for metric in others)]
     return (*cells, Cell(percent(setting.chance[setting.main_metric])), Cell(""), Cell(""))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from saffe_cache.core.results import Estimate
+from saffe_cache.fusion.registry import OF_PHOTOS_ALONE
 from saffe_cache.retrieval.metrics import middle
 from saffe_cache.studies.few_pairs.cells import Measured, Part, Trained
 from saffe_cache.studies.few_pairs.claims import BEST, CLAIMS, Verdict, judge
@@ -36,6 +37,8 @@ class MethodResult:
     """By metric."""
     leads: Mapping[str, Estimate]
     """By metric, less the reference's; empty for the reference itself."""
+    default_leads: Mapping[str, Estimate]
+    """By metric, the default fusion's less this one's; empty for the default itself."""
     permuted: float | None
     """The main metric after training on permuted pairs, mean over seeds."""
     validation_score: float
@@ -97,10 +100,7 @@ def setting_of(name: str, photos: int, runs: Runs, reference: str, main_metric: 
     """What all methods reach in one place."""
     first = runs[reference][0]
     measured = {method: [one.galleries[name] for one in of] for method, of in runs.items()}
-    found = {
-        method: _method_result(of, measured[method], None if method == reference else measured[reference])
-        for method, of in runs.items()
-    }
+    found = {method: _method_result(of, method, measured, reference) for method, of in runs.items()}
     ranked = sorted(found, key=lambda method: -found[method].scores[main_metric].value)
     return FewPairsSetting(
         name=name,
@@ -115,12 +115,21 @@ def setting_of(name: str, photos: int, runs: Runs, reference: str, main_metric: 
 
 
 def _method_result(
-    runs: Sequence[Trained], measured: Sequence[Measured], reference: Sequence[Measured] | None
+    runs: Sequence[Trained], method: str, measured: Mapping[str, Sequence[Measured]], reference: str
 ) -> MethodResult:
-    permuted = [one.permuted.value for one in measured if one.permuted]
+    own = measured[method]
+    permuted = [one.permuted.value for one in own if one.permuted]
+
+    def leads(name: str, against: str) -> dict[str, Estimate]:
+        """By metric, of two methods of which this is one."""
+        if name == against or not {name, against} <= measured.keys():
+            return {}
+        return {metric: lead_of(measured[name], measured[against], metric) for metric in own[0].resampled}
+
     return MethodResult(
-        scores={metric: _score(measured, metric) for metric in measured[0].values},
-        leads={metric: lead_of(measured, reference, metric) for metric in measured[0].resampled} if reference else {},
+        scores={metric: _score(own, metric) for metric in own[0].values},
+        leads=leads(method, reference),
+        default_leads=leads(OF_PHOTOS_ALONE, method),
         permuted=float(np.mean(permuted)) if permuted else None,
         validation_score=float(np.mean([one.validation_score for one in runs])),
         parameters=runs[0].parameters,

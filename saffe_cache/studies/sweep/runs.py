@@ -99,7 +99,7 @@ class Planner:
         options |= chosen(config.recipe)
         identity = short_hash({"config": options, "run": chosen(spec), "stored": stored})
         layers = "+".join(map(str, spec.gallery_layers))
-        name = re.sub(r"[^A-Za-z0-9+-]+", "-", f"{config.fusion}-{layers}-seed{config.seed}")
+        name = re.sub(r"[^A-Za-z0-9+-]+", "-", f"{config.chosen_fusion}-{layers}-seed{config.seed}")
         out = Path(self.report.run or "") / f"{name}-{identity}"
         config = replace(config, out=str(out))
         report = replace(self.report, run=str(out), out=str(out / f"{split}-{protocol}"))
