@@ -209,6 +209,19 @@ def test_closed_form_refuses_the_option_that_is_given(cache: str) -> None:
         TrainConfig(cache=cache, out="", fusion="ridge", optimizer="lion")
 
 
+def test_recipe_mixes_only_pairs_that_can_be_mixed(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_cache(cache)
+
+    def mixup_of(**options: Any) -> float | None:
+        return resolve_run(TrainConfig(cache=cache, out="", fusion="linear", **options), opened).mixup
+
+    assert mixup_of() == 0.4
+    assert mixup_of(mixup=0.0) is None
+    assert mixup_of(gallery_text="first_caption") is None
+    monkeypatch.setattr(EncoderCache, "num_tokens", lambda self, layer: 0)
+    assert mixup_of() is None
+
+
 def test_mixup_of_tokens_refuses_inputs_of_differing_lengths(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_cache(cache)
     monkeypatch.setattr(EncoderCache, "num_tokens", lambda self, layer: 0)

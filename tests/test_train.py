@@ -559,12 +559,26 @@ def test_layers_are_counted_as_asked(cache_path: str, tmp_path: Path, convention
     """The paper's 1 and 2 are the inputs of blocks 2 and 3; of the text too."""
     cache = open_cache(cache_path)
     asked: dict[str, Any] = {"index_convention": convention}
-    decoder = config_for(cache_path, tmp_path, layers={"image": (given,), "text": (given,)}, **asked)
+    decoder = config_for(cache_path, tmp_path, fusion="reuse", layers={"image": (given,), "text": (given,)}, **asked)
     assert resolve_run(decoder, cache).gallery_layers == resolve_run(decoder, cache).text_layers == (2,)
     linear = config_for(cache_path, tmp_path, fusion="linear", layers={"image": (given, given + 1)}, **asked)
     assert resolve_run(linear, cache).gallery_layers == (2, 3)
     with pytest.raises(CacheError, match=r"requested \[4\]"):
         resolve_run(replace(linear, layers={"image": (given + 2,)}), cache)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "linear"),
+        ({"gallery_text": "null", "objective": {"siglip": 1.0}}, "linear"),
+        ({"gallery_text": "first_caption"}, "reuse"),
+        ({"objective": {"info_nce": 1.0, "matching": 1.0}}, "reuse"),
+    ],
+)
+def test_fusion_follows_from_what_is_fused(cache_path: str, changes: dict[str, Any], expected: str) -> None:
+    spec = resolve_run(TrainConfig(cache=cache_path, out="", **changes), open_cache(cache_path))
+    assert spec.shape.fusion == expected
 
 
 @pytest.mark.parametrize("side", ["gallery", "text"])
@@ -677,7 +691,7 @@ def test_all_photos_in_another_split_too(tmp_path: Path) -> None:
         ),
         ({"objective": {"matching": 1.0}, "fusion": "linear"}, "linear takes no text"),
         ({"fusion": "concat", "layers": {"text": (2,)}}, "--layers: found text=…, expected no text: concat takes no"),
-        ({"head": "flatten", "query_side": "text"}, "--head: found flatten, expected attention or mean"),
+        ({"fusion": "reuse", "head": "flatten", "query_side": "text"}, "--head: found flatten, expected attention or mean"),
         ({"fusion": "concat"}, "--fusion: found concat with null text, expected --gallery-text first_caption"),
         (
             {"fusion": "concat", "head": "mean", "gallery_text": "matched"},

@@ -224,7 +224,7 @@ def test_run_of_views_embeds_new_texts_too(tmp_path: Path, tiny_model: Callable[
 
 def test_photos_are_read_in_their_views(synthetic: str) -> None:
     cache = open_cache(synthetic)
-    spec = resolve_run(TrainConfig(cache=synthetic, out=""), cache)
+    spec = resolve_run(TrainConfig(cache=synthetic, out="", layers={"image": (2,)}), cache)
     assert spec.views == ALL
     rows, views = np.array([5, 3, 5, 0, 90]), np.array([2, 0, 0, 3, 1])
     for residency in ("mapped", "memory", "streamed"):
