@@ -507,6 +507,7 @@ seeds = [0]
 epochs = 1
 control_epochs = 0
 fusion = "linear"
+mixup = 0.0
 layers.image = [3]
 [[series]]
 name = "s"
