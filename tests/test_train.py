@@ -691,7 +691,10 @@ def test_all_photos_in_another_split_too(tmp_path: Path) -> None:
         ),
         ({"objective": {"matching": 1.0}, "fusion": "linear"}, "linear takes no text"),
         ({"fusion": "concat", "layers": {"text": (2,)}}, "--layers: found text=…, expected no text: concat takes no"),
-        ({"fusion": "reuse", "head": "flatten", "query_side": "text"}, "--head: found flatten, expected attention or mean"),
+        (
+            {"fusion": "reuse", "head": "flatten", "query_side": "text"},
+            "--head: found flatten, expected attention or mean",
+        ),
         ({"fusion": "concat"}, "--fusion: found concat with null text, expected --gallery-text first_caption"),
         (
             {"fusion": "concat", "head": "mean", "gallery_text": "matched"},
