@@ -38,6 +38,7 @@ from saffe_cache.core.features import CacheError
 from saffe_cache.core.items import ItemTable
 from saffe_cache.sources.folders import folder_items
 from saffe_cache.sources.items import Columns
+from saffe_cache.sources.queries import checked_queries, usable_queries
 from saffe_cache.store import inspect
 from saffe_cache.store.arrays import ArrayFiles
 from saffe_cache.store.layout import ShardEntry, compress, decode_shard, describe_shard, encode_shard
@@ -279,8 +280,27 @@ def _source_targets(work: Path) -> dict[str, Target]:
                     os.removedirs(os.path.dirname(path))
             folders.mkdir(exist_ok=True)
 
+    shop = work / "shop" / "train"
+    shop.mkdir(parents=True)
+    for name in ("1.png", "2.png", "3.png"):
+        (shop / name).write_bytes(b"")
+    queries = [
+        {"reference": "1.png", "text": "in red", "targets": ["2.png", "train/3.png"], "id": "a"},
+        {"reference": "2.png", "texts": ["x", "y"], "targets": "1.png", "members": ["3.png"], "group": "cat"},
+    ]
+
+    def composed(data: bytes) -> None:
+        (shop / "queries.jsonl").write_bytes(data)
+        builder = TableBuilder(None, ("{}",))
+        for item in usable_queries(checked_queries(list(folder_items(str(shop.parent), Columns())))):
+            builder.add(item)
+        assert len(builder.build().in_split("train")) == 3
+
     folders.mkdir()
     return {
+        "queries.jsonl": Target(
+            call=composed, examples=[b"\n".join(json.dumps(query).encode() for query in queries)], change=_changed_line
+        ),
         "metadata.jsonl": Target(call=metadata, examples=[*lines, b"\n".join(lines)], change=_changed_line),
         "class folders": Target(call=class_folders, examples=[b"cat/1.png\ndog/2.wav"], change=changed_bytes),
     }
@@ -435,7 +455,7 @@ _MAKERS = {
     **dict.fromkeys(
         ("root", "manifest", "array zarr.json", "block", "shard", "item table", "part of a table"), _store_targets
     ),
-    **dict.fromkeys(("metadata.jsonl", "class folders"), _source_targets),
+    **dict.fromkeys(("metadata.jsonl", "queries.jsonl", "class folders"), _source_targets),
     **dict.fromkeys(("run config.json", "run result.json", "model.safetensors", "state.safetensors"), _run_targets),
     **dict.fromkeys(("options", "options file"), _option_targets),
     "HDF5 import": _exchange_targets,

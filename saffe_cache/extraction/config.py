@@ -27,8 +27,9 @@ class ExtractConfig:
 
     data: str | Any
     """Dataset: a folder of splits with class folders, with SPLIT/metadata.jsonl (file_name, captions or label) or with
-    texts beside photos; a table of file names; tar archives of samples, also as {000..099}.tar; Parquet files; a folder
-    saved by datasets.save_to_disk; or a dataset of the Hugging Face hub as OWNER/NAME:CONFIG@REVISION."""
+    texts beside photos, and SPLIT/queries.jsonl for composed queries; FashionIQ, CIRR or CIRCO with their own files; a
+    table of file names; tar archives of samples, also as {000..099}.tar; Parquet files; a folder saved by
+    datasets.save_to_disk; or a dataset of the Hugging Face hub as OWNER/NAME:CONFIG@REVISION."""
     cache: str
     """The cache to write: a folder name such as data.zarr, or a URL: s3://, gs:// or az:// (with credentials from
     AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME and so on, and AWS_ENDPOINT_URL for

@@ -11,6 +11,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from saffe_cache.sources.composed_sets import COMPOSED_SETS
 from saffe_cache.sources.folders import FOLDERS, TABLES
 from saffe_cache.sources.hashing import hash_items
 from saffe_cache.sources.huggingface import HUB_DATASET, PARQUET, SAVED_DATASET, SNAPSHOT
@@ -21,7 +22,9 @@ from saffe_cache.sources.samples import TARS
 
 logger = logging.getLogger(__name__)
 
-FORMATS: tuple[Format, ...] = (OBJECTS, SAVED_DATASET, SNAPSHOT, FOLDERS, TARS, PARQUET, TABLES, HUB_DATASET)
+FORMATS: tuple[Format, ...] = (
+    *(OBJECTS, SAVED_DATASET, COMPOSED_SETS, SNAPSHOT, FOLDERS, TARS, PARQUET, TABLES, HUB_DATASET),
+)
 """The first one that recognises the data reads it, so special formats come before general ones."""
 
 

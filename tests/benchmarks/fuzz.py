@@ -39,6 +39,7 @@ SHARES = {
     "item table": 25,
     "part of a table": 100,
     "metadata.jsonl": 90,
+    "queries.jsonl": 60,
     "class folders": 2,
     "run config.json": 20,
     "run result.json": 6,
