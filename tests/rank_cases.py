@@ -30,7 +30,7 @@ from saffe_cache.training.loop import start
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.train import train
 
-CAPTIONS, CLASSES = "notes.zarr", "classes.zarr"
+CAPTIONS, CLASSES, COMPOSED = "notes.zarr", "classes.zarr", "composed.zarr"
 
 LOSSES: dict[str, dict[str, Any]] = {
     "info_nce": {"fusion": "reuse"},
@@ -62,6 +62,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "mixed_vectors": {"fusion": "fusemix"},
     "gpo": {"fusion": "gpo"},
     "sail": {"fusion": "sail"},
+    "composed": {"fusion": "reuse", "cache": COMPOSED},
 }
 """Options of trainings whose first loss and gradient are compared; batches of 33 photos."""
 

@@ -103,14 +103,14 @@ def make_cache(
         for name, values in plain
     }
     keys = [
-        _write_encoder(storage, "image", images, len(of_photo), width, generator, shard_rows, feature_maps),
-        _write_encoder(storage, "text", words, num_texts, text_width, generator, shard_rows),
+        write_encoder(storage, "image", images, len(of_photo), width, generator, shard_rows, feature_maps),
+        write_encoder(storage, "text", words, num_texts, text_width, generator, shard_rows),
     ]
     write_root(storage, RootManifest(write_table(storage, table), tuple(keys)))
     return str(path)
 
 
-def _write_encoder(
+def write_encoder(
     storage: Storage,
     modality: Modality,
     arrays: dict[str, np.ndarray],

@@ -16,9 +16,10 @@ from synthetic_cache import make_cache
 
 from saffe_cache.cli import evaluate_command
 from saffe_cache.core.options import attribute_docstrings
-from saffe_cache.evaluation.baselines import BASELINES, Material
+from saffe_cache.evaluation.baselines import BASELINES
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate
+from saffe_cache.evaluation.material import Material
 from saffe_cache.evaluation.results import EvaluationResult
 from saffe_cache.extraction.extract import extract
 from saffe_cache.protocols.setting import FittedVectors

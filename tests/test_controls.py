@@ -15,8 +15,9 @@ from synthetic_cache import make_cache
 
 from saffe_cache.core.controls import Control
 from saffe_cache.core.items import Ragged
-from saffe_cache.evaluation.baselines import Material, fit_baselines
+from saffe_cache.evaluation.baselines import fit_baselines
 from saffe_cache.evaluation.evaluate import duplicates, failures, run_controls, sensitivity
+from saffe_cache.evaluation.material import Material
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import encode_queries
 from saffe_cache.inputs.pairs import same_training_pairs
@@ -227,7 +228,7 @@ def test_score_at_the_limit_passes_and_above_it_fails(classes: Trained, monkeypa
 @pytest.mark.slow
 def test_sensitivity_is_the_mean_distance_of_fused_vectors(metadata: Trained) -> None:
     setting, model = metadata.setting, metadata.model
-    moves = sensitivity(setting, model)
+    moves = sensitivity(MetadataProtocol(setting), model)
     order = np.random.default_rng(setting.seed).permutation(len(setting.pairs))
     rolled = np.roll(order, 1)
     arrangements = {"own": (order, order), "image": (rolled, order), "text": (order, rolled)}
@@ -243,11 +244,13 @@ def test_model_that_ignores_the_photo(classes: Trained, tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in (model.head.linear.weight, model.head.mlp[-1].weight):
             parameter.zero_()
-    moves = sensitivity(classes.setting, model)
+    moves = sensitivity(ClassProtocol(classes.setting), model)
     assert moves["to_image"] == pytest.approx(0, abs=1e-6)
     (line,) = failures({}, moves, {"photos": 0}, has_permuted=True)
     assert line == "another image moves the fused vector by 0.000, expected at least 0.2"
-    assert failures({}, sensitivity(classes.setting, classes.model), {"photos": 0}, has_permuted=True) == []
+    assert (
+        failures({}, sensitivity(ClassProtocol(classes.setting), classes.model), {"photos": 0}, has_permuted=True) == []
+    )
 
 
 @pytest.mark.slow

@@ -21,8 +21,9 @@ from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import training_pairs
 from saffe_cache.store.reader import EncoderCache, open_cache
 from saffe_cache.training import loop
-from saffe_cache.training.batches import Objective, TrainingData
+from saffe_cache.training.batches import TrainingData
 from saffe_cache.training.config import TrainConfig
+from saffe_cache.training.objective import Objective
 from saffe_cache.training.optimizers import Lion
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.runs import build_fusion

@@ -14,9 +14,10 @@ from synthetic_cache import make_cache
 
 from saffe_cache.cli import main
 from saffe_cache.core.items import Ragged
-from saffe_cache.evaluation.baselines import BASELINES, Baseline, Material, photo_vectors
+from saffe_cache.evaluation.baselines import BASELINES, Baseline, photo_vectors
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate
+from saffe_cache.evaluation.material import Material
 from saffe_cache.evaluation.results import EvaluationResult
 from saffe_cache.protocols.base import SearchProtocol
 from saffe_cache.protocols.registry import PROTOCOLS, Entry

@@ -13,7 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rank_cases import CAPTIONS, CLASSES, LOSSES, REPORTS, TRAININGS, WINDOW_BYTES, config_of, divided, gradient, report
+from composed_cache import make_composed
+from rank_cases import (
+    CAPTIONS,
+    CLASSES,
+    COMPOSED,
+    LOSSES,
+    REPORTS,
+    TRAININGS,
+    WINDOW_BYTES,
+    config_of,
+    divided,
+    gradient,
+    report,
+)
 from safetensors.torch import load_file
 from synthetic_cache import WIDTH, make_cache
 
@@ -35,6 +48,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     make_cache(folder / CAPTIONS, {"train": 120, "dev": 40}, captions=3, text_width=WIDTH, joint=True, deep=True)
     make_cache(folder / CLASSES, {"train": 120, "dev": 30}, classes=3)
+    make_composed(folder / COMPOSED, {"train": 120, "dev": 40}, captions=True)
     return folder
 
 

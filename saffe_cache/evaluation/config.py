@@ -8,7 +8,7 @@ from typing import Literal
 from saffe_cache.core.features import IndexKind
 from saffe_cache.core.options import one_of, refuse, require, require_seed
 from saffe_cache.core.views import IndexViews
-from saffe_cache.inputs.spec import SplitOptions
+from saffe_cache.inputs.spec import ReferenceChoice, SplitOptions
 from saffe_cache.protocols.registry import protocol_choices
 from saffe_cache.retrieval.correction import CorrectionOptions
 from saffe_cache.training.config import DataOptions
@@ -53,6 +53,9 @@ class EvaluateConfig(SplitOptions, DataOptions, CorrectionOptions):
     """Results of each query that rerank scores again."""
     rerank_queries: int = 500
     """Most queries that rerank measures, drawn at random: each costs rerank_k fusions."""
+    reference: ReferenceChoice = "removed"
+    """Whether composed ranks the query's own reference photo. removed: no, as CIRR does. kept: yes, as FashionIQ and
+    CIRCO do."""
     index: IndexKind = "flat"
     """Kind of the index that is written for later searches. flat compares with every photo; ivf with those of the
     nearest clusters; ivf_pq does so with codes of a sixteenth of the size; hnsw follows a graph. Metrics are always

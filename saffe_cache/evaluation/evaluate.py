@@ -25,9 +25,10 @@ from saffe_cache.core.devices import choose_device, peak_memory_mb
 from saffe_cache.core.options import refuse, require
 from saffe_cache.core.outputs import CONFIG, RESULT, is_begun, provenance, write_json
 from saffe_cache.core.views import indexed_views
-from saffe_cache.evaluation.baselines import BASELINES, Material, fit_baseline, fit_baselines, left_out
+from saffe_cache.evaluation.baselines import BASELINES, fit_baseline, fit_baselines, left_out
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.details import FAM, write_details
+from saffe_cache.evaluation.material import Material
 from saffe_cache.evaluation.results import Cost, Difference, EvaluationResult, Index, numbers_of
 from saffe_cache.evaluation.single_queries import Shown, details_of, shown_of
 from saffe_cache.fusion.base import Fusion, counted_flops
@@ -45,7 +46,7 @@ from saffe_cache.inputs.pairs import (
 from saffe_cache.inputs.spec import RunSpec, SplitOptions
 from saffe_cache.protocols.base import LEAKY_GALLERY, NULL_GALLERY, Level, Protocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
-from saffe_cache.protocols.setting import Arrangement, FittedScores, Setting, System
+from saffe_cache.protocols.setting import FittedScores, Setting, System
 from saffe_cache.retrieval.correction import DEFAULT_CORRECTION, Bank
 from saffe_cache.retrieval.index import INDEX_FILES, build_index, recall_of_index, require_size, save_index
 from saffe_cache.retrieval.metrics import paired_bootstrap
@@ -266,14 +267,18 @@ def _result(
     scores = {name: of.scores for name, of in systems.answered.items()}
     fitted = {name: of for name, of in scores.items() if name != FAM}
     controls, measured = run_controls(protocol, systems.main, systems.permuted, fitted)
-    moves, shared = sensitivity(setting, systems.main), duplicates(setting.pairs, subject.training, subject.unpaired)
+    moves, shared = sensitivity(protocol, systems.main), duplicates(setting.pairs, subject.training, subject.unpaired)
     has_permuted = systems.permuted is not None
-    definition, is_compared = protocol.definition, run is not None and config.baselines != "none"
+    definition, is_compared = protocol.described, run is not None and config.baselines != "none"
     return EvaluationResult(
         failures=tuple(
             failures(controls, moves, shared, has_permuted) if run else _baseline_failures(controls, shared, subject)
         ),
-        warnings=(*_warnings(config, protocol, subject), *left_out(subject.training, fitted)),
+        warnings=(
+            *_warnings(config, protocol, subject),
+            *left_out(subject.training, fitted),
+            *protocol.findings(scores[subject.name], fitted),
+        ),
         system=subject.name,
         protocol=protocol.name,
         definition=definition.replace(NULL_GALLERY, LEAKY_GALLERY) if config.leak_true_text else definition,
@@ -354,7 +359,7 @@ def _warnings(config: EvaluateConfig, protocol: Protocol, subject: _Subject) -> 
 
 def _write_index(config: EvaluateConfig, protocol: Protocol, system: System, out: Path) -> Index | None:
     """Write the index, and compare it with a flat one on the split's own queries; None where there are no vectors."""
-    if isinstance(system, FittedScores):
+    if isinstance(system, FittedScores) or (isinstance(system, Fusion) and system.shape.entry.scores == "own"):
         return None
     setting, recall, ids = protocol.setting, {}, tuple(protocol.setting.pairs.ids)
     if protocol.queries is None:
@@ -384,33 +389,31 @@ def run_controls(
     return verdicts, measured
 
 
-def sensitivity(setting: Setting, system: System) -> dict[str, float]:
+def sensitivity(protocol: Protocol, system: System) -> dict[str, float]:
     """How far the fused vector moves when another photo, or another text, takes the place: mean distances, 0 to 2.
 
-    `to_image` = E |f(x, t) - f(x', t)|, and with paired texts `to_text` = E |f(x, t) - f(x, t')|. Empty of a system
-    that makes no vectors.
+    `to_image` = E |f(x, t) - f(x', t)|, and where photos are fused with texts `to_text` = E |f(x, t) - f(x, t')|. Empty
+    of a system that makes no vectors.
     """
     if isinstance(system, FittedScores):
         return {}
-    pairs = setting.pairs
-    chosen = np.random.default_rng(setting.seed).permutation(len(pairs))[:_SENSITIVITY_PHOTOS]
+    chosen = np.random.default_rng(protocol.setting.seed).permutation(protocol.num_fused)[:_SENSITIVITY_PHOTOS]
     rolled = np.roll(chosen, 1)
-
-    def vectors(photos: np.ndarray, texts: np.ndarray) -> np.ndarray:
-        return setting.gallery(system, Arrangement(photos, texts))
-
-    others = {"to_image": (rolled, chosen)} | ({} if pairs.paired_texts is None else {"to_text": (chosen, rolled)})
-    own = vectors(chosen, chosen)
-    return {part: float(np.linalg.norm(own - vectors(*other), axis=1).mean()) for part, other in others.items()}
+    others = {"to_image": (rolled, chosen)} | ({"to_text": (chosen, rolled)} if protocol.fuses_texts else {})
+    own = protocol.fused_vectors(system, chosen, chosen)
+    return {
+        part: float(np.linalg.norm(own - protocol.fused_vectors(system, *other), axis=1).mean())
+        for part, other in others.items()
+    }
 
 
 def duplicates(pairs: Pairs, training: Pairs, unpaired: Unpaired | None = None) -> dict[str, int]:
     """Photos and texts, by content, that the reported pairs share with those that the run was trained on."""
     photos, texts = unpaired or Unpaired(training.rows[:0], training.texts.values[:0])
-    photos, texts = np.concatenate([training.rows, photos]), np.concatenate([training.texts.values, texts])
+    photos, texts = np.concatenate([training.rows, photos]), np.concatenate([training.searching.values, texts])
     return {
         "photos": int(np.isin(pairs.rows, photos).sum()),
-        "texts": int(np.isin(np.unique(pairs.texts.values), texts).sum()),
+        "texts": int(np.isin(np.unique(pairs.searching.values), texts).sum()),
     }
 
 

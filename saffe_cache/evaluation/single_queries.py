@@ -29,7 +29,7 @@ class Shown(NamedTuple):
 def shown_of(protocol: Protocol, answered: Answered) -> Shown:
     """All vectors of all queries would be too large to keep for every system."""
     queries, shown = _shown_queries(protocol)
-    first = _first(answered.answers, queries[shown], protocol.setting.seed, protocol.queries is None)
+    first = _first(protocol, answered.answers, queries[shown])
     classes = _class_details(answered.answers, protocol) if protocol.shows_classes else None
     return Shown(answered.scores, first, classes)
 
@@ -42,12 +42,12 @@ def _shown_queries(protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
 
 def details_of(protocol: Protocol, systems: Mapping[str, Shown]) -> Details:
     """The details of some systems under one protocol."""
-    setting, relevant, by_photo = protocol.setting, protocol.relevant, protocol.queries is None
+    setting, relevant = protocol.setting, protocol.relevant
     queries, shown = _shown_queries(protocol)
     chosen, first = queries[shown], {name: of.first for name, of in systems.items()}
     answers = np.array([relevant[query][0] for query in chosen], np.int64)
-    asking = chosen if by_photo else answers
-    named = np.unique(np.concatenate([answers, asking, *(of.ravel() for of in first.values())]))
+    asking = _asking(protocol, chosen)
+    named = np.unique(np.concatenate([answers, asking[asking >= 0], *(of.ravel() for of in first.values())]))
     inputs = setting.cache.table.inputs
     hashes, texts = inputs[setting.inputs.gallery.manifest.modality].content_hash, inputs["text"].texts
     assert texts is not None
@@ -56,7 +56,7 @@ def details_of(protocol: Protocol, systems: Mapping[str, Shown]) -> Details:
         shown=shown,
         texts=() if protocol.queries is None else tuple(texts[row] for row in protocol.queries.text_rows[chosen]),
         answers=np.searchsorted(named, answers),
-        asking=np.searchsorted(named, chosen) if by_photo else np.full(len(chosen), -1),
+        asking=np.where(asking < 0, -1, np.searchsorted(named, asking)),
         num_relevant=relevant.lengths[chosen],
         photo_ids=tuple(setting.pairs.ids[place] for place in named),
         photo_hashes=hashes[setting.pairs.rows[named]],
@@ -75,10 +75,18 @@ def details_of(protocol: Protocol, systems: Mapping[str, Shown]) -> Details:
     )
 
 
-def _first(answers: Answers, queries: np.ndarray, seed: int, by_photo: bool) -> np.ndarray:
+def _asking(protocol: Protocol, queries: np.ndarray) -> np.ndarray:
+    """The photo that searches for each query, or that its text is fused with; -1 where a text searches alone."""
+    if protocol.queries is None:
+        return queries
+    references = protocol.queries.references
+    return np.full(len(queries), -1) if references is None else references[queries]
+
+
+def _first(protocol: Protocol, answers: Answers, queries: np.ndarray) -> np.ndarray:
     """The first photos of some queries; a photo that searches is not among its own."""
-    scores = answers.scores(queries)
-    first = top_k(scores, min(FIRST_K + by_photo, scores.shape[1]), seed=seed)
+    scores, by_photo = protocol.ranked(answers, queries), protocol.queries is None
+    first = top_k(scores, min(FIRST_K + by_photo, scores.shape[1]), seed=protocol.setting.seed)
     if isinstance(answers, Reordered):
         width = min(first.shape[1], answers.positions.shape[1])
         first[:, :width] = answers.positions[queries, :width]
@@ -93,7 +101,8 @@ def _photo_text(setting: Setting, texts: Sequence[str], place: int) -> str:
     pairs = setting.pairs
     if pairs.paired_texts is None and pairs.kind == "classes":
         return ", ".join(setting.cache.table.class_names[label] for label in pairs.labels[place])
-    return texts[int(pairs.texts[place][0] if pairs.paired_texts is None else pairs.paired_texts[place])]
+    own = pairs.texts[place] if pairs.paired_texts is None else pairs.paired_texts[place : place + 1]
+    return texts[int(own[0])] if len(own) else ""
 
 
 def _class_details(answers: Answers, protocol: Protocol) -> ClassDetails:

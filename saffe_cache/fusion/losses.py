@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from saffe_cache.core.items import Ragged
 from saffe_cache.core.ranks import Share
-from saffe_cache.fusion.base import Texts
+from saffe_cache.fusion.base import Texts, cosines, inner_products
 from saffe_cache.fusion.layers import Learning, Mask, States
 from saffe_cache.fusion.options import ObjectiveOptions
 
@@ -37,39 +37,37 @@ def info_nce(
     temperature: torch.Tensor,
     ignored: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """`info_nce_of` the cosines of unit vectors: `gallery` [n, d] and `queries` [m, d]."""
+    return info_nce_of(cosines(gallery, queries), positives, temperature, ignored)
+
+
+def info_nce_of(
+    scores: torch.Tensor, positives: torch.Tensor, temperature: torch.Tensor, ignored: torch.Tensor | None = None
+) -> torch.Tensor:
     """InfoNCE with several positives per row, in both directions.
 
-        L = 1/2 (l(S, P) + l(S^T, P^T)),  S = gallery queries^T / temperature
+        L = 1/2 (l(S, P) + l(S^T, P^T)),  S = scores / temperature
         l(S, P) = -mean_i 1/|P_i| sum_{j in P_i} log softmax(S_i)_j
 
     With one positive per row it is CLIP's loss (Radford et al. 2021, fig. 3); averaging over the positives
-    is SupCon's "out" form (Khosla et al. 2020, eq. 2). It cannot reach 0 if a row has several.
+    is SupCon's "out" form (Khosla et al. 2020, eq. 2). It cannot reach 0 if a row has several. A row or column without
+    a positive, such as a photo that no query of the batch searches for, is a negative of others alone.
 
     Args:
-        gallery: unit vectors [n, d].
-        queries: unit vectors [m, d].
-        positives: bool [n, m], at least one True in each row and column.
+        scores: [n, m], of gallery and queries.
+        positives: bool [n, m], at least one True.
         temperature: positive scalar.
         ignored: bool [n, m], cells that are neither positive nor negative; None for none.
     """
-    scores = cosines(gallery, queries) / temperature
+    scores = scores / temperature
     if ignored is not None:
         scores = scores.masked_fill(ignored, _IGNORED)
     return (_one_direction(scores, positives) + _one_direction(scores.T, positives.T)) / 2
 
 
-def cosines(gallery: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """Of unit vectors, [n, m]; in full precision, also under autocast.
-
-    At a temperature of 0.01, bfloat16 products would be off by 0.4.
-    """
-    with torch.autocast(gallery.device.type, enabled=False):
-        return gallery @ queries.T
-
-
 def _one_direction(scores: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
-    weights = positives.to(scores.dtype) / positives.sum(dim=1, keepdim=True)
-    return -(weights * scores.log_softmax(dim=1)).sum(dim=1).mean()
+    weights = positives.to(scores.dtype) / positives.sum(dim=1, keepdim=True).clamp(min=1)
+    return -(weights * scores.log_softmax(dim=1)).sum(dim=1).sum() / positives.any(dim=1).sum()
 
 
 def siglip(
@@ -80,16 +78,27 @@ def siglip(
     bias: torch.Tensor,
     ignored: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """`siglip_of` the cosines of unit vectors: `gallery` [n, d] and `queries` [m, d]."""
+    return siglip_of(cosines(gallery, queries), positives, scale, bias, ignored)
+
+
+def siglip_of(
+    scores: torch.Tensor,
+    positives: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    ignored: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Every pair is a yes-or-no question (Zhai et al. 2023, algorithm 1).
 
-        L = -1/n sum_ij log sigmoid(y_ij (scale z_i . u_j + bias)),   y_ij = 1 for positives, else -1
+        L = -1/n sum_ij log sigmoid(y_ij (scale s_ij + bias)),   y_ij = 1 for positives, else -1
 
-    Args as of `info_nce`, but rows need no positive; `scale` is the inverse of a temperature.
+    Args as of `info_nce_of`, but no cell need be positive; `scale` is the inverse of a temperature.
     """
-    logits = scale * cosines(gallery, queries) + bias
+    logits = scale * scores + bias
     signs = 2 * positives.to(logits.dtype) - 1
     cells = functional.logsigmoid(signs * logits)
-    return -(cells if ignored is None else cells.masked_fill(ignored, 0.0)).sum() / len(gallery)
+    return -(cells if ignored is None else cells.masked_fill(ignored, 0.0)).sum() / len(scores)
 
 
 def soft_target(vectors: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.1) -> torch.Tensor:
@@ -202,6 +211,19 @@ class UnpairedBatch(NamedTuple):
     queries: Texts | None = None
 
 
+class ComposedBatch(NamedTuple):
+    """Queries of a step that are a photo and a text each; the same on every rank."""
+
+    text_rows: np.ndarray
+    """int64 [texts]: the distinct texts."""
+    texts: torch.Tensor
+    """int64 [queries]: the text of each query."""
+    references: torch.Tensor
+    """int64 [queries]: the photo of the batch that each query is about."""
+    positives: torch.Tensor
+    """bool [photos, queries]: which photos each query searches for."""
+
+
 class Batch(NamedTuple):
     """The data of one step. What is as large as the photos or texts themselves is that of this rank's alone."""
 
@@ -227,6 +249,8 @@ class Batch(NamedTuple):
     ignored: torch.Tensor | None = None
     """bool [photos, texts]: cells that are neither positive nor negative; None for none."""
     unpaired: UnpairedBatch | None = None
+    composed: ComposedBatch | None = None
+    """Composed queries; the texts are then captions of some of the photos, or none at all."""
 
 
 class Side(NamedTuple):
@@ -254,6 +278,13 @@ class Contrast(NamedTuple):
     """Summaries of photos, [photos, summary_size]."""
     unpaired: tuple[torch.Tensor, torch.Tensor] | None = None
     """Unit vectors of the unpaired photos, and of the unpaired texts."""
+    similarities: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = inner_products
+    """Scores of queries with photos, [m, n]."""
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """Of photos with queries, [n, m]."""
+        return self.similarities(self.queries, self.photos).T
 
     def photo_side(self) -> Side:
         """The batch's photos, followed by the unpaired ones."""
@@ -298,7 +329,7 @@ class InfoNce(_Loss):
         self.temperature = Temperature() if options.temperature is None else FixedTemperature(options.temperature)
 
     def forward(self, seen: Contrast) -> torch.Tensor:
-        return info_nce(seen.photos, seen.queries, seen.batch.positives, self.temperature(), seen.batch.ignored)
+        return info_nce_of(seen.scores, seen.batch.positives, self.temperature(), seen.batch.ignored)
 
 
 class Siglip(_Loss):
@@ -310,7 +341,7 @@ class Siglip(_Loss):
 
     def forward(self, seen: Contrast) -> torch.Tensor:
         scale, bias = self.sigmoid()
-        return siglip(seen.photos, seen.queries, seen.batch.positives, scale, bias, seen.batch.ignored)
+        return siglip_of(seen.scores, seen.batch.positives, scale, bias, seen.batch.ignored)
 
 
 class SoftTarget(_Loss):

@@ -16,7 +16,7 @@ class ModelOptions(OptionGroup):
 
     fusion: str = field(default=AUTO, metadata={"entries": FUSIONS})
     """How photo and text features are combined. auto: linear where photos are searched alone; reuse where a text is
-    fused with them, by --gallery-text or an objective over pairs."""
+    fused with them, by --gallery-text, composed queries or an objective over pairs."""
     head: HeadName | None = None
     """How tokens become one vector. attention: learned queries pool them. mean: their mean. flatten: all tokens enter
     one linear map, as in the SAFFE paper. Default: the fusion's own, usually attention."""
@@ -118,6 +118,9 @@ class ObjectiveOptions(OptionGroup):
     mixup: float | None = None
     """Mix each photo and its texts with another's of the batch, with a weight from Beta(X, X); 0 mixes nothing.
     Default: the fusion's own, usually 0.0."""
+    caption_weight: float = 0.25
+    """With --pairs composed, the weight of the same losses over photos and their captions, where they have any, so that
+    texts alone find photos in the same index too; 0 for none."""
     structure_levels: int = 1
     """Steps between neighbours, up to which structure and structure_published compare neighbourhoods."""
     structure_diagonal: bool = True
@@ -138,6 +141,7 @@ class ObjectiveOptions(OptionGroup):
             require(0 < weight < math.inf, "objective", f"{name}={weight}", "a weight above 0")
         for option in ("negatives", "pair_photos", "structure_levels"):
             require(getattr(self, option) > 0, option, getattr(self, option), "a number above 0")
+        require(0 <= self.caption_weight < math.inf, "caption_weight", self.caption_weight, "0 or more")
         require(0 <= (self.mixup or 0) < math.inf, "mixup", self.mixup, "0 or more")
         if self.temperature is not None:
             require(0.001 <= self.temperature <= 10, "temperature", self.temperature, "a number from 0.001 to 10")

@@ -16,6 +16,7 @@ HeadName = Literal["attention", "mean", "flatten"]
 QuerySide = Literal["gallery", "text"]
 GalleryText = Literal["null", "first_caption", "matched"]
 Reading = Literal["tokens", "summary"]
+Scoring = Literal["inner", "own"]
 Origin = Literal["published", "validation", ""]
 
 
@@ -79,6 +80,11 @@ class FusionEntry(Entry):
     """Whether the same inputs always give the same vectors in evaluation."""
     reads: Reading = "tokens"
     """What it sees of a photo: its tokens, or their summary (`layers.summarize`) as one token of width summary_size."""
+    for_composed: bool = False
+    """Whether it is made for composed queries (photo and text search photos): it trains with --pairs composed alone."""
+    scores: Scoring = "inner"
+    """How a composed query scores the gallery. inner: by the inner product of unit vectors, which any index can search.
+    own: by `Fusion.similarities`."""
     is_closed_form: bool = False
     """Whether its weights are computed by `Fusion.fit`, without steps and without an objective."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -346,6 +352,9 @@ class ObjectiveEntry(Entry):
     """Whether it uses photos and texts without pairing."""
     has_teacher: bool = False
     """Whether its `fit` gets the training pairs' vectors before the first step."""
+    contrasts: bool = False
+    """Whether it contrasts photos with all that searches in a batch, by scores alone: it then trains composed queries
+    too."""
     needs_match_head: bool = False
     """Whether the fusion needs a head for image-text matching."""
     trains_only_pairs: bool = False
@@ -356,10 +365,16 @@ class ObjectiveEntry(Entry):
 _LOSSES = "saffe_cache.fusion.losses"
 
 OBJECTIVES: Mapping[str, ObjectiveEntry] = {
-    "info_nce": ObjectiveEntry(made_by=f"{_LOSSES}:InfoNce", summary="Contrast photos and texts of a batch (CLIP)."),
-    "siglip": ObjectiveEntry(made_by=f"{_LOSSES}:Siglip", summary="A yes-or-no question for each pair (SigLIP)."),
+    "info_nce": ObjectiveEntry(
+        made_by=f"{_LOSSES}:InfoNce", summary="Contrast photos and texts of a batch (CLIP).", contrasts=True
+    ),
+    "siglip": ObjectiveEntry(
+        made_by=f"{_LOSSES}:Siglip", summary="A yes-or-no question for each pair (SigLIP).", contrasts=True
+    ),
     "sail": ObjectiveEntry(
-        made_by=f"{_VECTORS}.sail:Sail", summary="siglip as a mean, with a bias that fits the batch size (SAIL)."
+        made_by=f"{_VECTORS}.sail:Sail",
+        summary="siglip as a mean, with a bias that fits the batch size (SAIL).",
+        contrasts=True,
     ),
     "soft_target": ObjectiveEntry(made_by=f"{_LOSSES}:SoftTarget", summary="The released SAFFE code's loss."),
     "pair": ObjectiveEntry(

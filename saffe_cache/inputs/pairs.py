@@ -17,6 +17,7 @@ from saffe_cache.core.features import Modality, short_hash
 from saffe_cache.core.items import ItemTable, Ragged
 from saffe_cache.core.options import require
 from saffe_cache.core.texts import Texts
+from saffe_cache.inputs.composed import Composed, composed_queries
 from saffe_cache.inputs.spec import PairKind, RunSpec, SplitOptions
 from saffe_cache.retrieval.baselines import Rows, unit_rows
 from saffe_cache.store.reader import Cache, EncoderCache
@@ -35,7 +36,7 @@ class Pairs:
     rows: np.ndarray
     """int64 [n]: the photo's (or sound's) row in its encoder's arrays; no two are equal."""
     texts: Ragged
-    """Text rows of each: its captions, or the prompts of its classes."""
+    """Text rows of each: its captions, or the prompts of its classes. With composed queries there may be none."""
     labels: Ragged
     """Class indices of each."""
     paired_texts: np.ndarray | None = None
@@ -44,26 +45,43 @@ class Pairs:
     """Items that are left out because an input is unreadable or missing."""
     drawn_from: int = 0
     """Photos that these were drawn from; 0 where they are all that there are."""
+    composed: Composed | None = None
+    """Queries of photos and texts that search these photos; None of another kind."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, chosen: np.ndarray) -> Pairs:
-        """The chosen pairs, in the given order."""
-        return Pairs(
-            self.kind,
-            self.ids.take(chosen),
-            self.rows[chosen],
-            self.texts.take(chosen),
-            self.labels.take(chosen),
-            None if self.paired_texts is None else self.paired_texts[chosen],
-            self.num_unusable,
-            self.drawn_from,
+        """The chosen pairs, in the given order; composed queries stay whose photos do."""
+        places = np.full(len(self), -1)
+        places[chosen] = np.arange(len(chosen))
+        return replace(
+            self,
+            ids=self.ids.take(chosen),
+            rows=self.rows[chosen],
+            texts=self.texts.take(chosen),
+            labels=self.labels.take(chosen),
+            paired_texts=None if self.paired_texts is None else self.paired_texts[chosen],
+            composed=None if self.composed is None else self.composed.over(places),
         )
 
     def permuted(self, seed: int) -> Pairs:
-        """The same photos with permuted texts, to train a control on."""
-        return replace(self, rows=self.rows[np.random.default_rng(seed).permutation(len(self))])
+        """The same photos with permuted texts, to train a control on; composed queries get each other's targets."""
+        generator = np.random.default_rng(seed)
+        if self.composed is None:
+            return replace(self, rows=self.rows[generator.permutation(len(self))])
+        order = generator.permutation(len(self))
+        return replace(self, texts=self.texts.take(order), composed=self.composed.permuted(generator))
+
+    @property
+    def num_samples(self) -> int:
+        """What an epoch of training sees once: the pairs, or their composed queries."""
+        return len(self) if self.composed is None else len(self.composed)
+
+    @property
+    def searching(self) -> Ragged:
+        """Text rows of what searches: of each pair, or of each composed query."""
+        return self.texts if self.composed is None else self.composed.texts
 
     @property
     def owners(self) -> np.ndarray:
@@ -108,12 +126,12 @@ def select_pairs(
     """All usable pairs of a split; items with the same photo become one, with the texts of all.
 
     `kind` says which texts describe an item. With `first_paired`, the first caption is paired with the photo, and only
-    the others describe it.
+    the others describe it. Composed queries search all photos of the split, with and without captions.
 
     Raises:
         ValueError: the split has no usable pair.
     """
-    least = 2 if first_paired else 1
+    least = 2 if first_paired else 0 if kind == "composed" else 1
     items = table.in_split(split)
     rows = table.rows[gallery.manifest.modality][items]
     texts = _texts_of(table, items, kind)
@@ -131,20 +149,30 @@ def select_pairs(
     group = np.argsort(order)[inverse]
     merged, labels = (_merged(of.take(kept), group) for of in (texts, table.labels.take(items)))
     paired = merged.values[merged.offsets[:-1]] if first_paired else None
-    return Pairs(
-        kind,
-        table.ids.take(items[kept[first[order]]]),
-        distinct[order],
-        _without_first(merged) if first_paired else merged,
-        labels,
-        paired,
-        unusable,
-    )
+    texts = _without_first(merged) if first_paired else merged
+    ids = table.ids.take(items[kept[first[order]]])
+    pairs = Pairs(kind, ids, distinct[order], texts, labels, paired, unusable)
+    if kind != "composed":
+        return pairs
+    places = np.full(len(table), -1)
+    places[items[kept]] = group
+    composed, num_others = composed_queries(table, split, places, labels, text.usable)
+    _require_queries(composed, f"split {split!r}", num_others)
+    return replace(pairs, num_unusable=unusable + num_others, composed=composed)
+
+
+def _require_queries(composed: Composed, where: str, num_others: int = 0) -> None:
+    """Raise ValueError if there are none."""
+    if not len(composed):
+        others = f"; {num_others} others lack a photo or a target" if num_others else ""
+        raise ValueError(
+            f"{where}: found no composed query{others}. Give queries.jsonl beside the photos, or use another --pairs."
+        )
 
 
 def _texts_of(table: ItemTable, items: np.ndarray, kind: PairKind) -> Ragged:
     """Text rows of each item: its captions, or the prompts of its classes."""
-    if kind == "captions":
+    if kind != "classes":
         return table.captions.take(items)
     labels = table.labels.take(items)
     texts = table.class_texts.take(labels.values)
@@ -271,9 +299,13 @@ def split_pairs(
             raise ValueError(f"--validation {options.validation}: all of its {len(validation)} photos are reported.")
         validation = validation.take(np.flatnonzero(is_free))
     if 0 < options.validation_photos < len(validation):
-        first = drawn_order(validation.rows, seed, hashes)[: options.validation_photos]
+        first = _drawn_pairs(validation, seed, hashes)[: options.validation_photos]
         validation = replace(validation.take(np.sort(first)), drawn_from=len(validation))
-    return Parts(keep_part(training, options.train_fraction, seed, hashes), validation, num_shared)
+    training = keep_part(training, options.train_fraction, seed, hashes)
+    for part, name in ((training, options.train_split), (validation, options.validation)):
+        if part.composed is not None:
+            _require_queries(part.composed, f"photos of {name!r} to train or validate on")
+    return Parts(training, validation, num_shared)
 
 
 def require_classes(pairs: Pairs, table: ItemTable, split: str) -> None:
@@ -336,6 +368,12 @@ def content_fingerprint(table: ItemTable, modality: Modality, *parts: Pairs) -> 
         digest.update(pairs.texts.lengths.astype("<i8").tobytes())
         if pairs.paired_texts is not None:
             digest.update(text_hash[pairs.paired_texts].tobytes())
+        if (of := pairs.composed) is not None:
+            for photos in (of.references, of.targets.values, of.members.values):
+                digest.update(photo_hash[pairs.rows[photos]].tobytes())
+            digest.update(text_hash[of.texts.values].tobytes())
+            for numbers in (of.targets.lengths, of.members.lengths, of.texts.lengths, of.groups):
+                digest.update(numbers.astype("<i8").tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -377,7 +415,7 @@ def hold_out(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray,
 
     Photos are ordered by a hash of their content and the seed, so the parts change little as the data grow.
     """
-    order = drawn_order(pairs.rows, seed, content_hash)
+    order = _drawn_pairs(pairs, seed, content_hash)
     wanted = max(1, round(fraction * len(pairs)))
     if wanted >= len(pairs):
         raise ValueError(f"{len(pairs)} pairs are too few to hold out {fraction:.0%}. Use more data.")
@@ -390,8 +428,18 @@ def keep_part(pairs: Pairs, fraction: float, seed: int, content_hash: np.ndarray
     """A fraction of the pairs, at least one, drawn as in `hold_out`: a smaller part lies within a larger one."""
     if fraction == 1:
         return pairs
-    last = drawn_order(pairs.rows, seed, content_hash)[::-1]
-    return pairs.take(np.sort(last[: max(1, round(fraction * len(pairs)))]))
+    order = _drawn_pairs(pairs, seed, content_hash)
+    first = order if pairs.composed is not None else order[::-1]
+    return pairs.take(np.sort(first[: max(1, round(fraction * len(pairs)))]))
+
+
+def _drawn_pairs(pairs: Pairs, seed: int, content_hash: np.ndarray) -> np.ndarray:
+    """Positions of the pairs in an order that follows from their content and the seed.
+
+    With composed queries, the reference and a target of each follow one another: both must be in one part.
+    """
+    order = drawn_order(pairs.rows, seed, content_hash)
+    return order if pairs.composed is None else pairs.composed.first_photos(order)
 
 
 def drawn_order(rows: np.ndarray, seed: int, content_hash: np.ndarray) -> np.ndarray:

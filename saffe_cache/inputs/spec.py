@@ -9,7 +9,9 @@ from saffe_cache.core.options import OptionGroup, require
 from saffe_cache.fusion.options import FusionShape, ObjectiveOptions
 from saffe_cache.fusion.registry import GalleryText
 
-PairKind = Literal["captions", "classes"]
+PairKind = Literal["captions", "classes", "composed"]
+ReferenceChoice = Literal["removed", "kept"]
+"""Whether a composed query ranks its own reference photo."""
 Residency = Literal["device", "memory", "mapped", "streamed"]
 
 
@@ -68,6 +70,11 @@ class RunSpec(SplitOptions, ObjectiveOptions):
     def token_layers(self) -> tuple[int, ...]:
         """The text layers whose tokens enter the fusion."""
         return self.text_layers if self.shape.entry.reads_text_tokens else ()
+
+    @property
+    def fuses_text(self) -> bool:
+        """Whether training fuses photos with texts."""
+        return self.gallery_text != "null" or self.fuses_pairs or self.pairs == "composed"
 
     @property
     def sees_null(self) -> bool:

@@ -27,14 +27,17 @@ from saffe_cache.protocols.setting import (
     Answered,
     Answers,
     Arrangement,
-    ClassScores,
     FittedScores,
     Queries,
+    QueryScores,
     Setting,
     System,
     Vectors,
+    VectorSystem,
 )
+from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.retrieval.metrics import Ranking, metrics_of
+from saffe_cache.retrieval.ranking import ScoreMatrix
 from saffe_cache.retrieval.scores import Scores
 from saffe_cache.store.reader import Cache
 
@@ -102,6 +105,11 @@ class Protocol(ABC):
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
 
+    @property
+    def described(self) -> str:
+        """The definition, with the options that the protocol was made with."""
+        return self.definition
+
     # What a run and a split have to offer
 
     @classmethod
@@ -145,10 +153,10 @@ class Protocol(ABC):
     def measure(self, system: System, arrangement: Arrangement) -> Scores:
         return self.answer(system, arrangement).scores
 
-    def search(self, system: System, arrangement: Arrangement) -> Vectors | ClassScores:
+    def search(self, system: System, arrangement: Arrangement) -> Vectors | QueryScores:
         """How a system orders an arrangement of the gallery if nothing is fused with the texts that search."""
         if isinstance(system, FittedScores):
-            return ClassScores(system.scores[arrangement.photos])
+            return QueryScores(system.scores[arrangement.photos])
         if self.queries is not None:
             return self.setting.vectors(system, arrangement, self.queries, photos_search=self.photos_search)
         gallery = self.setting.gallery(system, arrangement)
@@ -161,6 +169,27 @@ class Protocol(ABC):
     def validate(self, model: Fusion) -> float:
         """The main metric of a model in training; nothing is cached."""
         raise NotImplementedError(f"protocol {self.name}: no run is trained for it")
+
+    def fused_vectors(self, system: VectorSystem, photos: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        """f(photo, text), [n, d], of places that have both: in the gallery, or of composed queries.
+
+        `photos` and `texts` are the places that each is taken from; equal ones are the honest pairs.
+        """
+        return self.setting.gallery(system, Arrangement(photos, texts))
+
+    @property
+    def num_fused(self) -> int:
+        """How many places `fused_vectors` has."""
+        return len(self.setting.pairs)
+
+    @property
+    def fuses_texts(self) -> bool:
+        """Whether photos there have texts, and not the null text."""
+        return self.setting.pairs.paired_texts is not None
+
+    def ranked(self, answers: Answers, queries: np.ndarray) -> ScoreMatrix:
+        """Scores of some queries with the gallery, [queries, n], in which photos that are not ranked are last."""
+        return answers.scores(queries)
 
     def fused_texts(self) -> np.ndarray | None:
         """A text row that each photo is fused with, as far as the count of FLOPs goes; None for null text."""
@@ -177,6 +206,10 @@ class Protocol(ABC):
         if self.shows_photos_alone and always_text:
             found.append("the run was trained without null text: its vectors of photos alone are untrained.")
         return found
+
+    def findings(self, own: Scores, baselines: Mapping[str, Scores]) -> list[str]:
+        """What a reader must know of the scores of a system beside those of baselines."""
+        return []
 
     # Controls: the same measurement where nothing can be found
 
@@ -268,7 +301,7 @@ class SearchProtocol(Protocol):
     def own_controls(self, system: System, shuffled: np.ndarray) -> dict[str, Scores]:
         """queries_constant: every text that searches is the same."""
         if isinstance(system, FittedScores):
-            return {"queries_constant": self.score(ClassScores(system.scores).with_one_query())}
+            return {"queries_constant": self.score(QueryScores(system.scores).with_one_query())}
         same = self.queries.with_one_text()
         vectors = self.setting.vectors(system, self.setting.honest(), same, photos_search=self.photos_search)
         return {"queries_constant": self.score(vectors)}
@@ -282,5 +315,16 @@ class SearchProtocol(Protocol):
         return self.validate_gallery(encode_gallery(model, self.setting.inputs, pairs.rows, pairs.paired_texts), model)
 
     def validate_gallery(self, gallery: np.ndarray, model: Fusion) -> float:
-        """The main metric of a gallery that a model's queries search."""
+        """The main metric of a gallery of photos' vectors that a model's queries search."""
         return self.validation_score(gallery, self.setting.queries(model, self.queries))
+
+    def validate_late(self, gallery: np.ndarray, model: Fusion) -> float:
+        """The same where the model adds the paired texts' vectors to the photos', with its present weight."""
+        paired = self.setting.pairs.paired_texts
+        assert paired is not None
+        texts = model.text_map(self.setting.inputs.vectors(paired)).detach().cpu().numpy()
+        return self.validate_gallery(unit_rows(gallery + model.text_weight.item() * texts), model)
+
+    def validate_photos(self, gallery: np.ndarray) -> float:
+        """The main metric of photos' vectors in the space of the text encoder's own vectors, which search them."""
+        return self.validation_score(gallery, unit_rows(self.queries.vectors))

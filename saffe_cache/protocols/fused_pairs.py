@@ -21,8 +21,8 @@ from saffe_cache.protocols.setting import (
     Answered,
     Answers,
     Arrangement,
-    ClassScores,
     Queries,
+    QueryScores,
     Reordered,
     Setting,
     System,
@@ -92,7 +92,7 @@ class CandidateProtocol(Protocol):
         if pairs.matching is not None:
             matched = candidate_scores(pairs.matching[arrangement.photos], labels, seed=seed)
             scores |= {"map_matching": matched["map"], "top1_matching": matched["top1"]}
-        return Answered(scores, ClassScores(cosine))
+        return Answered(scores, QueryScores(cosine))
 
     def _scores_of(self, model: Fusion) -> tuple[PairScores, np.ndarray]:
         """A model's scores of all pairs, and the mean score of each class over training photos."""
@@ -103,11 +103,11 @@ class CandidateProtocol(Protocol):
             self._known[model] = own, trained.cosine.mean(axis=0)
         return self._known[model]
 
-    def search(self, system: System, arrangement: Arrangement) -> ClassScores:
-        return ClassScores(super().search(system, arrangement).matrix())
+    def search(self, system: System, arrangement: Arrangement) -> QueryScores:
+        return QueryScores(super().search(system, arrangement).matrix())
 
     def score(self, answers: Answers) -> Scores:
-        assert isinstance(answers, ClassScores)
+        assert isinstance(answers, QueryScores)
         return candidate_scores(answers.values, self.setting.pairs.labels, seed=self.setting.seed)
 
     def validate(self, model: Fusion) -> float:

@@ -28,6 +28,7 @@ PROTOCOLS: dict[str, Entry] = {
     "metadata": Entry("searches:MetadataProtocol", "captions search photos that are fused with their first caption"),
     "candidate": Entry("fused_pairs:CandidateProtocol", "every photo is fused with every class and scored"),
     "rerank": Entry("fused_pairs:RerankProtocol", "the first results of caption or class are fused with the query"),
+    "composed": Entry("composed:ComposedProtocol", "a photo and a text search photos"),
     "image": Entry("searches:ImageProtocol", "photos search photos of their class"),
 }
 

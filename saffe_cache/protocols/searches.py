@@ -13,7 +13,7 @@ from saffe_cache.inputs.pairs import Pairs, class_vectors, require_classes, sele
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.protocols.base import NULL_GALLERY, NUM_SHUFFLES, Level, Protocol, SearchProtocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
-from saffe_cache.protocols.setting import Answers, Arrangement, ClassScores, Queries, Setting, System, Vectors
+from saffe_cache.protocols.setting import Answers, Arrangement, Queries, QueryScores, Setting, System, Vectors
 from saffe_cache.retrieval.metrics import average_precision_of_ranks, metrics_of
 from saffe_cache.retrieval.ranking import members, top_k
 from saffe_cache.retrieval.scores import (
@@ -79,7 +79,7 @@ class ClassProtocol(SearchProtocol):
         return class_scores(gallery, queries, labels, biases, intervals=intervals, seed=seed)
 
     def score(self, answers: Answers) -> Scores:
-        if not isinstance(answers, ClassScores):
+        if not isinstance(answers, QueryScores):
             return super().score(answers)
         scores = candidate_scores(answers.values, self.setting.pairs.labels, seed=self.setting.seed)
         names = self.metric_names(self.setting.cache, self.setting.spec)

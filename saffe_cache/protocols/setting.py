@@ -49,6 +49,9 @@ class Queries:
     """int64 [queries]: the photo that each query is drawn with in a bootstrap."""
     several: Ragged | None = None
     """All text rows of each query, where `vectors` are means over several texts; None where each is one."""
+    references: np.ndarray | None = None
+    """int64 [queries]: the photo that each query's text is fused with, a position in the pairs; None where texts search
+    alone."""
 
     def __len__(self) -> int:
         return len(self.text_rows)
@@ -62,7 +65,8 @@ class Queries:
         """Some of the queries."""
         rows, vectors, relevant = self.text_rows[chosen], self.vectors[chosen], self.relevant.take(chosen)
         several = None if self.several is None else self.several.take(chosen)
-        return Queries(rows, vectors, relevant, self.units[chosen], several)
+        references = None if self.references is None else self.references[chosen]
+        return Queries(rows, vectors, relevant, self.units[chosen], several, references)
 
     def with_one_text(self) -> Queries:
         """The same queries, if each of them were the first one."""
@@ -93,6 +97,9 @@ class FittedVectors:
     """From the unit vectors of texts to unit vectors in the gallery's space; None where they are in it already."""
     bank_photos: np.ndarray | None = None
     """Unit vectors of the photos of the setting's bank; None without one, or where no photo searches."""
+    compose: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    """From the references of composed queries, positions in the pairs, and the unit vectors of their texts to unit
+    vectors in the gallery's space."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,10 +152,15 @@ class Setting:
         return np.asarray(self._vectors[system][arrangement.photos])
 
     def queries(self, system: VectorSystem, queries: Queries) -> np.ndarray:
-        """g(text) of each query: unit vectors [queries, d]."""
+        """g(text), or f(photo, text), of each query: [queries, d]; unit vectors, if their inner products count."""
         if isinstance(system, FittedVectors):
             vectors = unit_rows(queries.vectors)
+            if queries.references is not None:
+                assert system.compose is not None
+                return system.compose(queries.references, vectors)
             return vectors if system.map_queries is None else system.map_queries(vectors)
+        if queries.references is not None:
+            return encode_gallery(system, self.inputs, self.pairs.rows[queries.references], queries.text_rows)
         if system.shape.entry.query_tokens:
             return encode_texts(system, self.inputs, queries.prompts)
         return encode_queries(system, queries.vectors, self.inputs.device)
@@ -211,29 +223,38 @@ class Vectors(NamedTuple):
         """Scores of some queries with the gallery, [chosen, n]."""
         return InnerProducts(self.gallery, self.queries[chosen], self.biases.gallery)
 
+    def part(self, queries: np.ndarray, photos: np.ndarray) -> ScoreMatrix:
+        """Scores of some queries with some photos of the gallery, both by position."""
+        bias = self.biases.gallery
+        return InnerProducts(self.gallery[photos], self.queries[queries], None if bias is None else bias[photos])
+
     def matrix(self) -> np.ndarray:
         """All scores, [n, m]."""
         scores = np.asarray(self.gallery @ self.queries.T)
         return scores if self.biases.gallery is None else scores - self.biases.gallery[:, None]
 
 
-class ClassScores(NamedTuple):
-    """A score of each photo with each class; the classes are the queries."""
+class QueryScores(NamedTuple):
+    """A score of each photo with each query, such as a class."""
 
     values: np.ndarray
-    """[photos, classes]"""
+    """[photos, queries]"""
 
     def scores(self, chosen: slice | np.ndarray = ALL) -> ScoreMatrix:
         """As `Vectors.scores`."""
         return self.values[:, chosen].T
 
+    def part(self, queries: np.ndarray, photos: np.ndarray) -> ScoreMatrix:
+        """As `Vectors.part`."""
+        return np.asarray(self.values[np.ix_(photos, queries)].T)
+
     def matrix(self) -> np.ndarray:
         """As `Vectors.matrix`."""
         return self.values
 
-    def with_one_query(self) -> ClassScores:
-        """The same photos, where every class is the first one."""
-        return ClassScores(np.tile(self.values[:, :1], self.values.shape[1]))
+    def with_one_query(self) -> QueryScores:
+        """The same photos, where every query is the first one."""
+        return QueryScores(np.tile(self.values[:, :1], self.values.shape[1]))
 
 
 class Reordered(NamedTuple):
@@ -249,7 +270,7 @@ class Reordered(NamedTuple):
         return self.vectors.scores(chosen)
 
 
-Answers = Vectors | ClassScores | Reordered
+Answers = Vectors | QueryScores | Reordered
 """How a system orders the gallery, before it is scored."""
 
 

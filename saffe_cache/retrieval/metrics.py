@@ -110,9 +110,10 @@ class RandomOrder:
         return float(np.searchsorted(np.cumsum(self.first_rank), 0.5 - 1e-9) + 1)  # despite rounding
 
 
-Ranking = Literal["captions", "texts", "classes", "images", "labels", "candidates"]
+Ranking = Literal["captions", "texts", "classes", "images", "labels", "candidates", "composed", "grouped", "subset"]
 """Which rankings a metric is computed of: the photos for each caption (and the captions for each photo), for each text
-that describes photos, for each class, for each photo; and the classes for each photo, by vectors or as candidates."""
+that describes photos, for each class, for each photo; the classes for each photo, by vectors or as candidates; and the
+photos for each photo and text, as a mean over groups of these, and within their subsets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,22 +146,45 @@ def _recall(k: int, description: str, *rankings: Ranking, least_items: int = 1) 
     )
 
 
+def _map_at(k: int, *rankings: Ranking) -> Metric:
+    return Metric(
+        description=f"mean average precision over the first {k}, divided by min(relevant, {k})",
+        rankings=rankings,
+        values=lambda ranks: average_precision_of_ranks(ranks, k),
+        chance=lambda order: order.average_precision(k),
+    )
+
+
 METRICS: dict[str, Metric] = {
     "map": Metric(
         description="mean average precision over the whole ranking, not interpolated",
-        rankings=("texts", "classes", "images"),
+        rankings=("texts", "classes", "images", "composed"),
         values=average_precision_of_ranks,
         chance=lambda order: order.average_precision(),
     ),
-    "map_at_100": Metric(
-        description="mean average precision over the first 100, divided by min(relevant, 100)",
-        rankings=("classes", "images"),
-        values=lambda ranks: average_precision_of_ranks(ranks, 100),
-        chance=lambda order: order.average_precision(100),
+    "map_at_5": _map_at(5, "composed"),
+    "map_at_10": _map_at(10, "composed"),
+    "map_at_25": _map_at(25, "composed"),
+    "map_at_50": _map_at(50, "composed"),
+    "map_at_100": _map_at(100, "classes", "images"),
+    "recall_at_1": _recall(
+        1, "share of queries whose first result is relevant", "captions", "texts", "images", "composed", "subset"
     ),
-    "recall_at_1": _recall(1, "share of queries whose first result is relevant", "captions", "texts", "images"),
-    "recall_at_5": _recall(5, "share of queries with a relevant result among the first 5", "captions", "texts"),
-    "recall_at_10": _recall(10, "share of queries with a relevant result among the first 10", "captions", "texts"),
+    "recall_at_2": _recall(2, "share of queries with a relevant result among the first 2", "subset"),
+    "recall_at_3": _recall(3, "share of queries with a relevant result among the first 3", "subset"),
+    "recall_at_5": _recall(
+        5, "share of queries with a relevant result among the first 5", "captions", "texts", "composed"
+    ),
+    "recall_at_10": _recall(
+        10, "share of queries with a relevant result among the first 10", "captions", "texts", "composed", "grouped"
+    ),
+    "recall_at_50": _recall(50, "share of queries with a relevant result among the first 50", "composed", "grouped"),
+    "recall": Metric(
+        description="mean of recall_at_10 and recall_at_50",
+        rankings=("grouped",),
+        values=lambda ranks: (recall_at_k(first_ranks(ranks), 10) + recall_at_k(first_ranks(ranks), 50)) / 2,
+        chance=lambda order: (order.recall(10) + order.recall(50)) / 2,
+    ),
     "mrr": Metric(
         description="mean of 1 / rank of the first relevant result",
         rankings=("captions", "texts"),
@@ -184,6 +208,8 @@ _VARIANTS = {
     "image_to_text_{}": "photos search texts: {}",
     "{}_prior_removed": "{}, after subtracting each class's mean score over training photos",
     "{}_matching": "{}, by the matching head's logits",
+    "group_mean_{}": "mean over the groups of queries of: {}",
+    "subset_{}": "among the other members of the query's subset: {}",
 }
 """Names of metrics of the same kind under other conditions, and their descriptions."""
 

@@ -222,13 +222,20 @@ def _scores_of(
         if metric.is_rank:
             found[name] = Score(float(np.median(values)), chance)
         else:
-            found[name] = Score(float(values.mean()), chance, None, values, units if intervals else None)
+            found[name] = Score(float(values.mean()), chance, None, values)
+    return with_intervals(found, units if intervals else None, seed)
+
+
+def with_intervals(found: Scores, units: np.ndarray | None, seed: int) -> Scores:
+    """The same, with intervals of means over queries by resampling their `units`; None for no intervals."""
     means = {name: score.of_queries for name, score in found.items() if score.values is not None}
-    if intervals and means:
-        totals, counts = zip(*(unit_totals(values, units) for values in means.values()), strict=True)
-        of_metrics = bootstrap_intervals(totals, counts[0], seed=seed)
-        found |= {name: replace(found[name], interval=one) for name, one in zip(means, of_metrics, strict=True)}
-    return found
+    if units is None or not means:
+        return found
+    totals, counts = zip(*(unit_totals(values, units) for values in means.values()), strict=True)
+    of_metrics = bootstrap_intervals(totals, counts[0], seed=seed)
+    return found | {
+        name: replace(found[name], interval=one, units=units) for name, one in zip(means, of_metrics, strict=True)
+    }
 
 
 def _class_map_scores(scores: ScoreMatrix, labels: Ragged, intervals: bool, seed: int) -> Scores:

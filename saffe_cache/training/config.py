@@ -31,7 +31,8 @@ class DataOptions(OptionGroup):
     encoder: Mapping[str, str] = field(default_factory=dict)
     """Which encoder to use if the cache has several of a modality: image=PART-OF-KEY or image=ID."""
     pairs: Literal["auto", PairKind] = "auto"
-    """What describes an item: its captions, or the names of its classes. auto: captions if there are any."""
+    """What searches. captions, or names of classes (classes), which describe photos; composed: a photo and a text that
+    changes it. auto: composed if the train split has such queries, else captions if there are any."""
     gallery_text: GalleryText | None = None
     """The text that is paired with each photo in training and in the gallery. null: none. first_caption: the item's
     first caption; the other captions are the queries. matched: one of the queries themselves, as the SAFFE release
@@ -61,12 +62,13 @@ class TrainingRecipe(OptionGroup):
     patience: int = 8
     optimizer: OptimizerName = "adamw"
     mixup: float = 0.0
+    gallery_photos: int = 0
 
     def check(self) -> None:
         """Raise ValueError if a value is out of range."""
         for option in ("batch_size", "learning_rate", "patience"):
             require(0 < getattr(self, option) < math.inf, option, getattr(self, option), "a number above 0")
-        for option in ("epochs", "weight_decay"):
+        for option in ("epochs", "weight_decay", "gallery_photos"):
             require(getattr(self, option) >= 0, option, getattr(self, option), "0 or more")
         require(0 <= self.warmup < 1, "warmup", self.warmup, "a fraction from 0 to below 1")
 
@@ -84,8 +86,11 @@ class OptimisationOptions(OptionGroup):
     control_epochs: int = 2
     """Epochs of the control, which is trained on permuted pairs; 0 trains no control, and the report says so."""
     batch_size: int | None = None
-    """Photos in a batch, each with all its texts; fewer if the data would give fewer than 8 such batches. Default: the
-    fusion's own, usually 512."""
+    """Photos in a batch, each with all its texts, or composed queries; fewer if the data would give fewer than 8 such
+    batches. Default: the fusion's own, usually 512."""
+    gallery_photos: int | None = None
+    """With --pairs composed, photos of a batch at least: random ones join the references and targets of its queries, as
+    wrong answers. Default: the fusion's own, usually 0."""
     optimizer: OptimizerName | None = None
     """adamw: AdamW. lion: Lion, whose steps are of equal size for all weights. Default: the fusion's own, usually
     adamw."""
@@ -162,7 +167,8 @@ class TrainConfig(
         """The fusion; in the place of auto, the one that fits what is fused."""
         if self.fusion != AUTO:
             return self.fusion
-        fuses = self.gallery_text not in (None, "null") or any(OBJECTIVES[name].fuses_pairs for name in self.objective)
+        fuses = self.pairs == "composed" or self.gallery_text not in (None, "null")
+        fuses = fuses or any(OBJECTIVES[name].fuses_pairs for name in self.objective)
         return OF_PAIRS if fuses else OF_PHOTOS_ALONE
 
     @property

@@ -34,9 +34,10 @@ from saffe_cache.fusion.layers import Dropout, parameter_groups
 from saffe_cache.fusion.losses import Batch
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.fitting import update, warmed_cosine
-from saffe_cache.training.batches import Objective, TrainingData
+from saffe_cache.training.batches import TrainingData
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.loggers import Loggers
+from saffe_cache.training.objective import Objective
 from saffe_cache.training.optimizers import make_optimizer
 from saffe_cache.training.runs import MODEL, STATE, build_fusion
 
@@ -159,15 +160,14 @@ def start(config: TrainConfig, spec: RunSpec, data: TrainingData, *, resumes: bo
     """
     torch.manual_seed(config.seed)
     model = build_fusion(spec, data.inputs.cache).to(config.device)
-    sees_text = spec.gallery_text != "null" or spec.fuses_pairs
-    model.freeze_unused(null_only=not sees_text)
+    model.freeze_unused(null_only=not spec.fuses_text)
     if config.start == "ridge" and model.linear_start is not None and not resumes:
-        data.start_as_late_fusion(model, model.linear_start)
+        data.start.set(model, model.linear_start)
     started = time.perf_counter()
     if config.entry.is_closed_form and not resumes:
         model.fit(data.training_vectors(model))
     seconds = time.perf_counter() - started
-    objective = Objective(spec, data.inputs.texts)
+    objective = Objective(spec, data.inputs.texts, is_composed=spec.pairs == "composed")
     objective.fit(lambda: data.training_vectors(model))  # a checkpoint has the numbers, not the shapes
     objective.to(config.device)
     rates = config.recipe.learning_rate, config.recipe.weight_decay

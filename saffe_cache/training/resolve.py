@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from saffe_cache.core.features import CacheError, hidden_states_index
 from saffe_cache.core.options import refuse
 from saffe_cache.fusion.options import FusionShape, ModelOptions, ObjectiveOptions
-from saffe_cache.fusion.registry import FUSIONS, OBJECTIVES, GalleryText
+from saffe_cache.fusion.registry import FUSIONS, OBJECTIVES
 from saffe_cache.inputs.pairs import VALIDATION_SPLITS, gallery_modality, pair_kind
 from saffe_cache.inputs.spec import RunSpec, SplitOptions
 from saffe_cache.store.reader import Cache, EncoderCache
@@ -23,6 +23,7 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
     Raises:
         CacheError, ValueError: the cache lacks what is requested.
     """
+    config = with_pairs(config, cache)
     modality = gallery_modality(cache)
     gallery = cache.encoder(modality, config.encoder.get(modality))
     text = cache.encoder("text", config.encoder.get("text"))
@@ -36,6 +37,8 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
     draws_views = config.train_views == "all" and not config.entry.is_closed_form
     temperature = config.entry.temperature if config.temperature is None else config.temperature
     mixup = config.recipe.mixup or None
+    pairs = pair_kind(cache.table) if config.pairs == "auto" else config.pairs
+    fuses = gallery_text != "null" or pairs == "composed"
     spec = RunSpec(
         **(_options(config, SplitOptions) | {"validation": validation}),
         **(_options(config, ObjectiveOptions) | {"objective": objective, "temperature": temperature, "mixup": mixup}),
@@ -44,14 +47,22 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
         gallery_layers=layers.gallery,
         views=gallery.views(layers.gallery) if draws_views else (),
         text_layers=layers.text,
-        pairs=pair_kind(cache.table) if config.pairs == "auto" else config.pairs,
+        pairs=pairs,
         seed=config.seed if config.data_seed is None else config.data_seed,
-        shape=_shape(config, gallery, text, layers, gallery_text, objective),
+        shape=_shape(config, gallery, text, layers, objective, fuses=fuses),
         gallery_text=gallery_text,
     )
     _check_supported(config, objective)
     _check_together(spec)
+    _check_composed(spec)
     return _with_mixup(spec, config.mixup)
+
+
+def with_pairs(config: TrainConfig, cache: Cache) -> TrainConfig:
+    """The config, in which auto is composed if the split that is trained on has such queries."""
+    if config.pairs == "auto" and len(cache.table.queries_in(config.train_split)):
+        return replace(config, pairs="composed")
+    return config
 
 
 def _options(config: TrainConfig, group: type[SplitOptions | ObjectiveOptions | ModelOptions]) -> dict[str, Any]:
@@ -72,14 +83,15 @@ def _shape(
     gallery: EncoderCache,
     text: EncoderCache,
     layers: _Layers,
-    gallery_text: GalleryText,
     objective: Mapping[str, float],
+    *,
+    fuses: bool,
 ) -> FusionShape:
     entry, text_rms = config.entry, 1.0
     if layers.num_blocks and entry.reads_text_tokens:
         numbers = text.statistics(f"hidden_states/{layers.text[0]}")
         text_rms = math.hypot(numbers.mean, numbers.std)
-    adds_text = gallery_text != "null" and entry.pooled_text
+    adds_text = fuses and entry.pooled_text
     defaults = {
         "fusion": config.chosen_fusion,
         "head": config.head or entry.head,
@@ -133,6 +145,7 @@ def _check_supported(config: TrainConfig, objective: Mapping[str, float]) -> Non
 def _check_together(spec: RunSpec) -> None:
     """Raise ValueError if two options exclude each other."""
     shape, entry, has_text = spec.shape, spec.shape.entry, spec.gallery_text != "null"
+    fuses = has_text or spec.pairs == "composed"
     over_pairs = ", ".join(name for name in spec.objective if OBJECTIVES[name].fuses_pairs)
     if over_pairs and not shape.takes_text:
         refuse("objective", over_pairs, f"no objective over fused pairs: {shape.fusion} takes no text")
@@ -142,9 +155,9 @@ def _check_together(spec: RunSpec) -> None:
     if spec.pairs == "classes" and spec.gallery_text == "first_caption":
         answer = "null: a class paired with the photo is the answer itself"
         refuse("gallery_text", "first_caption with classes", answer)
-    if not has_text and not over_pairs and shape.pooled_text:
+    if not fuses and not over_pairs and shape.pooled_text:
         refuse("pooled_text", "yes", "no: no text is fused in training")
-    if entry.without_text and not has_text and not any(name in spec.objective for name in entry.text_objectives):
+    if entry.without_text and not fuses and not any(name in spec.objective for name in entry.text_objectives):
         others = f"--gallery-text first_caption, or --fusion {entry.without_text}"
         refuse("fusion", f"{shape.fusion} with null text", others)
     if shape.head == "flatten" and entry.has_decoder and shape.query_side == "text":
@@ -163,6 +176,28 @@ def _check_together(spec: RunSpec) -> None:
         refuse("text_dropout", spec.text_dropout, "0: no text is paired with the photos")
 
 
+def _check_composed(spec: RunSpec) -> None:
+    """Raise ValueError if composed queries exclude an option, or a fusion is made for them alone."""
+    shape, entry = spec.shape, spec.shape.entry
+    if spec.pairs != "composed":
+        if entry.for_composed:
+            refuse("fusion", f"{shape.fusion} with --pairs {spec.pairs}", "--pairs composed: photo and text search")
+        if spec.caption_weight != ObjectiveOptions.caption_weight:
+            refuse("caption_weight", spec.caption_weight, "this option only with --pairs composed")
+        return
+    others = [name for name in spec.objective if not OBJECTIVES[name].contrasts]
+    able = " or ".join(name for name, of in OBJECTIVES.items() if of.contrasts)
+    for option, value, expected in (
+        ("gallery_text", spec.gallery_text != "null" and spec.gallery_text, "null: photo and text are the query"),
+        ("objective", ", ".join(others), f"{able}: others need a text for each photo"),
+        ("fusion", entry.is_closed_form and shape.fusion, "one that is trained: closed forms fit photos to texts"),
+        ("fusion", not shape.takes_text and f"{shape.fusion} without --pooled-text", "one that fuses photo and text"),
+        ("unpaired", spec.unpaired, "none: no loss of composed queries uses it"),
+    ):
+        if value:
+            refuse(option, f"{value} with --pairs composed", expected)
+
+
 def _with_mixup(spec: RunSpec, asked: float | None) -> RunSpec:
     """The spec without the mixing of pairs where they cannot be mixed; ValueError if it was asked for."""
     found, expected = _why_not_mixed(spec) or ("", "")
@@ -177,6 +212,8 @@ def _why_not_mixed(spec: RunSpec) -> tuple[str, str] | None:
     """With what pairs cannot be mixed, and why or with what they could; None if they can, or are not."""
     if not spec.mixup:
         return None
+    if spec.pairs == "composed":
+        return "with --pairs composed", ": composed queries cannot be mixed"
     if spec.gallery_text != "null":
         return f"with --gallery-text {spec.gallery_text}", ": paired texts cannot be mixed"
     if spec.shape.entry.query_tokens:

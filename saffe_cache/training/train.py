@@ -28,7 +28,7 @@ from saffe_cache.training.batches import TrainingData
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.loggers import Logger, Loggers, required
 from saffe_cache.training.loop import Training, TrainingState, fit
-from saffe_cache.training.resolve import resolve_run
+from saffe_cache.training.resolve import resolve_run, with_pairs
 from saffe_cache.training.result import PERMUTED, TrainResult
 from saffe_cache.training.runs import BLOCKS, RIDGE, STATE, keep_encoders, keep_ridge
 
@@ -134,11 +134,12 @@ class _Plan:
 def same_batches(config: TrainConfig, spec: RunSpec) -> tuple[object, ...]:
     """Equal for runs that see the same batches in the same order, and can be trained side by side."""
     data = config.cache, spec.gallery_key, spec.text_key, spec.gallery_layers, spec.token_layers, spec.data, spec.views
-    read = spec.gallery_text, spec.shape.entry.reads, spec.shape.entry.query_tokens
-    return (*data, *read, own_protocol(spec), config.recipe.batch_size, spec.seed)
+    read = spec.gallery_text, bool(spec.caption_weight), spec.shape.entry.reads, spec.shape.entry.query_tokens
+    return (*data, *read, own_protocol(spec), config.recipe.batch_size, config.recipe.gallery_photos, spec.seed)
 
 
 def _plan(config: TrainConfig, cache: Cache, callbacks: Sequence[Logger]) -> _Plan:
+    config = with_pairs(config, cache)
     spec = resolve_run(config, cache)
     parts = training_pairs(spec, cache)
     device = choose_device(config.device)
@@ -146,6 +147,8 @@ def _plan(config: TrainConfig, cache: Cache, callbacks: Sequence[Logger]) -> _Pl
     unpaired = unpaired_inputs(spec, cache)
     if unpaired and residency == "streamed":
         refuse("residency", "streamed with --unpaired", "memory or mapped: unpaired photos are drawn from all shards")
+    if spec.pairs == "composed" and residency == "streamed":
+        refuse("residency", "streamed with --pairs composed", "memory or mapped: references and targets are anywhere")
     window = window_shards(cache, spec) if residency == "streamed" else None
     spec = replace(spec, shuffled_shards=window, data=run_fingerprint(cache, spec, parts.training, parts.validation))
     if ranks.agreed(lambda: spec.data) != spec.data:
@@ -197,17 +200,17 @@ def _fit(
 
     Returns each run's state, and the numbers of photos and texts that it saw.
     """
-    data = TrainingData(
-        inputs, training, validation, runs[0][1].recipe.batch_size, inputs.spec.seed, runs[0][0].unpaired
-    )
+    plan, config, *_ = runs[0]
+    recipe, seed = config.recipe, inputs.spec.seed
+    data = TrainingData(inputs, training, validation, recipe.batch_size, seed, plan.unpaired, recipe.gallery_photos)
     trainings = [
         Training(replace(config, device=plan.device), plan.spec, data, out, loggers)
         for plan, config, out, loggers in runs
     ]
     for plan, _, out, _ in runs:
         if out == plan.out and not ranks.agreed((out / RIDGE).exists):
-            ridge = data.ridge()
-            if ranks.is_first():
+            ridge = data.start.ridge()
+            if ridge is not None and ranks.is_first():
                 keep_ridge(out, ridge)
     fit(trainings, data, str(runs[0][2]) if len(runs) == 1 else f"{len(runs)} runs")
     return [(one.state, data.seen(one.state.step)) for one in trainings]
@@ -264,6 +267,8 @@ def _tell(plan: _Plan) -> None:
         *(f" and {_names(spec.text_layers)} of the text" if spec.text_layers else "", spec.pairs, spec.text_key),
     )
     training, validation, num_shared = plan.parts
+    if training.composed is not None and validation.composed is not None:
+        logger.info("%d composed queries to train on, %d to validate on.", training.num_samples, validation.num_samples)
     logger.info(
         "%d items to train on, %s to validate on (%s); skipped %d unusable ones and %d that are in other splits too.",
         *(len(training), drawn(len(validation), validation.drawn_from), spec.validation),

@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from saffe_cache.fusion.base import Blocks
 from saffe_cache.fusion.layers import Dropout, Learning
-from saffe_cache.fusion.losses import Contrast, siglip
+from saffe_cache.fusion.losses import Contrast, siglip_of
 from saffe_cache.fusion.options import FusionShape, ObjectiveOptions
 from saffe_cache.fusion.two_sided import TwoSided
 
@@ -91,5 +91,5 @@ class Sail(nn.Module):
             self.log_scale.clamp_(0.0, math.log(100))
         bias = self.bias - math.log(len(seen.photos))
         cells = seen.batch.positives, self.log_scale.exp(), bias, seen.batch.ignored
-        loss = siglip(seen.photos, seen.queries, *cells)
+        loss = siglip_of(seen.scores, *cells)
         return loss / len(seen.queries)

@@ -33,10 +33,10 @@ from torch import nn
 from torch.nn import functional
 
 from saffe_cache.core.items import Ragged
-from saffe_cache.fusion.base import TrainingVectors
+from saffe_cache.fusion.base import TrainingVectors, cosines
 from saffe_cache.fusion.closed_form.cca import canonical
 from saffe_cache.fusion.closed_form.moments import Moments, unit
-from saffe_cache.fusion.losses import Contrast, Side, cosines
+from saffe_cache.fusion.losses import Contrast, Side
 from saffe_cache.fusion.options import ObjectiveOptions
 from saffe_cache.fusion.vectors.contrastive import ContrastiveFusion
 

@@ -1,0 +1,101 @@
+"""What new models start from: the ridge regression from photos to the texts that describe them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from saffe_cache.fusion.base import Fusion
+from saffe_cache.inputs.feature_loader import FeatureLoader, in_blocks
+from saffe_cache.inputs.pairs import Pairs, mean_text_rows
+from saffe_cache.retrieval.baselines import LinearMap, Rows, fit_ridge, unit_rows
+
+if TYPE_CHECKING:
+    from saffe_cache.protocols.base import SearchProtocol
+
+_TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
+"""Candidates for the starting weight of the paired text's vector, relative to the photo's."""
+
+
+class LateStart:
+    """Starts models as late fusion: a ridge regression and a weight of the text, both chosen by validation."""
+
+    def __init__(self, inputs: FeatureLoader, training: Pairs, search: SearchProtocol) -> None:
+        """`search`: over the validation pairs. Of composed pairs, those with captions are regressed on."""
+        self._inputs, self._search, self._validation = inputs, search, search.setting.pairs
+        has_text = training.texts.lengths > 0
+        self._pairs = training if has_text.all() else training.take(np.flatnonzero(has_text))
+        self._ridges: dict[bool, tuple[LinearMap, np.ndarray]] = {}
+
+    def set(self, model: Fusion, linear: nn.Linear) -> None:
+        """Set the ridge regression of the photo, and the weight of the paired text, if any.
+
+        `linear` is the linear path of a new model. Everything else starts at zero, so the model's output for a photo is
+        known without running it. Where no photo has a caption, it stays as it was drawn.
+        """
+        if not len(self._pairs):
+            return
+        best, mapped = self._ridge(model)
+        with torch.no_grad():
+            linear.weight.copy_(torch.from_numpy(best.weight))
+            linear.bias.copy_(torch.from_numpy(best.bias))
+            if model.shape.pooled_text and (self._pairs.composed is not None or self._pairs.paired_texts is not None):
+                scores = {}
+                for weight in _TEXT_WEIGHTS:
+                    model.text_weight.fill_(weight)
+                    scores[weight] = self._search.validate_late(unit_rows(mapped), model.eval())
+                model.text_weight.fill_(max(scores, key=scores.__getitem__))
+
+    def _ridge(self, model: Fusion) -> tuple[LinearMap, np.ndarray]:
+        """The ridge regression from what a model's linear path sees to the photos' texts, and the validation photos.
+
+        Validation picks its strength.
+        """
+        known = None if model.fuses_first else model.shape.maps_queries  # where all else that is new is equal
+        if known is not None and known in self._ridges:
+            return self._ridges[known]
+        model.eval()
+        training, validation = self._features(self._pairs, model), self._features(self._validation, model).whole
+        best = fit_ridge(
+            training, self._text_means, lambda fit: self._search.validate_gallery(unit_rows(fit(validation)), model)
+        )
+        found = best, best(validation)
+        if known is not None:
+            self._ridges[known] = found
+        return found
+
+    def ridge(self) -> LinearMap | None:
+        """The ridge regression from the photos' summaries to their texts, the baseline: that of any model whose linear
+        path sees the photo alone. None where no photo has a caption."""
+        for best, _ in self._ridges.values():
+            return best
+        if not len(self._pairs):
+            return None
+        training, validation = (
+            computed_rows(pairs.rows, self._inputs.summaries) for pairs in (self._pairs, self._validation)
+        )
+        photos = validation.whole
+        return fit_ridge(training, self._text_means, lambda fit: self._search.validate_photos(unit_rows(fit(photos))))
+
+    def _features(self, pairs: Pairs, model: Fusion) -> Rows:
+        """What the linear path of a model sees."""
+        paired = pairs.paired_texts if model.fuses_first else None
+
+        def features(places: np.ndarray) -> torch.Tensor:
+            texts = None if paired is None else self._inputs.texts(paired[places])
+            return model.linear_features(*self._inputs.photos(pairs.rows[places]), texts)
+
+        return computed_rows(np.arange(len(pairs)), features)
+
+    @property
+    def _text_means(self) -> Rows:
+        return mean_text_rows(self._pairs, self._inputs.text)
+
+
+def computed_rows(inputs: np.ndarray, compute: Callable[[np.ndarray], torch.Tensor]) -> Rows:
+    """What is computed of some inputs, a block at a time."""
+    return Rows(len(inputs), lambda rows: in_blocks(lambda these: compute(inputs[rows][these]), len(inputs[rows])))
