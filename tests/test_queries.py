@@ -18,6 +18,7 @@ from saffe_cache.core.features import CacheError
 from saffe_cache.core.items import Item, ItemTable, QueryOf
 from saffe_cache.extraction.exporting import export_cache
 from saffe_cache.extraction.extract import extract
+from saffe_cache.inputs.pairs import pair_kind
 from saffe_cache.sources.items import Columns, SourceItem
 from saffe_cache.sources.registry import list_items, read_items
 from saffe_cache.store.config import ExportConfig, InspectConfig
@@ -123,6 +124,13 @@ def test_unusable_query_has_a_problem(tmp_path: Path, fields: dict[str, object],
     assert query.problem.startswith(problem)
 
 
+def test_table_as_data_says_that_queries_are_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_shop(tmp_path, of_line())
+    with caplog.at_level(logging.WARNING):
+        assert queries_of(tmp_path / "train" / "metadata.jsonl") == []
+    assert "train/queries.jsonl is not read: name the folder as --data to have its queries" in caplog.text
+
+
 def test_missing_targets_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_shop(tmp_path, of_line(targets=["9.png", "1.png"], members=["8.png", "2.png"]))
     with caplog.at_level(logging.WARNING):
@@ -183,6 +191,13 @@ def test_table_keeps_queries_apart_from_items(table: ItemTable) -> None:
     assert table.queries_in("train").tolist() == [4]
     assert not len(table.queries_in("test"))
     assert build(photo(0)).queries_in("train").tolist() == []
+
+
+def test_texts_of_queries_describe_no_photos(table: ItemTable) -> None:
+    with pytest.raises(ValueError, match="neither captions nor labels"):
+        pair_kind(table)
+    assert pair_kind(build(replace(photo(9), labels=("shoe",)), table=table)) == "classes"
+    assert pair_kind(build(replace(photo(9), captions=("a shoe",)), table=table)) == "captions"
 
 
 def test_queries_are_read_back_equal(tmp_path: Path, table: ItemTable) -> None:

@@ -84,6 +84,13 @@ def test_columns_are_in_the_order_of_the_data(photos: Photos) -> None:
     assert [index.like(name, 1)[0].id for name in index.ids] == list(index.ids)
 
 
+def test_composed_queries_are_not_indexed(photos: Photos) -> None:
+    line = {"reference": "red.png", "text": "in blue", "targets": ["blue.png"]}
+    (photos.data / "train" / "queries.jsonl").write_text(json.dumps(line))
+    photos.update()
+    assert sorted(photos.open().ids) == sorted(f"train/{name}.png" for name in COLOURS)
+
+
 def test_update_embeds_only_what_is_new_or_changed(photos: Photos) -> None:
     assert counts(photos.update()) == (6, 0, 0, 0)
     photos.fusion.num_embedded = 0

@@ -91,9 +91,10 @@ class Pairs:
 
 def pair_kind(table: ItemTable) -> PairKind:
     """Captions if the items have any, else classes; ValueError if they have neither."""
-    if len(table.captions.values):
+    are_photos = ~table.are_queries  # of whatever medium: composed queries have texts and groups of their own
+    if table.captions.lengths[are_photos].any():
         return "captions"
-    if len(table.labels.values):
+    if table.labels.lengths[are_photos].any():
         return "classes"
     raise ValueError(
         "the cache's items have neither captions nor labels: there is nothing to align. Extract data with either."

@@ -102,6 +102,10 @@ def table_items(data: str, columns: Columns) -> Iterator[SourceItem]:
         ValueError: a table or the columns are invalid.
     """
     paths = expand(data)
+    for folder in dict.fromkeys(path.parent for path in paths):
+        for path in sorted(folder.iterdir()):
+            if is_list_of_queries(path.name):
+                logger.warning("%s is not read: name the folder as --data to have its queries.", path)
     tables = [_read_table(path.parent, path.name, columns, is_data=True) for path in paths]
     columns.require(list(dict.fromkeys(name for table in tables for name in table.columns)), f"--data {data}")
     outside = [name for table in tables for name in table.files if os.path.isabs(name) or ".." in name.split("/")]
