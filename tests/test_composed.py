@@ -212,6 +212,14 @@ def texts_of(path: str) -> Any:
     return open_cache(path).table.inputs["text"].texts
 
 
+def test_permuted_targets_stay_in_the_group(tmp_path: Path) -> None:
+    pairs = pairs_of(make_composed(tmp_path / "cache.zarr", {"train": 60}, groups=True))
+    of = composed_in(pairs.permuted(0))
+    assert len(np.unique(of.groups)) == SHAPES
+    assert np.array_equal(codes(pairs)[0][of.targets.values], codes(pairs)[0][of.references][of.targets.owners])
+    assert not np.array_equal(of.targets.values, composed_in(pairs).targets.values)
+
+
 def test_batch_has_references_targets_and_all_positives(path: str) -> None:
     of = composed_in(pairs_of(path))
     drawn = draw_composed(of, np.array([3, 50, 51]), np.random.default_rng(0))

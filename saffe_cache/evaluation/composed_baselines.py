@@ -83,7 +83,7 @@ class ComposedMaterial:
         judged = self.inputs(1, kind)
         return fit_ridge(_rows(self.inputs(0, kind)), _rows(means), lambda fit: self.validate(unit_rows(fit(judged))))
 
-    def system(self, compose: _Compose) -> FittedVectors:
+    def searching(self, compose: _Compose) -> FittedVectors:
         """A system whose gallery is that of the reported photos."""
         gallery = self.galleries[2]
         return FittedVectors(lambda at: gallery[at.photos], compose=compose)
@@ -104,7 +104,7 @@ class ComposedMaterial:
         def compose(references: np.ndarray, texts: np.ndarray) -> np.ndarray:
             return fuse_late(unit_rows(image(photos[references])), unit_rows(text(texts)), chosen)
 
-        return self.system(compose)
+        return self.searching(compose)
 
 
 def _rows(values: np.ndarray) -> Rows:
@@ -119,7 +119,7 @@ def image_alone(of: Material) -> FittedVectors:
 
 def ridge_of(of: Material, kind: str) -> FittedVectors:
     known = ComposedMaterial(of)
-    return known.system(known.mapped(kind))
+    return known.searching(known.mapped(kind))
 
 
 def late(of: Material, weight: float | None = None) -> FittedVectors:

@@ -61,9 +61,15 @@ class Composed:
         return moved.take(np.flatnonzero((moved.references >= 0) & (moved.targets.lengths > 0)))
 
     def permuted(self, generator: np.random.Generator) -> Composed:
-        """The queries with each other's targets, to train a control on; those that would search their own reference
-        alone are left out."""
-        targets = self.targets.take(generator.permutation(len(self)))
+        """The queries with each other's targets, of the same group, to train a control on.
+
+        Those that would search their own reference alone are left out.
+        """
+        order = np.arange(len(self))
+        for group in np.unique(self.groups):
+            members = np.flatnonzero(self.groups == group)
+            order[members] = members[generator.permutation(len(members))]
+        targets = self.targets.take(order)
         targets = _distinct(targets, targets.values != self.references[targets.owners])
         return replace(self, targets=targets).take(np.flatnonzero(targets.lengths))
 

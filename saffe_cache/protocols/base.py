@@ -200,6 +200,8 @@ class Protocol(ABC):
         spec, found = self.setting.spec, []
         if self.fuses_pairs and not spec.shape.takes_text:
             found.append(f"no text enters fusion {spec.shape.fusion}: a pair's score is that of the photo alone.")
+        elif self.fuses_pairs and spec.pairs == "composed":
+            found.append("the run was trained on composed queries: photos fused with their own texts are untrained.")
         elif self.fuses_pairs and spec.gallery_text == "null" and not spec.fuses_pairs:
             found.append("the run was trained with null text only: its scores of fused pairs are untrained.")
         always_text = spec.trains_only_pairs or (spec.gallery_text == "first_caption" and not spec.sees_null)
