@@ -180,6 +180,24 @@ def dino_txt(w: Widths) -> int:
     return 2 * linear(w.photo, w.photo) + linear(w.vector, 2 * w.photo)
 
 
+def composed(w: Widths) -> int:
+    """The map of photos into the text's space."""
+    return linear(2 * w.photo, w.vector)
+
+
+def tirg(w: Widths) -> int:
+    """A gate and a residual, each behind a batch norm, and their two weights."""
+    both = 2 * w.vector
+    return composed(w) + 2 * (norm(both) + linear(both, w.vector)) + linear(both, both) + 2
+
+
+def combiner(w: Widths) -> int:
+    """A projection of each, then a vector and a share of both."""
+    projection, inner = 4 * w.vector, 8 * w.vector
+    outputs = 2 * linear(2 * projection, inner) + linear(inner, w.vector) + linear(inner, 1)
+    return composed(w) + 2 * linear(w.vector, projection) + outputs
+
+
 COUNTS: Mapping[str, Callable[[Widths], int]] = {
     "reuse": reuse,
     "paper": paper,
@@ -207,6 +225,10 @@ COUNTS: Mapping[str, Callable[[Widths], int]] = {
     "freeze_align": freeze_align,
     "gpo": gpo,
     "dino_txt": dino_txt,
+    "sum": lambda w: composed(w) + linear(w.vector, w.vector),
+    "tirg": tirg,
+    "combiner": combiner,
+    "artemis": lambda w: composed(w) + 5 * linear(w.vector, w.vector),
 }
 
 

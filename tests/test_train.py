@@ -149,7 +149,9 @@ RUNNING: list[dict[str, Any]] = [
     *(
         {"fusion": fusion, "gallery_text": beside}
         for fusion in FUSIONS
-        if "head" not in FUSIONS[fusion].options and not FUSIONS[fusion].is_closed_form
+        if "head" not in FUSIONS[fusion].options
+        and not FUSIONS[fusion].is_closed_form
+        and not FUSIONS[fusion].for_composed
         for beside in ("null", "first_caption")
         if (fusion, beside) != ("hadamard", "null")
     ),

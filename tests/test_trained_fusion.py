@@ -95,7 +95,12 @@ def rows_of_pixels(picture: Image.Image) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "fusion", [name if name in ("concat", "reuse") else pytest.param(name, marks=pytest.mark.slow) for name in FUSIONS]
+    "fusion",
+    [
+        name if name in ("concat", "reuse") else pytest.param(name, marks=pytest.mark.slow)
+        for name, entry in FUSIONS.items()
+        if not entry.for_composed
+    ],
 )
 def test_vectors_are_those_of_evaluation(fusion: str, world: World, tmp_path: Path) -> None:
     """Of photos with a paired text where one enters; from another folder, while the cache is not opened."""

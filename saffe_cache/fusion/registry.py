@@ -125,10 +125,21 @@ class FusionEntry(Entry):
 
 _CLOSED = "saffe_cache.fusion.closed_form"
 _KNOWN, _VECTORS, _FAM = "saffe_cache.fusion.known", "saffe_cache.fusion.vectors", "saffe_cache.fusion.fam"
+_COMPOSED = "saffe_cache.fusion.composed"
 _HEAD = frozenset({"pooled_text", "head"})
 _DECODER = _HEAD | {"query_side", "share_decoder", "freeze_decoder"}
 _TWO_SIDED: Mapping[str, Any] = {"options": frozenset(), "pooled_text": False}
 """Of fusions of two separate sides, in which a paired text is averaged with the photo."""
+
+
+_OF_VECTORS: Mapping[str, Any] = {
+    "options": frozenset(),
+    "pooled_text": False,
+    "reads": "summary",
+    "maps_queries": False,
+    "for_composed": True,
+}
+"""Of fusions that compose a query of one photo vector and one text vector."""
 
 
 def _closed_form(made_by: str, summary: str) -> FusionEntry:
@@ -336,6 +347,28 @@ FUSIONS: Mapping[str, FusionEntry] = {
         recipe={"learning_rate": 3e-3, "weight_decay": 1e-4, "epochs": 30},
         recipe_from="validation",
         **_TWO_SIDED,
+    ),
+    "sum": FusionEntry(
+        made_by=f"{_COMPOSED}.sum:SumFusion",
+        summary="The normalised sum of the mapped photo and the mapped text.",
+        **_OF_VECTORS,
+    ),
+    "tirg": FusionEntry(
+        made_by=f"{_COMPOSED}.tirg:TirgFusion",
+        summary="The text gates the photo's vector and adds a residual (TIRG).",
+        **_OF_VECTORS,
+    ),
+    "combiner": FusionEntry(
+        made_by=f"{_COMPOSED}.combiner:CombinerFusion",
+        summary="A learned share of photo and text, and a learned vector (Combiner of CLIP4Cir).",
+        temperature=0.01,
+        **_OF_VECTORS,
+    ),
+    "artemis": FusionEntry(
+        made_by=f"{_COMPOSED}.artemis:ArtemisFusion",
+        summary="The text weighs the target's channels, and those of its likeness to the reference (ARTEMIS).",
+        scores="own",
+        **_OF_VECTORS,
     ),
 }
 
