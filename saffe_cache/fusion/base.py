@@ -123,7 +123,12 @@ def as_read(shape: FusionShape, states: States, mask: Mask) -> tuple[States, Mas
     """What a fusion sees of gallery inputs, of all their tokens: these, or their summaries as one token each."""
     if shape.entry.reads == "tokens":
         return states, mask
-    return [summarize(states, mask, has_class_token=shape.has_class_token).unsqueeze(1)], None
+    return [shape_summaries(shape, states, mask).unsqueeze(1)], None
+
+
+def shape_summaries(shape: FusionShape, states: States, mask: Mask) -> torch.Tensor:
+    """Summaries of gallery inputs, [inputs, summary_size], as a fusion of this shape has them."""
+    return summarize(states, mask, has_class_token=shape.has_class_token, has_spread=shape.entry.has_spread)
 
 
 class Fusion(nn.Module):
@@ -204,7 +209,7 @@ class Fusion(nn.Module):
         """Summaries of gallery inputs, [inputs, summary_size], from what the fusion reads of them."""
         if self.shape.entry.reads == "summary":
             return states[0].squeeze(1)
-        return summarize(states, mask, has_class_token=self.shape.has_class_token)
+        return shape_summaries(self.shape, states, mask)
 
     @property
     def attending(self) -> list[nn.Module]:

@@ -156,15 +156,29 @@ def identity_linear(size: int) -> nn.Linear:
     return linear
 
 
-def summarize(states: States, mask: Mask, *, has_class_token: bool = True) -> torch.Tensor:
+def summarize(
+    states: States, mask: Mask, *, has_class_token: bool = True, has_spread: bool = False
+) -> torch.Tensor:
     """First token and mean of the other tokens of each layer, each token normed: [batch, 2 P d].
 
     Without a class token, the mean of all tokens: [batch, P d]. The linear baselines and the attention head's linear
-    path see this.
+    path see this. `has_spread`: the standard deviation over the tokens that are averaged follows in each layer.
     """
-    weights = [summary_weights(state, mask, has_class_token=has_class_token) for state in states]
-    sums = [NormedTokens(state).sums(one).flatten(1) for state, one in zip(states, weights, strict=True)]
-    return torch.cat(sums, dim=-1)
+    parts = []
+    for state in states:
+        weights = summary_weights(state, mask, has_class_token=has_class_token)
+        parts.append(NormedTokens(state).sums(weights).flatten(1))
+        if has_spread:
+            parts.append(_spread(state, weights[:, -1:]))
+    return torch.cat(parts, dim=-1)
+
+
+def _spread(state: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of each channel over normed tokens, [batch, d]; `weights` [batch, 1, tokens] sum to 1."""
+    with torch.autocast(state.device.type, enabled=False):
+        normed = functional.layer_norm(state.float(), state.shape[-1:], eps=_EPS)
+        centred = normed - weights @ normed
+        return (weights @ centred.square()).squeeze(1).sqrt()
 
 
 def masked_mean(values: torch.Tensor, mask: Mask) -> torch.Tensor:

@@ -72,8 +72,9 @@ class FusionShape(ModelOptions):
 
     @property
     def summary_size(self) -> int:
-        """Width of what `summarize` makes of a gallery input: 2 P d, or P d without a class token."""
-        return (2 if self.has_class_token else 1) * self.num_layers * self.hidden_size
+        """Width of what `summarize` makes of a gallery input: 2 P d, P d without a class token; P d more with spreads."""
+        parts = 1 + self.has_class_token + self.entry.has_spread
+        return parts * self.num_layers * self.hidden_size
 
     @property
     def read_size(self) -> int:

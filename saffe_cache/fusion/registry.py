@@ -80,6 +80,8 @@ class FusionEntry(Entry):
     """Whether the same inputs always give the same vectors in evaluation."""
     reads: Reading = "tokens"
     """What it sees of a photo: its tokens, or their summary (`layers.summarize`) as one token of width summary_size."""
+    has_spread: bool = False
+    """Whether a photo's summary also holds the standard deviation of each channel over its tokens."""
     for_composed: bool = False
     """Whether it is made for composed queries (photo and text search photos): it trains with --pairs composed alone."""
     scores: Scoring = "inner"

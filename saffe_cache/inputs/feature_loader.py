@@ -31,7 +31,7 @@ from saffe_cache.core.devices import available_memory
 from saffe_cache.core.items import Ragged
 from saffe_cache.core.options import refuse
 from saffe_cache.core.views import PLAIN
-from saffe_cache.fusion.base import Fusion, Texts
+from saffe_cache.fusion.base import Fusion, Texts, shape_summaries
 from saffe_cache.fusion.layers import Mask, summarize
 from saffe_cache.inputs.spec import Residency, RunSpec
 from saffe_cache.retrieval.baselines import unit_rows
@@ -118,7 +118,7 @@ class FeatureLoader:
         if self._kept is not None:
             return self._kept.of(rows, views)
         states, mask = self._states(rows, views)
-        return summarize(states, mask, has_class_token=self.spec.shape.has_class_token)
+        return shape_summaries(self.spec.shape, states, mask)
 
     def keep_summaries(self, rows: np.ndarray) -> None:
         """For a fusion that reads summaries, compute those of these inputs and keep them where the residency says.
