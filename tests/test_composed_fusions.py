@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import rand
@@ -12,11 +13,13 @@ from torch.nn import functional
 
 from saffe_cache.fusion.base import Blocks, Fusion, Pairing, Texts
 from saffe_cache.fusion.composed.artemis import ArtemisFusion
+from saffe_cache.fusion.composed.compose import ComposeFusion, principal_axes
+from saffe_cache.fusion.layers import summarize
 from saffe_cache.fusion.options import FusionShape
 from saffe_cache.fusion.registry import FUSIONS
 
 SUMMARY, SIZE, PHOTOS = 12, 6, 4
-COMPOSED = ("sum", "tirg", "combiner", "artemis")
+COMPOSED = ("compose", "sum", "tirg", "combiner", "artemis")
 every_fusion = pytest.mark.parametrize("fusion", COMPOSED)
 
 
@@ -48,15 +51,39 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
-STATES = [rand(PHOTOS, 1, SUMMARY)]
 VECTORS = 5 * rand(PHOTOS, SIZE, seed=9)
 TEXTS = Texts.of_vectors(VECTORS)
 GALLERY = unit(rand(7, SIZE, seed=4))
 
 
+def states_of(model: Any) -> list[torch.Tensor]:
+    """Summaries of the photos, as wide as the fusion reads them."""
+    return [rand(PHOTOS, 1, model.shape.summary_size)]
+
+
+def gallery_of(model: Any) -> torch.Tensor:
+    return unit(rand(7, model(states_of(model)).shape[1], seed=4))
+
+
 def photos_of(model: Any) -> torch.Tensor:
-    """r of the photos, by the linear map alone."""
-    return unit(STATES[0][:, 0] @ model.photo_map.weight.T + model.photo_map.bias)
+    """r of the photos, by their own path alone."""
+    photos = states_of(model)[0][:, 0]
+    if isinstance(model, ComposeFusion):
+        whitened = functional.layer_norm((photos - model.mean) @ model.axes.T, (len(model.axes),))
+        whitened = whitened * model.norm.weight + model.norm.bias
+        return unit(layer(model.photo_linear[1], whitened) + mlp(model.photo_mlp, whitened))
+    return unit(layer(model.photo_map, photos))
+
+
+def layer(linear: nn.Linear, values: torch.Tensor) -> torch.Tensor:
+    return values @ linear.weight.T + linear.bias
+
+
+def mlp(parts: nn.Sequential, values: torch.Tensor) -> torch.Tensor:
+    """Two linear maps with a GELU between them, without dropout."""
+    _, first, _, _, last = parts
+    inner = layer(first, values)  # type: ignore[arg-type]
+    return layer(last, inner * 0.5 * (1 + torch.erf(inner / 2**0.5)))  # type: ignore[arg-type]
 
 
 def num_added(fusion: str, size: int) -> int:
@@ -70,7 +97,7 @@ def num_added(fusion: str, size: int) -> int:
 @torch.no_grad()
 def test_gallery_is_the_mapped_photo_of_unit_length(fusion: str) -> None:
     model = woken(make(fusion))
-    close(model(STATES), photos_of(model))
+    close(model(states_of(model)), photos_of(model))
     close(model.encode_queries(VECTORS), model.encode_queries(VECTORS / 7))  # only the text's direction counts
     close(model.encode_queries(VECTORS).norm(dim=-1), torch.ones(PHOTOS))
 
@@ -80,12 +107,13 @@ def test_gallery_is_the_mapped_photo_of_unit_length(fusion: str) -> None:
 def test_null_text_is_a_query_by_the_photo_alone(fusion: str) -> None:
     """Whatever the null text's vector is, and whatever the other rows are."""
     model = woken(make(fusion))
+    gallery = gallery_of(model)
     texts = TEXTS._replace(mask=torch.tensor([[True], [False], [True], [False]]))
-    scores = model.similarities(model(STATES, None, texts), GALLERY)
-    close(scores[[1, 3]], (photos_of(model) @ GALLERY.T)[[1, 3]])
+    scores = model.similarities(model(states_of(model), None, texts), gallery)
+    close(scores[[1, 3]], (photos_of(model) @ gallery.T)[[1, 3]])
     loud = texts._replace(vectors=torch.where(texts.is_text, VECTORS, 9.0))
-    assert torch.equal(model(STATES, None, loud), model(STATES, None, texts))
-    whole = model.similarities(model(STATES, None, TEXTS), GALLERY)
+    assert torch.equal(model(states_of(model), None, loud), model(states_of(model), None, texts))
+    whole = model.similarities(model(states_of(model), None, TEXTS), gallery)
     close(scores[[0, 2]], whole[[0, 2]])
     assert (whole - scores)[[1, 3]].abs().max() > 0.01
 
@@ -95,16 +123,17 @@ def test_null_text_is_a_query_by_the_photo_alone(fusion: str) -> None:
 def test_query_depends_on_its_photo_and_text_alone(fusion: str) -> None:
     model = woken(make(fusion))
     pairing = Pairing(torch.tensor([0, 3, 3, 1, 0]), torch.tensor([2, 2, 1, 0, 0]))
-    together = model(STATES, None, TEXTS, pairing)
+    together = model(states_of(model), None, TEXTS, pairing)
     for row, (photo, text) in enumerate(zip(*pairing, strict=True)):
         one = Texts.of_vectors(VECTORS[text : text + 1] / 3)
-        close(together[row], model([STATES[0][photo : photo + 1]], None, one)[0])
+        close(together[row], model([states_of(model)[0][photo : photo + 1]], None, one)[0])
 
 
 @every_fusion
 def test_gradient_reaches_every_parameter(fusion: str) -> None:
     model = make(fusion).train()
-    model.similarities(model(STATES, None, TEXTS), model(STATES)).square().sum().backward()
+    scores = model.similarities(model(states_of(model), None, TEXTS), model(states_of(model)))
+    (scores.square().sum() + model.encode_queries(VECTORS)[:, 0].sum()).backward()
     assert all(one.grad is not None and one.grad.isfinite().all() for one in model.parameters())
 
 
@@ -114,10 +143,10 @@ def test_gradient_reaches_every_parameter(fusion: str) -> None:
 @torch.no_grad()
 def test_sum_starts_as_the_mean_of_photo_and_text() -> None:
     model = make("sum")
-    close(model(STATES, None, TEXTS), unit(photos_of(model) + unit(VECTORS)))
+    close(model(states_of(model), None, TEXTS), unit(photos_of(model) + unit(VECTORS)))
     woken(model)
     mapped = unit(VECTORS) @ model.text_linear.weight.T + model.text_linear.bias
-    close(model(STATES, None, TEXTS), unit(photos_of(model) + mapped))
+    close(model(states_of(model), None, TEXTS), unit(photos_of(model) + mapped))
     close(model.encode_queries(VECTORS), unit(mapped))
     assert num_added("sum", 384) == 384 * 385
 
@@ -142,7 +171,7 @@ def test_tirg_is_a_gated_photo_and_a_residual() -> None:
     norm, _, first, _, last = model.residual
     inner = (normed(both, norm) @ first.weight.T + first.bias).clamp(min=0)
     a1, a2 = model.weights
-    close(model(STATES, None, TEXTS), unit(a1 * gate * photos + a2 * (inner @ last.weight.T + last.bias)))
+    close(model(states_of(model), None, TEXTS), unit(a1 * gate * photos + a2 * (inner @ last.weight.T + last.bias)))
 
 
 @torch.no_grad()
@@ -152,7 +181,7 @@ def test_tirg_with_open_gate_and_no_residual_is_a1_r() -> None:
     model.gate[-1].bias.fill_(1e3)
     photos = photos_of(model)
     close(model.compose(photos, unit(VECTORS)), 1.7 * SIZE**0.5 * photos)
-    close(model(STATES, None, TEXTS), photos)
+    close(model(states_of(model), None, TEXTS), photos)
 
 
 @torch.no_grad()
@@ -177,16 +206,13 @@ def test_combiner_is_a_share_of_both_and_a_vector() -> None:
     model = woken(make("combiner"))
     photos, texts = SIZE**0.5 * photos_of(model), SIZE**0.5 * unit(VECTORS)
 
-    def layer(linear: nn.Linear, values: torch.Tensor) -> torch.Tensor:
-        return values @ linear.weight.T + linear.bias
-
     both = torch.cat(
         [layer(model.of_text[0], texts).clamp(min=0), layer(model.of_photo[0], photos).clamp(min=0)], dim=1
     )
     vector = layer(model.vector[-1], layer(model.vector[0], both).clamp(min=0))
     share = 1 / (1 + (-layer(model.share[-1], layer(model.share[0], both).clamp(min=0))).exp())
     assert share.shape == (PHOTOS, 1)
-    close(model(STATES, None, TEXTS), unit(vector + share * texts + (1 - share) * photos))
+    close(model(states_of(model), None, TEXTS), unit(vector + share * texts + (1 - share) * photos))
 
 
 @torch.no_grad()
@@ -195,9 +221,9 @@ def test_combiner_without_vector_at_half_share_is_the_sum() -> None:
     for last in (model.vector[-1], model.share[-1]):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-    close(model(STATES, None, TEXTS), unit((photos_of(model) + unit(VECTORS)) / 2))
+    close(model(states_of(model), None, TEXTS), unit((photos_of(model) + unit(VECTORS)) / 2))
     nn.init.constant_(model.share[-1].bias, 50.0)
-    close(model(STATES, None, TEXTS), unit(VECTORS))
+    close(model(states_of(model), None, TEXTS), unit(VECTORS))
 
 
 def test_combiner_has_59_million_parameters_as_published() -> None:
@@ -226,9 +252,9 @@ def test_artemis_two_products_equal_the_direct_score() -> None:
     model = woken(make("artemis"))
     for last in (model.explicit[-1], model.implicit[-1]):
         last.weight.mul_(8)  # attention far from uniform
-    found = model.similarities(model(STATES, None, TEXTS), GALLERY)
+    found = model.similarities(model(states_of(model), None, TEXTS), GALLERY)
     close(found, direct(model, photos_of(model), unit(VECTORS), GALLERY))
-    assert model(STATES, None, TEXTS).shape == (PHOTOS, 4 * SIZE)
+    assert model(states_of(model), None, TEXTS).shape == (PHOTOS, 4 * SIZE)
 
 
 @torch.no_grad()
@@ -238,15 +264,87 @@ def test_artemis_with_uniform_attention_adds_two_cosines() -> None:
         nn.init.zeros_(last.weight)
         nn.init.constant_(last.bias, 0.7)
     expected = (model.encode_queries(VECTORS) + photos_of(model)) @ GALLERY.T
-    close(model.similarities(model(STATES, None, TEXTS), GALLERY), expected)
+    close(model.similarities(model(states_of(model), None, TEXTS), GALLERY), expected)
 
 
 @torch.no_grad()
 def test_artemis_photo_or_text_alone_searches_by_cosine() -> None:
     model = woken(make("artemis"))
-    for queries in (model(STATES), model.encode_queries(VECTORS)):
+    for queries in (model(states_of(model)), model.encode_queries(VECTORS)):
         close(model.similarities(queries, GALLERY), queries @ GALLERY.T)
 
 
 def test_artemis_has_1_3_million_parameters_as_published() -> None:
     assert num_added("artemis", 512) == 5 * (512**2 + 512) == 1_313_280
+
+
+# ours
+
+
+@torch.no_grad()
+def test_compose_is_a_gated_photo_a_text_and_a_residual() -> None:
+    model = woken(make("compose"))
+    photos, texts = photos_of(model), unit(VECTORS)
+    both = torch.cat(
+        [
+            functional.layer_norm(values, values.shape[-1:]) * norm.weight + norm.bias
+            for values, norm in ((photos, model.photo_norm), (texts, model.text_norm))
+        ],
+        dim=1,
+    )
+    kept = layer(model.kept, photos) * 2 / (1 + (-mlp(model.gate, both)).exp())
+    wanted = unit(layer(model.text_linear, texts) + mlp(model.text_mlp, SIZE**0.5 * texts))
+    expected = model.photo_weight * kept + model.text_weight * wanted + mlp(model.residual, both) / 16
+    close(model(states_of(model), None, TEXTS), unit(expected))
+
+
+@torch.no_grad()
+def test_compose_starts_as_late_fusion() -> None:
+    model = make("compose")
+    wanted = unit(layer(model.text_linear, unit(VECTORS)) + mlp(model.text_mlp, SIZE**0.5 * unit(VECTORS)))
+    close(model(states_of(model), None, TEXTS), unit(photos_of(model) + wanted))
+
+
+@torch.no_grad()
+def test_photos_are_seen_on_whitened_axes() -> None:
+    """On axes of their own, each as wide as the fourth root of its share of the standardised photos' moments."""
+    photos = rand(200, 2 * 6).numpy() @ rand(12, 12, seed=1).numpy() + 3
+    mean, axes = principal_axes(photos, 1, 12)
+    close(torch.tensor(mean), torch.tensor(photos.mean(axis=0)))
+    found = torch.tensor((photos - mean) @ axes.T)
+    moments = found.T @ found / len(found)
+    assert (moments - moments.diag().diag()).abs().max() < 1e-3
+    expected = torch.linalg.eigvalsh(torch.tensor(np.corrcoef(photos.T))).float().sqrt()
+    torch.testing.assert_close(moments.diag(), expected / expected.mean(), atol=1e-2, rtol=1e-2)
+    of_two_layers = principal_axes(photos, 2, 5)
+    assert of_two_layers[1].shape == (5, 12)
+    assert ((photos - of_two_layers[0]) @ of_two_layers[1].T).std() == pytest.approx(1, abs=1e-3)
+    other_mean, other_axes = principal_axes(photos * 7, 1, 12)
+    changed = torch.tensor((7 * photos - other_mean) @ other_axes.T).abs()
+    torch.testing.assert_close(changed, found.abs(), atol=1e-2, rtol=1e-2)  # the unit of the photos does not matter
+
+
+@torch.no_grad()
+def test_compose_prepares_its_axes_from_photos() -> None:
+    model, photos = make("compose"), rand(40, 18, seed=2).numpy()
+    model.prepare(photos)
+    mean, axes = principal_axes(photos, 1, 18)
+    close(model.mean, torch.tensor(mean))
+    close(model.axes, torch.tensor(axes))
+    again = make("compose")
+    again.load_state_dict(model.state_dict())
+    close(again(states_of(again)), model(states_of(model)))
+
+
+@torch.no_grad()
+def test_spread_is_the_deviation_over_tokens_that_count() -> None:
+    states = [rand(2, 5, 6), rand(2, 5, 6, seed=1)]
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    found = summarize(states, mask, has_spread=True).view(2, 2, 3, 6)
+    close(found[:, :, :2].flatten(1), summarize(states, mask))
+    for row, count in enumerate((5, 3)):
+        for number, state in enumerate(states):
+            tokens = functional.layer_norm(state[row, 1:count], (6,))
+            close(found[row, number, 2], tokens.std(dim=0, correction=0))
+    flat = summarize(states, None, has_class_token=False, has_spread=True).view(2, 2, 2, 6)
+    close(flat[0, 1, 1], functional.layer_norm(states[1][0], (6,)).std(dim=0, correction=0))

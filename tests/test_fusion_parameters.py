@@ -198,6 +198,15 @@ def combiner(w: Widths) -> int:
     return composed(w) + 2 * linear(w.vector, projection) + outputs
 
 
+def compose(w: Widths) -> int:
+    """The photo's and the text's linear map and MLP, a map of captions, R, a gate and a residual."""
+    axes, both = min(3 * w.photo, 768), 256 + w.vector
+    photo = norm(axes) + linear(axes, 256) + linear(axes, 768) + linear(768, 256)
+    text = 2 * linear(w.vector, 256) + linear(w.vector, 512) + linear(512, 256)
+    gate, residual = linear(both, 512) + linear(512, 256), linear(both, 768) + linear(768, 256)
+    return photo + text + linear(256, 256) + norm(both) + gate + residual + 2
+
+
 COUNTS: Mapping[str, Callable[[Widths], int]] = {
     "reuse": reuse,
     "paper": paper,
@@ -225,6 +234,7 @@ COUNTS: Mapping[str, Callable[[Widths], int]] = {
     "freeze_align": freeze_align,
     "gpo": gpo,
     "dino_txt": dino_txt,
+    "compose": compose,
     "sum": lambda w: composed(w) + linear(w.vector, w.vector),
     "tirg": tirg,
     "combiner": combiner,

@@ -225,6 +225,13 @@ class Fusion(nn.Module):
         """The linear path from the photo's summary, if everything else that reads the photo starts at zero."""
         return None
 
+    def prepare(self, photos: np.ndarray) -> None:
+        """Compute what depends on the training photos alone, before the first step (`FusionEntry.sees_photos_first`).
+
+        `photos` are their summaries, float32 [n, summary_size].
+        """
+        raise NotImplementedError
+
     def fit(self, seen: TrainingVectors) -> None:
         """Compute the weights of a fusion in closed form; what it must choose, it chooses by `seen.validate`."""
         raise NotImplementedError

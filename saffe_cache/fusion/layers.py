@@ -156,9 +156,7 @@ def identity_linear(size: int) -> nn.Linear:
     return linear
 
 
-def summarize(
-    states: States, mask: Mask, *, has_class_token: bool = True, has_spread: bool = False
-) -> torch.Tensor:
+def summarize(states: States, mask: Mask, *, has_class_token: bool = True, has_spread: bool = False) -> torch.Tensor:
     """First token and mean of the other tokens of each layer, each token normed: [batch, 2 P d].
 
     Without a class token, the mean of all tokens: [batch, P d]. The linear baselines and the attention head's linear

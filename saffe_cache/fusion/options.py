@@ -72,7 +72,7 @@ class FusionShape(ModelOptions):
 
     @property
     def summary_size(self) -> int:
-        """Width of what `summarize` makes of a gallery input: 2 P d, P d without a class token; P d more with spreads."""
+        """Width of what `summarize` makes of an input: 2 P d, P d without a class token, P d more with spreads."""
         parts = 1 + self.has_class_token + self.entry.has_spread
         return parts * self.num_layers * self.hidden_size
 

@@ -82,6 +82,8 @@ class FusionEntry(Entry):
     """What it sees of a photo: its tokens, or their summary (`layers.summarize`) as one token of width summary_size."""
     has_spread: bool = False
     """Whether a photo's summary also holds the standard deviation of each channel over its tokens."""
+    sees_photos_first: bool = False
+    """Whether it computes something from the training photos before the first step (`Fusion.prepare`)."""
     for_composed: bool = False
     """Whether it is made for composed queries (photo and text search photos): it trains with --pairs composed alone."""
     scores: Scoring = "inner"
@@ -364,6 +366,15 @@ FUSIONS: Mapping[str, FusionEntry] = {
         made_by=f"{_COMPOSED}.combiner:CombinerFusion",
         summary="A learned share of photo and text, and a learned vector (Combiner of CLIP4Cir).",
         temperature=0.01,
+        **_OF_VECTORS,
+    ),
+    "compose": FusionEntry(
+        made_by=f"{_COMPOSED}.compose:ComposeFusion",
+        summary="A photo's vector, gated by the text, plus the text, plus a residual of both; ours.",
+        has_spread=True,
+        sees_photos_first=True,
+        recipe={"learning_rate": 1e-3, "batch_size": 384},
+        recipe_from="validation",
         **_OF_VECTORS,
     ),
     "artemis": FusionEntry(

@@ -218,11 +218,16 @@ class TrainingData:
                 pairs = np.intersect1d(pairs, np.concatenate([_own_pairs(order, batch) for batch in batches]))
             self.inputs.hold(self._pairs.rows[pairs], texts)
 
+    @property
+    def summaries(self) -> np.ndarray:
+        """Of the training photos, float32 [n, summary_size]."""
+        return computed_rows(self._pairs.rows, self.inputs.summaries).whole
+
     def training_vectors(self, model: Fusion) -> TrainingVectors:
         """What a fusion in closed form is fitted on; it validates the model that is to be fitted."""
         texts = self._pairs.texts
         distinct, places = np.unique(texts.values, return_inverse=True)
-        photos = computed_rows(self._pairs.rows, self.inputs.summaries).whole
+        photos = self.summaries
         vectors = unit_rows(self.inputs.text.vectors(distinct))
         return TrainingVectors(photos, vectors, Ragged(texts.offsets, places), lambda: self.validate(model))
 

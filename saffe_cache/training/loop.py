@@ -164,6 +164,8 @@ def start(config: TrainConfig, spec: RunSpec, data: TrainingData, *, resumes: bo
     if config.start == "ridge" and model.linear_start is not None and not resumes:
         data.start.set(model, model.linear_start)
     started = time.perf_counter()
+    if config.entry.sees_photos_first and not resumes:
+        model.prepare(data.summaries)
     if config.entry.is_closed_form and not resumes:
         model.fit(data.training_vectors(model))
     seconds = time.perf_counter() - started
