@@ -15,7 +15,8 @@ their principal axes, at most OF_LAYER of them, divided by their standard deviat
 layers' to at most WIDE common axes. Plain summaries are dominated by few directions, in which few queries differ.
 
 Everything else is trained. gate, residual and the mlp of g start at zero, R as the identity: the fusion starts as late
-fusion of random maps. It has w (d + h + 2) + (h + 1) d + d parameters in g for w axes, with d = WIDTH and h = INNER.
+fusion of random maps. g has w (d + h + 2) + h (d + 1) + 2 d parameters for w axes, d = WIDTH and h = INNER; the rest
+has 1,741,314 for texts of width 384.
 """
 
 from __future__ import annotations
