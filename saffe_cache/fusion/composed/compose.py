@@ -114,7 +114,7 @@ def principal_axes(photos: np.ndarray, num_layers: int, width: int) -> tuple[np.
         maps.append(one)
     together = torch.cat(parts, dim=1)
     _, vectors = _eigen(together, width)
-    axes = torch.cat([one @ own for one, own in zip(maps, vectors.split([one.shape[1] for one in maps]), strict=True)])
+    axes = torch.cat([one @ own for one, own in zip(maps, vectors.chunk(num_layers), strict=True)])
     axes /= (together @ vectors).square().mean().sqrt()
     padded = functional.pad(axes.T, (0, 0, 0, width - axes.shape[1]))
     return mean, padded.numpy()
