@@ -17,18 +17,22 @@ import pytest
 import soundfile
 from data_forms import png, write, write_csv, write_tar
 from extraction_cases import tiny_config
+from several_cache import WIDTHS, make_several_cache
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.items import Item
 from saffe_cache.extraction.config import ExtractConfig, RepairConfig
 from saffe_cache.extraction.extract import extract
 from saffe_cache.extraction.repair import repair
+from saffe_cache.inputs.pairs import training_pairs
 from saffe_cache.sources.items import Columns
 from saffe_cache.sources.registry import read_items
 from saffe_cache.store.config import InspectConfig
 from saffe_cache.store.inspect import inspect_cache
 from saffe_cache.store.reader import open_cache
 from saffe_cache.store.table import TableBuilder
+from saffe_cache.training.config import TrainConfig
+from saffe_cache.training.resolve import resolve_run
 
 PHOTOS = [png(0), png(1), None]
 SUBSETS = [{"image", "audio"}, {"image"}, {"audio"}]
@@ -228,3 +232,16 @@ def test_repair_restores_an_item_with_several_media(config: ExtractConfig, tiny_
     report = repair(RepairConfig(cache=config.cache))
     assert (len(report.restored), report.left) == (1, [])
     assert digests(config.cache) == before
+
+
+def test_one_cache_has_runs_of_each_gallery(tmp_path: Path) -> None:
+    path = make_several_cache(tmp_path / "several.zarr", {"train": 60, "dev": 20}, classes=4, lacks=7)
+    config, cache, found = TrainConfig(cache=path, out="", fusion="linear"), open_cache(path), {}
+    for gallery in ("auto", "image", "audio"):
+        found[gallery] = resolve_run(replace(config, gallery=gallery), cache)
+        modality = "audio" if gallery == "audio" else "image"
+        assert found[gallery].shape.hidden_size == WIDTHS[modality]
+        assert len(training_pairs(found[gallery], cache).training) == 60 - 9
+    assert found["auto"] == found["image"]
+    with pytest.raises(CacheError, match="holds no video encoder"):
+        resolve_run(replace(config, gallery="video"), cache)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from saffe_cache.sources.audio_captions import AUDIOCAPS, CLOTHO
 from saffe_cache.sources.composed_sets import COMPOSED_SETS
 from saffe_cache.sources.folders import FOLDERS, TABLES
 from saffe_cache.sources.hashing import hash_items
@@ -23,7 +24,8 @@ from saffe_cache.sources.samples import TARS
 logger = logging.getLogger(__name__)
 
 FORMATS: tuple[Format, ...] = (
-    *(OBJECTS, SAVED_DATASET, COMPOSED_SETS, SNAPSHOT, FOLDERS, TARS, PARQUET, TABLES, HUB_DATASET),
+    *(OBJECTS, SAVED_DATASET, COMPOSED_SETS, AUDIOCAPS, CLOTHO, SNAPSHOT, FOLDERS, TARS, PARQUET, TABLES),
+    HUB_DATASET,
 )
 """The first one that recognises the data reads it, so special formats come before general ones."""
 

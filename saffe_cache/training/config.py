@@ -30,6 +30,9 @@ class DataOptions(OptionGroup):
     paper: l is the output of its layer l, which is hidden_states l + 1."""
     encoder: Mapping[str, str] = field(default_factory=dict)
     """Which encoder to use if the cache has several of a modality: image=PART-OF-KEY or image=ID."""
+    gallery: Literal["auto", "image", "audio", "video"] = "auto"
+    """What the gallery holds, if the cache has several: its photos, sounds or videos. auto: the first of these that the
+    cache has, in this order."""
     pairs: Literal["auto", PairKind] = "auto"
     """What searches. captions, or names of classes (classes), which describe photos; composed: a photo and a text that
     changes it. auto: composed if the train split has such queries, else captions if there are any."""

@@ -24,7 +24,7 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
         CacheError, ValueError: the cache lacks what is requested.
     """
     config = with_pairs(config, cache)
-    modality = gallery_modality(cache)
+    modality = gallery_modality(cache) if config.gallery == "auto" else config.gallery
     gallery = cache.encoder(modality, config.encoder.get(modality))
     text = cache.encoder("text", config.encoder.get("text"))
     layers = _choose_layers(config, gallery, text)
