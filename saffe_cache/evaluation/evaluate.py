@@ -63,8 +63,6 @@ logger = logging.getLogger(__name__)
 
 INDEX_KS = (10, 100)
 """At which an approximate index is compared with a flat one."""
-LEAST_SENSITIVITY = {"image": 0.2, "text": 0.05}
-"""Mean distances of unit vectors below which a fusion does not look at its photo, or at its text."""
 _SENSITIVITY_PHOTOS = 256
 _NOT_COMPARED = ("cache", "run", "out", "device", "protocol")
 """Fields of the config that may differ between two evaluations into one folder: what they resolved to is compared."""
@@ -272,7 +270,9 @@ def _result(
     definition, is_compared = protocol.described, run is not None and config.baselines != "none"
     return EvaluationResult(
         failures=tuple(
-            failures(controls, moves, shared, has_permuted) if run else _baseline_failures(controls, shared, subject)
+            failures(controls, moves, shared, has_permuted, protocol.least_moves)
+            if run
+            else _baseline_failures(controls, shared, subject)
         ),
         warnings=(
             *_warnings(config, protocol, subject),
@@ -434,13 +434,17 @@ def fusing_flops(model: Fusion, protocol: Protocol) -> int:
 
 
 def failures(
-    controls: Mapping[str, Control], moves: Mapping[str, float], shared: Mapping[str, int], has_permuted: bool
+    controls: Mapping[str, Control],
+    moves: Mapping[str, float],
+    shared: Mapping[str, int],
+    has_permuted: bool,
+    least_moves: Mapping[str, float] = Protocol.least_moves,
 ) -> list[str]:
     """Why a run's numbers must not be used, one line each; nothing where they may be."""
     found = failed(controls.values())
     if not has_permuted:
         found.append("no control was trained on permuted pairs (train with --control-epochs above 0)")
-    for part, least in LEAST_SENSITIVITY.items():
+    for part, least in least_moves.items():
         moved = moves.get(f"to_{part}")
         if moved is not None and moved < least:
             found.append(f"another {part} moves the fused vector by {moved:.3f}, expected at least {least}")

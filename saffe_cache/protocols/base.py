@@ -89,6 +89,8 @@ class Protocol(ABC):
     """Whether the gallery's photos search the texts too, or rank the classes."""
     corrects_search: ClassVar[bool] = False
     """Whether a search correction applies. Then `score_vectors` also takes `biases`, which it subtracts."""
+    least_moves: ClassVar[Mapping[str, float]] = MappingProxyType({"image": 0.2, "text": 0.05})
+    """Mean distances of unit vectors below which a fusion does not look at its photo, or at its text."""
     shows_classes: ClassVar[bool] = False
     """Whether every class ranks all photos, so that details have curves and confusion of classes."""
 

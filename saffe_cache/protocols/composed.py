@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -62,6 +63,7 @@ class ComposedProtocol(SearchProtocol):
     required_baselines = (*_OF_PHOTO, *_OF_TEXT, "composed_zero_shot")
     baselines = (*required_baselines, "composed_sum", "composed_late", "composed_ridge", "composed_mlp")
     options = ("reference",)
+    least_moves = MappingProxyType({"image": 0.05, "text": 0.05})  # of queries, in which either may say most
 
     def __init__(self, setting: Setting, reference: ReferenceChoice = "removed") -> None:
         super().__init__(setting)
