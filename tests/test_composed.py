@@ -14,7 +14,7 @@ from composed_cache import COLOURS, SHAPES, make_composed
 from quick_runs import quick_train, report_of, value
 
 from saffe_cache.core.items import Ragged
-from saffe_cache.fusion.losses import info_nce_of
+from saffe_cache.fusion.losses import info_nce_of, query_nce_of
 from saffe_cache.inputs.composed import Composed, draw_composed
 from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import Pairs, select_pairs, training_pairs
@@ -181,6 +181,7 @@ def test_photos_without_a_query_are_negatives_alone() -> None:
     loss = info_nce_of(scores, positives, torch.tensor(1.0))
     rows = -scores[:2].log_softmax(1).diagonal().mean()
     columns = -scores.T.log_softmax(1)[:, :2].diagonal().mean()
+    assert float(query_nce_of(scores, positives, torch.tensor(1.0))) == pytest.approx(float(columns))
     assert float(loss) == pytest.approx(float(rows + columns) / 2)
 
 
@@ -275,6 +276,23 @@ def test_run_learns_to_compose_and_its_controls_pass(path: str, tmp_path: Path) 
     assert scores["recall_at_1"].value <= value(report, "recall_at_1")
     captions = CaptionProtocol(replace(setting, pairs=pairs_of(path, "test", "captions")))
     assert captions.measure(model, captions.setting.honest())["mrr"].value > 0.1  # the same index answers texts
+
+
+def test_own_scores_of_a_fusion_rank_the_gallery(path: str, tmp_path: Path) -> None:
+    run = quick_train(path, tmp_path / "run", fusion="artemis", epochs=1, layers={"image": (2,)})
+    cache = open_cache(path)
+    spec, model, _ = open_run(run, cache)
+    setting = Setting(FeatureLoader(cache, spec), pairs_of(path, "test"))
+    protocol = ComposedProtocol(setting)
+    queries, gallery = (
+        torch.from_numpy(of)
+        for of in (setting.queries(model, protocol.queries), setting.gallery(model, setting.honest()))
+    )
+    answers = protocol.search(model, setting.honest())
+    np.testing.assert_allclose(answers.matrix(), model.similarities(queries, gallery).detach().numpy().T, atol=1e-6)
+    report = report_of(path, run)
+    assert report["index"] is None  # which holds vectors for inner products
+    assert value(report, "map") == pytest.approx(protocol.score(answers)["map"].value)
 
 
 def test_resumed_composed_run_equals_an_uninterrupted_one(

@@ -59,10 +59,20 @@ def info_nce_of(
         temperature: positive scalar.
         ignored: bool [n, m], cells that are neither positive nor negative; None for none.
     """
-    scores = scores / temperature
-    if ignored is not None:
-        scores = scores.masked_fill(ignored, _IGNORED)
+    scores = _tempered(scores, temperature, ignored)
     return (_one_direction(scores, positives) + _one_direction(scores.T, positives.T)) / 2
+
+
+def query_nce_of(
+    scores: torch.Tensor, positives: torch.Tensor, temperature: torch.Tensor, ignored: torch.Tensor | None = None
+) -> torch.Tensor:
+    """l(S^T, P^T) alone, of the same: each query against the photos, as a search ranks them."""
+    return _one_direction(_tempered(scores, temperature, ignored).T, positives.T)
+
+
+def _tempered(scores: torch.Tensor, temperature: torch.Tensor, ignored: torch.Tensor | None) -> torch.Tensor:
+    scores = scores / temperature
+    return scores if ignored is None else scores.masked_fill(ignored, _IGNORED)
 
 
 def _one_direction(scores: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
@@ -330,6 +340,13 @@ class InfoNce(_Loss):
 
     def forward(self, seen: Contrast) -> torch.Tensor:
         return info_nce_of(seen.scores, seen.batch.positives, self.temperature(), seen.batch.ignored)
+
+
+class QueryNce(InfoNce):
+    """The direction of `info_nce` in which each query is contrasted with the photos."""
+
+    def forward(self, seen: Contrast) -> torch.Tensor:
+        return query_nce_of(seen.scores, seen.batch.positives, self.temperature(), seen.batch.ignored)
 
 
 class Siglip(_Loss):

@@ -119,7 +119,7 @@ class ObjectiveOptions(OptionGroup):
     mixup: float | None = None
     """Mix each photo and its texts with another's of the batch, with a weight from Beta(X, X); 0 mixes nothing.
     Default: the fusion's own, usually 0.0."""
-    caption_weight: float = 0.25
+    caption_weight: float = 0.3
     """With --pairs composed, the weight of the same losses over photos and their captions, where they have any, so that
     texts alone find photos in the same index too; 0 for none."""
     structure_levels: int = 1

@@ -414,6 +414,11 @@ OBJECTIVES: Mapping[str, ObjectiveEntry] = {
     "info_nce": ObjectiveEntry(
         made_by=f"{_LOSSES}:InfoNce", summary="Contrast photos and texts of a batch (CLIP).", contrasts=True
     ),
+    "query_nce": ObjectiveEntry(
+        made_by=f"{_LOSSES}:QueryNce",
+        summary="The same in one direction: each text, or composed query, against the photos.",
+        contrasts=True,
+    ),
     "siglip": ObjectiveEntry(
         made_by=f"{_LOSSES}:Siglip", summary="A yes-or-no question for each pair (SigLIP).", contrasts=True
     ),

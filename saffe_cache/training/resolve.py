@@ -115,7 +115,7 @@ def _shape(
 
 _STRUCTURE = ("structure", "structure_published")
 _OF_LOSSES = {
-    "temperature": ("info_nce",),
+    "temperature": ("info_nce", "query_nce"),
     "structure_levels": _STRUCTURE,
     "structure_diagonal": ("structure",),
     "structure_warmup": _STRUCTURE,
