@@ -39,11 +39,15 @@ class ColourFusion:
     storage = None
     index_views = "plain"
     why_not_alone: str | None = None
+    composes = scores_itself = False
 
     def __init__(self, folder: Path, fingerprint: str = "0123456789ab", why_not_paired: str | None = None) -> None:
         self.folder, self.fingerprint, self.why_not_paired = folder, fingerprint, why_not_paired
         self.spec = SimpleNamespace(gallery_text="null")
         self.num_embedded = 0
+
+    def why_no_gallery(self, *, paired: bool) -> str | None:
+        return self.why_not_paired if paired else self.why_not_alone
 
     def embed_images(self, images: Sequence[Any]) -> np.ndarray:
         return unit([self._colour(image) for image in images])

@@ -45,6 +45,7 @@ class FakeIndex:
     no_ridge: str = ""
     no_heat_map: str = ""
     takes_both: bool = True
+    composes: bool = False
     delay_seconds: float = 0
     asked: list[Any] = field(default_factory=list)
 
@@ -62,6 +63,7 @@ class FakeIndex:
             "version": "1",
             "takes_image": True,
             "takes_both": self.takes_both,
+            "composes": self.composes,
             "no_ridge": self.no_ridge,
             "no_heat_map": self.no_heat_map,
         }

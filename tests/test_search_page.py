@@ -97,6 +97,22 @@ def test_photo_query_with_and_without_a_text(page: Page, served: FakeIndex, tmp_
     assert served.asked[-1] == ("but green", False)
 
 
+def test_the_page_says_that_a_text_changes_the_photo(
+    page: Page, served: FakeIndex, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "composes", True)
+    open_page(page, client)
+    assert "or both: the text then says what to change" in page.run("document.getElementById('hint').textContent")
+    (tmp_path / "mine.png").write_bytes(drawn("mine"))
+    page.upload("#file", tmp_path / "mine.png")
+    page.wait(f"{STATUS}.includes('for the photo,')")
+    page.run("document.getElementById('text').focus()")
+    page.type("in grey")
+    page.press("Enter")
+    page.wait(f"{STATUS}.includes('for the photo, changed by “in grey”') && {HITS} === 24")
+    assert served.asked[-1] == ("in grey", True)
+
+
 def test_photo_can_be_dropped_and_pasted(page: Page) -> None:
     for kind, holder in (("drop", "dataTransfer"), ("paste", "clipboardData")):
         page.run("document.getElementById('found').replaceChildren()")

@@ -69,7 +69,7 @@ class Details:
 
     main_metric: str
     texts: tuple[str, ...]
-    """Of the queries that are shown; empty where a photo searches."""
+    """Of the queries that are shown; empty where photos search alone."""
     photo_ids: tuple[str, ...]
     """Of the photos that are named here."""
     photo_texts: tuple[str, ...]
@@ -83,7 +83,7 @@ class Details:
     answers: np.ndarray
     """int64 [shown]: the place in `photos` of a relevant one, the first in the gallery."""
     asking: np.ndarray
-    """int64 [shown]: where photos search, the place in `photos` of the one that does, else -1."""
+    """int64 [shown]: where photos search, alone or with a text, the place in `photos` of the one that does, else -1."""
     num_relevant: np.ndarray
     """int64 [shown]: relevant photos in the gallery."""
     photo_hashes: np.ndarray

@@ -93,9 +93,10 @@ def _use(fam: TrainedFusion, name: str) -> str:
     vectors = f"fam.{embed}({files})"
     if fam.why_not_alone:
         vectors = f'fam.embed_pairs({files}, ["a note on the first", "a note on the second"])'
+    composed = 'changed = fam.similarities(fam.embed_queries(["c.jpg"], ["in grey"]), found)\n' if fam.composes else ""
     return (
         f"## Use\n\n```python\nimport saffe_cache as sc\n\nfam = sc.load_run({json.dumps(name)})\nfound = {vectors}\n"
-        'scores = fam.embed_texts(["a dog asleep"]) @ found.T\n```'
+        f'scores = fam.embed_texts(["a dog asleep"]) @ found.T\n{composed}```'
     )
 
 

@@ -336,7 +336,7 @@ def _write_files(
 def _manifest(fusion: TrainedFusion, config: IndexConfig, out: Path) -> IndexManifest:
     """What an index of this run and config says, without its files; ValueError if the run has no such vectors."""
     paired = fusion.spec.gallery_text == "first_caption" if config.paired is None else config.paired
-    why = fusion.why_not_paired if paired else fusion.why_not_alone
+    why = fusion.why_no_gallery(paired=paired)
     if why:
         raise ValueError(f"--{'' if paired else 'no-'}paired: {why}.")
     if config.ridge:

@@ -150,14 +150,23 @@ class TrainedFusion:
     def why_not_paired(self) -> str | None:
         """Why a text that is paired with a photo has no trained effect; None where it has."""
         spec = self.spec
+        remedy = "Train with --gallery-text first_caption, or on composed queries with --pairs composed"
         if not spec.shape.takes_text:
-            return (
-                f"no text enters fusion {spec.shape.fusion} as it was trained. Train with --gallery-text "
-                "first_caption, for instance fusion concat"
-            )
-        if spec.gallery_text == "null" and not spec.fuses_pairs:
-            return "the run was trained without paired texts. Train with --gallery-text first_caption"
+            return f"no text enters fusion {spec.shape.fusion} as it was trained. {remedy}, for instance fusion concat"
+        if not spec.fuses_text:
+            return f"the run was trained without paired texts. {remedy}"
         return None
+
+    def why_no_gallery(self, *, paired: bool) -> str | None:
+        """Why items, alone or paired with their texts, are not what the run searches; None where they are."""
+        if paired and self.composes:
+            return "the run was trained on composed queries, which search photos alone"
+        return self.why_not_paired if paired else self.why_not_alone
+
+    @property
+    def composes(self) -> bool:
+        """Whether a photo and a text are a query, which searches photos alone: it was trained on composed queries."""
+        return self.spec.pairs == "composed"
 
     # Vectors
 
@@ -193,6 +202,32 @@ class TrainedFusion:
         if len(inputs) != len(texts):
             raise ValueError(f"embed_pairs: {len(inputs)} inputs, {len(texts)} texts. Give one text for each.")
         return self._embed_inputs("embed_pairs", self.modality, inputs, texts, progress)
+
+    def embed_queries(self, inputs: Sequence[Any], texts: Sequence[str], *, progress: bool = False) -> np.ndarray:
+        """As `embed_pairs`, of composed queries: photos, each with a text that says what to change.
+
+        They search vectors of photos alone, by `similarities`.
+
+        Raises:
+            ValueError: as `embed_pairs`; the run was not trained on composed queries.
+        """
+        if not self.composes:
+            raise ValueError(
+                f"embed_queries: the run was trained with --pairs {self.spec.pairs}, it has not learned to compose "
+                "queries. Train with --pairs composed, or use embed_pairs."
+            )
+        return self.embed_pairs(inputs, texts, progress=progress)
+
+    @property
+    def scores_itself(self) -> bool:
+        """Whether composed queries have scores that are no inner products, and vectors of another width."""
+        return self.composes and self.spec.shape.entry.scores == "own"
+
+    def similarities(self, queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+        """Scores of composed queries with vectors of photos, float32 [queries, gallery]."""
+        with self._lock, torch.inference_mode():
+            asked, photos = (torch.from_numpy(np.array(of, np.float32)).to(self.device) for of in (queries, gallery))
+            return self.model.similarities(asked, photos).cpu().numpy()
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of texts that search, float32 [n, d].
@@ -246,7 +281,8 @@ class TrainedFusion:
         """
         ridge = self.require_ridge()
         both = self._embed_inputs("embed_with_ridge", self.modality, inputs, texts, False, ridge)
-        return both[:, : self.size], both[:, self.size :]
+        width = both.shape[1] - len(ridge.bias)
+        return both[:, :width], both[:, width:]
 
     def features(self, value: Any, text: str | None = None) -> tuple[States, Mask, Texts | None]:
         """What the fusion sees of one photo or sound, and of a text that is fused with it: what `Fusion.forward` takes.
@@ -314,7 +350,7 @@ class TrainedFusion:
         """
         ridge = self.require_ridge() if with_ridge else None
         paired = self.spec.gallery_text == "first_caption" if paired is None else paired
-        why = self.why_not_paired if paired else self.why_not_alone
+        why = self.why_no_gallery(paired=paired)
         if why:
             raise ValueError(f"--run {self.folder}: {why}.")
         found: list[SourceItem] = []
@@ -429,7 +465,7 @@ class TrainedFusion:
         if why:
             raise ValueError(f"{name}: {why}.")
         _require_several(name, inputs)
-        vectors = [np.zeros((0, self._width(ridge)), np.float32)]
+        vectors = list[np.ndarray]()
         starts = range(0, len(inputs), _ITEMS_AT_ONCE)
         for start in tqdm(starts, unit=f" {_ITEMS_AT_ONCE} {modality}s", disable=not progress):
             chosen = range(start, min(start + _ITEMS_AT_ONCE, len(inputs)))
@@ -439,7 +475,7 @@ class TrainedFusion:
             for number, reason in invalid.items():
                 raise ValueError(f"{name}: input {number}: {reason}. Give a file that can be read.")
             vectors.append(own)
-        return np.concatenate(vectors)
+        return np.concatenate(vectors) if vectors else np.zeros((0, self._width(ridge)), np.float32)
 
     def _encode(
         self, items: Sequence[SourceItem], *, paired: bool, ridge: LinearMap | None = None

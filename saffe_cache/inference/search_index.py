@@ -47,7 +47,7 @@ VERSION = 1
 _BLOCK = 2**22
 """Bytes of a file that are read at a time."""
 _EXPORT_ROWS = 2**14
-"""Rows of an exported file that are written at a time."""
+"""Rows that are exported, or scored by the run, at a time."""
 _LONGEST_TEXT = 70
 """Characters of a caption in a terminal."""
 
@@ -305,7 +305,8 @@ class SearchIndex:
         """The k best items, or all if there are fewer, best first.
 
         Args:
-            text: alone, it is encoded as a query; with a photo or sound, both are fused.
+            text: alone, it is encoded as a query; with a photo or sound, both are fused. If the run was trained on
+                composed queries, it says what to change in the photo.
             image: a path, a PIL picture, uint8 [height, width, 3] or a file's bytes.
             audio: a path or a file's bytes, in an index of sounds.
             video: the same, in an index of videos.
@@ -414,10 +415,20 @@ class SearchIndex:
         Raises:
             ValueError: the index keeps no such vectors, or the query is of another width.
         """
-        index = self._ridge_index if ridge else self._retrieval
-        scores, positions = index.nearest(query, k, corrected=corrected)
+        if not ridge and query.shape[1] != self.size and self.fusion.scores_itself:
+            scores, positions = self._scored(query, k)
+        else:
+            index = self._ridge_index if ridge else self._retrieval
+            scores, positions = index.nearest(query, k, corrected=corrected)
         found = zip(positions[0].tolist(), scores[0].tolist(), strict=True)
         return [Hit(self.ids[position], score, self._text(position)) for position, score in found if position >= 0]
+
+    def _scored(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `RetrievalIndex.nearest`, by the run's own scores of all items."""
+        parts = [slice(start, start + _EXPORT_ROWS) for start in range(0, len(self), _EXPORT_ROWS)]
+        scores = np.concatenate([self.fusion.similarities(query, self.vectors_at(part)) for part in parts], axis=1)
+        positions = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(scores, positions, axis=1), positions
 
     def _text(self, position: int) -> str:
         texts = self.columns.one("captions", position) or self.columns.one("labels", position)

@@ -85,8 +85,9 @@ class Served(Protocol):
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """name, about, fusion, modality, version, takes_image, takes_both, and why there are no ridge regression and no
-        heat maps (no_ridge, no_heat_map; empty where there are)."""
+        """name, about, fusion, modality, version, takes_image, takes_both, composes (whether a text with a photo says
+        what to change in it), and why there are no ridge regression and no heat maps (no_ridge, no_heat_map; empty
+        where there are)."""
 
     def __contains__(self, name: object) -> bool:
         """Whether an item has this id."""

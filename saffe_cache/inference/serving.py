@@ -82,6 +82,7 @@ class ServedIndex:
             "version": manifest.generation,
             "takes_image": manifest.modality == "image" and None in (fusion.why_not_alone, fusion.why_not_paired),
             "takes_both": fusion.why_not_paired is None,
+            "composes": fusion.composes,
             "no_ridge": self._no_ridge,
             "no_heat_map": why_no_map(fusion),
         }
@@ -121,7 +122,7 @@ class ServedIndex:
         if manifest.paired:
             own = self._index.columns.one("captions", self._index.position_of[name])
             text = own[0] if own else None
-        text = None if fusion.why_not_paired else text
+        text = None if fusion.why_not_paired or fusion.composes else text
         found = heat_map(fusion, self.photo(name), text)
         with_text = "" if text is None else ", with the photo's own text" if manifest.paired else ", with your text"
         size = found.weights.shape

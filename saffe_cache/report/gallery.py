@@ -52,9 +52,9 @@ class Card:
     number: int
     """Of the query among those that have something relevant, from 1."""
     text: str
-    """Empty where the query is a photo."""
+    """Empty where the query is a photo alone."""
     query_photo: int | None
-    """The place of the photo that is the query."""
+    """The place of the photo that is the query, or the reference of a text; None where a text searches alone."""
     answer: int
     """The place of a relevant photo."""
     num_relevant: int
