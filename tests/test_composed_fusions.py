@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tiny_models import rand
@@ -13,7 +12,7 @@ from torch.nn import functional
 
 from saffe_cache.fusion.base import Blocks, Fusion, Pairing, Texts
 from saffe_cache.fusion.composed.artemis import ArtemisFusion
-from saffe_cache.fusion.composed.compose import ComposeFusion, principal_axes
+from saffe_cache.fusion.composed.compose import ComposeFusion
 from saffe_cache.fusion.layers import summarize
 from saffe_cache.fusion.options import FusionShape
 from saffe_cache.fusion.registry import FUSIONS
@@ -25,7 +24,8 @@ every_fusion = pytest.mark.parametrize("fusion", COMPOSED)
 
 def make(fusion: str, size: int = SIZE, **changes: Any) -> Any:
     torch.manual_seed(1)
-    values: dict[str, Any] = {"num_layers": 1, "hidden_size": SUMMARY // 2, "num_tokens": 5, "pooled_text": False}
+    layers = 2 if FUSIONS[fusion].reads == "tokens" else 1
+    values: dict[str, Any] = {"num_layers": layers, "hidden_size": SUMMARY // 2, "num_tokens": 5, "pooled_text": False}
     values |= {"head": "attention", "text_hidden_size": size, "text_size": size, "maps_queries": False}
     return FUSIONS[fusion].make(FusionShape(fusion=fusion, **(values | changes)), Blocks()).eval()
 
@@ -57,7 +57,9 @@ GALLERY = unit(rand(7, SIZE, seed=4))
 
 
 def states_of(model: Any) -> list[torch.Tensor]:
-    """Summaries of the photos, as wide as the fusion reads them."""
+    """What the fusion reads of the photos: two layers of tokens, or their summaries."""
+    if model.shape.entry.reads == "tokens":
+        return [rand(PHOTOS, 5, SUMMARY // 2, seed=layer) for layer in range(2)]
     return [rand(PHOTOS, 1, model.shape.summary_size)]
 
 
@@ -67,11 +69,23 @@ def gallery_of(model: Any) -> torch.Tensor:
 
 def photos_of(model: Any) -> torch.Tensor:
     """r of the photos, by their own path alone."""
-    photos = states_of(model)[0][:, 0]
+    states = states_of(model)
     if isinstance(model, ComposeFusion):
-        whitened = functional.layer_norm((photos - model.mean) @ model.axes.T, (len(model.axes),))
-        whitened = whitened * model.norm.weight + model.norm.bias
-        return unit(layer(model.photo_linear[1], whitened) + mlp(model.photo_mlp, whitened))
+        summary = (summarize(states, None, has_spread=True) - model.mean) / model.deviation
+        pooled = [
+            torch.softmax(normed @ queries, dim=1).transpose(1, 2).unsqueeze(2) @ normed.unsqueeze(1) @ values
+            for normed, queries, values in zip(
+                (functional.layer_norm(state, state.shape[-1:]) for state in states),
+                model.head.pool_queries,
+                model.head.pool_values,
+                strict=True,
+            )
+        ]
+        seen = torch.cat([*(one.flatten(1) for one in pooled), summary], dim=1)
+        seen = functional.layer_norm(seen, seen.shape[-1:]) * model.head.norm.weight + model.head.norm.bias
+        _, first, _, _, last = model.head.mlp
+        return unit(layer(model.head.linear, summary) + layer(last, functional.gelu(layer(first, seen))))
+    photos = states[0][:, 0]
     return unit(layer(model.photo_map, photos))
 
 
@@ -126,7 +140,7 @@ def test_query_depends_on_its_photo_and_text_alone(fusion: str) -> None:
     together = model(states_of(model), None, TEXTS, pairing)
     for row, (photo, text) in enumerate(zip(*pairing, strict=True)):
         one = Texts.of_vectors(VECTORS[text : text + 1] / 3)
-        close(together[row], model([states_of(model)[0][photo : photo + 1]], None, one)[0])
+        close(together[row], model([state[photo : photo + 1] for state in states_of(model)], None, one)[0])
 
 
 @every_fusion
@@ -306,34 +320,25 @@ def test_compose_starts_as_late_fusion() -> None:
 
 
 @torch.no_grad()
-def test_photos_are_seen_on_whitened_axes() -> None:
-    """On axes of their own, each as wide as the fourth root of its share of the standardised photos' moments."""
-    photos = rand(200, 2 * 6).numpy() @ rand(12, 12, seed=1).numpy() + 3
-    mean, axes = principal_axes(photos, 1, 12)
-    close(torch.tensor(mean), torch.tensor(photos.mean(axis=0)))
-    found = torch.tensor((photos - mean) @ axes.T)
-    moments = found.T @ found / len(found)
-    assert (moments - moments.diag().diag()).abs().max() < 1e-3
-    expected = torch.linalg.eigvalsh(torch.tensor(np.corrcoef(photos.T))).float().sqrt()
-    torch.testing.assert_close(moments.diag(), expected / expected.mean(), atol=1e-2, rtol=1e-2)
-    of_two_layers = principal_axes(photos, 2, 5)
-    assert of_two_layers[1].shape == (5, 12)
-    assert ((photos - of_two_layers[0]) @ of_two_layers[1].T).std() == pytest.approx(1, abs=1e-3)
-    other_mean, other_axes = principal_axes(photos * 7, 1, 12)
-    changed = torch.tensor((7 * photos - other_mean) @ other_axes.T).abs()
-    torch.testing.assert_close(changed, found.abs(), atol=1e-2, rtol=1e-2)  # the unit of the photos does not matter
+def test_compose_standardises_summaries_by_the_training_photos() -> None:
+    model, photos = make("compose"), 3 + 2 * rand(40, 3 * SUMMARY, seed=2)
+    model.prepare(photos.numpy())
+    seen = (photos - model.mean) / model.deviation
+    close(seen.mean(dim=0), torch.zeros(3 * SUMMARY))
+    torch.testing.assert_close(seen.std(dim=0, correction=0), torch.ones(3 * SUMMARY), atol=2e-3, rtol=0)
+    again = make("compose")
+    again.load_state_dict(model.state_dict())
+    close(again(states_of(again)), photos_of(model))
 
 
 @torch.no_grad()
-def test_compose_prepares_its_axes_from_photos() -> None:
-    model, photos = make("compose"), rand(40, 18, seed=2).numpy()
-    model.prepare(photos)
-    mean, axes = principal_axes(photos, 1, 18)
-    close(model.mean, torch.tensor(mean))
-    close(model.axes, torch.tensor(axes))
-    again = make("compose")
-    again.load_state_dict(model.state_dict())
-    close(again(states_of(again)), model(states_of(model)))
+def test_compose_ignores_padding_and_order_of_patches() -> None:
+    model = woken(make("compose"))
+    states = [state[:, [0, 3, 1, 4, 2]] for state in states_of(model)]
+    close(model(states), photos_of(model))
+    padded = [functional.pad(state, (0, 0, 0, 2), value=9.0) for state in states]
+    mask = torch.tensor([[True] * 5 + [False] * 2] * PHOTOS)
+    close(model(padded, mask), photos_of(model))
 
 
 @torch.no_grad()

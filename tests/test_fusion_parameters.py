@@ -199,12 +199,13 @@ def combiner(w: Widths) -> int:
 
 
 def compose(w: Widths) -> int:
-    """The photo's and the text's linear map and MLP, a map of captions, R, a gate and a residual."""
-    axes, both = min(3 * w.photo, 768), 256 + w.vector
-    photo = norm(axes) + linear(axes, 256) + linear(axes, 768) + linear(768, 256)
+    """The head without its linear map to k; the text's linear map and MLP, a map of captions, R, a gate, a residual."""
+    summary, both = 3 * w.photo, 256 + w.vector
+    seen = 8 * 48 + summary
+    photo = 8 * w.photo + 8 * w.photo * 48 + norm(seen) + linear(seen, 1024) + linear(1024, 256) + linear(summary, 256)
     text = 2 * linear(w.vector, 256) + linear(w.vector, 512) + linear(512, 256)
     gate, residual = linear(both, 512) + linear(512, 256), linear(both, 768) + linear(768, 256)
-    return photo + text + linear(256, 256) + norm(both) + gate + residual + 2
+    return photo + text + linear(256, 256) + norm(256) + norm(w.vector) + gate + residual + 2
 
 
 COUNTS: Mapping[str, Callable[[Widths], int]] = {

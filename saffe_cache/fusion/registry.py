@@ -373,9 +373,9 @@ FUSIONS: Mapping[str, FusionEntry] = {
         summary="A photo's vector, gated by the text, plus the text, plus a residual of both; ours.",
         has_spread=True,
         sees_photos_first=True,
-        recipe={"learning_rate": 1e-3, "batch_size": 384},
+        recipe={"learning_rate": 1e-3, "batch_size": 256, "epochs": 12, "gallery_photos": 640},
         recipe_from="validation",
-        **_OF_VECTORS,
+        **{**_OF_VECTORS, "reads": "tokens"},
     ),
     "artemis": FusionEntry(
         made_by=f"{_COMPOSED}.artemis:ArtemisFusion",
