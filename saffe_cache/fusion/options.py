@@ -15,8 +15,9 @@ class ModelOptions(OptionGroup):
     """Model"""
 
     fusion: str = field(default=AUTO, metadata={"entries": FUSIONS})
-    """How photo and text features are combined. auto: linear where photos are searched alone; reuse where a text is
-    fused with them, by --gallery-text, composed queries or an objective over pairs."""
+    """How photo and text features are combined. auto: linear where photos are searched alone; compose where photo and
+    text search (composed queries); reuse where a text is fused with photos, by --gallery-text or an objective over
+    pairs."""
     head: HeadName | None = None
     """How tokens become one vector. attention: learned queries pool them. mean: their mean. flatten: all tokens enter
     one linear map, as in the SAFFE paper. Default: the fusion's own, usually attention."""

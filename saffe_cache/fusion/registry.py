@@ -160,8 +160,8 @@ def _closed_form(made_by: str, summary: str) -> FusionEntry:
 
 AUTO = "auto"
 """A fusion that follows from what is fused."""
-OF_PHOTOS_ALONE, OF_PAIRS = "linear", "reuse"
-"""What it is where photos are searched alone, and where texts are fused with them."""
+OF_PHOTOS_ALONE, OF_PAIRS, OF_COMPOSED = "linear", "reuse", "compose"
+"""What it is where photos are searched alone, where texts are fused with them, and where both together search."""
 
 FUSIONS: Mapping[str, FusionEntry] = {
     "reuse": FusionEntry(

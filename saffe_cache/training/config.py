@@ -10,7 +10,16 @@ from typing import Any, Literal, Self
 from saffe_cache.core.features import MODALITIES, IndexConvention
 from saffe_cache.core.options import OptionGroup, refuse, require, require_keys, require_seed
 from saffe_cache.fusion.options import ModelOptions, ObjectiveOptions
-from saffe_cache.fusion.registry import AUTO, FUSIONS, OBJECTIVES, OF_PAIRS, OF_PHOTOS_ALONE, FusionEntry, GalleryText
+from saffe_cache.fusion.registry import (
+    AUTO,
+    FUSIONS,
+    OBJECTIVES,
+    OF_COMPOSED,
+    OF_PAIRS,
+    OF_PHOTOS_ALONE,
+    FusionEntry,
+    GalleryText,
+)
 from saffe_cache.inputs.spec import PairKind, Residency, SplitOptions
 
 OptimizerName = Literal["adamw", "lion"]
@@ -170,7 +179,9 @@ class TrainConfig(
         """The fusion; in the place of auto, the one that fits what is fused."""
         if self.fusion != AUTO:
             return self.fusion
-        fuses = self.pairs == "composed" or self.gallery_text not in (None, "null")
+        if self.pairs == "composed":
+            return OF_COMPOSED
+        fuses = self.gallery_text not in (None, "null")
         fuses = fuses or any(OBJECTIVES[name].fuses_pairs for name in self.objective)
         return OF_PAIRS if fuses else OF_PHOTOS_ALONE
 
