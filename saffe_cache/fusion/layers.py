@@ -83,6 +83,14 @@ class NormedTokens:
             sums = (weights * self._scales) @ self._state
         return sums - sums.mean(dim=-1, keepdim=True)  # type: ignore[no-any-return]
 
+    def sums_of_squares(self, weights: torch.Tensor) -> torch.Tensor:
+        """Sums over the squares of the tokens' numbers with `weights` [batch, n, tokens]: [batch, n, d]."""
+        means = self._state.mean(dim=-1).unsqueeze(1)
+        with torch.autocast(weights.device.type, enabled=False):
+            scaled = weights * self._scales.square()
+            squares = scaled @ self._state.square() - 2 * (scaled * means) @ self._state
+        return squares + (scaled * means.square()).sum(dim=-1, keepdim=True)  # type: ignore[no-any-return]
+
 
 def mean_weights(state: torch.Tensor, mask: Mask) -> torch.Tensor:
     """Weights of the mean over the tokens that the mask keeps, [batch, 1, tokens]; zeros if it keeps none."""
@@ -164,19 +172,13 @@ def summarize(states: States, mask: Mask, *, has_class_token: bool = True, has_s
     """
     parts = []
     for state in states:
-        weights = summary_weights(state, mask, has_class_token=has_class_token)
-        parts.append(NormedTokens(state).sums(weights).flatten(1))
+        tokens, weights = NormedTokens(state), summary_weights(state, mask, has_class_token=has_class_token)
+        sums = tokens.sums(weights)
+        parts.append(sums.flatten(1))
         if has_spread:
-            parts.append(_spread(state, weights[:, -1:]))
+            squares = tokens.sums_of_squares(weights[:, -1:]).squeeze(1)
+            parts.append((squares - sums[:, -1].square()).clamp(min=0).sqrt())
     return torch.cat(parts, dim=-1)
-
-
-def _spread(state: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Standard deviation of each channel over normed tokens, [batch, d]; `weights` [batch, 1, tokens] sum to 1."""
-    with torch.autocast(state.device.type, enabled=False):
-        normed = functional.layer_norm(state.float(), state.shape[-1:], eps=_EPS)
-        centred = normed - weights @ normed
-        return (weights @ centred.square()).squeeze(1).sqrt()
 
 
 def masked_mean(values: torch.Tensor, mask: Mask) -> torch.Tensor:
