@@ -336,6 +336,16 @@ def test_options_that_exclude_composed_queries_are_refused(
         train(config_for(path, tmp_path, **changes))
 
 
+def test_texts_search_the_index_of_a_run_without_captions(path: str, tmp_path: Path) -> None:
+    """Baselines of such a search have nothing to be fitted on, and are refused."""
+    bare = make_composed(tmp_path / "bare.zarr", {"train": 40, "dev": 40}, groups=True)
+    train(config_for(bare, tmp_path / "run", epochs=0, layers={"image": (2,)}))
+    options = {"protocol": "class", "split": "dev", "out": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match="has a text of its own"):
+        report_of(bare, str(tmp_path / "run"), baselines="linear", **options)
+    assert report_of(bare, str(tmp_path / "run"), **options)["protocol"] == "class"
+
+
 def test_run_of_captions_is_not_measured_on_composed_queries(path: str, tmp_path: Path) -> None:
     train(config_for(path, tmp_path / "run", fusion="linear", pairs="captions", epochs=0, layers={"image": (2,)}))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["pairs"] == "captions"

@@ -232,12 +232,22 @@ def _bank(config: EvaluateConfig, protocol: Protocol, subject: _Subject) -> Bank
         return None
 
 
+def _fitted_on(protocol: Protocol, subject: _Subject, config: EvaluateConfig) -> tuple[Pairs, Pairs]:
+    """The training and validation pairs of baselines: where texts alone search, those that have a text."""
+    if protocol.pair_kind == "composed":
+        return subject.training, subject.validation
+    found = subject.training.described(), subject.validation.described()
+    if not all(map(len, found)) and config.baselines != "none":
+        refuse("baselines", config.baselines, "none: no photo that was trained or validated on has a text of its own")
+    return found
+
+
 def _answers(config: EvaluateConfig, protocol: Protocol, subject: _Subject) -> _Systems:
     """Fit what is not trained yet, and have all systems answer."""
     honest, gallery = protocol.setting.honest(), protocol.setting.inputs.gallery
     sees_all = config.baseline_layers == "cache" and gallery.manifest.modality not in config.layers
     layers = tuple(gallery.layers) if sees_all else subject.spec.gallery_layers
-    material = Material(protocol, subject.training, subject.validation, layers)
+    material = Material(protocol, *_fitted_on(protocol, subject, config), layers)
     why_no_permuted, started = protocol.why_no_permuted(), time.perf_counter()
     main: System = subject.run.model if subject.run else fit_baseline(subject.name, material)
     permuted: System | None = subject.run.permuted if subject.run else None

@@ -73,6 +73,11 @@ class Pairs:
         order = generator.permutation(len(self))
         return replace(self, texts=self.texts.take(order), composed=self.composed.permuted(generator))
 
+    def described(self) -> Pairs:
+        """Those that have a text; with composed queries some may have none."""
+        has_text = self.texts.lengths > 0
+        return self if has_text.all() else self.take(np.flatnonzero(has_text))
+
     @property
     def num_samples(self) -> int:
         """What an epoch of training sees once: the pairs, or their composed queries."""

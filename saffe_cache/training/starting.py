@@ -27,8 +27,7 @@ class LateStart:
     def __init__(self, inputs: FeatureLoader, training: Pairs, search: SearchProtocol) -> None:
         """`search`: over the validation pairs. Of composed pairs, those with captions are regressed on."""
         self._inputs, self._search, self._validation = inputs, search, search.setting.pairs
-        has_text = training.texts.lengths > 0
-        self._pairs = training if has_text.all() else training.take(np.flatnonzero(has_text))
+        self._pairs = training.described()
         self._ridges: dict[bool, tuple[LinearMap, np.ndarray]] = {}
 
     def set(self, model: Fusion, linear: nn.Linear) -> None:
