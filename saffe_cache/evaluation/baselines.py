@@ -187,7 +187,6 @@ _OF_COMPOSED = {
 """Where photos and texts search."""
 
 BASELINES: dict[str, Baseline] = {
-    **_OF_COMPOSED,
     "ridge": Baseline("ridge regression from photo features to the mean vector of the photo's texts", _ridge),
     "mlp": Baseline("an MLP from photo features to the texts' space, trained with InfoNCE", _mlp, is_slow=True),
     "zero_shot": Baseline(
@@ -224,6 +223,7 @@ BASELINES: dict[str, Baseline] = {
         lambda of: _late_fusion(of, of.mlp.gallery, of.mlp.queries),
         is_slow=True,
     ),
+    **_OF_COMPOSED,
 }
 
 

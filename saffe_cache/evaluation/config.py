@@ -39,8 +39,9 @@ class EvaluateConfig(SplitOptions, DataOptions, CorrectionOptions):
     """The run's folder, as saffe train wrote it. Either this or --system is required."""
     system: str | None = None
     """A baseline to evaluate without a run: ridge, mlp, zero_shot, pooled_cosine, summary_cosine, linear_probe,
-    class_means, zlap, text_only, text_only_linear, image_only_ridge, image_only_mlp, concat_mlp, late_fusion_ridge or
-    late_fusion_mlp, as far as the protocol has it."""
+    class_means, zlap, text_only, text_only_linear, image_only_ridge, image_only_mlp, concat_mlp, late_fusion_ridge,
+    late_fusion_mlp, or of composed queries composed_image, composed_text, composed_zero_shot, composed_image_ridge,
+    composed_text_ridge, composed_ridge, composed_sum, composed_late or composed_mlp, as far as the protocol has it."""
     split: str = "test"
     """Split to report on; its photos are the gallery."""
     out: str | None = None
