@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
@@ -42,6 +42,8 @@ _REFERENCE = {
 }
 _OF_PHOTO, _OF_TEXT = ("composed_image", "composed_image_ridge"), ("composed_text", "composed_text_ridge")
 """Baselines that see a part of the query alone."""
+_CONSTANTS = 3
+"""Photos, and texts, that take the place of all others in turn."""
 _SCORES_AT_ONCE = 512
 
 
@@ -197,26 +199,30 @@ class ComposedProtocol(SearchProtocol):
     def own_controls(self, system: System, shuffled: np.ndarray) -> dict[str, Scores]:
         """
         references_shuffled   each text with another query's reference photo
-        references_constant   all texts with one reference photo
+        references_constant   all texts with one reference photo: the best of three
         texts_shuffled        each reference photo with another query's text
-        texts_constant        all reference photos with one text
+        texts_constant        all reference photos with one text: the best of three
         """
         assert not isinstance(system, FittedScores)
+        gallery = self.setting.gallery(system, self.setting.honest())
+
+        def measured(photos: np.ndarray, texts: np.ndarray) -> Scores:
+            return self.score(self._answers(system, gallery, self.setting.queries(system, self._mixed(photos, texts))))
+
         generator, own = np.random.default_rng((self.setting.seed, 2)), np.arange(len(self.queries))
         order = generator.permutation(len(own))
         others = np.empty_like(own)
         others[order] = np.roll(order, 1)  # none keeps its own
-        one = np.full(len(own), order[0])
-        gallery = self.setting.gallery(system, self.setting.honest())
+        ones = [np.full(len(own), one) for one in order[:_CONSTANTS]]
         return {
-            name: self.score(self._answers(system, gallery, self.setting.queries(system, self._mixed(*places))))
-            for name, places in {
-                "references_shuffled": (others, own),
-                "references_constant": (one, own),
-                "texts_shuffled": (own, others),
-                "texts_constant": (own, one),
-            }.items()
+            "references_shuffled": measured(others, own),
+            "references_constant": self._best(measured(one, own) for one in ones),
+            "texts_shuffled": measured(own, others),
+            "texts_constant": self._best(measured(own, one) for one in ones),
         }
+
+    def _best(self, measured: Iterable[Scores]) -> Scores:
+        return max(measured, key=lambda scores: scores[self.main_metric].value)
 
     def control_levels(
         self, system: System, permuted: System | None, measured: Mapping[str, Scores], baselines: Mapping[str, Scores]
