@@ -1,20 +1,20 @@
 """Draws a set for composed queries, in the manner of CSS: a picture and a text that changes one of its objects.
 
-    python data/composed.py --out DIR --train 500 --dev 60 --test 120 --unseen 80 --seed 0      (60 s, 70 MB)
+    python data/composed.py --out DIR --train 400 --dev 40 --test 100 --unseen 60 --seed 0      (80 s, 90 MB)
 
 writes, for each split, `DIR/{split}/{split}-00000.png`, ..., a metadata.jsonl with a line per picture, as scenes.py
 does, and a queries.jsonl with a line per query,
 
-    {"reference": "train-00003.png", "texts": ["make the star on the left blue", "change the red star to blue"],
-     "targets": ["train-00005.png"], "members": ["train-00000.png", ..., "train-00005.png"]}
+    {"reference": "train-00000.png", "texts": ["make the star on the left blue", "change the red star to blue"],
+     "targets": ["train-00005.png"], "members": ["train-00000.png", ..., "train-00008.png"]}
 
-and `DIR/composed.json` with the settings. The numbers are those of *families*: five scenes, each of which differs from
-one of the others in one object, and six pictures, as one scene is drawn twice. Two scenes that differ in one object
-make a query each way, so that every text of adding has one of removing. All pictures of the scene that a query asks for
-are its targets; a family's five scenes are its members, the reference among them, and only one of them is right.
+and `DIR/composed.json` with the settings. The numbers are those of *families*: a scene, eight others that each differ
+from it in one object, and ten pictures, as one scene is drawn twice. The first scene is the reference of eight queries.
+All pictures of the scene that a query asks for are its targets; a family's nine scenes are its members, the reference
+among them, and only one of them is right.
 
-A text alone fits many pictures, as it does not say what else is there, and a picture alone does not say what to change:
-the other members are as near.
+A picture alone does not say what to change: eight others are as near, and `photo_only` says how far it could get at
+best. A text alone says only one object, by its place or by its kind, and not what else is there.
 
 An *arrangement* is the set of (colour, shape, place) in a scene. A hash of it says which split may have it, so that no
 scene is in two splits. Eight pairs of colour and shape, in which each colour and each shape is once, are held out:
@@ -32,10 +32,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 if not __package__:  # run as a script: the path then holds data/, not its parent
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data.drawn import draw_once, run_command
+from data.notes import expected_average_precision
 from data.scenes import (
     COLOURS,
     OUTLINES,
@@ -51,22 +54,21 @@ from data.scenes import (
     sample_scene,
 )
 
-VERSION = 1
+VERSION = 2
 """Counts up when the same settings would draw other pictures or queries."""
 
-SPLITS = {"train": 500, "dev": 60, "test": 120, "unseen": 80}
+SPLITS = {"train": 400, "dev": 40, "test": 100, "unseen": 60}
 """Families of each split."""
-
-SHARES = {"train": 11, "dev": 1, "test": 2}
-"""Of the arrangements without a pair that is held out, what part each split may draw from, as weights."""
 
 HELD_OUT = frozenset(zip(COLOURS, OUTLINES, strict=True))
 """Pairs of colour and shape that only split `unseen` has."""
 
-NUM_SCENES = 5
+NUM_SCENES = 9
 """Different scenes of a family."""
 
-_TRIES = 5000
+_TRIES = {"remove": 60, "size": 60}
+"""Draws of a kind of edit before another is taken: a scene has few of these. Of other kinds _MOST_TRIES."""
+_MOST_TRIES = 500
 
 TEXTS = {
     "add": ("add {new} {where}", "the same with {new} {where}", "put {new} {where}", "{new} {where} in addition"),
@@ -90,10 +92,6 @@ class Edit:
         if self.old is None or self.new is None:
             return "add" if self.old is None else "remove"
         return next(part for part in ("colour", "shape", "size") if getattr(self.old, part) != getattr(self.new, part))
-
-    @property
-    def inverse(self) -> Edit:
-        return Edit(self.new, self.old)
 
     def apply(self, scene: Scene) -> Scene:
         """The changed scene."""
@@ -124,25 +122,22 @@ def _reference(item: SceneObject, rng: random.Random) -> str:
 
 @dataclass(frozen=True)
 class Family:
-    """Scenes, all different, each but the first, which has two objects, made by an edit of one before it."""
+    """A scene and what edits make of it, all different."""
 
-    scenes: tuple[Scene, ...]
-    edits: tuple[tuple[int, Edit], ...]
-    """Of each scene but the first: the number of the scene before it that was changed, and how."""
+    first: Scene
+    edits: tuple[Edit, ...]
     twin: int
     """The scene that is drawn twice."""
+
+    @property
+    def scenes(self) -> tuple[Scene, ...]:
+        """The first one, and one of each edit."""
+        return (self.first, *(edit.apply(self.first) for edit in self.edits))
 
     @property
     def pictures(self) -> tuple[Scene, ...]:
         """What is drawn, in order."""
         return (*self.scenes, self.scenes[self.twin])
-
-    @property
-    def queries(self) -> Iterator[tuple[int, Edit, int]]:
-        """Reference, edit and scene that is asked for, each edit both ways."""
-        for number, (before, edit) in enumerate(self.edits, start=1):
-            yield before, edit, number
-            yield number, edit.inverse, before
 
 
 def key_of(scene: Scene) -> tuple[tuple[str, str, str, str], ...]:
@@ -156,7 +151,7 @@ def split_of(scene: Scene, seed: int) -> str:
         return "unseen"
     arrangement = sorted((item.colour, item.shape, item.place) for item in scene.objects)
     digest = hashlib.sha256(f"{seed}/{arrangement}".encode()).digest()
-    owners = [split for split, share in SHARES.items() for _ in range(share)]
+    owners = [split for split in SPLITS if split != "unseen"]
     return owners[int.from_bytes(digest) % len(owners)]
 
 
@@ -171,6 +166,8 @@ def sample_edit(scene: Scene, kind: str, rng: random.Random) -> Edit | None:
             rng.choice(list(COLOURS)), rng.choice(list(OUTLINES)), rng.choice(list(RADII)), rng.choice(free)
         )
         edit = Edit(None, new)
+    elif kind == "remove":
+        edit = Edit(rng.choice(scene.objects), None)
     else:
         old = rng.choice(scene.objects)
         values = {"colour": list(COLOURS), "shape": list(OUTLINES), "size": list(RADII)}[kind]
@@ -184,27 +181,22 @@ def _fits(places: Sequence[str]) -> bool:
     return any(set(places) == set(known) for known in PLACEMENTS.get(len(places), ()))
 
 
-def sample_family(split: str, rng: random.Random, *, seed: int) -> Family | None:
-    """A family of a split; None where the draws lead nowhere."""
-    drawn = (scene for scene in (sample_scene(rng) for _ in range(_TRIES)) if len(scene.objects) == 2)
-    first = next((scene for scene in drawn if split_of(scene, seed) == split), None)
-    if first is None:
-        return None
-    scenes, edits = [first], list[tuple[int, Edit]]()
-    while len(scenes) < NUM_SCENES:
-        kind = rng.choice(["add", "colour", "shape", "size"])
-        for _ in range(_TRIES):
-            before = rng.randrange(len(scenes))
-            edit = sample_edit(scenes[before], kind, rng)
-            changed = None if edit is None else edit.apply(scenes[before])
-            is_new = changed is not None and key_of(changed) not in map(key_of, scenes)
-            if edit is not None and changed is not None and is_new and split_of(changed, seed) == split:
-                scenes.append(changed)
-                edits.append((before, edit))
-                break
-        else:
-            return None
-    return Family(tuple(scenes), tuple(edits), rng.randrange(NUM_SCENES))
+def sample_family(split: str, rng: random.Random, *, seed: int) -> Family:
+    """A family of a split. A scene of two objects gains one in some edits, a scene of three loses one."""
+    first = next(scene for scene in iter(lambda: sample_scene(rng), None) if split_of(scene, seed) == split)
+    edits, known = list[Edit](), {key_of(first)}
+    kinds = ["add" if len(first.objects) == 2 else "remove", "colour", "shape", "size"]
+    while len(edits) < NUM_SCENES - 1:
+        kind = rng.choice(kinds)
+        for _ in range(_TRIES.get(kind, _MOST_TRIES)):
+            edit = sample_edit(first, kind, rng)
+            changed = None if edit is None else edit.apply(first)
+            if edit is None or changed is None or key_of(changed) in known or split_of(changed, seed) != split:
+                continue
+            edits.append(edit)
+            known.add(key_of(changed))
+            break
+    return Family(first, tuple(edits), rng.randrange(NUM_SCENES))
 
 
 def plan_families(split: str, num_families: int, *, seed: int) -> list[Family]:
@@ -212,11 +204,7 @@ def plan_families(split: str, num_families: int, *, seed: int) -> list[Family]:
     if split not in SPLITS:
         raise ValueError(f"split {split}: expected one of {', '.join(SPLITS)}. Choose among these.")
     rng = random.Random(f"{seed}/{split}/families")
-    families: list[Family] = []
-    while len(families) < num_families:
-        family = sample_family(split, rng, seed=seed)
-        families += [] if family is None else [family]
-    return families
+    return [sample_family(split, rng, seed=seed) for _ in range(num_families)]
 
 
 def queries_of(split: str, families: Sequence[Family], *, seed: int) -> Iterator[dict[str, Any]]:
@@ -229,13 +217,33 @@ def queries_of(split: str, families: Sequence[Family], *, seed: int) -> Iterator
     rng = random.Random(f"{seed}/{split}/queries")
     for number, family in enumerate(families):
         own = names[number * (NUM_SCENES + 1) :][:NUM_SCENES]
-        for reference, edit, asked in family.queries:
-            yield {
-                "reference": own[reference],
-                "texts": edit.texts(rng),
-                "targets": named[key_of(family.scenes[asked])],
-                "members": own,
-            }
+        for edit in family.edits:
+            targets = named[key_of(edit.apply(family.first))]
+            yield {"reference": own[0], "texts": edit.texts(rng), "targets": targets, "members": own}
+
+
+def photo_only(families: Sequence[Family]) -> dict[str, float]:
+    """mAP and R@1 where only the reference is known: pictures at one edit from it first, at random; then the others.
+
+    The reference's own picture is left out.
+    """
+    pictures = [scene for family in families for scene in family.pictures]
+    keys = [key_of(scene) for scene in pictures]
+    figures = []
+    for number, family in enumerate(families):
+        others = np.arange(len(pictures)) != number * (NUM_SCENES + 1)
+        scores = np.array([num_changed(scene, family.first) == 1 for scene in pictures], float)
+        for scene in family.scenes[1:]:
+            is_relevant = np.array([key == key_of(scene) for key in keys])
+            figures.append(expected_average_precision(scores[others], is_relevant[others]))
+    average_precision, first = np.mean(figures, axis=0)
+    return {"map": float(average_precision), "recall_at_1": float(first)}
+
+
+def num_changed(one: Scene, other: Scene) -> int:
+    """Objects that are added, removed or changed at their place between two scenes."""
+    first, second = ({item.place: item for item in scene.objects} for scene in (one, other))
+    return sum(first.get(place) != second.get(place) for place in first.keys() | second.keys())
 
 
 def draw_composed(out_dir: Path, splits: dict[str, int], seed: int, size: int = SIZE) -> Path:
