@@ -466,7 +466,7 @@ def test_what_each_reads_and_runs(notes_path: str) -> None:
             ValueError,
             "two_tower has no such option",
         ),
-        ({"fusion": "plus"}, ValueError, "--fusion: found plus, expected reuse or paper"),
+        ({"fusion": "plus"}, ValueError, "--fusion: found plus, expected auto or reuse or paper"),
     ],
 )
 def test_what_does_not_fit_is_named(
