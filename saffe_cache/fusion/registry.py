@@ -89,6 +89,8 @@ class FusionEntry(Entry):
     scores: Scoring = "inner"
     """How a composed query scores the gallery. inner: by the inner product of unit vectors, which any index can search.
     own: by `Fusion.similarities`."""
+    adds_other_way: bool = False
+    """Whether, trained with null text, it gets a ridge regression from texts to photos beside it (`two_way`)."""
     is_closed_form: bool = False
     """Whether its weights are computed by `Fusion.fit`, without steps and without an objective."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -192,12 +194,13 @@ FUSIONS: Mapping[str, FusionEntry] = {
         is_deterministic=False,
     ),
     "linear": FusionEntry(
-        made_by=f"{_FAM}:FusionAlignModule",
+        made_by="saffe_cache.fusion.two_way:TwoWayFusion",
         summary="No attention between modalities: the head pools the photo's tokens; a paired text adds its vector.",
         options=_HEAD,
         fuses_text=False,
         recipe={"mixup": 0.4, "epochs": 30},
         recipe_from="validation",
+        adds_other_way=True,
     ),
     "concat": FusionEntry(
         made_by=f"{_FAM}:FusionAlignModule",

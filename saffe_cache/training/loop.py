@@ -219,6 +219,23 @@ class Training:
         if ranks.is_first():
             save_state(self._out, self.state)
 
+    def complete(self) -> None:
+        """Add what is fitted beside the best weights, and save them with it."""
+        spec = self._data.inputs.spec
+        if not self._config.entry.adds_other_way or spec.fuses_text or spec.pairs == "composed":
+            return
+
+        def completed() -> float:
+            path, model = self._out / MODEL, self.state.model
+            model.load_state_dict(load(path.read_bytes()))
+            score = self._data.start.add_other_way(model.eval())  # type: ignore[arg-type]
+            write_tensors(path, model.state_dict())
+            return score
+
+        started = time.perf_counter()
+        self.state.best_score = ranks.agreed(completed)
+        self.state.seconds += time.perf_counter() - started
+
 
 @kept_memory()
 def fit(trainings: Sequence[Training], data: TrainingData, name: str) -> None:
@@ -238,6 +255,8 @@ def fit(trainings: Sequence[Training], data: TrainingData, name: str) -> None:
             requested = time.perf_counter()
         for training in trainings:
             training.close()
+    for training in trainings:
+        training.complete()
 
 
 def _step(config: TrainConfig, state: TrainingState, batch: Batch, total: int) -> float:

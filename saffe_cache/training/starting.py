@@ -10,13 +10,16 @@ import torch
 from torch import nn
 
 from saffe_cache.fusion.base import Fusion
-from saffe_cache.inputs.feature_loader import FeatureLoader, in_blocks
+from saffe_cache.fusion.two_way import OtherWay, TwoWayFusion
+from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, in_blocks
 from saffe_cache.inputs.pairs import Pairs, mean_text_rows
 from saffe_cache.retrieval.baselines import LinearMap, Rows, fit_ridge, unit_rows
 
 if TYPE_CHECKING:
     from saffe_cache.protocols.base import SearchProtocol
 
+_OTHER_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+"""Candidates for the weight of the ridge regression from texts to photos; of equal ones the smallest."""
 _TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
 """Candidates for the starting weight of the paired text's vector, relative to the photo's."""
 
@@ -79,6 +82,34 @@ class LateStart:
         )
         photos = validation.whole
         return fit_ridge(training, self._text_means, lambda fit: self._search.validate_photos(unit_rows(fit(photos))))
+
+    def add_other_way(self, model: TwoWayFusion) -> float:
+        """Set the ridge regression from texts to photos that searches best beside a trained model, or none; returns
+        the validation score."""
+        model.other_way = None
+        alone = encode_gallery(model, self._inputs, self._validation.rows)
+        summaries = [computed_rows(pairs.rows, self._inputs.summaries) for pairs in (self._pairs, self._validation)]
+        training, validation = Rows(len(summaries[0]), lambda rows: unit_rows(summaries[0][rows])), summaries[1].whole
+        mean_text = self._text_means.whole.mean(axis=0)
+
+        def score(way: OtherWay | None, weight: float) -> float:
+            model.other_way = way
+            if way is None:
+                return self._search.validate_gallery(alone, model)
+            way.weight.fill_(weight)
+            both = way.with_photos(*(torch.from_numpy(one).to(self._inputs.device) for one in (alone, validation)))
+            return self._search.validate_gallery(both.cpu().numpy(), model)
+
+        def way_of(fit: LinearMap, *, centred: bool) -> OtherWay:
+            centre = fit(mean_text) if centred else np.zeros_like(fit.bias)
+            return OtherWay.of(fit.weight, fit.bias - centre, centre).to(self._inputs.device)
+
+        best = fit_ridge(self._text_means, training, lambda fit: score(way_of(fit, centred=False), 1.0))
+        ways = [way_of(best, centred=centred) for centred in (False, True)]
+        way = max(ways, key=lambda one: score(one, 1.0))
+        weights = {weight: score(way if weight else None, weight) for weight in _OTHER_WEIGHTS}
+        chosen = max(weights, key=weights.__getitem__)
+        return score(way if chosen else None, chosen)
 
     def _features(self, pairs: Pairs, model: Fusion) -> Rows:
         """What the linear path of a model sees."""
