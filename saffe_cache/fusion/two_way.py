@@ -22,9 +22,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from saffe_cache.fusion.base import ROW_BY_ROW, Fused, Pairing, Texts, gathered
+from saffe_cache.fusion.base import ROW_BY_ROW, Blocks, Fused, Pairing, Texts, gathered
 from saffe_cache.fusion.fam import FusionAlignModule
 from saffe_cache.fusion.layers import Mask, States
+from saffe_cache.fusion.options import FusionShape
 
 
 class OtherWay(nn.Module):
@@ -79,7 +80,11 @@ class OtherWay(nn.Module):
 class TwoWayFusion(FusionAlignModule):
     """The FAM alone until `other_way` is set, and with texts that are paired with photos."""
 
-    other_way: OtherWay | None = None
+    other_way: OtherWay | None
+
+    def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
+        super().__init__(shape, blocks)
+        self.other_way = None
 
     def fuse(
         self, states: States, mask: Mask = None, texts: Texts | None = None, pairing: Pairing = ROW_BY_ROW
