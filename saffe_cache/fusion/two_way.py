@@ -1,6 +1,7 @@
 """`linear`: the FAM without attention between modalities, and beside it a ridge regression the other way.
 
-    g = [ sqrt(1 - w) f(x),  sqrt(w) s ]     q = [ sqrt(1 - w) q(t),  sqrt(w) p ]     s = unit(s(x) - m),  p = unit(U t + b)
+    photo  [ sqrt(1 - w) f(x), sqrt(w) s ],    s = unit(s(x) - m)
+    text   [ sqrt(1 - w) q(t), sqrt(w) p ],    p = unit(U t + b)
 
 The FAM maps photos into the space of texts. The ridge regression maps texts into that of the photos' summaries s(x),
 where other photos are hubs; the inner product averages both cosines with weight w. Texts reach a subspace only of the

@@ -1,0 +1,77 @@
+"""The ridge regression from texts to photos beside `linear`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from quick_runs import quick_train, report_of, setting_of, value
+from synthetic_cache import make_cache
+
+from saffe_cache.fusion.two_way import OtherWay, TwoWayFusion
+from saffe_cache.inference.model import load_run
+from saffe_cache.inputs.feature_loader import encode_gallery, encode_queries
+from saffe_cache.retrieval.baselines import unit_rows
+from saffe_cache.training import starting
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_cache(tmp_path_factory.mktemp("two_way") / "c.zarr", {"train": 60, "test": 40}, signal=1)
+
+
+@pytest.mark.parametrize(("summary_size", "text_size"), [(24, 6), (5, 9)])
+def test_inner_product_is_the_mean_of_both_cosines(summary_size: int, text_size: int) -> None:
+    generator = np.random.default_rng(0)
+
+    def draw(*shape: int) -> np.ndarray:
+        return generator.normal(size=shape).astype(np.float32)
+
+    matrix, offset, centre = draw(summary_size, text_size), draw(summary_size), 0.1 * draw(summary_size)
+    way = OtherWay.of(matrix, offset, centre)
+    way.weight.fill_(0.3)
+    summaries, texts, photo_own, text_own = draw(7, summary_size), draw(8, text_size), draw(7, 4), draw(8, 4)
+    photo_own, text_own = unit_rows(photo_own), unit_rows(text_own)
+    photos = way.with_photos(torch.from_numpy(photo_own), torch.from_numpy(summaries)).numpy()
+    queries = way.with_texts(torch.from_numpy(text_own), torch.from_numpy(texts)).numpy()
+    other = unit_rows(unit_rows(summaries) - centre) @ unit_rows(unit_rows(texts) @ matrix.T + offset).T
+    np.testing.assert_allclose(photos @ queries.T, 0.7 * photo_own @ text_own.T + 0.3 * other, atol=1e-5)
+    for vectors in (photos, queries):
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_it_is_kept_where_it_helps_and_survives_loading(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = quick_train(cache, tmp_path / "both", fusion="linear", epochs=1)
+    setting, model = setting_of(cache, run, "captions")
+    assert isinstance(model, TwoWayFusion)
+    assert model.other_way is not None
+    gallery = encode_gallery(model, setting.inputs, setting.pairs.rows)
+    assert gallery.shape[1] > model.shape.text_size
+    np.testing.assert_allclose(np.linalg.norm(gallery, axis=1), 1, atol=1e-5)
+    queries = encode_queries(model, setting.inputs.text.vectors(setting.pairs.texts.values))
+    assert queries.shape[1] == gallery.shape[1] == load_run(run, device="cpu").size
+    monkeypatch.setattr(starting, "_OTHER_WEIGHTS", (0.0,))
+    alone = quick_train(cache, tmp_path / "alone", fusion="linear", epochs=1)
+    _, without = setting_of(cache, alone, "captions")
+    assert isinstance(without, TwoWayFusion)
+    assert without.other_way is None
+    own = encode_gallery(without, setting.inputs, setting.pairs.rows)
+    weight = float(model.other_way.weight)
+    np.testing.assert_allclose(gallery[:, : own.shape[1]], np.sqrt(1 - weight) * own, atol=1e-5)
+
+
+def test_controls_hold_with_both_ways(cache: str, tmp_path: Path) -> None:
+    report = report_of(cache, quick_train(cache, tmp_path / "run", fusion="linear", epochs=1), split="test")
+    assert report["status"] == 0
+    assert value(report, "mrr") > 1.3 * value(report, "mrr", "pairs_permuted")
+
+
+def test_paired_texts_leave_it_out(cache: str, tmp_path: Path) -> None:
+    run = quick_train(cache, tmp_path / "run", fusion="linear", epochs=1, gallery_text="first_caption")
+    _, model = setting_of(cache, run, "captions", paired_texts=True)
+    assert isinstance(model, TwoWayFusion)
+    assert model.other_way is None
