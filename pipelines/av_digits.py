@@ -7,7 +7,8 @@ speakers); the photos are scikit-learn's handwritten digits (1,797 of 8 x 8 pixe
 random, as in MultiBench (Liang et al., 2021); photos and recordings of different splits are different ones. Each photo
 and each sound has a severity of its own, drawn from 0 to 1: noise, blur, and a part that is cut out.
 
-DINOv2-small at 112 px and Whisper tiny; MiniLM for the names of the digits.
+DINOv2-small at 56 px and Whisper tiny; MiniLM for the names of the digits. Then fused items with three seeds (saffe
+subsets), a run for photos and one for sounds, and the bridge between them (saffe bridge).
 """
 
 from __future__ import annotations
@@ -23,13 +24,20 @@ import soundfile
 from PIL import Image, ImageFilter
 from sklearn.datasets import load_digits
 
+from saffe_cache.core.results import read_report
 from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.extract import extract
+from saffe_cache.studies.bridge.bridge import bridge
+from saffe_cache.studies.bridge.config import BridgeConfig
+from saffe_cache.studies.subsets.config import SubsetsConfig
+from saffe_cache.studies.subsets.subsets import subsets
+from saffe_cache.training.config import TrainConfig
+from saffe_cache.training.train import train
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-ITEMS: Mapping[str, int] = {"train": 1200, "dev": 200, "test": 600}
+ITEMS: Mapping[str, int] = {"train": 900, "dev": 150, "test": 450}
 PHOTOS: Mapping[str, slice] = {"train": slice(0, 1197), "dev": slice(1197, 1397), "test": slice(1397, 1797)}
-SIDE = 112
+SIDE = 56
 
 
 def write_items(folder: Path, sounds: Path, seed: int = 0) -> Path:
@@ -60,8 +68,8 @@ def write_items(folder: Path, sounds: Path, seed: int = 0) -> Path:
 def degraded_photo(pixels: np.ndarray, severity: float, generator: np.random.Generator) -> Image.Image:
     """A picture of pixels [8, 8] from 0 to 1: blurred, with noise, and with a square cut out."""
     picture = Image.fromarray((255 * pixels).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    values = np.asarray(picture.filter(ImageFilter.GaussianBlur(severity * SIDE / 12)), np.float32) / 255
-    values = values + generator.normal(scale=1.5 * severity, size=values.shape)
+    values = np.asarray(picture.filter(ImageFilter.GaussianBlur(severity * SIDE / 20)), np.float32) / 255
+    values = values + generator.normal(scale=0.7 * severity, size=values.shape)
     size = int(0.6 * severity * SIDE)
     top, left = generator.integers(SIDE - size, size=2)
     values[top : top + size, left : left + size] = 0.5
@@ -87,6 +95,7 @@ def main() -> None:
     parser.add_argument("--image-encoder", default="facebook/dinov2-small")
     parser.add_argument("--audio-encoder", default="openai/whisper-tiny.en")
     parser.add_argument("--text-encoder", default="sentence-transformers/all-MiniLM-L6-v2")
+    parser.add_argument("--epochs", type=int, default=20, help="of the fused items")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     encoders = {"image": options.image_encoder, "audio": options.audio_encoder, "text": options.text_encoder}
@@ -99,7 +108,14 @@ def main() -> None:
         class_prompt=("the digit {}",),
         storage="float16",
     )
-    extract(config)
+    cache = extract(config)
+    print(read_report(subsets(SubsetsConfig(cache=cache, out=str(options.work / "subsets"), epochs=options.epochs))))
+    runs = []
+    for gallery in ("image", "audio"):
+        out = str(options.work / gallery)
+        train(TrainConfig(cache=cache, out=out, gallery=gallery, fusion="ridge", log=("none",)))
+        runs.append(out)
+    print(read_report(bridge(BridgeConfig(cache=cache, run=tuple(runs), out=str(options.work / "bridge")))))
 
 
 if __name__ == "__main__":

@@ -133,6 +133,18 @@ VERBS: Mapping[str, Verb] = {
         run="studies.captioning.caption:caption",
         result="studies.captioning.result:CaptionResult",
     ),
+    "bridge": Verb(
+        summary="Search photos by sounds, or the reverse, through two runs with one text encoder.",
+        config="studies.bridge.config:BridgeConfig",
+        run="studies.bridge.bridge:bridge",
+        result="studies.bridge.result:BridgeResult",
+    ),
+    "subsets": Verb(
+        summary="Fuse items of several media, and measure every subset of them.",
+        config="studies.subsets.config:SubsetsConfig",
+        run="studies.subsets.subsets:subsets",
+        result="studies.subsets.result:SubsetsResult",
+    ),
     "index": Verb(
         summary="Embed a folder of photos or sounds with a run, for searching.",
         config="inference.config:IndexConfig",

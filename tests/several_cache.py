@@ -20,7 +20,13 @@ WIDTHS: dict[Modality, int] = {"image": 16, "audio": 20}
 
 
 def make_several_cache(
-    path: Path, splits: dict[str, int], *, classes: int = 0, lacks: int = 0, signal: float = 2.0, seed: int = 0
+    path: Path,
+    splits: dict[str, int],
+    *,
+    classes: int = 0,
+    lacks: int = 0,
+    strength: tuple[float, float] = (2.0, 0.2),
+    seed: int = 0,
 ) -> str:
     """Write a cache, finished, with layers 2 and 3 of a photo, a sound and a text encoder.
 
@@ -28,8 +34,8 @@ def make_several_cache(
         splits: number of items of each.
         classes: > 0 gives each item one class instead of two captions.
         lacks: every so many items, one lacks its photo and the next one its sound; 0 for none.
-        signal: how much the tokens tell of the text; of half of the items the photo tells little, of the others the
-            sound.
+        strength: how much the tokens tell of the text: the first of the photos of half of the items and the sounds of
+            the other half, the second of the others.
     """
     generator = np.random.default_rng(seed)
     builder = TableBuilder(None, ("a {}",))
@@ -53,14 +59,14 @@ def make_several_cache(
         table.class_texts[int(table.labels[i][0])][0] if classes else table.captions[i][0] for i in range(len(table))
     ]
     storage = Storage(path)
-    keys = []
+    keys, is_first = [], generator.random(len(table)) < 0.5
     for place, modality in enumerate(TOKENS):
         width, count = WIDTHS[modality], len(table.inputs[modality])
         hidden = generator.normal(size=(TEXT_WIDTH, width))
         tokens = generator.normal(size=(count, TOKENS[modality], width))
         items = np.flatnonzero(table.rows[modality] >= 0)
-        strength = signal * np.where(generator.permutation(len(table)) % 2 == place, 1.0, 0.1)[items]
-        tokens[table.rows[modality][items], 1] += strength[:, None] * texts[np.array(described)[items]] @ hidden
+        strengths = np.where(is_first == (place == 0), *strength)[items]
+        tokens[table.rows[modality][items], 1] += strengths[:, None] * texts[np.array(described)[items]] @ hidden
         arrays = {"hidden_states/2": tokens, "hidden_states/3": tokens * 1.1, "pooled": tokens.mean(axis=1)}
         if modality == "audio":
             flat = {name: value.reshape(-1, width) for name, value in arrays.items() if name != "pooled"}
