@@ -108,10 +108,17 @@ class Material:
             return None
         return unit_rows(self.gallery.vectors(pairs.rows))
 
+    @property
+    def text_means(self) -> Rows:
+        """Mean of the unit vectors of each training photo's texts."""
+        return mean_text_rows(self.training, self.text)
+
     def fit_ridge(self, training: Rows, validation: Rows) -> LinearMap:
         """From photos' features, or the texts that they are fused with, to the mean of their texts' vectors."""
-        means, judged = mean_text_rows(self.training, self.text), validation.whole
-        return fit_ridge(training, means, lambda fit: self.validate(unit_rows(fit(judged)), self.validation_queries))
+        judged = validation.whole
+        return fit_ridge(
+            training, self.text_means, lambda fit: self.validate(unit_rows(fit(judged)), self.validation_queries)
+        )
 
     @cached_property
     def ridge(self) -> LinearMap:
