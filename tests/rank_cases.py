@@ -63,6 +63,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "gpo": {"fusion": "gpo"},
     "sail": {"fusion": "sail"},
     "composed": {"fusion": "reuse", "cache": COMPOSED},
+    "composed_vectors": {"fusion": "compose", "cache": COMPOSED, "layers": {"image": (2,)}},
 }
 """Options of trainings whose first loss and gradient are compared; batches of 33 photos."""
 

@@ -16,7 +16,7 @@ from quick_runs import quick_train, report_of, value
 from saffe_cache.core.items import Ragged
 from saffe_cache.fusion.losses import info_nce_of, query_nce_of
 from saffe_cache.inputs.composed import Composed, draw_composed
-from saffe_cache.inputs.feature_loader import FeatureLoader
+from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery
 from saffe_cache.inputs.pairs import Pairs, select_pairs, training_pairs
 from saffe_cache.inputs.spec import PairKind
 from saffe_cache.protocols.composed import ComposedProtocol
@@ -293,6 +293,19 @@ def test_own_scores_of_a_fusion_rank_the_gallery(path: str, tmp_path: Path) -> N
     report = report_of(path, run)
     assert report["index"] is None  # which holds vectors for inner products
     assert value(report, "map") == pytest.approx(protocol.score(answers)["map"].value)
+
+
+def test_queries_made_of_gallery_vectors_are_those_of_tokens(path: str, tmp_path: Path) -> None:
+    run = quick_train(path, tmp_path / "run", fusion="compose", epochs=1, layers={"image": (2,)}, control_epochs=0)
+    cache = open_cache(path)
+    spec, model, _ = open_run(run, cache)
+    assert model.composes_vectors
+    setting = Setting(FeatureLoader(cache, spec), pairs_of(path, "test"))
+    queries = ComposedProtocol(setting).queries
+    assert queries.references is not None
+    rows = setting.pairs.rows[queries.references]
+    expected = encode_gallery(model, setting.inputs, rows, queries.text_rows)
+    np.testing.assert_allclose(setting.queries(model, queries), expected, atol=1e-5)
 
 
 def test_resumed_composed_run_equals_an_uninterrupted_one(

@@ -142,6 +142,9 @@ class Fusion(nn.Module):
     idle_with_null: ClassVar[tuple[str, ...]] = ()
     """Parts of the names of parameters that get no gradient if only null text is fused."""
 
+    composes_vectors: ClassVar[bool] = False
+    """Whether `compose_queries` makes composed queries of gallery vectors, so that no photo is read twice."""
+
     match_head: nn.Module
 
     def __init__(self, shape: FusionShape) -> None:
@@ -182,6 +185,13 @@ class Fusion(nn.Module):
         A fusion that reads their tokens (`FusionEntry.query_tokens`) defines this instead of `encode_queries`.
         """
         return self.encode_queries(texts.vectors)
+
+    def compose_queries(self, photos: torch.Tensor, texts: Texts) -> torch.Tensor:
+        """f(x, t) of gallery vectors f(x, null), [pairs, d], and the pairs' texts: the same as `forward` of both.
+
+        A fusion of which `composes_vectors` is true defines this.
+        """
+        raise NotImplementedError
 
     def similarities(self, queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
         """Scores [queries, gallery] of composed queries f(x, t) with gallery vectors f(x, null), both as `forward` has

@@ -284,6 +284,19 @@ def encode_gallery(
     return in_blocks(encode, len(rows), batch)
 
 
+def compose_queries(
+    model: Fusion, inputs: FeatureLoader, photos: np.ndarray, texts: np.ndarray, batch: int = 1024
+) -> np.ndarray:
+    """f(x, text) of gallery vectors f(x, null), [n, d], and the rows of their texts: float32 [n, d]."""
+    return in_blocks(
+        lambda these: model.compose_queries(
+            torch.from_numpy(photos[these]).to(inputs.device), inputs.texts(texts[these])
+        ),
+        len(texts),
+        batch,
+    )
+
+
 def encode_queries(model: Fusion, vectors: np.ndarray, device: str = "cpu", batch: int = 1024) -> np.ndarray:
     """g(text) of the text encoder's own vectors: unit vectors, float32 [n, d]."""
     return in_blocks(

@@ -143,7 +143,7 @@ class ComposedProtocol(SearchProtocol):
     def validate(self, model: Fusion) -> float:
         """Nothing is kept: the model's weights change."""
         gallery = encode_gallery(model, self.setting.inputs, self.setting.pairs.rows)
-        answers = self._answers(model, gallery, self.setting.queries(model, self.queries))
+        answers = self._answers(model, gallery, self.setting.queries(model, self.queries, gallery))
         return self._score(answers, intervals=False)[self.main_metric].value
 
     def validate_gallery(self, gallery: np.ndarray, model: Fusion) -> float:

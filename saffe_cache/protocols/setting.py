@@ -13,7 +13,13 @@ import numpy as np
 
 from saffe_cache.core.items import Ragged
 from saffe_cache.fusion.base import Fusion
-from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries, encode_texts
+from saffe_cache.inputs.feature_loader import (
+    FeatureLoader,
+    compose_queries,
+    encode_gallery,
+    encode_queries,
+    encode_texts,
+)
 from saffe_cache.inputs.pairs import Pairs
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.baselines import unit_rows
@@ -151,14 +157,20 @@ class Setting:
             self._vectors[system] = encode_gallery(system, self.inputs, self.pairs.rows)
         return np.asarray(self._vectors[system][arrangement.photos])
 
-    def queries(self, system: VectorSystem, queries: Queries) -> np.ndarray:
-        """g(text), or f(photo, text), of each query: [queries, d]; unit vectors, if their inner products count."""
+    def queries(self, system: VectorSystem, queries: Queries, gallery: np.ndarray | None = None) -> np.ndarray:
+        """g(text), or f(photo, text), of each query: [queries, d]; unit vectors, if their inner products count.
+
+        `gallery` are the honest places' vectors, which some fusions compose queries of; by default they are kept ones.
+        """
         if isinstance(system, FittedVectors):
             vectors = unit_rows(queries.vectors)
             if queries.references is not None:
                 assert system.compose is not None
                 return system.compose(queries.references, vectors)
             return vectors if system.map_queries is None else system.map_queries(vectors)
+        if queries.references is not None and system.composes_vectors:
+            photos = self.gallery(system, self.honest()) if gallery is None else gallery
+            return compose_queries(system, self.inputs, photos[queries.references], queries.text_rows)
         if queries.references is not None:
             return encode_gallery(system, self.inputs, self.pairs.rows[queries.references], queries.text_rows)
         if system.shape.entry.query_tokens:

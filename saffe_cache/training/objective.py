@@ -84,7 +84,12 @@ class Objective(nn.Module):
     def _of_composed(self, model: Fusion, batch: Batch, of: ComposedBatch, photos: torch.Tensor) -> torch.Tensor:
         """The sum over photos and the composed queries that search for them."""
         batch = batch._replace(text_rows=of.text_rows, positives=of.positives)
-        queries = self._of_pairs(model, batch, lambda fused, _: fused.vectors.float(), of.references, of.texts)
+        if model.composes_vectors:  # on every rank alike
+            queries = model.compose_queries(
+                photos[of.references], self._read_texts(of.text_rows).rows(of.texts)
+            ).float()
+        else:
+            queries = self._of_pairs(model, batch, lambda fused, _: fused.vectors.float(), of.references, of.texts)
         contrast = self._contrast(model, batch, photos, queries)
         return self._sum(self.losses, contrast._replace(similarities=model.similarities))
 

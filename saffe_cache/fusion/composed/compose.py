@@ -42,6 +42,7 @@ from saffe_cache.fusion.options import FusionShape
 class ComposeFusion(Fusion):
     """A photo's vector, gated by a text, plus that text, plus a residual of both."""
 
+    composes_vectors: ClassVar = True
     learning: ClassVar = {"photo_weight": Learning(decays=False), "text_weight": Learning(decays=False)}
     WIDTH, INNER, TEXT_INNER, SHRINK = 256, 768, 512, 16.0
     mean: torch.Tensor
@@ -89,13 +90,12 @@ class ComposeFusion(Fusion):
         vectors = gathered(_unit(self.head(states, mask, summary)), pairing.gallery)
         if texts is not None:
             paired = texts.rows(pairing.text)
-            vectors = torch.where(paired.is_text, self._compose(vectors, paired.vectors), vectors)
+            vectors = torch.where(paired.is_text, self.compose_queries(vectors, paired), vectors)
         pooled = [gathered(state, pairing.gallery) for state in states]
         return Fused(vectors, pooled, gathered(mask, pairing.gallery))
 
-    def _compose(self, photos: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-        """Unit vectors of the queries, [pairs, WIDTH], of the photos' unit vectors and the texts' own vectors."""
-        unit = functional.normalize(texts, dim=-1)
+    def compose_queries(self, photos: torch.Tensor, texts: Texts) -> torch.Tensor:
+        unit = functional.normalize(texts.vectors, dim=-1)
         both = torch.cat([self.photo_norm(photos), self.text_norm(unit)], dim=-1)
         kept = self.kept(photos) * 2 * torch.sigmoid(self.gate(both))
         wanted = _unit(self.text_linear(unit) + self.text_mlp(unit * self.shape.text_size**0.5))
