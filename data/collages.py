@@ -1,6 +1,6 @@
 """Makes a set that needs binding out of real photos: collages of 2 or 4, each with a note that points at one of them.
 
-    python data/collages.py --data flickr8k --out DIR --cells 2 --seed 0        (7,000 photos: 40 s, 180 MB)
+    python data/collages.py --data flickr8k --out DIR --cells 2 --seed 0        (7,000 photos: 88 MB)
 
 reads a folder of captioned photos, `{split}/metadata.jsonl` with `file_name` and `captions`, and writes for each split
 `DIR/{split}/{split}-00000.jpg`, ... and a metadata.jsonl with a line per collage,

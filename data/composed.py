@@ -1,6 +1,6 @@
 """Draws a set for composed queries, in the manner of CSS: a picture and a text that changes one of its objects.
 
-    python data/composed.py --out DIR --train 400 --dev 40 --test 100 --unseen 60 --seed 0      (80 s, 90 MB)
+    python data/composed.py --out DIR --train 400 --dev 40 --test 100 --unseen 60 --seed 0      (45 s, 89 MB)
 
 writes, for each split, `DIR/{split}/{split}-00000.png`, ..., a metadata.jsonl with a line per picture, as scenes.py
 does, and a queries.jsonl with a line per query,
