@@ -369,6 +369,7 @@ FUSIONS: Mapping[str, FusionEntry] = {
         made_by=f"{_COMPOSED}.combiner:CombinerFusion",
         summary="A learned share of photo and text, and a learned vector (Combiner of CLIP4Cir).",
         temperature=0.01,
+        recipe={"learning_rate": 5e-4},
         **_OF_VECTORS,
     ),
     "compose": FusionEntry(
