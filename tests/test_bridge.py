@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from several_cache import make_several_cache
 
 from saffe_cache.core.results import read_report
-from saffe_cache.studies.bridge.bridge import bridge
+from saffe_cache.store.reader import open_cache
+from saffe_cache.studies.bridge.bridge import _open_side, _relations, bridge
 from saffe_cache.studies.bridge.config import BridgeConfig
 from saffe_cache.studies.bridge.result import BridgeResult
 from saffe_cache.training.config import TrainConfig
@@ -62,7 +64,10 @@ def test_classes_bind_media_of_different_items(tmp_path: Path) -> None:
     assert (result.relevance, first.num_pairs, first.num_queries, first.num_gallery) == ("class", 0, 30, 30)
     assert set(first.systems) == {"bridge, texts", "bridge, ridges"}  # no item has both media
     assert second.systems["bridge, texts"]["map"].value > 1.5 * second.chance["map"]
-    assert result.num_texts == 5
+    assert (result.num_texts, result.failures) == (5, ())
+    sides = tuple(_open_side(run, open_cache(cache), "cpu") for run in runs)
+    groups = _relations(open_cache(cache).table, sides, "test", "class").groups
+    assert [np.bincount(one).tolist() for one in groups] == [[6] * 5, [6] * 5]  # drawn together in the controls
 
 
 def test_runs_that_do_not_meet_are_refused(cache: str, runs: tuple[str, str], tmp_path: Path) -> None:

@@ -106,10 +106,14 @@ def test_captions_describe_items_and_one_modality_is_refused(tmp_path: Path) -> 
     cache = make_several_cache(tmp_path / "several.zarr", {"train": 60, "test": 20}, lacks=10)
     with pytest.raises(ValueError, match=r"--modalities: found \('image',\), expected two"):
         SubsetsConfig(cache=cache, out="", modalities=("image",))
-    config = SubsetsConfig(cache=cache, out=str(tmp_path / "out"), fusions=("sum",), seeds=(0,), epochs=1, device="cpu")
+    config = SubsetsConfig(
+        cache=cache, out=str(tmp_path / "out"), fusions=("sum", "concat"), seeds=(0,), epochs=1, device="cpu"
+    )
     result = SubsetsResult.load(subsets(config))
     assert (result.metric, result.items["test"]) == ("mrr", 16)
     assert len(result.fusions["sum"].values) == 32
+    means = [np.mean(result.fusions[name].values) for name in ("sum", "concat")]
+    assert result.differences["sum less concat"].value == pytest.approx(means[0] - means[1])
 
 
 def test_media_are_regrouped_within_their_class() -> None:

@@ -136,6 +136,9 @@ class _Relations(NamedTuple):
     """int64: the distinct inputs of each, by their rows."""
     relevant: tuple[Ragged, Ragged]
     """Of each input, the positions of the other medium's that are relevant; some for each."""
+    groups: tuple[np.ndarray, np.ndarray]
+    """int64: the item of each input, or its first class. A map that was fitted on permuted texts may take one class
+    for another, all of its inputs alike: they are drawn together in the intervals of controls."""
 
 
 def _relations(table: ItemTable, sides: tuple[_Side, ...], split: str, relevance: str) -> _Relations:
@@ -165,7 +168,8 @@ def _relations(table: ItemTable, sides: tuple[_Side, ...], split: str, relevance
         )
     together = together[kept[0]][:, kept[1]]
     relevant = (Ragged.from_rows(map(np.flatnonzero, one)) for one in (together, together.T))
-    return _Relations((rows[0][kept[0]], rows[1][kept[1]]), tuple(relevant))  # type: ignore[arg-type]
+    groups = (of[one].argmax(axis=1) for of, one in zip(belongs, kept, strict=True))
+    return _Relations((rows[0][kept[0]], rows[1][kept[1]]), tuple(relevant), tuple(groups))  # type: ignore[arg-type]
 
 
 def _keys(table: ItemTable, items: np.ndarray, relevance: str) -> Ragged:
@@ -225,6 +229,7 @@ class _Bridging:
         queries, gallery = self.sides[asking], self.sides[found]
         rows, relevant = self.relations.rows, self.relations.relevant[asking]
         scored = partial(text_scores, relevant=relevant, units=np.arange(len(relevant)), seed=self.config.seed)
+        groups = self.relations.groups[asking]
         systems: dict[str, Scores] = {}
         for name, vectors in self._systems(queries, gallery, rows[asking], rows[found]):
             systems[name] = scored(*vectors)
@@ -241,7 +246,7 @@ class _Bridging:
                 texts = self.texts
                 of_queries = queries.through(rows[asking], texts, permuted=side is queries)
                 of_gallery = gallery.through(rows[found], texts, permuted=side is gallery)
-                controls[f"texts permuted in the run of {side.modality}"] = scored(of_gallery, of_queries)
+                controls[f"texts permuted in the run of {side.modality}"] = scored(of_gallery, of_queries, units=groups)
         chance = next(iter(systems.values()))
         return Direction(
             queries=queries.modality,

@@ -71,6 +71,8 @@ class SubsetsResult(StudyResult):
     items: Mapping[str, int]
     """By part: train, validation, test."""
     fusions: Mapping[str, FusionOfMedia]
+    differences: Mapping[str, Estimate]
+    """Of two fusions with all media, on the same queries."""
     controls: tuple[Control, ...]
 
     def measurements(self) -> Iterator[Measurement]:
@@ -120,6 +122,9 @@ class SubsetsResult(StudyResult):
             for gain in of.gains:
                 seeds = over_seeds(gain.by_seed).half_cell() if gain.by_seed else Cell(ABSENT)
                 rows.append(Row(Cell(f"{name}: {gain.name}"), (Cell(gain.difference.points()), seeds)))
+        rows += [
+            Row(Cell(f"all media: {name}"), (Cell(of.points()), Cell(ABSENT))) for name, of in self.differences.items()
+        ]
         caption = "Differences in points on the same items, with intervals over items, and over seeds (Student's t)."
         return Table(caption, ("", "difference", "over seeds"), tuple(rows))
 

@@ -131,6 +131,10 @@ class _Measuring:
             chance=chance,
             items={name: len(one) for name, one in self.parts.items()},
             fusions=fusions,
+            differences={
+                f"{one} less {other}": self._estimate(np.subtract(fusions[one].values, fusions[other].values))
+                for one, other in combinations(fusions, 2)
+            },
             controls=controls,
             **study.common_fields(config, controls),
         )
