@@ -225,15 +225,11 @@ class Training:
         if not self._config.entry.adds_other_way or spec.fuses_text or spec.pairs == "composed":
             return
 
-        def completed() -> float:
-            path, model = self._out / MODEL, self.state.model
-            model.load_state_dict(load(path.read_bytes()))
-            score = self._data.start.add_other_way(model.eval())  # type: ignore[arg-type]
+        path, model, started = self._out / MODEL, self.state.model, time.perf_counter()
+        model.load_state_dict(load(ranks.from_first(path.read_bytes)))
+        self.state.best_score = self._data.start.add_other_way(model.eval())  # type: ignore[arg-type]
+        if ranks.is_first():
             write_tensors(path, model.state_dict())
-            return score
-
-        started = time.perf_counter()
-        self.state.best_score = ranks.agreed(completed)
         self.state.seconds += time.perf_counter() - started
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from saffe_cache.core import ranks
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.fusion.two_way import OtherWay, TwoWayFusion
 from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, in_blocks
@@ -93,12 +94,13 @@ class LateStart:
         mean_text = self._text_means.whole.mean(axis=0)
 
         def score(way: OtherWay | None, weight: float) -> float:
-            model.other_way = way
-            if way is None:
-                return self._search.validate_gallery(alone, model)
-            way.weight.fill_(weight)
-            both = way.with_photos(*(torch.from_numpy(one).to(self._inputs.device) for one in (alone, validation)))
-            return self._search.validate_gallery(both.cpu().numpy(), model)
+            model.other_way, gallery = way, alone
+            if way is not None:
+                way.weight.fill_(weight)
+                both = way.with_photos(*(torch.from_numpy(one).to(self._inputs.device) for one in (alone, validation)))
+                gallery = both.cpu().numpy()
+            measured = self._search.validate_gallery(gallery, model)
+            return ranks.agreed(lambda: measured)
 
         def way_of(fit: LinearMap, *, centred: bool) -> OtherWay:
             centre = fit(mean_text) if centred else np.zeros_like(fit.bias)
