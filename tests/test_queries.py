@@ -110,6 +110,7 @@ def test_invalid_line_is_refused(tmp_path: Path, line: object, message: str) -> 
         ({"reference": "dev/1.png"}, "its reference 'dev/1.png' is in split dev, expected train. Move one of them"),
         ({"text": "  "}, "empty text"),
         ({"text": None}, "empty text"),
+        ({"text": 5}, "a number as text"),
         ({"targets": []}, "no targets"),
         ({"targets": ["9.png", "dev/1.png"]}, "none of its targets is among the items of split train; for instance"),
         ({"targets": ["0.png"]}, "its reference 'train/0.png' is one of its targets. Leave it out of them"),

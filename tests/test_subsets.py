@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,8 @@ def test_captions_describe_items_and_one_modality_is_refused(tmp_path: Path) -> 
     config = SubsetsConfig(
         cache=cache, out=str(tmp_path / "out"), fusions=("sum", "concat"), seeds=(0,), epochs=1, device="cpu"
     )
+    with pytest.raises(ValueError, match=r"--validation: found test, expected heldout"):
+        subsets(replace(config, validation="test"))
     result = SubsetsResult.load(subsets(config))
     assert (result.metric, result.items["test"]) == ("mrr", 16)
     assert len(result.fusions["sum"].values) == 32

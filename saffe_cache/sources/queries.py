@@ -118,11 +118,14 @@ class _Line:
                 "the line."
             )
         found, problem = texts_of(texts)
+        problem = problem and "empty text"
+        if any(isinstance(value, (int, float)) for value in as_list(texts)):
+            found, problem = (), "a number as text"
         [reference] = _names(where, "reference", entry, only_one=True)
         group = texts_of(entry.get("group"))[0][:1]
         targets, members = (_names(where, name, entry) for name in ("targets", "members"))
         name = str(number) if entry.get("id") is None else str(entry["id"])
-        return _Line(name, reference, found, targets, members, group, "empty text" if problem else "")
+        return _Line(name, reference, found, targets, members, group, problem)
 
 
 def _names(where: str, field: str, entry: Mapping[str, Any], *, only_one: bool = False) -> tuple[str, ...]:

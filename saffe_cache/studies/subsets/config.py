@@ -33,7 +33,8 @@ class SubsetsConfig:
     train_split: str = "train"
     """Split to train on; inputs that are reported are left out."""
     validation: str = "auto"
-    """Split that chooses epochs and weights, or heldout. auto: dev, val, valid or validation if there is one."""
+    """Split that chooses epochs and weights, or heldout. auto: dev, val, valid or validation if there
+    is one that is not reported."""
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Layers, as image=11,12. Default: all."""
     encoder: Mapping[str, str] = field(default_factory=dict)

@@ -16,7 +16,7 @@ import numpy as np
 from saffe_cache.core.controls import Control
 from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import Modality
-from saffe_cache.core.options import refuse
+from saffe_cache.core.options import refuse, require
 from saffe_cache.core.results import Estimate
 from saffe_cache.inputs.pairs import VALIDATION_SPLITS
 from saffe_cache.retrieval.metrics import paired_bootstrap
@@ -81,7 +81,9 @@ def _parts(
     training = _without(read(config.train_split), reported)
     validation = config.validation
     if validation == "auto":
-        validation = next((one for one in VALIDATION_SPLITS if one in set(cache.table.splits)), "heldout")
+        present = set(cache.table.splits) - {config.split}
+        validation = next((one for one in VALIDATION_SPLITS if one in present), "heldout")
+    require(validation != config.split, "validation", validation, "heldout, or a split that is not reported")
     if validation == "heldout":
         order = np.random.default_rng(0).permutation(len(training))
         held, rest = np.split(order, [max(2, round(_HELD_OUT * len(order)))])
