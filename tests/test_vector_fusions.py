@@ -169,7 +169,7 @@ def test_closed_form_takes_no_steps(changes: dict[str, Any], message: str) -> No
 def test_given_options_replace_the_recipe() -> None:
     recipe = config_for("c", fusion="towers", epochs=2).recipe
     assert recipe == TrainingRecipe(epochs=2, batch_size=16, learning_rate=0.01)
-    assert config_for("c", fusion="linear").recipe == TrainingRecipe()
+    assert config_for("c", fusion="late").recipe == TrainingRecipe()
     assert "Recipe: epochs 4, batch_size 16, learning_rate 0.01, as published." in FUSIONS["towers"].help
     with pytest.raises(ValueError, match="--epochs: found -1, expected 0 or more"):
         config_for("c", fusion="towers", epochs=-1)
@@ -207,6 +207,6 @@ def test_sweeps_name_runs_by_their_values() -> None:
         config = config_for("c", **changes)
         return {name: one for name, one in chosen(config).items() if name not in _OF_RECIPE} | chosen(config.recipe)
 
-    assert identity(fusion="linear") == identity(fusion="linear", epochs=20)
+    assert identity(fusion="linear") == identity(fusion="linear", epochs=30)
     assert identity(fusion="linear", epochs=8)["epochs"] == 8
     assert identity(fusion="towers") == identity(fusion="towers", epochs=4)
