@@ -222,9 +222,8 @@ class Training:
     def complete(self) -> None:
         """Add what is fitted beside the best weights, and save them with it."""
         spec = self._data.inputs.spec
-        if not self._config.entry.adds_other_way or spec.fuses_text or spec.pairs == "composed":
+        if not self._config.entry.adds_other_way or spec.fuses_text:
             return
-
         path, model, started = self._out / MODEL, self.state.model, time.perf_counter()
         model.load_state_dict(load(ranks.from_first(path.read_bytes)))
         self.state.best_score = self._data.start.add_other_way(model.eval())  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ class Fit:
             media = {}
             for name in self.modalities:
                 medium = examples.media[name].take(torch.from_numpy(order)[rows] if name == shuffled else rows)
-                shown = Medium(medium.tokens.to(device), medium.mask.to(device))
+                shown = _on(medium, device)
                 media[name] = shown if name in subset else shown.without(torch.ones(len(rows), dtype=torch.bool))
             found.append(functional.normalize(self.model.fusion(media), dim=1).cpu().numpy())
         return np.concatenate(found)
@@ -158,7 +158,7 @@ class Groups:
         return drawn
 
 
-def _on(medium: Medium, device: str) -> Medium:
+def _on(medium: Medium, device: str | torch.device) -> Medium:
     return Medium(medium.tokens.to(device), medium.mask.to(device))
 
 
