@@ -19,8 +19,6 @@ import reading
 import writing
 from timing import Figure, Rounds, not_installed, take_turns
 
-from saffe_cache.store import rows as store_rows
-
 
 class Clock:
     """A machine on which work takes `slowness` times the seconds that it should."""
@@ -148,12 +146,8 @@ def test_readers_that_err_are_not_timed() -> None:
             reading.check("x", batches, states)
 
 
-@pytest.mark.parametrize("long_run_bytes", [1, store_rows._LONG_RUN_BYTES, 10**12])
-def test_every_way_of_reading_gives_what_was_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_run_bytes: int
-) -> None:
-    """Rows in any order, once or often, from several shards: copied run by run, or looked up together."""
-    monkeypatch.setattr(store_rows, "_LONG_RUN_BYTES", long_run_bytes)
+def test_every_way_of_reading_gives_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in any order, once or often, from several shards."""
     monkeypatch.setattr(writing, "SHARD_BYTES", 2**20)
     states = writing.draw_states(60).astype(np.float16)
     ours = reading.write_ours(tmp_path, states)

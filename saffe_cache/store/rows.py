@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import mmap
 import os
 import threading
 from collections import Counter, OrderedDict
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.store.arrays import ArrayFiles
@@ -30,8 +32,6 @@ from saffe_cache.store.pieces import Pieces, between, local_copies, missing_shar
 
 logger = logging.getLogger(__name__)
 
-_LONG_RUN_BYTES = 2**13
-"""Runs of consecutive rows of this average size are copied one by one, which is faster than indexing all rows."""
 _BLOCK_BYTES = 2**18
 """Bytes of a file that are read at once."""
 _MAX_MAPPED = 8192
@@ -114,22 +114,37 @@ class RowReader:
     def _of_whole_shards(self, rows: np.ndarray) -> np.ndarray:
         """Rows from shards that are open, [n, numbers of a row]."""
         spec = self.spec
-        result = np.empty((len(rows), math.prod(spec.stored_shape)), spec.numpy_dtype)
         shards, within = np.divmod(rows, spec.shard_rows)
-        changes = shards[1:] != shards[:-1]
-        if (shards[1:] >= shards[:-1]).all():
-            for start, stop in between(changes).tolist():
+        is_sorted = bool((shards[1:] >= shards[:-1]).all())
+        if self.is_mapped and not is_sorted:
+            return self._gathered(shards, within)
+        result = np.empty((len(rows), math.prod(spec.stored_shape)), spec.numpy_dtype)
+        if is_sorted:
+            for start, stop in between(shards[1:] != shards[:-1]).tolist():
                 # mode="clip" lets numpy write into `result` directly; all rows lie within the shard
                 np.take(self._shards[int(shards[start])], within[start:stop], 0, result[start:stop], mode="clip")
             return result
-        runs = between(changes | (rows[1:] != rows[:-1] + 1))
-        if result.nbytes >= _LONG_RUN_BYTES * len(runs):
-            self._copy_runs(runs, shards, within, result)
-        else:
-            for number in np.unique(shards).tolist():
-                here = np.flatnonzero(shards == number)
-                result[here] = self._shards[number][within[here]]
+        for number in np.unique(shards).tolist():
+            here = np.flatnonzero(shards == number)
+            result[here] = self._shards[number][within[here]]
         return result
+
+    def _gathered(self, shards: np.ndarray, within: np.ndarray) -> np.ndarray:
+        """Rows of mapped shards in any order, copied once, by one call for all shards.
+
+        The memory from the lowest shard on is indexed as if a row began at every multiple of `step` bytes. Shards begin
+        at pages; what lies between them is not touched.
+        """
+        opened = {number: self._shards[number] for number in set(shards.tolist())}
+        step = math.gcd(self.spec.row_bytes, mmap.PAGESIZE)
+        addresses = {number: shard.ctypes.data for number, shard in opened.items()}
+        lowest = min(addresses, key=addresses.__getitem__)
+        starts = np.zeros(max(opened) + 1, np.int64)
+        starts[[*opened]] = [(address - addresses[lowest]) // step for address in addresses.values()]
+        places = starts[shards] + within * (self.spec.row_bytes // step)
+        one_each = opened[lowest].view(np.dtype((np.void, self.spec.row_bytes)))[:, 0]
+        found: np.ndarray = as_strided(one_each, (int(places.max()) + 1,), (step,), writeable=False)[places]
+        return found.view(self.spec.numpy_dtype).reshape(len(places), -1)
 
     def read_range(self, start: int, stop: int) -> np.ndarray:
         """Consecutive rows."""
@@ -172,19 +187,6 @@ class RowReader:
                 f"{self._files.storage.root}: {self._files.folder} has {len(self)} rows, row {beyond[0]} was "
                 "requested. Run saffe extract again to complete it."
             )
-
-    def _copy_runs(self, runs: np.ndarray, shards: np.ndarray, within: np.ndarray, result: np.ndarray) -> None:
-        """Copy runs of consecutive rows, ordered by shard so that each shard is opened once."""
-        runs = runs[np.argsort(shards[runs[:, 0]], kind="stable")]
-        numbers, firsts = shards[runs[:, 0]].tolist(), within[runs[:, 0]].tolist()
-        opened, shard = -1, result
-        for (start, stop), number, first in zip(runs.tolist(), numbers, firsts, strict=True):
-            if number != opened:
-                opened, shard = number, self._shards[number]
-            if stop - start == 1:
-                result[start] = shard[first]  # faster than a slice of one row
-            else:
-                result[start:stop] = shard[first : first + stop - start]
 
 
 class OpenShards:
