@@ -134,38 +134,45 @@ def test_a_verb_that_is_not_divided_refuses(tmp_path: Path) -> None:
     assert run.returncode == 1
 
 
+EPOCHS = 12
+
+
+def cut_training(caches: Path, out: Path) -> tuple[object, ...]:
+    """The command that is cut off, which saves its state after every step."""
+    data = ("--cache", caches / CAPTIONS, "--device", "cpu", "--log", "none", "--control-epochs", 0, "--patience", 99)
+    return ("train", *data, "--checkpoint-seconds", 0, "--batch-size", 33, "--epochs", EPOCHS, "--out", out)
+
+
+def train_alone(*command: object) -> None:
+    given = [sys.executable, "-m", "saffe_cache", *map(str, command)]
+    subprocess.run(given, env=ENVIRONMENT, check=True, capture_output=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def whole(caches: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process that nothing cut off."""
+    out = tmp_path_factory.mktemp("whole")
+    train_alone(*cut_training(caches, out))
+    return out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_rank_ends_all_and_others_resume(caches: Path, tmp_path: Path, killed: int) -> None:
+def test_a_killed_rank_ends_all_and_others_resume(caches: Path, whole: Path, tmp_path: Path, killed: int) -> None:
     """In one line, soon; three ranks go on, and then one process, with the numbers of a run that nothing cut off."""
-    options = (
-        "--cache",
-        caches / CAPTIONS,
-        "--device",
-        "cpu",
-        "--log",
-        "none",
-        "--control-epochs",
-        0,
-        "--patience",
-        99,
-    )
-    command = ("train", *options, "--checkpoint-seconds", 0, "--batch-size", 33, "--epochs")
-    cut, whole = tmp_path / "cut", tmp_path / "whole"
-    run = saffe(*command, 30, "--out", cut, ranks=2)
-    wait_for(cut / "log.jsonl", 4)
+    command = cut_training(caches, tmp_path)
+    run = saffe(*command, ranks=2)
+    wait_for(tmp_path / "log.jsonl", 3)
     os.kill(ranks_of(run)[killed], signal.SIGKILL)
     [line] = lines_of(run, "saffe train:")
     assert f"rank {1 - killed} of 2: another rank has ended" in line or "interrupted" in line
     assert run.returncode
-    run = saffe(*command, 30, "--out", cut, ranks=3)
-    wait_for(cut / "log.jsonl", 12)
+    run = saffe(*command, ranks=3)
+    wait_for(tmp_path / "log.jsonl", 6)
     run.send_signal(signal.SIGTERM)
     assert len(lines_of(run, "saffe train: ")) == 1
-    for out in (cut, whole):
-        given = [sys.executable, "-m", "saffe_cache", *map(str, command), "30", "--out", str(out)]
-        subprocess.run(given, env=ENVIRONMENT, check=True, capture_output=True, timeout=120)
-    np.testing.assert_allclose(log_of(cut), log_of(whole), rtol=1e-4)
+    train_alone(*command)
+    np.testing.assert_allclose(log_of(tmp_path), log_of(whole), rtol=1e-4)
 
 
 def wait_for(path: Path, lines: int) -> None:

@@ -13,6 +13,7 @@ from synthetic_cache import make_cache
 from saffe_cache.fusion.two_way import OtherWay, TwoWayFusion
 from saffe_cache.inference.model import load_run
 from saffe_cache.inputs.feature_loader import encode_gallery, encode_queries
+from saffe_cache.inputs.pairs import training_pairs
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.training import starting
 
@@ -62,6 +63,29 @@ def test_it_is_kept_where_it_helps_and_survives_loading(
     own = encode_gallery(without, setting.inputs, setting.pairs.rows)
     weight = float(model.other_way.weight)
     np.testing.assert_allclose(gallery[:, : own.shape[1]], np.sqrt(1 - weight) * own, atol=1e-5)
+
+
+def test_its_weight_searches_best_with_and_without_correction(cache: str, tmp_path: Path) -> None:
+    run = quick_train(cache, tmp_path / "run", fusion="linear", epochs=1)
+    setting, model = setting_of(cache, run, "captions")
+    assert isinstance(model, TwoWayFusion)
+    assert model.other_way is not None
+    inputs, chosen = setting.inputs, float(model.other_way.weight)
+    training, validation, _ = training_pairs(inputs.spec, inputs.cache)
+    bank = inputs.text.vectors(np.unique(training.texts.values))
+    scores = []
+    for weight in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
+        model.other_way.weight.fill_(weight)
+        gallery = encode_gallery(model, inputs, validation.rows)
+        queries = encode_queries(model, inputs.text.vectors(validation.texts.values))
+        nearest = np.sort(gallery @ encode_queries(model, bank).T, axis=1)[:, -10:]
+        products = gallery @ queries.T
+        mrr = []
+        for corrected in (products, products - 0.5 * nearest.mean(axis=1, keepdims=True)):
+            own = corrected[validation.owners, np.arange(len(queries))]
+            mrr.append((1 / (corrected >= own).sum(axis=0)).mean())
+        scores.append((np.mean(mrr), weight))
+    assert max(scores)[0] - {weight: score for score, weight in scores}[round(chosen, 1)] < 1e-6
 
 
 def test_controls_hold_with_both_ways(cache: str, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from saffe_cache.protocols.setting import (
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.retrieval.metrics import Ranking, metrics_of
 from saffe_cache.retrieval.ranking import ScoreMatrix
-from saffe_cache.retrieval.scores import Scores
+from saffe_cache.retrieval.scores import NO_BIASES, Biases, Scores
 from saffe_cache.store.reader import Cache
 
 NULL_GALLERY = "the gallery is f(photo, null text)"
@@ -310,9 +310,10 @@ class SearchProtocol(Protocol):
         vectors = self.setting.vectors(system, self.setting.honest(), same, photos_search=self.photos_search)
         return {"queries_constant": self.score(vectors)}
 
-    def validation_score(self, gallery: np.ndarray, queries: np.ndarray) -> float:
-        """The main metric of unit vectors."""
-        return self.score_vectors(gallery, queries, intervals=False)[self.main_metric].value
+    def validation_score(self, gallery: np.ndarray, queries: np.ndarray, biases: Biases = NO_BIASES) -> float:
+        """The main metric of unit vectors; `biases` only where the protocol corrects searches."""
+        corrected: dict[str, Any] = {"biases": biases} if self.corrects_search else {}
+        return self.score_vectors(gallery, queries, intervals=False, **corrected)[self.main_metric].value
 
     def validate(self, model: Fusion) -> float:
         pairs = self.setting.pairs

@@ -172,9 +172,9 @@ class CaptionProtocol(SearchProtocol):
         owners, seed, most = self.queries.units, self.setting.seed, self.most_queries
         return caption_scores(gallery, queries, owners, biases, intervals=intervals, seed=seed, most=most)
 
-    def validation_score(self, gallery: np.ndarray, queries: np.ndarray) -> float:
+    def validation_score(self, gallery: np.ndarray, queries: np.ndarray, biases: Biases = NO_BIASES) -> float:
         owners, seed = self.queries.units, self.setting.seed
-        scores = caption_scores(gallery, queries, owners, intervals=False, seed=seed, photos_search=False)
+        scores = caption_scores(gallery, queries, owners, biases, intervals=False, seed=seed, photos_search=False)
         return scores[self.main_metric].value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,15 +13,21 @@ from torch import nn
 from saffe_cache.core import ranks
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.fusion.two_way import OtherWay, TwoWayFusion
+from saffe_cache.inputs.bank import draw_bank
 from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, in_blocks
 from saffe_cache.inputs.pairs import Pairs, mean_text_rows
+from saffe_cache.protocols.setting import Queries
 from saffe_cache.retrieval.baselines import LinearMap, Rows, fit_ridge, unit_rows
+from saffe_cache.retrieval.correction import Bank, SearchCorrection
+from saffe_cache.retrieval.scores import Biases
 
 if TYPE_CHECKING:
     from saffe_cache.protocols.base import SearchProtocol
 
 _OTHER_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 """Candidates for the weight of the ridge regression from texts to photos; of equal ones the smallest."""
+_OTHER_CORRECTION = SearchCorrection(kind="nnn", k=10, strength=0.5, temperature=0.0)
+"""The weight suits searches with this correction as well as those without."""
 _TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
 """Candidates for the starting weight of the paired text's vector, relative to the photo's."""
 
@@ -86,20 +93,28 @@ class LateStart:
 
     def add_other_way(self, model: TwoWayFusion) -> float:
         """Set the ridge regression from texts to photos that searches best beside a trained model, or none; returns
-        the validation score."""
+        the validation score.
+
+        Where searches may be corrected, the best has the highest mean of the scores with and without correction: what
+        corrects hubs is of less use where the other way has few.
+        """
         model.other_way = None
         alone = encode_gallery(model, self._inputs, self._validation.rows)
         summaries = [computed_rows(pairs.rows, self._inputs.summaries) for pairs in (self._pairs, self._validation)]
         training, validation = Rows(len(summaries[0]), lambda rows: unit_rows(summaries[0][rows])), summaries[1].whole
         mean_text = self._text_means.whole.mean(axis=0)
 
+        def gallery_of(way: OtherWay | None, weight: float) -> np.ndarray:
+            model.other_way = way
+            if way is None:
+                return alone
+            way.weight.fill_(weight)
+            both = way.with_photos(*(torch.from_numpy(one).to(self._inputs.device) for one in (alone, validation)))
+            return both.cpu().numpy()
+
         def score(way: OtherWay | None, weight: float) -> float:
-            model.other_way, gallery = way, alone
-            if way is not None:
-                way.weight.fill_(weight)
-                both = way.with_photos(*(torch.from_numpy(one).to(self._inputs.device) for one in (alone, validation)))
-                gallery = both.cpu().numpy()
-            measured = self._search.validate_gallery(gallery, model)
+            gallery = gallery_of(way, weight)
+            measured = (self._search.validate_gallery(gallery, model) + self._corrected(gallery, model)) / 2
             return ranks.agreed(lambda: measured)
 
         def way_of(fit: LinearMap, *, centred: bool) -> OtherWay:
@@ -111,7 +126,30 @@ class LateStart:
         way = max(ways, key=lambda one: score(one, 1.0))
         weights = {weight: score(way if weight else None, weight) for weight in _OTHER_WEIGHTS}
         chosen = max(weights, key=weights.__getitem__)
-        return score(way if chosen else None, chosen)
+        return self._search.validate_gallery(gallery_of(way if chosen else None, chosen), model)
+
+    def _corrected(self, gallery: np.ndarray, model: Fusion) -> float:
+        """The main metric with search correction, or without it where there is none; 0 if a training text is mapped to
+        nothing, as where all are equal."""
+        if self._bank is None:
+            return self._search.validate_gallery(gallery, model)
+        setting = self._search.setting
+        bank = setting.queries(model, Queries.of_texts(self._inputs, self._bank.texts))
+        if np.linalg.norm(bank, axis=1).min() < 0.999:
+            return 0.0
+        biases = Biases(self._bank.correction.biases(gallery, bank))
+        return self._search.validation_score(gallery, setting.queries(model, self._search.queries), biases)
+
+    @cached_property
+    def _bank(self) -> Bank | None:
+        """Of a correction; None where the protocol has none, or too few texts train."""
+        if not self._search.corrects_search:
+            return None
+        inputs, reported = self._inputs, self._validation.texts.values
+        try:
+            return draw_bank(_OTHER_CORRECTION, inputs.cache, inputs.spec, self._pairs, reported)
+        except ValueError:
+            return None
 
     def _features(self, pairs: Pairs, model: Fusion) -> Rows:
         """What the linear path of a model sees."""
