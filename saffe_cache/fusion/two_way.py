@@ -8,9 +8,10 @@ where other photos are hubs; the inner product averages both cosines with weight
 summaries' space: s is written in a basis of that subspace, with what is left of its length as one more number, so that
 vectors have unit length and at most text_size + 2 more numbers.
 
-The regression is fitted once the FAM is trained, and validation, with and without search correction, chooses its
-penalty, whether the mean m of the photos is taken off both sides, and w. Of 1,350 photos (Flickr8k, CLIP ViT-B/16 with all-mpnet-base-v2) it takes half
-the weight; of 5,400 (DINOv2-small with all-MiniLM-L6-v2) none, and vectors then are those of the FAM alone.
+The regression is fitted once the FAM is trained. Validation, with and without search correction, chooses its penalty,
+whether the mean m of the photos is taken off both sides, and w. Of 1,350 photos (Flickr8k, CLIP ViT-B/16 with
+all-mpnet-base-v2) it takes a third of the weight; of 5,400 (DINOv2-small with all-MiniLM-L6-v2) none, and vectors then
+are those of the FAM alone.
 """
 
 from __future__ import annotations
