@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import saffe_cache
 from saffe_cache.core import ranks
+from saffe_cache.core.devices import is_out_of_memory, set_up_threads
 from saffe_cache.core.features import CacheError, printable
 from saffe_cache.core.options import add_options, parse_config
 from saffe_cache.core.results import exit_status, read_report
@@ -86,6 +87,7 @@ def _parser(*, with_options: bool) -> argparse.ArgumentParser:
 
 
 def _run_verb(name: str, prog: str, arguments: Sequence[str] | None) -> int:
+    set_up_threads()
     verb = VERBS[name]
     with ranks.only_first_is_heard():
         config = parse_config(verb.load_config(), arguments, prog)
@@ -178,8 +180,6 @@ def _failed(prog: str, error: Exception) -> int:
     if isinstance(error, (OSError, CacheError, ValueError, ImportError)):
         what = _explained(error) if isinstance(error, OSError) else str(error)
     else:
-        from saffe_cache.core.devices import is_out_of_memory
-
         is_of_memory = isinstance(error, MemoryError) or (
             isinstance(error, RuntimeError) and (is_out_of_memory(error) or "can't start new thread" in str(error))
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 
 from saffe_cache.core import ranks
 
@@ -28,9 +30,47 @@ def choose_device(device: str) -> str:
     return device
 
 
+_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
 def num_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores that this process may use: by its affinity, and by the quota of a container or job."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(allowed, _quota())))
+
+
+def _quota() -> float:
+    """Cores' worth of time that cgroups, of version 1 or 2, grant this process; infinite without a limit."""
+    found = [math.inf]
+    for line in _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.exists() else ():
+        _, controllers, own = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        path = PurePosixPath(own.lstrip("/"))
+        for group in (path, *path.parents):  # a limit holds for all groups below; a container sees its own as the root
+            folder = _CGROUPS / ("cpu" if controllers else "") / group
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+            numbers = [
+                word for name in names if (folder / name).exists() for word in (folder / name).read_text().split()
+            ]
+            if len(numbers) == 2 and numbers[0] not in ("max", "-1"):
+                found.append(int(numbers[0]) / int(numbers[1]))
+    return min(found)
+
+
+def set_up_threads() -> None:
+    """Set OpenMP's environment for this process and those it starts, unless torch, which reads it once, is loaded.
+
+    torch's threads sleep where they wait for one another. Their default is to spin, which gains little on idle cores;
+    beside another busy process they spend most of their time on it, and steps take several times as long. They are as
+    many as the cores that this process may use, also under a quota, which OpenMP does not see. Their number does not
+    depend on the load, since another number rounds differently. What the user has set stays.
+    """
+    if "torch" in sys.modules:
+        return
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("OMP_NUM_THREADS", str(num_cores()))
 
 
 def available_memory() -> int:

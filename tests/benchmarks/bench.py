@@ -37,7 +37,18 @@ from timing import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # data/, for sections that draw their photos
 
-SECTIONS = ("reading", "streaming", "writing", "objects", "extraction", "workers", "training", "evaluation", "growth")
+SECTIONS = (
+    "reading",
+    "streaming",
+    "writing",
+    "objects",
+    "extraction",
+    "workers",
+    "training",
+    "crowded",
+    "evaluation",
+    "growth",
+)
 
 
 def describe_machine() -> dict[str, Any]:
