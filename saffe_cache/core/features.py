@@ -23,6 +23,7 @@ MODALITIES: tuple[Modality, ...] = ("image", "text", "audio", "video")
 IndexKind = Literal["flat", "ivf", "ivf_pq", "hnsw"]
 StorageType = Literal["float32", "float16", "bfloat16", "int8", "float8"]
 """Type of hidden states on disk; `store.dtypes` describes each."""
+Decoding = Literal["full", "scaled"]
 Compression = Literal["none", "zstd"]
 """Of hidden states on disk."""
 Layout = Literal["tokens", "time_first", "channels_first", "channels_last"]

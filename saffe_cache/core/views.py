@@ -22,6 +22,8 @@ _MIRRORED = 0
 """PIL's number of a transposition from left to right."""
 _SCALE, _RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
 """Part of the photo's area that a crop covers, and its width over its height."""
+_SHORTEST = math.sqrt(_SCALE[0] * _RATIO[0])
+"""Shorter edge of the smallest crop over that of its photo, or more."""
 _ATTEMPTS = 10
 
 
@@ -78,6 +80,11 @@ def seen_as(picture: Any, view: str, content_hash: bytes) -> Any:
     if view == FLIP:
         return picture.transpose(_MIRRORED)
     return picture.crop(crop_box(picture.width, picture.height, view, content_hash))
+
+
+def edge_of_photo(view: str, edge: int) -> int:
+    """Pixels of a photo's shorter edge from which the view's own has `edge` pixels."""
+    return edge if view in (PLAIN, FLIP) else math.ceil((edge + 1) / _SHORTEST)  # 1 for rounding
 
 
 def crop_box(width: int, height: int, view: str, content_hash: bytes) -> tuple[int, int, int, int]:

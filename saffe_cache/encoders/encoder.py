@@ -10,7 +10,7 @@ CPU thread would take longer than the encoder, and smaller types leave fewer byt
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from saffe_cache.core.features import BlockWeights, CacheError
+from saffe_cache.core.features import BlockWeights, CacheError, Fingerprint
 from saffe_cache.encoders.blocks import library_block, read_block
 from saffe_cache.encoders.checks import check_processor
 from saffe_cache.encoders.families import Anatomy
@@ -58,7 +58,15 @@ class FrozenEncoder(RunnableModel):
             padding=self.padding,
             num_tokens=self.num_tokens,
             windows=self.windows.described if self.windows else None,
+            is_scaled=self.decoded_edge() is not None,
         )
+
+    def decode_as(self, keys: Collection[str]) -> None:
+        """Decode all pixels if the request leaves the decoding open and a cache with these encoders does so."""
+        fields = {name: value for name, value in self.fingerprint.fields.items() if name != "decoding"}
+        full = Fingerprint(fields)
+        if self.request.decoding is None and self.fingerprint.key not in keys and full.key in keys:
+            self.request, self.fingerprint = replace(self.request, decoding="full"), full
 
     def _measured_windows(self) -> Windows:
         """How sounds are cut; tokens that are steps in time have no class token among them.

@@ -21,7 +21,7 @@ import transformers
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from saffe_cache.core.features import Fingerprint, Modality
+from saffe_cache.core.features import Decoding, Fingerprint, Modality
 from saffe_cache.encoders.checks import explained
 from saffe_cache.encoders.discovery import discover, drop_other_towers, model_class
 from saffe_cache.encoders.families import FAMILIES, Family, first_position
@@ -44,6 +44,9 @@ class EncoderRequest:
     """Indices i of `hidden_states[i]`; None takes the last two."""
     image_size: int | None = None
     """Side of the pictures in pixels."""
+    decoding: Decoding | None = "full"
+    """How JPEGs are decoded, where the processor's resize is known; None takes scaled for an encoder that a cache does
+    not hold in full."""
     grey_bits: int | None = None
     """Bits of 16-bit grey pictures that are used, where a file does not say it; None for all."""
     max_length: int | None = None
@@ -98,6 +101,8 @@ class EncoderRequest:
         return "{}" if self.prompt is None else self.prompt
 
 
+SCALED = "JPEG at 1/2, 1/4 or 1/8, at least twice the resize"
+"""How pictures were decoded, in a fingerprint."""
 _OPTIONAL_WEIGHTS = ("position_ids", "num_batches_tracked")
 """Weights that checkpoints may lack: positions are computed, and a batch norm's number of training steps is unused."""
 
@@ -371,6 +376,7 @@ def fingerprint_of(
     padding: str,
     num_tokens: int | None,
     windows: Mapping[str, Any] | None,
+    is_scaled: bool,
 ) -> Fingerprint:
     """The fingerprint of a loaded encoder: plain JSON values, whose hash is part of the encoder's key in a cache.
 
@@ -381,6 +387,7 @@ def fingerprint_of(
         {
             **(of_language_model if family.generates else {}),
             **({} if padding == "longest" else {"padding": padding}),
+            **({"decoding": SCALED} if is_scaled else {}),
             **({} if request.grey_bits is None else {"grey_bits": request.grey_bits}),
             **({} if request.tokens == "all" else {"tokens": request.tokens, "encoded_tokens": num_tokens}),
             **({"pooling_sha256": _weights_hash(family.pool)} if isinstance(family.pool, torch.nn.Module) else {}),

@@ -53,6 +53,11 @@ class QuickPictures:
             np.take(table[channel], pixels[..., channel], out=out[channel].view(bits).numpy(), mode="clip")
         return True
 
+    @property
+    def edge(self) -> int | None:
+        """Pixels of the longest edge that the resize states; None without a resize."""
+        return max(self.resize.values()) if self.resize else None
+
     def seen_part(self, width: int, height: int) -> tuple[float, float, float, float]:
         """Left, top, right and bottom of what the crop leaves of a picture, as fractions of its size."""
         if self.crop is None:

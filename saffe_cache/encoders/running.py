@@ -21,6 +21,7 @@ from torch import nn
 from saffe_cache.core.devices import is_out_of_memory
 from saffe_cache.core.features import LanguageModelSpec, LanguageModelWeights, Layout, LibraryModelSpec
 from saffe_cache.core.tensors import as_tokens, entering, leaving
+from saffe_cache.core.views import PLAIN, edge_of_photo
 from saffe_cache.encoders.blocks import read_language_model
 from saffe_cache.encoders.causal_tokens import CausalTokens, without_surrogates
 from saffe_cache.encoders.checks import prepared
@@ -82,6 +83,14 @@ class RunnableModel:
         """Left, top, right and bottom of what the model sees of a picture, as fractions of its size; None if how its
         processor crops is unknown."""
         return None if self._quick is None else self._quick.seen_part(width, height)
+
+    def decoded_edge(self, view: str = PLAIN) -> int | None:
+        """Pixels that are enough for the shorter edge of a decoded picture; None if all are needed.
+
+        Twice those of the resize, whose filter then sees about the same picture; of a crop, in the crop itself.
+        """
+        edge = self._quick.edge if self._quick and self.request.decoding != "full" else None
+        return None if edge is None else edge_of_photo(view, 2 * edge)
 
     @property
     def tower(self) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from saffe_cache.core.devices import choose_device, num_cores
-from saffe_cache.core.features import MODALITIES, Compression, StorageType
+from saffe_cache.core.features import MODALITIES, Compression, Decoding, StorageType
 from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.options import positional, require, require_keys
 from saffe_cache.core.views import parse_views
@@ -45,6 +45,10 @@ class ExtractConfig:
     all. Default: all."""
     image_size: int | None = None
     """Side of the pictures in pixels. Default: the setting of the model's processor."""
+    decoding: Decoding | None = None
+    """How JPEGs are decoded. scaled: a large one at 1/2, 1/4 or 1/8 of its size, at least twice that of the model's
+    resize; several times as fast, and pixels differ a little. full: all pixels, as in earlier releases.
+    Default: that of the cache's encoder, or scaled for a new one."""
     grey_bits: int | None = None
     """Bits that grey pictures with 16 bits use, 8 to 16, where their files do not say it. Default: all 16."""
     views: str | None = None

@@ -149,16 +149,14 @@ class _Decoder:
     def __init__(self, job: Job, media: Mapping[bytes, Media]) -> None:
         self._job, self._media = job, media
 
-    def use(self, row: int, take: Callable[[Any], None]) -> str:
-        """Pass what an input is decoded to on; returns the reason if it cannot be read, or not taken, else nothing."""
-        encoder = self._job.encoder
+    def use(self, row: int, take: Callable[[dict[str, Any]], None]) -> str:
+        """Pass on what an input is decoded to, by view; returns why it cannot be read or is not taken, else nothing."""
         media = self._media.get(self._job.inputs.content_hash[row].tobytes())
         if media is None:
             return "not among --data"
         data = media.read()  # it was read for its hash before, so a failure ends the run
         try:
-            request = encoder.request
-            take(decode(request.modality, data, encoder.sampling_rate, request.grey_bits, encoder.num_frames))
+            take(self._decoded(data))
         except (ImportError, MemoryError):
             raise  # the machine's fault
         except Exception as error:  # decoders and processors raise many kinds for inputs that they do not expect
@@ -166,6 +164,17 @@ class _Decoder:
                 raise
             return f"{type(error).__name__}: {error}"
         return ""
+
+    def _decoded(self, data: bytes) -> dict[str, Any]:
+        """By view. Photos are decoded once, unless they are reduced and crops need more of their pixels."""
+        encoder, request = self._job.encoder, self._job.encoder.request
+        pictures: dict[int | None, Any] = {}
+        for edge in dict.fromkeys(map(encoder.decoded_edge, self._job.views)):
+            whole = next((one for one in pictures.values() if "reduced" not in getattr(one, "info", {})), None)
+            pictures[edge] = whole or decode(
+                *(request.modality, data, encoder.sampling_rate, request.grey_bits, encoder.num_frames, edge)
+            )
+        return {view: pictures[encoder.decoded_edge(view)] for view in self._job.views}
 
 
 @dataclass(frozen=True)
@@ -202,8 +211,8 @@ class _Sounds:
         """In a worker: the windows of a sound, or the reason why it cannot be read."""
         found: list[_Window] = []
 
-        def take(sound: np.ndarray) -> None:
-            found.extend(self._windows(row, sound))
+        def take(decoded: Mapping[str, np.ndarray]) -> None:
+            found.extend(self._windows(row, decoded[PLAIN]))
 
         return self._decoder.use(row, take) or found
 
@@ -297,12 +306,12 @@ class _Ring:
             reasons[row] = self._decoder.use(row, partial(self._take, row, out))
         return {row: reason for row, reason in reasons.items() if reason}
 
-    def _take(self, row: int, out: Mapping[str, torch.Tensor], raw: Any) -> None:
+    def _take(self, row: int, out: Mapping[str, torch.Tensor], decoded: Mapping[str, Any]) -> None:
         """Prepare all views of a decoded photo, or a clip."""
-        self.is_low[row] = int("low_grey" in getattr(raw, "info", {}))
         content_hash = self._job.inputs.content_hash[row].tobytes()
         for number, view in enumerate(self._job.views):
-            of_view = {name: values[number] for name, values in out.items()}
+            raw, of_view = decoded[view], {name: values[number] for name, values in out.items()}
+            self.is_low[row] = int("low_grey" in getattr(raw, "info", {}))
             self._job.encoder.prepare_into(seen_as(raw, view, content_hash), of_view)
 
     def warn(self) -> None:

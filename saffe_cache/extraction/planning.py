@@ -231,6 +231,7 @@ def encoder_request(config: ExtractConfig, modality: Modality) -> EncoderRequest
         revision=config.revision.get(modality),
         layers=config.layers.get(modality),
         image_size=config.image_size if modality == "image" else None,
+        decoding=config.decoding if modality == "image" else "full",
         grey_bits=config.grey_bits if modality == "image" else None,
         max_length=config.max_length if modality == "text" else None,
         prompt=config.prompt if modality == "text" else None,
@@ -259,7 +260,8 @@ def plan_job(
         CacheError: the cache stores its arrays in another type, or its offsets are damaged.
         OSError: a file that was read for its hash cannot be read again.
     """
-    encoder = load_encoder(request)
+    encoder, root = load_encoder(request), read_root(storage)
+    encoder.decode_as(root.encoders if root else ())
     job = new_job(encoder, _manifest(storage, encoder), options, table)
     find_offsets(job, stored_offsets(storage, job.manifest), media)
     job.arrays = _arrays(job)

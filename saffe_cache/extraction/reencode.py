@@ -119,6 +119,7 @@ def reload_encoder(
         revision=made_with.fields.get("revision"),
         dtype=str(made_with.fields.get("dtype", "float32")),
         layers=None,
+        decoding="scaled" if "decoding" in made_with.fields else "full",
         own=moved if isinstance(moved, OwnEncoder) else None,
     )
     encoder = load_encoder(request)

@@ -311,6 +311,7 @@ class Worker:
 
     def _load(self, planned: PlannedEncoder) -> Job:
         encoder = load_encoder(encoder_request(self._config, planned.modality))
+        encoder.decode_as([planned.key])
         if encoder.fingerprint.key != planned.key:
             what = f"its encoder is {encoder.fingerprint.key}, the plan says {planned.key}"
             _refuse(self._config, self._owner, what)

@@ -45,6 +45,7 @@ def decode(
     sampling_rate: int | None = None,
     grey_bits: int | None = None,
     num_frames: int | None = None,
+    edge: int | None = None,
 ) -> Any:
     """Decode an upright RGB picture, a mono float32 waveform at the sampling rate (Hz), or so many frames of a clip.
 
@@ -54,13 +55,15 @@ def decode(
 
     Args:
         grey_bits: how many bits of 16-bit grey are used, where a file does not say it.
+        edge: the shorter edge in pixels that is enough: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves
+            as many. Such a picture has `reduced` in its `info`. None decodes all pixels.
 
     Raises:
         OSError, ValueError: the bytes are no readable picture or sound.
     """
     if modality == "video":
         return decode_clip(data, num_frames or 1)
-    return _decode_image(data, grey_bits) if modality == "image" else _decode_audio(data, sampling_rate or 16_000)
+    return _decode_image(data, grey_bits, edge) if modality == "image" else _decode_audio(data, sampling_rate or 16_000)
 
 
 def modality_of_content(data: bytes) -> Modality | None:
@@ -148,30 +151,34 @@ def thumbnail(data: bytes, side: int, modality: Modality = "image") -> bytes:
     """
     from PIL import Image
 
-    picture = Image.fromarray(decode_clip(data, 3)[1]) if modality == "video" else _decode_image(data)
+    picture = Image.fromarray(decode_clip(data, 3)[1]) if modality == "video" else _decode_image(data, edge=2 * side)
     picture.thumbnail((side, side))
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=72, optimize=True)
     return file.getvalue()
 
 
-def _decode_image(data: bytes, grey_bits: int | None = None) -> Any:
+def _decode_image(data: bytes, grey_bits: int | None = None, edge: int | None = None) -> Any:
     try:
-        return _decode_pixels(data, grey_bits)
+        return _decode_pixels(data, grey_bits, edge)
     except (OSError, ValueError):
         pixels = _without_metadata(data)
         if pixels is None:
             raise
-    return _decode_pixels(pixels, grey_bits)
+    return _decode_pixels(pixels, grey_bits, edge)
 
 
-def _decode_pixels(data: bytes, grey_bits: int | None) -> Any:
+def _decode_pixels(data: bytes, grey_bits: int | None, edge: int | None) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
     reads_heic = data[8:12] in _HEIC and _register_heif()
     try:
         with Image.open(io.BytesIO(data), formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
+            size = image.size
+            if edge:
+                image.draft(None, (edge, edge))  # PIL keeps at least these pixels; formats other than JPEG ignore it
+            is_reduced = image.size != size
             image.load()
             upright = _upright(image)
             if upright.mode == "F" or upright.mode.startswith("I"):
@@ -181,7 +188,9 @@ def _decode_pixels(data: bytes, grey_bits: int | None) -> Any:
                 upright.info |= {"low_grey": True} if is_low else {}
             elif "transparency" in upright.info:  # avoids a warning of PIL
                 upright = upright.convert("RGBA")
-            return upright.convert("RGB")
+            picture = upright if upright.mode == "RGB" else upright.convert("RGB")  # which would copy RGB
+            picture.info |= {"reduced": True} if is_reduced else {}
+            return picture
     except UnidentifiedImageError:
         if data[8:12] in _HEIC and not reads_heic:
             raise OSError("a HEIC file, which needs pillow-heif: pip install 'saffe-cache[heic]'") from None
@@ -203,11 +212,12 @@ def _register_heif() -> bool:
 
 
 def _upright(image: Any) -> Any:
-    """The picture turned as its EXIF data say; unreadable EXIF data say nothing."""
-    from PIL import ImageOps
+    """The picture turned as its EXIF data say, itself where they say nothing or cannot be read."""
+    from PIL import ExifTags, ImageOps
 
     try:
-        return ImageOps.exif_transpose(image)
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if is_turned else image  # which would copy it
     except Exception:  # as above; the pixels are loaded and good
         return image
 
