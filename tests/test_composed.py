@@ -15,7 +15,7 @@ from quick_runs import quick_train, report_of, value
 
 from saffe_cache.core.items import Ragged
 from saffe_cache.fusion.losses import info_nce_of, query_nce_of
-from saffe_cache.inputs.composed import Composed, draw_composed
+from saffe_cache.inputs.composed import Composed, composed_queries, draw_composed
 from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery
 from saffe_cache.inputs.pairs import Pairs, select_pairs, training_pairs
 from saffe_cache.inputs.spec import PairKind
@@ -100,6 +100,25 @@ def test_groups_count_alike_whatever_their_size() -> None:
     assert found["group_mean_recall"].value == pytest.approx(0.75)
     assert found["recall_at_10"].value == pytest.approx(0.25)
     assert found["group_mean_recall_at_10"].chance == pytest.approx(10 / 29)
+
+
+def test_queries_that_are_left_out_are_named_with_the_reason(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    table = open_cache(path).table
+    queries, photos = table.queries_in("dev"), table.in_split("dev")
+    places = np.full(len(table), -1)
+    places[photos] = np.arange(len(photos))
+    lost, texts = table.references[queries[0]], table.captions.take(queries[-1:]).values
+    places[lost] = -1
+    found, others = composed_queries(
+        table, "dev", places, table.labels.take(photos), lambda rows: ~np.isin(rows, texts)
+    )
+    assert len(found) + others == len(queries)
+    assert others > 0
+    assert found.ids[0] != table.ids[int(queries[0])]
+    lines = caplog.text
+    assert f"split dev: left out of {len(queries)} composed queries: " in lines
+    assert f"without a readable reference photo (the first is {table.ids[int(queries[0])]})" in lines
+    assert "without a readable text (the first is " in lines
 
 
 def plain(scores: np.ndarray, of: ComposedSearch) -> dict[str, float]:

@@ -435,6 +435,7 @@ def test_drawn_validation_is_told_and_known_to_evaluation(
     with caplog.at_level("INFO"):
         run = train(config_for(path, tmp_path / "run", epochs=1, validation_photos=9))
     assert "9 of 30 to validate on (dev)" in caplog.text
+    assert "9 photos choose the best epoch, among which chance finds much" in caplog.text
     result = TrainResult.load(run)
     assert (result.validation_photos, result.validation_photos_drawn_from) == (9, 30)
     assert "9 of 30 to validate on" in dict(result.sections()[0].facts)["photos"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ import numpy as np
 
 from saffe_cache.core.items import ItemTable, Ragged
 from saffe_cache.core.texts import Texts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -155,9 +158,27 @@ def composed_queries(
     )
     # references and members are still items, targets photos of the pairs
     queries = replace(queries, references=places[queries.references], members=_moved(queries.members, places))
-    are_usable &= (queries.references >= 0) & (queries.targets.lengths > 0)
+    lacking = {
+        "without a readable text": ~are_usable,
+        "without a readable reference photo": queries.references < 0,
+        "whose group no photo has": (groups >= 0) & ~np.isin(groups, labels.values),
+        "that no other photo answers": queries.targets.lengths == 0,
+    }
+    _tell_others(lacking, queries.ids, split)
+    are_usable = ~np.any([*lacking.values()], axis=0)
     num_others = int(np.count_nonzero(table.splits.are(split) & table.are_queries) - np.count_nonzero(are_usable))
     return queries.take(np.flatnonzero(are_usable)), num_others
+
+
+def _tell_others(lacking: Mapping[str, np.ndarray], ids: Texts, split: str) -> None:
+    """Warn of queries that are left out, each by its first reason."""
+    told, parts = np.zeros(len(ids), bool), []
+    for reason, are in lacking.items():
+        if len(found := np.flatnonzero(are & ~told)):
+            parts.append(f"{len(found)} {reason} (the first is {ids[int(found[0])]})")
+            told |= are
+    if parts:
+        logger.warning("split %s: left out of %d composed queries: %s.", split, len(ids), "; ".join(parts))
 
 
 def _found(targets: Ragged, places: np.ndarray, references: np.ndarray, groups: np.ndarray, labels: Ragged) -> Ragged:

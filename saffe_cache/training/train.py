@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 _NOT_COMPARED = ("cache", "out", "device", "residency", "checkpoint_seconds", "log", "validation_photos")
 """Fields of the config that may differ between two commands for the same folder. `data` tells the photos that validate;
 runs of earlier releases, which validated on all, do not have their number."""
+_FEW_PHOTOS = 10
+"""Fewer than these choose an epoch badly."""
 _PLACES = {"device": "in its memory", "memory": "in main memory", "mapped": "memory-mapped", "streamed": "streamed"}
 
 
@@ -270,10 +272,16 @@ def _tell(plan: _Plan) -> None:
     if training.composed is not None and validation.composed is not None:
         logger.info("%d composed queries to train on, %d to validate on.", training.num_samples, validation.num_samples)
     logger.info(
-        "%d items to train on, %s to validate on (%s); skipped %d unusable ones and %d that are in other splits too.",
+        "%d items to train on, %s to validate on (%s); skipped %d unusable %s and %d that are in other splits too.",
         *(len(training), drawn(len(validation), validation.drawn_from), spec.validation),
-        *(training.num_unusable, num_shared),
+        *(training.num_unusable, "ones" if training.composed is None else "items and queries", num_shared),
     )
+    if len(validation) < _FEW_PHOTOS:
+        logger.warning(
+            "%d photos choose the best epoch, among which chance finds much: their score says little. Hold out more "
+            "(--validation-fraction), or validate on another split.",
+            len(validation),
+        )
 
 
 def _names(layers: tuple[int, ...]) -> str:
