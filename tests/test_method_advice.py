@@ -19,6 +19,8 @@ from saffe_cache.studies.alignment.cases import Case, advise_method, enough_phot
 from saffe_cache.studies.alignment.config import AlignConfig
 from saffe_cache.studies.alignment.result import AlignmentResult
 from saffe_cache.studies.few_pairs.claims import BEST, CLAIMS, VARIANTS, Method
+from saffe_cache.studies.few_pairs.config import FewPairsConfig
+from saffe_cache.studies.few_pairs.few_pairs import few_pairs
 from saffe_cache.training.config import TrainConfig
 
 QUICK: dict[str, Any] = {"neighbours": 4, "components": 4, "permutations": 5, "half_samples": 3}
@@ -144,8 +146,11 @@ def test_pipeline_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(pipeline, "TABLE", table)
     monkeypatch.setattr(module, "LEAST_TRAINED", 4)
     monkeypatch.setattr(pipeline, "AlignConfig", lambda **given: AlignConfig(**(QUICK | given)))
-    arguments = ["--cache", *caches, "--work", str(tmp_path / "work"), "--photos", "48", "96", "--quick", "--install"]
-    monkeypatch.setattr(sys, "argv", ["few_pairs.py", *arguments, "--fusions", "linear", "--align-photos", "40"])
+    studies = [str(tmp_path / f"study-{name}") for name in names]
+    for cache, study in zip(caches, studies, strict=True):
+        few_pairs(FewPairsConfig(cache=(cache,), out=study, photos=(48, 96), fusions=("linear",), quick=True))
+    given = ["few_pairs.py", *studies, "--work", str(tmp_path / "work"), "--install", "--align-photos", "40"]
+    monkeypatch.setattr(sys, "argv", given)
     pipeline.main()
     found = json.loads(table.read_text())["cases"]
     assert [one["name"] for one in found] == [f"{name}, {photos} photos" for name in names for photos in (48, 96)]
