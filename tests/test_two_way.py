@@ -35,8 +35,8 @@ def test_inner_product_is_the_mean_of_both_cosines(summary_size: int, text_size:
     way.weight.fill_(0.3)
     summaries, texts, photo_own, text_own = draw(7, summary_size), draw(8, text_size), draw(7, 4), draw(8, 4)
     photo_own, text_own = unit_rows(photo_own), unit_rows(text_own)
-    photos = way.with_photos(torch.from_numpy(photo_own), torch.from_numpy(summaries)).numpy()
-    queries = way.with_texts(torch.from_numpy(text_own), torch.from_numpy(texts)).numpy()
+    photos = way.beside(torch.from_numpy(photo_own), way.of_photos(torch.from_numpy(summaries))).numpy()
+    queries = way.beside(torch.from_numpy(text_own), way.of_texts(torch.from_numpy(texts))).numpy()
     other = unit_rows(unit_rows(summaries) - centre) @ unit_rows(unit_rows(texts) @ matrix.T + offset).T
     np.testing.assert_allclose(photos @ queries.T, 0.7 * photo_own @ text_own.T + 0.3 * other, atol=1e-5)
     for vectors in (photos, queries):

@@ -62,21 +62,23 @@ class OtherWay(nn.Module):
             getattr(made, name).copy_(torch.from_numpy(values))
         return made
 
-    def with_photos(self, vectors: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
-        """Unit vectors [n, width], and beside them what is made of the same photos' summaries, [n, s]."""
+    def of_photos(self, summaries: torch.Tensor) -> torch.Tensor:
+        """What photos have beside their vectors, of their summaries [n, s]."""
         photos = functional.normalize(functional.normalize(summaries.float(), dim=-1) - self.centre, dim=-1)
         inside = photos @ self.basis
         rest = (1 - inside.square().sum(dim=-1, keepdim=True)).clamp(min=0).sqrt()
-        return self._beside(vectors, torch.cat([inside, rest], dim=-1))
+        return torch.cat([inside, rest], dim=-1)
 
-    def with_texts(self, vectors: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-        """Unit vectors [m, width], and beside them what is made of the same texts' own vectors, [m, k]."""
+    def of_texts(self, texts: torch.Tensor) -> torch.Tensor:
+        """What texts have beside their vectors, of the text encoder's own, [m, k]."""
         unit = functional.normalize(texts.float(), dim=-1)
         mapped = functional.normalize(unit @ self.text_map.T + self.text_offset, dim=-1)
-        return self._beside(vectors, functional.pad(mapped, (0, 1)))
+        return functional.pad(mapped, (0, 1))
 
-    def _beside(self, vectors: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        return torch.cat([(1 - self.weight).sqrt() * vectors, self.weight.sqrt() * others], dim=-1)
+    def beside(self, vectors: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """Unit vectors [n, width], and others of the same photos or texts beside them."""
+        weight = self.weight.to(vectors.device)
+        return torch.cat([(1 - weight).sqrt() * vectors, weight.sqrt() * others], dim=-1)
 
 
 class TwoWayFusion(FusionAlignModule):
@@ -95,11 +97,11 @@ class TwoWayFusion(FusionAlignModule):
         if self.other_way is None:
             return fused
         summaries = gathered(self.summaries(states, mask), pairing.gallery)
-        return fused._replace(vectors=self.other_way.with_photos(fused.vectors, summaries))
+        return fused._replace(vectors=self.other_way.beside(fused.vectors, self.other_way.of_photos(summaries)))
 
     def encode_queries(self, vectors: torch.Tensor) -> torch.Tensor:
         own = super().encode_queries(vectors)
-        return own if self.other_way is None else self.other_way.with_texts(own, vectors)
+        return own if self.other_way is None else self.other_way.beside(own, self.other_way.of_texts(vectors))
 
     @property
     def num_fitted(self) -> int:

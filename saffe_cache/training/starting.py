@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
-from typing import TYPE_CHECKING
+from copy import deepcopy
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from saffe_cache.inputs.bank import draw_bank
 from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, in_blocks
 from saffe_cache.inputs.pairs import Pairs, mean_text_rows
 from saffe_cache.protocols.setting import Queries
-from saffe_cache.retrieval.baselines import LinearMap, Rows, fit_ridge, unit_rows
+from saffe_cache.retrieval.baselines import LinearMap, Rows, fit_ridge, ridge_fits, unit_rows
 from saffe_cache.retrieval.correction import Bank, SearchCorrection
 from saffe_cache.retrieval.scores import Biases
 
@@ -32,6 +33,28 @@ _TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
 """Candidates for the starting weight of the paired text's vector, relative to the photo's."""
 
 
+class _Fit(NamedTuple):
+    """A ridge regression from texts to photos."""
+
+    number: int
+    """Of its strength."""
+    centred: bool
+    """Whether the mean of the photos is taken off both sides."""
+
+
+class _Vectors(NamedTuple):
+    """Vectors of the validation photos, of the texts that search them, and of the bank of a correction, on the CPU."""
+
+    gallery: torch.Tensor
+    queries: torch.Tensor
+    bank: torch.Tensor
+    """Without rows where nothing is corrected."""
+
+    @property
+    def searched(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.gallery.numpy(), self.queries.numpy()
+
+
 class LateStart:
     """Starts models as late fusion: a ridge regression and a weight of the text, both chosen by validation."""
 
@@ -40,6 +63,7 @@ class LateStart:
         self._inputs, self._search, self._validation = inputs, search, search.setting.pairs
         self._pairs = training.described()
         self._ridges: dict[bool, tuple[LinearMap, np.ndarray]] = {}
+        self._ways: dict[_Fit, OtherWay] = {}
 
     def set(self, model: Fusion, linear: nn.Linear) -> None:
         """Set the ridge regression of the photo, and the weight of the paired text, if any.
@@ -96,49 +120,88 @@ class LateStart:
         the validation score.
 
         Where searches may be corrected, the best has the highest mean of the scores with and without correction: what
-        corrects hubs is of less use where the other way has few.
+        corrects hubs is of less use where the other way has few. The regressions serve all models, and what a model
+        makes of photos and texts serves all regressions.
         """
         model.other_way = None
-        alone = encode_gallery(model, self._inputs, self._validation.rows)
-        summaries = [computed_rows(pairs.rows, self._inputs.summaries) for pairs in (self._pairs, self._validation)]
-        training, validation = Rows(len(summaries[0]), lambda rows: unit_rows(summaries[0][rows])), summaries[1].whole
-        mean_text = self._text_means.whole.mean(axis=0)
+        alone = self._own_vectors(model)
+        others = lru_cache(1)(self._other_vectors)
 
-        def gallery_of(way: OtherWay | None, weight: float) -> np.ndarray:
-            model.other_way = way
-            if way is None:
-                return alone
-            way.weight.fill_(weight)
-            both = way.with_photos(*(torch.from_numpy(one).to(self._inputs.device) for one in (alone, validation)))
-            return both.cpu().numpy()
-
-        def score(way: OtherWay | None, weight: float) -> float:
-            gallery = gallery_of(way, weight)
-            measured = (self._search.validate_gallery(gallery, model) + self._corrected(gallery, model)) / 2
+        @lru_cache(None)
+        def scores(fit: _Fit | None, weight: float) -> tuple[float, float]:
+            """Without correction, and the mean with and without."""
+            vectors = alone
+            if fit is not None:
+                way = self._way(fit)
+                way.weight.fill_(weight)
+                vectors = _Vectors(*map(way.beside, alone, others(fit)))
+            plain = self._search.validation_score(*vectors.searched)
+            measured = plain, (plain + self._corrected(vectors, plain)) / 2
             return ranks.agreed(lambda: measured)
 
-        def way_of(fit: LinearMap, *, centred: bool) -> OtherWay:
-            centre = fit(mean_text) if centred else np.zeros_like(fit.bias)
-            return OtherWay.of(fit.weight, fit.bias - centre, centre).to(self._inputs.device)
+        best = max((_Fit(number, False) for number in range(len(self._fits))), key=lambda one: scores(one, 1.0)[1])
+        best = max((best, best._replace(centred=True)), key=lambda one: scores(one, 1.0)[1])
+        weights = {weight: scores(best if weight else None, weight) for weight in _OTHER_WEIGHTS}
+        chosen = max(weights, key=lambda one: weights[one][1])
+        if chosen:
+            model.other_way = deepcopy(self._way(best))
+            model.other_way.weight.fill_(chosen)
+        return weights[chosen][0]
 
-        best = fit_ridge(self._text_means, training, lambda fit: score(way_of(fit, centred=False), 1.0))
-        ways = [way_of(best, centred=centred) for centred in (False, True)]
-        way = max(ways, key=lambda one: score(one, 1.0))
-        weights = {weight: score(way if weight else None, weight) for weight in _OTHER_WEIGHTS}
-        chosen = max(weights, key=weights.__getitem__)
-        return self._search.validate_gallery(gallery_of(way if chosen else None, chosen), model)
+    def _own_vectors(self, model: Fusion) -> _Vectors:
+        """What a model makes of the validation photos, their queries and the bank."""
+        setting, inputs = self._search.setting, self._inputs
+        queries = setting.queries(model, self._search.queries)
+        of_bank = None if self._bank is None else Queries.of_texts(inputs, self._bank.texts)
+        bank = queries[:0] if of_bank is None else setting.queries(model, of_bank)
+        vectors = encode_gallery(model, inputs, self._validation.rows), queries, bank
+        return _Vectors(*map(torch.from_numpy, vectors))
 
-    def _corrected(self, gallery: np.ndarray, model: Fusion) -> float:
-        """The main metric with search correction, or without it where there is none; 0 if a training text is mapped to
+    def _other_vectors(self, fit: _Fit) -> _Vectors:
+        """What stands beside them."""
+        way, device = self._way(fit), self._inputs.device
+
+        def of_texts(own: np.ndarray) -> torch.Tensor:
+            blocks = in_blocks(lambda rows: way.of_texts(torch.from_numpy(own[rows]).to(device)), len(own), 1024)
+            return torch.from_numpy(blocks)
+
+        queries = of_texts(self._search.queries.vectors)
+        bank = queries[:0] if self._bank is None else of_texts(self._inputs.text.vectors(self._bank.texts))
+        return _Vectors(way.of_photos(torch.from_numpy(self._validation_photos).to(device)).cpu(), queries, bank)
+
+    def _way(self, fit: _Fit) -> OtherWay:
+        """One for all models, which take a copy."""
+        if fit not in self._ways:
+            one = self._fits[fit.number]
+            centre = one(self._mean_text) if fit.centred else np.zeros_like(one.bias)
+            self._ways[fit] = OtherWay.of(one.weight, one.bias - centre, centre).to(self._inputs.device)
+        return self._ways[fit]
+
+    @cached_property
+    def _fits(self) -> tuple[LinearMap, ...]:
+        """The ridge regressions from texts to photos' summaries."""
+        photos = computed_rows(self._pairs.rows, self._inputs.summaries)
+        return tuple(ridge_fits(self._text_means, Rows(len(photos), lambda rows: unit_rows(photos[rows]))))
+
+    @cached_property
+    def _validation_photos(self) -> np.ndarray:
+        """Summaries of the validation photos."""
+        return computed_rows(self._validation.rows, self._inputs.summaries).whole
+
+    @cached_property
+    def _mean_text(self) -> np.ndarray:
+        return np.asarray(self._text_means.whole.mean(axis=0))
+
+    def _corrected(self, vectors: _Vectors, plain: float) -> float:
+        """The main metric with search correction, or `plain` where there is none; 0 if a training text is mapped to
         nothing, as where all are equal."""
         if self._bank is None:
-            return self._search.validate_gallery(gallery, model)
-        setting = self._search.setting
-        bank = setting.queries(model, Queries.of_texts(self._inputs, self._bank.texts))
+            return plain
+        bank = vectors.bank.numpy()
         if np.linalg.norm(bank, axis=1).min() < 0.999:
             return 0.0
-        biases = Biases(self._bank.correction.biases(gallery, bank))
-        return self._search.validation_score(gallery, setting.queries(model, self._search.queries), biases)
+        gallery, queries = vectors.searched
+        return self._search.validation_score(gallery, queries, Biases(self._bank.correction.biases(gallery, bank)))
 
     @cached_property
     def _bank(self) -> Bank | None:
