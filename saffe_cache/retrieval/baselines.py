@@ -221,14 +221,7 @@ def fit_ridge(
     judge: Callable[[LinearMap], float],
     strengths: Sequence[float] = RIDGE_STRENGTHS,
 ) -> LinearMap:
-    """A ridge regression with intercept from features [n, in] to targets [n, out]; `judge` picks lambda."""
-    return max(ridge_fits(features, targets, strengths), key=judge)
-
-
-def ridge_fits(
-    features: np.ndarray | Rows, targets: np.ndarray | Rows, strengths: Sequence[float] = RIDGE_STRENGTHS
-) -> Iterator[LinearMap]:
-    """The ridge regressions of some lambdas, with intercept, from features [n, in] to targets [n, out].
+    """A ridge regression with intercept from features [n, in] to targets [n, out]; `judge` picks lambda.
 
     Both are read once, some rows at a time: X'X and X'Y are summed around the means of the first rows, and then moved
     to the means of all.
@@ -251,7 +244,7 @@ def ridge_fits(
         starts = [start + total / count for start, total in zip(starts, sums, strict=True)]
     spectrum = _Spectrum.of(count, starts[0], own)
     projected = spectrum.vectors.T @ shared
-    yield from (spectrum.map(projected, starts[1], strength) for strength in strengths)
+    return max((spectrum.map(projected, starts[1], strength) for strength in strengths), key=judge)
 
 
 def fit_linear_probe(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from saffe_cache.inputs.bank import draw_bank
 from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, in_blocks
 from saffe_cache.inputs.pairs import Pairs, mean_text_rows
 from saffe_cache.protocols.setting import Queries
-from saffe_cache.retrieval.baselines import LinearMap, Rows, fit_ridge, ridge_fits, unit_rows
+from saffe_cache.retrieval.baselines import LinearMap, Rows, fit_ridge, unit_rows
 from saffe_cache.retrieval.correction import Bank, SearchCorrection
 from saffe_cache.retrieval.scores import Biases
 
@@ -31,15 +31,6 @@ _OTHER_CORRECTION = SearchCorrection(kind="nnn", k=10, strength=0.5, temperature
 """The weight suits searches with this correction as well as those without."""
 _TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
 """Candidates for the starting weight of the paired text's vector, relative to the photo's."""
-
-
-class _Fit(NamedTuple):
-    """A ridge regression from texts to photos."""
-
-    number: int
-    """Of its strength."""
-    centred: bool
-    """Whether the mean of the photos is taken off both sides."""
 
 
 class _Vectors(NamedTuple):
@@ -63,7 +54,6 @@ class LateStart:
         self._inputs, self._search, self._validation = inputs, search, search.setting.pairs
         self._pairs = training.described()
         self._ridges: dict[bool, tuple[LinearMap, np.ndarray]] = {}
-        self._ways: dict[_Fit, OtherWay] = {}
 
     def set(self, model: Fusion, linear: nn.Linear) -> None:
         """Set the ridge regression of the photo, and the weight of the paired text, if any.
@@ -120,33 +110,44 @@ class LateStart:
         the validation score.
 
         Where searches may be corrected, the best has the highest mean of the scores with and without correction: what
-        corrects hubs is of less use where the other way has few. The regressions serve all models, and what a model
-        makes of photos and texts serves all regressions.
+        corrects hubs is of less use where the other way has few.
         """
         model.other_way = None
-        alone = self._own_vectors(model)
-        others = lru_cache(1)(self._other_vectors)
-
-        @lru_cache(None)
-        def scores(fit: _Fit | None, weight: float) -> tuple[float, float]:
-            """Without correction, and the mean with and without."""
-            vectors = alone
-            if fit is not None:
-                way = self._way(fit)
-                way.weight.fill_(weight)
-                vectors = _Vectors(*map(way.beside, alone, others(fit)))
-            plain = self._search.validation_score(*vectors.searched)
-            measured = plain, (plain + self._corrected(vectors, plain)) / 2
-            return ranks.agreed(lambda: measured)
-
-        best = max((_Fit(number, False) for number in range(len(self._fits))), key=lambda one: scores(one, 1.0)[1])
-        best = max((best, best._replace(centred=True)), key=lambda one: scores(one, 1.0)[1])
-        weights = {weight: scores(best if weight else None, weight) for weight in _OTHER_WEIGHTS}
-        chosen = max(weights, key=lambda one: weights[one][1])
+        alone, (way, others) = self._own_vectors(model), self._other_way
+        scores = {}
+        for weight in _OTHER_WEIGHTS:
+            way.weight.fill_(weight)
+            scores[weight] = self._scores(_Vectors(*map(way.beside, alone, others)) if weight else alone)
+        chosen = max(scores, key=lambda one: scores[one][1])
         if chosen:
-            model.other_way = deepcopy(self._way(best))
+            model.other_way = deepcopy(way)
             model.other_way.weight.fill_(chosen)
-        return weights[chosen][0]
+        return scores[chosen][0]
+
+    @cached_property
+    def _other_way(self) -> tuple[OtherWay, _Vectors]:
+        """The regression from texts to photos that searches best alone, of which each model takes a copy, and what it
+        makes of the validation photos and the texts: the same for all models."""
+        photos = computed_rows(self._pairs.rows, self._inputs.summaries)
+        training = Rows(len(photos), lambda rows: unit_rows(photos[rows]))
+        mean_text = self._text_means.whole.mean(axis=0)
+
+        def way_of(fit: LinearMap, *, centred: bool) -> OtherWay:
+            centre = fit(mean_text) if centred else np.zeros_like(fit.bias)
+            return OtherWay.of(fit.weight, fit.bias - centre, centre).to(self._inputs.device)
+
+        def score(way: OtherWay) -> float:
+            return self._scores(self._other_vectors(way))[1]
+
+        best = fit_ridge(self._text_means, training, lambda fit: score(way_of(fit, centred=False)))
+        way = max((way_of(best, centred=centred) for centred in (False, True)), key=score)
+        return way, self._other_vectors(way)
+
+    def _scores(self, vectors: _Vectors) -> tuple[float, float]:
+        """The validation score without search correction, and the mean with and without."""
+        plain = self._search.validation_score(*vectors.searched)
+        measured = plain, (plain + self._corrected(vectors, plain)) / 2
+        return ranks.agreed(lambda: measured)
 
     def _own_vectors(self, model: Fusion) -> _Vectors:
         """What a model makes of the validation photos, their queries and the bank."""
@@ -157,9 +158,9 @@ class LateStart:
         vectors = encode_gallery(model, inputs, self._validation.rows), queries, bank
         return _Vectors(*map(torch.from_numpy, vectors))
 
-    def _other_vectors(self, fit: _Fit) -> _Vectors:
+    def _other_vectors(self, way: OtherWay) -> _Vectors:
         """What stands beside them."""
-        way, device = self._way(fit), self._inputs.device
+        device = self._inputs.device
 
         def of_texts(own: np.ndarray) -> torch.Tensor:
             blocks = in_blocks(lambda rows: way.of_texts(torch.from_numpy(own[rows]).to(device)), len(own), 1024)
@@ -169,28 +170,10 @@ class LateStart:
         bank = queries[:0] if self._bank is None else of_texts(self._inputs.text.vectors(self._bank.texts))
         return _Vectors(way.of_photos(torch.from_numpy(self._validation_photos).to(device)).cpu(), queries, bank)
 
-    def _way(self, fit: _Fit) -> OtherWay:
-        """One for all models, which take a copy."""
-        if fit not in self._ways:
-            one = self._fits[fit.number]
-            centre = one(self._mean_text) if fit.centred else np.zeros_like(one.bias)
-            self._ways[fit] = OtherWay.of(one.weight, one.bias - centre, centre).to(self._inputs.device)
-        return self._ways[fit]
-
-    @cached_property
-    def _fits(self) -> tuple[LinearMap, ...]:
-        """The ridge regressions from texts to photos' summaries."""
-        photos = computed_rows(self._pairs.rows, self._inputs.summaries)
-        return tuple(ridge_fits(self._text_means, Rows(len(photos), lambda rows: unit_rows(photos[rows]))))
-
     @cached_property
     def _validation_photos(self) -> np.ndarray:
         """Summaries of the validation photos."""
         return computed_rows(self._validation.rows, self._inputs.summaries).whole
-
-    @cached_property
-    def _mean_text(self) -> np.ndarray:
-        return np.asarray(self._text_means.whole.mean(axis=0))
 
     def _corrected(self, vectors: _Vectors, plain: float) -> float:
         """The main metric with search correction, or `plain` where there is none; 0 if a training text is mapped to
