@@ -80,6 +80,8 @@ class MemoryStorage(Storage):
             raise CacheError(f"{name} is missing")
         return self.files[name]
 
+    read_buffer = read
+
     def write(self, name: str, *parts: bytes | memoryview) -> None:
         self.local_path(name)
         self.files[name] = b"".join(parts)

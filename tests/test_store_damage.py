@@ -23,6 +23,7 @@ from store_cases import (
     write_contents,
 )
 
+from saffe_cache.core.atomic_io import Buffer
 from saffe_cache.core.features import CacheError
 from saffe_cache.store.layout import ShardEntry, decode_shard, describe_shard, encode_shard, encoder_group, shard_name
 from saffe_cache.store.manifest import read_encoder, write_encoder
@@ -192,14 +193,14 @@ def test_metadata_for_other_programs_is_verified(cache: Path, change: dict[str, 
 
 
 def test_unreadable_files_are_reported_as_problems(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Storage.read
+    real = Storage.read_buffer
 
-    def read(self: Storage, name: str) -> bytes:
+    def read(self: Storage, name: str) -> Buffer:
         if name.endswith("pooled/c/0/0"):
             raise OSError(5, "Input/output error", name)
         return real(self, name)
 
-    monkeypatch.setattr(Storage, "read", read)
+    monkeypatch.setattr(Storage, "read_buffer", read)
     assert [problem.startswith("[Errno 5]") for problem in verify(cache)[1]] == [True, True]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from store_cases import image_contents, shard_files, without_fsync, write_contents
 
+from saffe_cache.core.atomic_io import Buffer
 from saffe_cache.core.features import CacheError, Compression
 from saffe_cache.store import rows
 from saffe_cache.store.arrays import ArrayFiles
@@ -36,10 +37,9 @@ class CountingStorage(Storage):
         super().__init__(root)
         self.fetched: list[int] = []
 
-    def read(self, name: str) -> bytes:
-        if "/c/" in name:
-            self.fetched.append(int(name.split("/c/")[1].split("/")[0]))
-        return super().read(name)
+    def read_buffer(self, name: str) -> Buffer:
+        self.fetched.append(int(name.split("/c/")[1].split("/")[0]))
+        return super().read_buffer(name)
 
 
 def open_shards(root: Path, compression: Compression = "zstd") -> tuple[CountingStorage, OpenShards]:

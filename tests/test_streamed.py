@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from store_cases import convert
 from synthetic_cache import WIDTH, make_cache
 
+from saffe_cache.core.atomic_io import Buffer
 from saffe_cache.core.outputs import read_json
 from saffe_cache.inputs import feature_loader
 from saffe_cache.inputs.feature_loader import FeatureLoader, choose_residency
@@ -95,13 +96,13 @@ def test_an_epoch_fetches_each_shard_once(caches: dict[str, str], tmp_path: Path
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each shard was read."""
     counts: Counter[str] = Counter()
-    read: Callable[[Storage, str], bytes] = Storage.read
+    read: Callable[[Storage, str], Buffer] = Storage.read_buffer
 
-    def counted(storage: Storage, name: str) -> bytes:
-        counts[name] += "/c/" in name
+    def counted(storage: Storage, name: str) -> Buffer:
+        counts[name] += 1
         return read(storage, name)
 
-    monkeypatch.setattr(Storage, "read", counted)
+    monkeypatch.setattr(Storage, "read_buffer", counted)
     return counts
 
 

@@ -69,7 +69,7 @@ class ArrayFiles:
         Raises CacheError if the file is missing, truncated or damaged.
         """
         name = self.shard(index)
-        return decode_shard(self.spec, entry, self.storage.read(name), f"{self.storage.root}: {name}")
+        return decode_shard(self.spec, entry, self.storage.read_buffer(name), f"{self.storage.root}: {name}")
 
     def write(self, index: int, *portions: np.ndarray) -> None:
         """Write a shard of the rows of these portions; the manifest is not changed."""

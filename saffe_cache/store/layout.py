@@ -22,6 +22,7 @@ import google_crc32c
 import numpy as np
 from numcodecs.blosc import BITSHUFFLE, NOSHUFFLE, Blosc
 
+from saffe_cache.core.atomic_io import Buffer
 from saffe_cache.core.features import REPAIR_ADVICE, CacheError, Compression, StorageType
 from saffe_cache.core.json_schema import made_of
 from saffe_cache.store.checksums import bytes_of, crc32c
@@ -159,7 +160,7 @@ def describe_shard(spec: ArraySpec, *portions: np.ndarray) -> ShardEntry:
     return ShardEntry(rows=sum(map(len, portions)), crc32c=crc32c(portions), **asdict(moments))
 
 
-def decode_shard(spec: ArraySpec, entry: ShardEntry, data: bytes, where: str) -> np.ndarray:
+def decode_shard(spec: ArraySpec, entry: ShardEntry, data: Buffer, where: str) -> np.ndarray:
     """The rows of a shard's file that the manifest counts, [rows, *stored_shape], compared with their checksum.
 
     Raises CacheError if the file is truncated or damaged, or its chunk index, which other readers need. A longer file
@@ -180,7 +181,7 @@ def decode_shard(spec: ArraySpec, entry: ShardEntry, data: bytes, where: str) ->
     return rows
 
 
-def check_rows(entry: ShardEntry, portions: Iterable[np.ndarray], where: str) -> None:
+def check_rows(entry: ShardEntry, portions: Iterable[np.ndarray | bytes], where: str) -> None:
     """Compare a shard's rows, in any portions, with their checksum. Raises CacheError if a byte differs."""
     if crc32c(portions) != entry.crc32c:
         raise CacheError(f"{where}: its rows differ from the manifest's checksum. {REPAIR_ADVICE}")
@@ -194,12 +195,12 @@ def rows_without_index(spec: ArraySpec, entry: ShardEntry, data: bytes) -> np.nd
     return rows if crc32c([rows]) == entry.crc32c else None
 
 
-def _plain_rows(spec: ArraySpec, entry: ShardEntry, data: bytes) -> np.ndarray:
+def _plain_rows(spec: ArraySpec, entry: ShardEntry, data: Buffer) -> np.ndarray:
     stored = np.frombuffer(data, spec.numpy_dtype, count=entry.rows * math.prod(spec.stored_shape))
     return stored.reshape(entry.rows, *spec.stored_shape)
 
 
-def _chunk_lengths(spec: ArraySpec, data: bytes) -> list[int] | None:
+def _chunk_lengths(spec: ArraySpec, data: Buffer) -> list[int] | None:
     """Lengths of the chunks in a shard's index; None if it is not an index that we write."""
     index = data[-spec.index_bytes :]
     if len(index) < spec.index_bytes:
@@ -210,14 +211,14 @@ def _chunk_lengths(spec: ArraySpec, data: bytes) -> list[int] | None:
     return lengths if is_ours and (spec.compression != "none" or set(lengths) <= {spec.chunk_bytes}) else None
 
 
-def _decompressed(spec: ArraySpec, data: bytes, lengths: Sequence[int], where: str) -> np.ndarray:
+def _decompressed(spec: ArraySpec, data: Buffer, lengths: Sequence[int], where: str) -> np.ndarray:
     """The rows of the first chunks, padding included."""
     try:
         rows = np.empty((len(lengths) * spec.chunk_rows, *spec.stored_shape), spec.numpy_dtype)
     except (MemoryError, ValueError):
         size = len(lengths) * spec.chunk_bytes
         raise CacheError(f"{where}: not enough memory for its {size} decompressed bytes. {REPAIR_ADVICE}") from None
-    start = 0
+    start, data = 0, memoryview(data)  # slices of bytes would be copies
     for number, (length, chunk) in enumerate(zip(lengths, np.split(rows, len(lengths)), strict=True)):
         try:
             decompress(data[start : start + length], chunk)
@@ -233,7 +234,7 @@ def compress(chunk: np.ndarray) -> bytes:
     return bytes(Blosc("zstd", clevel=COMPRESSION_LEVEL, shuffle=shuffle).encode(chunk.reshape(-1)))
 
 
-def decompress(data: bytes, into: np.ndarray) -> None:
+def decompress(data: Buffer, into: np.ndarray) -> None:
     """Decompress into an array. Raises ValueError if the data are damaged, or have another size."""
     decompressed, _, compressed = _SIZES.unpack_from(data) if len(data) >= _SIZES.size else (0, 0, 0)
     if (decompressed, compressed) != (into.nbytes, len(data)):

@@ -80,7 +80,10 @@ class ObjectFiles:
 
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError if there is none."""
-        return self._asked(name, lambda: bytes(obstore.get(self._store, name).bytes()))
+        return bytes(self.read_buffer(name))
+
+    def read_buffer(self, name: str) -> memoryview:
+        return self._asked(name, lambda: memoryview(obstore.get(self._store, name).bytes()))
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
         return self.read_version(name, start, stop, None)[0]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from saffe_cache.core.atomic_io import Buffer
 from saffe_cache.core.features import CacheError
 from saffe_cache.store.layout import ShardEntry, decode_shard
 from saffe_cache.store.objects import ReplacedError, number_from_environment
@@ -129,7 +130,7 @@ class LocalCopies:
     def load(self, files: ArrayFiles, index: int, entry: ShardEntry) -> np.ndarray:
         """The rows of a shard from its URL, checked; a copy is kept if there is room."""
         name = files.shard(index)
-        data = files.storage.read(name)
+        data = files.storage.read_buffer(name)
         rows = decode_shard(files.spec, entry, data, f"{files.storage.root}: {name}")
         try:
             self._keep(self._path(files, index, entry), data)
@@ -137,7 +138,7 @@ class LocalCopies:
             logger.warning("%s: no copy of a shard could be kept (%s).", self._folder, error)
         return rows
 
-    def _keep(self, path: Path, data: bytes) -> None:
+    def _keep(self, path: Path, data: Buffer) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{uuid.uuid4().hex}.partial")
         try:

@@ -302,7 +302,7 @@ def _loaders() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(4, os.cpu_count() or 1), "shard-loader")
 
 
-def _blocks(file: IO[bytes], num_bytes: int) -> Iterator[np.ndarray]:
+def _blocks(file: IO[bytes], num_bytes: int) -> Iterator[bytes]:
     """The first bytes of a file, read sequentially: mapped bytes would count as memory of this process."""
     for start in range(0, num_bytes, _BLOCK_BYTES):
-        yield np.frombuffer(file.read(min(_BLOCK_BYTES, num_bytes - start)), np.uint8)
+        yield file.read(min(_BLOCK_BYTES, num_bytes - start))

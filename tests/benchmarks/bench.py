@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # data/, for sections that d
 
 SECTIONS = (
     "reading",
+    "readers",
     "streaming",
     "writing",
     "objects",

@@ -12,15 +12,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from streaming import windows
+from streaming import shard_by_shard, windows
 from timing import Candidate, Figure, not_installed, take_turns
 from writing import LAYER, array_spec, draw_states, write_array
 
+from saffe_cache.store.layout import encoder_group
 from saffe_cache.store.manifest import EncoderManifest
 from saffe_cache.store.reader import EncoderCache
 from saffe_cache.store.storage import Storage
@@ -36,14 +39,20 @@ NAMES = (
     "S3: random rows, over as many requests by the bare client",
     "S3: random rows in pieces, over those by whole shards",
 )
+OTHERS = {"zarr-python on obstore": "obstore", "tensorstore": "tensorstore"}
+"""Other readers of the same objects, and the package that each needs."""
 NOTE = f"{NUM_SHARDS} shards of {SHARD_MB} MiB, plain float16; moto behind a proxy that waits {1e3 * LATENCY:.0f} ms"
 
 
 def measure(work: Path) -> list[Figure]:
     if not (find_spec("obstore") and find_spec("moto")):
-        return [not_installed(name) for name in NAMES]
+        return [not_installed(name) for name in (*NAMES, *map(_streamed_over, OTHERS))]
     with _server():
         return _measured(work)
+
+
+def _streamed_over(name: str) -> str:
+    return f"S3: rate of a streamed epoch, over {name}'s"
 
 
 def _measured(work: Path) -> list[Figure]:
@@ -63,7 +72,13 @@ def _measured(work: Path) -> list[Figure]:
     manifest = write_array(near, spec, states)
     write_array(far, spec, states)
     written = take_turns({"local": writing(str(work)), "s3": writing(f"s3://{BUCKET}")}, 2)
-    streamed = take_turns({"local": windows(near, manifest, states), "s3": windows(far, manifest, states)}, 2)
+    others = {
+        name: shard_by_shard(partial(open_elsewhere, name, far, manifest), spec.shard_rows, states)
+        for name, package in OTHERS.items()
+        if find_spec(package)
+    }
+    epochs = {"local": windows(near, manifest, states), "s3": windows(far, manifest, states), **others}
+    streamed = take_turns(epochs, 3)
     scattered = take_turns(
         {
             "ours": rows_by_us(far, manifest, states),
@@ -76,6 +91,12 @@ def _measured(work: Path) -> list[Figure]:
     return [
         written.ratio("s3", "local", NAMES[0], note=NOTE),
         streamed.ratio("s3", "local", NAMES[1], note=NOTE),
+        *(
+            streamed.ratio("s3", name, _streamed_over(name), note=NOTE)
+            if name in others
+            else not_installed(_streamed_over(name))
+            for name in OTHERS
+        ),
         scattered.ratio("ours", "client", NAMES[2], note=f"{rows_note}, {REQUESTS} threads with obstore.get_range"),
         scattered.ratio("ours", "whole", NAMES[3], note=rows_note),
     ]
@@ -120,6 +141,22 @@ def rows_by_client(storage: Storage, manifest: EncoderManifest) -> Candidate:
         return len(found)
 
     return turn
+
+
+def open_elsewhere(name: str, storage: Storage, manifest: EncoderManifest) -> Any:
+    """The array by another reader; slices of it are read when they become an array of numpy's."""
+    folder = f"{encoder_group(manifest.key)}/{LAYER}"
+    if name == "tensorstore":
+        import tensorstore
+
+        place = {"endpoint": os.environ["AWS_ENDPOINT_URL"], "aws_region": os.environ["AWS_REGION"]}
+        files = {"driver": "s3", "bucket": BUCKET, "path": f"{storage.root.split(BUCKET)[1][1:]}/{folder}/", **place}
+        return tensorstore.open({"driver": "zarr3", "kvstore": files}, read=True).result()
+    import zarr
+    from obstore.store import S3Store
+
+    store = S3Store.from_url(f"{storage.root}/{folder}", client_options={"allow_http": True})
+    return zarr.open_array(zarr.storage.ObjectStore(store, read_only=True), mode="r")
 
 
 def rows_by_shards(storage: Storage, manifest: EncoderManifest, states: np.ndarray) -> Candidate:

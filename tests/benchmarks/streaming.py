@@ -7,8 +7,9 @@ A far storage is a local one that takes a while to answer, as an object store do
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import zarr
 from timing import Candidate, Figure, not_installed, take_turns
 from writing import LAYER, array_spec, draw_states, write_array
 
+from saffe_cache.core.atomic_io import Buffer
 from saffe_cache.store.layout import ArraySpec, encoder_group
 from saffe_cache.store.manifest import EncoderManifest
 from saffe_cache.store.reader import EncoderCache
@@ -34,19 +36,23 @@ FAR_NOTE = f"the same, {1000 * LATENCY:.0f} ms until a shard comes; a window of 
 class FarStorage(Storage):
     """Takes a while to answer."""
 
-    def read(self, name: str) -> bytes:
-        if "/c/" in name:
-            time.sleep(LATENCY)
-        return super().read(name)
+    def read_buffer(self, name: str) -> Buffer:
+        time.sleep(LATENCY)
+        return super().read_buffer(name)
 
 
 def measure(work: Path) -> list[Figure]:
     spec = compressed_spec()
     states = np.resize(draw_states(256).astype(np.float16), (NUM_SHARDS * spec.shard_rows, *spec.row_shape))
     manifest = write_array(Storage(work), spec, states)
-    near = {"ours": windows(Storage(work), manifest, states), "zarr-python": shard_by_shard(work, manifest, states)}
+    path = work / encoder_group(manifest.key) / LAYER
+    opened = partial(zarr.open_array, path, mode="r")
+    near = {
+        "ours": windows(Storage(work), manifest, states),
+        "zarr-python": shard_by_shard(opened, spec.shard_rows, states),
+    }
     if pipeline := zarrs_pipeline():
-        near["zarrs"] = shard_by_shard(work, manifest, states, pipeline)
+        near["zarrs"] = shard_by_shard(opened, spec.shard_rows, states, pipeline)
     far = {
         "held": windows(FarStorage(work), manifest, states),
         "not held": windows(FarStorage(work), manifest, states, holds=False),
@@ -91,16 +97,14 @@ def _batches(array: RowReader, count: int, holds: bool) -> Iterator[np.ndarray]:
         yield np.sort(order.pairs[start : start + BATCH])
 
 
-def shard_by_shard(work: Path, manifest: EncoderManifest, states: np.ndarray, pipeline: str | None = None) -> Candidate:
-    """zarr-python, in slices of a shard."""
-    rows = manifest.arrays[LAYER].spec.shard_rows
-    path = work / encoder_group(manifest.key) / LAYER
+def shard_by_shard(opened: Callable[[], Any], rows: int, states: np.ndarray, pipeline: str | None = None) -> Candidate:
+    """Another library's array, in slices of a shard's rows."""
 
     def turn() -> int:
         with zarr.config.set({"codec_pipeline.path": pipeline} if pipeline else {}):
-            array: Any = zarr.open_array(path, mode="r")
-            starts = range(0, len(states), rows)
-            return sum(_checked(slice(start, start + rows), array[start : start + rows], states) for start in starts)
+            array = opened()
+            parts = [slice(start, start + rows) for start in range(0, len(states), rows)]
+            return sum(_checked(part, np.asarray(array[part]), states) for part in parts)
 
     return turn
 
