@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).parent / "benchmarks"))
 
 import average_precision
 import bench
+import decoding
 import reading
 import writing
 from timing import Figure, Rounds, not_installed, take_turns
@@ -178,3 +179,14 @@ def test_libraries_agree_on_rankings_with_negative_scores() -> None:
 def test_a_library_that_is_missing_has_no_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(average_precision, "_import", lambda name: None)
     assert [make(None) for make, _, _ in average_precision.JUDGES.values()] == [None] * 4
+
+
+def test_decoding_is_compared_with_plain_pil(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "PHOTOS", {"tiny": ((80, 60), 1, 3.0)})
+    monkeypatch.setattr(decoding, "EDGE", 16)
+    monkeypatch.setattr(decoding, "ROUNDS", 1)
+    monkeypatch.setattr(decoding, "measure_workers", lambda *_: iter(()))
+    found = {figure.name: figure for figure in decoding.measure_size("tiny")}
+    assert found["tiny: ours / plain PIL"].at_least == 3.0
+    assert any("OpenCV" in name for name in found)  # measured, or named as missing
+    assert decoding.size_of(decoding.draw_photo((80, 60), 0)) == (40, 30)

@@ -43,6 +43,7 @@ SECTIONS = (
     "streaming",
     "writing",
     "objects",
+    "decoding",
     "extraction",
     "workers",
     "training",
