@@ -29,7 +29,7 @@ EDGE = 512
 """Twice the shorter edge of DINOv2's resize."""
 PHOTOS = {"640 px": ((640, 480), 16, 1.3), "12 MP": ((4032, 3024), 2, 3.0)}
 """Width and height, number, and target of ours over plain PIL."""
-ROUNDS = 7
+ROUNDS = 5
 
 Decoder = Callable[[bytes], Any]
 
@@ -74,16 +74,18 @@ def measure_workers(name: str, photos: Sequence[bytes]) -> Iterator[Figure]:
 
 
 def draw_photo(size: tuple[int, int], seed: int) -> bytes:
-    """A JPEG of noise of many scales, the finer the weaker, as in photos."""
+    """A JPEG of noise of many scales, the finer the weaker; it has about the bytes of a photo."""
     generator, (width, height) = np.random.default_rng(seed), size
     pixels = np.zeros((height, width, 3), np.float32)
     scale = 1
     while scale < width:
         coarse = generator.integers(0, 256, (max(1, height // scale), max(1, width // scale), 3), dtype=np.uint8)
-        pixels += scale * (np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), np.float32) - 128)
+        pixels += scale**0.4 * (
+            np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), np.float32) - 128
+        )
         scale *= 2
     file = io.BytesIO()
-    Image.fromarray(np.clip(128 + pixels * (96 / scale), 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    Image.fromarray(np.clip(128 + 0.045 * pixels, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 

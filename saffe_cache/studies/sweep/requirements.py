@@ -18,13 +18,13 @@ from saffe_cache.store.storage import Storage
 from saffe_cache.training.config import TrainConfig
 
 _OF_MODALITY: Mapping[str, tuple[str, ...]] = {
-    "image": ("image_size",),
+    "image": ("image_size", "decoding"),
     "video": ("video_frames",),
     "text": ("max_length", "prompt", "prompt_name", "position_offset"),
 }
 """Options of an extraction that belong to one encoder; for another encoder of the modality they have their default."""
-_SHOWN = ("data", "encoder", "revision", "column", "max_items", "image_size", "max_length", "prompt", "prompt_name",
-          "position_offset", "dtype", "attention", "splits", "class_prompt")  # fmt: skip
+_SHOWN = ("data", "encoder", "revision", "column", "max_items", "image_size", "decoding", "max_length", "prompt",
+          "prompt_name", "position_offset", "dtype", "attention", "splits", "class_prompt")  # fmt: skip
 """The options of a command, where they are not at their default."""
 
 
