@@ -155,6 +155,8 @@ def test_pipeline_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = json.loads(table.read_text())["cases"]
     assert [one["name"] for one in found] == [f"{name}, {photos} photos" for name in names for photos in (48, 96)]
     assert {one["dataset"] for one in found} == {"a", "b"}
+    assert "linear" in found[0]["values"]
+    assert set(found[0]["values"]) <= set(FUSIONS)
     assert set(found[0]["measures"]) == {"photos", "a_lin", "mlp_gain", "token_gain"}
     monkeypatch.setattr(module, "TABLE", table)
     advice = advise_method(read_cases(None), {"photos": 60.0, "a_lin": 0.2})

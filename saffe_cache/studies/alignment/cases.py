@@ -19,6 +19,7 @@ import numpy as np
 
 from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.outputs import read_json
+from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.studies.few_pairs.result import FewPairsResult
 
 TABLE = Path(__file__).with_name("cases.json")
@@ -207,7 +208,8 @@ def enough_photos(cases: Sequence[Case], method: str) -> int | None:
 
 
 def cases_of(result: FewPairsResult, measures: Mapping[str, Mapping[str, float]] | None = None) -> list[Case]:
-    """The cases of a study of few pairs: its caches' own galleries, without search correction.
+    """The cases of a study of few pairs: its caches' own galleries, without search correction, and fusions as they are
+    by default, not the forms that claims compare them with.
 
     The data set of a cache is its name up to the first hyphen, as in flickr8k-clip.zarr. `measures` are those of
     `saffe align`, by cache.
@@ -217,7 +219,9 @@ def cases_of(result: FewPairsResult, measures: Mapping[str, Mapping[str, float]]
             dataset=setting.name.partition("-")[0],
             encoders=" with ".join((result.caches[setting.name].gallery, result.caches[setting.name].text)),
             name=f"{setting.name}, {setting.photos} photos",
-            values={method: of.scores[setting.main_metric].seeds for method, of in setting.methods.items()},
+            values={
+                name: of.scores[setting.main_metric].seeds for name, of in setting.methods.items() if name in FUSIONS
+            },
             measures={"photos": float(setting.photos), **(measures or {}).get(setting.name, {})},
         )
         for setting in result.settings
