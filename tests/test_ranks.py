@@ -148,31 +148,34 @@ def train_alone(*command: object) -> None:
     subprocess.run(given, env=ENVIRONMENT, check=True, capture_output=True, timeout=120)
 
 
-@pytest.fixture(scope="module")
-def whole(caches: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process that nothing cut off."""
-    out = tmp_path_factory.mktemp("whole")
-    train_alone(*cut_training(caches, out))
-    return out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_rank_ends_all_and_others_resume(caches: Path, whole: Path, tmp_path: Path, killed: int) -> None:
-    """In one line, soon; three ranks go on, and then one process, with the numbers of a run that nothing cut off."""
-    command = cut_training(caches, tmp_path)
+def kill_one(command: tuple[object, ...], out: Path, killed: int) -> None:
+    """Start two ranks, kill one of them, and see both end in one line, soon."""
     run = saffe(*command, ranks=2)
-    wait_for(tmp_path / "log.jsonl", 3)
+    wait_for(out / "log.jsonl", 3)
     os.kill(ranks_of(run)[killed], signal.SIGKILL)
     [line] = lines_of(run, "saffe train:")
     assert f"rank {1 - killed} of 2: another rank has ended" in line or "interrupted" in line
     assert run.returncode
+
+
+@pytest.mark.slow
+def test_the_first_rank_ends_the_others_with_it(caches: Path, tmp_path: Path) -> None:
+    kill_one(cut_training(caches, tmp_path), tmp_path, 0)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_all_and_others_resume(caches: Path, tmp_path: Path) -> None:
+    """Three ranks go on, and then one process, with the numbers of a run that nothing cut off."""
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    command = cut_training(caches, cut)
+    kill_one(command, cut, 1)
     run = saffe(*command, ranks=3)
-    wait_for(tmp_path / "log.jsonl", 6)
+    wait_for(cut / "log.jsonl", 6)
     run.send_signal(signal.SIGTERM)
     assert len(lines_of(run, "saffe train: ")) == 1
     train_alone(*command)
-    np.testing.assert_allclose(log_of(tmp_path), log_of(whole), rtol=1e-4)
+    train_alone(*cut_training(caches, whole))
+    np.testing.assert_allclose(log_of(cut), log_of(whole), rtol=1e-4)
 
 
 def wait_for(path: Path, lines: int) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile
 
 from saffe_cache.sources.decoding import decode
 from saffe_cache.sources.items import Columns, MediaFile, SourceItem
@@ -520,11 +520,10 @@ def test_changed_pictures_decode_or_raise_documented_errors(kind: str, changes: 
 
 
 def test_parser_errors_become_value_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    def raise_type_error(image: Image.Image, mode: str) -> None:
+    def raise_type_error(image: Image.Image) -> None:
         raise TypeError("broken tag")
 
-    monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: image)
-    monkeypatch.setattr(Image.Image, "convert", raise_type_error)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", raise_type_error)
     with pytest.raises(ValueError, match="TypeError: broken tag"):
         decode("image", photo())
 
