@@ -7,6 +7,7 @@ import io
 import json
 import threading
 import time
+import wave
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ class FakeIndex:
     no_heat_map: str = ""
     takes_both: bool = True
     composes: bool = False
+    modality: str = "image"
     delay_seconds: float = 0
     asked: list[Any] = field(default_factory=list)
 
@@ -59,9 +61,9 @@ class FakeIndex:
             "name": "drawn photos",
             "about": f"{len(self.names)} photos of a test",
             "fusion": "linear",
-            "modality": "image",
+            "modality": self.modality,
             "version": "1",
-            "takes_image": True,
+            "takes_image": self.modality == "image",
             "takes_both": self.takes_both,
             "composes": self.composes,
             "no_ridge": self.no_ridge,
@@ -86,7 +88,7 @@ class FakeIndex:
     def photo(self, name: str) -> bytes:
         if name == "missing.png":
             raise OSError("its file is gone")
-        return drawn(name)
+        return drawn(name) if self.modality == "image" else tone(name) if name.endswith(".wav") else b"no sound"
 
     def heat_map(self, name: str, text: str | None) -> dict[str, Any]:
         if self.no_heat_map:
@@ -121,6 +123,16 @@ def drawn(name: str, side: int = 160) -> bytes:
         pen.ellipse((x, y, x + radius // 2 + 4, y + radius // 2 + 4), fill=colour)
     file = io.BytesIO()
     image.save(file, "PNG")
+    return file.getvalue()
+
+
+def tone(name: str) -> bytes:
+    """A WAV file of half a second, at a pitch that follows from the name."""
+    waveform = np.sin(np.arange(4000) * (0.1 + zlib.crc32(name.encode()) % 100 / 200))
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes((20_000 * waveform).astype("<i2").tobytes())
     return file.getvalue()
 
 

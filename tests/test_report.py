@@ -162,8 +162,8 @@ def test_a_photo_that_is_gone_or_another_is_never_shown(made: Made, tmp_path: Pa
     page = make_page([str(made.out)], tmp_path / "page", data=(str(data),))
     count = len(re.findall(r"url\(data:", whole))
     assert len(re.findall(r"url\(data:", page)) == count - 2
-    assert re.search(rf"{gone}, [^\"]*; no picture: unreadable image: No such file", page)
-    assert re.search(rf"{other}, [^\"]*; no picture: its file has changed", page)
+    assert re.search(rf"{gone}, [^\"]*; not shown: unreadable image: No such file", page)
+    assert re.search(rf"{other}, [^\"]*; not shown: its file has changed", page)
     assert f"2 of the {count} photos of its gallery are not shown" in page
     page = make_page([str(made.out)], tmp_path / "page", data=(str(tmp_path / "nowhere"),))
     assert "url(data:" not in page

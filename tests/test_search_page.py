@@ -283,6 +283,23 @@ def test_errors_are_shown_in_words(browser: Page, served: FakeIndex, client: Cli
     browser.wait(f"{STATUS} === 'The server cannot be reached. Is saffe serve still running?'")
 
 
+def test_sounds_have_players_and_missing_ones_a_reason(browser: Page, tmp_path: Path) -> None:
+    with serving(FakeIndex({"a.wav": "high", "b.wav": "low", "missing.png": "gone"}, modality="audio")) as other:
+        open_page(browser, other)
+        browser.complaints.clear()
+        search(browser, "x", hits=3)
+        browser.run("document.querySelectorAll('audio').forEach(one => { one.preload = 'auto'; one.load() })")
+        browser.wait("document.querySelectorAll('audio').length === 2")
+        browser.wait("[...document.querySelectorAll('audio')].every(one => one.duration === 0.5)")
+        assert browser.run("document.querySelector('.sound:not(audio)').textContent") == (
+            "The sound cannot be played: its file is gone"
+        )
+        browser.run("document.querySelector('li:has(audio) .hit').click()")
+        browser.wait(f"{OPEN} && document.querySelector('#frame audio') !== null")
+        browser.press("Escape")
+        browser.wait("document.querySelector('#frame audio') === null")
+
+
 _CONTRAST = """(() => {
   const light = (color) => { const [r, g, b] = color.match(/[\\d.]+/g).map(one => { const part = one / 255;
     return part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4 });

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import pytest
 from PIL import Image
-from served_index import HOSTILE, Client, FakeIndex, drawn, serving, usual_texts
+from served_index import HOSTILE, Client, FakeIndex, drawn, serving, tone, usual_texts
 
 from saffe_cache.inference.server import is_loopback, key_of, listen
 
@@ -54,7 +54,7 @@ def test_each_id_finds_its_own_item(client: Client, name: str) -> None:
         assert Image.open(io.BytesIO(picture.body)).size == (160, 120)
 
 
-@pytest.mark.parametrize("path", ["thumbnail", "like", "heatmap"])
+@pytest.mark.parametrize("path", ["thumbnail", "sound", "like", "heatmap"])
 @pytest.mark.parametrize(
     "name",
     [
@@ -88,6 +88,24 @@ def test_other_paths_are_not_there(client: Client, path: str) -> None:
 def test_missing_photo_says_why(client: Client) -> None:
     answer = client.ask("/api/thumbnail?id=missing.png")
     assert (answer.status, answer.error) == (404, "The photo cannot be shown: its file is gone")
+
+
+def test_sounds_are_wav_files_and_may_be_asked_for_in_parts() -> None:
+    with serving(FakeIndex({"a.wav": "", "no": "", "missing.png": ""}, modality="audio")) as client:
+        answer = client.ask("/api/sound?id=a.wav")
+        assert (answer.status, answer.headers["content-type"]) == (200, "audio/wav")
+        assert answer.body == tone("a.wav")
+        size = len(answer.body)
+        for asked, first, last in (("0-", 0, size - 1), ("100-199", 100, 199), (f"100-{2 * size}", 100, size - 1)):
+            part = client.ask("/api/sound?id=a.wav", headers={"Range": f"bytes={asked}"})
+            assert (part.status, part.headers["content-range"]) == (206, f"bytes {first}-{last}/{size}")
+            assert part.body == answer.body[first : last + 1]
+        for asked in ("x", "bytes=-5", f"bytes={size}-", "bytes=9-3", "bytes=0-1,5-6"):
+            assert client.ask("/api/sound?id=a.wav", headers={"Range": asked}).body == answer.body
+        for name, why in (("missing.png", "its file is gone"), ("no", "LibsndfileError")):
+            answer = client.ask(f"/api/sound?id={name}")
+            assert answer.status == 404
+            assert answer.error.startswith(f"The sound cannot be played: {why}")
 
 
 def test_missing_photo_does_not_say_where_it_was() -> None:

@@ -10,6 +10,7 @@ import os
 import struct
 import subprocess
 import warnings
+import wave
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from saffe_cache.sources.decoding import decode
+from saffe_cache.sources.decoding import decode, sound_excerpt
 from saffe_cache.sources.items import Columns, MediaFile, SourceItem
 from saffe_cache.sources.registry import list_items, read_items
 
@@ -590,8 +591,8 @@ soundfile = pytest.importorskip("soundfile")
 
 
 def tone(rate: int, frequency: float = 440.0, seconds: float = 1.0, channels: int = 1) -> np.ndarray:
-    wave = 0.5 * np.sin(2 * np.pi * frequency * np.arange(round(rate * seconds)) / rate)
-    return np.stack([wave] * channels, axis=1)
+    pure = 0.5 * np.sin(2 * np.pi * frequency * np.arange(round(rate * seconds)) / rate)
+    return np.stack([pure] * channels, axis=1)
 
 
 def sound(waveform: np.ndarray, rate: int, kind: str = "WAV") -> bytes:
@@ -630,6 +631,24 @@ def test_stereo_becomes_the_mean() -> None:
     waveform = tone(16_000, seconds=0.1, channels=2) * [1.0, 0.5]
     found = decode("audio", sound(waveform, 16_000), 16_000)
     np.testing.assert_allclose(found, waveform.mean(axis=1), atol=1e-4)
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(44_100, 8000), (6000, 6000)])
+def test_excerpt_is_short_mono_and_at_most_at_a_rate(rate: int, expected: int) -> None:
+    waveform = tone(rate, seconds=3, channels=2) * [1.0, 0.5]
+    with wave.open(io.BytesIO(sound_excerpt(sound(waveform, rate), 2, 8000))) as stored:
+        assert stored.getparams()[:4] == (1, 2, expected, 2 * expected)
+        found = np.frombuffer(stored.readframes(2 * expected), "<i2") / 2**15
+    inside = slice(200, -200)
+    wanted = tone(expected, seconds=2)[:, 0] * 0.75
+    np.testing.assert_allclose(found[inside], wanted[inside], atol=2e-3)
+
+
+def test_excerpt_of_odd_values_is_silent_or_loudest() -> None:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.array([np.nan, np.inf, -np.inf, 0.5]), 8000, format="WAV", subtype="FLOAT")
+    with wave.open(io.BytesIO(sound_excerpt(buffer.getvalue(), 1, 8000))) as stored:
+        assert np.frombuffer(stored.readframes(4), "<i2").tolist() == [0, 32767, -32768, 16384]
 
 
 @pytest.mark.parametrize("samples", [0, 1])

@@ -4,7 +4,8 @@
     GET  /api/index                                    what is served, and what it can do
     POST /api/search?text=&k=&systems=fusion,ridge     hits for a text, a photo (the body), or both
     GET  /api/like?id=&k=&systems=                     hits for an item of the index
-    GET  /api/thumbnail?id=&size=large                 a JPEG of an item's photo
+    GET  /api/thumbnail?id=&size=large                 a JPEG of an item's photo, or of its video's middle frame
+    GET  /api/sound?id=                                a WAV file of the beginning of an item's sound
     GET  /api/heatmap?id=&text=                        where the model looked in an item's photo
 
 Answers are JSON; an error is {"error": message} with status 4xx. A hit's `key` is its id as a part of an address.
@@ -17,7 +18,7 @@ another origin. The page loads nothing from elsewhere and runs only its own scri
 The encoders serve one request at a time, and few uploads are in memory at once; others wait for their turn. What needs
 no encoder (more like this, thumbnails) does not wait for one.
 
-Built on Starlette, which FastAPI is built on too: these six routes have no use for FastAPI's schemas, and errors have
+Built on Starlette, which FastAPI is built on too: these seven routes have no use for FastAPI's schemas, and errors have
 this project's form.
 """
 
@@ -50,7 +51,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from saffe_cache.core.features import CacheError
-from saffe_cache.sources.decoding import thumbnail
+from saffe_cache.sources.decoding import sound_excerpt, thumbnail
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +63,13 @@ SIDES = {"small": 320, "large": 1024}
 """Pixels of a thumbnail's longer side."""
 _THUMBNAILS = {"small": 2048, "large": 32}
 """How many of each size are kept in memory; about 20 kB and 150 kB each."""
+_SOUND_SECONDS, _SOUND_RATE = 30, 24_000
+"""Of a sound that is played: at most so long, and at most at so many Hz."""
 _UPLOADS = 8
 """Bodies in memory at once."""
 _UPLOAD_SECONDS = 60
 _CONNECTIONS = 512
+_KEPT = {"Cache-Control": "private, max-age=3600"}
 _Value = TypeVar("_Value")
 
 
@@ -99,7 +103,7 @@ class Served(Protocol):
     def like(self, name: str, k: int, systems: Sequence[str]) -> Mapping[str, Sequence[Found]]: ...
 
     def photo(self, name: str) -> bytes:
-        """The file of an item's photo; OSError or ValueError says why there is none."""
+        """The file of an item's photo, sound or video; OSError or ValueError says why there is none."""
 
     def heat_map(self, name: str, text: str | None) -> Mapping[str, Any]:
         """weights [rows][columns], box (left, top, right, bottom, as fractions of the photo) and about."""
@@ -127,6 +131,7 @@ class SearchPage:
             Route("/api/search", self.search, methods=["POST"]),
             Route("/api/like", self.like),
             Route("/api/thumbnail", self.thumbnail),
+            Route("/api/sound", self.sound),
             Route("/api/heatmap", self.heat_map),
             Route("/favicon.ico", lambda _: Response(status_code=204)),  # which browsers ask for, whatever a page says
         ]
@@ -166,9 +171,17 @@ class SearchPage:
         name, (size,) = self._known(options), options.names("size", tuple(SIDES))[:1]
         try:
             picture = await to_thread.run_sync(self._thumbnails[size], name, limiter=self._decoding)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             raise HTTPException(404, f"The photo cannot be shown: {_reason(error)}") from None
-        return Response(picture, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
+        return Response(picture, media_type="image/jpeg", headers=_KEPT)
+
+    async def sound(self, request: Request) -> Response:
+        name = self._known(Query.of(request))
+        try:
+            sound = await to_thread.run_sync(self._make_excerpt, name, limiter=self._decoding)
+        except (OSError, ValueError, ImportError) as error:
+            raise HTTPException(404, f"The sound cannot be played: {_reason(error)}") from None
+        return _playable(request, sound)
 
     async def heat_map(self, request: Request) -> Response:
         options = Query.of(request)
@@ -180,6 +193,9 @@ class SearchPage:
 
     def _make_thumbnail(self, side: int, name: str) -> bytes:
         return thumbnail(self._served.photo(name), side, self._served.about["modality"])
+
+    def _make_excerpt(self, name: str) -> bytes:
+        return sound_excerpt(self._served.photo(name), _SOUND_SECONDS, _SOUND_RATE)
 
     def _known(self, options: Query) -> str:
         name = options.text("id")
@@ -268,6 +284,17 @@ def _hits(found: Mapping[str, Sequence[Found]], started: float) -> Response:
     return as_json({"systems": systems, "seconds": round(time.perf_counter() - started, 4)})
 
 
+def _playable(request: Request, sound: bytes) -> Response:
+    """A WAV file, or the range of its bytes that a player asks for: some play nothing, or find no later place, else."""
+    headers = _KEPT | {"Accept-Ranges": "bytes"}
+    asked = re.fullmatch(r"bytes=([0-9]{1,12})-([0-9]{0,12})", request.headers.get("range", ""))
+    first, last = (int(asked[1]), min(int(asked[2] or len(sound)), len(sound) - 1)) if asked else (0, -1)
+    if first > last:
+        return Response(sound, 200, headers, "audio/wav")
+    headers["Content-Range"] = f"bytes {first}-{last}/{len(sound)}"
+    return Response(sound[first : last + 1], 206, headers, "audio/wav")
+
+
 def _reason(error: Exception) -> str:
     """Without the place of a file on this machine."""
     return str((isinstance(error, OSError) and error.strerror) or error)
@@ -292,7 +319,8 @@ def content_policy(page: str) -> str:
     }
     own = (f"{tag}-src 'sha256-{digest}'" for tag, digest in hashes.items())
     none = ("default-src", "base-uri", "form-action", "frame-ancestors")
-    return "; ".join([*(f"{one} 'none'" for one in none), *own, "connect-src 'self'", "img-src 'self' blob:"])
+    from_here = ("connect-src 'self'", "img-src 'self' blob:", "media-src 'self'")
+    return "; ".join([*(f"{one} 'none'" for one in none), *own, *from_here])
 
 
 class Guarded:

@@ -1,13 +1,15 @@
 """Retrieval galleries: the first photos that systems find for some queries, with right and wrong marked.
 
-Photos are searched for where the cache says that its data are. A photo is known by the hash of its content: a file that
-has changed since, or another one under its name, is never shown in its place. A photo that cannot be found has a reason
-instead of a thumbnail.
+Photos, sounds and videos are searched for where the cache says that its data are. Each is known by the hash of its
+content: a file that has changed since, or another one under its name, is never shown in its place. A photo, or the
+middle frame of a video, becomes a thumbnail, and the first seconds of a sound a WAV file. What cannot be found or read
+has a reason instead.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,14 +25,16 @@ from saffe_cache.core.results import Result
 from saffe_cache.evaluation.details import NAME, Details, label, read_details
 from saffe_cache.evaluation.results import EvaluationResult
 from saffe_cache.report.report import ReportConfig
-from saffe_cache.sources.decoding import thumbnail
+from saffe_cache.sources.decoding import sound_excerpt, thumbnail
 from saffe_cache.sources.items import Columns, Media
 from saffe_cache.sources.registry import read_named_items
 from saffe_cache.store.reader import open_cache
+from saffe_cache.studies.bridge.result import BridgeResult
 
 NUM_RESULTS = 6
 NUM_BASELINES = 2
 _SEED = 0
+_NOUNS = {"image": "photo", "audio": "sound", "video": "video"}
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,17 @@ class Card:
         return self.num_relevant == 1 and not any(is_relevant for _, is_relevant in self.rows[0].photos)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """Of one evaluation."""
+    """Of one evaluation, or of one medium that searches another."""
 
+    title: str
     details: Details
     cache: str
     encoder: str
     """Key of the gallery's encoder in the cache."""
+    query_encoder: str
+    """Key of the encoder of what searches, where no text does."""
     options: ReportConfig
 
     @property
@@ -88,13 +95,27 @@ class Gallery:
         return label(next(iter(self.details.systems)), "the FAM")
 
     @property
-    def modality(self) -> Modality:
-        """What is searched, with which the key of its encoder begins."""
-        return next(one for one in MODALITIES if self.encoder.startswith(f"{one}-"))
+    def media(self) -> dict[Modality, str]:
+        """What is searched and what searches, by their encoders' keys, which begin with the medium."""
+        return {
+            next(one for one in MODALITIES if key.startswith(f"{one}-")): key
+            for key in (self.encoder, self.query_encoder)
+        }
 
     @property
-    def is_sound(self) -> bool:
-        return self.modality == "audio"
+    def noun(self) -> str:
+        """One of what is searched."""
+        return _NOUNS[next(iter(self.media))]
+
+    @property
+    def nouns(self) -> str:
+        """All that it shows."""
+        return " and ".join(f"{_NOUNS[medium]}s" for medium in self.media)
+
+    @property
+    def query_noun(self) -> str:
+        """One of what searches."""
+        return _NOUNS[list(self.media)[-1]]
 
     @cached_property
     def cards(self) -> list[Card]:
@@ -124,16 +145,25 @@ class Gallery:
         return ("query", "class", *(f"{name}: {details.main_metric}" for name in details.systems)), rows
 
 
-def open_gallery(folder: Path, result: Result, options: ReportConfig) -> Gallery | None:
-    """The gallery of an evaluation; None of other results, and where there are no details of single queries.
+def open_galleries(folder: Path, result: Result, options: ReportConfig) -> list[Gallery]:
+    """Of an evaluation, or of both directions between two media; none where there are no details of single queries.
 
     Raises:
         ValueError: the details or the config are damaged.
     """
-    if not isinstance(result, EvaluationResult) or not (folder / NAME).exists():
-        return None
-    config = read_json(folder / CONFIG).get("config", {})
-    return Gallery(read_details(folder), str(config.get("cache")), result.run.gallery_key, options)
+    title, places = "What single queries find", dict[Path, tuple[str, str, str]]()
+    if isinstance(result, EvaluationResult):
+        places[folder] = title, result.run.gallery_key, result.run.gallery_key
+    elif isinstance(result, BridgeResult):
+        for one in result.directions:
+            keys = result.encoders[one.gallery], result.encoders[one.queries]
+            places[folder / one.folder] = f"{title}, {one.name}", *keys
+    cache = str(read_json(folder / CONFIG).get("config", {}).get("cache")) if places else ""
+    return [
+        Gallery(title=name, details=read_details(place), cache=cache, encoder=key, query_encoder=other, options=options)
+        for place, (name, key, other) in places.items()
+        if (place / NAME).exists()
+    ]
 
 
 def choose_queries(details: Details, options: ReportConfig) -> dict[int, str]:
@@ -176,52 +206,68 @@ def _card(details: Details, position: int, why: str, systems: Sequence[str]) -> 
 
 SIDE = 160
 """Pixels of a thumbnail's longer side."""
+SECONDS, SAMPLING_RATE = 3, 8000
+"""Of a sound: at most so long, and at most at so many Hz."""
 MOST_BYTES = 3_400_000
-"""Of all thumbnails; 4.5 MB in base64."""
+"""Of all thumbnails and sounds; 4.5 MB in base64."""
 
 
 @dataclass(frozen=True)
 class Album:
-    """Photos by content hash, each once, however many evaluations show it."""
+    """Photos and sounds by content hash, each once, however many evaluations and systems show it."""
 
     thumbnails: dict[bytes, bytes]
+    """JPEG files of photos and videos."""
+    sounds: dict[bytes, bytes]
+    """WAV files."""
     reasons: dict[bytes, str]
-    """Why the others have no thumbnail."""
+    """Why the others have neither."""
 
 
-def find_photos(galleries: Sequence[Gallery], data: Sequence[str]) -> Album:
-    """As many thumbnails as fit into a page: of every gallery's first card, then of every second, and so on.
+def find_media(galleries: Sequence[Gallery], data: Sequence[str]) -> Album:
+    """As many thumbnails and sounds as fit into a page: of every gallery's first card, then of every second, and so on.
 
     `data`: where the data are now; empty: where the extraction found them.
     """
-    found: dict[bytes, bytes] = {}
-    album = Album({}, {})
+    found: dict[bytes, tuple[Modality, bytes]] = {}
+    album = Album({}, {}, {})
     for gallery in galleries:
         names = {gallery.hash_of(place): gallery.details.photo_ids[place] for place in gallery.places}
         wanted = {content: name for content, name in names.items() if content not in found}
-        if gallery.is_sound:
-            album.reasons.update(dict.fromkeys(wanted, "a sound"))
-            continue
         media, problems, failure = _find(gallery, data, wanted)
         for content, name in wanted.items():
             if content not in media:
                 album.reasons[content] = failure or problems.get(name, "not found in the data")
                 continue
+            modality, medium = media[content]
             try:
-                whole = media[content].read()
+                whole = medium.read()
                 if hashlib.sha256(whole).digest() != content:
                     raise ValueError("its file is changing")
-                found[content] = thumbnail(whole, SIDE, gallery.modality)
-            except (OSError, ValueError) as error:
+                found[content] = modality, _preview(modality, whole)
+            except (OSError, ValueError, ImportError) as error:
                 album.reasons[content] = str(error)
-    size = 0
+    size, queries = 0, _queries(galleries)
     for content in dict.fromkeys(_in_turn(galleries)):
-        size += len(found.get(content, b""))
-        if content in found and size <= MOST_BYTES:
-            album.thumbnails[content] = found[content]
-        elif content in found:
+        modality, preview = found.get(content, ("image", b""))
+        size += len(preview) * (1 + queries[content] if modality == "audio" else 1)
+        if preview and size <= MOST_BYTES:
+            (album.sounds if modality == "audio" else album.thumbnails)[content] = preview
+        elif preview:
             album.reasons[content] = "left out to keep the page small"
     return album
+
+
+def _queries(galleries: Sequence[Gallery]) -> Counter[bytes]:
+    """How many cards have each photo or sound as their query, where a sound has a player of its own."""
+    cards = ((gallery, card.query_photo) for gallery in galleries for card in gallery.cards)
+    return Counter(gallery.hash_of(place) for gallery, place in cards if place is not None)
+
+
+def _preview(modality: Modality, data: bytes) -> bytes:
+    if modality == "audio":
+        return sound_excerpt(data, SECONDS, SAMPLING_RATE)
+    return thumbnail(data, SIDE, modality)
 
 
 def _in_turn(galleries: Sequence[Gallery]) -> Iterator[bytes]:
@@ -233,9 +279,9 @@ def _in_turn(galleries: Sequence[Gallery]) -> Iterator[bytes]:
 
 def _find(
     gallery: Gallery, data: Sequence[str], wanted: Mapping[bytes, str]
-) -> tuple[dict[bytes, Media], dict[str, str], str]:
-    """Photos by content hash, why each item that was read lacks the photo, and why no place could be read."""
-    found: dict[bytes, Media] = {}
+) -> tuple[dict[bytes, tuple[Modality, Media]], dict[str, str], str]:
+    """Media by content hash, why each item that was read lacks its own, and why no place could be read."""
+    found: dict[bytes, tuple[Modality, Media]] = {}
     problems: dict[str, str] = {}
     failures = []
     try:
@@ -251,10 +297,11 @@ def _find(
             continue
         for item in items:
             problems[item.id] = "its file has changed since it was extracted"
-            if gallery.modality in item.hashes:
-                found[item.hashes[gallery.modality]] = item.media[gallery.modality]
-            else:
-                problems[item.id] = item.problem or "it has no photo now"
+            for modality in gallery.media:
+                if modality in item.hashes:
+                    found[item.hashes[modality]] = modality, item.media[modality]
+                else:
+                    problems[item.id] = item.problem or f"it has no {_NOUNS[modality]} now"
     return found, problems, "" if problems else " ".join(failures)
 
 
@@ -262,7 +309,8 @@ def _places(gallery: Gallery, data: Sequence[str]) -> list[tuple[str, Columns, b
     """Where the data may be and how to read them, each once: folders first, then names that may be on the hub."""
     try:
         cache = open_cache(gallery.cache)
-        configs = [one["config"] for one in cache.encoders[gallery.encoder].manifest.extractions]
+        encoders = [cache.encoders[key] for key in gallery.media.values()]
+        configs = [one["config"] for encoder in encoders for one in encoder.manifest.extractions]
         recorded = [(str(one["data"]), Columns(**one["column"]), one.get("streaming", False)) for one in configs]
     except (CacheError, ValueError, TypeError, KeyError, OSError):
         if not data:

@@ -24,7 +24,7 @@ from saffe_cache.core.outputs import CONFIG, RESULT, read_json
 from saffe_cache.core.results import Measurement, Result, Section
 from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, percent, size
 from saffe_cache.extraction.ledger import extraction_seconds, reencoding
-from saffe_cache.report.gallery import Album, Gallery, find_photos, open_gallery
+from saffe_cache.report.gallery import Album, Gallery, find_media, open_galleries
 from saffe_cache.report.plots import Plot, draw
 from saffe_cache.report.report import ReportConfig
 from saffe_cache.store.reader import open_cache
@@ -61,7 +61,8 @@ class Part:
     name: str = ""
     """Of the result's folder."""
     plots: list[Plot] = field(default_factory=list)
-    gallery: Gallery | None = None
+    galleries: dict[str, Gallery] = field(default_factory=dict)
+    """By their own anchors."""
 
 
 @dataclass(kw_only=True)
@@ -112,11 +113,12 @@ def make_content(found: Sequence[Found], config: ReportConfig) -> Content:
         same.append(one)
         anchor = f"{one.result.verb}-{len(same)}"
         own = _parts(anchor, one.result.page_sections(one.path), one.name)
-        own[0].gallery = gallery = open_gallery(one.path, one.result, config)
         parts += own
         files[f"{anchor}.csv"] = as_csv(Measurement._fields, one.result.measurements())
-        if gallery:
-            files[f"{anchor}-queries.csv"] = as_csv(*gallery.queries())
+        for number, gallery in enumerate(open_galleries(one.path, one.result, config), start=1):
+            place = f"-{number}" if number > 1 else ""
+            own[0].galleries[f"{anchor}-gallery{place}"] = gallery
+            files[f"{anchor}-queries{place}.csv"] = as_csv(*gallery.queries())
     for verb, same in by_verb.items():
         if len(same) > 1:
             parts += _parts(f"{verb}-all", type(same[0].result).compare({one.name: one.result for one in same}))
@@ -125,9 +127,9 @@ def make_content(found: Sequence[Found], config: ReportConfig) -> Content:
     for part in parts:
         for figure, plot in zip(part.section.figures, part.plots, strict=True):
             files[f"{plot.name}.json"] = json.dumps(asdict(figure), default=list).encode()
-    galleries = [(part, part.gallery) for part in parts if part.gallery]
-    album = find_photos([gallery for _, gallery in galleries], config.data)
-    notices = [*_notices(found), *(note for of in galleries for note in _notes_on_photos(*of, album))]
+    galleries = [(part, gallery) for part in parts for gallery in part.galleries.values()]
+    album = find_media([gallery for _, gallery in galleries], config.data)
+    notices = [*_notices(found), *(note for of in galleries for note in _notes_on_media(*of, album))]
     num_controls = sum(map(_num_controls, found))
     return Content(notices=notices, num_controls=num_controls, parts=parts, album=album, files=files)
 
@@ -164,13 +166,13 @@ def _num_controls(found: Found) -> int:
     return len({(one.setting, one.system) for one in measured if one.system.startswith("control: ")})
 
 
-def _notes_on_photos(part: Part, gallery: Gallery, album: Album) -> Iterator[Notice]:
-    """On those of a gallery that the page lacks."""
+def _notes_on_media(part: Part, gallery: Gallery, album: Album) -> Iterator[Notice]:
+    """On the photos, sounds or videos of a gallery that the page lacks."""
     hashes = set(map(gallery.hash_of, gallery.places))
-    reasons = [album.reasons[one] for one in hashes if one not in album.thumbnails]
-    if reasons and not gallery.is_sound:
+    reasons = [album.reasons[one] for one in hashes if one not in album.thumbnails and one not in album.sounds]
+    if reasons:
         common = max(sorted(set(reasons)), key=reasons.count)
-        text = f"{len(reasons)} of the {len(hashes)} photos of its gallery are not shown: {common}."
+        text = f"{len(reasons)} of the {len(hashes)} {gallery.nouns} of its gallery are not shown: {common}."
         yield Notice("note", part.name, text)
 
 
@@ -189,10 +191,10 @@ def render(content: Content, title: str) -> bytes:
     )
     environment.filters |= {"percent": percent, "printable": printable}
     template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
-    thumbnails = content.album.thumbnails
+    thumbnails, sounds = content.album.thumbnails, content.album.sounds
     classes = {photo: f"photo-{number}" for number, photo in enumerate(thumbnails)}
     rules = (
-        f".{name}{{background-image:url(data:image/jpeg;base64,{base64.b64encode(thumbnails[photo]).decode()})}}"
+        f".{name}{{background-image:url({_data_url('image/jpeg', thumbnails[photo])})}}"
         for photo, name in classes.items()
     )
     page = template.render(
@@ -201,9 +203,17 @@ def render(content: Content, title: str) -> bytes:
         style=Markup("\n".join([(folder / "page.css").read_text(encoding="utf-8"), *rules])),
         drawings={plot.name: Markup(plot.inline) for plot in content.plots},  # matplotlib escaped the texts in them
         classes=classes,
+        players={
+            sound: (f"sound-{number}", _data_url("audio/wav", sounds[sound])) for number, sound in enumerate(sounds)
+        },
+        played=set(),
         kinds={"failure": "Control failed", "warning": "Warning", "note": "Note"},
     )
     return page.encode("utf-8", "backslashreplace")
+
+
+def _data_url(media_type: str, data: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
 _LEAD = (

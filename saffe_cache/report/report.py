@@ -16,7 +16,7 @@ _EXTRA = ("jinja2", "markupsafe", "matplotlib")
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Make one self-contained page of results: tables with controls and chance, plots, costs, and galleries of photos.
+    """Make one self-contained page of results: tables with controls and chance, plots, costs, and galleries.
 
     The page loads nothing and runs no script. Failed controls and warnings come first.
     """
@@ -29,7 +29,7 @@ class ReportConfig:
     title: str = "Results and how far to trust them"
     """Title of the page."""
     data: tuple[str, ...] = ()
-    """Where the photos are now; repeat it for several places. Default: where each extraction found them."""
+    """Where photos, sounds and videos are now; repeat it for several places. Default: where extractions found them."""
     queries: tuple[str, ...] = ()
     """Also show queries that contain these words; repeat it for several. An evaluation keeps at most 2,000 queries."""
     random_queries: int = 6
@@ -69,5 +69,7 @@ def make_report(config: ReportConfig) -> str:
         for name, data in content.files.items():
             write_whole(out / "data" / name, data)
         write_whole(out / "index.html", page)
-    logger.info("%s: %.1f MB, %d photos.", out / "index.html", len(page) / 1e6, len(content.album.thumbnails))
+    album = content.album
+    shown = f"{len(album.thumbnails)} photos" + (f", {len(album.sounds)} sounds" if album.sounds else "")
+    logger.info("%s: %.1f MB, %s.", out / "index.html", len(page) / 1e6, shown)
     return str(out / "index.html")

@@ -33,6 +33,7 @@ CONTENT_RULES = hashlib.sha256(repr(_SIGNATURES).encode()).hexdigest()
 """Which release's `modality_of_content` it is."""
 _CANCELLED = 0.01
 """Power of a sound's mean, as a fraction of its loudest channel's, below which that channel replaces the mean."""
+_EMPTY = "the sound has no samples"
 
 
 LOW_GREY = 4095
@@ -116,11 +117,11 @@ def _png_file(image: Any) -> bytes:
     return file.getvalue()
 
 
-def _wave_file(waveform: np.ndarray, rate: int) -> bytes:
+def _wave_file(waveform: np.ndarray, rate: int, subtype: str = "FLOAT") -> bytes:
     import soundfile
 
     file = io.BytesIO()
-    soundfile.write(file, waveform, rate, format="WAV", subtype="FLOAT")
+    soundfile.write(file, waveform, rate, format="WAV", subtype=subtype)
     return file.getvalue()
 
 
@@ -156,6 +157,24 @@ def thumbnail(data: bytes, side: int, modality: Modality = "image") -> bytes:
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=72, optimize=True)
     return file.getvalue()
+
+
+def sound_excerpt(data: bytes, seconds: float, sampling_rate: int) -> bytes:
+    """A mono WAV file with 16 bits of the first seconds of a sound, for a player.
+
+    Args:
+        sampling_rate: the highest one (Hz). A sound with a lower rate keeps its own.
+
+    Raises:
+        ImportError: a package for sounds is missing.
+        ValueError: the bytes are no readable sound.
+    """
+    _, soxr = _sound_packages()
+    waveform, rate = _read_mono(data, seconds)
+    if rate > sampling_rate:
+        waveform, rate = soxr.resample(waveform, rate, sampling_rate), sampling_rate
+    levels = np.rint(np.nan_to_num(waveform).clip(-1, 1) * 32768).clip(max=32767)
+    return _wave_file(levels.astype(np.int16), rate, "PCM_16")
 
 
 def _decode_image(data: bytes, grey_bits: int | None = None, edge: int | None = None) -> Any:
@@ -277,17 +296,27 @@ def _sound_packages() -> tuple[Any, Any]:
 
 
 def _decode_audio(data: bytes, sampling_rate: int) -> np.ndarray:
-    soundfile, soxr = _sound_packages()
+    _, soxr = _sound_packages()
+    waveform, rate = _read_mono(data)
+    resampled = np.asarray(soxr.resample(waveform, rate, sampling_rate), dtype=np.float32)
+    if not len(resampled):
+        raise ValueError(_EMPTY)
+    return resampled
+
+
+def _read_mono(data: bytes, seconds: float | None = None) -> tuple[np.ndarray, int]:
+    """The waveform of a sound, or of its first seconds, and its sampling rate."""
+    soundfile, _ = _sound_packages()
+    file = io.BytesIO(data)
     try:
-        waveform, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+        frames = -1 if seconds is None else round(seconds * soundfile.info(file).samplerate)
+        file.seek(0)
+        waveform, rate = soundfile.read(file, frames, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, MemoryError) as error:  # a broken header may state any length
         raise ValueError(f"{type(error).__name__}: {error}") from None
-    mono = waveform.mean(axis=1)
-    if len(mono):
-        powers = np.square(waveform).mean(axis=0)
-        if np.square(mono).mean() < _CANCELLED * powers.max():  # channels of opposite phase
-            mono = np.ascontiguousarray(waveform[:, powers.argmax()])
-    resampled = np.asarray(soxr.resample(mono, rate, sampling_rate), dtype=np.float32)
-    if not len(resampled):
-        raise ValueError("the sound has no samples")
-    return resampled
+    if not len(waveform):
+        raise ValueError(_EMPTY)
+    mono, powers = waveform.mean(axis=1), np.square(waveform).mean(axis=0)
+    if np.square(mono).mean() < _CANCELLED * powers.max():  # channels of opposite phase
+        mono = np.ascontiguousarray(waveform[:, powers.argmax()])
+    return mono, rate

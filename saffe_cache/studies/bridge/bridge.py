@@ -29,6 +29,8 @@ from saffe_cache.core.features import Modality
 from saffe_cache.core.items import ItemTable, Ragged
 from saffe_cache.core.options import refuse
 from saffe_cache.core.results import Estimate
+from saffe_cache.evaluation.details import Details, SystemDetails, write_details
+from saffe_cache.evaluation.single_queries import FIRST_K, MOST_QUERIES
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_texts, summaries
 from saffe_cache.inputs.pairs import training_pairs
@@ -36,7 +38,8 @@ from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge, unit_rows
 from saffe_cache.retrieval.fitting import MlpFit, fit_mlp
 from saffe_cache.retrieval.metrics import paired_bootstrap
-from saffe_cache.retrieval.scores import Scores, text_scores
+from saffe_cache.retrieval.ranking import InnerProducts, top_k
+from saffe_cache.retrieval.scores import Scores, drawn_queries, text_scores
 from saffe_cache.store.reader import Cache, EncoderCache, open_cache
 from saffe_cache.studies.bridge.config import BridgeConfig
 from saffe_cache.studies.bridge.result import BridgeResult, Direction
@@ -206,8 +209,8 @@ class _Bridging:
         cells = study.cells(
             Direction,
             {
-                f"{first}-to-{second}": partial(self._direction, 0, 1),
-                f"{second}-to-{first}": partial(self._direction, 1, 0),
+                name: partial(self._direction, study.out / name, *places)
+                for name, places in {f"{first}-to-{second}": (0, 1), f"{second}-to-{first}": (1, 0)}.items()
             },
         )
         directions = tuple(cells.values())
@@ -224,18 +227,23 @@ class _Bridging:
             **study.common_fields(self.config, (one for of in directions for one in of.controls)),
         )
 
-    def _direction(self, asking: int, found: int) -> Direction:
-        """Everything about one medium that searches the other."""
+    def _direction(self, folder: Path, asking: int, found: int) -> Direction:
+        """Everything about one medium that searches the other; what single queries find is written to the folder."""
         queries, gallery = self.sides[asking], self.sides[found]
-        rows, relevant = self.relations.rows, self.relations.relevant[asking]
-        scored = partial(text_scores, relevant=relevant, units=np.arange(len(relevant)), seed=self.config.seed)
-        groups = self.relations.groups[asking]
+        rows, relevant, seed = self.relations.rows, self.relations.relevant[asking], self.config.seed
+        scored = partial(text_scores, relevant=relevant, seed=seed)
+        shown = drawn_queries(len(relevant), MOST_QUERIES, seed)
         systems: dict[str, Scores] = {}
-        for name, vectors in self._systems(queries, gallery, rows[asking], rows[found]):
-            systems[name] = scored(*vectors)
+        first: dict[str, np.ndarray] = {}
+        for name, (of_gallery, of_queries) in self._systems(queries, gallery, rows[asking], rows[found]):
+            systems[name] = scored(of_gallery, of_queries, units=np.arange(len(relevant)))
+            nearest = InnerProducts(of_gallery, of_queries[shown])
+            first[name] = top_k(nearest, min(FIRST_K, len(rows[found])), seed=seed)
+        folder.mkdir(exist_ok=True)
+        write_details(folder, self._details(asking, found, shown, systems, first))
         bridges = {name for name in systems if name.startswith("bridge")}
         differences = {
-            f"{one} less {other}": _difference(systems[one], systems[other], self.config.seed)
+            f"{one} less {other}": _difference(systems[one], systems[other], seed)
             for one in sorted(bridges)
             for other in systems
             if other not in bridges
@@ -243,10 +251,10 @@ class _Bridging:
         controls = {}
         for side in (queries, gallery):
             if side.permuted is not None:
-                texts = self.texts
-                of_queries = queries.through(rows[asking], texts, permuted=side is queries)
-                of_gallery = gallery.through(rows[found], texts, permuted=side is gallery)
-                controls[f"texts permuted in the run of {side.modality}"] = scored(of_gallery, of_queries, units=groups)
+                of_queries = queries.through(rows[asking], self.texts, permuted=side is queries)
+                of_gallery = gallery.through(rows[found], self.texts, permuted=side is gallery)
+                scores = scored(of_gallery, of_queries, units=self.relations.groups[asking])
+                controls[f"texts permuted in the run of {side.modality}"] = scores
         chance = next(iter(systems.values()))
         return Direction(
             queries=queries.modality,
@@ -258,6 +266,39 @@ class _Bridging:
             chance={metric: score.chance for metric, score in chance.items()},
             differences=differences,
             controls=tuple(self._verdict(name, scores) for name, scores in controls.items()),
+        )
+
+    def _details(
+        self, asking: int, found: int, shown: np.ndarray, systems: Mapping[str, Scores], first: Mapping[str, np.ndarray]
+    ) -> Details:
+        """For galleries: the first inputs of each system for the queries that are shown."""
+        rows, relevant = self.relations.rows, self.relations.relevant[asking]
+        answers = np.array([relevant[query][0] for query in shown], np.int64)
+        gallery = np.unique(np.concatenate([answers, *(of.ravel() for of in first.values())]))
+        named = [(self.sides[found].modality, int(rows[found][place])) for place in gallery]
+        named += [(self.sides[asking].modality, int(rows[asking][query])) for query in shown]
+        table = self.cache.table
+        items = [int(np.flatnonzero(table.rows[modality] == row)[0]) for modality, row in named]
+        return Details(
+            main_metric=MAIN,
+            shown=shown,
+            texts=(),
+            answers=np.searchsorted(gallery, answers),
+            asking=len(gallery) + np.arange(len(shown)),
+            num_relevant=relevant.lengths[shown],
+            photo_ids=tuple(table.ids[item] for item in items),
+            photo_hashes=np.stack([table.inputs[modality].content_hash[row] for modality, row in named]),
+            photo_texts=tuple(_description(table, item) for item in items),
+            query_classes=(),
+            class_names=(),
+            systems={
+                name: SystemDetails(
+                    metric=scores[MAIN].of_queries,
+                    first=np.searchsorted(gallery, first[name]),
+                    is_relevant=np.array([np.isin(of, relevant[q]) for q, of in zip(shown, first[name], strict=True)]),
+                )
+                for name, scores in systems.items()
+            },
         )
 
     def _verdict(self, name: str, scores: Scores) -> Control:
@@ -314,6 +355,14 @@ def _direct(
     each = Ragged(np.arange(len(fitted) + 1), np.arange(len(fitted)))
     mlp = fit_mlp(inputs[fitted], targets[fitted], each, judge_mlp, seed=seed)
     yield "direct MLP", (mlp.queries(of_gallery), mlp.gallery(asking))
+
+
+def _description(table: ItemTable, item: int) -> str:
+    """The classes of an item, or its first caption."""
+    texts, captions = table.inputs["text"].texts, table.captions[item]
+    if texts is not None and len(captions):
+        return texts[int(captions[0])]
+    return ", ".join(table.class_names[label] for label in table.labels[item])
 
 
 def _estimates(scores: Scores) -> Mapping[str, Estimate]:

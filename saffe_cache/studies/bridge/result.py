@@ -35,6 +35,11 @@ class Direction:
     def name(self) -> str:
         return f"{self.queries} to {self.gallery}"
 
+    @property
+    def folder(self) -> str:
+        """In the output folder, with what single queries find."""
+        return f"{self.queries}-to-{self.gallery}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class BridgeResult(StudyResult):
