@@ -23,7 +23,7 @@ from saffe_cache.encoders.windows import Windows
 from saffe_cache.extraction.config import ExtractConfig, RepairConfig
 from saffe_cache.extraction.extract import extract
 from saffe_cache.extraction.repair import repair
-from saffe_cache.extraction.workers import plan_work
+from saffe_cache.extraction.shared_plan import plan_work
 from saffe_cache.fusion.known.insertion import inserted_tokens
 from saffe_cache.fusion.layers import mean_weights
 from saffe_cache.inputs.feature_loader import FeatureLoader, summaries

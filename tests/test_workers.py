@@ -28,12 +28,13 @@ from store_cases import verify
 from saffe_cache.core.atomic_io import FolderInUseError
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.items import Inputs
-from saffe_cache.extraction import workers
+from saffe_cache.extraction import shared_plan
 from saffe_cache.extraction.config import ExtractConfig, encode_options
 from saffe_cache.extraction.extract import extract
 from saffe_cache.extraction.planning import Job, cut_blocks
 from saffe_cache.extraction.ranges import blocks_for, cut_ranges, missing_rows, owned_rows
-from saffe_cache.extraction.workers import Worker, finish_work, plan_work
+from saffe_cache.extraction.shared_plan import finish_work, plan_work
+from saffe_cache.extraction.workers import Worker
 from saffe_cache.store import claims
 from saffe_cache.store.claims import Claims, Holder, Watch, held_cache
 from saffe_cache.store.config import StatusConfig
@@ -455,7 +456,7 @@ def test_those_who_wait_hear_why_planning_failed(
     config: ExtractConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr(workers, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(shared_plan, "POLL_SECONDS", 0.01)
     storage = Storage(config.cache)
     claim = Claims(storage, "work/planning", "rank 0").take("plan")
     assert claim is not None

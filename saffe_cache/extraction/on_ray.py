@@ -1,10 +1,10 @@
 """An extraction on a Ray cluster: one actor for each GPU, or for a few cores, takes one range after another.
 
-Everything that lasts is in the cache: the plan, claims, shards and their records (`workers.py`). The driver only hands
-out numbers of ranges and gets counts back; no rows cross Ray's object store. Ray starts an actor again that died, and
-repeats its range there; what it had stored is kept. An actor whose node is gone is given up, and its range goes to
-another one. Nodes that join the cluster get actors, so a run grows and shrinks with it. If the driver dies, Ray ends
-its actors, and the same command, run again, finishes what is left.
+Everything that lasts is in the cache: the plan (`shared_plan.py`), claims, shards and their records (`workers.py`). The
+driver only hands out numbers of ranges and gets counts back; no rows cross Ray's object store. Ray starts an actor
+again that died, and repeats its range there; what it had stored is kept. An actor whose node is gone is given up, and
+its range goes to another one. Nodes that join the cluster get actors, so a run grows and shrinks with it. If the driver
+dies, Ray ends its actors, and the same command, run again, finishes what is left.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from saffe_cache import __version__
 from saffe_cache.core.devices import num_cores
 from saffe_cache.core.features import CacheError
 from saffe_cache.extraction.config import ExtractConfig
-from saffe_cache.extraction.workers import Worker, refuse_objects
+from saffe_cache.extraction.shared_plan import refuse_objects
+from saffe_cache.extraction.workers import Worker
 
 logger = logging.getLogger(__name__)
 
