@@ -23,7 +23,7 @@ from saffe_cache.extraction.config import ExtractConfig, config_from_json, encod
 from saffe_cache.extraction.encoding import encode_in_memory
 from saffe_cache.extraction.extract import extract
 from saffe_cache.extraction.reencode import reload_encoder
-from saffe_cache.sources.decoding import decode
+from saffe_cache.sources.decoding import decode, has_edge
 from saffe_cache.sources.items import Columns
 from saffe_cache.sources.registry import read_items
 from saffe_cache.store.layout import array_of_view
@@ -59,6 +59,29 @@ def test_reduced_picture_keeps_the_requested_edge(width: int, height: int, edge:
     found = decode("image", jpeg(width, height), edge=edge)
     assert min(found.size) >= min(edge, width, height)
     assert ("reduced" in found.info) == (min(width, height) // edge >= 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(width=st.integers(30, 400), height=st.integers(30, 400), edge=st.integers(1, 90), more=st.integers(1, 90))
+def test_picture_with_the_larger_edge_is_not_decoded_again(width: int, height: int, edge: int, more: int) -> None:
+    data = jpeg(width, height)
+    found, expected = decode("image", data, edge=edge), decode("image", data, edge=edge + more)
+    if has_edge(found, edge + more):
+        assert np.array_equal(np.asarray(found), np.asarray(expected))
+    else:
+        assert "reduced" in found.info
+        assert min(found.size) <= edge + more
+
+
+def test_plain_photo_and_crops_of_one_scale_are_decoded_once() -> None:
+    """Which are two decodings where crops need another scale: resizing the larger picture would give other pixels."""
+    one, half, quarter = (decode("image", jpeg(800, 800), edge=edge) for edge in (801, 230, 120))
+    assert (one.size, half.size, quarter.size) == ((800, 800), (400, 400), (200, 200))
+    assert has_edge(half, 399)
+    assert not has_edge(half, 400)
+    assert not has_edge(quarter, None)
+    assert has_edge(one, None)
+    assert not np.array_equal(np.asarray(half.reduce(2)), np.asarray(quarter))
 
 
 @pytest.mark.parametrize("edge", [None, 241])

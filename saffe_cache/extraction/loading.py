@@ -35,7 +35,7 @@ from saffe_cache.core.features import CacheError
 from saffe_cache.core.views import PLAIN, seen_as
 from saffe_cache.encoders.running import REAL_TOKENS
 from saffe_cache.extraction.planning import Job, blank_input, window_budget
-from saffe_cache.sources.decoding import LOW_GREY, decode
+from saffe_cache.sources.decoding import LOW_GREY, decode, has_edge
 from saffe_cache.sources.items import Media, is_file_fault
 
 logger = logging.getLogger(__name__)
@@ -166,12 +166,16 @@ class _Decoder:
         return ""
 
     def _decoded(self, data: bytes) -> dict[str, Any]:
-        """By view. Photos are decoded once, unless they are reduced and crops need more of their pixels."""
+        """By view. Photos are decoded once, unless they are reduced and crops need more of their pixels.
+
+        The plain view is then not made from the larger picture: a JPEG's smaller sizes come from its coefficients, and
+        resizing a larger one gives other pixels than those that the encoder's key stands for.
+        """
         encoder, request = self._job.encoder, self._job.encoder.request
         pictures: dict[int | None, Any] = {}
-        for edge in dict.fromkeys(map(encoder.decoded_edge, self._job.views)):
-            whole = next((one for one in pictures.values() if "reduced" not in getattr(one, "info", {})), None)
-            pictures[edge] = whole or decode(
+        for edge in dict.fromkeys(map(encoder.decoded_edge, self._job.views)):  # of crops last, which is larger
+            known = next((one for one in pictures.values() if has_edge(one, edge)), None)
+            pictures[edge] = known or decode(
                 *(request.modality, data, encoder.sampling_rate, request.grey_bits, encoder.num_frames, edge)
             )
         return {view: pictures[encoder.decoded_edge(view)] for view in self._job.views}

@@ -67,6 +67,11 @@ def decode(
     return _decode_image(data, grey_bits, edge) if modality == "image" else _decode_audio(data, sampling_rate or 16_000)
 
 
+def has_edge(picture: Any, edge: int | None) -> bool:
+    """Whether `decode` of the same file with this larger edge, or None, would give the same pixels; False if unsure."""
+    return "reduced" not in getattr(picture, "info", {}) or (edge is not None and min(picture.size) > edge)
+
+
 def modality_of_content(data: bytes) -> Modality | None:
     """Whether a file is a picture, a sound or a film, by its first 16 bytes; None if they do not say."""
     for modality, signature in _SIGNATURES:
