@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 import mmap
-import os
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from typing import IO
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from saffe_cache.core.devices import num_cores
 from saffe_cache.core.features import CacheError
 from saffe_cache.store.arrays import ArrayFiles
 from saffe_cache.store.dtypes import from_storage
@@ -299,7 +299,7 @@ class OpenShards:
 @cache
 def _loaders() -> ThreadPoolExecutor:
     """Threads shared by the whole process. No task of theirs waits for another."""
-    return ThreadPoolExecutor(max(4, os.cpu_count() or 1), "shard-loader")
+    return ThreadPoolExecutor(max(4, num_cores()), "shard-loader")
 
 
 def _blocks(file: IO[bytes], num_bytes: int) -> Iterator[bytes]:
