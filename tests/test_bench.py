@@ -16,9 +16,14 @@ sys.path.append(str(Path(__file__).parent / "benchmarks"))
 import average_precision
 import bench
 import decoding
+import evaluation
 import reading
+import training
 import writing
+from synthetic_cache import make_cache
 from timing import Figure, Rounds, not_installed, take_turns
+
+from saffe_cache.store.reader import open_cache
 
 
 class Clock:
@@ -176,8 +181,31 @@ def test_libraries_agree_on_rankings_with_negative_scores() -> None:
     assert found  # scikit-learn at least
 
 
+def test_the_section_of_evaluation_checks_what_it_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small one: ranks, pair scores and indices are compared with others inside, in this process and another."""
+    small = {"ITEMS": 3000, "QUERIES": 60, "CAPTIONS": 60, "CLUSTERS": 50, "TEXTS": 50, "ROUNDS": 1}
+    for name, value in small.items():
+        monkeypatch.setattr(evaluation, name, value)
+    monkeypatch.setattr(evaluation, "memory", lambda *_: not_installed("memory"))
+    monkeypatch.setattr(evaluation, "indices", lambda *_: [])
+    named = {figure.name: figure for figure in evaluation.measure(tmp_path)}
+    assert named["one relevant of 3,000: ours / float32 product and count"].value
+    assert named["reuse: pairs / full forward passes"].value
+    for metric, folder in (("mAP", tmp_path), ("MRR", tmp_path / "captions")):
+        assert 0 < evaluation.peak(folder, metric)["value"] < 1
+
+
+def test_files_are_dropped_while_a_cache_is_open(tmp_path: Path) -> None:
+    opened = open_cache(make_cache(tmp_path / "cache", {"train": 40}))
+    arrays = [one.array("hidden_states/2") for one in opened.encoders.values()]
+    before = [array.read(np.arange(40)).copy() for array in arrays]
+    training.forget_files(opened, str(tmp_path / "cache"))
+    for array, rows in zip(arrays, before, strict=True):
+        np.testing.assert_array_equal(array.read(np.arange(40)), rows)
+
+
 def test_a_library_that_is_missing_has_no_judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(average_precision, "_import", lambda name: None)
+    monkeypatch.setattr(average_precision, "optional_module", lambda name: None)
     assert [make(None) for make, _, _ in average_precision.JUDGES.values()] == [None] * 4
 
 

@@ -42,12 +42,36 @@ class Task:
             np.save(folder / f"{name}.npy", values)
 
 
+@dataclass(frozen=True)
+class Captions:
+    """Queries with one relevant item each, as captions that search their photos."""
+
+    gallery: np.ndarray
+    """float32 [items, d]"""
+    queries: np.ndarray
+    """float32 [m, d], of unit length"""
+    items: np.ndarray
+    """int64 [m]: the relevant one of each query."""
+
+    @property
+    def relevant(self) -> Ragged:
+        return Ragged(np.arange(len(self.items) + 1), self.items)
+
+    def ranks(self) -> np.ndarray:
+        """From 1, int64 [m], as a report has them."""
+        return relevant_ranks(InnerProducts(self.gallery, self.queries), self.relevant).values
+
+    def save(self, folder: Path) -> None:
+        for name, values in vars(self).items():
+            np.save(folder / f"{name}.npy", values)
+
+
 Judge = Callable[[np.ndarray, slice], float]
 """mAP of scores, float32 [queries, items], of some of the queries."""
 
 
 def with_scikit_learn(task: Task) -> Judge | None:
-    metrics = _import("sklearn.metrics")
+    metrics = optional_module("sklearn.metrics")
 
     def judge(scores: np.ndarray, some: slice) -> float:
         found = [
@@ -60,7 +84,7 @@ def with_scikit_learn(task: Task) -> Judge | None:
 
 
 def with_torchmetrics(task: Task) -> Judge | None:
-    retrieval = _import("torchmetrics.retrieval")
+    retrieval = optional_module("torchmetrics.retrieval")
 
     def judge(scores: np.ndarray, some: slice) -> float:
         metric = retrieval.RetrievalMAP()
@@ -74,7 +98,7 @@ def with_torchmetrics(task: Task) -> Judge | None:
 
 
 def with_pytrec_eval(task: Task) -> Judge | None:
-    library = _import("pytrec_eval")
+    library = optional_module("pytrec_eval")
     if library is None:
         return None
     names = [str(item) for item in range(len(task.gallery))]
@@ -90,7 +114,7 @@ def with_pytrec_eval(task: Task) -> Judge | None:
 
 
 def with_ranx(task: Task) -> Judge | None:
-    library, numba = _import("ranx"), _import("numba")
+    library, numba = optional_module("ranx"), optional_module("numba")
     if library is None:
         return None
     first = list(task.relevant)[: JUDGES["ranx"][1]]
@@ -114,7 +138,7 @@ JUDGES: Mapping[str, tuple[Callable[[Task], Judge | None], int, float]] = {
 """How each is asked, the queries that it judges in a turn, and the target of our rate over its."""
 
 
-def _import(name: str) -> Any:
+def optional_module(name: str) -> Any:
     """A module, None where it is not installed."""
     try:
         return import_module(name)

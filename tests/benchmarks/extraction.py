@@ -29,12 +29,13 @@ import numpy as np
 import torch
 from PIL import Image
 from timing import Figure, Rounds, not_installed, take_turns
-from transformers import AutoModel
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # data/
 
 from data.encoders import fetch_encoders
 from data.scenes import draw_scenes
+from saffe_cache.encoders.encoder import load_encoder
 from saffe_cache.encoders.loading import EncoderRequest, load_processor
 from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.encoding import run_job
@@ -53,7 +54,7 @@ PHOTOS, TEXTS = (4096, 16384) if ON_GPU else (128, 3200)
 PIXELS = 320
 LAYERS = {"image": (11, 12), "text": (5, 6)}
 MODELS = {"image": "dinov2-small", "text": "all-MiniLM-L6-v2"}
-ROUNDS = 3
+ROUNDS, LOADINGS = 3, 7
 TARGET = 0.95
 DECODING_TURNS = 4
 """Times that a round of decoding alone goes through all photos, so that what begins workers counts less."""
@@ -70,7 +71,28 @@ def measure(work: Path) -> list[Figure]:
         *measure_photos(work, first_inputs(jobs["image"], PHOTOS), media_of(data), models["image"]),
         *measure_texts(work, first_inputs(jobs["text"], TEXTS), models["text"]),
         *measure_memory(data, models["image"]),
+        *measure_loading(models),
     ]
+
+
+def measure_loading(models: Mapping[str, str]) -> list[Figure]:
+    """Loading an encoder, with all its checks, over what transformers needs for model and processor alone."""
+    figures = []
+    for modality, path in models.items():
+        processor = AutoImageProcessor if modality == "image" else AutoTokenizer
+        request = EncoderRequest(modality=modality, model_id=path)  # type: ignore[arg-type]
+
+        def ours(request: EncoderRequest = request) -> int:
+            return load_encoder(request).num_layers and 1
+
+        def bare(path: str = path, processor: Any = processor) -> int:
+            AutoModel.from_pretrained(path).eval()
+            return 1 if processor.from_pretrained(path) else 0
+
+        rounds = take_turns({"ours": ours, "bare": bare}, LOADINGS)
+        name = f"loading {MODELS[modality]}: rate over transformers alone"
+        figures.append(rounds.ratio("ours", "bare", name, at_least=0.9))
+    return figures
 
 
 def draw_photos(work: Path) -> Path:

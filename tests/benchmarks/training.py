@@ -5,7 +5,6 @@ Photos are drawn, the encoders are those of `make demo`. See bench.py.
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -217,11 +216,10 @@ def config_of(cache: str, out: str, **options: Any) -> TrainConfig:
 
 
 def forget_files(opened: Cache, folder: str) -> None:
-    """Drop a cache's files from the page cache; first from the memory maps, which would keep them there."""
+    """Drop a cache's files from the page cache; first their memory maps, which would keep them there."""
     for encoder in opened.encoders.values():
         for array in encoder._readers.values():
-            for mapped in array._shards._mapped.values():
-                mapped.memory.madvise(mmap.MADV_DONTNEED)
+            array._shards._mapped.clear()
     for path in Path(folder).rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
