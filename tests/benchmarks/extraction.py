@@ -59,6 +59,8 @@ TARGET = 0.95
 DECODING_TURNS = 4
 """Times that a round of decoding alone goes through all photos, so that what begins workers counts less."""
 
+_LOADING = "files in the page cache; ours also hashes all weights (SHA-256) and tests the picture processor"
+
 MediaByHash = Mapping[bytes, Media]
 
 
@@ -76,7 +78,7 @@ def measure(work: Path) -> list[Figure]:
 
 
 def measure_loading(models: Mapping[str, str]) -> list[Figure]:
-    """Loading an encoder, with all its checks, over what transformers needs for model and processor alone."""
+    """Seconds until an encoder is ready, with all its checks, and until transformers has model and processor alone."""
     figures = []
     for modality, path in models.items():
         processor = AutoImageProcessor if modality == "image" else AutoTokenizer
@@ -89,9 +91,10 @@ def measure_loading(models: Mapping[str, str]) -> list[Figure]:
             AutoModel.from_pretrained(path).eval()
             return 1 if processor.from_pretrained(path) else 0
 
-        rounds = take_turns({"ours": ours, "bare": bare}, LOADINGS)
-        name = f"loading {MODELS[modality]}: rate over transformers alone"
-        figures.append(rounds.ratio("ours", "bare", name, at_least=0.9))
+        rounds = take_turns({"ours": ours, "transformers alone": bare}, LOADINGS)
+        for name, rates in rounds.rates.items():
+            seconds = float(np.median(1 / rates))
+            figures.append(Figure(name=f"loading {MODELS[modality]}: {name}", unit="s", value=seconds, note=_LOADING))
     return figures
 
 
