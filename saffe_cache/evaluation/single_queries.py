@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from saffe_cache.core.items import Ragged
 from saffe_cache.evaluation.details import RECALLS, ClassDetails, Details, SystemDetails
 from saffe_cache.protocols.base import Protocol
 from saffe_cache.protocols.setting import Answered, Answers, Reordered, Setting, Vectors
@@ -42,12 +43,12 @@ def _shown_queries(protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
 
 def details_of(protocol: Protocol, systems: Mapping[str, Shown]) -> Details:
     """The details of some systems under one protocol."""
-    setting, relevant = protocol.setting, protocol.relevant
-    queries, shown = _shown_queries(protocol)
-    chosen, first = queries[shown], {name: of.first for name, of in systems.items()}
-    answers = np.array([relevant[query][0] for query in chosen], np.int64)
+    setting, (queries, shown) = protocol.setting, _shown_queries(protocol)
+    chosen = queries[shown]
+    relevant = protocol.relevant.take(chosen)
+    answers = relevant.values[relevant.offsets[:-1]]
     asking = _asking(protocol, chosen)
-    named = np.unique(np.concatenate([answers, asking[asking >= 0], *(of.ravel() for of in first.values())]))
+    named = np.unique(np.concatenate([answers, asking[asking >= 0], *(of.first.ravel() for of in systems.values())]))
     inputs = setting.cache.table.inputs
     hashes, texts = inputs[setting.inputs.gallery.manifest.modality].content_hash, inputs["text"].texts
     assert texts is not None
@@ -57,21 +58,31 @@ def details_of(protocol: Protocol, systems: Mapping[str, Shown]) -> Details:
         texts=() if protocol.queries is None else tuple(texts[row] for row in protocol.queries.text_rows[chosen]),
         answers=np.searchsorted(named, answers),
         asking=np.where(asking < 0, -1, np.searchsorted(named, asking)),
-        num_relevant=relevant.lengths[chosen],
+        num_relevant=relevant.lengths,
         photo_ids=tuple(setting.pairs.ids[place] for place in named),
         photo_hashes=hashes[setting.pairs.rows[named]],
         photo_texts=tuple(_photo_text(setting, texts, place) for place in named),
         query_classes=tuple(protocol.class_names[query] for query in queries) if protocol.shows_classes else (),
         class_names=protocol.class_names,
         systems={
-            name: SystemDetails(
-                metric=of.scores[protocol.main_metric].of_queries,
-                first=np.searchsorted(named, first[name]),
-                is_relevant=np.array([np.isin(row, relevant[q]) for q, row in zip(chosen, first[name], strict=True)]),
-                classes=of.classes,
-            )
+            name: system_details(of.scores[protocol.main_metric].of_queries, of.first, named, relevant, of.classes)
             for name, of in systems.items()
         },
+    )
+
+
+def system_details(
+    metric: np.ndarray, first: np.ndarray, named: np.ndarray, relevant: Ragged, classes: ClassDetails | None = None
+) -> SystemDetails:
+    """What is stored of one system, from the first items of the shown queries and those that are relevant to them.
+
+    `named`: the items that are named in the details, ascending; their places are stored.
+    """
+    return SystemDetails(
+        metric=metric,
+        first=np.searchsorted(named, first),
+        is_relevant=np.array([np.isin(row, relevant[query]) for query, row in enumerate(first)]),
+        classes=classes,
     )
 
 

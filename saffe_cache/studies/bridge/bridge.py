@@ -29,8 +29,8 @@ from saffe_cache.core.features import Modality
 from saffe_cache.core.items import ItemTable, Ragged
 from saffe_cache.core.options import refuse
 from saffe_cache.core.results import Estimate
-from saffe_cache.evaluation.details import Details, SystemDetails, write_details
-from saffe_cache.evaluation.single_queries import FIRST_K, MOST_QUERIES
+from saffe_cache.evaluation.details import Details, write_details
+from saffe_cache.evaluation.single_queries import FIRST_K, MOST_QUERIES, system_details
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_texts, summaries
 from saffe_cache.inputs.pairs import training_pairs
@@ -272,8 +272,8 @@ class _Bridging:
         self, asking: int, found: int, shown: np.ndarray, systems: Mapping[str, Scores], first: Mapping[str, np.ndarray]
     ) -> Details:
         """For galleries: the first inputs of each system for the queries that are shown."""
-        rows, relevant = self.relations.rows, self.relations.relevant[asking]
-        answers = np.array([relevant[query][0] for query in shown], np.int64)
+        rows, relevant = self.relations.rows, self.relations.relevant[asking].take(shown)
+        answers = relevant.values[relevant.offsets[:-1]]
         gallery = np.unique(np.concatenate([answers, *(of.ravel() for of in first.values())]))
         named = [(self.sides[found].modality, int(rows[found][place])) for place in gallery]
         named += [(self.sides[asking].modality, int(rows[asking][query])) for query in shown]
@@ -285,18 +285,14 @@ class _Bridging:
             texts=(),
             answers=np.searchsorted(gallery, answers),
             asking=len(gallery) + np.arange(len(shown)),
-            num_relevant=relevant.lengths[shown],
+            num_relevant=relevant.lengths,
             photo_ids=tuple(table.ids[item] for item in items),
             photo_hashes=np.stack([table.inputs[modality].content_hash[row] for modality, row in named]),
             photo_texts=tuple(_description(table, item) for item in items),
             query_classes=(),
             class_names=(),
             systems={
-                name: SystemDetails(
-                    metric=scores[MAIN].of_queries,
-                    first=np.searchsorted(gallery, first[name]),
-                    is_relevant=np.array([np.isin(of, relevant[q]) for q, of in zip(shown, first[name], strict=True)]),
-                )
+                name: system_details(scores[MAIN].of_queries, first[name], gallery, relevant)
                 for name, scores in systems.items()
             },
         )
