@@ -7,13 +7,13 @@ BIN := .venv/bin
 demo: .venv/demo
 	$(BIN)/python pipelines/demo.py --work demo
 
-# on all cores, a file of tests on one
+# on all cores, a file of tests on one, in the order of tests/conftest.py
 test: .venv/test
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # under 3 minutes on two cores: without tests that take over 5 seconds, and with few cases of what has many
 test-quick: .venv/test
-	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/test
 	$(BIN)/ruff format --check .

@@ -8,6 +8,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would only wait for one another
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +59,12 @@ def s3(s3_of_session: S3Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Pr
     s3_of_session.latency_seconds, s3_of_session.share_failing, s3_of_session.refuses = 0.0, 0.0, False
     if not s3_of_session.is_up:
         s3_of_session.start()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests first, so that no worker is left alone with them at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.hookimpl(wrapper=True)
