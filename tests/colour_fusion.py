@@ -35,6 +35,7 @@ class ColourFusion:
     """Has the part of a TrainedFusion's interface that an index uses; counts what it embeds."""
 
     modality = "image"
+    media = ("image",)
     size = 3
     storage = None
     index_views = "plain"

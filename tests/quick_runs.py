@@ -20,7 +20,7 @@ from saffe_cache.inputs.pairs import same_training_pairs, select_pairs
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.store.reader import open_cache
 from saffe_cache.training.config import TrainConfig
-from saffe_cache.training.runs import open_run
+from saffe_cache.training.runs import open_run, run_cache
 from saffe_cache.training.train import train
 
 Report = dict[str, Any]
@@ -56,7 +56,7 @@ def setting_of(
     cache_path: str, run: str, kind: Any, *, paired_texts: bool = False, split: str = "test"
 ) -> tuple[Setting, Fusion]:
     """What a report of a run is measured on, and its model."""
-    cache = open_cache(cache_path)
+    cache = run_cache(run, open_cache(cache_path))
     spec, model, _ = open_run(run, cache)
     gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
     pairs = select_pairs(cache.table, gallery, text, split, kind, first_paired=paired_texts)

@@ -48,7 +48,7 @@ OWNERS = np.repeat(np.arange(len(SCENES)), [len(texts) for texts in CAPTIONS])
 class ColourRun:
     """Stands in for a trained run: pictures and texts are the colours that they show or name, with some noise."""
 
-    modality, size, takes_text, fingerprint = "image", len(CLASSES), True, "0123456789ab"
+    media, size, takes_text, fingerprint = ("image",), len(CLASSES), True, "0123456789ab"
 
     def __init__(self, folder: str = "runs/colours", noise: float = 0.2, **_: Any) -> None:
         self.folder, self.model, self.noise = Path(folder), torch.nn.Linear(2, 2), noise
@@ -256,7 +256,7 @@ def test_sounds_reach_the_run_as_waveforms() -> None:
     given: list[Any] = []
 
     class Sounds(ColourRun):
-        modality = "audio"
+        media = ("audio",)
 
         def embed_audio(self, sounds: Sequence[Any]) -> np.ndarray:
             given.extend(sounds)
@@ -331,7 +331,7 @@ def test_clip_benchmark_several_classes_have_average_precision() -> None:
 def two_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The folders clear and noisy."""
     noises = {"clear": 0.1, "noisy": 0.5}
-    monkeypatch.setattr(benchmark_scores, "load_run", lambda folder, **_: ColourRun(folder, noises[folder]))
+    monkeypatch.setattr(benchmark_scores, "_load", lambda _, folder: ColourRun(folder, noises[folder]))
 
 
 @pytest.mark.slow

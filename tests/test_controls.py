@@ -276,9 +276,10 @@ def test_duplicates_are_counted_by_content(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache.zarr", {"train": 60, "test": 20}, shared=7)
     setting, _ = setting_of(cache, quick_train(cache, tmp_path / "run", epochs=1, control_epochs=0), "captions")
     training, _ = same_training_pairs(setting.spec, setting.cache, "run")
-    assert duplicates(setting.pairs, training) == {"photos": 0, "texts": 0}
+    inputs = setting.cache.table.inputs["image"]
+    assert duplicates(inputs, setting.pairs, training) == {"photos": 0, "texts": 0}
     seen = replace(training, rows=np.concatenate([training.rows, setting.pairs.rows[:5]]), texts=setting.pairs.texts)
-    assert duplicates(setting.pairs, seen) == {"photos": 5, "texts": 40}
+    assert duplicates(inputs, setting.pairs, seen) == {"photos": 5, "texts": 40}
 
 
 def test_missing_control_of_permuted_pairs(captions: Trained, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_tokens_that_enter_a_layer_later_are_spared_its_block(cache: str, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "fusion", [name for name, entry in FUSIONS.items() if not entry.is_closed_form and not entry.for_composed]
+    "fusion", [name for name, entry in FUSIONS.items() if not entry.is_closed_form and not entry.is_special]
 )
 def test_all_fusions_are_counted(equally_wide: str, fusion: str) -> None:
     """At least the maps of the photo and of the text."""

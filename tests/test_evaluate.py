@@ -29,7 +29,7 @@ KEYS = {
     "num_queries", "num_unusable_items", "validation_photos", "validation_photos_drawn_from", "systems", "descriptions",
     "absent", "differences", "controls", "control_scores", "sensitivity", "duplicates", "index", "cost", "run",
     "config", "versions", "threads", "system", "resolved", "search_correction", "bank_texts", "bank_photos",
-    "uncorrected",
+    "uncorrected", "media", "media_items",
 }  # fmt: skip
 
 

@@ -41,8 +41,8 @@ MASK = torch.tensor([[True] * 6, [True] * 3 + [False] * 3, [True] + [False] * 5]
 
 SIDES = ("gallery", "text")
 DECODERS = [name for name, entry in FUSIONS.items() if entry.has_decoder]
-ELSEWHERE = [name for name, entry in FUSIONS.items() if "head" not in entry.options and not entry.for_composed]
-OF_TOKENS = [name for name, entry in FUSIONS.items() if entry.reads == "tokens" and not entry.for_composed]
+ELSEWHERE = [name for name, entry in FUSIONS.items() if "head" not in entry.options and not entry.is_special]
+OF_TOKENS = [name for name, entry in FUSIONS.items() if entry.reads == "tokens" and not entry.is_special]
 CASES = [(name, side) for name in OF_TOKENS for side in (SIDES if name in DECODERS else SIDES[:1])]
 every_fusion = pytest.mark.parametrize(("fusion", "side"), CASES, ids=["-".join(case) for case in CASES])
 

@@ -34,7 +34,7 @@ from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.train import train
 
 Models = Callable[[str], Path]
-ELSEWHERE = [name for name, entry in FUSIONS.items() if "head" not in entry.options and not entry.for_composed]
+ELSEWHERE = [name for name, entry in FUSIONS.items() if "head" not in entry.options and not entry.is_special]
 CORRECTING = [name for name in ELSEWHERE if "pooled_text" in FUSIONS[name].options]
 MASK = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] + [False] * 4])
 

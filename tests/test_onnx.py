@@ -28,7 +28,7 @@ CASES = [
     (name, side)
     for name, entry in FUSIONS.items()
     for side in (("gallery", "text") if entry.has_decoder else ("gallery",))
-    if entry.is_deterministic and not entry.is_closed_form and not entry.for_composed
+    if entry.is_deterministic and not entry.is_closed_form and not entry.is_special
 ]
 LAYERS = (4, 7)
 

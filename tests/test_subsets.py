@@ -13,10 +13,10 @@ from several_cache import make_several_cache
 from saffe_cache.core.features import Modality
 from saffe_cache.core.items import Ragged
 from saffe_cache.core.results import read_report
+from saffe_cache.fusion.media import Medium
+from saffe_cache.inputs.media import Groups
 from saffe_cache.studies.subsets.config import FUSIONS, SubsetsConfig
-from saffe_cache.studies.subsets.examples import Examples
-from saffe_cache.studies.subsets.fitting import Groups, _with_dropped, late
-from saffe_cache.studies.subsets.fusions import Medium, make_fusion
+from saffe_cache.studies.subsets.fitting import KINDS, _with_dropped, late
 from saffe_cache.studies.subsets.result import SubsetsResult
 from saffe_cache.studies.subsets.subsets import subsets
 
@@ -36,7 +36,7 @@ def media_of(count: int = 7, seed: int = 0) -> dict[Modality, Medium]:
 @pytest.mark.parametrize("name", FUSIONS)
 def test_a_missing_medium_is_the_null_whatever_its_tokens(name: str) -> None:
     torch.manual_seed(0)
-    model = make_fusion(name, WIDTHS, 10).eval()
+    model = KINDS[name](WIDTHS, 10).eval()
     media, others = media_of(), media_of(seed=1)
     gone = torch.tensor([True, False] * 3 + [True])
     hidden = model({**media, "audio": media["audio"].without(gone)})
@@ -57,7 +57,7 @@ def test_a_missing_medium_is_the_null_whatever_its_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", FUSIONS)
 def test_padding_does_not_count(name: str) -> None:
     torch.manual_seed(0)
-    model, media = make_fusion(name, WIDTHS, 10).eval(), media_of()
+    model, media = KINDS[name](WIDTHS, 10).eval(), media_of()
     padded = {
         kind: Medium(torch.nn.functional.pad(one.tokens, (0, 0, 0, 2)), torch.nn.functional.pad(one.mask, (0, 2)))
         for kind, one in media.items()
@@ -122,7 +122,7 @@ def test_captions_describe_items_and_one_modality_is_refused(tmp_path: Path) -> 
 def test_media_are_regrouped_within_their_class() -> None:
     labels = Ragged.from_rows([[number % 3] for number in range(30)])
     rows: dict[Modality, np.ndarray] = {"image": np.arange(30), "audio": np.where(np.arange(30) % 4, np.arange(30), -1)}
-    groups = Groups(Examples(rows, {}, labels, np.eye(3, dtype=np.float32), labels))
+    groups = Groups(labels, rows)
     items = np.repeat(np.arange(30), 40)
     for name, own in rows.items():
         drawn = groups.draw(name, items, np.random.default_rng(0))

@@ -151,7 +151,7 @@ RUNNING: list[dict[str, Any]] = [
         for fusion in FUSIONS
         if "head" not in FUSIONS[fusion].options
         and not FUSIONS[fusion].is_closed_form
-        and not FUSIONS[fusion].for_composed
+        and not FUSIONS[fusion].is_special
         for beside in ("null", "first_caption")
         if (fusion, beside) != ("hadamard", "null")
     ),

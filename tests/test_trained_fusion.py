@@ -99,7 +99,7 @@ def rows_of_pixels(picture: Image.Image) -> torch.Tensor:
     [
         name if name in ("concat", "reuse") else pytest.param(name, marks=pytest.mark.slow)
         for name, entry in FUSIONS.items()
-        if not entry.for_composed
+        if not entry.is_special
     ],
 )
 def test_vectors_are_those_of_evaluation(fusion: str, world: World, tmp_path: Path) -> None:

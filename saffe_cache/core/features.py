@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-Modality = Literal["image", "text", "audio", "video"]
+Modality = Literal["image", "text", "audio", "video", "media"]
+""""media" stands for several of an item's photo, sound and video together: it exists in memory, never in a cache's
+files."""
 MODALITIES: tuple[Modality, ...] = ("image", "text", "audio", "video")
 
 IndexKind = Literal["flat", "ivf", "ivf_pq", "hnsw"]

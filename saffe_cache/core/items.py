@@ -71,9 +71,21 @@ class Inputs:
     """uint8 [n, 32]: SHA-256 of the file's bytes, or of the text's UTF-8."""
     texts: Texts | None = None
     """The texts themselves; None for photos and sounds."""
+    of_media: np.ndarray | None = None
+    """int64 [n, media]: where several media are joined, the input of each medium, -1 where it is missing."""
 
     def __len__(self) -> int:
         return len(self.content_hash)
+
+    def shared(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """bool [rows]: which inputs are among `others`, or have a medium in common with one of them.
+
+        A row of -1 in `others` is no input.
+        """
+        if self.of_media is None:
+            return np.isin(rows, others)
+        pairs = zip(self.of_media[rows].T, self.of_media[others[others >= 0]].T, strict=True)
+        return np.asarray(np.logical_or.reduce([(own >= 0) & np.isin(own, theirs) for own, theirs in pairs]))
 
 
 @dataclass(frozen=True, slots=True)

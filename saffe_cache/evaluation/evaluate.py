@@ -22,6 +22,7 @@ from saffe_cache.core import ranks
 from saffe_cache.core.atomic_io import hold_folder, remove_partial_files
 from saffe_cache.core.controls import Control, failed
 from saffe_cache.core.devices import choose_device, peak_memory_mb
+from saffe_cache.core.items import Inputs
 from saffe_cache.core.options import refuse, require
 from saffe_cache.core.outputs import CONFIG, RESULT, is_begun, provenance, write_json
 from saffe_cache.core.views import indexed_views
@@ -29,11 +30,14 @@ from saffe_cache.evaluation.baselines import BASELINES, fit_baseline, fit_baseli
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.details import FAM, write_details
 from saffe_cache.evaluation.material import Material
+from saffe_cache.evaluation.media import MediaScores, measure_media
 from saffe_cache.evaluation.results import Cost, Difference, EvaluationResult, Index, numbers_of
 from saffe_cache.evaluation.single_queries import Shown, details_of, shown_of
 from saffe_cache.fusion.base import Fusion, counted_flops
+from saffe_cache.fusion.registry import OF_MEDIA
 from saffe_cache.inputs.bank import draw_bank
 from saffe_cache.inputs.feature_loader import FeatureLoader
+from saffe_cache.inputs.media import seen_by
 from saffe_cache.inputs.pairs import (
     Pairs,
     Unpaired,
@@ -44,7 +48,7 @@ from saffe_cache.inputs.pairs import (
     unpaired_inputs,
 )
 from saffe_cache.inputs.spec import RunSpec, SplitOptions
-from saffe_cache.protocols.base import LEAKY_GALLERY, NULL_GALLERY, Level, Protocol
+from saffe_cache.protocols.base import LEAKY_GALLERY, NULL_GALLERY, Level, Protocol, SearchProtocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import FittedScores, Setting, System
 from saffe_cache.retrieval.correction import DEFAULT_CORRECTION, Bank
@@ -55,7 +59,7 @@ from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.training.config import DataOptions, TrainConfig
 from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.result import TrainResult
-from saffe_cache.training.runs import kept_encoders, load_permuted, open_run, weights_hash
+from saffe_cache.training.runs import kept_encoders, load_permuted, open_run, run_cache, weights_hash
 
 __all__ = ["EvaluateConfig", "evaluate"]
 
@@ -129,7 +133,10 @@ def evaluate(config: EvaluateConfig) -> str:
     started = time.perf_counter()
     torch.manual_seed(config.seed)
     cache, device = open_cache(config.cache), choose_device(config.device)
+    if config.run is not None:
+        cache = run_cache(config.run, cache)
     subject = _resolve_baseline(config, cache) if config.run is None else _load_run(config.run, cache, device)
+    cache = seen_by(cache, subject.spec)
     name = own_protocol(subject.spec) if config.protocol == "auto" else config.protocol
     views = _index_views(config, cache, subject.spec)
     inputs = FeatureLoader(cache, subject.spec, device, index_views=views)
@@ -180,7 +187,9 @@ def _resolve_baseline(config: EvaluateConfig, cache: Cache) -> _Subject:
     require(config.system in BASELINES, "system", config.system, " or ".join(BASELINES))
     groups = (*fields(SplitOptions), *fields(DataOptions))
     options = {one.name: getattr(config, one.name) for one in groups} | {"data_seed": config.data_seed}
-    spec = resolve_run(TrainConfig(cache=config.cache, out="", fusion=_PLAIN_FUSION, **options), cache)
+    fusion = OF_MEDIA if config.media else _PLAIN_FUSION
+    spec = resolve_run(TrainConfig(cache=config.cache, out="", fusion=fusion, **options), cache)
+    cache = seen_by(cache, spec)
     training, validation, _ = training_pairs(spec, cache)
     spec = replace(spec, data=data_fingerprint(cache, spec, training, validation))
     return _Subject(config.system, spec, training, validation)
@@ -274,13 +283,13 @@ def _result(
     setting, run, bank = protocol.setting, subject.run, protocol.setting.bank
     scores = {name: of.scores for name, of in systems.answered.items()}
     fitted = {name: of for name, of in scores.items() if name != FAM}
-    controls, measured = run_controls(protocol, systems.main, systems.permuted, fitted)
-    moves, shared = sensitivity(protocol, systems.main), duplicates(setting.pairs, subject.training, subject.unpaired)
-    has_permuted = systems.permuted is not None
+    of_media = _measure_media(protocol, systems.main)
+    controls, measured = _all_controls(protocol, systems, fitted, of_media)
+    moves, shared = sensitivity(protocol, systems.main), _shared(setting, subject)
     definition, is_compared = protocol.described, run is not None and config.baselines != "none"
     return EvaluationResult(
         failures=tuple(
-            failures(controls, moves, shared, has_permuted, protocol.least_moves)
+            failures(controls, moves, shared, systems.permuted is not None, protocol.least_moves)
             if run
             else _baseline_failures(controls, shared, subject)
         ),
@@ -310,12 +319,32 @@ def _result(
         differences=differences(scores[FAM], fitted) if is_compared else {},
         controls=controls,
         control_scores={name: numbers_of(of) for name, of in measured.items()},
+        media={name: numbers_of(of) for name, of in of_media.rows.items()},
+        media_items=of_media.num_items,
         sensitivity=moves,
         duplicates=shared,
         index=_write_index(config, protocol, systems.main, out),
         cost=_cost(protocol, subject, systems, started),
         run=setting.spec,
     )
+
+
+def _all_controls(
+    protocol: Protocol, systems: _Systems, fitted: Mapping[str, Scores], of_media: MediaScores
+) -> tuple[dict[str, Control], dict[str, Scores]]:
+    """As `run_controls`, with those of several media where training dropped some of them."""
+    controls, measured = run_controls(protocol, systems.main, systems.permuted, fitted)
+    if protocol.setting.spec.modality_dropout:  # otherwise the null is untrained
+        controls |= of_media.controls(protocol.main_metric)
+        measured |= {f"{medium}_shuffled": of for medium, of in of_media.shuffled.items()}
+    return controls, measured
+
+
+def _measure_media(protocol: Protocol, system: System) -> MediaScores:
+    """What a run of several media finds with some of them; nothing of other systems."""
+    if isinstance(system, Fusion) and system.shape.media and isinstance(protocol, SearchProtocol):
+        return measure_media(protocol, system)
+    return MediaScores()
 
 
 def _cost(protocol: Protocol, subject: _Subject, systems: _Systems, started: float) -> Cost:
@@ -417,12 +446,21 @@ def sensitivity(protocol: Protocol, system: System) -> dict[str, float]:
     }
 
 
-def duplicates(pairs: Pairs, training: Pairs, unpaired: Unpaired | None = None) -> dict[str, int]:
-    """Photos and texts, by content, that the reported pairs share with those that the run was trained on."""
+def _shared(setting: Setting, subject: _Subject) -> dict[str, int]:
+    """`duplicates` of what is reported and what the subject was trained on."""
+    inputs = setting.cache.table.inputs[setting.inputs.gallery.manifest.modality]
+    return duplicates(inputs, setting.pairs, subject.training, subject.unpaired)
+
+
+def duplicates(inputs: Inputs, pairs: Pairs, training: Pairs, unpaired: Unpaired | None = None) -> dict[str, int]:
+    """Photos and texts, by content, that the reported pairs share with those that the run was trained on.
+
+    Of several media, items with one in common.
+    """
     photos, texts = unpaired or Unpaired(training.rows[:0], training.texts.values[:0])
     photos, texts = np.concatenate([training.rows, photos]), np.concatenate([training.searching.values, texts])
     return {
-        "photos": int(np.isin(pairs.rows, photos).sum()),
+        "photos": int(inputs.shared(pairs.rows, photos).sum()),
         "texts": int(np.isin(np.unique(pairs.searching.values), texts).sum()),
     }
 

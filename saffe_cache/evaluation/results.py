@@ -13,6 +13,7 @@ from saffe_cache.core.outputs import CONFIG, read_json
 from saffe_cache.core.results import Estimate, Measurement, Result, Section
 from saffe_cache.core.tables import ABSENT, Cell, Row, RowKind, Table, drawn, duration, flops, percent
 from saffe_cache.evaluation.details import FAM, NAME, check_means, label, read_details, show_classes
+from saffe_cache.inputs.media import named_layers
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.correction import SearchCorrection
 from saffe_cache.retrieval.metrics import metric_named
@@ -118,6 +119,10 @@ class EvaluationResult(Result):
     controls: Mapping[str, Control]
     control_scores: Mapping[str, Numbers]
     """All metrics of each control."""
+    media: Mapping[str, Numbers] = field(default_factory=dict)
+    """Of a run of several media: by the media that are shown, and with one of another item."""
+    media_items: int = 0
+    """Items that have all media, which `media` is measured on."""
     sensitivity: Mapping[str, float]
     """How far the fused vector moves with another photo ("to_image") or another paired text ("to_text"), 0 to 2."""
     duplicates: Mapping[str, int]
@@ -145,7 +150,8 @@ class EvaluationResult(Result):
 
     def measurements(self) -> Iterator[Measurement]:
         controls = {f"control: {name}": of for name, of in self.control_scores.items()}
-        for system, numbers in {**self.systems, **controls}.items():
+        media = {f"media: {name}": of for name, of in self.media.items()}
+        for system, numbers in {**self.systems, **controls, **media}.items():
             for metric, of in numbers.items():
                 yield Measurement.of("", system, metric, of, of.chance)
 
@@ -167,7 +173,7 @@ class EvaluationResult(Result):
             Section(
                 title=f"{of_system}{self.protocol} protocol, split {self.split}: {counts}",
                 lead=f"{self.definition[:1].upper()}{self.definition[1:]}.",
-                tables=[self._table()],
+                tables=[self._table(), *([self._media_table()] if self.media else [])],
                 texts=self._texts(),
                 facts=[
                     *of_fusion,
@@ -229,6 +235,16 @@ class EvaluationResult(Result):
                 add(self.systems[name], name, "baseline", "baseline")
         return Table("Percent, with 95 % bootstrap intervals over photos.", ("", *names), tuple(rows))
 
+    def _media_table(self) -> Table:
+        """What the run finds when only some media of the items are shown."""
+        names = self._metrics()
+        rows = [
+            Row(Cell(shown), tuple(_cell(name, numbers.get(name)) for name in names), "plain")
+            for shown, numbers in self.media.items()
+        ]
+        caption = f"The {self.media_items:,} items that have all media, by the media that are shown."
+        return Table(caption, ("", *names), tuple(rows))
+
     def _correction(self) -> list[tuple[str, str]]:
         """What was subtracted from scores, if anything."""
         if self.search_correction is None:
@@ -268,7 +284,7 @@ class EvaluationResult(Result):
         )
         return [
             ("cache", str(given.get("cache", ""))),
-            ("gallery encoder", f"{spec.gallery_key}, layers {', '.join(map(str, spec.gallery_layers))}"),
+            ("gallery encoder", f"{spec.gallery_key}, layers {named_layers(spec)}"),
             ("text encoder", f"{spec.text_key}{of_text}"),
             *([("fusion", fusion)] if of_run else [("baseline", self.descriptions[self.system])]),
             ("trained on", f"split {spec.train_split}; {chosen} on {spec.validation}{of_photos}; seed {spec.seed}"),

@@ -13,6 +13,7 @@ from saffe_cache.protocols.base import Protocol
 from saffe_cache.protocols.setting import Answered, Answers, Reordered, Setting, Vectors
 from saffe_cache.retrieval.ranking import members, relevant_ranks, top_k
 from saffe_cache.retrieval.scores import Scores, drawn_queries, nearest_classes
+from saffe_cache.store.joined import JoinedEncoder
 
 FIRST_K = 10
 MOST_QUERIES = 2000
@@ -50,7 +51,7 @@ def details_of(protocol: Protocol, systems: Mapping[str, Shown]) -> Details:
     asking = _asking(protocol, chosen)
     named = np.unique(np.concatenate([answers, asking[asking >= 0], *(of.first.ravel() for of in systems.values())]))
     inputs = setting.cache.table.inputs
-    hashes, texts = inputs[setting.inputs.gallery.manifest.modality].content_hash, inputs["text"].texts
+    hashes, texts = _file_hashes(setting), inputs["text"].texts
     assert texts is not None
     return Details(
         main_metric=protocol.main_metric,
@@ -84,6 +85,18 @@ def system_details(
         is_relevant=np.array([np.isin(row, relevant[query]) for query, row in enumerate(first)]),
         classes=classes,
     )
+
+
+def _file_hashes(setting: Setting) -> np.ndarray:
+    """uint8 [inputs, 32]: of the file of each input of the gallery; of several media, of the first that an item has."""
+    inputs, gallery = setting.cache.table.inputs, setting.inputs.gallery
+    if not isinstance(gallery, JoinedEncoder):
+        return inputs[gallery.manifest.modality].content_hash
+    found = np.zeros((len(gallery.parts), 32), np.uint8)
+    for place, medium in reversed(list(enumerate(gallery.encoders))):
+        has = gallery.parts[:, place] >= 0
+        found[has] = inputs[medium].content_hash[gallery.parts[has, place]]
+    return found
 
 
 def _asking(protocol: Protocol, queries: np.ndarray) -> np.ndarray:

@@ -127,8 +127,29 @@ def as_read(shape: FusionShape, states: States, mask: Mask) -> tuple[States, Mas
 
 
 def shape_summaries(shape: FusionShape, states: States, mask: Mask) -> torch.Tensor:
-    """Summaries of gallery inputs, [inputs, summary_size], as a fusion of this shape has them."""
-    return summarize(states, mask, has_class_token=shape.has_class_token, has_spread=shape.entry.has_spread)
+    """Summaries of gallery inputs, [inputs, summary_size], as a fusion of this shape has them.
+
+    Those of the media of an item follow one another; that of a missing one is zero.
+    """
+    found = [
+        summarize(own, is_real, has_class_token=shape.has_class_token, has_spread=shape.entry.has_spread)
+        for own, is_real in of_media(shape, states, mask)
+    ]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def of_media(shape: FusionShape, states: States, mask: Mask) -> list[tuple[States, Mask]]:
+    """The layers and the mask of each medium of fused items; where there is one medium, all as they are."""
+    if not shape.media:
+        return [(states, mask)]
+    assert mask is not None, "an item may lack a medium"
+    found, layer, token = list[tuple[States, Mask]](), 0, 0
+    for medium in shape.media:
+        own = states[layer : layer + medium.num_layers]
+        count = own[0].shape[1]
+        found.append((own, mask[:, token : token + count]))
+        layer, token = layer + medium.num_layers, token + count
+    return found
 
 
 class Fusion(nn.Module):

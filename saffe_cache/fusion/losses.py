@@ -290,6 +290,8 @@ class Contrast(NamedTuple):
     """Unit vectors of the unpaired photos, and of the unpaired texts."""
     similarities: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = inner_products
     """Scores of queries with photos, [m, n]."""
+    of_single_media: Callable[[], list[tuple[torch.Tensor, torch.Tensor]]] = list
+    """Unit vectors [n, d] of the items of which one medium is shown, and bool [n], which have it: for each medium."""
 
     @property
     def scores(self) -> torch.Tensor:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from saffe_cache.core.features import Modality
 from saffe_cache.core.options import OptionGroup, require, require_keys
 from saffe_cache.fusion.registry import AUTO, FUSIONS, OBJECTIVES, FusionEntry, HeadName, QuerySide
 
@@ -17,7 +18,7 @@ class ModelOptions(OptionGroup):
     fusion: str = field(default=AUTO, metadata={"entries": FUSIONS})
     """How photo and text features are combined. auto: linear where photos are searched alone; compose where photo and
     text search (composed queries); reuse where a text is fused with photos, by --gallery-text or an objective over
-    pairs."""
+    pairs; media_sum where several media are fused (--gallery image+audio)."""
     head: HeadName | None = None
     """How tokens become one vector. attention: learned queries pool them. mean: their mean. flatten: all tokens enter
     one linear map, as in the SAFFE paper. Default: the fusion's own, usually attention."""
@@ -31,13 +32,13 @@ class ModelOptions(OptionGroup):
     pooled_text: bool | None = None
     """Add the paired text's own vector, mapped, to the output. Default: the fusion's own, usually yes where photos have
     paired texts."""
-    dropout: float = 0.5
-    """Dropout in the head and in the query map, from 0 to below 1."""
+    dropout: float | None = None
+    """Dropout in the head and in the query map, from 0 to below 1. Default: the fusion's own, usually 0.5."""
 
     def check(self) -> None:
         """Raise ValueError if the fusion is unknown or a value is out of range."""
         require(self.fusion in (AUTO, *FUSIONS), "fusion", self.fusion, " or ".join((AUTO, *FUSIONS)))
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "a fraction from 0 to below 1")
+        require(0 <= (self.dropout or 0) < 1, "dropout", self.dropout, "a fraction from 0 to below 1")
 
     @property
     def entry(self) -> FusionEntry:
@@ -46,10 +47,22 @@ class ModelOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MediumShape:
+    """The tokens of one medium of fused items."""
+
+    name: Modality
+    """image, audio or video."""
+    num_layers: int
+    hidden_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class FusionShape(ModelOptions):
     """Everything that decides a fusion's parameters: the options with their defaults filled in, and the sizes of what
     the cache holds."""
 
+    dropout: float = 0.5
+    """As the option, with the fusion's own filled in."""
     num_layers: int
     """P: layers of the gallery's tokens."""
     hidden_size: int
@@ -70,12 +83,15 @@ class FusionShape(ModelOptions):
     """Root mean square of the text's tokens: the scale at which a projection into their space starts."""
     has_class_token: bool = True
     """Whether the gallery's first token stands for the whole input; a CNN's feature maps have no such token."""
+    media: tuple[MediumShape, ...] = ()
+    """The media of fused items, whose layers follow one another; empty where the gallery has one medium."""
 
     @property
     def summary_size(self) -> int:
         """Width of what `summarize` makes of an input: 2 P d, P d without a class token, P d more with spreads."""
         parts = 1 + self.has_class_token + self.entry.has_spread
-        return parts * self.num_layers * self.hidden_size
+        sizes = [one.num_layers * one.hidden_size for one in self.media]
+        return parts * (sum(sizes) if sizes else self.num_layers * self.hidden_size)
 
     @property
     def read_size(self) -> int:
@@ -115,6 +131,12 @@ class ObjectiveOptions(OptionGroup):
     """Number of photos of a batch that pair and matching use."""
     text_dropout: float = 0.0
     """Fraction of paired texts that training replaces by the null text, from 0 to below 1."""
+    modality_dropout: float | None = None
+    """How often training drops a medium of an item that has several, from 0 to below 1; one is always left. Default:
+    0.3 where several media are fused."""
+    regroup: bool | None = None
+    """In training, take each medium of an item from any item with the same texts, such as those of its class. Items of
+    captions, which have texts of their own, stay as they are. Default: yes where several media are fused."""
     temperature: float | None = None
     """Temperature of info_nce, fixed. Default: the fusion's own, usually learned from 0.07 on."""
     mixup: float | None = None
@@ -148,7 +170,9 @@ class ObjectiveOptions(OptionGroup):
         if self.temperature is not None:
             require(0.001 <= self.temperature <= 10, "temperature", self.temperature, "a number from 0.001 to 10")
         require(self.structure_warmup >= 0, "structure_warmup", self.structure_warmup, "0 or more")
-        require(0 <= self.text_dropout < 1, "text_dropout", self.text_dropout, "a fraction from 0 to below 1")
+        for option in ("text_dropout", "modality_dropout"):
+            fraction = getattr(self, option) or 0
+            require(0 <= fraction < 1, option, fraction, "a fraction from 0 to below 1")
 
     @property
     def fuses_pairs(self) -> bool:

@@ -59,6 +59,8 @@ class FusionEntry(Entry):
     """Its default --pooled-text where texts are paired with photos."""
     gallery_text: GalleryText = "null"
     """Its default --gallery-text."""
+    dropout: float = 0.5
+    """Its default --dropout."""
     objective: Mapping[str, float] = field(default_factory=lambda: {"info_nce": 1.0})
     """Its default --objective."""
     temperature: float | None = None
@@ -86,6 +88,8 @@ class FusionEntry(Entry):
     """Whether it computes something from the training photos before the first step (`Fusion.prepare`)."""
     for_composed: bool = False
     """Whether it is made for composed queries (photo and text search photos): it trains with --pairs composed alone."""
+    for_media: bool = False
+    """Whether it is made for items of several media, of which any may be missing: it takes no other gallery."""
     scores: Scoring = "inner"
     """How a composed query scores the gallery. inner: by the inner product of unit vectors, which any index can search.
     own: by `Fusion.similarities`."""
@@ -107,6 +111,11 @@ class FusionEntry(Entry):
         ]
         what = "Closed form" if self.is_closed_form else "Recipe"
         return f"{self.summary} {what}: {', '.join(parts)}." if parts else self.summary
+
+    @property
+    def is_special(self) -> bool:
+        """Whether it takes composed queries or several media alone, and not photos that texts describe."""
+        return self.for_composed or self.for_media
 
     @property
     def has_decoder(self) -> bool:
@@ -131,7 +140,7 @@ class FusionEntry(Entry):
 
 _CLOSED = "saffe_cache.fusion.closed_form"
 _KNOWN, _VECTORS, _FAM = "saffe_cache.fusion.known", "saffe_cache.fusion.vectors", "saffe_cache.fusion.fam"
-_COMPOSED = "saffe_cache.fusion.composed"
+_COMPOSED, _MEDIA = "saffe_cache.fusion.composed", "saffe_cache.fusion.media"
 _HEAD = frozenset({"pooled_text", "head"})
 _DECODER = _HEAD | {"query_side", "share_decoder", "freeze_decoder"}
 _TWO_SIDED: Mapping[str, Any] = {"options": frozenset(), "pooled_text": False}
@@ -160,10 +169,23 @@ def _closed_form(made_by: str, summary: str) -> FusionEntry:
     )
 
 
+_OF_MEDIA: Mapping[str, Any] = {
+    "options": frozenset(),
+    "pooled_text": False,
+    "fuses_text": False,
+    "for_media": True,
+    "dropout": 0.2,
+    "recipe": {"learning_rate": 1e-3, "batch_size": 64},
+    "recipe_from": "validation",
+}
+"""Of fusions of several media of an item."""
+
+
 AUTO = "auto"
 """A fusion that follows from what is fused."""
-OF_PHOTOS_ALONE, OF_PAIRS, OF_COMPOSED = "linear", "reuse", "compose"
-"""What it is where photos are searched alone, where texts are fused with them, and where both together search."""
+OF_PHOTOS_ALONE, OF_PAIRS, OF_COMPOSED, OF_MEDIA = "linear", "reuse", "compose", "media_sum"
+"""What it is where photos are searched alone, where texts are fused with them, where both together search, and where
+items have several media."""
 
 FUSIONS: Mapping[str, FusionEntry] = {
     "reuse": FusionEntry(
@@ -387,6 +409,25 @@ FUSIONS: Mapping[str, FusionEntry] = {
         scores="own",
         **_OF_VECTORS,
     ),
+    "media_sum": FusionEntry(
+        made_by=f"{_MEDIA}:MediaSum",
+        summary="Several media: the sum of one MLP's vector for each, which are also trained alone.",
+        objective={"info_nce": 1.0, "media_alone": 1.0},
+        **_OF_MEDIA,
+    ),
+    "media_concat": FusionEntry(
+        made_by=f"{_MEDIA}:MediaConcat", summary="Several media: an MLP on their summaries.", **_OF_MEDIA
+    ),
+    "media_union": FusionEntry(
+        made_by=f"{_MEDIA}:MediaUnion",
+        summary="Several media: learned queries attend to the tokens of all of them together.",
+        **_OF_MEDIA,
+    ),
+    "media_cross": FusionEntry(
+        made_by=f"{_MEDIA}:MediaCross",
+        summary="media_union, after the tokens of each medium have attended to those of the others.",
+        **_OF_MEDIA,
+    ),
 }
 
 
@@ -405,6 +446,8 @@ class ObjectiveEntry(Entry):
     contrasts: bool = False
     """Whether it contrasts photos with all that searches in a batch, by scores alone: it then trains composed queries
     too."""
+    needs_media: bool = False
+    """Whether it is over items of several media."""
     needs_match_head: bool = False
     """Whether the fusion needs a head for image-text matching."""
     trains_only_pairs: bool = False
@@ -430,6 +473,11 @@ OBJECTIVES: Mapping[str, ObjectiveEntry] = {
         made_by=f"{_VECTORS}.sail:Sail",
         summary="siglip as a mean, with a bias that fits the batch size (SAIL).",
         contrasts=True,
+    ),
+    "media_alone": ObjectiveEntry(
+        made_by=f"{_MEDIA}:MediaAlone",
+        summary="info_nce of items of which one medium is shown, mean over the media.",
+        needs_media=True,
     ),
     "soft_target": ObjectiveEntry(made_by=f"{_LOSSES}:SoftTarget", summary="The released SAFFE code's loss."),
     "pair": ObjectiveEntry(

@@ -48,7 +48,7 @@ class MtebModel:
             similarity_fn_name="cosine",
             use_instructions=False,
             training_datasets=None,
-            modalities=["text", run.modality],
+            modalities=["text", run.media[0]],
         )
         self._search = SearchEncoderWrapper(self, index_backend=_Gallery())
 
@@ -64,16 +64,16 @@ class MtebModel:
         return np.concatenate([self._encode_batch(batch) for batch in inputs])
 
     def _encode_batch(self, batch: Mapping[str, Any]) -> np.ndarray:
-        texts, media = batch.get("text"), batch.get(self.run.modality)
+        texts, media = batch.get("text"), batch.get(self.run.media[0])
         if media is None:
             if texts is None:
-                raise ValueError(f"benchmark: found columns {', '.join(batch)}, expected text or {self.run.modality}.")
+                raise ValueError(f"benchmark: found columns {', '.join(batch)}, expected text or {self.run.media[0]}.")
             return self.run.embed_texts(list(texts))
-        if self.run.modality == "audio":
+        if self.run.media[0] == "audio":
             media = [{"array": _mono(one["array"]), "sampling_rate": one["sampling_rate"]} for one in media]
         if texts is not None:
             return self.run.embed_pairs(list(media), list(texts))
-        embed = {"image": "embed_images", "audio": "embed_audio", "video": "embed_videos"}[self.run.modality]
+        embed = {"image": "embed_images", "audio": "embed_audio", "video": "embed_videos"}[self.run.media[0]]
         vectors: np.ndarray = getattr(self.run, embed)(list(media))
         return vectors
 

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ import torch
 from saffe_cache.core.items import Ragged
 from saffe_cache.inference.benchmark_models import ClipBenchmarkModel, MtebModel, OnAnyDevice
 from saffe_cache.inference.config import BenchmarkConfig
-from saffe_cache.inference.model import TrainedFusion, load_run
 from saffe_cache.retrieval.metrics import first_ranks, recall_at_k
 from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks
+
+if TYPE_CHECKING:
+    from saffe_cache.inference.model import TrainedFusion
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +54,18 @@ class Scored(NamedTuple):
 
 def fingerprint(config: BenchmarkConfig, folder: str) -> str:
     """What the numbers of a run depend on; ValueError if it is missing or damaged."""
-    return load_run(folder, encoder=config.encoder, device=config.device).fingerprint
+    return _load(config, folder).fingerprint
+
+
+def _load(config: BenchmarkConfig, folder: str) -> TrainedFusion:
+    from saffe_cache.inference.model import load_run
+
+    return load_run(folder, encoder=config.encoder, device=config.device)
 
 
 def measure(config: BenchmarkConfig, folder: str) -> dict[str, Scored]:
     """Every task, split and subset on one run."""
-    run, found = load_run(folder, encoder=config.encoder, device=config.device), {}
+    run, found = _load(config, folder), {}
     for name in config.tasks:
         if config.library == "mteb":
             measured = run_mteb(run, name)

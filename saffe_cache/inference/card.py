@@ -16,6 +16,7 @@ from saffe_cache.core.outputs import CONFIG, RESULT, read_json
 from saffe_cache.core.tables import percent
 from saffe_cache.evaluation.details import FAM
 from saffe_cache.evaluation.results import EvaluationResult
+from saffe_cache.inputs.media import named_layers
 from saffe_cache.training.runs import BLOCKS, weights_hash
 
 if TYPE_CHECKING:
@@ -62,10 +63,9 @@ def model_card(fam: TrainedFusion, described: Mapping[str, Any], options: Mappin
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {_plain(name)}",
-        f"A {fam.spec.shape.fusion} fusion of two frozen encoders, trained from their cached features with "
-        f"saffe_cache. It maps {_THINGS[fam.modality]} and texts into one space of {fam.size} dimensions, for search."
-        + " Tables below call it FAM (FusionAlign Module)."
-        * bool(evaluations),
+        f"A {fam.spec.shape.fusion} fusion of {_COUNTS[len(described)]} frozen encoders, trained from their cached "
+        f"features with saffe_cache. It maps {_THINGS[fam.modality]} and texts into one space of {fam.size} "
+        "dimensions, for search." + " Tables below call it FAM (FusionAlign Module)." * bool(evaluations),
         _use(fam, name),
         _training(fam, described, options),
         _encoders(described, has_blocks=(fam.folder / BLOCKS).exists()),
@@ -80,16 +80,21 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", printable(" ".join(text.split())))
 
 
-_THINGS = {"image": "photos", "audio": "sounds", "video": "videos"}
+_COUNTS = {2: "two", 3: "three", 4: "four"}
+_THINGS = {"image": "photos", "audio": "sounds", "video": "videos", "media": "items of several media"}
 _CALLS = {
     "image": ("embed_images", '["a.jpg", "b.jpg"]'),
     "audio": ("embed_audio", '["a.wav", "b.wav"]'),
     "video": ("embed_videos", '["a.mp4", "b.mp4"]'),
+    "media": ("embed_media", "[]"),
 }
 
 
 def _use(fam: TrainedFusion, name: str) -> str:
     embed, files = _CALLS[fam.modality]
+    if fam.spec.media:
+        known = {"image": "a.jpg", "audio": "a.wav", "video": "a.mp4"}
+        files = json.dumps([{name: known[name] for name in fam.media}])
     vectors = f"fam.{embed}({files})"
     if fam.why_not_alone:
         vectors = f'fam.embed_pairs({files}, ["a note on the first", "a note on the second"])'
@@ -109,7 +114,7 @@ def _training(fam: TrainedFusion, described: Mapping[str, Any], options: Mapping
         f"data: {_plain(past.get('data') or 'unknown')}, split {_plain(spec.train_split)}, described by {spec.pairs}",
         f"{result.train_photos:,} {_THINGS[fam.modality]} to train on, {result.validation_photos:,} to choose the "
         f"epoch on ({_plain(spec.validation)})",
-        f"layers {_numbers(spec.gallery_layers)} of the {fam.modality} encoder"
+        f"layers {named_layers(spec)} of the {' and '.join(fam.media)} encoder"
         + (f" and {_numbers(spec.text_layers)} of the text encoder" if spec.text_layers else ""),
         f"head {spec.shape.head}, objective {losses}, paired text: {paired[spec.gallery_text]}",
         f"{result.trainable_parameters:,} trainable parameters, {result.steps:,} steps, seed {spec.seed}",
@@ -168,7 +173,7 @@ def _evaluation(result: EvaluationResult) -> str:
         *wrong,
         *(f"Warning: {_plain(text)}" for text in result.warnings),
         section.lead,
-        section.tables[0].to_markdown(),
+        *(table.to_markdown() for table in section.tables),
         *section.texts,
         "\n".join(f"- {name}: {text}" for name, text in section.definitions),
     ]

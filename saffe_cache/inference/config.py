@@ -70,7 +70,8 @@ class SearchConfig:
     image: str | None = None
     """A photo to search with; with a text, both are fused into one query."""
     audio: str | None = None
-    """A sound to search with, in an index of sounds."""
+    """A sound to search with, in an index of sounds. With --image, both are one query, in an index of items of several
+    media."""
     video: str | None = None
     """A video to search with, in an index of videos."""
     k: int = 10
@@ -87,9 +88,7 @@ class SearchConfig:
     def __post_init__(self) -> None:
         require(self.k > 0, "k", self.k, "a number above 0")
         require_keys("encoder", self.encoder, MODALITIES)
-        given = [one for one in (self.image, self.audio, self.video) if one is not None]
-        require(len(given) < 2, "image", "besides --audio or --video", "one of them")
-        if self.text is None and not given:
+        if self.text is None and self.image is self.audio is self.video is None:
             raise ValueError("found nothing to search for, expected a text, --image or both.")
 
 

@@ -19,6 +19,7 @@ from saffe_cache.inference.config import IndexConfig
 from saffe_cache.inference.search_index import BANK, IndexManifest
 from saffe_cache.inputs.bank import draw_bank
 from saffe_cache.inputs.feature_loader import FeatureLoader
+from saffe_cache.inputs.media import seen_by
 from saffe_cache.inputs.pairs import same_training_pairs
 from saffe_cache.protocols.setting import Queries, Setting
 from saffe_cache.retrieval.baselines import unit_rows
@@ -84,6 +85,7 @@ def _bank_vectors(fusion: TrainedFusion, config: IndexConfig, correction: Search
             f"--search-correction {correction.kind}: its bank of texts is in the cache that the run was trained on, "
             f"which is not in {place or 'a known place'}. Say where it is with --cache."
         ) from None
+    cache = seen_by(cache, spec)
     training, _ = same_training_pairs(spec, cache, fusion.folder)
     bank = draw_bank(correction, cache, spec, training, np.zeros(0, np.int64))
     inputs = FeatureLoader(cache, spec, fusion.device)

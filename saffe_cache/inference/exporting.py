@@ -42,6 +42,8 @@ def export_onnx(model: Fusion, layers: Sequence[int], path: str | Path) -> Path:
     shape = model.shape
     if not shape.entry.is_deterministic:
         raise ValueError(f"to_onnx: the fusion {shape.fusion} draws weights in each call. Export another fusion.")
+    if shape.media:
+        raise ValueError(f"to_onnx: the fusion {shape.fusion} takes several media. Export a fusion of one.")
     gallery = _NullGallery(copy.deepcopy(model).cpu().eval(), has_mask=not shape.num_tokens)
     names = [f"hidden_states_{layer}" for layer in layers] + ["mask"] * gallery.has_mask
     data = _exported(gallery, names)

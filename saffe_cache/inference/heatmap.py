@@ -54,6 +54,8 @@ def heat_map(fusion: TrainedFusion, photo: bytes, text: str | None = None) -> He
 
 def why_no_map(fusion: TrainedFusion) -> str:
     """Why no photo of a run has a heat map; empty if photos may have one."""
+    if fusion.spec.media:
+        return "A fusion of several media looks at no patches: there is no heat map."
     if fusion.modality != "image":
         return "Sounds have no grid of patches: there is no heat map."
     if not fusion.model.attending:

@@ -141,7 +141,7 @@ def _update(
     out: Path,
 ) -> tuple[IndexManifest, Changes]:
     """Embed what is new and write the index, if anything differs from the old one."""
-    problems = {item.id: item.problem or f"it has no {fusion.modality}" for item in items if not _usable(item, fusion)}
+    problems = {item.id: why for item in items if (why := _why_unusable(item, manifest))}
     usable = [item for item in items if item.id not in problems]
     require_size(manifest.kind, len(usable))
     vectors = _Vectors(out, old, manifest)
@@ -165,8 +165,11 @@ def _update(
     return manifest, _changes(indexed, old, manifest, out)
 
 
-def _usable(item: SourceItem, fusion: TrainedFusion) -> bool:
-    return not item.problem and fusion.modality in item.hashes
+def _why_unusable(item: SourceItem, manifest: IndexManifest) -> str:
+    """Why an item has nothing to embed; nothing where it has one of the media at least."""
+    if item.problem or manifest.medium_of(item) is not None:
+        return item.problem
+    return f"it has no {' or '.join(manifest.searched)}"
 
 
 def _changes(indexed: Sequence[SourceItem], old: SearchIndex | None, manifest: IndexManifest, out: Path) -> Changes:
@@ -264,13 +267,17 @@ def _columns(items: Sequence[SourceItem], manifest: IndexManifest) -> ItemColumn
         labels=[item.labels for item in items],
         splits=[item.split for item in items],
         files=[_file_of(item, manifest) for item in items],
-        hashes=[item.hashes[manifest.modality] for item in items],
+        hashes=[_content(item, manifest) for item in items],
+        shown=[(medium, item.hashes[medium]) for item in items if (medium := manifest.medium_of(item))]
+        if manifest.media
+        else None,
     )
 
 
 def _file_of(item: SourceItem, manifest: IndexManifest) -> str:
     """Relative to the data where it lies below them."""
-    media = item.media[manifest.modality]
+    medium = manifest.medium_of(item)
+    media = None if medium is None else item.media[medium]
     if not isinstance(media, MediaFile) or media.size is not None:
         return ""
     path = Path(media.path).absolute()
@@ -279,7 +286,14 @@ def _file_of(item: SourceItem, manifest: IndexManifest) -> str:
 
 def _key(item: SourceItem, manifest: IndexManifest) -> bytes:
     """What an item's vector depends on, besides the run."""
-    return _key_of(item.hashes[manifest.modality], _text_of(item) if manifest.paired else None)
+    return _key_of(_content(item, manifest), _text_of(item) if manifest.paired else None)
+
+
+def _content(item: SourceItem, manifest: IndexManifest) -> bytes:
+    """Hash of an item's photo or sound; of several media, over those of all, with zeros for a missing one."""
+    if not manifest.media:
+        return item.hashes[manifest.modality]
+    return hashlib.sha256(b"".join(item.hashes.get(medium, bytes(32)) for medium in manifest.media)).digest()
 
 
 def _key_of(content_hash: bytes, text: str | None) -> bytes:
@@ -360,6 +374,7 @@ def _manifest(fusion: TrainedFusion, config: IndexConfig, out: Path) -> IndexMan
         storage=fusion.storage,
         index_views=fusion.index_views,
         modality=fusion.modality,
+        media=fusion.media if len(fusion.media) > 1 else (),
         width=fusion.size,
         ridge=fusion.spec.shape.text_size if config.ridge else 0,
         num_items=0,

@@ -10,9 +10,8 @@ import hashlib
 import logging
 import os
 import tempfile
-import threading
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,29 +21,25 @@ import torch
 from tqdm import tqdm
 
 from saffe_cache.core.devices import choose_device
-from saffe_cache.core.features import CacheError, Modality, StorageType, short_hash
-from saffe_cache.core.items import ItemTable, Ragged
+from saffe_cache.core.features import Modality, StorageType, short_hash
+from saffe_cache.core.items import ItemTable
 from saffe_cache.core.views import IndexViews, indexed_views
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.encoders.own import OwnEncoder
-from saffe_cache.extraction.config import ExtractConfig, config_from_json, encode_options
-from saffe_cache.extraction.encoding import encode_in_memory
-from saffe_cache.extraction.reencode import reload_encoder
 from saffe_cache.fusion.base import Fusion, Texts
 from saffe_cache.fusion.layers import Mask, States
 from saffe_cache.inference import sharing
 from saffe_cache.inference.config import IndexConfig
-from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, encode_queries, encode_texts, summaries
+from saffe_cache.inference.encoding import RunEncoders
+from saffe_cache.inputs.feature_loader import encode_gallery, encode_queries, encode_texts, summaries
 from saffe_cache.inputs.pairs import class_vectors
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.baselines import LinearMap, unit_rows
 from saffe_cache.sources.decoding import media_bytes
-from saffe_cache.sources.items import Columns, Media, SourceItem
+from saffe_cache.sources.items import Columns, SourceItem
 from saffe_cache.sources.registry import read_items
-from saffe_cache.store.held import HeldCache, HeldEncoder
-from saffe_cache.store.layout import array_of_view
+from saffe_cache.store.joined import JOINED, MEDIA
 from saffe_cache.store.manifest import EncoderManifest
-from saffe_cache.store.reader import EncoderCache
 from saffe_cache.store.table import TableBuilder
 from saffe_cache.training.result import TrainResult
 from saffe_cache.training.runs import kept_encoders, kept_ridge, open_run, weights_hash
@@ -96,32 +91,36 @@ class TrainedFusion:
     ) -> None:
         """As `load_run`, for a local folder."""
         self.folder, self.device, self.storage = folder, choose_device(device), storage
-        self._is_auto = device == "auto"
-        self._kept, self._past = kept_encoders(folder)
-        spec, model, result = open_run(folder, self._kept)
+        kept, past = kept_encoders(folder)
+        spec, model, result = open_run(folder, kept)
         self.spec: RunSpec = spec
         self.model: Fusion = model.to(self.device)
         self.result: TrainResult = result
         self.index_views = index_views
+        self.gallery_manifest: EncoderManifest = kept.encoders[spec.gallery_key].manifest
+        """What the encoder of photos or sounds is."""
         self._views = indexed_views(index_views, self.gallery_manifest.views_of(spec.gallery_layers), f"run {folder}")
         self._weights = weights_hash(folder)  # before the run is trained again
-        self._places, self._encoders, self._lock = dict(encoder or {}), dict[str, FrozenEncoder](), threading.RLock()
-        unknown = set(self._places) - {self.modality, "text"}
+        places, is_auto = dict(encoder or {}), device == "auto"
+        self._own = RunEncoders(folder, spec, kept, past, places, self.device, is_auto, storage, self._views)
+        self._lock = self._own.lock
+        unknown = places.keys() - {*self.media, "text"}
         if unknown:
-            raise ValueError(f"--encoder {sorted(unknown)[0]}=…: the run has encoders of {self.modality} and text.")
+            media = ", ".join(self.media)
+            raise ValueError(f"--encoder {sorted(unknown)[0]}=…: the run has encoders of {media} and text.")
 
     def __repr__(self) -> str:
         return f"<TrainedFusion {self.spec.shape.fusion}: {self.spec.gallery_key} and {self.spec.text_key}>"
 
     @property
     def modality(self) -> Modality:
-        """What is searched: image, audio or video."""
+        """What is searched: image, audio or video; media where several of an item are fused."""
         return self.gallery_manifest.modality
 
     @property
-    def gallery_manifest(self) -> EncoderManifest:
-        """What the encoder of photos or sounds is."""
-        return self._kept.encoders[self.spec.gallery_key].manifest
+    def media(self) -> tuple[Modality, ...]:
+        """The media of an item: one, or several that are fused."""
+        return tuple(self._own.media)
 
     @cached_property
     def size(self) -> int:
@@ -191,6 +190,12 @@ class TrainedFusion:
         """As `embed_images`, of videos: paths or bytes of films, or of animated pictures."""
         return self._embed_inputs("embed_videos", "video", videos, None, progress)
 
+    def embed_media(self, items: Sequence[Mapping[Modality, Any]], *, progress: bool = False) -> np.ndarray:
+        """As `embed_images`, of items of several media: mappings such as {"image": PATH, "audio": PATH}, of which some
+        may be missing; for a run that fuses several.
+        """
+        return self._embed_inputs("embed_media", JOINED, items, None, progress)
+
     def embed_pairs(self, inputs: Sequence[Any], texts: Sequence[str], *, progress: bool = False) -> np.ndarray:
         """Unit vectors of photos or sounds, each fused with a text: float32 [n, d].
 
@@ -241,8 +246,8 @@ class TrainedFusion:
             return np.zeros((0, self.size), np.float32)
         with self._lock:
             if self.spec.shape.entry.query_tokens:
-                return self._encode_texts(table, table.captions)
-            return encode_queries(self.model, self._text_vectors(table).vectors(table.captions.values), self.device)
+                return encode_texts(self.model, self._own.with_texts(table), table.captions)
+            return encode_queries(self.model, self._own.text_vectors(table).vectors(table.captions.values), self.device)
 
     def text_vectors(self, texts: Sequence[str]) -> np.ndarray:
         """The text encoder's own vectors, float32 [n, k] of any length, which `embed_texts` maps.
@@ -254,7 +259,7 @@ class TrainedFusion:
         if not len(texts):
             return np.zeros((0, self.spec.shape.text_size), np.float32)
         with self._lock:
-            return self._text_vectors(table).vectors(table.captions.values)
+            return self._own.text_vectors(table).vectors(table.captions.values)
 
     @cached_property
     def ridge(self) -> LinearMap | None:
@@ -280,7 +285,7 @@ class TrainedFusion:
             ValueError: as of `embed_images` or `embed_pairs`; the run has no ridge regression.
         """
         ridge = self.require_ridge()
-        both = self._embed_inputs("embed_with_ridge", self.modality, inputs, texts, False, ridge)
+        both = self._embed_inputs("embed_with_ridge", self.media[0], inputs, texts, False, ridge)
         width = both.shape[1] - len(ridge.bias)
         return both[:, :width], both[:, width:]
 
@@ -292,7 +297,7 @@ class TrainedFusion:
         """
         item = _item("features", self.modality, 0, value, text)
         with self._lock:
-            inputs, rows, paired, invalid = self._load([item], paired=text is not None)
+            inputs, rows, paired, invalid = self._own.load([item], paired=text is not None)
             for reason in invalid.values():
                 raise ValueError(f"features: {reason}. Give a file that can be read.")
             return *inputs.photos(rows), None if paired is None else inputs.texts(paired)
@@ -302,16 +307,16 @@ class TrainedFusion:
         _require_several("embed_classes", names)
         if not len(names):
             return np.zeros((0, self.size), np.float32)
-        prompts = self._recorded(self.spec.text_key).class_prompt
+        prompts = self._own.recorded(self.spec.text_key).class_prompt
         builder = TableBuilder(None, prompts)
         for number, name in enumerate(names):
             builder.add(SourceItem(id=str(number), split="", media={}, labels=(name,)))
         table = builder.build()
         with self._lock:
             if self.spec.shape.entry.query_tokens:
-                of_class = self._encode_texts(table, table.class_texts)
+                of_class = encode_texts(self.model, self._own.with_texts(table), table.class_texts)
             else:
-                of_class = encode_queries(self.model, class_vectors(table, self._text_vectors(table)), self.device)
+                of_class = encode_queries(self.model, class_vectors(table, self._own.text_vectors(table)), self.device)
         return np.asarray(of_class[table.labels.values])
 
     def embed_items(
@@ -356,7 +361,8 @@ class TrainedFusion:
         found: list[SourceItem] = []
         vectors, problems = [np.zeros((0, self._width(ridge)), np.float32)], dict[str, str]()
         parts = [items[start : start + _ITEMS_AT_ONCE] for start in range(0, len(items), _ITEMS_AT_ONCE)]
-        with tqdm(total=len(items), unit=f" {self.modality}s", disable=not progress) as bar, self._lock:
+        unit = " items" if self.spec.media else f" {self.modality}s"
+        with tqdm(total=len(items), unit=unit, disable=not progress) as bar, self._lock:
             for part in parts:
                 problems |= {item.id: reason for item in part if (reason := self._problem(item, paired))}
                 usable = [item for item in part if item.id not in problems]
@@ -443,8 +449,8 @@ class TrainedFusion:
 
     def _problem(self, item: SourceItem, paired: bool) -> str:
         """Why an item cannot be embedded; nothing where it can."""
-        if item.problem or self.modality not in item.hashes:
-            return item.problem or f"it has no {self.modality}"
+        if item.problem or not any(medium in item.hashes for medium in self.media):
+            return item.problem or f"it has no {' or '.join(self.media)}"
         if paired and not item.captions and self.why_not_alone:
             return f"it has no caption, and {self.why_not_alone}"
         return ""
@@ -459,8 +465,8 @@ class TrainedFusion:
         ridge: LinearMap | None = None,
     ) -> np.ndarray:
         """With a ridge regression, its unit vectors follow those of the fusion in each row."""
-        if modality != self.modality:
-            raise ValueError(f"{name}: the run {self.folder} is of {self.modality}. Use the method for these.")
+        if modality not in (self.modality, *self.media):
+            raise ValueError(f"{name}: the run {self.folder} is of {'+'.join(self.media)}. Use the method for these.")
         why = self.why_not_alone if texts is None else self.why_not_paired
         if why:
             raise ValueError(f"{name}: {why}.")
@@ -484,7 +490,7 @@ class TrainedFusion:
         nothing = np.zeros((0, self._width(ridge)), np.float32)
         if not items:
             return nothing, {}
-        inputs, rows, texts, invalid = self._load(items, paired=paired)
+        inputs, rows, texts, invalid = self._own.load(items, paired=paired)
         if not len(rows):
             return nothing, invalid
         vectors = encode_gallery(self.model, inputs, rows, texts)
@@ -496,109 +502,14 @@ class TrainedFusion:
     def _width(self, ridge: LinearMap | None) -> int:
         return self.size + (0 if ridge is None else len(ridge.bias))
 
-    def _load(
-        self, items: Sequence[SourceItem], *, paired: bool
-    ) -> tuple[FeatureLoader, np.ndarray, np.ndarray | None, dict[str, str]]:
-        """Features of items in memory, the rows of those that could be encoded and of their texts, and why the others
-        could not."""
-        spec, builder, media = self.spec, TableBuilder(None, ()), dict[bytes, Media]()
-        for item in items:
-            builder.add(replace(item, captions=item.captions[:1] if paired else (), labels=()))
-            media[item.hashes[self.modality]] = item.media[self.modality]
-        table = builder.build()
-        states = [array_of_view(view, f"hidden_states/{i}") for view in self._views for i in spec.gallery_layers]
-        gallery = self._held(spec.gallery_key, table, media, states)
-        self._require_tokens(gallery)
-        text: EncoderCache = self._kept.encoders[spec.text_key]
-        if paired:
-            text = self._texts(table)
-        cache = HeldCache(table, {spec.gallery_key: gallery, spec.text_key: text})
-        inputs = FeatureLoader(cache, spec, self.device, index_views=self._views)
-        rows = table.rows[self.modality]
-        usable, texts = gallery.usable(rows), table.captions.values
-        reasons = {int(row): reason for row, reason in gallery.manifest.invalid.items()}
-        invalid = {item.id: reasons[int(row)] for item, row in zip(items, rows, strict=True) if int(row) in reasons}
-        return inputs, rows[usable], texts[usable] if paired else None, invalid
-
-    def _require_tokens(self, gallery: HeldEncoder) -> None:
-        """Raise ValueError if a head that takes a fixed number of tokens has got another one."""
-        shape = self.spec.shape
-        found = gallery.num_tokens(self.spec.gallery_layers[0])
-        if shape.head == "flatten" and found != shape.num_tokens:
-            raise ValueError(
-                f"--run {self.folder}: its head takes {shape.num_tokens} tokens of each input, found another number. "
-                "Give sounds of the length that it was trained on."
-            )
-
-    def _texts(self, table: ItemTable) -> HeldEncoder:
-        """The texts of a table, with the tokens that the fusion reads."""
-        key, names = self.spec.text_key, [f"hidden_states/{layer}" for layer in self.spec.token_layers]
-        return self._held(key, table, {}, [*names, self._kept.encoders[key].manifest.vector])
-
-    def _encode_texts(self, table: ItemTable, prompts: Ragged) -> np.ndarray:
-        """Unit vectors of queries whose tokens the fusion reads, each the mean over the texts of a row."""
-        encoders = {**self._kept.encoders, self.spec.text_key: self._texts(table)}
-        return encode_texts(self.model, FeatureLoader(HeldCache(table, encoders), self.spec, self.device), prompts)
-
-    def _text_vectors(self, table: ItemTable) -> HeldEncoder:
-        key = self.spec.text_key
-        return self._held(key, table, {}, [self._kept.encoders[key].manifest.vector])
-
-    def _held(self, key: str, table: ItemTable, media: Mapping[bytes, Media], names: Collection[str]) -> HeldEncoder:
-        """Arrays of one encoder for the inputs of a table."""
-        options = encode_options(replace(self._recorded(key), decode_in="threads"))
-        usual = self.spec.shape.num_tokens if key == self.spec.gallery_key else 0
-        return encode_in_memory(
-            self.encoder(key), self._manifest(key), options, table, media, names, usual_tokens=usual
-        )
-
-    def _manifest(self, key: str) -> EncoderManifest:
-        """The encoder's manifest, with the storage type of hidden states that was asked for."""
-        manifest = self._kept.encoders[key].manifest
-        if self.storage is None:
-            return manifest
-        arrays = {
-            name: replace(array, spec=replace(array.spec, dtype=self.storage)) if "hidden_states/" in name else array
-            for name, array in manifest.arrays.items()
-        }
-        return replace(manifest, arrays=arrays)
-
     def encoder(self, key: str) -> FrozenEncoder:
-        """One of the run's two encoders, loaded when it is first needed and compared with its fingerprint.
+        """One of the run's encoders, loaded when it is first needed and compared with its fingerprint.
 
         Raises:
             ValueError: it is unavailable.
             CacheError: another one is there.
         """
-        with self._lock:
-            if key not in self._encoders:
-                manifest = self._kept.encoders[key].manifest
-                moved, option = self._places.get(manifest.modality), f"--encoder {manifest.modality}=PLACE"
-                recorded = self._recorded(key)
-                try:
-                    self._encoders[key] = reload_encoder(manifest, recorded, moved, option, any_version=True)
-                except ValueError as error:
-                    raise ValueError(
-                        f"{error} The run {self.folder} needs it; name its place with {option}."
-                    ) from error
-            return self._encoders[key]
-
-    def _recorded(self, key: str) -> ExtractConfig:
-        """The options of the extraction that ran an encoder, for this machine.
-
-        Raises:
-            CacheError: they are unknown.
-        """
-        recorded = self._past[key]
-        if recorded is None:
-            raise CacheError(
-                f"--run {self.folder}: its cache does not say where {key} is from. Add something to the cache with "
-                "saffe extract, which records it, and train again."
-            )
-        config = config_from_json(recorded)
-        if self._is_auto and config.device_map:
-            return config
-        return replace(config, device=self.device, device_map=None, max_memory={})
+        return self._own.encoder(key)
 
 
 def load_run(
@@ -637,16 +548,26 @@ def _item(name: str, modality: Modality, number: int, value: Any, text: str | No
     if text is not None:
         _require_text(name, number, text)
     try:
-        data = media_bytes(value)
+        data = {medium: media_bytes(one) for medium, one in _media_of(name, modality, number, value).items()}
     except OSError as error:
         raise ValueError(f"{name}: input {number}: {error}. Give a path, a picture, pixels or bytes.") from None
     return SourceItem(
         id=str(number),
         split="",
-        media={modality: _Bytes(data)},
-        hashes={modality: hashlib.sha256(data).digest()},
+        media={medium: _Bytes(one) for medium, one in data.items()},
+        hashes={medium: hashlib.sha256(one).digest() for medium, one in data.items()},
         captions=() if text is None else (text,),
     )
+
+
+def _media_of(name: str, modality: Modality, number: int, value: Any) -> Mapping[Modality, Any]:
+    """The media of an input that is one, or a mapping of several."""
+    if modality != JOINED:
+        return {modality: value}
+    if not isinstance(value, Mapping) or not value or any(medium not in MEDIA for medium in value):
+        found = f"the keys {', '.join(map(str, value))}" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+        raise ValueError(f"{name}: input {number}: found {found}, expected a mapping from image, audio or video.")
+    return value
 
 
 def _require_several(name: str, inputs: Any) -> None:

@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 
 from saffe_cache.core.atomic_io import whole_file
 from saffe_cache.core.features import IndexKind, Modality, StorageType, printable
+from saffe_cache.core.items import Item
 from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.outputs import read_json
 from saffe_cache.core.views import IndexViews
@@ -95,6 +96,8 @@ class IndexManifest:
     index_views: IndexViews = "plain"
     """Whether a photo's vector is its own, or the mean of those of its views."""
     modality: Modality
+    media: tuple[Modality, ...] = ()
+    """Where several media of an item are fused: these, of which it may lack some."""
     width: int
     ridge: int = 0
     """Width of the ridge regression's vectors; 0 without them."""
@@ -106,6 +109,15 @@ class IndexManifest:
     problems: Mapping[str, str] = field(default_factory=dict)
     """Items that could not be embedded, and why."""
     files: Mapping[str, FileEntry] = field(default_factory=dict)
+
+    @property
+    def searched(self) -> tuple[Modality, ...]:
+        """The media of an item, the one that a page shows first."""
+        return self.media or (self.modality,)
+
+    def medium_of(self, item: Item) -> Modality | None:
+        """The medium of an item that is shown; None where it has none of them."""
+        return next((medium for medium in self.searched if medium in item.hashes), None)
 
 
 class ItemColumns:
@@ -122,8 +134,16 @@ class ItemColumns:
         splits: Sequence[str],
         files: Sequence[str],
         hashes: Sequence[bytes],
+        shown: Sequence[tuple[str, bytes]] | None = None,
     ) -> ItemColumns:
-        """Columns in the order of the items; a file is empty where an item has none of its own."""
+        """Columns in the order of the items; a file is empty where an item has none of its own.
+
+        `shown`: of items of several media, the medium of that file and the hash of its content.
+        """
+        of_shown = {}
+        if shown is not None:
+            of_shown["medium"] = pa.array([_bytes(medium) for medium, _ in shown], pa.binary())
+            of_shown["file_hash"] = pa.array([content for _, content in shown], pa.binary(32))
         return ItemColumns(
             pa.table(
                 {
@@ -133,6 +153,7 @@ class ItemColumns:
                     "split": pa.array(map(_bytes, splits), pa.binary()),
                     "file": pa.array(map(_bytes, files), pa.binary()),
                     "content_hash": pa.array(hashes, pa.binary(32)),
+                    **of_shown,
                 }
             )
         )
@@ -308,7 +329,8 @@ class SearchIndex:
             text: alone, it is encoded as a query; with a photo or sound, both are fused. If the run was trained on
                 composed queries, it says what to change in the photo.
             image: a path, a PIL picture, uint8 [height, width, 3] or a file's bytes.
-            audio: a path or a file's bytes, in an index of sounds.
+            audio: a path or a file's bytes, in an index of sounds. Where items have several media, several may be
+                given: they are one query.
             video: the same, in an index of videos.
 
         Raises:
@@ -337,7 +359,14 @@ class SearchIndex:
 
     def content_hash(self, id: str) -> bytes:
         """SHA-256 of the file of an item's photo or sound when it was indexed."""
-        return bytes(self.columns.table["content_hash"][self.position_of[id]].as_py())
+        column = "file_hash" if self.manifest.media else "content_hash"
+        return bytes(self.columns.table[column][self.position_of[id]].as_py())
+
+    def medium_of(self, id: str) -> Modality:
+        """The medium of an item's file."""
+        if not self.manifest.media:
+            return self.manifest.modality
+        return self.columns.one("medium", self.position_of[id])  # type: ignore[no-any-return]
 
     def file_of(self, id: str) -> Path | None:
         """An item's file; None if it has none of its own, as in a Parquet file."""
@@ -381,8 +410,9 @@ class SearchIndex:
                 writer.write_table(pa.table(columns, schema=schema))
 
     def _query(self, text: str | None, media: Mapping[Modality, Any]) -> np.ndarray:
-        given = [(modality, one) for modality, one in media.items() if one is not None]
-        if (text is None and not given) or len(given) > 1:
+        given = {modality: one for modality, one in media.items() if one is not None}
+        several = len(given) > 1 and not self.manifest.media
+        if (text is None and not given) or several:
             raise ValueError(
                 f"{self.folder}: expected a text, a photo, sound or video, or a text with one of them to search by."
             )
@@ -390,21 +420,22 @@ class SearchIndex:
             raise ValueError(f"{self.folder}: the text to search by is empty. Give one.")
         if not given:
             return self.fusion.embed_texts([str(text)])
-        ((modality, one),) = given
-        if modality != self.manifest.modality:
-            raise ValueError(
-                f"{self.folder}: an index of {self.manifest.modality} items, found --{modality}. Give one of those."
-            )
+        if others := given.keys() - {*self.manifest.searched}:
+            kinds = "+".join(self.manifest.searched)
+            raise ValueError(f"{self.folder}: an index of {kinds} items, found --{min(others)}. Give one of those.")
         if text is not None:
             if self.fusion.why_not_paired:
                 raise ValueError(
                     f"{self.folder}: a text and a photo cannot be fused: {self.fusion.why_not_paired}. Or search by "
                     "one of them."
                 )
-            return self.fusion.embed_pairs([one], [text])
+            return self.fusion.embed_pairs([*given.values()], [text])
         if self.fusion.why_not_alone:
             raise ValueError(f"{self.folder}: a photo alone finds nothing: {self.fusion.why_not_alone}. Or add a text.")
+        if self.manifest.media:
+            return self.fusion.embed_media([given])
         names = {"image": "embed_images", "audio": "embed_audio", "video": "embed_videos"}
+        ((modality, one),) = given.items()
         return np.asarray(getattr(self.fusion, names[modality])([one]))
 
     def hits(self, query: np.ndarray, k: int, *, ridge: bool = False, corrected: bool = True) -> list[Hit]:

@@ -68,19 +68,22 @@ class ServedIndex:
         """
         fusion = self._index.fusion
         fusion.embed_texts(["a photo"])
-        fusion.encoder(fusion.spec.gallery_key)
+        for key in fusion.spec.media.values() or [fusion.spec.gallery_key]:
+            fusion.encoder(key)
 
     @property
     def about(self) -> dict[str, Any]:
         manifest, fusion = self._index.manifest, self._index.fusion
-        noun = {"image": "photos", "audio": "sounds"}.get(manifest.modality, "videos")
+        shown = manifest.searched[0]
+        noun = {"image": "photos", "audio": "sounds"}.get(shown, "videos")
+        noun = f"items of {' and '.join(manifest.media)}" if manifest.media else noun
         return {
             "name": Path(manifest.data).name or manifest.data,
             "about": f"{len(self._index):,} {noun}, searched by a {fusion.spec.shape.fusion} fusion of frozen encoders",
             "fusion": fusion.spec.shape.fusion,
-            "modality": manifest.modality,
+            "modality": shown,
             "version": manifest.generation,
-            "takes_image": manifest.modality == "image" and None in (fusion.why_not_alone, fusion.why_not_paired),
+            "takes_image": shown == "image" and None in (fusion.why_not_alone, fusion.why_not_paired),
             "takes_both": fusion.why_not_paired is None,
             "composes": fusion.composes,
             "no_ridge": self._no_ridge,
@@ -111,6 +114,9 @@ class ServedIndex:
         return found
 
     def photo(self, name: str) -> bytes:
+        shown = self._index.manifest.searched[0]
+        if self._index.medium_of(name) != shown:
+            raise OSError(f"it has no {shown}")
         path = self._index.file_of(name)
         data = path.read_bytes() if path else self._medium(name).read()
         if hashlib.sha256(data).digest() != self._index.content_hash(name):
@@ -166,4 +172,5 @@ class ServedIndex:
         """Those photos, found when the first one is shown."""
         manifest = self._index.manifest
         items = read_named_items(manifest.data, Columns(**manifest.column), self._index.position_of.keys())
-        return {item.id: item.media[manifest.modality] for item in items if manifest.modality in item.media}
+        shown = manifest.searched[0]
+        return {item.id: item.media[shown] for item in items if shown in item.media}

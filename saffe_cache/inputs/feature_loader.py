@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.store.dtypes import numbers_of
 from saffe_cache.store.layout import array_of_view
 from saffe_cache.store.reader import Cache, EncoderCache
+
+if TYPE_CHECKING:
+    from saffe_cache.store.joined import JoinedEncoder
 
 _DEVICE_PART, _MEMORY_PART = 0.6, 0.5
 """Fractions of the free memory that hidden states may use."""
@@ -97,7 +100,28 @@ class FeatureLoader:
             return [self.summaries(rows, views).unsqueeze(1)], None
         return self._states(rows, views)
 
+    def media(self, parts: np.ndarray) -> tuple[list[torch.Tensor], Mask]:
+        """As `photos`, of items of several media: int64 [n, media], the input of each medium, -1 where it is missing.
+
+        Hidden states of a missing medium are zeros; the mask is that of all media side by side.
+        """
+        states, masks = list[torch.Tensor](), list[torch.Tensor]()
+        for encoder, own, layers in cast("JoinedEncoder", self.gallery).members_of(parts, self.spec.gallery_layers):
+            present = torch.from_numpy(np.flatnonzero(own >= 0)).to(self.device)
+            found, mask = self._tokens(encoder, own[own >= 0], layers)
+            count = max(1, found[0].shape[1])
+            for state in found:
+                whole = state.new_zeros(len(parts), count, state.shape[2])
+                whole[present, : state.shape[1]] = state
+                states.append(whole)
+            is_real = torch.zeros(len(parts), count, dtype=torch.bool, device=self.device)
+            is_real[present, : found[0].shape[1]] = True if mask is None else mask
+            masks.append(is_real)
+        return states, torch.cat(masks, dim=1)
+
     def _states(self, rows: np.ndarray, views: np.ndarray | None) -> tuple[list[torch.Tensor], Mask]:
+        if self.spec.media:
+            return self.media(cast("JoinedEncoder", self.gallery).parts[rows])
         if views is None:
             return self._tokens(self.gallery, rows, self.spec.gallery_layers)
         return [self._of_views(f"hidden_states/{layer}", rows, views) for layer in self.spec.gallery_layers], None
@@ -158,9 +182,11 @@ class FeatureLoader:
         if self.residency != "mapped":
             return
         for number in [0] if views is None else np.unique(views).tolist():
-            rows, _ = self.gallery.token_rows(photos if views is None else photos[views == number])
-            for layer in self.spec.gallery_layers:
-                self.gallery.array(array_of_view(self.views[number], f"hidden_states/{layer}")).hold(rows)
+            these = photos if views is None else photos[views == number]
+            for encoder, own, layers in self.gallery.members(these, self.spec.gallery_layers):
+                rows, _ = encoder.token_rows(own[own >= 0])
+                for layer in layers:
+                    encoder.array(array_of_view(self.views[number], f"hidden_states/{layer}")).hold(rows)
 
     def vectors(self, rows: np.ndarray) -> torch.Tensor:
         """The text encoder's own vectors, float32 [n, d]."""
@@ -325,10 +351,11 @@ def in_blocks(compute: Callable[[slice], torch.Tensor], count: int, batch: int =
 
 def _arrays(cache: Cache, spec: RunSpec) -> list[tuple[EncoderCache, str]]:
     """The arrays of hidden states that a run reads."""
-    photos = [f"hidden_states/{layer}" for layer in spec.gallery_layers]
-    photos += [array_of_view(view, name) for view in spec.views for name in photos]
     gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
-    return [(gallery, name) for name in photos] + [(text, f"hidden_states/{layer}") for layer in spec.token_layers]
+    members = gallery.members(np.zeros(0, np.int64), spec.gallery_layers)
+    photos = [(encoder, f"hidden_states/{layer}") for encoder, _, layers in members for layer in layers]
+    photos += [(encoder, array_of_view(view, name)) for view in spec.views for encoder, name in photos]
+    return photos + [(text, f"hidden_states/{layer}") for layer in spec.token_layers]
 
 
 def _as_tensor(stored: np.ndarray) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from saffe_cache.core.features import Modality, short_hash
-from saffe_cache.core.items import ItemTable, Ragged
+from saffe_cache.core.items import Inputs, ItemTable, Ragged
 from saffe_cache.core.options import require
 from saffe_cache.core.texts import Texts
 from saffe_cache.inputs.composed import Composed, composed_queries
@@ -259,7 +259,7 @@ class Parts(NamedTuple):
 def own_pairs(table: ItemTable, modality: Modality, split: str, pairs: Pairs) -> Pairs:
     """The pairs of a split whose photo belongs to no other split; ValueError if there are none."""
     elsewhere = table.rows[modality][~table.splits.are(split)]
-    is_own = ~np.isin(pairs.rows, elsewhere)
+    is_own = ~table.inputs[modality].shared(pairs.rows, elsewhere)
     if not is_own.any():
         raise ValueError(
             f"split {split!r}: all of its {len(pairs)} photos belong to other splits too. Keep each photo in one split."
@@ -296,11 +296,12 @@ def split_pairs(
     num_shared = len(chosen) - len(training)
     if options.validation == "heldout":
         training, validation = hold_out(training, options.validation_fraction, seed, hashes, options.validation_photos)
+        training = _without(training, validation, table.inputs[modality])
     else:
         validation = select_pairs(table, *encoders, options.validation, kind, first_paired=first_paired)
         require_classes(validation, table, options.validation)
     if reported is not None:
-        is_free = ~np.isin(validation.rows, reported.rows)
+        is_free = ~table.inputs[modality].shared(validation.rows, reported.rows)
         if not is_free.any():
             raise ValueError(f"--validation {options.validation}: all of its {len(validation)} photos are reported.")
         validation = validation.take(np.flatnonzero(is_free))
@@ -312,6 +313,23 @@ def split_pairs(
         if part.composed is not None:
             _require_queries(part.composed, f"photos of {name!r} to train or validate on")
     return Parts(training, validation, num_shared)
+
+
+def _without(pairs: Pairs, others: Pairs, inputs: Inputs) -> Pairs:
+    """The pairs that share no input with others, where items of several media may share some of them.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if inputs.of_media is None:  # the rows of pairs are distinct
+        return pairs
+    kept = np.flatnonzero(~inputs.shared(pairs.rows, others.rows))
+    if not len(kept):
+        raise ValueError(
+            f"all of {len(pairs)} items share a photo, sound or video with one that is held out. Use a split for "
+            "--validation."
+        )
+    return pairs.take(kept)
 
 
 def require_classes(pairs: Pairs, table: ItemTable, split: str) -> None:
@@ -392,7 +410,17 @@ def reported_fingerprint(cache: Cache, spec: RunSpec, pairs: Pairs) -> str:
 
 def require_encoders(spec: RunSpec, cache: Cache, run_dir: str | Path) -> None:
     """Raise ValueError if the cache lacks an encoder that a run was trained on."""
-    missing = [key for key in (spec.gallery_key, spec.text_key) if key not in cache.encoders]
+    if (
+        spec.media
+        and all(key in cache.encoders for key in spec.media.values())
+        and spec.gallery_key not in cache.encoders
+    ):
+        raise ValueError(
+            f"--run {run_dir}: it fuses {' and '.join(spec.media)} of each item, expected a run of one medium: this "
+            "command joins no media. Train with another --gallery."
+        )
+    keys = (*(spec.media.values() or [spec.gallery_key]), spec.text_key)
+    missing = [key for key in keys if key not in cache.encoders]
     if missing:
         raise ValueError(
             f"--run {run_dir}: it was trained on {missing[0]}, which {cache.storage.root} does not hold "

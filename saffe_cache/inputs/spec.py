@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
+from saffe_cache.core.features import Modality
 from saffe_cache.core.options import OptionGroup, require
 from saffe_cache.fusion.options import FusionShape, ObjectiveOptions
 from saffe_cache.fusion.registry import GalleryText
@@ -63,6 +65,8 @@ class RunSpec(SplitOptions, ObjectiveOptions):
     """Views of the photos that training draws from besides the plain ones."""
     shuffled_shards: int | None = None
     """A streamed training shuffles the photos of this many shards together; None shuffles all photos."""
+    media: Mapping[Modality, str] = field(default_factory=dict)
+    """Keys of the encoders of the media that are fused, by modality; empty where the gallery has one medium."""
     data: str = ""
     """Hash of the photos and texts that the run trains on and is validated on."""
 

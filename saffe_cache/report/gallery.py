@@ -153,7 +153,8 @@ def open_galleries(folder: Path, result: Result, options: ReportConfig) -> list[
     """
     title, places = "What single queries find", dict[Path, tuple[str, str, str]]()
     if isinstance(result, EvaluationResult):
-        places[folder] = title, result.run.gallery_key, result.run.gallery_key
+        key = next(iter(result.run.media.values()), result.run.gallery_key)  # of several media, photos are shown
+        places[folder] = title, key, key
     elif isinstance(result, BridgeResult):
         for one in result.directions:
             keys = result.encoders[one.gallery], result.encoders[one.queries]

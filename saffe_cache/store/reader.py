@@ -79,7 +79,7 @@ class EncoderCache:
             padded = np.zeros((*mask.shape, *values.shape[1:]), values.dtype)
             padded[mask] = values
             num_tokens = math.prod(values.shape[1:-1])
-            states.append(padded.reshape(len(mask), -1, values.shape[-1]))
+            states.append(padded.reshape(len(mask), mask.shape[1] * num_tokens, values.shape[-1]))
         return Tokens(tuple(states), np.repeat(mask, num_tokens, axis=1))
 
     def num_tokens(self, layer: int) -> int:
@@ -223,6 +223,13 @@ class EncoderCache:
     def statistics(self, name: str) -> Moments:
         """Mean, standard deviation and largest magnitude of an array, from a sample of its rows if it is large."""
         return combine_moments(self.manifest.arrays[name].shards)
+
+    def members(
+        self, rows: np.ndarray, layers: Sequence[int]
+    ) -> list[tuple[EncoderCache, np.ndarray, tuple[int, ...]]]:
+        """The encoders that hold these layers, each with its own rows and layers: this one, except where media are
+        joined. A row is -1 where an input lacks the medium."""
+        return [(self, rows, tuple(layers))]
 
     def usable(self, rows: np.ndarray) -> np.ndarray:
         """bool [n]: which inputs were encoded. Row -1 (no such input) was not."""

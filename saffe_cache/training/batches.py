@@ -16,15 +16,18 @@ from saffe_cache.core.items import Ragged
 from saffe_cache.core.options import require
 from saffe_cache.core.ranks import Share
 from saffe_cache.fusion.base import Fusion, TrainingVectors
+from saffe_cache.fusion.layers import Mask, States
 from saffe_cache.fusion.losses import Batch, ComposedBatch, UnpairedBatch, distinct_positives
 from saffe_cache.inputs.composed import ComposedDraw, draw_composed
 from saffe_cache.inputs.feature_loader import FeatureLoader
+from saffe_cache.inputs.media import Groups
 from saffe_cache.inputs.pairs import Pairs, Unpaired
 from saffe_cache.protocols.base import Protocol, SearchProtocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.retrieval import fitting
 from saffe_cache.retrieval.baselines import unit_rows
+from saffe_cache.store.joined import JoinedEncoder
 from saffe_cache.training.starting import LateStart, computed_rows
 
 
@@ -103,7 +106,8 @@ class TrainingData:
                 if number + 1 < stop:
                     photos = self._draw(number + 1).photos
                     own = photos[Share.of(len(photos)).own]
-                    self.inputs.will_need(self._pairs.rows[own], self._views(number + 1, len(photos)))
+                    if self._groups is None:
+                        self.inputs.will_need(self._pairs.rows[own], self._views(number + 1, len(photos)))
                     ahead = pool.submit(self._read, number + 1) if reads_ahead else None
                 yield batch
 
@@ -124,14 +128,18 @@ class TrainingData:
         """The order of a step's epoch, and the slice of it that is the step's batch."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order.epoch != epoch:
-            spec = self.inputs.spec
-            gallery = self.inputs.gallery
-            shard_rows = gallery.array(f"hidden_states/{spec.gallery_layers[0]}").spec.shard_rows
-            shards = gallery.first_rows(self._pairs.rows) // shard_rows
-            if self._pairs.composed is not None:
-                shards = shards[self._pairs.composed.references]
-            self._order = draw_order(shards, spec.shuffled_shards, self._seed, epoch)
+            self._order = draw_order(self._shards, self.inputs.spec.shuffled_shards, self._seed, epoch)
         return self._order, slice(within * self._batch_size, (within + 1) * self._batch_size)
+
+    @cached_property
+    def _shards(self) -> np.ndarray:
+        """The shard of each sample's photo; all 0 where reading one costs the same anywhere."""
+        spec, gallery = self.inputs.spec, self.inputs.gallery
+        if spec.shuffled_shards is None:
+            return np.zeros(self._pairs.num_samples, np.int64)
+        shard_rows = gallery.array(f"hidden_states/{spec.gallery_layers[0]}").spec.shard_rows
+        shards = gallery.first_rows(self._pairs.rows) // shard_rows
+        return shards if self._pairs.composed is None else shards[self._pairs.composed.references]
 
     def _draw(self, step: int) -> _Draw:
         """What the batch of a step holds."""
@@ -155,7 +163,7 @@ class TrainingData:
         own = columns[drawn_texts] if texts.lengths.all() else np.zeros(len(chosen), np.int64)
         matches, drawn = (torch.from_numpy(of_batch).to(self.inputs.device) for of_batch in (positives, own))
         of_photos, of_texts = Share.of(len(chosen)), Share.of(len(distinct))
-        states, mask = self.inputs.photos(self._pairs.rows[chosen[of_photos.own]], self._views(step, len(chosen)))
+        states, mask = self._photos(step, chosen, of_photos)
         paired = None
         if self.inputs.spec.gallery_text != "null":
             paired_texts = self._pairs.paired_texts
@@ -167,6 +175,23 @@ class TrainingData:
         inputs = of_photos, of_texts, states, mask, paired, distinct, queries.vectors
         asked = None if composed is None else self._on_device(composed)
         return Batch(*inputs, matches, drawn, queries=with_tokens, unpaired=unpaired, composed=asked)
+
+    def _photos(self, step: int, chosen: np.ndarray, share: Share) -> tuple[States, Mask]:
+        """What the fusion sees of this rank's share of some pairs."""
+        if self._groups is None:
+            return self.inputs.photos(self._pairs.rows[chosen[share.own]], self._views(step, len(chosen)))
+        generator = np.random.default_rng((self._seed, *divmod(step, self.steps_per_epoch), 4))
+        return self.inputs.media(self._groups.draw_parts(chosen, generator)[share.own])
+
+    @cached_property
+    def _groups(self) -> Groups | None:
+        """Items whose media take each other's place; None where they stay as they are."""
+        gallery = self.inputs.gallery
+        if not self.inputs.spec.regroup or not isinstance(gallery, JoinedEncoder):
+            return None
+        columns = gallery.parts[self._pairs.rows].T
+        groups = Groups(self._pairs.texts, dict(zip(gallery.encoders, columns, strict=True)))
+        return groups if groups.are_mixed else None
 
     def _on_device(self, of: ComposedDraw) -> ComposedBatch:
         texts, references, positives = (

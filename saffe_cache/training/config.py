@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from saffe_cache.core.features import MODALITIES, IndexConvention
 from saffe_cache.core.options import OptionGroup, refuse, require, require_keys, require_seed
@@ -15,6 +15,7 @@ from saffe_cache.fusion.registry import (
     FUSIONS,
     OBJECTIVES,
     OF_COMPOSED,
+    OF_MEDIA,
     OF_PAIRS,
     OF_PHOTOS_ALONE,
     FusionEntry,
@@ -23,6 +24,9 @@ from saffe_cache.fusion.registry import (
 from saffe_cache.inputs.spec import PairKind, Residency, SplitOptions
 
 OptimizerName = Literal["adamw", "lion"]
+GalleryMedia = Literal[
+    "auto", "image", "audio", "video", "image+audio", "image+video", "audio+video", "image+audio+video"
+]
 LOGGERS = ("auto", "none", "tensorboard", "wandb", "trackio")
 
 
@@ -39,9 +43,10 @@ class DataOptions(OptionGroup):
     paper: l is the output of its layer l, which is hidden_states l + 1."""
     encoder: Mapping[str, str] = field(default_factory=dict)
     """Which encoder to use if the cache has several of a modality: image=PART-OF-KEY or image=ID."""
-    gallery: Literal["auto", "image", "audio", "video"] = "auto"
-    """What the gallery holds, if the cache has several: its photos, sounds or videos. auto: the first of these that the
-    cache has, in this order."""
+    gallery: GalleryMedia = "auto"
+    """What the gallery holds, if the cache has several: its photos, sounds or videos, or several media of each item
+    that are fused, such as image+audio; an item may lack some of them. auto: the first of image, audio and video that
+    the cache has."""
     pairs: Literal["auto", PairKind] = "auto"
     """What searches. captions, or names of classes (classes), which describe photos; composed: a photo and a text that
     changes it. auto: composed if the train split has such queries, else captions if there are any."""
@@ -55,8 +60,14 @@ class DataOptions(OptionGroup):
         """Raise ValueError if a modality is unknown, or a layer is given twice."""
         require_keys("layers", self.layers, MODALITIES)
         require_keys("encoder", self.encoder, MODALITIES)
+        require(self.gallery in get_args(GalleryMedia), "gallery", self.gallery, " or ".join(get_args(GalleryMedia)))
         for name, layers in self.layers.items():
             require(len(set(layers)) == len(layers), "layers", f"{name}={layers}", "each layer once")
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """The media that are fused; none where the gallery has one."""
+        return tuple(self.gallery.split("+")) if "+" in self.gallery else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +190,8 @@ class TrainConfig(
         """The fusion; in the place of auto, the one that fits what is fused."""
         if self.fusion != AUTO:
             return self.fusion
+        if self.media:
+            return OF_MEDIA
         if self.pairs == "composed":
             return OF_COMPOSED
         fuses = self.gallery_text not in (None, "null")
@@ -220,7 +233,8 @@ class TrainConfig(
 
     def resolved(self) -> Self:
         """With the values of its recipe, as a run's config.json holds them."""
-        return replace(self, **asdict(self.recipe), fusion=self.chosen_fusion)
+        dropout = self.entry.dropout if self.dropout is None else self.dropout
+        return replace(self, **asdict(self.recipe), fusion=self.chosen_fusion, dropout=dropout)
 
     @property
     def of_control(self) -> Self:

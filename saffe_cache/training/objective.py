@@ -16,6 +16,7 @@ from torch import nn
 
 from saffe_cache.fusion.base import Fused, Fusion, Pairing, Texts, TrainingVectors
 from saffe_cache.fusion.losses import Batch, ComposedBatch, Contrast, UnpairedBatch
+from saffe_cache.fusion.media import drop_media, present_media, showing
 from saffe_cache.fusion.mixing import mixed
 from saffe_cache.fusion.options import ObjectiveOptions
 from saffe_cache.fusion.registry import OBJECTIVES
@@ -32,6 +33,18 @@ def _texts(model: Fusion, batch: Batch | UnpairedBatch) -> torch.Tensor:
     with batch.texts.drawn():
         texts = Texts.of_vectors(batch.vectors) if batch.queries is None else batch.queries
         return batch.texts.gather(model.encode_texts(texts).float())
+
+
+def _of_single_media(model: Fusion, batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Unit vectors of a batch's items of which one medium is shown, and which of them have it, for each medium."""
+    shape, states, mask = model.shape, batch.states, batch.mask
+    present, found = present_media(shape, states, mask), []
+    for place, has_medium in enumerate(present.T):
+        shown = torch.zeros_like(present)
+        shown[:, place] = True
+        alone = batch._replace(mask=showing(shape, states, mask, shown))
+        found.append((_photos(model, alone), batch.photos.gather(has_medium)))
+    return found
 
 
 class Objective(nn.Module):
@@ -72,7 +85,7 @@ class Objective(nn.Module):
             dropped = torch.rand(batch.photos.total, device=paired.mask.device) < self._options.text_dropout
             paired = paired.without(dropped[batch.photos.own])
         self._check(batch.positives)
-        photos = _photos(model, batch, paired)
+        photos = _photos(model, self._with_dropped_media(model, batch), paired)
         if batch.composed is None:
             return self._sum(self.losses, self._contrast(model, batch, photos, _texts(model, batch)))
         loss = self._of_composed(model, batch, batch.composed, photos)
@@ -80,6 +93,13 @@ class Objective(nn.Module):
             captions = self._contrast(model, batch, photos, _texts(model, batch))
             loss = loss + self._options.caption_weight * self._sum(self.caption_losses, captions)
         return loss
+
+    def _with_dropped_media(self, model: Fusion, batch: Batch) -> Batch:
+        """The batch as it is trained on, in which items lack some of their media."""
+        rate = self._options.modality_dropout
+        if not rate:
+            return batch
+        return batch._replace(mask=drop_media(model.shape, batch.states, batch.mask, rate, batch.photos))
 
     def _of_composed(self, model: Fusion, batch: Batch, of: ComposedBatch, photos: torch.Tensor) -> torch.Tensor:
         """The sum over photos and the composed queries that search for them."""
@@ -107,7 +127,8 @@ class Objective(nn.Module):
 
         fuse = partial(self._of_pairs, model, batch, lambda fused, _: fused.vectors)
         matched = partial(self._of_pairs, model, batch, match)
-        return Contrast(batch, photos, queries, fuse, matched, model.summaries, unpaired)
+        single = partial(_of_single_media, model, batch)
+        return Contrast(batch, photos, queries, fuse, matched, model.summaries, unpaired, of_single_media=single)
 
     def _check(self, positives: torch.Tensor) -> None:
         """Raise ValueError if a loss over fused pairs finds no wrong partner for some photo or text."""

@@ -11,10 +11,15 @@ from saffe_cache.core.features import CacheError, hidden_states_index
 from saffe_cache.core.options import refuse
 from saffe_cache.fusion.options import FusionShape, ModelOptions, ObjectiveOptions
 from saffe_cache.fusion.registry import FUSIONS, OBJECTIVES
+from saffe_cache.inputs.media import media_shapes
 from saffe_cache.inputs.pairs import VALIDATION_SPLITS, gallery_modality, pair_kind
 from saffe_cache.inputs.spec import RunSpec, SplitOptions
+from saffe_cache.store.joined import MEDIA, JoinedEncoder, join_media, joined_key
 from saffe_cache.store.reader import Cache, EncoderCache
 from saffe_cache.training.config import TrainConfig
+
+_OF_MEDIA: Mapping[str, Any] = {"modality_dropout": 0.3, "regroup": True}
+"""Defaults where several media are fused."""
 
 
 def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
@@ -24,8 +29,7 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
         CacheError, ValueError: the cache lacks what is requested.
     """
     config = with_pairs(config, cache)
-    modality = gallery_modality(cache) if config.gallery == "auto" else config.gallery
-    gallery = cache.encoder(modality, config.encoder.get(modality))
+    gallery = _gallery(config, cache)
     text = cache.encoder("text", config.encoder.get("text"))
     layers = _choose_layers(config, gallery, text)
     validation = config.validation
@@ -36,13 +40,16 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
     objective = {} if config.entry.is_closed_form else dict(config.objective or config.entry.objective)
     draws_views = config.train_views == "all" and not config.entry.is_closed_form
     temperature = config.entry.temperature if config.temperature is None else config.temperature
-    mixup = config.recipe.mixup or None
+    objective_options = {"objective": objective, "temperature": temperature, "mixup": config.recipe.mixup or None}
+    if config.media:
+        objective_options |= {name: value for name, value in _OF_MEDIA.items() if getattr(config, name) is None}
     pairs = pair_kind(cache.table) if config.pairs == "auto" else config.pairs
     fuses = gallery_text != "null" or pairs == "composed"
     spec = RunSpec(
         **(_options(config, SplitOptions) | {"validation": validation}),
-        **(_options(config, ObjectiveOptions) | {"objective": objective, "temperature": temperature, "mixup": mixup}),
+        **(_options(config, ObjectiveOptions) | objective_options),
         gallery_key=gallery.key,
+        media={name: one.key for name, one in gallery.encoders.items()} if isinstance(gallery, JoinedEncoder) else {},
         text_key=text.key,
         gallery_layers=layers.gallery,
         views=gallery.views(layers.gallery) if draws_views else (),
@@ -53,9 +60,23 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
         gallery_text=gallery_text,
     )
     _check_supported(config, objective)
+    _check_media(spec)
     _check_together(spec)
     _check_composed(spec)
     return _with_mixup(spec, config.mixup)
+
+
+def _gallery(config: TrainConfig, cache: Cache) -> EncoderCache:
+    """The encoder of the gallery: of photos, sounds or videos, or of several media of an item joined.
+
+    Raises:
+        CacheError: the cache lacks one, or its extraction is unfinished.
+    """
+    if not config.media:
+        modality = gallery_modality(cache) if config.gallery == "auto" else config.gallery
+        return cache.encoder(modality, config.encoder.get(modality))  # type: ignore[arg-type]
+    keys = {name: cache.encoder(name, config.encoder.get(name)).key for name in MEDIA if name in config.media}
+    return join_media(cache, keys).encoders[joined_key(keys)]
 
 
 def with_pairs(config: TrainConfig, cache: Cache) -> TrainConfig:
@@ -96,13 +117,16 @@ def _shape(
         "fusion": config.chosen_fusion,
         "head": config.head or entry.head,
         "share_decoder": entry.share_decoder if config.share_decoder is None else config.share_decoder,
+        "dropout": entry.dropout if config.dropout is None else config.dropout,
         "pooled_text": adds_text if config.pooled_text is None else config.pooled_text,
     }
+    media = media_shapes(gallery, layers.gallery)
     return FusionShape(
         **(_options(config, ModelOptions) | defaults),
         num_layers=len(layers.gallery),
-        hidden_size=_shape_of(gallery, layers.gallery[0])[-1],
+        hidden_size=max(one.hidden_size for one in media) if media else _shape_of(gallery, layers.gallery[0])[-1],
         num_tokens=gallery.num_tokens(layers.gallery[0]),
+        media=media,
         text_hidden_size=text.manifest.hidden_size,
         text_size=text.array(text.manifest.vector).spec.row_shape[0],
         maps_queries=entry.maps_queries,
@@ -198,6 +222,31 @@ def _check_composed(spec: RunSpec) -> None:
             refuse(option, f"{value} with --pairs composed", expected)
 
 
+def _check_media(spec: RunSpec) -> None:
+    """Raise ValueError if several media exclude an option, or one that is for them is given without."""
+    shape, of_media = spec.shape, [name for name in spec.objective if OBJECTIVES[name].needs_media]
+    if not spec.media:
+        several = "several media: --gallery image+audio"
+        for option, value in (
+            ("fusion", shape.entry.for_media and shape.fusion),
+            ("objective", ", ".join(of_media)),
+            *((name, getattr(spec, name)) for name in _OF_MEDIA),
+        ):
+            if value not in (None, False, ""):
+                refuse(option, f"{value} with one medium", several)
+        return
+    able = " or ".join(name for name, entry in FUSIONS.items() if entry.for_media)
+    gallery = "+".join(spec.media)
+    for option, value, expected in (
+        ("fusion", not shape.entry.for_media and shape.fusion, f"{able}: others read one medium"),
+        ("pairs", spec.pairs == "composed" and spec.pairs, "captions or classes: composed queries have one photo"),
+        ("gallery_text", spec.gallery_text != "null" and spec.gallery_text, "null: no text enters fused media"),
+        ("unpaired", spec.unpaired, "none: no loss of fused media uses it"),
+    ):
+        if value:
+            refuse(option, f"{value} with --gallery {gallery}", expected)
+
+
 def _with_mixup(spec: RunSpec, asked: float | None) -> RunSpec:
     """The spec without the mixing of pairs where they cannot be mixed; ValueError if it was asked for."""
     found, expected = _why_not_mixed(spec) or ("", "")
@@ -214,6 +263,8 @@ def _why_not_mixed(spec: RunSpec) -> tuple[str, str] | None:
         return None
     if spec.pairs == "composed":
         return "with --pairs composed", ": composed queries cannot be mixed"
+    if spec.media:
+        return f"with --gallery {'+'.join(spec.media)}", ": items of several media cannot be mixed"
     if spec.gallery_text != "null":
         return f"with --gallery-text {spec.gallery_text}", ": paired texts cannot be mixed"
     if spec.shape.entry.query_tokens:
@@ -233,6 +284,8 @@ def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCach
         CacheError: the cache lacks a layer or the block that follows it, or the encoder has no blocks.
         ValueError: several text layers are given to a fusion that continues the text encoder from one.
     """
+    if isinstance(gallery, JoinedEncoder):
+        return _Layers(_joined_layers(config, gallery))
     if gallery.manifest.has_feature_maps and config.entry.needs_gallery_blocks:
         others = ", ".join(name for name, entry in FUSIONS.items() if not entry.needs_gallery_blocks)
         raise CacheError(
@@ -275,6 +328,12 @@ def _choose_layers(config: TrainConfig, gallery: EncoderCache, text: EncoderCach
                 refuse("layers", f"image={layers[0]} and text={first}", expected)
             _check_blocks(config, gallery, layers[0], num_blocks)
             return _Layers(layers, (first,), num_blocks)
+
+
+def _joined_layers(config: TrainConfig, gallery: JoinedEncoder) -> tuple[int, ...]:
+    """The layers of all media, in the order of the media."""
+    chosen = {name: _layers_of(config, one, one.layers) for name, one in gallery.encoders.items()}
+    return tuple(gallery.layer(name, layer) for name, layers in chosen.items() for layer in layers)
 
 
 def _layers_of(

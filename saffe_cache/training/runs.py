@@ -31,10 +31,12 @@ from saffe_cache.core.features import BlockWeights, Modality
 from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.outputs import CONFIG, RESULT, read_json, write_json
 from saffe_cache.fusion.base import Blocks, Fusion
+from saffe_cache.inputs.media import media_shapes, seen_by
 from saffe_cache.inputs.pairs import require_encoders
 from saffe_cache.inputs.spec import RunSpec
 from saffe_cache.retrieval.baselines import LinearMap
 from saffe_cache.store.held import HeldCache, HeldEncoder, without_rows
+from saffe_cache.store.joined import join_media
 from saffe_cache.store.manifest import EncoderManifest, weights_type
 from saffe_cache.store.reader import Cache, EncoderCache, weights_from
 from saffe_cache.store.table import TableBuilder
@@ -67,14 +69,33 @@ def _block_layers(spec: RunSpec) -> tuple[Sequence[int], Sequence[int]]:
 def open_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, TrainResult]:
     """A finished run: its spec, its best model in evaluation mode, and its result.
 
+    `cache`: of a run that fuses several media, with these joined (`run_cache`).
+
     Raises:
         ValueError: the run is missing, unfinished or damaged, or was trained on another cache.
         CacheError: the cache lacks a layer that it was trained on.
     """
-    folder = Path(run_dir)
+    spec, result = _read_run(Path(run_dir))
+    require_encoders(spec, cache, run_dir)
+    _check_widths(run_dir, spec, cache)
+    return spec, _load_model(Path(run_dir) / MODEL, spec, cache), result
+
+
+def run_cache(run_dir: str | Path, cache: Cache) -> Cache:
+    """The cache as a run sees it: with the media joined that it fuses.
+
+    Raises:
+        ValueError: the run is missing, unfinished or damaged.
+        CacheError: the extraction of a medium is unfinished.
+    """
+    return seen_by(cache, _read_run(Path(run_dir))[0])
+
+
+def _read_run(folder: Path) -> tuple[RunSpec, TrainResult]:
+    """The spec and the result of a finished run."""
     if not (folder / RESULT).exists():
         raise ValueError(
-            f"--run {run_dir}: no finished run there (result.json is missing). Run saffe train --out {run_dir}."
+            f"--run {folder}: no finished run there (result.json is missing). Run saffe train --out {folder}."
         )
     result = TrainResult.load(folder)
     try:
@@ -84,11 +105,9 @@ def open_run(run_dir: str | Path, cache: Cache) -> tuple[RunSpec, Fusion, TrainR
             spec = replace(spec, validation_photos=0)  # an earlier release, which validated on all
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"--run {run_dir}: config.json is damaged or of another version ({error}). Train again."
+            f"--run {folder}: config.json is damaged or of another version ({error}). Train again."
         ) from None
-    require_encoders(spec, cache, run_dir)
-    _check_widths(run_dir, spec, cache)
-    return spec, _load_model(folder / MODEL, spec, cache), result
+    return spec, result
 
 
 def _check_widths(run_dir: str | Path, spec: RunSpec, cache: Cache) -> None:
@@ -98,14 +117,16 @@ def _check_widths(run_dir: str | Path, spec: RunSpec, cache: Cache) -> None:
         CacheError: the cache lacks one of the layers.
     """
     gallery, text, shape = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key], spec.shape
-    widths = {layer: gallery.array(f"hidden_states/{layer}").spec.row_shape[-1] for layer in spec.gallery_layers}
-    any_length = gallery.manifest.is_ragged and shape.head != "flatten"
-    photos = {(shape.num_tokens if any_length else gallery.num_tokens(i), width) for i, width in widths.items()}
+    photos: set[Any] = set(media_shapes(gallery, spec.gallery_layers))
+    if not photos:
+        widths = {layer: gallery.array(f"hidden_states/{layer}").spec.row_shape[-1] for layer in spec.gallery_layers}
+        any_length = gallery.manifest.is_ragged and shape.head != "flatten"
+        photos = {(shape.num_tokens if any_length else gallery.num_tokens(i), width) for i, width in widths.items()}
     for layer in spec.token_layers:
         text.array(f"hidden_states/{layer}")
     vector = text.array(text.manifest.vector).spec.row_shape
     found = (photos, len(spec.gallery_layers), text.manifest.hidden_size, vector)
-    tokens = {(shape.num_tokens, shape.hidden_size)}
+    tokens: set[Any] = set(shape.media) or {(shape.num_tokens, shape.hidden_size)}
     expected = tokens, shape.num_layers, shape.text_hidden_size, (shape.text_size,)
     num_text_layers = {"none": 0, "paired": shape.num_layers}.get(shape.entry.blocks, 1)
     if found != expected or len(spec.text_layers) != num_text_layers:
@@ -120,7 +141,9 @@ def keep_encoders(run_dir: Path, spec: RunSpec, cache: Cache) -> None:
     """Write what a run needs of its encoders without the cache: manifests without rows, how they were run, blocks."""
     described: dict[str, Any] = {}
     tensors: dict[str, np.ndarray] = {}
-    for key, layers in zip((spec.gallery_key, spec.text_key), _block_layers(spec), strict=True):
+    of_gallery, of_text = _block_layers(spec)
+    own = dict.fromkeys(spec.media.values() or [spec.gallery_key], of_gallery) | {spec.text_key: of_text}
+    for key, layers in own.items():
         encoder, modality = cache.encoders[key], cache.encoders[key].manifest.modality
         past, blocks = encoder.manifest.extractions, {layer: encoder.block(layer) for layer in layers}
         described[key] = {
@@ -197,8 +220,9 @@ def name_of_place(place: str) -> str:
     return place if is_hub_id else Path(place).name
 
 
-def kept_encoders(run_dir: str | Path) -> tuple[HeldCache, dict[str, Mapping[str, Any] | None]]:
-    """A run's own encoders as a cache without rows; and the options of each one's extraction, None where unknown.
+def kept_encoders(run_dir: str | Path) -> tuple[Cache, dict[str, Mapping[str, Any] | None]]:
+    """A run's own encoders as a cache without rows, with the media joined that it fuses; and the options of each one's
+    extraction, None where unknown.
 
     Raises:
         ValueError: the run has none, or they are damaged.
@@ -213,7 +237,8 @@ def kept_encoders(run_dir: str | Path) -> tuple[HeldCache, dict[str, Mapping[str
     described = read_json(folder / ENCODERS)
     encoders: dict[str, EncoderCache] = {}
     try:
-        usual = int(read_json(folder / CONFIG)["run"]["shape"]["num_tokens"])
+        run = read_json(folder / CONFIG)["run"]
+        usual = int(run["shape"]["num_tokens"])
         tensors = load((folder / BLOCKS).read_bytes()) if (folder / BLOCKS).exists() else {}
         for key, one in described.items():
             where = f"{folder / ENCODERS}: {key}"
@@ -223,10 +248,13 @@ def kept_encoders(run_dir: str | Path) -> tuple[HeldCache, dict[str, Mapping[str
                 for layer, attributes in one["blocks"].items()
             }
             encoders[key] = HeldEncoder(manifest, blocks=blocks, usual_tokens=usual, where=str(folder))
+        cache: Cache = HeldCache(TableBuilder(None, ()).build(), encoders, str(folder))
+        if media := run.get("media"):
+            cache = join_media(cache, media)
         past = {key: _own_options(one["extraction"], encoders[key].manifest.modality) for key, one in described.items()}
     except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise ValueError(f"--run {run_dir}: {ENCODERS} or {BLOCKS} is damaged ({error}). Train again.") from None
-    return HeldCache(TableBuilder(None, ()).build(), encoders, str(folder)), past
+    return cache, past
 
 
 def _own_options(extraction: Mapping[str, Any] | None, modality: Modality) -> Mapping[str, Any] | None:

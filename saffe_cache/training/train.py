@@ -20,6 +20,7 @@ from saffe_cache.core.options import refuse, require
 from saffe_cache.core.outputs import CONFIG, RESULT, is_begun, provenance, write_json
 from saffe_cache.core.tables import drawn
 from saffe_cache.inputs.feature_loader import FeatureLoader, choose_residency, window_shards
+from saffe_cache.inputs.media import named_layers, seen_by
 from saffe_cache.inputs.pairs import Pairs, Parts, Unpaired, run_fingerprint, training_pairs, unpaired_inputs
 from saffe_cache.inputs.spec import Residency, RunSpec
 from saffe_cache.protocols.registry import load_protocol, own_protocol
@@ -136,13 +137,20 @@ class _Plan:
 def same_batches(config: TrainConfig, spec: RunSpec) -> tuple[object, ...]:
     """Equal for runs that see the same batches in the same order, and can be trained side by side."""
     data = config.cache, spec.gallery_key, spec.text_key, spec.gallery_layers, spec.token_layers, spec.data, spec.views
-    read = spec.gallery_text, bool(spec.caption_weight), spec.shape.entry.reads, spec.shape.entry.query_tokens
+    read = (
+        spec.gallery_text,
+        bool(spec.caption_weight),
+        spec.regroup,
+        spec.shape.entry.reads,
+        spec.shape.entry.query_tokens,
+    )
     return (*data, *read, own_protocol(spec), config.recipe.batch_size, config.recipe.gallery_photos, spec.seed)
 
 
 def _plan(config: TrainConfig, cache: Cache, callbacks: Sequence[Logger]) -> _Plan:
     config = with_pairs(config, cache)
     spec = resolve_run(config, cache)
+    cache = seen_by(cache, spec)
     parts = training_pairs(spec, cache)
     device = choose_device(config.device)
     residency = ranks.agreed(lambda: choose_residency(config.residency, cache, spec, device))
@@ -151,6 +159,8 @@ def _plan(config: TrainConfig, cache: Cache, callbacks: Sequence[Logger]) -> _Pl
         refuse("residency", "streamed with --unpaired", "memory or mapped: unpaired photos are drawn from all shards")
     if spec.pairs == "composed" and residency == "streamed":
         refuse("residency", "streamed with --pairs composed", "memory or mapped: references and targets are anywhere")
+    if spec.media and residency == "streamed":
+        refuse("residency", f"streamed with --gallery {config.gallery}", "memory: each medium has shards of its own")
     window = window_shards(cache, spec) if residency == "streamed" else None
     spec = replace(spec, shuffled_shards=window, data=run_fingerprint(cache, spec, parts.training, parts.validation))
     if ranks.agreed(lambda: spec.data) != spec.data:
@@ -264,9 +274,19 @@ def _tell(plan: _Plan) -> None:
     place = f"{plan.device} with {what} {_PLACES[plan.residency]}"
     logger.info(
         "%s fusion, %s head, on %s: %s of %s%s%s, described by %s (%s).",
-        *(spec.shape.fusion, spec.shape.head, place, _names(spec.gallery_layers), spec.gallery_key),
+        *(
+            spec.shape.fusion,
+            spec.shape.head,
+            place,
+            f"hidden_states {named_layers(spec)}",
+            spec.gallery_key,
+        ),
         f" in {1 + len(spec.views)} views" if spec.views else "",
-        *(f" and {_names(spec.text_layers)} of the text" if spec.text_layers else "", spec.pairs, spec.text_key),
+        *(
+            f" and hidden_states {', '.join(map(str, spec.text_layers))} of the text" if spec.text_layers else "",
+            spec.pairs,
+            spec.text_key,
+        ),
     )
     training, validation, num_shared = plan.parts
     if training.composed is not None and validation.composed is not None:
@@ -282,7 +302,3 @@ def _tell(plan: _Plan) -> None:
             "(--validation-fraction), or validate on another split.",
             len(validation),
         )
-
-
-def _names(layers: tuple[int, ...]) -> str:
-    return "hidden_states " + ", ".join(map(str, layers))

@@ -208,7 +208,7 @@ def choose_methods(fusions: Collection[str]) -> tuple[dict[str, Method], dict[st
     """
     skipped, found = {}, {}
     for name, entry in FUSIONS.items():
-        if entry.for_composed:
+        if entry.is_special:
             continue
         if EVERY not in fusions and not entry.is_closed_form and name not in fusions:
             if fusions and DEFAULT not in fusions:

@@ -11,10 +11,10 @@ import torch
 
 from saffe_cache.core.features import Modality
 from saffe_cache.core.items import Ragged
+from saffe_cache.fusion.media import Media, Medium
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.retrieval.scores import Scores, caption_scores, class_scores
 from saffe_cache.store.reader import Cache, EncoderCache
-from saffe_cache.studies.subsets.fusions import Media, Medium
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, product
 
@@ -14,14 +14,17 @@ from torch.nn import functional
 from saffe_cache.core.features import Modality
 from saffe_cache.fusion.layers import identity_linear, parameter_groups
 from saffe_cache.fusion.losses import Temperature, distinct_positives, info_nce
+from saffe_cache.fusion.media import Concat, Cross, Media, Medium, Sum, Union
+from saffe_cache.inputs.media import Groups
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.retrieval.fitting import adamw, batch_size, fit_epochs, update, warmed_cosine
 from saffe_cache.studies.subsets.config import SubsetsConfig
 from saffe_cache.studies.subsets.examples import Examples
-from saffe_cache.studies.subsets.fusions import Media, Medium, Sum, make_fusion
 
 BATCH_SIZE, AT_ONCE = 64, 256
 WEIGHT_DECAY, WARMUP = 0.05, 0.1
+KINDS: Mapping[str, type[Concat | Sum | Union]] = {"concat": Concat, "sum": Sum, "union": Union, "cross": Cross}
+"""By their names in the options."""
 _STEPS = 10
 """Steps of a late fusion's weights from 0 to 1."""
 
@@ -31,7 +34,7 @@ class Model(nn.Module):
 
     def __init__(self, name: str, media: Media, size: int) -> None:
         super().__init__()
-        self.fusion = make_fusion(name, {one: medium.tokens.shape[2] for one, medium in media.items()}, size)
+        self.fusion: nn.Module = KINDS[name]({one: medium.tokens.shape[2] for one, medium in media.items()}, size)
         self.text_map = identity_linear(size)
         self.temperature = Temperature()
 
@@ -92,7 +95,7 @@ def fit(
         found = Fit(model, modalities)
         optimizer = adamw(parameter_groups(model, config.learning_rate, WEIGHT_DECAY), config.learning_rate)
         size, steps = batch_size(BATCH_SIZE, len(training)), count()
-        total, groups = config.epochs * (len(training) // size), Groups(training)
+        total, groups = config.epochs * (len(training) // size), Groups(training.texts, training.rows)
 
         def step(chosen: np.ndarray) -> float:
             distinct, _, positives = distinct_positives(texts.take(chosen))
@@ -132,30 +135,6 @@ def _loss(model: Model, shown: Media, dropped: Media, queries: torch.Tensor, pos
             items = functional.normalize(part[medium.is_present], dim=1)
             alone.append(info_nce(items, queries[texts], own[:, texts], temperature))
     return loss + torch.stack(alone).mean()
-
-
-class Groups:
-    """Items with the same texts, such as those of one class, whose media may take each other's place."""
-
-    def __init__(self, examples: Examples) -> None:
-        keys: dict[bytes, int] = {}
-        group = np.array([keys.setdefault(np.sort(row).tobytes(), len(keys)) for row in examples.texts])
-        self._order, self._first, self._count = {}, {}, {}
-        for name, rows in examples.rows.items():
-            has = np.flatnonzero(rows >= 0)
-            order = has[np.argsort(group[has], kind="stable")]
-            count = np.bincount(group[has], minlength=len(keys))
-            self._order[name], self._count[name] = order, count[group]
-            self._first[name] = (np.cumsum(count) - count)[group]
-        self._rows = examples.rows
-
-    def draw(self, modality: Modality, items: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """An item of the same group that has the medium, for each item that has it; the others stay."""
-        places = (generator.random(len(items)) * self._count[modality][items]).astype(np.int64)
-        has = self._rows[modality][items] >= 0
-        drawn = items.copy()
-        drawn[has] = self._order[modality][(self._first[modality][items] + places)[has]]
-        return drawn
 
 
 def _on(medium: Medium, device: str | torch.device) -> Medium:

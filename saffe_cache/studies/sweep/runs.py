@@ -11,12 +11,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from saffe_cache.core.features import short_hash
 from saffe_cache.core.outputs import CONFIG, RESULT, read_json, with_defaults
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.details import FAM
 from saffe_cache.evaluation.results import EvaluationResult, Numbers
 from saffe_cache.extraction.ledger import extraction_seconds, reencoding
+from saffe_cache.inputs.media import seen_by
 from saffe_cache.inputs.pairs import reported_fingerprint, run_fingerprint, training_pairs
 from saffe_cache.protocols.registry import load_protocol
 from saffe_cache.store.reader import Cache
@@ -82,9 +85,10 @@ class Planner:
         Raises:
             CacheError, ValueError: the cache lacks what the config or its report asks for.
         """
-        cache, split, protocol = self.cache, self.report.split, self.report.protocol
+        split, protocol = self.report.split, self.report.protocol
         assert protocol != "auto"
-        spec = resolve_run(config, cache)
+        spec = resolve_run(config, self.cache)
+        cache = seen_by(self.cache, spec)
         pairs = (spec.gallery_key, spec.text_key, spec.pairs, spec.gallery_text)
         validation = (spec.validation, spec.validation_fraction, spec.validation_photos)
         drawn = (spec.train_split, *validation, spec.train_fraction, spec.unpaired, spec.seed)
@@ -94,7 +98,8 @@ class Planner:
         )
         spec = replace(spec, data=seen)
         sides = ((spec.gallery_key, spec.gallery_layers), (spec.text_key, spec.text_layers))
-        stored = [cache.encoders[key].array(f"hidden_states/{layer}").spec.dtype for key, of in sides for layer in of]
+        members = [one for key, of in sides for one in cache.encoders[key].members(np.zeros(0, np.int64), of)]
+        stored = [one.array(f"hidden_states/{layer}").spec.dtype for one, _, of in members for layer in of]
         options = {name: value for name, value in chosen(config).items() if name not in _WITHOUT_EFFECT | _OF_RECIPE}
         options |= chosen(config.recipe)
         identity = short_hash({"config": options, "run": chosen(spec), "stored": stored})
@@ -118,8 +123,15 @@ def chosen(of: Any) -> dict[str, Any]:
         value = getattr(of, one.name)
         default = one.default_factory() if callable(one.default_factory) else one.default
         if default is MISSING or value != default:
-            found[one.name] = chosen(value) if is_dataclass(value) else value
+            found[one.name] = _plain(value)
     return found
+
+
+def _plain(value: Any) -> Any:
+    """A field's value as JSON holds it."""
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return chosen(value) if is_dataclass(value) else value
 
 
 def collect(recipe: Recipe, cells: Sequence[Sequence[Job]], cache: Cache, out: Path, workers: int) -> SweepResult:
@@ -205,7 +217,10 @@ def _cost(jobs: Sequence[Job], cache: Cache, workers: int) -> SweepCost:
     for job in jobs:
         spec = read_json(Path(job.config.out) / CONFIG)["run"]
         by_encoders.setdefault((spec["gallery_key"], spec["text_key"]), []).append(vars(job.trained))
-    costs = [reencoding(cache.encoders[mine], cache.encoders[other], of) for (mine, other), of in by_encoders.items()]
+    costs = [
+        reencoding(cache.encoders[mine], cache.encoders[other], of) if mine in cache.encoders else None  # several media
+        for (mine, other), of in by_encoders.items()
+    ]
     known = [one for one in costs if one is not None]
     arrays = [array for encoder in cache.encoders.values() for array in encoder.manifest.arrays.values()]
     return SweepCost(

@@ -1,21 +1,30 @@
 """Fusions of the media of an item: a mapping from each modality to its tokens, of which any may be missing.
 
+    f(x) = unit(g(x_image, x_audio, ...))
+
 All return one vector for each item, in the space of the texts. A missing medium is a learned null: a summary of its
-own for `concat`, nothing for `sum`, and one token of its own for `union` and `cross`. Tokens are layer-normed and
+own for `Concat`, nothing for `Sum`, and one token of its own for `Union` and `Cross`. Tokens are layer-normed and
 mapped to one width; an embedding says which medium they are of.
+
+`MediaSum` and the others are these as fusions of a run: the layers of each medium lie side by side in its tokens, and
+training drops media at random (`drop_media`), never the last one of an item.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from saffe_cache.core.features import Modality
-from saffe_cache.fusion.layers import Dropout
+from saffe_cache.core.ranks import Share
+from saffe_cache.fusion.base import ROW_BY_ROW, Blocks, Fused, Fusion, Pairing, Texts, gathered, of_media
+from saffe_cache.fusion.layers import Dropout, Mask, States
+from saffe_cache.fusion.losses import Contrast, InfoNce, info_nce
+from saffe_cache.fusion.options import FusionShape
 
 WIDTH, HEADS, QUERIES, DROPOUT = 128, 4, 4, 0.2
 INNER = 512
@@ -43,12 +52,8 @@ class Medium(NamedTuple):
 
 
 Media = Mapping[Modality, Medium]
-
-
-def make_fusion(name: str, widths: Mapping[Modality, int], size: int) -> nn.Module:
-    """With starting weights from torch's generator; `widths` of the media's tokens, `size` of the texts' vectors."""
-    made: nn.Module = {"concat": Concat, "sum": Sum, "union": Union, "cross": Cross}[name](widths, size)
-    return made
+Widths = Mapping[Modality, int]
+"""Of the tokens of each medium."""
 
 
 class Summary(nn.Module):
@@ -66,17 +71,17 @@ class Summary(nn.Module):
         return torch.where(medium.is_present[:, None], torch.cat(list(both), dim=1), self.null)
 
 
-def _mlp(width: int, size: int) -> nn.Module:
-    return nn.Sequential(Dropout(DROPOUT), nn.Linear(width, INNER), nn.GELU(), Dropout(DROPOUT), nn.Linear(INNER, size))
+def _mlp(width: int, size: int, dropout: float) -> nn.Module:
+    return nn.Sequential(Dropout(dropout), nn.Linear(width, INNER), nn.GELU(), Dropout(dropout), nn.Linear(INNER, size))
 
 
 class Concat(nn.Module):
     """An MLP on the concatenated summaries."""
 
-    def __init__(self, widths: Mapping[Modality, int], size: int) -> None:
+    def __init__(self, widths: Widths, size: int, dropout: float = DROPOUT) -> None:
         super().__init__()
         self.summaries = nn.ModuleDict({name: Summary(width) for name, width in widths.items()})
-        self.mlp = _mlp(2 * sum(widths.values()), size)
+        self.mlp = _mlp(2 * sum(widths.values()), size, dropout)
 
     def forward(self, media: Media) -> torch.Tensor:
         summaries = [self.summaries[name](media[name]) for name in self.summaries]  # type: ignore[index]
@@ -86,16 +91,13 @@ class Concat(nn.Module):
 class Sum(nn.Module):
     """The sum of one MLP's vector for each medium: a long vector counts more. Each is also trained alone."""
 
-    def __init__(self, widths: Mapping[Modality, int], size: int) -> None:
+    def __init__(self, widths: Widths, size: int, dropout: float = DROPOUT) -> None:
         super().__init__()
-        self.heads = nn.ModuleDict({name: Concat({name: width}, size) for name, width in widths.items()})
+        self.heads = nn.ModuleDict({name: Concat({name: width}, size, dropout) for name, width in widths.items()})
 
     def parts(self, media: Media) -> list[torch.Tensor]:
         """The vector of each medium; zeros where it is missing."""
-        return [
-            head({name: media[name]}) * media[name].is_present[:, None]  # type: ignore[index]
-            for name, head in self.heads.items()
-        ]
+        return [head({name: media[name]}) * media[name].is_present[:, None] for name, head in self.heads.items()]  # type: ignore[index]
 
     def forward(self, media: Media) -> torch.Tensor:
         return torch.stack(self.parts(media)).sum(dim=0)
@@ -104,7 +106,7 @@ class Sum(nn.Module):
 class Union(nn.Module):
     """Learned queries attend to the tokens of all media together; an MLP makes a vector of what they find."""
 
-    def __init__(self, widths: Mapping[Modality, int], size: int) -> None:
+    def __init__(self, widths: Widths, size: int, dropout: float = DROPOUT) -> None:
         super().__init__()
         self.inward = nn.ModuleDict(
             {name: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, WIDTH)) for name, width in widths.items()}
@@ -114,7 +116,7 @@ class Union(nn.Module):
         self.queries = nn.Parameter(torch.randn(QUERIES, WIDTH) / WIDTH**0.5)
         self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
         self.norm = nn.LayerNorm(QUERIES * WIDTH)
-        self.mlp = _mlp(QUERIES * WIDTH, size)
+        self.mlp = _mlp(QUERIES * WIDTH, size, dropout)
 
     def forward(self, media: Media) -> torch.Tensor:
         mapped = self.exchanged({name: self._mapped(name, media[name]) for name in self.inward})  # type: ignore[index]
@@ -139,8 +141,8 @@ class Union(nn.Module):
 class Cross(Union):
     """`union`, after the tokens of each medium have attended to the union of the others'."""
 
-    def __init__(self, widths: Mapping[Modality, int], size: int) -> None:
-        super().__init__(widths, size)
+    def __init__(self, widths: Widths, size: int, dropout: float = DROPOUT) -> None:
+        super().__init__(widths, size, dropout)
         self.asking = nn.ModuleDict({name: nn.LayerNorm(WIDTH) for name in widths})
         self.others = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
 
@@ -155,3 +157,80 @@ class Cross(Union):
             answer, _ = self.others(normed[name], keys, keys, key_padding_mask=~mask, need_weights=False)
             found[name] = Medium(medium.tokens + answer, medium.mask)
         return found
+
+
+class MediaFusion(Fusion):
+    """One of these as the fusion of a run, with a map of the queries. No text enters it."""
+
+    kind: ClassVar[type[nn.Module]]
+
+    def __init__(self, shape: FusionShape, blocks: Blocks) -> None:
+        super().__init__(shape)
+        widths = {one.name: one.num_layers * one.hidden_size for one in shape.media}
+        self.inner = self.kind(widths, shape.text_size, shape.dropout)
+        self._make_text_maps()
+
+    def fuse(
+        self, states: States, mask: Mask = None, texts: Texts | None = None, pairing: Pairing = ROW_BY_ROW
+    ) -> Fused:
+        parts, media = of_media(self.shape, states, mask), {}
+        for medium, (own, own_mask) in zip(self.shape.media, parts, strict=True):
+            assert own_mask is not None
+            media[medium.name] = Medium(torch.cat(list(own), dim=2), own_mask)
+        vectors = functional.normalize(self.inner(media).float(), dim=-1)
+        kept = [gathered(state, pairing.gallery) for state in states]
+        return Fused(gathered(vectors, pairing.gallery), kept, gathered(mask, pairing.gallery))
+
+
+class MediaConcat(MediaFusion):
+    kind = Concat
+
+
+class MediaSum(MediaFusion):
+    kind = Sum
+
+
+class MediaUnion(MediaFusion):
+    kind = Union
+
+
+class MediaCross(MediaFusion):
+    kind = Cross
+
+
+def present_media(shape: FusionShape, states: States, mask: Mask) -> torch.Tensor:
+    """bool [items, media]: which media an item has."""
+    parts = [own for _, own in of_media(shape, states, mask) if own is not None]
+    return torch.stack([own.any(dim=1) for own in parts], dim=1)
+
+
+def showing(shape: FusionShape, states: States, mask: Mask, shown: torch.Tensor) -> torch.Tensor:
+    """The mask, bool [items, tokens], of items of which only the media of bool [items, media] are shown."""
+    parts = [own for _, own in of_media(shape, states, mask) if own is not None]
+    return torch.cat([own & is_shown[:, None] for own, is_shown in zip(parts, shown.T, strict=True)], dim=1)
+
+
+def drop_media(shape: FusionShape, states: States, mask: Mask, rate: float, items: Share) -> torch.Tensor:
+    """The mask with some media of some items missing, each with the probability `rate`; one of an item's is left.
+
+    Drawn with torch's generator of the CPU for all items of a batch, as all ranks do alike; `items` are this rank's.
+    """
+    present = present_media(shape, states, mask)
+    draws, order = (torch.rand(items.total, present.shape[1])[items.own].to(present.device) for _ in range(2))
+    left = present & (draws >= rate)
+    last = torch.where(present, order, -1.0).argmax(dim=1)
+    left[torch.arange(len(left), device=left.device), last] |= ~left.any(dim=1)
+    return showing(shape, states, mask, left)
+
+
+class MediaAlone(InfoNce):
+    """`info_nce` of the items of which one medium is shown, which the others lack: mean over the media."""
+
+    def forward(self, seen: Contrast) -> torch.Tensor:
+        temperature, losses = self.temperature(), []
+        for vectors, has_medium in seen.of_single_media():
+            positives = seen.batch.positives[has_medium]
+            texts = positives.any(dim=0)
+            if texts.any():
+                losses.append(info_nce(vectors[has_medium], seen.queries[texts], positives[:, texts], temperature))
+        return torch.stack(losses).mean()
