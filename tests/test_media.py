@@ -27,6 +27,7 @@ from saffe_cache.fusion.media import drop_media, present_media
 from saffe_cache.fusion.options import FusionShape, MediumShape
 from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.inference.model import load_run
+from saffe_cache.inference.serving import ServedIndex
 from saffe_cache.inputs.feature_loader import FeatureLoader, summaries
 from saffe_cache.inputs.pairs import own_pairs, select_pairs, training_pairs
 from saffe_cache.store.held import HeldCache
@@ -326,6 +327,16 @@ def test_new_items_have_the_vectors_of_the_cache(tmp_path: Path, tiny_model: Cal
     (best, *_) = index.search(image=photo, audio=sound)
     assert (best.id, round(best.score, 4)) == (found.ids[0], 1.0)
     assert index.search("word0")
+    served = ServedIndex(index)
+    assert (served.about["modality"], served.about["takes_image"]) == ("image", True)
+    assert served.about["about"].startswith("6 items of image and audio, searched by a media_union fusion")
+    assert served.photo(found.ids[0]) == photo.read_bytes()
+    with pytest.raises(OSError, match="it has no image"):
+        served.photo(found.ids[1])
+    (best, *_) = served.search(None, photo.read_bytes(), 3, ["fusion"])["fusion"]
+    assert best.score > 0.5
+    again = fam.index(data, tmp_path / "films.index", splits=("test",))
+    assert again.manifest.generation == index.manifest.generation
     (data / "test" / "0.wav").write_bytes(b"no sound")
     broken = fam.embed_items(data, splits=("test",))
     assert broken.ids == found.ids
