@@ -230,6 +230,12 @@ def test_fused_captions_are_evaluated_with_baselines(captioned: str, tmp_path: P
         open_run(run, open_cache(captioned))
 
 
+def test_bank_of_a_correction_keeps_all_media(captioned: str, tmp_path: Path) -> None:
+    run = quick_train(captioned, tmp_path / "run", gallery=BOTH, fusion="media_sum", epochs=1)
+    report = report_of(captioned, run, search_correction="nnn")  # some items of the bank have one medium alone
+    assert report["media"].keys() >= {"image + audio", "image", "audio"}
+
+
 def test_media_are_regrouped_within_their_class(classified: str) -> None:
     cache = open_cache(classified)
     spec = resolve_run(TrainConfig(cache=classified, out="", gallery=BOTH), cache)

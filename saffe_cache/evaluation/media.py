@@ -86,5 +86,5 @@ def _measure(protocol: SearchProtocol, setting: Setting, encoder: JoinedEncoder,
     cache.encoders = {**cache.encoders, encoder.key: encoder}
     views = [inputs.views[number] for number in inputs.index_views]
     loader = FeatureLoader(cache, inputs.spec, inputs.device, index_views=views)
-    seen = replace(setting, inputs=loader, _vectors={}, _banks={})
+    seen = replace(setting, inputs=loader, _vectors={})  # a search correction's bank keeps all media: it may lack these
     return type(protocol)(seen).measure(model, seen.honest())
