@@ -325,8 +325,11 @@ def test_new_items_have_the_vectors_of_the_cache(tmp_path: Path, tiny_model: Cal
     lacking = fam.embed_images([data / "test" / "2.png"])
     np.testing.assert_allclose(lacking, expected[2:3], atol=1e-5)
     np.testing.assert_allclose(fam.embed_audio([data / "test" / "1.wav"]), expected[1:2], atol=1e-5)
-    with pytest.raises(ValueError, match=r"embed_media: input 0: found the keys smell, expected a mapping from image"):
-        fam.embed_media([{"smell": photo}])  # type: ignore[dict-item]
+    for unknown in ({"smell": photo}, {"image": photo, "video": photo}):
+        with pytest.raises(
+            ValueError, match=rf"found the keys {', '.join(unknown)}, expected a mapping from image or au"
+        ):
+            fam.embed_media([unknown])  # type: ignore[list-item]
     index = fam.index(data, tmp_path / "films.index", splits=("test",))
     assert index.ids == found.ids
     np.testing.assert_allclose(index.vectors, expected, atol=1e-5)

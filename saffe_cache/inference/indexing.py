@@ -208,7 +208,12 @@ class _Vectors:
         keys = [_key(item, self._manifest) for item in items]
         missing = {key: item for key, item in zip(keys, items, strict=True) if not self._is_known(key)}
         reasons: dict[bytes, str] = {}
-        with tqdm(total=len(missing), unit=f" {fusion.modality}s", desc="embedding", leave=False) as bar:
+        with tqdm(
+            total=len(missing),
+            unit=" items" if fusion.spec.media else f" {fusion.modality}s",
+            desc="embedding",
+            leave=False,
+        ) as bar:
             for block in _blocks(list(missing.values())):
                 found = fusion.embed_read_items(
                     block, paired=self._manifest.paired, with_ridge=bool(self._manifest.ridge)

@@ -38,7 +38,7 @@ from saffe_cache.retrieval.baselines import LinearMap, unit_rows
 from saffe_cache.sources.decoding import media_bytes
 from saffe_cache.sources.items import Columns, SourceItem
 from saffe_cache.sources.registry import read_items
-from saffe_cache.store.joined import JOINED, MEDIA
+from saffe_cache.store.joined import JOINED
 from saffe_cache.store.manifest import EncoderManifest
 from saffe_cache.store.table import TableBuilder
 from saffe_cache.training.result import TrainResult
@@ -295,7 +295,7 @@ class TrainedFusion:
         Raises:
             ValueError: the input cannot be read.
         """
-        item = _item("features", self.modality, 0, value, text)
+        item = _item("features", self.media, 0, value, text)
         with self._lock:
             inputs, rows, paired, invalid = self._own.load([item], paired=text is not None)
             for reason in invalid.values():
@@ -475,7 +475,8 @@ class TrainedFusion:
         starts = range(0, len(inputs), _ITEMS_AT_ONCE)
         for start in tqdm(starts, unit=f" {_ITEMS_AT_ONCE} {modality}s", disable=not progress):
             chosen = range(start, min(start + _ITEMS_AT_ONCE, len(inputs)))
-            items = [_item(name, modality, i, inputs[i], None if texts is None else texts[i]) for i in chosen]
+            media = self.media if modality == JOINED else (modality,)
+            items = [_item(name, media, i, inputs[i], None if texts is None else texts[i]) for i in chosen]
             with self._lock:
                 own, invalid = self._encode(items, paired=texts is not None, ridge=ridge)
             for number, reason in invalid.items():
@@ -543,12 +544,12 @@ def load_run(
     return TrainedFusion(folder, encoder=encoder, device=device, storage=storage, index_views=index_views)
 
 
-def _item(name: str, modality: Modality, number: int, value: Any, text: str | None) -> SourceItem:
-    """An input in memory as an item, whose id is its number."""
+def _item(name: str, media: Sequence[Modality], number: int, value: Any, text: str | None) -> SourceItem:
+    """An input in memory as an item, whose id is its number; a mapping from these media if they are several."""
     if text is not None:
         _require_text(name, number, text)
     try:
-        data = {medium: media_bytes(one) for medium, one in _media_of(name, modality, number, value).items()}
+        data = {medium: media_bytes(one) for medium, one in _media_of(name, media, number, value).items()}
     except OSError as error:
         raise ValueError(f"{name}: input {number}: {error}. Give a path, a picture, pixels or bytes.") from None
     return SourceItem(
@@ -560,13 +561,14 @@ def _item(name: str, modality: Modality, number: int, value: Any, text: str | No
     )
 
 
-def _media_of(name: str, modality: Modality, number: int, value: Any) -> Mapping[Modality, Any]:
+def _media_of(name: str, media: Sequence[Modality], number: int, value: Any) -> Mapping[Modality, Any]:
     """The media of an input that is one, or a mapping of several."""
-    if modality != JOINED:
-        return {modality: value}
-    if not isinstance(value, Mapping) or not value or any(medium not in MEDIA for medium in value):
+    if len(media) == 1:
+        return {media[0]: value}
+    if not isinstance(value, Mapping) or not value or any(medium not in media for medium in value):
         found = f"the keys {', '.join(map(str, value))}" if isinstance(value, Mapping) else f"a {type(value).__name__}"
-        raise ValueError(f"{name}: input {number}: found {found}, expected a mapping from image, audio or video.")
+        expected = f"{', '.join(media[:-1])} or {media[-1]}"
+        raise ValueError(f"{name}: input {number}: found {found}, expected a mapping from {expected}.")
     return value
 
 
