@@ -336,6 +336,10 @@ def test_new_items_have_the_vectors_of_the_cache(tmp_path: Path, tiny_model: Cal
     (best, *_) = index.search(image=photo, audio=sound)
     assert (best.id, round(best.score, 4)) == (found.ids[0], 1.0)
     assert index.search("word0")
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"no sound")
+    with pytest.raises(ValueError, match=r"embed_media: input 0: .*Give a file that can be read"):
+        index.search(image=photo, audio=broken)
     served = ServedIndex(index)
     assert (served.about["modality"], served.about["takes_image"]) == ("image", True)
     assert served.about["about"].startswith("6 items of image and audio, searched by a media_union fusion")

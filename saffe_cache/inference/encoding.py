@@ -76,8 +76,11 @@ class RunEncoders:
         key = self.spec.gallery_key
         return self.spec.media or {self.kept.encoders[key].manifest.modality: key}
 
-    def load(self, items: Sequence[SourceItem], *, paired: bool) -> Loaded:
-        """Features of items, with their first captions if they are paired."""
+    def load(self, items: Sequence[SourceItem], *, paired: bool, needs_all: bool = False) -> Loaded:
+        """Features of items, with their first captions if they are paired.
+
+        An item of which a medium cannot be read lacks it, with a warning; if `needs_all`, it is not encoded.
+        """
         builder, media = TableBuilder(None, ()), dict[bytes, Media]()
         for item in items:
             own = {name: content for name, content in item.hashes.items() if name in self.media}
@@ -91,6 +94,8 @@ class RunEncoders:
         rows = cache.table.rows[joined.manifest.modality]
         usable, texts = joined.usable(rows), table.captions.values
         invalid = self._invalid(items, table, gallery)
+        if needs_all:
+            usable &= [item.id not in invalid for item in items]
         lacking = {item.id: invalid[item.id] for item, is_usable in zip(items, usable, strict=True) if not is_usable}
         if partly := {name: reason for name, reason in invalid.items() if name not in lacking}:
             name, reason = next(iter(partly.items()))

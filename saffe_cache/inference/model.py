@@ -193,6 +193,9 @@ class TrainedFusion:
     def embed_media(self, items: Sequence[Mapping[Modality, Any]], *, progress: bool = False) -> np.ndarray:
         """As `embed_images`, of items of several media: mappings such as {"image": PATH, "audio": PATH}, of which some
         may be missing; for a run that fuses several.
+
+        Raises:
+            ValueError: as `embed_images`; one of the files that are named cannot be read.
         """
         return self._embed_inputs("embed_media", JOINED, items, None, progress)
 
@@ -478,20 +481,20 @@ class TrainedFusion:
             media = self.media if modality == JOINED else (modality,)
             items = [_item(name, media, i, inputs[i], None if texts is None else texts[i]) for i in chosen]
             with self._lock:
-                own, invalid = self._encode(items, paired=texts is not None, ridge=ridge)
+                own, invalid = self._encode(items, paired=texts is not None, ridge=ridge, needs_all=True)
             for number, reason in invalid.items():
                 raise ValueError(f"{name}: input {number}: {reason}. Give a file that can be read.")
             vectors.append(own)
         return np.concatenate(vectors) if vectors else np.zeros((0, self._width(ridge)), np.float32)
 
     def _encode(
-        self, items: Sequence[SourceItem], *, paired: bool, ridge: LinearMap | None = None
+        self, items: Sequence[SourceItem], *, paired: bool, ridge: LinearMap | None = None, needs_all: bool = False
     ) -> tuple[np.ndarray, dict[str, str]]:
         """Vectors of the items that could be encoded, in order, and why the others could not."""
         nothing = np.zeros((0, self._width(ridge)), np.float32)
         if not items:
             return nothing, {}
-        inputs, rows, texts, invalid = self._own.load(items, paired=paired)
+        inputs, rows, texts, invalid = self._own.load(items, paired=paired, needs_all=needs_all)
         if not len(rows):
             return nothing, invalid
         vectors = encode_gallery(self.model, inputs, rows, texts)
