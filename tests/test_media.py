@@ -226,6 +226,8 @@ def test_fused_captions_are_evaluated_with_baselines(captioned: str, tmp_path: P
     )
     own = json.loads((alone / "result.json").read_text())["systems"]["ridge"]["mrr"]["value"]
     assert own == pytest.approx(report["systems"]["ridge"]["mrr"]["value"])
+    with pytest.raises(ValueError, match=r"not learned to fuse texts. Choose --protocol caption"):
+        report_of(captioned, run, protocol="metadata")
     with pytest.raises(ValueError, match=r"it fuses image and audio of each item, expected a run of one medium"):
         open_run(run, open_cache(captioned))
 
@@ -336,6 +338,8 @@ def test_new_items_have_the_vectors_of_the_cache(tmp_path: Path, tiny_model: Cal
     (best, *_) = index.search(image=photo, audio=sound)
     assert (best.id, round(best.score, 4)) == (found.ids[0], 1.0)
     assert index.search("word0")
+    with pytest.raises(ValueError, match="no text enters a fusion of several media"):
+        index.search("word0", image=photo)
     broken = tmp_path / "broken.wav"
     broken.write_bytes(b"no sound")
     with pytest.raises(ValueError, match=r"embed_media: input 0: .*Give a file that can be read"):

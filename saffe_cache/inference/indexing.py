@@ -47,6 +47,7 @@ from saffe_cache.retrieval.index import build_index, require_size, serialized, w
 from saffe_cache.sources.items import EMPTY_TEXT, Columns, MediaFile, SourceItem
 from saffe_cache.sources.objects import described
 from saffe_cache.sources.registry import read_items
+from saffe_cache.store.joined import JOINED
 
 if TYPE_CHECKING:
     from saffe_cache.inference.model import TrainedFusion
@@ -210,7 +211,7 @@ class _Vectors:
         reasons: dict[bytes, str] = {}
         with tqdm(
             total=len(missing),
-            unit=" items" if fusion.spec.media else f" {fusion.modality}s",
+            unit=" items" if fusion.modality == JOINED else f" {fusion.modality}s",
             desc="embedding",
             leave=False,
         ) as bar:

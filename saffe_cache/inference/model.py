@@ -149,6 +149,8 @@ class TrainedFusion:
     def why_not_paired(self) -> str | None:
         """Why a text that is paired with a photo has no trained effect; None where it has."""
         spec = self.spec
+        if spec.media:
+            return "no text enters a fusion of several media. Search by one of them, or by a text alone"
         remedy = "Train with --gallery-text first_caption, or on composed queries with --pairs composed"
         if not spec.shape.takes_text:
             return f"no text enters fusion {spec.shape.fusion} as it was trained. {remedy}, for instance fusion concat"

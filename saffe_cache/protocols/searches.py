@@ -203,9 +203,10 @@ class MetadataProtocol(SearchProtocol):
     @classmethod
     def select(cls, cache: Cache, spec: RunSpec, split: str) -> Pairs:
         if spec.gallery_text != "first_caption":
+            remedy = "Choose --protocol caption" if spec.media else "Train with --gallery-text first_caption"
             raise ValueError(
                 f"--protocol metadata: the run was trained with --gallery-text {spec.gallery_text}, it has not learned "
-                "to fuse. Train with --gallery-text first_caption."
+                f"to fuse texts. {remedy}."
             )
         gallery, text = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
         return select_pairs(cache.table, gallery, text, split, cls.pair_kind, first_paired=True)

@@ -19,7 +19,7 @@ from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.details import FAM
 from saffe_cache.evaluation.results import EvaluationResult, Numbers
 from saffe_cache.extraction.ledger import extraction_seconds, reencoding
-from saffe_cache.inputs.media import seen_by
+from saffe_cache.inputs.media import named_layers, seen_by
 from saffe_cache.inputs.pairs import reported_fingerprint, run_fingerprint, training_pairs
 from saffe_cache.protocols.registry import load_protocol
 from saffe_cache.store.reader import Cache
@@ -103,7 +103,7 @@ class Planner:
         options = {name: value for name, value in chosen(config).items() if name not in _WITHOUT_EFFECT | _OF_RECIPE}
         options |= chosen(config.recipe)
         identity = short_hash({"config": options, "run": chosen(spec), "stored": stored})
-        layers = "+".join(map(str, spec.gallery_layers))
+        layers = named_layers(spec).replace(", ", "+")
         name = re.sub(r"[^A-Za-z0-9+-]+", "-", f"{config.chosen_fusion}-{layers}-seed{config.seed}")
         out = Path(self.report.run or "") / f"{name}-{identity}"
         config = replace(config, out=str(out))
