@@ -14,6 +14,8 @@ import pytest
 import saffe_cache
 from saffe_cache.cli import _parser
 from saffe_cache.core.options import parse_config
+from saffe_cache.fusion.registry import FUSIONS
+from saffe_cache.protocols.registry import PROTOCOLS
 from saffe_cache.verbs import VERBS
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +110,13 @@ def test_links_lead_to_files(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r"^```\{include\} (\S+)", text, re.MULTILINE)
     local = [target for target in targets if "://" not in target and not target.startswith("generated/")]
     assert not [target for target in local if not (page.parent / target).exists()]
+
+
+def test_readme_counts_what_there_is() -> None:
+    numbers = ["none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    readme = (ROOT / "README.md").read_text()
+    assert f"one of {len(FUSIONS)} [fusions]" in readme
+    assert f"under {numbers[len(PROTOCOLS)]} [protocols]" in readme
 
 
 def test_every_page_is_in_the_contents() -> None:
