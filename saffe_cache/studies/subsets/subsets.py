@@ -18,6 +18,7 @@ from saffe_cache.core.devices import choose_device
 from saffe_cache.core.features import Modality
 from saffe_cache.core.options import refuse, require
 from saffe_cache.core.results import Estimate
+from saffe_cache.evaluation.media import subsets_of
 from saffe_cache.inputs.pairs import VALIDATION_SPLITS
 from saffe_cache.retrieval.metrics import paired_bootstrap
 from saffe_cache.retrieval.scores import Score
@@ -103,8 +104,7 @@ def _without(examples: Examples, others: Examples) -> Examples:
 
 def subset_names(modalities: tuple[Modality, ...]) -> dict[str, tuple[Modality, ...]]:
     """Every subset of some media, by its name; all of them first."""
-    found = (one for size in range(len(modalities), 0, -1) for one in combinations(modalities, size))
-    return {" + ".join(one): one for one in found}
+    return {" + ".join(one): one for one in subsets_of(modalities)}
 
 
 @dataclass(frozen=True)
