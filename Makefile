@@ -7,13 +7,14 @@ BIN := .venv/bin
 demo: .venv/demo
 	$(BIN)/python pipelines/demo.py --work demo
 
-# on all cores, a file of tests on one, in the order of tests/conftest.py
+# on all cores, a file of tests on one, in the order of tests/conftest.py; a process that dies ends it, since what it left
+# could hang the others
 test: .venv/test
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # under 3 minutes on two cores: without tests that take over 5 seconds, and with few cases of what has many
 test-quick: .venv/test
-	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 check: .venv/test
 	$(BIN)/ruff format --check .

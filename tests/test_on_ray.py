@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ def cluster() -> Iterator[Any]:
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     pytest.importorskip("obstore")
     pytest.importorskip("moto")
+    on_sigterm = signal.getsignal(signal.SIGTERM)  # each node sets one, which would end pytest
     with s3_server() as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
             patch.setenv(name, value)
@@ -42,6 +44,7 @@ def cluster() -> Iterator[Any]:
         cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
         yield cluster
         cluster.shutdown()
+    signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def on(cluster: Any, config: ExtractConfig, **options: Any) -> ExtractConfig:
