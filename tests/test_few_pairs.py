@@ -75,7 +75,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config_of(cache: str, out: Path, **options: Any) -> FewPairsConfig:
-    quick = {"quick": True, "fusions": ("linear",), "photos": (40, 80), "device": "cpu"}
+    quick = {"quick": True, "fusions": ("linear",), "photos": (40, 80), "device": "cpu", "workers": 1}
     return FewPairsConfig(cache=(cache,), out=str(out), **(quick | options))
 
 
@@ -268,7 +268,24 @@ def test_command_prints_its_report_and_page_draws_it(
     cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, page = tmp_path / "out", tmp_path / "page"
-    assert main(["few-pairs", cache, "--out", str(out), "--quick", "--fusions", "linear", "--photos", "40,80"]) == 0
+    assert (
+        main(
+            [
+                "few-pairs",
+                cache,
+                "--out",
+                str(out),
+                "--quick",
+                "--fusions",
+                "linear",
+                "--photos",
+                "40,80",
+                "--workers",
+                "1",
+            ]
+        )
+        == 0
+    )
     assert "The best method for each number of photos." in capsys.readouterr().out
     assert main(["report", str(out), "--out", str(page)]) == 0
     drawn = {path.stem for path in (page / "figures").glob("*.png")}

@@ -148,7 +148,8 @@ def test_pipeline_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(pipeline, "AlignConfig", lambda **given: AlignConfig(**(QUICK | given)))
     studies = [str(tmp_path / f"study-{name}") for name in names]
     for cache, study in zip(caches, studies, strict=True):
-        few_pairs(FewPairsConfig(cache=(cache,), out=study, photos=(48, 96), fusions=("linear",), quick=True))
+        options = {"photos": (48, 96), "fusions": ("linear",), "quick": True, "workers": 1}
+        few_pairs(FewPairsConfig(cache=(cache,), out=study, **options))
     given = ["few_pairs.py", *studies, "--work", str(tmp_path / "work"), "--install", "--align-photos", "40"]
     monkeypatch.setattr(sys, "argv", given)
     pipeline.main()

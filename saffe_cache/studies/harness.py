@@ -23,6 +23,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from saffe_cache.core.atomic_io import remove_partial_files
 from saffe_cache.core.controls import Control, failed
 from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.outputs import output_folder, read_json, write_json
+from saffe_cache.core.processes import side_by_side
 from saffe_cache.core.results import Result
 
 logger = logging.getLogger(__name__)
@@ -76,28 +78,29 @@ class Study:
         """`cells` with one."""
         return self.cells(kind, {name: measure})[name]
 
-    def cells(self, kind: type[Cell], measures: Mapping[str, Callable[[], Cell]]) -> dict[str, Cell]:
+    def cells(self, kind: type[Cell], measures: Mapping[str, Callable[[], Cell]], workers: int = 1) -> dict[str, Cell]:
         """Cells by name, each measured now unless an earlier command has stored it.
 
         Args:
             kind: the cells' dataclass, of JSON's kinds.
-            measures: what measures each; names are file names without suffix, unique within the study.
+            measures: what measures each; names are file names without suffix, unique within the study. They are begun
+                in their order.
+            workers: processes that measure side by side; with several, `measures` must be picklable.
 
         Raises:
             ValueError: a cell's file is damaged.
         """
         folder = self.out / "cells"
         remove_partial_files(folder)
+        paths = {name: folder / f"{name}.json" for name in measures}
+        missing = {name: partial(_timed, measures[name]) for name, path in paths.items() if not path.exists()}
+        done = len(measures) - len(missing)
+        for number, (name, (seconds, cell)) in enumerate(side_by_side(missing, workers), start=done + 1):
+            write_json(paths[name], {"seconds": seconds, "cell": asdict(cell)})
+            logger.info("%d of %d, %s: %.1f s.", number, len(measures), name, seconds)
         found = {}
-        for number, (name, measure) in enumerate(measures.items(), start=1):
+        for name, path in paths.items():
             assert name not in self.seconds, name
-            path = folder / f"{name}.json"
-            if not path.exists():
-                started = time.perf_counter()
-                cell: Any = measure()
-                seconds = round(time.perf_counter() - started, 2)
-                write_json(path, {"seconds": seconds, "cell": asdict(cell)})
-                logger.info("%d of %d, %s: %.1f s.", number, len(measures), name, seconds)
             content = read_json(path)
             try:
                 found[name] = made_of(kind, content["cell"], ignores_unknown=True)
@@ -107,6 +110,13 @@ class Study:
                     f"{path}: it is damaged ({error}). Delete it and run the same command again."
                 ) from None
         return found
+
+
+def _timed(measure: Callable[[], Any]) -> tuple[float, Any]:
+    """The seconds that it took, and what it gave."""
+    started = time.perf_counter()
+    cell = measure()
+    return round(time.perf_counter() - started, 2), cell
 
 
 def run_study(

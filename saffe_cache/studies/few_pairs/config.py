@@ -61,6 +61,8 @@ class FewPairsConfig(CorrectionOptions):
     """Keep the folders of all trained runs; by default each is removed once it is measured."""
     title: str | None = None
     """Title of the result. Default: the caches' names."""
+    workers: int | None = None
+    """Processes that train side by side. Default: one per processor core, at most 4; 1 on a GPU."""
     device: str = "auto"
     """cpu, cuda or cuda:N. auto: a GPU if there is one."""
 
@@ -78,6 +80,7 @@ class FewPairsConfig(CorrectionOptions):
         require(len(self.seeds) > 0, "seeds", "none", "one or more")
         for seed in self.seeds:
             require_seed("seeds", seed)
+        require(self.workers is None or self.workers > 0, "workers", self.workers, "a number above 0")
         fraction = self.validation_fraction
         require(0 < fraction < 1, "validation_fraction", fraction, "a fraction between 0 and 1")
         others = ("auto", self.train_split, self.split)

@@ -5,15 +5,18 @@ Cells (saffe_cache/studies/harness.py) are the methods of one group, trained on 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 
 from saffe_cache.core.controls import Control, failed
+from saffe_cache.core.devices import choose_device
+from saffe_cache.core.processes import choose_workers
 from saffe_cache.studies.few_pairs.cells import Part
 from saffe_cache.studies.few_pairs.config import FewPairsConfig
-from saffe_cache.studies.few_pairs.measuring import measure_part
+from saffe_cache.studies.few_pairs.measuring import measure_part, remove_empty_folders
 from saffe_cache.studies.few_pairs.planning import Source, describe, make_source
 from saffe_cache.studies.few_pairs.result import FewPairsCache, FewPairsResult
 from saffe_cache.studies.few_pairs.summary import Runs, reference_of, runs_of, setting_of, verdicts_of
@@ -28,25 +31,32 @@ def few_pairs(config: FewPairsConfig) -> str:
         OSError: the disk is full or gone, or another process writes to the folder.
     """
     sources = [make_source(config, *of) for of in zip(config.names, config.cache, strict=True)]
-    return run_study(
-        "few-pairs", config, {"sources": describe(sources)}, partial(_measure, config, sources), ("keep_runs",)
-    )
+    resolved = {"sources": describe(sources)}
+    return run_study("few-pairs", config, resolved, partial(_measure, config, sources), ("keep_runs", "workers"))
 
 
 def _measure(config: FewPairsConfig, sources: Sequence[Source], study: Study) -> FewPairsResult:
     measures: dict[str, Callable[[], Part]] = {}
     places = {}
-    for source in sources:
-        for photos in source.sizes:
-            for seed in config.used_seeds:
-                for group in source.groups:
-                    name = f"{source.name}-{photos}-seed{seed}-{group}"
-                    measures[name] = partial(measure_part, config, source, photos, seed, group)
-                    places[name] = source.name, photos
+    workers = choose_workers(config.workers, choose_device(config.device))
+    largest_first = sorted({photos for source in sources for photos in source.sizes}, reverse=True)
+    for photos, seed, source in itertools.product(largest_first, config.used_seeds, sources):
+        for group in source.groups if photos in source.sizes else ():
+            name = f"{source.name}-{photos}-seed{seed}-{group}"
+            own = partial(measure_part, config, source) if workers == 1 else partial(_measure_anew, config, source.name)
+            measures[name] = partial(own, photos, seed, group)
+            places[name] = source.name, photos
     parts: dict[tuple[str, int], list[Part]] = {}
-    for name, part in study.cells(Part, measures).items():
+    for name, part in study.cells(Part, measures, workers).items():
         parts.setdefault(places[name], []).append(part)
+    remove_empty_folders(config)
     return _summarise(config, sources, parts, study.seconds)
+
+
+def _measure_anew(config: FewPairsConfig, name: str, photos: int, seed: int, group: str) -> Part:
+    """A part in a process of its own, which opens the cache itself."""
+    path = dict(zip(config.names, config.cache, strict=True))[name]
+    return measure_part(config, make_source(config, name, path), photos, seed, group)
 
 
 def _summarise(

@@ -25,7 +25,7 @@ from saffe_cache.retrieval.metrics import bootstrap_resamples, map_resamples, me
 from saffe_cache.retrieval.scores import Scores, class_orders
 from saffe_cache.studies.few_pairs.cells import Measured, Part, Permuted, Trained
 from saffe_cache.studies.few_pairs.config import FewPairsConfig
-from saffe_cache.studies.few_pairs.planning import Gallery, Source, reported_pairs, run_config, run_folder
+from saffe_cache.studies.few_pairs.planning import Gallery, Source, reported_pairs, run_config, runs_folder
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.runs import load_permuted, open_run
 from saffe_cache.training.train import train_many
@@ -53,11 +53,15 @@ def measure_part(config: FewPairsConfig, source: Source, photos: int, seed: int,
     if not config.keep_runs:
         for one in configs.values():
             shutil.rmtree(one.out, ignore_errors=True)
-        folder = run_folder(config, source, photos, seed)
-        for place in (folder, folder.parent):
-            if place.is_dir() and not any(place.iterdir()):
-                place.rmdir()
     return Part(runs=runs, failed=failed)
+
+
+def remove_empty_folders(config: FewPairsConfig) -> None:
+    """Remove the folders of runs that are removed, once all are measured."""
+    runs = runs_folder(config)
+    for place in (*runs.glob("*"), runs):
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
 
 
 def _train(configs: Mapping[str, TrainConfig], source: Source) -> dict[str, str]:

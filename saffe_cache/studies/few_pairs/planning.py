@@ -229,15 +229,15 @@ def run_config(
     config: FewPairsConfig, source: Source, name: str, method: Method, photos: int, seed: int
 ) -> TrainConfig:
     """One run, in a folder of its own inside the study's."""
-    folder = run_folder(config, source, photos, seed) / name.replace(" ", "-")
+    folder = runs_folder(config) / f"{source.name}-{photos}-seed{seed}" / name.replace(" ", "-")
     quick = {"epochs": QUICK_EPOCHS} if config.quick and not method.entry.is_closed_form else {}
     options = {**_common(config), **split_options(config, source, photos), **quick, **method.options}
     return TrainConfig(cache=source.path, out=str(folder), fusion=method.fusion, seed=seed, **options)
 
 
-def run_folder(config: FewPairsConfig, source: Source, photos: int, seed: int) -> Path:
-    """Of the runs on the same photos."""
-    return Path(config.out) / _RUNS / f"{source.name}-{photos}-seed{seed}"
+def runs_folder(config: FewPairsConfig) -> Path:
+    """Of all runs: in it a folder for those on the same photos."""
+    return Path(config.out) / _RUNS
 
 
 def split_options(config: FewPairsConfig, source: Source, photos: int) -> dict[str, Any]:

@@ -7,20 +7,16 @@ runs, and finished runs are not repeated. The same command resumes a killed swee
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from functools import partialmethod
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from saffe_cache.core.atomic_io import hold_folder, make_folder
-from saffe_cache.core.devices import choose_device, num_cores
+from saffe_cache.core.devices import choose_device
 from saffe_cache.core.outputs import CONFIG, RESULT, provenance, write_json
+from saffe_cache.core.processes import choose_workers, side_by_side
 from saffe_cache.evaluation.config import EvaluateConfig
 from saffe_cache.evaluation.evaluate import evaluate
 from saffe_cache.protocols.registry import load_protocol, own_protocol
@@ -33,9 +29,6 @@ from saffe_cache.training.resolve import resolve_run
 from saffe_cache.training.train import train_many
 
 logger = logging.getLogger(__name__)
-
-_MOST_WORKERS = 4
-"""Processes of `auto`: each may need 2 GB."""
 
 
 def ablate(config: AblateConfig) -> tuple[str, ...]:
@@ -52,7 +45,7 @@ def ablate(config: AblateConfig) -> tuple[str, ...]:
 def sweep(config: AblateConfig, recipes: Mapping[str, Recipe]) -> tuple[str, ...]:
     """As `ablate`, for recipes by name that need not be files."""
     out, device = Path(config.out), choose_device(config.device)
-    workers = config.workers or (min(_MOST_WORKERS, num_cores()) if device == "cpu" else 1)
+    workers = choose_workers(config.workers, device)
     with hold_folder(out):
         base = open_cache(config.cache)
         cells = (cell for recipe in recipes.values() for cell in recipe.cells)
@@ -121,7 +114,7 @@ def _plan(config: AblateConfig, recipe: Recipe, protocol: str, base: Cache, devi
 def run_jobs(jobs: Sequence[Job], together: int, workers: int) -> None:
     """Train and evaluate the jobs that are not done: up to `together` runs in each of some processes.
 
-    With one worker there is no other process. The jobs have a run of their own each.
+    The jobs have a run of their own each.
 
     Raises:
         CacheError, ValueError, OSError: as train and evaluate; finished jobs are kept.
@@ -130,48 +123,11 @@ def run_jobs(jobs: Sequence[Job], together: int, workers: int) -> None:
     groups: dict[str, list[Job]] = {}
     for job in pending:
         groups.setdefault(job.batches, []).append(job)
-    tasks = [group[i : i + together] for group in groups.values() for i in range(0, len(group), together)]
+    parts = [group[i : i + together] for group in groups.values() for i in range(0, len(group), together)]
+    tasks = {part[0].config.out: partial(_work, part) for part in parts}
     with tqdm(total=len(pending), unit=" runs", desc="sweep", smoothing=0, disable=not tasks) as progress:
-        for done in _side_by_side(tasks, workers) if workers > 1 else map(_work, tasks):
+        for _, done in side_by_side(tasks, workers):
             progress.update(done)
-
-
-def _side_by_side(tasks: Sequence[Sequence[Job]], workers: int) -> Iterator[int]:
-    """Each task in a new process, so that its peak memory is its own; yields tasks' counts as they finish."""
-    can_fork = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if can_fork else "spawn")
-    context.set_forkserver_preload([__name__])
-    threads = max(1, num_cores() // workers)
-
-    def run(task: Sequence[Job]) -> int:
-        with ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(threads,)) as process:
-            return process.submit(_work, task).result()
-
-    with ThreadPoolExecutor(workers) as pool:
-        started = [pool.submit(run, task) for task in tasks]
-        try:
-            for future in as_completed(started):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in multiprocessing.active_children():
-                child.terminate()  # or this process could not end before their tasks
-            raise
-
-
-def _begin(threads: int) -> None:
-    torch.set_num_threads(threads)
-    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign,assignment]
-    logging.getLogger("saffe_cache").setLevel(logging.WARNING)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End a worker whose sweep was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _work(jobs: Sequence[Job]) -> int:
