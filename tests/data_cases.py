@@ -447,7 +447,7 @@ CASES: tuple[Case, ...] = (
     Case(
         found="metadata without file names",
         result="refused",
-        message="expected a JSON object with file_name, found KeyError('file_name'); its fields are caption",
+        message="expected a JSON object with file_name, found the fields caption",
         make=files({"train/1.png": png(1), "train/metadata.jsonl": lines({"caption": "a"})}),
     ),
     Case(

@@ -252,6 +252,44 @@ def test_columns_of_ids_and_splits_hold_for_every_form(tmp_path: Path) -> None:
         assert sorted(item.id for item in found) == ["a/u0", "a/u2", "b/u1"]
 
 
+def test_rows_may_lack_a_chosen_column_of_media(tmp_path: Path) -> None:
+    photo, sound = drawn()[0].photo, b"a sound"
+    write(tmp_path / "train" / "1.png", photo)
+    for name in ("1.wav", "2.wav"):
+        write(tmp_path / "train" / name, sound)
+    columns = Columns(image="left", audio="right")
+    rows = [{"right": "2.wav"}, {"left": "1.png", "right": "1.wav"}, {"left": "1.png"}, {"left": "", "right": "2.wav"}]
+    expected = [["audio"], ["audio", "image"], ["image"], ["audio"]]
+    (tmp_path / "list.jsonl").write_text(
+        "\n".join(json.dumps({"id": n} | {k: v and f"train/{v}" for k, v in r.items()}) for n, r in enumerate(rows))
+    )
+    contents = {"1.png": photo, "1.wav": sound, "2.wav": sound, "": ""}
+    objects = [{name: contents[file] for name, file in row.items()} for row in rows]
+    for data in (str(tmp_path / "list.jsonl"), objects):
+        found = read_items(data, replace(columns, id="id") if isinstance(data, str) else columns, ())
+        assert [sorted(item.media) for item in found] == expected
+    with pytest.raises(ValueError, match=r"list.jsonl: no column top; the columns are id, right, left"):
+        read_items(str(tmp_path / "list.jsonl"), replace(columns, video="top"), ())
+    with pytest.raises(ValueError, match=r"no column top; the columns are right, left"):
+        read_items(objects, replace(columns, video="top"), ())
+    write(tmp_path / "other" / "metadata.jsonl", '{"left": "1.png"}\n{"caption": "neither"}')
+    with pytest.raises(ValueError, match=r"metadata.jsonl:2: expected a JSON object with left or right, found the f"):
+        read_items(str(tmp_path / "other"), columns, ())
+
+
+def test_a_split_without_the_chosen_column_takes_no_other() -> None:
+    photo = {"bytes": drawn()[0].photo, "path": None}
+    sound = {"bytes": b"a sound", "path": None}
+    one = datasets.Dataset.from_list([{"left": photo, "audio": sound}])
+    other = datasets.Dataset.from_list([{"thumbnail": photo, "audio": sound}])
+    made = {
+        "train": one.cast_column("left", datasets.Image()),
+        "test": other.cast_column("thumbnail", datasets.Image()),
+    }
+    found = read_items(made, Columns(image="left"), ())
+    assert {item.split: sorted(item.media) for item in found} == {"train": ["audio", "image"], "test": ["audio"]}
+
+
 def test_row_without_the_chosen_id_raises(tmp_path: Path) -> None:
     for number in range(2):
         write(tmp_path / f"{number}.png", drawn()[number].photo)

@@ -311,19 +311,21 @@ def _read_table(
 def _files_of(where: str, entry: Mapping[str, Any], columns: Columns) -> dict[str, str]:
     """The files of a row by column: in the chosen columns, or in a usual one and those of other media.
 
-    Columns such as image_file_name are usual too. Empty cells are left out, unless all are empty.
+    Columns such as image_file_name are usual too. A row may lack some of the chosen columns, as an item may lack a
+    medium. Empty cells are left out, unless all are empty.
+
+    Raises:
+        ValueError: the row has none of the columns.
     """
     usual = [name for name in entry if name.endswith("_file_name")] if "file_name" not in entry else ["file_name"]
     usual = usual or [name for name in FILE_FIELDS if name in entry][:1]
     fields = [name for name in (columns.image, columns.audio, columns.video) if name] or usual or ["file_name"]
-    try:
-        _ = entry[columns.id] if columns.id else None
-        files = {column: str(entry[column] or "") for column in fields}
-    except KeyError as error:
+    files = {column: str(entry[column] or "") for column in fields if column in entry}
+    if not files:
         raise ValueError(
-            f"{where}: expected a JSON object with {', '.join(fields)}, found {error!r}; its fields are "
+            f"{where}: expected a JSON object with {' or '.join(fields)}, found the fields "
             f"{', '.join(map(str, entry)) or 'none'}. Correct the line, or name the field with --column image=NAME."
-        ) from None
+        )
     if fields == usual:
         files |= other_media(entry, {modality_of(name) for name in files.values()})
     return {column: name for column, name in files.items() if name} or files

@@ -288,9 +288,9 @@ def _media_columns(features: Any, split: str, columns: Columns) -> dict[Modality
     }
     of_files = {name: None for name, kind in features.items() if _is_media(kind) and not _is_typed(kind)}
     for modality, feature in typed.items():
-        chosen = columns.find(modality, features) if getattr(columns, modality) else ()
-        of_type = (name for name, kind in features.items() if isinstance(kind, feature))
-        name = next(iter([*chosen, *of_type, *columns.find(modality, of_files)]), None)
+        of_type = [name for name, kind in features.items() if isinstance(kind, feature)]
+        found = [*of_type, *columns.find(modality, of_files)]
+        name = next(iter(columns.find(modality, features) if getattr(columns, modality) else found), None)
         if name is None:
             continue
         kind = features[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from saffe_cache.core.features import Modality
@@ -81,7 +81,7 @@ def _row_items(rows: Any, split: str | None, columns: Columns) -> Iterator[Sourc
             fields |= dict.fromkeys(entry)
         media = _media(entry, columns, where)
         if row == 0:
-            columns.require(entry, f"data: {where}")
+            replace(columns, image=None, audio=None, video=None).require(entry, f"data: {where}")
             _require_same(rows, media)
         chosen = columns.find("split", entry) if split is None or columns.split else ()
         name = split or "train"
@@ -89,6 +89,7 @@ def _row_items(rows: Any, split: str | None, columns: Columns) -> Iterator[Sourc
             name = str(entry[chosen[0]])
         found = {modality: _Value(rows, row, column) for modality, column in media.items()}
         yield columns.item(row, name, found, entry, tuple(fields))
+    columns.require(fields, f"data: {where}")  # a row may lack a medium, and so its column
 
 
 def _entry(rows: Any, row: int) -> Mapping[str, Any]:
@@ -112,7 +113,8 @@ def _media(entry: Mapping[str, Any], columns: Columns, where: str) -> dict[Modal
     for modality in ("image", "audio", "video"):
         for column in columns.find(modality, entry):
             found[modality] = column
-    paths = [name for name in FILE_FIELDS if name in entry]
+    is_named = columns.image or columns.audio or columns.video
+    paths = [] if is_named else [name for name in FILE_FIELDS if name in entry]
     if not found and paths:
         found[modality_of(str(entry[paths[0]])) or "image"] = paths[0]
         found |= {kind: name for name, one in other_media(entry, found).items() if (kind := modality_of(one))}
@@ -121,7 +123,11 @@ def _media(entry: Mapping[str, Any], columns: Columns, where: str) -> dict[Modal
             f"data: {where}: no column with photos or sounds; the columns are {', '.join(entry) or 'none'}. Name one "
             'with column={"image": NAME}.'
         )
-    return {modality: column for modality, column in found.items() if entry[column] is not None} or found
+    return {modality: column for modality, column in found.items() if not _is_empty(entry[column])} or found
+
+
+def _is_empty(cell: Any) -> bool:
+    return cell is None or (isinstance(cell, str) and not cell)
 
 
 def _require_same(rows: Any, media: Mapping[Modality, str]) -> None:
