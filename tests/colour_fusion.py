@@ -59,6 +59,13 @@ class ColourFusion:
     def embed_pairs(self, inputs: Sequence[Any], texts: Sequence[str]) -> np.ndarray:
         return unit([self._colour(one) + 3 * _named(text) for one, text in zip(inputs, texts, strict=True)])
 
+    def embed_query(self, text: str | None, media: Mapping[str, Any], *, with_ridge: bool) -> dict[str, np.ndarray]:
+        assert not with_ridge
+        texts, images = [text] if text else [], [*media.values()]
+        if not images:
+            return {"fusion": self.embed_texts(texts)}
+        return {"fusion": self.embed_pairs(images, texts) if texts else self.embed_images(images)}
+
     def embed_read_items(self, items: Sequence[SourceItem], *, paired: bool, with_ridge: bool) -> Vectors:
         assert not with_ridge
         vectors, problems = {}, {}

@@ -21,6 +21,7 @@ from unittest.mock import patch
 import google_crc32c
 import numpy as np
 from fuzz_inputs import changed_bytes, changed_json
+from served_index import BOUNDARY, form
 from store_cases import (
     export_hdf5,
     image_contents,
@@ -36,6 +37,7 @@ from synthetic_cache import make_cache
 from saffe_cache.core import options
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.items import ItemTable
+from saffe_cache.inference.uploads import form_files
 from saffe_cache.sources.folders import folder_items
 from saffe_cache.sources.items import Columns
 from saffe_cache.sources.queries import checked_queries, usable_queries
@@ -453,6 +455,19 @@ def _exchange_targets(work: Path) -> dict[str, Target]:
     return {"HDF5 import": Target(call=call, examples=[data], change=changed_bytes)}
 
 
+def _request_targets(work: Path) -> dict[str, Target]:
+    """The form in which a search sends its files."""
+    kind = f"multipart/form-data; boundary={BOUNDARY}"
+
+    def call(data: bytes) -> None:
+        found = form_files(kind, data)
+        assert {*found} <= {"image", "audio", "video"}
+        assert sum(map(len, found.values())) < len(data)
+
+    examples = [form({"image": b"a photo"}), form({"audio": b"a sound", "image": b"a photo"})]
+    return {"form": Target(call=call, examples=examples, change=changed_bytes)}
+
+
 _MAKERS = {
     **dict.fromkeys(
         ("root", "manifest", "array zarr.json", "block", "shard", "item table", "part of a table"), _store_targets
@@ -461,4 +476,5 @@ _MAKERS = {
     **dict.fromkeys(("run config.json", "run result.json", "model.safetensors", "state.safetensors"), _run_targets),
     **dict.fromkeys(("options", "options file"), _option_targets),
     "HDF5 import": _exchange_targets,
+    "form": _request_targets,
 }

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from saffe_cache.core.features import NOUNS, Modality
 from saffe_cache.inference.server import listen, make_app, make_server
 from saffe_cache.sources.decoding import decode
 
@@ -32,6 +33,9 @@ HOSTILE = {
 }
 
 
+BOUNDARY = "----a-boundary"
+
+
 class Hit(NamedTuple):
     id: str
     score: float
@@ -40,14 +44,16 @@ class Hit(NamedTuple):
 
 @dataclass
 class FakeIndex:
-    """Vectors that follow from the bytes of a text or a photo."""
+    """Vectors that follow from the bytes of a text and of files."""
 
     texts: Mapping[str, str]
     no_ridge: str = ""
     no_heat_map: str = ""
     takes_both: bool = True
     composes: bool = False
-    modality: str = "image"
+    modality: Modality = "image"
+    takes: tuple[Modality, ...] = ()
+    """Media of which a query may have files; by default, the items' own."""
     delay_seconds: float = 0
     asked: list[Any] = field(default_factory=list)
 
@@ -61,9 +67,9 @@ class FakeIndex:
             "name": "drawn photos",
             "about": f"{len(self.names)} photos of a test",
             "fusion": "linear",
-            "modality": self.modality,
+            "noun": NOUNS[self.modality],
             "version": "1",
-            "takes_image": self.modality == "image",
+            "takes": self.takes or (self.modality,),
             "takes_both": self.takes_both,
             "composes": self.composes,
             "no_ridge": self.no_ridge,
@@ -73,22 +79,26 @@ class FakeIndex:
     def __contains__(self, name: object) -> bool:
         return name in self.texts
 
-    def search(self, text: str | None, image: bytes | None, k: int, systems: Sequence[str]) -> dict[str, list[Hit]]:
+    def search(
+        self, text: str | None, media: Mapping[Modality, bytes], k: int, systems: Sequence[str]
+    ) -> dict[str, list[Hit]]:
         time.sleep(self.delay_seconds)
-        if image is not None:
-            image = np.asarray(readable(image)).tobytes()
-        self.asked.append((text, image is not None))
-        seed = zlib.crc32((text or "").encode("utf-8", "surrogatepass") + (image or b""))
+        read = [np.asarray(readable(medium, media[medium])).tobytes() for medium in sorted(media)]
+        self.asked.append((text, *media))
+        seed = zlib.crc32((text or "").encode("utf-8", "surrogatepass") + b"".join(read))
         return self._nearest(np.random.default_rng(seed).standard_normal(64), k, systems)
 
     def like(self, name: str, k: int, systems: Sequence[str]) -> dict[str, list[Hit]]:
         self.asked.append(name)
         return self._nearest(self.vectors[0, self.names.index(name)], k, systems)
 
-    def photo(self, name: str) -> bytes:
+    def medium_of(self, name: str) -> Modality:
+        return "audio" if name.endswith(".wav") else self.modality
+
+    def file(self, name: str) -> bytes:
         if name == "missing.png":
             raise OSError("its file is gone")
-        return drawn(name) if self.modality == "image" else tone(name) if name.endswith(".wav") else b"no sound"
+        return tone(name) if name.endswith(".wav") else drawn(name) if self.modality == "image" else b"no sound"
 
     def heat_map(self, name: str, text: str | None) -> dict[str, Any]:
         if self.no_heat_map:
@@ -105,11 +115,11 @@ class FakeIndex:
         return {system: found[system] for system in systems}
 
 
-def readable(image: bytes) -> Any:
+def readable(medium: Modality, data: bytes) -> Any:
     try:
-        return decode("image", image)
-    except OSError as error:
-        raise ValueError(f"the photo: {error}") from None
+        return decode(medium, data, 8000)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The {NOUNS[medium]}: {error}") from None
 
 
 def drawn(name: str, side: int = 160) -> bytes:
@@ -139,6 +149,13 @@ def tone(name: str) -> bytes:
 def usual_texts(count: int) -> dict[str, str]:
     words = ("a red disc left of a blue one", "three green discs", "a large yellow disc", "discs on a grey table")
     return {f"test/{number:04}.png": f"{words[number % 4]}, number {number}" for number in range(count)}
+
+
+def form(files: Mapping[str, bytes]) -> bytes:
+    """A form as browsers and curl send it."""
+    head = 'Content-Disposition: form-data; name="{0}"; filename="a {0}"\r\nContent-Type: application/octet-stream'
+    parts = [f"--{BOUNDARY}\r\n{head.format(name)}\r\n\r\n".encode() + data for name, data in files.items()]
+    return b"\r\n".join([*parts, f"--{BOUNDARY}--\r\n".encode()])
 
 
 class Answer(NamedTuple):
@@ -177,10 +194,16 @@ class Client:
         finally:
             connection.close()
 
-    def search(self, text: str = "", body: bytes = b"", options: str = "") -> Answer:
+    def search(
+        self, text: str = "", body: bytes = b"", options: str = "", headers: Mapping[str, str] | None = None
+    ) -> Answer:
         from saffe_cache.inference.server import key_of
 
-        return self.ask(f"/api/search?text={key_of(text)}{options}", "POST", body)
+        return self.ask(f"/api/search?text={key_of(text)}{options}", "POST", body, headers)
+
+    def search_by(self, text: str = "", **files: bytes) -> Answer:
+        """By files in a form."""
+        return self.search(text, form(files), headers={"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"})
 
 
 @contextmanager

@@ -118,9 +118,9 @@ def test_the_command_and_the_page_find_the_same(ready: Ready, world: World) -> N
     served = ServedIndex(ready.index)
     assert served.about["composes"]
     assert served.about["takes_both"]
-    hits = served.search(text, photo.read_bytes(), 5, ["fusion"])
+    hits = served.search(text, {"image": photo.read_bytes()}, 5, ["fusion"])
     assert [hit.id for hit in hits["fusion"]] == first[:5]
-    compared = served.search(text, photo.read_bytes(), 5, ["fusion", "ridge"])
+    compared = served.search(text, {"image": photo.read_bytes()}, 5, ["fusion", "ridge"])
     assert [hit.id for hit in compared["fusion"]] == first[:5]
     assert len(compared["ridge"]) == 5
 

@@ -386,9 +386,9 @@ def test_another_run_is_refused_at_the_first_search(photos: Photos) -> None:
 @pytest.mark.parametrize(
     ("query", "error"),
     [
-        ({}, "expected a text, a photo, sound or video"),
+        ({}, "found nothing to search by, expected a text or a photo"),
         ({"text": " "}, "the text to search by is empty"),
-        ({"audio": "x.wav"}, "an index of image items, found --audio"),
+        ({"audio": "x.wav"}, "found a sound to search by, but it is an index of photos. Search by a text or a photo."),
         ({"text": "red", "k": 0}, "k=0 exceeds the gallery"),
     ],
 )
@@ -420,7 +420,7 @@ def test_found_hits_print_as_lines_and_as_json(photos: Photos) -> None:
 
 
 def test_search_needs_something_to_search_for() -> None:
-    with pytest.raises(ValueError, match="found nothing to search for, expected a text, --image or both"):
+    with pytest.raises(ValueError, match="found nothing to search for, expected a text, --image, --audio or --video"):
         SearchConfig(index="x")
 
 

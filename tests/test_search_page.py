@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from browser import Page, browsing, find_browser
-from served_index import HOSTILE, Client, FakeIndex, drawn, serving, usual_texts
+from served_index import HOSTILE, Client, FakeIndex, drawn, serving, tone, usual_texts
 
 pytestmark = [
     pytest.mark.slow,
@@ -82,19 +84,19 @@ def test_photo_query_with_and_without_a_text(page: Page, served: FakeIndex, tmp_
     path = tmp_path / "mine.png"
     path.write_bytes(drawn("mine"))
     served.asked.clear()
-    page.upload("#file", path)
+    page.upload("#file-image", path)
     page.wait(f"{STATUS}.includes('for the photo') && {HITS} === 24")
-    assert page.run("document.getElementById('chosen').naturalWidth") == 160
+    assert page.run("document.getElementById('chosen-image').naturalWidth") == 160
     page.run("document.getElementById('text').focus()")
     page.type("but green")
     page.press("Enter")
     page.wait(f"{STATUS}.includes('for “but green” and for the photo')")
-    assert served.asked == [(None, True), ("but green", True)]
-    page.run("document.getElementById('remove').click()")
-    assert page.run("document.getElementById('preview').hidden")
+    assert served.asked == [(None, "image"), ("but green", "image")]
+    page.run("document.getElementById('remove-image').click()")
+    assert page.run("document.getElementById('preview-image').hidden")
     page.press("Enter")
     page.wait(f"{STATUS}.includes('for “but green”,')")
-    assert served.asked[-1] == ("but green", False)
+    assert served.asked[-1] == ("but green",)
 
 
 def test_the_page_says_that_a_text_changes_the_photo(
@@ -104,13 +106,13 @@ def test_the_page_says_that_a_text_changes_the_photo(
     open_page(page, client)
     assert "or both: the text then says what to change" in page.run("document.getElementById('hint').textContent")
     (tmp_path / "mine.png").write_bytes(drawn("mine"))
-    page.upload("#file", tmp_path / "mine.png")
+    page.upload("#file-image", tmp_path / "mine.png")
     page.wait(f"{STATUS}.includes('for the photo,')")
     page.run("document.getElementById('text').focus()")
     page.type("in grey")
     page.press("Enter")
     page.wait(f"{STATUS}.includes('for the photo, changed by “in grey”') && {HITS} === 24")
-    assert served.asked[-1] == ("in grey", True)
+    assert served.asked[-1] == ("in grey", "image")
 
 
 def test_photo_can_be_dropped_and_pasted(page: Page) -> None:
@@ -126,6 +128,63 @@ def test_photo_can_be_dropped_and_pasted(page: Page) -> None:
         }})()""")
         page.wait(f"{STATUS}.includes('for the photo') && {HITS} === 24")
         page.press("Escape")
+
+
+DROP = """(([...files]) => {{
+    const data = new DataTransfer();
+    files.forEach(([name, type, content]) =>
+        data.items.add(new File([Uint8Array.from(atob(content), one => one.charCodeAt(0))], name, {{ type }})));
+    document.body.dispatchEvent(new DragEvent("drop", {{ dataTransfer: data, bubbles: true, cancelable: true }}));
+}})({0})"""
+
+
+def dropped(*files: tuple[str, str, bytes]) -> str:
+    """A script that drops files: their names, types and contents."""
+    return DROP.format(json.dumps([(name, kind, base64.b64encode(data).decode()) for name, kind, data in files]))
+
+
+def test_a_sound_searches_an_index_of_sounds(browser: Page, tmp_path: Path) -> None:
+    with serving(served := FakeIndex({"a.wav": "high", "b.wav": "low"}, modality="audio")) as other:
+        open_page(browser, other)
+        assert "drop a sound" in browser.run("document.getElementById('hint').textContent")
+        (tmp_path / "mine.wav").write_bytes(tone("mine"))
+        browser.upload("#file-audio", tmp_path / "mine.wav")
+        browser.wait(f"{STATUS}.includes('2 hits for the sound,')")
+        browser.wait("document.getElementById('chosen-audio').duration === 0.5")
+        browser.press("Escape")
+        assert browser.run("document.getElementById('chosen-audio')") is None
+        browser.run(dropped(("theirs", "", tone("theirs"))))  # no type: the only medium is meant
+        browser.wait(f"{STATUS}.includes('2 hits for the sound,')")
+        browser.run(dropped(("mine.png", "image/png", drawn("mine"))))
+        browser.wait(f"{STATUS} === 'This index takes no photo as a query, only a text or a sound.'")
+        browser.run(dropped(("bad.wav", "audio/wav", b"no sound")))
+        browser.wait(f"{STATUS} === 'The sound: libsndfile cannot read it: Format not recognised'")
+    assert served.asked == [(None, "audio")] * 2
+
+
+def test_a_photo_and_a_sound_are_one_query(browser: Page) -> None:
+    texts = {"a.png": "seen", "b.wav": "heard"}
+    with serving(served := FakeIndex(texts, takes=("image", "audio"), takes_both=False)) as other:
+        open_page(browser, other)
+        browser.complaints.clear()
+        assert "a photo or a sound; several files are one query" in browser.run(
+            "document.getElementById('hint').textContent"
+        )
+        browser.press("Enter")
+        browser.wait(f"{STATUS} === 'Type a text or choose a photo or a sound first.'")
+        browser.run(dropped(("a", "audio/wav", tone("a")), ("b", "image/png", drawn("b"))))
+        browser.wait(f"{STATUS}.includes('2 hits for the sound and for the photo,')")
+        browser.wait("document.querySelectorAll('.hits img').length === 1")
+        assert browser.run("document.querySelectorAll('.hits audio').length") == 1
+        browser.run("document.getElementById('remove-audio').click()")
+        browser.press("Enter")
+        browser.wait(f"{STATUS}.includes('2 hits for the photo,')")
+        browser.run(dropped(("strange", "", b"?")))
+        browser.wait(f"{STATUS} === 'What strange holds is unknown: choose it with a button.'")
+        browser.run(dropped(("c", "audio/wav", b"." * 999_900)))
+        browser.wait(f"{STATUS} === 'The files have 1.0 MB, expected at most 1 MB.'")
+        assert not browser.complaints
+    assert served.asked == [(None, "audio", "image"), (None, "image")]
 
 
 def test_more_like_this_searches_and_back_returns(page: Page) -> None:
@@ -159,7 +218,7 @@ def test_ridge_regression_is_shown_side_by_side(page: Page, client: Client) -> N
 
 def test_keyboard_alone_is_enough(page: Page) -> None:
     search(page, "green")
-    for expected in ("choose", "search", "compare", "hit", "more", "hit"):
+    for expected in ("choose-image", "search", "compare", "hit", "more", "hit"):
         page.press("Tab")
         assert page.run(FOCUS) == expected
     assert page.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
@@ -262,10 +321,10 @@ def test_errors_are_shown_in_words(browser: Page, served: FakeIndex, client: Cli
     browser.wait(f"{STATUS} === 'Type a text or choose a photo first.'")
     for name, content, expected in (
         ("large.png", b"\0" * 1_000_001, "The photo has 1.0 MB, expected at most 1 MB."),
-        ("no.png", b"no picture", "the photo: cannot identify image file"),
+        ("no.png", b"no picture", "The photo: cannot identify image file"),
     ):
         (tmp_path / name).write_bytes(content)
-        browser.upload("#file", tmp_path / name)
+        browser.upload("#file-image", tmp_path / name)
         browser.wait(f"{STATUS}.includes('{expected}')")
         assert browser.run("document.getElementById('status').className") == "wrong"
         browser.press("Escape")

@@ -13,9 +13,10 @@ from contextlib import suppress
 
 import pytest
 from PIL import Image
-from served_index import HOSTILE, Client, FakeIndex, drawn, serving, tone, usual_texts
+from served_index import BOUNDARY, HOSTILE, Client, FakeIndex, drawn, form, serving, tone, usual_texts
 
 from saffe_cache.inference.server import is_loopback, key_of, listen
+from saffe_cache.inference.uploads import form_files
 
 TEXTS = usual_texts(40) | HOSTILE | {"missing.png": "its file is gone"}
 
@@ -102,7 +103,10 @@ def test_sounds_are_wav_files_and_may_be_asked_for_in_parts() -> None:
             assert part.body == answer.body[first : last + 1]
         for asked in ("x", "bytes=-5", f"bytes={size}-", "bytes=9-3", "bytes=0-1,5-6"):
             assert client.ask("/api/sound?id=a.wav", headers={"Range": asked}).body == answer.body
-        for name, why in (("missing.png", "its file is gone"), ("no", "LibsndfileError")):
+        for name, why in (
+            ("missing.png", "its file is gone"),
+            ("no", "libsndfile cannot read it: Format not recognised"),
+        ):
             answer = client.ask(f"/api/sound?id={name}")
             assert answer.status == 404
             assert answer.error.startswith(f"The sound cannot be played: {why}")
@@ -110,7 +114,7 @@ def test_sounds_are_wav_files_and_may_be_asked_for_in_parts() -> None:
 
 def test_missing_photo_does_not_say_where_it_was() -> None:
     class Unreadable(FakeIndex):
-        def photo(self, name: str) -> bytes:
+        def file(self, name: str) -> bytes:
             raise FileNotFoundError(2, "No such file or directory", f"/home/somebody/{name}")
 
     with serving(Unreadable({"a.png": ""})) as client:
@@ -126,7 +130,7 @@ def test_missing_photo_does_not_say_where_it_was() -> None:
         ("text=a&k=1e3", "k: found '1e3'"),
         ("text=a&k=%D9%A3", "k: found"),
         ("text=a&systems=other", "expected fusion or ridge"),
-        ("text=", "neither a text nor a photo"),
+        ("text=", "neither a text nor a file"),
         ("text=" + "a" * 2001, "at most 2000"),
         ("text=%ff", "no UTF-8"),
         ("text=a&text=b", "found twice"),
@@ -145,6 +149,77 @@ def test_body_that_is_no_photo_is_refused(client: Client, body: bytes) -> None:
     answer = client.search("", body)
     assert answer.status == 400
     assert answer.error
+
+
+def test_files_of_a_form_search_with_and_without_a_text() -> None:
+    served = FakeIndex(usual_texts(30), takes=("image", "audio"))
+    photo, sound = drawn("x"), tone("x")
+    with serving(served) as client:
+        answers = [
+            client.search_by("", image=photo),
+            client.search_by("", audio=sound),
+            client.search_by("", audio=sound, image=photo),
+            client.search_by("a disc", image=photo, audio=sound),
+        ]
+        found = [[hit["id"] for hit in one.content["systems"]["fusion"]] for one in answers]
+        assert len({*map(tuple, found)}) == 4
+        assert served.asked == [
+            (None, "image"),
+            (None, "audio"),
+            (None, "audio", "image"),
+            ("a disc", "image", "audio"),
+        ]
+        assert client.search_by("a disc").status == 200
+        answer = client.search("", sound)
+        assert (answer.status, answer.error) == (
+            400,
+            "Found a file of an unknown medium. Send a form that names it, as curl --form image=@FILE --form "
+            "audio=@FILE does.",
+        )
+        answer = client.search_by("", image=photo, audio=b"no sound")
+        assert (answer.status, answer.error) == (
+            400,
+            "The sound: libsndfile cannot read it: Format not recognised",
+        )
+
+
+def test_a_file_may_be_the_body_where_one_medium_is_taken() -> None:
+    with serving(served := FakeIndex(usual_texts(3), modality="audio")) as client:
+        answers = [client.search("", tone("x")), client.search_by("", audio=tone("x"))]
+    assert answers[0].content["systems"] == answers[1].content["systems"]
+    assert served.asked == [(None, "audio")] * 2
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\r\n", b"x--" + BOUNDARY.encode(), b"\r\n\r\n--", bytes(range(256)) * 9, b"\r\n--" + b"x" * 99]
+)
+def test_files_of_a_form_keep_every_byte(data: bytes) -> None:
+    """Also those that look like a boundary, as long as they are none."""
+    kind = f'multipart/form-data; charset=utf-8; boundary="{BOUNDARY}"'
+    assert form_files(kind, form({"audio": data, "image": data[::-1]})) == {"audio": data, "image": data[::-1]}
+
+
+GOOD = form({"image": b"a"})
+
+
+@pytest.mark.parametrize(
+    ("body", "boundary", "expected"),
+    [
+        (GOOD[:-6], BOUNDARY, "The form is damaged"),
+        (GOOD, "another", "The form is damaged"),
+        (GOOD, "", "The form is damaged"),
+        (form(dict.fromkeys("abcdefghij", b"")), BOUNDARY, "too many parts"),
+        (form({"text": b"a"}), BOUNDARY, r"a part 'text', expected image \(a photo\) or audio \(a sound\) or video"),
+        (GOOD.replace(b'"image"', b'"im"'), BOUNDARY, "a part 'im'"),
+        (GOOD.replace(b"Content-Disposition", b"Other"), BOUNDARY, "a part ''"),
+        (GOOD.replace(b"\r\n\r\n", b"\r\n"), BOUNDARY, "a part 'image', expected"),
+        (form({"image": b"a"})[: -len(BOUNDARY) - 6] + form({"image": b"b"}), BOUNDARY, "each once"),
+    ],
+)
+def test_damaged_forms_are_refused(client: Client, body: bytes, boundary: str, expected: str) -> None:
+    answer = client.search("", body, headers={"Content-Type": f"multipart/form-data; boundary={boundary}"})
+    assert answer.status == 400
+    assert re.search(expected, answer.error)
 
 
 def bomb() -> bytes:
@@ -170,6 +245,7 @@ def test_large_uploads_are_refused(client: Client, size: int) -> None:
     answer = client.search("", b"\xff" * size)
     assert answer.status == 413
     assert "expected at most" in answer.error
+    assert client.search_by("", image=b"\xff" * (size // 2), audio=b"\xff" * (size - size // 2)).status == 413
 
 
 def test_endless_uploads_are_cut_off(client: Client) -> None:

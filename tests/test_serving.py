@@ -167,7 +167,7 @@ def test_browser_searches_a_real_index(client: Client, found: SearchIndex, photo
         page.run("document.getElementById('compare').click()")
         page.wait(f"{hits}.length === 24")
         page.press("Escape")
-        page.upload("#file", photos / "test" / "4.png")
+        page.upload("#file-image", photos / "test" / "4.png")
         page.wait(f"{status}.startsWith('12 hits for the photo')")
         assert page.run(f"{hits}[0]") == "test/4.png"
         page.run("document.querySelector('.hit').click()")
@@ -231,7 +231,7 @@ def test_photos_of_a_table_are_shown(found: SearchIndex, photos: Path, tmp_path:
     index(IndexConfig(data=str(tmp_path / "data"), run=str(found.fusion.folder), out=str(out), device="cpu"))
     opened = SearchIndex.open(out, device="cpu")
     served = ServedIndex(opened)
-    assert [hashlib.sha256(served.photo(name)).digest() for name in opened.ids] == [
+    assert [hashlib.sha256(served.file(name)).digest() for name in opened.ids] == [
         hashlib.sha256(one).digest() for one in files
     ]
     with serving(served) as client:

@@ -659,7 +659,7 @@ def test_sounds_without_samples_raise(samples: int) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"RIFF", b"no sound at all", photo()])
 def test_other_files_raise_as_sounds(data: bytes) -> None:
-    with pytest.raises(ValueError, match="LibsndfileError"):
+    with pytest.raises(ValueError, match=r"libsndfile cannot read it: [\w ]+$"):
         decode("audio", data, 16_000)
 
 

@@ -291,7 +291,7 @@ def test_sounds(name: str, tmp_path: Path, tiny_model: Models) -> None:
     np.testing.assert_allclose(index.vectors, found.vectors, atol=1e-5)
     scores = {hit.id: hit.score for hit in index.search(audio=one, k=8)}
     np.testing.assert_allclose([scores[name] for name in found.ids], found.vectors @ found.vectors[0], atol=1e-5)
-    with pytest.raises(ValueError, match=r"an index of audio items, found --image"):
+    with pytest.raises(ValueError, match=r"found a photo to search by, but it is an index of sounds"):
         index.search(image=one)
 
 

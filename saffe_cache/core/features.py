@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ Modality = Literal["image", "text", "audio", "video", "media"]
 """"media" stands for several of an item's photo, sound and video together: it exists in memory, never in a cache's
 files."""
 MODALITIES: tuple[Modality, ...] = ("image", "text", "audio", "video")
+NOUNS: Mapping[Modality, str] = {"image": "photo", "text": "text", "audio": "sound", "video": "video", "media": "item"}
+"""One input of each, in words."""
 
 IndexKind = Literal["flat", "ivf", "ivf_pq", "hnsw"]
 StorageType = Literal["float32", "float16", "bfloat16", "int8", "float8"]
@@ -31,6 +33,11 @@ Compression = Literal["none", "zstd"]
 Layout = Literal["tokens", "time_first", "channels_first", "channels_last"]
 """Axes of hidden states: [batch, tokens, d], [tokens, batch, d] (XLNet), [batch, d, height, width] or [batch, height,
 width, d]."""
+
+
+def nouns(media: Iterable[Modality]) -> str:
+    """Inputs of some media in words, as in "photos and sounds"."""
+    return " and ".join(f"{NOUNS[one]}s" for one in media)
 
 
 IndexConvention = Literal["hidden_states", "paper", "reference"]

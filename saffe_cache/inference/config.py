@@ -70,8 +70,7 @@ class SearchConfig:
     image: str | None = None
     """A photo to search with; with a text, both are fused into one query."""
     audio: str | None = None
-    """A sound to search with, in an index of sounds. With --image, both are one query, in an index of items of several
-    media."""
+    """A sound to search with, in an index of sounds. In one of items of several media, several files are one query."""
     video: str | None = None
     """A video to search with, in an index of videos."""
     k: int = 10
@@ -89,12 +88,12 @@ class SearchConfig:
         require(self.k > 0, "k", self.k, "a number above 0")
         require_keys("encoder", self.encoder, MODALITIES)
         if self.text is None and self.image is self.audio is self.video is None:
-            raise ValueError("found nothing to search for, expected a text, --image or both.")
+            raise ValueError("found nothing to search for, expected a text, --image, --audio or --video.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """Serve a page that searches an index by text and photo, until Ctrl-C.
+    """Serve a page that searches an index by text, photo, sound or video, until Ctrl-C.
 
     Only this machine can reach it unless --host says otherwise; there are no accounts and no encryption.
     """
@@ -102,13 +101,13 @@ class ServeConfig:
     index: str = positional()
     """The index's folder, as saffe index wrote it."""
     host: str = "127.0.0.1"
-    """Address to listen on. Any but a loopback address lets other machines search the index and see its photos."""
+    """Address to listen on. Any but a loopback address lets other machines search the index and see its items."""
     port: int = 8000
     """Port to listen on; 0 takes any free one."""
     allowed_host: tuple[str, ...] = ()
     """Name by which browsers reach this machine, besides localhost and IP addresses; repeat it for several."""
     upload_mb: float = 20.0
-    """Largest photo that may be uploaded, in MB."""
+    """Largest upload, in MB: all files of a query together."""
     run: str | None = None
     """Where the run is now, if it has moved."""
     encoder: Mapping[str, str] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saffe_cache.core.features import CacheError, Modality, StorageType
+from saffe_cache.core.features import NOUNS, CacheError, Modality, StorageType
 from saffe_cache.core.items import ItemTable
 from saffe_cache.encoders.encoder import FrozenEncoder
 from saffe_cache.encoders.own import OwnEncoder
@@ -120,9 +120,11 @@ class RunEncoders:
         """Why a medium of an item could not be encoded, by id."""
         found: dict[str, str] = {}
         for held in gallery.values():
+            which = f"its {NOUNS[held.manifest.modality]}: " if len(gallery) > 1 else ""
             rows = table.rows.get(held.manifest.modality, np.full(len(items), -1))
             reasons = {int(row): reason for row, reason in held.manifest.invalid.items()}
-            found |= {item.id: reasons[int(row)] for item, row in zip(items, rows, strict=True) if int(row) in reasons}
+            pairs = zip(items, rows.tolist(), strict=True)
+            found |= {item.id: f"{which}{reasons[row]}" for item, row in pairs if row in reasons}
         return found
 
     def _require_tokens(self, gallery: HeldEncoder) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from saffe_cache.core.features import nouns
 from saffe_cache.encoders.selection import TokenSelection
 from saffe_cache.fusion.base import Fusion, Texts
 from saffe_cache.fusion.layers import Mask, States
@@ -57,7 +58,7 @@ def why_no_map(fusion: TrainedFusion) -> str:
     if fusion.spec.media:
         return "A fusion of several media looks at no patches: there is no heat map."
     if fusion.modality != "image":
-        return "Sounds have no grid of patches: there is no heat map."
+        return f"{nouns([fusion.modality]).capitalize()} have no grid of patches: there is no heat map."
     if not fusion.model.attending:
         return no_attention(fusion.model)
     try:

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from saffe_cache.core.devices import choose_device
-from saffe_cache.core.features import Modality, StorageType, short_hash
+from saffe_cache.core.features import NOUNS, Modality, StorageType, nouns, short_hash
 from saffe_cache.core.items import ItemTable
 from saffe_cache.core.views import IndexViews, indexed_views
 from saffe_cache.encoders.encoder import FrozenEncoder
@@ -150,7 +150,7 @@ class TrainedFusion:
         """Why a text that is paired with a photo has no trained effect; None where it has."""
         spec = self.spec
         if spec.media:
-            return "no text enters a fusion of several media. Search by one of them, or by a text alone"
+            return "no text enters a fusion of several media"
         remedy = "Train with --gallery-text first_caption, or on composed queries with --pairs composed"
         if not spec.shape.takes_text:
             return f"no text enters fusion {spec.shape.fusion} as it was trained. {remedy}, for instance fusion concat"
@@ -290,9 +290,34 @@ class TrainedFusion:
             ValueError: as of `embed_images` or `embed_pairs`; the run has no ridge regression.
         """
         ridge = self.require_ridge()
-        both = self._embed_inputs("embed_with_ridge", self.media[0], inputs, texts, False, ridge)
-        width = both.shape[1] - len(ridge.bias)
-        return both[:, :width], both[:, width:]
+        both = self._embed_inputs("embed_with_ridge", self.modality, inputs, texts, False, ridge)
+        of_fusion, of_ridge = np.split(both, [both.shape[1] - len(ridge.bias)], axis=1)
+        return of_fusion, of_ridge
+
+    def embed_query(
+        self, text: str | None, media: Mapping[Modality, Any], *, with_ridge: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Unit vectors of one query, of a text, of media, or of both fused: "fusion", float32 [1, d], and `with_ridge`
+        "ridge", float32 [1, k], which adds the text's vector to that of the media.
+
+        Args:
+            media: by name, as of `embed_images` and so on; several only for a run that fuses them.
+
+        Raises:
+            ValueError: as of `embed_texts`, `embed_images`, `embed_pairs`, `embed_media`; the run has no ridge
+                regression.
+        """
+        ridge, texts = self.require_ridge() if with_ridge else None, [] if text is None else [text]
+        of_text = unit_rows(self.text_vectors(texts)) if ridge is not None and texts else None
+        if not media:
+            return {"fusion": self.embed_texts(texts)} | ({} if of_text is None else {"ridge": of_text})
+        modality, value = (JOINED, media) if self.spec.media else next(iter(media.items()))
+        name = "The query" if self.spec.media else f"The {NOUNS[modality]}"
+        both = self._embed_inputs(name, modality, [value], texts or None, False, ridge, is_query=True)
+        if ridge is None:
+            return {"fusion": both}
+        of_fusion, of_media = np.split(both, [both.shape[1] - len(ridge.bias)], axis=1)
+        return {"fusion": of_fusion, "ridge": of_media if of_text is None else unit_rows(of_media + of_text)}
 
     def features(self, value: Any, text: str | None = None) -> tuple[States, Mask, Texts | None]:
         """What the fusion sees of one photo or sound, and of a text that is fused with it: what `Fusion.forward` takes.
@@ -300,7 +325,7 @@ class TrainedFusion:
         Raises:
             ValueError: the input cannot be read.
         """
-        item = _item("features", self.media, 0, value, text)
+        item = _item("features", self.media, value, text)
         with self._lock:
             inputs, rows, paired, invalid = self._own.load([item], paired=text is not None)
             for reason in invalid.values():
@@ -366,8 +391,7 @@ class TrainedFusion:
         found: list[SourceItem] = []
         vectors, problems = [np.zeros((0, self._width(ridge)), np.float32)], dict[str, str]()
         parts = [items[start : start + _ITEMS_AT_ONCE] for start in range(0, len(items), _ITEMS_AT_ONCE)]
-        unit = " items" if self.spec.media else f" {self.modality}s"
-        with tqdm(total=len(items), unit=unit, disable=not progress) as bar, self._lock:
+        with tqdm(total=len(items), unit=f" {nouns([self.modality])}", disable=not progress) as bar, self._lock:
             for part in parts:
                 problems |= {item.id: reason for item in part if (reason := self._problem(item, paired))}
                 usable = [item for item in part if item.id not in problems]
@@ -468,24 +492,31 @@ class TrainedFusion:
         texts: Sequence[str] | None,
         progress: bool,
         ridge: LinearMap | None = None,
+        is_query: bool = False,
     ) -> np.ndarray:
-        """With a ridge regression, its unit vectors follow those of the fusion in each row."""
+        """With a ridge regression, its unit vectors follow those of the fusion in each row.
+
+        `name`: of the method, or of the only input if `is_query`, for messages.
+        """
         if modality not in (self.modality, *self.media):
             raise ValueError(f"{name}: the run {self.folder} is of {'+'.join(self.media)}. Use the method for these.")
         why = self.why_not_alone if texts is None else self.why_not_paired
         if why:
             raise ValueError(f"{name}: {why}.")
         _require_several(name, inputs)
+        for number, text in enumerate(texts or ()):
+            _require_text(name, number, text)
         vectors = list[np.ndarray]()
         starts = range(0, len(inputs), _ITEMS_AT_ONCE)
-        for start in tqdm(starts, unit=f" {_ITEMS_AT_ONCE} {modality}s", disable=not progress):
+        for start in tqdm(starts, unit=f" {_ITEMS_AT_ONCE} {nouns([modality])}", disable=not progress):
             chosen = range(start, min(start + _ITEMS_AT_ONCE, len(inputs)))
             media = self.media if modality == JOINED else (modality,)
-            items = [_item(name, media, i, inputs[i], None if texts is None else texts[i]) for i in chosen]
+            where = {i: name if is_query else f"{name}: input {i}" for i in chosen}
+            items = [_item(where[i], media, inputs[i], None if texts is None else texts[i]) for i in chosen]
             with self._lock:
                 own, invalid = self._encode(items, paired=texts is not None, ridge=ridge, needs_all=True)
-            for number, reason in invalid.items():
-                raise ValueError(f"{name}: input {number}: {reason}. Give a file that can be read.")
+            for one, reason in invalid.items():
+                raise ValueError(f"{one}: {reason}. Give a file that can be read.")
             vectors.append(own)
         return np.concatenate(vectors) if vectors else np.zeros((0, self._width(ridge)), np.float32)
 
@@ -549,16 +580,14 @@ def load_run(
     return TrainedFusion(folder, encoder=encoder, device=device, storage=storage, index_views=index_views)
 
 
-def _item(name: str, media: Sequence[Modality], number: int, value: Any, text: str | None) -> SourceItem:
-    """An input in memory as an item, whose id is its number; a mapping from these media if they are several."""
-    if text is not None:
-        _require_text(name, number, text)
+def _item(where: str, media: Sequence[Modality], value: Any, text: str | None) -> SourceItem:
+    """An input in memory as an item, whose id says where it is from; a mapping from these media if they are several."""
     try:
-        data = {medium: media_bytes(one) for medium, one in _media_of(name, media, number, value).items()}
+        data = {medium: media_bytes(one) for medium, one in _media_of(where, media, value).items()}
     except OSError as error:
-        raise ValueError(f"{name}: input {number}: {error}. Give a path, a picture, pixels or bytes.") from None
+        raise ValueError(f"{where}: {error}. Give a path, a picture, pixels or bytes.") from None
     return SourceItem(
-        id=str(number),
+        id=where,
         split="",
         media={medium: _Bytes(one) for medium, one in data.items()},
         hashes={medium: hashlib.sha256(one).digest() for medium, one in data.items()},
@@ -566,14 +595,14 @@ def _item(name: str, media: Sequence[Modality], number: int, value: Any, text: s
     )
 
 
-def _media_of(name: str, media: Sequence[Modality], number: int, value: Any) -> Mapping[Modality, Any]:
+def _media_of(where: str, media: Sequence[Modality], value: Any) -> Mapping[Modality, Any]:
     """The media of an input that is one, or a mapping of several."""
     if len(media) == 1:
         return {media[0]: value}
     if not isinstance(value, Mapping) or not value or any(medium not in media for medium in value):
         found = f"the keys {', '.join(map(str, value))}" if isinstance(value, Mapping) else f"a {type(value).__name__}"
         expected = f"{', '.join(media[:-1])} or {media[-1]}"
-        raise ValueError(f"{name}: input {number}: found {found}, expected a mapping from {expected}.")
+        raise ValueError(f"{where}: found {found}, expected a mapping from {expected}.")
     return value
 
 

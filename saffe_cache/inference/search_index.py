@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saffe_cache.core.atomic_io import whole_file
-from saffe_cache.core.features import IndexKind, Modality, StorageType, printable
+from saffe_cache.core.features import NOUNS, IndexKind, Modality, StorageType, nouns, printable
 from saffe_cache.core.items import Item
 from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.outputs import read_json
@@ -338,7 +338,19 @@ class SearchIndex:
                 with a photo, or the run is not found.
         """
         media: dict[Modality, Any] = {"image": image, "audio": audio, "video": video}
-        return self.hits(self._query(text, media), k, corrected=all(one is None for one in media.values()))
+        return self.search_by(text, {name: one for name, one in media.items() if one is not None}, k)["fusion"]
+
+    def search_by(
+        self, text: str | None, media: Mapping[Modality, Any], k: int = 10, systems: Sequence[str] = ("fusion",)
+    ) -> dict[str, list[Hit]]:
+        """As `search`, of media by name; also by the ridge regression, which adds the text's vector to theirs.
+
+        Raises:
+            ValueError: as `search`; the index keeps no vectors of a ridge regression.
+        """
+        self._check_query(text, media)
+        found = self.fusion.embed_query(text, media, with_ridge="ridge" in systems)
+        return {one: self.hits(found[one], k, ridge=one == "ridge", corrected=not media) for one in systems}
 
     def like(self, id: str, k: int = 10) -> list[Hit]:
         """The items whose vectors are nearest to that of an item, itself included; ValueError if there is none."""
@@ -409,34 +421,29 @@ class SearchIndex:
                 columns += [] if self.manifest.correction is None else [pa.array(self.biases_at(part)[:, 0])]
                 writer.write_table(pa.table(columns, schema=schema))
 
-    def _query(self, text: str | None, media: Mapping[Modality, Any]) -> np.ndarray:
-        given = {modality: one for modality, one in media.items() if one is not None}
-        several = len(given) > 1 and not self.manifest.media
-        if (text is None and not given) or several:
-            raise ValueError(
-                f"{self.folder}: expected a text, a photo, sound or video, or a text with one of them to search by."
-            )
+    def _check_query(self, text: str | None, media: Mapping[Modality, Any]) -> None:
+        """
+        Raises:
+            ValueError: the index, or the fusion of its run, takes no such query.
+        """
+        where, searched = self.folder.name, self.manifest.searched
+        *first, last = ("a text", *(f"a {NOUNS[one]}" for one in searched))
+        expected = f"{', '.join(first)} or {last}"
+        if text is None and not media:
+            raise ValueError(f"{where}: found nothing to search by, expected {expected}.")
         if text is not None and not text.strip():
-            raise ValueError(f"{self.folder}: the text to search by is empty. Give one.")
-        if not given:
-            return self.fusion.embed_texts([str(text)])
-        if others := given.keys() - {*self.manifest.searched}:
-            kinds = "+".join(self.manifest.searched)
-            raise ValueError(f"{self.folder}: an index of {kinds} items, found --{min(others)}. Give one of those.")
-        if text is not None:
-            if self.fusion.why_not_paired:
+            raise ValueError(f"{where}: the text to search by is empty. Give one.")
+        for one in media:
+            if one not in searched:
                 raise ValueError(
-                    f"{self.folder}: a text and a photo cannot be fused: {self.fusion.why_not_paired}. Or search by "
-                    "one of them."
+                    f"{where}: found a {NOUNS[one]} to search by, but it is an index of {nouns(searched)}. Search by "
+                    f"{expected}."
                 )
-            return self.fusion.embed_pairs([*given.values()], [text])
-        if self.fusion.why_not_alone:
-            raise ValueError(f"{self.folder}: a photo alone finds nothing: {self.fusion.why_not_alone}. Or add a text.")
-        if self.manifest.media:
-            return self.fusion.embed_media([given])
-        names = {"image": "embed_images", "audio": "embed_audio", "video": "embed_videos"}
-        ((modality, one),) = given.items()
-        return np.asarray(getattr(self.fusion, names[modality])([one]))
+        given = " and a ".join(NOUNS[one] for one in media)
+        if media and text is not None and (why := self.fusion.why_not_paired):
+            raise ValueError(f"{where}: a text and a {given} cannot be fused: {why}. Or search by one of them.")
+        if media and text is None and (why := self.fusion.why_not_alone):
+            raise ValueError(f"{where}: a {given} alone finds nothing: {why}. Or add a text.")
 
     def hits(self, query: np.ndarray, k: int, *, ridge: bool = False, corrected: bool = True) -> list[Hit]:
         """The k best items for the vector of a query, [1, width]; of the ridge regression's vectors if `ridge`.

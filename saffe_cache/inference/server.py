@@ -2,16 +2,18 @@
 
     GET  /                                             the page
     GET  /api/index                                    what is served, and what it can do
-    POST /api/search?text=&k=&systems=fusion,ridge     hits for a text, a photo (the body), or both
+    POST /api/search?text=&k=&systems=fusion,ridge     hits for a text, for files, or for both
     GET  /api/like?id=&k=&systems=                     hits for an item of the index
     GET  /api/thumbnail?id=&size=large                 a JPEG of an item's photo, or of its video's middle frame
     GET  /api/sound?id=                                a WAV file of the beginning of an item's sound
     GET  /api/heatmap?id=&text=                        where the model looked in an item's photo
 
-Answers are JSON; an error is {"error": message} with status 4xx. A hit's `key` is its id as a part of an address.
+Answers are JSON; an error is {"error": message} with status 4xx. A hit's `key` is its id as a part of an address, and
+its `medium` what can be shown of it. The files of a query are a form, each under the name of its medium (image, audio,
+video); where the index takes one medium, a file may be the body itself.
 
 Nothing outside the index is served: a request names an item by its id, which is looked up among the index's ids and
-never becomes a path, and a photo in a request is decoded in memory. Other sites cannot use a visitor's browser to ask:
+never becomes a path, and a file in a request is decoded in memory. Other sites cannot use a visitor's browser to ask:
 the header Host must be an IP address, localhost or an allowed name, which defeats DNS rebinding, and no answer permits
 another origin. The page loads nothing from elsewhere and runs only its own script, known by its hash.
 
@@ -50,7 +52,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from saffe_cache.core.features import CacheError
+from saffe_cache.core.features import NOUNS, CacheError, Modality
+from saffe_cache.inference.uploads import read_files
 from saffe_cache.sources.decoding import sound_excerpt, thumbnail
 
 logger = logging.getLogger(__name__)
@@ -67,7 +70,6 @@ _SOUND_SECONDS, _SOUND_RATE = 30, 24_000
 """Of a sound that is played: at most so long, and at most at so many Hz."""
 _UPLOADS = 8
 """Bodies in memory at once."""
-_UPLOAD_SECONDS = 60
 _CONNECTIONS = 512
 _KEPT = {"Cache-Control": "private, max-age=3600"}
 _Value = TypeVar("_Value")
@@ -89,21 +91,24 @@ class Served(Protocol):
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """name, about, fusion, modality, version, takes_image, takes_both, composes (whether a text with a photo says
-        what to change in it), and why there are no ridge regression and no heat maps (no_ridge, no_heat_map; empty
-        where there are)."""
+        """name, about, fusion, noun (of an item), version, takes (the media of which a query may have files),
+        takes_both (whether a text may be fused with one), composes (whether a text with a photo says what to change in
+        it), and why there are no ridge regression and no heat maps (no_ridge, no_heat_map; empty where there are)."""
 
     def __contains__(self, name: object) -> bool:
         """Whether an item has this id."""
 
     def search(
-        self, text: str | None, image: bytes | None, k: int, systems: Sequence[str]
+        self, text: str | None, media: Mapping[Modality, bytes], k: int, systems: Sequence[str]
     ) -> Mapping[str, Sequence[Found]]: ...
 
     def like(self, name: str, k: int, systems: Sequence[str]) -> Mapping[str, Sequence[Found]]: ...
 
-    def photo(self, name: str) -> bytes:
-        """The file of an item's photo, sound or video; OSError or ValueError says why there is none."""
+    def medium_of(self, name: str) -> Modality:
+        """Of an item's file."""
+
+    def file(self, name: str) -> bytes:
+        """An item's file; OSError or ValueError says why there is none."""
 
     def heat_map(self, name: str, text: str | None) -> Mapping[str, Any]:
         """weights [rows][columns], box (left, top, right, bottom, as fractions of the photo) and about."""
@@ -150,13 +155,11 @@ class SearchPage:
         started = time.perf_counter()
         has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
         async with self._uploading if has_body else nullcontext():
-            image = await self._body(request) or None
-            if not text and not image:
-                raise ValueError(
-                    "Found neither a text nor a photo, expected one of them. Type a text, or send a photo."
-                )
-            found = await self._encode(self._served.search, text, image, k, systems)
-        return _hits(found, started)
+            media = await read_files(request, self._most_bytes, self._served.about["takes"])
+            if not text and not media:
+                raise ValueError("Found neither a text nor a file, expected one of them. Type a text, or send a file.")
+            found = await self._encode(self._served.search, text, media, k, systems)
+        return self._hits(found, started)
 
     async def like(self, request: Request) -> Response:
         options = Query.of(request)
@@ -164,7 +167,7 @@ class SearchPage:
         k, systems = options.number("k", 24, MOST_HITS), options.names("systems", SYSTEMS)
         started = time.perf_counter()
         found = await to_thread.run_sync(self._served.like, name, k, systems, limiter=self._searching)
-        return _hits(found, started)
+        return self._hits(found, started)
 
     async def thumbnail(self, request: Request) -> Response:
         options = Query.of(request)
@@ -172,7 +175,8 @@ class SearchPage:
         try:
             picture = await to_thread.run_sync(self._thumbnails[size], name, limiter=self._decoding)
         except (OSError, ValueError, ImportError) as error:
-            raise HTTPException(404, f"The photo cannot be shown: {_reason(error)}") from None
+            noun = NOUNS[self._served.medium_of(name)]
+            raise HTTPException(404, f"The {noun} cannot be shown: {_reason(error)}") from None
         return Response(picture, media_type="image/jpeg", headers=_KEPT)
 
     async def sound(self, request: Request) -> Response:
@@ -191,11 +195,19 @@ class SearchPage:
         except OSError as error:
             raise HTTPException(404, f"The photo cannot be read: {_reason(error)}") from None
 
+    def _hits(self, found: Mapping[str, Sequence[Found]], started: float) -> Response:
+        systems = {system: [self._hit(one) for one in hits] for system, hits in found.items()}
+        return as_json({"systems": systems, "seconds": round(time.perf_counter() - started, 4)})
+
+    def _hit(self, hit: Found) -> dict[str, Any]:
+        of_item = {"id": hit.id, "key": key_of(hit.id), "medium": self._served.medium_of(hit.id)}
+        return {**of_item, "score": float(hit.score), "text": hit.text}
+
     def _make_thumbnail(self, side: int, name: str) -> bytes:
-        return thumbnail(self._served.photo(name), side, self._served.about["modality"])
+        return thumbnail(self._served.file(name), side, self._served.medium_of(name))
 
     def _make_excerpt(self, name: str) -> bytes:
-        return sound_excerpt(self._served.photo(name), _SOUND_SECONDS, _SOUND_RATE)
+        return sound_excerpt(self._served.file(name), _SOUND_SECONDS, _SOUND_RATE)
 
     def _known(self, options: Query) -> str:
         name = options.text("id")
@@ -206,27 +218,6 @@ class SearchPage:
     async def _encode(self, action: Callable[..., _Value], *arguments: Any) -> _Value:
         """On a thread, one at a time."""
         return await to_thread.run_sync(partial(action, *arguments), limiter=self._encoding)
-
-    async def _body(self, request: Request) -> bytes:
-        """The body. The rest of one that is too large is read, not kept, so that its sender sees the answer."""
-        kept, size, most = [], 0, self._most_bytes
-        try:
-            with anyio.fail_after(_UPLOAD_SECONDS):
-                async for part in request.stream():
-                    size += len(part)
-                    if size <= most:
-                        kept.append(part)
-                    else:
-                        kept.clear()
-                    if size > 4 * most:
-                        break
-        except TimeoutError:
-            raise HTTPException(408, f"The upload took over {_UPLOAD_SECONDS} s. Try again.") from None
-        if size > most:
-            raise HTTPException(
-                413, f"The photo has over {most / 1e6:g} MB, expected at most that. Send a smaller one."
-            )
-        return b"".join(kept)
 
 
 class Query:
@@ -276,14 +267,6 @@ def query_text(options: Query) -> str | None:
     return text or None
 
 
-def _hits(found: Mapping[str, Sequence[Found]], started: float) -> Response:
-    systems = {
-        system: [{"id": hit.id, "key": key_of(hit.id), "score": float(hit.score), "text": hit.text} for hit in hits]
-        for system, hits in found.items()
-    }
-    return as_json({"systems": systems, "seconds": round(time.perf_counter() - started, 4)})
-
-
 def _playable(request: Request, sound: bytes) -> Response:
     """A WAV file, or the range of its bytes that a player asks for: some play nothing, or find no later place, else."""
     headers = _KEPT | {"Accept-Ranges": "bytes"}
@@ -319,7 +302,7 @@ def content_policy(page: str) -> str:
     }
     own = (f"{tag}-src 'sha256-{digest}'" for tag, digest in hashes.items())
     none = ("default-src", "base-uri", "form-action", "frame-ancestors")
-    from_here = ("connect-src 'self'", "img-src 'self' blob:", "media-src 'self'")
+    from_here = ("connect-src 'self'", "img-src 'self' blob:", "media-src 'self' blob:")
     return "; ".join([*(f"{one} 'none'" for one in none), *own, *from_here])
 
 

@@ -1,7 +1,7 @@
 """`saffe serve`: an index and its run behind the search page.
 
-A photo is read where the index found it, and shown only if its content is still what was indexed, so that whatever
-replaced a file is never shown in its place.
+A photo, sound or video is read where the index found it, and shown only if its content is still what was indexed, so
+that whatever replaced a file is never shown in its place. Of an item of several media, the first one is shown.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from saffe_cache.core.features import NOUNS, Modality, nouns
 from saffe_cache.inference.config import ServeConfig
 from saffe_cache.inference.heatmap import heat_map, why_no_map
 from saffe_cache.inference.search_index import Hit, SearchIndex
 from saffe_cache.inference.server import is_loopback, listen, make_app, make_server
-from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.sources.items import Columns, Media
 from saffe_cache.sources.registry import read_named_items
 
@@ -40,9 +40,10 @@ def serve(config: ServeConfig) -> str:
         host, port = listening.getsockname()[:2]
         if not is_loopback(config.host):
             logger.warning(
-                "--host %s: other machines can search this index and see its photos; there are no accounts and no "
+                "--host %s: other machines can search this index and see its %s; there are no accounts and no "
                 "encryption.",
                 config.host,
+                nouns(index.manifest.searched),
             )
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
         served.warm_up()
@@ -74,16 +75,16 @@ class ServedIndex:
     @property
     def about(self) -> dict[str, Any]:
         manifest, fusion = self._index.manifest, self._index.fusion
-        shown = manifest.searched[0]
-        noun = {"image": "photos", "audio": "sounds"}.get(shown, "videos")
-        noun = f"items of {' and '.join(manifest.media)}" if manifest.media else noun
+        searched = manifest.searched
+        items = f"{len(self._index):,} {'items of ' if manifest.media else ''}{nouns(searched)}"
+        takes_files = None in (fusion.why_not_alone, fusion.why_not_paired)
         return {
             "name": Path(manifest.data).name or manifest.data,
-            "about": f"{len(self._index):,} {noun}, searched by a {fusion.spec.shape.fusion} fusion of frozen encoders",
+            "about": f"{items}, searched by a {fusion.spec.shape.fusion} fusion of frozen encoders",
             "fusion": fusion.spec.shape.fusion,
-            "modality": shown,
+            "noun": NOUNS[manifest.modality],
             "version": manifest.generation,
-            "takes_image": shown == "image" and None in (fusion.why_not_alone, fusion.why_not_paired),
+            "takes": searched if takes_files else (),
             "takes_both": fusion.why_not_paired is None,
             "composes": fusion.composes,
             "no_ridge": self._no_ridge,
@@ -93,15 +94,11 @@ class ServedIndex:
     def __contains__(self, name: object) -> bool:
         return name in self._index.position_of
 
-    def search(self, text: str | None, image: bytes | None, k: int, systems: Sequence[str]) -> dict[str, list[Hit]]:
+    def search(
+        self, text: str | None, media: Mapping[Modality, bytes], k: int, systems: Sequence[str]
+    ) -> dict[str, list[Hit]]:
         self._require(systems)
-        if "ridge" not in systems:
-            return {"fusion": self._index.search(text, image, k)}
-        of_fusion, of_ridge = self._queries(text, image)
-        found = {}
-        if "fusion" in systems:
-            found["fusion"] = self._index.hits(of_fusion, k, corrected=image is None)
-        return found | {"ridge": self._index.hits(of_ridge, k, ridge=True, corrected=image is None)}
+        return self._index.search_by(text, media, k, systems)
 
     def like(self, name: str, k: int, systems: Sequence[str]) -> dict[str, list[Hit]]:
         self._require(systems)
@@ -113,10 +110,10 @@ class ServedIndex:
             found["ridge"] = self._index.hits(self._index.ridge_vectors_at(position), k, ridge=True, corrected=False)
         return found
 
-    def photo(self, name: str) -> bytes:
-        shown = self._index.manifest.searched[0]
-        if self._index.medium_of(name) != shown:
-            raise OSError(f"it has no {shown}")
+    def medium_of(self, name: str) -> Modality:
+        return self._index.medium_of(name)
+
+    def file(self, name: str) -> bytes:
         path = self._index.file_of(name)
         data = path.read_bytes() if path else self._medium(name).read()
         if hashlib.sha256(data).digest() != self._index.content_hash(name):
@@ -129,7 +126,7 @@ class ServedIndex:
             own = self._index.columns.one("captions", self._index.position_of[name])
             text = own[0] if own else None
         text = None if fusion.why_not_paired or fusion.composes else text
-        found = heat_map(fusion, self.photo(name), text)
+        found = heat_map(fusion, self.file(name), text)
         with_text = "" if text is None else ", with the photo's own text" if manifest.paired else ", with your text"
         size = found.weights.shape
         about = f"The fusion's mean attention to {size[0]} x {size[1]} patches{with_text}: yellow is most."
@@ -147,20 +144,8 @@ class ServedIndex:
         if "ridge" in systems and self._no_ridge:
             raise ValueError(self._no_ridge)
 
-    def _queries(self, text: str | None, image: bytes | None) -> tuple[np.ndarray, np.ndarray]:
-        """Unit vectors of a query for the fusion and for the ridge regression, which adds the text's vector to the
-        photo's."""
-        fusion = self._index.fusion
-        of_text = None if text is None else unit_rows(fusion.text_vectors([text]))
-        if image is None:
-            assert text is not None
-            assert of_text is not None
-            return fusion.embed_texts([text]), of_text
-        of_fusion, of_photo = fusion.embed_with_ridge([image], None if text is None else [text])
-        return of_fusion, of_photo if of_text is None else unit_rows(of_photo + of_text)
-
     def _medium(self, name: str) -> Media:
-        """The photo of an item that has no file of its own."""
+        """What is shown of an item that has no file of its own."""
         with self._lock:
             found = self._media.get(name)
         if found is None:
@@ -169,8 +154,7 @@ class ServedIndex:
 
     @cached_property
     def _media(self) -> Mapping[str, Media]:
-        """Those photos, found when the first one is shown."""
+        """Those of all items, found when the first one is shown."""
         manifest = self._index.manifest
         items = read_named_items(manifest.data, Columns(**manifest.column), self._index.position_of.keys())
-        shown = manifest.searched[0]
-        return {item.id: item.media[shown] for item in items if shown in item.media}
+        return {item.id: item.media[medium] for item in items if (medium := self.medium_of(item.id)) in item.media}

@@ -142,7 +142,7 @@ def count_samples(data: bytes, sampling_rate: int | None = None) -> int:
     try:
         header = soundfile.info(io.BytesIO(data))
     except soundfile.SoundFileError as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from None
+        raise _unreadable_sound(error) from None
     if header.format == "MP3":  # a header may state more than a truncated file has
         return len(_decode_audio(data, rate))
     frames, stored_rate = int(header.frames), int(header.samplerate)
@@ -300,6 +300,12 @@ def _sound_packages() -> tuple[Any, Any]:
     return soundfile, soxr
 
 
+def _unreadable_sound(error: Exception) -> ValueError:
+    """Says why, without the object in memory that the library's own message names."""
+    reason = getattr(error, "error_string", str(error)) or type(error).__name__
+    return ValueError(f"libsndfile cannot read it: {reason.rstrip('.')}")
+
+
 def _decode_audio(data: bytes, sampling_rate: int) -> np.ndarray:
     _, soxr = _sound_packages()
     waveform, rate = _read_mono(data)
@@ -318,7 +324,7 @@ def _read_mono(data: bytes, seconds: float | None = None) -> tuple[np.ndarray, i
         file.seek(0)
         waveform, rate = soundfile.read(file, frames, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, MemoryError) as error:  # a broken header may state any length
-        raise ValueError(f"{type(error).__name__}: {error}") from None
+        raise _unreadable_sound(error) from None
     if not len(waveform):
         raise ValueError(_EMPTY)
     mono, powers = waveform.mean(axis=1), np.square(waveform).mean(axis=0)

@@ -48,6 +48,7 @@ SHARES = {
     "options": 12,
     "options file": 12,
     "HDF5 import": 4,
+    "form": 60,
 }
 """Of the inputs, in parts of their sum: fewer where one takes long."""
 
