@@ -109,7 +109,7 @@ def test_chosen_layers_and_killed_runs_repeat_results(tmp_path: Path, monkeypatc
 
 def test_measurements_on_too_little_data_are_refused(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "c.zarr", {"train": 20})
-    with pytest.raises(ValueError, match=r"20 photos with captions of their own, expected 32 or more"):
+    with pytest.raises(ValueError, match=r"20 items with captions of their own, expected 32 or more"):
         result_of(cache, tmp_path / "out")
     with pytest.raises(CacheError, match=r"it has layers \[2, 3\], requested \[7\]"):
         result_of(make_cache(tmp_path / "d.zarr", {"train": 80}), tmp_path / "out", layers={"image": (7,)})

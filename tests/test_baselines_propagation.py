@@ -135,7 +135,7 @@ def test_a_photo_without_edges_is_of_no_class() -> None:
 
 def test_too_few_photos_are_refused() -> None:
     images, image_text, _ = clusters(20, seed=0)
-    with pytest.raises(ValueError, match="k=20 with 20 training photos"):
+    with pytest.raises(ValueError, match="k=20 with 20 training items"):
         fit_zlap(images, image_text, lambda fit: 0.0)
 
 

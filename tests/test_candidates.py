@@ -109,11 +109,11 @@ def test_copies_score_chance_in_a_single_run() -> None:
 
 def test_candidates_that_do_not_fit_are_refused() -> None:
     scores, labels = scored(20, 8, seed=0)
-    with pytest.raises(ValueError, match="scores of 19 photos, labels of 20"):
+    with pytest.raises(ValueError, match="scores of 19 items, labels of 20"):
         candidate_scores(scores[1:], labels)
     with pytest.raises(ValueError, match=r"prior of shape \(7,\), expected 8"):
         candidate_scores(scores, labels, prior=np.zeros(7))
-    with pytest.raises(ValueError, match="no photo has a class"):
+    with pytest.raises(ValueError, match="no item has a class"):
         candidate_scores(scores, Ragged.from_rows([[]] * 20))
     with pytest.raises(ValueError, match="expected 0 to 6"):
         candidate_scores(scores[:, :7], Ragged.from_rows([[7]] * 20))

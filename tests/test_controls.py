@@ -247,7 +247,7 @@ def test_model_that_ignores_the_photo(classes: Trained, tmp_path: Path) -> None:
     moves = sensitivity(ClassProtocol(classes.setting), model)
     assert moves["to_image"] == pytest.approx(0, abs=1e-6)
     (line,) = failures({}, moves, {"photos": 0}, has_permuted=True)
-    assert line == "another image moves the fused vector by 0.000, expected at least 0.2"
+    assert line == "another photo moves the fused vector by 0.000, expected at least 0.2"
     assert (
         failures({}, sensitivity(ClassProtocol(classes.setting), classes.model), {"photos": 0}, has_permuted=True) == []
     )

@@ -199,7 +199,7 @@ def test_text_says_what_is_in_the_report(captioned: Reported) -> None:
     assert re.search(shown, text)
     assert "by paired bootstrap" in text
     assert "pooled_cosine is absent: the encoders' own vectors cannot be compared: widths 16 and" in text
-    assert "How far the fused vector moves with another input, 0 to 2: image" in text
+    assert "How far the fused vector moves with another input, 0 to 2: photo" in text
     assert max(map(len, text.splitlines())) <= 100
 
 

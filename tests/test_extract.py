@@ -332,7 +332,7 @@ def test_changed_photo_is_encoded_as_a_new_one_on_request(
     fresh = open_cache(extract(replace(config, cache=config.cache + ".fresh")))
     vectors = [one.encoder("image").vectors(one.table.rows["image"]) for one in (cache, fresh)]
     np.testing.assert_allclose(*vectors, atol=1e-5)
-    with pytest.raises(ValueError, match="trained on other photos or texts"):
+    with pytest.raises(ValueError, match="trained on other items or texts"):
         same_training_pairs(open_run(run, cache)[0], cache, run)
     assert extract(config) == config.cache
 

@@ -228,7 +228,7 @@ def test_seed_settles_everything() -> None:
 
 def test_classes_without_any_photo_are_refused() -> None:
     vectors = unit_rows(np.random.default_rng(0).normal(size=(5, 4)))
-    with pytest.raises(ValueError, match="no photo"):
+    with pytest.raises(ValueError, match="no item"):
         class_scores(vectors, vectors, Ragged.from_rows([[]] * 5))
 
 
@@ -295,7 +295,7 @@ def test_image_scores_equal_brute_force(several: bool, num_photos: int) -> None:
 def test_photos_that_share_no_class_are_refused() -> None:
     vectors = unit_rows(np.random.default_rng(0).normal(size=(3, 4)))
     for labels in ([[0], [1], [2]], [[], [], []]):
-        with pytest.raises(ValueError, match="no two photos share a class"):
+        with pytest.raises(ValueError, match="no two items share a class"):
             image_scores(vectors, Ragged.from_rows(labels))
 
 

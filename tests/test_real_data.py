@@ -219,10 +219,10 @@ def test_split_of_one_class_chooses_and_reports_nothing(tmp_path: Path) -> None:
         return [0] if split == "val" else [number % 3]
 
     cache = make_cache(tmp_path / "cache.zarr", {"train": 40, "dev": 12, "val": 12}, classes=3, labels=labels)
-    with pytest.raises(ValueError, match="split 'val': all of its 12 photos have the class 'class0', one of 3: every"):
+    with pytest.raises(ValueError, match="split 'val': all of its 12 items have the class 'class0', one of 3: every"):
         quick_train(cache, tmp_path / "run", fusion="linear", validation="val")
     run = quick_train(cache, tmp_path / "run", fusion="linear", epochs=1, control_epochs=0, validation="dev")
-    with pytest.raises(ValueError, match="split 'val': all of its 12 photos have the class"):
+    with pytest.raises(ValueError, match="split 'val': all of its 12 items have the class"):
         report_of(cache, run, split="val")
 
 

@@ -20,6 +20,8 @@ from quick_runs import report_of
 from report_cases import make_page
 from tiny_models import WORDS
 
+from saffe_cache.core.features import Modality, spoken_of
+from saffe_cache.core.results import read_report
 from saffe_cache.evaluation.details import read_details
 from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.extract import extract
@@ -92,6 +94,30 @@ def test_hits_play_the_samples_of_their_files(made: Made, tmp_path: Path) -> Non
     assert page.count("data:audio/wav") == 10  # a sound that is found again leads to its player
     assert set(re.findall(r'<a href="#(sound-\d+)"', page)) <= set(re.findall(r'<audio [^>]*id="(sound-\d+)"', page))
     assert "media-src data:" in page
+
+
+@pytest.mark.parametrize(
+    ("text", "medium", "expected"),
+    [
+        ("Photos search a photo's texts", "audio", "Sounds search a sound's texts"),
+        ("A photo of a photographer, photos_shuffled", "audio", "A sound of a photographer, photos_shuffled"),
+        ("a photo and another photo", "media", "an item and another item"),
+        ("the vectors of an image-text model", "video", "the vectors of a video-text model"),
+        ("an image-text model's image protocol", "image", "an image-text model's image protocol"),
+    ],
+)
+def test_texts_about_photos_are_put_into_words_of_a_medium(text: str, medium: Modality, expected: str) -> None:
+    assert spoken_of(text, medium) == expected
+
+
+def test_reports_of_sounds_speak_of_sounds(made: Made, tmp_path: Path) -> None:
+    trained, evaluated = (read_report(folder) for folder in (Path(made.evaluation).parent, made.evaluation))
+    page = re.sub(r"<style>.*?</style>", "", make_page([made.evaluation], tmp_path / "page"), flags=re.DOTALL)
+    for text in (trained, evaluated, *re.findall(">([^<]+)<", page)):
+        assert not re.search(r"\b[Pp]hotos?\b", text), text
+    assert "sounds: 30 to train on, 10 to validate on" in trained
+    assert "10 sounds, 10 queries" in evaluated
+    assert "ridge: ridge regression from sound features" in evaluated
 
 
 def test_sounds_that_cannot_be_read_have_a_reason(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -435,7 +435,7 @@ def test_drawn_validation_is_told_and_known_to_evaluation(
     with caplog.at_level("INFO"):
         run = train(config_for(path, tmp_path / "run", epochs=1, validation_photos=9))
     assert "9 of 30 to validate on (dev)" in caplog.text
-    assert "9 photos choose the best epoch, among which chance finds much" in caplog.text
+    assert "9 items choose the best epoch, among which chance finds much" in caplog.text
     result = TrainResult.load(run)
     assert (result.validation_photos, result.validation_photos_drawn_from) == (9, 30)
     assert "9 of 30 to validate on" in dict(result.sections()[0].facts)["photos"]
@@ -665,7 +665,7 @@ def test_cache_that_grew_or_is_another_one_is_refused(cache_path: str, tmp_path:
     spec, _, _ = open_run(tmp_path / "run", open_cache(cache_path))
     same_training_pairs(spec, open_cache(cache_path), "run")
     other = make_cache(tmp_path / "other.zarr", {"train": 130, "test": 30})
-    with pytest.raises(ValueError, match="trained on other photos or texts"):
+    with pytest.raises(ValueError, match="trained on other items or texts"):
         same_training_pairs(spec, open_cache(other), "run")
     with pytest.raises(ValueError, match="holds another result"):
         train(replace(config, cache=other))

@@ -40,6 +40,21 @@ def nouns(media: Iterable[Modality]) -> str:
     return " and ".join(f"{NOUNS[one]}s" for one in media)
 
 
+_PHOTO = re.compile(r"\b(?:([Aa])n? )?(photo|Photo|image(?=-text\b))(?=s?\b)")
+
+
+def spoken_of(text: str, medium: Modality) -> str:
+    """A text about photos, for inputs of a medium: "a photo" becomes "a sound", or "an item" of several media."""
+    noun = NOUNS[medium]
+
+    def replaced(found: re.Match[str]) -> str:
+        own = noun.capitalize() if found[2].istitle() else noun
+        article = f"{found[1]}{'n' if noun[0] in 'aeiou' else ''} " if found[1] else ""
+        return article + own
+
+    return text if medium == "image" else _PHOTO.sub(replaced, text)
+
+
 IndexConvention = Literal["hidden_states", "paper", "reference"]
 
 
@@ -73,6 +88,11 @@ def short_hash(value: Any) -> str:
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def medium_of_key(key: str) -> Modality:
+    """The medium of an encoder, by its key."""
+    return next(one for one in NOUNS if key.startswith(f"{one}-"))
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ The folder's config.json holds the config, what it resolved to, and versions.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from saffe_cache.core.atomic_io import write_whole
+from saffe_cache.core.features import Modality, spoken_of
 from saffe_cache.core.figures import Figure, Series
 from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.outputs import RESULT, read_json, write_json
@@ -193,6 +194,27 @@ class Section:
     """Paragraphs below the first table."""
     figures: list[Figure] = field(default_factory=list)
     """For saffe_cache.report.plots; a terminal shows none."""
+
+    def spoken_of(self, medium: Modality) -> Section:
+        """The same, written about photos, for inputs of a medium; cells and the values of facts stay as they are."""
+
+        def spoken(text: str) -> str:
+            return spoken_of(text, medium)
+
+        def drawn(figure: Figure) -> Figure:
+            texts = {name: spoken(of) for name, of in vars(figure).items() if isinstance(of, str) and name != "name"}
+            return replace(figure, **texts)
+
+        tables = [replace(of, caption=spoken(of.caption), header=(*map(spoken, of.header),)) for of in self.tables]
+        return Section(
+            title=spoken(self.title),
+            lead=spoken(self.lead),
+            facts=[(spoken(name), value) for name, value in self.facts],
+            definitions=[(name, spoken(text)) for name, text in self.definitions],
+            tables=tables,
+            texts=[*map(spoken, self.texts)],
+            figures=[*map(drawn, self.figures)],
+        )
 
     def to_text(self) -> str:
         """For a terminal. Tables that a page folds are left out, except for the first table."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from saffe_cache.core import ranks
 from saffe_cache.core.atomic_io import hold_folder, remove_partial_files
 from saffe_cache.core.controls import Control, failed
 from saffe_cache.core.devices import choose_device, peak_memory_mb
+from saffe_cache.core.features import nouns, spoken_of
 from saffe_cache.core.items import Inputs
 from saffe_cache.core.options import refuse, require
 from saffe_cache.core.outputs import CONFIG, RESULT, is_begun, provenance, write_json
@@ -73,7 +75,7 @@ _NOT_COMPARED = ("cache", "run", "out", "device", "protocol")
 _PLAIN_FUSION = "linear"
 """The fusion whose defaults for layers and paired texts a baseline without a run has: it makes no demands on them."""
 _FLOPS_BATCH = 8
-_CORRECTED = "one in which texts search vectors of photos: caption, class or metadata"
+_CORRECTED = "one in which texts search vectors of items: caption, class or metadata"
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ def evaluate(config: EvaluateConfig) -> str:
     views = _index_views(config, cache, subject.spec)
     inputs = FeatureLoader(cache, subject.spec, device, index_views=views)
     protocol = _protocol(config, inputs, subject, name)
-    logger.info("%s protocol: %d photos of split %s.", name, len(protocol.setting.pairs), config.split)
+    num_items, of = len(protocol.setting.pairs), nouns([subject.spec.medium])
+    logger.info("%s protocol: %d %s of split %s.", name, num_items, of, config.split)
     out = Path(config.out or _default_out(config, subject, name))
     resolved = {"protocol_name": name, "weights": subject.run.weights if subject.run else None}
     content = {"run": asdict(subject.spec), "resolved": resolved, **provenance(config)}
@@ -158,7 +161,7 @@ def evaluate(config: EvaluateConfig) -> str:
                 (out / file).unlink(missing_ok=True)
             write_json(out / CONFIG, content)
             write_details(out, details)
-        result = _result(config, protocol, subject, systems, out, started)
+        result = _in_its_words(_result(config, protocol, subject, systems, out, started))
         if ranks.is_first():
             result.save(out)
     return str(out)
@@ -212,7 +215,7 @@ def _protocol(config: EvaluateConfig, inputs: FeatureLoader, subject: _Subject, 
     require_size(config.index, len(pairs))
     setting = Setting(inputs, pairs, subject.training.rows, config.seed)
     if config.leak_true_text:
-        require(kind.can_leak, "leak_true_text", f"--protocol {name}", "one that searches photos with null text")
+        require(kind.can_leak, "leak_true_text", f"--protocol {name}", "one that searches items with null text")
         setting = setting.with_true_texts()
     protocol = kind(setting, **{option: getattr(config, option) for option in kind.options})
     protocol.setting = replace(setting, bank=_bank(config, protocol, subject))
@@ -247,7 +250,7 @@ def _fitted_on(protocol: Protocol, subject: _Subject, config: EvaluateConfig) ->
         return subject.training, subject.validation
     found = subject.training.described(), subject.validation.described()
     if not all(map(len, found)) and config.baselines != "none":
-        refuse("baselines", config.baselines, "none: no photo that was trained or validated on has a text of its own")
+        refuse("baselines", config.baselines, "none: no item that was trained or validated on has a text of its own")
     return found
 
 
@@ -326,6 +329,19 @@ def _result(
         index=_write_index(config, protocol, systems.main, out),
         cost=_cost(protocol, subject, systems, started),
         run=setting.spec,
+    )
+
+
+def _in_its_words(result: EvaluationResult) -> EvaluationResult:
+    """The result with the noun of its medium where texts are written about photos."""
+    say = partial(spoken_of, medium=result.run.medium)
+    return replace(
+        result,
+        failures=tuple(map(say, result.failures)),
+        warnings=tuple(map(say, result.warnings)),
+        definition=say(result.definition),
+        descriptions={name: say(text) for name, text in result.descriptions.items()},
+        absent={name: say(why) for name, why in result.absent.items()},
     )
 
 
@@ -495,7 +511,8 @@ def failures(
     for part, least in least_moves.items():
         moved = moves.get(f"to_{part}")
         if moved is not None and moved < least:
-            found.append(f"another {part} moves the fused vector by {moved:.3f}, expected at least {least}")
+            other = {"image": "photo"}.get(part, part)
+            found.append(f"another {other} moves the fused vector by {moved:.3f}, expected at least {least}")
     return found + _seen(shared)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from saffe_cache.core.controls import Control
+from saffe_cache.core.features import NOUNS
 from saffe_cache.core.figures import Dot, DotPlot
 from saffe_cache.core.outputs import CONFIG, read_json
 from saffe_cache.core.results import Estimate, Measurement, Result, Section
@@ -169,24 +170,23 @@ class EvaluationResult(Result):
                 ("trainable parameters", f"{cost.trainable_parameters:,}"),
                 ("FLOPs of fusing one photo", flops(cost.fusing_flops)),
             ]
-        return [
-            Section(
-                title=f"{of_system}{self.protocol} protocol, split {self.split}: {counts}",
-                lead=f"{self.definition[:1].upper()}{self.definition[1:]}.",
-                tables=[self._table(), *([self._media_table()] if self.media else [])],
-                texts=self._texts(),
-                facts=[
-                    *of_fusion,
-                    *self._correction(),
-                    ("cost", f"{trained}, {evaluated}"),
-                    ("unusable items", str(self.num_unusable_items)),
-                ],
-                definitions=[
-                    *((name, metric_named(name).description) for name in self._metrics()),
-                    *((name, self.descriptions[name]) for name in self.systems if name in self.descriptions),
-                ],
-            )
-        ]
+        found = Section(
+            title=f"{of_system}{self.protocol} protocol, split {self.split}: {counts}",
+            lead=f"{self.definition[:1].upper()}{self.definition[1:]}.",
+            tables=[self._table(), *([self._media_table()] if self.media else [])],
+            texts=self._texts(),
+            facts=[
+                *of_fusion,
+                *self._correction(),
+                ("cost", f"{trained}, {evaluated}"),
+                ("unusable items", str(self.num_unusable_items)),
+            ],
+            definitions=[
+                *((name, metric_named(name).description) for name in self._metrics()),
+                *((name, self.descriptions[name]) for name in self.systems if name in self.descriptions),
+            ],
+        )
+        return [found.spoken_of(self.run.medium)]
 
     def page_sections(self, folder: Path) -> list[Section]:
         """With what was run, the systems drawn, and the details of single queries where they are stored."""
@@ -197,7 +197,7 @@ class EvaluationResult(Result):
             details = read_details(folder)
             check_means(folder, details, {name: of[self.main_metric].value for name, of in self.systems.items()})
             show_classes(section, details, [self.system, *self.ranked_baselines()])
-        return [section]
+        return [section.spoken_of(self.run.medium)]
 
     def notes(self) -> list[str]:
         """Where a baseline finds more than the FAM."""
@@ -249,7 +249,8 @@ class EvaluationResult(Result):
         """What was subtracted from scores, if anything."""
         if self.search_correction is None:
             return []
-        photos = f" and {self.bank_photos:,} training photos" if self.bank_photos else ""
+        noun = NOUNS[self.run.medium]
+        photos = f" and {self.bank_photos:,} training {noun}s" if self.bank_photos else ""
         bank = f"bank of {self.bank_texts:,} training texts{photos}"
         return [("search correction", f"{self.search_correction}; {bank}")]
 
@@ -259,7 +260,8 @@ class EvaluationResult(Result):
         for name, of in self.differences.items():
             parts = ", ".join(f"{metric} {one.points()}" for metric, one in of.items())
             found.append(f"FAM minus {name}, the best baseline, by paired bootstrap over photos: {parts}.")
-        moves = ", ".join(f"{part.removeprefix('to_')} {value:.2f}" for part, value in self.sensitivity.items())
+        moved = {"to_image": "photo", "to_text": "text"}
+        moves = ", ".join(f"{moved[part]} {value:.2f}" for part, value in self.sensitivity.items())
         shared = ", ".join(f"{count} {name}" for name, count in self.duplicates.items())
         if moves:
             found.append(f"How far the fused vector moves with another input, 0 to 2: {moves}.")
@@ -276,12 +278,12 @@ class EvaluationResult(Result):
         fusion = f"{spec.shape.fusion}, head {spec.shape.head}, paired text in training: {spec.gallery_text}"
         of_run = self.system == FAM
         photos = drawn(self.validation_photos, self.validation_photos_drawn_from)
-        of_photos = f", {photos} photos" if self.validation_photos_drawn_from else ""
+        noun = NOUNS[spec.medium]
+        of_photos = f", {photos} {noun}s" if self.validation_photos_drawn_from else ""
         chosen = "the epoch was chosen" if of_run else "tuned"
         averages = given.get("index_views", "plain") == "mean"
-        views = (
-            f"trained on {1 + len(spec.views)} of each photo, searched the {'mean of all' if averages else 'plain one'}"
-        )
+        searched = "mean of all" if averages else "plain one"
+        views = f"trained on {1 + len(spec.views)} of each {noun}, searched the {searched}"
         return [
             ("cache", str(given.get("cache", ""))),
             ("gallery encoder", f"{spec.gallery_key}, layers {named_layers(spec)}"),

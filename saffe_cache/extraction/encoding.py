@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from saffe_cache.core.features import CacheError
+from saffe_cache.core.features import CacheError, nouns
 from saffe_cache.core.items import ItemTable
 from saffe_cache.core.views import PLAIN
 from saffe_cache.encoders.encoder import FrozenEncoder
@@ -96,7 +96,7 @@ def run_job(storage: Storage, job: Job, media: Mapping[bytes, Media], record: Ma
         if "offsets" in job.missing:
             writer.put(_offsets(job))
         names = [name for name in job.missing if name != "offsets"]
-        unit = f" {job.encoder.request.modality}s"
+        unit = f" {nouns([job.encoder.request.modality])}"
         with (
             _Storing(job, writer, names) as storing,
             tqdm(total=job.num_inputs, initial=job.start, unit=unit, desc=job.manifest.key) as progress,
@@ -188,7 +188,7 @@ def encode_portions(
         load_batches(job, media) as batches,
         tqdm(
             total=total,
-            unit=f" {job.encoder.request.modality}s",
+            unit=f" {nouns([job.encoder.request.modality])}",
             desc=job.manifest.key,
             disable=not shows_progress,
         ) as progress,
@@ -369,9 +369,9 @@ def _log_times(job: Job, seconds: Seconds) -> None:
     done = job.num_inputs - job.start
     named = "; ".join(f"{job.name_of(row)}: {reason}" for row, reason in list(job.manifest.invalid.items())[:3])
     logger.info(
-        "%s: %d %ss in %.1f s, %.1f per second: %.1f s waiting for data, %.1f s encoding, %.1f s waiting for the "
+        "%s: %d %s in %.1f s, %.1f per second: %.1f s waiting for data, %.1f s encoding, %.1f s waiting for the "
         "writer, which wrote for %.1f s. %s %d inputs are unreadable%s",
-        *(job.manifest.key, done, job.encoder.request.modality, seconds.total, done / seconds.total),
+        *(job.manifest.key, done, nouns([job.encoder.request.modality]), seconds.total, done / seconds.total),
         *(seconds.waiting_for_data, seconds.encoding, seconds.waiting_for_writer, seconds.writing),
         *(_ADVICE[seconds.limit], len(job.manifest.invalid), f": {named}." if named else "."),
     )

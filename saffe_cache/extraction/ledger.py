@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from saffe_cache.core.features import nouns
 from saffe_cache.store.reader import Cache, EncoderCache
 
 _FEWEST = 100
@@ -59,7 +60,8 @@ def reencoding(gallery: EncoderCache, text: EncoderCache, results: Iterable[Mapp
         texts_seen=sum(one["texts_seen"] for one in seen),
         photo_seconds=photo_seconds,
         text_seconds=text_seconds,
-        basis=f"forward passes only, as measured during extraction: {1 / max(photo_seconds, 1e-9):.0f} photos/s and "
+        basis=f"forward passes only, as measured during extraction: {1 / max(photo_seconds, 1e-9):.0f} "
+        f"{nouns([gallery.manifest.modality])}/s and "
         f"{1 / max(text_seconds, 1e-9):.0f} texts/s, {photo.threads} threads",
     )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
-from saffe_cache.core.features import printable
+from saffe_cache.core.features import nouns, printable
 from saffe_cache.core.outputs import CONFIG, RESULT, read_json
 from saffe_cache.core.tables import percent
 from saffe_cache.evaluation.details import FAM
@@ -64,7 +64,7 @@ def model_card(fam: TrainedFusion, described: Mapping[str, Any], options: Mappin
         f"---\n{data.to_yaml()}\n---",
         f"# {_plain(name)}",
         f"A {fam.spec.shape.fusion} fusion of {_COUNTS[len(described)]} frozen encoders, trained from their cached "
-        f"features with saffe_cache. It maps {_THINGS[fam.modality]} and texts into one space of {fam.size} "
+        f"features with saffe_cache. It maps {nouns([fam.modality])} and texts into one space of {fam.size} "
         "dimensions, for search." + " Tables below call it FAM (FusionAlign Module)." * bool(evaluations),
         _use(fam, name),
         _training(fam, described, options),
@@ -81,7 +81,6 @@ def _plain(text: str) -> str:
 
 
 _COUNTS = {2: "two", 3: "three", 4: "four"}
-_THINGS = {"image": "photos", "audio": "sounds", "video": "videos", "media": "items of several media"}
 _CALLS = {
     "image": ("embed_images", '["a.jpg", "b.jpg"]'),
     "audio": ("embed_audio", '["a.wav", "b.wav"]'),
@@ -112,7 +111,7 @@ def _training(fam: TrainedFusion, described: Mapping[str, Any], options: Mapping
     paired = {"null": "none", "first_caption": "the first caption", "matched": "a caption that searches for it"}
     lines = [
         f"data: {_plain(past.get('data') or 'unknown')}, split {_plain(spec.train_split)}, described by {spec.pairs}",
-        f"{result.train_photos:,} {_THINGS[fam.modality]} to train on, {result.validation_photos:,} to choose the "
+        f"{result.train_photos:,} {nouns([fam.modality])} to train on, {result.validation_photos:,} to choose the "
         f"epoch on ({_plain(spec.validation)})",
         f"layers {named_layers(spec)} of the {' and '.join(fam.media)} encoder"
         + (f" and {_numbers(spec.text_layers)} of the text encoder" if spec.text_layers else ""),
@@ -195,5 +194,5 @@ def _limits(fam: TrainedFusion, described: Mapping[str, Any], evaluations: Mappi
         lines.insert(0, "It has not been evaluated: its quality is unknown.")
     for why, what in ((fam.why_not_alone, "alone"), (fam.why_not_paired, "fused with a text")):
         if why:
-            lines.append(f"It has no vectors of {_THINGS[fam.modality]} {what}: {why.partition('. ')[0]}.")
+            lines.append(f"It has no vectors of {nouns([fam.modality])} {what}: {why.partition('. ')[0]}.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)

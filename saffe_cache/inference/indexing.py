@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from saffe_cache.core.atomic_io import hold_folder, remove_partial_files, whole_file, write_whole
-from saffe_cache.core.features import printable
+from saffe_cache.core.features import nouns, printable
 from saffe_cache.core.options import refuse
 from saffe_cache.core.outputs import write_json
 from saffe_cache.inference.config import IndexConfig
@@ -47,7 +47,6 @@ from saffe_cache.retrieval.index import build_index, require_size, serialized, w
 from saffe_cache.sources.items import EMPTY_TEXT, Columns, MediaFile, SourceItem
 from saffe_cache.sources.objects import described
 from saffe_cache.sources.registry import read_items
-from saffe_cache.store.joined import JOINED
 
 if TYPE_CHECKING:
     from saffe_cache.inference.model import TrainedFusion
@@ -211,7 +210,7 @@ class _Vectors:
         reasons: dict[bytes, str] = {}
         with tqdm(
             total=len(missing),
-            unit=" items" if fusion.modality == JOINED else f" {fusion.modality}s",
+            unit=f" {nouns([fusion.modality])}",
             desc="embedding",
             leave=False,
         ) as bar:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saffe_cache.core.features import Modality, short_hash
+from saffe_cache.core.features import NOUNS, Modality, short_hash
 from saffe_cache.core.items import Inputs, ItemTable, Ragged
 from saffe_cache.core.options import require
 from saffe_cache.core.texts import Texts
@@ -262,7 +262,7 @@ def own_pairs(table: ItemTable, modality: Modality, split: str, pairs: Pairs) ->
     is_own = ~table.inputs[modality].shared(pairs.rows, elsewhere)
     if not is_own.any():
         raise ValueError(
-            f"split {split!r}: all of its {len(pairs)} photos belong to other splits too. Keep each photo in one split."
+            f"split {split!r}: all of its {len(pairs)} {NOUNS[modality]}s belong to other splits too. Keep each in one."
         )
     return pairs.take(np.flatnonzero(is_own))
 
@@ -303,7 +303,7 @@ def split_pairs(
     if reported is not None:
         is_free = ~table.inputs[modality].shared(validation.rows, reported.rows)
         if not is_free.any():
-            raise ValueError(f"--validation {options.validation}: all of its {len(validation)} photos are reported.")
+            raise ValueError(f"--validation {options.validation}: all of its {len(validation)} items are reported.")
         validation = validation.take(np.flatnonzero(is_free))
     if 0 < options.validation_photos < len(validation):
         first = _drawn_pairs(validation, seed, hashes)[: options.validation_photos]
@@ -311,7 +311,7 @@ def split_pairs(
     training = keep_part(training, options.train_fraction, seed, hashes)
     for part, name in ((training, options.train_split), (validation, options.validation)):
         if part.composed is not None:
-            _require_queries(part.composed, f"photos of {name!r} to train or validate on")
+            _require_queries(part.composed, f"items of {name!r} to train or validate on")
     return Parts(training, validation, num_shared)
 
 
@@ -337,7 +337,7 @@ def require_classes(pairs: Pairs, table: ItemTable, split: str) -> None:
     present = np.unique(pairs.labels.values)
     if pairs.kind == "classes" and len(present) == 1 < len(table.class_names):
         raise ValueError(
-            f"split {split!r}: all of its {len(pairs)} photos have the class {table.class_names[int(present[0])]!r}, "
+            f"split {split!r}: all of its {len(pairs)} items have the class {table.class_names[int(present[0])]!r}, "
             f"one of {len(table.class_names)}: every ranking is perfect. Correct its classes, or use another split."
         )
 
@@ -358,7 +358,7 @@ def unpaired_inputs(spec: RunSpec, cache: Cache) -> Unpaired | None:
     if spec.unpaired == "rest":
         whole, kept = (training_pairs(of, cache).training for of in (replace(spec, train_fraction=1.0), spec))
         pairs = whole.take(np.flatnonzero(~np.isin(whole.rows, kept.rows)))
-        require(len(pairs) > 0, "unpaired", "rest, with all photos trained on", "a smaller --train-fraction")
+        require(len(pairs) > 0, "unpaired", "rest, with all items trained on", "a smaller --train-fraction")
     else:
         chosen = select_pairs(table, gallery, text, spec.unpaired, spec.pairs)
         pairs = own_pairs(table, modality, spec.unpaired, chosen)
@@ -438,7 +438,7 @@ def same_training_pairs(spec: RunSpec, cache: Cache, run_dir: str | Path) -> tup
     training, validation, _ = training_pairs(spec, cache)
     if run_fingerprint(cache, spec, training, validation) != spec.data:
         raise ValueError(
-            f"--run {run_dir}: it was trained on other photos or texts than {cache.storage.root} holds now for "
+            f"--run {run_dir}: it was trained on other items or texts than {cache.storage.root} holds now for "
             f"split {spec.train_split!r}: what it has seen is unknown. Give the cache of its training, or train again."
         )
     return training, validation

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from saffe_cache.core.features import Modality
+from saffe_cache.core.features import Modality, medium_of_key
 from saffe_cache.core.options import OptionGroup, require
 from saffe_cache.fusion.options import FusionShape, ObjectiveOptions
 from saffe_cache.fusion.registry import GalleryText
@@ -69,6 +69,11 @@ class RunSpec(SplitOptions, ObjectiveOptions):
     """Keys of the encoders of the media that are fused, by modality; empty where the gallery has one medium."""
     data: str = ""
     """Hash of the photos and texts that the run trains on and is validated on."""
+
+    @property
+    def medium(self) -> Modality:
+        """Of the gallery; "media" where several are fused."""
+        return medium_of_key(self.gallery_key)
 
     @property
     def token_layers(self) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from saffe_cache.core.features import MODALITIES, CacheError, Modality
+from saffe_cache.core.features import NOUNS, CacheError, Modality, medium_of_key
 from saffe_cache.core.outputs import CONFIG, read_json
 from saffe_cache.core.results import Result
 from saffe_cache.evaluation.details import NAME, Details, label, read_details
@@ -34,7 +34,6 @@ from saffe_cache.studies.bridge.result import BridgeResult
 NUM_RESULTS = 6
 NUM_BASELINES = 2
 _SEED = 0
-_NOUNS = {"image": "photo", "audio": "sound", "video": "video"}
 
 
 @dataclass(frozen=True)
@@ -97,25 +96,17 @@ class Gallery:
     @property
     def media(self) -> dict[Modality, str]:
         """What is searched and what searches, by their encoders' keys, which begin with the medium."""
-        return {
-            next(one for one in MODALITIES if key.startswith(f"{one}-")): key
-            for key in (self.encoder, self.query_encoder)
-        }
+        return {medium_of_key(key): key for key in (self.encoder, self.query_encoder)}
 
     @property
     def noun(self) -> str:
         """One of what is searched."""
-        return _NOUNS[next(iter(self.media))]
-
-    @property
-    def nouns(self) -> str:
-        """All that it shows."""
-        return " and ".join(f"{_NOUNS[medium]}s" for medium in self.media)
+        return NOUNS[next(iter(self.media))]
 
     @property
     def query_noun(self) -> str:
         """One of what searches."""
-        return _NOUNS[list(self.media)[-1]]
+        return NOUNS[list(self.media)[-1]]
 
     @cached_property
     def cards(self) -> list[Card]:
@@ -302,7 +293,7 @@ def _find(
                 if modality in item.hashes:
                     found[item.hashes[modality]] = modality, item.media[modality]
                 else:
-                    problems[item.id] = item.problem or f"it has no {_NOUNS[modality]} now"
+                    problems[item.id] = item.problem or f"it has no {NOUNS[modality]} now"
     return found, problems, "" if problems else " ".join(failures)
 
 

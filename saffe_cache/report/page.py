@@ -19,7 +19,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from saffe_cache.core.features import CacheError, printable
+from saffe_cache.core.features import CacheError, nouns, printable
 from saffe_cache.core.outputs import CONFIG, RESULT, read_json
 from saffe_cache.core.results import Measurement, Result, Section
 from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, percent, size
@@ -172,7 +172,7 @@ def _notes_on_media(part: Part, gallery: Gallery, album: Album) -> Iterator[Noti
     reasons = [album.reasons[one] for one in hashes if one not in album.thumbnails and one not in album.sounds]
     if reasons:
         common = max(sorted(set(reasons)), key=reasons.count)
-        text = f"{len(reasons)} of the {len(hashes)} {gallery.nouns} of its gallery are not shown: {common}."
+        text = f"{len(reasons)} of the {len(hashes)} {nouns(gallery.media)} of its gallery are not shown: {common}."
         yield Notice("note", part.name, text)
 
 
@@ -217,11 +217,11 @@ def _data_url(media_type: str, data: bytes) -> str:
 
 
 _LEAD = (
-    "Re-encoding: the photos and texts that went through the FAM, in training and validation, times the seconds of a "
+    "Re-encoding: the items and texts that went through the FAM, in training and validation, times the seconds of a "
     "forward pass in the fastest extraction into the cache. The cost of autograd and of the control is left out, so "
     "the true figure is higher. One extraction serves all runs of its cache."
 )
-_HEADER = ("", "trainable parameters", "training", "extraction", "cache", "photos seen", "re-encoding at every step")
+_HEADER = ("", "trainable parameters", "training", "extraction", "cache", "items seen", "re-encoding at every step")
 
 
 def _costs_section(trained: Iterable[Found]) -> Section:

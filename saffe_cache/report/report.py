@@ -70,6 +70,6 @@ def make_report(config: ReportConfig) -> str:
             write_whole(out / "data" / name, data)
         write_whole(out / "index.html", page)
     album = content.album
-    shown = f"{len(album.thumbnails)} photos" + (f", {len(album.sounds)} sounds" if album.sounds else "")
+    shown = f"{len(album.thumbnails)} thumbnails" + (f", {len(album.sounds)} sounds" if album.sounds else "")
     logger.info("%s: %.1f MB, %s.", out / "index.html", len(page) / 1e6, shown)
     return str(out / "index.html")

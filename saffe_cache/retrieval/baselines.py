@@ -327,7 +327,7 @@ def fit_zlap(
     [n, c]. ValueError if there are not more photos than neighbours.
     """
     if max(neighbours) >= len(images):
-        raise ValueError(f"ZLaP: k={max(neighbours)} with {len(images)} training photos. Use k below their number.")
+        raise ValueError(f"ZLaP: k={max(neighbours)} with {len(images)} training items. Use k below their number.")
     search = _Search(images)
     found, weights = search.find(search.images, max(neighbours), is_training=True)
 

@@ -178,7 +178,7 @@ def candidate_scores(
     """
     num_photos, num_classes = scores.shape
     if len(labels) != num_photos:
-        raise ValueError(f"candidates: scores of {num_photos} photos, labels of {len(labels)}. Give both for each.")
+        raise ValueError(f"candidates: scores of {num_photos} items, labels of {len(labels)}. Give both for each.")
     prior = np.zeros(num_classes) if prior is None else prior
     if prior.shape != (num_classes,) or not np.isfinite(prior).all():
         raise ValueError(f"candidates: prior of shape {prior.shape}, expected {num_classes} finite numbers.")
@@ -197,7 +197,7 @@ def image_scores(photos: np.ndarray, labels: Ragged, *, intervals: bool = True, 
     relevant = others_of_classes(labels)
     searching = np.flatnonzero(relevant.lengths)
     if not len(searching):
-        raise ValueError("image protocol: no two photos share a class. Give photos with labels.")
+        raise ValueError("image protocol: no two items share a class. Give items with labels.")
     rows = Ragged(np.unique(relevant.offsets), relevant.values)  # without the empty ones
     ranks = relevant_ranks(InnerProducts(photos, photos[searching]), rows, exclude=searching, seed=seed)
     return _scores_of("images", ranks, searching, len(photos) - 1, intervals, seed)
@@ -244,7 +244,7 @@ def _class_map_scores(scores: ScoreMatrix, labels: Ragged, intervals: bool, seed
     of_classes = members(labels, num_classes)
     present = of_classes.lengths > 0
     if not present.any():
-        raise ValueError("class protocol: no photo has a class. Give photos with labels.")
+        raise ValueError("class protocol: no item has a class. Give items with labels.")
     ranks = relevant_ranks(scores, of_classes, seed=seed)
     ranks = Ragged(np.unique(ranks.offsets), ranks.values)  # without the empty rows
     found = _scores_of("classes", ranks, np.flatnonzero(present), num_photos, False, seed)

@@ -137,7 +137,7 @@ def _report_odd_splits(items: Sequence[SourceItem], splits: Collection[str], dat
             logger.warning("split %s: %s: %s. Check its folders unless this is meant.", split, what, _some(unseen))
         if len(names) == 1 < len(train):
             what = f"its only class is {_some(names)}, and split train has {len(train)}"
-            logger.warning("split %s: %s. Every ranking of its photos would be perfect.", split, what)
+            logger.warning("split %s: %s. Every ranking of its items would be perfect.", split, what)
 
 
 def _report_lacking(items: Sequence[SourceItem]) -> None:

@@ -261,7 +261,7 @@ class TableBuilder:
         reference = self._number(item.query.reference)
         if reference < 0:
             raise ValueError(
-                f"{item.id}: its reference {item.query.reference!r} is not in the table. Add the photo before it."
+                f"{item.id}: its reference {item.query.reference!r} is not in the table. Add that item before it."
             )
         targets, members = (
             tuple(number for name in names if (number := self._number(name)) >= 0)

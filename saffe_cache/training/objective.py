@@ -137,8 +137,8 @@ class Objective(nn.Module):
         needs_photos = any(entry.needs_wrong_photos for entry in over_pairs.values())
         if no_text or (needs_photos and bool(positives.all(dim=0).any())):
             raise ValueError(
-                f"--objective {', '.join(over_pairs)}: a photo of the batch has no wrong text in it, or a text no "
-                "wrong photo. Give several classes, or a larger --batch-size."
+                f"--objective {', '.join(over_pairs)}: an item of the batch has no wrong text in it, or a text no "
+                "wrong item. Give several classes, or a larger --batch-size."
             )
 
     def _of_pairs(

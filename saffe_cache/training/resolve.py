@@ -177,7 +177,7 @@ def _check_together(spec: RunSpec) -> None:
         before = "info_nce=1 too: captions search with null text before pairs are scored"
         refuse("objective", f"{over_pairs} alone", before)
     if spec.pairs == "classes" and spec.gallery_text == "first_caption":
-        answer = "null: a class paired with the photo is the answer itself"
+        answer = "null: a class paired with its item is the answer itself"
         refuse("gallery_text", "first_caption with classes", answer)
     if not fuses and not over_pairs and shape.pooled_text:
         refuse("pooled_text", "yes", "no: no text is fused in training")
@@ -197,7 +197,7 @@ def _check_together(spec: RunSpec) -> None:
         if spec.unpaired in (spec.train_split, spec.validation):
             refuse("unpaired", spec.unpaired, "a split that neither trains nor validates, or rest")
     if not has_text and spec.text_dropout:
-        refuse("text_dropout", spec.text_dropout, "0: no text is paired with the photos")
+        refuse("text_dropout", spec.text_dropout, "0: no text is paired with the items")
 
 
 def _check_composed(spec: RunSpec) -> None:
@@ -213,8 +213,8 @@ def _check_composed(spec: RunSpec) -> None:
     able = " or ".join(name for name, of in OBJECTIVES.items() if of.contrasts)
     for option, value, expected in (
         ("gallery_text", spec.gallery_text != "null" and spec.gallery_text, "null: photo and text are the query"),
-        ("objective", ", ".join(others), f"{able}: others need a text for each photo"),
-        ("fusion", entry.is_closed_form and shape.fusion, "one that is trained: closed forms fit photos to texts"),
+        ("objective", ", ".join(others), f"{able}: others need a text for each item"),
+        ("fusion", entry.is_closed_form and shape.fusion, "one that is trained: closed forms fit items to texts"),
         ("fusion", not shape.takes_text and f"{shape.fusion} without --pooled-text", "one that fuses photo and text"),
         ("unpaired", spec.unpaired, "none: no loss of composed queries uses it"),
     ):
@@ -271,7 +271,7 @@ def _why_not_mixed(spec: RunSpec) -> tuple[str, str] | None:
         return f"with {spec.shape.fusion}", ": it reads texts token by token, which differ in length"
     if spec.fuses_pairs:
         over_pairs = ", ".join(name for name in spec.objective if OBJECTIVES[name].fuses_pairs)
-        return f"with {over_pairs}", ": these objectives fuse photos with whole texts"
+        return f"with {over_pairs}", ": these objectives fuse items with whole texts"
     if spec.shape.entry.reads == "tokens" and not spec.shape.num_tokens:
         others = ", ".join(name for name, entry in FUSIONS.items() if entry.reads == "summary")
         return "of tokens", f", or --fusion {others}: these sounds differ in length"

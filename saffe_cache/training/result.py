@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from saffe_cache.core.features import Modality, nouns
 from saffe_cache.core.figures import Curve, TrainingPlot
 from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.outputs import CONFIG, read_json
@@ -36,6 +37,8 @@ class TrainResult(Result):
 
     verb: ClassVar[str] = "train"
 
+    medium: Modality = "image"
+    """Of the gallery; "media" where several are fused. Releases that did not write it had trained on any."""
     best_epoch: int
     best_validation_score: float
     validation_score: str
@@ -69,7 +72,7 @@ class TrainResult(Result):
             Section(
                 title="Training",
                 facts=[
-                    ("photos", f"{self.train_photos:,} to train on, {validated} to validate on"),
+                    (nouns([self.medium]), f"{self.train_photos:,} to train on, {validated} to validate on"),
                     ("kept", kept),
                     ("steps", f"{self.steps:,} in {duration(self.seconds)}, {self.peak_memory_mb:,} MB at most"),
                     ("trainable parameters", f"{self.trainable_parameters:,}"),

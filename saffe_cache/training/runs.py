@@ -131,7 +131,7 @@ def _check_widths(run_dir: str | Path, spec: RunSpec, cache: Cache) -> None:
     num_text_layers = {"none": 0, "paired": shape.num_layers}.get(shape.entry.blocks, 1)
     if found != expected or len(spec.text_layers) != num_text_layers:
         raise ValueError(
-            f"--run {run_dir}: it fuses photos' tokens {expected[0]} of {expected[1]} layers with texts' of width "
+            f"--run {run_dir}: it fuses items' tokens {expected[0]} of {expected[1]} layers with texts' of width "
             f"{expected[2]} and vectors {expected[3]}; {cache.storage.root} holds {found[0]} of {found[1]}, {found[2]} "
             f"and {found[3]}. Give the cache that it was trained on, or train again."
         )

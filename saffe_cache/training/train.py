@@ -156,7 +156,7 @@ def _plan(config: TrainConfig, cache: Cache, callbacks: Sequence[Logger]) -> _Pl
     residency = ranks.agreed(lambda: choose_residency(config.residency, cache, spec, device))
     unpaired = unpaired_inputs(spec, cache)
     if unpaired and residency == "streamed":
-        refuse("residency", "streamed with --unpaired", "memory or mapped: unpaired photos are drawn from all shards")
+        refuse("residency", "streamed with --unpaired", "memory or mapped: unpaired items are drawn from all shards")
     if spec.pairs == "composed" and residency == "streamed":
         refuse("residency", "streamed with --pairs composed", "memory or mapped: references and targets are anywhere")
     if spec.media and residency == "streamed":
@@ -235,6 +235,7 @@ def _finish(plan: _Plan, state: TrainingState, seen: tuple[int, int], control_se
         keep_encoders(plan.out, plan.spec, plan.cache)
     num_trainable = state.model.num_fitted
     result = TrainResult(
+        medium=plan.spec.medium,
         best_epoch=state.best_epoch,
         best_validation_score=state.best_score,
         validation_score=score_name,
@@ -298,7 +299,7 @@ def _tell(plan: _Plan) -> None:
     )
     if len(validation) < _FEW_PHOTOS:
         logger.warning(
-            "%d photos choose the best epoch, among which chance finds much: their score says little. Hold out more "
+            "%d items choose the best epoch, among which chance finds much: their score says little. Hold out more "
             "(--validation-fraction), or validate on another split.",
             len(validation),
         )

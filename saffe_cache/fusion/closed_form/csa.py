@@ -44,7 +44,7 @@ def held_out_correlations(
         strengths: penalties, for each of which there is a rho.
     """
     if len(photos) < 2:
-        raise ValueError("csa: found 1 photo to train on, expected 2 or more, of which some are held out. Add photos.")
+        raise ValueError("csa: found 1 item to train on, expected 2 or more, of which some are held out. Add items.")
     folds = np.random.default_rng(0).permutation(len(photos)) % min(FOLDS, len(photos))
     found: list[list[np.ndarray]] = [[] for _ in strengths]
     for fold in range(folds.max() + 1):

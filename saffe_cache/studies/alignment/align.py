@@ -95,7 +95,7 @@ def _draw(config: AlignConfig, cache: Cache, encoders: tuple[EncoderCache, Encod
     num_judged, least = min(config.max_photos, len(order) // 2), 4 * config.neighbours
     if num_judged < least:
         raise ValueError(
-            f"{config.cache}, split {config.split!r}: {len(order)} photos with {kind} of their own, expected "
+            f"{config.cache}, split {config.split!r}: {len(order)} items with {kind} of their own, expected "
             f"{2 * least} or more: as many to fit on as to measure on, and 4 times --neighbours. Use more data."
         )
     order = order[: num_judged + config.map_photos]
@@ -103,7 +103,7 @@ def _draw(config: AlignConfig, cache: Cache, encoders: tuple[EncoderCache, Encod
         prompts, text_of = Ragged.from_rows([row] for row in texts[: len(order)]), np.arange(len(order))
     else:
         classes, text_of = np.unique(pairs.labels.values[pairs.labels.offsets[order]], return_inverse=True)
-        require(len(classes) > 1, "pairs", f"photos of {len(classes)} class", "two or more")
+        require(len(classes) > 1, "pairs", f"items of {len(classes)} class", "two or more")
         prompts = Ragged.from_rows(cache.table.class_texts[int(label)] for label in classes)
     return Sample(
         config=config,

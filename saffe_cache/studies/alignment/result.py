@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from saffe_cache.core.controls import Control
+from saffe_cache.core.features import Modality, medium_of_key, spoken_of
 from saffe_cache.core.figures import HeatMap
 from saffe_cache.core.results import Estimate, Measurement, Section
 from saffe_cache.core.tables import Cell, Row, RowKind, Table, duration, interval_cell, percent
@@ -148,7 +149,7 @@ class AlignmentResult(StudyResult):
     def sections(self) -> list[Section]:
         definitions = DEFINITIONS[self.pairs]
         grids = [self._grid(name, of) for name, of in self.measures.items()]
-        return [
+        found = [
             Section(
                 title=f"Which fusion? {self.title}",
                 lead="; ".join(f"{one.gallery}: {one.fusion.upper()}" for one in self.advice) + ".",
@@ -165,6 +166,11 @@ class AlignmentResult(StudyResult):
                 figures=[heat_map for _, heat_map in grids],
             ),
         ]
+        return [section.spoken_of(self._medium) for section in found]
+
+    @property
+    def _medium(self) -> Modality:
+        return medium_of_key(self.encoders["gallery"])
 
     @property
     def _standing(self) -> str:
@@ -181,7 +187,8 @@ class AlignmentResult(StudyResult):
         for maps in self.best_layer.maps:
             for name, score in maps.scores.items():
                 numbers = (percent(score.null_high), percent(maps.chance), f"{score.median_rank:g}")
-                head = f"{NAMES[name]}, {_setting(maps.gallery_layer, maps.text_layer)}"
+                setting = spoken_of(_setting(maps.gallery_layer, maps.text_layer), self._medium)
+                head = f"{NAMES[name]}, {setting}"
                 rows.append(Row(Cell(head), (score.cell(), *map(Cell, numbers))))
         control = self.best_layer.control
         texts = (percent(control.value), "", percent(control.level), "")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from saffe_cache.core.features import NOUNS, Modality, nouns, spoken_of
 from saffe_cache.core.figures import HeatMap, Panel, Series, SeriesPlot
 from saffe_cache.core.results import Estimate, Measurement, Result, Section, series_of
 from saffe_cache.core.tables import ABSENT, Cell, Row, Table, duration, flops, interval_cell, percent, plain_row, size
@@ -140,6 +141,8 @@ class SweepResult(Result):
     title: str
     question: str
     dataset: str
+    medium: Modality = "image"
+    """Of the galleries; "media" where several are fused, or compared."""
     protocol: str
     definition: str
     split: str
@@ -208,10 +211,10 @@ class SweepResult(Result):
                 Cell(f"{max(point.training_peak_memory_mb)}"),
             ]
             rows.append(Row(Cell(place), tuple(cells), "failed" if point.failures else "plain"))
-        costs = ("best epoch", "parameters", "FLOPs a photo", "training s", "MB")
+        costs = ("best epoch", "parameters", spoken_of("FLOPs a photo", self.medium), "training s", "MB")
         caption = (
             f"{metric} in percent: the FAM's mean over seeds with its 95 % t-interval; means of baselines, on the "
-            "same layers and photos, and of controls."
+            f"same layers and {nouns([self.medium])}, and of controls."
         )
         header = (self._place, metric, *others, "chance", *costs)
         return Table(caption, header, tuple(rows), folded=len(rows) > _MOST_ROWS)
@@ -233,7 +236,7 @@ class SweepResult(Result):
         return [Table(caption, ("", self.x_label, "percent", "metric", "note"), tuple(rows))] if rows else []
 
     def _cost_table(self) -> Table:
-        of = self.cost
+        of, noun = self.cost, NOUNS[self.medium]
         rows = {
             "runs": f"{of.num_runs}, {of.workers} at a time",
             "extraction, once": duration(of.extraction_seconds),
@@ -242,9 +245,9 @@ class SweepResult(Result):
             "evaluation, all runs": duration(of.evaluation_seconds),
             "wall-clock time, about": duration(of.wall_seconds),
             "cache": size(of.cache_bytes),
-            "photos and texts seen in training": f"{of.photos_seen:,} and {of.texts_seen:,}",
+            f"{noun}s and texts seen in training": f"{of.photos_seen:,} and {of.texts_seen:,}",
             "re-encoding them at every step would have cost": duration(of.re_encoding_seconds),
-            "encoding one photo, one text": f"{duration(of.photo_seconds)}, {duration(of.text_seconds)}",
+            f"encoding one {noun}, one text": f"{duration(of.photo_seconds)}, {duration(of.text_seconds)}",
         }
         return Table(f"Cost. Rates of encoding: {of.basis}.", ("", ""), tuple(plain_row(*row) for row in rows.items()))
 
@@ -274,8 +277,8 @@ def series_plot(result: SweepResult) -> SeriesPlot:
         frames.setdefault(tuple(places), []).append(_series(one, places, result.metric))
     published = [one for one in result.published if one.metric == result.metric and one.x in all_places]
     caption = (
-        "Mean over seeds with its 95 % t-interval. Hollow, in the same hue: baselines on the same layers and photos. "
-        "Horizontal lines: chance, and systems that no setting changes."
+        "Mean over seeds with its 95 % t-interval. Hollow, in the same hue: baselines on the same layers and "
+        f"{nouns([result.medium])}. Horizontal lines: chance, and systems that no setting changes."
     )
     levels = {one.name: one.value for one in result.levels} | {"chance": statistics.mean(result.chance)}
     return SeriesPlot(

@@ -148,11 +148,13 @@ def collect(recipe: Recipe, cells: Sequence[Sequence[Job]], cache: Cache, out: P
     for cell, jobs in zip(recipe.cells, cells, strict=True):
         series.setdefault(cell.series, []).append(_point(cell, jobs, out))
     first = cells[0][0].evaluated
+    media = {job.evaluated.run.medium for jobs in cells for job in jobs}
     metric = recipe.metric or first.main_metric
     result = SweepResult(
         title=recipe.title,
         question=recipe.question,
         dataset=Path(str(cache.storage.root)).name,
+        medium=next(iter(media)) if len(media) == 1 else "media",
         protocol=first.protocol,
         definition=first.definition,
         split=first.split,
