@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import soundfile
 import torch
 from data_forms import png
 from quick_runs import quick_train, report_of, setting_of, value
+from report_cases import make_page
 from several_cache import TOKENS, WIDTHS, make_several_cache
 
 import saffe_cache as sc
@@ -304,8 +306,9 @@ def write_items(folder: Path, split: str, count: int) -> None:
     (folder / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
-def test_new_items_have_the_vectors_of_the_cache(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
-    data = tmp_path / "films"
+def make_films(folder: Path, tiny_model: Callable[[str], Path]) -> tuple[Path, str, str]:
+    """Items of a photo and a sound, of which some lack one: their folder, a cache of it and a run."""
+    data = folder / "films"
     for split, count in (("train", 12), ("test", 6)):
         write_items(data, split, count)
     encoders = {
@@ -313,8 +316,22 @@ def test_new_items_have_the_vectors_of_the_cache(tmp_path: Path, tiny_model: Cal
         "audio": str(tiny_model("whisper")),
         "text": str(tiny_model("bert")),
     }
-    cache = sc.extract(data=str(data), cache=str(tmp_path / "cache.zarr"), encoder=encoders, device="cpu")
-    run = quick_train(cache, tmp_path / "run", gallery=BOTH, fusion="media_union", epochs=1, validation_fraction=0.3)
+    cache = sc.extract(data=str(data), cache=str(folder / "cache.zarr"), encoder=encoders, device="cpu")
+    run = quick_train(cache, folder / "run", gallery=BOTH, fusion="media_union", epochs=1, validation_fraction=0.3)
+    return data, cache, run
+
+
+def test_the_page_of_a_run_shows_photos_and_plays_sounds(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    _, cache, run = make_films(tmp_path, tiny_model)
+    page = make_page([report_of(cache, run)["out"]], tmp_path / "page")
+    assert len(set(re.findall(r'class="photo (photo-\d+)"', page))) == 4
+    assert set(re.findall(r'<audio [^>]*aria-label="[^:"]*: ([^,"]+),', page)) == {"test/1.wav", "test/4.wav"}
+    assert "The first items that the FAM and baselines find" in page
+    assert "6 items, 6 queries" in page
+
+
+def test_new_items_have_the_vectors_of_the_cache(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    data, cache, run = make_films(tmp_path, tiny_model)
     setting, model = setting_of(cache, run, "captions")
     expected = setting.gallery(model, setting.honest())
     fam = load_run(run, device="cpu")

@@ -82,8 +82,8 @@ class Gallery:
     title: str
     details: Details
     cache: str
-    encoder: str
-    """Key of the gallery's encoder in the cache."""
+    encoders: tuple[str, ...]
+    """Keys of the gallery's encoders in the cache; several where the media of an item are fused."""
     query_encoder: str
     """Key of the encoder of what searches, where no text does."""
     options: ReportConfig
@@ -96,17 +96,17 @@ class Gallery:
     @property
     def media(self) -> dict[Modality, str]:
         """What is searched and what searches, by their encoders' keys, which begin with the medium."""
-        return {medium_of_key(key): key for key in (self.encoder, self.query_encoder)}
+        return {medium_of_key(key): key for key in (*self.encoders, self.query_encoder)}
 
     @property
     def noun(self) -> str:
         """One of what is searched."""
-        return NOUNS[next(iter(self.media))]
+        return NOUNS["media" if len(self.encoders) > 1 else medium_of_key(self.encoders[0])]
 
     @property
     def query_noun(self) -> str:
         """One of what searches."""
-        return NOUNS[list(self.media)[-1]]
+        return self.noun if self.query_encoder in self.encoders else NOUNS[medium_of_key(self.query_encoder)]
 
     @cached_property
     def cards(self) -> list[Card]:
@@ -142,18 +142,20 @@ def open_galleries(folder: Path, result: Result, options: ReportConfig) -> list[
     Raises:
         ValueError: the details or the config are damaged.
     """
-    title, places = "What single queries find", dict[Path, tuple[str, str, str]]()
+    title, places = "What single queries find", dict[Path, tuple[str, tuple[str, ...], str]]()
     if isinstance(result, EvaluationResult):
-        key = next(iter(result.run.media.values()), result.run.gallery_key)  # of several media, photos are shown
-        places[folder] = title, key, key
+        keys = tuple(result.run.media.values()) or (result.run.gallery_key,)
+        places[folder] = title, keys, keys[0]
     elif isinstance(result, BridgeResult):
         for one in result.directions:
-            keys = result.encoders[one.gallery], result.encoders[one.queries]
-            places[folder / one.folder] = f"{title}, {one.name}", *keys
+            keys = (result.encoders[one.gallery],)
+            places[folder / one.folder] = f"{title}, {one.name}", keys, result.encoders[one.queries]
     cache = str(read_json(folder / CONFIG).get("config", {}).get("cache")) if places else ""
     return [
-        Gallery(title=name, details=read_details(place), cache=cache, encoder=key, query_encoder=other, options=options)
-        for place, (name, key, other) in places.items()
+        Gallery(
+            title=name, details=read_details(place), cache=cache, encoders=keys, query_encoder=other, options=options
+        )
+        for place, (name, keys, other) in places.items()
         if (place / NAME).exists()
     ]
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from saffe_cache.core.features import Modality, medium_of_key, nouns
 from saffe_cache.core.figures import Figure, HeatMap, Panel, SeriesPlot
 from saffe_cache.core.results import Estimate, Measurement, Section, series_of
 from saffe_cache.core.tables import ABSENT, Cell, Row, Table, drawn, percent
@@ -77,7 +78,9 @@ class FewPairsResult(StudyResult):
                     figures=[_heat_map(settings, f"methods-{number}")],
                 )
             )
-        return found
+        media = {medium_of_key(of.gallery) for of in self.caches.values()}
+        medium: Modality = media.pop() if len(media) == 1 else "media"
+        return [section.spoken_of(medium) for section in found]
 
     def _overview(self, names: Sequence[str]) -> Section:
         """Which method is best where, the verdicts, and what is missing."""
@@ -107,7 +110,10 @@ class FewPairsResult(StudyResult):
             for name, of in self.caches.items()
             for why, what in _by_reason(of.skipped).items()
         ]
-        facts = [(name, f"{of.gallery} with {of.text}, {of.photos:,} photos") for name, of in self.caches.items()]
+        facts = [
+            (name, f"{of.gallery} with {of.text}, {of.photos:,} {nouns([medium_of_key(of.gallery)])}")
+            for name, of in self.caches.items()
+        ]
         return Section(
             title=f"What to train with few pairs: {self.title}",
             lead="The best closed form is chosen by its validation score; the best method, by the numbers shown.",
