@@ -234,6 +234,14 @@ def test_fused_captions_are_evaluated_with_baselines(captioned: str, tmp_path: P
         open_run(run, open_cache(captioned))
 
 
+def test_complete_items_have_the_scores_of_the_run(tmp_path: Path) -> None:
+    cache = make_several_cache(tmp_path / "several.zarr", {"train": 60, "dev": 20, "test": 30})
+    run = quick_train(cache, tmp_path / "run", gallery=BOTH, fusion="media_sum", epochs=1)
+    report = report_of(cache, run)
+    assert report["media_items"] == report["num_photos"] == 30
+    assert report["media"]["image + audio"] == report["systems"]["fam"] != report["media"]["image"]
+
+
 def test_bank_of_a_correction_keeps_all_media(captioned: str, tmp_path: Path) -> None:
     run = quick_train(captioned, tmp_path / "run", gallery=BOTH, fusion="media_sum", epochs=1)
     report = report_of(captioned, run, search_correction="nnn")  # some items of the bank have one medium alone

@@ -16,7 +16,7 @@ from saffe_cache.core.results import read_report
 from saffe_cache.fusion.media import Medium
 from saffe_cache.inputs.media import Groups
 from saffe_cache.studies.subsets.config import FUSIONS, SubsetsConfig
-from saffe_cache.studies.subsets.fitting import KINDS, _with_dropped, late
+from saffe_cache.studies.subsets.fitting import KINDS, late
 from saffe_cache.studies.subsets.result import SubsetsResult
 from saffe_cache.studies.subsets.subsets import subsets
 
@@ -63,16 +63,6 @@ def test_padding_does_not_count(name: str) -> None:
         for kind, one in media.items()
     }
     torch.testing.assert_close(model(padded), model(media))
-
-
-def test_dropping_leaves_one_medium_of_each_item() -> None:
-    media = media_of(400)
-    media["image"] = media["image"].without(torch.arange(400) < 100)
-    kept = _with_dropped(media, 0.6, np.random.default_rng(0))
-    present = torch.stack([one.is_present for one in kept.values()])
-    assert present.any(dim=0).all()
-    assert not present[0, :100].any()
-    assert 0.35 < present[1, 100:].float().mean() < 0.65
 
 
 def test_late_fusion_is_the_weighted_sum_of_scores() -> None:

@@ -286,7 +286,7 @@ def _result(
     setting, run, bank = protocol.setting, subject.run, protocol.setting.bank
     scores = {name: of.scores for name, of in systems.answered.items()}
     fitted = {name: of for name, of in scores.items() if name != FAM}
-    of_media = _measure_media(protocol, systems.main)
+    of_media = _measure_media(protocol, systems.main, scores[subject.name])
     controls, measured = _all_controls(protocol, systems, fitted, of_media)
     moves, shared = sensitivity(protocol, systems.main), _shared(setting, subject)
     definition, is_compared = protocol.described, run is not None and config.baselines != "none"
@@ -356,10 +356,10 @@ def _all_controls(
     return controls, measured
 
 
-def _measure_media(protocol: Protocol, system: System) -> MediaScores:
+def _measure_media(protocol: Protocol, system: System, scores: Scores) -> MediaScores:
     """What a run of several media finds with some of them; nothing of other systems."""
     if isinstance(system, Fusion) and system.shape.media and isinstance(protocol, SearchProtocol):
-        return measure_media(protocol, system)
+        return measure_media(protocol, system, scores)
     return MediaScores()
 
 

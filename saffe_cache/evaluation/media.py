@@ -54,8 +54,11 @@ class MediaScores:
         return found
 
 
-def measure_media(protocol: SearchProtocol, model: Fusion) -> MediaScores:
-    """The scores of a run for each subset of its media; nothing where no two items have all of them."""
+def measure_media(protocol: SearchProtocol, model: Fusion, scores: Scores) -> MediaScores:
+    """The scores of a run for each subset of its media; nothing where no two items have all of them.
+
+    `scores` are the run's own, with all that each item has.
+    """
     setting, gallery = protocol.setting, protocol.setting.inputs.gallery
     assert isinstance(gallery, JoinedEncoder)
     has_all = (gallery.parts[setting.pairs.rows] >= 0).all(axis=1)
@@ -68,9 +71,13 @@ def measure_media(protocol: SearchProtocol, model: Fusion) -> MediaScores:
         return _measure(protocol, whole, encoder, model)
 
     media = tuple(gallery.encoders)
+    every, *smaller = subsets_of(media)
     return MediaScores(
         num_items=len(pairs),
-        shown={" + ".join(shown): measured(gallery.showing(shown)) for shown in subsets_of(media)},
+        shown={
+            " + ".join(every): scores if has_all.all() else measured(gallery),
+            **{" + ".join(shown): measured(gallery.showing(shown)) for shown in smaller},
+        },
         shuffled={name: measured(gallery.shuffled(name, pairs.rows, setting.seed)) for name in media},
     )
 

@@ -12,7 +12,7 @@ training drops media at random (`drop_media`), never the last one of an item.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -211,26 +211,48 @@ def showing(shape: FusionShape, states: States, mask: Mask, shown: torch.Tensor)
 
 
 def drop_media(shape: FusionShape, states: States, mask: Mask, rate: float, items: Share) -> torch.Tensor:
-    """The mask with some media of some items missing, each with the probability `rate`; one of an item's is left.
+    """The mask with some media of some items missing, by `media_left`."""
+    return showing(shape, states, mask, media_left(present_media(shape, states, mask), rate, items))
+
+
+def media_left(present: torch.Tensor, rate: float, items: Share) -> torch.Tensor:
+    """bool [items, media]: the present media without some, each gone with the probability `rate`; one of an item's is
+    left.
 
     Drawn with torch's generator of the CPU for all items of a batch, as all ranks do alike; `items` are this rank's.
     """
-    present = present_media(shape, states, mask)
     draws, order = (torch.rand(items.total, present.shape[1])[items.own].to(present.device) for _ in range(2))
     left = present & (draws >= rate)
     last = torch.where(present, order, -1.0).argmax(dim=1)
     left[torch.arange(len(left), device=left.device), last] |= ~left.any(dim=1)
-    return showing(shape, states, mask, left)
+    return left
+
+
+def nce_alone(
+    media: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    queries: torch.Tensor,
+    positives: torch.Tensor,
+    temperature: torch.Tensor,
+) -> torch.Tensor:
+    """`info_nce` of the items of which one medium is shown, which the others lack: mean over the media.
+
+    Args:
+        media: unit vectors [n, d] of the items, and bool [n], which have the medium: for each.
+        queries: unit vectors [m, d].
+        positives: bool [n, m].
+        temperature: positive scalar.
+    """
+    losses = []
+    for vectors, has_medium in media:
+        own = positives[has_medium]
+        texts = own.any(dim=0)
+        if texts.any():
+            losses.append(info_nce(vectors[has_medium], queries[texts], own[:, texts], temperature))
+    return torch.stack(losses).mean()
 
 
 class MediaAlone(InfoNce):
-    """`info_nce` of the items of which one medium is shown, which the others lack: mean over the media."""
+    """`nce_alone` of a batch."""
 
     def forward(self, seen: Contrast) -> torch.Tensor:
-        temperature, losses = self.temperature(), []
-        for vectors, has_medium in seen.of_single_media():
-            positives = seen.batch.positives[has_medium]
-            texts = positives.any(dim=0)
-            if texts.any():
-                losses.append(info_nce(vectors[has_medium], seen.queries[texts], positives[:, texts], temperature))
-        return torch.stack(losses).mean()
+        return nce_alone(seen.of_single_media(), seen.queries, seen.batch.positives, self.temperature())

@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional
 
 from saffe_cache.core.features import Modality
+from saffe_cache.core.ranks import Share
 from saffe_cache.fusion.layers import identity_linear, parameter_groups
 from saffe_cache.fusion.losses import Temperature, distinct_positives, info_nce
-from saffe_cache.fusion.media import Concat, Cross, Media, Medium, Sum, Union
+from saffe_cache.fusion.media import Concat, Cross, Media, Medium, Sum, Union, media_left, nce_alone
 from saffe_cache.inputs.media import Groups
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.retrieval.fitting import adamw, batch_size, fit_epochs, update, warmed_cosine
@@ -58,7 +59,7 @@ class Fit:
             for name in self.modalities:
                 medium = examples.media[name].take(torch.from_numpy(order)[rows] if name == shuffled else rows)
                 shown = _on(medium, device)
-                media[name] = shown if name in subset else shown.without(torch.ones(len(rows), dtype=torch.bool))
+                media[name] = shown if name in subset else shown.without(torch.ones_like(shown.is_present))
             found.append(functional.normalize(self.model.fusion(media), dim=1).cpu().numpy())
         return np.concatenate(found)
 
@@ -102,7 +103,7 @@ def fit(
             drawn = {one: groups.draw(one, chosen, generator) if config.regroup else chosen for one in media}
             shown = {one: _on(medium.take(torch.from_numpy(drawn[one])), device) for one, medium in media.items()}
             queries = model.text_map(torch.from_numpy(training.vectors[distinct]).to(device))
-            dropped = _with_dropped(shown, config.modality_dropout, generator)
+            dropped = _with_dropped(shown, config.modality_dropout)
             loss = _loss(model, shown, dropped, queries, torch.from_numpy(positives).to(device))
             update(
                 optimizer, loss, warmed_cosine(next(steps), total, round(WARMUP * total)), list(model.parameters()), 5
@@ -127,14 +128,9 @@ def _loss(model: Model, shown: Media, dropped: Media, queries: torch.Tensor, pos
     loss = info_nce(functional.normalize(model.fusion(dropped), dim=1), queries, positives, temperature)
     if not isinstance(model.fusion, Sum) or len(shown) == 1:
         return loss
-    alone = []
-    for part, medium in zip(model.fusion.parts(shown), shown.values(), strict=True):
-        own = positives[medium.is_present]
-        texts = own.any(dim=0)
-        if texts.any():
-            items = functional.normalize(part[medium.is_present], dim=1)
-            alone.append(info_nce(items, queries[texts], own[:, texts], temperature))
-    return loss + torch.stack(alone).mean()
+    units = (functional.normalize(part, dim=1) for part in model.fusion.parts(shown))
+    alone = zip(units, (one.is_present for one in shown.values()), strict=True)
+    return loss + nce_alone(alone, queries, positives, temperature)
 
 
 def _on(medium: Medium, device: str | torch.device) -> Medium:
@@ -145,16 +141,11 @@ def _has_any(examples: Examples, modalities: Sequence[Modality]) -> np.ndarray:
     return np.asarray(np.logical_or.reduce([examples.rows[name] >= 0 for name in modalities]))
 
 
-def _with_dropped(media: Media, rate: float, generator: np.random.Generator) -> Media:
+def _with_dropped(media: Media, rate: float) -> Media:
     """With some media of some items missing; each item keeps one at least."""
-    left = torch.stack([one.is_present for one in media.values()]).cpu().numpy()
-    for place in generator.permutation(len(left)):
-        drops = (generator.random(left.shape[1]) < rate) & left[place] & (left.sum(axis=0) > 1)
-        left[place] &= ~drops
-    return {
-        name: one.without(torch.from_numpy(~is_left).to(one.mask.device))
-        for (name, one), is_left in zip(media.items(), left, strict=True)
-    }
+    present = torch.stack([one.is_present for one in media.values()], dim=1)
+    gone = ~media_left(present, rate, Share.of(len(present)))
+    return {name: one.without(is_gone) for (name, one), is_gone in zip(media.items(), gone.T, strict=True)}
 
 
 def late_weights(validation: Examples, alone: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, ...]:
