@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,15 +19,36 @@ sys.path.append(str(Path(__file__).parent / "benchmarks"))
 
 import average_precision
 import bench
+import crowded
 import decoding
 import evaluation
+import extraction
+import growth
 import reading
 import training
 import writing
 from synthetic_cache import make_cache
 from timing import Figure, Rounds, not_installed, take_turns
 
+import data.encoders
 from saffe_cache.store.reader import open_cache
+
+SMALL: Mapping[str, Mapping[str, Any]] = {
+    "reading": {"NUM_ROWS": 64, "BATCH": 16, "NEAR_ROUNDS": 1, "FAR_ROUNDS": 1},
+    "readers": {"SHARD_MB": 1, "NUM_SHARDS": 4, "NUM_ROWS": 4, "ROUNDS": 1},
+    "streaming": {"SHARD_MB": 1, "NUM_SHARDS": 4, "LATENCY": 0.001, "ROUNDS": 1},
+    "writing": {"SHARD_BYTES": 2**20, "TURN_SHARDS": 2, "ROUNDS": 1},
+    "objects": {"SHARD_MB": 1, "NUM_SHARDS": 3, "LATENCY": 0.001, "NUM_ROWS": 4, "ROUNDS": 1},
+    "extraction": {"PHOTOS": 6, "TEXTS": 24, "PIXELS": 48, "LAYERS": {"image": (2, 3), "text": (2, 3)}}
+    | {"ROUNDS": 1, "LOADINGS": 1, "DECODING_TURNS": 1},
+    "workers": {"PHOTOS": 4, "LAYERS": (2, 3), "ROUNDS": 1},
+    "training": {"PHOTOS": {"train": 24, "dev": 8}, "LAYERS": {"image": (2, 3), "text": (2, 3)}}
+    | {"RELEASED_BATCH": 4, "RELEASED_STEPS": 2, "ROUNDS": 1},
+    "crowded": {"PHOTOS": 4, "TRAINED_ON": 30, "LAYERS": (2, 3), "STEPS": 1, "BUSY": (0, 1), "ROUNDS": 1},
+    "growth": {"ITEMS": 10},
+}
+"""Sizes of the sections at which a test can run them. Evaluation and decoding have tests of their own."""
+SLOW = ("objects", "extraction", "workers", "training", "growth")
 
 
 class Clock:
@@ -82,6 +107,45 @@ def test_figure_is_the_median_of_ratios() -> None:
     assert figure.interval[0] >= 0.3
     assert figure.interval[1] <= 2
     assert rounds.rate("a", "x", "MB/s", 1e-6).value == pytest.approx(4e-6)
+
+
+@pytest.mark.parametrize(
+    "section", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SMALL]
+)
+def test_a_small_section_measures_every_figure(
+    section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path]
+) -> None:
+    """With tiny encoders, and in this process where a section starts others. What sections check holds at any size."""
+    module = importlib.import_module(section)
+    for name, value in SMALL[section].items():
+        monkeypatch.setattr(module, name, value)
+    encoders = {"dinov2-small": tiny_model("dinov2"), "all-MiniLM-L6-v2": tiny_model("bert")}
+    for place in (module, data.encoders):
+        monkeypatch.setattr(place, "fetch_encoders", lambda folder: encoders, raising=False)
+    monkeypatch.setattr(growth, "measure_apart", growth.measure_stage)
+    monkeypatch.setattr(crowded, "worker", worker_here)
+    monkeypatch.setattr(extraction, "measure_memory", peaks_here)
+    work = tmp_path / "section"
+    work.mkdir()
+    figures = module.measure(work)
+    assert len({figure.name for figure in figures}) == len(figures)
+    measured = [figure for figure in figures if figure != not_installed(figure.name)]
+    assert measured
+    assert all(figure.value is not None and math.isfinite(figure.value) for figure in measured)
+
+
+@contextmanager
+def worker_here(kind: str, work: Path) -> Iterator[Callable[[], int]]:
+    yield crowded.TURNS[kind](work)
+
+
+def peaks_here(photos: Path, model_path: str) -> list[Figure]:
+    peaks = {what: extraction.peak_of(what, photos, model_path) for what in ("extraction", "loop")}
+    return [Figure(name=what, unit="MB", value=peak) for what, peak in peaks.items()]
+
+
+def test_every_section_of_the_command_has_a_small_form() -> None:
+    assert {*SMALL, "decoding", "evaluation"} == set(bench.SECTIONS)
 
 
 @pytest.mark.parametrize(

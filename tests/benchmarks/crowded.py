@@ -29,6 +29,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # data/, and the synthetic cach
 BUSY = (0, 1, 2)
 ROUNDS = 5
 STEPS, PHOTOS = 12, 64
+TRAINED_ON = 1000
+LAYERS = (11, 12)
 TARGET = 0.9
 
 
@@ -87,13 +89,13 @@ def worker(kind: str, work: Path) -> Iterator[Callable[[], int]]:
 
 def serve_turns(kind: str, work: Path) -> None:
     set_up_threads()
-    turn = {"training": training_turns, "extraction": extraction_turns}[kind](work)
+    turn = TURNS[kind](work)
     for _ in sys.stdin:
         print(turn(), flush=True)
 
 
 def training_turns(work: Path) -> Callable[[], int]:
-    """Steps of `linear` on 1,000 photos, whose summaries are kept in memory."""
+    """Steps of `linear` on TRAINED_ON photos, whose summaries are kept in memory."""
     import numpy as np
     from synthetic_cache import make_cache
 
@@ -105,7 +107,7 @@ def training_turns(work: Path) -> Callable[[], int]:
     from saffe_cache.training.loop import _step, start
     from saffe_cache.training.resolve import resolve_run
 
-    path = make_cache(work / "cache.zarr", {"train": 1000, "dev": 100}, captions=5, width=384, text_width=384)
+    path = make_cache(work / "cache.zarr", {"train": TRAINED_ON, "dev": 100}, captions=5, width=384, text_width=384)
     config = TrainConfig(cache=path, out="unused", fusion="linear", validation="dev", device="cpu").resolved()
     cache = open_cache(path)
     spec = resolve_run(config, cache)
@@ -134,11 +136,14 @@ def extraction_turns(work: Path) -> Callable[[], int]:
 
     def turn() -> int:
         to = str(work / f"extracted-{next(numbers)}.zarr")
-        options = {"layers": {"image": (11, 12)}, "image_size": 112, "device": "cpu"}
+        options = {"layers": {"image": LAYERS}, "image_size": 112, "device": "cpu"}
         extract(ExtractConfig(data=data, cache=to, encoder=encoder, **options))
         return PHOTOS
 
     return turn
+
+
+TURNS = {"training": training_turns, "extraction": extraction_turns}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

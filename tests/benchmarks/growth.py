@@ -40,11 +40,22 @@ def measure(work: Path) -> list[Figure]:
         folder = work / str(factor)
         draw(folder / "data", factor * ITEMS)
         for stage in STAGES:
-            arguments = [sys.executable, __file__, stage, str(folder), *map(str, encoders.values())]
-            done = subprocess.run(arguments, check=True, capture_output=True, text=True)
-            measured[stage][factor] = json.loads(done.stdout.splitlines()[-1])
+            measured[stage][factor] = measure_apart(stage, folder, *map(str, encoders.values()))
     plot(measured, work.parent / "growth.svg")
     return [figure for stage, of_stage in measured.items() for figure in figures_of(stage, of_stage)]
+
+
+def measure_apart(stage: str, folder: Path, image: str, text: str) -> dict[str, float]:
+    """`measure_stage` in a process of its own."""
+    arguments = [sys.executable, __file__, stage, str(folder), image, text]
+    done = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def measure_stage(stage: str, folder: Path, image: str, text: str) -> dict[str, float]:
+    started = time.perf_counter()
+    STAGES[stage](folder, image, text)
+    return {"seconds": time.perf_counter() - started, "peak_mb": peak_megabytes()}
 
 
 def figures_of(stage: str, measured: Mapping[int, Mapping[str, float]]) -> list[Figure]:
@@ -122,6 +133,4 @@ def peak_megabytes() -> float:
 
 
 if __name__ == "__main__":
-    started = time.perf_counter()
-    STAGES[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
-    print(json.dumps({"seconds": time.perf_counter() - started, "peak_mb": peak_megabytes()}))
+    print(json.dumps(measure_stage(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])))

@@ -123,7 +123,8 @@ def many_at_once(cache: str, work: Path) -> list[Figure]:
 
 def encoders_in_the_loop(cache: str, scenes: Path, encoders: Mapping[str, str]) -> list[Figure]:
     """Photos per second of one epoch of the SAFFE release's loop, and of the same FAM from the cache."""
-    rounds = take_turns(released_loops(cache, scenes, encoders), ROUNDS)
+    sizes = {"batch_size": RELEASED_BATCH, "num_steps": RELEASED_STEPS}
+    rounds = take_turns(released_loops(cache, scenes, encoders, **sizes), ROUNDS)
     note = f"the release's FAM, batches of {RELEASED_BATCH}, DINOv2-small at 112 px and MiniLM; without the extraction"
     return [
         rounds.rate("released", "the release's loop, encoders in it", "photos/s"),
@@ -138,8 +139,8 @@ def released_loops(
     encoders: Mapping[str, str],
     *,
     pixels: int = 112,
-    batch_size: int = RELEASED_BATCH,
-    num_steps: int = RELEASED_STEPS,
+    batch_size: int,
+    num_steps: int,
     **options: Any,
 ) -> dict[str, Candidate]:
     """Some steps of the release's loop: from the cache, with its encoders in it, and these without autograd.

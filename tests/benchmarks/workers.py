@@ -28,6 +28,7 @@ from data.scenes import draw_scenes
 
 ROUNDS = 3
 PHOTOS = 128
+LAYERS = (11, 12)
 _WORKER = """
 import sys, time
 import torch
@@ -35,12 +36,12 @@ import transformers
 from saffe_cache.extraction.config import ExtractConfig
 from saffe_cache.extraction.workers import run_rank
 
-data, cache, model, rank, world_size = sys.argv[1:]
+data, cache, model, rank, world_size, *layers = sys.argv[1:]
 torch.set_num_threads(1)
 transformers.AutoModel, transformers.Dinov2Model
 config = ExtractConfig(
-    data=data, cache=cache, encoder={"image": model}, layers={"image": (11, 12)}, image_size=112, shard_mb=2, workers=2,
-    device="cpu", rank=int(rank), world_size=int(world_size),
+    data=data, cache=cache, encoder={"image": model}, layers={"image": tuple(map(int, layers))}, image_size=112,
+    shard_mb=2, workers=2, device="cpu", rank=int(rank), world_size=int(world_size),
 )
 print("ready", flush=True)
 sys.stdin.readline()
@@ -74,7 +75,7 @@ def extraction(data: str, cache: str, model: str, num_workers: int) -> tuple[flo
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", _WORKER, data, cache, model, str(rank), str(num_workers)],
+            [sys.executable, "-c", _WORKER, data, cache, model, str(rank), str(num_workers), *map(str, LAYERS)],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
