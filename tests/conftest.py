@@ -40,6 +40,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return folder_of
 
 
+@pytest.fixture(scope="module")
+def no_fsync() -> Iterator[None]:
+    """For modules that write thousands of files."""
+    from store_cases import without_fsync
+
+    with without_fsync():
+        yield
+
+
+@pytest.fixture
+def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the datasets library, which copies what it reads."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
 @pytest.fixture(scope="session")
 def s3_of_session() -> Iterator[S3Proxy]:
     pytest.importorskip("obstore")

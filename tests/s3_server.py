@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 BUCKET = "bucket"
@@ -25,6 +26,11 @@ ENVIRONMENT = {
     "SAFFE_RETRY_SECONDS": "20",
 }
 _REFUSED = b"<Error><Code>InvalidAccessKeyId</Code><Message>The key does not exist.</Message></Error>"
+
+
+def url(folder: Path) -> str:
+    """Of a cache, another one for each test's folder."""
+    return f"s3://{BUCKET}/{folder.name}/cache.zarr"
 
 
 class S3Proxy:

@@ -245,3 +245,10 @@ def shard_files(path: str | Path) -> dict[str, bytes]:
 
 def group_path(path: str | Path, contents: Contents) -> Path:
     return Path(path) / encoder_group(contents.key)
+
+
+def flip(path: Path, position: int) -> None:
+    """Change one bit."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from drawn import unit_rows
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from saffe_cache.retrieval import baselines
@@ -180,18 +181,14 @@ def test_class_means_stand_absent_classes() -> None:
     np.testing.assert_allclose(np.linalg.norm(fit.gallery(features), axis=1), 1, rtol=1e-5)
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
-    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
-
-
 @pytest.mark.parametrize(
     ("image_noise", "text_noise", "low", "high"), [(1, 50, 0.85, 1), (50, 1, 0, 0.15), (2, 2, 0.3, 0.7)]
 )
 def test_late_fusion_takes_the_informative_side(image_noise: float, text_noise: float, low: float, high: float) -> None:
     generator = np.random.default_rng(0)
-    queries = unit(generator.normal(size=(200, 16)))
-    noise = unit(generator.normal(size=(200, 16))), unit(generator.normal(size=(200, 16)))
-    image, text = unit(queries + image_noise * noise[0]), unit(queries + text_noise * noise[1])
+    queries = unit_rows(generator.normal(size=(200, 16)))
+    noise = unit_rows(generator.normal(size=(200, 16))), unit_rows(generator.normal(size=(200, 16)))
+    image, text = unit_rows(queries + image_noise * noise[0]), unit_rows(queries + text_noise * noise[1])
     seen: list[float] = []
 
     def judge(gallery: np.ndarray) -> float:

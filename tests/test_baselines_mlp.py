@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from drawn import unit_rows
 
 from saffe_cache.core.items import Ragged
 from saffe_cache.retrieval import fitting
@@ -12,10 +13,6 @@ from saffe_cache.retrieval.baselines import fit_ridge
 from saffe_cache.retrieval.fitting import MlpFit, fit_mlp
 
 SIZE = 8
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
 
 
 def products(num_photos: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -26,7 +23,7 @@ def products(num_photos: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return features.astype(np.float32), (signs[:, 0] * signs[:, 1] > 0).astype(np.int64)
 
 
-CLASSES = unit(np.random.default_rng(7).normal(size=(2, SIZE)))
+CLASSES = unit_rows(np.random.default_rng(7).normal(size=(2, SIZE)))
 
 
 def accuracy(photos: np.ndarray, queries: np.ndarray, labels: np.ndarray) -> float:
@@ -64,7 +61,7 @@ def test_mlp_gives_unit_vectors_in_float32() -> None:
 def test_a_fit_is_applied_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inner activations are bounded, and each row has its own vector, the last block's too."""
     fit, features = fit_products(epochs=1), products(10, seed=4)[0]
-    texts = unit(np.random.default_rng(1).normal(size=(10, SIZE)))
+    texts = unit_rows(np.random.default_rng(1).normal(size=(10, SIZE)))
     photos, queries = fit.gallery(features), fit.queries(texts)
     seen: list[int] = []
     fit.model.mlp[1].register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
@@ -119,9 +116,9 @@ def notes(num_photos: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     generator = np.random.default_rng(seed)
     shown, said = generator.normal(size=(2, num_photos, SIZE))
     mixing = np.random.default_rng(99).normal(size=(SIZE, 12))
-    captions = unit(shown + said + 0.2 * generator.normal(size=shown.shape))
+    captions = unit_rows(shown + said + 0.2 * generator.normal(size=shown.shape))
     positives = Ragged.from_rows([[photo] for photo in range(num_photos)])
-    return (shown @ mixing).astype(np.float32), unit(said), captions, positives
+    return (shown @ mixing).astype(np.float32), unit_rows(said), captions, positives
 
 
 @pytest.mark.slow

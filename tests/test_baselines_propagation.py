@@ -7,13 +7,10 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from drawn import unit_rows
 
 from saffe_cache.retrieval import baselines
 from saffe_cache.retrieval.baselines import LabelPropagation, fit_zlap
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
 
 
 def one(
@@ -56,7 +53,7 @@ def dense_scores(
     degrees[degrees == 0] = 1
     laplacian = np.eye(len(graph)) - alpha * graph / np.sqrt(np.outer(degrees, degrees))
     rows = [np.linalg.solve(laplacian, edges(*photo, None))[:num_classes] for photo in zip(*test, strict=True)]
-    return unit(np.stack(rows))
+    return unit_rows(np.stack(rows))
 
 
 @pytest.mark.parametrize(("k", "gamma", "alpha"), [(3, 1.0, 0.3), (5, 3.0, 0.9), (12, 5.0, 0.7)])
@@ -64,7 +61,7 @@ def test_scores_equal_a_dense_solve(k: int, gamma: float, alpha: float, monkeypa
     monkeypatch.setattr(baselines, "_PHOTOS_AT_ONCE", 16)  # several blocks, the last one short
     monkeypatch.setattr(baselines, "_CLASSES_AT_ONCE", 4)
     generator = np.random.default_rng(0)
-    images, texts = unit(generator.normal(size=(50, 6)) + 0.4), unit(generator.normal(size=(7, 6)) + 0.2)
+    images, texts = unit_rows(generator.normal(size=(50, 6)) + 0.4), unit_rows(generator.normal(size=(7, 6)) + 0.2)
     train, test = (images[:40], images[:40] @ texts.T), (images[40:], images[40:] @ texts.T)
     fit = one(*train, k, gamma, alpha)
     found = fit.scores(*test)
@@ -76,7 +73,7 @@ def clusters(num_photos: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.nda
     """Photos of three tight clusters; their similarities to texts are right on average, but noisy."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(3, size=num_photos)
-    images = unit(np.eye(3, 16)[labels] + 0.05 * generator.normal(size=(num_photos, 16)))
+    images = unit_rows(np.eye(3, 16)[labels] + 0.05 * generator.normal(size=(num_photos, 16)))
     image_text = 0.3 + 0.1 * np.eye(3)[labels] + 0.1 * generator.normal(size=(num_photos, 3))
     return images, image_text.astype(np.float32), labels
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from drawn import unit_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,10 +14,6 @@ from saffe_cache.retrieval.ranking import InnerProducts, relevant_ranks, top_k
 from saffe_cache.retrieval.scores import Scores, candidate_scores, class_scores, rank_scores, text_scores
 
 seeded = settings(derandomize=True, deadline=None, database=None)
-
-
-def unit_rows(vectors: np.ndarray) -> np.ndarray:
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
 def scored(num_photos: int, num_classes: int, seed: int, several: bool = False) -> tuple[np.ndarray, Ragged]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import close, unit, woken
 from tiny_models import rand
 from torch import nn
 from torch.nn import functional
@@ -28,27 +29,6 @@ def make(fusion: str, size: int = SIZE, **changes: Any) -> Any:
     values: dict[str, Any] = {"num_layers": layers, "hidden_size": SUMMARY // 2, "num_tokens": 5, "pooled_text": False}
     values |= {"head": "attention", "text_hidden_size": size, "text_size": size, "maps_queries": False}
     return FUSIONS[fusion].make(FusionShape(fusion=fusion, **(values | changes)), Blocks()).eval()
-
-
-@torch.no_grad()
-def woken(module: nn.Module) -> Any:
-    """Away from its start, with running means that are not 0 and 1."""
-    generator = torch.Generator().manual_seed(3)
-    for parameter in module.parameters():
-        parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    for one in module.modules():
-        if isinstance(one, nn.BatchNorm1d):
-            one.running_mean.normal_(generator=generator)  # type: ignore[union-attr]
-            one.running_var.uniform_(0.5, 2, generator=generator)  # type: ignore[union-attr]
-    return module
-
-
-def unit(vectors: torch.Tensor) -> torch.Tensor:
-    return functional.normalize(vectors, dim=-1)
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 VECTORS = 5 * rand(PHOTOS, SIZE, seed=9)

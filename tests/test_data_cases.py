@@ -16,11 +16,7 @@ from saffe_cache.extraction.extract import extract
 from saffe_cache.sources.decoding import decode
 from saffe_cache.sources.registry import read_items
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the datasets library, which copies what it reads."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.found[:60])

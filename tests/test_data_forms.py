@@ -28,14 +28,11 @@ from saffe_cache.sources.decoding import decode, modality_of_content
 from saffe_cache.sources.items import Columns
 from saffe_cache.sources.registry import read_items
 
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
+
+
 SPLITS = (("train",), ("train", "test"))
 MATRIX = [(form, roles, splits) for form, one in FORMS.items() for roles in one.roles for splits in SPLITS]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the datasets library, which copies what it reads."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn import unit_vectors
 
 from saffe_cache.core.features import IndexKind
 from saffe_cache.retrieval.index import (
@@ -19,11 +20,6 @@ from saffe_cache.retrieval.index import (
     require_size,
     save_index,
 )
-
-
-def unit_vectors(count: int, width: int, seed: int) -> np.ndarray:
-    vectors = np.random.default_rng(seed).normal(size=(count, width))
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
 def names(count: int) -> tuple[str, ...]:

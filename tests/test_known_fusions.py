@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from drawn import close, unit
 from quick_runs import report_of, value
 from recipes import install, register
 from synthetic_cache import make_cache
@@ -72,14 +73,6 @@ def draw_texts(mask: torch.Tensor = MASK, width: int = 32) -> Texts:
 
 def num_trained(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-
-
-def unit(vectors: torch.Tensor) -> torch.Tensor:
-    return vectors / vectors.norm(dim=-1, keepdim=True)
 
 
 @pytest.mark.slow

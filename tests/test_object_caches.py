@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from extraction_cases import files_of, tiny_config
-from s3_server import BUCKET, S3Proxy
+from s3_server import S3Proxy, url
 from store_cases import convert, verify
 from synthetic_cache import WIDTH, make_cache
 
@@ -24,10 +24,6 @@ from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.train import train
-
-
-def url(tmp_path: Path) -> str:
-    return f"s3://{BUCKET}/{tmp_path.name}/cache.zarr"
 
 
 def files_behind(cache: str) -> dict[str, bytes]:

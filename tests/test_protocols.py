@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from drawn import unit_rows
 
 from saffe_cache.core.items import Ragged
 from saffe_cache.retrieval.scores import Scores, caption_scores, class_scores, drawn_queries, image_scores, text_scores
-
-
-def unit_rows(vectors: np.ndarray) -> np.ndarray:
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
 def captioned(num_photos: int, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

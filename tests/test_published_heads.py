@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import close, unit, woken
 from tiny_models import rand
 from torch import nn
 from torch.nn import functional
@@ -33,29 +34,12 @@ def make(fusion: str, **changes: Any) -> Any:
     return FUSIONS[fusion].make(FusionShape(fusion=fusion, **(values | changes)), Blocks()).eval()
 
 
-@torch.no_grad()
-def woken(module: nn.Module) -> Any:
-    """Away from its start."""
-    generator = torch.Generator().manual_seed(3)
-    for parameter in module.parameters():
-        parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return module
-
-
 def draw_states(count: int = 3, seed: int = 0) -> list[torch.Tensor]:
     return [rand(count, TOKENS, WIDTH, seed=seed + layer) for layer in range(LAYERS)]
 
 
-def unit(vectors: torch.Tensor) -> torch.Tensor:
-    return functional.normalize(vectors, dim=-1)
-
-
 def normed(values: torch.Tensor) -> torch.Tensor:
     return functional.layer_norm(values, values.shape[-1:])
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 def photos_of(model: Any, states: list[torch.Tensor], mask: torch.Tensor | None = None) -> torch.Tensor:

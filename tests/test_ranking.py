@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn import unit_vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,11 +16,6 @@ from saffe_cache.retrieval.metrics import average_precision_of_ranks, chance_ave
 from saffe_cache.retrieval.ranking import ROUNDING, InnerProducts, members, relevant_ranks, top_k
 
 seeded = settings(derandomize=True, deadline=None, database=None)
-
-
-def unit_vectors(count: int, width: int, seed: int) -> np.ndarray:
-    vectors = np.random.default_rng(seed).normal(size=(count, width))
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
 def some_items(num_queries: int, num_items: int, seed: int) -> Ragged:

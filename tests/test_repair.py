@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from extraction_cases import draw, dying_behind, files_of, make_captioned, tiny_config
-from store_cases import memory_folder, verify, without_fsync
+from store_cases import flip, memory_folder, verify
 
 from saffe_cache.cli import main
 from saffe_cache.core.atomic_io import FolderInUseError
@@ -28,6 +28,8 @@ from saffe_cache.store.inspect import Damage
 from saffe_cache.store.manifest import read_encoder
 from saffe_cache.store.reader import open_cache
 from saffe_cache.store.storage import Storage
+
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,6 @@ class Damaged:
     def check_whole(self) -> None:
         assert files_of(str(self.path)) == self.files
         assert verify(self.path)[1] == []
-
-
-def flip(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_fsync() -> Iterator[None]:
-    with without_fsync():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -99,16 +89,12 @@ def cache(grown: tuple[Path, Path]) -> Iterator[Damaged]:
         yield Damaged(folder / "cache.zarr", folder / "data", files_of(str(grown[0])))
 
 
-def remove(path: Path) -> None:
-    path.unlink()
-
-
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-70_000] or b"x")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", [remove, cut, lambda path: flip(path, 5), lambda path: flip(path, -20)])
+@pytest.mark.parametrize("damage", [Path.unlink, cut, lambda path: flip(path, 5), lambda path: flip(path, -20)])
 def test_every_shard_is_restored_byte_for_byte(cache: Damaged, damage: Callable[[Path], None]) -> None:
     """All shards of all encoders at once: full ones, tails, and those that were made by several extractions."""
     arrays = ("hidden_states/*", "pooled", "offsets")

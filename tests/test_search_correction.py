@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn import unit_vectors
 from quick_runs import Report, quick_train, report_of, setting_of, value
 from sklearn.metrics import average_precision_score
 from synthetic_cache import make_cache
@@ -30,11 +31,6 @@ from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.resolve import resolve_run
 
 KINDS: Sequence[CorrectionKind] = ("nnn", "csls", "inverted_softmax")
-
-
-def unit_vectors(count: int, width: int, seed: int) -> np.ndarray:
-    vectors = np.random.default_rng(seed).normal(size=(count, width))
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
 def correction(kind: CorrectionKind, **options: float) -> SearchCorrection:

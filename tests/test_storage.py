@@ -9,7 +9,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
-from s3_server import BUCKET, S3Proxy
+from s3_server import BUCKET, S3Proxy, url
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.store.storage import Storage
@@ -22,10 +22,6 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "s3":
         request.getfixturevalue("s3")
     return Storage({"local": tmp_path, "memory": f"memory://{tmp_path.name}/x", "s3": url(tmp_path)}[request.param])
-
-
-def url(tmp_path: Path) -> str:
-    return f"s3://{BUCKET}/{tmp_path.name}/cache.zarr"
 
 
 def test_a_file_is_created_once(storage: Storage) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from store_cases import (
     shard_files,
     text_contents,
     verify,
-    without_fsync,
     write_contents,
 )
 
@@ -26,15 +24,9 @@ from saffe_cache.store.dtypes import from_storage
 from saffe_cache.store.layout import STORAGE_DTYPES
 from saffe_cache.store.reader import open_cache
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("no_fsync")]
 ERROR = {"float32": 2**-10, "float16": 2**-10, "bfloat16": 2**-7, "int8": 2**-6, "float8": 2**-3}
 """Of the largest magnitude, for what was float16 or bfloat16 before."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_fsync() -> Iterator[None]:
-    with without_fsync():
-        yield
 
 
 @pytest.mark.parametrize("compression", [None, "zstd"])

@@ -24,7 +24,6 @@ from store_cases import (
     shard_files,
     text_contents,
     verify,
-    without_fsync,
     write_contents,
 )
 
@@ -41,13 +40,7 @@ from saffe_cache.store.root import RootManifest, read_root
 from saffe_cache.store.storage import Storage
 from saffe_cache.store.writer import EncoderWriter
 
-pytestmark = pytest.mark.filterwarnings("error")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_fsync() -> Iterator[None]:
-    with without_fsync():
-        yield
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("no_fsync")]
 
 
 class Died(BaseException):

@@ -13,6 +13,7 @@ import google_crc32c
 import numpy as np
 import pytest
 from store_cases import (
+    flip,
     group_path,
     image_contents,
     make_spec,
@@ -49,12 +50,6 @@ def cache(sound_cache: Path) -> Iterator[Path]:
     """A copy to be damaged."""
     with memory_folder() as folder:
         yield shutil.copytree(sound_cache, folder / "cache")
-
-
-def flip(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
 
 
 def test_intact_cache_has_no_problems(sound_cache: Path) -> None:
@@ -102,10 +97,6 @@ def test_every_flipped_bit_of_a_compressed_shard_is_found() -> None:
         assert verify(folder)[1] == []
 
 
-def remove(path: Path) -> None:
-    path.unlink()
-
-
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -114,7 +105,7 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize(("damage", "words"), [(remove, "missing"), (cut, "truncated"), (empty, "truncated")])
+@pytest.mark.parametrize(("damage", "words"), [(Path.unlink, "missing"), (cut, "truncated"), (empty, "truncated")])
 def test_missing_and_truncated_shards_are_found_and_refused(
     cache: Path, damage: Callable[[Path], None], words: str
 ) -> None:
@@ -157,7 +148,7 @@ def test_swapped_shards_are_found(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tables/{part}/items/c/0", "encoders/{key}/blocks/1/query_weight/c/0/0"])
-@pytest.mark.parametrize("damage", [remove, cut, lambda path: flip(path, 0)])
+@pytest.mark.parametrize("damage", [Path.unlink, cut, lambda path: flip(path, 0)])
 def test_tables_and_blocks_are_verified(cache: Path, name: str, damage: Callable[[Path], None]) -> None:
     [part] = open_cache(cache).root.tables
     damage(cache / name.format(key=IMAGES.key, part=part))
@@ -168,7 +159,7 @@ def test_tables_and_blocks_are_verified(cache: Path, name: str, damage: Callable
         open_cache(cache).encoder("image").block(1)
 
 
-@pytest.mark.parametrize("damage", [remove, cut, lambda path: flip(path, 0), lambda path: flip(path, -1)])
+@pytest.mark.parametrize("damage", [Path.unlink, cut, lambda path: flip(path, 0), lambda path: flip(path, -1)])
 def test_damaged_inputs_are_refused_when_used(cache: Path, damage: Callable[[Path], None]) -> None:
     """They are not read when a cache is opened."""
     [part] = open_cache(cache).root.tables

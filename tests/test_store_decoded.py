@@ -17,7 +17,7 @@ import pytest
 import zarr
 from extraction_cases import tiny_config
 from safetensors.numpy import load_file
-from store_cases import image_contents, memory_folder, text_contents, without_fsync, write_contents
+from store_cases import image_contents, memory_folder, text_contents, write_contents
 from synthetic_cache import make_cache
 
 from saffe_cache.cli import main
@@ -34,11 +34,7 @@ from saffe_cache.store.storage import Storage
 Models = Callable[[str], Path]
 FORMATS = ("zarr", "hdf5", "safetensors")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def no_fsync() -> Iterator[None]:
-    with without_fsync():
-        yield
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 @pytest.fixture(scope="module", params=["float16", "bfloat16", "int8", "float8", "float32"])

@@ -21,7 +21,6 @@ from store_cases import (
     shard_files,
     text_contents,
     verify,
-    without_fsync,
     write_contents,
 )
 
@@ -32,14 +31,8 @@ from saffe_cache.store.reader import open_cache
 from saffe_cache.store.root import read_root
 from saffe_cache.store.storage import Storage, describe_group
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("no_fsync")]
 IMAGES, TEXTS = image_contents(13), text_contents(13)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_fsync() -> Iterator[None]:
-    with without_fsync():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -28,7 +27,6 @@ from store_cases import (
     random_rows,
     text_contents,
     verify,
-    without_fsync,
     write_contents,
 )
 
@@ -44,14 +42,8 @@ from saffe_cache.store.storage import Storage
 from saffe_cache.store.table import TableBuilder
 from saffe_cache.store.writer import EncoderWriter, Portion, write_blocks
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("no_fsync")]
 quick = settings(deadline=None, max_examples=25, derandomize=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_fsync() -> Iterator[None]:
-    with without_fsync():
-        yield
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from store_cases import image_contents, shard_files, without_fsync, write_contents
+from store_cases import image_contents, shard_files, write_contents
 
 from saffe_cache.core.atomic_io import Buffer
 from saffe_cache.core.features import CacheError, Compression
@@ -20,14 +19,8 @@ from saffe_cache.store.manifest import read_encoder
 from saffe_cache.store.rows import OpenShards
 from saffe_cache.store.storage import Storage
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("no_fsync")]
 NAME = "hidden_states/1"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_fsync() -> Iterator[None]:
-    with without_fsync():
-        yield
 
 
 class CountingStorage(Storage):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_cases import memory_folder, without_fsync
+from store_cases import memory_folder
 
 from saffe_cache.core.features import CacheError
 from saffe_cache.core.items import Inputs, Item, ItemTable, Ragged
@@ -33,14 +32,8 @@ from saffe_cache.store.root import RootManifest, existing_root, write_root
 from saffe_cache.store.storage import Storage, describe_group, read_group, write_group
 from saffe_cache.store.table import TableBuilder, text_hash
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("no_fsync")]
 PROMPTS = ("a photo of a {}.", "{}")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_fsync() -> Iterator[None]:
-    with without_fsync():
-        yield
 
 
 def digest(text: str) -> bytes:

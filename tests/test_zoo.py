@@ -97,20 +97,18 @@ def test_pil_prepares_photos_that_need_torchvision(name: str, tmp_path: Path) ->
     assert (np.abs(prepared - KEPT[f"pixels/{name}"]) / level).max() < 2.01
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", zoo.ENTRIES | zoo.MORE_ENTRIES)
-def test_automodel_loads_every_weight(tmp_path: Path, name: str) -> None:
-    entry = (zoo.ENTRIES | zoo.MORE_ENTRIES)[name]
-    entry.save(tmp_path)
-    model, loaded = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
-    missing = {weight for weight in loaded["missing_keys"] if not weight.startswith("decoder.")}
-    assert not missing - {"pooler.dense.weight", "pooler.dense.bias"}
-    assert sum(weight.numel() for weight in model.parameters()) < 2_000_000
-
-
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> zoo_runs.Bench:
     return zoo_runs.Bench(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", zoo.ENTRIES | zoo.MORE_ENTRIES)
+def test_automodel_loads_every_weight(bench: zoo_runs.Bench, name: str) -> None:
+    model, loaded = transformers.AutoModel.from_pretrained(bench.checkpoint(name), output_loading_info=True)
+    missing = {weight for weight in loaded["missing_keys"] if not weight.startswith("decoder.")}
+    assert not missing - {"pooler.dense.weight", "pooler.dense.bias"}
+    assert sum(weight.numel() for weight in model.parameters()) < 2_000_000
 
 
 @pytest.mark.parametrize(
