@@ -11,7 +11,7 @@ from test_trained_fusion import World, trained, world
 
 from saffe_cache.inference.model import load_run
 from saffe_cache.inputs.feature_loader import summaries
-from saffe_cache.inputs.pairs import mean_text_vectors, same_training_pairs
+from saffe_cache.inputs.pairs import mean_text_rows, same_training_pairs
 from saffe_cache.protocols.registry import load_protocol
 from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.store.reader import open_cache
@@ -33,7 +33,7 @@ def test_kept_ridge_is_the_closed_form(run: str, world: World) -> None:
     pairs, _ = same_training_pairs(spec, cache, run)
     photos, texts = cache.encoders[spec.gallery_key], cache.encoders[spec.text_key]
     features = summaries(photos, pairs.rows, spec.gallery_layers).astype(np.float64)
-    targets = mean_text_vectors(pairs, texts).astype(np.float64)
+    targets = mean_text_rows(pairs, texts).whole.astype(np.float64)
     own, others = features - features.mean(axis=0), targets - targets.mean(axis=0)
     penalty = ridge.strength * len(own) * np.eye(own.shape[1])
     weight = np.linalg.solve(own.T @ own + penalty, own.T @ others).T

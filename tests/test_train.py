@@ -23,7 +23,6 @@ from saffe_cache.inputs.feature_loader import FeatureLoader, summaries
 from saffe_cache.inputs.pairs import (
     hold_out,
     mean_text_rows,
-    mean_text_vectors,
     same_training_pairs,
     select_pairs,
     training_pairs,
@@ -454,14 +453,14 @@ def test_drawn_validation_is_told_and_known_to_evaluation(
         train(config_for(path, tmp_path / "earlier", epochs=1, validation_photos=5))
 
 
-def test_mean_text_vectors_of_a_part_are_those_of_all(cache_path: str) -> None:
+def test_mean_text_rows_of_a_part_are_those_of_all(cache_path: str) -> None:
     cache = open_cache(cache_path)
     text = cache.encoder("text")
     pairs = select_pairs(cache.table, cache.encoder("image"), text, "train", "captions")
     means = mean_text_rows(pairs, text)
     expected = [unit_rows(text.vectors(of_photo)).mean(axis=0) for of_photo in pairs.texts]
     np.testing.assert_allclose(means.whole, expected, atol=1e-6)
-    np.testing.assert_array_equal(means[7:30], mean_text_vectors(pairs, text)[7:30])
+    np.testing.assert_array_equal(means[7:30], means.whole[7:30])
 
 
 def test_smaller_part_lies_within_a_larger_one(cache_path: str, tmp_path: Path) -> None:
@@ -639,7 +638,7 @@ def test_attention_head_starts_as_ridge_and_never_falls_below_it(tmp_path: Path)
     def judge(fit: LinearMap) -> float:
         return caption_scores(unit_rows(fit(features["dev"])), queries, owners, intervals=False)["mrr"].value
 
-    ridge = judge(fit_ridge(features["train"], mean_text_vectors(pairs["train"], text), judge))
+    ridge = judge(fit_ridge(features["train"], mean_text_rows(pairs["train"], text).whole, judge))
     first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
     assert first["epoch"] == 0
     assert first["validation_score"] == pytest.approx(ridge, abs=1e-6)

@@ -215,13 +215,8 @@ def _without_first(rows: Ragged) -> Ragged:
     return Ragged(rows.offsets - np.arange(len(rows.offsets)), rows.values[is_rest])
 
 
-def mean_text_vectors(pairs: Pairs, text: EncoderCache) -> np.ndarray:
-    """Mean of the unit vectors of each pair's texts, float32 [n, d]: the target of a ridge regression."""
-    return mean_text_rows(pairs, text).mapped(np.asarray)
-
-
 def mean_text_rows(pairs: Pairs, text: EncoderCache) -> Rows:
-    """The same, some pairs at a time."""
+    """Mean of the unit vectors of each pair's texts, float32 [n, d]: the target of a ridge regression."""
 
     def means(these: slice) -> np.ndarray:
         offsets = pairs.texts.offsets[these.start : these.stop + 1]
