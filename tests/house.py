@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "saffe_cache"
-LIMITS = {"modules": 266, "lines": 23_500, "floors": 14, "longest function": 50}
+LIMITS = {"modules": 267, "lines": 23_500, "floors": 14, "longest function": 50}
 """A published method of aligning encoders is a module each, some twenty in all: the number of modules follows them."""
 MOST_FILES = 2
 REGISTRIES = {

@@ -12,14 +12,18 @@ import pytest
 import scipy.linalg
 import torch
 from quick_runs import quick_train, report_of, value
+from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import Ridge
+from sklearn.metrics.pairwise import rbf_kernel
 from synthetic_cache import make_cache
 
 from saffe_cache.core.items import Ragged
 from saffe_cache.fusion.base import Blocks, TrainingVectors
+from saffe_cache.fusion.closed_form import kernel as kernel_module
 from saffe_cache.fusion.closed_form.asif import AsifFusion, axis_weights, relative
 from saffe_cache.fusion.closed_form.cca import Canonical, canonical
 from saffe_cache.fusion.closed_form.csa import held_out_correlations
+from saffe_cache.fusion.closed_form.kernel import KernelRegression, gaussian_kernel
 from saffe_cache.fusion.closed_form.moments import Moments, Side, unit
 from saffe_cache.fusion.closed_form.procrustes import procrustes
 from saffe_cache.fusion.closed_form.ridge import ridge_map
@@ -118,6 +122,55 @@ def test_constant_vector_changes_no_map() -> None:
     photos, texts, positives = draw_pairs(40, 6, 5)
     one, moved = Moments.of(photos, texts, positives), Moments.of(photos + 3.0, texts - 1.0, positives)
     np.testing.assert_allclose(ridge_map(moved.photos, moved.shared, 0.1), ridge_map(one.photos, one.shared, 0.1))
+
+
+# Kernel ridge
+
+
+@pytest.mark.parametrize("strength", [0.03, 3.0])
+def test_kernel_regression_equals_scikit_learn(strength: float) -> None:
+    inputs, targets, new = draw(50, 6), draw(50, 4, seed=1), draw(9, 6, seed=2)
+    expected = KernelRidge(alpha=strength, kernel="rbf", gamma=0.4 / 6).fit(inputs, targets).predict(new)
+    weights = KernelRegression(inputs, targets, inputs, 0.4).weights(strength)
+    kernel = gaussian_kernel(torch.from_numpy(new), torch.from_numpy(inputs), 0.4).numpy()
+    np.testing.assert_allclose(kernel @ weights, expected, atol=1e-5)
+
+
+def test_fewer_anchors_solve_the_normal_equations_of_all_pairs() -> None:
+    inputs, targets = draw(80, 5), draw(80, 3, seed=1)
+    anchors, new = inputs[::8], draw(7, 5, seed=2)
+    of_all, own = rbf_kernel(inputs, anchors, gamma=0.2 / 5), rbf_kernel(anchors, anchors, gamma=0.2 / 5)
+    expected = np.linalg.solve(of_all.T @ of_all + 0.5 * own, of_all.T @ targets)
+    weights = KernelRegression(inputs, targets, anchors, 0.2).weights(0.5)
+    kernel = rbf_kernel(new, anchors, gamma=0.2 / 5)
+    np.testing.assert_allclose(kernel @ weights, kernel @ expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_kernels_learn_what_no_linear_map_can() -> None:
+    """Texts tell of products of a photo's coordinates."""
+    photos = draw(460, 6)
+    texts = np.stack([photos[:, i] * photos[:, j] for i in range(6) for j in range(i)], axis=1)
+    seen, found = Ragged.from_rows([[i] for i in range(400)]), {}
+    for name in ("ridge", "kernel_ridge"):
+        fusion = make(name, 6, texts.shape[1])
+        fusion.fit(seen_of(fusion, photos[:400], texts, seen))
+        scores = scores_of(fusion, photos[400:], texts[400:])
+        found[name] = float((scores.argmax(axis=0) == np.arange(60)).mean())
+    assert found["ridge"] < 0.15
+    assert found["kernel_ridge"] > 0.5
+
+
+@torch.no_grad()
+def test_kernels_have_a_bounded_number_of_anchors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_module, "MOST_ANCHORS", 30)
+    photos, texts, positives = draw_pairs(90, 10, 7, noise=0.2)
+    fusion = make("kernel_ridge", 10, 7)
+    fusion.fit(seen_of(fusion, photos, texts, positives))
+    assert len(fusion.photo_anchors) == len(fusion.text_anchors) == 30
+    assert fusion.num_fitted == 30 * (10 + 2 * 7 + 10) + 10 * (10 + 1) + 7 + 6
+    own = texts[positives.values[positives.offsets[:-1]]]
+    assert (scores_of(fusion, photos, own).argmax(axis=0) == np.arange(90)).mean() > 0.3
 
 
 # Procrustes
@@ -371,6 +424,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 FITTED = {
     "ridge": lambda w: 2 * 64 * 6 + 64 + 6 + 4,
+    "kernel_ridge": lambda w: 120 * (64 + 2 * 6 + w) + 64 * (w + 1) + 6 + 6,
     "procrustes": lambda w: (64 + 6) * (w + 1),
     "cca": lambda w: (64 + 6) * (w + 1),
     "csa": lambda w: (64 + 6) * (w + 1) + w,
@@ -387,7 +441,7 @@ def test_run_is_trained_and_evaluated_with_controls(name: str, path: str, tmp_pa
     assert report["status"] == 0, report["failures"]
     cache = open_cache(path)
     spec, model, result = open_run(run, cache)
-    width = model.from_photo.shape[1] if hasattr(model, "from_photo") else 0
+    width = next((getattr(model, of).shape[1] for of in ("from_photo", "axes") if hasattr(model, of)), 0)
     assert result.trainable_parameters == model.num_fitted == FITTED[name](width)
     assert load_permuted(run, spec, cache) is not None
     paired = quick_train(path, tmp_path / "paired", fusion=name, gallery_text="first_caption", **NO_STEPS)

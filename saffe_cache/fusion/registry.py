@@ -93,8 +93,8 @@ class FusionEntry(Entry):
     scores: Scoring = "inner"
     """How a composed query scores the gallery. inner: by the inner product of unit vectors, which any index can search.
     own: by `Fusion.similarities`."""
-    adds_other_way: bool = False
-    """Whether, trained with null text, it gets a ridge regression from texts to photos beside it (`two_way`)."""
+    adds_kernels: bool = False
+    """Whether, trained with null text, it gets kernel ridge regressions beside it (`with_kernels`)."""
     is_closed_form: bool = False
     """Whether its weights are computed by `Fusion.fit`, without steps and without an objective."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -216,13 +216,13 @@ FUSIONS: Mapping[str, FusionEntry] = {
         is_deterministic=False,
     ),
     "linear": FusionEntry(
-        made_by="saffe_cache.fusion.two_way:TwoWayFusion",
+        made_by="saffe_cache.fusion.with_kernels:WithKernels",
         summary="No attention between modalities: the head pools the photo's tokens; a paired text adds its vector.",
         options=_HEAD,
         fuses_text=False,
         recipe={"mixup": 0.4, "epochs": 30},
         recipe_from="validation",
-        adds_other_way=True,
+        adds_kernels=True,
     ),
     "concat": FusionEntry(
         made_by=f"{_FAM}:FusionAlignModule",
@@ -299,6 +299,7 @@ FUSIONS: Mapping[str, FusionEntry] = {
         objective={"info_nce": 1.0, "matching": 1.0},
     ),
     "ridge": _closed_form("ridge:RidgeFusion", "Ridge regressions in both directions, averaged."),
+    "kernel_ridge": _closed_form("kernel:KernelRidgeFusion", "Kernel ridge regressions in both directions, averaged."),
     "procrustes": _closed_form("procrustes:ProcrustesFusion", "The orthonormal projections that agree best."),
     "cca": _closed_form("cca:CcaFusion", "Regularised canonical correlation analysis."),
     "csa": _closed_form("csa:CsaFusion", "Canonical coordinates, weighted by held-out correlations (CSA)."),

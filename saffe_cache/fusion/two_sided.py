@@ -32,13 +32,17 @@ class TwoSided(Fusion):
         """What `photo_side` sees: by default the summaries that the fusion reads, [inputs, summary_size]."""
         return states[0].squeeze(1)
 
+    def encode_summaries(self, summary: torch.Tensor) -> torch.Tensor:
+        """Unit vectors [inputs, w] of what `photo_summary` makes of photos."""
+        return _unit(self.photo_side(summary))
+
     def encode_queries(self, vectors: torch.Tensor) -> torch.Tensor:
         return _unit(self.text_side(functional.normalize(vectors, dim=-1)))
 
     def fuse(
         self, states: States, mask: Mask = None, texts: Texts | None = None, pairing: Pairing = ROW_BY_ROW
     ) -> Fused:
-        vectors = gathered(_unit(self.photo_side(self.photo_summary(states, mask))), pairing.gallery)
+        vectors = gathered(self.encode_summaries(self.photo_summary(states, mask)), pairing.gallery)
         if texts is not None:
             paired = texts.rows(pairing.text)
             vectors = _unit(vectors + self.encode_texts(paired) * paired.is_text)

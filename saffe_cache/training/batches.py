@@ -26,9 +26,8 @@ from saffe_cache.protocols.base import Protocol, SearchProtocol
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.protocols.setting import Setting
 from saffe_cache.retrieval import fitting
-from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.store.joined import JoinedEncoder
-from saffe_cache.training.starting import LateStart, computed_rows
+from saffe_cache.training.starting import LateStart, computed_rows, training_vectors
 
 
 class EpochOrder(NamedTuple):
@@ -250,11 +249,7 @@ class TrainingData:
 
     def training_vectors(self, model: Fusion) -> TrainingVectors:
         """What a fusion in closed form is fitted on; it validates the model that is to be fitted."""
-        texts = self._pairs.texts
-        distinct, places = np.unique(texts.values, return_inverse=True)
-        photos = self.summaries
-        vectors = unit_rows(self.inputs.text.vectors(distinct))
-        return TrainingVectors(photos, vectors, Ragged(texts.offsets, places), lambda: self.validate(model))
+        return training_vectors(self.inputs, self._pairs, lambda: self.validate(model))
 
     def validate(self, model: Fusion) -> float:
         """The validation score of a model, on which all ranks agree."""

@@ -222,11 +222,11 @@ class Training:
     def complete(self) -> None:
         """Add what is fitted beside the best weights, and save them with it."""
         spec = self._data.inputs.spec
-        if not self._config.entry.adds_other_way or spec.fuses_text:
+        if not self._config.entry.adds_kernels or spec.fuses_text:
             return
         path, model, started = self._out / MODEL, self.state.model, time.perf_counter()
         model.load_state_dict(load(ranks.from_first(path.read_bytes)))
-        self.state.best_score = self._data.start.add_other_way(model.eval())  # type: ignore[arg-type]
+        self.state.best_score = self._data.start.add_kernels(model.eval())  # type: ignore[arg-type]
         if ranks.is_first():
             write_tensors(path, model.state_dict())
         self.state.seconds += time.perf_counter() - started

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from saffe_cache.core import ranks
-from saffe_cache.fusion.base import Fusion
-from saffe_cache.fusion.two_way import OtherWay, TwoWayFusion
+from saffe_cache.core.items import Ragged
+from saffe_cache.fusion.base import Fusion, TrainingVectors
+from saffe_cache.fusion.options import FusionShape
+from saffe_cache.fusion.with_kernels import Kernels, WithKernels
 from saffe_cache.inputs.bank import draw_bank
 from saffe_cache.inputs.feature_loader import FeatureLoader, encode_gallery, in_blocks
 from saffe_cache.inputs.pairs import Pairs, mean_text_rows
@@ -25,9 +27,9 @@ from saffe_cache.retrieval.scores import Biases
 if TYPE_CHECKING:
     from saffe_cache.protocols.base import SearchProtocol
 
-_OTHER_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-"""Candidates for the weight of the ridge regression from texts to photos; of equal ones the smallest."""
-_OTHER_CORRECTION = SearchCorrection(kind="nnn", k=10, strength=0.5, temperature=0.0)
+_KERNEL_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Candidates for the weight of the kernel ridge regressions; of equal ones the smallest."""
+_CORRECTION = SearchCorrection(kind="nnn", k=10, strength=0.5, temperature=0.0)
 """The weight suits searches with this correction as well as those without."""
 _TEXT_WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)
 """Candidates for the starting weight of the paired text's vector, relative to the photo's."""
@@ -54,6 +56,7 @@ class LateStart:
         self._inputs, self._search, self._validation = inputs, search, search.setting.pairs
         self._pairs = training.described()
         self._ridges: dict[bool, tuple[LinearMap, np.ndarray]] = {}
+        self._fitted_kernels: tuple[Kernels, _Vectors] | None = None
 
     def set(self, model: Fusion, linear: nn.Linear) -> None:
         """Set the ridge regression of the photo, and the weight of the paired text, if any.
@@ -105,43 +108,42 @@ class LateStart:
         photos = validation.whole
         return fit_ridge(training, self._text_means, lambda fit: self._search.validate_photos(unit_rows(fit(photos))))
 
-    def add_other_way(self, model: TwoWayFusion) -> float:
-        """Set the ridge regression from texts to photos that searches best beside a trained model, or none; returns
-        the validation score.
+    def add_kernels(self, model: WithKernels) -> float:
+        """Set kernel ridge regressions beside a trained model with the weight that searches best, or none; returns the
+        validation score.
 
         Where searches may be corrected, the best has the highest mean of the scores with and without correction: what
-        corrects hubs is of less use where the other way has few.
+        corrects hubs is of less use where the kernels have few.
         """
-        model.other_way = None
-        alone, (way, others) = self._own_vectors(model), self._other_way
+        model.kernels = None
+        alone, (kernels, others) = self._own_vectors(model), self._kernels(model.shape)
         scores = {}
-        for weight in _OTHER_WEIGHTS:
-            way.weight.fill_(weight)
-            scores[weight] = self._scores(_Vectors(*map(way.beside, alone, others)) if weight else alone)
+        for weight in _KERNEL_WEIGHTS:
+            kernels.weight.fill_(weight)
+            scores[weight] = self._scores(_Vectors(*map(kernels.beside, alone, others)) if weight else alone)
         chosen = max(scores, key=lambda one: scores[one][1])
         if chosen:
-            model.other_way = deepcopy(way)
-            model.other_way.weight.fill_(chosen)
+            model.kernels = deepcopy(kernels)
+            model.kernels.weight.fill_(chosen)
         return scores[chosen][0]
 
-    @cached_property
-    def _other_way(self) -> tuple[OtherWay, _Vectors]:
-        """The regression from texts to photos that searches best alone, of which each model takes a copy, and what it
-        makes of the validation photos and the texts: the same for all models."""
-        photos = computed_rows(self._pairs.rows, self._inputs.summaries)
-        training = Rows(len(photos), lambda rows: unit_rows(photos[rows]))
-        mean_text = self._text_means.whole.mean(axis=0)
+    def _kernels(self, shape: FusionShape) -> tuple[Kernels, _Vectors]:
+        """The regressions, of which each model takes a copy, and what they make of the validation photos and the texts:
+        the same for all models."""
+        if self._fitted_kernels is None:
+            kernels = Kernels(shape).to(self._inputs.device)
+            search = self._search
 
-        def way_of(fit: LinearMap, *, centred: bool) -> OtherWay:
-            centre = fit(mean_text) if centred else np.zeros_like(fit.bias)
-            return OtherWay.of(fit.weight, fit.bias - centre, centre).to(self._inputs.device)
+            def validate() -> float:
+                return ranks.agreed(lambda: search.validation_score(*self._kernel_searches(kernels)))
 
-        def score(way: OtherWay) -> float:
-            return self._scores(self._other_vectors(way))[1]
-
-        best = fit_ridge(self._text_means, training, lambda fit: score(way_of(fit, centred=False)))
-        way = max((way_of(best, centred=centred) for centred in (False, True)), key=score)
-        return way, self._other_vectors(way)
+            kernels.regressions.fit(training_vectors(self._inputs, self._pairs, validate))
+            gallery, queries = map(torch.from_numpy, self._kernel_searches(kernels))
+            bank = queries[:0]
+            if self._bank is not None:
+                bank = torch.from_numpy(self._kernel_texts(kernels, self._inputs.text.vectors(self._bank.texts)))
+            self._fitted_kernels = kernels, _Vectors(gallery, queries, bank)
+        return self._fitted_kernels
 
     def _scores(self, vectors: _Vectors) -> tuple[float, float]:
         """The validation score without search correction, and the mean with and without."""
@@ -158,17 +160,16 @@ class LateStart:
         vectors = encode_gallery(model, inputs, self._validation.rows), queries, bank
         return _Vectors(*map(torch.from_numpy, vectors))
 
-    def _other_vectors(self, way: OtherWay) -> _Vectors:
-        """What stands beside them."""
+    def _kernel_searches(self, kernels: Kernels) -> tuple[np.ndarray, np.ndarray]:
+        """What the regressions make of the validation photos, and of the texts that search them."""
+        photos = torch.from_numpy(self._validation_photos).to(self._inputs.device)
+        gallery = in_blocks(lambda rows: kernels.of_photos(photos[rows]), len(photos), 1024)
+        return gallery, self._kernel_texts(kernels, self._search.queries.vectors)
+
+    def _kernel_texts(self, kernels: Kernels, own: np.ndarray) -> np.ndarray:
+        """What they make of texts, by the text encoder's own vectors."""
         device = self._inputs.device
-
-        def of_texts(own: np.ndarray) -> torch.Tensor:
-            blocks = in_blocks(lambda rows: way.of_texts(torch.from_numpy(own[rows]).to(device)), len(own), 1024)
-            return torch.from_numpy(blocks)
-
-        queries = of_texts(self._search.queries.vectors)
-        bank = queries[:0] if self._bank is None else of_texts(self._inputs.text.vectors(self._bank.texts))
-        return _Vectors(way.of_photos(torch.from_numpy(self._validation_photos).to(device)).cpu(), queries, bank)
+        return in_blocks(lambda rows: kernels.of_texts(torch.from_numpy(own[rows]).to(device)), len(own), 1024)
 
     @cached_property
     def _validation_photos(self) -> np.ndarray:
@@ -193,7 +194,7 @@ class LateStart:
             return None
         inputs, reported = self._inputs, self._validation.texts.values
         try:
-            return draw_bank(_OTHER_CORRECTION, inputs.cache, inputs.spec, self._pairs, reported)
+            return draw_bank(_CORRECTION, inputs.cache, inputs.spec, self._pairs, reported)
         except ValueError:
             return None
 
@@ -210,6 +211,14 @@ class LateStart:
     @property
     def _text_means(self) -> Rows:
         return mean_text_rows(self._pairs, self._inputs.text)
+
+
+def training_vectors(inputs: FeatureLoader, pairs: Pairs, validate: Callable[[], float]) -> TrainingVectors:
+    """What fusions in closed form are fitted on, of some pairs."""
+    texts = pairs.texts
+    distinct, places = np.unique(texts.values, return_inverse=True)
+    photos = computed_rows(pairs.rows, inputs.summaries).whole
+    return TrainingVectors(photos, unit_rows(inputs.text.vectors(distinct)), Ragged(texts.offsets, places), validate)
 
 
 def computed_rows(inputs: np.ndarray, compute: Callable[[np.ndarray], torch.Tensor]) -> Rows:

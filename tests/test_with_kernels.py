@@ -1,4 +1,4 @@
-"""The ridge regression from texts to photos beside `linear`."""
+"""The kernel ridge regressions beside `linear`."""
 
 from __future__ import annotations
 
@@ -6,41 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from quick_runs import quick_train, report_of, setting_of, value
 from synthetic_cache import make_cache
 
-from saffe_cache.fusion.two_way import OtherWay, TwoWayFusion
+from saffe_cache.fusion.with_kernels import WithKernels
 from saffe_cache.inference.model import load_run
 from saffe_cache.inputs.feature_loader import encode_gallery, encode_queries
 from saffe_cache.inputs.pairs import training_pairs
-from saffe_cache.retrieval.baselines import unit_rows
 from saffe_cache.training import starting
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_cache(tmp_path_factory.mktemp("two_way") / "c.zarr", {"train": 60, "test": 40}, signal=1)
-
-
-@pytest.mark.parametrize(("summary_size", "text_size"), [(24, 6), (5, 9)])
-def test_inner_product_is_the_mean_of_both_cosines(summary_size: int, text_size: int) -> None:
-    generator = np.random.default_rng(0)
-
-    def draw(*shape: int) -> np.ndarray:
-        return generator.normal(size=shape).astype(np.float32)
-
-    matrix, offset, centre = draw(summary_size, text_size), draw(summary_size), 0.1 * draw(summary_size)
-    way = OtherWay.of(matrix, offset, centre)
-    way.weight.fill_(0.3)
-    summaries, texts, photo_own, text_own = draw(7, summary_size), draw(8, text_size), draw(7, 4), draw(8, 4)
-    photo_own, text_own = unit_rows(photo_own), unit_rows(text_own)
-    photos = way.beside(torch.from_numpy(photo_own), way.of_photos(torch.from_numpy(summaries))).numpy()
-    queries = way.beside(torch.from_numpy(text_own), way.of_texts(torch.from_numpy(texts))).numpy()
-    other = unit_rows(unit_rows(summaries) - centre) @ unit_rows(unit_rows(texts) @ matrix.T + offset).T
-    np.testing.assert_allclose(photos @ queries.T, 0.7 * photo_own @ text_own.T + 0.3 * other, atol=1e-5)
-    for vectors in (photos, queries):
-        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    return make_cache(tmp_path_factory.mktemp("kernels") / "c.zarr", {"train": 120, "test": 40}, signal=0.5)
 
 
 def test_it_is_kept_where_it_helps_and_survives_loading(
@@ -48,34 +26,38 @@ def test_it_is_kept_where_it_helps_and_survives_loading(
 ) -> None:
     run = quick_train(cache, tmp_path / "both", fusion="linear", epochs=1)
     setting, model = setting_of(cache, run, "captions")
-    assert isinstance(model, TwoWayFusion)
-    assert model.other_way is not None
+    assert isinstance(model, WithKernels)
+    assert model.kernels is not None
     gallery = encode_gallery(model, setting.inputs, setting.pairs.rows)
     assert gallery.shape[1] > model.shape.text_size
     np.testing.assert_allclose(np.linalg.norm(gallery, axis=1), 1, atol=1e-5)
     queries = encode_queries(model, setting.inputs.text.vectors(setting.pairs.texts.values))
     assert queries.shape[1] == gallery.shape[1] == load_run(run, device="cpu").size
-    monkeypatch.setattr(starting, "_OTHER_WEIGHTS", (0.0,))
+    monkeypatch.setattr(starting, "_KERNEL_WEIGHTS", (0.0,))
     alone = quick_train(cache, tmp_path / "alone", fusion="linear", epochs=1)
     _, without = setting_of(cache, alone, "captions")
-    assert isinstance(without, TwoWayFusion)
-    assert without.other_way is None
+    assert isinstance(without, WithKernels)
+    assert without.kernels is None
     own = encode_gallery(without, setting.inputs, setting.pairs.rows)
-    weight = float(model.other_way.weight)
+    weight = float(model.kernels.weight)
     np.testing.assert_allclose(gallery[:, : own.shape[1]], np.sqrt(1 - weight) * own, atol=1e-5)
+    run = quick_train(cache, tmp_path / "kernels", fusion="kernel_ridge", epochs=None, batch_size=None)
+    of_kernels, kernels = setting_of(cache, run, "captions")
+    others = encode_gallery(kernels, of_kernels.inputs, setting.pairs.rows)
+    np.testing.assert_allclose(gallery[:, own.shape[1] :], np.sqrt(weight) * others, atol=1e-5)
 
 
 def test_its_weight_searches_best_with_and_without_correction(cache: str, tmp_path: Path) -> None:
     run = quick_train(cache, tmp_path / "run", fusion="linear", epochs=1)
     setting, model = setting_of(cache, run, "captions")
-    assert isinstance(model, TwoWayFusion)
-    assert model.other_way is not None
-    inputs, chosen = setting.inputs, float(model.other_way.weight)
+    assert isinstance(model, WithKernels)
+    assert model.kernels is not None
+    inputs, chosen = setting.inputs, float(model.kernels.weight)
     training, validation, _ = training_pairs(inputs.spec, inputs.cache)
     bank = inputs.text.vectors(np.unique(training.texts.values))
     scores = []
-    for weight in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
-        model.other_way.weight.fill_(weight)
+    for weight in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        model.kernels.weight.fill_(weight)
         gallery = encode_gallery(model, inputs, validation.rows)
         queries = encode_queries(model, inputs.text.vectors(validation.texts.values))
         nearest = np.sort(gallery @ encode_queries(model, bank).T, axis=1)[:, -10:]
@@ -88,7 +70,7 @@ def test_its_weight_searches_best_with_and_without_correction(cache: str, tmp_pa
     assert max(scores)[0] - {weight: score for score, weight in scores}[round(chosen, 1)] < 1e-6
 
 
-def test_controls_hold_with_both_ways(cache: str, tmp_path: Path) -> None:
+def test_controls_hold_with_both(cache: str, tmp_path: Path) -> None:
     report = report_of(cache, quick_train(cache, tmp_path / "run", fusion="linear", epochs=1), split="test")
     assert report["status"] == 0
     assert value(report, "mrr") > 1.3 * value(report, "mrr", "pairs_permuted")
@@ -97,5 +79,5 @@ def test_controls_hold_with_both_ways(cache: str, tmp_path: Path) -> None:
 def test_paired_texts_leave_it_out(cache: str, tmp_path: Path) -> None:
     run = quick_train(cache, tmp_path / "run", fusion="linear", epochs=1, gallery_text="first_caption")
     _, model = setting_of(cache, run, "captions", paired_texts=True)
-    assert isinstance(model, TwoWayFusion)
-    assert model.other_way is None
+    assert isinstance(model, WithKernels)
+    assert model.kernels is None
