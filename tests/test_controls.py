@@ -174,8 +174,9 @@ def test_level_of_a_permuted_run_is_that_of_random_names(classes: Trained) -> No
 
 def test_queries_that_know_their_answers(captions: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries that find their photo whatever their text says."""
-    gallery = captions.setting.gallery(captions.model, captions.setting.honest())
-    monkeypatch.setattr(Setting, "queries", lambda self, model, queries: gallery[queries.units])
+    monkeypatch.setattr(
+        Setting, "queries", lambda self, model, queries: self.gallery(model, self.honest())[queries.units]
+    )
     assert "queries_constant" in failed(captions.controls(CaptionProtocol(captions.setting)))
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from synthetic_cache import WIDTH, make_cache
 
+from saffe_cache.fusion.base import TrainingVectors
+from saffe_cache.fusion.closed_form.kernel import KernelRidgeFusion
 from saffe_cache.fusion.losses import Batch
 from saffe_cache.retrieval.baselines import LinearMap, fit_ridge
 from saffe_cache.training import loop as fitting
@@ -64,7 +66,7 @@ def alone(cache: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
 def test_parallel_runs_equal_single_ones_and_share_batches(
     cache: str, alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, steps, fits = TrainingData._read, [], []
+    read, steps, fits, kernels = TrainingData._read, [], [], []
 
     def counting(self: TrainingData, step: int) -> Batch:
         steps.append(step)
@@ -74,16 +76,21 @@ def test_parallel_runs_equal_single_ones_and_share_batches(
         fits.append([of[:1].shape[1] for of in arguments[:2]])
         return fit_ridge(*arguments)
 
+    def counting_kernels(self: KernelRidgeFusion, seen: TrainingVectors) -> None:
+        kernels.append(seen.photos.shape)
+        fit_kernels(self, seen)
+
+    fit_kernels = KernelRidgeFusion.fit
     monkeypatch.setattr(TrainingData, "_read", counting)
     monkeypatch.setattr(starting, "fit_ridge", counting_fits)
+    monkeypatch.setattr(KernelRidgeFusion, "fit", counting_kernels)
     assert train_many(configs(cache, tmp_path)) == [str(tmp_path / str(number)) for number in range(len(VARIANTS))]
     assert files(tmp_path) == alone
     per_epoch = json.loads((tmp_path / "0" / "result.json").read_text())["steps"] // 3
     longest = 5 * per_epoch
     assert sorted(steps[:longest]) == list(range(longest))
     assert sorted(steps[longest:]) == list(range(per_epoch))  # of the controls
-    assert len(fits) == 4, "the regressions of both ways serve all runs, others all controls"
-    assert sorted(fits[:2]) == sorted(fit[::-1] for fit in fits[:2])
+    assert (len(fits), len(kernels)) == (2, 2), "one regression of each kind serves all runs, another all controls"
 
 
 @pytest.mark.slow
