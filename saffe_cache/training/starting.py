@@ -135,7 +135,8 @@ class LateStart:
             search = self._search
 
             def validate() -> float:
-                return ranks.agreed(lambda: search.validation_score(*self._kernel_searches(kernels)))
+                score = search.validation_score(*self._kernel_searches(kernels))  # by all ranks together
+                return ranks.agreed(lambda: score)
 
             kernels.regressions.fit(training_vectors(self._inputs, self._pairs, validate))
             gallery, queries = map(torch.from_numpy, self._kernel_searches(kernels))
