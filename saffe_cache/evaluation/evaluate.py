@@ -23,7 +23,7 @@ from saffe_cache.core import ranks
 from saffe_cache.core.atomic_io import hold_folder, remove_partial_files
 from saffe_cache.core.controls import Control, failed
 from saffe_cache.core.devices import choose_device, peak_memory_mb
-from saffe_cache.core.features import nouns, spoken_of
+from saffe_cache.core.features import NOUNS, Modality, nouns, spoken_of
 from saffe_cache.core.items import Inputs
 from saffe_cache.core.options import refuse, require
 from saffe_cache.core.outputs import CONFIG, RESULT, is_begun, provenance, write_json
@@ -502,7 +502,7 @@ def failures(
     moves: Mapping[str, float],
     shared: Mapping[str, int],
     has_permuted: bool,
-    least_moves: Mapping[str, float] = Protocol.least_moves,
+    least_moves: Mapping[Modality, float] = Protocol.least_moves,
 ) -> list[str]:
     """Why a run's numbers must not be used, one line each; nothing where they may be."""
     found = failed(controls.values())
@@ -511,8 +511,7 @@ def failures(
     for part, least in least_moves.items():
         moved = moves.get(f"to_{part}")
         if moved is not None and moved < least:
-            other = {"image": "photo"}.get(part, part)
-            found.append(f"another {other} moves the fused vector by {moved:.3f}, expected at least {least}")
+            found.append(f"another {NOUNS[part]} moves the fused vector by {moved:.3f}, expected at least {least}")
     return found + _seen(shared)
 
 

@@ -260,7 +260,7 @@ class EvaluationResult(Result):
         for name, of in self.differences.items():
             parts = ", ".join(f"{metric} {one.points()}" for metric, one in of.items())
             found.append(f"FAM minus {name}, the best baseline, by paired bootstrap over photos: {parts}.")
-        moved = {"to_image": "photo", "to_text": "text"}
+        moved: dict[str, str] = {f"to_{medium}": noun for medium, noun in NOUNS.items()}
         moves = ", ".join(f"{moved[part]} {value:.2f}" for part, value in self.sensitivity.items())
         shared = ", ".join(f"{count} {name}" for name, count in self.duplicates.items())
         if moves:

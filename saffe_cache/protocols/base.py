@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from saffe_cache.core.features import Modality
 from saffe_cache.core.items import Ragged
 from saffe_cache.fusion.base import Fusion
 from saffe_cache.inputs.feature_loader import encode_gallery
@@ -89,7 +90,7 @@ class Protocol(ABC):
     """Whether the gallery's photos search the texts too, or rank the classes."""
     corrects_search: ClassVar[bool] = False
     """Whether a search correction applies. Then `score_vectors` also takes `biases`, which it subtracts."""
-    least_moves: ClassVar[Mapping[str, float]] = MappingProxyType({"image": 0.2, "text": 0.05})
+    least_moves: ClassVar[Mapping[Modality, float]] = MappingProxyType({"image": 0.2, "text": 0.05})
     """Mean distances of unit vectors below which a fusion does not look at its photo, or at its text."""
     shows_classes: ClassVar[bool] = False
     """Whether every class ranks all photos, so that details have curves and confusion of classes."""

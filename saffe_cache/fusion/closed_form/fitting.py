@@ -69,6 +69,13 @@ class LinearSides(ClosedForm):
         return (unit - self.text_mean) @ self.from_text
 
 
+def in_both_spaces(shares: torch.Tensor, in_text: torch.Tensor, in_photo: torch.Tensor) -> torch.Tensor:
+    """Vectors in the space of texts [n, k] and in that of photos [n, r], unit and scaled by their share, side by side:
+    [n, k + r]. Once they are unit, too, the inner product of those with equal shares is the mean of both cosines."""
+    parts = (functional.normalize(part, dim=-1) for part in (in_text, in_photo))
+    return torch.cat([share * part for share, part in zip(shares, parts, strict=True)], dim=-1)
+
+
 def widths(most: int) -> list[int]:
     """Widths to try: all, a half, a quarter, an eighth; 2 at least, as one coordinate has no angles."""
     return sorted({max(min(most, 2), most // part) for part in (1, 2, 4, 8)}, reverse=True)

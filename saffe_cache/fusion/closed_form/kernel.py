@@ -26,7 +26,7 @@ import torch
 from torch.nn import functional
 
 from saffe_cache.fusion.base import Blocks, TrainingVectors
-from saffe_cache.fusion.closed_form.fitting import ClosedForm
+from saffe_cache.fusion.closed_form.fitting import ClosedForm, in_both_spaces
 from saffe_cache.fusion.closed_form.moments import Side, unit
 from saffe_cache.fusion.options import FusionShape
 
@@ -131,16 +131,13 @@ class KernelRidgeFusion(ClosedForm):
 
     def photo_side(self, summary: torch.Tensor) -> torch.Tensor:
         photo = (functional.normalize(summary, dim=-1) - self.photo_mean) / self.scales[0]
-        return self._both(gaussian_kernel(photo, self.photo_anchors, self.widths[0]) @ self.to_text, photo @ self.axes)
+        in_text = gaussian_kernel(photo, self.photo_anchors, self.widths[0]) @ self.to_text
+        return in_both_spaces(self.shares, in_text, photo @ self.axes)
 
     def text_side(self, unit: torch.Tensor) -> torch.Tensor:
         text = (unit - self.text_mean) / self.scales[1]
-        return self._both(text, gaussian_kernel(text, self.text_anchors, self.widths[1]) @ self.to_photo)
-
-    def _both(self, in_text: torch.Tensor, in_photo: torch.Tensor) -> torch.Tensor:
-        """In the space of texts and in that of photos, side by side: the inner product is the mean of both cosines."""
-        parts = (functional.normalize(part, dim=-1) for part in (in_text, in_photo))
-        return torch.cat([share * part for share, part in zip(self.shares, parts, strict=True)], dim=-1)
+        in_photo = gaussian_kernel(text, self.text_anchors, self.widths[1]) @ self.to_photo
+        return in_both_spaces(self.shares, text, in_photo)
 
 
 def _scale(centred: np.ndarray) -> float:

@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 
 from saffe_cache.fusion.base import Blocks, TrainingVectors
-from saffe_cache.fusion.closed_form.fitting import ClosedForm
+from saffe_cache.fusion.closed_form.fitting import ClosedForm, in_both_spaces
 from saffe_cache.fusion.closed_form.moments import Moments, Side
 from saffe_cache.fusion.options import FusionShape
 
@@ -77,13 +77,8 @@ class RidgeFusion(ClosedForm):
     def photo_side(self, summary: torch.Tensor) -> torch.Tensor:
         photo = functional.normalize(summary, dim=-1)
         mapped = (photo - self.photo_mean) @ self.to_text + self.adds_mean[0] * self.text_mean
-        return self._both(mapped, photo - (1 - self.adds_mean[1]) * self.photo_mean)
+        return in_both_spaces(self.shares, mapped, photo - (1 - self.adds_mean[1]) * self.photo_mean)
 
     def text_side(self, unit: torch.Tensor) -> torch.Tensor:
         mapped = (unit - self.text_mean) @ self.to_photo + self.adds_mean[1] * self.photo_mean
-        return self._both(unit - (1 - self.adds_mean[0]) * self.text_mean, mapped)
-
-    def _both(self, in_text: torch.Tensor, in_photo: torch.Tensor) -> torch.Tensor:
-        """In the space of texts and in that of photos, side by side: the inner product is the mean of both cosines."""
-        parts = (functional.normalize(part, dim=-1) for part in (in_text, in_photo))
-        return torch.cat([share * part for share, part in zip(self.shares, parts, strict=True)], dim=-1)
+        return in_both_spaces(self.shares, unit - (1 - self.adds_mean[0]) * self.text_mean, mapped)
