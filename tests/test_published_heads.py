@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from saffe_cache.core.ranks import Share
 from saffe_cache.fusion.base import Blocks, Texts
-from saffe_cache.fusion.known.gpo import PoolingOperator, drop_tokens, rank_codes
+from saffe_cache.fusion.known.gpo import PoolingOperator, descending, drop_tokens, rank_codes
 from saffe_cache.fusion.layers import summarize
 from saffe_cache.fusion.losses import Batch, Contrast, siglip
 from saffe_cache.fusion.options import FusionShape, ObjectiveOptions
@@ -265,6 +265,19 @@ def pooling(seed: int = 0) -> PoolingOperator:
 
 def test_pooling_operator_has_the_published_size() -> None:
     assert sum(one.numel() for one in pooling().parameters()) == 12_704
+
+
+def test_descending_order_and_its_gradient_are_those_of_torch() -> None:
+    values = torch.randint(-9, 9, (3, 4, 20), generator=torch.Generator().manual_seed(0)).float()  # with ties
+    values[0, 0, :5] = torch.finfo(torch.float32).min
+    weights = torch.repeat_interleave(rand(3, 4, 5), 4, dim=2)
+    found = []
+    for order in (descending, lambda one: one.sort(dim=-1, descending=True).values):
+        given = (values + rand(3, 4, 20, seed=1) * torch.tensor([1.0, 1.0, 0.0])[:, None, None]).requires_grad_()
+        ordered = order(given)
+        (ordered[:2] * weights[:2]).sum().backward()
+        found.append((ordered.detach(), given.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 def test_rank_codes_are_sines_and_cosines() -> None:

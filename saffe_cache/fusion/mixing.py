@@ -36,7 +36,7 @@ class Mix(NamedTuple):
 
     def of(self, values: torch.Tensor, rows: slice | torch.Tensor = slice(None)) -> torch.Tensor:
         """Mixed `values` [pairs, ...]; those of some rows."""
-        return self.weight * values[rows] + (1 - self.weight) * values[self.partners[rows].to(values.device)]
+        return torch.lerp(values[self.partners[rows].to(values.device)], values[rows], self.weight)
 
 
 def draw_mix(alpha: float, count: int) -> Mix:
@@ -100,7 +100,7 @@ def mixed(batch: Batch, alpha: float) -> Batch:
         texts=share,
         states=states,
         text_rows=batch.text_rows[texts.texts.numpy()],
-        vectors=mix.weight * vectors[own] + (1 - mix.weight) * vectors[others],
+        vectors=torch.lerp(vectors[others], vectors[own], mix.weight),
         positives=positives,
         ignored=shared_cells(batch.positives.cpu(), mix.partners, texts).to(device),
         own=texts.starts.to(device),

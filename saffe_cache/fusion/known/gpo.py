@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -43,6 +44,14 @@ def rank_codes(count: int, size: int) -> torch.Tensor:
     frequencies = torch.exp(torch.arange(0, size, 2) * (-math.log(10_000) / size))
     angles = torch.arange(count)[:, None] * frequencies
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
+
+
+def descending(channels: torch.Tensor) -> torch.Tensor:
+    """Each row of the last axis, the largest first. On a CPU numpy sorts short rows several times as fast as torch."""
+    if channels.device.type != "cpu" or torch.compiler.is_compiling():
+        return channels.sort(dim=-1, descending=True).values
+    order = np.argsort(-channels.detach().float().numpy(), axis=-1)
+    return channels.gather(-1, torch.from_numpy(order))
 
 
 class PoolingOperator(nn.Module):
@@ -79,7 +88,7 @@ class PoolingOperator(nn.Module):
         """Pool `channels` [batch, size, tokens]: [batch, size]."""
         if mask is not None:
             channels = channels.masked_fill(~mask[:, None], torch.finfo(channels.dtype).min)
-        ordered = channels.sort(dim=-1, descending=True).values
+        ordered = descending(channels)
         if mask is not None:
             ordered = ordered.masked_fill(~mask.sort(dim=1, descending=True).values[:, None], 0.0)
         weights = self.weights(None if mask is None else mask.sum(dim=1), channels.shape[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,10 @@ from saffe_cache.protocols.registry import load_protocol
 from saffe_cache.protocols.setting import Setting, Vectors
 from saffe_cache.retrieval.metrics import bootstrap_resamples, map_resamples, metrics_of, middle, unit_totals
 from saffe_cache.retrieval.scores import Scores, class_orders
+from saffe_cache.store.reader import Cache
 from saffe_cache.studies.few_pairs.cells import Measured, Part, Permuted, Trained
 from saffe_cache.studies.few_pairs.config import FewPairsConfig
-from saffe_cache.studies.few_pairs.planning import Gallery, Source, reported_pairs, run_config, runs_folder
+from saffe_cache.studies.few_pairs.planning import Source, reported_pairs, run_config, runs_folder
 from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.runs import load_permuted, open_run
 from saffe_cache.training.train import train_many
@@ -94,25 +96,26 @@ def _measure(config: FewPairsConfig, source: Source, run: TrainConfig) -> Traine
         best_epoch=trained.best_epoch,
         train_photos=trained.train_photos,
         validation_photos=trained.validation_photos,
-        galleries={
-            name: _measure_on(_protocol(config, source, gallery, spec, training), *models)
-            for name, gallery in source.galleries.items()
-        },
+        galleries={name: _measure_on(one, *models) for name, one in _protocols(config, source, spec, training).items()},
     )
 
 
-def _protocol(
-    config: FewPairsConfig, source: Source, gallery: Gallery, spec: RunSpec, training: Pairs
-) -> SearchProtocol:
-    """The protocol over a gallery, with the bank of its search correction."""
-    cache, bank = gallery.cache, None
-    pairs = reported_pairs(config, cache, spec, source.protocol)
-    if gallery.correction:
-        bank = draw_bank(gallery.correction, cache, spec, training, pairs.texts.values)
-    loader = FeatureLoader(cache, spec, choose_device(config.device))
-    protocol = load_protocol(source.protocol)(Setting(loader, pairs, training.rows, _SEED, bank))
-    assert isinstance(protocol, SearchProtocol)
-    return protocol
+def _protocols(config: FewPairsConfig, source: Source, spec: RunSpec, training: Pairs) -> dict[str, SearchProtocol]:
+    """The protocol over each gallery, with the bank of its search correction. A cache's photos are encoded once."""
+    settings: dict[Cache, Setting] = {}
+    found = {}
+    for name, gallery in source.galleries.items():
+        cache, bank = gallery.cache, None
+        if cache not in settings:
+            loader = FeatureLoader(cache, spec, choose_device(config.device))
+            pairs = reported_pairs(config, cache, spec, source.protocol)
+            settings[cache] = Setting(loader, pairs, training.rows, _SEED)
+        if gallery.correction:
+            bank = draw_bank(gallery.correction, cache, spec, training, settings[cache].pairs.texts.values)
+        protocol = load_protocol(source.protocol)(replace(settings[cache], bank=bank))
+        assert isinstance(protocol, SearchProtocol)
+        found[name] = protocol
+    return found
 
 
 def _measure_on(protocol: SearchProtocol, model: Fusion, permuted: Fusion | None) -> Measured:
