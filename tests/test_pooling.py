@@ -42,6 +42,15 @@ def test_products_and_sums_are_those_of_a_layer_norm(state: torch.Tensor) -> Non
         torch.testing.assert_close(actual.grad.double(), double.grad, atol=1e-4 * scale, rtol=1e-3)
 
 
+@pytest.mark.parametrize("state", [*STATES.values(), STATE + 100], ids=[*STATES, "very far from zero"])
+def test_products_in_bfloat16_lose_its_rounding_alone(state: torch.Tensor) -> None:
+    vectors = rand(12, 4, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        products = NormedTokens(state).products(vectors).float()
+    exact = torch.einsum("btd,dn->bnt", functional.layer_norm(state.double(), (12,)), vectors.double())
+    torch.testing.assert_close(products.double(), exact, atol=0.02 * float(exact.abs().max()), rtol=0)
+
+
 def test_backward_pass_keeps_nothing_as_large_as_cached_tokens() -> None:
     kept: list[torch.Tensor] = []
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quick_runs import report_of, value
+from quick_runs import quick_train, report_of, value
+from safetensors.torch import load_file
 from synthetic_cache import LAYERS, WIDTH, make_cache
 
 from saffe_cache.core.atomic_io import LOCK_NAME, FolderInUseError, hold_folder
@@ -476,6 +477,19 @@ def test_smaller_part_lies_within_a_larger_one(cache_path: str, tmp_path: Path) 
     other = resolve_run(config_for(cache_path, tmp_path, train_fraction=0.5, seed=1, validation="test"), cache)
     same = resolve_run(config_for(cache_path, tmp_path, train_fraction=0.5, validation="test"), cache)
     assert set(training_pairs(other, cache)[0].rows) != set(training_pairs(same, cache)[0].rows)
+
+
+def test_type_of_training_steps(cache_path: str, tmp_path: Path) -> None:
+    """bfloat16 differs from float32 by its rounding, and a CPU takes it only if it is asked for."""
+
+    def trained(dtype: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        out = quick_train(cache_path, tmp_path / dtype, fusion="contrastive", dtype=dtype)
+        return read_json(Path(out) / "result.json"), load_file(Path(out) / "model.safetensors")
+
+    (whole, weights), (_, of_auto), (rounded, of_rounded) = map(trained, ("float32", "auto", "bfloat16"))
+    assert all(torch.equal(weights[name], of_auto[name]) for name in weights)
+    assert not all(torch.equal(weights[name], of_rounded[name]) for name in weights)
+    assert rounded["best_validation_score"] == pytest.approx(whole["best_validation_score"], abs=0.05)
 
 
 def test_an_untrained_run_is_its_start(cache_path: str, tmp_path: Path) -> None:

@@ -30,6 +30,14 @@ def choose_device(device: str) -> str:
     return device
 
 
+def is_fast_with_bfloat16(device: str) -> bool:
+    """Whether it multiplies bfloat16 matrices faster than float32 ones: a GPU, or AVX-512 BF16 or AMX of a CPU."""
+    import torch
+
+    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.10 and later
+    return device != "cpu" or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 

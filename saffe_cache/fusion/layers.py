@@ -62,7 +62,10 @@ _EPS = 1e-5
 
 
 class NormedTokens:
-    """A layer's tokens [batch, tokens, d], normed where they are used. Float32, also under autocast."""
+    """A layer's tokens [batch, tokens, d], normed where they are used.
+
+    Sums over tokens are float32, also under autocast.
+    """
 
     def __init__(self, state: torch.Tensor) -> None:
         self._state = state.float()
@@ -73,8 +76,10 @@ class NormedTokens:
     def products(self, vectors: torch.Tensor) -> torch.Tensor:
         """Products of the tokens with each of `vectors` [d, n]: [batch, n, tokens]."""
         centred = (vectors - vectors.mean(dim=0)).T.contiguous()  # this layout makes the backward product fast on a CPU
-        with torch.autocast(vectors.device.type, enabled=False):
-            products = functional.linear(self._state, centred)
+        tokens = self._state
+        if torch.is_autocast_enabled(tokens.device.type):  # a large mean would leave no digits for the rest
+            tokens = tokens - tokens.mean(dim=-1, keepdim=True)
+        products = functional.linear(tokens, centred)
         return products.transpose(1, 2) * self._scales  # type: ignore[no-any-return]
 
     def sums(self, weights: torch.Tensor) -> torch.Tensor:

@@ -260,7 +260,7 @@ def _step(config: TrainConfig, state: TrainingState, batch: Batch, total: int) -
     rate = warmed_cosine(state.step, total, max(1, int(config.recipe.warmup * total)), floor=0.02)
     state.model.train()
     device = batch.vectors.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+    with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         loss = state.loss(batch)
     update(state.optimizer, loss, rate, tuple(state.model.parameters()), config.clip)
     return float(loss.detach())

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from saffe_cache.core.devices import choose_device, is_fast_with_bfloat16
 from saffe_cache.core.features import MODALITIES
 from saffe_cache.core.options import positional, require, require_keys, require_seed
 from saffe_cache.fusion.registry import FUSIONS
 from saffe_cache.retrieval.correction import CorrectionOptions
+from saffe_cache.training.config import TrainingType
 
 DEFAULT, EVERY = "default", "all"
 """Names of several fusions."""
@@ -65,6 +67,9 @@ class FewPairsConfig(CorrectionOptions):
     """Processes that train side by side. Default: one per processor core, at most 4; 1 on a GPU."""
     device: str = "auto"
     """cpu, cuda or cuda:N. auto: a GPU if there is one."""
+    dtype: TrainingType = "auto"
+    """Type of the matrix products of training steps. auto: bfloat16 where the device has fast ones, as GPUs and CPUs
+    with AVX-512 BF16 or AMX do; float32 elsewhere."""
 
     def check(self) -> None:
         """Raise ValueError if an option is out of range, or unknown."""
@@ -93,6 +98,13 @@ class FewPairsConfig(CorrectionOptions):
     def names(self) -> tuple[str, ...]:
         """Of the caches, in order: their files' names without suffix."""
         return tuple(Path(path.rstrip("/")).stem for path in self.cache)
+
+    @property
+    def training_type(self) -> TrainingType:
+        """The resolved --dtype."""
+        if self.dtype == "auto":
+            return "bfloat16" if is_fast_with_bfloat16(choose_device(self.device)) else "float32"
+        return self.dtype
 
     @property
     def used_seeds(self) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ def few_pairs(config: FewPairsConfig) -> str:
         OSError: the disk is full or gone, or another process writes to the folder.
     """
     sources = [make_source(config, *of) for of in zip(config.names, config.cache, strict=True)]
-    resolved = {"sources": describe(sources)}
+    resolved = {"sources": describe(sources), "dtype": config.training_type}
     return run_study("few-pairs", config, resolved, partial(_measure, config, sources), ("keep_runs", "workers"))
 
 
@@ -91,6 +91,7 @@ def _summarise(
         title=config.title or ", ".join(config.names),
         split=config.split,
         seeds=config.used_seeds,
+        dtype=config.training_type,
         closed_forms=tuple(dict.fromkeys(name for source in sources for name in source.closed_forms)),
         caches=caches,
         settings=tuple(settings),

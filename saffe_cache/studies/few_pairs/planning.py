@@ -141,7 +141,7 @@ def _with_correction(config: FewPairsConfig, source: Source) -> Source:
 def _common(config: FewPairsConfig) -> dict[str, Any]:
     """Training options that all runs share."""
     names = ("train_split", "validation", "layers", "encoder", "device")
-    return {name: getattr(config, name) for name in names} | {"log": ("none",)}
+    return {name: getattr(config, name) for name in names} | {"log": ("none",), "dtype": config.training_type}
 
 
 def reported_pairs(config: FewPairsConfig, cache: Cache, spec: RunSpec, protocol: str) -> Pairs:

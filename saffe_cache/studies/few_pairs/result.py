@@ -43,6 +43,8 @@ class FewPairsResult(StudyResult):
     verb: ClassVar[str] = "few-pairs"
 
     seeds: tuple[int, ...]
+    dtype: str
+    """Of the matrix products of training steps."""
     closed_forms: tuple[str, ...]
     caches: Mapping[str, FewPairsCache]
     settings: tuple[FewPairsSetting, ...]
@@ -123,7 +125,7 @@ class FewPairsResult(StudyResult):
                 *(verdict.sentence for verdict in self.verdicts),
                 *self._without_claims(),
             ],
-            facts=[*facts, *skipped],
+            facts=[*facts, ("training steps", f"matrix products in {self.dtype}"), *skipped],
             figures=self._plots(names),
         )
 
