@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from quick_runs import report_of, setting_of, value
 from synthetic_cache import make_cache
 
@@ -110,10 +111,23 @@ def test_leads_equal_a_bootstrap_of_the_runs_themselves(cache: str, tmp_path: Pa
     assert setting.chance["recall_at_1"] == pytest.approx(1 / 40)
 
 
+@pytest.mark.parametrize(
+    ("able", "expected"), [("avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16"), ("avx2", "float32")]
+)
+def test_training_steps_take_the_type_that_the_processor_has(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, able: str, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
+    result = result_of(config_of(cache, tmp_path / "out", keep_runs=True, photos=(40,)))
+    configs = [json.loads(path.read_text())["config"] for path in (tmp_path / "out" / "runs").glob("*/*/config.json")]
+    assert {one["dtype"] for one in configs} == {result.dtype} == {expected}
+    assert f"matrix products in {expected}" in (tmp_path / "out" / "report.txt").read_text()
+
+
 def test_all_methods_see_equal_numbers_of_photos(cache: str, tmp_path: Path) -> None:
     result_of(config_of(cache, tmp_path / "out", keep_runs=True, photos=(33,)))
     runs = [json.loads(path.read_text()) for path in (tmp_path / "out" / "runs").glob("*/*/result.json")]
-    assert len(runs) == 4  # with the form without mixing
+    assert len(runs) == 3
     assert {run["train_photos"] + run["validation_photos"] for run in runs} == {33}
     specs = [json.loads(path.read_text())["run"] for path in (tmp_path / "out" / "runs").glob("*/*/config.json")]
     assert len({spec["data"] for spec in specs}) == 1
@@ -164,7 +178,7 @@ def test_run_that_fails_is_reported_and_others_stay(
     monkeypatch.setattr("saffe_cache.fusion.known.correction.LateFusion.__init__", _refuse)
     result = result_of(config_of(cache, tmp_path / "out", fusions=("linear", "late"), photos=(40,)))
     assert result.caches["c"].skipped["late at 40 photos"] == "too few photos"
-    assert set(result.settings[0].methods) == {"linear", "linear without mixing", "least_squares", "drawn"}
+    assert set(result.settings[0].methods) == {"linear", "least_squares", "drawn"}
 
 
 def _refuse(*_: object) -> None:
@@ -173,7 +187,7 @@ def _refuse(*_: object) -> None:
 
 def test_blocks_run_only_if_all_fusions_are_named() -> None:
     chosen, skipped = choose_methods(())
-    assert list(chosen) == ["linear", "linear without mixing", "concat", "late", "drawn", "least_squares"]
+    assert list(chosen) == ["linear", "concat", "late", "drawn", "least_squares"]
     assert list(skipped) == ["reuse"]
     assert "reuse" in choose_methods(("all",))[0]
     assert list(choose_methods(("late",))[0]) == ["late", "drawn", "least_squares"]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from saffe_cache.fusion.losses import Batch, info_nce, siglip
 from saffe_cache.fusion.mixing import MOST_TEXTS, Mix, draw_mix, mixed, pair_texts, shared_cells
+from saffe_cache.fusion.registry import FUSIONS, FusionEntry
 from saffe_cache.inputs.feature_loader import FeatureLoader
 from saffe_cache.inputs.pairs import training_pairs
 from saffe_cache.store.reader import EncoderCache, open_cache
@@ -216,7 +217,10 @@ def test_recipe_mixes_only_pairs_that_can_be_mixed(cache: str, monkeypatch: pyte
     def mixup_of(**options: Any) -> float | None:
         return resolve_run(TrainConfig(cache=cache, out="", fusion="linear", **options), opened).mixup
 
+    monkeypatch.setitem(cast(dict[str, FusionEntry], FUSIONS), "linear", replace(FUSIONS["linear"], mixes_from=96))
     assert mixup_of() == 0.4
+    assert mixup_of(train_fraction=0.9) is None
+    assert mixup_of(train_fraction=0.9, mixup=0.4) == 0.4
     assert mixup_of(mixup=0.0) is None
     assert mixup_of(gallery_text="first_caption") is None
     monkeypatch.setattr(EncoderCache, "num_tokens", lambda self, layer: 0)

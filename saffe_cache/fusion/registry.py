@@ -99,13 +99,16 @@ class FusionEntry(Entry):
     """Whether its weights are computed by `Fusion.fit`, without steps and without an objective."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """Its default of options in `training.config.TrainingRecipe` that differ from the usual ones, such as epochs."""
+    mixes_from: int = 0
+    """Items to train on from which its recipe mixes pairs; with fewer, `mixup` of the recipe is 0."""
     recipe_from: Origin = ""
     """Where the recipe is from: its paper or released code, or our choice on validation photos. Of a closed form: how
     its parameters, such as the strength of a penalty, are chosen."""
 
     @property
     def help(self) -> str:
-        parts = [f"{name} {value}" for name, value in self.recipe.items()]
+        of_few = {"mixup": f" from {self.mixes_from:,} items on"} if self.mixes_from else {}
+        parts = [f"{name} {value}{of_few.get(name, '')}" for name, value in self.recipe.items()]
         parts += {"published": ["as published"], "validation": ["chosen on validation photos"], "": []}[
             self.recipe_from
         ]
@@ -221,6 +224,7 @@ FUSIONS: Mapping[str, FusionEntry] = {
         options=_HEAD,
         fuses_text=False,
         recipe={"mixup": 0.4, "epochs": 30},
+        mixes_from=1000,
         recipe_from="validation",
         adds_kernels=True,
     ),

@@ -12,7 +12,7 @@ from saffe_cache.core.options import refuse
 from saffe_cache.fusion.options import FusionShape, ModelOptions, ObjectiveOptions
 from saffe_cache.fusion.registry import FUSIONS, OBJECTIVES
 from saffe_cache.inputs.media import media_shapes
-from saffe_cache.inputs.pairs import VALIDATION_SPLITS, gallery_modality, pair_kind
+from saffe_cache.inputs.pairs import VALIDATION_SPLITS, gallery_modality, pair_kind, training_pairs
 from saffe_cache.inputs.spec import RunSpec, SplitOptions
 from saffe_cache.store.joined import MEDIA, JoinedEncoder, join_media, joined_key
 from saffe_cache.store.reader import Cache, EncoderCache
@@ -63,7 +63,7 @@ def resolve_run(config: TrainConfig, cache: Cache) -> RunSpec:
     _check_media(spec)
     _check_together(spec)
     _check_composed(spec)
-    return _with_mixup(spec, config.mixup)
+    return _with_mixup(spec, config, cache)
 
 
 def _gallery(config: TrainConfig, cache: Cache) -> EncoderCache:
@@ -247,14 +247,19 @@ def _check_media(spec: RunSpec) -> None:
             refuse(option, f"{value} with --gallery {gallery}", expected)
 
 
-def _with_mixup(spec: RunSpec, asked: float | None) -> RunSpec:
-    """The spec without the mixing of pairs where they cannot be mixed; ValueError if it was asked for."""
+def _with_mixup(spec: RunSpec, config: TrainConfig, cache: Cache) -> RunSpec:
+    """The spec without the mixing of pairs where they cannot be mixed, or where the recipe does not mix so few.
+
+    Raises:
+        ValueError: it is asked for, and they cannot be mixed.
+    """
     found, expected = _why_not_mixed(spec) or ("", "")
-    if not expected:
-        return spec
-    if asked:
-        refuse("mixup", f"{asked} {found}", f"0{expected}")
-    return replace(spec, mixup=None)
+    if expected and config.mixup:
+        refuse("mixup", f"{config.mixup} {found}", f"0{expected}")
+    least = config.entry.mixes_from if spec.mixup and config.mixup is None else 0
+    if expected or (least and len(training_pairs(spec, cache).training) < least):
+        return replace(spec, mixup=None)
+    return spec
 
 
 def _why_not_mixed(spec: RunSpec) -> tuple[str, str] | None:

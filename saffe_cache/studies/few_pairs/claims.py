@@ -64,7 +64,6 @@ class Method:
 
 VARIANTS: Mapping[str, Method] = {
     "sotalign with unpaired data": Method(fusion="sotalign", options={"unpaired": "rest"}),
-    "linear without mixing": Method(fusion="linear", options={"mixup": 0.0, "epochs": 20}),
 }
 """Methods that are a fusion with other options. Unpaired data are the photos and texts that a number of photos leaves
 out: there are none at the largest."""
