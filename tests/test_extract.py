@@ -81,6 +81,24 @@ def test_distinct_inputs_are_encoded_once(config: ExtractConfig, data: Path) -> 
     assert rows["train/copy.png"] == rows["train/000.png"]
 
 
+@pytest.mark.parametrize(
+    ("able", "dtype", "times"), [("amx_bf16", "auto", 2), ("amx_bf16", "float32", 0), ("avx2", "auto", 0)]
+)
+def test_fast_type_is_named_to_those_who_chose_none(
+    config: ExtractConfig,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    able: str,
+    dtype: Any,
+    times: int,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
+    caplog.set_level("INFO")
+    for _ in range(2):  # what is encoded stays in its type
+        extract(replace(config, dtype=dtype, device="cpu"))
+        assert caplog.text.count("--dtype bfloat16 encodes") == times
+
+
 def test_running_again_writes_nothing_and_says_so(config: ExtractConfig, caplog: pytest.LogCaptureFixture) -> None:
     extract(config)
     before = {path: path.stat().st_mtime_ns for path in Path(config.cache).rglob("zarr.json")}

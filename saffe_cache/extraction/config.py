@@ -95,7 +95,8 @@ class ExtractConfig:
     """Compression of hidden states on disk. zstd saves 5 to 25 %, for slow networks and full disks, but compressed
     shards cannot be memory-mapped and are decompressed into memory."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the forward pass. auto: float32 on a CPU, bfloat16 on a GPU."""
+    """Type of the forward pass. auto: float32 on a CPU, bfloat16 on a GPU. A CPU with AVX-512 BF16 or AMX encodes two
+    to three times as fast with bfloat16."""
     attention: str | None = None
     """Attention implementation: sdpa, eager or flash_attention_2. Default: the model's."""
     pooled: bool = True

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from saffe_cache.core.devices import is_fast_with_bfloat16
 from saffe_cache.core.features import MODALITIES, CacheError, Modality
 from saffe_cache.core.items import ItemTable
 from saffe_cache.core.outputs import provenance
@@ -160,7 +161,11 @@ def _plan_jobs(
                 f"{', '.join(columns) or 'none'}. Name one with --column {role}=NAME, or omit this encoder."
             )
         request = replace(encoder_request(config, modality), own=own.get(modality))
-        yield plan_job(storage, request, table, options, media)
+        job = plan_job(storage, request, table, options, media)
+        is_new = not job.start and not job.is_done
+        if is_new and config.dtype == "auto" and request.device == "cpu" and is_fast_with_bfloat16("cpu"):
+            logger.info("%s: on this processor --dtype bfloat16 encodes two to three times as fast.", job.manifest.key)
+        yield job
 
 
 def _grow_table(storage: Storage, items: Sequence[SourceItem], config: ExtractConfig) -> tuple[ItemTable, Part | None]:
