@@ -30,6 +30,11 @@ def choose_device(device: str) -> str:
     return device
 
 
+def choose_dtype(dtype: str, device: str) -> str:
+    """ "auto" is float32 on a CPU, so that numbers do not depend on its make, and bfloat16 on a GPU."""
+    return dtype if dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
+
+
 def is_fast_with_bfloat16(device: str) -> bool:
     """Whether it multiplies bfloat16 matrices faster than float32 ones: a GPU, or AVX-512 BF16 or AMX of a CPU."""
     import torch

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from saffe_cache.core.devices import choose_device
+from saffe_cache.core.devices import choose_device, choose_dtype
 from saffe_cache.core.features import CacheError, Modality, StorageType, Weights
 from saffe_cache.core.items import Inputs, ItemTable
 from saffe_cache.core.views import PLAIN, place_of
@@ -222,9 +222,6 @@ def begin_blocks(first: int, finished: int, rows: int) -> int:
 def encoder_request(config: ExtractConfig, modality: Modality) -> EncoderRequest:
     """The request for a config's encoder of a modality."""
     device = choose_device(config.device)
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
     return EncoderRequest(
         modality=modality,
         model_id=config.encoder[modality],
@@ -238,7 +235,7 @@ def encoder_request(config: ExtractConfig, modality: Modality) -> EncoderRequest
         prompt_name=config.prompt_name if modality == "text" else None,
         language_model=config.language_model and modality == "text",
         position_offset=config.position_offset if modality == "text" else 0,
-        dtype=dtype,
+        dtype=choose_dtype(config.dtype, device),
         attention=config.attention,
         pooled=config.pooled,
         tokens=config.tokens.get(modality, "all"),

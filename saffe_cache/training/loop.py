@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from saffe_cache.core import ranks
 from saffe_cache.core.atomic_io import append_line, make_folder, remove_partial_files, write_whole
-from saffe_cache.core.devices import kept_memory
+from saffe_cache.core.devices import choose_dtype, kept_memory
 from saffe_cache.core.json_schema import made_of
 from saffe_cache.core.options import refuse
 from saffe_cache.core.tensors import write_tensors
@@ -260,7 +260,7 @@ def _step(config: TrainConfig, state: TrainingState, batch: Batch, total: int) -
     rate = warmed_cosine(state.step, total, max(1, int(config.recipe.warmup * total)), floor=0.02)
     state.model.train()
     device = batch.vectors.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+    with torch.autocast(device, torch.bfloat16, enabled=choose_dtype(config.dtype, device) == "bfloat16"):
         loss = state.loss(batch)
     update(state.optimizer, loss, rate, tuple(state.model.parameters()), config.clip)
     return float(loss.detach())

@@ -26,7 +26,7 @@ from saffe_cache.inputs.spec import Residency, RunSpec
 from saffe_cache.protocols.registry import load_protocol, own_protocol
 from saffe_cache.store.reader import Cache, open_cache
 from saffe_cache.training.batches import TrainingData
-from saffe_cache.training.config import TrainConfig, TrainingType
+from saffe_cache.training.config import TrainConfig
 from saffe_cache.training.loggers import Logger, Loggers, required
 from saffe_cache.training.loop import Training, TrainingState, fit
 from saffe_cache.training.resolve import resolve_run, with_pairs
@@ -125,13 +125,6 @@ class _Plan:
         return Path(self.config.out)
 
     @property
-    def dtype(self) -> TrainingType:
-        """The resolved --dtype."""
-        if self.config.dtype == "auto":
-            return "float32" if self.device == "cpu" else "bfloat16"
-        return self.config.dtype
-
-    @property
     def is_finished(self) -> bool:
         return (self.out / RESULT).exists()
 
@@ -223,7 +216,7 @@ def _fit(
     recipe, seed = config.recipe, inputs.spec.seed
     data = TrainingData(inputs, training, validation, recipe.batch_size, seed, plan.unpaired, recipe.gallery_photos)
     trainings = [
-        Training(replace(config, device=plan.device, dtype=plan.dtype), plan.spec, data, out, loggers)
+        Training(replace(config, device=plan.device), plan.spec, data, out, loggers)
         for plan, config, out, loggers in runs
     ]
     for plan, _, out, _ in runs:
