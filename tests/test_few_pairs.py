@@ -122,6 +122,10 @@ def test_training_steps_take_the_type_that_the_processor_has(
     configs = [json.loads(path.read_text())["config"] for path in (tmp_path / "out" / "runs").glob("*/*/config.json")]
     assert {one["dtype"] for one in configs} == {result.dtype} == {expected}
     assert f"matrix products in {expected}" in (tmp_path / "out" / "report.txt").read_text()
+    earlier = json.loads((tmp_path / "out" / "result.json").read_text())
+    del earlier["dtype"]
+    facts = FewPairsResult.from_json(earlier, tmp_path).sections()[0].facts
+    assert facts == [fact for fact in result.sections()[0].facts if fact[0] != "training steps"]
 
 
 def test_all_methods_see_equal_numbers_of_photos(cache: str, tmp_path: Path) -> None:

@@ -43,12 +43,12 @@ class FewPairsResult(StudyResult):
     verb: ClassVar[str] = "few-pairs"
 
     seeds: tuple[int, ...]
-    dtype: str
-    """Of the matrix products of training steps."""
     closed_forms: tuple[str, ...]
     caches: Mapping[str, FewPairsCache]
     settings: tuple[FewPairsSetting, ...]
     verdicts: tuple[Verdict, ...]
+    dtype: str | None = None
+    """Of the matrix products of training steps; earlier results do not have it."""
 
     def measurements(self) -> Iterator[Measurement]:
         for setting in self.settings:
@@ -116,6 +116,7 @@ class FewPairsResult(StudyResult):
             (name, f"{of.gallery} with {of.text}, {of.photos:,} {nouns([medium_of_key(of.gallery)])}")
             for name, of in self.caches.items()
         ]
+        steps = [("training steps", f"matrix products in {self.dtype}")] if self.dtype else []
         return Section(
             title=f"What to train with few pairs: {self.title}",
             lead="The best closed form is chosen by its validation score; the best method, by the numbers shown.",
@@ -125,7 +126,7 @@ class FewPairsResult(StudyResult):
                 *(verdict.sentence for verdict in self.verdicts),
                 *self._without_claims(),
             ],
-            facts=[*facts, ("training steps", f"matrix products in {self.dtype}"), *skipped],
+            facts=[*facts, *steps, *skipped],
             figures=self._plots(names),
         )
 
