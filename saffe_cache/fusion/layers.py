@@ -70,7 +70,8 @@ class NormedTokens:
     def __init__(self, state: torch.Tensor) -> None:
         self._state = state.float()
         squares = torch.linalg.vector_norm(self._state, dim=-1).square() / state.shape[-1]
-        variances = squares - self._state.mean(dim=-1).square()
+        self._means = self._state.mean(dim=-1)
+        variances = squares - self._means.square()
         self._scales = (variances.clamp(min=0) + _EPS).rsqrt().unsqueeze(1)
 
     def products(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -78,7 +79,7 @@ class NormedTokens:
         centred = (vectors - vectors.mean(dim=0)).T.contiguous()  # this layout makes the backward product fast on a CPU
         tokens = self._state
         if torch.is_autocast_enabled(tokens.device.type):  # a large mean would leave no digits for the rest
-            tokens = tokens - tokens.mean(dim=-1, keepdim=True)
+            tokens = tokens - self._means.unsqueeze(-1)
         products = functional.linear(tokens, centred)
         return products.transpose(1, 2) * self._scales  # type: ignore[no-any-return]
 
@@ -90,7 +91,7 @@ class NormedTokens:
 
     def sums_of_squares(self, weights: torch.Tensor) -> torch.Tensor:
         """Sums over the squares of the tokens' numbers with `weights` [batch, n, tokens]: [batch, n, d]."""
-        means = self._state.mean(dim=-1).unsqueeze(1)
+        means = self._means.unsqueeze(1)
         with torch.autocast(weights.device.type, enabled=False):
             scaled = weights * self._scales.square()
             squares = scaled @ self._state.square() - 2 * (scaled * means) @ self._state
